@@ -1,0 +1,34 @@
+"""The mathematics of one weight matrix: certified factors, channels, budget, allocation, store."""
+
+from hiplora.spectral.allocation import Allocation, allocate
+from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
+from hiplora.spectral.channels import (
+    fused_factors,
+    leak,
+    principal_delta,
+    residual_delta,
+    retract,
+    total_delta,
+)
+from hiplora.spectral.decompose import truncated_svd
+from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
+from hiplora.spectral.store import FactorStore
+
+__all__ = [
+    "Allocation",
+    "FactorStore",
+    "SpectralFactors",
+    "allocate",
+    "budget_weights",
+    "fused_factors",
+    "leak",
+    "penalty",
+    "penalty_gradient",
+    "principal_delta",
+    "proximal_step",
+    "residual_delta",
+    "retract",
+    "total_delta",
+    "truncated_svd",
+    "weight_fingerprint",
+]

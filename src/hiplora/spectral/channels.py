@@ -1,0 +1,69 @@
+"""The two channels of an update and the retraction that keeps them apart (Eq. 1-5)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def retract(
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    """Project LoRA factors onto the complement of the protected subspaces: `(Ã, B̃)` of Eq. 4.
+
+    Returns new tensors; nothing is written in place. Costs 4(m + n)kr flops and forms no dense projector.
+    """
+    return A - (A @ V) @ V.T, B - U @ (U.T @ B)
+
+
+def leak(
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
+) -> float:
+    """Return `max(‖UᵀB‖/‖B‖, ‖AV‖/‖A‖)`: how far the factors are from the complement, 0 (inside) to 1.
+
+    Frobenius norms; an all-zero factor leaks nothing.
+    """
+    return max(_ratio(U.T @ B, B), _ratio(A @ V, A))
+
+
+def residual_delta(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], scaling: float) -> Float[Tensor, "m n"]:
+    """Return the dense residual channel `s·BA` of retracted factors, with `s = alpha / r` (Eq. 5)."""
+    return scaling * (B @ A)
+
+
+def principal_delta(
+    U: Float[Tensor, "m k"], delta: Float[Tensor, " k"], V: Float[Tensor, "n k"]
+) -> Float[Tensor, "m n"]:
+    """Return the dense principal channel `U diag(δ) Vᵀ` (Eq. 2)."""
+    return (U * delta) @ V.T
+
+
+def total_delta(
+    A: Float[Tensor, "r n"],
+    B: Float[Tensor, "m r"],
+    delta: Float[Tensor, " k"],
+    U: Float[Tensor, "m k"],
+    V: Float[Tensor, "n k"],
+    scaling: float,
+) -> Float[Tensor, "m n"]:
+    """Return the dense update `U diag(δ) Vᵀ + s·BA` of retracted factors (Eq. 1)."""
+    return principal_delta(U, delta, V) + residual_delta(A, B, scaling)
+
+
+def fused_factors(
+    A: Float[Tensor, "r n"],
+    B: Float[Tensor, "m r"],
+    delta: Float[Tensor, " k"],
+    U: Float[Tensor, "m k"],
+    V: Float[Tensor, "n k"],
+    scaling: float,
+) -> tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]:
+    """Write both channels as one pair of thin factors of rank `q = r + k`, losslessly.
+
+    `A' = [A; Vᵀ]` and `B' = [s·B | U diag(δ)]`, so that `B'A'` is the update of Eq. 1 with scaling 1.
+    """
+    return torch.cat([A, V.T]), torch.cat([scaling * B, U * delta], dim=1)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    norm = torch.linalg.vector_norm(whole).item()
+    return torch.linalg.vector_norm(part).item() / norm if norm else 0.0
