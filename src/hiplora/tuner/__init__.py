@@ -1,0 +1,20 @@
+"""HiP-LoRA as a PEFT tuner."""
+
+from hiplora.tuner.api import check_leak, hip_layers, max_leak, retract_, stability_penalty
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.model import HipLoraModel
+from hiplora.tuner.registration import register
+
+register()
+
+__all__ = [
+    "HipLoraConfig",
+    "HipLoraLinear",
+    "HipLoraModel",
+    "check_leak",
+    "hip_layers",
+    "max_leak",
+    "retract_",
+    "stability_penalty",
+]

@@ -1,0 +1,69 @@
+"""What a user calls on a model that carries HiP-LoRA adapters."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hiplora.errors import AdapterError
+from hiplora.tuner.layer import HipLoraLinear
+
+
+def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
+    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
+
+    Raises:
+        AdapterError: the model has no such layer.
+    """
+    found = False
+    for module in model.modules():
+        if isinstance(module, HipLoraLinear) and (adapter is None or adapter in module.hiplora_A):
+            found = True
+            yield module.name, module
+    if not found:
+        wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
+        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
+
+
+def _active(model: nn.Module) -> Iterator[tuple[HipLoraLinear, str]]:
+    for _, layer in hip_layers(model):
+        for adapter in layer.active_adapters:
+            if adapter in layer.hiplora_A:
+                yield layer, adapter
+
+
+def stability_penalty(model: nn.Module) -> Tensor:
+    """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
+
+    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer
+    hooks already apply the budget, and adding it would count it twice.
+
+    Raises:
+        AdapterError: no active adapter has a principal channel.
+    """
+    terms = [term for layer, adapter in _active(model) if (term := layer.stability_penalty(adapter)) is not None]
+    if not terms:
+        raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def retract_(model: nn.Module) -> None:
+    """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
+    for _, layer in hip_layers(model):
+        for adapter in layer.hiplora_A:
+            layer.retract_(adapter)
+
+
+def max_leak(model: nn.Module) -> float:
+    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
+    return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
+
+
+def check_leak(model: nn.Module, adapter: str = "default") -> None:
+    """Refuse an adapter whose residual channel left the complement.
+
+    Raises:
+        AdapterError: names the first module whose leak is beyond rounding, and the remedy.
+    """
+    for _, layer in hip_layers(model, adapter):
+        layer.check_leak(adapter)

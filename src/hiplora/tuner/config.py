@@ -1,0 +1,148 @@
+"""`HipLoraConfig`: PEFT's usual fields under PEFT's names, and the method's own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from hiplora.errors import ConfigError
+
+PEFT_TYPE = "HIPLORA"
+STABILITY_MODES = ("gradient", "proximal", "none")
+BASES = ("weight",)
+INITIALISATIONS = (True, False, "zero")
+
+
+@dataclass
+class HipLoraConfig(PeftConfig):
+    """Configuration of a HiP-LoRA adapter; the defaults are the paper's (Appendix B).
+
+    Args:
+        r: rank of the residual channel, ≥ 1.
+        lora_alpha: the residual channel is scaled by `lora_alpha / r` (Eq. 3); the gains never are.
+        lora_dropout: dropout on the residual channel's input, in [0, 1).
+        target_modules: names, a regular expression, or "all-linear"; None takes the paper's q, k, v and o
+            projections.
+        exclude_modules: names or a regular expression of modules to leave alone.
+        layers_to_transform: indices of the layers to adapt; all if None.
+        layers_pattern: name of the layer list, where `layers_to_transform` needs it.
+        rank_pattern: module name or regular expression → its own `r`.
+        alpha_pattern: module name or regular expression → its own `lora_alpha`.
+        principal_rank_pattern: module name or regular expression → its own `principal_rank`.
+        modules_to_save: modules trained and saved in full.
+        init_weights: True: ΔW = 0, A Kaiming-uniform and then projected, B = 0, δ = 0. "zero": A = B = 0, the
+            paper's ablation, whose residual channel can never move. False: random, ΔW ≠ 0, for tests.
+        principal_rank: k, the number of protected singular directions; at most min(out, in).
+        stability_weight: λ ≥ 0 of Eq. 7, the price of moving the gains. The paper's value is not readable; 0.1
+            is this project's choice.
+        stability_gamma: γ ≥ 0 of Eq. 6; 0 weighs all directions equally.
+        stability_mode: "gradient" adds Eq. 7's gradient once per optimizer step; "proximal" shrinks the gains
+            after the step; "none" leaves it to the caller (`hiplora.stability_penalty`).
+        residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
+        principal_channel: learn gains; False is Proj-LoRA.
+        basis: where the protected directions come from; "weight" is the weight's own SVD.
+        svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
+        save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
+        fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
+        base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
+
+    Raises:
+        ConfigError: a value is out of range, of the wrong type, or contradicts another; it names the field.
+    """
+
+    r: int = 16
+    lora_alpha: int | float = 32
+    lora_dropout: float = 0.05
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    principal_rank_pattern: dict[str, int] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    init_weights: bool | str = True
+    principal_rank: int = 32
+    stability_weight: float = 0.1
+    stability_gamma: float = 1.0
+    stability_mode: str = "gradient"
+    residual_projection: bool = True
+    principal_channel: bool = True
+    basis: str = "weight"
+    svd_tolerance: float = 1e-4
+    save_factors: bool = True
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    base_precision: str = ""
+
+    def __post_init__(self) -> None:
+        """Set the type and refuse values that make no sense."""
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        # Only a config read from an adapter folder is born with fingerprints: its base is then verified.
+        self.from_checkpoint = bool(self.fingerprints)
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        _check_ranks(self)
+        _check_numbers(self)
+        _check_choices(self)
+        _check_layers(self)
+
+
+def _check_ranks(config: HipLoraConfig) -> None:
+    named = {"r": config.r, "principal_rank": config.principal_rank}
+    named.update({f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()})
+    named.update(
+        {f"principal_rank_pattern[{key!r}]": value for key, value in config.principal_rank_pattern.items()}
+    )
+    for name, value in named.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+
+
+def _check_numbers(config: HipLoraConfig) -> None:
+    _number("lora_alpha", config.lora_alpha, lambda v: v > 0, "a number above 0")
+    for key, value in config.alpha_pattern.items():
+        _number(f"alpha_pattern[{key!r}]", value, lambda v: v > 0, "a number above 0")
+    _number("lora_dropout", config.lora_dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
+    _number("stability_weight", config.stability_weight, lambda v: v >= 0, "a number of at least 0")
+    _number("stability_gamma", config.stability_gamma, lambda v: v >= 0, "a number of at least 0")
+    _number("svd_tolerance", config.svd_tolerance, lambda v: 0 < v <= 1e-2, "a number in (0, 0.01]")
+
+
+def _number(name: str, value: Any, accept: Any, expected: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not accept(value):
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+
+def _check_choices(config: HipLoraConfig) -> None:
+    choices = {"stability_mode": STABILITY_MODES, "basis": BASES, "init_weights": INITIALISATIONS}
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    for name in ("residual_projection", "principal_channel", "save_factors"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} is {getattr(config, name)!r}; expected True or False")
+    if not config.residual_projection and not config.principal_channel:
+        raise ConfigError(
+            "residual_projection and principal_channel are both False, which is plain LoRA; "
+            "use peft.LoraConfig, or switch one of them on"
+        )
+
+
+def _check_layers(config: HipLoraConfig) -> None:
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ConfigError(
+                    f"{name} cannot be combined with target_modules as a regular expression "
+                    f"({config.target_modules!r}); put the layer into the expression or list the names"
+                )
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ConfigError("layers_pattern needs layers_to_transform; set both or neither")

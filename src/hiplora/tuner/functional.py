@@ -1,0 +1,172 @@
+"""The forward and backward pass of the two channels on top of a frozen linear layer, fused.
+
+`y = base_out + [s·B | U diag(δ)] ([A; Vᵀ] x)`: both channels go through one pair of thin products of width r + k.
+The hand-written backward keeps only the layer's input and the thin activation (and, with dropout, one byte an
+element), so a step costs no more than plain LoRA's.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_DRAWS = 1 << 16
+
+
+def add_channels(
+    base_out: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """Return `base_out` plus the residual and the principal channel's output (Eq. 1, 2 and 5 on activations).
+
+    Args:
+        base_out: output (..., m) of the frozen layer; the result has its dtype.
+        x: the layer's inputs, (..., n), any float dtype.
+        A: residual factor (r, n); its dtype is the one computed in (autocast's, inside autocast).
+        B: residual factor (m, r).
+        delta: gain deviations (k,), or None for an adapter without principal channel.
+        U: left protected directions (m, k); needed with `delta`.
+        V: right protected directions (n, k); needed with `delta`.
+        scaling: α/r, applied to the residual channel only.
+        dropout: probability of dropping an element of the residual channel's input; 0 when not training.
+    """
+    if delta is None:
+        U = V = None
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else A.dtype
+    if torch.compiler.is_compiling():
+        return _plain(base_out, x, A, B, delta, U, V, scaling, dropout)
+    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        return _AddChannels.apply(base_out, x, A, B, delta, U, V, scaling, dropout, compute)
+
+
+def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
+    """Return a boolean mask of kept elements and the exact probability of keeping one.
+
+    On the CPU four elements share one 64-bit draw, several times quicker than `torch.nn.functional.dropout`; the
+    probability is therefore rounded to 1/65536, and the value returned is the one in force.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout), 1 - dropout
+    dropped = round(dropout * _DRAWS)
+    count = shape.numel()
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    lanes = draws.view(torch.int16)[:count].view(shape)
+    return lanes >= dropped - _DRAWS // 2, 1 - dropped / _DRAWS
+
+
+def _plain(
+    base_out: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """The same in differentiable operations, for `torch.compile` to fuse as it sees fit."""
+    inputs = x.to(A.dtype)
+    update = F.linear(F.linear(F.dropout(inputs, dropout), A), B) * scaling
+    if delta is not None and U is not None and V is not None:
+        update = update + F.linear((inputs @ V.to(A.dtype)) * delta, U.to(A.dtype))
+    return (base_out + update).to(base_out.dtype)
+
+
+class _AddChannels(torch.autograd.Function):
+    """Custom pass of `add_channels`; U, V and what follows them are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_out: Tensor,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        delta: Tensor | None,
+        U: Tensor | None,
+        V: Tensor | None,
+        scaling: float,
+        dropout: float,
+        compute: torch.dtype,
+    ) -> Tensor:
+        r = A.shape[0]
+        inputs = x.reshape(-1, x.shape[-1]).to(compute)
+        down = _down(A, V, compute)
+        mask, keep = None, 1.0
+        if dropout > 0:
+            mask, keep = keep_mask(inputs.shape, dropout, x.device)
+            residual = (inputs * mask) @ down[:r].T
+            thin = residual if V is None else torch.cat([residual, inputs @ down[r:].T], dim=1)
+        else:
+            thin = inputs @ down.T
+        up = _up(B, U, delta, scaling / keep, compute)
+        flat = base_out.reshape(-1, base_out.shape[-1])
+        y = torch.addmm(flat.to(compute), thin, up.T).to(base_out.dtype)
+        ctx.save_for_backward(x, A, B, delta, U, V, thin, mask)
+        ctx.scaling, ctx.compute = scaling / keep, compute
+        return y.view(base_out.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        device = grad_out.device.type
+        active = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
+            return grad_out, *_gradients(ctx, grad_out), None, None, None, None, None
+
+
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, A, B and δ; each None where nothing asks for it."""
+    x, A, B, delta, U, V, thin, mask = ctx.saved_tensors
+    r, compute = A.shape[0], ctx.compute
+    g = grad_out.reshape(-1, grad_out.shape[-1]).to(compute)
+    back = g @ _up(B, U, None, ctx.scaling, compute)  # of the thin activation, (N, r + k), gains still left out
+    _, need_x, need_A, need_B, need_delta = ctx.needs_input_grad[:5]
+    dx = d_A = d_B = d_delta = None
+    if delta is not None:
+        if need_delta:
+            d_delta = torch.linalg.vecdot(back[:, r:], thin[:, r:], dim=0).to(delta.dtype)
+        back[:, r:].mul_(delta)
+    if need_B:
+        d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(B.dtype)
+    if need_A:
+        inputs = x.reshape(-1, x.shape[-1]).to(compute)
+        d_A = (back[:, :r].T @ (inputs if mask is None else inputs * mask)).to(A.dtype)
+    if need_x:
+        dx = _input_gradient(back, _down(A, V, compute), mask, r).view(x.shape).to(x.dtype)
+    return dx, d_A, d_B, d_delta
+
+
+def _input_gradient(back: Tensor, down: Tensor, mask: Tensor | None, r: int) -> Tensor:
+    """Gradient of the inputs (N, n) through both channels; the mask is the residual channel's alone."""
+    if mask is None:
+        return back @ down
+    dx = (back[:, :r] @ down[:r]).mul_(mask)
+    return dx.addmm_(back[:, r:], down[r:])
+
+
+def _down(A: Tensor, V: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[A; Vᵀ]`, (r + k, n)."""
+    return A.to(dtype) if V is None else torch.cat([A.to(dtype), V.T.to(dtype)])
+
+
+def _up(B: Tensor, U: Tensor | None, delta: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """`[s·B | U diag(δ)]`, (m, r + k); with `delta` None the gains are left out."""
+    residual = B.to(dtype) * scaling
+    if U is None:
+        return residual
+    principal = U.to(dtype)
+    return torch.cat([residual, principal if delta is None else principal * delta.to(dtype)], dim=1)

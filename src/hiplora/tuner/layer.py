@@ -1,0 +1,315 @@
+"""One adapted linear layer: LoRA's factors in the complement, gains on the protected directions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, retract
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.functional import add_channels
+
+# Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
+LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
+LEAK_LIMIT_HALF = 2e-2
+FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
+
+
+class HipLoraLinear(nn.Module, BaseTunerLayer):
+    """HiP-LoRA around a frozen `nn.Linear`, `Conv1D` or quantised linear layer of shape (m, n) = (out, in).
+
+    Per adapter: parameters `hiplora_A` (r, n), `hiplora_B` (m, r), `hiplora_delta` (k,), and frozen fp32 buffers
+    `hiplora_U` (m, k), `hiplora_sigma` (k,), `hiplora_V` (n, k), shared between adapters where they are equal.
+    """
+
+    adapter_layer_names = ("hiplora_A", "hiplora_B", "hiplora_delta")
+    other_param_names = ("r", "lora_alpha", "scaling", "hiplora_dropout", "configs", "_budget", "_pending")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.hiplora_A = nn.ParameterDict()
+        self.hiplora_B = nn.ParameterDict()
+        self.hiplora_delta = nn.ParameterDict()
+        self.hiplora_U = BufferDict(persistent=True)
+        self.hiplora_sigma = BufferDict(persistent=True)
+        self.hiplora_V = BufferDict(persistent=True)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.hiplora_dropout: dict[str, float] = {}
+        self.configs: dict[str, HipLoraConfig] = {}
+        self._budget: dict[str, Tensor] = {}
+        self._pending: dict[str, Callable[[], SpectralFactors]] = {}
+        self._frozen: list[nn.Parameter] = []  # the base weight while merged; a list, so as not to be registered
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise ConfigError(f"layer {name}: its shape cannot be told from {type(base_layer).__name__}")
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def frozen_weight(self) -> Tensor:
+        """Return the frozen weight as (m, n), dequantised where needed."""
+        weight = self.get_base_weight()
+        return weight.T if self.transposed else weight
+
+    # Making an adapter -----------------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        adapter: str,
+        config: HipLoraConfig,
+        r: int,
+        alpha: float,
+        k: int,
+        factors: Callable[[], SpectralFactors],
+        deferred: bool = False,
+    ) -> None:
+        """Add an adapter of residual rank `r` and principal rank `k`.
+
+        Args:
+            adapter: its name.
+            config: the configuration it belongs to.
+            r: residual rank.
+            alpha: residual scale, divided by `r`.
+            k: number of protected directions.
+            factors: computes the spectral factors; called now, or with `deferred` only if no saved factors have
+                been loaded by the time they are needed.
+            deferred: reserve room for factors that are about to be loaded.
+        """
+        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, alpha / r
+        self.hiplora_dropout[adapter] = config.lora_dropout
+        self.configs[adapter] = config
+        self.hiplora_A[adapter] = nn.Parameter(torch.empty(r, self.in_features))
+        self.hiplora_B[adapter] = nn.Parameter(torch.zeros(self.out_features, r))
+        if config.principal_channel:
+            self.hiplora_delta[adapter] = nn.Parameter(torch.zeros(k))
+        self._initialise(adapter, config.init_weights)
+        self._set_factors(adapter, None if deferred else factors(), k)
+        if deferred:
+            self._pending[adapter] = factors
+        self._move_adapter_to_device_of_base_layer(adapter)
+        if not deferred:
+            self.retract_(adapter)
+
+    def _initialise(self, adapter: str, how: bool | str) -> None:
+        if how == "zero" and isinstance(how, str):
+            nn.init.zeros_(self.hiplora_A[adapter])
+            return
+        nn.init.kaiming_uniform_(self.hiplora_A[adapter], a=math.sqrt(5))
+        if how is False:
+            nn.init.kaiming_uniform_(self.hiplora_B[adapter], a=math.sqrt(5))
+            if adapter in self.hiplora_delta:
+                nn.init.normal_(self.hiplora_delta[adapter], std=0.02)
+
+    def _set_factors(self, adapter: str, factors: SpectralFactors | None, k: int) -> None:
+        """Register the factors, or NaN in their place; equal factors of another adapter are shared."""
+        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if factors is None:
+            shapes = ((self.out_features, k), (k,), (self.in_features, k))
+            values = [torch.full(shape, math.nan, device=device) for shape in shapes]
+        else:
+            values = [tensor.to(device) for tensor in (factors.U, factors.sigma, factors.V)]
+        for name, value in zip(FACTOR_NAMES, values, strict=True):
+            buffers = getattr(self, name)
+            same = (b for b in buffers.values() if b.shape == value.shape and torch.equal(b, value))
+            buffers[adapter] = next(same, value)
+
+    def ensure_factors(self, adapter: str) -> None:
+        """Compute the factors that were to come from a file and did not, in place."""
+        compute = self._pending.pop(adapter, None)
+        if compute is None:
+            return
+        if torch.isnan(self.hiplora_sigma[adapter]).any():
+            factors = compute()
+            for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
+                getattr(self, name)[adapter].copy_(value)
+            self.retract_(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
+        super().delete_adapter(adapter_name)
+        for name in FACTOR_NAMES:
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for name in FACTOR_NAMES:
+            buffers = getattr(self, name)
+            if target is not None and buffers[adapter_name].device != target:
+                buffers[adapter_name] = buffers[adapter_name].to(target)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HipLoraLinear:
+        """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
+        before = {(n, a): b for n in FACTOR_NAMES for a, b in getattr(self, n).items()}
+        super()._apply(fn, recurse)
+        moved: dict[int, Tensor] = {}
+        for (name, adapter), old in before.items():
+            new = getattr(self, name)[adapter]
+            if new.dtype != torch.float32:
+                new = old.to(new.device)
+            getattr(self, name)[adapter] = moved.setdefault(id(old), new)
+        return self
+
+    # The method ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def retract_(self, adapter: str) -> None:
+        """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off."""
+        A, B = self.hiplora_A[adapter], self.hiplora_B[adapter]
+        if not self.configs[adapter].residual_projection or A.device.type == "meta":
+            return
+        self.ensure_factors(adapter)
+        inside_A, inside_B = retract(A.float(), B.float(), self.hiplora_U[adapter], self.hiplora_V[adapter])
+        A.copy_(inside_A)
+        B.copy_(inside_B)
+
+    def leak(self, adapter: str) -> float:
+        """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off."""
+        if not self.configs[adapter].residual_projection:
+            return 0.0
+        self.ensure_factors(adapter)
+        A, B = self.hiplora_A[adapter].detach().float(), self.hiplora_B[adapter].detach().float()
+        return leak(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter])
+
+    def check_leak(self, adapter: str) -> None:
+        """Refuse an adapter that left the complement.
+
+        Raises:
+            AdapterError: the leak is beyond rounding: the optimizer's steps were not followed by retraction.
+        """
+        limit = LEAK_LIMIT.get(self.hiplora_A[adapter].dtype, LEAK_LIMIT_HALF)
+        found = self.leak(adapter)
+        if not found <= limit:
+            raise AdapterError(
+                f"layer {self.name}: adapter '{adapter}' leaks {found:.2e} into the protected subspace "
+                f"(limit {limit:.0e}): its optimizer's steps were not followed by retraction; train with a "
+                "torch.optim.Optimizer that holds the adapter's parameters, or call hiplora.retract_(model)"
+            )
+
+    def budget(self, adapter: str) -> Tensor:
+        """Return the weights w_i of Eq. 6, (k,)."""
+        self.ensure_factors(adapter)
+        sigma = self.hiplora_sigma[adapter]
+        weights = self._budget.get(adapter)
+        if weights is None or weights.device != sigma.device:
+            weights = self._budget[adapter] = budget_weights(sigma, self.configs[adapter].stability_gamma)
+        return weights
+
+    def stability_penalty(self, adapter: str) -> Tensor | None:
+        """Return R(δ) of Eq. 6, differentiable, or None without a principal channel."""
+        if adapter not in self.hiplora_delta:
+            return None
+        return penalty(self.hiplora_delta[adapter].float(), self.budget(adapter))
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return the whole update as (A', B') of shapes (r + k, n), (m, r + k), fp32, with ΔW = B'A' exactly."""
+        self.ensure_factors(adapter)
+        A, B = self.hiplora_A[adapter].detach().float(), self.hiplora_B[adapter].detach().float()
+        if adapter not in self.hiplora_delta:
+            return A, self.scaling[adapter] * B
+        delta = self.hiplora_delta[adapter].detach().float()
+        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
+        return fused_factors(A, B, delta, U, V, self.scaling[adapter])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return ΔW in the base layer's layout, fp32."""
+        A, B = self.lora_factors(adapter)
+        return (B @ A).T if self.transposed else B @ A
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT that the update is additive."""
+        return True
+
+    # The forward pass and merging ------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus both channels of every active adapter."""
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter in self.active_adapters:
+            if adapter not in self.hiplora_A:
+                continue
+            if self._pending:
+                self.ensure_factors(adapter)
+            result = add_channels(
+                result,
+                x,
+                self.hiplora_A[adapter],
+                self.hiplora_B[adapter],
+                self.hiplora_delta[adapter] if adapter in self.hiplora_delta else None,
+                self.hiplora_U[adapter],
+                self.hiplora_V[adapter],
+                self.scaling[adapter],
+                self.hiplora_dropout[adapter] if self.training else 0.0,
+            )
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.
+
+        Raises:
+            AdapterError: an adapter leaks, or (with `safe_merge`) the merged weight would not be finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
+        if not names:
+            return
+        for name in names:
+            self.check_leak(name)
+        weight = self.get_base_weight()
+        merged = weight.float()
+        for name in names:
+            merged = merged + self.get_delta_weight(name)
+        merged = merged.to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
+        layer = self.get_base_layer()
+        if not self._frozen:
+            self._frozen.append(layer.weight)
+        if self.quantization_backend is not None:
+            self.set_base_weight(merged)
+        else:
+            # A new parameter, so that a weight tied to the embeddings is untied rather than overwritten.
+            layer.weight = nn.Parameter(merged, requires_grad=False)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the frozen weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        layer, weight = self.get_base_layer(), self._frozen.pop()
+        if weight.device != layer.weight.device:
+            weight.data = weight.data.to(layer.weight.device)
+        layer.weight = weight
+        self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        return f"hiplora.{super().__repr__()}"

@@ -1,0 +1,175 @@
+"""The tuner: puts HiP-LoRA layers into a model, and keeps adapter files honest."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.spectral import FactorStore, SpectralFactors
+from hiplora.tuner import hooks
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.layer import FACTOR_NAMES, HipLoraLinear
+from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
+
+# The paper's targets (Appendix B), then their counterparts in models that fuse or rename them.
+ATTENTION_TARGETS = (
+    {"q_proj", "k_proj", "v_proj", "o_proj"},
+    {"q_proj", "k_proj", "v_proj", "out_proj"},
+    {"qkv_proj", "o_proj"},
+    {"query_key_value", "dense"},
+    {"c_attn", "c_proj"},
+    {"query", "key", "value"},
+    {"q", "k", "v", "o"},
+)
+
+
+class HipLoraModel(BaseTuner):
+    """PEFT's tuner for `HipLoraConfig`; made by `peft.get_peft_model`, not by hand."""
+
+    prefix = "hiplora_"
+    tuner_layer_cls = HipLoraLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
+
+    def _prepare_adapter_config(self, peft_config: HipLoraConfig, model_config: dict) -> HipLoraConfig:
+        """Choose the attention projections where no target is given."""
+        if peft_config.target_modules is None:
+            names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+            targets = next((option for option in ATTENTION_TARGETS if option <= names), None)
+            if targets is None:
+                raise ConfigError(
+                    f"target_modules is not set and {type(self.model).__name__} has none of the usual attention "
+                    "projections; set it to a list of module names, a regular expression or 'all-linear'"
+                )
+            peft_config.target_modules = set(targets)
+        return peft_config
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if isinstance(config, HipLoraConfig) and config.from_checkpoint:
+            check_fingerprints(self.model, config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to every target; on failure the model is left as it was."""
+        config = self.peft_config[adapter_name]
+        if not config.from_checkpoint:
+            config.fingerprints, config.base_precision = {}, ""
+        # Silent without a terminal, and for the first two seconds.
+        self._progress = tqdm(desc="factoring weights", unit=" modules", delay=2, leave=False, disable=None)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_patterns(config)
+        except BaseException:
+            self._withdraw(model, adapter_name)
+            raise
+        finally:
+            self._progress.close()
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo a half-made injection."""
+        self.peft_config.pop(adapter_name, None)
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, HipLoraLinear):
+                continue
+            if adapter_name in module.hiplora_A:
+                module.delete_adapter(adapter_name)
+            if not module.hiplora_A:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+
+    def _check_patterns(self, config: HipLoraConfig) -> None:
+        """Refuse a pattern that matches nothing: it would be accepted and ignored."""
+        for field in ("rank_pattern", "alpha_pattern", "principal_rank_pattern"):
+            for pattern in getattr(config, field):
+                if not any(get_pattern_key([pattern], name) == pattern for name in config.fingerprints):
+                    raise ConfigError(
+                        f"{field}[{pattern!r}] matches none of the adapted modules, such as "
+                        f"'{next(iter(config.fingerprints))}'; correct or remove it"
+                    )
+
+    def _create_and_replace(
+        self,
+        peft_config: HipLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        layer = target if isinstance(target, HipLoraLinear) else _wrap(target, current_key)
+        r = _for_module(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = _for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
+        k = _for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
+        factorise = functools.partial(self._factorise, layer, peft_config, k)
+        saved = peft_config.from_checkpoint and peft_config.save_factors
+        layer.add_adapter(adapter_name, peft_config, r, alpha, k, factorise, deferred=saved)
+        peft_config.base_precision = peft_config.base_precision or precision(layer)
+        hooks.watch(layer)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _factorise(self, layer: HipLoraLinear, config: HipLoraConfig, k: int) -> SpectralFactors:
+        """Fetch the certified factors of a layer's frozen weight from the store, or compute them."""
+        weight = layer.frozen_weight()
+        if weight.device.type == "meta":
+            raise ConfigError(f"layer {layer.name}: its weight is not loaded (meta device); load the base model first")
+        factors = FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=layer.name)
+        config.fingerprints[layer.name] = factors.fingerprint
+        self._progress.update()
+        return factors
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what is saved; an adapter that left the complement is refused."""
+        assert isinstance(config, HipLoraConfig)
+        for module in model.modules():
+            if isinstance(module, HipLoraLinear) and adapter_name in module.hiplora_A:
+                module.ensure_factors(adapter_name)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        check_state_leak(selected, config, adapter_name)
+        if config.save_factors:
+            return selected
+        return {key: value for key, value in selected.items() if not any(f".{n}." in key for n in FACTOR_NAMES)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Match saved tensors to layers, after checking that all are there and fit this base model."""
+        assert isinstance(config, HipLoraConfig)
+        layers = {m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter_name in m.hiplora_A}
+        check_checkpoint(layers, config, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _wrap(target: nn.Module, name: str) -> HipLoraLinear:
+    layer = HipLoraLinear(target, name)
+    if not isinstance(target, (nn.Linear, Conv1D)) and layer.quantization_backend is None:
+        raise ConfigError(
+            f"layer {name}: HiP-LoRA adapts linear layers, and this is a {type(target).__name__}; "
+            "leave it out with exclude_modules, or train it whole with modules_to_save"
+        )
+    return layer
+
+
+def _for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+

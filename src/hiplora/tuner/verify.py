@@ -1,0 +1,153 @@
+"""Does an adapter fit the base model in front of it? Checked by the values of the weights, before it is used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hiplora.errors import AdapterError
+from hiplora.spectral import leak, weight_fingerprint
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.layer import FACTOR_NAMES, LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear
+
+# A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
+# of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
+OTHER_PRECISION_LIMIT = 0.1
+ORTHOGONALITY_LIMIT = 1e-3
+
+
+def precision(layer: HipLoraLinear) -> str:
+    """Name how the frozen weight is stored: a dtype, or the quantisation backend."""
+    if layer.quantization_backend is not None:
+        return layer.quantization_backend.backend_name
+    return str(layer.get_base_layer().weight.dtype).removeprefix("torch.")
+
+
+def _frozen(module: nn.Module, name: str) -> tuple[Tensor, str]:
+    """Return a module's frozen weight as (m, n) and its precision, adapted already or not."""
+    layer = module if isinstance(module, HipLoraLinear) else HipLoraLinear(module, name)
+    if layer.merged:
+        raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
+    return layer.frozen_weight(), precision(layer)
+
+
+def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
+    """Compare every weight that the adapter was made for with the model's.
+
+    A weight with other values is an error, unless it is stored in another precision than the adapter's base was:
+    then the saved factors decide, once they are loaded (`check_checkpoint`).
+
+    Raises:
+        AdapterError: names the modules that are missing or differ.
+    """
+    config.unverified = set()
+    wrong = []
+    for name, expected in config.fingerprints.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise AdapterError(
+                f"layer {name}: the adapter was made for it, but this base model has no such module; "
+                f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+            ) from None
+        weight, stored = _frozen(module, name)
+        if weight_fingerprint(weight) == expected:
+            continue
+        if stored == config.base_precision or not config.save_factors:
+            wrong.append(name)
+        else:
+            config.unverified.add(name)
+    if wrong:
+        raise AdapterError(_other_weights(wrong, config))
+
+
+def _other_weights(names: list[str], config: HipLoraConfig) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    why = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
+    return (
+        f"layer {names[0]}{more}: the base model's weight is not the one that this adapter was made for{why}; "
+        f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+    )
+
+
+def check_checkpoint(
+    layers: Mapping[str, HipLoraLinear], config: HipLoraConfig, adapter: str, state: Mapping[str, Tensor]
+) -> None:
+    """Check a loaded adapter file against the layers that it is meant for.
+
+    Raises:
+        AdapterError: a tensor is missing, misshapen or not finite, the factors are not orthonormal, or they do
+            not belong to the base model's weight.
+    """
+    for name, layer in layers.items():
+        tensors = {}
+        for kind in _expected(layer, config, adapter):
+            found = [state[p + f"{name}.{kind}"] for p in ("base_model.model.", "") if f"{p}{name}.{kind}" in state]
+            if not found:
+                raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
+            tensors[kind] = found[0]
+            wanted = getattr(layer, kind)[adapter].shape
+            if found[0].shape != wanted:
+                raise AdapterError(
+                    f"layer {name}: {kind} in the adapter file is {tuple(found[0].shape)}, expected {tuple(wanted)}; "
+                    "the file and adapter_config.json do not belong together"
+                )
+            if not torch.isfinite(found[0]).all():
+                raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
+        if "hiplora_U" in tensors:
+            _check_factors(layer, config, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
+    if getattr(config, "unverified", None):
+        warnings.warn(
+            f"the base model is stored in another precision than the adapter's ({config.base_precision}); the "
+            "adapter's own factors were checked against it and are used",
+            stacklevel=2,
+        )
+
+
+def _expected(layer: HipLoraLinear, config: HipLoraConfig, adapter: str) -> list[str]:
+    kinds = ["hiplora_A", "hiplora_B"]
+    kinds += ["hiplora_delta"] if adapter in layer.hiplora_delta else []
+    return kinds + (list(FACTOR_NAMES) if config.save_factors else [])
+
+
+def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+    for label, basis in (("U", U), ("V", V)):
+        error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max().item()
+        if not error <= ORTHOGONALITY_LIMIT:
+            raise AdapterError(
+                f"layer {layer.name}: the columns of {label} in the adapter file are not orthonormal "
+                f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
+            )
+    if layer.name in getattr(config, "unverified", ()):
+        weight = layer.frozen_weight().float().cpu()
+        off = max((weight @ V - U * sigma).norm(dim=0).max(), (weight.T @ U - V * sigma).norm(dim=0).max())
+        if not off <= OTHER_PRECISION_LIMIT * sigma[0]:
+            raise AdapterError(_other_weights([layer.name], config))
+
+
+def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> None:
+    """Refuse to save an adapter whose residual channel left the complement (read from its tensors).
+
+    Raises:
+        AdapterError: names the module, the leak and the remedy.
+    """
+    if not config.residual_projection:
+        return
+    for key, A in state.items():
+        module, found, _ = key.partition(f".hiplora_A.{adapter}")
+        if not found:
+            continue
+        B, U, V = (state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V"))
+        limit = LEAK_LIMIT.get(A.dtype, LEAK_LIMIT_HALF)
+        off = leak(A.float(), B, U, V)
+        if not off <= limit:
+            raise AdapterError(
+                f"layer {module.removeprefix('base_model.model.')}: adapter '{adapter}' leaks {off:.2e} into the "
+                f"protected subspace (limit {limit:.0e}), so it is not saved: its optimizer's steps were not followed "
+                "by retraction; train with a torch.optim.Optimizer that holds its parameters, or call "
+                "hiplora.retract_(model) first"
+            )
+
