@@ -56,8 +56,8 @@ class HipLoraConfig(PeftConfig):
     r: int = 16
     lora_alpha: int | float = 32
     lora_dropout: float = 0.05
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -80,9 +80,12 @@ class HipLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Set the type and refuse values that make no sense."""
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PEFT_TYPE  # type: ignore[assignment]  # a string where PEFT has an enum
         # Only a config read from an adapter folder is born with fingerprints: its base is then verified.
         self.from_checkpoint = bool(self.fingerprints)
+        self.unverified: set[str] = (
+            set()
+        )  # modules whose saved factors must vouch for a base in another precision
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

@@ -133,7 +133,9 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, A, B, delta, U, V, thin, mask = ctx.saved_tensors
     r, compute = A.shape[0], ctx.compute
     g = grad_out.reshape(-1, grad_out.shape[-1]).to(compute)
-    back = g @ _up(B, U, None, ctx.scaling, compute)  # of the thin activation, (N, r + k), gains still left out
+    back = g @ _up(
+        B, U, None, ctx.scaling, compute
+    )  # of the thin activation, (N, r + k), gains still left out
     _, need_x, need_A, need_B, need_delta = ctx.needs_input_grad[:5]
     dx = d_A = d_B = d_delta = None
     if delta is not None:

@@ -38,7 +38,9 @@ def _owned(optimizer: Optimizer) -> Iterator[tuple[HipLoraLinear, str, Any]]:
             held = [
                 rates[id(parameters[adapter])]
                 for parameters in (layer.hiplora_delta, layer.hiplora_A, layer.hiplora_B)
-                if adapter in parameters and id(parameters[adapter]) in rates and parameters[adapter].requires_grad
+                if adapter in parameters
+                and id(parameters[adapter]) in rates
+                and parameters[adapter].requires_grad
             ]
             if held:
                 yield layer, adapter, held[0]
@@ -64,10 +66,16 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
 
 @torch.no_grad()
 def _add_budget_gradients(optimizer: Optimizer) -> None:
-    scale = getattr(optimizer, "grad_scale", None)  # set by an AMP scaler for optimizers that unscale themselves
+    scale = getattr(
+        optimizer, "grad_scale", None
+    )  # set by an AMP scaler for optimizers that unscale themselves
     for layer, adapter, _ in _owned(optimizer):
         config = layer.configs[adapter]
-        if config.stability_mode != "gradient" or config.stability_weight == 0 or adapter not in layer.hiplora_delta:
+        if (
+            config.stability_mode != "gradient"
+            or config.stability_weight == 0
+            or adapter not in layer.hiplora_delta
+        ):
             continue
         delta = layer.hiplora_delta[adapter]
         if delta.grad is None:  # the module took no part in this step
@@ -80,7 +88,11 @@ def _add_budget_gradients(optimizer: Optimizer) -> None:
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     for layer, adapter, rate in _owned(optimizer):
         config = layer.configs[adapter]
-        if config.stability_mode == "proximal" and config.stability_weight > 0 and adapter in layer.hiplora_delta:
+        if (
+            config.stability_mode == "proximal"
+            and config.stability_weight > 0
+            and adapter in layer.hiplora_delta
+        ):
             delta = layer.hiplora_delta[adapter]
             if delta.grad is not None:
                 step = float(rate) * config.stability_weight

@@ -53,7 +53,9 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
         self._pending: dict[str, Callable[[], SpectralFactors]] = {}
-        self._frozen: list[nn.Parameter] = []  # the base weight while merged; a list, so as not to be registered
+        self._frozen: list[
+            nn.Parameter
+        ] = []  # the base weight while merged; a list, so as not to be registered
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = []
@@ -152,7 +154,9 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -264,7 +268,7 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
                 x,
                 self.hiplora_A[adapter],
                 self.hiplora_B[adapter],
-                self.hiplora_delta[adapter] if adapter in self.hiplora_delta else None,
+                self.hiplora_delta.get(adapter),
                 self.hiplora_U[adapter],
                 self.hiplora_V[adapter],
                 self.scaling[adapter],
@@ -289,8 +293,10 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name)
         merged = merged.to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
-        layer = self.get_base_layer()
+            raise AdapterError(
+                f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged"
+            )
+        layer: Any = self.get_base_layer()
         if not self._frozen:
             self._frozen.append(layer.weight)
         if self.quantization_backend is not None:
@@ -305,7 +311,8 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        layer, weight = self.get_base_layer(), self._frozen.pop()
+        layer: Any = self.get_base_layer()
+        weight = self._frozen.pop()
         if weight.device != layer.weight.device:
             weight.data = weight.data.to(layer.weight.device)
         layer.weight = weight

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import AdapterError, ConfigError
+from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.tuner import hooks
 from hiplora.tuner.config import HipLoraConfig
@@ -38,7 +38,7 @@ class HipLoraModel(BaseTuner):
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
 
-    def _prepare_adapter_config(self, peft_config: HipLoraConfig, model_config: dict) -> HipLoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         """Choose the attention projections where no target is given."""
         if peft_config.target_modules is None:
             names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
@@ -58,7 +58,7 @@ class HipLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every target; on failure the model is left as it was."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if not config.from_checkpoint:
             config.fingerprints, config.base_precision = {}, ""
         # Silent without a terminal, and for the first two seconds.
@@ -96,13 +96,13 @@ class HipLoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: HipLoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, HipLoraLinear) else _wrap(target, current_key)
         r = _for_module(peft_config.rank_pattern, current_key, peft_config.r)
@@ -122,7 +122,9 @@ class HipLoraModel(BaseTuner):
         """Fetch the certified factors of a layer's frozen weight from the store, or compute them."""
         weight = layer.frozen_weight()
         if weight.device.type == "meta":
-            raise ConfigError(f"layer {layer.name}: its weight is not loaded (meta device); load the base model first")
+            raise ConfigError(
+                f"layer {layer.name}: its weight is not loaded (meta device); load the base model first"
+            )
         factors = FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=layer.name)
         config.fingerprints[layer.name] = factors.fingerprint
         self._progress.update()
@@ -142,11 +144,15 @@ class HipLoraModel(BaseTuner):
         for module in model.modules():
             if isinstance(module, HipLoraLinear) and adapter_name in module.hiplora_A:
                 module.ensure_factors(adapter_name)
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         check_state_leak(selected, config, adapter_name)
         if config.save_factors:
             return selected
-        return {key: value for key, value in selected.items() if not any(f".{n}." in key for n in FACTOR_NAMES)}
+        return {
+            key: value for key, value in selected.items() if not any(f".{n}." in key for n in FACTOR_NAMES)
+        }
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -154,7 +160,9 @@ class HipLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
         assert isinstance(config, HipLoraConfig)
-        layers = {m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter_name in m.hiplora_A}
+        layers = {
+            m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter_name in m.hiplora_A
+        }
         check_checkpoint(layers, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -170,6 +178,4 @@ def _wrap(target: nn.Module, name: str) -> HipLoraLinear:
 
 
 def _for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(pattern.keys(), name), default)
-
-
+    return pattern.get(get_pattern_key(list(pattern), name), default)

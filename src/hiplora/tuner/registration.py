@@ -8,6 +8,6 @@ from hiplora.tuner.model import HipLoraModel
 
 def register() -> None:
     """Enter the config, the tuner and the prefix into PEFT's mappings; calling it again changes nothing."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix  # type: ignore[index]

@@ -85,9 +85,13 @@ def check_checkpoint(
     for name, layer in layers.items():
         tensors = {}
         for kind in _expected(layer, config, adapter):
-            found = [state[p + f"{name}.{kind}"] for p in ("base_model.model.", "") if f"{p}{name}.{kind}" in state]
+            found = [
+                state[p + f"{name}.{kind}"] for p in ("base_model.model.", "") if f"{p}{name}.{kind}" in state
+            ]
             if not found:
-                raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
+                raise AdapterError(
+                    f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again"
+                )
             tensors[kind] = found[0]
             wanted = getattr(layer, kind)[adapter].shape
             if found[0].shape != wanted:
@@ -99,7 +103,7 @@ def check_checkpoint(
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
             _check_factors(layer, config, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
-    if getattr(config, "unverified", None):
+    if config.unverified:
         warnings.warn(
             f"the base model is stored in another precision than the adapter's ({config.base_precision}); the "
             "adapter's own factors were checked against it and are used",
@@ -121,7 +125,7 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
                 f"layer {layer.name}: the columns of {label} in the adapter file are not orthonormal "
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
-    if layer.name in getattr(config, "unverified", ()):
+    if layer.name in config.unverified:
         weight = layer.frozen_weight().float().cpu()
         off = max((weight @ V - U * sigma).norm(dim=0).max(), (weight.T @ U - V * sigma).norm(dim=0).max())
         if not off <= OTHER_PRECISION_LIMIT * sigma[0]:
@@ -140,7 +144,9 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
         module, found, _ = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
-        B, U, V = (state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V"))
+        B, U, V = (
+            state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V")
+        )
         limit = LEAK_LIMIT.get(A.dtype, LEAK_LIMIT_HALF)
         off = leak(A.float(), B, U, V)
         if not off <= limit:
@@ -150,4 +156,3 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
                 "by retraction; train with a torch.optim.Optimizer that holds its parameters, or call "
                 "hiplora.retract_(model) first"
             )
-
