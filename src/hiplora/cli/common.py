@@ -1,0 +1,42 @@
+"""What the commands share: progress on stderr, JSON on stdout, tables for people."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import typer
+
+T = TypeVar("T")
+
+JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object instead of a table.")
+OVERWRITE_OPTION = typer.Option(False, "--overwrite", help="Replace the output folder if it exists.")
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON value to standard output."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` under a progress bar on stderr; silent where stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=what, total=total, console=Console(stderr=True))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table to standard output; columns after the first are right-aligned."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

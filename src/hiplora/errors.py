@@ -1,0 +1,31 @@
+"""Every failure that a user can cause is one of these; the command line shows them without a traceback."""
+
+
+class HipLoraError(Exception):
+    """Base of all errors that hiplora raises on purpose. `exit_code` is the command line's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(HipLoraError, ValueError):
+    """A configuration, recipe or argument is wrong: it names the field, the value and the remedy."""
+
+    exit_code = 2
+
+
+class DataError(HipLoraError, ValueError):
+    """A data file or row cannot be used: it names the file, the line and the remedy."""
+
+    exit_code = 2
+
+
+class FactorError(HipLoraError, ValueError):
+    """A weight cannot be factored as asked (NaN, rank too high, tolerance missed); it names the module."""
+
+
+class StoreError(HipLoraError, OSError):
+    """The factor store cannot be read or written."""
+
+
+class AdapterError(HipLoraError, ValueError):
+    """An adapter does not fit its base model, is damaged, or leaves the complement it promises."""

@@ -1,0 +1,69 @@
+"""What every test gets: caches of its own, no hub, one thread, fixed seeds, and shapes checked as declared."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before anything imports torch or hiplora. A pytest-xdist worker inherits these from the process that
+# started it; then the real cache is the one that the first process saw, and the temporary one is shared.
+if "HIPLORA_TEST_REAL_CACHE" not in os.environ:
+    from hiplora.files import cache_dir
+
+    os.environ["HIPLORA_TEST_REAL_CACHE"] = str(cache_dir())
+    os.environ["HIPLORA_CACHE"] = tempfile.mkdtemp(prefix="hiplora-test-cache-")
+    _OWN_CACHE = os.environ["HIPLORA_CACHE"]
+else:
+    _OWN_CACHE = None
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = "agg"
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("hiplora.spectral", "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.tiny import save_tiny  # noqa: E402
+
+torch.set_num_threads(1)
+
+REAL_MODEL = Path(os.environ["HIPLORA_TEST_REAL_CACHE"]) / "models" / "smollm2-135m"
+
+
+def pytest_configure(config):
+    """Let `hiplora.models` find the real model, already fetched, in the temporary cache."""
+    link = Path(os.environ["HIPLORA_CACHE"]) / "models" / REAL_MODEL.name
+    if _OWN_CACHE and REAL_MODEL.is_dir():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(REAL_MODEL)
+
+
+def pytest_unconfigure(config):
+    """Remove the temporary cache once the process that made it is done."""
+    if _OWN_CACHE:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct; mark the test `real_model` as well."""
+    if not REAL_MODEL.is_dir():
+        pytest.skip("SmolLM2-135M is not in the cache: run `make model`")
+    return REAL_MODEL
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory) -> Path:
+    """Folder of a tiny random Llama with its tokenizer (seed 0, untied); read it, never write to it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
