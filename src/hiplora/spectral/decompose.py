@@ -1,18 +1,24 @@
 """Certified truncated SVD: every set of factors is measured against its weight before anyone may use it."""
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor
 
 from hiplora.errors import ConfigError, FactorError
 from hiplora.spectral.exact import full_svd, gram_svd, row_chunks
-from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
-from hiplora.spectral.krylov import Triplets, block_krylov
+from hiplora.spectral.factors import SpectralFactors, Triplets, weight_fingerprint
+from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
+from hiplora.spectral.precision import full_precision, widest
 
 METHODS = ("auto", "exact", "krylov", "randomized")
-_SAFE = (1e-12, 1e12)  # largest |entry| between which fp32 products and their squares stay in range
-_MAX_BLOCKS = 6
-_MAX_PRODUCTS = 120
-_EXACT_BELOW = 1024
+
+# Measured on two cores (benchmarks/svd.py): an eigenproblem of this size takes about as long as the iteration.
+_EXACT_SIZE = 640
+_EXACT_SIZE_PER_RANK = 14
+_KRYLOV_FLOOR = 5e-6  # fp32 products cannot promise less
+_SAFE_MAGNITUDE = (1e-12, 1e12)  # of the largest |entry|: squares and sums stay in fp32's range
 
 
 def truncated_svd(
@@ -25,14 +31,18 @@ def truncated_svd(
     oversampling: int = 8,
     power_iterations: int = 2,
     seed: int = 0,
+    fingerprint: str | None = None,
 ) -> SpectralFactors:
     """Factor a weight (m, n) into its k leading singular triplets, with a certificate.
 
-    `method="exact"` decomposes densely in float64; `"krylov"` only multiplies by W and Wᵀ and goes on until
-    the residual is below `tol`; `"auto"` takes the cheaper of the two; `"randomized"` is the paper's
-    (`oversampling`, `power_iterations`), whose residual is reported but not enforced. Any floating dtype,
-    device and memory layout; computed from the weight's fp32 values, so the same values give the same
-    factors. Signs: the largest |entry| of each u is positive.
+    `method="exact"` decomposes densely in float64. `"krylov"` only multiplies by W and Wᵀ and goes on until
+    the residual is below `tol` (weights too small for its basis are decomposed exactly). `"auto"` takes the
+    cheaper of the two, and the exact one where the iteration missed the tolerance. `"randomized"` is the
+    paper's (`oversampling`, `power_iterations`): its residual is reported, not enforced.
+
+    Any floating dtype, device and memory layout. Everything is computed from the weight's fp32 values and
+    a seeded generator, so equal values give equal factors; in each u the entry of largest magnitude is
+    positive. `fingerprint` saves hashing a weight whose fingerprint the caller has.
 
     Raises:
         FactorError: not a finite floating matrix, k outside 1 … min(m, n), or the tolerance was missed;
@@ -42,68 +52,82 @@ def truncated_svd(
     if method not in METHODS:
         raise ConfigError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if not tol > 0:
-        raise ConfigError(
-            f"svd_tolerance {tol}: expected a number > 0, as a share of the largest singular value"
-        )
-    matrix, scale = _checked(weight, k, name)
-    if scale == 0:
-        triplets, used = _zero(matrix, k), "exact"
-    elif method == "randomized":
-        triplets, used = _randomized(matrix, k, oversampling, power_iterations, _generator(seed)), method
-    else:
-        triplets, used = _accurate(matrix, k, tol, method, _generator(seed))
-    factors = _certified(matrix, triplets, used, scale, weight_fingerprint(weight))
-    if used == "exact" and factors.residual > tol:
-        factors = _certified(matrix, full_svd(matrix, k), used, scale, factors.fingerprint)
+        raise ConfigError(f"svd_tolerance {tol}: expected a number > 0, as a share of the largest sigma")
+    _check_request(weight, k, name)
+    with full_precision(weight.device):
+        matrix, scale = _prepare(weight, name)
+        try:
+            factors = _factor(matrix, k, tol, method, (oversampling, power_iterations), seed)
+        except torch.linalg.LinAlgError as error:
+            raise FactorError(f"layer {name}: LAPACK could not decompose the weight ({error})") from error
     if method != "randomized" and not factors.residual <= tol:
         raise FactorError(
-            f"layer {name}: the decomposition ({used}) reached a residual of {factors.residual:.1e} of the largest "
-            f"singular value, above svd_tolerance {tol:.1e}; raise svd_tolerance"
-            + (" or use method='exact'" if used == "krylov" else "")
+            f"layer {name}: the {factors.method} decomposition reached a residual of {factors.residual:.1e}, "
+            f"expected at most svd_tolerance {tol:.1e} (of the largest singular value); raise svd_tolerance"
         )
-    return factors
+    sigma = factors.sigma * scale
+    if not math.isfinite(sigma[0].item()):
+        raise FactorError(f"layer {name}: the largest singular value overflows float32; rescale the weight")
+    fingerprint = fingerprint or weight_fingerprint(weight)
+    return dataclasses.replace(factors, sigma=sigma, fingerprint=fingerprint)
 
 
-def _checked(weight: Tensor, k: int, name: str) -> tuple[Tensor, float]:
-    """Validate; return the weight as a contiguous fp32 matrix of safe magnitude, and the factor taken out."""
-    if weight.dim() != 2:
+def _check_request(weight: Tensor, k: int, name: str) -> None:
+    if weight.dim() != 2 or weight.numel() == 0:
         raise FactorError(f"layer {name}: expected a matrix (out, in), got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
         raise FactorError(
             f"layer {name}: dtype {weight.dtype} holds packed or integer values; dequantise the weight first"
         )
+    if weight.is_meta:
+        raise FactorError(f"layer {name}: the weight is on the meta device and has no values; load it first")
     if k < 1:
-        raise FactorError(f"layer {name}: principal_rank {k} must be at least 1")
+        raise FactorError(f"layer {name}: principal_rank {k} is below 1; raise it or leave the layer out")
     if k > min(weight.shape):
         raise FactorError(
             f"layer {name}: principal_rank {k} exceeds min(out, in) = {min(weight.shape)}; "
             "lower it or set principal_rank_pattern"
         )
+
+
+def _prepare(weight: Tensor, name: str) -> tuple[Tensor, float]:
+    """Return the weight as a contiguous fp32 matrix of safe magnitude, and the factor that was taken out."""
     matrix = weight.detach().to(torch.float32).contiguous()
     low, high = torch.aminmax(matrix)
     largest = max(-low.item(), high.item())
-    if not largest < float("inf"):
+    if not math.isfinite(largest):
         bad = int((~torch.isfinite(matrix)).sum())
         raise FactorError(
-            f"layer {name}: {bad} of {matrix.numel()} values are NaN or Inf (in float32); the checkpoint is damaged"
+            f"layer {name}: {bad} of {matrix.numel()} values are NaN or Inf in float32; "
+            "the checkpoint is damaged or out of range"
         )
-    if largest == 0 or _SAFE[0] < largest < _SAFE[1]:
-        return matrix, float(largest > 0)
-    return (matrix.double() / largest).float(), largest
+    if largest == 0 or _SAFE_MAGNITUDE[0] < largest < _SAFE_MAGNITUDE[1]:
+        return matrix, 1.0
+    return (matrix.to(widest(matrix.device)) / largest).float(), largest
 
 
-def _accurate(
-    matrix: Tensor, k: int, tol: float, method: str, generator: torch.Generator
-) -> tuple[Triplets, str]:
-    block = max(16, k + 4)
-    small = min(matrix.shape)
-    fits = (_MAX_BLOCKS + 1) * block <= small
-    if method == "exact" or not fits or (method == "auto" and small < _EXACT_BELOW):
-        return gram_svd(matrix, k), "exact"
-    triplets = block_krylov(
-        matrix, k, tol, generator, block=block, max_blocks=_MAX_BLOCKS, max_products=_MAX_PRODUCTS
-    )
-    return triplets, "krylov"
+def _factor(
+    matrix: Tensor, k: int, tol: float, method: str, sketch: tuple[int, int], seed: int
+) -> SpectralFactors:
+    """Decompose, certify, and take the next more accurate way while the method allows it."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if not matrix.any():
+        return _certify(matrix, _axes(matrix, k), "exact")
+    if method == "randomized":
+        return _certify(matrix, _randomized(matrix, k, *sketch, generator), method)
+    if not _is_exact_cheaper(matrix, k, tol, method):
+        factors = _certify(matrix, block_krylov(matrix, k, tol, generator), "krylov")
+        if factors.residual <= tol or method == "krylov":
+            return factors
+    factors = _certify(matrix, gram_svd(matrix, k), "exact")
+    return factors if factors.residual <= tol else _certify(matrix, full_svd(matrix, k), "exact")
+
+
+def _is_exact_cheaper(matrix: Tensor, k: int, tol: float, method: str) -> bool:
+    size = min(matrix.shape)
+    if method == "exact" or size <= MAX_BLOCKS * block_size(k):
+        return True
+    return method == "auto" and (size <= max(_EXACT_SIZE, _EXACT_SIZE_PER_RANK * k) or tol < _KRYLOV_FLOOR)
 
 
 def _randomized(
@@ -111,7 +135,7 @@ def _randomized(
 ) -> Triplets:
     """The paper's range finder: a random block of k + oversampling columns and a few power iterations."""
     width = min(k + oversampling, *matrix.shape)
-    probe = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
+    probe = torch.randn(matrix.shape[1], width, generator=generator, device="cpu").to(matrix.device)
     Q = torch.linalg.qr(matrix @ probe).Q
     for _ in range(iterations):
         Q = torch.linalg.qr(matrix.T @ Q).Q
@@ -120,53 +144,42 @@ def _randomized(
     return Triplets(Q @ P[:, :k], sigma[:k], Vt[:k].T)
 
 
-def _zero(matrix: Tensor, k: int) -> Triplets:
+def _axes(matrix: Tensor, k: int) -> Triplets:
     """Any orthonormal vectors do for an all-zero weight: take coordinate axes."""
     m, n = matrix.shape
-    return Triplets(*(torch.eye(m, k), torch.zeros(k), torch.eye(n, k)))
+    return Triplets(
+        *(torch.eye(m, k, device="cpu"), torch.zeros(k, device="cpu"), torch.eye(n, k, device="cpu"))
+    )
 
 
-def _certified(
-    matrix: Tensor, triplets: Triplets, method: str, scale: float, fingerprint: str
-) -> SpectralFactors:
+def _certify(matrix: Tensor, triplets: Triplets, method: str) -> SpectralFactors:
     """Fix the signs, round to fp32, and measure the residual and orthogonality of the rounded tensors."""
     U, sigma, V = (tensor.to(matrix.device) for tensor in triplets)
-    peak = U.gather(0, U.abs().argmax(0, keepdim=True)).squeeze(0)
-    flip = torch.where(peak < 0, -1.0, 1.0).to(U.dtype)
-    U, sigma, V = (
-        tensor.to(torch.float32).contiguous() for tensor in (U * flip, sigma.clamp_min(0), V * flip)
-    )
-    residual = _residual(matrix, U, sigma, V)
-    return SpectralFactors(
-        U, sigma * scale if scale else sigma, V, residual, _orthogonality(U, V), method, "weight", fingerprint
-    )
+    peaks = U.gather(0, U.abs().argmax(0, keepdim=True)).squeeze(0)
+    signs = torch.where(peaks < 0, -1.0, 1.0).to(U)
+    rounded = (tensor.to(torch.float32).contiguous() for tensor in (U * signs, sigma, V * signs))
+    U, sigma, V = rounded
+    orthogonality = max(_orthogonality(U), _orthogonality(V))
+    return SpectralFactors(U, sigma, V, _residual(matrix, U, sigma, V), orthogonality, method)
 
 
 def _residual(matrix: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
-    U, sigma, V = (tensor.to(wide) for tensor in (U, sigma, V))
+    """The certificate, in one pass over the weight, a float64 copy of some rows at a time."""
     if sigma[0] == 0:
         return 0.0
-    back = torch.zeros_like(V)
-    forward = torch.zeros_like(sigma)
+    U, sigma, V = (tensor.to(widest(matrix.device)) for tensor in (U, sigma, V))
+    forward, image = torch.zeros_like(sigma), torch.zeros_like(V)
     start = 0
     for rows in row_chunks(matrix):
-        block, U_rows = rows.to(wide), U[start : start + rows.shape[0]]
-        forward += (block @ V - sigma * U_rows).square().sum(0)
-        back.addmm_(block.T, U_rows)
+        wide, U_rows = rows.to(U.dtype), U[start : start + rows.shape[0]]
+        forward += (wide @ V - sigma * U_rows).square().sum(0)
+        image.addmm_(wide.T, U_rows)
         start += rows.shape[0]
-    backward = (back - sigma * V).square().sum(0)
+    backward = (image - sigma * V).square().sum(0)
     return (torch.maximum(forward, backward).max().sqrt() / sigma[0]).item()
 
 
-def _orthogonality(U: Tensor, V: Tensor) -> float:
-    errors = []
-    for basis in (U, V):
-        wide = basis if basis.device.type == "mps" else basis.double()
-        gram = wide.T @ wide
-        errors.append((gram - torch.eye(gram.shape[0]).to(gram)).abs().max().item())
-    return max(errors)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def _orthogonality(basis: Tensor) -> float:
+    wide = basis.to(widest(basis.device))
+    identity = torch.eye(basis.shape[1], dtype=wide.dtype, device=wide.device)
+    return (wide.T @ wide - identity).abs().max().item()

@@ -1,17 +1,26 @@
 """The certified factors of one weight matrix, and the fingerprint that says which weight it was."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: hashing stays in the cache's reach and peak memory flat
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time: peak memory stays flat whatever the weight
 
 
-@dataclass(frozen=True, eq=False)
+class Triplets(NamedTuple):
+    """Singular triplets before they are certified: U (m, k), sigma (k,) descending, V (n, k)."""
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class SpectralFactors:
     """Truncated singular value decomposition `W ≈ U diag(σ) Vᵀ` with its certificate.
 
@@ -37,9 +46,8 @@ class SpectralFactors:
 
     def to(self, device: torch.device | str) -> "SpectralFactors":
         """Return the same factors with their tensors on `device`."""
-        U, sigma, V = (tensor.to(device) for tensor in (self.U, self.sigma, self.V))
-        return SpectralFactors(
-            U, sigma, V, self.residual, self.orthogonality, self.method, self.basis, self.fingerprint
+        return dataclasses.replace(
+            self, U=self.U.to(device), sigma=self.sigma.to(device), V=self.V.to(device)
         )
 
 
@@ -59,7 +67,7 @@ def weight_fingerprint(weight: Tensor) -> str:
 def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
     if weight.numel() == 0:
         return
-    flat = weight if weight.dim() else weight.reshape(1)
-    rows = max(1, _CHUNK_ELEMENTS * flat.shape[0] // flat.numel())
-    for start in range(0, flat.shape[0], rows):
-        yield flat[start : start + rows]
+    rows = weight if weight.dim() else weight.reshape(1)
+    step = max(1, _CHUNK_ELEMENTS * rows.shape[0] // rows.numel())
+    for start in range(0, rows.shape[0], step):
+        yield rows[start : start + step]

@@ -1,103 +1,93 @@
-"""Block Golub-Kahan iteration with full reorthogonalisation and thick restarts: W is only ever multiplied with."""
+"""Block Golub-Kahan iteration, fully reorthogonalised, with thick restarts: W is only multiplied with."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
+from hiplora.spectral.factors import Triplets
+from hiplora.spectral.precision import widest
 
-_DEPENDENT = (
-    1e-5  # in fp32 a direction that keeps less than this share of σ_1 after projection is rounding noise
-)
-_ESTIMATE_MARGIN = 0.5  # stop at half the tolerance: the estimate is fp32, the certificate is not
-
-
-class Triplets(NamedTuple):
-    """Ritz triplets in float64: U (m, k), sigma (k,) descending, V (n, k)."""
-
-    U: Tensor
-    sigma: Tensor
-    V: Tensor
+MAX_BLOCKS = 6  # of the basis before it is compressed
+_MAX_PRODUCTS = 150  # blocks; a flat random 4096² matrix, the hardest of practice, takes about 30
+_NOISE = 1e-6  # a direction with less than this share of σ_1 left after projection in fp32 is rounding
+_MARGIN = 0.5  # stop at half the tolerance: the estimate is made in fp32, the certificate in float64
 
 
 class _Space(NamedTuple):
-    """`W right = left @ core`, `left` (m, p) and `right` (n, p) orthonormal in fp32, `core` (p, p) in float64."""
+    """`W right = left @ core`: orthonormal fp32 `left` (m, p), `right` (n, p); float64 `core` (p, p)."""
 
     left: Tensor
     right: Tensor
     core: Tensor
 
 
-def block_krylov(
-    weight: Tensor,
-    k: int,
-    tol: float,
-    generator: torch.Generator,
-    *,
-    block: int,
-    max_blocks: int,
-    max_products: int,
-) -> Triplets:
+class _Extension(NamedTuple):
+    """Candidates `(d, b) = basis @ overlap + vectors @ remainder`, `vectors` orthonormal, off the basis."""
+
+    vectors: Tensor
+    overlap: Tensor
+    remainder: Tensor
+
+
+def block_size(k: int) -> int:
+    """Width of the block for k triplets: wide enough to meet every copy of a repeated singular value."""
+    return max(16, k + 4)
+
+
+def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator) -> Triplets:
     """Return k leading Ritz triplets of an fp32 weight (m, n) whose estimated residual is below `tol`·σ_1.
 
-    The basis grows by `block` directions a time; when it holds `max_blocks` blocks it is compressed to its
-    best Ritz vectors and goes on (thick restart). A block at least as wide as k finds every copy of a
-    repeated singular value that is wanted. Gives up after `max_products` block products and returns what
-    it has: the caller's certificate decides.
+    The basis grows a block at a time; when it holds `MAX_BLOCKS` blocks it is compressed to its best Ritz
+    pairs and goes on (thick restart), so memory is bounded. Needs `min(m, n) > MAX_BLOCKS` blocks. After
+    a great many products it returns what it has: the caller's certificate decides.
     """
-    m, n = weight.shape
-    fresh = torch.randn(n, block, generator=generator).to(weight.device)
-    right = _extend(weight.new_empty(n, 0), fresh, 1.0, generator).vectors
-    space = _Space(weight.new_empty(m, 0), weight.new_empty(n, 0), weight.new_empty(0, 0).to(_wide(weight)))
+    (m, n), block = weight.shape, block_size(k)
+    space = _Space(
+        weight.new_empty(m, 0), weight.new_empty(n, 0), weight.new_empty(0, 0, dtype=widest(weight.device))
+    )
+    right = _extend(space.right, _random(n, block, weight, generator), 1.0, generator).vectors
     scale = 0.0
-    for step in range(max_products):
+    for product in range(1, _MAX_PRODUCTS + 1):
         grown = _extend(space.left, weight @ right, scale, generator)
         space = _grow(space, right, grown)
-        last = grown.vectors
         P, sigma, Qt = torch.linalg.svd(space.core, full_matrices=False)
         scale = sigma[0].item()
-        following = _extend(space.right, weight.T @ last, scale, generator)
+        following = _extend(space.right, weight.T @ grown.vectors, scale, generator)
+        # Wᵀ left = right coreᵀ + following.vectors remainder [0 … 0 I], so this is the whole residual.
         coupling = following.remainder.to(P.dtype) @ P[-block:, :k]
-        converged = torch.linalg.vector_norm(coupling, dim=0).max().item() <= tol * _ESTIMATE_MARGIN * scale
-        if converged or step == max_products - 1:
+        residual = torch.linalg.vector_norm(coupling, dim=0).max().item()
+        if residual <= _MARGIN * tol * scale or product == _MAX_PRODUCTS:
             break
         right = following.vectors
-        if space.core.shape[0] >= max_blocks * block:
-            space = _compress(space, P, sigma, Qt, keep=k + (max_blocks * block - k) // 3)
-    wide = _wide(weight)
-    return Triplets(space.left.to(wide) @ P[:, :k], sigma[:k], space.right.to(wide) @ Qt[:k].T)
-
-
-class _Extension(NamedTuple):
-    vectors: Tensor  # (d, b): orthonormal, and orthogonal to the basis
-    overlap: Tensor  # (p, b): the part of the candidates inside the basis
-    remainder: Tensor  # (b, b): vectorsᵀ candidates
+        if space.core.shape[0] >= MAX_BLOCKS * block:
+            space = _compress(space, P, sigma, Qt, keep=k + (MAX_BLOCKS * block - k) // 3)
+    left = _orthonormal(space.left.to(P.dtype) @ P[:, :k])
+    return Triplets(left, sigma[:k], _orthonormal(space.right.to(P.dtype) @ Qt[:k].T))
 
 
 def _extend(basis: Tensor, candidates: Tensor, scale: float, generator: torch.Generator) -> _Extension:
-    """Orthonormalise `candidates` against `basis`; directions that were rounding noise are drawn anew."""
+    """Orthonormalise `candidates` against `basis`, twice; columns that are but rounding are drawn anew.
+
+    The redrawn columns keep the basis orthonormal when the weight has no more directions to give (rank
+    deficiency, structured zeros), where QR alone would return vectors that lie in the basis.
+    """
     overlap = basis.T @ candidates
     rest = candidates - basis @ overlap
-    again = basis.T @ rest
-    rest = rest - basis @ again
+    correction = basis.T @ rest
+    rest = rest - basis @ correction
     vectors, triangle = torch.linalg.qr(rest)
-    threshold = _DEPENDENT * max(scale, triangle.diagonal().abs().max().item())
-    noise = triangle.diagonal().abs() <= threshold
+    size = triangle.diagonal().abs()
+    noise = size <= _NOISE * max(scale, size.max().item())
     if noise.any():
-        drawn = torch.randn(vectors.shape, generator=generator).to(vectors)
-        vectors = torch.where(noise, drawn, vectors)
-    if basis.shape[1]:
+        vectors = torch.where(noise, _random(vectors.shape[0], vectors.shape[1], vectors, generator), vectors)
         vectors = vectors - basis @ (basis.T @ vectors)
-        vectors = vectors - basis @ (basis.T @ vectors) if noise.any() else vectors
-    if noise.any() or basis.shape[1]:
-        vectors = torch.linalg.qr(vectors).Q
-    return _Extension(vectors, overlap + again, vectors.T @ rest)
+    vectors = torch.linalg.qr(vectors - basis @ (basis.T @ vectors)).Q
+    return _Extension(vectors, overlap + correction, vectors.T @ rest)
 
 
 def _grow(space: _Space, right: Tensor, grown: _Extension) -> _Space:
-    """Append one block to both bases; the core gets the block's coefficients as its last columns."""
+    """Append one block to both bases; its coefficients become the last columns of the core."""
     p, b = space.core.shape[0], right.shape[1]
     core = space.core.new_zeros(p + b, p + b)
     core[:p, :p] = space.core
@@ -107,12 +97,17 @@ def _grow(space: _Space, right: Tensor, grown: _Extension) -> _Space:
 
 
 def _compress(space: _Space, P: Tensor, sigma: Tensor, Qt: Tensor, keep: int) -> _Space:
-    """Keep the best Ritz pairs: the same relation `W right = left @ core` on a smaller basis."""
+    """Keep the best Ritz pairs: the relation `W right = left @ core` holds on the smaller basis too."""
     left = space.left @ P[:, :keep].to(space.left.dtype)
     right = space.right @ Qt[:keep].T.to(space.right.dtype)
     return _Space(left, right, torch.diag(sigma[:keep]))
 
 
-def _wide(weight: Tensor) -> torch.dtype:
-    """float64, except on devices that have none (Apple's)."""
-    return torch.float32 if weight.device.type == "mps" else torch.float64
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Remove the fp32 rounding from nearly orthonormal columns, keeping each one's direction and sign."""
+    Q, R = torch.linalg.qr(vectors)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
+
+
+def _random(rows: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator, device="cpu").to(like)

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
-import platformdirs
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hiplora.errors import StoreError
-from hiplora.files import write_atomic
+from hiplora.files import cache_dir, write_atomic
 from hiplora.spectral.decompose import truncated_svd
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
 
@@ -26,89 +25,97 @@ logger = logging.getLogger(__name__)
 FORMAT = (
     1  # raised whenever the decomposition or the file layout changes: old entries are then simply not found
 )
-_LOCK_SECONDS = 3600.0
+_LOCK_SECONDS = 3600.0  # for one decomposition, of the largest weight, on a slow machine
 _TENSORS = ("U", "sigma", "V")
-
-
-def default_root() -> Path:
-    """Return the folder of the user's store: `$HIPLORA_CACHE/factors`, or the platform's cache folder."""
-    base = os.environ.get("HIPLORA_CACHE") or platformdirs.user_cache_dir("hiplora")
-    return Path(base).expanduser() / "factors"
 
 
 class FactorStore:
     """Factors kept on disk under the fingerprint of their weight and the options that made them.
 
-    An entry is written aside and renamed, so it is whole or absent; one process computes while the others
-    wait; everything is verified when it is read, and a damaged entry is reported and computed again. A
-    store that cannot be written costs a warning and the time to compute, unless `must_write` says that
-    filling it is the purpose.
+    An entry is written aside and renamed, so it is whole or absent. One process computes it while others
+    wait. Whatever is read is verified; a damaged entry is reported and computed again. A store that cannot
+    be written costs a warning and the time to compute, unless `must_write` says that filling it is the
+    purpose.
     """
 
     def __init__(self, root: str | os.PathLike | None = None, *, must_write: bool = False):
-        self.root = Path(root) if root is not None else default_root()
+        self.root = Path(root) if root is not None else cache_dir() / "factors"
         self.must_write = must_write
 
     def get_or_compute(
-        self, weight: Tensor, k: int, tol: float = 1e-4, method: str = "auto", *, name: str = "weight"
+        self,
+        weight: Tensor,
+        k: int,
+        tol: float = 1e-4,
+        method: str = "auto",
+        *,
+        name: str = "weight",
+        fingerprint: str | None = None,
     ) -> SpectralFactors:
         """Return the stored factors of a weight (m, n), or compute and store them; on the weight's device.
 
         An entry serves only the very options that it was computed with, so a hit and a miss give the same
-        bits.
+        bits. `name` appears in messages; `fingerprint` saves hashing a weight whose fingerprint is known.
 
         Raises:
             FactorError, ConfigError: as `truncated_svd`.
             StoreError: the entry cannot be written, and `must_write` is set.
         """
-        fingerprint = weight_fingerprint(weight)
+        if weight.is_meta or weight.dim() != 2:  # nothing to hash: let the decomposition say what is wrong
+            return truncated_svd(weight, k, tol, method, name=name)
+        fingerprint = fingerprint or weight_fingerprint(weight)
         path = self.path(fingerprint, k, tol, method)
-        found = self._read(path, name)
-        if found is not None:
-            return found.to(weight.device)
-        with self._locked(path):
-            found = self._read(path, name, quiet=True)
-            if found is not None:
-                return found.to(weight.device)
-            factors = truncated_svd(weight, k, tol, method, name=name)
-            self._write(path, factors)
-            return factors
+        expected = (fingerprint, (weight.shape[0], k), (weight.shape[1], k))
+        factors = self._read(path, expected, name)
+        if factors is None:
+            with self._locked(path) as held:
+                # Another process may have computed it while this one waited.
+                factors = self._read(path, expected, name, quiet=True)
+                if factors is None:
+                    factors = truncated_svd(weight, k, tol, method, name=name, fingerprint=fingerprint)
+                    if held:
+                        self._write(path, factors)
+        return factors.to(weight.device)
 
     def path(self, fingerprint: str, k: int, tol: float, method: str) -> Path:
-        """Return the file of an entry; it need not exist."""
+        """Return the file that holds, or would hold, the factors of a weight under these options."""
         options = {"format": FORMAT, "weight": fingerprint, "k": int(k), "tol": float(tol), "method": method}
         key = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
         return self.root / key[:2] / f"{key}.safetensors"
 
-    def _read(self, path: Path, name: str, quiet: bool = False) -> SpectralFactors | None:
+    def _read(self, path: Path, expected: tuple, name: str, quiet: bool = False) -> SpectralFactors | None:
         """Return a verified entry; None where there is none or (with a warning) where it is damaged."""
         try:
-            return _decode(path.read_bytes())
-        except FileNotFoundError:
+            factors = _decode(path.read_bytes())
+            if (factors.fingerprint, factors.U.shape, factors.V.shape) == expected:
+                return factors
+            problem = "belong to another weight"
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             problem = f"cannot be read ({error.strerror or error})"
         except ValueError as error:
-            problem = f"is damaged ({error})"
+            problem = f"are damaged ({error})"
         if not quiet:
-            warnings.warn(
-                f"layer {name}: stored factors {path} {problem}; computing them again", stacklevel=3
-            )
+            message = f"layer {name}: the stored factors {path} {problem}; computing them again"
+            warnings.warn(message, stacklevel=3)
         return None
 
     @contextlib.contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """Hold the lock of an entry's folder; without it where the store cannot be written."""
+    def _locked(self, path: Path) -> Iterator[bool]:
+        """Hold the lock of an entry's folder; yield False where it cannot be had (a read-only store)."""
         with contextlib.ExitStack() as stack:
+            held = True
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS))
-            except OSError as error:
+            except (OSError, NotImplementedError) as error:
+                held = False
                 self._cannot_write(path, error)
-            yield
+            yield held
 
     def _write(self, path: Path, factors: SpectralFactors) -> None:
-        """Write an entry; the lock is held, so whatever lies aside of it was left by a process that died."""
+        """Write an entry. The lock is held, so files aside of it were left by a process that was killed."""
         try:
             for leftover in path.parent.glob(f".{path.name}.*.part"):
                 leftover.unlink(missing_ok=True)
@@ -116,10 +123,11 @@ class FactorStore:
         except OSError as error:
             self._cannot_write(path, error)
 
-    def _cannot_write(self, path: Path, error: OSError) -> None:
-        message = f"factor store {self.root}: cannot write {path.name} ({error.strerror or error})"
+    def _cannot_write(self, path: Path, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        message = f"factor store {self.root}: cannot write {path.name} ({reason})"
         if self.must_write:
-            raise StoreError(f"{message}; free some space there or point HIPLORA_CACHE elsewhere") from error
+            raise StoreError(f"{message}; free some space or set HIPLORA_CACHE to another folder") from error
         warnings.warn(f"{message}; going on without storing it", stacklevel=4)
 
 
