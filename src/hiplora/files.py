@@ -30,7 +30,7 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
+        os.chmod(aside, file_mode())
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -75,6 +75,11 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
             os.replace(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def file_mode() -> int:
+    """Return the permissions that this process gives a new file."""
+    return 0o666 & ~_umask()
 
 
 def _umask() -> int:
