@@ -43,13 +43,16 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
     """Return `path` if an output folder may be made there; a folder that exists needs `overwrite`.
 
     Raises:
-        ConfigError: the path exists (and `overwrite` is False), or is not a folder.
+        ConfigError: the path exists (and `overwrite` is False), is not a folder, or is one that nobody means
+            to replace: the working directory, the home folder, one that holds either, or a git checkout.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--out {path}: exists and is not a folder; name another")
     if path.exists() and not overwrite:
         raise ConfigError(f"--out {path}: exists already; name another folder or pass --overwrite")
+    if path.exists() and _precious(path.resolve()):
+        raise ConfigError(f"--out {path}: --overwrite would delete all of this folder; name another")
     return path
 
 
@@ -57,32 +60,52 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
 def staged_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it becomes `path`, on failure it is removed.
 
+    A folder that is replaced goes only when the new one is in its place.
+
     Raises:
-        ConfigError: as `check_output_dir`.
+        ConfigError: as `check_output_dir`, before the block runs and again before its folder is put in place.
     """
     final = check_output_dir(path, overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
-    os.chmod(aside, 0o777 & ~_umask())
+    os.chmod(aside, 0o777 & ~_UMASK)
     try:
         yield aside
-        if final.exists():
-            old = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
-            os.replace(final, old / "old")
-            os.replace(aside, final)
-            shutil.rmtree(old)
+        if check_output_dir(final, overwrite).exists():
+            _replace_dir(aside, final)
         else:
             os.replace(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _replace_dir(new: Path, final: Path) -> None:
+    """Put `new` in the place of `final`; if that fails, put `final` back."""
+    old = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
+    os.replace(final, old / "old")
+    try:
+        os.replace(new, final)
+    except BaseException:
+        os.replace(old / "old", final)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def _precious(folder: Path) -> bool:
+    own = [Path.cwd(), Path.home()]
+    return any(folder == mine or folder in mine.parents for mine in own) or (folder / ".git").exists()
+
+
 def file_mode() -> int:
     """Return the permissions that this process gives a new file."""
-    return 0o666 & ~_umask()
+    return 0o666 & ~_UMASK
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+_UMASK = _umask()  # read once: reading means setting, which would race with threads that make files

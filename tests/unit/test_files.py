@@ -1,14 +1,155 @@
 import os
-import stat
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
+from hiplora import files
 from hiplora.errors import ConfigError
-from hiplora.files import cache_dir, check_output_dir, staged_dir, write_atomic
+from hiplora.files import cache_dir, check_output_dir, file_mode, staged_dir, write_atomic
 
 
-def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_cache_follows_its_environment_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "c"))
     assert cache_dir() == tmp_path / "c"
     monkeypatch.delenv("HIPLORA_CACHE")
     assert cache_dir().name == "hiplora"
+
+
+def test_a_file_is_written_with_its_parents_and_the_usual_permissions(tmp_path):
+    path = write_atomic(tmp_path / "a" / "b.txt", "grüße\n")
+    assert path.read_bytes() == "grüße\n".encode()
+    assert path.stat().st_mode & 0o777 == file_mode()
+    assert names(path.parent) == ["b.txt"]
+
+
+def test_writing_replaces_an_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "x"
+    path.write_text("old")
+
+    def fail(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["x"]
+
+
+def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    script = f"""
+        import os, signal
+        from hiplora import files
+        files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        files.write_atomic({str(path)!r}, "new" * 1000)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
+    assert run.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_an_output_folder_must_not_exist_unless_it_may_be_replaced(tmp_path):
+    assert check_output_dir(tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(ConfigError, match=r"exists already; name another folder or pass --overwrite"):
+        check_output_dir(tmp_path)
+    assert check_output_dir(tmp_path, overwrite=True) == tmp_path
+
+
+def test_an_output_folder_cannot_replace_a_file(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not a folder"):
+        check_output_dir(path, overwrite=True)
+
+
+@pytest.mark.parametrize("precious", ["work", ".", "checkout", "home"])
+def test_overwriting_never_deletes_where_the_user_works_or_lives(tmp_path, monkeypatch, precious):
+    for folder in ("work/here", "checkout/.git", "home"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / precious if precious != "." else "."
+    with pytest.raises(ConfigError, match="would delete all of this folder"):
+        check_output_dir(path, overwrite=True)
+
+
+def test_a_staged_folder_appears_whole_when_its_block_ends(tmp_path):
+    final = tmp_path / "deep" / "out"
+    with staged_dir(final) as aside:
+        (aside / "x").write_text("1")
+        assert not final.exists()
+    assert (final / "x").read_text() == "1"
+    assert names(final.parent) == ["out"]
+    assert final.stat().st_mode & 0o777 == 0o777 & ~(0o666 ^ file_mode())
+
+
+def test_a_staged_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("1")
+    with pytest.raises(KeyboardInterrupt), staged_dir(final, overwrite=True) as aside:
+        (aside / "new").write_text("2")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["out"]
+    assert names(final) == ["old"]
+
+
+def test_a_staged_folder_replaces_the_whole_of_an_old_one(tmp_path):
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("1")
+    with staged_dir(final, overwrite=True) as aside:
+        (aside / "new").write_text("2")
+    assert names(tmp_path) == ["out"]
+    assert names(final) == ["new"]
+
+
+def test_a_staged_folder_refuses_before_any_work_is_done(tmp_path):
+    with pytest.raises(ConfigError, match="--overwrite"), staged_dir(tmp_path):
+        raise AssertionError("the block ran")
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    final = tmp_path / "out"
+    with pytest.raises(ConfigError, match="exists already"), staged_dir(final) as aside:
+        (aside / "mine").write_text("1")
+        final.mkdir()
+        (final / "theirs").write_text("2")
+    assert names(final) == ["theirs"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_if_the_new_folder_cannot_take_its_place_the_old_one_is_put_back(tmp_path, monkeypatch):
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").write_text("1")
+    replace = os.replace
+
+    def fail_for_the_new(source, target):
+        if os.fspath(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fail_for_the_new)
+    with pytest.raises(OSError, match="Input/output"), staged_dir(final, overwrite=True) as aside:
+        (aside / "new").write_text("2")
+    assert names(final) == ["old"]
+    assert names(tmp_path) == ["out"]
