@@ -42,7 +42,9 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 def json_sha256(value: Mapping[str, Any] | list[Any]) -> str:
     """Return the SHA-256 of a JSON value in its canonical form (keys sorted, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+    ).hexdigest()
 
 
 def _version(name: str) -> str | None:
@@ -59,7 +61,9 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        run = functools.partial(
+            subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
         head = run(["git", "rev-parse", "HEAD"]).stdout.strip()
         dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import os
+import sys
 import traceback
+from collections.abc import Sequence
 
 import typer
 
@@ -30,11 +32,13 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    # Taken out of the arguments by `main`, so that it works before and after a command; here for the help page.
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
-    if debug:
-        os.environ["HIPLORA_DEBUG"] = "1"
+    pass
 
 
 for _name in COMMANDS:
@@ -43,23 +47,21 @@ for _name in COMMANDS:
     app.command(name=_name)(importlib.import_module(f"hiplora.cli.{_name}").command)
 
 
-def main() -> None:
-    """Run the command line; exit with 0, 1 (failure), 2 (usage) or 130 (Ctrl-C); no traceback for a user's mistake."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit status.
+
+    0 is success, 1 a failure, 2 wrong usage or input, 130 Ctrl-C. A failure that hiplora or the system explains
+    is one line on standard error; `--debug` (or HIPLORA_DEBUG=1) adds its traceback.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
     try:
-        app()
-    except HipLoraError as error:
-        _stop(error, error.exit_code)
-    except OSError as error:  # a full disk, a folder that cannot be written: the message says it all
-        _stop(error, 1)
-    except KeyboardInterrupt as error:
-        _stop(error, 130)
-
-
-def _stop(error: BaseException, code: int) -> None:
-    if os.environ.get("HIPLORA_DEBUG"):
-        traceback.print_exc()
-    typer.echo(f"error: {error}" if str(error) else f"stopped: {type(error).__name__}", err=True)
-    raise SystemExit(code) from None
+        app(args=[argument for argument in given if argument != "--debug"])
+    except (HipLoraError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 if __name__ == "__main__":

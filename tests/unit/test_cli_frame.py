@@ -1,0 +1,128 @@
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from hiplora import __version__
+from hiplora.cli import main as frame
+from hiplora.cli.common import emit_json, print_table, progress
+from hiplora.errors import AdapterError, ConfigError, DataError
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "matplotlib")
+
+
+@pytest.fixture
+def raising():
+    """Register a command `boom` that raises what the test puts in."""
+    box = {}
+
+    def boom(times: int = 1):
+        raise box["error"]
+
+    frame.app.command(name="boom")(boom)
+    yield box
+    frame.app.registered_commands.pop()
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        frame.main(arguments)
+    return stop.value.code or 0
+
+
+def loaded_after(*arguments):
+    script = (
+        "import sys\nfrom hiplora.cli.main import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def test_the_help_page_lists_the_commands_and_loads_no_heavy_library():
+    assert loaded_after("--help") == "[]"
+
+
+@pytest.mark.parametrize("name", [command.name for command in frame.app.registered_commands])
+def test_a_commands_help_loads_no_heavy_library(name):
+    assert loaded_after(name, "--help") == "[]"
+
+
+def test_help_version_and_the_module_form_succeed(capsys):
+    assert run("--help") == 0
+    assert "Fine-tune without breaking" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"hiplora {__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "hiplora", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"hiplora {__version__}\n"
+
+
+def test_an_unknown_command_or_option_is_wrong_usage(capsys, raising):
+    assert run("nope") == 2
+    assert "No such command" in capsys.readouterr().err
+    assert run("boom", "--nope") == 2
+    assert "No such option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("field r: got 0, expected 1 or more"), 2),
+        (DataError("x.jsonl, line 3: no field 'prompt'"), 2),
+        (AdapterError("module q_proj does not fit"), 1),
+        (OSError(28, "No space left on device", "out/x"), 1),
+    ],
+)
+def test_an_explained_failure_is_one_line_and_an_exit_status(raising, capsys, error, status):
+    raising["error"] = error
+    assert run("boom") == status
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {error}\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("arguments", [("--debug", "boom"), ("boom", "--debug")])
+def test_debug_before_or_after_the_command_shows_the_traceback(raising, capsys, arguments):
+    raising["error"] = ConfigError("wrong")
+    assert run(*arguments) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_debug_can_come_from_the_environment(raising, capsys, monkeypatch):
+    raising["error"] = ConfigError("wrong")
+    monkeypatch.setenv("HIPLORA_DEBUG", "1")
+    run("boom")
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_bug_is_not_dressed_up_as_a_users_mistake(raising):
+    raising["error"] = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError):
+        frame.main(["boom"])
+
+
+def test_ctrl_c_leaves_with_130(raising):
+    raising["error"] = KeyboardInterrupt()
+    assert run("boom") == 130
+
+
+def test_json_is_whole_on_standard_output(capsys):
+    emit_json({"a": 1, "path": typer.__name__})
+    assert capsys.readouterr().out == '{\n  "a": 1,\n  "path": "typer"\n}\n'
+
+
+def test_progress_is_silent_where_nobody_watches(capsys):
+    assert list(progress(range(3), "counting")) == [0, 1, 2]
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_table_keeps_every_cell_and_takes_brackets_literally(capsys):
+    print_table("Layers [fp32]", ["name", "rank"], [["model.layers[0]", 32]])
+    out = capsys.readouterr().out
+    for text in ("Layers [fp32]", "model.layers[0]", "32"):
+        assert text in out

@@ -1,0 +1,70 @@
+import hashlib
+import json
+import os
+import subprocess
+
+import pytest
+
+from hiplora import __version__
+from hiplora import provenance as module
+from hiplora.provenance import file_sha256, json_sha256, provenance
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A git repository of one commit, which hiplora takes for its own checkout."""
+    folder = tmp_path / "repo" / "src" / "hiplora"
+    folder.mkdir(parents=True)
+    (folder / "provenance.py").write_text("x = 1\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path / "repo", check=True)
+    monkeypatch.setattr(module, "__file__", str(folder / "provenance.py"))
+    module._commit.cache_clear()
+    yield folder
+    module._commit.cache_clear()
+
+
+def test_it_names_versions_machine_and_whatever_the_caller_adds():
+    record = provenance(seed=3, recipe="abc")
+    assert record["libraries"]["hiplora"] == __version__
+    assert record["libraries"]["torch"]
+    assert record["machine"]["cores"] == os.cpu_count()
+    assert record["machine"]["processor"]
+    assert (record["seed"], record["recipe"]) == (3, "abc")
+    json.dumps(record)
+
+
+def test_it_says_nothing_of_the_user_or_the_machines_name():
+    record = provenance()
+    assert set(record) == {"time", "commit", "libraries", "python", "machine"}
+    assert set(record["machine"]) == {"system", "processor", "cores"}
+
+
+def test_it_names_the_commit_and_says_when_files_differ_from_it(checkout):
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True
+    ).stdout.strip()
+    assert provenance()["commit"] == head
+    module._commit.cache_clear()
+    (checkout / "provenance.py").write_text("x = 2\n")
+    assert provenance()["commit"] == f"{head}-dirty"
+
+
+def test_an_installed_package_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "lib" / "hiplora" / "provenance.py"))
+    module._commit.cache_clear()
+    assert provenance()["commit"] is None
+    module._commit.cache_clear()
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
+    data = bytes(range(256)) * 9000
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    assert file_sha256(path) == hashlib.sha256(data).hexdigest()
+
+
+def test_the_hash_of_a_json_value_ignores_the_order_of_keys_only():
+    assert json_sha256({"a": 1, "b": [1, 2]}) == json_sha256({"b": [1, 2], "a": 1})
+    assert json_sha256({"a": [1, 2]}) != json_sha256({"a": [2, 1]})
