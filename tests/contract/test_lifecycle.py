@@ -1,0 +1,318 @@
+"""What PEFT's users do with an adapter, from making it to merging it."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hiplora
+from hiplora.errors import AdapterError
+from hiplora.tuner import HipLoraLinear, hip_layers
+from tests.contract.conftest import logits, train
+
+
+def base_weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "hiplora_" not in n}
+
+
+def test_a_new_adapter_changes_nothing(base, ids):
+    plain = base.make()
+    assert torch.equal(logits(base.adapted(), ids), logits(plain, ids))
+
+
+def test_only_the_adapter_is_trainable(base):
+    model = base.adapted()
+    assert {n.split("hiplora_")[1].split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {
+        "A",
+        "B",
+        "delta",
+    }
+
+
+def test_training_lowers_the_loss_and_never_writes_to_the_base(base, ids):
+    model = base.adapted()
+    before = base_weights(model)
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    for name, weight in base_weights(model).items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_a_disabled_adapter_leaves_the_base_bit_for_bit(base, ids):
+    reference = logits(base.make(), ids)
+    model = base.adapted()
+    train(model, ids)
+    assert not torch.equal(logits(model, ids), reference)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), reference)
+
+
+@pytest.mark.parametrize("save_factors", [True, False])
+def test_a_saved_adapter_gives_equal_logits_in_a_fresh_process(base, ids, tmp_path, save_factors):
+    folder = tmp_path / "base"
+    base.make().save_pretrained(folder)
+    model = base.adapted(save_factors=save_factors)
+    train(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save((ids, logits(model, ids)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, peft, hiplora\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "torch.set_num_threads(1)\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base').eval()\n"
+        "model = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/adapter').eval()\n"
+        "ids, expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "with torch.no_grad(): found = model(input_ids=ids).logits\n"
+        "assert torch.equal(found, expected), (found - expected).abs().max()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_hiplora_a_load_fails_loudly(tiny, tmp_path):
+    model = tiny.adapted()
+    tiny.make().save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    code = (
+        "import sys, peft\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base')\n"
+        "peft.PeftModel.from_pretrained(base, sys.argv[1] + '/adapter')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "HIPLORA" in done.stderr
+
+
+@pytest.mark.parametrize("order", ["import hiplora, peft", "import peft, hiplora", "import hiplora.tuner.layer, peft"])
+def test_importing_hiplora_registers_it_whatever_the_order(order):
+    code = f"{order}; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert 'HIPLORA' in known"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_adapter_file_holds_no_base_tensor(base, ids, tmp_path):
+    model = base.adapted()
+    train(model, ids, steps=1)
+    model.save_pretrained(tmp_path)
+    kinds = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert kinds == {
+        "hiplora_A",
+        "hiplora_B",
+        "hiplora_delta",
+        "hiplora_U",
+        "hiplora_sigma",
+        "hiplora_V",
+    }
+
+
+def test_the_adapter_file_holds_no_factors_unless_asked_to(tiny, tmp_path):
+    tiny.adapted(save_factors=False).save_pretrained(tmp_path)
+    kinds = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert kinds == {"hiplora_A", "hiplora_B", "hiplora_delta"}
+
+
+def test_loading_over_another_weight_names_the_module_and_leaves_the_base_alone(base, ids, tmp_path):
+    model = base.adapted()
+    model.save_pretrained(tmp_path)
+    other = base.make()
+    name, _ = next(iter(hip_layers(model)))
+    with torch.no_grad():
+        other.get_submodule(name).weight[0, 0] += 1e-3
+    reference = logits(other, ids)
+    with pytest.raises(AdapterError, match=name.replace(".", r"\.")):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(logits(other, ids), reference)
+    assert not any(isinstance(m, HipLoraLinear) for m in other.modules())
+
+
+def test_a_base_in_another_precision_is_accepted_with_a_warning(base, ids, tmp_path):
+    model = base.adapted()
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="another precision"):
+        half = peft.PeftModel.from_pretrained(base.make(torch.bfloat16), tmp_path)
+    expected = logits(model, ids)
+    assert (logits(half, ids) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_another_weight_in_another_precision_is_refused(tiny, tmp_path):
+    tiny.adapted().save_pretrained(tmp_path)
+    other = tiny.make(torch.bfloat16)
+    with torch.no_grad():
+        other.get_submodule("model.layers.1.self_attn.q_proj").weight.normal_(std=0.02)
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.self_attn\.q_proj"):
+        peft.PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_a_second_adapter_can_be_added_switched_disabled_and_deleted(base, ids):
+    model = base.adapted()
+    train(model, ids)
+    first = logits(model, ids)
+    model.add_adapter("second", base.config(r=2, principal_rank=4, lora_alpha=8))
+    assert torch.equal(logits(model, ids), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), logits(base.make(), ids))
+    train(model, ids)
+    second = logits(model, ids)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, ids), first)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, ids), second)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, ids), second)
+    assert all("default" not in layer.hiplora_U for _, layer in hip_layers(model))
+
+
+def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path):
+    model = base.adapted()
+    train(model, ids)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    fresh = base.adapted()
+    fresh.load_adapter(tmp_path, "loaded")
+    fresh.set_adapter("loaded")
+    assert torch.equal(logits(fresh, ids), expected)
+
+
+def test_adapters_with_one_basis_share_its_memory(tiny):
+    model = tiny.adapted()
+    model.add_adapter("second", tiny.config())
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["second"].data_ptr()
+        assert layer.hiplora_V["default"].data_ptr() == layer.hiplora_V["second"].data_ptr()
+    model.to(torch.float64).to(torch.float32)
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["second"].data_ptr()
+
+
+def test_two_active_adapters_add_up(tiny, ids):
+    model = tiny.adapted()
+    train(model, ids)
+    model.add_adapter("second", tiny.config())
+    model.set_adapter("second")
+    train(model, ids)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model, ids)
+    merged = model.merge_and_unload()
+    assert (logits(merged, ids) - both).norm() <= 1e-5 * both.norm()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merging_keeps_the_output_and_unmerging_restores_every_bit(base, ids, safe):
+    model = base.adapted()
+    weights = base_weights(model)
+    train(model, ids)
+    expected = logits(model, ids)
+    model.merge_adapter(safe_merge=safe)
+    assert (logits(model, ids) - expected).norm() <= 1e-5 * expected.norm()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, ids), expected)
+    for name, weight in base_weights(model).items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def test_merge_and_unload_gives_a_plain_model_with_equal_output(base, ids):
+    model = base.adapted()
+    train(model, ids)
+    expected = logits(model, ids)
+    plain = model.merge_and_unload(safe_merge=True)
+    assert (logits(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
+    assert not any(isinstance(module, HipLoraLinear) for module in plain.modules())
+
+
+def test_merging_an_adapted_tied_head_leaves_the_embedding_alone(ids):
+    from tests.contract.conftest import Base
+
+    base = Base("tied")
+    model = base.adapted(target_modules=["lm_head", "q_proj"])
+    train(model, ids)
+    expected = logits(model, ids)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    plain = model.merge_and_unload()
+    assert (logits(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
+    assert torch.equal(plain.get_input_embeddings().weight, embedding)
+
+
+def test_safe_merge_refuses_what_is_not_finite_and_merges_nothing(tiny):
+    model = tiny.adapted()
+    name, layer = next(iter(hip_layers(model)))
+    weight = layer.get_base_layer().weight
+    layer.hiplora_delta["default"].data[0] = float("inf")
+    with pytest.raises(AdapterError, match=name.replace(".", r"\.")):
+        model.merge_adapter(safe_merge=True)
+    assert layer.get_base_layer().weight is weight
+
+
+def test_modules_to_save_are_trained_saved_and_loaded(base, ids, tmp_path):
+    model = base.adapted(modules_to_save=["norm"])
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert any(key.endswith("model.norm.weight") for key in keys)
+    loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_a_config_object_can_be_used_for_two_models(tiny):
+    config = tiny.config()
+    peft.get_peft_model(tiny.make(), config)
+    from tests.tiny import tiny_llama
+
+    other = peft.get_peft_model(tiny_llama(seed=5), config)
+    assert hiplora.max_leak(other) < 1e-6
+
+
+def test_a_config_read_from_an_adapter_makes_a_fresh_adapter(tiny, ids, tmp_path):
+    tiny.adapted().save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = peft.get_peft_model(tiny.make(), config)
+    assert torch.equal(logits(model, ids), logits(tiny.make(), ids))
+    assert hiplora.max_leak(model) < 1e-6
+    train(model, ids)
+
+
+@pytest.mark.parametrize("kind", ["hiplora_A", "hiplora_delta", "hiplora_U"])
+@pytest.mark.parametrize("damage", ["missing", "nan", "shape"])
+def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage):
+    from safetensors.torch import save_file
+
+    tiny.adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in sorted(tensors) if k.endswith(kind))
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "nan":
+        tensors[key].view(-1)[0] = float("nan")
+    else:
+        tensors[key] = tensors[key][:-1].contiguous()
+    save_file(tensors, path)
+    name = key.removeprefix("base_model.model.").removesuffix(f".{kind}")
+    with pytest.raises(AdapterError, match=f"{name}.*{kind}".replace(".self", r"\.self")):
+        peft.PeftModel.from_pretrained(tiny.make(), tmp_path)
+
+
+def test_peft_converts_the_adapter_to_lora_exactly_at_rank_r_plus_k(tiny, ids, tmp_path):
+    model = tiny.adapted()
+    train(model, ids)
+    expected = logits(model, ids)
+    peft.save_as_lora(tmp_path, model, rank=4 + 8)
+    plain = peft.PeftModel.from_pretrained(tiny.make(), tmp_path)
+    assert isinstance(plain.peft_config["default"], peft.LoraConfig)
+    assert (logits(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_generation_uses_the_adapter(base, ids):
+    model = base.adapted(init_weights=False)
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    adapted = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
+    with model.disable_adapter():
+        plain = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
+    assert not torch.equal(adapted.scores[0], plain.scores[0])
