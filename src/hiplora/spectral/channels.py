@@ -1,5 +1,7 @@
 """The two channels of an update and the retraction that keeps them apart (Eq. 1-5)."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +22,8 @@ def leak(
 ) -> float:
     """Return `max(‖UᵀB‖/‖B‖, ‖AV‖/‖A‖)`: how far the factors are from the complement, 0 (inside) to 1.
 
-    Frobenius norms; an all-zero factor leaks nothing.
+    Frobenius norms; an all-zero factor leaks nothing; NaN and Inf leak infinitely, so that no check of the
+    kind `leak > tolerance` lets them pass.
     """
     return max(_ratio(U.T @ B, B), _ratio(A @ V, A))
 
@@ -65,5 +68,9 @@ def fused_factors(
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
-    norm = torch.linalg.vector_norm(whole).item()
-    return torch.linalg.vector_norm(part).item() / norm if norm else 0.0
+    dtype = torch.promote_types(whole.dtype, torch.float32)  # half-precision norms overflow
+    norm = torch.linalg.vector_norm(whole, dtype=dtype).item()
+    if norm == 0:
+        return 0.0
+    ratio = torch.linalg.vector_norm(part, dtype=dtype).item() / norm
+    return ratio if math.isfinite(ratio) else math.inf

@@ -91,7 +91,7 @@ def _check_request(weight: Tensor, k: int, name: str) -> None:
 
 
 def _prepare(weight: Tensor, name: str) -> tuple[Tensor, float]:
-    """Return the weight as a contiguous fp32 matrix of safe magnitude, and the factor that was taken out."""
+    """Return the weight as a contiguous fp32 matrix of safe magnitude, and the power of two taken out."""
     matrix = weight.detach().to(torch.float32).contiguous()
     low, high = torch.aminmax(matrix)
     largest = max(-low.item(), high.item())
@@ -103,7 +103,8 @@ def _prepare(weight: Tensor, name: str) -> tuple[Tensor, float]:
         )
     if largest == 0 or _SAFE_MAGNITUDE[0] < largest < _SAFE_MAGNITUDE[1]:
         return matrix, 1.0
-    return (matrix.to(widest(matrix.device)) / largest).float(), largest
+    scale = 2.0 ** (math.frexp(largest)[1] - 1)
+    return (matrix.to(widest(matrix.device)) / scale).float(), scale
 
 
 def _factor(

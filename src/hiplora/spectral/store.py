@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -27,6 +28,7 @@ FORMAT = (
 )
 _LOCK_SECONDS = 3600.0  # for one decomposition, of the largest weight, on a slow machine
 _TENSORS = ("U", "sigma", "V")
+_RECORD = ("residual", "orthogonality", "method", "basis", "fingerprint")
 
 
 class FactorStore:
@@ -133,17 +135,10 @@ class FactorStore:
 
 def _encode(factors: SpectralFactors) -> bytes:
     tensors = {key: getattr(factors, key).detach().cpu().contiguous() for key in _TENSORS}
-    metadata = {
-        "format": str(FORMAT),
-        "checksum": _checksum(tensors),
-        "residual": repr(factors.residual),
-        "orthogonality": repr(factors.orthogonality),
-        "method": factors.method,
-        "basis": factors.basis,
-        "fingerprint": factors.fingerprint,
-    }
-    metadata["seal"] = _seal(metadata)
-    return save_tensors(tensors, metadata)
+    record = {key: getattr(factors, key) for key in _RECORD}
+    record["checksum"] = _checksum(record, tensors)
+    # One metadata key: safetensors writes several in random order, and equal factors should be equal files.
+    return save_tensors(tensors, {"hiplora": json.dumps(record, sort_keys=True)})
 
 
 def _decode(raw: bytes) -> SpectralFactors:
@@ -154,34 +149,20 @@ def _decode(raw: bytes) -> SpectralFactors:
     """
     try:
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        metadata = header["__metadata__"]
-        tensors = load_tensors(raw)
-        seal = metadata.pop("seal")
-        U, sigma, V = (tensors[key] for key in _TENSORS)
+        record = json.loads(header["__metadata__"]["hiplora"])
+        loaded = load_tensors(raw)
+        tensors = {key: loaded[key] for key in _TENSORS}
+        checksum = record.pop("checksum")
     except Exception as error:  # every way in which a header can be broken; safetensors has its own exception
         raise ValueError(f"unreadable: {type(error).__name__}") from error
-    if seal != _seal(metadata) or metadata["checksum"] != _checksum(tensors):
+    if checksum != _checksum(record, tensors):
         raise ValueError("checksum mismatch")
-    if not (
-        U.shape[1] == sigma.shape[0] == V.shape[1] and all(torch.isfinite(t).all() for t in (U, sigma, V))
-    ):
-        raise ValueError("shapes or values that no decomposition has")
-    return SpectralFactors(
-        U,
-        sigma,
-        V,
-        residual=float(metadata["residual"]),
-        orthogonality=float(metadata["orthogonality"]),
-        method=metadata["method"],
-        basis=metadata["basis"],
-        fingerprint=metadata["fingerprint"],
-    )
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError("NaN or Inf among the values")
+    return SpectralFactors(tensors["U"], tensors["sigma"], tensors["V"], **record)
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256("".join(weight_fingerprint(tensors[key]) for key in _TENSORS).encode()).hexdigest()
-
-
-def _seal(metadata: dict[str, str]) -> str:
-    """A hash over the metadata, so that a flipped byte in the certificate is noticed too."""
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+def _checksum(record: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash over the certificate and the tensors: a flipped byte in either is noticed."""
+    parts = [json.dumps(record, sort_keys=True), *(weight_fingerprint(tensors[key]) for key in _TENSORS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,93 @@
+import math
+
+import pytest
+import torch
+
+from hiplora.spectral import (
+    fused_factors,
+    leak,
+    principal_delta,
+    residual_delta,
+    retract,
+    total_delta,
+    truncated_svd,
+)
+from tests import reference
+from tests.unit.spectral.matrices import gaussian
+
+
+@pytest.fixture
+def parts():
+    """A weight's factors and random adapter factors: m = 20, n = 14, k = 4, r = 3."""
+    factors = truncated_svd(gaussian(20, 14), 4)
+    A, B, delta = gaussian(3, 14, seed=1), gaussian(20, 3, seed=2), gaussian(1, 4, seed=3)[0]
+    return A, B, delta, factors.U, factors.V
+
+
+def test_retraction_writes_new_tensors_and_leaves_its_arguments_alone(parts):
+    A, B, _, U, V = parts
+    before = A.clone(), B.clone()
+    A_new, B_new = retract(A, B, U, V)
+    assert torch.equal(A, before[0])
+    assert torch.equal(B, before[1])
+    assert not torch.allclose(A_new, A)
+    assert not torch.allclose(B_new, B)
+
+
+def test_leak_is_the_larger_share_of_the_two_sides(parts):
+    A, B, _, U, V = parts
+    A_in, B_in = retract(A, B, U, V)
+    assert leak(A_in, B_in, U, V) < 1e-6
+    left = (torch.linalg.norm(U.T @ B) / torch.linalg.norm(B)).item()
+    right = (torch.linalg.norm(A @ V) / torch.linalg.norm(A)).item()
+    assert leak(A_in, B, U, V) == pytest.approx(left, rel=1e-5)
+    assert leak(A, B_in, U, V) == pytest.approx(right, rel=1e-5)
+    assert leak(A, B, U, V) == pytest.approx(max(left, right), rel=1e-5)
+    assert leak(V.T[:3].contiguous(), U[:, :3].contiguous(), U, V) == pytest.approx(1, rel=1e-6)
+
+
+def test_zero_factors_leak_nothing(parts):
+    A, B, _, U, V = parts
+    assert leak(torch.zeros_like(A), torch.zeros_like(B), U, V) == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_factor_leaks_infinitely(parts, bad):
+    A, B, _, U, V = parts
+    assert leak(A * bad, B, U, V) == math.inf
+    assert leak(A, B * bad, U, V) == math.inf
+
+
+def test_the_leak_of_half_precision_factors_does_not_overflow(parts):
+    A, B, _, U, V = (tensor.half() for tensor in parts)
+    assert leak(A * 2e4, B * 2e4, U, V) == pytest.approx(leak(A, B, U, V), rel=1e-2)
+
+
+def test_the_scaling_applies_to_the_residual_channel_alone(parts):
+    A, B, delta, U, V = parts
+    one, two = (total_delta(A, B, delta, U, V, scaling) for scaling in (1.0, 3.0))
+    torch.testing.assert_close(two - one, 2 * residual_delta(A, B, 1.0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(total_delta(A, B, delta, U, V, 0.0), principal_delta(U, delta, V))
+
+
+def test_fused_factors_have_the_documented_layout(parts):
+    A, B, delta, U, V = parts
+    A_fused, B_fused = fused_factors(A, B, delta, U, V, 2.0)
+    assert torch.equal(A_fused, torch.cat([A, V.T]))
+    assert torch.equal(B_fused, torch.cat([2 * B, U * delta], dim=1))
+
+
+def test_gradients_flow_through_the_dense_update(parts):
+    A, B, delta, U, V = (tensor.double() for tensor in parts)
+    trainable = [tensor.requires_grad_() for tensor in (A, B, delta)]
+    assert torch.autograd.gradcheck(lambda a, b, d: total_delta(a, b, d, U, V, 2.0), trainable)
+
+
+def test_equation_8_is_the_weight_plus_the_update():
+    weight = gaussian(20, 14)
+    factors = truncated_svd(weight, 4)
+    A, B, delta = gaussian(3, 14, seed=1), gaussian(20, 3, seed=2), gaussian(1, 4, seed=3)[0]
+    effective = reference.effective_weight(weight, A, B, delta, factors.U, factors.sigma, factors.V, 2.0)
+    A, B = retract(A, B, factors.U, factors.V)
+    ours = weight + total_delta(A, B, delta, factors.U, factors.V, 2.0)
+    torch.testing.assert_close(ours.double(), effective, rtol=1e-5, atol=1e-5)

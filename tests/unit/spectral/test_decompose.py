@@ -1,0 +1,274 @@
+import math
+
+import pytest
+import torch
+
+from hiplora.errors import ConfigError, FactorError
+from hiplora.spectral import exact, krylov, truncated_svd, weight_fingerprint
+from tests import reference
+from tests.unit.spectral.matrices import gaussian, power_law, with_spectrum
+
+LARGE = (700, 760)  # above the exact method's reach for k = 8, so that "auto" iterates
+
+
+def assert_right(weight, factors, tol=1e-4):
+    """The certificate is what its definition says, holds, and the triplets are the leading ones."""
+    k = factors.rank
+    _, sigma, _ = reference.dense_svd(weight.float(), k)
+    assert factors.residual == pytest.approx(reference.residual(weight.float(), factors), rel=1e-2, abs=1e-12)
+    assert factors.residual <= tol
+    assert factors.orthogonality == pytest.approx(reference.orthogonality(factors), rel=1e-2, abs=1e-12)
+    assert factors.orthogonality < 1e-6
+    assert torch.all(factors.sigma[:-1] >= factors.sigma[1:])
+    torch.testing.assert_close(factors.sigma.double(), sigma, rtol=0, atol=tol * sigma[0].item())
+    assert factors.U.shape == (weight.shape[0], k)
+    assert factors.V.shape == (weight.shape[1], k)
+    assert {factors.U.dtype, factors.sigma.dtype, factors.V.dtype} == {torch.float32}
+
+
+SPECTRA = {
+    "power law": power_law(*LARGE),
+    "flat random": gaussian(*LARGE),
+    "gap": with_spectrum([10.0] * 5 + [1.0] * 200, *LARGE),
+    "cluster around k": with_spectrum([1 + 1e-4 * i for i in range(40, 0, -1)] + [0.5] * 100, *LARGE),
+    "copies of one value": with_spectrum([3.0] * 60 + [1.0] * 200, *LARGE),
+    "identity": torch.eye(*LARGE),
+    "rank one": with_spectrum([2.0], *LARGE),
+    "rank below k": with_spectrum([2.0, 1.0, 0.5], *LARGE),
+    "rank equal to k": with_spectrum([2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4, 1.3], *LARGE),
+    "steep": with_spectrum([10.0**-i for i in range(12)], *LARGE),
+    "a single entry": torch.zeros(*LARGE).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(-2.0)),
+    "zero padded": torch.nn.functional.pad(gaussian(40, 30), (0, 730, 0, 660)),
+    "tiny values": gaussian(*LARGE) * 1e-30,
+    "huge values": gaussian(*LARGE) * 1e30,
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "krylov"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_every_spectrum_is_factored_within_tolerance(spectrum, method):
+    factors = truncated_svd(SPECTRA[spectrum], 8, method=method)
+    assert_right(SPECTRA[spectrum], factors)
+    assert factors.method == ("exact" if method == "exact" else "krylov")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (8, 3000), (3000, 8), (96, 64), (60, 90)])
+@pytest.mark.parametrize("method", ["auto", "krylov"])
+def test_weights_too_small_for_the_iteration_are_factored_exactly(shape, method):
+    weight = power_law(*shape)
+    factors = truncated_svd(weight, min(8, *shape), method=method)
+    assert_right(weight, factors, tol=1e-6)
+    assert factors.method == "exact"
+
+
+@pytest.mark.parametrize("shape", [(300, 3000), (3000, 300)])
+def test_very_wide_and_very_tall_weights_can_be_iterated(shape):
+    factors = truncated_svd(power_law(*shape), 8, method="krylov")
+    assert_right(power_law(*shape), factors)
+    assert factors.method == "krylov"
+
+
+@pytest.mark.parametrize("k", [1, 12])
+def test_k_may_be_anything_up_to_the_smaller_side(k):
+    assert_right(gaussian(12, 20), truncated_svd(gaussian(12, 20), k), tol=1e-6)
+
+
+def test_a_tight_tolerance_is_met_by_the_exact_method():
+    factors = truncated_svd(gaussian(*LARGE), 8, tol=1e-6)
+    assert factors.method == "exact"
+    assert_right(gaussian(*LARGE), factors, tol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_floating_dtype_gives_the_factors_of_its_float32_values(dtype):
+    weight = power_law(*LARGE).to(dtype)
+    one, other = truncated_svd(weight, 8), truncated_svd(weight.float(), 8)
+    assert_right(weight, one)
+    assert torch.equal(one.U, other.U)
+    assert torch.equal(one.V, other.V)
+    assert one.fingerprint == other.fingerprint == weight_fingerprint(weight)
+
+
+@pytest.mark.parametrize("shape", [LARGE, (64, 96)])
+def test_a_transposed_view_is_the_matrix_that_it_shows(shape):
+    conv1d = power_law(*shape).T.contiguous()  # GPT-2 keeps (in, out)
+    view = conv1d.T
+    assert not view.is_contiguous()
+    seen, copied = truncated_svd(view, 8), truncated_svd(view.contiguous(), 8)
+    assert_right(view, seen)
+    assert torch.equal(seen.U, copied.U)
+    assert torch.equal(seen.V, copied.V)
+    assert seen.fingerprint == copied.fingerprint
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "randomized"])
+def test_equal_weights_give_equal_bits(method):
+    torch.manual_seed(1)
+    one = truncated_svd(gaussian(*LARGE), 8, method=method)
+    torch.manual_seed(2)
+    other = truncated_svd(gaussian(*LARGE), 8, method=method)
+    for key in ("U", "sigma", "V"):
+        assert torch.equal(getattr(one, key), getattr(other, key))
+
+
+def test_the_largest_entry_of_each_left_vector_is_positive():
+    for method in ("exact", "krylov", "randomized"):
+        U = truncated_svd(gaussian(*LARGE), 8, method=method).U
+        assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "krylov", "randomized"])
+def test_an_all_zero_weight_has_zero_gains_and_orthonormal_vectors(method):
+    factors = truncated_svd(torch.zeros(*LARGE), 8, method=method)
+    assert factors.residual == 0
+    assert factors.orthogonality == 0
+    assert torch.equal(factors.sigma, torch.zeros(8))
+    assert reference.orthogonality(factors) == 0
+
+
+def test_the_callers_random_state_and_weight_are_left_alone():
+    weight = gaussian(*LARGE).requires_grad_()
+    before, state = weight.detach().clone(), torch.random.get_rng_state()
+    factors = truncated_svd(weight, 8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(weight, before)
+    assert not factors.U.requires_grad
+
+
+def test_the_paper_s_randomized_method_reports_how_far_off_it_is():
+    weight = gaussian(*LARGE)
+    rough = truncated_svd(weight, 8, method="randomized", power_iterations=0)
+    paper = truncated_svd(weight, 8, method="randomized")
+    assert rough.method == paper.method == "randomized"
+    assert rough.residual > paper.residual > 1e-2
+    assert paper.residual == pytest.approx(reference.residual(weight, paper), rel=1e-3)
+    easy = truncated_svd(with_spectrum([8.0, 4.0, 2.0, 1.0], *LARGE), 4, method="randomized")
+    assert easy.residual < 1e-5
+
+
+def test_oversampling_beyond_the_matrix_is_cut_to_fit():
+    assert_right(gaussian(10, 12), truncated_svd(gaussian(10, 12), 8, method="randomized"), tol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_inf_are_refused_by_name(bad, dtype):
+    weight = gaussian(6, 5).to(dtype)
+    weight[2, 3] = bad
+    with pytest.raises(FactorError, match=r"layer model\.q_proj: 1 of 30 values are NaN or Inf"):
+        truncated_svd(weight, 2, name="model.q_proj")
+
+
+@pytest.mark.parametrize(
+    ("weight", "k", "message"),
+    [
+        (
+            gaussian(192, 576),
+            256,
+            r"layer q: principal_rank 256 exceeds min\(out, in\) = 192; lower it or set principal_rank_pattern",
+        ),
+        (gaussian(6, 5), 0, "layer q: principal_rank 0 is below 1"),
+        (gaussian(6, 5), -1, "layer q: principal_rank -1 is below 1"),
+        (torch.ones(5), 1, r"layer q: expected a matrix \(out, in\), got shape \(5,\)"),
+        (torch.ones(2, 3, 4), 1, r"layer q: expected a matrix .* \(2, 3, 4\)"),
+        (torch.ones(0, 4), 1, r"layer q: expected a matrix .* \(0, 4\)"),
+        (torch.ones(4, 4, dtype=torch.uint8), 1, "layer q: dtype torch.uint8 .* dequantise"),
+        (torch.ones(4, 4, dtype=torch.complex64), 1, "layer q: dtype torch.complex64"),
+        (torch.ones(4, 4, device="meta"), 1, "layer q: .* meta device"),
+        (torch.full((4, 4), 3e38), 1, "layer q: the largest singular value overflows float32"),
+        (
+            torch.full((4, 4), 1e39, dtype=torch.float64),
+            1,
+            "layer q: 16 of 16 values are NaN or Inf in float32",
+        ),
+    ],
+)
+def test_what_cannot_be_factored_is_named_with_the_way_out(weight, k, message):
+    with pytest.raises(FactorError, match=message):
+        truncated_svd(weight, k, name="q")
+
+
+@pytest.mark.parametrize("tol", [0.0, -1e-3, math.nan])
+def test_a_tolerance_must_be_positive(tol):
+    with pytest.raises(ConfigError, match="svd_tolerance"):
+        truncated_svd(gaussian(6, 5), 2, tol=tol)
+
+
+def test_an_unknown_method_is_refused_with_the_choices():
+    with pytest.raises(ConfigError, match=r"'lanczos'.*auto, exact, krylov, randomized"):
+        truncated_svd(gaussian(6, 5), 2, method="lanczos")
+
+
+def test_auto_falls_back_to_the_exact_method_where_the_iteration_misses_the_tolerance(monkeypatch):
+    monkeypatch.setattr(krylov, "_MAX_PRODUCTS", 2)
+    factors = truncated_svd(gaussian(*LARGE), 8)
+    assert factors.method == "exact"
+    assert_right(gaussian(*LARGE), factors)
+
+
+def test_the_iteration_alone_fails_loudly_where_it_misses_the_tolerance(monkeypatch):
+    monkeypatch.setattr(krylov, "_MAX_PRODUCTS", 2)
+    with pytest.raises(
+        FactorError, match=r"layer q: the krylov decomposition reached a residual of .*svd_tol"
+    ):
+        truncated_svd(gaussian(*LARGE), 8, method="krylov", name="q")
+
+
+def test_a_tolerance_that_float32_cannot_hold_fails_loudly():
+    with pytest.raises(FactorError, match="exact decomposition reached a residual"):
+        truncated_svd(gaussian(60, 50), 8, tol=1e-12)
+
+
+def test_the_gram_shortcut_is_replaced_by_the_full_svd_where_its_certificate_fails(monkeypatch):
+    def spoilt(weight, k):
+        U, sigma, V = exact.gram_svd(weight, k)
+        return exact.Triplets(U, sigma, V.roll(1, dims=0))
+
+    monkeypatch.setattr("hiplora.spectral.decompose.gram_svd", spoilt)
+    assert_right(gaussian(60, 50), truncated_svd(gaussian(60, 50), 8), tol=1e-6)
+
+
+def test_autocast_and_low_precision_products_do_not_reach_the_decomposition():
+    expected = truncated_svd(power_law(*LARGE), 8)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            factors = truncated_svd(power_law(*LARGE), 8)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(factors.U, expected.U)
+
+
+def test_a_default_device_of_the_caller_does_not_matter():
+    weight = power_law(*LARGE)
+    with torch.device("meta"):
+        factors = truncated_svd(weight, 8)
+        zero = truncated_svd(torch.zeros(6, 5, device="cpu"), 2)
+    assert_right(weight, factors)
+    assert not zero.U.is_meta
+
+
+def test_copies_of_a_value_beyond_the_block_width_are_all_found():
+    weight = with_spectrum([2.0] * 30 + [1.0] * 300, 600, 640)
+    assert torch.allclose(truncated_svd(weight, 24, method="krylov").sigma, torch.full((24,), 2.0))
+
+
+def test_memory_stays_bounded_and_restarts_converge(monkeypatch):
+    widths = []
+    grow = krylov._grow
+    monkeypatch.setattr(krylov, "_grow", lambda *args: widths.append(args[0].core.shape[0]) or grow(*args))
+    weight = gaussian(*LARGE)
+    assert_right(weight, truncated_svd(weight, 8, tol=1e-5, method="krylov"), tol=1e-5)
+    assert len(widths) > krylov.MAX_BLOCKS
+    assert max(widths) <= krylov.MAX_BLOCKS * krylov.block_size(8)
+
+
+@pytest.mark.real_model
+def test_real_attention_weights_are_certified_and_agree_with_lapack(smollm2):
+    from safetensors import safe_open
+
+    with safe_open(smollm2 / "model.safetensors", "pt") as file:
+        for kind in ("q_proj", "k_proj", "o_proj"):
+            weight = file.get_tensor(f"model.layers.7.self_attn.{kind}.weight")
+            assert_right(weight, truncated_svd(weight, 32))

@@ -1,0 +1,227 @@
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import pytest
+import torch
+
+from hiplora.errors import FactorError, StoreError
+from hiplora.spectral import FactorStore, store, truncated_svd, weight_fingerprint
+from tests.unit.spectral.matrices import gaussian
+
+TENSORS = ("U", "sigma", "V")
+
+
+@pytest.fixture(autouse=True)
+def _no_unexpected_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Names of the layers that were really decomposed."""
+    names = []
+
+    def counting(weight, *args, name, **kwargs):
+        names.append(name)
+        return truncated_svd(weight, *args, name=name, **kwargs)
+
+    monkeypatch.setattr(store, "truncated_svd", counting)
+    return names
+
+
+def equal(one, other):
+    return (
+        all(torch.equal(getattr(one, key), getattr(other, key)) for key in TENSORS)
+        and one.residual == other.residual
+        and one.orthogonality == other.orthogonality
+        and (one.method, one.basis, one.fingerprint) == (other.method, other.basis, other.fingerprint)
+    )
+
+
+def entry(root):
+    (path,) = root.rglob("*.safetensors")
+    return path
+
+
+def test_a_hit_returns_the_very_bits_of_the_miss(tmp_path, counted):
+    weight = gaussian(30, 20)
+    first = FactorStore(tmp_path).get_or_compute(weight, 4)
+    second = FactorStore(tmp_path).get_or_compute(weight.clone(), 4)
+    assert equal(first, second)
+    assert equal(first, truncated_svd(weight, 4))
+    assert counted == ["weight"]
+
+
+def test_equal_values_in_another_precision_share_an_entry(tmp_path, counted):
+    weight = gaussian(30, 20).bfloat16()
+    FactorStore(tmp_path).get_or_compute(weight, 4)
+    FactorStore(tmp_path).get_or_compute(weight.float(), 4)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"tol": 1e-3}, {"method": "exact"}, {"method": "randomized"}])
+def test_other_options_have_entries_of_their_own(tmp_path, counted, options):
+    weight = gaussian(30, 20)
+    FactorStore(tmp_path).get_or_compute(weight, 4)
+    given = {"k": 4, **options}
+    assert equal(FactorStore(tmp_path).get_or_compute(weight, **given), truncated_svd(weight, **given))
+    assert len(counted) == 2
+
+
+def test_another_weight_is_never_served_the_same_entry(tmp_path, counted):
+    store_ = FactorStore(tmp_path)
+    store_.get_or_compute(gaussian(30, 20), 4)
+    assert equal(
+        store_.get_or_compute(gaussian(30, 20, seed=1), 4), truncated_svd(gaussian(30, 20, seed=1), 4)
+    )
+    assert len(counted) == 2
+
+
+def test_a_flipped_byte_anywhere_in_an_entry_is_noticed_or_harmless(tmp_path, counted):
+    """Harmless are only bytes that mean nothing, such as the padding of the header."""
+    weight = gaussian(5, 4)
+    first = FactorStore(tmp_path).get_or_compute(weight, 2)
+    whole = entry(tmp_path).read_bytes()
+    noticed = 0
+    positions = range(0, len(whole), 3)
+    for position in positions:
+        entry(tmp_path).write_bytes(
+            whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :]
+        )
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert equal(FactorStore(tmp_path).get_or_compute(weight, 2), first)
+        noticed += bool(said)
+    assert noticed > 0.9 * len(positions)
+    assert len(counted) == noticed + 1
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, -1])
+def test_a_truncated_entry_is_reported_recomputed_and_replaced(tmp_path, counted, length):
+    weight = gaussian(30, 20)
+    first = FactorStore(tmp_path).get_or_compute(weight, 4)
+    whole = entry(tmp_path).read_bytes()
+    entry(tmp_path).write_bytes(whole[:length])
+    with pytest.warns(
+        UserWarning, match=r"layer q_proj: the stored factors .* are damaged .* computing them again"
+    ):
+        assert equal(FactorStore(tmp_path).get_or_compute(weight, 4, name="q_proj"), first)
+    assert entry(tmp_path).read_bytes() == whole
+    assert equal(FactorStore(tmp_path).get_or_compute(weight, 4), first)
+    assert len(counted) == 2
+
+
+def test_an_entry_copied_to_another_weight_s_place_is_refused(tmp_path, counted):
+    store_, weight, other = FactorStore(tmp_path), gaussian(30, 20), gaussian(30, 20, seed=1)
+    store_.get_or_compute(weight, 4)
+    place = store_.path(weight_fingerprint(other), 4, 1e-4, "auto")
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(entry(tmp_path).read_bytes())
+    with pytest.warns(UserWarning, match="belong to another weight"):
+        assert equal(store_.get_or_compute(other, 4), truncated_svd(other, 4))
+
+
+def test_what_killed_processes_left_behind_is_removed(tmp_path):
+    store_, weight = FactorStore(tmp_path), gaussian(30, 20)
+    path = store_.path(weight_fingerprint(weight), 4, 1e-4, "auto")
+    path.parent.mkdir(parents=True)
+    leftover = path.parent / f".{path.name}.abc123.part"
+    leftover.write_bytes(b"half")
+    store_.get_or_compute(weight, 4)
+    assert sorted(file.name for file in path.parent.iterdir()) == [".lock", path.name]
+
+
+def test_a_failed_write_leaves_nothing_and_the_factors_are_returned(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    weight = gaussian(30, 20)
+    with pytest.warns(UserWarning, match=r"cannot write .*No space left on device.*going on without"):
+        assert equal(FactorStore(tmp_path).get_or_compute(weight, 4), truncated_svd(weight, 4))
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [".lock"]
+
+
+def test_a_failed_write_is_an_error_where_filling_the_store_is_the_purpose(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match=r"cannot write .*No space left.*HIPLORA_CACHE"):
+        FactorStore(tmp_path, must_write=True).get_or_compute(gaussian(30, 20), 4)
+
+
+def test_a_place_that_cannot_hold_a_store_costs_one_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    weight = gaussian(30, 20)
+    with pytest.warns(UserWarning, match="cannot write") as said:
+        factors = FactorStore(tmp_path / "file" / "store").get_or_compute(weight, 4)
+    assert len(said) == 1
+    assert equal(factors, truncated_svd(weight, 4))
+    with pytest.raises(StoreError, match="cannot write"):
+        FactorStore(tmp_path / "file", must_write=True).get_or_compute(weight, 4)
+
+
+def test_without_the_lock_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_LOCK_SECONDS", 0.05)
+    weight = gaussian(30, 20)
+    path = FactorStore(tmp_path).path(weight_fingerprint(weight), 4, 1e-4, "auto")
+    with FactorStore(tmp_path)._locked(path) as held:
+        assert held
+        with pytest.warns(UserWarning, match="cannot write"):
+            FactorStore(tmp_path).get_or_compute(weight, 4)
+    assert not path.exists()
+
+
+def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
+    with pytest.raises(FactorError, match=r"layer q: principal_rank 21"):
+        FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 21, name="q")
+    with pytest.raises(FactorError, match=r"layer q: .* meta device"):
+        FactorStore(tmp_path).get_or_compute(gaussian(30, 20).to("meta"), 4, name="q")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
+    results, weight = [], gaussian(60, 50)
+    work = lambda: results.append(FactorStore(tmp_path).get_or_compute(weight, 8))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(counted) == 1
+    assert all(equal(result, results[0]) for result in results)
+
+
+def test_several_processes_compute_an_entry_once(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time, torch
+        from hiplora.spectral import FactorStore, store
+        svd = store.truncated_svd
+        def slow(*args, **kwargs):
+            print("computed", flush=True)
+            time.sleep(0.5)
+            return svd(*args, **kwargs)
+        store.truncated_svd = slow
+        weight = torch.arange(600.0).reshape(30, 20).sin()
+        FactorStore(sys.argv[1]).get_or_compute(weight, 4)
+    """)
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert "".join(said) == "computed\n"
+
+
+def test_the_store_lies_in_the_cache_that_the_environment_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path))
+    FactorStore().get_or_compute(gaussian(30, 20), 4)
+    assert entry(tmp_path / "factors").is_file()
