@@ -89,7 +89,9 @@ def test_without_hiplora_a_load_fails_loudly(tiny, tmp_path):
     assert "HIPLORA" in done.stderr
 
 
-@pytest.mark.parametrize("order", ["import hiplora, peft", "import peft, hiplora", "import hiplora.tuner.layer, peft"])
+@pytest.mark.parametrize(
+    "order", ["import hiplora, peft", "import peft, hiplora", "import hiplora.tuner.layer, peft"]
+)
 def test_importing_hiplora_registers_it_whatever_the_order(order):
     code = f"{order}; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert 'HIPLORA' in known"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -314,5 +316,7 @@ def test_generation_uses_the_adapter(base, ids):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     adapted = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
     with model.disable_adapter():
-        plain = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
+        plain = model.generate(
+            input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings
+        )
     assert not torch.equal(adapted.scores[0], plain.scores[0])

@@ -104,7 +104,9 @@ class HipLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, HipLoraLinear) else _wrap(target, current_key)
+        layer = (
+            target if isinstance(target, HipLoraLinear) else _wrap(target, current_key).train(target.training)
+        )
         r = _for_module(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = _for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
         k = _for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)

@@ -1,0 +1,274 @@
+"""Every field of the config does something, and nothing is accepted that makes no sense."""
+
+import dataclasses
+
+import peft
+import pytest
+import torch
+from peft.utils.peft_types import TaskType
+
+from hiplora import HipLoraConfig
+from hiplora.errors import ConfigError, FactorError
+from hiplora.tuner import HipLoraLinear, hip_layers
+from tests.contract.conftest import logits, train
+
+Q0 = "model.layers.0.self_attn.q_proj"
+Q1 = "model.layers.1.self_attn.q_proj"
+
+
+def modules(model):
+    return {name for name, _ in hip_layers(model)}
+
+
+def layer(model, name=Q0):
+    return dict(hip_layers(model))[name]
+
+
+def trained_state(tiny, ids, **changes):
+    torch.manual_seed(0)
+    model = tiny.adapted(**{"init_weights": False, **changes})
+    train(model, ids)
+    return {n: p.detach() for n, p in model.named_parameters() if "hiplora_" in n}
+
+
+def differs(tiny, ids, one, other):
+    a, b = trained_state(tiny, ids, **one), trained_state(tiny, ids, **other)
+    return any(not torch.equal(a[name], b[name]) for name in a)
+
+
+# One demonstration per field that the field has an effect; `test_every_field_is_shown_to_matter` walks them all.
+EFFECTS = {
+    "r": lambda t, i: layer(t.adapted(r=3)).hiplora_A["default"].shape[0] == 3,
+    "lora_alpha": lambda t, i: layer(t.adapted(r=4, lora_alpha=6)).scaling["default"] == 1.5,
+    "lora_dropout": lambda t, i: differs(t, i, {"lora_dropout": 0.0}, {"lora_dropout": 0.5}),
+    "target_modules": lambda t, i: modules(t.adapted(target_modules=r".*layers\.1.*q_proj")) == {Q1},
+    "exclude_modules": lambda t, i: (
+        not any("k_proj" in m for m in modules(t.adapted(exclude_modules=["k_proj"])))
+    ),
+    "layers_to_transform": lambda t, i: all(".1." in m for m in modules(t.adapted(layers_to_transform=[1]))),
+    "layers_pattern": lambda t, i: (
+        len(modules(t.adapted(layers_to_transform=[1], layers_pattern="layers"))) == 4
+        and not _has_any(t, layers_to_transform=[1], layers_pattern="blocks")
+    ),
+    "rank_pattern": lambda t, i: _ranks(t.adapted(rank_pattern={r"layers\.0\..*q_proj": 2})) == (2, 4),
+    "alpha_pattern": lambda t, i: (
+        layer(t.adapted(r=4, alpha_pattern={"q_proj": 20})).scaling["default"] == 5.0
+        and layer(t.adapted(r=4, alpha_pattern={"q_proj": 20}), Q0.replace("q_", "v_")).scaling["default"]
+        == 8.0
+    ),
+    "principal_rank_pattern": lambda t, i: (
+        layer(t.adapted(principal_rank_pattern={Q0: 5})).hiplora_delta["default"].shape == (5,)
+        and layer(t.adapted(principal_rank_pattern={Q0: 5}), Q1).hiplora_delta["default"].shape == (8,)
+    ),
+    "modules_to_save": lambda t, i: any(
+        "modules_to_save" in n for n, _ in t.adapted(modules_to_save=["norm"]).named_parameters()
+    ),
+    "init_weights": lambda t, i: (
+        torch.equal(logits(t.adapted(init_weights="zero"), i), logits(t.make(), i))
+        and not layer(t.adapted(init_weights="zero")).hiplora_A["default"].any()
+        and not torch.equal(logits(t.adapted(init_weights=False), i), logits(t.make(), i))
+    ),
+    "principal_rank": lambda t, i: layer(t.adapted(principal_rank=3)).hiplora_U["default"].shape[1] == 3,
+    "stability_weight": lambda t, i: differs(t, i, {"stability_weight": 0.0}, {"stability_weight": 50.0}),
+    "stability_gamma": lambda t, i: differs(
+        t,
+        i,
+        {"stability_weight": 50.0, "stability_gamma": 0.0},
+        {"stability_weight": 50.0, "stability_gamma": 4.0},
+    ),
+    "stability_mode": lambda t, i: all(
+        differs(
+            t,
+            i,
+            {"stability_weight": 50.0, "stability_mode": a},
+            {"stability_weight": 50.0, "stability_mode": b},
+        )
+        for a, b in [("gradient", "none"), ("proximal", "none"), ("gradient", "proximal")]
+    ),
+    "residual_projection": lambda t, i: _raw_leak(t.adapted(residual_projection=False)) > 0.05,
+    "principal_channel": lambda t, i: (
+        "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta
+    ),
+    "basis": lambda t, i: _refused(basis="activations"),
+    "svd_tolerance": lambda t, i: _tolerance_reaches_the_decomposition(t),
+    "save_factors": lambda t, i: (
+        not any("hiplora_U" in k for k in peft.get_peft_model_state_dict(t.adapted(save_factors=False)))
+    ),
+    "fingerprints": lambda t, i: set(t.adapted().peft_config["default"].fingerprints) == modules(t.adapted()),
+    "base_precision": lambda t, i: t.adapted().peft_config["default"].base_precision == "float32",
+}
+
+
+def _has_any(tiny, **changes):
+    try:
+        tiny.adapted(**changes)
+    except ValueError:
+        return False
+    return True
+
+
+def _ranks(model):
+    return layer(model).r["default"], layer(model, Q1).r["default"]
+
+
+def _raw_leak(model):
+    one = layer(model)
+    inside = one.hiplora_A["default"].detach() @ one.hiplora_V["default"]
+    return (inside.norm() / one.hiplora_A["default"].norm()).item()
+
+
+def _refused(**changes):
+    with pytest.raises(ConfigError):
+        HipLoraConfig(**changes)
+    return True
+
+
+def _tolerance_reaches_the_decomposition(tiny):
+    with pytest.MonkeyPatch.context() as patch:
+        from hiplora.tuner import model as module
+
+        seen = []
+        original = module.FactorStore.get_or_compute
+
+        def spy(self, weight, k, tol, **options):
+            seen.append(tol)
+            return original(self, weight, k, tol, **options)
+
+        patch.setattr(module.FactorStore, "get_or_compute", spy)
+        tiny.adapted(svd_tolerance=3e-5)
+    return set(seen) == {3e-5}
+
+
+@pytest.mark.parametrize("field", EFFECTS)
+def test_the_field_has_an_effect(tiny, ids, field):
+    assert EFFECTS[field](tiny, ids)
+
+
+def test_every_field_is_shown_to_matter():
+    inherited = {field.name for field in dataclasses.fields(peft.PeftConfig)}
+    own = {field.name for field in dataclasses.fields(HipLoraConfig)} - inherited
+    assert own == set(EFFECTS)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("r", 0),
+        ("r", 2.5),
+        ("r", True),
+        ("lora_alpha", 0),
+        ("lora_alpha", float("nan")),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", -0.1),
+        ("principal_rank", 0),
+        ("principal_rank", "32"),
+        ("stability_weight", -1),
+        ("stability_weight", float("inf")),
+        ("stability_gamma", -0.5),
+        ("stability_mode", "penalty"),
+        ("basis", "weights"),
+        ("svd_tolerance", 0),
+        ("svd_tolerance", 0.5),
+        ("init_weights", "gaussian"),
+        ("residual_projection", "yes"),
+        ("save_factors", 1),
+        ("rank_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"q_proj": -2}),
+        ("principal_rank_pattern", {"q_proj": 1.5}),
+    ],
+)
+def test_a_senseless_value_is_refused_by_name_and_value(field, value):
+    with pytest.raises(ConfigError) as error:
+        HipLoraConfig(**{field: value})
+    assert field in str(error.value)
+    shown = next(iter(value.values())) if isinstance(value, dict) else value
+    assert repr(shown) in str(error.value)
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ConfigError, match="plain LoRA"):
+        HipLoraConfig(residual_projection=False, principal_channel=False)
+    with pytest.raises(ConfigError, match="layers_to_transform"):
+        HipLoraConfig(target_modules=".*q_proj", layers_to_transform=[0])
+    with pytest.raises(ConfigError, match="layers_pattern"):
+        HipLoraConfig(layers_pattern="layers")
+
+
+def test_too_many_directions_for_a_layer_are_refused_by_name_and_leave_the_base_alone(tiny, ids):
+    base = tiny.make()
+    reference = logits(base, ids)
+    with pytest.raises(FactorError, match=r"model\.layers\.0\.self_attn\.k_proj.*33.*32"):
+        peft.get_peft_model(base, tiny.config(principal_rank=33))
+    assert torch.equal(logits(base, ids), reference)
+    assert not any(isinstance(module, HipLoraLinear) for module in base.modules())
+
+
+def test_a_failed_second_adapter_leaves_the_first_working(tiny, ids):
+    model = tiny.adapted()
+    train(model, ids)
+    expected = logits(model, ids)
+    with pytest.raises(FactorError):
+        model.add_adapter("second", tiny.config(principal_rank=33))
+    assert torch.equal(logits(model, ids), expected)
+    assert all(list(one.hiplora_A) == ["default"] for _, one in hip_layers(model))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "principal_rank_pattern"])
+def test_a_pattern_that_matches_nothing_is_refused(tiny, field):
+    with pytest.raises(ConfigError, match="gate_proj"):
+        tiny.adapted(**{field: {"gate_proj": 2}})
+
+
+def test_a_weight_with_nan_is_refused_by_name(tiny):
+    base = tiny.make()
+    with torch.no_grad():
+        base.get_submodule(Q1).weight[3, 3] = float("nan")
+    with pytest.raises(FactorError, match=Q1.replace(".", r"\.")):
+        peft.get_peft_model(base, tiny.config())
+
+
+def test_an_embedding_is_refused_with_the_way_out(tiny):
+    with pytest.raises(ConfigError, match="embed_tokens.*modules_to_save"):
+        tiny.adapted(target_modules=["embed_tokens"])
+
+
+def test_without_targets_the_papers_projections_are_adapted(tiny):
+    assert {name.rpartition(".")[2] for name in modules(tiny.adapted())} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+
+
+def test_all_linear_adapts_every_linear_layer_but_the_head(base):
+    model = base.adapted(target_modules="all-linear", **({"layers_to_transform": [0]} if base.folder else {}))
+    kinds = {name.rpartition(".")[2] for name in modules(model)}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_a_model_without_usual_projections_asks_for_targets():
+    class Config(dict):
+        model_type = "odd"
+
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blob = torch.nn.Linear(4, 4)
+            self.config = Config()
+
+        def forward(self, x):
+            return self.blob(x)
+
+    with pytest.raises(ConfigError, match="target_modules"):
+        peft.get_peft_model(Odd(), HipLoraConfig(r=2, principal_rank=2))
+
+
+def test_the_config_survives_saving(tiny, tmp_path):
+    config = tiny.adapted(
+        rank_pattern={"q_proj": 2}, stability_gamma=0.5, task_type=TaskType.CAUSAL_LM
+    ).peft_config["default"]
+    config.save_pretrained(tmp_path)
+    loaded = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HipLoraConfig)
+    assert loaded.to_dict() == config.to_dict()

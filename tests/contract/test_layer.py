@@ -1,0 +1,237 @@
+"""The fused layer against the dense formula, in every precision and execution mode that PEFT's users use."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hiplora.tuner import hip_layers
+from hiplora.tuner.functional import add_channels, keep_mask
+from tests.contract.conftest import logits, train
+
+
+def layer_case(dtype=torch.float64, m=6, n=9, r=3, k=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "base_out": draw(4, 5, m),
+        "x": draw(4, 5, n),
+        "A": draw(r, n),
+        "B": draw(m, r),
+        "delta": draw(k),
+        "U": torch.linalg.qr(draw(m, k).double()).Q.to(dtype),
+        "V": torch.linalg.qr(draw(n, k).double()).Q.to(dtype),
+    }
+
+
+def dense(base_out, x, A, B, delta, U, V, scaling, mask=1.0):
+    """Eq. 1, 2 and 5 with every matrix written out."""
+    principal = 0 if delta is None else x @ (U @ torch.diag(delta) @ V.T).T
+    return base_out + (x * mask) @ (scaling * B @ A).T + principal
+
+
+def test_forward_and_gradients_equal_the_dense_formula():
+    case = layer_case()
+    leaves = [case[name].requires_grad_() for name in ("base_out", "x", "A", "B", "delta")]
+    weight = torch.randn(4, 5, 6, dtype=torch.float64)
+    expected = dense(**case, scaling=2.0)
+    found = add_channels(**case, scaling=2.0, dropout=0.0)
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
+    given = torch.autograd.grad((found * weight).sum(), leaves)
+    for g, w in zip(given, wanted, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_without_a_principal_channel_it_is_the_residual_alone():
+    case = layer_case()
+    case["delta"] = None
+    torch.testing.assert_close(add_channels(**case, scaling=2.0, dropout=0.0), dense(**case, scaling=2.0))
+
+
+def test_dropout_acts_on_the_residual_channels_input_only():
+    case = layer_case()
+    for name in ("x", "A", "B", "delta"):
+        case[name].requires_grad_()
+    torch.manual_seed(7)
+    found = add_channels(**case, scaling=2.0, dropout=0.4)
+    torch.manual_seed(7)
+    mask, keep = keep_mask(torch.Size((20, 9)), 0.4, torch.device("cpu"))
+    expected = dense(**case, scaling=2.0, mask=mask.view(4, 5, 9) / keep)
+    torch.testing.assert_close(found, expected)
+    leaves = [case[name] for name in ("x", "A", "B", "delta")]
+    for g, w in zip(
+        torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 1e-6, 0.999])
+def test_the_mask_drops_as_often_as_it_says(dropout):
+    mask, keep = keep_mask(torch.Size((1000, 1000)), dropout, torch.device("cpu"))
+    assert keep == pytest.approx(1 - dropout, abs=1 / 65536)
+    assert mask.float().mean().item() == pytest.approx(keep, abs=4 * (keep * (1 - keep) / 1e6) ** 0.5 + 1e-9)
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training(tiny, ids):
+    model = tiny.adapted(lora_dropout=0.5, init_weights=False)
+    assert torch.equal(logits(model, ids), logits(model, ids))
+    model.train()
+    assert not torch.equal(logits(model, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_keep_fp32_adapters_and_factors(base, ids, dtype):
+    model = peft.get_peft_model(base.make(dtype), base.config())
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_A["default"].dtype == torch.float32
+        assert layer.hiplora_U["default"].dtype == torch.float32
+        assert layer.get_base_layer().weight.dtype == dtype
+    assert torch.equal(logits(model, ids), logits(base.make(dtype), ids))
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    assert logits(model, ids).dtype == dtype
+
+
+def test_half_precision_adapters_are_possible_and_their_factors_stay_fp32(tiny, ids):
+    model = peft.get_peft_model(tiny.make(torch.bfloat16), tiny.config(), autocast_adapter_dtype=False)
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_A["default"].dtype == torch.bfloat16
+        assert layer.hiplora_U["default"].dtype == torch.float32
+    losses = train(model, ids, lr=1e-2)
+    assert losses[-1] < losses[0]
+
+
+def test_moving_a_model_to_half_precision_keeps_the_factors_certified(tiny, ids):
+    model = tiny.adapted().to(torch.bfloat16)
+    for _, layer in hip_layers(model):
+        U = layer.hiplora_U["default"]
+        assert U.dtype == torch.float32
+        assert (U.T @ U - torch.eye(U.shape[1])).abs().max() < 1e-5
+    train(model, ids, steps=1)
+
+
+def test_autocast_trains_and_agrees_with_full_precision(base, ids):
+    model = base.adapted(init_weights=False)
+    with torch.no_grad():
+        exact = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = model(input_ids=ids, labels=ids).loss
+    assert rough.item() == pytest.approx(exact.item(), rel=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(base, ids, reentrant):
+    def gradients(checkpointing):
+        torch.manual_seed(1)
+        model = base.adapted(init_weights=False, lora_dropout=0.2)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        torch.manual_seed(2)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+
+@pytest.mark.slow
+def test_torch_compile_gives_the_same_output_and_gradients(tiny):
+    model = tiny.adapted(init_weights=False)
+    _, layer = next(iter(hip_layers(model)))
+    x = torch.randn(2, 7, layer.in_features)
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+    def gradients(run):
+        layer.zero_grad()
+        run(x).square().mean().backward()
+        return {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+
+    wanted, given = gradients(layer), gradients(compiled)
+    assert wanted.keys() == given.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(given[name], gradient, msg=name)
+
+
+def test_gpt2s_transposed_layers_are_adapted_merged_and_restored(ids):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hiplora import HipLoraConfig
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=259)).eval()
+    reference = logits(model, ids)
+    model = peft.get_peft_model(model, HipLoraConfig(r=4, principal_rank=6, lora_dropout=0.0))
+    assert torch.equal(logits(model, ids), reference)
+    train(model, ids)
+    expected = logits(model, ids)
+    model.merge_adapter()
+    assert (logits(model, ids) - expected).norm() <= 1e-5 * expected.norm()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, ids), reference)
+
+
+def test_a_hooked_base_layer_is_still_called(tiny, ids):
+    model = tiny.adapted(init_weights=False)
+    seen = []
+    for _, layer in hip_layers(model):
+        layer.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
+    logits(model, ids)
+    assert len(seen) == 8
+
+
+def test_the_linear_layer_alone_saves_no_more_than_its_input_and_the_thin_activation():
+    case = layer_case(torch.float32, m=64, n=64, r=2, k=2)
+    case["base_out"], case["x"] = torch.randn(32, 64), torch.randn(32, 64)
+    for name in ("x", "A", "B", "delta"):
+        case[name].requires_grad_()
+    owned = {tensor.data_ptr() for tensor in case.values()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        add_channels(**case, scaling=1.0, dropout=0.0)
+    extra = sum(t.numel() for t in saved if t.data_ptr() not in owned)
+    assert extra == 32 * (2 + 2)
+
+
+def test_plain_and_fused_passes_agree(monkeypatch):
+    case = layer_case()
+    fused = add_channels(**case, scaling=2.0, dropout=0.0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(add_channels(**case, scaling=2.0, dropout=0.0), fused)
+
+
+def test_four_bit_like_bases_go_through_their_own_forward(tiny, ids):
+    """A base layer that is not `nn.Linear` itself but computes like one (as quantised layers do)."""
+
+    class Odd(torch.nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            Odd.calls += 1
+            return F.linear(x, self.weight, self.bias)
+
+    model = tiny.make()
+    target = model.model.layers[0].self_attn.q_proj
+    odd = Odd(target.in_features, target.out_features, bias=False)
+    odd.weight = target.weight
+    model.model.layers[0].self_attn.q_proj = odd
+    adapted = peft.get_peft_model(model, tiny.config(init_weights=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits(adapted, ids)
+    assert Odd.calls == 1
