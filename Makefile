@@ -1,0 +1,54 @@
+# One command each: make demo, make test. Both set up everything they need, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+DEMO_OUT ?= demo-out
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.hiplora-setup
+
+.PHONY: help setup model demo test lint bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    set up, fetch the real model, run the demonstration and say where its report is"
+	@echo "make test    set up, fetch the real model, lint, run all tests"
+	@echo "make setup   make $(VENV) and install hiplora at the versions of constraints.txt"
+	@echo "make model   fetch SmolLM2-135M into the cache"
+	@echo "make lint    formatting, style, types, import direction, documentation"
+	@echo "make docs    write docs/reference.md and the numbers in the docs anew"
+	@echo "make bench   measure a training step of HiP-LoRA against LoRA"
+	@echo "make clean   remove what the above made in this folder"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt tools/setup.sh
+	@bash tools/setup.sh "$(VENV)" "$(PYTHON)"
+	@touch $@
+
+model: $(STAMP)
+	@$(PY) -m hiplora.models
+
+demo: model
+	@$(PY) -m hiplora demo --out "$(DEMO_OUT)" --overwrite
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy
+	@$(PY) tools/check_imports.py
+	@$(PY) tools/check_docs.py
+
+# Each test process uses one thread: together they fill the cores.
+test: model lint
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+bench: model
+	@$(PY) benchmarks/step.py
+
+docs: $(STAMP)
+	@$(PY) tools/check_docs.py --write
+
+clean:
+	rm -rf "$(VENV)" "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
