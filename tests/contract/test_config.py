@@ -151,7 +151,7 @@ def test_every_field_is_shown_to_matter():
 
 
 @pytest.mark.parametrize(
-    "field, value",
+    ("field", "value"),
     [
         ("r", 0),
         ("r", 2.5),
@@ -228,7 +228,7 @@ def test_a_weight_with_nan_is_refused_by_name(tiny):
 
 
 def test_an_embedding_is_refused_with_the_way_out(tiny):
-    with pytest.raises(ConfigError, match="embed_tokens.*modules_to_save"):
+    with pytest.raises(ConfigError, match=r"embed_tokens.*modules_to_save"):
         tiny.adapted(target_modules=["embed_tokens"])
 
 

@@ -186,17 +186,22 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         if not self.configs[adapter].residual_projection or A.device.type == "meta":
             return
         self.ensure_factors(adapter)
-        inside_A, inside_B = retract(A.float(), B.float(), self.hiplora_U[adapter], self.hiplora_V[adapter])
-        A.copy_(inside_A)
-        B.copy_(inside_B)
+        for kept, value in zip((A, B), retract(*self._residual(adapter)), strict=True):
+            kept.copy_(value)
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off."""
         if not self.configs[adapter].residual_projection:
             return 0.0
         self.ensure_factors(adapter)
-        A, B = self.hiplora_A[adapter].detach().float(), self.hiplora_B[adapter].detach().float()
-        return leak(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter])
+        return leak(*self._residual(adapter))
+
+    def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (A, B, U, V) in one dtype, fp32 at least."""
+        A, B = self.hiplora_A[adapter].detach(), self.hiplora_B[adapter].detach()
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
+        return A.to(dtype), B.to(dtype), U.to(dtype), V.to(dtype)
 
     def check_leak(self, adapter: str) -> None:
         """Refuse an adapter that left the complement.
@@ -229,17 +234,16 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         return penalty(self.hiplora_delta[adapter].float(), self.budget(adapter))
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return the whole update as (A', B') of shapes (r + k, n), (m, r + k), fp32, with ΔW = B'A' exactly."""
+        """Return the whole update as (A', B'), (r + k, n) and (m, r + k), fp32 at least, with ΔW = B'A' exactly."""
         self.ensure_factors(adapter)
-        A, B = self.hiplora_A[adapter].detach().float(), self.hiplora_B[adapter].detach().float()
+        A, B, U, V = self._residual(adapter)
         if adapter not in self.hiplora_delta:
             return A, self.scaling[adapter] * B
-        delta = self.hiplora_delta[adapter].detach().float()
-        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
+        delta = self.hiplora_delta[adapter].detach().to(A.dtype)
         return fused_factors(A, B, delta, U, V, self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return ΔW in the base layer's layout, fp32."""
+        """Return ΔW in the base layer's layout, fp32 at least."""
         A, B = self.lora_factors(adapter)
         return (B @ A).T if self.transposed else B @ A
 
@@ -288,7 +292,7 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         for name in names:
             self.check_leak(name)
         weight = self.get_base_weight()
-        merged = weight.float()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:
             merged = merged + self.get_delta_weight(name)
         merged = merged.to(weight.dtype)

@@ -1,0 +1,389 @@
+"""Retraction and budget work by themselves, in whatever loop the user trains."""
+
+import json
+import os
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+
+import hiplora
+from hiplora.errors import AdapterError
+from hiplora.spectral import budget_weights, penalty
+from hiplora.tuner import hip_layers
+from tests.contract.conftest import Base, train
+from tests.tiny import tiny_tokenizer
+
+LEAK = 1e-6
+
+
+def parameters(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
+
+
+def fresh(seed=0, dtype=torch.float32, **changes):
+    torch.manual_seed(seed)
+    base = Base("untied")
+    return peft.get_peft_model(base.make(dtype), base.config(**changes))
+
+
+def moved(model):
+    """Whether every kind of parameter has left its starting point."""
+    layers = [layer for _, layer in hip_layers(model)]
+    return all(layer.hiplora_B["default"].any() and layer.hiplora_delta["default"].any() for layer in layers)
+
+
+# The bare loop ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+def test_a_bare_loop_stays_in_the_complement(base, ids, optimizer):
+    model = base.adapted()
+    train(model, ids, optimizer=optimizer)
+    assert moved(model)
+    assert hiplora.max_leak(model) < LEAK
+
+
+def test_without_the_projection_the_complement_is_left():
+    model = fresh(residual_projection=False)
+    ids = torch.randint(0, 256, (2, 10))
+    train(model, ids)
+    layer = next(iter(hip_layers(model)))[1]
+    assert (layer.hiplora_U["default"].T @ layer.hiplora_B["default"]).norm() > 1e-3
+
+
+def test_gradient_accumulation_equals_the_large_batch():
+    ids = torch.randint(0, 256, (4, 10), generator=torch.Generator().manual_seed(0))
+    results = []
+    for parts in (1, 4):
+        model = fresh(stability_weight=5.0, dtype=torch.float64)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            for part in ids.chunk(parts):
+                (model(input_ids=part, labels=part).loss / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert hiplora.max_leak(model) < LEAK
+        results.append(parameters(model))
+    assert_same(*results, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_the_gradient_mode_on_sgd_equals_the_explicit_loss_of_equation_7(ids, gamma):
+    weight, rate = 7.0, 0.3
+    implicit = fresh(stability_weight=weight, stability_gamma=gamma)
+    train(implicit, ids, steps=4, lr=rate, optimizer=torch.optim.SGD)
+
+    explicit = fresh(stability_mode="none")
+    trainable = [p for p in explicit.parameters() if p.requires_grad]
+    for _ in range(4):
+        loss = explicit(input_ids=ids, labels=ids).loss
+        for _, layer in hip_layers(explicit):
+            weights = budget_weights(layer.hiplora_sigma["default"], gamma)
+            loss = loss + weight * penalty(layer.hiplora_delta["default"], weights)
+        loss.backward()
+        with torch.no_grad():
+            for p in trainable:
+                p -= rate * p.grad
+                p.grad = None
+        hiplora.retract_(explicit)
+    assert_same(parameters(implicit), parameters(explicit), rtol=1e-5, atol=1e-7)
+
+
+def test_the_penalty_helper_is_equation_6_summed_over_modules():
+    model = fresh(init_weights=False, stability_gamma=2.0)
+    expected = 0.0
+    for _, layer in hip_layers(model):
+        sigma, delta = (
+            layer.hiplora_sigma["default"].double(),
+            layer.hiplora_delta["default"].detach().double(),
+        )
+        expected += float((sigma**2 / (sigma**2).sum() * delta**2).sum())
+    value = hiplora.stability_penalty(model)
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+    value.backward()
+    assert all(layer.hiplora_delta["default"].grad is not None for _, layer in hip_layers(model))
+
+
+def test_the_penalty_of_an_adapter_without_gains_is_an_error():
+    with pytest.raises(AdapterError, match="principal channel"):
+        hiplora.stability_penalty(fresh(principal_channel=False))
+
+
+def test_the_proximal_mode_shrinks_each_gain_after_the_step(ids):
+    weight, rate = 20.0, 0.1
+    plain, proximal = fresh(stability_mode="none"), fresh(stability_mode="proximal", stability_weight=weight)
+    for model in (plain, proximal):
+        train(model, ids, steps=1, lr=rate, optimizer=torch.optim.SGD)
+    for (_, a), (_, b) in zip(hip_layers(plain), hip_layers(proximal), strict=True):
+        weights = budget_weights(a.hiplora_sigma["default"], 1.0)
+        expected = a.hiplora_delta["default"] / (1 + 2 * rate * weight * weights)
+        torch.testing.assert_close(b.hiplora_delta["default"], expected)
+
+
+def test_a_heavier_budget_keeps_the_gains_smaller(ids):
+    sizes = []
+    for weight in (0.0, 10.0, 1000.0):
+        model = fresh(stability_weight=weight, stability_mode="proximal")
+        train(model, ids, steps=5, optimizer=torch.optim.SGD, lr=0.5)
+        sizes.append(hiplora.stability_penalty(model).item())
+    assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_a_closure_gets_the_budget_on_its_fresh_gradients(ids):
+    results = []
+    for with_closure in (False, True):
+        model = fresh(stability_weight=7.0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if with_closure:
+                assert torch.is_tensor(optimizer.step(closure))
+            else:
+                closure()
+                optimizer.step()
+        results.append(parameters(model))
+    assert_same(*results)
+
+
+def test_a_step_that_a_scaler_skips_changes_nothing(ids):
+    model = fresh(stability_weight=7.0, init_weights=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = parameters(model)
+    scaler.scale(model(input_ids=ids, labels=ids).loss * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same(parameters(model), before, rtol=0, atol=0)
+
+
+def test_a_scaled_loss_gives_the_same_step_as_an_unscaled_one(ids):
+    results = []
+    for scale in (None, 64.0):
+        model = fresh(stability_weight=7.0)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for _ in range(3):
+            scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append(parameters(model))
+    assert_same(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_an_optimizer_of_other_parameters_is_left_alone(ids):
+    model = fresh(init_weights=False)
+    for _, layer in hip_layers(model):
+        layer.hiplora_B["default"].data.normal_()
+    before = parameters(model)
+    other = torch.nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1).step()
+    assert_same(parameters(model), before, rtol=0, atol=0)
+
+
+def test_only_the_adapter_in_training_is_touched(ids):
+    model = fresh(stability_weight=5.0)
+    train(model, ids)
+    model.add_adapter("second", Base("untied").config())
+    model.set_adapter("second")
+    before = {n: p.clone() for n, p in model.named_parameters() if ".default" in n}
+    train(model, ids)
+    for name, value in before.items():
+        assert torch.equal(dict(model.named_parameters())[name], value), name
+
+
+# A loop that never retracts --------------------------------------------------------------------------------------
+
+
+def leave_the_complement(model, ids):
+    """A hand-made update that no torch optimizer sees."""
+    model(input_ids=ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p -= 0.5 * p.grad
+
+
+def test_a_model_never_retracted_is_not_saved_merged_or_converted(ids, tmp_path):
+    model = fresh()
+    leave_the_complement(model, ids)
+    with pytest.raises(AdapterError, match=r"self_attn.*retract_"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    with pytest.raises(AdapterError, match="retract_"):
+        model.merge_adapter()
+    hiplora.retract_(model)
+    assert hiplora.max_leak(model) < LEAK
+    model.save_pretrained(tmp_path / "adapter")
+
+
+def test_retraction_is_idempotent(ids):
+    model = fresh()
+    leave_the_complement(model, ids)
+    hiplora.retract_(model)
+    once = parameters(model)
+    hiplora.retract_(model)
+    assert_same(parameters(model), once, rtol=1e-5, atol=1e-7)
+
+
+# Trainers --------------------------------------------------------------------------------------------------------
+
+
+def arguments(folder, **changes):
+    from transformers import TrainingArguments
+
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    return TrainingArguments(**{**settings, **changes})
+
+
+def rows(count=16):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 256, (count, 8), generator=generator).tolist()
+    return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+
+
+def test_the_transformers_trainer_needs_no_callback(base, tmp_path):
+    from transformers import Trainer
+
+    model = base.adapted()
+    Trainer(model, arguments(tmp_path), train_dataset=rows()).train()
+    assert moved(model)
+    assert hiplora.max_leak(model) < LEAK
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_trls_sft_trainer_takes_the_config_as_it_is(tmp_path, checkpointing):
+    from trl import SFTConfig, SFTTrainer
+
+    base = Base("untied")
+    config = SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=3,
+        gradient_checkpointing=checkpointing,
+        max_length=32,
+    )
+    data = Dataset.from_list([{"text": f"line {i} of the text"} for i in range(12)])
+    trainer = SFTTrainer(
+        base.make(),
+        args=config,
+        train_dataset=data,
+        processing_class=tiny_tokenizer(),
+        peft_config=base.config(),
+    )
+    trainer.train()
+    assert moved(trainer.model)
+    assert hiplora.max_leak(trainer.model) < LEAK
+    peft.PeftModel.from_pretrained(base.make(), tmp_path / "checkpoint-3")
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_step_for_step(tmp_path):
+    from transformers import Trainer
+
+    def trainer(folder, **changes):
+        model = fresh(lora_dropout=0.1, stability_weight=3.0)
+        return Trainer(
+            model, arguments(folder, save_strategy="steps", save_steps=2, **changes), train_dataset=rows()
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_same(parameters(resumed.model), parameters(whole.model), rtol=0, atol=0)
+    losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
+ACCELERATE = """
+import json, os, sys, torch, peft, hiplora
+from accelerate import Accelerator
+from tests.contract.conftest import Base
+torch.set_num_threads(1)
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+model = Base("untied").adapted(stability_weight=5.0)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+ids = torch.randint(0, 256, (8, 10), generator=torch.Generator().manual_seed(0))
+loader = torch.utils.data.DataLoader(ids, batch_size=8 // accelerator.num_processes)
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+for _ in range(3):
+    for batch in loader:
+        accelerator.backward(model(input_ids=batch, labels=batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+plain = accelerator.unwrap_model(model)
+leak = hiplora.max_leak(plain)
+state = {n: p.detach() for n, p in plain.named_parameters() if p.requires_grad}
+result = {"leak": leak, "state": state, "processes": accelerator.num_processes}
+torch.save(result, f"{sys.argv[1]}/{accelerator.process_index}.pt")
+accelerator.end_training()
+"""
+
+
+def test_two_gloo_processes_under_accelerate_agree_with_one(tmp_path):
+    (tmp_path / "run.py").write_text(ACCELERATE)
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", str(tmp_path / "run.py"), str(out)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append([torch.load(out / f"{rank}.pt") for rank in range(processes)])
+    single, (first, second) = results[0][0], results[1]
+    assert (single["processes"], first["processes"]) == (1, 2)
+    assert max(first["leak"], second["leak"], single["leak"]) < LEAK
+    assert_same(first["state"], second["state"], rtol=0, atol=0)
+    assert_same(first["state"], single["state"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_names_the_method_and_its_base(tmp_path):
+    model = fresh()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "HIPLORA"
+    assert set(config["fingerprints"]) == {name for name, _ in hip_layers(model)}
