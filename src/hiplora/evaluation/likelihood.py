@@ -1,0 +1,137 @@
+"""How likely a model finds the responses of examples, with logits computed only where a response is."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hiplora.errors import DataError
+
+IGNORED = -100  # the label of a token that is read but not scored, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens; `labels` repeats the ids that are scored and has -100 for the others."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse labels that do not fit the ids, or that leave nothing to predict."""
+        fit = len(self.ids) == len(self.labels) and all(
+            label in (IGNORED, token) for token, label in zip(self.ids, self.labels, strict=True)
+        )
+        if not fit or not self.scored:
+            raise DataError(
+                f"an example of {len(self.ids)} tokens has {len(self.labels)} labels, none of which can be "
+                "predicted; expected one label a token (its id, or -100), and one after the first that is not -100"
+            )
+
+    @property
+    def scored(self) -> list[int]:
+        """Positions of the scored tokens; the first token of a sequence is never predicted."""
+        return [i for i, label in enumerate(self.labels) if i and label != IGNORED]
+
+
+def encode(tokenizer: Any, prompt: str, response: str) -> Encoded:
+    """Tokenize a completion; scored is all from the first token in which prompt and whole text differ.
+
+    No end-of-text token is added: the response need not be all that follows.
+
+    Raises:
+        DataError: the response adds no token, or there is nothing before it.
+    """
+    whole, given = (_open_end(tokenizer, text) for text in (prompt + response, prompt))
+    common = min(len(whole), len(given))
+    start = next((i for i in range(common) if whole[i] != given[i]), common)
+    return Encoded(tuple(whole), tuple([IGNORED] * start + whole[start:]))
+
+
+def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float[Tensor, " scored"]]:
+    """Return, per example, the log-probability (nats, fp32) of each scored token given all tokens before it.
+
+    Examples are padded on the left, so that all responses end together and the output head runs over the last
+    positions only, as many as the farthest response needs. Differentiable; gradients and the model's mode are
+    the caller's choice.
+    """
+    device = next(model.parameters()).device
+    ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
+    keep = max(len(example.ids) - example.scored[0] for example in batch) + 1
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+    )
+    log_probs = output.logits[:, -keep:-1].float().log_softmax(dim=-1)
+    picked = log_probs.gather(2, ids[:, -keep + 1 :, None]).squeeze(2)
+    first = [
+        len(example.ids) - keep + 1 for example in batch
+    ]  # the token that column 0 of `picked` stands for
+    return [
+        row[torch.tensor(example.scored, device=device) - offset]
+        for row, example, offset in zip(picked, batch, first, strict=True)
+    ]
+
+
+@torch.no_grad()
+def heldout_loss(
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    batch_size: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> float:
+    """Return the mean negative log-likelihood per response token, in nats, over all `examples` together.
+
+    Every token weighs the same, whichever example it is from. `on_batch` is told how many examples are done.
+
+    Raises:
+        DataError: there are no examples.
+    """
+    if not examples:
+        raise DataError(
+            "there are no held-out examples; hold back a larger share of the data or give more data"
+        )
+    training = model.training
+    model.eval()
+    try:
+        total, tokens, done = 0.0, 0, 0
+        for batch in _by_length(examples, batch_size):
+            rows = response_log_probs(model, batch)
+            total -= sum(row.double().sum().item() for row in rows)
+            tokens += sum(len(row) for row in rows)
+            done += len(batch)
+            if on_batch:
+                on_batch(done)
+    finally:
+        model.train(training)
+    return total / tokens
+
+
+def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return token ids, attention mask and positions, each (rows, longest row); padding is masked."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), token)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[Encoded]]:
+    """Batches of similar length: little padding, hence little waste."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    for first in range(0, len(ordered), batch_size):
+        yield ordered[first : first + batch_size]
+
+
+def _open_end(tokenizer: Any, text: str) -> list[int]:
+    """Token ids as the tokenizer makes them, without the end-of-text token that some add."""
+    ids = list(tokenizer(text)["input_ids"])
+    return (
+        ids[:-1]
+        if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+        else ids
+    )

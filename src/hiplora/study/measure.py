@@ -1,0 +1,54 @@
+"""What is measured on each adapter of a study: held-out loss, drift, and where its update lies."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
+from hiplora.export import AdapterUpdate, allocation_rows
+
+_ROW = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
+
+
+def base_reference(
+    model: Any, tokenizer: Any, texts: Mapping[str, str], max_tokens: int, window: int = 512
+) -> BaseReference:
+    """Run the bare base over the drift texts, in windows that fit the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or window
+    return BaseReference.build(model, tokenizer, texts, window=min(window, context), max_tokens=max_tokens)
+
+
+def measure_adapter(
+    model: nn.Module, folder: Path, reference: BaseReference, heldout: Sequence[Encoded], batch_size: int
+) -> dict[str, Any]:
+    """Put an adapter on the bare `model`, measure it, and take it off again."""
+    with mounted(model, folder) as adapted:
+        return {
+            "heldout_loss_after": heldout_loss(adapted, heldout, batch_size),
+            "drift": drift_dict(adapted, reference),
+        }
+
+
+def drift_dict(model: nn.Module, reference: BaseReference) -> dict[str, dict[str, float]]:
+    """Measure drift and return it as a section of the results."""
+    return {name: found.as_dict() for name, found in measure_drift(model, reference).items()}
+
+
+def allocation(adapter: Path | AdapterUpdate, base: str, rank: int) -> list[dict[str, Any]]:
+    """Return the results' rows on where an adapter's update lies on the spectrum of the base weights."""
+    return [{key: row[key] for key in _ROW} for row in allocation_rows(adapter, base, rank)]
+
+
+@contextlib.contextmanager
+def mounted(model: nn.Module, folder: Path) -> Iterator[Any]:
+    """Put an adapter on a bare model for a while and yield the PEFT model; what stays behind is the bare model."""
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
