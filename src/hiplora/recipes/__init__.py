@@ -1,0 +1,17 @@
+"""Recipes: a YAML file that says what to train, on what and how, checked in full before anything is loaded."""
+
+from hiplora.recipes.load import load_recipe, model_problems
+from hiplora.recipes.methods import HipLoraMethod, LoraMethod, PissaMethod, ProjLoraMethod
+from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings
+
+__all__ = [
+    "DataSettings",
+    "HipLoraMethod",
+    "LoraMethod",
+    "PissaMethod",
+    "ProjLoraMethod",
+    "TrainRecipe",
+    "TrainSettings",
+    "load_recipe",
+    "model_problems",
+]

@@ -1,0 +1,129 @@
+"""The methods that a recipe can name, each with exactly the settings that apply to it."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class Block(BaseModel):
+    """Base of every block: unknown fields are errors, values are not guessed into other types, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LowRank(Block):
+    """What every method has: the low-rank factors and the modules they sit on, under PEFT's names."""
+
+    r: int = Field(
+        default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
+    )
+    lora_alpha: int | float = Field(
+        default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r."
+    )
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update."
+    )
+    target_modules: list[str] | str = Field(
+        default=list(ATTENTION_PROJECTIONS),
+        min_length=1,
+        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
+    )
+    exclude_modules: list[str] | str | None = Field(
+        default=None, description="Modules to leave alone, although target_modules names them."
+    )
+    layers_to_transform: list[int] | int | None = Field(
+        default=None, description="Indices of the layers to adapt; all if empty."
+    )
+    layers_pattern: list[str] | str | None = Field(
+        default=None, description="Name of the model's list of layers, where layers_to_transform needs it."
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Module name or pattern → its own r."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Module name or pattern → its own lora_alpha."
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="Modules to train in full and save with the adapter."
+    )
+
+
+class LoraMethod(LowRank):
+    """Plain LoRA, from PEFT."""
+
+    name: Literal["lora"] = Field(default="lora", description="The method.")
+
+
+class PissaMethod(LowRank):
+    """PiSSA, from PEFT: starts from the principal part of the weights; saved as a plain LoRA of rank 2r."""
+
+    name: Literal["pissa"] = Field(default="pissa", description="The method.")
+
+
+class Spectral(LowRank):
+    """What the methods with protected directions share."""
+
+    principal_rank: int = Field(
+        default=32, ge=1, description="k: how many leading singular directions are protected."
+    )
+    principal_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Module name or pattern → its own principal_rank."
+    )
+    basis: Literal["weight"] = Field(
+        default="weight", description="Where the protected directions come from: the weight's SVD."
+    )
+    svd_tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1e-2,
+        description="Largest accepted residual of a singular triplet, in units of σ₁.",
+    )
+    save_factors: bool = Field(
+        default=True,
+        description="Save U, σ and V with the adapter; false computes them again when it is loaded.",
+    )
+
+
+class ProjLoraMethod(Spectral):
+    """Proj-LoRA: LoRA kept in the complement of the protected directions, without gains."""
+
+    name: Literal["proj_lora"] = Field(default="proj_lora", description="The method.")
+
+
+class HipLoraMethod(Spectral):
+    """HiP-LoRA: learned gains on the protected directions, LoRA in their complement."""
+
+    name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
+    stability_weight: float = Field(
+        default=0.1,
+        ge=0,
+        description="λ: price of changing the gains. The paper's value is lost; this one is ours.",
+    )
+    stability_gamma: float = Field(
+        default=1.0, ge=0, description="γ: how much dearer large gains are; 0 prices all alike."
+    )
+    stability_mode: Literal["gradient", "proximal", "none"] = Field(
+        default="gradient",
+        description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
+        "charges nothing (the ablation without a budget).",
+    )
+    residual_projection: bool = Field(
+        default=True,
+        description="Keep the low-rank part out of the protected directions; false is an ablation.",
+    )
+    init_weights: bool | Literal["zero"] = Field(
+        default=True,
+        description="true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, "
+        "and stay there. false: a random start, for tests.",
+    )
+
+
+METHODS: dict[str, type[LowRank]] = {
+    "hiplora": HipLoraMethod,
+    "lora": LoraMethod,
+    "pissa": PissaMethod,
+    "proj_lora": ProjLoraMethod,
+}
+Method = Annotated[HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod, Field(discriminator="name")]

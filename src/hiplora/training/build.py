@@ -1,0 +1,117 @@
+"""Put a trainer together from a recipe, a model and encoded rows."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+from trl.data_utils import pack_dataset
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.recipes import TrainRecipe, TrainSettings
+from hiplora.training.adapters import adapter_config
+from hiplora.training.attention import use_packed_attention
+from hiplora.training.metrics import Record
+from hiplora.training.run import RunFolder
+from hiplora.training.trainer import RecordingTrainer
+
+Rows = Sequence[dict[str, list[int]]]
+
+
+def sequences(rows: Rows, settings: TrainSettings) -> Dataset:
+    """Make a data set of the rows, packed into sequences of `max_length` if the recipe says so."""
+    data = Dataset.from_list(list(rows))
+    return pack_dataset(data, settings.max_length, "bfd") if settings.packing else data
+
+
+def total_steps(settings: TrainSettings, count: int) -> int:
+    """Return how many optimizer steps a run over `count` sequences has."""
+    if settings.steps is not None:
+        return settings.steps
+    batches = math.ceil(count / settings.batch_size)
+    return math.ceil((settings.epochs or 1) * math.ceil(batches / settings.gradient_accumulation))
+
+
+def build_trainer(
+    recipe: TrainRecipe,
+    run: RunFolder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_set: Dataset,
+    held_out: Dataset | None,
+    record: Record,
+    steps: int,
+) -> RecordingTrainer:
+    """Put the adapter on the model and a trainer around both; the seed is set on the way.
+
+    Raises:
+        ConfigError: the method's settings do not fit the model.
+    """
+    arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
+    try:
+        trainer = RecordingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_set,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=adapter_config(recipe.method),
+            record=record,
+            checkpoints=run.checkpoints,
+            keep_checkpoints=recipe.train.keep_checkpoints,
+            eval_every=recipe.train.eval_every,
+        )
+    except HipLoraError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"method {recipe.method.name} does not fit {recipe.model}: {error}; check method.target_modules and "
+            "the patterns against the model's module names"
+        ) from error
+    return trainer
+
+
+def _flatten(model: PreTrainedModel, settings: TrainSettings) -> bool:
+    """Whether batches are one flattened row. Packing needs it; on a CPU it also saves the padding."""
+    if model.device.type == "cpu" and use_packed_attention(model, settings.max_length):
+        return True
+    return settings.packing
+
+
+def _arguments(recipe: TrainRecipe, folder: Path, steps: int, flat: bool) -> SFTConfig:
+    settings = recipe.train
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_steps=steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=settings.dtype == "bf16",
+        fp16=settings.dtype == "fp16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        seed=recipe.seed,
+        # The rows come tokenised, cut and packed; here the flag only chooses the collator that flattens.
+        packing=flat,
+        max_length=settings.max_length,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_strategy="no",  # the record does that
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process uses one GPU; the Trainer would wrap the model in DataParallel
+    return arguments

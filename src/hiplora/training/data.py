@@ -1,0 +1,174 @@
+"""Training data in the usual shapes, as prompts and responses.
+
+An `Example` is text. What becomes of it as tokens, and which of them are learned, is `encoding`'s business.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hiplora.errors import DataError
+from hiplora.provenance import file_sha256
+from hiplora.recipes import DataSettings
+from hiplora.recipes.rows import Row, read_rows
+from hiplora.recipes.shapes import check_rows, completion_field
+
+# The project's Alpaca-style wording: a task, perhaps something to do it to, and where the answer goes.
+TASK = "Carry out the task below.\n\n## Task\n{instruction}\n\n"
+MATERIAL = "## Material\n{material}\n\n"
+ANSWER = "## Answer\n"
+
+DEFAULT_TEMPLATES = {
+    "alpaca": "instruction",
+    "question_answer": "instruction",
+    "prompt_completion": "verbatim",
+}
+SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: the response to a prompt.
+
+    `prompt` is empty for plain text, all of which is learned. A conversation keeps its `messages` ({"role",
+    "content"}), goes through the tokenizer's chat template, and every assistant message in it is learned; its
+    `prompt` and `response` are then the text before the last assistant message, and that message.
+    """
+
+    prompt: str
+    response: str
+    messages: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is plain text, without a prompt."""
+        return not self.prompt and not self.messages
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The examples of a recipe, and the hashes of what they were read from."""
+
+    train: list[Example]
+    held_out: list[Example]
+    sources: dict[str, dict[str, Any]]
+    shape: str
+
+
+def instruction_prompt(instruction: str, material: str = "") -> str:
+    """Word a task in the project's Alpaca style; the response follows the returned text directly."""
+    middle = MATERIAL.format(material=material.strip()) if material.strip() else ""
+    return TASK.format(instruction=instruction.strip()) + middle + ANSWER
+
+
+def load_examples(
+    source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
+) -> list[Example]:
+    """Read a JSONL, JSON or parquet file (JSON may be gzipped) into examples.
+
+    Args:
+        source: the file.
+        format: the rows' shape, or "auto" to read it off the first row.
+        template: how prompts are worded, as `DataSettings.template`.
+        limit: take at most this many rows, the first ones.
+
+    Raises:
+        DataError: the file or some rows cannot be used; each is named with its line and what it lacks.
+    """
+    return _examples(check_rows(read_rows(Path(source)), format, source), template, limit)
+
+
+def load_data(data: DataSettings) -> TrainingData:
+    """Read all that a recipe trains and measures on, and split it.
+
+    Raises:
+        DataError: as `load_examples`; or the held-out share leaves no row to train on.
+    """
+    rows, name = (_hub_rows(data), data.hub) if data.hub else (read_rows(Path(data.path or "")), data.path)
+    checked = check_rows(rows, data.format, name or "")
+    train = _examples(checked, data.template, data.limit)
+    held_out: list[Example] = []
+    if data.held_out is not None:
+        held_out = load_examples(data.held_out, data.format, data.template)
+    elif data.held_out_fraction is not None:
+        train, held_out = _split(train, data.held_out_fraction, name or "")
+    held_out = held_out[: data.held_out_limit]
+    sources = {"train": _source(data, data.path, len(train))}
+    if held_out:
+        sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
+    return TrainingData(train, held_out, sources, checked[0])
+
+
+def _examples(checked: tuple[str, list[Any]], template: str | None, limit: int | None) -> list[Example]:
+    shape, rows = checked
+    if template is not None and shape not in DEFAULT_TEMPLATES:
+        raise DataError(f"data.template: {template} does not apply to {shape} rows; remove it")
+    wording = template or DEFAULT_TEMPLATES.get(shape, "")
+    return [_example(row, shape, wording) for row in rows[:limit]]
+
+
+def _example(row: Mapping[str, Any], shape: str, wording: str) -> Example:
+    if shape == "text":
+        return Example("", row["text"])
+    if shape == "messages":
+        return _conversation(
+            [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+        )
+    task, material, response = _parts(row, shape)
+    if wording == "chat":
+        asked = f"{task}\n\n{material}" if material.strip() else task
+        return _conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": response}])
+    if wording == "verbatim":
+        return Example(f"{task}\n\n{material}" if material.strip() else task, response)
+    return Example(instruction_prompt(task, material), response)
+
+
+def _parts(row: Mapping[str, Any], shape: str) -> tuple[str, str, str]:
+    if shape == "alpaca":
+        return row["instruction"], row.get("input") or "", row["output"]
+    if shape == "question_answer":
+        return row["question"], "", row["answer"]
+    return row["prompt"], "", row[completion_field(row)]
+
+
+def _conversation(messages: Sequence[Mapping[str, str]]) -> Example:
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    before = "\n\n".join(message["content"] for message in messages[:last])
+    return Example(before, messages[last]["content"], tuple(messages))
+
+
+def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Example], list[Example]]:
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise DataError(
+            f"{name}: data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on; "
+            "lower it, or give more rows"
+        )
+    kept_back = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in kept_back]
+    return train, [examples[index] for index in sorted(kept_back)]
+
+
+def _source(data: DataSettings, path: str | None, rows: int) -> dict[str, Any]:
+    if path is None:
+        return {"hub": data.hub, "config": data.hub_config, "split": data.split or "train", "rows": rows}
+    return {"file": Path(path).name, "sha256": file_sha256(path), "rows": rows}
+
+
+def _hub_rows(data: DataSettings) -> Iterator[Row]:
+    """Rows of a hub data set; datasets' own cache makes a second read cheap and offline."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(data.hub, data.hub_config, split=data.split or "train")
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"data.hub: {data.hub} cannot be loaded ({reason}); check the name, `split` and `hub_config`, "
+            "or give a file as data.path"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row

@@ -1,0 +1,30 @@
+"""Peak memory of a stretch of training."""
+
+import contextlib
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def reset_peak() -> None:
+    """Start measuring anew, where the system can: CUDA, and Linux's high-water mark."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")
+
+
+def peak_bytes() -> int:
+    """Return the peak since `reset_peak`: allocated bytes on CUDA, else resident bytes of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

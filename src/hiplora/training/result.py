@@ -1,0 +1,62 @@
+"""What a training run returns, and reads back from a finished run's folder."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from hiplora.training.metrics import Row, read_metrics
+
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: where the adapter is, and what the run measured.
+
+    `seconds` is training alone, over all sessions. `peak_memory_bytes` is resident memory on a CPU, allocated
+    memory on a GPU. `held_out` has the loss per learned token `before` and `after`, if anything was held out.
+    """
+
+    adapter: Path
+    metrics: list[Row]
+    steps: int
+    tokens: int
+    seconds: float
+    trainable_parameters: int
+    peak_memory_bytes: int
+    held_out: dict[str, float] | None
+    data: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean speed over the run."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def final_loss(self) -> float:
+        """The loss of the last logged row."""
+        return next(row["loss"] for row in reversed(self.metrics) if "loss" in row)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the numbers as JSON values, without the folder and the rows."""
+        kept = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("adapter", "metrics")
+        }
+        return {**kept, "tokens_per_second": self.tokens_per_second, "final_loss": self.final_loss}
+
+    @classmethod
+    def read(cls, folder: Path) -> "TrainResult":
+        """Read the result of a finished run from its folder."""
+        stored = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))["result"]
+        names = {item.name for item in fields(cls)} - {"adapter", "metrics"}
+        return cls(adapter=folder, metrics=read_metrics(folder), **{name: stored[name] for name in names})
+
+
+def held_out_losses(rows: list[Row]) -> dict[str, float] | None:
+    """Return the first and the last held-out loss of a run's rows, or None if nothing was measured."""
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    return {"before": losses[0], "after": losses[-1]} if losses else None

@@ -1,0 +1,210 @@
+"""Supervised fine-tuning of an adapter: from a recipe to a finished output folder."""
+
+import contextlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.files import write_atomic
+from hiplora.models import load
+from hiplora.provenance import json_sha256, provenance
+from hiplora.recipes import TrainRecipe, model_problems
+from hiplora.training.adapters import (
+    ADAPTER,
+    WEIGHTS_FILE,
+    is_pissa,
+    save_adapter,
+    save_difference,
+    save_start,
+)
+from hiplora.training.build import build_trainer, sequences, total_steps
+from hiplora.training.card import model_card
+from hiplora.training.checkpoints import step_of
+from hiplora.training.data import TrainingData, load_data
+from hiplora.training.encoding import EncodingReport, encode_examples
+from hiplora.training.memory import peak_bytes, reset_peak
+from hiplora.training.metrics import OnStep, Record
+from hiplora.training.result import PROVENANCE_FILE, TrainResult, held_out_losses
+from hiplora.training.run import RunFolder, assembled, check_claim, claimed, recipe_values
+from hiplora.training.trainer import RecordingTrainer
+
+OnText = Callable[[str], None]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(
+    recipe: TrainRecipe,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+    on_phase: OnText | None = None,
+    on_note: OnText | None = None,
+) -> TrainResult:
+    """Train an adapter and write it, its card, recipe, metrics and provenance to `out`.
+
+    Everything of the recipe is checked, the data to the last row, before the model is loaded. An unfinished run
+    of the same recipe in `out` goes on from its last checkpoint, step for step as if it had not been stopped;
+    `on_note` is told so. It may be killed at any moment: `out` has an adapter_config.json, without which no
+    adapter loads, only when it is complete.
+
+    Args:
+        recipe: what to train.
+        out: the output folder.
+        resume: return the result if the run in `out` is finished already, instead of refusing.
+        overwrite: replace what is in `out`.
+        on_step: called with every row of the metrics, and the total number of steps under `steps`.
+        on_phase: called with what is being done, in words, where it may take a while.
+        on_note: called with what a person should know: a run that is carried on, rows that are cut or left out.
+
+    Raises:
+        ConfigError: the recipe, the model or the output folder cannot be used.
+        DataError: the data cannot be used; rows are named with their lines.
+        HipLoraError: the loss or the adapter is no longer finite.
+        OSError: a checkpoint or the result cannot be written; the run can be carried on.
+    """
+    say, note = on_phase or _unheard, on_note or _unheard
+    recipe, run = _settle(recipe), RunFolder(Path(out))
+    check_claim(run, recipe, resume, overwrite)
+    if run.complete and not overwrite:
+        note(f"{run.path} holds this run already, finished; nothing to do")
+        return TrainResult.read(run.path)
+    say("reading the data")
+    data = load_data(recipe.data)
+    with claimed(run, recipe, data.sources, overwrite), _quiet():
+        say(f"loading {Path(recipe.model).name}")
+        model, tokenizer = load(recipe.model, DTYPES[recipe.train.dtype])
+        if torch.cuda.is_available():
+            model.to("cuda")
+        train_set, held_out, report = _encode(recipe, data, tokenizer, say, note)
+        steps = total_steps(recipe.train, len(train_set))
+        record = Record(run.path, steps, recipe.train.log_every, on_step)
+        say(f"putting {recipe.method.name} adapters on")
+        trainer = build_trainer(recipe, run, model, tokenizer, train_set, held_out, record, steps)
+        _fit(trainer, run, recipe, steps, note)
+        return _finish(trainer, run, recipe, data, report)
+
+
+def _unheard(text: str) -> None:
+    """Where nobody listens."""
+
+
+def _settle(recipe: TrainRecipe) -> TrainRecipe:
+    """Replace what depends on the machine by what this machine has, or say why it cannot."""
+    if problems := model_problems(recipe.model):
+        raise ConfigError("\n".join(problems))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "WORLD_SIZE is above 1: training runs in one process on one device; start it without a launcher"
+        )
+    gpu, dtype = torch.cuda.is_available(), recipe.train.dtype
+    if dtype == "fp16" and not gpu:
+        raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
+    if dtype == "auto":
+        dtype = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype})})
+
+
+def _encode(
+    recipe: TrainRecipe, data: TrainingData, tokenizer: PreTrainedTokenizerBase, say: OnText, note: OnText
+) -> tuple[Dataset, Dataset | None, EncodingReport]:
+    say(f"tokenising {len(data.train):,} rows")
+    rows, report = encode_examples(tokenizer, data.train, recipe.train.max_length)
+    for warning in report.warnings(recipe.train.max_length):
+        note(warning)
+    held_out = None
+    if data.held_out:
+        kept_back, _ = encode_examples(tokenizer, data.held_out, recipe.train.max_length)
+        held_out = sequences(kept_back, recipe.train)
+    return sequences(rows, recipe.train), held_out, report
+
+
+def _fit(trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, steps: int, note: OnText) -> None:
+    """Train to the last step, from the last checkpoint if there is one."""
+    checkpoint = run.last_checkpoint
+    if checkpoint is None:
+        if is_pissa(recipe.method):
+            save_start(trainer.adapted, run.start)
+        trainer.record.rewrite()
+    else:
+        trainer.record.restore(checkpoint)
+        note(f"carrying on from step {step_of(checkpoint):,} of {steps:,}")
+    reset_peak()
+    if checkpoint is not None and step_of(checkpoint) == steps:  # stopped between the last step and the end
+        trainer.adapted.load_adapter(str(checkpoint), ADAPTER, is_trainable=True)
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.record.peak_memory = max(trainer.record.peak_memory, peak_bytes())
+
+
+def _finish(
+    trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, data: TrainingData, report: EncodingReport
+) -> TrainResult:
+    """Assemble the output folder and return what is in it."""
+    record, model = trainer.record, trainer.adapted
+    result = TrainResult(
+        adapter=run.path,
+        metrics=record.rows,
+        steps=trainer.args.max_steps,
+        tokens=record.tokens,
+        seconds=record.seconds,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        peak_memory_bytes=record.peak_memory,
+        held_out=held_out_losses(record.rows),
+        data={"shape": data.shape, "sources": data.sources, "encoding": report.as_dict()},
+        warnings=report.warnings(recipe.train.max_length),
+    )
+    values = recipe_values(recipe)
+    origin = provenance(
+        recipe=values,
+        recipe_sha256=json_sha256(values),
+        seed=recipe.seed,
+        data=data.sources,
+        device=str(trainer.args.device),
+        result=result.summary(),
+    )
+    with assembled(run) as aside:
+        if is_pissa(recipe.method):
+            save_difference(model, aside, run.start)
+        else:
+            save_adapter(model, aside)
+        _check_finite(aside / WEIGHTS_FILE)
+        write_atomic(aside / "README.md", model_card(recipe, result))
+        write_atomic(aside / PROVENANCE_FILE, json.dumps(origin, indent=2) + "\n")
+    return result
+
+
+def _check_finite(weights: Path) -> None:
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if not torch.isfinite(file.get_tensor(name)).all():
+                raise HipLoraError(
+                    f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and advice off the terminal: a run says itself what it does."""
+    bars, level = not datasets.are_progress_bars_disabled(), transformers_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
