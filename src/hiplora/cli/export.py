@@ -1,0 +1,162 @@
+"""`hiplora export`: an adapter as plain LoRA, exactly, or merged into a standalone model."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
+
+if TYPE_CHECKING:
+    from hiplora.export import Finding
+
+
+class Target(str, Enum):
+    """What to export to."""
+
+    lora = "lora"
+    dense = "dense"
+
+
+class Dtype(str, Enum):
+    """Number format of the written tensors."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def command(
+    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA or LoRA."),
+    to: Target = typer.Option(..., "--to", help="lora: a plain LoRA adapter; dense: a standalone model."),
+    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    overwrite: bool = OVERWRITE_OPTION,
+    pad_rank: int | None = typer.Option(
+        None, "--pad-rank", min=1, help="Fill every module up to this rank (lora)."
+    ),
+    dtype: Dtype | None = typer.Option(
+        None, "--dtype", help="Of the written tensors; else float32 (lora), the base model's (dense)."
+    ),
+    base: str | None = typer.Option(
+        None, "--base", help="Base model, if not the one that the adapter names."
+    ),
+    strict: bool = typer.Option(
+        False, "--strict", help="Fail on whatever a server would reject or misread (lora)."
+    ),
+    logits: bool = typer.Option(True, help="Compare logits too, if the base model is here and fits (lora)."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Export an adapter to what other software loads, and check that it is the same.
+
+    A plain LoRA adapter has rank r + k and is exact; what vLLM or llama.cpp's converter would reject is said before
+    it is written. A dense export is the base model with the adapter merged in.
+
+    Example:
+
+        hiplora export runs/medicine --to lora --out runs/medicine-lora
+    """
+    from hiplora.errors import ConfigError
+
+    if to is Target.dense:
+        for name, given in (
+            ("--pad-rank", pad_rank is not None),
+            ("--strict", strict),
+            ("--no-logits", not logits),
+        ):
+            if given:
+                raise ConfigError(f"{name}: only with --to lora; leave it out or export to lora")
+        _dense(adapter, out, base, dtype.value if dtype else None, overwrite, as_json)
+        return
+    _lora(adapter, out, base, dtype or Dtype.float32, overwrite, as_json, pad_rank, strict, logits)
+
+
+def _lora(
+    adapter: Path,
+    out: Path,
+    base: str | None,
+    dtype: Dtype,
+    overwrite: bool,
+    as_json: bool,
+    pad_rank: int | None,
+    strict: bool,
+    logits: bool,
+) -> None:
+    from hiplora.errors import AdapterError
+    from hiplora.export import base_facts, read_update, save_as_lora, server_findings
+    from hiplora.files import check_output_dir
+
+    check_output_dir(out, overwrite)
+    with _status("exporting"):
+        update = read_update(adapter, base)
+        findings = server_findings(update, pad_rank, base_facts(update))
+        blocking = [finding for finding in findings if finding.blocks]
+        if strict and blocking:
+            raise AdapterError(
+                "; ".join(f"{found.server}: {found.problem} ({found.remedy})" for found in blocking)
+                + ": nothing was written; leave out --strict to export anyway"
+            )
+        report = save_as_lora(
+            update,
+            out,
+            pad_rank=pad_rank,
+            base=base,
+            dtype=dtype.value,
+            overwrite=overwrite,
+            check_logits=logits,
+        )
+    if as_json:
+        emit_json(report.to_json() | {"preflight": [finding.to_json() for finding in findings]})
+        return
+    _print_findings(findings)
+    module, difference = report.worst
+    rows: list[tuple[str, Any]] = [
+        ("Written to", report.path),
+        ("Rank", max(report.ranks.values())),
+        ("Modules", len(report.modules)),
+        ("Largest difference of a module's update", f"{difference:.1e}  ({module})"),
+        ("Largest difference of a logit", report.note if report.logits is None else f"{report.logits:.1e}"),
+    ]
+    print_table(f"Plain LoRA, {report.dtype} (differences are relative)", ("", ""), rows)
+
+
+def _dense(
+    adapter: Path, out: Path, base: str | None, dtype: str | None, overwrite: bool, as_json: bool
+) -> None:
+    from hiplora.export import save_dense
+
+    with _status("merging"):
+        report = save_dense(adapter, out, base, dtype, overwrite=overwrite)
+    if as_json:
+        emit_json(report.to_json())
+        return
+    rows: list[tuple[str, Any]] = [
+        ("Written to", report.path),
+        ("Modules merged", report.modules),
+        ("Largest difference of a logit", f"{report.logits:.1e}"),
+        ("Embeddings and output head", "untied" if report.untied else "as in the base model"),
+    ]
+    print_table(f"Standalone model, {report.dtype} (differences are relative)", ("", ""), rows)
+
+
+def _print_findings(findings: "list[Finding]") -> None:
+    if findings:
+        rows = [
+            (f.server, "rejects it" if f.blocks else "takes it if", f.problem, f.remedy) for f in findings
+        ]
+        print_table("Before you serve it", ("Server", "", "What", "Remedy"), rows)
+
+
+@contextlib.contextmanager
+def _status(what: str) -> Iterator[None]:
+    """Show a spinner on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield

@@ -1,0 +1,51 @@
+"""Adapters as plain updates: read them, inspect them, write them as stock LoRA or as a dense model."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "AdapterUpdate": "hiplora.export.update",
+    "Channels": "hiplora.export.update",
+    "read_update": "hiplora.export.read",
+    "update_from_model": "hiplora.export.read",
+    "ExportReport": "hiplora.export.lora",
+    "save_as_lora": "hiplora.export.lora",
+    "DenseReport": "hiplora.export.dense",
+    "save_dense": "hiplora.export.dense",
+    "Finding": "hiplora.export.preflight",
+    "base_facts": "hiplora.export.preflight",
+    "server_findings": "hiplora.export.preflight",
+    "allocation_rows": "hiplora.export.inspection",
+    "inspect_adapter": "hiplora.export.inspection",
+}
+
+if TYPE_CHECKING:
+    from hiplora.export.dense import DenseReport, save_dense
+    from hiplora.export.inspection import allocation_rows, inspect_adapter
+    from hiplora.export.lora import ExportReport, save_as_lora
+    from hiplora.export.preflight import Finding, base_facts, server_findings
+    from hiplora.export.read import read_update, update_from_model
+    from hiplora.export.update import AdapterUpdate, Channels
+
+__all__ = [
+    "AdapterUpdate",
+    "Channels",
+    "DenseReport",
+    "ExportReport",
+    "Finding",
+    "allocation_rows",
+    "base_facts",
+    "inspect_adapter",
+    "read_update",
+    "save_as_lora",
+    "save_dense",
+    "server_findings",
+    "update_from_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use: reading an adapter should not import the dense exporter."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hiplora.export' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

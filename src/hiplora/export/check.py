@@ -1,0 +1,192 @@
+"""Is what was written the adapter that was read? Compared per module in factor space, and by logits."""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hiplora.errors import AdapterError
+from hiplora.export.base_weights import BaseWeights, load_base
+from hiplora.export.update import AdapterUpdate
+from hiplora.models import resolve
+
+_PROMPTS, _LENGTH = 4, 16
+# Logits pass through every layer: they may differ by this many times what one module's update may.
+_LOGIT_FACTOR = 100.0
+
+
+def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, float]:
+    """Return ‖B'A' − ΔW‖/‖ΔW‖ (Frobenius) per module; 0 where both are zero, infinite where only ΔW is.
+
+    ΔW is taken from the adapter's own channels where it has them, in float64 and without forming it.
+
+    Raises:
+        AdapterError: a module is missing on one side.
+    """
+    if missing := set(update.factors) ^ set(written.factors):
+        raise AdapterError(f"layer {min(missing)}: was read or written, but not both; nothing was exported")
+    differences = {}
+    for module in update.factors:
+        P, Q = _exact_factors(update, module)
+        A, B = written.factors[module]
+        norm = product_norm(P, Q)
+        error = product_norm(torch.cat([B.double(), -P], dim=1), torch.cat([A.double(), Q]))
+        differences[module] = error / norm if norm else (float("inf") if error else 0.0)
+    return differences
+
+
+def product_norm(P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"]) -> float:
+    """Return ‖PQ‖_F from triangular factors in float64, accurate even where columns of `P` nearly cancel."""
+    R_P = torch.linalg.qr(P.double(), mode="r").R
+    R_Q = torch.linalg.qr(Q.double().T, mode="r").R
+    return torch.linalg.vector_norm(R_P @ R_Q.T).item()
+
+
+def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
+    """Refuse an export that is not the adapter.
+
+    Raises:
+        AdapterError: names the module that differs most, by how much, and the remedy.
+    """
+    module, worst = max(differences.items(), key=lambda item: item[1])
+    if not worst <= tolerance:
+        raise AdapterError(
+            f"layer {module}: the exported update differs by {worst:.1e} of its norm, more than the tolerance "
+            f"{tolerance:.0e}; nothing was written: raise tolerance=… if that is acceptable"
+        )
+
+
+def compare_logits(
+    update: AdapterUpdate, folder: Path, model: nn.Module | None, adapter: str, tolerance: float | None
+) -> tuple[float | None, str]:
+    """Compare the logits of the adapter and of its export, loaded by stock PEFT, on a fixed set of prompts.
+
+    Args:
+        update: the adapter that was read; its base and source are loaded where no `model` is given.
+        folder: the written export.
+        model: the live model that carries the adapter; it is left as it is.
+        adapter: its name there.
+        tolerance: refuse a larger difference than a hundred times this; None only reports it. Models in half
+            precision are only reported as well.
+
+    Returns:
+        the largest difference in units of the largest logit, or None and the reason why it was not compared.
+
+    Raises:
+        AdapterError: over the tolerance.
+    """
+    if model is not None:
+        reference, why = _structural_copy(model)
+    else:
+        reference, why = _loaded(update)
+    if reference is None:
+        return None, f"logits not compared: {why}"
+    with _frozen_flags(model):
+        difference, exact = _difference(reference, adapter if model is not None else "default", folder)
+    if tolerance is not None and exact and not difference <= _LOGIT_FACTOR * tolerance:
+        raise AdapterError(
+            f"{update.source}: the exported adapter's logits differ by {difference:.1e} of the largest one, more than "
+            f"{_LOGIT_FACTOR * tolerance:.0e}; nothing was written: raise tolerance=… if that is acceptable"
+        )
+    return difference, ""
+
+
+def fixed_prompts(vocabulary: int) -> Int[Tensor, "prompts length"]:
+    """Return the token ids that logits are compared on: the same ones for a vocabulary, always."""
+    generator = torch.Generator().manual_seed(20240131)
+    return torch.randint(0, vocabulary, (_PROMPTS, _LENGTH), generator=generator)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
+    """Return a causal language model's logits on the fixed prompts, fp32, on the CPU."""
+    config: Any = model.config
+    ids = fixed_prompts(config.get_text_config().vocab_size).to(next(model.parameters()).device)
+    return model(input_ids=ids).logits.float().cpu()
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest absolute difference in units of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def _exact_factors(update: AdapterUpdate, module: str) -> tuple[Tensor, Tensor]:
+    """Return ΔW = PQ in float64, from the channels (Eq. 1, 2, 5) where the adapter has them."""
+    channels = update.channels.get(module)
+    if channels is None:
+        A, B = update.factors[module]
+        return B.double(), A.double()
+    A, B, U, V = (getattr(channels, name).double() for name in ("A", "B", "U", "V"))
+    if channels.delta is None:
+        return channels.scaling * B, A
+    return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
+
+
+def _difference(reference: nn.Module, adapter: str, folder: Path) -> tuple[float, bool]:
+    """Return the logit difference, and whether the model is precise enough to judge by it."""
+    from peft import PeftModel
+
+    peft_model: Any = reference.eval()
+    peft_model.set_adapter(adapter)
+    expected = logits_of(peft_model)
+    stock = PeftModel.from_pretrained(peft_model.unload(), folder).eval()
+    exact = all(p.dtype == torch.float32 for p in stock.parameters())
+    return relative_difference(logits_of(stock), expected), exact
+
+
+def _structural_copy(model: nn.Module) -> tuple[nn.Module | None, str]:
+    """Return a copy of a PEFT model that shares the base weights, so that it can be taken apart."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None, "the model is not a PeftModel"
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        return None, "an adapter is merged into the model; call unmerge_adapter() first"
+    base = {id(p): p for name, p in model.named_parameters() if not _belongs_to_adapter(name)}
+    try:
+        return copy.deepcopy(model, base), ""
+    except Exception as error:  # a wrapped or dispatched model may hold anything; it still gets its export
+        return None, f"the model cannot be copied ({error})"
+
+
+def _belongs_to_adapter(name: str) -> bool:
+    return any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split("."))
+
+
+@contextmanager
+def _frozen_flags(model: nn.Module | None) -> Iterator[None]:
+    """Put `requires_grad` back: PEFT sets it on the shared base weights when it loads an adapter."""
+    before = [(p, p.requires_grad) for p in model.parameters()] if model is not None else []
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
+    """Load the adapter that was read over its base model, in fp32, if the model is here and fits into memory."""
+    import psutil
+    from peft import PeftModel
+
+    import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
+
+    if not os.path.isdir(update.source):
+        return None, f"{update.source} is not a folder"
+    if not update.base:
+        return None, "the adapter names no base model; pass base=… (--base)"
+    if not os.path.isdir(resolve(update.base)):
+        return None, f"base model {update.base} is not a folder on this machine; pass base=… (--base)"
+    needed = 4 * BaseWeights(update.base).parameters
+    if needed > psutil.virtual_memory().available:
+        return None, f"base model {update.base} needs {needed / 2**30:.0f} GiB in fp32, more than is free"
+    # An adapter without its factors loads only over the very values that it was made for.
+    saved = update.config.get("save_factors", True)
+    dtype = torch.float32 if saved else getattr(torch, update.config.get("base_precision", ""), torch.float32)
+    return PeftModel.from_pretrained(load_base(update.base, dtype), update.source), ""

@@ -1,0 +1,165 @@
+import inspect
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from hiplora.cli import export as command
+from hiplora.cli.main import main
+from tests.unit.export.samples import ATTENTION, base_model, hip_config, leaky, logits, saved
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model_dir, tmp_path_factory):
+    return saved(tiny_model_dir, tmp_path_factory.mktemp("cli") / "adapter", hip_config())
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return stop.value.code or 0, said.out, said.err
+
+
+def test_the_example_of_the_help_runs(adapter, tmp_path, monkeypatch, capsys):
+    lines = inspect.getdoc(command.command).splitlines()
+    assert lines[-3] == "Example:"
+    example = shlex.split(lines[-1])
+    assert example[:2] == ["hiplora", "export"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "medicine").symlink_to(adapter[0])
+    code, out, _ = run(capsys, *example[1:])
+    assert code == 0
+    assert (tmp_path / example[-1] / "adapter_model.safetensors").exists()
+    assert "Rank" in out
+
+
+def test_lora_prints_the_differences_and_what_servers_want(adapter, tmp_path, capsys):
+    code, out, err = run(
+        capsys, "export", adapter[0], "--to", "lora", "--out", tmp_path / "out", "--pad-rank", 64
+    )
+    assert (code, err) == (0, "")
+    assert "Largest difference of a module's update" in out
+    assert "--max-lora-rank 64" in out
+
+
+def test_json_is_one_object_with_the_report_and_the_preflight(adapter, tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "export", adapter[0], "--to", "lora", "--out", tmp_path / "out", "--pad-rank", 64, "--json"
+    )
+    record = json.loads(out)
+    assert code == 0
+    assert (record["to"], record["rank"], record["path"]) == ("lora", 64, str(tmp_path / "out"))
+    assert record["largest_difference"]["relative"] < 1e-6
+    assert record["logit_difference"] < 1e-5
+    assert record["preflight"] == [
+        {
+            "server": "vLLM",
+            "blocks": False,
+            "problem": "rank 64 is above its default max_lora_rank of 16",
+            "remedy": "start it with --max-lora-rank 64",
+        }
+    ]
+
+
+def test_logits_are_left_out_on_request(adapter, tmp_path, capsys):
+    _, out, _ = run(
+        capsys, "export", adapter[0], "--to", "lora", "--out", tmp_path / "out", "--no-logits", "--json"
+    )
+    assert json.loads(out)["logit_difference"] is None
+
+
+def test_dense_gives_a_model_that_needs_no_adapter(adapter, tmp_path, capsys):
+    code, out, _ = run(capsys, "export", adapter[0], "--to", "dense", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out)["modules"] == 8
+    torch.testing.assert_close(logits(base_model(tmp_path / "out")), logits(adapter[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_dense_prints_a_table(adapter, tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "export", adapter[0], "--to", "dense", "--out", tmp_path / "out", "--dtype", "bfloat16"
+    )
+    assert code == 0
+    assert "bfloat16" in out
+
+
+def test_strict_refuses_what_a_server_would_misread_and_writes_nothing(tiny_model_dir, tmp_path, capsys):
+    folder, _ = saved(
+        tiny_model_dir, tmp_path / "a", LoraConfig(target_modules=ATTENTION, rank_pattern={"q_proj": 2})
+    )
+    code, _, err = run(capsys, "export", folder, "--to", "lora", "--out", tmp_path / "out", "--strict")
+    assert code == 1
+    assert "llama.cpp" in err
+    assert "--pad-rank 8" in err
+    assert not (tmp_path / "out").exists()
+    code, _, _ = run(
+        capsys, "export", folder, "--to", "lora", "--out", tmp_path / "out", "--strict", "--pad-rank", 8
+    )
+    assert code == 0
+
+
+def test_failures_are_one_line_and_status_1(tiny_model_dir, tmp_path, capsys):
+    folder, module = leaky(tiny_model_dir, tmp_path / "a")
+    code, out, err = run(capsys, "export", folder, "--to", "lora", "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert module in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--to", "gguf", "--out", "out"],
+        ["--to", "lora"],
+        ["--to", "lora", "--out", "out", "--pad-rank", "0"],
+        ["--to", "lora", "--out", "out", "--dtype", "int8"],
+        ["--to", "dense", "--out", "out", "--pad-rank", "64"],
+        ["--to", "dense", "--out", "out", "--strict"],
+        ["--to", "lora", "--out", "there"],
+    ],
+)
+def test_wrong_usage_is_status_2_and_writes_nothing(adapter, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    code, out, err = run(capsys, "export", adapter[0], *arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_a_hiplora_adapter_of_the_real_model_is_exported_exactly(smollm2, tmp_path, capsys):
+    config = hip_config(
+        r=8, principal_rank=16, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 15, 29]
+    )
+    folder, model = saved(smollm2, tmp_path / "a", config)
+    expected = logits(model)
+    del model
+    code, out, _ = run(capsys, "export", folder, "--to", "lora", "--out", tmp_path / "out", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["logit_difference"] < 1e-4
+    script = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]).eval()\n"
+        "with torch.no_grad(): torch.save(model(input_ids=torch.load(sys.argv[3])).logits, sys.argv[4])\n"
+        "assert 'hiplora' not in sys.modules"
+    )
+    from tests.unit.export.samples import PROMPTS
+
+    torch.save(PROMPTS, tmp_path / "prompts.pt")
+    files = [smollm2, tmp_path / "out", tmp_path / "prompts.pt", tmp_path / "logits.pt"]
+    subprocess.run(
+        [sys.executable, "-c", script, *map(str, files)], check=True, capture_output=True, timeout=300
+    )
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-3, atol=1e-3)
+    assert PeftModel.from_pretrained(base_model(smollm2), tmp_path / "out").num_parameters() > 0

@@ -1,0 +1,117 @@
+"""Adapters that were really trained for a few steps, on tiny models made on the spot."""
+
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import hiplora
+from hiplora import HipLoraConfig
+from tests.tiny import VOCABULARY
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PROMPTS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def hip_config(**changes):
+    settings = {
+        "r": 4,
+        "lora_alpha": 12,
+        "principal_rank": 6,
+        "target_modules": ATTENTION,
+        "lora_dropout": 0.0,
+    }
+    return HipLoraConfig(**settings | changes)
+
+
+def base_model(path, **options):
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()
+
+
+def train(model, steps=3, seed=0, lr=2e-2):
+    """Move every trainable parameter by a few optimizer steps; the tuner's hooks retract by themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    model.train()
+    for _ in range(steps):
+        batch = torch.randint(0, vocabulary, (2, 16), generator=generator)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def trained(base_dir, config, seed=0, **options):
+    """A PEFT model over a fresh copy of the base, trained."""
+    torch.manual_seed(seed)
+    return train(peft.get_peft_model(base_model(base_dir, **options), config), seed=seed)
+
+
+def saved(base_dir, path, config, seed=0, **options):
+    """An adapter folder, and the model that it was saved from."""
+    model = trained(base_dir, config, seed, **options)
+    model.save_pretrained(path)
+    return Path(path), model
+
+
+@torch.no_grad()
+def logits(model, prompts=PROMPTS):
+    return model(input_ids=prompts).logits
+
+
+def deltas(model):
+    """ΔW of every adapted layer, as (out, in), by module name, as PEFT computes it."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
+            delta = module.get_delta_weight("default").detach()
+            transposed = type(module.base_layer).__name__ == "Conv1D"
+            found[name.removeprefix("base_model.model.")] = delta.T if transposed else delta
+    return found
+
+
+def product(update, module):
+    A, B = update.factors[module]
+    return B @ A
+
+
+def edit_tensors(folder, change):
+    """Rewrite an adapter's tensors: `change` gets and alters the dictionary."""
+    file = Path(folder) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def save_tiny_gpt2(path):
+    """A tiny GPT-2: transposed weights (Conv1D), tied embeddings, checkpoint names without a prefix."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=256,
+            eos_token_id=257,
+        )
+        GPT2LMHeadModel(config).save_pretrained(path)
+    return Path(path)
+
+
+def leaky(base_dir, path):
+    """A HiP-LoRA adapter folder whose residual channel was pushed into the protected directions."""
+    folder, model = saved(base_dir, path, hip_config())
+    name, layer = next(iter(hiplora.tuner.hip_layers(model)))
+
+    def push(tensors):
+        key = f"base_model.model.{name}.hiplora_B"
+        tensors[key] = tensors[key] + layer.hiplora_U["default"][:, :1]
+
+    edit_tensors(folder, push)
+    return folder, name
