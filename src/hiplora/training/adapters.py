@@ -75,7 +75,7 @@ def restore_start(model: PeftModel, start: Path) -> bool:
     taken_out = [_update(layer) for layer in layers]
     peft.set_peft_model_state_dict(model, stored, ADAPTER)
     for layer, other in zip(layers, taken_out, strict=True):
-        base = layer.get_base_layer()
+        base: Any = layer.get_base_layer()
         base.weight.data = (base.weight.float() + other - _update(layer)).to(base.weight.dtype)
     return False
 

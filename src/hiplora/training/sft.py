@@ -23,6 +23,7 @@ from hiplora.training.adapters import (
     ADAPTER,
     WEIGHTS_FILE,
     is_pissa,
+    restore_start,
     save_adapter,
     save_difference,
     save_start,
@@ -138,6 +139,10 @@ def _fit(trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, steps: 
             save_start(trainer.adapted, run.start)
         trainer.record.rewrite()
     else:
+        if is_pissa(recipe.method) and not restore_start(trainer.adapted, run.start):
+            note(
+                "PiSSA starts with other rounding here than where the run began; the results may differ by it"
+            )
         trainer.record.restore(checkpoint)
         note(f"carrying on from step {step_of(checkpoint):,} of {steps:,}")
     reset_peak()
