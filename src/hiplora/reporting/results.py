@@ -1,0 +1,251 @@
+"""The results dictionary (schema 1), read into typed records in which whatever was not measured is None.
+
+`compare` and `demo` write the dictionary, `inspect` writes the related inspection; only this module knows the
+keys. Sections may be missing and numbers may be None or NaN: reading never fails for that. It fails for a
+dictionary that is not a result at all, or of a schema that this version does not know.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hiplora.errors import DataError
+from hiplora.reporting.numbers import number, printable
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a model moved from its base on one text.
+
+    `kl` is KL(base‖adapted) in nats per token; `perplexity_ratio` is adapted over base.
+    """
+
+    text: str
+    kl: float | None
+    perplexity_ratio: float | None
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class ModuleUpdate:
+    """One module's update ΔW against its base weight's spectrum.
+
+    `left`, `right` and `both` are the fractions of ‖ΔW‖_F² whose outputs lie in span(U), whose inputs lie in
+    span(V), and both; `gains` is diag(Uᵀ ΔW V), which is δ for HiP-LoRA, against `sigma`; `norm` is ‖ΔW‖_F.
+    """
+
+    module: str
+    layer: int | None
+    type: str
+    norm: float | None
+    left: float | None
+    right: float | None
+    both: float | None
+    sigma: tuple[float | None, ...] = ()
+    gains: tuple[float | None, ...] = ()
+    leak: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One trained method: its cost, what it learned, how far it drifted, where its update lies."""
+
+    name: str
+    trainable_parameters: float | None = None
+    seconds: float | None = None
+    tokens: float | None = None
+    peak_memory_bytes: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+    drift: tuple[Drift, ...] = ()
+    modules: tuple[ModuleUpdate, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditRun:
+    """One method's edits: each set trained alone, the sets' adapters added together, and the export."""
+
+    name: str
+    alone: Mapping[str, float | None] = field(default_factory=dict)
+    alone_drift: Mapping[str, tuple[Drift, ...]] = field(default_factory=dict)
+    merged: Mapping[str, float | None] = field(default_factory=dict)
+    overall: float | None = None
+    survival: float | None = None
+    drift: tuple[Drift, ...] = ()
+    export: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that `compare` or `demo` measured."""
+
+    kind: str
+    title: str
+    model: str
+    created: str
+    data: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    notes: tuple[str, ...]
+    methods: tuple[Method, ...]
+    edit_counts: Mapping[str, float | None]
+    base_success: Mapping[str, float | None]
+    edits: tuple[EditRun, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Where one adapter's update lies on its base model's spectrum."""
+
+    adapter: str
+    base: str
+    method: str
+    principal_rank: float | None
+    modules: tuple[ModuleUpdate, ...]
+    summary: Mapping[str, Any]
+
+
+def read_results(raw: Mapping[str, Any]) -> Results:
+    """Read a results dictionary of `hiplora compare` or `hiplora demo`.
+
+    Raises:
+        DataError: not a dictionary, another kind, or a schema that this version cannot read.
+    """
+    kind = _check(raw, ("compare", "demo"))
+    edits = _mapping(raw.get("edits"))
+    return Results(
+        kind=kind,
+        title=_text(raw.get("title")) or ("Demonstration" if kind == "demo" else "Comparison"),
+        model=_text(raw.get("model")),
+        created=_text(raw.get("created")),
+        data=_mapping(raw.get("data")),
+        settings=_mapping(raw.get("settings")),
+        provenance=_mapping(raw.get("provenance")),
+        notes=tuple(_text(note) for note in _rows(raw.get("notes"))),
+        methods=tuple(_method(_text(name), _mapping(m)) for name, m in _mapping(raw.get("methods")).items()),
+        edit_counts={
+            _text(_mapping(s).get("name")): number(_mapping(s).get("count")) for s in _rows(edits.get("sets"))
+        },
+        base_success=_numbers(edits.get("base_success")),
+        edits=tuple(
+            _edit_run(_text(name), _mapping(m)) for name, m in _mapping(edits.get("methods")).items()
+        ),
+    )
+
+
+def read_inspection(raw: Mapping[str, Any]) -> Inspection:
+    """Read an inspection dictionary of `hiplora inspect`.
+
+    Raises:
+        DataError: not a dictionary, another kind, or a schema that this version cannot read.
+    """
+    _check(raw, ("inspection",))
+    return Inspection(
+        adapter=_text(raw.get("adapter")),
+        base=_text(raw.get("base")),
+        method=_text(raw.get("method")) or "adapter",
+        principal_rank=number(raw.get("principal_rank")),
+        modules=_modules(raw.get("modules")),
+        summary=_mapping(raw.get("summary")),
+    )
+
+
+def _check(raw: Any, kinds: Sequence[str]) -> str:
+    if not isinstance(raw, Mapping):
+        raise DataError(
+            f"results: expected a dictionary, got {type(raw).__name__}; pass the content of results.json"
+        )
+    schema = raw.get("schema")
+    if schema != SCHEMA:
+        raise DataError(
+            f"results: schema {schema!r} is not known, this version reads schema {SCHEMA}; "
+            "measure again, or use the version of hiplora that wrote the file"
+        )
+    kind = raw.get("kind")
+    if kind not in kinds:
+        raise DataError(f"results: kind {kind!r}, expected {' or '.join(map(repr, kinds))}")
+    return str(kind)
+
+
+def _method(name: str, raw: Mapping[str, Any]) -> Method:
+    points = (
+        (number(_mapping(p).get("step")), number(_mapping(p).get("loss"))) for p in _rows(raw.get("curve"))
+    )
+    return Method(
+        name=name,
+        trainable_parameters=number(raw.get("trainable_parameters")),
+        seconds=number(raw.get("seconds")),
+        tokens=number(raw.get("tokens")),
+        peak_memory_bytes=number(raw.get("peak_memory_bytes")),
+        loss_before=number(raw.get("heldout_loss_before")),
+        loss_after=number(raw.get("heldout_loss_after")),
+        curve=tuple((step, loss) for step, loss in points if step is not None and loss is not None),
+        drift=_drift(raw.get("drift")),
+        modules=_modules(raw.get("allocation")),
+    )
+
+
+def _edit_run(name: str, raw: Mapping[str, Any]) -> EditRun:
+    singles = [_mapping(row) for row in _rows(raw.get("single"))]
+    merged = _mapping(raw.get("merged"))
+    return EditRun(
+        name=name,
+        alone={_text(row.get("set")): number(row.get("success")) for row in singles},
+        alone_drift={_text(row.get("set")): _drift(row.get("drift")) for row in singles},
+        merged=_numbers(merged.get("success")),
+        overall=number(merged.get("overall")),
+        survival=number(merged.get("survival")),
+        drift=_drift(merged.get("drift")),
+        export=_mapping(raw.get("export")),
+    )
+
+
+def _drift(raw: Any) -> tuple[Drift, ...]:
+    return tuple(
+        Drift(
+            text=_text(text),
+            kl=number(_mapping(row).get("kl")),
+            perplexity_ratio=number(_mapping(row).get("perplexity_ratio")),
+            tokens=number(_mapping(row).get("tokens")),
+        )
+        for text, row in _mapping(raw).items()
+    )
+
+
+def _modules(raw: Any) -> tuple[ModuleUpdate, ...]:
+    return tuple(_module(_mapping(row)) for row in _rows(raw))
+
+
+def _module(row: Mapping[str, Any]) -> ModuleUpdate:
+    module, layer = _text(row.get("module")), number(row.get("layer"))
+    return ModuleUpdate(
+        module=module,
+        layer=None if layer is None else int(layer),
+        type=_text(row.get("type")) or module.rsplit(".", 1)[-1],
+        norm=number(row.get("norm")),
+        left=number(row.get("left")),
+        right=number(row.get("right")),
+        both=number(row.get("both")),
+        sigma=tuple(number(value) for value in _rows(row.get("sigma"))),
+        gains=tuple(number(value) for value in _rows(row.get("gains"))),
+        leak=number(row.get("leak")),
+    )
+
+
+def _numbers(raw: Any) -> dict[str, float | None]:
+    return {_text(key): number(value) for key, value in _mapping(raw).items()}
+
+
+def _mapping(raw: Any) -> Mapping[str, Any]:
+    return raw if isinstance(raw, Mapping) else {}
+
+
+def _rows(raw: Any) -> Sequence[Any]:
+    return raw if isinstance(raw, Sequence) and not isinstance(raw, str | bytes) else ()
+
+
+def _text(raw: Any) -> str:
+    return "" if raw is None else printable(raw)
