@@ -43,6 +43,7 @@ class FactorStore:
     def __init__(self, root: str | os.PathLike | None = None, *, must_write: bool = False):
         self.root = Path(root) if root is not None else cache_dir() / "factors"
         self.must_write = must_write
+        self.computed = 0  # decompositions that this object has made, rather than read
 
     def get_or_compute(
         self,
@@ -75,6 +76,7 @@ class FactorStore:
                 factors = self._read(path, expected, name, quiet=True)
                 if factors is None:
                     factors = truncated_svd(weight, k, tol, method, name=name, fingerprint=fingerprint)
+                    self.computed += 1
                     if held:
                         self._write(path, factors)
         return factors.to(weight.device)

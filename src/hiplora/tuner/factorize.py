@@ -1,0 +1,253 @@
+"""Factor a whole model ahead of time, one weight at a time: the model itself is never loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError
+from hiplora.models import resolve
+from hiplora.spectral import FactorStore
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.model import HipLoraModel, _for_module, _wrap
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight to be factored: its module, shape (m, n), principal rank, and whether it lies there as (n, m)."""
+
+    name: str
+    shape: tuple[int, int]
+    k: int
+    transposed: bool
+
+    @property
+    def kind(self) -> str:
+        """The module's own name, the same in every layer: `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What became of one target; `size` is its entry in the store in bytes, `reused` that it was there already."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    k: int
+    method: str
+    residual: float
+    orthogonality: float
+    seconds: float
+    size: int
+    reused: bool
+
+
+class Checkpoint:
+    """The weights of a saved causal language model, read one at a time from its safetensors files."""
+
+    def __init__(self, model: str):
+        """Find the files of a model folder, hub name, or one of hiplora's own names; read no weight yet.
+
+        Raises:
+            ConfigError: there is no such model, it is quantised, or it has no safetensors files.
+            DataError: a file of it is damaged.
+        """
+        self.model = model
+        path = resolve(model)
+        try:
+            config = AutoConfig.from_pretrained(path)
+            with torch.device("meta"):
+                self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+            self._files = _tensor_files(path)
+        except HipLoraError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model {model}: cannot be read ({_first_line(error)}); expected the folder or hub name of a "
+                "causal language model with safetensors weights (`save_pretrained` writes them)"
+            ) from error
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            method = (
+                quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised.quant_method
+            )
+            raise ConfigError(
+                f"model {model}: its weights are quantised ({method}) and cannot be read one by one; load it and "
+                "call peft.get_peft_model, which dequantises them and fills the same store"
+            )
+
+    def check(self, target: Target) -> None:
+        """Make sure that a target can be read, from the header of its file alone.
+
+        Raises:
+            ConfigError: the checkpoint keeps the weight under another name, or fused with others.
+            DataError: the file is damaged, or the weight has not the shape that config.json says.
+        """
+        key = self._key(target)
+        with self._opened(key) as tensors:
+            shape = tuple(tensors.get_slice(key).get_shape())
+        expected = target.shape[::-1] if target.transposed else target.shape
+        if shape != expected:
+            raise DataError(
+                f"{self._files[key]}: {key} has shape {shape}, expected {expected} from config.json; "
+                "the folder mixes two models"
+            )
+
+    def read(self, target: Target) -> Tensor:
+        """Return a target's weight as (out, in), in the checkpoint's dtype; raises as `check`."""
+        key = self._key(target)
+        with self._opened(key) as tensors:
+            weight = tensors.get_tensor(key)
+        return weight.T if target.transposed else weight
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[Any]:
+        try:
+            with safe_open(self._files[key], framework="pt") as tensors:
+                yield tensors
+        except (OSError, SafetensorError) as error:
+            raise _damaged(self._files[key], error) from error
+
+    def _key(self, target: Target) -> str:
+        """Return the tensor's name on file; a checkpoint of the bare backbone leaves out the model's prefix."""
+        full = f"{target.name}.weight"
+        for key in (full, full.removeprefix(f"{self.skeleton.base_model_prefix}.")):
+            if key in self._files:
+                return key
+        raise ConfigError(
+            f"layer {target.name}: model {self.model} keeps no tensor {full}; its checkpoint is laid out "
+            "differently: load the model and call peft.get_peft_model, which fills the same store"
+        )
+
+
+def find_targets(checkpoint: Checkpoint, config: HipLoraConfig) -> list[Target]:
+    """Return the weights that an adapter of this configuration would factor, in the model's order.
+
+    Raises:
+        ConfigError: no module matches, one that does is not a linear layer, or its weight is not in the files.
+        FactorError: a principal rank exceeds a weight's smaller side.
+        DataError: a file is damaged.
+    """
+    try:
+        survey = _Survey(checkpoint.skeleton, {"default": config}, "default")
+    except HipLoraError:
+        raise
+    except (ValueError, re.error) as error:  # PEFT's own, for targets that match nothing or do not compile
+        raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
+    for target in survey.targets:
+        if target.k > min(target.shape):
+            raise FactorError(
+                f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
+                "lower it or set principal_rank_pattern"
+            )
+        checkpoint.check(target)
+    return survey.targets
+
+
+def factorize(
+    checkpoint: Checkpoint,
+    targets: list[Target],
+    store: FactorStore,
+    *,
+    tol: float = 1e-4,
+    method: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Iterator[Factored]:
+    """Fill a store with the factors of some weights, yielding after each; memory holds one weight at a time.
+
+    What is in the store already is verified and left alone, so a run that was interrupted is carried on by
+    running it again. `dtype` is that in which the model will be trained, where it is not the checkpoint's:
+    rounded weights are other weights. Adapters look for `method="auto"`.
+
+    Raises:
+        FactorError, StoreError, ConfigError, DataError: as `FactorStore` and `Checkpoint`.
+    """
+    for target in targets:
+        start, computed = time.perf_counter(), store.computed
+        weight = checkpoint.read(target).to(device=device, dtype=dtype)
+        factors = store.get_or_compute(weight, target.k, tol, method, name=target.name)
+        yield Factored(
+            name=target.name,
+            kind=target.kind,
+            shape=target.shape,
+            k=target.k,
+            method=factors.method,
+            residual=factors.residual,
+            orthogonality=factors.orthogonality,
+            seconds=time.perf_counter() - start,
+            size=store.path(factors.fingerprint, target.k, tol, method).stat().st_size,
+            reused=store.computed == computed,
+        )
+
+
+class _Survey(HipLoraModel):
+    """The tuner itself, so that every module is chosen by the very same rules; it notes and replaces nothing."""
+
+    def __init__(self, model: nn.Module, *args: Any):
+        self.targets: list[Target] = []
+        super().__init__(model, *args)
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        BaseTuner.inject_adapter(self, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = _wrap(target, current_key)
+        m, n = layer.frozen_weight().shape
+        k = _for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
+        self.targets.append(Target(current_key, (m, n), k, layer.transposed))
+
+
+def _tensor_files(path: str) -> dict[str, str]:
+    """Return tensor name → file of a folder or hub name, whole or in shards."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is not None:
+        folder = Path(index).parent
+        try:
+            get_checkpoint_shard_files(path, index)  # fetches the shards of a hub model
+            names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise _damaged(index, error) from error
+        for file in sorted(set(names.values())):
+            if not (folder / file).is_file():
+                raise DataError(f"{folder / file}: is missing, and {index} names it; fetch the model again")
+        return {name: str(folder / file) for name, file in names.items()}
+    single = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if single is None:
+        raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} there")
+    try:
+        with safe_open(single, framework="pt") as tensors:
+            return dict.fromkeys(tensors.keys(), single)
+    except SafetensorError as error:
+        raise _damaged(single, error) from error
+
+
+def _damaged(file: str, error: Exception) -> DataError:
+    return DataError(f"{file}: cannot be read ({_first_line(error)}); fetch or save the model again")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
