@@ -37,8 +37,8 @@ lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy
-	@$(PY) tools/check_imports.py
-	@$(PY) tools/check_docs.py
+	@$(PY) -m tools.check_imports
+	@$(PY) -m tools.check_docs
 
 # Each test process uses one thread: together they fill the cores.
 test: model lint
@@ -48,7 +48,7 @@ bench: model
 	@$(PY) benchmarks/step.py
 
 docs: $(STAMP)
-	@$(PY) tools/check_docs.py --write
+	@$(PY) -m tools.check_docs --write
 
 clean:
 	rm -rf "$(VENV)" "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
