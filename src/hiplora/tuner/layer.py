@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, retract
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.functional import add_channels
+from hiplora.tuner.functional import add_channels, folded_linear, folding_pays
 
 # Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
 LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
@@ -257,28 +257,47 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         """Return the base layer's output plus both channels of every active adapter."""
         if self._disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.hiplora_A]
+        for adapter in adapters if self._pending else ():
+            self.ensure_factors(adapter)
+        if len(adapters) == 1 and self._may_fold(x, adapters[0]):
+            base: Any = self.base_layer
+            return folded_linear(x, base.weight, base.bias, *self._channels(adapters[0]))
+        result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for adapter in self.active_adapters:
-            if adapter not in self.hiplora_A:
-                continue
-            if self._pending:
-                self.ensure_factors(adapter)
-            result = add_channels(
-                result,
-                x,
-                self.hiplora_A[adapter],
-                self.hiplora_B[adapter],
-                self.hiplora_delta.get(adapter),
-                self.hiplora_U[adapter],
-                self.hiplora_V[adapter],
-                self.scaling[adapter],
-                self.hiplora_dropout[adapter] if self.training else 0.0,
-            )
+        for adapter in adapters:
+            dropout = self.hiplora_dropout[adapter] if self.training else 0.0
+            result = add_channels(result, x, *self._channels(adapter), dropout)
         return result
+
+    def _channels(self, adapter: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float]:
+        """Return (A, B, δ, U, V, α/r), as the fused passes take them."""
+        return (
+            self.hiplora_A[adapter],
+            self.hiplora_B[adapter],
+            self.hiplora_delta.get(adapter),
+            self.hiplora_U[adapter],
+            self.hiplora_V[adapter],
+            self.scaling[adapter],
+        )
+
+    def _may_fold(self, x: Tensor, adapter: str) -> bool:
+        """Whether this pass is a training step on a plain fp32 layer with tokens enough for `folded_linear`."""
+        base = self.base_layer
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and self.hiplora_dropout[adapter] == 0
+            and type(base) is nn.Linear
+            and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
+            and x.dtype == base.weight.dtype == self.hiplora_A[adapter].dtype == torch.float32
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and folding_pays(x.numel() // x.shape[-1], base.weight)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.

@@ -1,0 +1,128 @@
+"""Step time and peak memory of HiP-LoRA against stock PEFT LoRA, side by side in one run.
+
+    python benchmarks/step.py [--rounds 15] [--json FILE]
+
+Each round times one optimizer step of the frozen base (forward and backward only, the floor), of LoRA (r = 16)
+and of HiP-LoRA (k = 32, r = 16) on the same tokens, in an order that rotates, so that drift of the machine hits
+all alike. The ratio printed is the median of the per-round ratios. Memory is the peak resident size of a fresh
+process per method.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+METHODS = ("base", "lora", "hiplora")
+
+
+def make_step(method: str, dropout: float, model_name: str, batch: int, length: int) -> Callable[[], float]:
+    """Return a function that does one training step and gives its loss."""
+    import peft
+    import torch
+
+    import hiplora.models
+    from hiplora import HipLoraConfig
+
+    torch.manual_seed(0)
+    model, _ = hiplora.models.load(model_name)
+    shared = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": TARGETS}
+    if method == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(**shared, task_type="CAUSAL_LM"))
+    elif method == "hiplora":
+        model = peft.get_peft_model(model, HipLoraConfig(**shared, principal_rank=32, task_type="CAUSAL_LM"))
+    else:
+        model.requires_grad_(False)
+    # Gradients flow down to the first adapter in the adapted models; the floor lets them flow as far.
+    model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+def time_steps(dropout: float, args: argparse.Namespace) -> dict:
+    """Time the three methods in alternation; seconds per step and per-round ratios."""
+    steps = {m: make_step(m, dropout, args.model, args.batch, args.length) for m in METHODS}
+    for step in steps.values():
+        step()
+    seconds: dict[str, list[float]] = {m: [] for m in METHODS}
+    for round_index in range(args.rounds):
+        shift = round_index % len(METHODS)
+        for method in METHODS[shift:] + METHODS[:shift]:
+            start = time.perf_counter()
+            steps[method]()
+            seconds[method].append(time.perf_counter() - start)
+    ratios = sorted(h / r for h, r in zip(seconds["hiplora"], seconds["lora"], strict=True))
+    return {
+        "dropout": dropout,
+        "rounds": args.rounds,
+        "seconds": {m: statistics.median(s) for m, s in seconds.items()},
+        "seconds_fastest": {m: min(s) for m, s in seconds.items()},
+        "ratio_hiplora_lora": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        "overhead_over_base": {m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS},
+    }
+
+
+def peak_memory(method: str, dropout: float, args: argparse.Namespace) -> int:
+    """Peak resident bytes of a process that trains a few steps."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import step as s\n"
+        "run = s.make_step(sys.argv[2], float(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))\n"
+        "for _ in range(3): run()\n"
+        "print(s.resource.getrusage(s.resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    values = [Path(__file__).parent, method, dropout, args.model, args.batch, args.length]
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, values)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    """Run the comparison, print it, and write JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.05])
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    results = []
+    for dropout in args.dropouts:
+        memory = {m: peak_memory(m, dropout, args) for m in METHODS}
+        timing = time_steps(dropout, args)
+        ratio = memory["hiplora"] / memory["lora"]
+        results.append({**timing, "peak_bytes": memory, "memory_ratio_hiplora_lora": ratio})
+        s, q = timing["seconds"], timing["ratio_quartiles"]
+        print(f"dropout {dropout}: " + ", ".join(f"{m} {s[m]:.3f} s" for m in METHODS))
+        print(f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})")
+        print(f"  peak memory, HiP-LoRA / LoRA: {ratio:.3f} ({memory['hiplora'] / 1e9:.2f} / {memory['lora'] / 1e9:.2f} GB)")
+    if args.json:
+        from hiplora.files import write_atomic
+        from hiplora.provenance import provenance
+
+        setting = {"model": args.model, "batch": args.batch, "length": args.length, "r": 16, "k": 32, "dtype": "float32"}
+        report = {"benchmark": "step", "setting": setting, "results": results, "provenance": provenance(seed=0)}
+        write_atomic(args.json, json.dumps(report, indent=2) + "\n")
+        print(f"wrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()
