@@ -12,7 +12,7 @@ import typer
 from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
 
 if TYPE_CHECKING:
-    from hiplora.export import Finding
+    from hiplora.export import ExportReport, Finding
 
 
 class Target(str, Enum):
@@ -110,8 +110,16 @@ def _lora(
         )
     if as_json:
         emit_json(report.to_json() | {"preflight": [finding.to_json() for finding in findings]})
-        return
-    _print_findings(findings)
+    else:
+        _print_lora(report, findings)
+
+
+def _print_lora(report: "ExportReport", findings: "list[Finding]") -> None:
+    if findings:
+        wants = [
+            (f.server, "rejects it" if f.blocks else "takes it if", f.problem, f.remedy) for f in findings
+        ]
+        print_table("Before you serve it", ("Server", "", "What", "Remedy"), wants)
     module, difference = report.worst
     rows: list[tuple[str, Any]] = [
         ("Written to", report.path),
@@ -140,14 +148,6 @@ def _dense(
         ("Embeddings and output head", "untied" if report.untied else "as in the base model"),
     ]
     print_table(f"Standalone model, {report.dtype} (differences are relative)", ("", ""), rows)
-
-
-def _print_findings(findings: "list[Finding]") -> None:
-    if findings:
-        rows = [
-            (f.server, "rejects it" if f.blocks else "takes it if", f.problem, f.remedy) for f in findings
-        ]
-        print_table("Before you serve it", ("Server", "", "What", "Remedy"), rows)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "AdapterUpdate": "hiplora.export.update",
-    "Channels": "hiplora.export.update",
-    "read_update": "hiplora.export.read",
-    "update_from_model": "hiplora.export.read",
+    "AdapterUpdate": "hiplora.export.adapter",
+    "Channels": "hiplora.export.adapter",
+    "read_update": "hiplora.export.update",
+    "update_from_model": "hiplora.export.update",
     "ExportReport": "hiplora.export.lora",
     "save_as_lora": "hiplora.export.lora",
     "DenseReport": "hiplora.export.dense",
@@ -20,12 +20,12 @@ _LAZY = {
 }
 
 if TYPE_CHECKING:
+    from hiplora.export.adapter import AdapterUpdate, Channels
     from hiplora.export.dense import DenseReport, save_dense
     from hiplora.export.inspection import allocation_rows, inspect_adapter
     from hiplora.export.lora import ExportReport, save_as_lora
     from hiplora.export.preflight import Finding, base_facts, server_findings
-    from hiplora.export.read import read_update, update_from_model
-    from hiplora.export.update import AdapterUpdate, Channels
+    from hiplora.export.update import read_update, update_from_model
 
 __all__ = [
     "AdapterUpdate",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError
-from hiplora.export.update import AdapterUpdate
+from hiplora.export.adapter import AdapterUpdate
 from hiplora.models import resolve
 from hiplora.models.quiet import quiet_transformers
 from hiplora.spectral import weight_fingerprint

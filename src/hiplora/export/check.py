@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
+from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.base_weights import BaseWeights, load_base
-from hiplora.export.update import AdapterUpdate
 from hiplora.models import resolve
 
 _PROMPTS, _LENGTH = 4, 16

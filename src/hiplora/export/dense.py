@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
+from hiplora.export.adapter import AdapterUpdate, Pair
 from hiplora.export.base_weights import check_fit, load_base
 from hiplora.export.check import logits_of, relative_difference
 from hiplora.export.folder import check_out
 from hiplora.export.lora import DTYPES
-from hiplora.export.read import read_update
-from hiplora.export.update import AdapterUpdate, Pair
+from hiplora.export.update import read_update
 from hiplora.files import staged_dir, write_atomic
 from hiplora.models import resolve
 from hiplora.models.quiet import quiet_transformers

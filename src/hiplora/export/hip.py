@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
+from hiplora.export.adapter import AdapterUpdate, Channels
 from hiplora.export.base_weights import BaseWeights, in_precision
 from hiplora.export.stock import FROZEN_COPY, check_extras, check_rank, pattern_value
-from hiplora.export.update import AdapterUpdate, Channels
 from hiplora.spectral import FactorStore, SpectralFactors, retract
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
 

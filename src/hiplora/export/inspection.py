@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from hiplora.errors import ConfigError
+from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.base_weights import BaseWeights
-from hiplora.export.read import read_update
-from hiplora.export.update import AdapterUpdate
+from hiplora.export.update import read_update
 from hiplora.spectral import FactorStore, SpectralFactors, allocate
 
 DEFAULT_RANK = 32

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
+from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.check import compare_logits, compare_modules, refuse_over
 from hiplora.export.folder import PREFIX, WEIGHTS, check_finite, check_out
 from hiplora.export.preflight import base_facts
-from hiplora.export.read import read_update, update_from_model
-from hiplora.export.update import AdapterUpdate
+from hiplora.export.update import read_update, update_from_model
 from hiplora.files import staged_dir, write_atomic
 from hiplora.provenance import provenance
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError
-from hiplora.export.update import AdapterUpdate
+from hiplora.export.adapter import AdapterUpdate
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hiplora.errors import AdapterError
-from hiplora.export.update import AdapterUpdate, Pair
+from hiplora.export.adapter import AdapterUpdate, Pair
 
 _NOT_PLAIN = {
     "use_dora": "DoRA rescales the merged weight",

@@ -1,85 +1,84 @@
-"""An adapter as what it does to the base weights: one pair of thin factors per module, scaling baked in."""
+"""Read any adapter that is a plain sum of low-rank updates: HiP-LoRA, Proj-LoRA, LoRA and what saves as LoRA."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import fused_factors, leak
+from hiplora.export.adapter import AdapterUpdate
+from hiplora.export.folder import PREFIX, check_finite, read_folder
+from hiplora.export.hip import hip_update, live_hip_update
+from hiplora.export.stock import stock_update
 
-Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
 
+def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None) -> AdapterUpdate:
+    """Read an adapter folder as the update it makes to its base model.
 
-@dataclass(frozen=True, eq=False)
-class Channels:
-    """The two channels of one HiP-LoRA module, kept apart; `delta` is None for Proj-LoRA.
+    Args:
+        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA or stock LoRA (PiSSA and the like as the
+            difference that PEFT saves); an `AdapterUpdate` is returned as it is.
+        base: base model, path or name, where the one in the configuration is not to be used. Only read for
+            HiP-LoRA adapters saved without their factors.
 
-    A (r, n), B (m, r), U (m, k), sigma (k,), V (n, k), delta (k,), all fp32. `leak_limit` is how far A and B may
-    lie outside the complement of U and V for rounding's sake; None where the adapter promises no complement.
+    Raises:
+        AdapterError: the folder is damaged, its method is not a plain update, or a weight of the base model is
+            not the one that the adapter was made for; the message names the file and tensor, and the way out.
     """
-
-    A: Float[Tensor, "r n"]
-    B: Float[Tensor, "m r"]
-    U: Float[Tensor, "m k"]
-    sigma: Float[Tensor, " k"]
-    V: Float[Tensor, "n k"]
-    delta: Float[Tensor, " k"] | None
-    scaling: float
-    leak_limit: float | None = None
-
-    def factors(self) -> Pair:
-        """Return `(A', B')` with `B'A' = ΔW`, rank r + k; rank r where there is no principal channel."""
-        if self.delta is None:
-            return self.A, self.scaling * self.B
-        return fused_factors(self.A, self.B, self.delta, self.U, self.V, self.scaling)
-
-    def leak(self) -> float:
-        """Return how far A and B lie outside the complement, 0 to 1 (relative Frobenius norms)."""
-        return leak(self.A, self.B, self.U, self.V)
+    if isinstance(adapter_dir, AdapterUpdate):
+        return adapter_dir
+    config, tensors = read_folder(adapter_dir)
+    source = str(adapter_dir)
+    name = base or config.get("base_model_name_or_path") or ""
+    kind = config["peft_type"]
+    if kind == "HIPLORA":
+        return hip_update(config, tensors, source, name)
+    if kind == "LORA":
+        return stock_update(config, tensors, source, name)
+    raise AdapterError(
+        f"{source}: an adapter of type {kind} is not read as a plain update; "
+        "train it as LoRA or HiP-LoRA, or convert it first with peft.save_as_lora"
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class AdapterUpdate:
-    """What an adapter adds to its base model, independent of the method that trained it.
+def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpdate:
+    """Read a live PEFT model's adapter as the update it makes; the model is left as it is.
 
-    `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
-    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora" or "merged"; `config` is
-    the adapter's own configuration; `fingerprints` names the base weights where the adapter recorded them;
-    `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart;
-    `source` is the folder or model, for messages.
+    Raises:
+        AdapterError: there is no such adapter, it is not a plain update, or it has NaN or Inf.
     """
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    if adapter not in configs:
+        known = ", ".join(map(repr, configs)) or "none"
+        raise AdapterError(f"the model has no adapter named {adapter!r} (it has: {known}); pass adapter=…")
+    config = configs[adapter]
+    source, name = f"adapter {adapter!r}", config.base_model_name_or_path or ""
+    state = _live_state(model, adapter)
+    if config.peft_type == "HIPLORA":
+        return live_hip_update(model, adapter, _plain(config.to_dict()), state, source, name)
+    if config.peft_type == "LORA":
+        return stock_update(_plain(config.to_dict()), state, source, name)
+    raise AdapterError(
+        f"{source}: a {config.peft_type} adapter is not read as a plain update; convert it to LoRA first"
+    )
 
-    base: str
-    kind: str
-    config: Mapping[str, Any]
-    factors: Mapping[str, Pair]
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    channels: Mapping[str, Channels] = field(default_factory=dict)
-    source: str = "adapter"
 
-    def rank(self, module: str) -> int:
-        """Return the rank q of a module's factors."""
-        return self.factors[module][0].shape[0]
+def _live_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
 
-    def check_leak(self) -> None:
-        """Refuse a HiP-LoRA adapter whose residual channel left the complement that it promises.
+    for name, value in model.named_parameters():
+        if adapter in name.split("."):
+            check_finite(value.detach(), f"adapter {adapter!r}: tensor {name}")
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name.removeprefix(PREFIX): value.detach().cpu() for name, value in state.items()}
 
-        Raises:
-            AdapterError: names the first such module, its leak and the remedy.
-        """
-        for module, channels in self.channels.items():
-            if channels.leak_limit is not None and not channels.leak() <= channels.leak_limit:
-                raise AdapterError(
-                    f"{self.source}: layer {module} leaks {channels.leak():.2e} into the protected subspace (limit "
-                    f"{channels.leak_limit:.0e}): the complement was never enforced; load it as a model, call "
-                    "hiplora.retract_(model), evaluate it again and save it"
-                )
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Rank q of every module."""
-        return {module: self.rank(module) for module in self.factors}
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as it would be read back from JSON: sets become sorted lists, enums strings."""
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (set, frozenset)):
+            value = sorted(value)
+        plain[key] = getattr(value, "value", value)
+    return plain

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hiplora.export.update import Channels, Pair
+from hiplora.export.adapter import Channels, Pair
 from hiplora.merging.term import Term
 
 SUMMARY = (

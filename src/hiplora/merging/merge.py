@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.errors import AdapterError, ConfigError
+from hiplora.export.adapter import AdapterUpdate, Channels, Pair
 from hiplora.export.base_weights import BaseWeights
 from hiplora.export.lora import SELECTION, ExportReport, save_as_lora
-from hiplora.export.read import read_update
-from hiplora.export.update import AdapterUpdate, Channels, Pair
+from hiplora.export.update import read_update
 from hiplora.merging.registry import rule
 from hiplora.merging.term import Term
 

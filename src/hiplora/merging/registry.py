@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hiplora.errors import ConfigError
-from hiplora.export.update import Channels, Pair
+from hiplora.export.adapter import Channels, Pair
 from hiplora.merging import addition
 from hiplora.merging.term import Term
 

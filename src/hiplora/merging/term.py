@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hiplora.export.update import Channels, Pair
+from hiplora.export.adapter import Channels, Pair
 
 
 @dataclass(frozen=True, eq=False)

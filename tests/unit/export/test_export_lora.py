@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -224,8 +225,6 @@ def test_fp32_is_exact_to_rounding_and_half_precision_says_what_it_costs(hip, tm
 
 
 def test_a_value_that_overflows_half_precision_is_refused(hip, tmp_path):
-    import shutil
-
     folder = shutil.copytree(hip[0], tmp_path / "a")
 
     def grow(tensors):
@@ -304,8 +303,6 @@ def test_exporting_a_live_model_leaves_it_as_it_was(tiny_model_dir, tmp_path):
 
 
 def test_without_a_base_model_logits_are_not_compared_and_the_report_says_why(hip, tmp_path):
-    import shutil
-
     folder = shutil.copytree(hip[0], tmp_path / "a")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "nobody/nothing"}))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.preflight import BaseFacts, base_facts, server_findings
-from hiplora.export.update import AdapterUpdate
 from tests.unit.export.samples import save_tiny_gpt2
 
 PLAIN = BaseFacts(transposed=False, tied=False)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiplora.export.update import Channels
+from hiplora.export.adapter import Channels
 from hiplora.merging.addition import Options, combine
 from hiplora.merging.term import Term
 from hiplora.spectral import retract

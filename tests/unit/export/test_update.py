@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 
 import peft
 import pytest
@@ -7,6 +9,7 @@ from peft import LoraConfig
 
 from hiplora.errors import AdapterError
 from hiplora.export import read_update, update_from_model
+from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
 from tests.unit.export.samples import (
     ATTENTION,
@@ -84,6 +87,20 @@ def test_factors_that_were_not_saved_come_from_the_base_model(tiny_model_dir, tm
     update = read_update(folder)
     assert update.channels[Q0].U.shape == (64, 6)
     assert_update_is(update, deltas(model))
+
+
+def test_recomputed_factors_that_differ_by_rounding_leave_no_leak(tiny_model_dir, tmp_path, monkeypatch):
+    """Another machine's decomposition differs within the tolerance; the layer retracts on load, and so does this."""
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(save_factors=False))
+    exact = FactorStore.get_or_compute
+
+    def rounded(self, weight, *arguments, **options):
+        factors = exact(self, weight, *arguments, **options)
+        U = torch.linalg.qr(factors.U + 1e-3 * torch.randn_like(factors.U)).Q
+        return dataclasses.replace(factors, U=U)
+
+    monkeypatch.setattr(FactorStore, "get_or_compute", rounded)
+    assert max(channels.leak() for channels in read_update(folder).channels.values()) < 1e-5
 
 
 def test_factors_are_not_recomputed_from_another_base_model(tiny_model_dir, tmp_path):
@@ -264,9 +281,21 @@ def test_a_tensor_of_the_wrong_shape_is_named(folder):
         read_update(folder)
 
 
-def test_a_module_that_the_configuration_lists_and_the_file_lacks_is_named(hip, tmp_path):
-    import shutil
+@pytest.mark.parametrize("part", ["B", "delta", "U", "sigma", "V"])
+def test_every_tensor_of_the_wrong_shape_is_named_with_the_right_one(hip, tmp_path, part):
+    folder = shutil.copytree(hip[0], tmp_path / "a")
 
+    def cut(tensors):
+        tensors[f"base_model.model.{Q0}.hiplora_{part}"] = tensors[f"base_model.model.{Q0}.hiplora_{part}"][
+            ..., :-1
+        ]
+
+    edit_tensors(folder, cut)
+    with pytest.raises(AdapterError, match=rf"tensor {Q0}\.hiplora_{part} is \(.*\), expected \("):
+        read_update(folder)
+
+
+def test_a_module_that_the_configuration_lists_and_the_file_lacks_is_named(hip, tmp_path):
     folder = shutil.copytree(hip[0], tmp_path / "a")
 
     def drop(tensors):

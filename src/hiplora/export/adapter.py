@@ -1,0 +1,85 @@
+"""An adapter as what it does to the base weights: one pair of thin factors per module, scaling baked in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from hiplora.errors import AdapterError
+from hiplora.spectral import fused_factors, leak
+
+Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The two channels of one HiP-LoRA module, kept apart; `delta` is None for Proj-LoRA.
+
+    A (r, n), B (m, r), U (m, k), sigma (k,), V (n, k), delta (k,), all fp32. `leak_limit` is how far A and B may
+    lie outside the complement of U and V for rounding's sake; None where the adapter promises no complement.
+    """
+
+    A: Float[Tensor, "r n"]
+    B: Float[Tensor, "m r"]
+    U: Float[Tensor, "m k"]
+    sigma: Float[Tensor, " k"]
+    V: Float[Tensor, "n k"]
+    delta: Float[Tensor, " k"] | None
+    scaling: float
+    leak_limit: float | None = None
+
+    def factors(self) -> Pair:
+        """Return `(A', B')` with `B'A' = ΔW`, rank r + k; rank r where there is no principal channel."""
+        if self.delta is None:
+            return self.A, self.scaling * self.B
+        return fused_factors(self.A, self.B, self.delta, self.U, self.V, self.scaling)
+
+    def leak(self) -> float:
+        """Return how far A and B lie outside the complement, 0 to 1 (relative Frobenius norms)."""
+        return leak(self.A, self.B, self.U, self.V)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterUpdate:
+    """What an adapter adds to its base model, independent of the method that trained it.
+
+    `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
+    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora" or "merged"; `config` is
+    the adapter's own configuration; `fingerprints` names the base weights where the adapter recorded them;
+    `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart;
+    `source` is the folder or model, for messages.
+    """
+
+    base: str
+    kind: str
+    config: Mapping[str, Any]
+    factors: Mapping[str, Pair]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, Channels] = field(default_factory=dict)
+    source: str = "adapter"
+
+    def rank(self, module: str) -> int:
+        """Return the rank q of a module's factors."""
+        return self.factors[module][0].shape[0]
+
+    def check_leak(self) -> None:
+        """Refuse a HiP-LoRA adapter whose residual channel left the complement that it promises.
+
+        Raises:
+            AdapterError: names the first such module, its leak and the remedy.
+        """
+        for module, channels in self.channels.items():
+            if channels.leak_limit is not None and not channels.leak() <= channels.leak_limit:
+                raise AdapterError(
+                    f"{self.source}: layer {module} leaks {channels.leak():.2e} into the protected subspace (limit "
+                    f"{channels.leak_limit:.0e}): the complement was never enforced; load it as a model, call "
+                    "hiplora.retract_(model), evaluate it again and save it"
+                )
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank q of every module."""
+        return {module: self.rank(module) for module in self.factors}
