@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -321,7 +322,8 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
             )
         layer: Any = self.get_base_layer()
         if not self._frozen:
-            self._frozen.append(layer.weight)
+            # A quantisation backend may alter the parameter that it replaces; then a copy is what comes back.
+            self._frozen.append(copy.deepcopy(layer.weight) if self.quantization_backend else layer.weight)
         if self.quantization_backend is not None:
             self.set_base_weight(merged)
         else:
