@@ -298,9 +298,11 @@ class TestErrors:
 
 
 @pytest.mark.real_model
-def test_the_example_of_the_help_page_runs(smollm2, run):
+def test_the_example_of_the_help_page_runs(smollm2, run, root):
     from hiplora.cli.factorize import command
 
+    (root.parent / "models").mkdir(parents=True)
+    (root.parent / "models" / "smollm2-135m").symlink_to(smollm2)
     example = command.__doc__.split("Example:")[1].split()
     assert example[0] == "hiplora"
     code, said, _ = run(*example[1:], "--json")

@@ -85,7 +85,13 @@ def command(
         dtype=getattr(torch, dtype.value) if dtype else None,
         device=device,
     )
-    layers = list(progress(steps, "factoring weights", total=len(targets)))
+    layers: list[Factored] = []
+    try:
+        layers.extend(progress(steps, "factoring weights", total=len(targets)))
+    except KeyboardInterrupt:
+        done = f"{len(layers)} of {len(targets)} weights are in the store"
+        typer.echo(f"stopped: {done}; run it again to go on", err=True)
+        raise
     record = _record(model, str(store.root), layers, time.perf_counter() - start)
     emit_json(record) if as_json else _print(record)
 
