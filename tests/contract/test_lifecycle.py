@@ -320,3 +320,27 @@ def test_generation_uses_the_adapter(base, ids):
             input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings
         )
     assert not torch.equal(adapted.scores[0], plain.scores[0])
+
+
+def test_loading_into_an_adapter_leaves_those_that_share_its_factors_alone(tiny, ids, tmp_path):
+    model = tiny.adapted()
+    model.add_adapter("second", tiny.config())
+    train(model, ids)
+    expected = logits(model, ids)
+    flipped = {
+        k: -v if k.endswith(("_U", "_V")) else v for k, v in peft.get_peft_model_state_dict(model).items()
+    }
+    peft.set_peft_model_state_dict(model, flipped, adapter_name="second")
+    for _, layer in hip_layers(model):
+        assert torch.equal(layer.hiplora_U["default"], -layer.hiplora_U["second"])
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_loaded_factors_are_shared_with_an_equal_adapter(tiny, ids, tmp_path):
+    model = tiny.adapted()
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "loaded")
+    model.set_adapter("loaded")
+    logits(model, ids)
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["loaded"].data_ptr()

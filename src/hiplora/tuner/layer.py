@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -17,16 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, retract
+from hiplora.tuner.buffers import FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels, folded_linear, folding_pays
 
 # Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
 LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
 LEAK_LIMIT_HALF = 2e-2
-FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
 
 
-class HipLoraLinear(nn.Module, BaseTunerLayer):
+class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     """HiP-LoRA around a frozen `nn.Linear`, `Conv1D` or quantised linear layer of shape (m, n) = (out, in).
 
     Per adapter: parameters `hiplora_A` (r, n), `hiplora_B` (m, r), `hiplora_delta` (k,), and frozen fp32 buffers
@@ -34,7 +33,7 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("hiplora_A", "hiplora_B", "hiplora_delta")
-    other_param_names = ("r", "lora_alpha", "scaling", "hiplora_dropout", "configs", "_budget", "_pending")
+    other_param_names = ("r", "lora_alpha", "scaling", "hiplora_dropout", "configs", "_budget")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -44,19 +43,14 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         self.hiplora_A = nn.ParameterDict()
         self.hiplora_B = nn.ParameterDict()
         self.hiplora_delta = nn.ParameterDict()
-        self.hiplora_U = BufferDict(persistent=True)
-        self.hiplora_sigma = BufferDict(persistent=True)
-        self.hiplora_V = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.hiplora_dropout: dict[str, float] = {}
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
-        self._pending: dict[str, Callable[[], SpectralFactors]] = {}
-        self._frozen: list[
-            nn.Parameter
-        ] = []  # the base weight while merged; a list, so as not to be registered
+        # The base weight while merged; in a list, so as not to be registered as this layer's own.
+        self._frozen: list[nn.Parameter] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = []
@@ -107,9 +101,11 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
         if config.principal_channel:
             self.hiplora_delta[adapter] = nn.Parameter(torch.zeros(k))
         self._initialise(adapter, config.init_weights)
-        self._set_factors(adapter, None if deferred else factors(), k)
         if deferred:
-            self._pending[adapter] = factors
+            shape = (self.out_features, self.in_features)
+            self.expect_factors(adapter, shape, k, factors, self._base_device())
+        else:
+            self.set_factors(adapter, factors(), self._base_device())
         self._move_adapter_to_device_of_base_layer(adapter)
         if not deferred:
             self.retract_(adapter)
@@ -124,59 +120,27 @@ class HipLoraLinear(nn.Module, BaseTunerLayer):
             if adapter in self.hiplora_delta:
                 nn.init.normal_(self.hiplora_delta[adapter], std=0.02)
 
-    def _set_factors(self, adapter: str, factors: SpectralFactors | None, k: int) -> None:
-        """Register the factors, or NaN in their place; equal factors of another adapter are shared."""
-        device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if factors is None:
-            shapes = ((self.out_features, k), (k,), (self.in_features, k))
-            values = [torch.full(shape, math.nan, device=device) for shape in shapes]
-        else:
-            values = [tensor.to(device) for tensor in (factors.U, factors.sigma, factors.V)]
-        for name, value in zip(FACTOR_NAMES, values, strict=True):
-            buffers = getattr(self, name)
-            same = (b for b in buffers.values() if b.shape == value.shape and torch.equal(b, value))
-            buffers[adapter] = next(same, value)
-
-    def ensure_factors(self, adapter: str) -> None:
-        """Compute the factors that were to come from a file and did not, in place."""
-        compute = self._pending.pop(adapter, None)
-        if compute is None:
-            return
-        if torch.isnan(self.hiplora_sigma[adapter]).any():
-            factors = compute()
-            for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
-                getattr(self, name)[adapter].copy_(value)
+    def ensure_factors(self, adapter: str) -> bool:
+        """Compute the factors that were to come from a file and did not; True if that was so."""
+        computed = super().ensure_factors(adapter)
+        if computed:
             self.retract_(adapter)
+        return computed
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
-        super().delete_adapter(adapter_name)
-        for name in FACTOR_NAMES:
-            if adapter_name in getattr(self, name):
-                del getattr(self, name)[adapter_name]
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self.delete_factors(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for name in FACTOR_NAMES:
-            buffers = getattr(self, name)
-            if target is not None and buffers[adapter_name].device != target:
-                buffers[adapter_name] = buffers[adapter_name].to(target)
+        self.move_factors(adapter_name, device or self._base_device())
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HipLoraLinear:
-        """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
-        before = {(n, a): b for n in FACTOR_NAMES for a, b in getattr(self, n).items()}
-        super()._apply(fn, recurse)
-        moved: dict[int, Tensor] = {}
-        for (name, adapter), old in before.items():
-            new = getattr(self, name)[adapter]
-            if new.dtype != torch.float32:
-                new = old.to(new.device)
-            getattr(self, name)[adapter] = moved.setdefault(id(old), new)
-        return self
+    def _base_device(self) -> torch.device | None:
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
 
     # The method ------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.tuner import hooks
+from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import FACTOR_NAMES, HipLoraLinear
+from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
 
 # The paper's targets (Appendix B), then their counterparts in models that fuse or rename them.
@@ -166,6 +167,8 @@ class HipLoraModel(BaseTuner):
             m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter_name in m.hiplora_A
         }
         check_checkpoint(layers, config, adapter_name, state_dict)
+        for layer in layers.values():
+            layer.unshare_factors(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

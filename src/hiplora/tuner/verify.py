@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
 from hiplora.spectral import leak, weight_fingerprint
+from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import FACTOR_NAMES, LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear
+from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
 # of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.

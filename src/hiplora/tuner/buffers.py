@@ -1,0 +1,107 @@
+"""The frozen factors of a layer's adapters: fp32, shared where equal, computed when nothing was loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from hiplora.spectral import SpectralFactors
+
+FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
+Compute = Callable[[], SpectralFactors]
+
+
+class FactorBuffers(nn.Module):
+    """Holds U (m, k), σ (k,) and V (n, k) per adapter as buffers; the base class of an adapted layer."""
+
+    hiplora_U: BufferDict
+    hiplora_sigma: BufferDict
+    hiplora_V: BufferDict
+    _pending: dict[str, Compute | None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in FACTOR_NAMES:
+            setattr(self, name, BufferDict(persistent=True))
+        self._pending = {}
+
+    def set_factors(self, adapter: str, factors: SpectralFactors, device: torch.device | None) -> None:
+        """Register computed factors; those that another adapter has already are shared with it."""
+        for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
+            getattr(self, name)[adapter] = value.to(device)
+        self._share(adapter)
+
+    def expect_factors(
+        self, adapter: str, shape: tuple[int, int], k: int, compute: Compute, device: torch.device | None
+    ) -> None:
+        """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n).
+
+        `compute` is called by `ensure_factors` if they are needed and were never loaded.
+        """
+        shapes = ((shape[0], k), (k,), (shape[1], k))
+        for name, size in zip(FACTOR_NAMES, shapes, strict=True):
+            getattr(self, name)[adapter] = torch.full(size, math.nan, device=device)
+        self._pending[adapter] = compute
+
+    def ensure_factors(self, adapter: str) -> bool:
+        """Settle what a load left open; True if the factors had to be computed."""
+        if adapter not in self._pending:
+            return False
+        compute = self._pending.pop(adapter)
+        missing = compute is not None and bool(torch.isnan(self.hiplora_sigma[adapter]).any())
+        if missing and compute is not None:
+            factors = compute()
+            for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
+                getattr(self, name)[adapter].copy_(
+                    value
+                )  # in place: a state dict may hold the buffer already
+        self._share(adapter)
+        return missing
+
+    def unshare_factors(self, adapter: str) -> None:
+        """Give an adapter buffers of its own before a file is loaded into them; equal ones are shared again after."""
+        for name in FACTOR_NAMES:
+            buffers = getattr(self, name)
+            if any(other is buffers[adapter] for key, other in buffers.items() if key != adapter):
+                buffers[adapter] = buffers[adapter].clone()
+        self._pending.setdefault(adapter, None)
+
+    def move_factors(self, adapter: str, device: torch.device | None) -> None:
+        """Move an adapter's factors to a device, if one is named."""
+        for name in FACTOR_NAMES if device is not None else ():
+            buffers = getattr(self, name)
+            if buffers[adapter].device != device:
+                buffers[adapter] = buffers[adapter].to(device)
+
+    def delete_factors(self, adapter: str) -> None:
+        """Forget an adapter's factors."""
+        self._pending.pop(adapter, None)
+        for name in FACTOR_NAMES:
+            if adapter in getattr(self, name):
+                del getattr(self, name)[adapter]
+
+    def _share(self, adapter: str) -> None:
+        for name in FACTOR_NAMES:
+            buffers = getattr(self, name)
+            own = buffers[adapter]
+            for key, other in buffers.items():
+                if key != adapter and other.shape == own.shape and torch.equal(other, own):
+                    buffers[adapter] = other
+                    break
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
+        before = {(n, a): b for n in FACTOR_NAMES for a, b in getattr(self, n).items()}
+        super()._apply(fn, recurse)
+        moved: dict[int, Tensor] = {}
+        for (name, adapter), old in before.items():
+            new = getattr(self, name)[adapter]
+            if new.dtype != torch.float32:
+                new = old.to(new.device)
+            getattr(self, name)[adapter] = moved.setdefault(id(old), new)
+        return self
