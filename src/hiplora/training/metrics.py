@@ -10,6 +10,7 @@ from typing import Any
 
 from hiplora.errors import HipLoraError
 from hiplora.files import write_atomic
+from hiplora.training.checkpoints import writing
 
 FILE = "metrics.jsonl"
 STATE = "progress.json"
@@ -84,7 +85,7 @@ class Record:
     def write(self, row: Row) -> None:
         """Keep a row, append it to the file, show it."""
         self.rows.append(row)
-        with open(self._path, "a", encoding="utf-8") as file:
+        with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self._on_step is not None:
             self._on_step({**row, "steps": self._steps})
@@ -111,7 +112,8 @@ class Record:
 
     def rewrite(self) -> None:
         """Write the file anew from the rows in memory."""
-        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        with writing(self._path):
+            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 def read_metrics(folder: str | os.PathLike) -> list[Row]:

@@ -50,6 +50,14 @@ class RunFolder:
         return (self.path / LAST).is_file()
 
     @property
+    def blank(self) -> bool:
+        """Whether there is nothing in the folder but what a run makes before it writes its recipe."""
+        if not self.path.is_dir():
+            return False
+        names = {path.name for path in self.path.iterdir() if path.suffix != ".part"}
+        return names <= {self.checkpoints.name} and self.last_checkpoint is None
+
+    @property
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint, or None."""
         found = all_checkpoints(self.checkpoints)
@@ -73,9 +81,9 @@ def check_claim(run: RunFolder, recipe: TrainRecipe, resume: bool, overwrite: bo
         check_output_dir(out)
     stored = _stored_recipe(run)
     if stored is None:
-        if not out.is_dir() or any(not path.name.endswith(".part") for path in out.iterdir()):
+        if not run.blank:
             check_output_dir(out)
-        return  # empty: a run that was stopped before it wrote anything
+        return
     if changes := _differences(stored, recipe_values(recipe)):
         state = "a finished" if run.complete else "an unfinished"
         raise ConfigError(
@@ -93,17 +101,13 @@ def claimed(
     Raises:
         ConfigError: another process trains there, or the data changed since the run began.
     """
+    if overwrite and run.checkpoints.is_dir():
+        _locked(run).release()  # refuses if someone trains there
     if overwrite:
         remove(run.path)
     with writing(run.path):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.checkpoints / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"--out {run.path}: another process is training there; wait for it or name another"
-        ) from None
+    lock = _locked(run)
     try:
         sweep(run.path)
         sweep(run.checkpoints)
@@ -114,6 +118,17 @@ def claimed(
         yield
     finally:
         lock.release()
+
+
+def _locked(run: RunFolder) -> FileLock:
+    lock = FileLock(run.checkpoints / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"--out {run.path}: another process is training there; wait for it or name another folder"
+        ) from None
+    return lock
 
 
 @contextlib.contextmanager

@@ -84,6 +84,8 @@ def train(
     say("reading the data")
     data = load_data(recipe.data)
     with claimed(run, recipe, data.sources, overwrite), _quiet():
+        if resume and run.last_checkpoint is None:
+            note(f"{run.path} has no checkpoint to carry on from; starting at the beginning")
         say(f"loading {Path(recipe.model).name}")
         model, tokenizer = load(recipe.model, DTYPES[recipe.train.dtype])
         if torch.cuda.is_available():

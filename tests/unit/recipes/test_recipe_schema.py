@@ -1,0 +1,161 @@
+"""The recipe's fields: documented, the paper's defaults, the tuner's names, nothing accepted and ignored."""
+
+import dataclasses
+
+import pytest
+from peft import PeftConfig
+from pydantic import ValidationError
+
+from hiplora.recipes import DataSettings, TrainRecipe, TrainSettings
+from hiplora.recipes.methods import METHODS
+from hiplora.training.adapters import adapter_config
+from hiplora.tuner import HipLoraConfig
+
+BLOCKS = [TrainRecipe, DataSettings, TrainSettings, *METHODS.values()]
+SMALLEST = {"model": "some/model", "data": "rows.jsonl"}
+
+
+def recipe(**blocks):
+    return TrainRecipe.model_validate({**SMALLEST, **blocks})
+
+
+def problems(**blocks):
+    with pytest.raises(ValidationError) as caught:
+        recipe(**blocks)
+    return [(error["loc"], error["type"]) for error in caught.value.errors()]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_field_says_what_it_is_for(block):
+    undocumented = [name for name, field in block.model_fields.items() if not field.description]
+    assert undocumented == []
+
+
+def test_the_defaults_are_the_papers():
+    made = recipe()
+    train, method = made.train, made.method
+    assert (train.steps, train.epochs, train.max_length, train.packing) == (2000, None, 2048, True)
+    assert train.batch_size * train.gradient_accumulation == 128
+    assert (train.lr, train.warmup_ratio, train.weight_decay, train.max_grad_norm) == (2e-4, 0.03, 0.01, 1.0)
+    assert (method.name, method.principal_rank, method.r, method.lora_alpha) == ("hiplora", 32, 16, 32)
+    assert method.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (method.lora_dropout, made.seed) == (0.05, 42)
+
+
+def test_the_lost_learning_rate_is_said_to_be_a_reading():
+    assert "our reading" in TrainSettings.model_fields["lr"].description
+
+
+def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
+    common = {field.name for field in dataclasses.fields(PeftConfig)}
+    own = {field.name: getattr(HipLoraConfig(), field.name) for field in dataclasses.fields(HipLoraConfig)}
+    written_by_the_tuner = {"fingerprints", "base_precision"}
+    said_by_the_methods_name = {"principal_channel"}
+    left = own.keys() - common - written_by_the_tuner - said_by_the_methods_name
+    expected = {name: own[name] for name in left}
+    expected["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    fields = METHODS["hiplora"]().model_dump(exclude={"name"})
+    assert fields == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_of_a_method_reaches_the_adapter(name):
+    settings = METHODS[name]().model_dump(exclude={"name"})
+    changed = {
+        "r": 3,
+        "lora_alpha": 7,
+        "lora_dropout": 0.25,
+        "target_modules": ["up_proj"],
+        "exclude_modules": ["down_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"up_proj": 5.0},
+        "modules_to_save": ["lm_head"],
+        "principal_rank": 9,
+        "principal_rank_pattern": {"up_proj": 4},
+        "basis": "weight",
+        "svd_tolerance": 1e-3,
+        "save_factors": False,
+        "stability_weight": 0.5,
+        "stability_gamma": 0.0,
+        "stability_mode": "proximal",
+        "residual_projection": False,
+        "init_weights": "zero",
+    }
+    assert settings.keys() <= changed.keys()
+    wanted = {key: changed[key] for key in settings}
+    config = adapter_config(recipe(method={"name": name, **wanted}).method)
+    for key, value in wanted.items():
+        given = getattr(config, key)
+        assert (sorted(given) if isinstance(given, set) else given) == value, key
+
+
+def test_the_methods_become_what_they_are_called():
+    made = {name: adapter_config(recipe(method=name).method) for name in METHODS}
+    assert made["hiplora"].principal_channel is True
+    assert made["proj_lora"].principal_channel is False
+    assert (made["lora"].peft_type, made["lora"].init_lora_weights) == ("LORA", True)
+    assert made["pissa"].init_lora_weights == "pissa"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("lora", "principal_rank"), ("pissa", "stability_weight"), ("proj_lora", "stability_mode")],
+)
+def test_a_field_of_another_method_is_refused(name, field):
+    assert problems(method={"name": name, field: 1}) == [(("method", name, field), "extra_forbidden")]
+
+
+def test_values_are_not_guessed_into_another_type():
+    found = problems(train={"steps": "10", "batch_size": True, "lr": "fast", "packing": 1}, seed=1.5)
+    assert {loc[-1] for loc, _ in found} == {"steps", "batch_size", "lr", "packing", "seed"}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_learning_rate_is_a_positive_finite_number(number):
+    assert problems(train={"lr": number})
+
+
+def test_short_forms_stand_for_blocks():
+    made = recipe(method="lora")
+    assert made.method.name == "lora"
+    assert made.data.path == "rows.jsonl"
+    assert recipe(method={"r": 8}).method.name == "hiplora"
+
+
+def test_epochs_take_the_place_of_steps():
+    assert recipe(train={"epochs": 2.0}).train.steps is None
+    assert problems(train={"epochs": 2.0, "steps": 10})
+    assert problems(train={"steps": None})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"path": "a.jsonl", "hub": "b"},
+        {"path": "a.jsonl", "split": "train"},
+        {"path": "a.jsonl", "held_out": "b.jsonl", "held_out_fraction": 0.1},
+        {"path": "a.jsonl", "held_out_limit": 3},
+        {"path": "a.jsonl", "format": "text", "template": "chat"},
+    ],
+)
+def test_contradictions_in_the_data_block_are_refused(data):
+    assert problems(data=data) == [(("data",), "value_error")]
+
+
+def test_measuring_on_the_way_needs_something_to_measure_on():
+    assert problems(train={"eval_every": 5})
+    assert recipe(train={"eval_every": 5}, data={"path": "a.jsonl", "held_out": "b.jsonl"})
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        recipe().seed = 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_written_out_reads_back_the_same(name):
+    made = recipe(method=name, train={"epochs": 1.5}, data={"path": "a.jsonl", "held_out_fraction": 0.5})
+    assert TrainRecipe.model_validate(made.model_dump(mode="json")) == made
