@@ -34,6 +34,8 @@ LOOKS = (
     Look("#6250a8", "#b3a3f5", (2, 1), "X"),
     Look("#5f6b32", "#b9c77a", (4, 1, 1, 1), "*"),
 )
+# The base model, which is no method.
+NEUTRAL = Look(MUTED, NEUTRALS[MUTED], (), "o")
 _KNOWN = {"hiplora": 0, "lora": 1, "projlora": 2, "pissa": 3, "adalora": 4}
 
 

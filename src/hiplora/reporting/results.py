@@ -66,7 +66,11 @@ class Method:
 
 @dataclass(frozen=True)
 class EditRun:
-    """One method's edits: each set trained alone, the sets' adapters added together, and the export."""
+    """One method's edits: each set trained alone, the sets' adapters added together, and the export.
+
+    `stricter` has, under `exact` (the answer word for word) and `paraphrase` (other words in the prompt), the
+    success of each set alone and merged.
+    """
 
     name: str
     alone: Mapping[str, float | None] = field(default_factory=dict)
@@ -74,6 +78,10 @@ class EditRun:
     merged: Mapping[str, float | None] = field(default_factory=dict)
     overall: float | None = None
     survival: float | None = None
+    stricter: Mapping[str, tuple[Mapping[str, float | None], Mapping[str, float | None]]] = field(
+        default_factory=dict
+    )
+    survival_exact: float | None = None
     drift: tuple[Drift, ...] = ()
     export: Mapping[str, Any] = field(default_factory=dict)
 
@@ -193,14 +201,20 @@ def _edit_run(name: str, raw: Mapping[str, Any]) -> EditRun:
     merged = _mapping(raw.get("merged"))
     return EditRun(
         name=name,
-        alone={_text(row.get("set")): number(row.get("success")) for row in singles},
+        alone=_by_set(singles, "success"),
         alone_drift={_text(row.get("set")): _drift(row.get("drift")) for row in singles},
         merged=_numbers(merged.get("success")),
         overall=number(merged.get("overall")),
         survival=number(merged.get("survival")),
+        stricter={key: (_by_set(singles, key), _numbers(merged.get(key))) for key in ("exact", "paraphrase")},
+        survival_exact=number(merged.get("survival_exact")),
         drift=_drift(merged.get("drift")),
         export=_mapping(raw.get("export")),
     )
+
+
+def _by_set(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float | None]:
+    return {_text(row.get("set")): number(row.get(key)) for row in rows}
 
 
 def _drift(raw: Any) -> tuple[Drift, ...]:

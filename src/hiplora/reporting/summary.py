@@ -192,7 +192,22 @@ def _edit_rows(results: Results, runs: Mapping[str, EditRun]) -> list[Row]:
         )
     rows.append(_row("All edits, merged", {n: run.overall for n, run in runs.items()}, percent, HIGHER))
     rows.append(_row("Survive the merge", {n: run.survival for n, run in runs.items()}, percent, HIGHER))
-    return _present(*rows)
+    return _present(*rows, *_stricter_rows(results, runs))
+
+
+def _stricter_rows(results: Results, runs: Mapping[str, EditRun]) -> list[Row | None]:
+    rows = []
+    for key, label in (("exact", "Exact answer"), ("paraphrase", "Paraphrased prompt")):
+        for index, when in enumerate(("alone", "merged")):
+            found = {
+                name: mean_success(run.stricter[key][index], results.edit_counts)
+                if key in run.stricter
+                else None
+                for name, run in runs.items()
+            }
+            rows.append(_row(f"{label}, {when}", found, percent, HIGHER))
+    exact = {name: run.survival_exact for name, run in runs.items()}
+    return [*rows, _row("Exact answers that survive the merge", exact, percent, HIGHER)]
 
 
 def _export_rows(runs: Mapping[str, EditRun]) -> list[Row]:

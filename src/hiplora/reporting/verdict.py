@@ -135,7 +135,9 @@ def _headline(ours: str, base: str, learned: int | None, ratio: float | None) ->
             f"{ours} {_drift_clause(ratio, f' than {base}', f' as {base}')}; held-out loss was not measured."
         )
     if learned == 0 and sign == 0:
-        return f"{ours} and {base} did about the same: equal learning, equal drift."
+        return (
+            f"{ours} and {base} did about the same: no difference in learning or drift that one run can show."
+        )
     if learned <= 0 and sign is not None and sign <= 0:
         return f"{base} did better here: {ours} {learning[learned]} and {_drift_clause(ratio)}."
     joined = "and" if sign is not None and min(learned, sign) >= 0 else "but"

@@ -73,6 +73,30 @@ def test_a_crowded_cloud_is_thinned_along_the_whole_spectrum():
     assert kept[-1][0] > 49_900
 
 
+def test_a_caption_says_what_is_not_drawn():
+    rows = [update(type=f"t{n}", sigma=(2.0, 1.0) * 800, gains=(0.1, 0.2) * 800) for n in range(10)]
+    plate = spectrum.plate({"LoRA": rows}, looks(["LoRA"]))
+    assert plate is not None
+    assert len(plate.panels) == 8
+    assert "Of more than 1,500 dots, 1,500 are drawn" in plate.caption
+    assert plate.caption.endswith("Not shown: t8, t9.")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "places"),
+    [
+        (0.8, 1.2e4, [1, 10, 100, 1000, 1e4]),
+        (1.2, 21.0, [2, 5, 10, 20]),
+        (0.5, 30.0, [1, 3, 10, 30]),
+        (0.21, 0.37, [0.25, 0.3, 0.35]),
+        (3.0, 3.2, [3.0, 3.05, 3.1, 3.15, 3.2]),
+        (1e-12, 1.0, [1e-12, 1e-9, 1e-6, 1e-3, 1]),
+    ],
+)
+def test_a_logarithmic_axis_has_a_few_round_ticks(low, high, places):
+    assert spectrum.log_places(low, high) == pytest.approx(places)
+
+
 def test_smoothing_keeps_a_constant_and_passes_over_gaps():
     assert learning.smooth([2.0] * 50, 3.0) == pytest.approx([2.0] * 50)
     assert learning.smooth([1.0, math.nan, 1.0], 1.0) == pytest.approx([1.0, 1.0, 1.0])
@@ -136,7 +160,7 @@ def test_the_words_of_a_picture_carry_its_numbers():
         panel.name: panel.description for plate in plates(read_results(small())) for panel in plate.panels
     }
     assert "built-in prose: LoRA 0.0810, HiP-LoRA 0.0124" in found["drift-kl"]
-    assert "LoRA 1.412, HiP-LoRA 1.427. Before training: 2.414." in found["loss-heldout"]
+    assert "before training 2.414, LoRA 1.412, HiP-LoRA 1.427." in found["loss-heldout"]
 
 
 def test_names_are_shown_as_they_are_not_as_markup():

@@ -90,6 +90,19 @@ def test_success_is_weighted_by_the_size_of_the_sets():
     assert mean_success({}, {}) is None
 
 
+def test_stricter_counts_of_edits_are_shown_where_they_were_taken():
+    raw = samples.demo_results()
+    assert "Exact answer, merged" not in rows(raw)
+    run = raw["edits"]["methods"]["HiP-LoRA"]
+    run["merged"] |= {"exact": {"capitals": 0.5, "inventions": 0.25}, "survival_exact": 0.4}
+    for single, share in zip(run["single"], (1.0, 0.5), strict=True):
+        single["paraphrase"] = share
+    found = rows(raw)
+    assert found["Exact answer, merged"].texts == {"LoRA": "—", "HiP-LoRA": "38\u00a0%"}
+    assert found["Paraphrased prompt, alone"].texts["HiP-LoRA"] == "75\u00a0%"
+    assert found["Exact answers that survive the merge"].texts["HiP-LoRA"] == "40\u00a0%"
+
+
 def test_the_terminal_shows_numbers_verdict_and_notes_without_reading_markup():
     raw = samples.demo_results(title="[red]title", notes=["a [bold]note"])
     stream = io.StringIO()

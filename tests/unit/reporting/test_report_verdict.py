@@ -6,6 +6,7 @@ from hiplora.reporting.results import read_inspection, read_results
 from hiplora.reporting.verdict import contenders, inspection_verdict, verdict
 from tests.unit.reporting import report_samples as samples
 
+SAME = "HiP-LoRA and LoRA did about the same:"
 LORA_WON = "LoRA did better here: HiP-LoRA"
 
 
@@ -46,7 +47,7 @@ def merged(hip, lora, count=16):
         (1.40, 0.320, f"{LORA_WON} learned as much as LoRA and drifted 4.0 times as far from the base model."),
         (1.70, 0.100, f"{LORA_WON} learned less than LoRA and drifted 25 % further from the base model."),
         (1.70, 0.080, f"{LORA_WON} learned less than LoRA and drifted about as far from the base model."),
-        (1.41, 0.083, "HiP-LoRA and LoRA did about the same: equal learning, equal drift."),
+        (1.41, 0.083, f"{SAME} no difference in learning or drift that one run can show."),
     ],
 )  # fmt: skip
 def test_the_headline_of_a_comparison_names_who_did_better(loss, kl, headline):

@@ -42,7 +42,6 @@ class Group:
     label: str
     bars: Sequence[Bar]
     reference: float | None = None
-    reference_text: str = ""
 
 
 def words(groups: Sequence[Group]) -> str:
@@ -77,9 +76,8 @@ def draw(
     dress(ax, grid="x")
     ax.set_xlabel(xlabel, loc="left")
     low, high = _range(groups, start, limit)
-    # In axes units of the drawn range: what a value's text needs at the right of the longest bar.
-    right = high + (high - low) * (0.30 if limit is None else 0.38)
-    ax.set_xlim(low, right)
+    # The values stand outside the axes where bars are long: the layout makes room for them.
+    ax.set_xlim(low, high)
     y, places = 0.0, []
     names = [shorten(bar.label or bar.method, _LEFT_CHARS) for group in groups for bar in group.bars]
     room = _ROW_CHARS - max(map(len, names), default=0)
@@ -167,9 +165,6 @@ def _reference(ax: "Axes", group: Group, top: float, bottom: float) -> None:
         zorder=3,
         solid_capstyle="butt",
     )
-    if group.reference_text:
-        ax.annotate(group.reference_text, (group.reference, top), xytext=(0, 1), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=11.5, color=MUTED)  # fmt: skip
 
 
 def _ticks(ax: "Axes", low: float, high: float, text: Callable[[float], str] | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.reporting.canvas import Panel, Plate, axes
 from hiplora.reporting.numbers import fixed
-from hiplora.reporting.palette import Look
+from hiplora.reporting.palette import NEUTRAL, Look
 from hiplora.reporting.plots import bars
 from hiplora.reporting.results import Method
 
@@ -15,28 +15,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 _SMOOTH_FROM = 40
+_BEFORE = "before training"
 LOSS_UNIT = "nats per response token"
 
 
 def plate(methods: Sequence[Method], looks: Mapping[str, Look]) -> Plate | None:
     """Return the loss plate, or None where no method recorded a curve or a held-out loss."""
-    panels = [panel for panel in (curves(methods, looks), heldout(methods, looks)) if panel is not None]
+    found = (curves(methods, looks), heldout(methods, looks))
+    panels = [panel for panel in found if panel is not None]
     if not panels:
         return None
-    smoothed = any(len(method.curve) >= _SMOOTH_FROM for method in methods)
-    return Plate(
-        name="loss",
-        heading="What was learned",
-        caption="Cross-entropy on the responses; lower is better."
-        + (" Faint: each logged step. Bold: smoothed." if smoothed else "")
-        + (
-            " Held-out examples were not trained on."
-            if len(panels) > 1 or not panels[0].name.startswith("loss-c")
-            else ""
-        ),
-        panels=panels,
-        legend={method.name: looks[method.name] for method in methods if method.curve},
-    )
+    notes = ["Cross-entropy on the responses; lower is better."]
+    if any(len(method.curve) >= _SMOOTH_FROM for method in methods):
+        notes.append("Faint: each logged step. Bold: smoothed.")
+    if found[1] is not None:
+        notes.append("Held-out examples were not trained on.")
+    legend = {method.name: looks[method.name] for method in methods if method.curve}
+    return Plate("loss", "What was learned", " ".join(notes), panels, legend)
 
 
 def curves(methods: Sequence[Method], looks: Mapping[str, Look]) -> Panel | None:
@@ -66,24 +61,20 @@ def curves(methods: Sequence[Method], looks: Mapping[str, Look]) -> Panel | None
 
 
 def heldout(methods: Sequence[Method], looks: Mapping[str, Look]) -> Panel | None:
-    """Return the panel of held-out losses after training, with the base model's as a line, or None."""
+    """Return the panel of held-out losses after training, below the base model's, or None."""
     shown = [method for method in methods if method.loss_after is not None]
     if not shown:
         return None
-    befores = [method.loss_before for method in methods if method.loss_before is not None]
-    group = bars.Group(
-        label="",
-        bars=[bars.Bar(method.name, method.loss_after, fixed(method.loss_after)) for method in shown],
-        reference=befores[0] if befores else None,
-        reference_text=f"before: {fixed(befores[0])}" if befores else "",
-    )
+    before = next((method.loss_before for method in methods if method.loss_before is not None), None)
+    found = [bars.Bar(method.name, method.loss_after, fixed(method.loss_after)) for method in shown]
+    if before is not None:
+        found.insert(0, bars.Bar(_BEFORE, before, fixed(before)))
+    group = bars.Group("", found)
 
     def draw(container: "FigureBase") -> None:
-        bars.draw(container, [group], looks, f"held-out loss ({LOSS_UNIT})")
+        bars.draw(container, [group], {**looks, _BEFORE: NEUTRAL}, f"held-out loss ({LOSS_UNIT})")
 
-    before = f" Before training: {fixed(befores[0])}." if befores else ""
-    return Panel("loss-heldout", "Held-out loss after training", f"{bars.words([group])}{before}", draw, 460,
-                 bars.height([group]) + 30)  # fmt: skip
+    return Panel("loss-heldout", "Held-out loss", bars.words([group]), draw, 460, bars.height([group]) + 20)
 
 
 def smooth(values: Sequence[float], width: float) -> list[float]:

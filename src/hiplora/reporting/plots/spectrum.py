@@ -34,14 +34,18 @@ def plate(updates: Mapping[str, Sequence[ModuleUpdate]], looks: Mapping[str, Loo
     panels = [panel for kind in types[:_MOST_TYPES] if (panel := _panel(kind, updates, looks)) is not None]
     if not panels:
         return None
-    left_out = f" Not shown: {', '.join(types[_MOST_TYPES:])}." if len(types) > _MOST_TYPES else ""
+    notes = ["At most the lowest per cent of the dots lies below the axis, unless a panel says otherwise."]
+    if any(len(gain_points(rows, kind)) > _MOST_POINTS for rows in updates.values() for kind in types):
+        notes.append(f"Of more than {_MOST_POINTS:,} dots, {_MOST_POINTS:,} are drawn; the line is of all.")
+    if len(types) > _MOST_TYPES:
+        notes.append(f"Not shown: {', '.join(types[_MOST_TYPES:])}.")
     return Plate(
         name="spectrum",
         heading="How hard the update pulls on each strong direction",
         caption="Each dot is one protected direction of one module: the size of the change of its gain, |δ|, against "
         "its singular value σ in the base weight. For updates other than HiP-LoRA the change is |uᵀ ΔW v|, the same "
         "quantity measured from outside. Line: median. Dotted: a change of 1 % and 10 % of σ. "
-        "The lowest per cent of the dots lies below the axis." + left_out,
+        + " ".join(notes),
         panels=panels,
     )
 
@@ -154,7 +158,8 @@ def _dots(ax: "Axes", points: Sequence[Point], look: Look) -> None:
     for start in range(0, len(xs), 90):
         # Several paths, so that dots on top of each other add up to a darker spot.
         ax.plot(xs[start : start + 90], ys[start : start + 90], color=look.colour,
-                alpha=0.75 if few else 0.35, linewidth=4.5 if few else 3.2, solid_capstyle="round", snap=False)  # fmt: skip
+                alpha=0.75 if few else 0.35, linewidth=4.5 if few else 3.2, solid_capstyle="round",
+                snap=False)  # fmt: skip
 
 
 def _median_line(ax: "Axes", points: Sequence[Point], look: Look) -> None:
@@ -182,19 +187,38 @@ def _guides(ax: "Axes", limits: tuple[Point, Point]) -> None:
 
 
 def _log_ticks(axis: "Axis") -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import NullLocator
 
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _log_label(value)))
-    axis.set_minor_formatter(NullFormatter())
+    places = log_places(low, high)
+    axis.set_ticks(places, labels=[_log_label(place) for place in places])
+    axis.set_minor_locator(NullLocator())
+
+
+def log_places(low: float, high: float) -> list[float]:
+    """Return two to five round numbers for a logarithmic axis, however many or few decades it spans."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    best: list[float] = []
+    for leads in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
+        found = [
+            lead * 10.0**decade for decade in decades for lead in leads if low <= lead * 10.0**decade <= high
+        ]
+        if len(best) < len(found) <= 5:
+            best = found
+    if len(best) >= 2:
+        return best
+    powers = [10.0**decade for decade in decades if low <= 10.0**decade <= high]
+    if len(powers) > 5:
+        return powers[:: math.ceil(len(powers) / 5)]
+    # Less than an octave: linear steps.
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= next(factor for factor in (0.2, 0.5, 1, 2, 5) if (high - low) / (step * factor) <= 4.5)
+    return [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _log_label(value: float) -> str:
     if 0.00099 < value < 9999:
-        return f"{value:g}"
+        return f"{value:.6g}"
     exponent = math.floor(math.log10(value) + 1e-9)
     lead = round(value / 10**exponent)
     return power_of_ten(exponent) if lead == 1 else f"{lead}·{power_of_ten(exponent)}"
