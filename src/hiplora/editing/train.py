@@ -48,11 +48,12 @@ def train_edits(
     tokenizer: Any,
     edits: Sequence[Edit],
     training: EditTraining,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> EditTrainingResult:
     """Train the parameters of `model` that require gradients on `prompt → new` of each edit.
 
-    The order of the edits depends on `training.seed` alone, so that methods see the same batches.
+    The order of the edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets
+    a row per step: step, steps, loss, tokens_per_second.
 
     Raises:
         AdapterError: nothing is trainable, or the loss is not finite.
@@ -73,7 +74,8 @@ def train_edits(
         if not math.isfinite(curve[-1]):
             raise AdapterError(f"the loss became {curve[-1]} at step {step}; lower the learning rate")
         if on_step:
-            on_step(step, curve[-1])
+            speed = tokens / (time.perf_counter() - began)
+            on_step({"step": step, "steps": training.steps, "loss": curve[-1], "tokens_per_second": speed})
     model.eval()
     return EditTrainingResult(tuple(curve), time.perf_counter() - began, tokens)
 

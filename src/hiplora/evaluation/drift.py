@@ -133,7 +133,10 @@ def cut_windows(
     bos = _beginning(tokenizer)
     cut = {}
     for name, text in texts.items():
-        ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False)["input_ids"][:max_tokens]
+        # verbose=False: a text longer than the model's context is no mistake here, it is cut.
+        ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"][
+            :max_tokens
+        ]
         width = window - len(bos)
         rows = [torch.tensor(bos + ids[i : i + width]) for i in range(0, len(ids), width)]
         cut[name] = [row for row in rows if len(row) >= 2]

@@ -1,9 +1,8 @@
 """`hiplora compare`: LoRA and HiP-LoRA on one's own data with one budget, measured side by side."""
 
-import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 from hiplora import __version__
 from hiplora.errors import ConfigError
 from hiplora.evaluation.texts import drift_texts
-from hiplora.files import write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.recipes import TrainRecipe, model_problems
 from hiplora.study.data import SplitData, split_data
-from hiplora.study.folder import RESULTS, StudyFolder, check_claim, claimed
-from hiplora.study.isolated import run_isolated
+from hiplora.study.folder import StudyFolder, check_claim, claimed, finish, model_identity
+from hiplora.study.isolated import run_here, run_isolated
 from hiplora.study.methods import METHODS, Ranks, mismatch, slug
 
 DRIFT_TOKENS = 2048  # of each text
@@ -99,7 +97,7 @@ def compare(
     notes = check_inputs(settings.model, data, texts, settings.principal_rank, settings.max_length)
     with claimed(Path(out), plan, overwrite) as folder:
         data.write(folder.path / "data")
-        call = run_isolated if isolated else _call
+        call = run_isolated if isolated else run_here
         arguments = {"folder": str(folder.path), "settings": asdict(settings), "shape": data.shape}
         for method in METHODS:
             if not folder.has(f"train-{slug(method)}"):
@@ -156,20 +154,6 @@ def measure_methods(folder: str, settings: Mapping[str, Any], shape: str) -> Non
             return {**measured, "allocation": allocation(adapter, chosen.model, chosen.principal_rank)}
 
         study.run(f"measure-{slug(method)}", work, f"measuring {method}")
-
-
-def finish(folder: StudyFolder, results: Mapping[str, Any]) -> None:
-    """Write the report and then, last, `results.json`, which completes the study."""
-    from hiplora.reporting import save_report
-
-    save_report(results, folder.path)
-    write_atomic(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
-
-
-def _call(target: str, arguments: Mapping[str, Any]) -> None:
-    """Do in this process what `run_isolated` does in another."""
-    function: Callable[..., None] = globals()[target.rpartition(":")[2]]
-    function(**arguments)
 
 
 def _collect(
@@ -236,15 +220,6 @@ def _plan(settings: CompareSettings, data: SplitData, texts: Mapping[str, str]) 
         "drift_texts_sha256": json_sha256(texts),
         "model_sha256": model_identity(settings.model),
     }
-
-
-def model_identity(model: str) -> str | None:
-    """Return a hash of a model folder's configuration and of the sizes and times of its files; None for a name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return json_sha256([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
 def _option(name: str) -> str:

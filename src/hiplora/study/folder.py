@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, write_atomic
+from hiplora.provenance import json_sha256
 
 PLAN, RESULTS = "plan.json", "results.json"
 
@@ -120,6 +121,23 @@ def claimed(out: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Stu
         yield StudyFolder(out)
     finally:
         lock.release()
+
+
+def finish(folder: StudyFolder, results: Mapping[str, Any]) -> None:
+    """Write the report and then, last, `results.json`, which completes the study."""
+    from hiplora.reporting import save_report
+
+    save_report(results, folder.path)
+    write_atomic(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
+
+
+def model_identity(model: str) -> str | None:
+    """Return a hash of a model folder's configuration and of the sizes and times of its files; None for a name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return json_sha256([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -47,6 +47,12 @@ def run_isolated(target: str, arguments: dict[str, Any]) -> None:
             _raise(status, report, target)
 
 
+def run_here(target: str, arguments: dict[str, Any]) -> None:
+    """Do in this process what `run_isolated` does in another."""
+    module, _, function = target.partition(":")
+    getattr(importlib.import_module(module), function)(**arguments)
+
+
 def _send(process: subprocess.Popen, arguments: dict[str, Any]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once: its status says why
@@ -88,9 +94,8 @@ def _work(target: str, report: Path) -> int:
     arguments = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_leave_with_caller, daemon=True).start()
     warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
-    module, _, function = target.partition(":")
     try:
-        getattr(importlib.import_module(module), function)(**arguments)
+        run_here(target, arguments)
     except (HipLoraError, OSError) as error:
         if os.environ.get("HIPLORA_DEBUG"):
             traceback.print_exc()
