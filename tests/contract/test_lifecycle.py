@@ -344,3 +344,11 @@ def test_loaded_factors_are_shared_with_an_equal_adapter(tiny, ids, tmp_path):
     logits(model, ids)
     for _, layer in hip_layers(model):
         assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["loaded"].data_ptr()
+
+
+def test_a_load_with_little_memory_gives_the_same_model(tiny, ids, tmp_path):
+    model = tiny.adapted()
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
