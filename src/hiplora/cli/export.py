@@ -125,10 +125,10 @@ def _print_lora(report: "ExportReport", findings: "list[Finding]") -> None:
         ("Written to", report.path),
         ("Rank", max(report.ranks.values())),
         ("Modules", len(report.modules)),
-        ("Largest difference of a module's update", f"{difference:.1e}  ({module})"),
-        ("Largest difference of a logit", report.note if report.logits is None else f"{report.logits:.1e}"),
+        ("Largest difference of a module's update", f"{_number(difference)}  ({module})"),
+        ("Largest difference of a logit", report.note if report.logits is None else _number(report.logits)),
     ]
-    print_table(f"Plain LoRA, {report.dtype} (differences are relative)", ("", ""), rows)
+    print_table(f"Plain LoRA, {report.dtype} (differences are relative)", ("", "Result"), rows)
 
 
 def _dense(
@@ -144,10 +144,14 @@ def _dense(
     rows: list[tuple[str, Any]] = [
         ("Written to", report.path),
         ("Modules merged", report.modules),
-        ("Largest difference of a logit", f"{report.logits:.1e}"),
+        ("Largest difference of a logit", _number(report.logits)),
         ("Embeddings and output head", "untied" if report.untied else "as in the base model"),
     ]
-    print_table(f"Standalone model, {report.dtype} (differences are relative)", ("", ""), rows)
+    print_table(f"Standalone model, {report.dtype} (differences are relative)", ("", "Result"), rows)
+
+
+def _number(difference: float) -> str:
+    return f"{difference:.1e}" if difference else "0"
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
     import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
 
     if not os.path.isdir(update.source):
-        return None, f"{update.source} is not a folder"
+        return None, "a merge in memory has no adapter to load"
     if not update.base:
         return None, "the adapter names no base model; pass base=… (--base)"
     if not os.path.isdir(resolve(update.base)):

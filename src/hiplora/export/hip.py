@@ -155,6 +155,11 @@ def _recompute(
         raise AdapterError(
             f"{source}: was saved without its factors and names no base model; pass base=… (--base)"
         )
+    if config.get("basis", "weight") != "weight":
+        raise AdapterError(
+            f"{source}: was saved without its factors, and basis {config['basis']!r} cannot be recomputed from the "
+            "base weights alone; save it with save_factors=True"
+        )
     weights, store = BaseWeights(base), FactorStore()
     precision, tolerance = config.get("base_precision", ""), float(config.get("svd_tolerance", 1e-4))
 

@@ -221,7 +221,9 @@ def _verify(
 def _write_card(update: AdapterUpdate, report: ExportReport, folder: Path) -> None:
     record = report.to_json() | {"source": update.source, "method": update.kind, "provenance": provenance()}
     write_atomic(folder / "export.json", json.dumps(record, indent=2) + "\n")
-    logits = "not compared" if report.logits is None else f"{report.logits:.1e} of the largest logit"
+    logits = (
+        "were not compared" if report.logits is None else f"differ by {report.logits:.1e} of the largest one"
+    )
     module, difference = report.worst
     write_atomic(
         folder / "README.md",
@@ -239,7 +241,7 @@ Base model: `{update.base or "unknown"}`. Rank {record["rank"]}, scaling 1, {rep
 model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 
-It is the same update as the adapter it came from: the largest relative difference of a module's update is
-{difference:.1e} (`{module}`), of the logits {logits}. `export.json` has every module and the provenance.
+It is the same update as the adapter it came from: no module's differs by more than {difference:.1e} of its norm
+(`{module}`), and the logits {logits}. `export.json` has every module and the provenance.
 """,
     )

@@ -1,6 +1,6 @@
 """Several adapters of one base model as one: a rule a file, one registry, exact products."""
 
-from hiplora.merging.merge import merge, save, save_merged
+from hiplora.merging.merge import merge, save_merged
 from hiplora.merging.registry import RULES, Rule
 
-__all__ = ["RULES", "Rule", "merge", "save", "save_merged"]
+__all__ = ["RULES", "Rule", "merge", "save_merged"]

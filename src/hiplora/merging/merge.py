@@ -78,9 +78,6 @@ def save_merged(
     return save_as_lora(update, path, overwrite=overwrite, **options)
 
 
-save = save_merged
-
-
 def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if count == 0:
         raise ConfigError("nothing to merge: pass at least one adapter")

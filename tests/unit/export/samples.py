@@ -1,5 +1,7 @@
 """Adapters that were really trained for a few steps, on tiny models made on the spot."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -13,6 +15,28 @@ from tests.tiny import VOCABULARY
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROMPTS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+STOCK_ONLY = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, prompts, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(prompts)).logits, out)
+assert "hiplora" not in sys.modules, "this process was to load stock PEFT only"
+"""
+
+
+def logits_of_stock_process(base, adapter, folder):
+    """Logits of an adapter over its base, from a process that never imports hiplora."""
+    torch.save(PROMPTS, folder / "prompts.pt")
+    files = [base, adapter, folder / "prompts.pt", folder / "logits.pt"]
+    subprocess.run(
+        [sys.executable, "-c", STOCK_ONLY, *map(str, files)], check=True, capture_output=True, timeout=300
+    )
+    return torch.load(folder / "logits.pt")
 
 
 def hip_config(**changes):
