@@ -97,7 +97,7 @@ def plates(results: Results) -> list[Plate]:
         edits.plate(results, styles),
         drift.merged_plate(results.edits, styles),
         learning.plate(results.methods, styles),
-        drift.plate(results.methods, styles),
+        drift.plate(results.methods, styles, merged=bool(results.edits)),
         spectrum.plate(updates, styles),
         energy.plate(updates, styles),
         energy.types_plate(updates, styles),

@@ -65,7 +65,10 @@ def sections(results: Results) -> list[Section]:
     found = [
         Section("Edits", _edit_rows(results, runs)),
         Section("Learned", _learned_rows(methods)),
-        Section("Drift on other text", _drift_rows({name: method.drift for name, method in methods.items()})),
+        Section(
+            f"Drift on other text{', before the merge' if runs else ''}",
+            _drift_rows({name: method.drift for name, method in methods.items()}),
+        ),
         Section(
             "Drift of the merged model on other text",
             _drift_rows({name: run.drift for name, run in runs.items()}),

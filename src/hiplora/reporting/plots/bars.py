@@ -146,11 +146,12 @@ def _bar(ax: "Axes", bar: Bar, y: float, look: Look, start: float, high: float) 
             markerfacecolor=PAPER,
             markeredgecolor=look.colour,
             zorder=4,
+            clip_on=False,
         )
         end = max(end, dot)
     missing = bar.value is None
-    ax.annotate(bar.text, (end, y), xytext=(6, 0), textcoords="offset points", va="center", ha="left", fontsize=12,
-                color=MUTED if missing else INK, fontstyle="italic" if missing else "normal",
+    ax.annotate(bar.text, (end, y), xytext=(11 if bar.dots else 6, 0), textcoords="offset points", va="center",
+                ha="left", fontsize=12, color=MUTED if missing else INK, fontstyle="italic" if missing else "normal",
                 annotation_clip=False, zorder=5, bbox=_GROUND)  # fmt: skip
 
 

@@ -21,10 +21,14 @@ _CAPTION = (
 )
 
 
-def plate(methods: Sequence[Method], looks: Mapping[str, Look]) -> Plate | None:
-    """Return the drift plate of trained methods, or None where no drift was measured."""
+def plate(methods: Sequence[Method], looks: Mapping[str, Look], merged: bool = False) -> Plate | None:
+    """Return the drift plate of trained methods, or None where no drift was measured.
+
+    `merged` says that the drift of merged adapters is shown as well, from which this one must be told apart.
+    """
+    heading = "What changed elsewhere before the merge" if merged else "What changed elsewhere"
     drifts = {method.name: method.drift for method in methods if method.drift}
-    return _plate("drift", "What changed elsewhere", _CAPTION, drifts, {}, looks)
+    return _plate("drift", heading, _CAPTION, drifts, {}, looks)
 
 
 def merged_plate(runs: Sequence[EditRun], looks: Mapping[str, Look]) -> Plate | None:
