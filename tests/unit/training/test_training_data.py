@@ -1,0 +1,123 @@
+"""Rows become prompts and responses; what is held back depends on the data alone."""
+
+import pytest
+
+from hiplora.errors import DataError
+from hiplora.provenance import file_sha256
+from hiplora.recipes import DataSettings
+from hiplora.training.data import Example, instruction_prompt, load_data, load_examples
+from tests.tiny import write_jsonl
+
+
+def examples(tmp_path, *rows, **options):
+    return load_examples(write_jsonl(tmp_path / "rows.jsonl", list(rows)), **options)
+
+
+def test_a_task_is_worded_with_its_material_and_the_answer_follows_directly(tmp_path):
+    (with_input, without) = examples(
+        tmp_path,
+        {"instruction": "Sort.", "input": "b a", "output": "a b"},
+        {"instruction": "Sing.", "input": "", "output": "la"},
+    )
+    assert with_input == Example(instruction_prompt("Sort.", "b a"), "a b")
+    assert without.prompt == instruction_prompt("Sing.")
+    assert with_input.prompt.index("Sort.") < with_input.prompt.index("b a")
+    assert with_input.prompt.endswith("## Answer\n")
+    assert "Material" not in without.prompt
+
+
+def test_each_shape_becomes_prompt_and_response(tmp_path):
+    assert examples(tmp_path, {"prompt": "2+2=", "completion": "4"}) == [Example("2+2=", "4")]
+    assert examples(tmp_path, {"prompt": "2+2=", "response": "4"}) == [Example("2+2=", "4")]
+    assert examples(tmp_path, {"text": "a b"}) == [Example("", "a b")]
+    (asked,) = examples(tmp_path, {"question": "2+2?", "answer": "4"})
+    assert asked == Example(instruction_prompt("2+2?"), "4")
+
+
+def test_a_conversation_keeps_its_roles(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    (made,) = examples(tmp_path, {"messages": messages})
+    assert list(made.messages) == messages
+    assert (made.prompt, made.response) == ("Be brief.\n\nHi", "Hello")
+
+
+def test_a_template_words_prompts_another_way(tmp_path):
+    row = {"instruction": "Sort.", "input": "b a", "output": "a b"}
+    (verbatim,) = examples(tmp_path, row, template="verbatim")
+    assert verbatim == Example("Sort.\n\nb a", "a b")
+    (chat,) = examples(tmp_path, row, template="chat")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    (worded,) = examples(tmp_path, {"prompt": "Sort.", "completion": "a"}, template="instruction")
+    assert worded.prompt == instruction_prompt("Sort.")
+    with pytest.raises(DataError, match="does not apply to text rows"):
+        examples(tmp_path, {"text": "a"}, template="chat")
+
+
+def test_a_limit_takes_the_first_rows(tmp_path):
+    made = examples(tmp_path, *({"text": str(number)} for number in range(9)), limit=3)
+    assert [example.response for example in made] == ["0", "1", "2"]
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", [{"text": str(number)} for number in range(50)])
+
+
+def test_a_share_is_held_back_the_same_each_time_and_nothing_is_lost(numbers):
+    data = [load_data(DataSettings(path=numbers, held_out_fraction=0.2)) for _ in range(2)]
+    assert data[0] == data[1]
+    assert (len(data[0].train), len(data[0].held_out)) == (40, 10)
+    kept = {example.response for example in data[0].train + data[0].held_out}
+    assert kept == {str(number) for number in range(50)}
+
+
+def test_held_out_rows_are_no_block_of_the_file(numbers):
+    held_out = [
+        int(e.response) for e in load_data(DataSettings(path=numbers, held_out_fraction=0.2)).held_out
+    ]
+    assert max(held_out) - min(held_out) > 10
+
+
+def test_a_held_out_file_and_its_limit(numbers, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"o{number}"} for number in range(4)])
+    data = load_data(DataSettings(path=numbers, held_out=other, held_out_limit=3, limit=5))
+    assert [example.response for example in data.held_out] == ["o0", "o1", "o2"]
+    assert len(data.train) == 5
+
+
+def test_the_sources_carry_hashes_and_counts(numbers, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "o"}])
+    sources = load_data(DataSettings(path=numbers, held_out=other)).sources
+    assert sources["train"] == {"file": "rows.jsonl", "sha256": file_sha256(numbers), "rows": 50}
+    assert sources["held_out"]["sha256"] == file_sha256(other)
+
+
+def test_holding_everything_back_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "only"}])
+    with pytest.raises(DataError, match="leaves none to train on"):
+        load_data(DataSettings(path=path, held_out_fraction=0.5))
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
+    with pytest.raises(DataError, match=r"data\.hub: nobody/nothing cannot be loaded"):
+        load_data(DataSettings(hub="nobody/nothing"))
+
+
+def test_a_hub_data_set_is_read_like_a_file(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_data(DataSettings(hub="some/set", split="validation"))
+    assert [example.response for example in data.train] == ["a", "b"]
+    assert asked == [("some/set", None, "validation")]
+    assert data.sources["train"] == {"hub": "some/set", "config": None, "split": "validation", "rows": 2}
