@@ -10,11 +10,11 @@ from hiplora.errors import DataError
 
 # Chapters of Python's language reference and modules of its standard library, with a range of characters of each.
 # A choice by name, so that it is the same text on every machine with the same Python.
-PROSE: Mapping[str, tuple[int, int]] = {"objects": (0, 2600), "execmodel": (0, 2600), "import": (0, 2600)}
+PROSE: Mapping[str, tuple[int, int]] = {"objects": (0, 3600), "execmodel": (0, 3600), "import": (0, 3600)}
 CODE: Mapping[str, tuple[int, int]] = {
-    "textwrap": (1000, 3600),
-    "heapq": (5200, 7800),
-    "fractions": (1000, 3600),
+    "textwrap": (1000, 4600),
+    "heapq": (5200, 8800),
+    "fractions": (1000, 4600),
 }
 
 _OVERLAP = 80  # characters in a row that count as "the same text"

@@ -24,7 +24,7 @@ from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, write_atomic
 from hiplora.provenance import json_sha256
 
-PLAN, RESULTS = "plan.json", "results.json"
+PLAN, RESULTS, LOCK = "plan.json", "results.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def check_claim(out: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
         return
     stored = _stored_plan(out)
     if stored is None:
-        if not out.is_dir() or any(out.iterdir()):
+        if not out.is_dir() or {path.name for path in out.iterdir()} - {LOCK, "stages"}:
             check_output_dir(out)
-        return  # an empty folder
+        return  # empty, or of a study that was stopped before it wrote its plan
     if StudyFolder(out).complete:
         raise ConfigError(f"--out {out}: holds a finished study; name another folder or pass --overwrite")
     if changes := differences(stored, json.loads(json.dumps(plan))):
@@ -105,17 +105,13 @@ def claimed(out: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Stu
     """
     check_claim(out, plan, overwrite)
     if overwrite and out.exists():
+        if (out / LOCK).exists():
+            _lock(out).release()  # nobody may be working in what is removed
         _remove(out)
     (out / "stages").mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
+    lock = _lock(out)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"--out {out}: another process is working there; wait for it or name another"
-        ) from None
-    try:
-        if (out / "stages").is_dir() and any((out / "stages").glob("*.json")):
+        if any((out / "stages").glob("*.json")):
             _say(f"{out}: carrying on with an unfinished study")
         write_atomic(out / PLAN, json.dumps(plan, indent=2) + "\n")
         yield StudyFolder(out)
@@ -158,6 +154,17 @@ def _stored_plan(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _lock(out: Path) -> FileLock:
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"--out {out}: another process is working there; wait for it or name another"
+        ) from None
+    return lock
 
 
 def _remove(out: Path) -> None:

@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from hiplora.errors import DataError
+from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
+from hiplora.evaluation.likelihood import IGNORED, pad_left
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def dense(model, example):
+    """One example alone, unpadded, all logits, float64 softmax: what the batched path must agree with."""
+    logits = model(torch.tensor([example.ids])).logits[0].double()
+    log_probs = logits - logits.logsumexp(-1, keepdim=True)
+    return torch.stack([log_probs[i - 1, example.ids[i]] for i in example.scored])
+
+
+def examples(tokenizer):
+    texts = [
+        ("What is red? ", "A colour."),
+        ("q", "a much longer answer than the question"),
+        ("Long ago, " * 5, "!"),
+    ]
+    conversation = tuple(range(60, 90))
+    labels = tuple(t if i in (3, 4, 11, 29) else IGNORED for i, t in enumerate(conversation))
+    return [*(encode(tokenizer, *text) for text in texts), Encoded(conversation, labels)]
+
+
+def test_batched_log_probabilities_equal_each_example_scored_alone(model, tokenizer):
+    batch = examples(tokenizer)
+    for found, example in zip(response_log_probs(model, batch), batch, strict=True):
+        torch.testing.assert_close(found.double(), dense(model, example), atol=2e-5, rtol=0)
+
+
+def test_the_output_head_runs_over_the_responses_only(model, tokenizer):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+    try:
+        response_log_probs(
+            model, [encode(tokenizer, "a long prompt, much of it. " * 3, "yes"), encode(tokenizer, "x", "no")]
+        )
+    finally:
+        hook.remove()
+    assert seen == [(2, 4)]  # three bytes of "yes", and the position that is dropped
+
+
+def test_log_probabilities_are_differentiable(model, tokenizer):
+    loss = -torch.cat(response_log_probs(model, examples(tokenizer))).mean()
+    (gradient,) = torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
+    assert gradient.isfinite().all()
+    assert gradient.norm() > 0
+
+
+def test_an_answer_begins_where_the_prompt_ends_and_gets_no_end_token(tokenizer):
+    example = encode(tokenizer, "ab", " cd")
+    assert tokenizer.decode(example.ids) == "ab cd"
+    assert tokenizer.decode([example.ids[i] for i in example.scored]) == " cd"
+    assert tokenizer.eos_token_id not in example.ids
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
+    class Ending:
+        eos_token_id, eos_token = 257, "<|eos|>"
+        inner = tiny_tokenizer()
+
+        def __call__(self, text):
+            return {"input_ids": [256, *self.inner(text)["input_ids"], 257]}
+
+    example = encode(Ending(), "ab", " c")
+    assert example.ids[0] == 256
+    assert len(example.ids) == 5
+    assert example.scored == [3, 4]
+
+
+def test_a_token_that_spans_the_boundary_is_scored_with_the_answer():
+    class Pairs:
+        eos_token_id, eos_token = None, "<|eos|>"
+
+        def __call__(self, text):
+            return {"input_ids": [hash(text[i : i + 2]) % 1000 for i in range(0, len(text), 2)]}
+
+    assert encode(Pairs(), "abc", "de").scored == [1, 2]  # ab|cd|e against ab|c
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels"),
+    [
+        ((1, 2), (IGNORED, IGNORED)),
+        ((1, 2), (1, IGNORED)),
+        ((1, 2), (IGNORED,)),
+        ((1, 2), (IGNORED, 3)),
+        ((), ()),
+    ],
+)
+def test_labels_that_score_nothing_or_do_not_fit_are_refused(ids, labels):
+    with pytest.raises(DataError, match=r"an example of \d tokens"):
+        Encoded(ids, labels)
+
+
+def test_heldout_loss_weighs_every_token_alike_whatever_the_batches(model, tokenizer):
+    batch = examples(tokenizer)
+    all_tokens = torch.cat([dense(model, example) for example in batch])
+    expected = -all_tokens.mean().item()
+    per_example = -sum(dense(model, example).mean() for example in batch).item() / len(batch)
+    assert abs(expected - per_example) > 1e-3  # the two means are different questions
+    for size in (1, 3, 8):
+        assert heldout_loss(model, batch, size) == pytest.approx(expected, abs=1e-5)
+    assert heldout_loss(model, batch[::-1], 2) == pytest.approx(expected, abs=1e-5)
+
+
+def test_heldout_loss_switches_dropout_off_and_puts_the_mode_back(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(lora_dropout=0.9, init_lora_weights=False))
+    model.train()
+    first, again = (heldout_loss(model, examples(tokenizer)) for _ in range(2))
+    assert first == again
+    assert model.training
+
+
+def test_heldout_loss_of_nothing_is_an_error(model):
+    with pytest.raises(DataError, match="held-out"):
+        heldout_loss(model, [])
+
+
+def test_padding_stands_on_the_left_and_positions_start_at_the_first_token():
+    ids, mask, positions = pad_left([[5, 6, 7], [8]], token=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]
