@@ -3,16 +3,19 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor, nn
 
+import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
 from hiplora.errors import AdapterError
-from hiplora.export.adapter import AdapterUpdate
+from hiplora.export.adapter import AdapterUpdate, Pair
 from hiplora.export.base_weights import BaseWeights, load_base
 from hiplora.models import resolve
 
@@ -82,13 +85,13 @@ def compare_logits(
         AdapterError: over the tolerance.
     """
     if model is not None:
-        reference, why = _structural_copy(model)
+        carrier, why = _structural_copy(model)
     else:
-        reference, why = _loaded(update)
-    if reference is None:
+        carrier, why = _loaded(update)
+    if carrier is None:
         return None, f"logits not compared: {why}"
     with _frozen_flags(model):
-        difference, exact = _difference(reference, adapter if model is not None else "default", folder)
+        difference, exact = _difference(carrier, adapter if model is not None else "default", update, folder)
     if tolerance is not None and exact and not difference <= _LOGIT_FACTOR * tolerance:
         raise AdapterError(
             f"{update.source}: the exported adapter's logits differ by {difference:.1e} of the largest one, more than "
@@ -111,6 +114,20 @@ def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
     return model(input_ids=ids).logits.float().cpu()
 
 
+@contextmanager
+def added(model: nn.Module, factors: Mapping[str, Pair]) -> Iterator[None]:
+    """Add an update beside a bare model's layers, as an adapter does; the model is left as it was."""
+
+    def hook(A: Tensor, B: Tensor) -> Any:
+        return lambda _, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
+
+    with ExitStack() as stack:
+        for module, (A, B) in factors.items():
+            handle = model.get_submodule(module).register_forward_hook(hook(A, B))
+            stack.callback(handle.remove)
+        yield
+
+
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference in units of the largest expected value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
@@ -128,22 +145,23 @@ def _exact_factors(update: AdapterUpdate, module: str) -> tuple[Tensor, Tensor]:
     return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
 
 
-def _difference(reference: nn.Module, adapter: str, folder: Path) -> tuple[float, bool]:
-    """Return the logit difference, and whether the model is precise enough to judge by it."""
-    from peft import PeftModel
-
-    peft_model: Any = reference.eval()
-    peft_model.set_adapter(adapter)
-    expected = logits_of(peft_model)
-    stock = PeftModel.from_pretrained(peft_model.unload(), folder).eval()
+def _difference(carrier: nn.Module, adapter: str, update: AdapterUpdate, folder: Path) -> tuple[float, bool]:
+    """Return the logit difference, and whether the model is precise enough to judge by it; takes it apart."""
+    model: Any = carrier.eval()
+    if isinstance(model, PeftModel):
+        model.set_adapter(adapter)
+        expected = logits_of(model)
+        model = model.unload()
+    else:
+        with added(model, update.factors):
+            expected = logits_of(model)
+    stock = PeftModel.from_pretrained(model, str(folder)).eval()
     exact = all(p.dtype == torch.float32 for p in stock.parameters())
     return relative_difference(logits_of(stock), expected), exact
 
 
 def _structural_copy(model: nn.Module) -> tuple[nn.Module | None, str]:
     """Return a copy of a PEFT model that shares the base weights, so that it can be taken apart."""
-    from peft import PeftModel
-
     if not isinstance(model, PeftModel):
         return None, "the model is not a PeftModel"
     if any(getattr(module, "merged", False) for module in model.modules()):
@@ -171,14 +189,10 @@ def _frozen_flags(model: nn.Module | None) -> Iterator[None]:
 
 
 def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
-    """Load the adapter that was read over its base model, in fp32, if the model is here and fits into memory."""
-    import psutil
-    from peft import PeftModel
+    """Load the adapter that was read over its base model, or the base alone for a merge in memory.
 
-    import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
-
-    if not os.path.isdir(update.source):
-        return None, "a merge in memory has no adapter to load"
+    In fp32, if the model is here and fits into memory; else None and the reason.
+    """
     if not update.base:
         return None, "the adapter names no base model; pass base=… (--base)"
     if not os.path.isdir(resolve(update.base)):
@@ -186,7 +200,11 @@ def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
     needed = 4 * BaseWeights(update.base).parameters
     if needed > psutil.virtual_memory().available:
         return None, f"base model {update.base} needs {needed / 2**30:.0f} GiB in fp32, more than is free"
+    stored = os.path.isdir(update.source)
+    if not stored and update.extras:
+        return None, "a merge in memory that replaces whole modules cannot be compared"
     # An adapter without its factors loads only over the very values that it was made for.
     saved = update.config.get("save_factors", True)
     dtype = torch.float32 if saved else getattr(torch, update.config.get("base_precision", ""), torch.float32)
-    return PeftModel.from_pretrained(load_base(update.base, dtype), update.source), ""
+    base = load_base(update.base, dtype)
+    return (PeftModel.from_pretrained(base, update.source) if stored else base), ""

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.export.adapter import AdapterUpdate, Pair
 from hiplora.export.base_weights import check_fit, load_base
-from hiplora.export.check import logits_of, relative_difference
+from hiplora.export.check import added, logits_of, relative_difference
 from hiplora.export.folder import check_out
 from hiplora.export.lora import DTYPES
 from hiplora.export.update import read_update
@@ -84,7 +84,7 @@ def save_dense(
     model: Any = _load(name)
     _check_base(model, update, name)
     untied = _untie(model, update)
-    with _added(model, update.factors):
+    with added(model, update.factors):
         _replace_extras(model, update)
         expected = logits_of(model)
     _merge(model, update.factors)
@@ -150,20 +150,6 @@ def _untie(model: Any, update: AdapterUpdate) -> bool:
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
     return True
-
-
-@contextmanager
-def _added(model: nn.Module, factors: Mapping[str, Pair]) -> Iterator[None]:
-    """Add the update beside the layers, as an adapter does: the reference for the merged weights."""
-
-    def hook(A: Tensor, B: Tensor) -> Any:
-        return lambda _, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
-
-    with ExitStack() as stack:
-        for module, (A, B) in factors.items():
-            handle = model.get_submodule(module).register_forward_hook(hook(A, B))
-            stack.callback(handle.remove)
-        yield
 
 
 def _merge(model: nn.Module, factors: Mapping[str, Pair]) -> None:

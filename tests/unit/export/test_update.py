@@ -110,6 +110,13 @@ def test_factors_are_not_recomputed_from_another_base_model(tiny_model_dir, tmp_
         read_update(folder, base=str(other))
 
 
+def test_factors_of_another_basis_are_not_recomputed_from_the_weights_alone(tiny_model_dir, tmp_path):
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(save_factors=False))
+    edit_config(folder, basis="activation")
+    with pytest.raises(AdapterError, match=r"basis 'activation' cannot be recomputed.*save_factors=True"):
+        read_update(folder)
+
+
 def test_factors_of_a_bf16_base_are_recomputed_from_its_fp32_checkpoint(tiny_model_dir, tmp_path):
     folder, model = saved(
         tiny_model_dir, tmp_path / "a", hip_config(save_factors=False), dtype=torch.bfloat16

@@ -98,7 +98,10 @@ def test_a_merge_saved_and_loaded_by_stock_peft_is_the_merge_in_memory(adapters,
             torch.equal(a, b) for a, b in zip(update.factors[module], stored.factors[module], strict=True)
         )
     assert report.worst[1] < 1e-6
+    assert report.logits is not None
+    assert report.logits < 1e-5
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), tmp_path / "out").eval()
+    assert set(deltas(model)) == set(update.factors)
     for module, delta in deltas(model).items():
         torch.testing.assert_close(delta, product(update, module), rtol=1e-5, atol=1e-6)
     assert (logits(model) - logits(base_model(tiny_model_dir))).abs().max() > 1e-3
