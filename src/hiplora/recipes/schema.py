@@ -136,7 +136,7 @@ class TrainSettings(Block):
     )
     gradient_checkpointing: bool = Field(
         default=False,
-        description="Recompute activations in the backward pass: less memory, about a third slower.",
+        description="Recompute activations in the backward pass: less memory, more time.",
     )
     log_every: int = Field(default=1, ge=1, description="Steps between two rows of metrics.jsonl.")
     save_every: int = Field(

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+FULL = 2**20  # bytes free below which a failed write needs no other explanation
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -54,9 +55,10 @@ def writing(what: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(_existing(what)).free
+        reason = "the disk is full" if free < FULL else f"{_first_line(error)}; {free / 2**20:.0f} MiB free"
         raise OSError(
-            f"{what} cannot be written ({_first_line(error)}; {free / 2**20:.0f} MiB free on the disk); make room and "
-            "run the same command again: it carries on from the last checkpoint"
+            f"{what} cannot be written ({reason}); make room and run the same command again: it carries on from "
+            "the last checkpoint"
         ) from error
 
 

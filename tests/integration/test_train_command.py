@@ -1,0 +1,137 @@
+"""`hiplora train` as typed: its own example, the output for people and for machines, exit statuses."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hiplora.cli import main as frame
+from hiplora.cli.train import command
+from tests.tiny import write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["train.steps=2", "train.max_length=200", "method.principal_rank=8", "train.save_every=1"]
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_model_dir):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)])
+    recipe = {
+        "model": str(tiny_model_dir),
+        "data": "rows.jsonl",
+        "method": {"name": "hiplora", "principal_rank": 8},
+        "train": {"steps": 2, "batch_size": 2, "gradient_accumulation": 1, "max_length": 32},
+        "out": "own-out",
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+def run(*arguments):
+    try:
+        frame.main(["train", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_the_example_of_the_help_trains(tmp_path, monkeypatch, tiny_model_dir, capsys):
+    example = command.__doc__.rstrip().splitlines()[-1].strip()
+    assert example.startswith("hiplora train ")
+    arguments = shlex.split(example)[2:]
+    small = [word for value in [*SMALL, f"model={tiny_model_dir}"] for word in ("--set", value)]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "out")
+    monkeypatch.chdir(ROOT)
+    assert run(*arguments, *small) == 0
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert "hiplora adapter in" in capsys.readouterr().out
+
+
+def test_a_person_gets_a_table_and_nothing_on_stderr(recipe_file, tmp_path, capsys):
+    assert run(recipe_file, "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    for part in ("steps", "training loss at the end", "trainable parameters", "tokens per second"):
+        assert part in captured.out
+    assert captured.err == ""
+
+
+def test_a_machine_gets_one_json_object(recipe_file, tmp_path, capsys):
+    assert run(recipe_file, "--out", tmp_path / "out", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["out"], printed["steps"]) == (str(tmp_path / "out"), 2)
+    stored = json.loads((tmp_path / "out" / "provenance.json").read_text())["result"]
+    assert {key: printed[key] for key in stored} == stored
+
+
+def test_the_recipes_own_output_folder_is_the_default(recipe_file, tmp_path):
+    assert run(recipe_file) == 0
+    assert (tmp_path / "own-out" / "adapter_config.json").exists()
+    assert run(recipe_file, "--set", "out=", "--json") == 2
+
+
+def test_settings_on_the_command_line_reach_the_run(recipe_file, tmp_path):
+    assert run(recipe_file, "--set", "method=lora", "--set", "train.lr=3e-3", "--out", tmp_path / "out") == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert "lr: 0.003" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "train.lrr=1"], r"train\.lrr: unknown field; did you mean `lr`"),
+        (["--set", "data.path=gone.jsonl"], r"gone\.jsonl: no such file"),
+        (["--resume", "--overwrite"], "pass one of them"),
+        (["--set", "method.target_modules=[nope]"], r"check method\.target_modules"),
+    ],
+)
+def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(
+    recipe_file, tmp_path, capsys, arguments, said
+):
+    assert run(recipe_file, "--out", tmp_path / "out", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert re.search(said, captured.err)
+    assert "Traceback" not in captured.err
+
+
+def test_a_finished_run_is_refused_resumed_or_replaced(recipe_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(recipe_file, "--out", out) == 0
+    assert run(recipe_file, "--out", out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run(recipe_file, "--out", out, "--resume") == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert run(recipe_file, "--out", out, "--overwrite", "--set", "train.steps=3") == 0
+    assert "steps: 3" in (out / "recipe.yaml").read_text()
+
+
+def test_a_run_that_stopped_says_that_it_is_carried_on(recipe_file, tmp_path, capsys, monkeypatch):
+    from hiplora.training import sft
+
+    out, arguments = tmp_path / "out", ["--set", "train.save_every=1"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sft, "model_card", stop)
+        assert run(recipe_file, "--out", out, *arguments) == 130
+    assert "give the same command again to carry on" in capsys.readouterr().err
+    assert run(recipe_file, "--out", out, *arguments) == 0
+    assert "carrying on from step 2 of 2" in capsys.readouterr().err
+
+
+def test_a_terminal_sees_a_bar_on_stderr(recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run(recipe_file, "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert "tokens/s" in captured.err
+    assert "2/2" in captured.err
+    assert "tokens/s" not in captured.out

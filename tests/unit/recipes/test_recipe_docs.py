@@ -1,0 +1,88 @@
+"""The recipe's documentation is what the code does, and the examples are recipes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hiplora.errors import ConfigError
+from hiplora.recipes import TrainRecipe, load_recipe
+from hiplora.recipes.methods import METHODS
+from hiplora.recipes.reference import insert, reference
+from hiplora.recipes.schema import DataSettings, TrainSettings
+from hiplora.training.data import instruction_prompt, load_examples
+from tests.tiny import write_jsonl
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def test_the_reference_in_the_documentation_is_the_schemas():
+    assert insert(PAGE) == PAGE, "run: python -m hiplora.recipes.reference docs/training.md"
+
+
+def test_the_reference_has_every_field_once_in_its_table():
+    tables = reference()
+    models = [TrainRecipe, DataSettings, TrainSettings, *METHODS.values()]
+    names = {name for model in models for name in model.model_fields if name != "name"}
+    assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == names
+
+
+def test_a_page_without_a_place_for_the_reference_is_an_error():
+    with pytest.raises(ValueError, match="has no place for the reference"):
+        insert("# Training")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_a_sound_recipe_and_says_what_it_is(path):
+    assert path.read_text().startswith("# ")
+    load_recipe(path)
+
+
+def test_the_papers_example_differs_from_the_defaults_in_what_it_says():
+    made = load_recipe(ROOT / "examples" / "paper.yaml")
+    default = TrainRecipe(model=made.model, data=made.data)
+    assert made.method == default.method
+    changed = {k for k, v in made.train if v != getattr(default.train, k)}
+    assert changed == {"dtype", "gradient_checkpointing"}
+
+
+def test_the_smallest_recipe_of_the_page_is_a_recipe():
+    block = re.search(r"## A recipe\n\n```yaml\n(.*?)```", PAGE, re.DOTALL).group(1)
+    assert TrainRecipe.model_validate(yaml.safe_load(block)).method.name == "hiplora"
+
+
+def test_the_wording_on_the_page_is_the_codes():
+    assert instruction_prompt("Give the fare.", "One adult, one bicycle") in PAGE
+
+
+def test_the_rows_on_the_page_have_the_shapes_it_says(tmp_path):
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})`[^|]*\|", PAGE, re.MULTILINE)
+    assert [shape for shape, _ in rows] == [
+        "alpaca",
+        "prompt_completion",
+        "question_answer",
+        "messages",
+        "text",
+    ]
+    for shape, text in rows:
+        row = yaml.safe_load(
+            text.replace(", …]", ', {"role": "assistant", "content": …}]').replace("…", '"x"')
+        )
+        load_examples(write_jsonl(tmp_path / f"{shape}.jsonl", [row]), shape)
+
+
+def test_the_error_on_the_page_is_the_one_that_the_code_gives(tmp_path, monkeypatch):
+    shown = re.search(r"```\nerror: (recipe\.yaml: 3 problems\n.*?)```", PAGE, re.DOTALL).group(1)
+    good = {"instruction": "a", "output": "b"}
+    write_jsonl(tmp_path / "rows.jsonl", [good] * 6 + [{"instruction": "a"}])
+    (tmp_path / "recipe.yaml").write_text(
+        "model: smollm2-135m\ndata: rows.jsonl\nmethod:\n  name: lora\n  principal_rank: 8\n"
+        "train:\n  lr: 1e-3\n  stepz: 100\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("recipe.yaml")
+    assert str(caught.value).replace(f"{tmp_path}/", "") == shown.strip()
