@@ -1,7 +1,6 @@
 """The `hiplora` command: one module of this package per command, each light until its command runs."""
 
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -42,8 +41,6 @@ def _root(
 
 
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"hiplora.cli.{_name}") is None:  # TEMPORARY while commands are being written
-        continue
     app.command(name=_name)(importlib.import_module(f"hiplora.cli.{_name}").command)
 
 
