@@ -103,7 +103,7 @@ def compare(
             if not folder.has(f"train-{slug(method)}"):
                 call("hiplora.study.compare:train_method", {**arguments, "method": method})
         if not folder.has("measure-base", *(f"measure-{slug(method)}" for method in METHODS)):
-            call("hiplora.study.compare:measure_methods", arguments)
+            run_here("hiplora.study.compare:measure_methods", arguments)
         results = _collect(folder, settings, data, plan, notes, isolated)
         finish(folder, results)
     return results
@@ -132,7 +132,7 @@ def train_method(folder: str, settings: Mapping[str, Any], shape: str, method: s
 
 
 def measure_methods(folder: str, settings: Mapping[str, Any], shape: str) -> None:
-    """Measure the base and each trained adapter (stages, run in one process)."""
+    """Measure the base and each trained adapter (stages)."""
     from hiplora.evaluation.likelihood import heldout_loss
     from hiplora.models import load
     from hiplora.study.measure import allocation, base_reference, measure_adapter

@@ -50,7 +50,9 @@ def run_isolated(target: str, arguments: dict[str, Any]) -> None:
 def run_here(target: str, arguments: dict[str, Any]) -> None:
     """Do in this process what `run_isolated` does in another."""
     module, _, function = target.partition(":")
-    getattr(importlib.import_module(module), function)(**arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
+        getattr(importlib.import_module(module), function)(**arguments)
 
 
 def _send(process: subprocess.Popen, arguments: dict[str, Any]) -> None:
@@ -93,7 +95,6 @@ def _raise(status: int, report: Path, target: str) -> None:
 def _work(target: str, report: Path) -> int:
     arguments = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_leave_with_caller, daemon=True).start()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
     try:
         run_here(target, arguments)
     except (HipLoraError, OSError) as error:

@@ -51,7 +51,7 @@ def check_targets(model: str, principal_rank: int) -> None:
     """Check, on the model without its weights, that it has the projections and that they are wide enough.
 
     Raises:
-        ConfigError: it has none of them, one is narrower than `principal_rank`, or there is no such model.
+        ConfigError: it has none of them, one has no more than `principal_rank` directions, or there is no model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,9 +73,10 @@ def check_targets(model: str, principal_rank: int) -> None:
     if not found:
         raise ConfigError(f"model {model}: has no modules named {', '.join(TARGETS)}, which compare adapts")
     name, shape = min(found.items(), key=lambda item: min(item[1]))
-    if min(shape) < principal_rank:
+    if min(shape) <= principal_rank:
         raise ConfigError(
-            f"--principal-rank {principal_rank} exceeds min(out, in) = {min(shape)} of layer {name}; lower it"
+            f"--principal-rank is {principal_rank}, but layer {name} has only min(out, in) = {min(shape)} directions, "
+            "which leaves none for the residual channel; lower it"
         )
 
 
