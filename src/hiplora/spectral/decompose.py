@@ -57,7 +57,8 @@ def truncated_svd(
     with full_precision(weight.device):
         matrix, scale = _prepare(weight, name)
         try:
-            factors = _factor(matrix, k, tol, method, (oversampling, power_iterations), seed)
+            sketch = (oversampling, power_iterations)
+            factors = _factor(matrix, k, tol, method, sketch, seed, is_zero=scale == 0)
         except torch.linalg.LinAlgError as error:
             raise FactorError(f"layer {name}: LAPACK could not decompose the weight ({error})") from error
     if method != "randomized" and not factors.residual <= tol:
@@ -91,7 +92,10 @@ def _check_request(weight: Tensor, k: int, name: str) -> None:
 
 
 def _prepare(weight: Tensor, name: str) -> tuple[Tensor, float]:
-    """Return the weight as a contiguous fp32 matrix of safe magnitude, and the power of two taken out."""
+    """Return the weight as a contiguous fp32 matrix of safe magnitude, and the power of two taken out.
+
+    It is 0 for an all-zero weight.
+    """
     matrix = weight.detach().to(torch.float32).contiguous()
     low, high = torch.aminmax(matrix)
     largest = max(-low.item(), high.item())
@@ -102,17 +106,17 @@ def _prepare(weight: Tensor, name: str) -> tuple[Tensor, float]:
             "the checkpoint is damaged or out of range"
         )
     if largest == 0 or _SAFE_MAGNITUDE[0] < largest < _SAFE_MAGNITUDE[1]:
-        return matrix, 1.0
+        return matrix, float(largest > 0)
     scale = 2.0 ** (math.frexp(largest)[1] - 1)
     return (matrix.to(widest(matrix.device)) / scale).float(), scale
 
 
 def _factor(
-    matrix: Tensor, k: int, tol: float, method: str, sketch: tuple[int, int], seed: int
+    matrix: Tensor, k: int, tol: float, method: str, sketch: tuple[int, int], seed: int, is_zero: bool
 ) -> SpectralFactors:
     """Decompose, certify, and take the next more accurate way while the method allows it."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    if not matrix.any():
+    if is_zero:
         return _certify(matrix, _axes(matrix, k), "exact")
     if method == "randomized":
         return _certify(matrix, _randomized(matrix, k, *sketch, generator), method)
