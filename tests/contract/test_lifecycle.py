@@ -1,5 +1,6 @@
 """What PEFT's users do with an adapter, from making it to merging it."""
 
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 import hiplora
 from hiplora.errors import AdapterError
 from hiplora.tuner import HipLoraLinear, hip_layers
-from tests.contract.conftest import logits, train
+from tests.contract.conftest import Base, logits, train
 
 
 def base_weights(model):
@@ -229,7 +230,6 @@ def test_merge_and_unload_gives_a_plain_model_with_equal_output(base, ids):
 
 
 def test_merging_an_adapted_tied_head_leaves_the_embedding_alone(ids):
-    from tests.contract.conftest import Base
 
     base = Base("tied")
     model = base.adapted(target_modules=["lm_head", "q_proj"])
@@ -352,3 +352,24 @@ def test_a_load_with_little_memory_gives_the_same_model(tiny, ids, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, low_cpu_mem_usage=True)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_an_adapted_head_is_saved_without_the_base_models_head(ids, tmp_path):
+    for kind in ("tied", "untied"):
+        base = Base(kind)
+        model = base.adapted(target_modules=["lm_head", "q_proj"])
+        train(model, ids)
+        model.save_pretrained(tmp_path / kind)
+        assert not any(
+            "base_layer" in key for key in load_file(tmp_path / kind / "adapter_model.safetensors")
+        )
+        loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path / kind)
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_an_adapter_that_diverged_is_not_saved(tiny, tmp_path):
+    model = tiny.adapted()
+    name, layer = next(iter(hip_layers(model)))
+    layer.hiplora_B["default"].data[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match=f"{re.escape(name)}.*NaN.*learning rate"):
+        model.save_pretrained(tmp_path / "adapter")

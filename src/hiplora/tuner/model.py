@@ -151,6 +151,9 @@ class HipLoraModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         check_state_leak(selected, config, adapter_name)
+        # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
+        for key in [key for key in state_dict if ".base_layer." in key]:
+            del state_dict[key]
         if config.save_factors:
             return selected
         return {

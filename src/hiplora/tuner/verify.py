@@ -134,14 +134,18 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
 
 
 def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> None:
-    """Refuse to save an adapter whose residual channel left the complement (read from its tensors).
+    """Refuse to save an adapter that is not finite or whose residual channel left the complement.
 
     Raises:
-        AdapterError: names the module, the leak and the remedy.
+        AdapterError: names the module, what is wrong and the remedy.
     """
-    if not config.residual_projection:
-        return
-    for key, A in state.items():
+    for key, tensor in state.items():
+        if ".hiplora_" in key and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
+                "diverged; lower the learning rate and train again"
+            )
+    for key, A in state.items() if config.residual_projection else ():
         module, found, _ = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
