@@ -133,10 +133,10 @@ def test_the_table_adds_up(tiny_model_dir, run, root):
         [cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")
     ]
     assert [row[:4] for row in rows] == [
-        ["q_proj", "64 × 64", "2", "0"],
-        ["k_proj", "32 × 64", "2", "0"],
-        ["v_proj", "32 × 64", "2", "0"],
-        ["o_proj", "64 × 64", "2", "0"],
+        ["q_proj", "64×64", "2", "0"],
+        ["k_proj", "32×64", "2", "0"],
+        ["v_proj", "32×64", "2", "0"],
+        ["o_proj", "64×64", "2", "0"],
         ["all", "", "8", "0"],
     ]
     assert str(root) in "".join(said.split("\n"))

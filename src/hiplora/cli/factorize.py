@@ -149,11 +149,11 @@ def _summary(kind: str, layers: list["Factored"]) -> dict[str, Any]:
 
 
 def _print(record: dict[str, Any]) -> None:
-    columns = ("Modules", "shape", "layers", "in store", "method", "seconds", "worst residual", "size")
+    columns = ("Modules", "shape", "layers", "stored", "method", "seconds", "residual ≤", "size")
     rows = [
         (
             row["kind"],
-            ", ".join(f"{m} × {n}" for m, n in row["shapes"]) if row["kind"] != "all" else "",
+            ", ".join(f"{m}×{n}" for m, n in row["shapes"]) if row["kind"] != "all" else "",
             row["layers"],
             row["reused"],
             ", ".join(row["methods"]),
