@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 DEMO_OUT ?= demo-out
+BENCH_OUT ?= runs/step.json
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.hiplora-setup
@@ -45,7 +46,7 @@ test: model lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: model
-	@$(PY) benchmarks/step.py
+	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)"
 
 docs: $(STAMP)
 	@$(PY) -m tools.check_docs --write

@@ -10,7 +10,6 @@ process per method.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,7 +41,9 @@ def make_step(method: str, dropout: float, model_name: str, batch: int, length: 
     # Gradients flow down to the first adapter in the adapted models; the floor lets them flow as far.
     model.enable_input_require_grads()
     model.train()
-    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)
+    )
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
 
@@ -77,17 +78,19 @@ def time_steps(dropout: float, args: argparse.Namespace) -> dict:
         "seconds_fastest": {m: min(s) for m, s in seconds.items()},
         "ratio_hiplora_lora": statistics.median(ratios),
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "overhead_over_base": {m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS},
+        "overhead_over_base": {
+            m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS
+        },
     }
 
 
 def peak_memory(method: str, dropout: float, args: argparse.Namespace) -> int:
     """Peak resident bytes of a process that trains a few steps."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import step as s\n"
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import step as s\n"
         "run = s.make_step(sys.argv[2], float(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))\n"
         "for _ in range(3): run()\n"
-        "print(s.resource.getrusage(s.resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     values = [Path(__file__).parent, method, dropout, args.model, args.batch, args.length]
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, values)]
@@ -96,7 +99,9 @@ def peak_memory(method: str, dropout: float, args: argparse.Namespace) -> int:
 
 def main() -> None:
     """Run the comparison, print it, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=4)
@@ -109,17 +114,26 @@ def main() -> None:
         memory = {m: peak_memory(m, dropout, args) for m in METHODS}
         timing = time_steps(dropout, args)
         ratio = memory["hiplora"] / memory["lora"]
+        sizes = f"{memory['hiplora'] / 1e9:.2f} / {memory['lora'] / 1e9:.2f} GB"
         results.append({**timing, "peak_bytes": memory, "memory_ratio_hiplora_lora": ratio})
         s, q = timing["seconds"], timing["ratio_quartiles"]
         print(f"dropout {dropout}: " + ", ".join(f"{m} {s[m]:.3f} s" for m in METHODS))
-        print(f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})")
-        print(f"  peak memory, HiP-LoRA / LoRA: {ratio:.3f} ({memory['hiplora'] / 1e9:.2f} / {memory['lora'] / 1e9:.2f} GB)")
+        print(
+            f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})"
+        )
+        print(f"  peak memory, HiP-LoRA / LoRA: {ratio:.3f} ({sizes})")
     if args.json:
         from hiplora.files import write_atomic
         from hiplora.provenance import provenance
 
-        setting = {"model": args.model, "batch": args.batch, "length": args.length, "r": 16, "k": 32, "dtype": "float32"}
-        report = {"benchmark": "step", "setting": setting, "results": results, "provenance": provenance(seed=0)}
+        setting = {"model": args.model, "batch": args.batch, "length": args.length}
+        setting |= {"r": 16, "k": 32, "dtype": "float32"}
+        report = {
+            "benchmark": "step",
+            "setting": setting,
+            "results": results,
+            "provenance": provenance(seed=0),
+        }
         write_atomic(args.json, json.dumps(report, indent=2) + "\n")
         print(f"wrote {args.json}")
 
