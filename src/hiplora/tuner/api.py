@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
+from hiplora.spectral.precision import full_precision
 from hiplora.tuner.layer import HipLoraLinear
 
 
@@ -56,8 +57,9 @@ def stability_penalty(model: nn.Module) -> Tensor:
 def retract_(model: nn.Module) -> None:
     """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
     for _, layer in hip_layers(model):
-        for adapter in layer.hiplora_A:
-            layer.retract_(adapter)
+        for adapter, A in layer.hiplora_A.items():
+            with full_precision(A.device):
+                layer.retract_(adapter)
 
 
 def max_leak(model: nn.Module) -> float:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from hiplora.spectral import penalty_gradient, proximal_step
+from hiplora.spectral.precision import full_precision
 from hiplora.tuner.layer import HipLoraLinear
 
 _layers: weakref.WeakSet[HipLoraLinear] = weakref.WeakSet()
@@ -84,17 +85,27 @@ def _add_budget_gradients(optimizer: Optimizer) -> None:
         delta.grad.add_(gradient if scale is None else gradient * scale)
 
 
-@torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    for layer, adapter, rate in _owned(optimizer):
-        config = layer.configs[adapter]
-        if (
-            config.stability_mode == "proximal"
-            and config.stability_weight > 0
-            and adapter in layer.hiplora_delta
-        ):
-            delta = layer.hiplora_delta[adapter]
-            if delta.grad is not None:
-                step = float(rate) * config.stability_weight
-                delta.copy_(proximal_step(delta.float(), layer.budget(adapter), step))
-        layer.retract_(adapter)
+    owned = list(_owned(optimizer))
+    if not owned:
+        return
+    # A trainer may have switched on TF32 or autocast, which would leave a leak of a thousandth.
+    with full_precision(owned[0][0].hiplora_A[owned[0][1]].device):
+        for layer, adapter, rate in owned:
+            _shrink_gains(layer, adapter, float(rate))
+            layer.retract_(adapter)
+
+
+def _shrink_gains(layer: HipLoraLinear, adapter: str, rate: float) -> None:
+    """Take the proximal step of λ·R(δ) at the gains' learning rate, where that is the mode."""
+    config = layer.configs[adapter]
+    if (
+        config.stability_mode != "proximal"
+        or config.stability_weight == 0
+        or adapter not in layer.hiplora_delta
+    ):
+        return
+    delta = layer.hiplora_delta[adapter]
+    if delta.grad is not None:
+        step = rate * config.stability_weight
+        delta.copy_(proximal_step(delta.float(), layer.budget(adapter), step))
