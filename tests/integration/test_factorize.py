@@ -1,5 +1,6 @@
 """`hiplora factorize`: what it reads, what it fills, what it says."""
 
+import importlib.metadata
 import json
 import shutil
 import sys
@@ -148,7 +149,7 @@ def test_the_json_says_what_is_on_disk(tiny_model_dir, run, root):
     assert record["total"]["size"] == sum(file.stat().st_size for file in files)
     assert record["total"]["worst_residual"] == max(layer["residual"] for layer in record["layers"]) <= 1e-5
     assert [kind["layers"] for kind in record["kinds"]] == [2, 2, 2, 2]
-    assert record["provenance"]["libraries"]["torch"] == torch.__version__
+    assert record["provenance"]["libraries"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_damaged_entry_is_named_and_made_anew(tiny_model_dir, run, root):

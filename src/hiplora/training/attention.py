@@ -59,12 +59,20 @@ def _packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend inside each document of a flattened row: query (1, heads, tokens, d) → (1, tokens, heads, d)."""
-    boundaries = kwargs.pop("cu_seq_lens_q", None)
-    if boundaries is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError("packed attention needs one flattened row and its cu_seq_lens_q")
-    edges = boundaries.tolist()
+    edges = _edges(kwargs.pop("cu_seq_lens_q", None), kwargs.get("position_ids"))
+    if edges is None or query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise ValueError("packed attention needs one flattened row, with cu_seq_lens_q or position_ids")
     pieces = [
         sdpa_attention_forward(module, query[:, :, a:b], key[:, :, a:b], value[:, :, a:b], None, **kwargs)[0]
         for a, b in itertools.pairwise(edges)
     ]
     return torch.cat(pieces, dim=1), None
+
+
+def _edges(boundaries: Tensor | None, positions: Tensor | None) -> list[int] | None:
+    """Where documents begin, and the end of the last; read off positions where TRL (below 1.15) says no more."""
+    if boundaries is not None:
+        return boundaries.tolist()
+    if positions is None or positions.shape[0] != 1:
+        return None
+    return [*(positions[0] == 0).nonzero().flatten().tolist(), positions.shape[1]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 from trl.data_utils import pack_dataset
 
@@ -45,12 +45,13 @@ def build_trainer(
     record: Record,
     steps: int,
 ) -> RecordingTrainer:
-    """Put the adapter on the model and a trainer around both; the seed is set on the way.
+    """Put the adapter on the model and a trainer around both; sets the seed.
 
     Raises:
         ConfigError: the method's settings do not fit the model.
     """
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
+    set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
         trainer = RecordingTrainer(
             model=model,

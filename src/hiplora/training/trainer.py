@@ -56,18 +56,19 @@ class RecordingTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy over the learned tokens; the language-model head runs on no others.
+        """Cross-entropy over the learned tokens; the language-model head runs only where some row learns.
 
         TRL does the same on a GPU; on a CPU its chunked kernel scores every position, most of which are prompts.
         """
         labels = inputs["labels"]
         learned = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # (rows, tokens): the next token is learned
+        columns = learned.any(dim=0).nonzero().flatten()  # a mask of two dimensions is news to most models
         vocabulary = self.adapted.get_output_embeddings().weight.shape[0]
-        many = int(learned.sum()) * vocabulary > LOGITS_LIMIT
+        many = len(learned) * len(columns) * vocabulary > LOGITS_LIMIT
         if return_outputs or labels.device.type != "cpu" or many or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         known = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**known, use_cache=False, logits_to_keep=learned).logits
+        logits = model(**known, use_cache=False, logits_to_keep=columns).logits[learned[:, columns]]
         loss = F.cross_entropy(logits.float(), labels[:, 1:][learned[:, :-1]], reduction="sum")
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         return loss / torch.as_tensor(count).clamp(min=1)

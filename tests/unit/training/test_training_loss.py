@@ -41,6 +41,15 @@ def test_packed_documents_get_the_logits_that_they_get_alone():
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_without_boundaries_the_positions_tell_the_documents_apart():
+    model, texts = tiny_llama(), documents()
+    assert use_packed_attention(model, 64)
+    batch = flattened(texts)
+    told = model(**batch, use_cache=False).logits
+    del batch["cu_seq_lens_q"]
+    assert torch.equal(model(**batch, use_cache=False).logits, told)
+
+
 def test_packed_attention_has_the_gradients_of_the_dense_mask():
     texts, gradients = documents(), []
     for packed in (False, True):
@@ -60,7 +69,7 @@ def test_packed_attention_refuses_what_it_would_get_wrong():
     model, texts = tiny_llama(), documents()
     assert use_packed_attention(model, 64)
     with pytest.raises(ValueError, match="one flattened row"):
-        model(texts[0][None])
+        model(torch.stack([texts[0], texts[0]]))
     batch = torch.zeros(2, 5, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     with pytest.raises(ValueError, match="this one is padded"):
