@@ -230,10 +230,10 @@ def _edits_verdict(results: Results) -> Verdict | None:
         sentences.append(
             f"The merged {ours.name} model {clause} on other text ({_kl_pair(ours, base)} nats per token)."
         )
-    return Verdict(_survival_headline(ours, base, total), tuple(sentences))
+    return Verdict(_survival_headline(ours, base, total, ratio), tuple(sentences))
 
 
-def _survival_headline(ours: EditRun, base: EditRun, total: float) -> str:
+def _survival_headline(ours: EditRun, base: EditRun, total: float, ratio: float | None) -> str:
     mine, theirs = ours.survival or 0.0, base.survival or 0.0
     tolerance = EDIT_TOLERANCE / total if total else 0.05
     if ours.overall is not None and base.overall is not None:
@@ -256,10 +256,11 @@ def _survival_headline(ours: EditRun, base: EditRun, total: float) -> str:
             f"Added together, {ours.name}'s adapters kept {percent(mine)} of their edits, "
             f"{base.name}'s {percent(theirs)}."
         )
-    return (
-        f"{base.name} did better here: added together, its adapters kept {percent(theirs)} of their edits, "
-        f"{ours.name}'s {percent(mine)}."
-    )
+    kept = f"{percent(theirs)} of their edits, {ours.name}'s {percent(mine)}"
+    if ratio is not None and _sign(ratio) > 0:
+        clause = _drift_clause(ratio, f" than {base.name}'s").removesuffix(" from the base model")
+        return f"Mixed: added together, {base.name}'s adapters kept {kept}; but the merged {ours.name} model {clause}."
+    return f"{base.name} did better here: added together, its adapters kept {kept}."
 
 
 def _alone_words(ours: EditRun, base: EditRun, results: Results) -> list[str]:

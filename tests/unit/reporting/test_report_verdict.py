@@ -130,6 +130,14 @@ def test_a_demo_that_lora_wins_says_so():
     assert "drifted 2.0 times as far as LoRA's" in found.sentences[-1]
 
 
+def test_fewer_edits_kept_for_less_drift_is_called_mixed():
+    headline = merged(hip=(1.0, 0.7, 0.7, 0.2), lora=(1.0, 0.9, 0.9, 1.0)).headline.replace("\u00a0", " ")
+    assert headline == (
+        "Mixed: added together, LoRA's adapters kept 90 % of their edits, HiP-LoRA's 70 %; "
+        "but the merged HiP-LoRA model drifted 5.0 times less than LoRA's."
+    )
+
+
 def test_a_difference_of_less_than_two_edits_is_no_difference():
     near, far = (1.0, 0.50, 0.50, 1.0), (1.0, 0.55, 0.55, 1.0)
     assert "about as many" in merged(near, far, count=16).headline
