@@ -53,7 +53,7 @@ def make_step(method: str, dropout: float, model_name: str, batch: int, length: 
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -110,8 +110,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = []
-    for dropout in args.dropouts:
-        memory = {m: peak_memory(m, dropout, args) for m in METHODS}
+    # Before this process grows: a child's peak, as Linux counts it, begins at its parent's.
+    memories = {d: {m: peak_memory(m, d, args) for m in METHODS} for d in args.dropouts}
+    for dropout, memory in memories.items():
         timing = time_steps(dropout, args)
         ratio = memory["hiplora"] / memory["lora"]
         sizes = f"{memory['hiplora'] / 1e9:.2f} / {memory['lora'] / 1e9:.2f} GB"
