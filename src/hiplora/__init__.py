@@ -17,13 +17,14 @@ _LAZY = {
     "stability_penalty": "hiplora.tuner",
     "retract_": "hiplora.tuner",
     "max_leak": "hiplora.tuner",
+    "calibrate": "hiplora.tuner",
 }
 _ROOMS = ("spectral", "tuner", "export", "merging", "evaluation", "training", "editing", "study", "reporting")
 
 if TYPE_CHECKING:
-    from hiplora.tuner import HipLoraConfig, max_leak, retract_, stability_penalty
+    from hiplora.tuner import HipLoraConfig, calibrate, max_leak, retract_, stability_penalty
 
-__all__ = ["HipLoraConfig", "__version__", "max_leak", "retract_", "stability_penalty"]
+__all__ = ["HipLoraConfig", "__version__", "calibrate", "max_leak", "retract_", "stability_penalty"]
 
 
 def __getattr__(name: str) -> Any:

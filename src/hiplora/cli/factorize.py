@@ -69,9 +69,9 @@ def command(
 
     start = time.perf_counter()
     config = HipLoraConfig(
-        target_modules=_targets(target_modules), principal_rank=rank, svd_tolerance=tolerance
+        target_modules=parse_targets(target_modules), principal_rank=rank, svd_tolerance=tolerance
     )
-    _check_device(device)
+    check_device(device)
     store = FactorStore(must_write=True)
     with quiet_transformers(always=False):
         checkpoint = Checkpoint(model)
@@ -96,14 +96,15 @@ def command(
     emit_json(record) if as_json else _print(record)
 
 
-def _targets(given: str | None) -> str | list[str] | None:
+def parse_targets(given: str | None) -> str | list[str] | None:
     """Names become a list; anything else is for PEFT: a regular expression or its word for all layers."""
     if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
         return given
     return [name.strip() for name in given.split(",")]
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that this machine has not."""
     import torch
 
     from hiplora.errors import ConfigError

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import fused_factors, leak
+from hiplora.spectral import fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
 
@@ -18,7 +18,8 @@ class Channels:
     """The two channels of one HiP-LoRA module, kept apart; `delta` is None for Proj-LoRA.
 
     A (r, n), B (m, r), U (m, k), sigma (k,), V (n, k), delta (k,), all fp32. `leak_limit` is how far A and B may
-    lie outside the complement of U and V for rounding's sake; None where the adapter promises no complement.
+    lie outside the complement of U and V for rounding's sake; None where the adapter promises no complement; `sides`
+    says on which sides it does: "both", "input" or "output".
     """
 
     A: Float[Tensor, "r n"]
@@ -29,6 +30,7 @@ class Channels:
     delta: Float[Tensor, " k"] | None
     scaling: float
     leak_limit: float | None = None
+    sides: str = "both"
 
     def factors(self) -> Pair:
         """Return `(A', B')` with `B'A' = ΔW`, rank r + k; rank r where there is no principal channel."""
@@ -38,7 +40,7 @@ class Channels:
 
     def leak(self) -> float:
         """Return how far A and B lie outside the complement, 0 to 1 (relative Frobenius norms)."""
-        return leak(self.A, self.B, self.U, self.V)
+        return leak(self.A, self.B, *protected(self.U, self.V, self.sides))
 
 
 @dataclass(frozen=True, eq=False)

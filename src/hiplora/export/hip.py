@@ -10,7 +10,7 @@ from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate, Channels
 from hiplora.export.base_weights import BaseWeights, in_precision
 from hiplora.export.stock import FROZEN_COPY, check_extras, check_rank, pattern_value
-from hiplora.spectral import FactorStore, SpectralFactors, retract
+from hiplora.spectral import FactorStore, SpectralFactors, protected, retract
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
 
 _PART = re.compile(r"^(?P<module>.+)\.hiplora_(?P<part>A|B|delta|U|sigma|V)$")
@@ -123,16 +123,17 @@ def _channels(
     _check_shapes(module, parts, k, source)
     r = parts["A"].shape[0]
     check_rank(module, r, config, source)
-    projected = config.get("residual_projection", True)
+    projected, sides = config.get("residual_projection", True), config.get("basis_sides") or "both"
     if (
         factors_of is not None and projected
     ):  # the layer does so too: recomputed factors may differ by rounding
-        parts["A"], parts["B"] = retract(parts["A"], parts["B"], parts["U"], parts["V"])
+        kept_out = protected(parts["U"], parts["V"], sides)
+        parts["A"], parts["B"] = retract(parts["A"], parts["B"], *kept_out)
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
     limit = LEAK_LIMIT.get(dtype, LEAK_LIMIT_HALF) if projected else None
     delta = parts["delta"] if gains else None
     A, B, U, sigma, V = (parts[part] for part in ("A", "B", "U", "sigma", "V"))
-    return Channels(A, B, U, sigma, V, delta, alpha / r, limit)
+    return Channels(A, B, U, sigma, V, delta, alpha / r, limit, sides)
 
 
 def _check_shapes(module: str, parts: _Parts, k: int, source: str) -> None:

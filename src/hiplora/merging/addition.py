@@ -51,7 +51,7 @@ def _share_basis(one: Term, other: Term) -> bool:
     singular values, and then adding gains would not be the sum of the updates.
     """
     a, b = one.channels, other.channels
-    if a is None or b is None or a.U.shape != b.U.shape or a.V.shape != b.V.shape:
+    if a is None or b is None or a.sides != b.sides or a.U.shape != b.U.shape or a.V.shape != b.V.shape:
         return False
     return torch.equal(a.U, b.U) and torch.equal(a.V, b.V)
 
@@ -69,6 +69,7 @@ def _merge_channels(group: Sequence[Term]) -> Channels:
         V=first.V,
         delta=torch.stack(gains).sum(dim=0) if gains else None,
         scaling=1.0,
+        sides=first.sides,
         leak_limit=None if None in limits else max(limit for limit in limits if limit is not None),
     )
 

@@ -71,8 +71,15 @@ class Spectral(LowRank):
     principal_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default={}, description="Module name or pattern → its own principal_rank."
     )
-    basis: Literal["weight"] = Field(
-        default="weight", description="Where the protected directions come from: the weight's SVD."
+    basis: Literal["weight", "activation"] = Field(
+        default="weight",
+        description="Where the protected directions come from: `weight`, its SVD, as in the paper; `activation`, the "
+        "inputs that the layer really gets, measured on text sampled from the model.",
+    )
+    basis_sides: Literal["both", "input", "output"] | None = Field(
+        default=None,
+        description="Which sides the low-rank part is kept out of; if empty, both for the weight basis and the input "
+        "side for the activation basis.",
     )
     svd_tolerance: float = Field(
         default=1e-4,

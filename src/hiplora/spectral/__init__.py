@@ -1,6 +1,7 @@
 """The mathematics of one weight matrix: certified factors, channels, budget, allocation, store."""
 
 from hiplora.spectral.allocation import Allocation, allocate
+from hiplora.spectral.basis import SIDES, activation_factors, protected
 from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
 from hiplora.spectral.channels import (
     fused_factors,
@@ -12,12 +13,17 @@ from hiplora.spectral.channels import (
 )
 from hiplora.spectral.decompose import truncated_svd
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
+from hiplora.spectral.moments import InputBasis, SecondMoment
 from hiplora.spectral.store import FactorStore
 
 __all__ = [
+    "SIDES",
     "Allocation",
     "FactorStore",
+    "InputBasis",
+    "SecondMoment",
     "SpectralFactors",
+    "activation_factors",
     "allocate",
     "budget_weights",
     "fused_factors",
@@ -25,6 +31,7 @@ __all__ = [
     "penalty",
     "penalty_gradient",
     "principal_delta",
+    "protected",
     "proximal_step",
     "residual_delta",
     "retract",

@@ -53,7 +53,7 @@ def truncated_svd(
         raise ConfigError(f"method {method!r}: expected one of {', '.join(METHODS)}")
     if not tol > 0:
         raise ConfigError(f"svd_tolerance {tol}: expected a number > 0, as a share of the largest sigma")
-    _check_request(weight, k, name)
+    check_request(weight, k, name)
     with full_precision(weight.device):
         matrix, scale = _prepare(weight, name)
         try:
@@ -73,7 +73,12 @@ def truncated_svd(
     return dataclasses.replace(factors, sigma=sigma, fingerprint=fingerprint)
 
 
-def _check_request(weight: Tensor, k: int, name: str) -> None:
+def check_request(weight: Tensor, k: int, name: str) -> None:
+    """Refuse what cannot be factored.
+
+    Raises:
+        FactorError: the weight is no matrix of floating-point values, or k is not in 1…min(m, n).
+    """
     if weight.dim() != 2 or weight.numel() == 0:
         raise FactorError(f"layer {name}: expected a matrix (out, in), got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -117,15 +122,15 @@ def _factor(
     """Decompose, certify, and take the next more accurate way while the method allows it."""
     generator = torch.Generator("cpu").manual_seed(seed)
     if is_zero:
-        return _certify(matrix, _axes(matrix, k), "exact")
+        return certify(matrix, _axes(matrix, k), "exact")
     if method == "randomized":
-        return _certify(matrix, _randomized(matrix, k, *sketch, generator), method)
+        return certify(matrix, _randomized(matrix, k, *sketch, generator), method)
     if not _is_exact_cheaper(matrix, k, tol, method):
-        factors = _certify(matrix, block_krylov(matrix, k, tol, generator), "krylov")
+        factors = certify(matrix, block_krylov(matrix, k, tol, generator), "krylov")
         if factors.residual <= tol or method == "krylov":
             return factors
-    factors = _certify(matrix, gram_svd(matrix, k), "exact")
-    return factors if factors.residual <= tol else _certify(matrix, full_svd(matrix, k), "exact")
+    factors = certify(matrix, gram_svd(matrix, k), "exact")
+    return factors if factors.residual <= tol else certify(matrix, full_svd(matrix, k), "exact")
 
 
 def _is_exact_cheaper(matrix: Tensor, k: int, tol: float, method: str) -> bool:
@@ -157,7 +162,7 @@ def _axes(matrix: Tensor, k: int) -> Triplets:
     )
 
 
-def _certify(matrix: Tensor, triplets: Triplets, method: str) -> SpectralFactors:
+def certify(matrix: Tensor, triplets: Triplets, method: str) -> SpectralFactors:
     """Fix the signs, round to fp32, and measure the residual and orthogonality of the rounded tensors."""
     U, sigma, V = (tensor.to(matrix.device) for tensor in triplets)
     peaks = U.gather(0, U.abs().argmax(0, keepdim=True)).squeeze(0)

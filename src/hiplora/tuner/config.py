@@ -9,10 +9,11 @@ from typing import Any
 from peft import PeftConfig
 
 from hiplora.errors import ConfigError
+from hiplora.spectral import SIDES, SpectralFactors
 
 PEFT_TYPE = "HIPLORA"
 STABILITY_MODES = ("gradient", "proximal", "none")
-BASES = ("weight",)
+BASES = ("weight", "activation")
 INITIALISATIONS = (True, False, "zero")
 
 
@@ -43,11 +44,15 @@ class HipLoraConfig(PeftConfig):
             after the step; "none" leaves it to the caller (`hiplora.stability_penalty`).
         residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
         principal_channel: learn gains; False is Proj-LoRA.
-        basis: where the protected directions come from; "weight" is the weight's own SVD.
+        basis: where the protected directions come from. "weight": the weight's own SVD, the paper's. "activation":
+            the inputs that the layer really gets (`hiplora.calibrate`; without it, text sampled from the model).
+        basis_sides: which sides the residual channel keeps out of: "both", "input" or "output". None takes the
+            paper's "both" for the weight basis and "input" for the activation basis.
         svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
         save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
         fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
         base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
+        calibration: filled in by the calibration: source and number of its tokens, and a key of model and text.
 
     Raises:
         ConfigError: a value is out of range, of the wrong type, or contradicts another; it names the field.
@@ -72,10 +77,12 @@ class HipLoraConfig(PeftConfig):
     residual_projection: bool = True
     principal_channel: bool = True
     basis: str = "weight"
+    basis_sides: str | None = None
     svd_tolerance: float = 1e-4
     save_factors: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
     base_precision: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Set the type and refuse values that make no sense."""
@@ -86,6 +93,10 @@ class HipLoraConfig(PeftConfig):
         self.unverified: set[str] = (
             set()
         )  # modules whose saved factors must vouch for a base in another precision
+        self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
+        if self.basis_sides is None:
+            self.basis_sides = "input" if self.basis == "activation" else "both"
+        self.sides: str = self.basis_sides
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -124,7 +135,12 @@ def _number(name: str, value: Any, accept: Any, expected: str) -> None:
 
 
 def _check_choices(config: HipLoraConfig) -> None:
-    choices = {"stability_mode": STABILITY_MODES, "basis": BASES, "init_weights": INITIALISATIONS}
+    choices = {
+        "stability_mode": STABILITY_MODES,
+        "basis": BASES,
+        "basis_sides": SIDES,
+        "init_weights": INITIALISATIONS,
+    }
     for name, allowed in choices.items():
         value = getattr(config, name)
         if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
@@ -132,6 +148,11 @@ def _check_choices(config: HipLoraConfig) -> None:
     for name in ("residual_projection", "principal_channel", "save_factors"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}; expected True or False")
+    if config.basis == "activation" and not config.save_factors:
+        raise ConfigError(
+            "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
+            "leave it True"
+        )
     if not config.residual_projection and not config.principal_channel:
         raise ConfigError(
             "residual_projection and principal_channel are both False, which is plain LoRA; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -23,22 +21,7 @@ from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError
 from hiplora.models import resolve
 from hiplora.spectral import FactorStore
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.model import HipLoraModel, _for_module, _wrap
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight to be factored: its module, shape (m, n), principal rank, and whether it lies there as (n, m)."""
-
-    name: str
-    shape: tuple[int, int]
-    k: int
-    transposed: bool
-
-    @property
-    def kind(self) -> str:
-        """The module's own name, the same in every layer: `q_proj`."""
-        return self.name.rpartition(".")[2]
+from hiplora.tuner.targets import Target, survey
 
 
 @dataclass(frozen=True)
@@ -142,20 +125,15 @@ def find_targets(checkpoint: Checkpoint, config: HipLoraConfig) -> list[Target]:
         FactorError: a principal rank exceeds a weight's smaller side.
         DataError: a file is damaged.
     """
-    try:
-        survey = _Survey(checkpoint.skeleton, {"default": config}, "default")
-    except HipLoraError:
-        raise
-    except (ValueError, re.error) as error:  # PEFT's own, for targets that match nothing or do not compile
-        raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
-    for target in survey.targets:
+    targets = survey(checkpoint.skeleton, config)
+    for target in targets:
         if target.k > min(target.shape):
             raise FactorError(
                 f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
                 "lower it or set principal_rank_pattern"
             )
         checkpoint.check(target)
-    return survey.targets
+    return targets
 
 
 def factorize(
@@ -193,32 +171,6 @@ def factorize(
             size=store.path(factors.fingerprint, target.k, tol, method).stat().st_size,
             reused=store.computed == computed,
         )
-
-
-class _Survey(HipLoraModel):
-    """The tuner itself, so that every module is chosen by the very same rules; it notes and replaces nothing."""
-
-    def __init__(self, model: nn.Module, *args: Any):
-        self.targets: list[Target] = []
-        super().__init__(model, *args)
-
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        BaseTuner.inject_adapter(self, *args, **kwargs)
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        layer = _wrap(target, current_key)
-        m, n = layer.frozen_weight().shape
-        k = _for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
-        self.targets.append(Target(current_key, (m, n), k, layer.transposed))
 
 
 def _tensor_files(path: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, retract
+from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, protected, retract
 from hiplora.tuner.buffers import FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels, folded_linear, folding_pays
@@ -151,7 +151,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if not self.configs[adapter].residual_projection or A.device.type == "meta":
             return
         self.ensure_factors(adapter)
-        for kept, value in zip((A, B), retract(*self._residual(adapter)), strict=True):
+        A_wide, B_wide, U, V = self._residual(adapter)
+        sides = self.configs[adapter].sides
+        for kept, value in zip((A, B), retract(A_wide, B_wide, *protected(U, V, sides)), strict=True):
             kept.copy_(value)
 
     def leak(self, adapter: str) -> float:
@@ -159,7 +161,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if not self.configs[adapter].residual_projection:
             return 0.0
         self.ensure_factors(adapter)
-        return leak(*self._residual(adapter))
+        A, B, U, V = self._residual(adapter)
+        return leak(A, B, *protected(U, V, self.configs[adapter].sides))
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, U, V) in one dtype, fp32 at least."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import FactorStore, SpectralFactors
+from hiplora.spectral import FactorStore, SpectralFactors, weight_fingerprint
 from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
@@ -62,6 +62,10 @@ class HipLoraModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         if not config.from_checkpoint:
             config.fingerprints, config.base_precision = {}, ""
+            if config.basis == "activation" and not config.calibrated:
+                from hiplora.tuner.calibrate import calibrate  # it asks this very class what the targets are
+
+                calibrate(model, config)
         # Silent without a terminal, and for the first two seconds.
         self._progress = tqdm(desc="factoring weights", unit=" modules", delay=2, leave=False, disable=None)
         try:
@@ -72,6 +76,7 @@ class HipLoraModel(BaseTuner):
             raise
         finally:
             self._progress.close()
+            config.calibrated = {}
 
     def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
         """Undo a half-made injection."""
@@ -105,12 +110,10 @@ class HipLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = (
-            target if isinstance(target, HipLoraLinear) else _wrap(target, current_key).train(target.training)
-        )
-        r = _for_module(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = _for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
-        k = _for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
+        layer = as_layer(target, current_key)
+        r = for_module(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
+        k = for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
         factorise = functools.partial(self._factorise, layer, peft_config, k)
         saved = peft_config.from_checkpoint and peft_config.save_factors
         layer.add_adapter(adapter_name, peft_config, r, alpha, k, factorise, deferred=saved)
@@ -128,10 +131,28 @@ class HipLoraModel(BaseTuner):
             raise ConfigError(
                 f"layer {layer.name}: its weight is not loaded (meta device); load the base model first"
             )
-        factors = FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=layer.name)
+        if config.basis == "activation":
+            factors = self._calibrated(layer, config, k)
+        else:
+            factors = FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=layer.name)
         config.fingerprints[layer.name] = factors.fingerprint
         self._progress.update()
         return factors
+
+    def _calibrated(self, layer: HipLoraLinear, config: HipLoraConfig, k: int) -> SpectralFactors:
+        """Return what the calibration found for a layer, once it is sure to be of this very weight and rank."""
+        factors = config.calibrated.get(layer.name)
+        if factors is None or factors.rank != k or factors.basis != f"activation:{config.sides}":
+            raise ConfigError(
+                f"layer {layer.name}: the calibration has no factors of rank {k} for it; the configuration was changed "
+                "after hiplora.calibrate(model, config): call it again"
+            )
+        if factors.fingerprint != weight_fingerprint(layer.frozen_weight()):
+            raise ConfigError(
+                f"layer {layer.name}: its weight is not the one that was calibrated; call "
+                "hiplora.calibrate(model, config) on this very model"
+            )
+        return factors.to(layer.frozen_weight().device)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -175,8 +196,15 @@ class HipLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _wrap(target: nn.Module, name: str) -> HipLoraLinear:
-    layer = HipLoraLinear(target, name)
+def as_layer(target: nn.Module, name: str) -> HipLoraLinear:
+    """Return a module as an adapted layer: itself if it is one, else a new layer around it.
+
+    Raises:
+        ConfigError: it is not a linear layer.
+    """
+    if isinstance(target, HipLoraLinear):
+        return target
+    layer = HipLoraLinear(target, name).train(target.training)
     if not isinstance(target, (nn.Linear, Conv1D)) and layer.quantization_backend is None:
         raise ConfigError(
             f"layer {name}: HiP-LoRA adapts linear layers, and this is a {type(target).__name__}; "
@@ -185,5 +213,6 @@ def _wrap(target: nn.Module, name: str) -> HipLoraLinear:
     return layer
 
 
-def _for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
+def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """Return a module's own value from a pattern of PEFT's kind, else the default."""
     return pattern.get(get_pattern_key(list(pattern), name), default)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import leak, weight_fingerprint
+from hiplora.spectral import leak, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear
@@ -128,7 +128,12 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
             )
     if layer.name in config.unverified:
         weight = layer.frozen_weight().float().cpu()
-        off = max((weight @ V - U * sigma).norm(dim=0).max(), (weight.T @ U - V * sigma).norm(dim=0).max())
+        if config.basis == "weight":
+            off = max(
+                (weight @ V - U * sigma).norm(dim=0).max(), (weight.T @ U - V * sigma).norm(dim=0).max()
+            )
+        else:  # only inside the two subspaces is the weight diagonal
+            off = (U.T @ weight @ V - sigma.diag()).norm(dim=0).max()
         if not off <= OTHER_PRECISION_LIMIT * sigma[0]:
             raise AdapterError(_other_weights([layer.name], config))
 
@@ -153,7 +158,7 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
             state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V")
         )
         limit = LEAK_LIMIT.get(A.dtype, LEAK_LIMIT_HALF)
-        off = leak(A.float(), B, U, V)
+        off = leak(A.float(), B, *protected(U, V, config.sides))
         if not off <= limit:
             raise AdapterError(
                 f"layer {module.removeprefix('base_model.model.')}: adapter '{adapter}' leaks {off:.2e} into the "
