@@ -89,7 +89,18 @@ EFFECTS = {
     "principal_channel": lambda t, i: (
         "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta
     ),
-    "basis": lambda t, i: _refused(basis="activations"),
+    "basis": lambda t, i: (
+        _refused(basis="activations")
+        and not torch.equal(
+            layer(t.adapted(basis="activation")).hiplora_V["default"], layer(t.adapted()).hiplora_V["default"]
+        )
+    ),
+    "basis_sides": lambda t, i: (
+        _raw_leak(t.adapted(basis_sides="output")) > 0.05 > 1e-5 > _raw_leak(t.adapted(basis_sides="input"))
+    ),
+    "calibration": lambda t, i: (
+        t.adapted(basis="activation").peft_config["default"].calibration["source"] == "self"
+    ),
     "svd_tolerance": lambda t, i: _tolerance_reaches_the_decomposition(t),
     "save_factors": lambda t, i: (
         not any("hiplora_U" in k for k in peft.get_peft_model_state_dict(t.adapted(save_factors=False)))

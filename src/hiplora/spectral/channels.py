@@ -8,17 +8,18 @@ from torch import Tensor
 
 
 def retract(
-    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m p"], V: Float[Tensor, "n q"]
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
     """Project LoRA factors onto the complement of the protected subspaces: `(Ã, B̃)` of Eq. 4.
 
-    Returns new tensors; nothing is written in place. Costs 4(m + n)kr flops and forms no dense projector.
+    A side whose basis has no column is left free (`protected`). Returns new tensors; nothing is written in place. Costs
+    4(mp + nq)r flops and forms no dense projector.
     """
     return A - (A @ V) @ V.T, B - U @ (U.T @ B)
 
 
 def leak(
-    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m p"], V: Float[Tensor, "n q"]
 ) -> float:
     """Return `max(‖UᵀB‖/‖B‖, ‖AV‖/‖A‖)`: how far the factors are from the complement, 0 (inside) to 1.
 

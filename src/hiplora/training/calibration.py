@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hiplora.errors import DataError
-from hiplora.tuner.calibrate import ROW_LENGTH
+from hiplora.tuner.calibration import ROW_LENGTH
 
 DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 

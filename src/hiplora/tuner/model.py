@@ -63,7 +63,9 @@ class HipLoraModel(BaseTuner):
         if not config.from_checkpoint:
             config.fingerprints, config.base_precision = {}, ""
             if config.basis == "activation" and not config.calibrated:
-                from hiplora.tuner.calibrate import calibrate  # it asks this very class what the targets are
+                from hiplora.tuner.calibration import (
+                    calibrate,  # it asks this very class what the targets are
+                )
 
                 calibrate(model, config)
         # Silent without a terminal, and for the first two seconds.

@@ -24,7 +24,8 @@ def sample_rows(model: nn.Module, rows: range, length: int, seed: int = 0) -> In
     begin, banned = text_config.bos_token_id, special_tokens(model)
     allowed = torch.ones(vocabulary, dtype=torch.bool)
     allowed[[token for token in banned if token < vocabulary]] = False
-    generators = [torch.Generator().manual_seed((seed << 32) + row) for row in rows]
+    # torch's generator takes 32 bits of a seed; the multiplier is odd, so seeds share no run of rows.
+    generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + row) % 2**32) for row in rows]
     choices = allowed.nonzero().flatten()
     first = torch.stack([choices[torch.randint(len(choices), (1,), generator=g)] for g in generators])
     ids = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)

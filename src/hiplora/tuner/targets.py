@@ -36,6 +36,8 @@ def survey(model: nn.Module, config: HipLoraConfig) -> list[Target]:
     Raises:
         ConfigError: no module matches, or one that does is not a linear layer.
     """
+    # PEFT would add this configuration to those of the adapters that the model has.
+    others = vars(model).pop("peft_config", None)
     try:
         _Survey(model, {"default": copy.deepcopy(config)}, "default")
     except _AllFound as found:
@@ -44,6 +46,9 @@ def survey(model: nn.Module, config: HipLoraConfig) -> list[Target]:
         raise
     except (ValueError, re.error) as error:  # PEFT's own, for targets that match nothing or do not compile
         raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
+    finally:
+        if others is not None:
+            vars(model)["peft_config"] = others
     raise AssertionError("PEFT finished an injection without activating the adapter")
 
 

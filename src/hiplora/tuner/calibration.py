@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 

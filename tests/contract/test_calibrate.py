@@ -1,0 +1,278 @@
+"""What calibration promises: the same basis however it is computed, a model left as it was, resumption."""
+
+import subprocess
+import sys
+
+import peft
+import pytest
+import torch
+
+import hiplora
+from hiplora import HipLoraConfig
+from hiplora.errors import ConfigError, FactorError
+from hiplora.tuner.moments import CalibrationStore
+from hiplora.tuner.sampling import sample_rows
+from tests.contract.conftest import logits, train
+from tests.tiny import tiny_llama
+
+Q = "model.layers.0.self_attn.q_proj"
+ATTENTION = 8  # modules of the tiny Llama that are adapted by default
+
+
+def config(**changes):
+    return HipLoraConfig(**{"basis": "activation", "r": 4, "principal_rank": 8, **changes})
+
+
+def rows(count=12, length=40, seed=0):
+    return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(model, tmp_path, **changes):
+    options = {"rows": rows(), "store": CalibrationStore(tmp_path), **changes}
+    return hiplora.calibrate(model, config(), **options)
+
+
+def assert_equal_factors(one, other, tolerance=1e-4):
+    assert one.factors.keys() == other.factors.keys()
+    for name, a in one.factors.items():
+        b = other.factors[name]
+        torch.testing.assert_close(a.V @ a.V.T, b.V @ b.V.T, rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(a.sigma, b.sigma, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_v_spans_what_the_layer_is_fed(tiny, tmp_path):
+    model, seen = tiny.make(), []
+    handle = model.get_submodule(Q).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
+    model(input_ids=rows())
+    handle.remove()
+    found = calibrated(model, tmp_path).factors[Q]
+    x = seen[0].reshape(-1, 64).double()
+    top = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)[:, :8]
+    torch.testing.assert_close(found.V.double() @ found.V.double().T, top @ top.T, rtol=0, atol=1e-5)
+
+
+def test_batch_size_changes_nothing_but_rounding(tiny, tmp_path):
+    one = calibrated(tiny.make(), tmp_path / "1", batch_size=1)
+    assert_equal_factors(one, calibrated(tiny.make(), tmp_path / "12", batch_size=12))
+    assert one.tokens == 480
+
+
+def test_rows_of_different_lengths_are_padded_and_padding_does_not_count(tiny, tmp_path):
+    ragged = [row[: 20 + index] for index, row in enumerate(rows())]
+    together = calibrated(tiny.make(), tmp_path / "a", rows=ragged, batch_size=12)
+    alone = calibrated(tiny.make(), tmp_path / "b", rows=ragged, batch_size=1)
+    assert together.tokens == alone.tokens == sum(map(len, ragged))
+    assert_equal_factors(together, alone)
+
+
+def test_groups_of_layers_change_nothing(tiny, tmp_path):
+    whole = calibrated(tiny.make(), tmp_path / "a")
+    assert_equal_factors(whole, calibrated(tiny.make(), tmp_path / "b", max_bytes=8 * 64 * 64 * 3), 1e-6)
+
+
+def test_run_model_measures_the_users_own_loop(tiny, tmp_path):
+    model = tiny.make()
+    own = hiplora.calibrate(model, config(), lambda: model(input_ids=rows()))
+    assert own.source == "run_model"
+    assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-5)
+
+
+def test_q_k_and_v_share_one_measurement(tiny, tmp_path):
+    shares = {layer.name: layer.shares_input_with for layer in calibrated(tiny.make(), tmp_path).layers}
+    assert len(shares) == ATTENTION
+    assert [shares[Q.replace("q_", f"{kind}_")] for kind in "qkvo"] == [None, Q, Q, None]
+
+
+def test_the_model_is_left_as_it_was(tiny, tmp_path):
+    model = tiny.make().train()
+    model.get_submodule(Q).requires_grad_(False)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    state = torch.random.get_rng_state()
+    hiplora.calibrate(model, config(), store=CalibrationStore(tmp_path), tokens=300)
+    assert model.training
+    assert model.get_submodule(Q).training
+    assert not hasattr(model, "peft_config")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        flag, value = before[name]
+        assert parameter.requires_grad == flag
+        assert torch.equal(parameter, value)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
+    adapted = tiny.adapted(init_weights=False)
+    train(adapted, ids)
+    before = logits(adapted, ids)
+    found = hiplora.calibrate(
+        adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path)
+    )
+    assert torch.equal(logits(adapted, ids), before)
+    assert list(adapted.peft_config) == ["default"]
+    assert adapted.peft_config["default"].basis == "weight"
+    assert_equal_factors(found, calibrated(tiny.make(), tmp_path / "bare"), 1e-6)
+
+
+def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
+    sampled = []
+    monkeypatch.setattr(
+        "hiplora.tuner.calibration.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
+    )
+    make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
+    one = make()
+    asked = len(sampled)
+    two = make()
+    assert asked >= 1
+    assert len(sampled) == asked
+    recorded = one.peft_config["default"].calibration
+    assert recorded["source"] == "self"
+    assert recorded["tokens"] >= 10_000
+    for a, b in zip(one.buffers(), two.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sampled_rows_do_not_depend_on_what_is_sampled_with_them(tiny):
+    model = tiny.make()
+    whole = sample_rows(model, range(6), 30)
+    assert torch.equal(torch.cat([sample_rows(model, range(i, i + 2), 30) for i in (0, 2, 4)]), whole)
+    assert whole.shape == (6, 30)
+    assert (whole[:, 0] == 256).all()
+    assert (whole[:, 1:] < 256).all()
+    assert not torch.equal(sample_rows(model, range(6), 30, seed=1), whole)
+
+
+def test_sampling_follows_the_models_own_distribution(tiny):
+    model = tiny.make()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    many = sample_rows(model, range(4000), 3)
+    with torch.no_grad():
+        expected = torch.zeros(256)
+        for token in many[:, 1].unique():
+            logit = model(input_ids=torch.tensor([[256, token]])).logits[0, -1, :256]
+            expected += logit.softmax(-1) * (many[:, 1] == token).sum() / len(many)
+    found = torch.bincount(many[:, 2], minlength=256)[:256] / len(many)
+    assert (found - expected).abs().sum() < 0.25
+
+
+def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+    """Sampling stops in its second part; what the first one wrote is not sampled again."""
+    asked = []
+
+    def sample(model, part, *rest):
+        asked.append(part.start)
+        if stop and part.start:
+            raise KeyboardInterrupt
+        return sample_rows(model, part, *rest)
+
+    monkeypatch.setattr("hiplora.tuner.calibration.sample_rows", sample)
+    stop = True
+    options = {"tokens": 256 * 25}
+    with pytest.raises(KeyboardInterrupt):
+        hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
+    stop = False
+    resumed = hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
+    assert asked == [0, 20, 20]
+    assert_equal_factors(
+        resumed,
+        hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options),
+        1e-6,
+    )
+
+
+def test_groups_that_were_measured_before_an_interruption_are_read(tiny, tmp_path, monkeypatch):
+    from hiplora.tuner.moments import MomentCollector
+
+    measured, real = [], MomentCollector.bases
+
+    def bases(self):
+        measured.append(len(self._modules))
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(MomentCollector, "bases", bases)
+    small = {"max_bytes": 8 * 64 * 64 * 4}  # two groups of four layers
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(tiny.make(), tmp_path, **small)
+    calibrated(tiny.make(), tmp_path, **small)
+    assert measured == [4, 4, 4]
+
+
+def test_a_damaged_file_is_said_and_measured_again(tiny, tmp_path):
+    whole = calibrated(tiny.make(), tmp_path)
+    (file,) = tmp_path.rglob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    with pytest.warns(UserWarning, match="is damaged .*measuring again"):
+        again = calibrated(tiny.make(), tmp_path)
+    assert_equal_factors(whole, again, 1e-6)
+    assert file.read_bytes() != bytes(raw)
+
+
+def test_too_few_tokens_warn_how_many_are_needed(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="calibrated on 80 tokens, few for inputs 64 wide.*at least 128"):
+        calibrated(tiny.make(), tmp_path, rows=rows(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({"basis": "weight"}, {}, "basis is 'weight', which needs no calibration"),
+        ({}, {"rows": []}, "rows is empty"),
+        ({}, {"rows": [[]]}, r"rows\[0\]"),
+        ({}, {"rows": rows(), "run_model": print}, "both run_model and rows"),
+        ({}, {"tokens": 1}, "tokens is 1"),
+        ({}, {"rows": rows(), "batch_size": 0}, "batch_size is 0"),
+        ({"target_modules": ["nothing"]}, {"rows": rows()}, "nothing"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tiny, changes, options, why):
+    with pytest.raises(ConfigError, match=why):
+        hiplora.calibrate(tiny.make(), config(**changes), **options)
+
+
+def test_a_run_model_that_runs_nothing_is_refused(tiny):
+    with pytest.raises(FactorError, match="no token reached it"):
+        hiplora.calibrate(tiny.make(), config(), run_model=lambda: None)
+
+
+def test_a_config_changed_after_calibration_is_refused(tiny, tmp_path):
+    model, changed = tiny.make(), config()
+    hiplora.calibrate(model, changed, rows=rows(), store=CalibrationStore(tmp_path))
+    changed.principal_rank = 5
+    with pytest.raises(ConfigError, match="changed after hiplora"):
+        peft.get_peft_model(model, changed)
+
+
+def test_factors_of_another_model_are_refused(tiny, tmp_path):
+    made_for = config()
+    hiplora.calibrate(tiny_llama(seed=5), made_for, rows=rows(), store=CalibrationStore(tmp_path))
+    with pytest.raises(ConfigError, match="not the one that was calibrated"):
+        peft.get_peft_model(tiny.make(), made_for)
+
+
+@pytest.mark.real_model
+def test_the_command_shows_what_it_found_and_its_example_runs(smollm2, tmp_path, monkeypatch):
+    text = tmp_path / "notes.txt"
+    text.write_text("The harbour master writes down every ship that comes in. " * 60)
+    command = [sys.executable, "-W", "ignore", "-m", "hiplora", "calibrate", "smollm2-135m", "--rank", "32"]
+    small = ["--text", str(text), "--tokens", "600"]
+    done = subprocess.run([*command, *small, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    import json
+
+    record = json.loads(done.stdout)
+    assert record["tokens"] == 600
+    assert record["source"] == "file notes.txt"
+    assert len(record["layers"]) == 120
+    assert record["seconds"] > 0
+    assert record["peak_memory_bytes"] > 0
+    assert record["factor_bytes"] > 1e6
+    shown = subprocess.run([*command, *small], capture_output=True, text=True)
+    assert "effective rank" in shown.stdout
+    assert "q_proj" in shown.stdout
+    wrong = subprocess.run([*command, "--text", str(tmp_path / "none.txt")], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "none.txt: cannot be read" in wrong.stderr

@@ -1,0 +1,149 @@
+"""The activation basis against its definition, dense and in float64."""
+
+import math
+
+import pytest
+import torch
+
+from hiplora.errors import FactorError
+from hiplora.spectral import InputBasis, SecondMoment, activation_factors, leak, protected, retract
+from tests import reference
+
+
+def inputs_of(tokens=500, n=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.arange(1, n + 1, dtype=torch.float32) ** -1.0
+    mixing = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q
+    return torch.randn(tokens, n, generator=generator) * scales @ mixing + 0.1
+
+
+def basis_of(inputs):
+    moment = SecondMoment(inputs.shape[1])
+    moment.add(inputs)
+    return moment.eigen()
+
+
+def weight_of(m=16, n=24, seed=1):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def same_subspace(one, other):
+    cosines = torch.linalg.svdvals(one.double().T @ other.double())
+    return cosines.min().item() > 1 - 1e-6
+
+
+def test_the_moment_is_the_mean_outer_product_however_the_tokens_are_split():
+    x = inputs_of()
+    whole, pieces = SecondMoment(24), SecondMoment(24)
+    whole.add(x)
+    for piece in x.split(7):
+        pieces.add(piece)
+    assert whole.tokens == pieces.tokens == 500
+    torch.testing.assert_close(pieces.total, whole.total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole.total, x.double().T @ x.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_eigenvalues_energy_and_ranks_by_hand():
+    moment = SecondMoment(3)
+    moment.add(torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))  # C = diag(2, 1/2, 0)
+    basis = moment.eigen()
+    torch.testing.assert_close(basis.values, torch.tensor([2.0, 0.5, 0.0], dtype=torch.float64))
+    assert basis.energy(1) == pytest.approx(0.8)
+    assert basis.energy(3) == pytest.approx(1.0)
+    assert basis.effective_rank == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)))
+    assert [basis.rank_for(energy) for energy in (0.5, 0.8, 0.9, 1.0)] == [1, 1, 2, 2]
+
+
+def test_inputs_that_are_all_zero_have_no_energy():
+    basis = basis_of(torch.zeros(4, 3))
+    assert (basis.energy(2), basis.effective_rank, basis.rank_for(0.9)) == (0.0, 0.0, 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inputs_that_are_not_finite_name_the_layer(bad):
+    moment = SecondMoment(3)
+    moment.add(torch.tensor([[1.0, bad, 0.0]]))
+    with pytest.raises(FactorError, match=r"layer mlp\.up: its inputs have NaN or Inf"):
+        moment.eigen("mlp.up")
+
+
+def test_a_layer_that_saw_nothing_is_named():
+    with pytest.raises(FactorError, match="layer mlp: no token reached it"):
+        SecondMoment(3).eigen("mlp")
+
+
+@pytest.mark.parametrize("sides", ["input", "both", "output"])
+@pytest.mark.parametrize("shape", [(16, 24), (40, 24)])
+def test_factors_follow_their_definition(sides, shape):
+    x, weight, k = inputs_of(), weight_of(*shape), 5
+    factors = activation_factors(weight, basis_of(x), k, sides)
+    moment = x.double().T @ x.double() / len(x)
+    W = weight.double()
+    values, vectors = torch.linalg.eigh(moment)
+    assert same_subspace(factors.V, vectors.flip(1)[:, :k])
+    if sides == "input":
+        images = torch.linalg.qr(W @ vectors.flip(1)[:, :k]).Q
+    else:
+        root = vectors @ values.clamp_min(0).sqrt().diag() @ vectors.T
+        images = torch.linalg.svd(W @ root).U[:, :k]
+    assert same_subspace(factors.U, images)
+    core = factors.U.double().T @ W @ factors.V.double()
+    torch.testing.assert_close(core, factors.sigma.double().diag(), rtol=1e-5, atol=1e-5)
+    assert (factors.sigma >= 0).all()
+    assert (factors.sigma.diff() <= 1e-6).all()
+    assert factors.orthogonality < 1e-6
+    assert factors.residual == pytest.approx(reference.residual(weight, factors), rel=1e-4)
+    assert factors.basis == f"activation:{sides}"
+
+
+def test_on_the_input_side_each_direction_has_its_image():
+    weight = weight_of()
+    factors = activation_factors(weight, basis_of(inputs_of()), 5, "input")
+    torch.testing.assert_close(weight @ factors.V, factors.U * factors.sigma, rtol=1e-5, atol=1e-5)
+
+
+def test_an_update_off_the_input_side_hardly_changes_what_the_layer_gives():
+    x, weight = inputs_of(), weight_of()
+    factors = activation_factors(weight, basis_of(x), 12)
+    A, B = torch.randn(3, 24), torch.randn(16, 3)
+    kept, _ = retract(A, B, *protected(factors.U, factors.V, "input"))
+    assert (x @ kept.T).square().sum() < 0.05 * (x @ A.T).square().sum()
+
+
+@pytest.mark.parametrize(("sides", "free"), [("input", "B"), ("output", "A"), ("both", "")])
+def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
+    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both")
+    A, B = torch.randn(3, 24), torch.randn(16, 3)
+    bases = protected(factors.U, factors.V, sides)
+    kept_A, kept_B = retract(A, B, *bases)
+    assert torch.equal(kept_A, A) == (free == "A")
+    assert torch.equal(kept_B, B) == (free == "B")
+    assert leak(A, B, *bases) > 0.1
+    assert leak(kept_A, kept_B, *bases) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weight", "k", "why"),
+    [
+        (weight_of(), 17, r"exceeds min\(out, in\) = 16"),
+        (weight_of(), 0, "below 1"),
+        (weight_of(16, 23), 4, "takes 23 inputs, the calibration has 24"),
+        (weight_of() * math.nan, 4, "NaN or Inf"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_the_layer(weight, k, why):
+    with pytest.raises(FactorError, match=f"layer here: .*{why}"):
+        activation_factors(weight, basis_of(inputs_of()), k, name="here")
+
+
+def test_only_so_many_directions_as_were_kept():
+    kept = basis_of(inputs_of())
+    fewer = InputBasis(kept.values, kept.vectors[:, :3].contiguous(), kept.tokens)
+    with pytest.raises(FactorError, match="exceeds the 3 eigenvectors"):
+        activation_factors(weight_of(), fewer, 4)
+
+
+def test_a_weight_that_is_all_zero_still_gets_a_basis():
+    factors = activation_factors(torch.zeros(16, 24), basis_of(inputs_of()), 4)
+    assert factors.orthogonality < 1e-6
+    assert not factors.sigma.any()
