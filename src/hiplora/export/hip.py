@@ -10,7 +10,7 @@ from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate, Channels
 from hiplora.export.base_weights import BaseWeights, in_precision
 from hiplora.export.stock import FROZEN_COPY, check_extras, check_rank, pattern_value
-from hiplora.spectral import FactorStore, SpectralFactors, protected, retract
+from hiplora.spectral import FactorStore, SpectralFactors, chosen_sides, protected, retract
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
 
 _PART = re.compile(r"^(?P<module>.+)\.hiplora_(?P<part>A|B|delta|U|sigma|V)$")
@@ -123,7 +123,10 @@ def _channels(
     _check_shapes(module, parts, k, source)
     r = parts["A"].shape[0]
     check_rank(module, r, config, source)
-    projected, sides = config.get("residual_projection", True), config.get("basis_sides") or "both"
+    projected, sides = (
+        config.get("residual_projection", True),
+        chosen_sides(config.get("basis", "weight"), config.get("basis_sides")),
+    )
     if (
         factors_of is not None and projected
     ):  # the layer does so too: recomputed factors may differ by rounding

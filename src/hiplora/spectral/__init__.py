@@ -1,7 +1,7 @@
 """The mathematics of one weight matrix: certified factors, channels, budget, allocation, store."""
 
 from hiplora.spectral.allocation import Allocation, allocate
-from hiplora.spectral.basis import SIDES, activation_factors, protected
+from hiplora.spectral.basis import SIDES, activation_factors, chosen_sides, protected
 from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
 from hiplora.spectral.channels import (
     fused_factors,
@@ -26,6 +26,7 @@ __all__ = [
     "activation_factors",
     "allocate",
     "budget_weights",
+    "chosen_sides",
     "fused_factors",
     "leak",
     "penalty",

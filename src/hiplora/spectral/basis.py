@@ -15,6 +15,11 @@ from hiplora.spectral.precision import full_precision, widest
 SIDES = ("both", "input", "output")
 
 
+def chosen_sides(basis: str, given: str | None) -> str:
+    """Return the sides to protect: those given, else the paper's "both", or "input" for the activation basis."""
+    return given or ("input" if basis == "activation" else "both")
+
+
 def protected(
     U: Float[Tensor, "m k"], V: Float[Tensor, "n k"], sides: str
 ) -> tuple[Float[Tensor, "m p"], Float[Tensor, "n q"]]:

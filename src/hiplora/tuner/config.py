@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import SIDES, SpectralFactors
+from hiplora.spectral import SIDES, SpectralFactors, chosen_sides
 
 PEFT_TYPE = "HIPLORA"
 STABILITY_MODES = ("gradient", "proximal", "none")
@@ -94,9 +94,6 @@ class HipLoraConfig(PeftConfig):
             set()
         )  # modules whose saved factors must vouch for a base in another precision
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
-        if self.basis_sides is None:
-            self.basis_sides = "input" if self.basis == "activation" else "both"
-        self.sides: str = self.basis_sides
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -105,6 +102,11 @@ class HipLoraConfig(PeftConfig):
         _check_numbers(self)
         _check_choices(self)
         _check_layers(self)
+
+    @property
+    def sides(self) -> str:
+        """Return which sides the residual channel keeps out of."""
+        return chosen_sides(self.basis, self.basis_sides)
 
 
 def _check_ranks(config: HipLoraConfig) -> None:
@@ -138,7 +140,7 @@ def _check_choices(config: HipLoraConfig) -> None:
     choices = {
         "stability_mode": STABILITY_MODES,
         "basis": BASES,
-        "basis_sides": SIDES,
+        "basis_sides": (None, *SIDES),
         "init_weights": INITIALISATIONS,
     }
     for name, allowed in choices.items():

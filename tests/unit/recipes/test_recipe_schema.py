@@ -49,7 +49,7 @@ def test_the_lost_learning_rate_is_said_to_be_a_reading():
 def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     own = {field.name: getattr(HipLoraConfig(), field.name) for field in dataclasses.fields(HipLoraConfig)}
-    written_by_the_tuner = {"fingerprints", "base_precision"}
+    written_by_the_tuner = {"fingerprints", "base_precision", "calibration"}
     said_by_the_methods_name = {"principal_channel"}
     left = own.keys() - common - written_by_the_tuner - said_by_the_methods_name
     expected = {name: own[name] for name in left}
@@ -76,6 +76,7 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
         "principal_rank_pattern": {"up_proj": 4},
         "basis": "weight",
         "svd_tolerance": 1e-3,
+        "basis_sides": "input",
         "save_factors": False,
         "stability_weight": 0.5,
         "stability_gamma": 0.0,
