@@ -19,14 +19,14 @@ from typing import Any
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# Ranks are chosen for equal numbers of trainable parameters (1.8 million): 16 on attention, 7 on the MLPs, 6 on all.
+# Rank 9 on the MLPs trains 1.71 million parameters, the most that is not above the 1.84 of rank 16 on attention.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora-attention": {"method": "lora", "r": 16, "target_modules": ATTENTION},
-    "lora-mlp": {"method": "lora", "r": 7, "target_modules": MLP},
+    "lora-mlp": {"method": "lora", "r": 9, "target_modules": MLP},
     "weight-attention": {"basis": "weight", "r": 16, "target_modules": ATTENTION},
-    "weight-mlp": {"basis": "weight", "r": 7, "target_modules": MLP},
+    "weight-mlp": {"basis": "weight", "r": 9, "target_modules": MLP},
     "activation-attention": {"basis": "activation", "r": 16, "target_modules": ATTENTION},
-    "activation-mlp": {"basis": "activation", "r": 7, "target_modules": MLP},
+    "activation-mlp": {"basis": "activation", "r": 9, "target_modules": MLP},
     "activation-attention-both": {
         "basis": "activation",
         "basis_sides": "both",
@@ -42,10 +42,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "activation-mlp-proj": {
         "basis": "activation",
         "principal_channel": False,
-        "r": 7,
+        "r": 9,
         "target_modules": MLP,
     },
-    "activation-mlp-k128": {"basis": "activation", "principal_rank": 128, "r": 7, "target_modules": MLP},
+    "activation-mlp-k128": {"basis": "activation", "principal_rank": 128, "r": 9, "target_modules": MLP},
 }
 STEPS = (10, 20, 30)
 BATCH, TRAIN_ROWS, HELDOUT_ROWS, DRIFT_TOKENS = 4, 400, 24, 1024
@@ -55,7 +55,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines, gzipped or not."""
     raw = path.read_bytes()
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def job_rows(job: str, data: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

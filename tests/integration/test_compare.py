@@ -126,26 +126,27 @@ def test_the_allocation_is_the_one_of_the_dense_update(done):
             )
 
 
-def test_hip_lora_keeps_its_residual_out_of_the_protected_directions_and_lora_does_not(done):
+def test_only_the_weight_basis_keeps_the_residual_out_of_the_weights_own_directions(done):
     for method, record in done[0]["methods"].items():
         for row in record["allocation"]:
             crossing = row["left"] + row["right"] - 2 * row["both"]
             assert crossing < 1e-6 if method == "HiP-LoRA" else crossing > 1e-3
 
 
-def test_both_methods_have_the_same_budget_and_the_mismatch_is_said(done, job):
+def test_all_methods_have_the_same_budget_and_the_mismatch_is_said(done, job):
     results, _ = done
-    lora, hip = (results["methods"][method] for method in METHODS)
-    assert lora["tokens"] == hip["tokens"]
-    assert (
-        [point["step"] for point in lora["curve"]]
-        == [point["step"] for point in hip["curve"]]
-        == [*range(1, 7)]
-    )
-    assert (
-        lora["curve"][0]["loss"] == hip["curve"][0]["loss"]
-    )  # the same first rows, and both start at the base
-    assert (lora["trainable_parameters"], hip["trainable_parameters"]) == (3584, 3584 + 8 * 8)
+    lora, *others = (results["methods"][method] for method in METHODS)
+    assert len(others) == 2
+    for hip in others:
+        assert lora["tokens"] == hip["tokens"]
+        assert (
+            [point["step"] for point in lora["curve"]]
+            == [point["step"] for point in hip["curve"]]
+            == [*range(1, 7)]
+        )
+        # The same first rows, and all start at the base.
+        assert lora["curve"][0]["loss"] == hip["curve"][0]["loss"]
+        assert (lora["trainable_parameters"], hip["trainable_parameters"]) == (3584, 3584 + 8 * 8)
     assert any("+1.79 %" in note for note in results["notes"])
     assert all(results["settings"][method]["steps"] == job.steps for method in METHODS)
 
@@ -272,7 +273,7 @@ def test_the_example_of_the_help_runs_each_training_in_a_process_of_its_own(tmp_
     write_jsonl(tmp_path / "my-data.jsonl", ROWS)
     capsys.readouterr()
     code, out, err = run(capsys, *example[1:], "--json")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, ""), err
     results = json.loads(out)
     assert results == json.loads((tmp_path / "runs" / "compare" / "results.json").read_text())
     assert len(results["methods"]["LoRA"]["curve"]) == 100

@@ -107,28 +107,28 @@ def test_the_merged_drift_is_that_of_the_summed_updates(done):
 
 def test_the_merged_adapter_and_the_exports_are_plain_lora_and_exact(done):
     results, out = done
-    for method, rank in (("LoRA", 8), ("HiP-LoRA", 16)):
+    for method, rank in (("LoRA", 8), ("HiP-LoRA", 16), ("HiP-LoRA (activation)", 16)):
         export = results["edits"]["methods"][method]["export"]
         assert export["rank"] == rank
         assert export["max_module_difference"] < 1e-6
         PeftModel.from_pretrained(tiny_llama(), str(out / export["path"]))
         assert json.loads((out / export["path"] / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    assert results["edits"]["methods"]["HiP-LoRA"]["export"]["max_logit_difference"] < 1e-5
-    for name in SETS:
-        exported = read_update(out / "export" / f"hip-lora-{name}")
+        assert export["max_logit_difference"] < 1e-5
+    for adapter in (f"{method}-{name}" for method in ("hip-lora", "hip-lora-activation") for name in SETS):
+        exported = read_update(out / "export" / adapter)
         assert exported.kind == "lora"
-        own = read_update(out / "adapters" / f"hip-lora-{name}")
+        own = read_update(out / "adapters" / adapter)
         for module, (A, B) in own.factors.items():
             torch.testing.assert_close(exported.factors[module][1] @ exported.factors[module][0], B @ A)
 
 
-def test_both_methods_start_at_the_same_loss_and_report_every_step(done):
+def test_all_methods_start_at_the_same_loss_and_report_every_step(done):
     for record in done[0]["methods"].values():
         assert len(record["curve"]) == 25
         assert record["heldout_loss_after"] < record["heldout_loss_before"]
         assert "peak_memory_bytes" not in record  # it would be that of both methods in one process
-    first, second = (done[0]["methods"][method]["curve"][0]["loss"] for method in METHODS)
-    assert first == pytest.approx(second, rel=1e-6)
+    first, *others = (done[0]["methods"][method]["curve"][0]["loss"] for method in METHODS)
+    assert all(other == pytest.approx(first, rel=1e-6) for other in others)
 
 
 def test_the_seconds_of_every_stage_are_reported(done):
@@ -138,6 +138,7 @@ def test_the_seconds_of_every_stage_are_reported(done):
         *(f"{slug(m)}-{stage}-{name}" for m in METHODS for stage in ("train", "measure") for name in SETS),
         *(f"{slug(m)}-merge" for m in METHODS),
         "hip-lora-export",
+        "hip-lora-activation-export",
     }
     assert all(value >= 0 for value in seconds.values())
 

@@ -18,6 +18,7 @@ from tests.tiny import tiny_llama, write_jsonl
 METHODS = {
     "hiplora": {"name": "hiplora", "principal_rank": 8},
     "proj_lora": {"name": "proj_lora", "principal_rank": 8},
+    "activation": {"name": "hiplora", "principal_rank": 8, "basis": "activation"},
     "lora": {"name": "lora"},
     "pissa": {"name": "pissa"},
 }
@@ -101,7 +102,7 @@ def test_a_method_trains_and_its_folder_is_complete(make, tmp_path, rows, method
     assert result.metrics[-1]["loss"] < result.metrics[1]["loss"]
     stored = json.loads((out / "provenance.json").read_text())
     assert stored["data"]["train"]["sha256"] == file_sha256(rows)
-    assert (stored["seed"], stored["recipe"]["method"]["name"]) == (42, method)
+    assert (stored["seed"], stored["recipe"]["method"]["name"]) == (42, METHODS[method]["name"])
     assert {"commit", "libraries", "machine", "recipe_sha256"} <= stored.keys()
     assert TrainResult.read(out) == result
     assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-8"]

@@ -14,10 +14,10 @@ def command(
     ),
     out: Path = typer.Option(..., "--out", help="Output folder: new, or of an interrupted run of the same."),
     steps: int = typer.Option(200, "--steps", help="Optimizer steps of each method."),
-    lr: float = typer.Option(2e-4, "--lr", help="Learning rate of both methods."),
+    lr: float = typer.Option(2e-4, "--lr", help="Learning rate of all methods."),
     batch_size: int = typer.Option(8, "--batch-size", help="Rows per step."),
     max_length: int = typer.Option(512, "--max-length", help="Tokens per row; longer responses are cut."),
-    rank: int = typer.Option(16, "--rank", help="Rank r of both methods."),
+    rank: int = typer.Option(16, "--rank", help="Rank r of all methods."),
     principal_rank: int = typer.Option(32, "--principal-rank", help="Protected directions k (HiP-LoRA)."),
     drift_text: Path | None = typer.Option(
         None,
@@ -27,16 +27,18 @@ def command(
     heldout_fraction: float = typer.Option(
         0.1, "--heldout-fraction", help="Share of the rows kept back for the in-domain loss, 256 at most."
     ),
-    seed: int = typer.Option(42, "--seed", help="Seed of both trainings."),
+    seed: int = typer.Option(42, "--seed", help="Seed of all trainings."),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Train LoRA and HiP-LoRA on your data with the same budget, and show what each learned and what it disturbed.
 
+    HiP-LoRA runs with the paper's basis, the weights' singular directions, and with what the layers are fed.
+
     Same rows in the same order, same steps, learning rate and modules (q, k, v, o); the same rank, which matches the
     trainable parameters to within a per cent or so. Measured: loss on held-out rows before and after, drift from the
     base model on other text, parameters, seconds, peak memory, and where each update lies on the weights' spectrum.
-    The folder gets results.json, report.html with figures, and both adapters.
+    The folder gets results.json, report.html with figures, and all adapters.
 
     Interrupted, it carries on when the same command is run again: finished stages are kept, training goes on from its
     last checkpoint. A folder with a finished run, or with one of other settings, needs --overwrite, which starts anew.

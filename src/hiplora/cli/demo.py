@@ -14,9 +14,10 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Edit 32 facts in SmolLM2-135M with LoRA and with HiP-LoRA, and show what each disturbed; five minutes at most.
+    """Edit 32 facts in SmolLM2-135M with LoRA and HiP-LoRA, and show what each disturbed; five minutes at most.
 
-    Two sets of 16 edits are trained apart with each method; then each method's two adapters are added together.
+    HiP-LoRA runs with the paper's basis, the weights' singular directions, and with what the layers are fed. Two sets
+    of 16 edits are trained apart with each method; then each method's two adapters are added together.
     Measured: which edits work alone and after the addition, drift from the base model on prose and on code, cost, and
     that the export to plain LoRA is exact. The folder gets results.json, report.html with figures, all adapters, and
     their exports. Interrupted, it carries on when it is run again.

@@ -41,6 +41,10 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     model = value.get("model")
     problems += [f"{document.place(('model',))}: {text}" for text in model_problems(model)]
     problems += _data_problems(recipe.data if recipe else _data_alone(value), document)
+    text = getattr(recipe.method, "calibration_text", None) if recipe else None
+    if text is not None and not Path(text).is_file():
+        where = document.place(("method", "calibration_text"))
+        problems.append(f"{where}: method.calibration_text: no such file: {text}; correct the path")
     if problems or recipe is None:
         problems.sort(key=_line)
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
@@ -78,6 +82,9 @@ def _resolve_paths(value: dict[str, Any], document: Document) -> None:
             block[loc[-1]] = _absolute(block[loc[-1]], loc, document)
     if data:
         value["data"] = data
+    method, loc = value.get("method"), ("method", "calibration_text")
+    if isinstance(method, dict) and isinstance(method.get(loc[-1]), str) and method[loc[-1]]:
+        value["method"] = {**method, loc[-1]: _absolute(method[loc[-1]], loc, document)}
     model = value.get("model")
     if isinstance(model, str) and model:
         where = _absolute(model, ("model",), document)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -81,6 +81,15 @@ class Spectral(LowRank):
         description="Which sides the low-rank part is kept out of; if empty, both for the weight basis and the input "
         "side for the activation basis.",
     )
+    calibration_text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file or training data that shows the activation basis what the layers are fed, instead of "
+        "text sampled from the model. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    calibration_tokens: int = Field(
+        default=10_000, ge=2, description="Tokens to sample, or to read of `calibration_text`."
+    )
     svd_tolerance: float = Field(
         default=1e-4,
         gt=0,
@@ -91,6 +100,16 @@ class Spectral(LowRank):
         default=True,
         description="Save U, σ and V with the adapter; false computes them again when it is loaded.",
     )
+
+    @model_validator(mode="after")
+    def _text_has_a_use(self) -> "Spectral":
+        if self.calibration_text is not None and self.basis != "activation":
+            raise ValueError(
+                f"`calibration_text` has no use with basis {self.basis}; remove it, or use activation"
+            )
+        if self.basis == "activation" and not self.save_factors:
+            raise ValueError("`save_factors: false` needs basis weight; remove it")
+        return self
 
 
 class ProjLoraMethod(Spectral):

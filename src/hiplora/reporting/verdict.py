@@ -15,6 +15,7 @@ from hiplora.reporting.palette import is_hiplora, plain
 from hiplora.reporting.plots.energy import share
 from hiplora.reporting.results import Drift, EditRun, Inspection, Method, Results
 
+OURS = ("hiploraactivation", "hiplora")
 LOSS_TOLERANCE, DRIFT_TOLERANCE, EDIT_TOLERANCE = 0.05, 0.10, 2
 
 
@@ -50,11 +51,14 @@ def inspection_verdict(inspection: Inspection) -> Verdict:
 
 
 def contenders(names: Iterable[str]) -> tuple[str, str] | None:
-    """Return the pair to compare, (HiP-LoRA, baseline): plain LoRA where it is there, else the first other."""
+    """Return the pair to compare, (HiP-LoRA, baseline): plain LoRA where it is there, else the first other.
+
+    Of several variants of HiP-LoRA the one with the activation basis, else the paper's.
+    """
     ordered = list(names)
     if len(ordered) < 2:
         return None
-    ours = next((name for name in ordered if plain(name) == "hiplora"), None)
+    ours = next((n for known in OURS for n in ordered if plain(n) == known), None)
     ours = ours or next((name for name in ordered if is_hiplora(name)), ordered[-1])
     others = [name for name in ordered if name != ours]
     return ours, next((name for name in others if plain(name) == "lora"), others[0])
@@ -230,6 +234,12 @@ def _edits_verdict(results: Results) -> Verdict | None:
         sentences.append(
             f"The merged {ours.name} model {clause} on other text ({_kl_pair(ours, base)} nats per token)."
         )
+    kls = mean_kl({run.name: run.drift for run in results.edits})
+    sentences += [
+        f"{run.name}: {percent(run.overall)} work after the merge, KL divergence {significant(kls[run.name])}."
+        for run in results.edits
+        if run.name not in pair and run.overall is not None
+    ]
     return Verdict(_survival_headline(ours, base, total, ratio), tuple(sentences))
 
 

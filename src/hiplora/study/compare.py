@@ -1,4 +1,4 @@
-"""`hiplora compare`: LoRA and HiP-LoRA on one's own data with one budget, measured side by side."""
+"""`hiplora compare`: LoRA and HiP-LoRA in two bases on one's own data with one budget, side by side."""
 
 import math
 import os
@@ -22,7 +22,7 @@ DRIFT_TOKENS = 2048  # of each text
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What to compare, on what, and how long. Both methods get the same steps, rate, rows in the same order."""
+    """What to compare, on what, and how long. All methods get the same steps, rate, rows in the same order."""
 
     model: str
     data: str
@@ -51,7 +51,7 @@ class CompareSettings:
 
     @property
     def ranks(self) -> Ranks:
-        """Ranks of both methods."""
+        """Ranks of all methods."""
         return Ranks(self.rank, self.principal_rank, alpha=2 * self.rank)
 
     def recipe(self, method: str, data: Path, shape: str) -> TrainRecipe:
@@ -77,7 +77,7 @@ class CompareSettings:
 def compare(
     settings: CompareSettings, out: str | os.PathLike, *, overwrite: bool = False, isolated: bool = True
 ) -> dict[str, Any]:
-    """Train both methods, measure them, write the study's folder and return its results.
+    """Train all methods, measure them, write the study's folder and return its results.
 
     An unfinished study of the same settings in `out` is carried on. `isolated` trains each method in a process
     of its own, without which peak memory is not reported.
@@ -188,10 +188,14 @@ def _collect(
         "settings": _settings(settings),
         "provenance": origin,
         "methods": methods,
-        "notes": [mismatch(parameters), *notes, _ONE_RUN],
+        "notes": [mismatch(parameters), _CALIBRATED, *notes, _ONE_RUN],
     }
 
 
+_CALIBRATED = (
+    "HiP-LoRA (activation) protects the directions that its layers are fed, measured on text sampled from the model; "
+    "its training time does not count that."
+)
 _ONE_RUN = "One run of each method with one seed: small differences may be chance."
 
 

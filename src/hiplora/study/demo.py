@@ -15,9 +15,9 @@ from hiplora.recipes import model_problems
 from hiplora.study.demo_results import collect
 from hiplora.study.folder import check_claim, claimed, finish, model_identity
 from hiplora.study.isolated import run_here, run_isolated
-from hiplora.study.methods import HIPLORA, METHODS, Ranks, slug
+from hiplora.study.methods import LORA, METHODS, Ranks, slug
 
-BASE = "base"  # the stage that measures the base model, once for both methods
+BASE = "base"  # the stage that measures the base model, once for all methods
 SETS = 2
 
 
@@ -25,8 +25,8 @@ SETS = 2
 class DemoSettings:
     """What the demonstration edits, and how; the defaults are the built-in job.
 
-    Steps and learning rate are where both methods reach at least 14 of 16 edits of each set, measured on
-    SmolLM2-135M; both methods get the same. `threads` is torch's number of threads, None for its own choice.
+    Steps and learning rate are where LoRA and HiP-LoRA reach at least 14 of 16 edits of each set, measured on
+    SmolLM2-135M; all methods get the same. `threads` is torch's number of threads, None for its own choice.
     """
 
     model: str = "smollm2-135m"
@@ -86,9 +86,9 @@ def demo(
 
 
 def stages(method: str, sets: Sequence[EditSet]) -> list[str]:
-    """Return the names of a method's stages, in order; the base model's is shared, the export is HiP-LoRA's."""
+    """Return the names of a method's stages, in order; the base model's is shared, LoRA needs no export."""
     names = [stage_name(method, stage, part) for stage in ("train", "measure") for part in sets]
-    last = ["merge", "export"] if method == HIPLORA else ["merge"]
+    last = ["merge"] if method == LORA else ["merge", "export"]
     # Training first: its peak memory must not be that of what was measured before it.
     return [*names[: len(sets)], BASE, *names[len(sets) :], *(stage_name(method, stage) for stage in last)]
 

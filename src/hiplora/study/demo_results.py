@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hiplora.editing.edits import EditSet
 from hiplora.provenance import json_sha256, provenance
 from hiplora.study.folder import StudyFolder
-from hiplora.study.methods import HIPLORA, METHODS, mismatch
+from hiplora.study.methods import LORA, METHODS, mismatch
 
 if TYPE_CHECKING:
     from hiplora.study.demo import DemoSettings
@@ -58,6 +58,8 @@ def collect(
 _NOTES = (
     "An edit succeeds if log p(new answer) > log p(old answer), summed over the answer's tokens.",
     "Held-out loss is of the new answers to paraphrased prompts, which were not trained on.",
+    "HiP-LoRA (activation) protects the directions that its layers are fed, measured on text sampled from the model; "
+    "its training time does not count that.",
     "Learning curve and drift of a method are means over its two adapters; the allocation is of their sum.",
     "One run of each method with one seed: small differences may be chance.",
 )
@@ -73,7 +75,7 @@ class _Stages:
         self.train = {part.name: _read(folder, stage_name(method, "train", part)) for part in sets}
         self.alone = {part.name: _read(folder, stage_name(method, "measure", part)) for part in sets}
         self.merged = _read(folder, stage_name(method, "merge"))
-        self.export = _read(folder, stage_name(method, "export")) if method == HIPLORA else {}
+        self.export = _read(folder, stage_name(method, "export")) if method != LORA else {}
 
 
 def _method(stages: _Stages, base: Record, isolated: bool) -> Record:

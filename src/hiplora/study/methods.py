@@ -1,12 +1,13 @@
-"""The two methods that are compared, with settings that give both the same chance."""
+"""The methods that are compared, with settings that give all the same chance."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from hiplora.errors import ConfigError
 
-LORA, HIPLORA = "LoRA", "HiP-LoRA"
-METHODS = (LORA, HIPLORA)
+LORA, HIPLORA, ACTIVATION = "LoRA", "HiP-LoRA", "HiP-LoRA (activation)"
+METHODS = (LORA, HIPLORA, ACTIVATION)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -15,7 +16,7 @@ class Ranks:
     """Ranks of a comparison.
 
     HiP-LoRA trains r(m + n) + k scalars for an (m, n) weight, LoRA r(m + n). Since k ≤ min(m, n) ≤ (m + n)/2, no
-    other LoRA rank comes closer than the same r.
+    other LoRA rank comes closer than the same r. The basis changes nothing about that.
     """
 
     r: int = 16
@@ -39,18 +40,19 @@ class Ranks:
         }
         if method == LORA:
             return {"name": "lora", **shared}
-        return {"name": "hiplora", **shared, "principal_rank": self.principal}
+        basis = "activation" if method == ACTIVATION else "weight"
+        return {"name": "hiplora", **shared, "principal_rank": self.principal, "basis": basis}
 
 
 def slug(name: str) -> str:
     """Return a name as part of a file name."""
-    return name.lower().replace(" ", "-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def mismatch(parameters: dict[str, int]) -> str:
     """Say how far the methods' numbers of trainable parameters are apart."""
     ours, theirs = parameters[HIPLORA], parameters[LORA]
     return (
-        f"Trainable parameters: {ours:,} with {HIPLORA}, {theirs:,} with {LORA} "
+        f"Trainable parameters: {ours:,} with {HIPLORA} in either basis, {theirs:,} with {LORA} "
         f"({100 * (ours - theirs) / theirs:+.2f} %); the same rank is the nearest match."
     )

@@ -12,11 +12,14 @@ from trl.data_utils import pack_dataset
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.recipes import TrainRecipe, TrainSettings
+from hiplora.recipes.methods import Spectral
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
+from hiplora.training.calibration import calibration_rows
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.trainer import RecordingTrainer
+from hiplora.tuner import HipLoraConfig, calibrate
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -50,6 +53,9 @@ def build_trainer(
     Raises:
         ConfigError: the method's settings do not fit the model.
     """
+    config = adapter_config(recipe.method)
+    if isinstance(config, HipLoraConfig) and config.basis == "activation":
+        _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
@@ -59,7 +65,7 @@ def build_trainer(
             train_dataset=train_set,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            peft_config=adapter_config(recipe.method),
+            peft_config=config,
             record=record,
             checkpoints=run.checkpoints,
             keep_checkpoints=recipe.train.keep_checkpoints,
@@ -73,6 +79,18 @@ def build_trainer(
             "the patterns against the model's module names"
         ) from error
     return trainer
+
+
+def _calibrate(
+    recipe: TrainRecipe, config: HipLoraConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    method = recipe.method
+    assert isinstance(method, Spectral)
+    if method.calibration_text is None:
+        calibrate(model, config, tokens=method.calibration_tokens)
+        return
+    rows = calibration_rows(tokenizer, method.calibration_text, method.calibration_tokens)
+    calibrate(model, config, rows=rows, source=f"file {Path(method.calibration_text).name}")
 
 
 def _flatten(model: PreTrainedModel, settings: TrainSettings) -> bool:

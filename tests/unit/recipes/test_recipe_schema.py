@@ -55,12 +55,13 @@ def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
     expected = {name: own[name] for name in left}
     expected["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     fields = METHODS["hiplora"]().model_dump(exclude={"name"})
-    assert fields == expected
+    of_the_calibration = {"calibration_text": None, "calibration_tokens": 10_000}
+    assert fields == {**expected, **of_the_calibration}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_reaches_the_adapter(name):
-    settings = METHODS[name]().model_dump(exclude={"name"})
+    settings = METHODS[name]().model_dump(exclude={"name", "calibration_text", "calibration_tokens"})
     changed = {
         "r": 3,
         "lora_alpha": 7,

@@ -105,7 +105,7 @@ def test_further_methods_are_named_with_their_numbers():
     [
         (["LoRA", "HiP-LoRA"], ("HiP-LoRA", "LoRA")),
         (["hip_lora", "PiSSA", "lora"], ("hip_lora", "lora")),
-        (["HiP-LoRA (activation)", "HiP-LoRA", "LoRA"], ("HiP-LoRA", "LoRA")),
+        (["HiP-LoRA", "HiP-LoRA (activation)", "LoRA"], ("HiP-LoRA (activation)", "LoRA")),
         (["HiP-LoRA (activation)", "PiSSA"], ("HiP-LoRA (activation)", "PiSSA")),
         (["PiSSA", "Proj-LoRA"], ("Proj-LoRA", "PiSSA")),
         (["LoRA"], None),

@@ -23,20 +23,20 @@ def test_no_other_lora_rank_matches_the_parameters_better(r, k):
     assert 0 < ours - theirs <= step / 2
 
 
-def test_both_methods_get_the_same_but_for_what_is_hip_loras_own():
-    lora, hip = (Ranks(4, 8, 8, 0.1).settings(method) for method in METHODS)
-    assert {key: value for key, value in hip.items() if key not in ("name", "principal_rank")} == {
-        key: value for key, value in lora.items() if key != "name"
-    }
-    assert hip["principal_rank"] == 8
+def test_all_methods_get_the_same_but_for_what_is_hip_loras_own():
+    lora, *others = (Ranks(4, 8, 8, 0.1).settings(method) for method in METHODS)
+    for hip, basis in zip(others, ("weight", "activation"), strict=True):
+        assert hip == {**lora, "name": "hiplora", "principal_rank": 8, "basis": basis}
     recipes = [CompareSettings("m", "d").recipe(method, "rows.jsonl", "text") for method in METHODS]
-    assert recipes[0].train == recipes[1].train
-    assert recipes[0].data == recipes[1].data
-    assert recipes[0].seed == recipes[1].seed
+    assert recipes[0].train == recipes[1].train == recipes[2].train
+    assert recipes[0].data == recipes[1].data == recipes[2].data
+    assert recipes[0].seed == recipes[1].seed == recipes[2].seed
 
 
 def test_the_mismatch_is_said_in_per_cent():
-    assert "1,010 with HiP-LoRA, 1,000 with LoRA (+1.00 %)" in mismatch({LORA: 1000, HIPLORA: 1010})
+    assert "1,010 with HiP-LoRA in either basis, 1,000 with LoRA (+1.00 %)" in mismatch(
+        {LORA: 1000, HIPLORA: 1010}
+    )
 
 
 @pytest.mark.parametrize(

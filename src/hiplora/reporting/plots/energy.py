@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hiplora.reporting.canvas import Panel, Plate, axes
 from hiplora.reporting.numbers import finite, mean, median, percent, significant
-from hiplora.reporting.palette import Look, is_hiplora
+from hiplora.reporting.palette import Look, is_hiplora, plain
 from hiplora.reporting.plots import bars
 from hiplora.reporting.plots.spectrum import relative_gains, types_of
 from hiplora.reporting.results import ModuleUpdate
@@ -22,6 +22,9 @@ SIDES = {
     "both": "Both sides at once",
 }
 _HIPLORA_NOTE = " HiP-LoRA enters these directions only through its gains δ, so its three curves agree."
+_OTHER_BASIS_NOTE = (
+    " With the activation basis it protects other directions, which this figure does not show."
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def plate(updates: Mapping[str, Sequence[ModuleUpdate]], looks: Mapping[str, Loo
         caption="Share of the update's energy ‖ΔW‖² that is written into the base weight's leading output directions "
         "(output side), read from its leading input directions (input side), or both at once. Lines: all modules of "
         "a layer, weighted by their energy. Small marks: single modules."
-        + (_HIPLORA_NOTE if any(is_hiplora(name) for name in updates) else ""),
+        + (_HIPLORA_NOTE if any(plain(name) == "hiplora" for name in updates) else "")
+        + (_OTHER_BASIS_NOTE if any(is_hiplora(n) and plain(n) != "hiplora" for n in updates) else ""),
         panels=panels,
         legend={name: looks[name] for name, rows in updates.items() if rows},
     )
