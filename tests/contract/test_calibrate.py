@@ -10,6 +10,8 @@ import torch
 import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
+from hiplora.tuner import gradients
+from hiplora.tuner.gradients import _score as score
 from hiplora.tuner.moments import CalibrationStore
 from hiplora.tuner.sampling import sample_rows
 from tests.contract.conftest import logits, train
@@ -37,6 +39,7 @@ def assert_equal_factors(one, other, tolerance=1e-4):
     for name, a in one.factors.items():
         b = other.factors[name]
         torch.testing.assert_close(a.V @ a.V.T, b.V @ b.V.T, rtol=0, atol=tolerance, msg=name)
+        torch.testing.assert_close(a.U @ a.U.T, b.U @ b.U.T, rtol=0, atol=tolerance, msg=name)
         torch.testing.assert_close(a.sigma, b.sigma, rtol=tolerance, atol=tolerance, msg=name)
 
 
@@ -49,6 +52,71 @@ def test_v_spans_what_the_layer_is_fed(tiny, tmp_path):
     x = seen[0].reshape(-1, 64).double()
     top = torch.linalg.eigh(x.T @ x / len(x)).eigenvectors.flip(1)[:, :8]
     torch.testing.assert_close(found.V.double() @ found.V.double().T, top @ top.T, rtol=0, atol=1e-5)
+
+
+def test_u_spans_the_outputs_that_the_predictions_depend_on(tiny, tmp_path, monkeypatch):
+    """Against gradients taken one row at a time, of the same draws of next tokens."""
+    drawn = []
+    monkeypatch.setattr(gradients, "_score", lambda *a: drawn.append(score(*a)) or drawn[-1])
+    found = calibrated(tiny.make(), tmp_path).factors[Q]
+    model, total = tiny.make(), torch.zeros(64, 64, dtype=torch.float64)
+    kept = []
+    model.get_submodule(Q).register_forward_hook(lambda _, __, y: kept.append(y))
+    for row, scores in zip(rows(), drawn, strict=True):
+        logits = model(input_ids=row[None]).logits
+        (g,) = torch.autograd.grad((logits[0] * scores).sum(), kept[-1])
+        total += g[0].double().T @ g[0].double()
+    top = torch.linalg.eigh(total).eigenvectors.flip(1)[:, :8]
+    torch.testing.assert_close(found.U.double() @ found.U.double().T, top @ top.T, rtol=0, atol=1e-4)
+
+
+def test_the_draws_follow_the_models_own_distribution():
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]]).expand(20_000, 4)
+    p = logits[0].softmax(-1)
+    scores = score(logits, 3, len(logits))
+    torch.testing.assert_close(scores.mean(0), torch.zeros(4), rtol=0, atol=0.02)
+    torch.testing.assert_close(scores.T @ scores / len(scores), p.diag() - p.outer(p), rtol=0, atol=0.02)
+    assert torch.equal(scores, score(logits, 3, len(logits)))
+    assert not torch.equal(scores, score(logits, 4, len(logits)))
+
+
+@pytest.mark.parametrize("limit", [100, 130])
+def test_gradients_are_taken_of_whole_rows_up_to_their_limit(tiny, tmp_path, limit):
+    few = calibrated(tiny.make(), tmp_path / "a", gradient_tokens=limit)
+    assert_equal_factors(few, calibrated(tiny.make(), tmp_path / "b", gradient_tokens=limit, batch_size=1))
+    enough = -(-limit // 40)
+    same = calibrated(tiny.make(), tmp_path / "c", rows=rows(enough), batch_size=5)
+    for name, factors in few.factors.items():
+        other = same.factors[name]
+        torch.testing.assert_close(factors.U @ factors.U.T, other.U @ other.U.T, rtol=0, atol=1e-4)
+
+
+def test_a_loop_without_gradients_of_its_own_is_differentiated_all_the_same(tiny, tmp_path):
+    model = tiny.make()
+
+    @torch.no_grad()
+    def loop():
+        for row in rows():
+            model(input_ids=row[None])
+
+    own = hiplora.calibrate(model, config(), loop)
+    assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-4)
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
+    model = tiny.make()
+    with pytest.raises(ConfigError, match=r"inference_mode.*basis_sides='input'"), torch.inference_mode():
+        hiplora.calibrate(model, config(), lambda: model(input_ids=rows()))
+    with pytest.raises(ConfigError, match=r"LlamaModel gives no logits.*basis_sides='input'"):
+        hiplora.calibrate(model.model, config(), lambda: model.model(input_ids=rows()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_input_side_alone_needs_no_gradients(tiny):
+    backbone = tiny.make().model
+    found = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
+    assert len(found.factors) == ATTENTION
 
 
 def test_batch_size_changes_nothing_but_rounding(tiny, tmp_path):
@@ -116,7 +184,7 @@ def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
     sampled = []
     monkeypatch.setattr(
-        "hiplora.tuner.calibration.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
+        "hiplora.tuner.inputs.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
     )
     make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
     one = make()
@@ -165,7 +233,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
             raise KeyboardInterrupt
         return sample_rows(model, part, *rest)
 
-    monkeypatch.setattr("hiplora.tuner.calibration.sample_rows", sample)
+    monkeypatch.setattr("hiplora.tuner.inputs.sample_rows", sample)
     stop = True
     options = {"tokens": 256 * 25}
     with pytest.raises(KeyboardInterrupt):
@@ -201,14 +269,16 @@ def test_groups_that_were_measured_before_an_interruption_are_read(tiny, tmp_pat
 
 def test_a_damaged_file_is_said_and_measured_again(tiny, tmp_path):
     whole = calibrated(tiny.make(), tmp_path)
-    (file,) = tmp_path.rglob("*.safetensors")
-    raw = bytearray(file.read_bytes())
-    raw[-5] ^= 1
-    file.write_bytes(raw)
-    with pytest.warns(UserWarning, match="is damaged .*measuring again"):
-        again = calibrated(tiny.make(), tmp_path)
-    assert_equal_factors(whole, again, 1e-6)
-    assert file.read_bytes() != bytes(raw)
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 2  # the inputs' and the outputs'
+    for file in files:
+        raw = bytearray(file.read_bytes())
+        raw[-5] ^= 1
+        file.write_bytes(raw)
+        with pytest.warns(UserWarning, match="is damaged .*measuring again"):
+            again = calibrated(tiny.make(), tmp_path)
+        assert_equal_factors(whole, again, 1e-6)
+        assert file.read_bytes() != bytes(raw)
 
 
 def test_too_few_tokens_warn_how_many_are_needed(tiny, tmp_path):

@@ -85,6 +85,12 @@ EFFECTS = {
         )
         for a, b in [("gradient", "none"), ("proximal", "none"), ("gradient", "proximal")]
     ),
+    "gain_lr_ratio": lambda t, i: differs(t, i, {"gain_lr_ratio": 1.0}, {"gain_lr_ratio": 30.0}),
+    "relative_gains": lambda t, i: differs(t, i, {}, {"relative_gains": True, "gain_lr_ratio": 30.0}),
+    "principal_ranks": lambda t, i: (
+        set(t.adapted(principal_rank=0.25).peft_config["default"].principal_ranks.values()) == {8, 16}
+        and t.adapted().peft_config["default"].principal_ranks == {}
+    ),
     "residual_projection": lambda t, i: _raw_leak(t.adapted(residual_projection=False)) > 0.05,
     "principal_channel": lambda t, i: (
         "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta
@@ -173,6 +179,11 @@ def test_every_field_is_shown_to_matter():
         ("lora_dropout", -0.1),
         ("principal_rank", 0),
         ("principal_rank", "32"),
+        ("principal_rank", 1.0),
+        ("principal_rank", "energy:1"),
+        ("principal_rank", "energy:most"),
+        ("gain_lr_ratio", 0),
+        ("relative_gains", 1),
         ("stability_weight", -1),
         ("stability_weight", float("inf")),
         ("stability_gamma", -0.5),

@@ -387,3 +387,75 @@ def test_a_checkpoint_names_the_method_and_its_base(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "HIPLORA"
     assert set(config["fingerprints"]) == {name for name, _ in hip_layers(model)}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_gains_own_learning_rate_is_that_of_a_group_of_their_own(ids, optimizer):
+    ours, grouped = fresh(gain_lr_ratio=7.0, stability_weight=3.0), fresh(stability_weight=3.0)
+    train(ours, ids, steps=3, lr=0.01, optimizer=optimizer)
+    gains = [p for name, p in grouped.named_parameters() if "delta" in name]
+    rest = [p for name, p in grouped.named_parameters() if p.requires_grad and "delta" not in name]
+    own = optimizer([{"params": rest}, {"params": gains, "lr": 0.07}], lr=0.01)
+    train(grouped, ids, steps=3, optimizer=lambda parameters, lr: own)
+    assert_same(parameters(ours), parameters(grouped))
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_relative_gains_are_those_of_a_model_that_trains_rho(ids, optimizer, with_closure):
+    rate = 0.02
+    ours = fresh(relative_gains=True, gain_lr_ratio=3.0, stability_weight=2.0, principal_rank=4)
+    theirs = fresh(stability_mode="none", principal_rank=4)
+    step(ours, optimizer([p for p in ours.parameters() if p.requires_grad], lr=rate), ids, with_closure)
+    rho = {}
+    for name, layer in hip_layers(theirs):
+        delta, sigma = layer.hiplora_delta["default"], layer.hiplora_sigma["default"]
+        rho[name] = torch.nn.Parameter(torch.zeros_like(delta))
+        delta.requires_grad_(False)
+    rest = [p for p in theirs.parameters() if p.requires_grad]
+    own = optimizer([{"params": rest}, {"params": list(rho.values()), "lr": 3 * rate}], lr=rate)
+    for _ in range(3):
+        own.zero_grad()
+        for name, layer in hip_layers(theirs):
+            layer.hiplora_delta["default"].data.copy_(rho[name].data * layer.hiplora_sigma["default"])
+            layer.hiplora_delta["default"].requires_grad_(True)
+        theirs(input_ids=ids, labels=ids).loss.backward()
+        for name, layer in hip_layers(theirs):
+            delta, sigma = layer.hiplora_delta["default"], layer.hiplora_sigma["default"]
+            budget = 2 * 2.0 * budget_weights(sigma, 1.0) * delta.detach()
+            rho[name].grad = (delta.grad + budget) * sigma
+            delta.grad = None
+            delta.requires_grad_(False)
+        own.step()
+    for name, layer in hip_layers(theirs):
+        delta = layer.hiplora_delta["default"].requires_grad_(True)
+        delta.data.copy_(rho[name].data * layer.hiplora_sigma["default"])
+    assert_same(parameters(ours), parameters(theirs))
+
+
+def step(model, optimizer, ids, with_closure, steps=3):
+    """Train with or without a closure."""
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+def test_the_budget_of_relative_gains_shrinks_them_by_its_weight_in_their_own_units(ids):
+    plain = fresh(stability_mode="none", relative_gains=True)
+    shrunk = fresh(stability_mode="proximal", stability_weight=5.0, relative_gains=True)
+    for model in (plain, shrunk):
+        train(model, ids, steps=1, lr=0.1, optimizer=torch.optim.SGD)
+    for (_, a), (_, b) in zip(hip_layers(plain), hip_layers(shrunk), strict=True):
+        sigma = a.hiplora_sigma["default"]
+        factor = 1 + 2 * 0.1 * 5.0 * budget_weights(sigma, 1.0) * sigma**2
+        torch.testing.assert_close(b.hiplora_delta["default"], a.hiplora_delta["default"] / factor)

@@ -1,6 +1,5 @@
 """`hiplora calibrate`: measure what a model's layers are fed, before anything is trained."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,8 +12,11 @@ if TYPE_CHECKING:
 
 def command(
     model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
-    text: Path | None = typer.Option(
-        None, "--text", help="Text or training data to calibrate on; else text sampled from the model itself."
+    text: str | None = typer.Option(
+        None,
+        "--text",
+        help="What to calibrate on: a text file, training data, or a data set on the hub (owner/name or "
+        "owner/name:config); else text sampled from the model itself.",
     ),
     tokens: int = typer.Option(10_000, "--tokens", min=2, help="Tokens to sample, or to read of the text."),
     target_modules: str | None = typer.Option(
@@ -23,7 +25,9 @@ def command(
         help="Module names with commas between, a regular expression, or all-linear; else the attention "
         "projections.",
     ),
-    rank: int = typer.Option(32, "--rank", min=1, help="Principal rank k: protected directions per weight."),
+    rank: str = typer.Option(
+        "32", "--rank", help="Protected directions per weight: k, a fraction in (0, 1), or energy:0.95."
+    ),
     batch_size: int = typer.Option(8, "--batch-size", min=1, help="Rows of 256 tokens in one pass."),
     seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sampling."),
     device: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, …"),
@@ -41,12 +45,13 @@ def command(
     import hiplora.models
     from hiplora.cli.factorize import check_device, parse_targets
     from hiplora.models.quiet import quiet_transformers
+    from hiplora.spectral import parse_rank
     from hiplora.training.memory import peak_bytes
     from hiplora.tuner import HipLoraConfig, calibrate
 
     check_device(device)
     config = HipLoraConfig(
-        target_modules=parse_targets(target_modules), principal_rank=rank, basis="activation"
+        target_modules=parse_targets(target_modules), principal_rank=parse_rank(rank), basis="activation"
     )
     with quiet_transformers(always=False):
         loaded, tokenizer = hiplora.models.load(model)
@@ -54,10 +59,10 @@ def command(
     if text is None:
         found = calibrate(loaded, config, tokens=tokens, batch_size=batch_size, seed=seed)
     else:
-        from hiplora.training.calibration import calibration_rows
+        from hiplora.training.calibration import calibration_rows, describe_source
 
         rows = calibration_rows(tokenizer, text, tokens)
-        found = calibrate(loaded, config, rows=rows, source=f"file {text.name}", batch_size=batch_size)
+        found = calibrate(loaded, config, rows=rows, source=describe_source(text), batch_size=batch_size)
     record = _record(model, found, peak_bytes())
     emit_json(record) if as_json else _print(record)
 
@@ -79,11 +84,12 @@ def _print(record: dict[str, Any]) -> None:
                 len(layers),
                 ", ".join(sorted({str(layer["shape"][1]) for layer in layers})),
                 _span([layer["effective_rank"] for layer in layers], "{:.0f}"),
+                _span([layer["k"] for layer in layers], "{:.0f}"),
                 _span([100 * layer["energy"] for layer in layers], "{:.0f} %"),
             )
         )
     source = "text sampled from the model" if record["source"] == "self" else record["source"]
-    columns = ("Modules", "layers", "inputs", "effective rank", f"energy in k = {record['layers'][0]['k']}")
+    columns = ("Modules", "layers", "inputs", "effective rank", "protected", "of the energy")
     print_table(f"{record['model']}: calibrated on {record['tokens']:,} tokens, {source}", columns, rows)
     memory = (
         f", {record['peak_memory_bytes'] / 2**30:.2f} GiB at the peak" if record["peak_memory_bytes"] else ""

@@ -117,6 +117,8 @@ def _channels(
             )
     dtype, parts = parts["A"].dtype, {part: tensor.float() for part, tensor in parts.items()}
     k = pattern_value(config.get("principal_rank_pattern"), module, config.get("principal_rank"))
+    if not isinstance(k, int):
+        k = (config.get("principal_ranks") or {}).get(module)
     if factors_of is not None:
         found = factors_of(module, k)
         parts |= {"U": found.U, "sigma": found.sigma, "V": found.V}

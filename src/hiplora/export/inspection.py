@@ -121,7 +121,8 @@ class _Spectrum:
 
 def _rank(update: AdapterUpdate, rank: int | None) -> int:
     if rank is None:
-        return int(update.config.get("principal_rank") or DEFAULT_RANK)
+        own = update.config.get("principal_rank")
+        return own if isinstance(own, int) else DEFAULT_RANK
     if rank < 1:
         raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
     return rank

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from hiplora.errors import ConfigError, DataError
 from hiplora.recipes.document import Document, Loc, read_document
 from hiplora.recipes.methods import METHODS
-from hiplora.recipes.rows import read_rows
+from hiplora.recipes.rows import is_hub_name, read_rows
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings, expand_short_forms
 from hiplora.recipes.shapes import check_rows
 
@@ -42,7 +42,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     problems += [f"{document.place(('model',))}: {text}" for text in model_problems(model)]
     problems += _data_problems(recipe.data if recipe else _data_alone(value), document)
     text = getattr(recipe.method, "calibration_text", None) if recipe else None
-    if text is not None and not Path(text).is_file():
+    if text is not None and not Path(text).is_file() and not is_hub_name(text):
         where = document.place(("method", "calibration_text"))
         problems.append(f"{where}: method.calibration_text: no such file: {text}; correct the path")
     if problems or recipe is None:
@@ -84,7 +84,9 @@ def _resolve_paths(value: dict[str, Any], document: Document) -> None:
         value["data"] = data
     method, loc = value.get("method"), ("method", "calibration_text")
     if isinstance(method, dict) and isinstance(method.get(loc[-1]), str) and method[loc[-1]]:
-        value["method"] = {**method, loc[-1]: _absolute(method[loc[-1]], loc, document)}
+        where = _absolute(method[loc[-1]], loc, document)
+        if Path(where).exists() or not is_hub_name(method[loc[-1]]):
+            value["method"] = {**method, loc[-1]: where}
     model = value.get("model")
     if isinstance(model, str) and model:
         where = _absolute(model, ("model",), document)

@@ -1,10 +1,17 @@
 """The methods that a recipe can name, each with exactly the settings that apply to it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
+Rank = (
+    Annotated[int, Field(ge=1)]
+    | Annotated[float, Field(gt=0, lt=1)]
+    | Annotated[str, Field(pattern=r"^energy:0?\.\d*[1-9]\d*$")]
+)
 
 
 class Block(BaseModel):
@@ -65,14 +72,27 @@ class PissaMethod(LowRank):
 class Spectral(LowRank):
     """What the methods with protected directions share."""
 
-    principal_rank: int = Field(
-        default=32, ge=1, description="k: how many leading singular directions are protected."
+    preset: Literal["function-aware", "paper"] = Field(
+        default="function-aware",
+        description="What the fields default to: `function-aware`, the settings that were measured to disturb a model "
+        "least (the MLP projections and `basis: activation`, which samples text from the model before training); "
+        "`paper`, the paper's (the attention projections and `basis: weight`).",
     )
-    principal_rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    target_modules: list[str] | str = Field(
+        default=list(MLP_PROJECTIONS),
+        min_length=1,
+        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
+    )
+    principal_rank: Rank = Field(
+        default=32,
+        description="k: how many leading directions are protected; or a fraction of a layer's smaller side; or "
+        "`energy:0.95`, as many as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis).",
+    )
+    principal_rank_pattern: dict[str, Rank] = Field(
         default={}, description="Module name or pattern → its own principal_rank."
     )
     basis: Literal["weight", "activation"] = Field(
-        default="weight",
+        default="activation",
         description="Where the protected directions come from: `weight`, its SVD, as in the paper; `activation`, the "
         "inputs that the layer really gets, measured on text sampled from the model.",
     )
@@ -100,6 +120,11 @@ class Spectral(LowRank):
         default=True,
         description="Save U, σ and V with the adapter; false computes them again when it is loaded.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_the_preset(cls, value: Any) -> Any:
+        return {**PAPER, **value} if isinstance(value, dict) and value.get("preset") == "paper" else value
 
     @model_validator(mode="after")
     def _text_has_a_use(self) -> "Spectral":
@@ -134,6 +159,12 @@ class HipLoraMethod(Spectral):
         default="gradient",
         description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
         "charges nothing (the ablation without a budget).",
+    )
+    gain_lr_ratio: float = Field(
+        default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`."
+    )
+    relative_gains: bool = Field(
+        default=False, description="Step on relative gains δ/σ: strong directions move by more."
     )
     residual_projection: bool = Field(
         default=True,

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,15 @@ from hiplora.errors import DataError
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
 
 Row = tuple[str, Any]  # ("line 3", what stands there)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether a source of text names a data set on the hub (`owner/name`, `owner/name:config`) and no file."""
+    name = str(source)
+    return (
+        bool(_HUB_NAME.fullmatch(name)) and not name.endswith((*SUFFIXES, ".txt")) and not Path(name).exists()
+    )
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -14,13 +14,23 @@ from hiplora.spectral.channels import (
 from hiplora.spectral.decompose import truncated_svd
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
 from hiplora.spectral.moments import InputBasis, SecondMoment
+from hiplora.spectral.rank import (
+    EXPECTED_RANK,
+    RankSpec,
+    is_rank,
+    parse_rank,
+    resolve_rank,
+    squared_singular_values,
+)
 from hiplora.spectral.store import FactorStore
 
 __all__ = [
+    "EXPECTED_RANK",
     "SIDES",
     "Allocation",
     "FactorStore",
     "InputBasis",
+    "RankSpec",
     "SecondMoment",
     "SpectralFactors",
     "activation_factors",
@@ -28,14 +38,18 @@ __all__ = [
     "budget_weights",
     "chosen_sides",
     "fused_factors",
+    "is_rank",
     "leak",
+    "parse_rank",
     "penalty",
     "penalty_gradient",
     "principal_delta",
     "protected",
     "proximal_step",
     "residual_delta",
+    "resolve_rank",
     "retract",
+    "squared_singular_values",
     "total_delta",
     "truncated_svd",
     "weight_fingerprint",

@@ -16,8 +16,8 @@ SIDES = ("both", "input", "output")
 
 
 def chosen_sides(basis: str, given: str | None) -> str:
-    """Return the sides to protect: those given, else the paper's "both", or "input" for the activation basis."""
-    return given or ("input" if basis == "activation" else "both")
+    """Return the sides to protect: those given, else both."""
+    return given or "both"
 
 
 def protected(
@@ -32,21 +32,30 @@ def activation_factors(
     inputs: InputBasis,
     k: int,
     sides: str = "input",
+    outputs: Float[Tensor, "m q"] | None = None,
     *,
     name: str = "weight",
     fingerprint: str | None = None,
 ) -> SpectralFactors:
-    """Return the factors of a weight in the basis of the inputs that it really gets.
+    """Return the factors of a weight in the basis of what it really computes.
 
     V spans the k leading eigenvectors of the input second moment C. U spans the images of V where only the input
-    side is protected, so that `Wv_i = σ_i u_i` exactly; else the k leading left singular vectors of `W C^½`, the
-    directions of the outputs that the layer really gives. Both are rotated inside their subspaces so that `UᵀWV`
-    is diagonal, with `σ_i ≥ 0` in descending order: a gain δ_i is the change of one number, as in Eq. 2.
+    side is protected, so that `Wv_i = σ_i u_i` exactly; else the first k of `outputs`, the leading eigenvectors of
+    the second moment of the gradients at the layer's output: to second order the KL divergence that an update ΔW
+    causes is `½ E[(gᵀΔWx)²]`, which K-FAC's assumption makes `½ tr(GΔWCΔWᵀ)`, so these are the outputs that the
+    model's predictions depend on. Both are rotated inside their subspaces so that `UᵀWV` is diagonal, with `σ_i ≥ 0`
+    in descending order: a gain δ_i is the change of one number, as in Eq. 2.
 
     Raises:
-        FactorError: shapes do not fit, k exceeds min(m, n) or the eigenvectors kept, or a value is not finite.
+        FactorError: shapes do not fit, k exceeds min(m, n) or the eigenvectors given, or a value is not finite.
     """
     check_request(weight, k, name)
+    if sides != "input" and (outputs is None or outputs.shape[0] != weight.shape[0] or outputs.shape[1] < k):
+        given = "none" if outputs is None else f"{outputs.shape[1]} of {outputs.shape[0]} numbers"
+        raise FactorError(
+            f"layer {name}: protecting {sides} sides takes {k} directions of its {weight.shape[0]} outputs, and there "
+            f"are {given}; calibrate on this very model"
+        )
     if weight.shape[1] != inputs.vectors.shape[0]:
         raise FactorError(
             f"layer {name}: the weight takes {weight.shape[1]} inputs, the calibration has {inputs.vectors.shape[0]}; "
@@ -64,13 +73,11 @@ def activation_factors(
         )
     with full_precision(matrix.device):
         wide = matrix.to(widest(matrix.device))
-        vectors = inputs.vectors.to(wide)
-        V = vectors[:, :k]
-        if sides == "input":
+        V = inputs.vectors[:, :k].to(wide)
+        if sides == "input" or outputs is None:
             U = torch.linalg.svd(wide @ V, full_matrices=False).U
         else:
-            image = wide @ (vectors * inputs.values[: vectors.shape[1]].to(wide).sqrt())
-            U = torch.linalg.eigh(image @ image.T).eigenvectors.flip(1)[:, :k]
+            U = outputs[:, :k].to(wide)
         P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
         factors = certify(matrix, Triplets(U @ P, sigma, V @ Qt.T), "eigen")
     return dataclasses.replace(

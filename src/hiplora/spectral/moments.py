@@ -1,21 +1,25 @@
-"""What goes into a layer: the second moment of its inputs, summed up token by token, and its eigenvectors."""
+"""Second moments of what goes into a layer, or of the gradients at what comes out of it, and their eigenvectors."""
 
 import dataclasses
 import math
 
+import numpy
+import scipy.sparse.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import FactorError
 from hiplora.spectral.precision import full_precision, widest
+from hiplora.spectral.rank import rank_for_energy
 
+_ITERATE_FROM = 1024  # width from which a few eigenvectors are found by iteration
 _CHUNK = 4096  # tokens that are held in float64 at a time
 MAX_VECTORS = 2048  # eigenvectors kept of a wide input; the rest is only counted
 
 
 class SecondMoment:
-    """Running sum of `xxᵀ` over the inputs x (n,) of a layer, in float64 (fp32 on devices that have none)."""
+    """Running sum of `xxᵀ` over vectors x (n,), one a token, in float64 (fp32 on devices that have none)."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         device = torch.device(device)
@@ -36,18 +40,35 @@ class SecondMoment:
         Raises:
             FactorError: no token was seen, or a value was NaN or Inf.
         """
+        values, vectors = torch.linalg.eigh(self._mean(name, "inputs"))
+        kept = vectors.flip(1)[:, :MAX_VECTORS].float().contiguous()
+        return InputBasis(values.flip(0).clamp_min(0.0).cpu(), kept.cpu(), self.tokens)
+
+    def leading(self, k: int, name: str = "output") -> Float[Tensor, "n k"]:
+        """Return the k leading eigenvectors, at most n, fp32; errors as `eigen`.
+
+        The others are not computed where that is quicker.
+        """
+        mean = self._mean(name, "gradients")
+        n = mean.shape[0]
+        k = min(k, n)
+        if mean.device.type != "cpu" or n < _ITERATE_FROM or 8 * k > n:
+            return torch.linalg.eigh(mean).eigenvectors.flip(1)[:, :k].float().cpu().contiguous()
+        start = numpy.linspace(1.0, 2.0, n)  # any that is the same each time
+        _, vectors = scipy.sparse.linalg.eigsh(mean.numpy(), k=k, v0=start)
+        return torch.from_numpy(vectors).flip(1).float().contiguous()
+
+    def _mean(self, name: str, what: str) -> Tensor:
         if not self.tokens:
             raise FactorError(
                 f"layer {name}: no token reached it while calibrating; use text that runs through it, or leave it out"
             )
-        moment = self.total / self.tokens
-        if not torch.isfinite(moment).all():
+        mean = self.total / self.tokens
+        if not torch.isfinite(mean).all():
             raise FactorError(
-                f"layer {name}: its inputs have NaN or Inf on the calibration text; calibrate in float32"
+                f"layer {name}: its {what} have NaN or Inf on the calibration text; calibrate in float32"
             )
-        values, vectors = torch.linalg.eigh(moment)
-        kept = vectors.flip(1)[:, :MAX_VECTORS].float().contiguous()
-        return InputBasis(values.flip(0).clamp_min(0.0).cpu(), kept.cpu(), self.tokens)
+        return mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,8 +95,4 @@ class InputBasis:
 
     def rank_for(self, energy: float) -> int:
         """Return the smallest k whose directions hold this share of the energy, at least 1."""
-        total = self.values.sum()
-        if total == 0:
-            return 1
-        reached = (self.values.cumsum(0) / total) >= energy - 1e-12
-        return int(reached.int().argmax()) + 1 if reached.any() else len(self.values)
+        return rank_for_energy(self.values, energy)

@@ -26,7 +26,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 def adapter_config(method: LowRank) -> PeftConfig:
     """Make the PEFT configuration of a recipe's method; every setting of the method is passed on."""
-    settings = method.model_dump(exclude={"name", "calibration_text", "calibration_tokens"})
+    settings = method.model_dump(exclude={"name", "preset", "calibration_text", "calibration_tokens"})
     if isinstance(method, HipLoraMethod):
         return HipLoraConfig(task_type="CAUSAL_LM", **settings)
     if isinstance(method, ProjLoraMethod):

@@ -15,7 +15,7 @@ from hiplora.recipes import TrainRecipe, TrainSettings
 from hiplora.recipes.methods import Spectral
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
-from hiplora.training.calibration import calibration_rows
+from hiplora.training.calibration import calibration_rows, describe_source
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.trainer import RecordingTrainer
@@ -90,7 +90,7 @@ def _calibrate(
         calibrate(model, config, tokens=method.calibration_tokens)
         return
     rows = calibration_rows(tokenizer, method.calibration_text, method.calibration_tokens)
-    calibrate(model, config, rows=rows, source=f"file {Path(method.calibration_text).name}")
+    calibrate(model, config, rows=rows, source=describe_source(method.calibration_text))
 
 
 def _flatten(model: PreTrainedModel, settings: TrainSettings) -> bool:

@@ -1,28 +1,34 @@
-"""Text to calibrate on: a plain text file, or the rows of a training file."""
+"""Text to calibrate on: a plain text file, the rows of a training file, or a data set on the hub."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hiplora.errors import DataError
+from hiplora.recipes.rows import SUFFIXES, is_hub_name
 from hiplora.tuner.calibration import ROW_LENGTH
 
-DATA_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+if TYPE_CHECKING:
+    from hiplora.training.data import Example
 
 
-def calibration_rows(tokenizer: Any, file: str | Path, tokens: int) -> list[Tensor]:
-    """Return up to `tokens` token ids of a file in rows of 256, each begun as the tokenizer begins a text.
+def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> list[Tensor]:
+    """Return up to `tokens` token ids of a text in rows of 256, each begun as the tokenizer begins a text.
 
     Files that end as training data do (.jsonl, .json, .parquet, gzipped or not) are read as such, prompt and
-    response of a row together; any other is plain text.
+    response of a row together; so is the train split of a data set on the hub (`is_hub_name`), of which no more is
+    fetched than is needed; any other file is plain text.
 
     Raises:
-        DataError: the file cannot be read, is not UTF-8, is empty or has rows that cannot be used.
+        DataError: the text cannot be read, is not UTF-8, is empty or has rows that cannot be used.
     """
-    path = Path(file)
-    text = _rows_text(path) if path.name.endswith(DATA_ENDINGS) else _plain_text(path)
+    path = Path(source)
+    if is_hub_name(source):
+        text = _hub_text(str(source), 8 * tokens)
+    else:
+        text = _rows_text(path) if path.name.endswith(SUFFIXES) else _plain_text(path)
     # verbose=False: a text longer than the model's context is no mistake here, it is cut.
     ids = tokenizer(text[: 64 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     begin = tokenizer("x")["input_ids"][:1]
@@ -31,10 +37,44 @@ def calibration_rows(tokenizer: Any, file: str | Path, tokens: int) -> list[Tens
     return [torch.tensor(begin + ids[first : first + width]) for first in range(0, len(ids), width)]
 
 
+def describe_source(source: str | Path) -> str:
+    """Say in words where calibration text came from."""
+    return f"data set {source}" if is_hub_name(source) else f"file {Path(source).name}"
+
+
 def _rows_text(path: Path) -> str:
     from hiplora.training.data import load_examples
 
-    examples = load_examples(path)
+    return _joined(load_examples(path))
+
+
+def _hub_text(name: str, characters: int) -> str:
+    """Return the first rows of a data set on the hub, at least so many characters of them if it has as many."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    from hiplora.training.data import rows_as_examples
+
+    owner_and_name, _, config = name.partition(":")
+    rows, length = [], 0
+    try:
+        for number, row in enumerate(
+            load_dataset(owner_and_name, config or None, split="train", streaming=True), 1
+        ):
+            rows.append((f"row {number}", row))
+            length += sum(len(value) for value in row.values() if isinstance(value, str))
+            if length >= characters:
+                break
+    except (DatasetsError, OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise DataError(
+            f"{name}: no such file, and no data set on the hub that can be read ({reason}); correct the name, or name "
+            "a text or data file"
+        ) from error
+    return _joined(rows_as_examples(rows, name))
+
+
+def _joined(examples: "list[Example]") -> str:
     return "\n\n".join(
         example.prompt + example.response
         if not example.messages

@@ -4,7 +4,7 @@ An `Example` is text. What becomes of it as tokens, and which of them are learne
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,11 @@ def load_examples(
         DataError: the file or some rows cannot be used; each is named with its line and what it lacks.
     """
     return _examples(check_rows(read_rows(Path(source)), format, source), template, limit)
+
+
+def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
+    """Return (place, row) pairs of any of the usual shapes as examples; errors name the place."""
+    return _examples(check_rows(rows, "auto", name), None, None)
 
 
 def load_data(data: DataSettings) -> TrainingData:

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import SIDES, SpectralFactors, chosen_sides
+from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, chosen_sides, is_rank
 
 PEFT_TYPE = "HIPLORA"
 STABILITY_MODES = ("gradient", "proximal", "none")
@@ -32,25 +32,30 @@ class HipLoraConfig(PeftConfig):
         layers_pattern: name of the layer list, where `layers_to_transform` needs it.
         rank_pattern: module name or regular expression → its own `r`.
         alpha_pattern: module name or regular expression → its own `lora_alpha`.
-        principal_rank_pattern: module name or regular expression → its own `principal_rank`.
+        principal_rank_pattern: module name or regular expression → its own `principal_rank`, of any of these kinds.
         modules_to_save: modules trained and saved in full.
         init_weights: True: ΔW = 0, A Kaiming-uniform and then projected, B = 0, δ = 0. "zero": A = B = 0, the
             paper's ablation, whose residual channel can never move. False: random, ΔW ≠ 0, for tests.
-        principal_rank: k, the number of protected singular directions; at most min(out, in).
+        principal_rank: k, the number of protected directions, at most min(out, in); or a fraction of min(out, in) in
+            (0, 1); or "energy:0.95": per layer, the fewest directions that hold this share of the energy of its inputs
+            (activation basis) or of ‖W‖² (weight basis).
         stability_weight: λ ≥ 0 of Eq. 7, the price of moving the gains. The paper's value is not readable; 0.1
             is this project's choice.
         stability_gamma: γ ≥ 0 of Eq. 6; 0 weighs all directions equally.
         stability_mode: "gradient" adds Eq. 7's gradient once per optimizer step; "proximal" shrinks the gains
             after the step; "none" leaves it to the caller (`hiplora.stability_penalty`).
+        gain_lr_ratio: learning rate of the gains, in units of the optimizer's.
+        relative_gains: step on the relative gains ρ = δ/σ rather than on δ: strong directions move by more.
         residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
         principal_channel: learn gains; False is Proj-LoRA.
         basis: where the protected directions come from. "weight": the weight's own SVD, the paper's. "activation":
-            the inputs that the layer really gets (`hiplora.calibrate`; without it, text sampled from the model).
-        basis_sides: which sides the residual channel keeps out of: "both", "input" or "output". None takes the
-            paper's "both" for the weight basis and "input" for the activation basis.
+            the inputs that the layer really gets, and the outputs that the model's predictions depend on
+            (`hiplora.calibrate`; without it, measured on text sampled from the model).
+        basis_sides: which sides the residual channel keeps out of: "both", "input" or "output"; None is both.
         svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
         save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
         fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
+        principal_ranks: filled in by the tuner: module → k, where `principal_rank` leaves it to the layer.
         base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
         calibration: filled in by the calibration: source and number of its tokens, and a key of model and text.
 
@@ -67,13 +72,15 @@ class HipLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
-    principal_rank_pattern: dict[str, int] = field(default_factory=dict)
+    principal_rank_pattern: dict[str, RankSpec] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     init_weights: bool | str = True
-    principal_rank: int = 32
+    principal_rank: RankSpec = 32
     stability_weight: float = 0.1
     stability_gamma: float = 1.0
     stability_mode: str = "gradient"
+    gain_lr_ratio: float = 1.0
+    relative_gains: bool = False
     residual_projection: bool = True
     principal_channel: bool = True
     basis: str = "weight"
@@ -81,6 +88,7 @@ class HipLoraConfig(PeftConfig):
     svd_tolerance: float = 1e-4
     save_factors: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
+    principal_ranks: dict[str, int] = field(default_factory=dict)
     base_precision: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
 
@@ -110,14 +118,18 @@ class HipLoraConfig(PeftConfig):
 
 
 def _check_ranks(config: HipLoraConfig) -> None:
-    named = {"r": config.r, "principal_rank": config.principal_rank}
+    named = {"r": config.r}
     named.update({f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()})
-    named.update(
-        {f"principal_rank_pattern[{key!r}]": value for key, value in config.principal_rank_pattern.items()}
-    )
     for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+    specs: dict[str, Any] = {"principal_rank": config.principal_rank}
+    specs.update(
+        {f"principal_rank_pattern[{key!r}]": value for key, value in config.principal_rank_pattern.items()}
+    )
+    for name, value in specs.items():
+        if not is_rank(value):
+            raise ConfigError(f"{name} is {value!r}; expected {EXPECTED_RANK}")
 
 
 def _check_numbers(config: HipLoraConfig) -> None:
@@ -127,6 +139,7 @@ def _check_numbers(config: HipLoraConfig) -> None:
     _number("lora_dropout", config.lora_dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
     _number("stability_weight", config.stability_weight, lambda v: v >= 0, "a number of at least 0")
     _number("stability_gamma", config.stability_gamma, lambda v: v >= 0, "a number of at least 0")
+    _number("gain_lr_ratio", config.gain_lr_ratio, lambda v: v > 0, "a number above 0")
     _number("svd_tolerance", config.svd_tolerance, lambda v: 0 < v <= 1e-2, "a number in (0, 0.01]")
 
 
@@ -147,13 +160,17 @@ def _check_choices(config: HipLoraConfig) -> None:
         value = getattr(config, name)
         if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
             raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
-    for name in ("residual_projection", "principal_channel", "save_factors"):
+    for name in ("residual_projection", "principal_channel", "relative_gains", "save_factors"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}; expected True or False")
     if config.basis == "activation" and not config.save_factors:
         raise ConfigError(
             "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
             "leave it True"
+        )
+    if not config.principal_channel and (config.relative_gains or config.gain_lr_ratio != 1):
+        raise ConfigError(
+            "gain_lr_ratio and relative_gains have no use with principal_channel=False; remove them or switch it on"
         )
     if not config.residual_projection and not config.principal_channel:
         raise ConfigError(

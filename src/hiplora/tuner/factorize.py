@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError
 from hiplora.models import resolve
-from hiplora.spectral import FactorStore
+from hiplora.spectral import FactorStore, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.targets import Target, survey
 
@@ -127,7 +128,7 @@ def find_targets(checkpoint: Checkpoint, config: HipLoraConfig) -> list[Target]:
     """
     targets = survey(checkpoint.skeleton, config)
     for target in targets:
-        if target.k > min(target.shape):
+        if isinstance(target.k, int) and target.k > min(target.shape):
             raise FactorError(
                 f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
                 "lower it or set principal_rank_pattern"
@@ -158,17 +159,18 @@ def factorize(
     for target in targets:
         start, computed = time.perf_counter(), store.computed
         weight = checkpoint.read(target).to(device=device, dtype=dtype)
-        factors = store.get_or_compute(weight, target.k, tol, method, name=target.name)
+        k = resolve_rank(target.k, target.shape, functools.partial(squared_singular_values, weight))
+        factors = store.get_or_compute(weight, k, tol, method, name=target.name)
         yield Factored(
             name=target.name,
             kind=target.kind,
             shape=target.shape,
-            k=target.k,
+            k=k,
             method=factors.method,
             residual=factors.residual,
             orthogonality=factors.orthogonality,
             seconds=time.perf_counter() - start,
-            size=store.path(factors.fingerprint, target.k, tol, method).stat().st_size,
+            size=store.path(factors.fingerprint, k, tol, method).stat().st_size,
             reused=store.computed == computed,
         )
 

@@ -1,8 +1,9 @@
 """Budget and retraction in any training loop, through torch's global optimizer hooks.
 
-Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk
-(proximal mode) and the residual factors return to the complement. Optimizers without HiP-LoRA parameters are
-left alone. A step that an AMP scaler or an accumulation wrapper skips never reaches the hooks.
+Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk (proximal
+mode) and the residual factors return to the complement. Gains with a learning rate or a scale of their own change their
+variable for the time of the step. Optimizers without HiP-LoRA parameters are left alone. A step that an AMP scaler or
+an accumulation wrapper skips never reaches the hooks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hiplora.spectral import penalty_gradient, proximal_step
 from hiplora.spectral.precision import full_precision
+from hiplora.tuner.gains import Gains
 from hiplora.tuner.layer import HipLoraLinear
 
 _layers: weakref.WeakSet[HipLoraLinear] = weakref.WeakSet()
 _handles: list[Any] = []
+_stepping: weakref.WeakKeyDictionary[Optimizer, list[Gains]] = weakref.WeakKeyDictionary()
 
 
 def watch(layer: HipLoraLinear) -> None:
@@ -50,19 +53,31 @@ def _owned(optimizer: Optimizer) -> Iterator[tuple[HipLoraLinear, str, Any]]:
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     # torch passes the optimizer itself as the first positional argument.
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    gains = _stepping[optimizer] = [
+        Gains(layer, adapter) for layer, adapter, _ in _owned(optimizer) if Gains.concern(layer, adapter)
+    ]
     if closure is None:
         _add_budget_gradients(optimizer)
+        _each(gains, "enter")
         return None
+    _each(gains, "enter")
 
     def with_budget(closure: Callable[[], Any] = closure) -> Any:
         """Re-evaluate the loss, then add the budget to the fresh gradients."""
+        _each(gains, "leave")
         loss = closure()
         _add_budget_gradients(optimizer)
+        _each(gains, "enter")
         return loss
 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": with_budget}
     return (args[0], with_budget, *args[2:]), kwargs
+
+
+def _each(gains: list[Gains], what: str) -> None:
+    for gain in gains:
+        getattr(gain, what)()
 
 
 @torch.no_grad()
@@ -86,6 +101,9 @@ def _add_budget_gradients(optimizer: Optimizer) -> None:
 
 
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    gains = _stepping.pop(optimizer, [])
+    _each(gains, "scale_step")
+    _each(gains, "leave")
     owned = list(_owned(optimizer))
     if not owned:
         return
@@ -107,5 +125,7 @@ def _shrink_gains(layer: HipLoraLinear, adapter: str, rate: float) -> None:
         return
     delta = layer.hiplora_delta[adapter]
     if delta.grad is not None:
-        step = rate * config.stability_weight
-        delta.copy_(proximal_step(delta.float(), layer.budget(adapter), step))
+        step = rate * config.gain_lr_ratio * config.stability_weight
+        # In ρ = δ/σ the weight of the budget is wσ², and shrinking ρ by a factor is shrinking δ by it.
+        scale = layer.hiplora_sigma[adapter] ** 2 if config.relative_gains else 1.0
+        delta.copy_(proximal_step(delta.float(), scale * layer.budget(adapter), step))

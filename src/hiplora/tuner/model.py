@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import ConfigError
-from hiplora.spectral import FactorStore, SpectralFactors, weight_fingerprint
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.spectral import (
+    FactorStore,
+    SpectralFactors,
+    resolve_rank,
+    squared_singular_values,
+    weight_fingerprint,
+)
 from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
@@ -61,7 +67,7 @@ class HipLoraModel(BaseTuner):
         """Add an adapter to every target; on failure the model is left as it was."""
         config: Any = self.peft_config[adapter_name]
         if not config.from_checkpoint:
-            config.fingerprints, config.base_precision = {}, ""
+            config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
             if config.basis == "activation" and not config.calibrated:
                 from hiplora.tuner.calibration import (
                     calibrate,  # it asks this very class what the targets are
@@ -115,7 +121,7 @@ class HipLoraModel(BaseTuner):
         layer = as_layer(target, current_key)
         r = for_module(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
-        k = for_module(peft_config.principal_rank_pattern, current_key, peft_config.principal_rank)
+        k = self._principal_rank(layer, peft_config)
         factorise = functools.partial(self._factorise, layer, peft_config, k)
         saved = peft_config.from_checkpoint and peft_config.save_factors
         layer.add_adapter(adapter_name, peft_config, r, alpha, k, factorise, deferred=saved)
@@ -125,6 +131,28 @@ class HipLoraModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _principal_rank(self, layer: HipLoraLinear, config: HipLoraConfig) -> int:
+        """Return a layer's k; where the configuration leaves it to the layer, it is noted for the adapter's file."""
+        spec = for_module(config.principal_rank_pattern, layer.name, config.principal_rank)
+        if isinstance(spec, int):
+            return spec
+        if config.from_checkpoint:
+            if layer.name not in config.principal_ranks:
+                raise AdapterError(
+                    f"layer {layer.name}: adapter_config.json has no principal_ranks entry for it, and principal_rank "
+                    f"is {spec!r}; the file is damaged, fetch it again"
+                )
+            return config.principal_ranks[layer.name]
+        if layer.name in config.calibrated:
+            k = config.calibrated[layer.name].rank
+        else:
+            weight = layer.frozen_weight()
+            k = resolve_rank(
+                spec, (layer.out_features, layer.in_features), lambda: squared_singular_values(weight)
+            )
+        config.principal_ranks[layer.name] = k
+        return k
 
     def _factorise(self, layer: HipLoraLinear, config: HipLoraConfig, k: int) -> SpectralFactors:
         """Fetch the certified factors of a layer's frozen weight from the store, or compute them."""

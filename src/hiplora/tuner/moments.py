@@ -39,31 +39,17 @@ class MomentCollector:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Listen inside the block; adapters that are there already are off, so that the base is measured."""
-        adapted = [
-            m for m in self._model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters
-        ]
-        handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for name in self._modules:
-            handles.append(self._model.get_submodule(name).register_forward_pre_hook(self._hook(name)))
-        training = {module: module.training for module in self._model.modules()}
-        gradients = {p: p.requires_grad for p in self._model.parameters()}
-        try:
-            self._model.eval()
-            for layer in adapted:
-                layer.enable_adapters(False)
-            with torch.no_grad():
+        """Listen inside the block, to the bare base model."""
+        with bare(self._model), torch.no_grad():
+            handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+            for name in self._modules:
+                handles.append(self._model.get_submodule(name).register_forward_pre_hook(self._hook(name)))
+            try:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in adapted:
-                layer.enable_adapters(True)
-            for module, mode in training.items():
-                module.training = mode
-            for parameter, flag in gradients.items():
-                parameter.requires_grad_(flag)
-            self._last = self._mask = None
+            finally:
+                for handle in handles:
+                    handle.remove()
+                self._last = self._mask = None
 
     def bases(self) -> Bases:
         """Return the eigenvectors of each layer's moment, shared where the moment is."""
@@ -74,8 +60,7 @@ class MomentCollector:
         return {name: led[self.leader[name]] for name in self._modules}
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._mask = token_mask(args, kwargs)
         self._last = None
 
     def _hook(self, name: str) -> Any:
@@ -99,6 +84,32 @@ class MomentCollector:
             self.moments[name].add(flat)
 
         return hook
+
+
+@contextlib.contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Have the base alone, inside the block: adapters off, evaluation mode; all is as it was afterwards."""
+    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    training = {module: module.training for module in model.modules()}
+    gradients = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.eval()
+        for layer in adapted:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
+        for module, mode in training.items():
+            module.training = mode
+        for parameter, flag in gradients.items():
+            parameter.requires_grad_(flag)
+
+
+def token_mask(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return which tokens of a model's call are text and not padding, (rows, length); None where it does not say."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class CalibrationStore:

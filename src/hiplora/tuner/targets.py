@@ -11,17 +11,19 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from hiplora.errors import ConfigError, HipLoraError
+from hiplora.spectral import RankSpec
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.model import HipLoraModel, as_layer, for_module
 
 
 @dataclass(frozen=True)
 class Target:
-    """A weight to be factored: its module, shape (m, n), principal rank, and whether it lies there as (n, m)."""
+    """A weight to be factored: its module, shape (m, n), principal rank as it was asked for, and whether it lies there
+    as (n, m)."""
 
     name: str
     shape: tuple[int, int]
-    k: int
+    k: RankSpec
     transposed: bool
 
     @property

@@ -76,16 +76,16 @@ def test_a_layer_that_saw_nothing_is_named():
 @pytest.mark.parametrize("shape", [(16, 24), (40, 24)])
 def test_factors_follow_their_definition(sides, shape):
     x, weight, k = inputs_of(), weight_of(*shape), 5
-    factors = activation_factors(weight, basis_of(x), k, sides)
+    outputs = torch.linalg.qr(torch.randn(shape[0], 7)).Q
+    factors = activation_factors(weight, basis_of(x), k, sides, outputs if sides != "input" else None)
     moment = x.double().T @ x.double() / len(x)
     W = weight.double()
-    values, vectors = torch.linalg.eigh(moment)
+    vectors = torch.linalg.eigh(moment).eigenvectors
     assert same_subspace(factors.V, vectors.flip(1)[:, :k])
     if sides == "input":
         images = torch.linalg.qr(W @ vectors.flip(1)[:, :k]).Q
     else:
-        root = vectors @ values.clamp_min(0).sqrt().diag() @ vectors.T
-        images = torch.linalg.svd(W @ root).U[:, :k]
+        images = outputs[:, :k]
     assert same_subspace(factors.U, images)
     core = factors.U.double().T @ W @ factors.V.double()
     torch.testing.assert_close(core, factors.sigma.double().diag(), rtol=1e-5, atol=1e-5)
@@ -112,7 +112,7 @@ def test_an_update_off_the_input_side_hardly_changes_what_the_layer_gives():
 
 @pytest.mark.parametrize(("sides", "free"), [("input", "B"), ("output", "A"), ("both", "")])
 def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
-    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both")
+    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", torch.eye(16)[:, :4])
     A, B = torch.randn(3, 24), torch.randn(16, 3)
     bases = protected(factors.U, factors.V, sides)
     kept_A, kept_B = retract(A, B, *bases)
@@ -134,6 +134,25 @@ def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
 def test_what_does_not_fit_is_an_error_that_names_the_layer(weight, k, why):
     with pytest.raises(FactorError, match=f"layer here: .*{why}"):
         activation_factors(weight, basis_of(inputs_of()), k, name="here")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "given"),
+    [(None, "none"), (torch.eye(16)[:, :3], "3 of 16")],
+)
+def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs, given):
+    with pytest.raises(FactorError, match=f"layer here: protecting both sides takes 4 directions.* are {given}"):
+        activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs, name="here")
+
+
+@pytest.mark.parametrize("n", [24, 1100])
+def test_the_leading_eigenvectors_are_the_same_by_either_way_of_computing_them(n):
+    moment = SecondMoment(n)
+    moment.add(inputs_of(tokens=300, n=n))
+    found = moment.leading(3)
+    assert same_subspace(found, torch.linalg.eigh(moment.total).eigenvectors.flip(1)[:, :3])
+    assert torch.equal(found, moment.leading(3))
+    assert moment.leading(n + 5).shape == (n, n) if n < 100 else True
 
 
 def test_only_so_many_directions_as_were_kept():

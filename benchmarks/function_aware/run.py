@@ -1,0 +1,312 @@
+"""Frontiers of learning against drift: train each variant of the recipe on each job, and measure it at several steps.
+
+    python -m benchmarks.function_aware.run --data FOLDER --out FOLDER [--series NAME ...] [--threads 1]
+
+A run is measured by the mean negative log-likelihood of held-out answers (nats a token) or the edits that work, and by
+the KL divergence from the base model on WikiText, Python code and German sentences. One JSON file a run, written aside
+and renamed: a series goes on where it stopped, and several processes share it. `--data` holds the gzipped JSON lines
+that `data.py` names.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "recipe.yaml"
+
+
+class Job(NamedTuple):
+    """One run: what is trained, how, and from which seed."""
+
+    task: str
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.variant}-lr{self.lr:g}-seed{self.seed}"
+
+
+def jobs(recipe: dict[str, Any], chosen: list[str] | None) -> Iterator[Job]:
+    """Yield the runs of the recipe's series, in order."""
+    for series in recipe["series"]:
+        if chosen and series["name"] not in chosen:
+            continue
+        for parts in itertools.product(series["seeds"], series["jobs"], series["lrs"], series["variants"]):
+            seed, task, lr, variant = parts
+            yield Job(task, variant, float(lr), seed)
+
+
+def make_config(recipe: dict[str, Any], variant: str) -> tuple[Any, dict[str, Any]]:
+    """Return the PEFT configuration of a variant and what it is calibrated on; every one scales its update by 2."""
+    import peft
+
+    from hiplora import HipLoraConfig
+
+    settings = dict(recipe["variants"][variant])
+    calibration = settings.pop("calibration", {})
+    settings["target_modules"] = recipe["targets"][settings["target_modules"]]
+    shared = {"lora_alpha": 2 * settings["r"], "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+    if settings.pop("method", None) == "lora":
+        return peft.LoraConfig(**shared, **settings), {}
+    return HipLoraConfig(**{"principal_rank": 32, **shared, **settings}), calibration
+
+
+class Bench:
+    """The base model with what every run needs, loaded once."""
+
+    def __init__(self, recipe: dict[str, Any], data: Path, out: Path):
+        from benchmarks.function_aware.data import drift_texts
+
+        from hiplora.evaluation import BaseReference
+        from hiplora.models import load
+
+        self.recipe, self.data, self.out = recipe, data, out
+        self.model, self.tokenizer = load(recipe["model"])
+        tokens = recipe["measure"]["drift_tokens"]
+        self.reference = BaseReference.build(self.model, self.tokenizer, drift_texts(data), max_tokens=tokens)
+
+    def adapt(self, job: Job) -> Any:
+        """Put a fresh adapter on the model."""
+        import peft
+        import torch
+        from benchmarks.function_aware.data import calibration_text
+
+        import hiplora
+
+        config, calibration = make_config(self.recipe, job.variant)
+        if getattr(config, "basis", "") == "activation":
+            tokens = calibration.get("tokens", 10_000)
+            rows = None
+            if source := calibration.get("text"):
+                text = calibration_text(source, self.data)[: 8 * tokens]
+                ids = self.tokenizer(text, verbose=False)["input_ids"][:tokens]
+                rows = [ids[first : first + 256] for first in range(0, len(ids), 256)]
+            hiplora.calibrate(self.model, config, rows=rows, source=source or "", tokens=tokens)
+        torch.manual_seed(job.seed)
+        return peft.get_peft_model(self.model, config)
+
+    def measure_drift(self, adapted: Any) -> dict[str, Any]:
+        from hiplora.evaluation import measure_drift
+
+        drift = measure_drift(adapted, self.reference)
+        return {
+            "kl": {name: text.kl for name, text in drift.items()},
+            "perplexity_ratio": {name: text.perplexity_ratio for name, text in drift.items()},
+        }
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Train and measure; the model is bare again afterwards."""
+        start = time.perf_counter()
+        adapted = self.adapt(job)
+        prepared = time.perf_counter() - start
+        try:
+            work = self._edits if job.task.startswith("edits") else self._frontier
+            result = work(adapted, job)
+            trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        finally:
+            self.model = adapted.unload()
+        return {
+            **job._asdict(),
+            "settings": self.recipe["variants"][job.variant],
+            "trainable_parameters": trainable,
+            "preparation_seconds": prepared,
+            **result,
+        }
+
+    def _frontier(self, adapted: Any, job: Job) -> dict[str, Any]:
+        import torch
+        from benchmarks.function_aware.data import job_rows
+
+        from hiplora.evaluation import heldout_loss
+        from hiplora.evaluation.likelihood import response_log_probs
+
+        chosen = self.recipe["measure"]
+        train, held = job_rows(job.task, self.data, self.tokenizer, chosen)
+        with adapted.disable_adapter():
+            before = heldout_loss(adapted, held)
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=job.lr, weight_decay=0.0)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed)).tolist()
+        size, points, seconds, tokens = chosen["batch_size"], [], 0.0, 0
+        for step in range(1, max(chosen["steps"]) + 1):
+            batch = [train[order[i % len(order)]] for i in range((step - 1) * size, step * size)]
+            start = time.perf_counter()
+            adapted.train()
+            loss = -torch.cat(response_log_probs(adapted, batch)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            seconds, tokens = seconds + time.perf_counter() - start, tokens + sum(len(e.ids) for e in batch)
+            if step in chosen["steps"]:
+                points.append(
+                    {
+                        "step": step,
+                        "heldout_loss": heldout_loss(adapted.eval(), held),
+                        **self.measure_drift(adapted),
+                        "gains": gains(adapted),
+                    }
+                )
+        return {"heldout_loss_before": before, "points": points, "seconds": seconds, "tokens": tokens}
+
+    def _edits(self, adapted: Any, job: Job) -> dict[str, Any]:
+        """Train one set of edits ("edits1" is the first) and keep the adapter at the end, for the merges."""
+        from hiplora.editing import EditTraining, train_edits
+        from hiplora.files import staged_dir
+        from hiplora.training.adapters import save_adapter
+
+        sets, neighbours = self._edit_sets()
+        part = sets[int(job.task.removeprefix("edits")) - 1]
+        points: list[dict[str, Any]] = []
+
+        def on_step(row: dict[str, float]) -> None:
+            if row["step"] in self.recipe["edits"]["steps"]:
+                points.append({"step": row["step"], **self.measure_edits(adapted, [part], neighbours)})
+                adapted.train()
+
+        steps = max(self.recipe["edits"]["steps"])
+        training = EditTraining(steps, job.lr, batch_size=len(part), weight_decay=0.0, seed=job.seed)
+        result = train_edits(adapted, self.tokenizer, part.edits, training, on_step)
+        with staged_dir(self.adapter(job), overwrite=True) as staged:
+            save_adapter(adapted, staged)
+        return {"points": points, "tokens": result.tokens}
+
+    def _edit_sets(self) -> Any:
+        from benchmarks.function_aware.data import edit_sets
+
+        chosen = self.recipe["edits"]
+        sets, neighbours = edit_sets(self.data, chosen["sets"], chosen["per_set"])
+        few = {name: _first_of_each(edits, chosen["neighbours"]) for name, edits in neighbours.items()}
+        return sets, few
+
+    def measure_edits(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
+        """Which edits work, on their prompt and its paraphrase; which neighbours kept their answer; drift."""
+        from hiplora.editing import evaluate_edits
+
+        edits = [edit for part in sets for edit in part.edits]
+        near = [edit for part in sets for edit in neighbours[part.name]]
+        return {
+            "success": [o.preferred for o in evaluate_edits(adapted, self.tokenizer, edits)],
+            "paraphrase": [
+                o.preferred for o in evaluate_edits(adapted, self.tokenizer, edits, paraphrase=True)
+            ],
+            "neighbours_kept": [not o.preferred for o in evaluate_edits(adapted, self.tokenizer, near)],
+            **self.measure_drift(adapted),
+        }
+
+    def adapter(self, job: Job) -> Path:
+        return self.out / "adapters" / job.name
+
+    def merge(self, job: Job, count: int) -> dict[str, Any]:
+        """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
+        from hiplora.merging import merge, save_merged
+        from hiplora.study.measure import mounted
+
+        sets, neighbours = self._edit_sets()
+        parts = [self.adapter(job._replace(task=f"edits{index + 1}")) for index in range(count)]
+        folder = self.out / "adapters" / f"merged{count}-{job.name}"
+        save_merged(merge(parts, "addition"), folder, overwrite=True, check_logits=False)
+        with mounted(self.model, folder) as adapted:
+            point = self.measure_edits(adapted, sets[:count], neighbours)
+        shutil.rmtree(folder)
+        return {
+            **job._asdict(),
+            "task": f"merge{count}",
+            "settings": self.recipe["variants"][job.variant],
+            **point,
+        }
+
+
+def gains(adapted: Any) -> dict[str, float] | None:
+    """Return the largest gain and the largest relative gain of all layers, None without a principal channel."""
+    from hiplora.tuner.layer import HipLoraLinear
+
+    layers = [m for m in adapted.modules() if isinstance(m, HipLoraLinear) and m.hiplora_delta]
+    if not layers:
+        return None
+    pairs = [(m.hiplora_delta["default"].detach().abs(), m.hiplora_sigma["default"]) for m in layers]
+    return {
+        "largest": max(delta.max().item() for delta, _ in pairs),
+        "largest_relative": max((delta / sigma.clamp_min(1e-9)).max().item() for delta, sigma in pairs),
+    }
+
+
+def _first_of_each(edits: Any, count: int) -> list[Any]:
+    found: dict[str, list[Any]] = {}
+    for edit in edits:
+        found.setdefault(edit.subject, []).append(edit)
+    return [edit for group in found.values() for edit in group[:count]]
+
+
+def work(bench: Bench, planned: list[Job]) -> None:
+    """Do what is not done and not being done by another process."""
+    import filelock
+
+    from hiplora.files import write_atomic
+
+    def once(name: str, make: Any) -> None:
+        path = bench.out / f"{name}.json"
+        try:
+            with filelock.FileLock(bench.out / f".{name}.lock", timeout=0):
+                if not path.exists():
+                    result = make()
+                    write_atomic(path, json.dumps(result, indent=1) + "\n")
+                    print(summary(name, result), flush=True)
+        except filelock.Timeout:
+            pass
+
+    for job in planned:
+        once(job.name, lambda job=job: bench.run(job))
+    counts = bench.recipe["edits"]["merges"]
+    for job in (job for job in planned if job.task == "edits1"):
+        for count in counts:
+            parts = [job._replace(task=f"edits{index + 1}") for index in range(count)]
+            if all((bench.out / f"{part.name}.json").exists() for part in parts):
+                once(
+                    job._replace(task=f"merge{count}").name,
+                    lambda job=job, count=count: bench.merge(job, count),
+                )
+
+
+def summary(name: str, result: dict[str, Any]) -> str:
+    """Return a run's last figures in a line."""
+    last = result.get("points", [result])[-1]
+    learned = (
+        f"loss {last['heldout_loss']:.3f}"
+        if "heldout_loss" in last
+        else f"edits {sum(last['success'])}/{len(last['success'])}"
+    )
+    return f"{name}: {learned}; KL " + ", ".join(f"{text} {kl:.4f}" for text, kl in last["kl"].items())
+
+
+def main() -> None:
+    """Do the runs that are not done yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--series", nargs="+")
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    if args.threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    work(Bench(recipe, args.data, args.out), list(jobs(recipe, args.series)))
+
+
+if __name__ == "__main__":
+    main()

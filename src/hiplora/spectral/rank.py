@@ -1,0 +1,73 @@
+"""How many directions to protect in a layer: a number, a share of its rank, or a share of its energy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hiplora.spectral.precision import widest
+
+RankSpec = int | float | str
+EXPECTED_RANK = "an integer of at least 1, a fraction in (0, 1), or 'energy:x' with x in (0, 1)"
+_ENERGY = "energy:"
+
+
+def is_rank(spec: Any) -> bool:
+    """Whether a value says how many directions to protect (`resolve_rank`)."""
+    if isinstance(spec, bool):
+        return False
+    if isinstance(spec, int):
+        return spec >= 1
+    if isinstance(spec, float):
+        return 0 < spec < 1
+    return isinstance(spec, str) and spec.startswith(_ENERGY) and 0 < _share(spec) < 1
+
+
+def parse_rank(text: str) -> RankSpec:
+    """Read a rank as a user types it: `32`, `0.1` or `energy:0.95`; what is none of these comes back as it is."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def resolve_rank(spec: RankSpec, shape: tuple[int, int], energies: Callable[[], Float[Tensor, " q"]]) -> int:
+    """Return k for a weight of shape (m, n).
+
+    An integer is taken as it is; a fraction is one of min(m, n), rounded, at least 1; "energy:x" is the smallest k
+    whose directions hold the share x of the sum of `energies()`, which descend: the eigenvalues of the inputs'
+    second moment, or the squared singular values of the weight. No more than min(m, n) in the last two cases.
+    """
+    limit = min(shape)
+    if isinstance(spec, int):
+        return spec
+    if isinstance(spec, float):
+        return min(max(round(spec * limit), 1), limit)
+    return min(rank_for_energy(energies(), _share(spec)), limit)
+
+
+def rank_for_energy(energies: Float[Tensor, " q"], share: float) -> int:
+    """Return the smallest k whose leading `energies` hold this share of their sum; 1 where all are zero."""
+    total = energies.sum()
+    if total == 0:
+        return 1
+    reached = (energies.cumsum(0) / total) >= share - 1e-12
+    return int(reached.int().argmax()) + 1 if reached.any() else len(energies)
+
+
+def squared_singular_values(weight: Float[Tensor, "m n"]) -> Float[Tensor, " q"]:
+    """Return all σ² of a weight, descending, in float64 (fp32 where the device has none)."""
+    wide = weight.detach().to(widest(weight.device))
+    small = wide if wide.shape[0] <= wide.shape[1] else wide.T
+    return torch.linalg.eigvalsh(small @ small.T).flip(0).clamp_min(0.0)
+
+
+def _share(spec: str) -> float:
+    try:
+        return float(spec.removeprefix(_ENERGY))
+    except ValueError:
+        return 0.0
