@@ -1,4 +1,4 @@
-"""The contract runs over tiny Llamas (untied, tied, with the activation basis) and the real SmolLM2-135M."""
+"""The contract runs over tiny Llamas (untied, tied, with every kind of activation basis) and the real SmolLM2-135M."""
 
 import peft
 import pytest
@@ -8,7 +8,12 @@ from transformers import AutoModelForCausalLM
 from hiplora import HipLoraConfig
 from tests.tiny import tiny_llama
 
-BASES = ["untied", "tied", "activation", pytest.param("smollm2", marks=pytest.mark.real_model)]
+ACTIVATION = {
+    "activation": {"basis": "activation"},
+    "one-sided": {"basis": "activation", "basis_sides": "input"},
+    "soft": {"basis": "activation", "projection": "soft"},
+}
+BASES = ["untied", "tied", *ACTIVATION, pytest.param("smollm2", marks=pytest.mark.real_model)]
 
 
 class Base:
@@ -25,9 +30,8 @@ class Base:
     def config(self, **changes):
         if self.folder is not None:  # two of the thirty layers are enough, and quick to factor
             changes.setdefault("layers_to_transform", [0, 29])
-        if self.kind == "activation":
-            changes.setdefault("basis", "activation")
-        return HipLoraConfig(**{"r": 4, "principal_rank": 8, "lora_dropout": 0.0, **changes})
+        kind = ACTIVATION.get(self.kind, {})
+        return HipLoraConfig(**{"r": 4, "principal_rank": 8, "lora_dropout": 0.0, **kind, **changes})
 
     def adapted(self, **changes):
         return peft.get_peft_model(self.make(), self.config(**changes))

@@ -104,6 +104,13 @@ EFFECTS = {
     "basis_sides": lambda t, i: (
         _raw_leak(t.adapted(basis_sides="output")) > 0.05 > 1e-5 > _raw_leak(t.adapted(basis_sides="input"))
     ),
+    "projection": lambda t, i: (
+        _refused(projection="soft")
+        and _raw_leak(t.adapted(basis="activation", projection="soft"))
+        > 0.05
+        > 1e-5
+        > _raw_leak(t.adapted(basis="activation"))
+    ),
     "calibration": lambda t, i: (
         t.adapted(basis="activation").peft_config["default"].calibration["source"] == "self"
     ),

@@ -10,10 +10,10 @@ from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate, Channels
 from hiplora.export.base_weights import BaseWeights, in_precision
 from hiplora.export.stock import FROZEN_COPY, check_extras, check_rank, pattern_value
-from hiplora.spectral import FactorStore, SpectralFactors, chosen_sides, protected, retract
+from hiplora.spectral import FactorStore, SpectralFactors, protected, retract, soften
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
 
-_PART = re.compile(r"^(?P<module>.+)\.hiplora_(?P<part>A|B|delta|U|sigma|V)$")
+_PART = re.compile(r"^(?P<module>.+)\.hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)$")
 _Parts = dict[str, Tensor]
 
 
@@ -66,8 +66,9 @@ def live_hip_update(
     for name, layer in hip_layers(model, adapter):
         layer.ensure_factors(adapter)
         parts = modules.setdefault(name, {})
-        for part in ("U", "sigma", "V"):
-            parts[part] = getattr(layer, f"hiplora_{part}")[adapter].detach().cpu()
+        for part in ("U", "sigma", "V", "shrink_U", "shrink_V"):
+            if adapter in (held := getattr(layer, f"hiplora_{part}")):
+                parts[part] = held[adapter].detach().cpu()
     channels = {
         module: _channels(module, modules[module], config, source, None) for module in sorted(modules)
     }
@@ -127,13 +128,17 @@ def _channels(
     check_rank(module, r, config, source)
     projected, sides = (
         config.get("residual_projection", True),
-        chosen_sides(config.get("basis", "weight"), config.get("basis_sides")),
+        config.get("basis_sides", "both"),
     )
     if (
         factors_of is not None and projected
     ):  # the layer does so too: recomputed factors may differ by rounding
         kept_out = protected(parts["U"], parts["V"], sides)
         parts["A"], parts["B"] = retract(parts["A"], parts["B"], *kept_out)
+    if config.get("projection", "hard") == "soft":
+        projected = False
+        shrinks = parts.get("shrink_U"), parts.get("shrink_V")
+        parts["A"], parts["B"] = soften(parts["A"], parts["B"], parts["U"], parts["V"], *shrinks)
     alpha = pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha", r))
     limit = LEAK_LIMIT.get(dtype, LEAK_LIMIT_HALF) if projected else None
     delta = parts["delta"] if gains else None
@@ -145,6 +150,7 @@ def _check_shapes(module: str, parts: _Parts, k: int, source: str) -> None:
     A, B = parts["A"], parts["B"]
     (r, n), m = A.shape if A.dim() == 2 else (0, 0), B.shape[0] if B.dim() == 2 else 0
     expected = {"A": (r, n), "B": (m, r), "delta": (k,), "U": (m, k), "sigma": (k,), "V": (n, k)}
+    expected |= {"shrink_U": (k, k), "shrink_V": (k, k)}
     for part, tensor in parts.items():
         if tensor.shape != expected[part]:
             raise AdapterError(

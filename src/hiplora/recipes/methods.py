@@ -96,10 +96,13 @@ class Spectral(LowRank):
         description="Where the protected directions come from: `weight`, its SVD, as in the paper; `activation`, the "
         "inputs that the layer really gets, measured on text sampled from the model.",
     )
-    basis_sides: Literal["both", "input", "output"] | None = Field(
-        default=None,
-        description="Which sides the low-rank part is kept out of; if empty, both for the weight basis and the input "
-        "side for the activation basis.",
+    basis_sides: Literal["both", "input", "output"] = Field(
+        default="both", description="Which sides the low-rank part is kept out of."
+    )
+    projection: Literal["hard", "soft"] = Field(
+        default="hard",
+        description="`hard` keeps the low-rank part out of the protected directions altogether; `soft`, with "
+        "`basis: activation`, lets each pass the less, the more energy it has.",
     )
     calibration_text: str | None = Field(
         default=None,
@@ -133,7 +136,9 @@ class Spectral(LowRank):
                 f"`calibration_text` has no use with basis {self.basis}; remove it, or use activation"
             )
         if self.basis == "activation" and not self.save_factors:
-            raise ValueError("`save_factors: false` needs basis weight; remove it")
+            raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
+        if self.projection == "soft" and self.basis != "activation":
+            raise ValueError("`projection: soft` needs basis activation; remove it, or use that")
         return self
 
 

@@ -1,7 +1,7 @@
 """The mathematics of one weight matrix: certified factors, channels, budget, allocation, store."""
 
 from hiplora.spectral.allocation import Allocation, allocate
-from hiplora.spectral.basis import SIDES, activation_factors, chosen_sides, protected
+from hiplora.spectral.basis import SIDES, activation_factors, protected
 from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
 from hiplora.spectral.channels import (
     fused_factors,
@@ -9,11 +9,12 @@ from hiplora.spectral.channels import (
     principal_delta,
     residual_delta,
     retract,
+    soften,
     total_delta,
 )
 from hiplora.spectral.decompose import truncated_svd
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
-from hiplora.spectral.moments import InputBasis, SecondMoment
+from hiplora.spectral.moments import MomentBasis, SecondMoment
 from hiplora.spectral.rank import (
     EXPECTED_RANK,
     RankSpec,
@@ -29,14 +30,13 @@ __all__ = [
     "SIDES",
     "Allocation",
     "FactorStore",
-    "InputBasis",
+    "MomentBasis",
     "RankSpec",
     "SecondMoment",
     "SpectralFactors",
     "activation_factors",
     "allocate",
     "budget_weights",
-    "chosen_sides",
     "fused_factors",
     "is_rank",
     "leak",
@@ -49,6 +49,7 @@ __all__ = [
     "residual_delta",
     "resolve_rank",
     "retract",
+    "soften",
     "squared_singular_values",
     "total_delta",
     "truncated_svd",

@@ -9,15 +9,10 @@ from torch import Tensor
 from hiplora.errors import FactorError
 from hiplora.spectral.decompose import certify, check_request
 from hiplora.spectral.factors import SpectralFactors, Triplets, weight_fingerprint
-from hiplora.spectral.moments import InputBasis
+from hiplora.spectral.moments import MomentBasis
 from hiplora.spectral.precision import full_precision, widest
 
 SIDES = ("both", "input", "output")
-
-
-def chosen_sides(basis: str, given: str | None) -> str:
-    """Return the sides to protect: those given, else both."""
-    return given or "both"
 
 
 def protected(
@@ -29,10 +24,10 @@ def protected(
 
 def activation_factors(
     weight: Float[Tensor, "m n"],
-    inputs: InputBasis,
+    inputs: MomentBasis,
     k: int,
     sides: str = "input",
-    outputs: Float[Tensor, "m q"] | None = None,
+    outputs: MomentBasis | None = None,
     *,
     name: str = "weight",
     fingerprint: str | None = None,
@@ -40,8 +35,8 @@ def activation_factors(
     """Return the factors of a weight in the basis of what it really computes.
 
     V spans the k leading eigenvectors of the input second moment C. U spans the images of V where only the input
-    side is protected, so that `Wv_i = σ_i u_i` exactly; else the first k of `outputs`, the leading eigenvectors of
-    the second moment of the gradients at the layer's output: to second order the KL divergence that an update ΔW
+    side is protected, so that `Wv_i = σ_i u_i` exactly; else the k leading eigenvectors of `outputs`, the second
+    moment G of the gradients at the layer's output: to second order the KL divergence that an update ΔW
     causes is `½ E[(gᵀΔWx)²]`, which K-FAC's assumption makes `½ tr(GΔWCΔWᵀ)`, so these are the outputs that the
     model's predictions depend on. Both are rotated inside their subspaces so that `UᵀWV` is diagonal, with `σ_i ≥ 0`
     in descending order: a gain δ_i is the change of one number, as in Eq. 2.
@@ -50,8 +45,9 @@ def activation_factors(
         FactorError: shapes do not fit, k exceeds min(m, n) or the eigenvectors given, or a value is not finite.
     """
     check_request(weight, k, name)
-    if sides != "input" and (outputs is None or outputs.shape[0] != weight.shape[0] or outputs.shape[1] < k):
-        given = "none" if outputs is None else f"{outputs.shape[1]} of {outputs.shape[0]} numbers"
+    shape = outputs.vectors.shape if outputs is not None else (0, 0)
+    if sides != "input" and (shape[0] != weight.shape[0] or shape[1] < k):
+        given = f"{shape[1]} of {shape[0]} numbers" if outputs is not None else "none"
         raise FactorError(
             f"layer {name}: protecting {sides} sides takes {k} directions of its {weight.shape[0]} outputs, and there "
             f"are {given}; calibrate on this very model"
@@ -77,9 +73,25 @@ def activation_factors(
         if sides == "input" or outputs is None:
             U = torch.linalg.svd(wide @ V, full_matrices=False).U
         else:
-            U = outputs[:, :k].to(wide)
+            U = outputs.vectors[:, :k].to(wide)
         P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
         factors = certify(matrix, Triplets(U @ P, sigma, V @ Qt.T), "eigen")
+        shrink_U = _shrink(outputs, factors.U) if sides != "input" and outputs is not None else None
+        shrink_V = _shrink(inputs, factors.V) if sides != "output" else None
     return dataclasses.replace(
-        factors, basis=f"activation:{sides}", fingerprint=fingerprint or weight_fingerprint(weight)
+        factors,
+        basis=f"activation:{sides}",
+        fingerprint=fingerprint or weight_fingerprint(weight),
+        shrink_U=shrink_U,
+        shrink_V=shrink_V,
     )
+
+
+def _shrink(moment: MomentBasis, directions: Float[Tensor, "n k"]) -> Float[Tensor, "k k"]:
+    """Return the soft projection's `Qᵀ diag(λ_i/(λ_i + λ_k)) Q` in a basis rotated by Q; λ_i = 0 is no filter."""
+    k = directions.shape[1]
+    wide = directions.to(widest(directions.device))
+    rotation = moment.vectors[:, :k].to(wide).T @ wide
+    top = moment.values[:k].to(wide)
+    share = torch.where(top > 0, top / (top + top[-1]), torch.zeros_like(top))
+    return (rotation.T * share @ rotation).float()

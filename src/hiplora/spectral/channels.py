@@ -12,10 +12,33 @@ def retract(
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
     """Project LoRA factors onto the complement of the protected subspaces: `(Ã, B̃)` of Eq. 4.
 
-    A side whose basis has no column is left free (`protected`). Returns new tensors; nothing is written in place. Costs
-    4(mp + nq)r flops and forms no dense projector.
+    A side whose basis has no column is left free (`protected`), one whose basis is complete leaves exactly nothing.
+    Returns new tensors; nothing is written in place. Costs 4(mp + nq)r flops and forms no dense projector.
     """
-    return A - (A @ V) @ V.T, B - U @ (U.T @ B)
+    kept_A = A - (A @ V) @ V.T if V.shape[1] < V.shape[0] else torch.zeros_like(A)
+    kept_B = B - U @ (U.T @ B) if U.shape[1] < U.shape[0] else torch.zeros_like(B)
+    return kept_A, kept_B
+
+
+def soften(
+    A: Float[Tensor, "r n"],
+    B: Float[Tensor, "m r"],
+    U: Float[Tensor, "m k"],
+    V: Float[Tensor, "n k"],
+    shrink_U: Float[Tensor, "k k"] | None,
+    shrink_V: Float[Tensor, "k k"] | None,
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    """Return LoRA factors through the soft projection: `A (I − V S_V Vᵀ)` and `(I − U S_U Uᵀ) B`.
+
+    With `S = Qᵀ diag(λ_i/(λ_i + λ_k)) Q` this is the fixed filter `(I + C/λ_k)⁻¹` on the k leading directions of C:
+    next to nothing of the strongest passes, half of the k-th. `S = I` is the hard projection (`retract`); a side
+    without one is left free. Differentiable.
+    """
+    if shrink_V is not None:
+        A = A - ((A @ V) @ shrink_V) @ V.T
+    if shrink_U is not None:
+        B = B - U @ (shrink_U @ (U.T @ B))
+    return A, B
 
 
 def leak(

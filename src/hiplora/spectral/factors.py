@@ -27,7 +27,9 @@ class SpectralFactors:
     U (m, k) and V (n, k) have orthonormal columns, σ (k,) is descending; all are fp32. `residual` is
     `max_i max(‖Wv_i − σ_i u_i‖, ‖Wᵀu_i − σ_i v_i‖) / σ_1`, measured on these very tensors in float64
     (0 for an all-zero weight); `orthogonality` is `max |UᵀU − I|, |VᵀV − I|`. `method` is the one that
-    was really used. `fingerprint` names the factored weight (see `weight_fingerprint`).
+    was really used. `fingerprint` names the factored weight (see `weight_fingerprint`). `shrink_U` and `shrink_V`
+    (k, k), symmetric, are the soft projection's inside the two subspaces (`spectral.soften`); a basis without
+    energies of its directions has none.
     """
 
     U: Float[Tensor, "m k"]
@@ -38,6 +40,8 @@ class SpectralFactors:
     method: str
     basis: str = "weight"
     fingerprint: str = ""
+    shrink_U: Float[Tensor, "k k"] | None = None
+    shrink_V: Float[Tensor, "k k"] | None = None
 
     @property
     def rank(self) -> int:
@@ -46,9 +50,8 @@ class SpectralFactors:
 
     def to(self, device: torch.device | str) -> "SpectralFactors":
         """Return the same factors with their tensors on `device`."""
-        return dataclasses.replace(
-            self, U=self.U.to(device), sigma=self.sigma.to(device), V=self.V.to(device)
-        )
+        tensors = {name: getattr(self, name) for name in ("U", "sigma", "V", "shrink_U", "shrink_V")}
+        return dataclasses.replace(self, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
 def weight_fingerprint(weight: Tensor) -> str:

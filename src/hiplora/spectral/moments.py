@@ -34,7 +34,7 @@ class SecondMoment:
                 self.total.addmm_(wide.T, wide)
         self.tokens += len(inputs)
 
-    def eigen(self, name: str = "input") -> "InputBasis":
+    def eigen(self, name: str = "input") -> "MomentBasis":
         """Return the eigenvectors of the mean `C = E[xxᵀ]`.
 
         Raises:
@@ -42,10 +42,10 @@ class SecondMoment:
         """
         values, vectors = torch.linalg.eigh(self._mean(name, "inputs"))
         kept = vectors.flip(1)[:, :MAX_VECTORS].float().contiguous()
-        return InputBasis(values.flip(0).clamp_min(0.0).cpu(), kept.cpu(), self.tokens)
+        return MomentBasis(values.flip(0).clamp_min(0.0).cpu(), kept.cpu(), self.tokens)
 
-    def leading(self, k: int, name: str = "output") -> Float[Tensor, "n k"]:
-        """Return the k leading eigenvectors, at most n, fp32; errors as `eigen`.
+    def leading(self, k: int, name: str = "output") -> "MomentBasis":
+        """Return the k leading eigenvalues and eigenvectors, at most n; errors as `eigen`.
 
         The others are not computed where that is quicker.
         """
@@ -53,10 +53,13 @@ class SecondMoment:
         n = mean.shape[0]
         k = min(k, n)
         if mean.device.type != "cpu" or n < _ITERATE_FROM or 8 * k > n:
-            return torch.linalg.eigh(mean).eigenvectors.flip(1)[:, :k].float().cpu().contiguous()
-        start = numpy.linspace(1.0, 2.0, n)  # any that is the same each time
-        _, vectors = scipy.sparse.linalg.eigsh(mean.numpy(), k=k, v0=start)
-        return torch.from_numpy(vectors).flip(1).float().contiguous()
+            values, vectors = torch.linalg.eigh(mean)
+            values, vectors = values[-k:].cpu(), vectors[:, -k:].cpu()
+        else:
+            start = numpy.linspace(1.0, 2.0, n)  # any that is the same each time
+            values, vectors = map(torch.from_numpy, scipy.sparse.linalg.eigsh(mean.numpy(), k=k, v0=start))
+        values = values.flip(0).clamp_min(0.0)
+        return MomentBasis(values, vectors.flip(1).float().contiguous(), self.tokens)
 
     def _mean(self, name: str, what: str) -> Tensor:
         if not self.tokens:
@@ -72,10 +75,14 @@ class SecondMoment:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class InputBasis:
-    """Eigenvalues (n,) of a layer's input second moment, descending, and the leading eigenvectors (n, q), fp32."""
+class MomentBasis:
+    """Eigenvalues of a second moment, descending, float64, and the leading eigenvectors (n, q), fp32.
 
-    values: Float[Tensor, " n"]
+    All n eigenvalues, or the q that belong to the vectors; `tokens` is how many vectors were summed up. Energy and
+    effective rank take all of them.
+    """
+
+    values: Float[Tensor, " p"]
     vectors: Float[Tensor, "n q"]
     tokens: int
 

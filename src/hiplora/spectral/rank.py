@@ -40,14 +40,15 @@ def resolve_rank(spec: RankSpec, shape: tuple[int, int], energies: Callable[[], 
 
     An integer is taken as it is; a fraction is one of min(m, n), rounded, at least 1; "energy:x" is the smallest k
     whose directions hold the share x of the sum of `energies()`, which descend: the eigenvalues of the inputs'
-    second moment, or the squared singular values of the weight. No more than min(m, n) in the last two cases.
+    second moment, or the squared singular values of the weight; at most half of min(m, n), so that there is a
+    complement to learn in.
     """
     limit = min(shape)
     if isinstance(spec, int):
         return spec
     if isinstance(spec, float):
         return min(max(round(spec * limit), 1), limit)
-    return min(rank_for_energy(energies(), _share(spec)), limit)
+    return min(rank_for_energy(energies(), _share(spec)), max(limit // 2, 1))
 
 
 def rank_for_energy(energies: Float[Tensor, " q"], share: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,38 +13,59 @@ from torch import Tensor, nn
 from hiplora.spectral import SpectralFactors
 
 FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
+SHRINK_NAMES = (
+    "hiplora_shrink_U",
+    "hiplora_shrink_V",
+)  # of a soft projection, each where its side is protected
+_ALL = (*FACTOR_NAMES, *SHRINK_NAMES)
 Compute = Callable[[], SpectralFactors]
 
 
 class FactorBuffers(nn.Module):
-    """Holds U (m, k), σ (k,) and V (n, k) per adapter as buffers; the base class of an adapted layer."""
+    """Holds U (m, k), σ (k,) and V (n, k) per adapter as buffers; the base class of an adapted layer.
+
+    Adapters with a soft projection have shrink_U and shrink_V (k, k) too.
+    """
 
     hiplora_U: BufferDict
     hiplora_sigma: BufferDict
     hiplora_V: BufferDict
+    hiplora_shrink_U: BufferDict
+    hiplora_shrink_V: BufferDict
     _pending: dict[str, Compute | None]
 
     def __init__(self) -> None:
         super().__init__()
-        for name in FACTOR_NAMES:
+        for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
         self._pending = {}
 
-    def set_factors(self, adapter: str, factors: SpectralFactors, device: torch.device | None) -> None:
+    def set_factors(
+        self, adapter: str, factors: SpectralFactors, device: torch.device | None, soft: bool = False
+    ) -> None:
         """Register computed factors; those that another adapter has already are shared with it."""
-        for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
-            getattr(self, name)[adapter] = value.to(device)
+        for name in _ALL if soft else FACTOR_NAMES:
+            value = getattr(factors, name.removeprefix("hiplora_"))
+            if value is not None:
+                getattr(self, name)[adapter] = value.to(device)
         self._share(adapter)
 
     def expect_factors(
-        self, adapter: str, shape: tuple[int, int], k: int, compute: Compute, device: torch.device | None
+        self,
+        adapter: str,
+        shape: tuple[int, int],
+        k: int,
+        compute: Compute,
+        device: torch.device | None,
+        shrinks: Sequence[str] = (),
     ) -> None:
         """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n).
 
-        `compute` is called by `ensure_factors` if they are needed and were never loaded.
+        `compute` is called by `ensure_factors` if they are needed and were never loaded; `shrinks` names those of a
+        soft projection.
         """
-        shapes = ((shape[0], k), (k,), (shape[1], k))
-        for name, size in zip(FACTOR_NAMES, shapes, strict=True):
+        shapes = ((shape[0], k), (k,), (shape[1], k), *((k, k) for _ in shrinks))
+        for name, size in zip((*FACTOR_NAMES, *shrinks), shapes, strict=True):
             getattr(self, name)[adapter] = torch.full(size, math.nan, device=device)
         self._pending[adapter] = compute
 
@@ -65,7 +86,7 @@ class FactorBuffers(nn.Module):
 
     def unshare_factors(self, adapter: str) -> None:
         """Give an adapter buffers of its own before a file is loaded into them; equal ones are shared again after."""
-        for name in FACTOR_NAMES:
+        for name in self._held(adapter):
             buffers = getattr(self, name)
             if any(other is buffers[adapter] for key, other in buffers.items() if key != adapter):
                 buffers[adapter] = buffers[adapter].clone()
@@ -73,7 +94,7 @@ class FactorBuffers(nn.Module):
 
     def move_factors(self, adapter: str, device: torch.device | None) -> None:
         """Move an adapter's factors to a device, if one is named."""
-        for name in FACTOR_NAMES if device is not None else ():
+        for name in self._held(adapter) if device is not None else ():
             buffers = getattr(self, name)
             if buffers[adapter].device != device:
                 buffers[adapter] = buffers[adapter].to(device)
@@ -81,12 +102,14 @@ class FactorBuffers(nn.Module):
     def delete_factors(self, adapter: str) -> None:
         """Forget an adapter's factors."""
         self._pending.pop(adapter, None)
-        for name in FACTOR_NAMES:
-            if adapter in getattr(self, name):
-                del getattr(self, name)[adapter]
+        for name in self._held(adapter):
+            del getattr(self, name)[adapter]
+
+    def _held(self, adapter: str) -> list[str]:
+        return [name for name in _ALL if adapter in getattr(self, name)]
 
     def _share(self, adapter: str) -> None:
-        for name in FACTOR_NAMES:
+        for name in self._held(adapter):
             buffers = getattr(self, name)
             own = buffers[adapter]
             for key, other in buffers.items():
@@ -96,7 +119,7 @@ class FactorBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
-        before = {(n, a): b for n in FACTOR_NAMES for a, b in getattr(self, n).items()}
+        before = {(n, a): b for n in _ALL for a, b in getattr(self, n).items()}
         super()._apply(fn, recurse)
         moved: dict[int, Tensor] = {}
         for (name, adapter), old in before.items():

@@ -12,12 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import InputBasis, SpectralFactors, activation_factors, resolve_rank
+from hiplora.spectral import MomentBasis, SpectralFactors, activation_factors, resolve_rank
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.inputs import (
     ROW_LENGTH,
     CalibrationText,
-    Outputs,
     UsersLoop,
     check_counts,
     input_bases,
@@ -139,15 +138,17 @@ def calibrate(
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
     seen = held = 0
-    for group in target_groups(targets, config.sides, max_bytes):
+    for group in target_groups(targets, config.basis_sides, max_bytes):
         bases = text.inputs(module_names(group))
         seen = min(bases[target.name].tokens for target in group)
         group = [_with_rank(target, bases[target.name]) for target in group]
         held = _bounded(group, held, max_factor_bytes)
         layers += _described(group, bases)
-        outputs = text.outputs(group, gradient_tokens) if config.sides != "input" else {}
+        outputs = text.outputs(group, gradient_tokens) if config.basis_sides != "input" else {}
         for target in group:
-            factors[target.name] = _factors(model, target, bases[target.name], outputs, config.sides)
+            factors[target.name] = _factors(
+                model, target, bases[target.name], outputs.get(target.name), config.basis_sides
+            )
     calibration = Calibration(source, seen, text.key[:16], time.perf_counter() - start, layers, factors)
     _warn_of_few(calibration)
     config.calibration, config.calibrated = calibration.record(), factors
@@ -155,16 +156,13 @@ def calibrate(
 
 
 def _factors(
-    model: nn.Module, target: Target, inputs: InputBasis, outputs: Outputs, sides: str
+    model: nn.Module, target: Target, inputs: MomentBasis, outputs: MomentBasis | None, sides: str
 ) -> SpectralFactors:
     weight = as_layer(model.get_submodule(target.name), target.name).frozen_weight()
-    U = outputs.get(target.name)
-    if U is not None:
-        U = U.to(weight.device)
-    return activation_factors(weight, inputs, int(target.k), sides, U, name=target.name)
+    return activation_factors(weight, inputs, int(target.k), sides, outputs, name=target.name)
 
 
-def _with_rank(target: Target, inputs: InputBasis) -> Target:
+def _with_rank(target: Target, inputs: MomentBasis) -> Target:
     """Settle how many directions a layer protects, now that its inputs are known."""
     return dataclasses.replace(target, k=resolve_rank(target.k, target.shape, lambda: inputs.values))
 

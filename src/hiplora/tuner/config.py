@@ -9,8 +9,9 @@ from typing import Any
 from peft import PeftConfig
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, chosen_sides, is_rank
+from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, is_rank
 
+PROJECTIONS = ("hard", "soft")
 PEFT_TYPE = "HIPLORA"
 STABILITY_MODES = ("gradient", "proximal", "none")
 BASES = ("weight", "activation")
@@ -51,8 +52,10 @@ class HipLoraConfig(PeftConfig):
         basis: where the protected directions come from. "weight": the weight's own SVD, the paper's. "activation":
             the inputs that the layer really gets, and the outputs that the model's predictions depend on
             (`hiplora.calibrate`; without it, measured on text sampled from the model).
-        basis_sides: which sides the residual channel keeps out of: "both", "input" or "output"; None is both.
+        basis_sides: which sides the residual channel keeps out of: "both", "input" or "output".
         svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
+        projection: "hard" keeps the residual channel out of the protected directions altogether (Eq. 4); "soft" (with
+            the activation basis) lets each pass the less, the more energy it has: a fixed filter inside the factors.
         save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
         fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
         principal_ranks: filled in by the tuner: module → k, where `principal_rank` leaves it to the layer.
@@ -84,7 +87,8 @@ class HipLoraConfig(PeftConfig):
     residual_projection: bool = True
     principal_channel: bool = True
     basis: str = "weight"
-    basis_sides: str | None = None
+    basis_sides: str = "both"
+    projection: str = "hard"
     svd_tolerance: float = 1e-4
     save_factors: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -110,11 +114,6 @@ class HipLoraConfig(PeftConfig):
         _check_numbers(self)
         _check_choices(self)
         _check_layers(self)
-
-    @property
-    def sides(self) -> str:
-        """Return which sides the residual channel keeps out of."""
-        return chosen_sides(self.basis, self.basis_sides)
 
 
 def _check_ranks(config: HipLoraConfig) -> None:
@@ -153,7 +152,8 @@ def _check_choices(config: HipLoraConfig) -> None:
     choices = {
         "stability_mode": STABILITY_MODES,
         "basis": BASES,
-        "basis_sides": (None, *SIDES),
+        "projection": PROJECTIONS,
+        "basis_sides": SIDES,
         "init_weights": INITIALISATIONS,
     }
     for name, allowed in choices.items():
@@ -163,6 +163,11 @@ def _check_choices(config: HipLoraConfig) -> None:
     for name in ("residual_projection", "principal_channel", "relative_gains", "save_factors"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}; expected True or False")
+    if config.projection == "soft" and (config.basis != "activation" or not config.residual_projection):
+        raise ConfigError(
+            "projection is 'soft', which goes by the energy of the inputs and needs basis='activation' and "
+            "residual_projection=True; set them, or use 'hard'"
+        )
     if config.basis == "activation" and not config.save_factors:
         raise ConfigError(
             "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import SecondMoment
+from hiplora.spectral import MomentBasis, SecondMoment
 from hiplora.tuner.gradients import GradientCollector
 from hiplora.tuner.model import as_layer
 from hiplora.tuner.moments import Bases, CalibrationStore, MomentCollector, model_fingerprint
@@ -22,7 +22,6 @@ from hiplora.tuner.targets import Target
 
 ROW_LENGTH = 256  # tokens of one calibration row
 _SAMPLED_AT_ONCE = 20
-Outputs = dict[str, Tensor]  # module → the leading directions of its outputs, (m, k)
 
 
 def input_bases(
@@ -71,7 +70,7 @@ class UsersLoop:
         """Measure what a group of layers is fed."""
         return _measure(self._model, modules, self._run)[0]
 
-    def outputs(self, targets: Sequence[Target], limit: int) -> Outputs:
+    def outputs(self, targets: Sequence[Target], limit: int) -> Bases:
         """Measure which outputs of a group of layers matter: k directions of each, on `limit` tokens."""
         return _measure_gradients(self._model, targets, self._run, limit)
 
@@ -108,12 +107,16 @@ class CalibrationText:
             self._store.write_bases(path, bases, leader)
         return bases
 
-    def outputs(self, targets: Sequence[Target], limit: int) -> Outputs:
+    def outputs(self, targets: Sequence[Target], limit: int) -> Bases:
         """Measure which outputs of a group of layers matter, or read it: k directions of each, on `limit` tokens."""
+        names = module_names(targets)
         path = self._store.path("gradients", self.key, limit, [(target.name, target.k) for target in targets])
         read = self._store.read(path)
         if read is not None:
-            return read[0]
+            return {
+                name: MomentBasis(read[0][f"{name}.values"], read[0][f"{name}.vectors"], read[1])
+                for name in names
+            }
         rows = [
             row
             for row, before in zip(self._texts, _running_total(self._texts), strict=True)
@@ -121,7 +124,10 @@ class CalibrationText:
         ]
         run = functools.partial(_run, self._model, rows, self._batch_size, "gradients")
         found = _measure_gradients(self._model, targets, run, limit)
-        self._store.write(path, found, {})
+        tensors = {
+            f"{name}.{part}": getattr(found[name], part) for name in names for part in ("values", "vectors")
+        }
+        self._store.write(path, tensors, min(basis.tokens for basis in found.values()))
         return found
 
 
@@ -219,7 +225,7 @@ def _measure(
 
 def _measure_gradients(
     model: nn.Module, targets: Sequence[Target], run: Callable[[], Any], limit: int
-) -> Outputs:
+) -> Bases:
     collector = GradientCollector(model, module_names(targets), limit)
     with collector.watching():
         run()

@@ -15,14 +15,34 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.spectral import SpectralFactors, budget_weights, fused_factors, leak, penalty, protected, retract
-from hiplora.tuner.buffers import FactorBuffers
+from hiplora.spectral import (
+    SpectralFactors,
+    budget_weights,
+    fused_factors,
+    leak,
+    penalty,
+    protected,
+    retract,
+    soften,
+)
+from hiplora.tuner.buffers import SHRINK_NAMES, FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels, folded_linear, folding_pays
 
 # Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
 LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
 LEAK_LIMIT_HALF = 2e-2
+
+
+def soft_sides(config: HipLoraConfig) -> list[str]:
+    """Return the names of the buffers that a soft projection needs, one a protected side."""
+    if config.projection == "hard":
+        return []
+    return [
+        name
+        for name, free in zip(SHRINK_NAMES, ("input", "output"), strict=True)
+        if config.basis_sides != free
+    ]
 
 
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
@@ -103,9 +123,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._initialise(adapter, config.init_weights)
         if deferred:
             shape = (self.out_features, self.in_features)
-            self.expect_factors(adapter, shape, k, factors, self._base_device())
+            self.expect_factors(adapter, shape, k, factors, self._base_device(), soft_sides(config))
         else:
-            self.set_factors(adapter, factors(), self._base_device())
+            self.set_factors(adapter, factors(), self._base_device(), config.projection == "soft")
         self._move_adapter_to_device_of_base_layer(adapter)
         if not deferred:
             self.retract_(adapter)
@@ -146,23 +166,41 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
-        """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off."""
+        """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off or soft."""
         A, B = self.hiplora_A[adapter], self.hiplora_B[adapter]
-        if not self.configs[adapter].residual_projection or A.device.type == "meta":
+        if not self._closed(adapter) or A.device.type == "meta":
             return
         self.ensure_factors(adapter)
         A_wide, B_wide, U, V = self._residual(adapter)
-        sides = self.configs[adapter].sides
+        sides = self.configs[adapter].basis_sides
         for kept, value in zip((A, B), retract(A_wide, B_wide, *protected(U, V, sides)), strict=True):
             kept.copy_(value)
 
     def leak(self, adapter: str) -> float:
-        """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off."""
-        if not self.configs[adapter].residual_projection:
+        """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
+        if not self._closed(adapter):
             return 0.0
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
-        return leak(A, B, *protected(U, V, self.configs[adapter].sides))
+        return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
+
+    def _closed(self, adapter: str) -> bool:
+        """Whether the residual channel promises to keep out of the protected directions altogether."""
+        config = self.configs[adapter]
+        return config.residual_projection and config.projection == "hard"
+
+    def _softened(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B as they act: through the soft projection where there is one."""
+        if self.configs[adapter].projection == "hard":
+            return A, B
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        U, V = self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
+        shrinks = [
+            buffers[adapter].to(dtype) if adapter in buffers else None
+            for buffers in (self.hiplora_shrink_U, self.hiplora_shrink_V)
+        ]
+        soft_A, soft_B = soften(A.to(dtype), B.to(dtype), U, V, *shrinks)
+        return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, U, V) in one dtype, fp32 at least."""
@@ -205,6 +243,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return the whole update as (A', B'), (r + k, n) and (m, r + k), fp32 at least, with ΔW = B'A' exactly."""
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
+        A, B = self._softened(adapter, A, B)
         if adapter not in self.hiplora_delta:
             return A, self.scaling[adapter] * B
         delta = self.hiplora_delta[adapter].detach().to(A.dtype)
@@ -244,8 +283,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def _channels(self, adapter: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float]:
         """Return (A, B, δ, U, V, α/r), as the fused passes take them."""
         return (
-            self.hiplora_A[adapter],
-            self.hiplora_B[adapter],
+            *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
             self.hiplora_delta.get(adapter),
             self.hiplora_U[adapter],
             self.hiplora_V[adapter],

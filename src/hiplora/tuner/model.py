@@ -172,7 +172,7 @@ class HipLoraModel(BaseTuner):
     def _calibrated(self, layer: HipLoraLinear, config: HipLoraConfig, k: int) -> SpectralFactors:
         """Return what the calibration found for a layer, once it is sure to be of this very weight and rank."""
         factors = config.calibrated.get(layer.name)
-        if factors is None or factors.rank != k or factors.basis != f"activation:{config.sides}":
+        if factors is None or factors.rank != k or factors.basis != f"activation:{config.basis_sides}":
             raise ConfigError(
                 f"layer {layer.name}: the calibration has no factors of rank {k} for it; the configuration was changed "
                 "after hiplora.calibrate(model, config): call it again"

@@ -18,10 +18,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from hiplora.files import cache_dir, write_atomic
-from hiplora.spectral import InputBasis, SecondMoment, weight_fingerprint
+from hiplora.spectral import MomentBasis, SecondMoment, weight_fingerprint
 
 FORMAT = 1
-Bases = dict[str, InputBasis]
+Bases = dict[str, MomentBasis]
 
 
 class MomentCollector:
@@ -167,7 +167,7 @@ class CalibrationStore:
             return None
         tensors, record = found
         led = {
-            name: InputBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
+            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
             for name in set(record["leader"].values())
         }
         return {name: led[record["leader"][name]] for name in modules}

@@ -12,7 +12,7 @@ from hiplora.errors import AdapterError
 from hiplora.spectral import leak, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear
+from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, soft_sides
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
 # of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
@@ -115,7 +115,7 @@ def check_checkpoint(
 def _expected(layer: HipLoraLinear, config: HipLoraConfig, adapter: str) -> list[str]:
     kinds = ["hiplora_A", "hiplora_B"]
     kinds += ["hiplora_delta"] if adapter in layer.hiplora_delta else []
-    return kinds + (list(FACTOR_NAMES) if config.save_factors else [])
+    return kinds + ([*FACTOR_NAMES, *soft_sides(config)] if config.save_factors else [])
 
 
 def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:
@@ -150,7 +150,8 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
                 f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
                 "diverged; lower the learning rate and train again"
             )
-    for key, A in state.items() if config.residual_projection else ():
+    closed = config.residual_projection and config.projection == "hard"
+    for key, A in state.items() if closed else ():
         module, found, _ = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
@@ -158,7 +159,7 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
             state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V")
         )
         limit = LEAK_LIMIT.get(A.dtype, LEAK_LIMIT_HALF)
-        off = leak(A.float(), B, *protected(U, V, config.sides))
+        off = leak(A.float(), B, *protected(U, V, config.basis_sides))
         if not off <= limit:
             raise AdapterError(
                 f"layer {module.removeprefix('base_model.model.')}: adapter '{adapter}' leaks {off:.2e} into the "

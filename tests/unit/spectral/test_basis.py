@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hiplora.errors import FactorError
-from hiplora.spectral import InputBasis, SecondMoment, activation_factors, leak, protected, retract
+from hiplora.spectral import MomentBasis, SecondMoment, activation_factors, leak, protected, retract
 from tests import reference
 
 
@@ -21,6 +21,12 @@ def basis_of(inputs):
     moment = SecondMoment(inputs.shape[1])
     moment.add(inputs)
     return moment.eigen()
+
+
+def outputs_of(m, q):
+    generator = torch.Generator().manual_seed(8)
+    vectors = torch.linalg.qr(torch.randn(m, q, generator=generator)).Q
+    return MomentBasis(torch.arange(q, 0, -1).double() ** 2, vectors, 100)
 
 
 def weight_of(m=16, n=24, seed=1):
@@ -76,17 +82,14 @@ def test_a_layer_that_saw_nothing_is_named():
 @pytest.mark.parametrize("shape", [(16, 24), (40, 24)])
 def test_factors_follow_their_definition(sides, shape):
     x, weight, k = inputs_of(), weight_of(*shape), 5
-    outputs = torch.linalg.qr(torch.randn(shape[0], 7)).Q
+    outputs = outputs_of(shape[0], 7)
     factors = activation_factors(weight, basis_of(x), k, sides, outputs if sides != "input" else None)
     moment = x.double().T @ x.double() / len(x)
     W = weight.double()
     vectors = torch.linalg.eigh(moment).eigenvectors
     assert same_subspace(factors.V, vectors.flip(1)[:, :k])
-    if sides == "input":
-        images = torch.linalg.qr(W @ vectors.flip(1)[:, :k]).Q
-    else:
-        images = outputs[:, :k]
-    assert same_subspace(factors.U, images)
+    images = torch.linalg.qr(W @ vectors.flip(1)[:, :k]).Q
+    assert same_subspace(factors.U, images if sides == "input" else outputs.vectors[:, :k])
     core = factors.U.double().T @ W @ factors.V.double()
     torch.testing.assert_close(core, factors.sigma.double().diag(), rtol=1e-5, atol=1e-5)
     assert (factors.sigma >= 0).all()
@@ -112,7 +115,7 @@ def test_an_update_off_the_input_side_hardly_changes_what_the_layer_gives():
 
 @pytest.mark.parametrize(("sides", "free"), [("input", "B"), ("output", "A"), ("both", "")])
 def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
-    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", torch.eye(16)[:, :4])
+    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs_of(16, 4))
     A, B = torch.randn(3, 24), torch.randn(16, 3)
     bases = protected(factors.U, factors.V, sides)
     kept_A, kept_B = retract(A, B, *bases)
@@ -138,10 +141,12 @@ def test_what_does_not_fit_is_an_error_that_names_the_layer(weight, k, why):
 
 @pytest.mark.parametrize(
     ("outputs", "given"),
-    [(None, "none"), (torch.eye(16)[:, :3], "3 of 16")],
+    [(None, "none"), (MomentBasis(torch.ones(3), torch.eye(16)[:, :3], 1), "3 of 16")],
 )
 def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs, given):
-    with pytest.raises(FactorError, match=f"layer here: protecting both sides takes 4 directions.* are {given}"):
+    with pytest.raises(
+        FactorError, match=f"layer here: protecting both sides takes 4 directions.* are {given}"
+    ):
         activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs, name="here")
 
 
@@ -149,15 +154,38 @@ def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs
 def test_the_leading_eigenvectors_are_the_same_by_either_way_of_computing_them(n):
     moment = SecondMoment(n)
     moment.add(inputs_of(tokens=300, n=n))
-    found = moment.leading(3)
-    assert same_subspace(found, torch.linalg.eigh(moment.total).eigenvectors.flip(1)[:, :3])
-    assert torch.equal(found, moment.leading(3))
-    assert moment.leading(n + 5).shape == (n, n) if n < 100 else True
+    found, dense = moment.leading(3), torch.linalg.eigh(moment.total / 300)
+    assert same_subspace(found.vectors, dense.eigenvectors.flip(1)[:, :3])
+    torch.testing.assert_close(found.values, dense.eigenvalues.flip(0)[:3])
+    assert torch.equal(found.vectors, moment.leading(3).vectors)
+
+
+def test_no_more_directions_than_there_are():
+    moment = SecondMoment(24)
+    moment.add(inputs_of())
+    assert moment.leading(30).vectors.shape == (24, 24)
+
+
+@pytest.mark.parametrize("sides", ["input", "both", "output"])
+def test_the_soft_filter_of_the_factors_is_that_of_the_moments(sides):
+    """(I + C/ε)⁻¹ with ε the k-th eigenvalue, inside the k leading directions."""
+    x, k = inputs_of(), 6
+    inputs, outputs = basis_of(x), outputs_of(16, k)
+    factors = activation_factors(weight_of(), inputs, k, sides, outputs)
+    for shrink, directions, moment in (
+        (factors.shrink_V, factors.V, inputs if sides != "output" else None),
+        (factors.shrink_U, factors.U, outputs if sides != "input" else None),
+    ):
+        assert (shrink is None) == (moment is None)
+        if moment is not None:
+            top = moment.values[:k].float()
+            expected = moment.vectors[:, :k] * (top / (top + top[-1])) @ moment.vectors[:, :k].T
+            torch.testing.assert_close(directions @ shrink @ directions.T, expected, rtol=0, atol=1e-5)
 
 
 def test_only_so_many_directions_as_were_kept():
     kept = basis_of(inputs_of())
-    fewer = InputBasis(kept.values, kept.vectors[:, :3].contiguous(), kept.tokens)
+    fewer = MomentBasis(kept.values, kept.vectors[:, :3].contiguous(), kept.tokens)
     with pytest.raises(FactorError, match="exceeds the 3 eigenvectors"):
         activation_factors(weight_of(), fewer, 4)
 

@@ -9,6 +9,7 @@ from hiplora.spectral import (
     principal_delta,
     residual_delta,
     retract,
+    soften,
     total_delta,
     truncated_svd,
 )
@@ -91,3 +92,48 @@ def test_equation_8_is_the_weight_plus_the_update():
     A, B = retract(A, B, factors.U, factors.V)
     ours = weight + total_delta(A, B, delta, factors.U, factors.V, 2.0)
     torch.testing.assert_close(ours.double(), effective, rtol=1e-5, atol=1e-5)
+
+
+def soft_parts(m=9, n=12, k=4, r=3):
+    """Directions with energies, and the same rotated inside their subspaces, as factors have them."""
+    generator = torch.Generator().manual_seed(4)
+    V, U, Q = (
+        torch.linalg.qr(torch.randn(*shape, generator=generator, dtype=torch.float64)).Q
+        for shape in ((n, k), (m, k), (k, k))
+    )
+    energies = torch.tensor([100.0, 9.0, 4.0, 1.0], dtype=torch.float64)
+    share = (energies / (energies + 1)).diag()
+    A, B = torch.randn(r, n, generator=generator).double(), torch.randn(m, r, generator=generator).double()
+    return A, B, U, V, Q, energies, share
+
+
+def test_the_soft_projection_is_the_filter_by_energy_whatever_the_rotation():
+    A, B, U, V, Q, energies, share = soft_parts()
+    full = torch.eye(12).double() + V @ energies.diag() @ V.T  # (I + C/ε) with ε = 1
+    S = Q.T @ share @ Q
+    soft_A, soft_B = soften(A, B, U @ Q, V @ Q, S, S)
+    torch.testing.assert_close(soft_A, A @ torch.linalg.inv(full))
+    torch.testing.assert_close(soft_B, B - U @ share @ U.T @ B)
+
+
+def test_the_hard_projection_is_the_soft_one_that_lets_nothing_pass():
+    A, B, U, V, *_ = soft_parts()
+    one = torch.eye(4).double()
+    for soft, hard in zip(soften(A, B, U, V, one, one), retract(A, B, U, V), strict=True):
+        torch.testing.assert_close(soft, hard)
+
+
+def test_a_side_without_a_filter_is_left_free():
+    A, B, U, V, *_ = soft_parts()
+    one = torch.eye(4).double()
+    assert soften(A, B, U, V, None, one)[1] is B
+    assert soften(A, B, U, V, one, None)[0] is A
+
+
+def test_a_complete_basis_leaves_exactly_nothing():
+    A, B = gaussian(3, 6), gaussian(4, 3)
+    U = torch.linalg.qr(gaussian(4, 4)).Q
+    kept_A, kept_B = retract(A, B, U, torch.zeros(6, 0))
+    assert torch.equal(kept_A, A)
+    assert not kept_B.any()
+    assert leak(kept_A, kept_B, U, torch.zeros(6, 0)) == 0

@@ -1,0 +1,92 @@
+"""Principal ranks that are left to the layers: chosen, saved, loaded, exported."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+import hiplora
+from hiplora import HipLoraConfig
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.spectral import squared_singular_values
+from hiplora.tuner import hip_layers
+from hiplora.tuner.moments import CalibrationStore
+from tests.contract.conftest import logits, train
+from tests.contract.test_calibrate import config, rows
+
+SPECS = [0.25, "energy:0.8"]
+
+
+def ranks(model):
+    return {name: len(layer.hiplora_sigma["default"]) for name, layer in hip_layers(model)}
+
+
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_adapter_with_ranks_of_the_layers_own_survives_saving_and_export(tiny, ids, tmp_path, basis, spec):
+    model = tiny.adapted(basis=basis, principal_rank=spec)
+    train(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / "adapter").eval()
+    assert ranks(again) == ranks(model) == again.peft_config["default"].principal_ranks
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    hiplora.export.save_as_lora(model, tmp_path / "live")
+    hiplora.export.save_as_lora(tmp_path / "adapter", tmp_path / "lora", check_logits=False)
+    for folder in ("live", "lora"):
+        plain = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / folder).eval()
+        torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_fraction_is_one_of_the_smaller_side(tiny):
+    found = ranks(tiny.adapted(principal_rank=0.25))
+    assert {name.rpartition(".")[2]: k for name, k in found.items()} == {
+        "q_proj": 16,
+        "k_proj": 8,
+        "v_proj": 8,
+        "o_proj": 16,
+    }
+
+
+def test_a_share_of_the_weights_energy_is_reached_and_not_overshot(tiny):
+    model = tiny.adapted(principal_rank="energy:0.5")
+    for _, layer in hip_layers(model):
+        shares = squared_singular_values(layer.frozen_weight()).cumsum(0)
+        k = len(layer.hiplora_sigma["default"])
+        assert shares[k - 1] >= 0.5 * shares[-1] > shares[k - 2]
+
+
+def test_a_share_of_the_inputs_energy_is_what_the_calibration_reports(tiny, tmp_path):
+    chosen = config(principal_rank="energy:0.9")
+    found = hiplora.calibrate(tiny.make(), chosen, rows=rows(), store=CalibrationStore(tmp_path))
+    assert len({layer.k for layer in found.layers}) > 1
+    assert all(layer.energy >= 0.9 or layer.k == min(layer.shape) // 2 for layer in found.layers)
+
+
+def test_a_pattern_may_name_a_share_too(tiny):
+    found = ranks(tiny.adapted(principal_rank=3, principal_rank_pattern={"q_proj": 0.5}))
+    assert {k for name, k in found.items() if "q_proj" in name} == {32}
+    assert {k for name, k in found.items() if "q_proj" not in name} == {3}
+
+
+def test_factors_beyond_the_memory_allowed_for_them_are_refused_before_they_are_made(tiny, tmp_path):
+    options = {"rows": rows(), "store": CalibrationStore(tmp_path)}
+    needed = hiplora.calibrate(tiny.make(), config(), **options).bytes
+    assert hiplora.calibrate(tiny.make(), config(), max_factor_bytes=needed, **options).bytes == needed
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.self_attn\.o_proj: .* more than the limit of .*lower principal_rank"
+    ):
+        hiplora.calibrate(tiny.make(), config(), max_factor_bytes=needed - 1, **options)
+
+
+def test_a_file_that_lost_its_ranks_is_said_to_be_damaged(tiny, tmp_path):
+    tiny.adapted(principal_rank=0.25).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"principal_ranks": {}}))
+    with pytest.raises(AdapterError, match=r"q_proj: .*no principal_ranks entry"):
+        peft.PeftModel.from_pretrained(tiny.make(), tmp_path)
+
+
+def test_gains_without_a_channel_cannot_have_a_rate():
+    with pytest.raises(ConfigError, match="no use with principal_channel=False"):
+        HipLoraConfig(principal_channel=False, gain_lr_ratio=3.0)
