@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 HERE = Path(__file__).parent
-RECIPE = HERE / "recipe.yaml"
+RECIPE = HERE.parents[1] / "docs" / "results" / "function-aware" / "recipe.yaml"
 
 
 class Job(NamedTuple):

@@ -31,14 +31,15 @@ def test_every_field_says_what_it_is_for(block):
     assert undocumented == []
 
 
-def test_the_defaults_are_the_papers():
-    made = recipe()
+def test_the_paper_is_one_switch_away():
+    made = recipe(method={"name": "hiplora", "preset": "paper"})
     train, method = made.train, made.method
     assert (train.steps, train.epochs, train.max_length, train.packing) == (2000, None, 2048, True)
     assert train.batch_size * train.gradient_accumulation == 128
     assert (train.lr, train.warmup_ratio, train.weight_decay, train.max_grad_norm) == (2e-4, 0.03, 0.01, 1.0)
     assert (method.name, method.principal_rank, method.r, method.lora_alpha) == ("hiplora", 32, 16, 32)
     assert method.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert (method.basis, method.basis_sides, method.projection) == ("weight", "both", "hard")
     assert (method.lora_dropout, made.seed) == (0.05, 42)
 
 
@@ -49,19 +50,20 @@ def test_the_lost_learning_rate_is_said_to_be_a_reading():
 def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     own = {field.name: getattr(HipLoraConfig(), field.name) for field in dataclasses.fields(HipLoraConfig)}
-    written_by_the_tuner = {"fingerprints", "base_precision", "calibration"}
+    written_by_the_tuner = {"fingerprints", "principal_ranks", "base_precision", "calibration"}
     said_by_the_methods_name = {"principal_channel"}
     left = own.keys() - common - written_by_the_tuner - said_by_the_methods_name
     expected = {name: own[name] for name in left}
     expected["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    fields = METHODS["hiplora"]().model_dump(exclude={"name"})
+    fields = METHODS["hiplora"](preset="paper").model_dump(exclude={"name", "preset"})
     of_the_calibration = {"calibration_text": None, "calibration_tokens": 10_000}
     assert fields == {**expected, **of_the_calibration}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_reaches_the_adapter(name):
-    settings = METHODS[name]().model_dump(exclude={"name", "calibration_text", "calibration_tokens"})
+    own = {"name", "preset", "calibration_text", "calibration_tokens"}
+    settings = METHODS[name]().model_dump(exclude=own)
     changed = {
         "r": 3,
         "lora_alpha": 7,
@@ -79,6 +81,9 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
         "svd_tolerance": 1e-3,
         "basis_sides": "input",
         "save_factors": False,
+        "projection": "hard",
+        "gain_lr_ratio": 3.0,
+        "relative_gains": True,
         "stability_weight": 0.5,
         "stability_gamma": 0.0,
         "stability_mode": "proximal",
@@ -161,3 +166,36 @@ def test_a_recipe_cannot_be_changed():
 def test_a_recipe_written_out_reads_back_the_same(name):
     made = recipe(method=name, train={"epochs": 1.5}, data={"path": "a.jsonl", "held_out_fraction": 0.5})
     assert TrainRecipe.model_validate(made.model_dump(mode="json")) == made
+
+
+def test_without_a_word_the_settings_are_those_that_disturb_least():
+    for name in ("hiplora", "proj_lora"):
+        method = recipe(method=name).method
+        assert (method.preset, method.basis) == ("function-aware", "activation")
+        assert method.target_modules == ["gate_proj", "up_proj", "down_proj"]
+
+
+def test_what_is_said_goes_before_the_preset():
+    method = recipe(method={"name": "hiplora", "preset": "paper", "basis": "activation"}).method
+    assert (method.basis, method.target_modules[0]) == ("activation", "q_proj")
+
+
+@pytest.mark.parametrize("rank", [8, 0.25, "energy:0.95", "energy:.9"])
+def test_a_principal_rank_in_each_of_its_kinds_reaches_the_adapter(rank):
+    assert (
+        adapter_config(recipe(method={"name": "hiplora", "principal_rank": rank}).method).principal_rank
+        == rank
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1.0, "energy:1", "energy:0", "energy:0.0", "32", "all"])
+def test_what_is_no_principal_rank_is_refused(rank):
+    found = problems(method={"name": "hiplora", "principal_rank": rank})
+    assert {loc[:3] for loc, _ in found} == {("method", "hiplora", "principal_rank")}
+
+
+def test_the_soft_projection_is_for_the_activation_basis():
+    assert (
+        adapter_config(recipe(method={"name": "proj_lora", "projection": "soft"}).method).projection == "soft"
+    )
+    assert problems(method={"name": "proj_lora", "projection": "soft", "basis": "weight"})
