@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
+OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
 Rank = (
     Annotated[int, Field(ge=1)]
     | Annotated[float, Field(gt=0, lt=1)]
@@ -127,7 +128,10 @@ class Spectral(LowRank):
     @model_validator(mode="before")
     @classmethod
     def _take_the_preset(cls, value: Any) -> Any:
-        return {**PAPER, **value} if isinstance(value, dict) and value.get("preset") == "paper" else value
+        if not isinstance(value, dict) or value.get("preset") != "paper":
+            return value
+        gains = {"principal_channel": True} if "principal_channel" in cls.model_fields else {}
+        return {**PAPER, **gains, **value}
 
     @model_validator(mode="after")
     def _text_has_a_use(self) -> "Spectral":
@@ -149,9 +153,14 @@ class ProjLoraMethod(Spectral):
 
 
 class HipLoraMethod(Spectral):
-    """HiP-LoRA: learned gains on the protected directions, LoRA in their complement."""
+    """HiP-LoRA: LoRA in the complement of the protected directions, and (the paper's) learned gains on them."""
 
     name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
+    principal_channel: bool = Field(
+        default=False,
+        description="Learn gains on the protected directions. False, as measured best, with the function-aware preset; "
+        "true with the paper's. The fields below that concern gains need it.",
+    )
     stability_weight: float = Field(
         default=0.1,
         ge=0,
@@ -180,6 +189,20 @@ class HipLoraMethod(Spectral):
         description="true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, "
         "and stay there. false: a random start, for tests.",
     )
+
+    @model_validator(mode="after")
+    def _gains_have_a_channel(self) -> "HipLoraMethod":
+        fields = type(self).model_fields
+        changed = [name for name in OF_THE_GAINS if getattr(self, name) != fields[name].default]
+        if changed and not self.principal_channel:
+            raise ValueError(
+                f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`"
+            )
+        if not self.principal_channel and not self.residual_projection:
+            raise ValueError(
+                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use method lora"
+            )
+        return self
 
 
 METHODS: dict[str, type[LowRank]] = {

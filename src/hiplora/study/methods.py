@@ -15,8 +15,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Ranks:
     """Ranks of a comparison.
 
-    HiP-LoRA trains r(m + n) + k scalars for an (m, n) weight, LoRA r(m + n). Since k ≤ min(m, n) ≤ (m + n)/2, no
-    other LoRA rank comes closer than the same r. The basis changes nothing about that.
+    HiP-LoRA trains r(m + n) + k scalars for an (m, n) weight, LoRA r(m + n), and so does HiP-LoRA without gains, as its
+    function-aware preset is. Since k ≤ min(m, n) ≤ (m + n)/2, no other LoRA rank comes closer than the same r.
     """
 
     r: int = 16
@@ -40,8 +40,8 @@ class Ranks:
         }
         if method == LORA:
             return {"name": "lora", **shared}
-        basis = "activation" if method == ACTIVATION else "weight"
-        return {"name": "hiplora", **shared, "principal_rank": self.principal, "basis": basis}
+        preset = "function-aware" if method == ACTIVATION else "paper"
+        return {"name": "hiplora", "preset": preset, **shared, "principal_rank": self.principal}
 
 
 def slug(name: str) -> str:
@@ -53,6 +53,7 @@ def mismatch(parameters: dict[str, int]) -> str:
     """Say how far the methods' numbers of trainable parameters are apart."""
     ours, theirs = parameters[HIPLORA], parameters[LORA]
     return (
-        f"Trainable parameters: {ours:,} with {HIPLORA} in either basis, {theirs:,} with {LORA} "
-        f"({100 * (ours - theirs) / theirs:+.2f} %); the same rank is the nearest match."
+        f"Trainable parameters: {ours:,} with {HIPLORA}, whose gains are trained too, {theirs:,} with {LORA} "
+        f"({100 * (ours - theirs) / theirs:+.2f} %) and with {ACTIVATION}, which has none; the same rank is the "
+        "nearest match."
     )

@@ -6,19 +6,17 @@ from typing import Any
 import yaml
 
 from hiplora.recipes import TrainRecipe
+from hiplora.recipes.methods import LowRank
 from hiplora.training.result import TrainResult
 from hiplora.training.run import recipe_values
 
+_DIRECTIONS = {
+    "weight": "the base weights' leading singular directions",
+    "activation": "the directions that the base model's layers are fed and its predictions depend on most",
+}
 METHODS = {
-    "hiplora": (
-        "HiP-LoRA",
-        "It learns one gain for each of the base weights' leading singular directions, at a price, and a low-rank "
-        "update in the complement of those directions.",
-    ),
-    "proj_lora": (
-        "Proj-LoRA",
-        "Its low-rank update stays in the complement of the base weights' leading singular directions.",
-    ),
+    "hiplora": ("HiP-LoRA", ""),  # what it is follows from its settings
+    "proj_lora": ("Proj-LoRA", ""),
     "lora": ("LoRA", "A plain low-rank update."),
     "pissa": (
         "PiSSA",
@@ -29,9 +27,20 @@ METHODS = {
 OWN_FORMAT = ("hiplora", "proj_lora")
 
 
+def _what(method: LowRank) -> str:
+    directions = _DIRECTIONS[getattr(method, "basis", "weight")]
+    if getattr(method, "principal_channel", False):
+        return (
+            f"It learns one gain for each of {directions}, at a price, and a low-rank update in the complement "
+            "of those directions."
+        )
+    return f"Its low-rank update stays in the complement of {directions}."
+
+
 def model_card(recipe: TrainRecipe, result: TrainResult) -> str:
     """Write the card: method, results, how to load, how to export, data, recipe. No path of this machine is in it."""
     title, what = METHODS[recipe.method.name]
+    what = what or _what(recipe.method)
     base = _public(recipe.model)
     head = yaml.safe_dump(
         {"base_model": base, "library_name": "peft", "tags": ["peft", recipe.method.name, "hiplora"]}

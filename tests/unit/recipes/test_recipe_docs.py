@@ -43,7 +43,7 @@ def test_an_example_is_a_sound_recipe_and_says_what_it_is(path):
 
 def test_the_papers_example_differs_from_the_defaults_in_what_it_says():
     made = load_recipe(ROOT / "examples" / "paper.yaml")
-    default = TrainRecipe(model=made.model, data=made.data)
+    default = TrainRecipe(model=made.model, data=made.data, method={"name": "hiplora", "preset": "paper"})
     assert made.method == default.method
     changed = {k for k, v in made.train if v != getattr(default.train, k)}
     assert changed == {"dtype", "gradient_checkpointing"}

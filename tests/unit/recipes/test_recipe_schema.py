@@ -51,8 +51,7 @@ def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
     common = {field.name for field in dataclasses.fields(PeftConfig)}
     own = {field.name: getattr(HipLoraConfig(), field.name) for field in dataclasses.fields(HipLoraConfig)}
     written_by_the_tuner = {"fingerprints", "principal_ranks", "base_precision", "calibration"}
-    said_by_the_methods_name = {"principal_channel"}
-    left = own.keys() - common - written_by_the_tuner - said_by_the_methods_name
+    left = own.keys() - common - written_by_the_tuner
     expected = {name: own[name] for name in left}
     expected["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     fields = METHODS["hiplora"](preset="paper").model_dump(exclude={"name", "preset"})
@@ -89,6 +88,7 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
         "stability_mode": "proximal",
         "residual_projection": False,
         "init_weights": "zero",
+        "principal_channel": True,
     }
     assert settings.keys() <= changed.keys()
     wanted = {key: changed[key] for key in settings}
@@ -100,7 +100,9 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
 
 def test_the_methods_become_what_they_are_called():
     made = {name: adapter_config(recipe(method=name).method) for name in METHODS}
-    assert made["hiplora"].principal_channel is True
+    assert made["hiplora"].principal_channel is False
+    paper = adapter_config(recipe(method={"name": "hiplora", "preset": "paper"}).method)
+    assert paper.principal_channel is True
     assert made["proj_lora"].principal_channel is False
     assert (made["lora"].peft_type, made["lora"].init_lora_weights) == ("LORA", True)
     assert made["pissa"].init_lora_weights == "pissa"
@@ -199,3 +201,17 @@ def test_the_soft_projection_is_for_the_activation_basis():
         adapter_config(recipe(method={"name": "proj_lora", "projection": "soft"}).method).projection == "soft"
     )
     assert problems(method={"name": "proj_lora", "projection": "soft", "basis": "weight"})
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"stability_weight": 0.5}, {"gain_lr_ratio": 2.0}, {"relative_gains": True}, {"stability_mode": "none"}],
+)
+def test_what_concerns_the_gains_is_refused_where_there_are_none(setting):
+    assert problems(method={"name": "hiplora", **setting})
+    assert recipe(method={"name": "hiplora", "principal_channel": True, **setting}).method.principal_channel
+    assert recipe(method={"name": "hiplora", "preset": "paper", **setting}).method.principal_channel
+
+
+def test_neither_gains_nor_projection_is_refused():
+    assert problems(method={"name": "hiplora", "residual_projection": False})

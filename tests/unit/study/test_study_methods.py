@@ -25,8 +25,8 @@ def test_no_other_lora_rank_matches_the_parameters_better(r, k):
 
 def test_all_methods_get_the_same_but_for_what_is_hip_loras_own():
     lora, *others = (Ranks(4, 8, 8, 0.1).settings(method) for method in METHODS)
-    for hip, basis in zip(others, ("weight", "activation"), strict=True):
-        assert hip == {**lora, "name": "hiplora", "principal_rank": 8, "basis": basis}
+    for hip, preset in zip(others, ("paper", "function-aware"), strict=True):
+        assert hip == {**lora, "name": "hiplora", "principal_rank": 8, "preset": preset}
     recipes = [CompareSettings("m", "d").recipe(method, "rows.jsonl", "text") for method in METHODS]
     assert recipes[0].train == recipes[1].train == recipes[2].train
     assert recipes[0].data == recipes[1].data == recipes[2].data
@@ -34,7 +34,7 @@ def test_all_methods_get_the_same_but_for_what_is_hip_loras_own():
 
 
 def test_the_mismatch_is_said_in_per_cent():
-    assert "1,010 with HiP-LoRA in either basis, 1,000 with LoRA (+1.00 %)" in mismatch(
+    assert "1,010 with HiP-LoRA, whose gains are trained too, 1,000 with LoRA (+1.00 %)" in mismatch(
         {LORA: 1000, HIPLORA: 1010}
     )
 
