@@ -336,13 +336,13 @@ def test_the_command_shows_what_it_found_and_its_example_runs(smollm2, tmp_path,
     record = json.loads(done.stdout)
     assert record["tokens"] == 600
     assert record["source"] == "file notes.txt"
-    assert len(record["layers"]) == 120
+    assert len(record["layers"]) == 90
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 0
     assert record["factor_bytes"] > 1e6
     shown = subprocess.run([*command, *small], capture_output=True, text=True)
     assert "effective rank" in shown.stdout
-    assert "q_proj" in shown.stdout
+    assert "down_proj" in shown.stdout
     wrong = subprocess.run([*command, "--text", str(tmp_path / "none.txt")], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "none.txt: cannot be read" in wrong.stderr

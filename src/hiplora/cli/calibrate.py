@@ -1,5 +1,6 @@
 """`hiplora calibrate`: measure what a model's layers are fed, before anything is trained."""
 
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -8,6 +9,14 @@ from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
 if TYPE_CHECKING:
     from hiplora.tuner import Calibration
+
+
+class Sides(str, Enum):
+    """Which sides of a layer are protected."""
+
+    both = "both"
+    input = "input"
+    output = "output"
 
 
 def command(
@@ -22,8 +31,11 @@ def command(
     target_modules: str | None = typer.Option(
         None,
         "--target-modules",
-        help="Module names with commas between, a regular expression, or all-linear; else the attention "
-        "projections.",
+        help="Module names with commas between, a regular expression, or all-linear; else what recipes adapt, the "
+        "MLP projections.",
+    ),
+    sides: Sides = typer.Option(
+        Sides.both, "--sides", help="What is protected: the layers' inputs, their outputs, or both."
     ),
     rank: str = typer.Option(
         "32", "--rank", help="Protected directions per weight: k, a fraction in (0, 1), or energy:0.95."
@@ -33,7 +45,7 @@ def command(
     device: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, …"),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Measure what the layers of a model are fed, and show how much of it k directions hold.
+    """Measure what the layers of a model are fed and which of their outputs matter, and show what k directions hold.
 
     Training with `basis: activation` reads from the store what this measures. Sampled text and each group of
     layers are kept as they are finished: after an interruption, run it again and it goes on where it stopped.
@@ -45,13 +57,17 @@ def command(
     import hiplora.models
     from hiplora.cli.factorize import check_device, parse_targets
     from hiplora.models.quiet import quiet_transformers
+    from hiplora.recipes.methods import MLP_PROJECTIONS
     from hiplora.spectral import parse_rank
     from hiplora.training.memory import peak_bytes
     from hiplora.tuner import HipLoraConfig, calibrate
 
     check_device(device)
     config = HipLoraConfig(
-        target_modules=parse_targets(target_modules), principal_rank=parse_rank(rank), basis="activation"
+        target_modules=parse_targets(target_modules) or list(MLP_PROJECTIONS),
+        principal_rank=parse_rank(rank),
+        basis="activation",
+        basis_sides=sides.value,
     )
     with quiet_transformers(always=False):
         loaded, tokenizer = hiplora.models.load(model)

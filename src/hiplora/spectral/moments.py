@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy
-import scipy.sparse.linalg
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,7 +13,6 @@ from hiplora.errors import FactorError
 from hiplora.spectral.precision import full_precision, widest
 from hiplora.spectral.rank import rank_for_energy
 
-_ITERATE_FROM = 1024  # width from which a few eigenvectors are found by iteration
 _CHUNK = 4096  # tokens that are held in float64 at a time
 MAX_VECTORS = 2048  # eigenvectors kept of a wide input; the rest is only counted
 
@@ -23,16 +22,34 @@ class SecondMoment:
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         device = torch.device(device)
-        self.total = torch.zeros(width, width, dtype=widest(device), device=device)
+        self._sum = torch.zeros(width, width, dtype=widest(device), device=device)
+        self._half = device.type == "cpu"  # only the lower triangle is summed up: half the work
         self.tokens = 0
+
+    @property
+    def total(self) -> Float[Tensor, "n n"]:
+        """Return the sum, symmetric."""
+        return self._sum.tril() + self._sum.tril(-1).T if self._half else self._sum
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
         """Add tokens; how they are split over calls changes the sum by rounding only."""
-        with full_precision(self.total.device):
+        with full_precision(self._sum.device):
             for chunk in inputs.detach().split(_CHUNK):
-                wide = chunk.to(self.total)
-                self.total.addmm_(wide.T, wide)
+                wide = chunk.to(self._sum)
+                if not len(wide):
+                    continue
+                if self._half:
+                    self._add_half(wide.contiguous().numpy())
+                else:
+                    self._sum.addmm_(wide.T, wide)
         self.tokens += len(inputs)
+
+    def _add_half(self, wide: numpy.ndarray) -> None:
+        """BLAS' symmetric update, in place; what it calls the upper triangle, by columns, is our lower one."""
+        held = self._sum.numpy().T
+        result = scipy.linalg.blas.dsyrk(1.0, wide.T, beta=1.0, c=held, overwrite_c=1)
+        if not numpy.shares_memory(result, held):
+            held[...] = result
 
     def eigen(self, name: str = "input") -> "MomentBasis":
         """Return the eigenvectors of the mean `C = E[xxᵀ]`.
@@ -52,12 +69,12 @@ class SecondMoment:
         mean = self._mean(name, "gradients")
         n = mean.shape[0]
         k = min(k, n)
-        if mean.device.type != "cpu" or n < _ITERATE_FROM or 8 * k > n:
+        if self._half:
+            found = scipy.linalg.eigh(mean.numpy(), subset_by_index=[n - k, n - 1])
+            values, vectors = map(torch.from_numpy, found)
+        else:
             values, vectors = torch.linalg.eigh(mean)
             values, vectors = values[-k:].cpu(), vectors[:, -k:].cpu()
-        else:
-            start = numpy.linspace(1.0, 2.0, n)  # any that is the same each time
-            values, vectors = map(torch.from_numpy, scipy.sparse.linalg.eigsh(mean.numpy(), k=k, v0=start))
         values = values.flip(0).clamp_min(0.0)
         return MomentBasis(values, vectors.flip(1).float().contiguous(), self.tokens)
 

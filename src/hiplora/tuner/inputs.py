@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -202,6 +203,7 @@ def _key(identity: str, rows: Sequence[Tensor]) -> str:
 def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -> None:
     """Run the model over rows of token ids, padded on the right where they differ in length."""
     device = next(model.parameters()).device
+    few = {"logits_to_keep": 1} if what == "inputs" and "logits_to_keep" in _accepted(model) else {}
     starts = range(0, len(rows), batch_size)
     for first in tqdm(
         starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None
@@ -210,7 +212,11 @@ def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -
         ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in batch], device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        model(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few)
+
+
+def _accepted(model: nn.Module) -> Iterable[str]:
+    return inspect.signature(model.forward).parameters
 
 
 def _measure(

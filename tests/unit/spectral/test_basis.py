@@ -150,10 +150,9 @@ def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs
         activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs, name="here")
 
 
-@pytest.mark.parametrize("n", [24, 1100])
-def test_the_leading_eigenvectors_are_the_same_by_either_way_of_computing_them(n):
-    moment = SecondMoment(n)
-    moment.add(inputs_of(tokens=300, n=n))
+def test_the_leading_eigenvectors_alone_are_those_of_all():
+    moment = SecondMoment(24)
+    moment.add(inputs_of(tokens=300))
     found, dense = moment.leading(3), torch.linalg.eigh(moment.total / 300)
     assert same_subspace(found.vectors, dense.eigenvectors.flip(1)[:, :3])
     torch.testing.assert_close(found.values, dense.eigenvalues.flip(0)[:3])
