@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import hiplora
+from hiplora import HipLoraConfig
+from hiplora.tuner.moments import CalibrationStore
 from tests.contract.conftest import Base, logits, train
+from tests.tiny import tiny_llama
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +56,16 @@ def test_the_device_agrees_with_the_cpu(cuda_ids):
     expected = logits(model, cuda_ids.cpu())
     found = logits(model.to("cuda"), cuda_ids).cpu()
     assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_calibration_on_the_gpu_finds_what_one_on_the_cpu_finds(tmp_path):
+    rows = torch.randint(0, 256, (12, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in ("cpu", "cuda"):
+        config = HipLoraConfig(r=4, principal_rank=8, basis="activation")
+        store = CalibrationStore(tmp_path / device)
+        found.append(hiplora.calibrate(tiny_llama().to(device), config, rows=rows, store=store).factors)
+    for name, one in found[0].items():
+        other = found[1][name]
+        for a, b in ((one.V, other.V.cpu()), (one.U, other.U.cpu())):
+            torch.testing.assert_close(a @ a.T, b @ b.T, rtol=0, atol=1e-3, msg=name)
