@@ -88,3 +88,20 @@ def energy_fractions(update_matrix, U, V):
     P_U, P_V = U @ U.T, V @ V.T
     total = Delta.pow(2).sum()
     return tuple((part.pow(2).sum() / total).item() for part in (P_U @ Delta, Delta @ P_V, P_U @ Delta @ P_V))
+
+
+def without_inputs(A, moment, k, strength, projection):
+    """A factor projected off the k leading eigenvectors of an input moment, with the dense projector or filter."""
+    A, C = f64(A, moment)
+    identity = torch.eye(len(C), dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(C)
+    values, vectors = values.flip(0), vectors.flip(1)
+    soft = torch.linalg.inv(identity + C / values[k - 1])
+    kept = complement(vectors[:, :k]) if projection == "hard" else soft
+    return A @ ((1 - strength) * identity + strength * kept)
+
+
+def output_energy(A, B, inputs):
+    """E‖BAx‖² over the rows of `inputs`, one by one."""
+    A, B, X = f64(A, B, inputs)
+    return sum((B @ (A @ x)).pow(2).sum().item() for x in X) / len(X)

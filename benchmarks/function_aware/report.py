@@ -4,9 +4,9 @@
 
 Writes runs.json (every run as it was measured), summary.json (what the documentation quotes) and the figures. Drift is
 compared at equal held-out loss: a LoRA run's drift at another run's loss is interpolated between its measured steps
-(linear in the loss, logarithmic in the divergence), never beyond them, and the lowest over all of LoRA's targets and
-learning rates counts. With several seeds, each is compared with LoRA's runs of the same seed, and the interval is
-Student's t over the seeds' log ratios.
+(linear in the loss, logarithmic in the divergence), never beyond them; a LoRA run that learned more with less counts
+as it is; and the lowest over all of LoRA's targets and learning rates is taken. With several seeds, each is compared
+with LoRA's runs of the same seed, and the interval is Student's t over the seeds' log ratios.
 """
 
 import argparse
@@ -34,9 +34,10 @@ LORA = {
 
 
 def drift_at(runs: Iterable[dict[str, Any]], loss: float, text: str) -> float | None:
-    """Return the lowest divergence that some of these runs have at this held-out loss; None where none was measured."""
+    """Return the lowest divergence at which some of these runs learned at least this much; None where none did."""
     found = []
     for run in runs:
+        found += [point["kl"][text] for point in run["points"] if point["heldout_loss"] <= loss]
         for one, two in zip(run["points"], run["points"][1:], strict=False):
             high, low = one["heldout_loss"], two["heldout_loss"]
             if low <= loss <= high and high > low:

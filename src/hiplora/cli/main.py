@@ -12,7 +12,7 @@ from hiplora import __version__
 from hiplora.errors import HipLoraError
 
 # In the order of the help page. `hiplora.cli.<name>` holds `command`, a plain Typer function.
-COMMANDS = ("demo", "compare", "factorize", "calibrate", "train", "export", "inspect")
+COMMANDS = ("demo", "compare", "factorize", "calibrate", "train", "export", "protect", "merge", "inspect")
 
 app = typer.Typer(
     add_completion=False,

@@ -84,10 +84,13 @@ def measure_drift(
     model: nn.Module,
     reference: BaseReference,
     adapter_off: AdapterOff | None = None,
+    *,
+    may_be_nothing: bool = False,
 ) -> dict[str, Drift]:
     """Measure how far `model`, with its adapter on, is from the base of `reference`, text by text.
 
     `adapter_off` is a context manager that restores the base (default: the model's own `disable_adapter`).
+    `may_be_nothing` accepts an adapter that changes no logit, for one that was made to change less.
 
     Raises:
         AdapterError: with the adapter off the logits are not the base's bit for bit, or with it on they are,
@@ -110,7 +113,7 @@ def measure_drift(
             nll_change += _next_token_change(base, adapted, ids)
             tokens += len(ids) - 1
         results[name] = Drift(kl / tokens, math.exp(nll_change / tokens), tokens)
-    if not moved:
+    if not moved and not may_be_nothing:
         raise AdapterError(
             "the adapter changes no logit on any text: it is not active or was never trained; "
             "check that it is loaded and that training took steps at a learning rate above 0"

@@ -17,6 +17,10 @@ _LAZY = {
     "server_findings": "hiplora.export.preflight",
     "allocation_rows": "hiplora.export.inspection",
     "inspect_adapter": "hiplora.export.inspection",
+    "Remaining": "hiplora.export.protection",
+    "protect": "hiplora.export.protection",
+    "remaining": "hiplora.export.protection",
+    "save_as_hiplora": "hiplora.export.native",
 }
 
 if TYPE_CHECKING:
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
     from hiplora.export.dense import DenseReport, save_dense
     from hiplora.export.inspection import allocation_rows, inspect_adapter
     from hiplora.export.lora import ExportReport, save_as_lora
+    from hiplora.export.native import save_as_hiplora
     from hiplora.export.preflight import Finding, base_facts, server_findings
+    from hiplora.export.protection import Remaining, protect, remaining
     from hiplora.export.update import read_update, update_from_model
 
 __all__ = [
@@ -33,10 +39,14 @@ __all__ = [
     "DenseReport",
     "ExportReport",
     "Finding",
+    "Remaining",
     "allocation_rows",
     "base_facts",
     "inspect_adapter",
+    "protect",
     "read_update",
+    "remaining",
+    "save_as_hiplora",
     "save_as_lora",
     "save_dense",
     "server_findings",

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -115,6 +116,15 @@ def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
 
 
 @contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the libraries' advice to each other while an adapter is loaded, and PEFT's look for its base's name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
+        yield
+
+
+@contextmanager
 def added(model: nn.Module, factors: Mapping[str, Pair]) -> Iterator[None]:
     """Add an update beside a bare model's layers, as an adapter does; the model is left as it was."""
 
@@ -155,7 +165,8 @@ def _difference(carrier: nn.Module, adapter: str, update: AdapterUpdate, folder:
     else:
         with added(model, update.factors):
             expected = logits_of(model)
-    stock = PeftModel.from_pretrained(model, str(folder)).eval()
+    with quiet_loading():
+        stock = PeftModel.from_pretrained(model, str(folder)).eval()
     exact = all(p.dtype == torch.float32 for p in stock.parameters())
     return relative_difference(logits_of(stock), expected), exact
 
@@ -189,7 +200,7 @@ def _frozen_flags(model: nn.Module | None) -> Iterator[None]:
 
 
 def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
-    """Load the adapter that was read over its base model, or the base alone for a merge in memory.
+    """Load the adapter that was read over its base model, or the base alone for an update in memory.
 
     In fp32, if the model is here and fits into memory; else None and the reason.
     """
@@ -202,9 +213,10 @@ def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
         return None, f"base model {update.base} needs {needed / 2**30:.0f} GiB in fp32, more than is free"
     stored = os.path.isdir(update.source)
     if not stored and update.extras:
-        return None, "a merge in memory that replaces whole modules cannot be compared"
+        return None, "an update in memory that replaces whole modules cannot be compared"
     # An adapter without its factors loads only over the very values that it was made for.
     saved = update.config.get("save_factors", True)
     dtype = torch.float32 if saved else getattr(torch, update.config.get("base_precision", ""), torch.float32)
     base = load_base(update.base, dtype)
-    return (PeftModel.from_pretrained(base, update.source) if stored else base), ""
+    with quiet_loading():
+        return (PeftModel.from_pretrained(base, update.source) if stored else base), ""

@@ -1,6 +1,5 @@
 """Export to a standalone model folder: the adapter added to its base weights once and for all."""
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,14 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.export.adapter import AdapterUpdate, Pair
 from hiplora.export.base_weights import check_fit, load_base
+from hiplora.export.card import write_record
 from hiplora.export.check import added, logits_of, relative_difference
 from hiplora.export.folder import check_out
 from hiplora.export.lora import DTYPES
 from hiplora.export.update import read_update
-from hiplora.files import staged_dir, write_atomic
+from hiplora.files import staged_dir
 from hiplora.models import resolve
 from hiplora.models.quiet import quiet_transformers
-from hiplora.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ def save_dense(
     *,
     overwrite: bool = False,
     tolerance: float = 1e-3,
+    details: Mapping[str, Any] | None = None,
 ) -> DenseReport:
     """Write the base model with the adapter merged into it, as a folder that `from_pretrained` loads.
 
@@ -68,6 +68,7 @@ def save_dense(
         overwrite: replace `path` if it exists.
         tolerance: largest accepted difference of a logit, in units of the largest one, for fp32 models; half
             precision rounds the merged weights, and the report says how much that changes.
+        details: what else `export.json` should say, for JSON.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit the base model, or the merged model differs; nothing
@@ -81,8 +82,9 @@ def save_dense(
     update = read_update(adapter_dir, base)
     update.check_leak()
     name = base or update.base
+    check_out(path, overwrite, name, "its base model")
     model: Any = _load(name)
-    _check_base(model, update, name)
+    check_base(model, update, name)
     untied = _untie(model, update)
     with added(model, update.factors):
         _replace_extras(model, update)
@@ -99,7 +101,7 @@ def save_dense(
         )
     report = DenseReport(str(path), name, stored, len(update.factors), logits, untied)
     with staged_dir(path, overwrite) as staged:
-        _write(model, name, update, report, staged)
+        _write(model, name, update, report, staged, details)
     return report
 
 
@@ -126,8 +128,12 @@ def _layer(model: nn.Module, module: str, name: str) -> nn.Module:
     return layer
 
 
-def _check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
-    """Check that every adapted layer is there, and has the weight that the adapter was made for."""
+def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
+    """Check that a bare model, called `name` in messages, has every adapted layer, with the adapter's base weight.
+
+    Raises:
+        AdapterError: a layer is missing, or its weight has another shape or other values.
+    """
     for module in update.factors:
         check_fit(_oriented(_layer(model, module, name)), update, module, name)
 
@@ -182,11 +188,15 @@ def _replace_extras(model: nn.Module, update: AdapterUpdate) -> None:
 
 
 def _write(
-    model: PreTrainedModel, name: str, update: AdapterUpdate, report: DenseReport, folder: Path
+    model: PreTrainedModel,
+    name: str,
+    update: AdapterUpdate,
+    report: DenseReport,
+    folder: Path,
+    details: Mapping[str, Any] | None,
 ) -> None:
     with quiet_transformers(always=False):
         model.save_pretrained(folder)
     with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
         AutoTokenizer.from_pretrained(resolve(name)).save_pretrained(folder)
-    record = report.to_json() | {"source": update.source, "method": update.kind, "provenance": provenance()}
-    write_atomic(folder / "export.json", json.dumps(record, indent=2) + "\n")
+    write_record(update, report.to_json(), folder, details)

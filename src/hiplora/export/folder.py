@@ -36,17 +36,17 @@ def read_folder(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tens
     return config, tensors
 
 
-def check_out(path: str | os.PathLike, overwrite: bool, source: str) -> None:
-    """Refuse an output folder that exists, or whose replacement would delete the adapter that is read.
+def check_out(
+    path: str | os.PathLike, overwrite: bool, source: str, what: str = "the adapter that is exported"
+) -> None:
+    """Refuse an output folder that exists, or whose replacement would delete `source`, called `what` in the message.
 
     Raises:
         ConfigError: naming the folder and the remedy.
     """
     final = check_output_dir(path, overwrite).resolve()
     if os.path.isdir(source) and (Path(source).resolve() == final or final in Path(source).resolve().parents):
-        raise ConfigError(
-            f"--out {path}: replacing it would delete the adapter that is exported; name another folder"
-        )
+        raise ConfigError(f"--out {path}: replacing it would delete {what}; name another folder")
 
 
 def check_finite(tensor: Tensor, what: str) -> None:

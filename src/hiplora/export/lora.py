@@ -1,6 +1,5 @@
 """Lossless export to a plain LoRA adapter: `A' = [Ã; Vᵀ]`, `B' = [(α/r)B̃ | U diag(δ)]`, rank r + k, scaling 1."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -15,17 +14,18 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.export.adapter import AdapterUpdate
+from hiplora.export.card import write_card
 from hiplora.export.check import compare_logits, compare_modules, refuse_over
 from hiplora.export.folder import PREFIX, WEIGHTS, check_finite, check_out
 from hiplora.export.preflight import base_facts
 from hiplora.export.update import read_update, update_from_model
-from hiplora.files import staged_dir, write_atomic
-from hiplora.provenance import provenance
+from hiplora.files import staged_dir
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What selects the adapted modules; copied, since a stock config selects by the same rules.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-_CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
+# What else of an adapter's configuration a stock one has too.
+CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class ExportReport:
     logits: float | None
     tolerance: float
     note: str = ""
+    to: str = "lora"
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -56,7 +57,7 @@ class ExportReport:
         return {
             "schema": 1,
             "kind": "export",
-            "to": "lora",
+            "to": self.to,
             "path": self.path,
             "base": self.base,
             "dtype": self.dtype,
@@ -83,6 +84,7 @@ def save_as_lora(
     dtype: str = "float32",
     overwrite: bool = False,
     check_logits: bool = True,
+    details: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write an adapter as a plain LoRA folder that stock PEFT loads, and verify what was written.
 
@@ -99,6 +101,7 @@ def save_as_lora(
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the report says how much.
         overwrite: replace `path` if it exists.
         check_logits: also compare logits, where the base model is at hand and fits into memory.
+        details: what else `export.json` should say, for JSON.
 
     Raises:
         AdapterError: the adapter cannot be read, left its complement, needs a higher rank than `pad_rank`, or the
@@ -109,12 +112,13 @@ def save_as_lora(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     update = _read(model_or_dir, adapter, base)
+    check_out(path, overwrite, update.base, "its base model")
     update.check_leak()
     with staged_dir(path, overwrite) as staged:
         write_lora(update, staged, pad_rank, DTYPES[dtype], _transposed(model_or_dir, update))
         report = _verify(model_or_dir, update, staged, adapter, DTYPES[dtype], tolerance, check_logits)
         report = replace(report, path=str(path), dtype=dtype)
-        _write_card(update, report, staged)
+        write_card(update, report.to_json(), staged, details)
     return report
 
 
@@ -145,25 +149,37 @@ def write_lora(
 
 def lora_config(update: AdapterUpdate, pad_rank: int | None = None, transposed: bool = False) -> LoraConfig:
     """Return the stock `peft.LoraConfig` of an update: scaling 1 everywhere, patterns where ranks differ."""
-    ranks = {module: pad_rank or rank for module, rank in update.ranks.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    # PEFT takes the first pattern that matches a name's end, so longer names come first.
-    unusual = {m: r for m, r in sorted(ranks.items(), key=lambda item: -len(item[0])) if r != usual}
-    selection: dict[str, Any] = {key: update.config.get(key) for key in SELECTION}
-    carried: dict[str, Any] = {key: update.config.get(key) for key in _CARRIED}
-    if not selection["target_modules"]:
-        selection = {"target_modules": sorted(update.factors)}
+    usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
     return LoraConfig(
         r=usual,
         lora_alpha=usual,
         rank_pattern=unusual,
         alpha_pattern=dict(unusual),
-        inference_mode=True,
         fan_in_fan_out=transposed,
-        base_model_name_or_path=update.base or None,
+        **shared_fields(update),
+    )
+
+
+def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most usual value of some modules, and PEFT's pattern for the modules that have another one."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    # PEFT takes the first pattern that matches a name's end, so longer names come first.
+    longest_first = sorted(values.items(), key=lambda item: -len(item[0]))
+    return usual, {module: value for module, value in longest_first if value != usual}
+
+
+def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
+    """Return the fields that the configuration of an update has in any format: its base and its modules."""
+    selection = {key: update.config.get(key) for key in SELECTION}
+    if not selection["target_modules"]:
+        selection = {"target_modules": sorted(update.factors)}
+    carried = {key: update.config.get(key) for key in CARRIED}
+    return {
+        "inference_mode": True,
+        "base_model_name_or_path": update.base or None,
         **selection,
         **carried,
-    )
+    }
 
 
 def _source(model_or_dir: Any) -> str:
@@ -216,32 +232,3 @@ def _verify(
     else:
         note = "logits not compared: switched off"
     return ExportReport(str(folder), update.base, "", written.ranks, modules, logits, tolerance, note)
-
-
-def _write_card(update: AdapterUpdate, report: ExportReport, folder: Path) -> None:
-    record = report.to_json() | {"source": update.source, "method": update.kind, "provenance": provenance()}
-    write_atomic(folder / "export.json", json.dumps(record, indent=2) + "\n")
-    logits = (
-        "were not compared" if report.logits is None else f"differ by {report.logits:.1e} of the largest one"
-    )
-    module, difference = report.worst
-    write_atomic(
-        folder / "README.md",
-        f"""---
-base_model: {update.base or "unknown"}
-library_name: peft
-tags: [lora, hiplora]
----
-
-# Plain LoRA adapter, exported from {update.kind}
-
-Base model: `{update.base or "unknown"}`. Rank {record["rank"]}, scaling 1, {report.dtype}. Stock PEFT loads it:
-
-```python
-model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-
-It is the same update as the adapter it came from: no module's differs by more than {difference:.1e} of its norm
-(`{module}`), and the logits {logits}. `export.json` has every module and the provenance.
-""",
-    )

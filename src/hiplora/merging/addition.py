@@ -8,10 +8,6 @@ import torch
 from hiplora.export.adapter import Channels, Pair
 from hiplora.merging.term import Term
 
-SUMMARY = (
-    "the weighted sum of the updates, exact: gains added in a shared basis, everything else concatenated"
-)
-
 
 @dataclass(frozen=True)
 class Options:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +157,20 @@ def _config(updates: Sequence[AdapterUpdate]) -> dict[str, Any]:
     ranks = {update.config.get("principal_rank") for update in updates}
     if len(ranks) == 1:
         config["principal_rank"] = ranks.pop()
+    config |= _basis([update.config for update in updates if update.channels])
     if len(updates) == 1:
         config |= {key: first.get(key) for key in ("modules_to_save", "auto_mapping", "revision")}
     return config
+
+
+def _basis(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the channels' directions are: of one basis, or else not the weights' singular directions."""
+    found = {config.get("basis", "weight") for config in configs}
+    alike = all(config.get("calibration") == configs[0].get("calibration") for config in configs)
+    return {
+        "basis": found.pop() if len(found) == 1 else ("activation" if found else "weight"),
+        "calibration": (configs[0].get("calibration") if configs and alike else None) or {},
+    }
 
 
 def _selection(update: AdapterUpdate) -> list[Any]:

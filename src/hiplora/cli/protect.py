@@ -1,0 +1,128 @@
+"""`hiplora protect`: a trained adapter, projected off the directions of the inputs that its layers really get."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
+
+RANK_HELP = "Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95."
+STRENGTH_HELP = "How much of them is taken away: 0 nothing, 1 everything."
+PROJECTION_HELP = "hard: the first k alike; soft: each direction by how strong it is."
+TEXT_HELP = (
+    "What the layers' inputs are measured on: a text file, training data, or a data set on the hub (owner/name or "
+    "owner/name:config); else text sampled from the base model itself."
+)
+TOKENS_HELP = "Tokens to sample, or to read of the text."
+
+
+class Projection(str, Enum):
+    """How an update is projected."""
+
+    hard = "hard"
+    soft = "soft"
+
+
+def command(
+    adapter: Path = typer.Argument(..., help="Adapter folder: LoRA, HiP-LoRA or Proj-LoRA."),
+    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    strength: float = typer.Option(1.0, "--strength", min=0.0, max=1.0, help=STRENGTH_HELP),
+    principal_rank: str = typer.Option("32", "--principal-rank", help=RANK_HELP),
+    projection: Projection = typer.Option(Projection.hard, "--projection", help=PROJECTION_HELP),
+    base: str | None = typer.Option(
+        None, "--base", help="Base model, if not the one that the adapter names."
+    ),
+    text: str | None = typer.Option(None, "--text", help=TEXT_HELP),
+    tokens: int = typer.Option(10_000, "--tokens", min=2, help=TOKENS_HELP),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sampling."),
+    data: Path | None = typer.Option(
+        None, "--data", help="Rows of the adapter's task that it was not trained on, to show what this costs."
+    ),
+    drift_text: Path | None = typer.Option(
+        None, "--drift-text", help="Text to measure drift on; else prose and code of Python's own."
+    ),
+    overwrite: bool = OVERWRITE_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Take out of a trained adapter what disturbs the base model most, without training.
+
+    Measures what the adapter's layers are fed, on text that the base model writes itself or on yours, and projects
+    the adapter off the strongest directions of it. Writes a plain LoRA adapter, and reports the drift from the base
+    model before and after; with --data, also the loss of base model, adapter and result on the adapter's task.
+
+    Example:
+
+        hiplora protect runs/medicine --out runs/medicine-protected --data medicine.jsonl
+    """
+    from hiplora.spectral import parse_rank
+    from hiplora.study.protection import ProtectSettings, protect_adapter
+
+    settings = ProtectSettings(
+        principal_rank=parse_rank(principal_rank),
+        projection=projection.value,
+        strength=strength,
+        text=text,
+        tokens=tokens,
+        seed=seed,
+        data=data,
+        drift_text=drift_text,
+    )
+    record = protect_adapter(adapter, out, settings, base=base, overwrite=overwrite, wrap=progress)
+    if as_json:
+        emit_json(record)
+        return
+    print_protection(record)
+    typer.echo(f"written to {out}: plain LoRA of rank {record['export']['rank']}")
+
+
+def print_protection(record: dict[str, Any]) -> None:
+    """Print what a projection left of an update, and what that did to the model."""
+    calibration = record["calibration"]
+    source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]
+    title = (
+        f"What is left of {record['adapter']} ({record['projection']}, strength {record['strength']:g}; inputs "
+        f"measured on {calibration['tokens']:,} tokens, {source})"
+    )
+    columns = ("Modules", "layers", "inputs", "protected", "‖ΔW‖² left", "output energy left")
+    print_table(title, columns, [*_kinds(record["modules"]), _total(record)])
+    before, after = record["drift"]["before"], record["drift"]["after"]
+    rows = [(name, f"{before[name]['kl']:.4f}", f"{after[name]['kl']:.4f}") for name in before]
+    print_table("Drift from the base model, KL in nats per token", ("Text", "before", "after"), rows)
+    if loss := record["loss"]:
+        title = f"Loss on {loss['file']} ({loss['rows']} rows), nats per token"
+        cells = [f"{loss[state]:.4f}" for state in ("base", "before", "after")]
+        print_table(title, ("", "base model", "before", "after"), [("loss", *cells)])
+    for note in record["notes"]:
+        typer.echo(f"note: {note}")
+
+
+def _kinds(modules: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return one row for each kind of module: ranges over its layers."""
+    rows = []
+    for kind in dict.fromkeys(row["module"].rpartition(".")[2] for row in modules):
+        members = [row for row in modules if row["module"].rpartition(".")[2] == kind]
+        ranks, widths = ([row[key] for row in members] for key in ("k", "width"))
+        shares = (_span([100 * row[key] for row in members]) for key in ("norm_share", "energy_share"))
+        rows.append((kind, len(members), _range(widths), _range(ranks), *shares))
+    return rows
+
+
+def _total(record: dict[str, Any]) -> tuple[Any, ...]:
+    summary = record["summary"]
+    shares = (_span([100 * summary[key]]) for key in ("norm_share", "energy_share"))
+    return ("all", len(record["modules"]), "", "", *shares)
+
+
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} – {high}"
+
+
+def _span(percents: list[float]) -> str:
+    """Return the median of some percentages, and their range."""
+    import statistics
+
+    middle, low, high = (f"{v:.3g} %" for v in (statistics.median(percents), min(percents), max(percents)))
+    return middle if low == high else f"{middle} ({low} – {high})"

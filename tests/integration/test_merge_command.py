@@ -1,0 +1,256 @@
+import inspect
+import json
+import shlex
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+from hiplora.cli import merge as command
+from hiplora.cli.main import main
+from hiplora.export import read_update
+from hiplora.merging import RULES
+from tests.tiny import save_tiny
+from tests.unit.export.samples import ATTENTION, base_model, hip_config, leaky, logits, product, saved
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model_dir, tmp_path_factory):
+    """Folders of adapters of one base model, trained apart."""
+    root = tmp_path_factory.mktemp("merged")
+    configs = {
+        "one": hip_config(),
+        "two": hip_config(),
+        "lora": LoraConfig(r=3, lora_alpha=9, target_modules=ATTENTION),
+        "mlp": LoraConfig(r=2, target_modules=["up_proj"]),
+    }
+    return {
+        name: saved(tiny_model_dir, root / name, config, seed=i)[0]
+        for i, (name, config) in enumerate(configs.items())
+    }
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return stop.value.code or 0, said.out, said.err
+
+
+def merged(capsys, *arguments):
+    code, out, err = run(capsys, "merge", *arguments, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+def assert_is_sum(folder, terms):
+    found, expected = read_update(folder), {}
+    for weight, part in terms:
+        update = read_update(part)
+        for module in update.factors:
+            expected[module] = expected.get(module, 0) + weight * product(update, module)
+    assert set(found.factors) == set(expected)
+    for module, delta in expected.items():
+        torch.testing.assert_close(product(found, module), delta, rtol=1e-4, atol=1e-6)
+
+
+def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
+    lines = inspect.getdoc(command.command).splitlines()
+    assert lines[-3] == "Example:"
+    example = shlex.split(lines[-1])
+    assert example[:2] == ["hiplora", "merge"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name, adapter in (("medicine", "one"), ("law", "lora")):
+        (tmp_path / "runs" / name).symlink_to(adapters[adapter])
+    code, out, err = run(capsys, *example[1:])
+    assert (code, err) == (0, "")
+    assert "addition of 2 adapters" in out
+    assert_is_sum(tmp_path / "runs" / "both", [(1, adapters["one"]), (0.5, adapters["lora"])])
+
+
+@pytest.mark.parametrize("weights", [None, "1,-0.5,2", " 1, 0 ,1"])
+def test_lora_is_the_weighted_sum_and_loads_in_stock_peft(
+    adapters, tiny_model_dir, tmp_path, capsys, weights
+):
+    parts = [adapters[name] for name in ("one", "two", "mlp")]
+    more = ["--weights", weights] if weights else []
+    record = merged(capsys, *parts, "--out", tmp_path / "out", *more)
+    numbers = [float(part) for part in weights.split(",")] if weights else [1, 1, 1]
+    assert_is_sum(tmp_path / "out", list(zip(numbers, parts, strict=True)))
+    assert (record["kind"], record["method"], record["export"]["to"]) == ("merge", "addition", "lora")
+    assert record["adapters"] == list(map(str, parts))
+    assert record["export"]["logit_difference"] < 1e-5
+    model = PeftModel.from_pretrained(base_model(tiny_model_dir), tmp_path / "out").eval()
+    assert (logits(model) - logits(base_model(tiny_model_dir))).abs().max() > 1e-2
+
+
+def test_dense_is_a_model_that_needs_no_adapter(adapters, tiny_model_dir, tmp_path, capsys):
+    parts = [adapters["one"], adapters["lora"]]
+    merged(capsys, *parts, "--out", tmp_path / "lora")
+    record = merged(capsys, *parts, "--out", tmp_path / "dense", "--format", "dense")
+    assert record["export"]["to"] == "dense"
+    model = PeftModel.from_pretrained(base_model(tiny_model_dir), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(base_model(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_hiplora_keeps_the_channels_apart(adapters, tmp_path, capsys):
+    parts = [adapters["one"], adapters["two"]]
+    record = merged(capsys, *parts, "--out", tmp_path / "out", "--format", "hiplora", "--weights", "1,2")
+    assert record["export"]["to"] == "hiplora"
+    update, one, two = (read_update(folder) for folder in (tmp_path / "out", *parts))
+    assert update.kind == "hiplora"
+    delta = one.channels[Q0].delta + 2 * two.channels[Q0].delta
+    torch.testing.assert_close(update.channels[Q0].delta, delta)
+    assert_is_sum(tmp_path / "out", [(1, parts[0]), (2, parts[1])])
+
+
+@pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
+def test_a_table_says_what_was_written(adapters, tmp_path, capsys, form):
+    parts = [adapters["one"], adapters["two"]]
+    code, out, err = run(capsys, "merge", *parts, "--out", tmp_path / "out", "--format", form)
+    assert (code, err) == (0, "")
+    assert "Largest difference of a logit" in out
+    assert f"{form}, float32" in out
+
+
+def test_protect_projects_the_merge_and_reports_the_drift_of_both(adapters, tiny_model_dir, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
+    parts = [adapters["one"], adapters["lora"]]
+    how = ["--protect", "--principal-rank", 8, "--text", tmp_path / "text.txt", "--tokens", 600]
+    record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
+    before, after = record["protection"]["drift"]["before"], record["protection"]["drift"]["after"]
+    assert before.keys() == after.keys() == {"prose", "python code"}
+    for text in before:
+        assert 0 < after[text]["kl"] < before[text]["kl"]
+    merged(capsys, *parts, "--out", tmp_path / "whole")
+    whole, projected = read_update(tmp_path / "whole"), read_update(tmp_path / "out")
+    removed = product(whole, Q0) - product(projected, Q0)
+    assert torch.linalg.matrix_rank(removed.double(), rtol=1e-4) == 8
+    assert removed.norm() > 0.1 * product(whole, Q0).norm()
+    written = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert written["protection"]["projection"] == "hard"
+
+
+def test_a_protected_merge_can_be_weaker_and_dense(adapters, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
+    how = [
+        "--protect",
+        "--strength",
+        0.5,
+        "--projection",
+        "soft",
+        "--tokens",
+        300,
+        "--text",
+        tmp_path / "text.txt",
+    ]
+    parts = [adapters["one"], adapters["lora"], "--format", "dense", *how]
+    record = merged(capsys, *parts, "--out", tmp_path / "out")["protection"]
+    assert (record["strength"], record["projection"], record["principal_rank"]) == (0.5, "soft", 32)
+    assert base_model(tmp_path / "out") is not None
+    code, out, _ = run(capsys, "merge", *parts, "--out", tmp_path / "out", "--overwrite")
+    assert code == 0
+    assert "Drift from the base model" in out
+    assert "soft, strength 0.5" in out
+
+
+def test_the_methods_of_the_help_are_those_of_the_registry(capsys):
+    _, out, _ = run(capsys, "merge", "--help")
+    for name, rule in RULES.items():
+        assert name in out
+        assert rule.summary.split()[2] in out
+
+
+# What cannot be merged
+
+
+def refused(capsys, folder, *arguments):
+    """Exit status and message of a command that must write nothing."""
+    before = sorted(path.name for path in folder.iterdir())
+    code, out, err = run(capsys, "merge", *arguments)
+    assert out == ""
+    assert "Traceback" not in err
+    assert sorted(path.name for path in folder.iterdir()) == before
+    return code, " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--method", "average"], "'average' is not known; expected one of addition"),
+        (["--weights", "1"], "1 given for 2 adapters"),
+        (["--weights", "1,2,3"], "3 given for 2 adapters"),
+        (["--weights", "1,x"], "--weights: 'x' is not a number"),
+        (["--weights", "1,"], "--weights: '' is not a number"),
+        (["--weights", "1,nan"], "not a finite number"),
+        (["--format", "gguf"], "gguf"),
+        (["--strength", "0.5"], "--strength: only with --protect"),
+        (["--principal-rank", "8"], "--principal-rank: only with --protect"),
+        (["--text", "x.txt"], "--text: only with --protect"),
+        (["--protect", "--format", "hiplora"], "--protect: its result is no HiP-LoRA adapter"),
+        (["--protect", "--principal-rank", "0"], "principal_rank is 0"),
+        (["--protect", "--text", "none.txt"], "none.txt: cannot be read"),
+        (["--protect", "--strength", "2"], "strength"),
+        (["--out", "there"], "--overwrite"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_writes_nothing(adapters, tmp_path, monkeypatch, capsys, arguments, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    code, err = refused(capsys, tmp_path, adapters["one"], adapters["lora"], "--out", "out", *arguments)
+    assert code == 2
+    assert why in err
+
+
+def test_no_adapter_and_no_out_is_wrong_usage(adapters, tmp_path, capsys):
+    assert refused(capsys, tmp_path, "--out", tmp_path / "out")[0] == 2
+    assert refused(capsys, tmp_path, adapters["one"])[0] == 2
+
+
+def test_adapters_of_other_base_weights_are_refused(adapters, tmp_path, capsys):
+    other = save_tiny(tmp_path / "other", seed=1)
+    foreign, _ = saved(other, tmp_path / "foreign", hip_config())
+    code, err = refused(capsys, tmp_path, adapters["one"], foreign, "--out", tmp_path / "out")
+    assert (code, "different base weights" in err) == (1, True)
+    code, err = refused(
+        capsys, tmp_path, adapters["one"], adapters["two"], "--out", tmp_path / "out", "--base", other
+    )
+    assert (code, "not the one that this adapter was made for" in err) == (1, True)
+
+
+def test_hiplora_names_the_module_that_has_no_channels(adapters, tmp_path, capsys):
+    parts = [adapters["one"], adapters["mlp"]]
+    code, err = refused(capsys, tmp_path, *parts, "--out", tmp_path / "out", "--format", "hiplora")
+    assert (code, "layer model.layers.0.mlp.up_proj: " in err, "save it as plain LoRA" in err) == (
+        1,
+        True,
+        True,
+    )
+
+
+def test_a_leaky_adapter_is_a_failure_of_one_line(adapters, tiny_model_dir, tmp_path, capsys):
+    folder, module = leaky(tiny_model_dir, tmp_path / "a")
+    code, err = refused(capsys, tmp_path, adapters["one"], folder, "--out", tmp_path / "out")
+    assert (code, f"{module} leaks" in err) == (1, True)
+
+
+@pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
+def test_none_of_the_adapters_is_ever_replaced(adapters, tmp_path, capsys, form):
+    parts = [adapters["one"], adapters["two"]]
+    code, err = refused(capsys, tmp_path, *parts, "--out", parts[1], "--overwrite", "--format", form)
+    assert (code, "delete the adapter" in err) == (2, True)
+    assert read_update(parts[1]).kind == "hiplora"
+
+
+@pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
+def test_the_base_model_is_never_replaced(tmp_path, capsys, form):
+    base = save_tiny(tmp_path / "base")
+    folder, _ = saved(base, tmp_path / "a", hip_config())
+    code, err = refused(capsys, tmp_path, folder, "--out", base, "--overwrite", "--format", form)
+    assert (code, "delete its base model" in err) == (2, True)
+    assert base_model(base) is not None
