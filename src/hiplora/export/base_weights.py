@@ -16,7 +16,7 @@ from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate
 from hiplora.models import resolve
 from hiplora.models.quiet import quiet_transformers
-from hiplora.spectral import weight_fingerprint
+from hiplora.spectral import misfit, weight_fingerprint
 from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -166,9 +166,9 @@ def _same_but_for_precision(weight: Tensor, update: AdapterUpdate, module: str, 
     channels = update.channels.get(module)
     if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
         return False
-    W, U, sigma, V = weight.float(), channels.U, channels.sigma, channels.V
-    off = max((W @ V - U * sigma).norm(dim=0).max(), (W.T @ U - V * sigma).norm(dim=0).max())
-    return bool(off <= OTHER_PRECISION_LIMIT * sigma[0])
+    basis = update.config.get("basis", "weight")
+    off = misfit(weight.float(), channels.U, channels.sigma, channels.V, basis)
+    return off <= OTHER_PRECISION_LIMIT
 
 
 @contextmanager

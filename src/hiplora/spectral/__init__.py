@@ -1,7 +1,7 @@
 """The mathematics of one weight matrix: certified factors, channels, budget, allocation, store."""
 
 from hiplora.spectral.allocation import Allocation, allocate
-from hiplora.spectral.basis import SIDES, activation_factors, protected
+from hiplora.spectral.basis import SIDES, activation_factors, misfit, protected
 from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
 from hiplora.spectral.channels import (
     fused_factors,
@@ -40,6 +40,7 @@ __all__ = [
     "fused_factors",
     "is_rank",
     "leak",
+    "misfit",
     "parse_rank",
     "penalty",
     "penalty_gradient",

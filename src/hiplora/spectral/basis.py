@@ -22,6 +22,25 @@ def protected(
     return U if sides != "input" else U[:, :0], V if sides != "output" else V[:, :0]
 
 
+def misfit(
+    weight: Float[Tensor, "m n"],
+    U: Float[Tensor, "m k"],
+    sigma: Float[Tensor, " k"],
+    V: Float[Tensor, "n k"],
+    basis: str = "weight",
+) -> float:
+    """Return how far factors are from being a weight's, in units of σ_1: about 0 for its own, about 1 for another's.
+
+    Singular triplets satisfy `Wv_i = σ_i u_i` and `Wᵀu_i = σ_i v_i`; those of the activation basis only make `UᵀWV`
+    diagonal.
+    """
+    if basis == "weight":
+        off = torch.maximum((weight @ V - U * sigma).norm(dim=0), (weight.T @ U - V * sigma).norm(dim=0))
+    else:
+        off = (U.T @ weight @ V - sigma.diag()).norm(dim=0)
+    return (off.max() / sigma[0]).item() if sigma[0] > 0 else off.max().item()
+
+
 def activation_factors(
     weight: Float[Tensor, "m n"],
     inputs: MomentBasis,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import leak, protected, weight_fingerprint
+from hiplora.spectral import leak, misfit, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, soft_sides
@@ -127,14 +127,8 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
     if layer.name in config.unverified:
-        weight = layer.frozen_weight().float().cpu()
-        if config.basis == "weight":
-            off = max(
-                (weight @ V - U * sigma).norm(dim=0).max(), (weight.T @ U - V * sigma).norm(dim=0).max()
-            )
-        else:  # only inside the two subspaces is the weight diagonal
-            off = (U.T @ weight @ V - sigma.diag()).norm(dim=0).max()
-        if not off <= OTHER_PRECISION_LIMIT * sigma[0]:
+        off = misfit(layer.frozen_weight().float().cpu(), U, sigma, V, config.basis)
+        if not off <= OTHER_PRECISION_LIMIT:
             raise AdapterError(_other_weights([layer.name], config))
 
 

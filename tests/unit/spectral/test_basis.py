@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hiplora.errors import FactorError
-from hiplora.spectral import MomentBasis, SecondMoment, activation_factors, leak, protected, retract
+from hiplora.spectral import (
+    MomentBasis,
+    SecondMoment,
+    activation_factors,
+    leak,
+    misfit,
+    protected,
+    retract,
+    truncated_svd,
+)
 from tests import reference
 
 
@@ -193,3 +202,16 @@ def test_a_weight_that_is_all_zero_still_gets_a_basis():
     factors = activation_factors(torch.zeros(16, 24), basis_of(inputs_of()), 4)
     assert factors.orthogonality < 1e-6
     assert not factors.sigma.any()
+
+
+@pytest.mark.parametrize("basis", ["weight", "input", "both"])
+def test_factors_fit_their_weight_also_when_it_was_rounded_and_no_other(basis):
+    weight = weight_of()
+    if basis == "weight":
+        factors = truncated_svd(weight, 4)
+    else:
+        factors = activation_factors(weight, basis_of(inputs_of()), 4, basis, outputs_of(16, 4))
+    parts = factors.U, factors.sigma, factors.V, factors.basis
+    assert misfit(weight, *parts) < 1e-5
+    assert misfit(weight + 0.02 * torch.randn(16, 24), *parts) < 0.1
+    assert misfit(weight_of(seed=9), *parts) > 0.3
