@@ -9,19 +9,16 @@ from hiplora.reporting.palette import LOOKS, Look
 NAMES = {
     "lora-attention": "LoRA, attention",
     "lora-mlp": "LoRA, MLP",
-    "weight-attention": "HiP-LoRA, weight basis, attention",
-    "activation-attention": "HiP-LoRA, activation basis, attention",
-    "activation-mlp": "HiP-LoRA, activation basis, MLP",
-    "activation-mlp-proj": "the same without gains",
+    "weight-attention": "weight basis, attention",
+    "activation-attention": "activation basis, attention",
+    "activation-mlp": "activation basis, MLP",
 }
-DRAWN = ("lora-attention", "lora-mlp", "weight-attention", "activation-attention", "activation-mlp-proj")
 _LOOK = {
     "lora-attention": LOOKS[1],
     "lora-mlp": LOOKS[4],
     "weight-attention": LOOKS[3],
     "activation-attention": LOOKS[2],
-    "activation-mlp": LOOKS[6],
-    "activation-mlp-proj": LOOKS[0],
+    "activation-mlp": LOOKS[0],
 }
 TITLES = {"prose": "WikiText", "python code": "Python code", "german": "German sentences"}
 
@@ -37,10 +34,10 @@ def figures(runs: Sequence[dict[str, Any]], summary: dict[str, Any]) -> dict[str
 
 
 def _frontier(task: str, runs: Sequence[dict[str, Any]]) -> Plate:
-    shown = [run for run in runs if run["task"] == task and run["variant"] in DRAWN]
+    shown = [run for run in runs if run["task"] == task and run["variant"] in NAMES]
     panels = [_frontier_panel(text, title, shown) for text, title in TITLES.items()]
     job = {"gsm8k": "GSM8K", "code": "code instructions"}.get(task, task)
-    legend = {NAMES[v]: _LOOK[v] for v in DRAWN if any(run["variant"] == v for run in shown)}
+    legend = {NAMES[v]: _LOOK[v] for v in NAMES if any(run["variant"] == v for run in shown)}
     return Plate(f"frontier-{task}", f"Learning {job} against drift from the base model", "", panels, legend)
 
 
@@ -54,10 +51,17 @@ def _frontier_panel(text: str, title: str, runs: Sequence[dict[str, Any]]) -> Pa
             ax.plot(
                 x, y, color=look.colour, marker=look.marker, markersize=5, linewidth=1.3, dashes=_dashes(look)
             )
-        ax.set_yscale("log")
+        _logarithmic(ax)
 
     words = f"each line is one run, measured at three steps; lower and further left is better, on {title}"
-    return Panel(f"frontier-{text}", f"Drift on {title}", words, draw, 400, 340)
+    return Panel(f"frontier-{text}", f"Drift on {title}", words, draw, 350, 330)
+
+
+def _logarithmic(ax: Any) -> None:
+    """Let the vertical axis be logarithmic, its ticks plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_minor_formatter(lambda value, _: "")
 
 
 def _dashes(look: Look) -> tuple[Any, ...]:
@@ -90,8 +94,8 @@ def _edits_panel(kind: str, title: str, rows: Sequence[dict[str, Any]]) -> Panel
                 markersize=7,
                 capsize=3,
             )
-        ax.set_yscale("log")
+        _logarithmic(ax)
         ax.set_xlim(-3, 105)
 
     words = "one mark per method and learning rate, with the 95 % interval of its success; lower and right is better"
-    return Panel(f"edits-{kind}", title, words, draw, 400, 340)
+    return Panel(f"edits-{kind}", title, words, draw, 350, 330)

@@ -5,7 +5,8 @@
 Writes runs.json (every run as it was measured), summary.json (what the documentation quotes) and the figures. Drift is
 compared at equal held-out loss: a LoRA run's drift at another run's loss is interpolated between its measured steps
 (linear in the loss, logarithmic in the divergence), never beyond them; a LoRA run that learned more with less counts
-as it is; and the lowest over all of LoRA's targets and learning rates is taken. With several seeds, each is compared
+as it is, and so, in LoRA's favour, does the furthest that LoRA got, where it never got that far; and the lowest over
+all of LoRA's targets and learning rates is taken. With several seeds, each is compared
 with LoRA's runs of the same seed, and the interval is Student's t over the seeds' log ratios.
 """
 
@@ -26,6 +27,7 @@ from hiplora.files import write_atomic
 from hiplora.provenance import json_sha256, provenance
 
 OUT = HERE.parents[1] / "docs" / "results" / "function-aware"
+ANSWERS = ("success", "paraphrase", "neighbours_kept")
 TEXTS = ("prose", "python code", "german")
 LORA = {
     "lora-any": ("lora-mlp", "lora-attention", "lora-all"),
@@ -34,8 +36,11 @@ LORA = {
 
 
 def drift_at(runs: Iterable[dict[str, Any]], loss: float, text: str) -> float | None:
-    """Return the lowest divergence at which some of these runs learned at least this much; None where none did."""
-    found = []
+    """Return the lowest divergence at which some of these runs learned at least this much; None where there are none.
+
+    Where none got that far, the divergence at the lowest loss that one reached, which is less than it would be there.
+    """
+    found, runs = [], list(runs)
     for run in runs:
         found += [point["kl"][text] for point in run["points"] if point["heldout_loss"] <= loss]
         for one, two in zip(run["points"], run["points"][1:], strict=False):
@@ -44,6 +49,9 @@ def drift_at(runs: Iterable[dict[str, Any]], loss: float, text: str) -> float | 
                 share = (high - loss) / (high - low)
                 first, second = math.log(one["kl"][text]), math.log(two["kl"][text])
                 found.append(math.exp(first + share * (second - first)))
+    furthest = min((p for run in runs for p in run["points"]), key=lambda p: p["heldout_loss"], default=None)
+    if not found and furthest is not None:
+        return furthest["kl"][text]
     return min(found, default=None)
 
 
@@ -98,6 +106,25 @@ def _interval(values: Sequence[float], log: bool = False) -> dict[str, float]:
     return {"mean": back(middle), "low": back(middle - half), "high": back(middle + half)}
 
 
+def against(runs: Sequence[dict[str, Any]], without: str) -> dict[str, Any]:
+    """Compare each variant with gains with the one that has none, seed by seed: loss difference and ratios of drift."""
+    last = {
+        (run["variant"], run["lr"], run["seed"]): run["points"][-1] for run in runs if run["task"] == "gsm8k"
+    }
+    rows = {}
+    for variant, lr in sorted({(v, lr) for v, lr, _ in last if v.startswith(f"{without}-gains")}):
+        seeds = [s for v, rate, s in last if (v, rate) == (variant, lr) and (without, lr, s) in last]
+        if len(seeds) < 3:
+            continue
+        pairs = [(last[variant, lr, seed], last[without, lr, seed]) for seed in sorted(seeds)]
+        rows[f"{variant}-lr{lr:g}"] = {
+            "seeds": len(pairs),
+            "loss_difference": _interval([a["heldout_loss"] - b["heldout_loss"] for a, b in pairs]),
+            "kl_ratio": {t: _interval([a["kl"][t] / b["kl"][t] for a, b in pairs], log=True) for t in TEXTS},
+        }
+    return rows
+
+
 def edits(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, per variant and learning rate, what the edit adapters do alone and added together."""
     groups: dict[tuple, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -111,8 +138,7 @@ def edits(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for kind, found in kinds.items():
             points = [run["points"][-1] if "points" in run else run for run in found]
             row[kind] = {
-                name: _share([value for point in points for value in point[name]])
-                for name in ("success", "paraphrase", "neighbours_kept")
+                name: _share([value for point in points for value in point[name]]) for name in ANSWERS
             } | {"kl": {text: statistics.fmean(p["kl"][text] for p in points) for text in TEXTS}}
         rows.append(row)
     return rows
@@ -139,14 +165,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(args.runs.glob("*.json"))]
-    trained = [run for run in runs if not run["task"].startswith(("edits", "merge"))]
+    base = next((run for run in runs if run["task"] == "base"), None)
+    trained = [run for run in runs if not run["task"].startswith(("edits", "merge", "base"))]
     ours = [compared(run, trained) for run in trained]
     recipe = (args.out / "recipe.yaml").read_text(encoding="utf-8")
     origin = provenance(recipe_sha256=json_sha256([recipe]), seeds=sorted({run["seed"] for run in runs}))
     summary = {
         "by_run": {_name(run): run for run in ours},
         "by_variant": {f"{r['task']}-{r['variant']}-lr{r['lr']:g}": r for r in over_seeds(ours)},
+        "gains": against(trained, "activation-mlp"),
         "edits": {f"{row['variant']}-lr{row['lr']:g}": row for row in edits(runs)},
+        "base": {name: _share(base[name]) for name in ANSWERS} if base else None,
         "provenance": origin,
     }
     args.out.mkdir(parents=True, exist_ok=True)

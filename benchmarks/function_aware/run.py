@@ -190,8 +190,16 @@ class Bench:
         few = {name: _first_of_each(edits, chosen["neighbours"]) for name, edits in neighbours.items()}
         return sets, few
 
+    def measure_base(self) -> dict[str, Any]:
+        """Ask the bare base model all edits and their neighbours: what there is to lose, and what is there already."""
+        return {"task": "base", "seed": 0, **self.measure_answers(self.model, *self._edit_sets())}
+
     def measure_edits(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
-        """Which edits work, on their prompt and its paraphrase; which neighbours kept their answer; drift."""
+        """Measure answers and drift."""
+        return {**self.measure_answers(adapted, sets, neighbours), **self.measure_drift(adapted)}
+
+    def measure_answers(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
+        """Say which edits work, on their prompt and its paraphrase, and which neighbours kept their answer."""
         from hiplora.editing import evaluate_edits
 
         edits = [edit for part in sets for edit in part.edits]
@@ -202,7 +210,6 @@ class Bench:
                 o.preferred for o in evaluate_edits(adapted, self.tokenizer, edits, paraphrase=True)
             ],
             "neighbours_kept": [not o.preferred for o in evaluate_edits(adapted, self.tokenizer, near)],
-            **self.measure_drift(adapted),
         }
 
     def adapter(self, job: Job) -> Path:
@@ -266,6 +273,8 @@ def work(bench: Bench, planned: list[Job]) -> None:
         except filelock.Timeout:
             pass
 
+    if any(job.task == "edits1" for job in planned):
+        once("base", bench.measure_base)
     for job in planned:
         once(job.name, lambda job=job: bench.run(job))
     counts = bench.recipe["edits"]["merges"]
@@ -282,6 +291,8 @@ def work(bench: Bench, planned: list[Job]) -> None:
 def summary(name: str, result: dict[str, Any]) -> str:
     """Return a run's last figures in a line."""
     last = result.get("points", [result])[-1]
+    if "kl" not in last:
+        return f"{name}: edits {sum(last['success'])}/{len(last['success'])}"
     learned = (
         f"loss {last['heldout_loss']:.3f}"
         if "heldout_loss" in last

@@ -1,5 +1,6 @@
 """What calibration promises: the same basis however it is computed, a model left as it was, resumption."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 
 import hiplora
 from hiplora import HipLoraConfig
+from hiplora.cli import main as cli
 from hiplora.errors import ConfigError, FactorError
 from hiplora.tuner import gradients
 from hiplora.tuner.gradients import _score as score
@@ -328,21 +330,58 @@ def test_the_command_shows_what_it_found_and_its_example_runs(smollm2, tmp_path,
     text = tmp_path / "notes.txt"
     text.write_text("The harbour master writes down every ship that comes in. " * 60)
     command = [sys.executable, "-W", "ignore", "-m", "hiplora", "calibrate", "smollm2-135m", "--rank", "32"]
-    small = ["--text", str(text), "--tokens", "600"]
+    attention = "q_proj,k_proj,v_proj,o_proj"  # narrower than the MLPs, hence quicker
+    small = ["--text", str(text), "--tokens", "600", "--target-modules", attention]
     done = subprocess.run([*command, *small, "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    import json
-
     record = json.loads(done.stdout)
     assert record["tokens"] == 600
     assert record["source"] == "file notes.txt"
-    assert len(record["layers"]) == 90
+    assert len(record["layers"]) == 120
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 0
     assert record["factor_bytes"] > 1e6
     shown = subprocess.run([*command, *small], capture_output=True, text=True)
     assert "effective rank" in shown.stdout
-    assert "down_proj" in shown.stdout
+    assert "q_proj" in shown.stdout
     wrong = subprocess.run([*command, "--text", str(tmp_path / "none.txt")], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "none.txt: cannot be read" in wrong.stderr
+
+
+def calibrate_command(capsys, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["calibrate", *arguments, "--json"])
+        raise SystemExit(0)
+    out, err = capsys.readouterr()
+    return stop.value.code, json.loads(out) if out else None, err
+
+
+def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_energy(tiny_model_dir, capsys):
+    code, record, _ = calibrate_command(
+        capsys, str(tiny_model_dir), "--rank", "energy:0.5", "--tokens", "600"
+    )
+    assert code == 0
+    assert {layer["name"].rpartition(".")[2] for layer in record["layers"]} == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert all(layer["energy"] >= 0.5 or layer["k"] == 32 for layer in record["layers"])
+    assert (record["source"], record["tokens"]) == ("self", 768)
+
+
+def test_one_side_needs_half_of_the_work(tiny_model_dir, capsys, monkeypatch):
+    monkeypatch.setattr(
+        gradients.GradientCollector, "watching", lambda self: pytest.fail("measured gradients")
+    )
+    code, _, _ = calibrate_command(capsys, str(tiny_model_dir), "--sides", "input", "--tokens", "300")
+    assert code == 0
+
+
+@pytest.mark.parametrize("rank", ["0", "1.5", "energy:2", "most"])
+def test_a_rank_that_is_none_is_refused_by_the_command(tiny_model_dir, capsys, rank):
+    code, record, err = calibrate_command(capsys, str(tiny_model_dir), "--rank", rank)
+    assert (code, record) == (2, None)
+    assert "principal_rank is" in err
+    assert "expected an integer of at least 1, a fraction" in err
