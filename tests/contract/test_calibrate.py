@@ -237,12 +237,12 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
 
     monkeypatch.setattr("hiplora.tuner.inputs.sample_rows", sample)
     stop = True
-    options = {"tokens": 256 * 25}
+    options = {"tokens": 256 * 45}
     with pytest.raises(KeyboardInterrupt):
         hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
     stop = False
     resumed = hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
-    assert asked == [0, 20, 20]
+    assert asked == [0, 40, 40]
     assert_equal_factors(
         resumed,
         hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options),

@@ -57,7 +57,11 @@ class SecondMoment:
         Raises:
             FactorError: no token was seen, or a value was NaN or Inf.
         """
-        values, vectors = torch.linalg.eigh(self._mean(name, "inputs"))
+        mean = self._mean(name, "inputs")
+        if self._half:
+            values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), driver="evd"))
+        else:
+            values, vectors = torch.linalg.eigh(mean)
         kept = vectors.flip(1)[:, :MAX_VECTORS].float().contiguous()
         return MomentBasis(values.flip(0).clamp_min(0.0).cpu(), kept.cpu(), self.tokens)
 

@@ -21,6 +21,11 @@ from hiplora.study.methods import slug
 from hiplora.training.adapters import adapter_config, save_adapter
 from hiplora.training.memory import peak_bytes, reset_peak
 from hiplora.training.progress import TrainingBar
+from hiplora.tuner import HipLoraConfig, calibrate
+
+CALIBRATION_TOKENS = (
+    2560  # sampled from the model; fewer than elsewhere, since a demonstration should not take long
+)
 
 
 def run_method(folder: str, settings: Mapping[str, Any], method: str) -> None:
@@ -63,9 +68,12 @@ class _Method:
         from peft import get_peft_model
 
         chosen = self._settings
-        torch.manual_seed(chosen.seed)
         config = METHODS[(method := chosen.ranks.settings(self._method))["name"]].model_validate(method)
-        adapted = get_peft_model(self._model, adapter_config(config))
+        adapter = adapter_config(config)
+        if isinstance(adapter, HipLoraConfig) and adapter.basis == "activation":
+            calibrate(self._model, adapter, tokens=CALIBRATION_TOKENS)
+        torch.manual_seed(chosen.seed)
+        adapted = get_peft_model(self._model, adapter)
         training = EditTraining(chosen.steps, chosen.lr, chosen.batch_size, seed=chosen.seed)
         reset_peak()
         with TrainingBar(f"{self._method}, {part.name}") as bar:

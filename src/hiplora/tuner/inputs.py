@@ -22,7 +22,7 @@ from hiplora.tuner.sampling import sample_rows
 from hiplora.tuner.targets import Target
 
 ROW_LENGTH = 256  # tokens of one calibration row
-_SAMPLED_AT_ONCE = 20
+_SAMPLED_AT_ONCE = 40
 
 
 def input_bases(
@@ -123,7 +123,8 @@ class CalibrationText:
             for row, before in zip(self._texts, _running_total(self._texts), strict=True)
             if before < limit
         ]
-        run = functools.partial(_run, self._model, rows, self._batch_size, "gradients")
+        few = -(-self._batch_size // 4)  # a backward pass holds all activations
+        run = functools.partial(_run, self._model, rows, few, "gradients")
         found = _measure_gradients(self._model, targets, run, limit)
         tensors = {
             f"{name}.{part}": getattr(found[name], part) for name in names for part in ("values", "vectors")
