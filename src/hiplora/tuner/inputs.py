@@ -123,7 +123,7 @@ class CalibrationText:
             for row, before in zip(self._texts, _running_total(self._texts), strict=True)
             if before < limit
         ]
-        few = -(-self._batch_size // 4)  # a backward pass holds all activations
+        few = -(-self._batch_size // 2)  # a backward pass holds all activations
         run = functools.partial(_run, self._model, rows, few, "gradients")
         found = _measure_gradients(self._model, targets, run, limit)
         tensors = {
