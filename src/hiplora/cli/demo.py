@@ -14,7 +14,7 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Edit 32 facts in SmolLM2-135M with LoRA and HiP-LoRA, and show what each disturbed; five minutes at most.
+    """Edit 32 facts in SmolLM2-135M with LoRA and HiP-LoRA, and show what each disturbed; about six minutes.
 
     HiP-LoRA runs with the paper's basis, the weights' singular directions, and with what the layers are fed. Two sets
     of 16 edits are trained apart with each method; then each method's two adapters are added together.
