@@ -20,6 +20,7 @@ from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.trainer import RecordingTrainer
 from hiplora.tuner import HipLoraConfig, calibrate
+from hiplora.tuner.targets import survey
 
 Rows = Sequence[dict[str, list[int]]]
 
@@ -74,11 +75,15 @@ def build_trainer(
     except HipLoraError:
         raise
     except ValueError as error:
-        raise ConfigError(
-            f"method {recipe.method.name} does not fit {recipe.model}: {error}; check method.target_modules and "
-            "the patterns against the model's module names"
-        ) from error
+        raise _unfit(recipe, error) from error
     return trainer
+
+
+def _unfit(recipe: TrainRecipe, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"method {recipe.method.name} does not fit {recipe.model}: {error}; check method.target_modules and "
+        "the patterns against the model's module names"
+    )
 
 
 def _calibrate(
@@ -86,6 +91,10 @@ def _calibrate(
 ) -> None:
     method = recipe.method
     assert isinstance(method, Spectral)
+    try:
+        survey(model, config)
+    except ConfigError as error:
+        raise _unfit(recipe, error) from error
     if method.calibration_text is None:
         calibrate(model, config, tokens=method.calibration_tokens)
         return
