@@ -15,8 +15,8 @@ from hiplora.export.check import product_norm
 from hiplora.export.lora import CARRIED, SELECTION
 from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.spectral.moments import MAX_VECTORS
+from hiplora.tuner.config import PROJECTIONS
 
-PROJECTIONS = ("hard", "soft")
 _KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
 _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has nothing left but rounding
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
@@ -102,8 +102,7 @@ def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tens
     """
     if projection == "hard":
         return torch.ones(k, dtype=torch.float64)
-    values = inputs.values[: inputs.vectors.shape[1]].double()
-    return torch.where(values > 0, values / (values + values[k - 1]), 0.0)
+    return inputs.soft_shares(k)[: inputs.vectors.shape[1]]
 
 
 def project(

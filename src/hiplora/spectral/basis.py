@@ -111,6 +111,4 @@ def _shrink(moment: MomentBasis, directions: Float[Tensor, "n k"]) -> Float[Tens
     k = directions.shape[1]
     wide = directions.to(widest(directions.device))
     rotation = moment.vectors[:, :k].to(wide).T @ wide
-    top = moment.values[:k].to(wide)
-    share = torch.where(top > 0, top / (top + top[-1]), torch.zeros_like(top))
-    return (rotation.T * share @ rotation).float()
+    return (rotation.T * moment.soft_shares(k)[:k].to(wide) @ rotation).float()

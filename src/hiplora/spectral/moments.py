@@ -121,6 +121,11 @@ class MomentBasis:
         total = self.values.sum().item()
         return self.values[:k].sum().item() / total if total else 0.0
 
+    def soft_shares(self, k: int) -> Float[Tensor, " p"]:
+        """Return `λ_i / (λ_i + λ_k)`, what the filter `(I + C/λ_k)⁻¹` takes of each direction; 0 where λ_i = 0."""
+        values = self.values.double()
+        return torch.where(values > 0, values / (values + values[k - 1]), 0.0)
+
     def rank_for(self, energy: float) -> int:
         """Return the smallest k whose directions hold this share of the energy, at least 1."""
         return rank_for_energy(self.values, energy)
