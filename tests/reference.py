@@ -105,3 +105,89 @@ def output_energy(A, B, inputs):
     """E‖BAx‖² over the rows of `inputs`, one by one."""
     A, B, X = f64(A, B, inputs)
     return sum((B @ (A @ x)).pow(2).sum().item() for x in X) / len(X)
+
+
+def column_projector(matrix, tolerance):
+    """Dense projector onto the column space, of the singular directions above `tolerance` of the largest."""
+    U, sigma, _ = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = U[:, (sigma > tolerance * sigma[0]) & (sigma > 0)]
+    return kept @ kept.T
+
+
+def overlap(one, other, tolerance):
+    """Mean and largest squared cosine of the angles between two column spaces, from their projectors."""
+    P, Q = column_projector(one, tolerance), column_projector(other, tolerance)
+    smaller = min(round(P.trace().item()), round(Q.trace().item()))
+    return (P @ Q).trace().item() / smaller, torch.linalg.eigvals(P @ Q @ P).real.max().item()
+
+
+def cancelled_share(updates):
+    """Share of the magnitude that meets its like of the other sign: entry by entry, twice the smaller side."""
+    lost = total = 0.0
+    for entries in zip(*(update.double().flatten().tolist() for update in updates), strict=True):
+        up, down = sum(e for e in entries if e > 0), -sum(e for e in entries if e < 0)
+        lost, total = lost + 2 * min(up, down), total + up + down
+    return lost / total
+
+
+def without_small_entries(update, density):
+    """An update with all but its largest entries set to zero: the first ⌊density · mn⌋ of them, sorted."""
+    (update,) = f64(update)
+    flat, kept = update.flatten(), torch.zeros(update.numel(), dtype=torch.float64)
+    for place in flat.abs().argsort(descending=True)[: int(density * len(flat))]:
+        kept[place] = flat[place]
+    return kept.view(update.shape)
+
+
+def ties(updates, weights, density, scale=1.0):
+    """Trim, elect, and average what agrees: entry by entry."""
+    trimmed = [without_small_entries(update, density) for update in updates]
+    merged = torch.zeros_like(trimmed[0])
+    for i in range(merged.shape[0]):
+        for j in range(merged.shape[1]):
+            sign = 1.0 if sum(part[i, j] for part in trimmed) >= 0 else -1.0
+            agreeing = [w * p[i, j] for w, p in zip(weights, trimmed, strict=True) if p[i, j] * sign > 0]
+            merged[i, j] = scale * sum(agreeing) / max(1, len(agreeing))
+    return merged
+
+
+def nonzero_svd(update):
+    """The singular triplets of a dense update that are not zero but for rounding."""
+    U, sigma, Vt = torch.linalg.svd(update.double(), full_matrices=False)
+    kept = sigma > 1e-6 * sigma[0]
+    return U[:, kept], sigma[kept], Vt[kept]
+
+
+def knots(updates, weights, density, scale=1.0):
+    """SVD of the dense updates side by side, TIES on the blocks of Σ Vᵀ, multiplied back."""
+    U, sigma, Vt = nonzero_svd(torch.cat(f64(*updates), dim=1))
+    blocks = (torch.diag(sigma) @ Vt).split(updates[0].shape[1], dim=1)
+    return U @ ties(blocks, weights, density, scale)
+
+
+def tsv(updates, weights, counts):
+    """Leading singular triplets of each dense update, their vectors orthogonalised by the polar factor."""
+    parts = [nonzero_svd(update) for update in updates]
+    U = torch.cat([U[:, :k] for (U, _, _), k in zip(parts, counts, strict=True)], dim=1)
+    V = torch.cat([Vt[:k].T for (_, _, Vt), k in zip(parts, counts, strict=True)], dim=1)
+    sigma = torch.cat([w * s[:k] for (_, s, _), w, k in zip(parts, weights, counts, strict=True)])
+
+    def polar(X):
+        values, vectors = torch.linalg.eigh(X.T @ X)
+        inverse = torch.where(values > 1e-8, values.clamp_min(1e-300).rsqrt(), 0.0)
+        return X @ vectors @ torch.diag(inverse) @ vectors.T
+
+    return polar(U) @ torch.diag(sigma) @ polar(V).T
+
+
+def iso_c(updates, weights):
+    """The singular directions of the sum, each with the mean singular value."""
+    U, sigma, Vt = nonzero_svd(sum(w * u for w, u in zip(weights, f64(*updates), strict=True)))
+    return sigma.mean() * U @ Vt
+
+
+def best_of_rank(update, rank):
+    """Eckart and Young: the nearest matrix of this rank, and its distance as a share of the norm."""
+    U, sigma, Vt = torch.linalg.svd(update.double(), full_matrices=False)
+    near = U[:, :rank] @ torch.diag(sigma[:rank]) @ Vt[:rank]
+    return near, (torch.linalg.norm(update.double() - near) / torch.linalg.norm(update.double())).item()

@@ -40,6 +40,15 @@ def file_sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def folder_identity(folder: str | os.PathLike) -> str | None:
+    """Return a hash of the names, sizes and times of a folder's files; None if it is no folder (a hub name)."""
+    path = Path(folder)
+    if not path.is_dir():
+        return None
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    return json_sha256([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
 def json_sha256(value: Mapping[str, Any] | list[Any]) -> str:
     """Return the SHA-256 of a JSON value in its canonical form (keys sorted, no spaces)."""
     return hashlib.sha256(

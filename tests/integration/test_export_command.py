@@ -95,6 +95,25 @@ def test_dense_prints_a_table(adapter, tmp_path, capsys):
     )
     assert code == 0
     assert "bfloat16" in out
+    assert "Largest difference of a weight" in out
+
+
+def test_dense_writes_files_of_the_size_that_is_asked_for(adapter, tmp_path, capsys):
+    options = ["--to", "dense", "--out", tmp_path / "out", "--max-shard-size", "100KB", "--no-logits"]
+    code, out, _ = run(capsys, "export", adapter[0], *options, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["streamed"]
+    assert record["logits"] is None
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == record["files"]
+    assert all((tmp_path / "out" / file).stat().st_size < 110_000 for file in record["files"])
+    torch.testing.assert_close(logits(base_model(tmp_path / "out")), logits(adapter[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_dense_says_why_logits_were_not_compared(adapter, tmp_path, capsys):
+    _, out, _ = run(capsys, "export", adapter[0], "--to", "dense", "--out", tmp_path / "out", "--no-logits")
+    assert "not compared" in out
+    assert "switched off" in out
 
 
 def test_strict_refuses_what_a_server_would_misread_and_writes_nothing(tiny_model_dir, tmp_path, capsys):
@@ -129,6 +148,8 @@ def test_failures_are_one_line_and_status_1(tiny_model_dir, tmp_path, capsys):
         ["--to", "lora", "--out", "out", "--dtype", "int8"],
         ["--to", "dense", "--out", "out", "--pad-rank", "64"],
         ["--to", "dense", "--out", "out", "--strict"],
+        ["--to", "dense", "--out", "out", "--max-shard-size", "much"],
+        ["--to", "lora", "--out", "out", "--max-shard-size", "1GB"],
         ["--to", "lora", "--out", "there"],
     ],
 )

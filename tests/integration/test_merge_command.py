@@ -1,6 +1,7 @@
 import inspect
 import json
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,20 @@ from peft import LoraConfig, PeftModel
 from hiplora.cli import merge as command
 from hiplora.cli.main import main
 from hiplora.export import read_update
-from hiplora.merging import RULES
+from hiplora.merging import RULES, merge
 from tests.tiny import save_tiny
-from tests.unit.export.samples import ATTENTION, base_model, hip_config, leaky, logits, product, saved
+from tests.unit.export.samples import (
+    ATTENTION,
+    base_model,
+    edit_tensors,
+    hip_config,
+    leaky,
+    logits,
+    product,
+    saved,
+)
 
+DENSE_RULES = [name for name, rule in RULES.items() if rule.kind == "dense"]
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -159,11 +170,99 @@ def test_a_protected_merge_can_be_weaker_and_dense(adapters, tmp_path, capsys):
     assert "soft, strength 0.5" in out
 
 
-def test_the_methods_of_the_help_are_those_of_the_registry(capsys):
+def test_the_methods_and_options_of_the_help_are_those_of_the_registry(capsys):
     _, out, _ = run(capsys, "merge", "--help")
     for name, rule in RULES.items():
         assert name in out
         assert rule.summary.split()[2] in out
+        assert name in command.METHOD_HELP
+        assert all(f"{option}=" in command.SET_HELP for option in rule.defaults)
+
+
+@pytest.mark.parametrize("method", DENSE_RULES)
+def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(
+    adapters, tiny_model_dir, tmp_path, capsys, method
+):
+    parts = [adapters["one"], adapters["lora"], adapters["mlp"]]
+    how = ["--method", method, "--weights", "1,0.5,2", "--set", "density=0.4"]
+    record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
+    assert (record["method"], record["weights"]) == (method, [1.0, 0.5, 2.0])
+    assert record["options"] == RULES[method].defaults | {"density": 0.4}
+    assert record["export"]["to"] == "dense"
+    expected = merge(parts, method, (1, 0.5, 2), options={"density": 0.4})
+    before, after = base_model(tiny_model_dir), base_model(tmp_path / "out")
+    for module in expected.modules:
+        change = after.get_submodule(module).weight - before.get_submodule(module).weight
+        torch.testing.assert_close(change, expected.delta(module), rtol=1e-3, atol=1e-6)
+    written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
+    assert (written["method"], written["options"]["density"], written["weights"]) == (
+        method,
+        0.4,
+        [1.0, 0.5, 2.0],
+    )
+
+
+@pytest.mark.parametrize("method", [name for name in RULES if name not in DENSE_RULES])
+@pytest.mark.parametrize("form", ["lora", "dense"])
+def test_a_rule_of_factors_writes_either(adapters, tiny_model_dir, tmp_path, capsys, method, form):
+    parts = [adapters["one"], adapters["lora"]]
+    record = merged(capsys, *parts, "--out", tmp_path / "out", "--method", method, "--format", form)
+    assert record["export"]["to"] == form
+    expected = merge(parts, method)
+    if form == "lora":
+        assert record["export"]["logit_difference"] < 1e-4
+        torch.testing.assert_close(product(read_update(tmp_path / "out"), Q0), product(expected, Q0))
+        return
+    before, after = (
+        base_model(folder).get_submodule(Q0).weight for folder in (tiny_model_dir, tmp_path / "out")
+    )
+    torch.testing.assert_close(after - before, product(expected, Q0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["addition", "ties"])
+def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys, method):
+    parts = [adapters["one"], adapters["lora"]]
+    how = [*parts, "--method", method, "--rank", 4]
+    record = merged(capsys, *how, "--out", tmp_path / "out")
+    assert record["export"]["to"] == "lora"
+    assert set(read_update(tmp_path / "out").ranks.values()) == {4}
+    losses = {entry["module"]: entry["relative_error"] for entry in record["truncation"]["modules"]}
+    assert losses == pytest.approx(merge(parts, method, rank=4).errors)
+    assert min(losses.values()) > 1e-3
+    written = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert written["merge"]["truncation"] == record["truncation"]
+    code, out, err = run(capsys, "merge", *how, "--out", tmp_path / "table")
+    assert (code, err) == (0, "")
+    assert "Cut down to rank 4" in out
+    worst = record["truncation"]["modules"][0]
+    assert f"{worst['relative_error']:.2e}" in out
+    assert worst["module"] in out
+
+
+def test_a_hiplora_adapter_keeps_its_gains_when_its_residual_is_cut(adapters, tmp_path, capsys):
+    parts = [adapters["one"], adapters["two"]]
+    merged(capsys, *parts, "--out", tmp_path / "out", "--format", "hiplora", "--rank", 3)
+    update, one, two = (read_update(folder) for folder in (tmp_path / "out", *parts))
+    torch.testing.assert_close(update.channels[Q0].delta, one.channels[Q0].delta + two.channels[Q0].delta)
+    assert update.channels[Q0].A.shape[0] == 3
+
+
+def test_the_table_of_losses_is_short_and_says_so(capsys):
+    modules = [{"module": f"layer.{i}", "relative_error": 1 / (i + 1)} for i in range(13)]
+    command._print_truncation({"rank": 2, "modules": modules})
+    out = capsys.readouterr().out
+    assert "layer.9" in out
+    assert "layer.10" not in out
+    assert "3 more" in out
+
+
+def test_a_protected_merge_of_a_dense_rule_needs_a_rank(adapters, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
+    parts = [adapters["one"], adapters["lora"]]
+    how = ["--protect", "--principal-rank", 8, "--text", tmp_path / "text.txt", "--tokens", 300]
+    record = merged(capsys, *parts, "--out", tmp_path / "out", "--method", "ties", "--rank", 6, *how)
+    assert record["protection"]["projection"] == "hard"
+    assert set(read_update(tmp_path / "out").ranks.values()) == {6}
 
 
 # What cannot be merged
@@ -182,7 +281,22 @@ def refused(capsys, folder, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--method", "average"], "'average' is not known; expected one of addition"),
+        (["--method", "average"], "'average' is not known; expected one of addition, ties"),
+        (
+            ["--method", "ties", "--format", "lora"],
+            "pass --rank, as --rank 64, to keep the strongest directions",
+        ),
+        (["--method", "ties", "--format", "lora"], "or --format dense"),
+        (["--method", "ties", "--format", "hiplora"], "ties keeps no gains apart, only addition does"),
+        (["--method", "tsv", "--format", "hiplora"], "tsv keeps no gains apart, only addition does"),
+        (["--method", "dare", "--protect"], "pass --rank, or a rule that keeps to low rank: addition, knots"),
+        (["--method", "ties", "--set", "seed=1"], "'ties' has no option 'seed'; its options: density, scale"),
+        (["--set", "density=0.2"], "'addition' has no option 'density'; its options: none"),
+        (["--method", "ties", "--set", "density=2"], "density is 2; expected a number above 0 and up to 1"),
+        (["--method", "ties", "--set", "density=much"], "density is 'much'; expected a number"),
+        (["--method", "ties", "--set", "density"], "--set density: expected name=value"),
+        (["--method", "dare", "--set", "seed=0.5"], "seed is 0.5; expected a whole number"),
+        (["--rank", "0"], "rank is 0; expected a whole number of 1 or more"),
         (["--weights", "1"], "1 given for 2 adapters"),
         (["--weights", "1,2,3"], "3 given for 2 adapters"),
         (["--weights", "1,x"], "--weights: 'x' is not a number"),
@@ -221,6 +335,48 @@ def test_adapters_of_other_base_weights_are_refused(adapters, tmp_path, capsys):
         capsys, tmp_path, adapters["one"], adapters["two"], "--out", tmp_path / "out", "--base", other
     )
     assert (code, "not the one that this adapter was made for" in err) == (1, True)
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_damaged_adapter_is_a_failure_that_names_the_file(adapters, tmp_path, capsys, method):
+    cut = shutil.copytree(adapters["lora"], tmp_path / "cut")
+    weights = cut / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    how = [adapters["one"], cut, "--method", method, "--out", tmp_path / "out"]
+    code, err = refused(capsys, tmp_path, *how)
+    assert (code, "adapter_model.safetensors: damaged or cut off" in err) == (1, True)
+
+
+def test_a_factor_that_is_not_finite_is_a_failure_that_names_the_tensor(adapters, tmp_path, capsys):
+    folder, name = shutil.copytree(adapters["lora"], tmp_path / "nan"), f"base_model.model.{Q0}.lora_A.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[:1].fill_(float("nan")))
+    code, err = refused(
+        capsys, tmp_path, adapters["one"], folder, "--out", tmp_path / "out", "--method", "tsv"
+    )
+    assert (code, f"{Q0}.lora_A.weight: 1 of" in err) == (1, True)
+
+
+def test_a_module_that_is_missing_is_named(adapters, tiny_model_dir, tmp_path, capsys):
+    half = shutil.copytree(adapters["lora"], tmp_path / "half")
+    edit_tensors(half, lambda tensors: tensors.pop(f"base_model.model.{Q0}.lora_B.weight"))
+    code, err = refused(capsys, tmp_path, adapters["one"], half, "--out", tmp_path / "out")
+    assert (code, f"tensor {Q0}.lora_B.weight is missing" in err) == (1, True)
+
+    def move(tensors):
+        for name in [name for name in tensors if ".layers.1." in name]:
+            tensors[name.replace(".layers.1.", ".layers.7.")] = tensors.pop(name)
+
+    deep = shutil.copytree(adapters["lora"], tmp_path / "deep")
+    edit_tensors(deep, move)
+    how = ["--method", "ties", "--base", tiny_model_dir]
+    code, err = refused(capsys, tmp_path, adapters["one"], deep, "--out", tmp_path / "out", *how)
+    assert (code, "has no layer model.layers.7.self_attn" in err) == (1, True)
+
+
+def test_what_is_no_adapter_is_refused(adapters, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    code, err = refused(capsys, tmp_path, adapters["one"], tmp_path / "empty", "--out", tmp_path / "out")
+    assert (code, "no adapter_config.json here" in err) == (1, True)
 
 
 def test_hiplora_names_the_module_that_has_no_channels(adapters, tmp_path, capsys):

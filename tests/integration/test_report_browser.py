@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from hiplora.reporting import render_html, render_inspection_html
+from hiplora.reporting.merge_page import render_merge_html
+from tests.unit.reporting import merge_samples
 from tests.unit.reporting import report_samples as samples
 
 _SPEC = importlib.util.spec_from_file_location("browser", Path(__file__).parents[2] / "tools" / "browser.py")
@@ -25,6 +27,10 @@ PAGES = {
     "stress": lambda: render_html(samples.stress_results()),
     "empty": lambda: render_html({"schema": 1, "kind": "compare"}),
     "inspection": lambda: render_inspection_html(samples.inspection()),
+    "merge": lambda: render_merge_html(merge_samples.merge_report(evaluation=merge_samples.evaluation())),
+    "merge of two": lambda: render_merge_html(merge_samples.merge_report(("medicine", "law"), layers=80)),
+    "merge of eight": lambda: render_merge_html(merge_samples.merge_report(tuple("abcdefgh"), layers=2)),
+    "merge under stress": lambda: render_merge_html(merge_samples.stress_report()),
 }
 # Pairs of words in one picture whose boxes share more than a pixel in both directions.
 OVERLAPS = """

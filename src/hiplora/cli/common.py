@@ -1,8 +1,9 @@
 """What the commands share: progress on stderr, JSON on stdout, tables for people."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import typer
@@ -27,6 +28,27 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
     from rich.progress import track
 
     yield from track(items, description=what, total=total, console=Console(stderr=True))
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Yield `start(what, total)`, which opens a progress bar on stderr and returns what is told of each part done.
+
+    Silent where stderr is not a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield lambda what, total: lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr)) as bars:
+
+        def start(what: str, total: int) -> Callable[[int], None]:
+            bar = bars.add_task(what, total=total)
+            return lambda done: bars.advance(bar, done)
+
+        yield start
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

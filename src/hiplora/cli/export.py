@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
 
 if TYPE_CHECKING:
     from hiplora.export import ExportReport, Finding
@@ -47,13 +47,16 @@ def command(
     strict: bool = typer.Option(
         False, "--strict", help="Fail on whatever a server would reject or misread (lora)."
     ),
-    logits: bool = typer.Option(True, help="Compare logits too, if the base model is here and fits (lora)."),
+    max_shard_size: str | None = typer.Option(
+        None, "--max-shard-size", help="Largest size of a file of weights, as 500MB; else 5GB (dense)."
+    ),
+    logits: bool = typer.Option(True, help="Compare logits too, if the base model is here and fits."),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Export an adapter to what other software loads, and check that it is the same.
 
     A plain LoRA adapter has rank r + k and is exact; what vLLM or llama.cpp's converter would reject is said before
-    it is written. A dense export is the base model with the adapter merged in.
+    it is written. A dense export is the base model with the adapter merged in; it is read and written tensor by tensor.
 
     Example:
 
@@ -61,15 +64,19 @@ def command(
     """
     from hiplora.errors import ConfigError
 
+    only = {
+        Target.lora: {"--pad-rank": pad_rank is not None, "--strict": strict},
+        Target.dense: {"--max-shard-size": max_shard_size is not None},
+    }
+    for target, options in only.items():
+        for name, given in options.items():
+            if given and to is not target:
+                raise ConfigError(
+                    f"{name}: only with --to {target.value}; leave it out or export to {target.value}"
+                )
     if to is Target.dense:
-        for name, given in (
-            ("--pad-rank", pad_rank is not None),
-            ("--strict", strict),
-            ("--no-logits", not logits),
-        ):
-            if given:
-                raise ConfigError(f"{name}: only with --to lora; leave it out or export to lora")
-        _dense(adapter, out, base, dtype.value if dtype else None, overwrite, as_json)
+        number = dtype.value if dtype else None
+        _dense(adapter, out, base, number, overwrite, as_json, max_shard_size or "5GB", logits)
         return
     _lora(adapter, out, base, dtype or Dtype.float32, overwrite, as_json, pad_rank, strict, logits)
 
@@ -132,22 +139,45 @@ def _print_lora(report: "ExportReport", findings: "list[Finding]") -> None:
 
 
 def _dense(
-    adapter: Path, out: Path, base: str | None, dtype: str | None, overwrite: bool, as_json: bool
+    adapter: Path,
+    out: Path,
+    base: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+    max_shard_size: str,
+    logits: bool,
 ) -> None:
     from hiplora.export import save_dense
 
-    with _status("merging"):
-        report = save_dense(adapter, out, base, dtype, overwrite=overwrite)
+    report = save_dense(
+        adapter,
+        out,
+        base,
+        dtype,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        check_logits=logits,
+        wrap=lambda names: progress(names, "writing tensors"),
+    )
     if as_json:
         emit_json(report.to_json())
         return
+    module, difference = report.worst
     rows: list[tuple[str, Any]] = [
         ("Written to", report.path),
+        ("Files of weights", len(report.files)),
         ("Modules merged", report.modules),
-        ("Largest difference of a logit", _number(report.logits)),
+        ("Largest difference of a weight", f"{_number(difference)}  ({module})"),
+        (
+            "Largest difference of a logit",
+            "not compared" if report.logits is None else _number(report.logits),
+        ),
         ("Embeddings and output head", "untied" if report.untied else "as in the base model"),
     ]
     print_table(f"Standalone model, {report.dtype} (differences are relative)", ("", "Result"), rows)
+    if report.note:
+        typer.echo(f"Note: {report.note}")
 
 
 def _number(difference: float) -> str:

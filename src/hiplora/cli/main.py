@@ -12,7 +12,10 @@ from hiplora import __version__
 from hiplora.errors import HipLoraError
 
 # In the order of the help page. `hiplora.cli.<name>` holds `command`, a plain Typer function.
-COMMANDS = ("demo", "compare", "factorize", "calibrate", "train", "export", "protect", "merge", "inspect")
+COMMANDS = (
+    *("demo", "compare", "factorize", "calibrate", "train", "eval"),
+    *("export", "protect", "merge", "merge-check", "inspect"),
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -41,7 +44,8 @@ def _root(
 
 
 for _name in COMMANDS:
-    app.command(name=_name)(importlib.import_module(f"hiplora.cli.{_name}").command)
+    _home = importlib.import_module("hiplora.cli." + _name.replace("-", "_"))
+    app.command(name=_name)(_home.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,8 @@
 """`hiplora merge`: several adapters of one base model as one."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +19,34 @@ from hiplora.cli.protect import (
     Projection,
     print_protection,
 )
-from hiplora.merging.registry import RULES
+from hiplora.errors import ConfigError
+from hiplora.merging.options import parse_option
+from hiplora.merging.registry import RULES, Rule
+from hiplora.merging.registry import rule as find_rule
 
 if TYPE_CHECKING:
     from hiplora.export import AdapterUpdate
 
 _WITH_PROTECT = " Only with --protect; "
-_METHODS = "; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items())
+_FACTOR_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "factors")
+_DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
+_LISTED_LOSSES = 10
+
+
+def _shown_options(rule: Rule) -> str:
+    values = {
+        name: json.dumps(value) if value is not None else "none" for name, value in rule.defaults.items()
+    }
+    return f"{rule.name}: " + ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+METHOD_HELP = "Merge rule. " + "; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()) + "."
+WEIGHTS_HELP = "One number for each adapter, with commas between, as 1,0.5; else 1 for each."
+SET_HELP = (
+    "Option of the rule, as density=0.3; may be repeated. With their defaults, "
+    + "; ".join(_shown_options(rule) for rule in RULES.values() if rule.defaults)
+    + "."
+)
 
 
 class Format(str, Enum):
@@ -38,15 +62,19 @@ def command(
         ..., help="Adapter folders, of any methods and ranks, over one base."
     ),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
-    method: str = typer.Option("addition", "--method", help=f"Merge rule. {_METHODS}."),
-    weights: str | None = typer.Option(
-        None, "--weights", help="One number for each adapter, with commas between, as 1,0.5; else 1 for each."
+    method: str = typer.Option("addition", "--method", help=METHOD_HELP),
+    weights: str | None = typer.Option(None, "--weights", help=WEIGHTS_HELP),
+    set_: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help=SET_HELP),
+    rank: int | None = typer.Option(
+        None,
+        "--rank",
+        help="Cut every module down to this rank, and report what is lost; for --format hiplora, the residual channel.",
     ),
-    format: Format = typer.Option(
-        Format.lora,
+    format: Format | None = typer.Option(
+        None,
         "--format",
         help="lora: a plain LoRA adapter; dense: a standalone model; hiplora: a HiP-LoRA adapter, where all share a "
-        "basis.",
+        f"basis. If not given: dense for {_DENSE_RULES} without --rank, else lora.",
     ),
     base: str | None = typer.Option(
         None, "--base", help="Base model, if not the one that the adapters name."
@@ -79,38 +107,93 @@ def command(
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
-    from hiplora.errors import ConfigError
     from hiplora.export.folder import check_out
     from hiplora.merging import merge
 
-    given = {"strength": strength, "text": text, "tokens": tokens}
-    given |= {"principal_rank": principal_rank, "projection": projection.value if projection else None}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and not protect:
-        option = next(iter(given)).replace("_", "-")
-        raise ConfigError(f"--{option}: only with --protect; leave it out or pass --protect")
-    if protect and format is Format.hiplora:
-        raise ConfigError(
-            "--protect: its result is no HiP-LoRA adapter; write it with --format lora or dense"
-        )
+    how = {"strength": strength, "text": text, "tokens": tokens}
+    how |= {"principal_rank": principal_rank, "projection": projection.value if projection else None}
+    how = {name: value for name, value in how.items() if value is not None}
+    rule, options = find_rule(method), parse_options(method, set_)
+    form = _chosen_format(format, rule, rank)
+    _check_protect(protect, how, form, rule, rank)
     for adapter in adapters:
         check_out(out, overwrite, str(adapter))
-    update = merge(adapters, method, _weights(weights), base=base)
+    numbers = parse_weights(weights)
+    update: Any = merge(
+        adapters,
+        method,
+        numbers,
+        base=base,
+        rank=rank,
+        keep_channels=form is Format.hiplora,
+        options=options,
+        wrap=lambda names: progress(list(names), "merging modules"),
+    )
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "merge",
         "adapters": list(map(str, adapters)),
         "method": method,
+        "weights": numbers or [1.0] * len(adapters),
+        "options": options,
     }
+    if rank is not None:
+        record["truncation"] = update.to_json()
     if protect:
-        update, record["protection"] = _protected(update, given)
-    record["export"] = _write(update, out, format, overwrite, record)
+        update, record["protection"] = _protected(update, how)
+    record["export"] = _write(update, out, form, overwrite, record)
     emit_json(record) if as_json else _print(record)
 
 
-def _weights(text: str | None) -> list[float] | None:
-    from hiplora.errors import ConfigError
+def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:
+    """Return the format to write, or say why the one that was asked for cannot be.
 
+    Raises:
+        ConfigError: naming both ways out.
+    """
+    full = rule.kind == "dense" and rank is None
+    if format is Format.hiplora and rule.name != "addition":
+        raise ConfigError(
+            f"--format hiplora: {rule.name} keeps no gains apart, only addition does; pass --format lora or dense"
+        )
+    if format is Format.lora and full:
+        raise ConfigError(
+            f"--format lora: {rule.name} gives updates of full rank, which no LoRA adapter holds; pass --rank, as "
+            "--rank 64, to keep the strongest directions of each module, or --format dense"
+        )
+    return format or (Format.dense if full else Format.lora)
+
+
+def _check_protect(protect: bool, how: dict[str, Any], form: Format, rule: Rule, rank: int | None) -> None:
+    if how and not protect:
+        option = next(iter(how)).replace("_", "-")
+        raise ConfigError(f"--{option}: only with --protect; leave it out or pass --protect")
+    if protect and form is Format.hiplora:
+        raise ConfigError(
+            "--protect: its result is no HiP-LoRA adapter; write it with --format lora or dense"
+        )
+    if protect and rule.kind == "dense" and rank is None:
+        raise ConfigError(
+            f"--protect: it projects low-rank updates, and {rule.name} gives updates of full rank; pass --rank, or a "
+            f"rule that keeps to low rank: {_FACTOR_RULES}"
+        )
+
+
+def parse_options(method: str, settings: Sequence[str]) -> dict[str, Any]:
+    """Return all options of a rule, those set by `name=value` among them.
+
+    Raises:
+        ConfigError: there is no such rule or option, or a value makes no sense.
+    """
+    return asdict(find_rule(method).make_options(dict(map(parse_option, settings))))
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """Read numbers with commas between; None stays None.
+
+    Raises:
+        ConfigError: one of them is no number.
+    """
     if text is None:
         return None
     numbers = []
@@ -133,38 +216,55 @@ def _protected(update: "AdapterUpdate", given: dict[str, Any]) -> "tuple[Adapter
     return protect_update(update, ProtectSettings(**given), wrap=progress)
 
 
-def _write(
-    update: "AdapterUpdate", out: Path, format: Format, overwrite: bool, record: dict[str, Any]
-) -> dict[str, Any]:
+def _write(update: Any, out: Path, form: Format, overwrite: bool, record: dict[str, Any]) -> dict[str, Any]:
     from hiplora.export import save_as_hiplora, save_dense
     from hiplora.merging import save_merged
 
-    if format is Format.hiplora:
+    if form is Format.hiplora:
         return save_as_hiplora(update, out, overwrite=overwrite).to_json()
-    details = {key: record[key] for key in ("protection",) if key in record}
-    save: Any = save_dense if format is Format.dense else save_merged
-    return save(update, out, overwrite=overwrite, details=details).to_json()
+    details = {
+        "merge": {key: value for key, value in record.items() if key not in ("schema", "kind", "protection")}
+    }
+    details |= {key: record[key] for key in ("protection",) if key in record}
+    if form is Format.lora:
+        return save_merged(update, out, overwrite=overwrite, details=details).to_json()
+    return save_dense(
+        update,
+        out,
+        overwrite=overwrite,
+        details=details,
+        wrap=lambda names: progress(list(names), "writing tensors"),
+    ).to_json()
 
 
 def _print(record: dict[str, Any]) -> None:
+    if "truncation" in record:
+        _print_truncation(record["truncation"])
     if "protection" in record:
         print_protection(record["protection"])
     written = record["export"]
+    dense = written["to"] == "dense"
+    worst, logits = written["largest_difference"], written["logits" if dense else "logit_difference"]
     rows: list[tuple[str, Any]] = [
         ("Written to", written["path"]),
         ("Format", f"{written['to']}, {written['dtype']}"),
+        *([] if dense else [("Rank", written["rank"])]),
+        ("Modules", written["modules"] if dense else len(written["modules"])),
+        (
+            f"Largest difference of a module's {'weight' if dense else 'update'}",
+            f"{worst['relative']:.1e}  ({worst['module']})",
+        ),
+        ("Largest difference of a logit", written["note"] if logits is None else f"{logits:.1e}"),
     ]
-    if written["to"] == "dense":
-        rows.append(("Modules merged", written["modules"]))
-        rows.append(("Largest difference of a logit", f"{written['logits']:.1e}"))
-    else:
-        worst, logits = written["largest_difference"], written["logit_difference"]
-        rows.append(("Rank", written["rank"]))
-        rows.append(("Modules", len(written["modules"])))
-        rows.append(
-            ("Largest difference of a module's update", f"{worst['relative']:.1e}  ({worst['module']})")
-        )
-        rows.append(("Largest difference of a logit", written["note"] if logits is None else f"{logits:.1e}"))
     print_table(
         f"{record['method']} of {len(record['adapters'])} adapters (differences are relative)", ("", ""), rows
     )
+
+
+def _print_truncation(truncation: dict[str, Any]) -> None:
+    modules = truncation["modules"]
+    rest = len(modules) - _LISTED_LOSSES
+    rows = [(entry["module"], f"{entry['relative_error']:.2e}") for entry in modules[:_LISTED_LOSSES]]
+    if rest > 0:
+        rows.append((f"{rest} more, each of them less (--json lists all)", ""))
+    print_table(f"Cut down to rank {truncation['rank']}", ("Module", "Lost of ‖ΔW‖"), rows)

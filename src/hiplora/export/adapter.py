@@ -2,15 +2,67 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import AdapterError
 from hiplora.spectral import fused_factors, leak, protected
+from hiplora.spectral.precision import full_precision
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
+
+
+class Update(Protocol):
+    """What is added to some linear layers of a base model, of low rank or not; see `AdapterUpdate` for the fields."""
+
+    @property
+    def base(self) -> str:
+        """Base model, path or name."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What it is, in a word."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the adapter."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Fingerprints of the base weights, by module, as far as they are known."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors that replace parameters of the base model, by parameter name."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What to call it in messages."""
+        ...
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the layers that it changes."""
+        ...
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return (m, n) of a module's update: outputs, inputs."""
+        ...
+
+    def delta(self, module: str) -> Float[Tensor, "m n"]:
+        """Compute the update of a module in fp32; it may cost a merge, so ask once."""
+        ...
+
+    def check_leak(self) -> None:
+        """Refuse an update that breaks what its adapter promises."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +118,22 @@ class AdapterUpdate:
     def rank(self, module: str) -> int:
         """Return the rank q of a module's factors."""
         return self.factors[module][0].shape[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted modules."""
+        return tuple(self.factors)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return (m, n) of a module's update: outputs, inputs."""
+        A, B = self.factors[module]
+        return B.shape[0], A.shape[1]
+
+    def delta(self, module: str) -> Float[Tensor, "m n"]:
+        """Compute ΔW = B'A' of a module in fp32."""
+        A, B = self.factors[module]
+        with full_precision(A.device):
+            return B @ A
 
     def check_leak(self) -> None:
         """Refuse a HiP-LoRA adapter whose residual channel left the complement that it promises.

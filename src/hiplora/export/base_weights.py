@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError
-from hiplora.export.adapter import AdapterUpdate
+from hiplora.export.adapter import AdapterUpdate, Update
+from hiplora.export.shards import INDEX, TensorSpec, read_blocks, read_specs
 from hiplora.models import resolve
 from hiplora.models.quiet import quiet_transformers
 from hiplora.spectral import misfit, weight_fingerprint
 from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 
 
 def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -37,8 +38,8 @@ def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 class BaseWeights:
     """Weights of a causal language model on disk, by module name, read when asked for.
 
-    Modules whose weight is not under its own name in a safetensors file (tied embeddings, converted
-    checkpoints) are taken from the model loaded as a whole, once.
+    Modules whose weight is not under its own name in a safetensors file (converted checkpoints), nor tied to one that
+    is, are taken from the model loaded as a whole, once.
     """
 
     def __init__(self, model: str):
@@ -53,14 +54,55 @@ class BaseWeights:
         self._path = resolve(model)
         with _readable(model), torch.device("meta"):
             self.config = AutoConfig.from_pretrained(self._path)
-            self._skeleton: nn.Module = AutoModelForCausalLM.from_config(self.config)
+            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
         self._files: Mapping[str, str] | None = None
         self._loaded: nn.Module | None = None
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the model."""
-        return sum(parameter.numel() for parameter in self._skeleton.parameters())
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @property
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """What is in the model's safetensors files, one after the other; empty where it has none.
+
+        Raises:
+            AdapterError: a tensor's number format is not known.
+        """
+        files = dict.fromkeys(self._index().values())
+        return {name: spec for file in files for name, spec in read_specs(file).items()}
+
+    @property
+    def tied_head(self) -> tuple[str, str] | None:
+        """The parameters of the output head and of the embeddings, if they are one; else None."""
+        if not is_tied(self.skeleton):
+            return None
+        names = {id(module): f"{name}.weight" for name, module in self.skeleton.named_modules()}
+        head, embeddings = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
+        return names[id(head)], names[id(embeddings)]
+
+    def source_of(self, parameter: str) -> str | None:
+        """Return the stored tensor that holds a parameter: its own or the one it is tied to; None if there is none."""
+        tied = self.tied_head or ()
+        names = (parameter, *(tied if parameter in tied else ()))
+        return next((name for name in names if name in self._index()), None)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Yield a stored tensor as it is in its file, some rows at a time."""
+        return read_blocks(self._index()[name], name)
+
+    def file(self, name: str) -> str | None:
+        """Return the path of a file beside the weights, or None if the model has none of that name."""
+        return _file(self._path, name)
+
+    def is_transposed(self, module: str) -> bool:
+        """Tell whether a layer's weight is stored as (in, out), as GPT-2's `Conv1D` does.
+
+        Raises:
+            AdapterError: there is no such linear layer.
+        """
+        return isinstance(linear_layer(self.skeleton, module, self.model), Conv1D)
 
     def module(self, name: str) -> nn.Module:
         """Return a module of the model without its weights.
@@ -69,7 +111,7 @@ class BaseWeights:
             AdapterError: the model has no such module.
         """
         try:
-            return self._skeleton.get_submodule(name)
+            return self.skeleton.get_submodule(name)
         except AttributeError:
             raise AdapterError(
                 f"base model {self.model}: has no layer {name}; the adapter was made for another model: pass the "
@@ -91,7 +133,7 @@ class BaseWeights:
             )
         return weight.T if isinstance(module, Conv1D) else weight
 
-    def fitting_weight(self, name: str, update: AdapterUpdate) -> Tensor:
+    def fitting_weight(self, name: str, update: Update) -> Tensor:
         """Return a layer's weight as (out, in), after checking that an adapter fits it by shape and fingerprint.
 
         Raises:
@@ -101,11 +143,11 @@ class BaseWeights:
         return check_fit(weight, update, name, self.model)
 
     def _read(self, key: str) -> Tensor:
-        file = self._index().get(key)
-        if file is None:
+        name = self.source_of(key)
+        if name is None:
             return self._load().get_parameter(key).detach()
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(key)
+        with safe_open(self._index()[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
 
     def _index(self) -> Mapping[str, str]:
         """Return parameter name → file, empty where the model is not plain safetensors."""
@@ -119,7 +161,45 @@ class BaseWeights:
         return self._loaded
 
 
-def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> Tensor:
+def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
+    """Return a linear layer of a model that is called `name` in messages.
+
+    Raises:
+        AdapterError: the model has no such layer, or it is not linear.
+    """
+    try:
+        layer = model.get_submodule(module)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise AdapterError(
+            f"base model {name}: has no linear layer {module}; the adapter was made for another model: pass the right "
+            "one as base=… (--base)"
+        )
+    return layer
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Tell whether a model's output head has the very weight of its embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embeddings is not None and head.weight is embeddings.weight
+
+
+def check_shape(shape: Sequence[int], update: Update, module: str, base: str) -> None:
+    """Check that a weight has the shape (out, in) of an update.
+
+    Raises:
+        AdapterError: names the module, both shapes, the base model and the way out.
+    """
+    expected = update.shape(module)
+    if tuple(shape) != expected:
+        raise AdapterError(
+            f"layer {module}: the adapter is for {expected[0]} × {expected[1]}, the weight in {base} is "
+            f"{shape[0]} × {shape[1]}; pass the right base model as base=… (--base)"
+        )
+
+
+def check_fit(weight: Tensor, update: Update, module: str, base: str) -> Tensor:
     """Return a weight (out, in) as the adapter saw it, after checking that it is the one it was made for.
 
     A weight that was quantised or rounded for training is recognised by the adapter's own singular triplets; it is
@@ -128,13 +208,7 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
     Raises:
         AdapterError: other shape or other values; names the module, the base model and the way out.
     """
-    A, B = update.factors[module]
-    expected = (B.shape[0], A.shape[1])
-    if tuple(weight.shape) != expected:
-        raise AdapterError(
-            f"layer {module}: the adapter is for {expected[0]} × {expected[1]}, the weight in {base} is "
-            f"{weight.shape[0]} × {weight.shape[1]}; pass the right base model as base=… (--base)"
-        )
+    check_shape(weight.shape, update, module, base)
     fingerprint, precision = update.fingerprints.get(module), update.config.get("base_precision", "")
     if fingerprint is None:
         return weight
@@ -162,8 +236,8 @@ def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | N
     return rounded if weight_fingerprint(rounded) == fingerprint else None
 
 
-def _same_but_for_precision(weight: Tensor, update: AdapterUpdate, module: str, precision: str) -> bool:
-    channels = update.channels.get(module)
+def _same_but_for_precision(weight: Tensor, update: Update, module: str, precision: str) -> bool:
+    channels = update.channels.get(module) if isinstance(update, AdapterUpdate) else None
     if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
         return False
     basis = update.config.get("basis", "weight")
@@ -184,16 +258,16 @@ def _readable(model: str) -> Iterator[None]:
 
 
 def _safetensors_index(path: str) -> dict[str, str]:
-    index = _file(path, _INDEX)
+    index = _file(path, INDEX)
     if index is not None:
         names = json.loads(Path(index).read_text())["weight_map"]
-        files = {file: _file(path, file) for file in sorted(set(names.values()))}
-        return {name: found for name, file in names.items() if (found := files[file]) is not None}
+        found = {file: _file(path, file) for file in sorted(set(names.values()))}
+        files = {file: whole for file, whole in found.items() if whole is not None}
+        return {name: files[file] for name, file in names.items()} if len(files) == len(found) else {}
     single = _file(path, _SINGLE)
     if single is None:
         return {}
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), single)
+    return dict.fromkeys(read_specs(single), single)
 
 
 def _file(path: str, name: str) -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.export.adapter import AdapterUpdate
+from hiplora.export.adapter import AdapterUpdate, Update
 from hiplora.files import write_atomic
 from hiplora.provenance import provenance
 
@@ -21,7 +21,7 @@ _REMARKS = {
 
 
 def write_record(
-    update: AdapterUpdate,
+    update: Update,
     report: Mapping[str, Any],
     folder: Path,
     details: Mapping[str, Any] | None = None,
@@ -62,5 +62,42 @@ Base model: `{update.base or "unknown"}`. Rank {report["rank"]}, {report["dtype"
 
 It is the same update as what it was exported from: no module's differs by more than {worst["relative"]:.1e} of its norm
 (`{worst["module"]}`), and the logits {logits}. `export.json` has every module and the provenance.
+""",
+    )
+
+
+def write_model_card(
+    update: Update,
+    report: Mapping[str, Any],
+    folder: Path,
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model card of a standalone model, and its `export.json`; `report` is the export's, for JSON."""
+    write_record(update, report, folder, details)
+    worst, origin = report["largest_difference"], _ORIGINS.get(update.kind, f"a {update.kind} adapter")
+    checks = "\n".join(f"- {check}" for check in report["checks"])
+    write_atomic(
+        folder / "README.md",
+        f"""---
+base_model: {report["base"]}
+library_name: transformers
+tags: [hiplora]
+---
+
+# {Path(report["base"]).name}, with {origin} merged in
+
+Base model: `{report["base"]}`, {report["dtype"]}. {report["modules"]} of its layers were changed; no written weight
+differs from the base weight plus the update by more than {worst["relative"]:.1e} of both
+(`{worst["module"]}`). It loads like any model:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+```
+
+What was checked when it was written:
+
+{checks}
+
+`export.json` has where the update came from, and the provenance.
 """,
     )

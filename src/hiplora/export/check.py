@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
 from hiplora.errors import AdapterError
-from hiplora.export.adapter import AdapterUpdate, Pair
+from hiplora.export.adapter import AdapterUpdate, Pair, Update
 from hiplora.export.base_weights import BaseWeights, load_base
 from hiplora.models import resolve
 
 _PROMPTS, _LENGTH = 4, 16
 # Logits pass through every layer: they may differ by this many times what one module's update may.
 _LOGIT_FACTOR = 100.0
+# A merged weight is a sum in fp32 of what is known in float64.
+_SUM_LIMIT = 1e-5
 
 
 def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, float]:
@@ -64,6 +66,57 @@ def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
             f"layer {module}: the exported update differs by {worst:.1e} of its norm, more than the tolerance "
             f"{tolerance:.0e}; nothing was written: raise tolerance=… if that is acceptable"
         )
+
+
+class MergeCheck:
+    """Compares a merged weight with its base weight plus the update, block of rows by block, in float64.
+
+    Matrices are compared by their products with two fixed vectors of random signs, in units of ‖W‖ and ‖ΔW‖ together.
+    What the update gives for these is taken from the adapter's own factors, where it has them, without forming ΔW.
+    """
+
+    def __init__(self, update: Update, module: str, transposed: bool = False):
+        """Prepare for a weight that is stored as (out, in), or `transposed` as (in, out)."""
+        self.module, self.transposed = module, transposed
+        rows, columns = update.shape(module)
+        generator = torch.Generator().manual_seed(20240131)
+        signs = torch.randint(0, 2, (rows if transposed else columns, 2), generator=generator)
+        self._signs = 2.0 * signs.double() - 1.0
+        self._known: Tensor | None = None
+        if isinstance(update, AdapterUpdate):
+            P, Q = _exact_factors(update, module)
+            self._known = Q.T @ (P.T @ self._signs) if transposed else P @ (Q @ self._signs)
+        self._row, self._scale, self._off, self._rounded_off = 0, 0.0, 0.0, 0.0
+
+    def add(self, weight: Tensor, change: Tensor, merged: Tensor, written: Tensor) -> None:
+        """Compare the next rows: of the base weight, of the update, of their sum, and of that in its number format."""
+        rows = slice(self._row, self._row + len(weight))
+        self._row = rows.stop
+        before = weight.double() @ self._signs
+        added = change.double() @ self._signs if self._known is None else self._known[rows]
+        self._scale += _square(before) + _square(added)
+        self._off += _square(merged.double() @ self._signs - before - added)
+        self._rounded_off += _square(written.double() @ self._signs - before - added)
+
+    @property
+    def difference(self) -> float:
+        """How far what was written is from the base weight plus the update; rounding counts."""
+        return self._relative(self._rounded_off)
+
+    def refuse(self) -> None:
+        """Refuse a sum that is wrong by more than rounding in fp32.
+
+        Raises:
+            AdapterError: names the module and by how much.
+        """
+        if not self._relative(self._off) <= _SUM_LIMIT:
+            raise AdapterError(
+                f"layer {self.module}: the merged weight differs by {self._relative(self._off):.1e} from the base "
+                f"weight plus the update, more than {_SUM_LIMIT:.0e}; nothing was written"
+            )
+
+    def _relative(self, square: float) -> float:
+        return (square / self._scale) ** 0.5 if self._scale else (float("inf") if square else 0.0)
 
 
 def compare_logits(
@@ -138,9 +191,20 @@ def added(model: nn.Module, factors: Mapping[str, Pair]) -> Iterator[None]:
         yield
 
 
+def no_room(base: str, needed: int) -> str:
+    """Return why a base model that needs so many bytes is not loaded, or nothing if it fits into memory."""
+    if needed <= psutil.virtual_memory().available:
+        return ""
+    return f"base model {base} needs {needed / 2**30:.0f} GiB, more than is free"
+
+
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference in units of the largest expected value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def _square(tensor: Tensor) -> float:
+    return tensor.square().sum().item()
 
 
 def _exact_factors(update: AdapterUpdate, module: str) -> tuple[Tensor, Tensor]:
@@ -208,9 +272,8 @@ def _loaded(update: AdapterUpdate) -> tuple[nn.Module | None, str]:
         return None, "the adapter names no base model; pass base=… (--base)"
     if not os.path.isdir(resolve(update.base)):
         return None, f"base model {update.base} is not a folder on this machine; pass base=… (--base)"
-    needed = 4 * BaseWeights(update.base).parameters
-    if needed > psutil.virtual_memory().available:
-        return None, f"base model {update.base} needs {needed / 2**30:.0f} GiB in fp32, more than is free"
+    if why := no_room(update.base, 4 * BaseWeights(update.base).parameters):
+        return None, why
     stored = os.path.isdir(update.source)
     if not stored and update.extras:
         return None, "an update in memory that replaces whole modules cannot be compared"

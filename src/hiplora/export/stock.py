@@ -45,7 +45,8 @@ def stock_update(
     Raises:
         AdapterError: not a plain low-rank update, or a tensor is missing or has the wrong shape.
     """
-    _check_plain(config, source)
+    check_plain(config, source)
+    _check_start(config, source)
     found: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -104,7 +105,12 @@ def check_rank(module: str, found: int, config: Mapping[str, Any], source: str) 
         )
 
 
-def _check_plain(config: Mapping[str, Any], source: str) -> None:
+def check_plain(config: Mapping[str, Any], source: str) -> None:
+    """Refuse configurations under which a LoRA-like adapter does more than add `B'A'` to linear layers.
+
+    Raises:
+        AdapterError: naming what it does, and the way out.
+    """
     reasons = [reason for key, reason in _NOT_PLAIN.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append(f"bias={config['bias']!r} trains biases of the base model")
@@ -113,6 +119,9 @@ def _check_plain(config: Mapping[str, Any], source: str) -> None:
             f"{source}: not a plain low-rank update: {'; '.join(reasons)}. Merge it into the base model with PEFT "
             "(merge_and_unload), or train it as plain LoRA"
         )
+
+
+def _check_start(config: Mapping[str, Any], source: str) -> None:
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_REBASING):
         raise AdapterError(

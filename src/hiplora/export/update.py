@@ -1,4 +1,4 @@
-"""Read any adapter that is a plain sum of low-rank updates: HiP-LoRA, Proj-LoRA, LoRA and what saves as LoRA."""
+"""Read any adapter that is a sum of low-rank updates: HiP-LoRA, Proj-LoRA, AdaLoRA, LoRA and what saves as LoRA."""
 
 import os
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
+from hiplora.export.adalora import adalora_update, kept_pattern
 from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.folder import PREFIX, check_finite, read_folder
 from hiplora.export.hip import hip_update, live_hip_update
@@ -17,8 +18,8 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
     """Read an adapter folder as the update it makes to its base model.
 
     Args:
-        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA or stock LoRA (PiSSA and the like as the
-            difference that PEFT saves); an `AdapterUpdate` is returned as it is.
+        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA, AdaLoRA or stock LoRA (PiSSA and the like as
+            the difference that PEFT saves); an `AdapterUpdate` is returned as it is.
         base: base model, path or name, where the one in the configuration is not to be used. Only read for
             HiP-LoRA adapters saved without their factors.
 
@@ -36,9 +37,11 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
         return hip_update(config, tensors, source, name)
     if kind == "LORA":
         return stock_update(config, tensors, source, name)
+    if kind == "ADALORA":
+        return adalora_update(config, tensors, source, name)
     raise AdapterError(
         f"{source}: an adapter of type {kind} is not read as a plain update; "
-        "train it as LoRA or HiP-LoRA, or convert it first with peft.save_as_lora"
+        "train it as LoRA, AdaLoRA or HiP-LoRA, or convert it first with peft.save_as_lora"
     )
 
 
@@ -59,6 +62,8 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
         return live_hip_update(model, adapter, _plain(config.to_dict()), state, source, name)
     if config.peft_type == "LORA":
         return stock_update(_plain(config.to_dict()), state, source, name)
+    if config.peft_type == "ADALORA":
+        return adalora_update(_plain(config.to_dict()), state, source, name)
     raise AdapterError(
         f"{source}: a {config.peft_type} adapter is not read as a plain update; convert it to LoRA first"
     )
@@ -70,7 +75,8 @@ def _live_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     for name, value in model.named_parameters():
         if adapter in name.split("."):
             check_finite(value.detach(), f"adapter {adapter!r}: tensor {name}")
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    with kept_pattern(model, adapter):
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {name.removeprefix(PREFIX): value.detach().cpu() for name, value in state.items()}
 
 

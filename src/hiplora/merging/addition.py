@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from hiplora.export.adapter import Channels, Pair
-from hiplora.merging.term import Term
+if TYPE_CHECKING:
+    from hiplora.export.adapter import Channels, Pair
+    from hiplora.merging.term import Term
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Options:
     """Addition has no settings beyond the adapters' weights."""
 
 
-def combine(terms: Sequence[Term], options: Options) -> tuple[Pair, Channels | None]:
+def combine(terms: "Sequence[Term]", options: Options) -> "tuple[Pair, Channels | None]":
     """Add updates of one module without forming or averaging any of them.
 
     HiP-LoRA terms with bit-equal U and V share their gains: `δ = Σ w_t δ_t`, and their residual channels are
@@ -23,6 +23,8 @@ def combine(terms: Sequence[Term], options: Options) -> tuple[Pair, Channels | N
 
     Terms of weight 0 are left out; if all are, the result is a zero update of the first term's rank.
     """
+    import torch
+
     kept = [term for term in terms if term.weight != 0] or [terms[0]]
     groups: list[list[Term]] = []
     for term in kept:
@@ -40,19 +42,25 @@ def combine(terms: Sequence[Term], options: Options) -> tuple[Pair, Channels | N
     return factors, merged[0] if len(merged) == 1 else None
 
 
-def _share_basis(one: Term, other: Term) -> bool:
+def _share_basis(one: "Term", other: "Term") -> bool:
     """Tell whether two terms' gains mean the same directions.
 
     Only bit-equal bases count: two decompositions of one weight may rotate directions inside a cluster of equal
     singular values, and then adding gains would not be the sum of the updates.
     """
+    import torch
+
     a, b = one.channels, other.channels
     if a is None or b is None or a.sides != b.sides or a.U.shape != b.U.shape or a.V.shape != b.V.shape:
         return False
     return torch.equal(a.U, b.U) and torch.equal(a.V, b.V)
 
 
-def _merge_channels(group: Sequence[Term]) -> Channels:
+def _merge_channels(group: "Sequence[Term]") -> "Channels":
+    import torch
+
+    from hiplora.export.adapter import Channels
+
     parts = [(term.weight, term.channels) for term in group if term.channels is not None]
     first = parts[0][1]
     gains = [weight * channels.delta for weight, channels in parts if channels.delta is not None]
@@ -70,6 +78,6 @@ def _merge_channels(group: Sequence[Term]) -> Channels:
     )
 
 
-def _weighted(term: Term) -> Pair:
+def _weighted(term: "Term") -> "Pair":
     A, B = term.factors
     return A, term.weight * B

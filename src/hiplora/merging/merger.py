@@ -1,20 +1,54 @@
 """Merge adapters that change the same base model."""
 
-import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import torch
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.export.adapter import AdapterUpdate, Channels, Pair
-from hiplora.export.base_weights import BaseWeights
-from hiplora.export.lora import SELECTION, ExportReport, save_as_lora
+from hiplora.export.lora import ExportReport, save_as_lora
 from hiplora.export.update import read_update
-from hiplora.merging.registry import rule
+from hiplora.merging.compatible import check_compatible, merged_config
+from hiplora.merging.dense_merge import DenseMerge
+from hiplora.merging.options import check_count, is_number
+from hiplora.merging.registry import Rule, rule
 from hiplora.merging.term import Term
+from hiplora.merging.truncation import truncate
+from hiplora.spectral.precision import full_precision
 
 Adapter = str | os.PathLike | AdapterUpdate
+Wrap = Callable[[Iterable[str]], Iterable[str]]
+_NO_WRAP: Wrap = iter
+
+
+@overload
+def merge(
+    adapter_dirs: Sequence[Adapter],
+    method: Literal["addition"] = "addition",
+    weights: Sequence[float] | None = None,
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    keep_channels: bool = False,
+    options: Mapping[str, Any] | None = None,
+    wrap: Wrap = _NO_WRAP,
+) -> AdapterUpdate: ...
+
+
+@overload
+def merge(
+    adapter_dirs: Sequence[Adapter],
+    method: str,
+    weights: Sequence[float] | None = None,
+    *,
+    base: str | None = None,
+    rank: int | None = None,
+    keep_channels: bool = False,
+    options: Mapping[str, Any] | None = None,
+    wrap: Wrap = _NO_WRAP,
+) -> AdapterUpdate | DenseMerge: ...
 
 
 def merge(
@@ -23,11 +57,15 @@ def merge(
     weights: Sequence[float] | None = None,
     *,
     base: str | None = None,
-) -> AdapterUpdate:
+    rank: int | None = None,
+    keep_channels: bool = False,
+    options: Mapping[str, Any] | None = None,
+    wrap: Wrap = _NO_WRAP,
+) -> AdapterUpdate | DenseMerge:
     """Merge adapters of one base model into one update.
 
-    HiP-LoRA, Proj-LoRA and plain LoRA adapters of any ranks, scalings and targets go together; a module that an
-    adapter does not adapt gets nothing from it.
+    HiP-LoRA, Proj-LoRA, LoRA and AdaLoRA adapters of any ranks, scalings and targets go together; a module that an
+    adapter does not adapt gets nothing from it. An adapter of weight 0 takes no part, unless all have weight 0.
 
     Args:
         adapter_dirs: adapter folders or updates, at least one.
@@ -35,34 +73,83 @@ def merge(
         weights: one finite number per adapter, negative ones included; 1 each if None.
         base: base model, path or name, that all adapters are taken to be for; the fingerprints in them are then
             compared with its weights. None requires that they name the same one, or agree on fingerprints.
+        rank: cut every module of the result down to this rank, by truncated SVD; None keeps it exact.
+        keep_channels: with `rank`, of HiP-LoRA modules that share a basis cut the residual channel only.
+        options: of the rule, by name.
+        wrap: called with module names, yields them; for a progress bar.
+
+    Returns:
+        an update in thin factors (with `rank`, a `TruncatedUpdate` that knows its errors); for a rule of kind "dense"
+        and without `rank`, a `DenseMerge`, which computes each module's update when it is asked for.
 
     Raises:
         AdapterError: an adapter cannot be read, leaks, replaces whole modules, or is for another base model.
-        ConfigError: unknown rule, no adapters, or weights of the wrong number or not finite.
+        ConfigError: unknown rule or option, no adapters, or a weight, an option or the rank makes no sense.
     """
     chosen = rule(method)
+    settings = chosen.make_options(options)
+    if rank is not None:
+        check_count("rank", rank, least=1)
     numbers = _check_weights(weights, len(adapter_dirs))
     updates = [read_update(adapter, base) for adapter in adapter_dirs]
     for update in updates:
         update.check_leak()
-    _check_compatible(updates, base)
-    factors: dict[str, Pair] = {}
-    channels: dict[str, Channels] = {}
-    for module in sorted({module for update in updates for module in update.factors}):
-        factors[module], kept = chosen.combine(_terms(updates, numbers, module), chosen.options())
-        if kept is not None:
-            channels[module] = kept
-    fingerprints = {module: value for update in updates for module, value in update.fingerprints.items()}
+    check_compatible(updates, base)
     source = f"{method} of " + ", ".join(f"{w:g} × {u.source}" for w, u in zip(numbers, updates, strict=True))
-    extras = updates[0].extras if len(updates) == 1 else {}
-    config = _config(updates)
-    return AdapterUpdate(
-        base or updates[0].base, "merged", config, factors, fingerprints, extras, channels, source
-    )
+    found = _Merge(chosen, settings, *_taking_part(updates, numbers), base or updates[0].base, source)
+    if chosen.kind == "dense":
+        dense = found.dense()
+        return dense if rank is None else dense.truncated(rank, wrap=wrap)
+    exact = found.factors(wrap)
+    return exact if rank is None else truncate(exact, rank, keep_channels=keep_channels, wrap=wrap)
+
+
+class _Merge:
+    """Adapters that take part in a merge, all checked, with their weights."""
+
+    def __init__(
+        self,
+        chosen: Rule,
+        options: Any,
+        updates: Sequence[AdapterUpdate],
+        weights: Sequence[float],
+        base: str,
+        source: str,
+    ):
+        self._rule, self._options, self._updates, self._weights = chosen, options, updates, weights
+        self._modules = sorted({module for update in updates for module in update.factors})
+        self._shared: dict[str, Any] = {
+            "base": base,
+            "config": merged_config(updates),
+            "fingerprints": {module: value for u in updates for module, value in u.fingerprints.items()},
+            "extras": updates[0].extras if len(updates) == 1 else {},
+            "source": source,
+        }
+
+    def factors(self, wrap: Wrap) -> AdapterUpdate:
+        factors: dict[str, Pair] = {}
+        channels: dict[str, Channels] = {}
+        with full_precision(torch.device("cpu")):
+            for module in wrap(self._modules):
+                factors[module], kept = self._rule.combine(self._terms(module), self._options)
+                if kept is not None:
+                    channels[module] = kept
+        return AdapterUpdate(kind="merged", factors=factors, channels=channels, **self._shared)
+
+    def dense(self) -> DenseMerge:
+        terms = {module: self._terms(module) for module in self._modules}
+        return DenseMerge(terms=terms, rule=self._rule, options=self._options, **self._shared)
+
+    def _terms(self, module: str) -> list[Term]:
+        return [
+            Term(update.factors[module], weight, update.channels.get(module))
+            for update, weight in zip(self._updates, self._weights, strict=True)
+            if module in update.factors
+        ]
 
 
 def save_merged(
-    update: AdapterUpdate, path: str | os.PathLike, *, overwrite: bool = False, **options: Any
+    update: AdapterUpdate | DenseMerge, path: str | os.PathLike, *, overwrite: bool = False, **options: Any
 ) -> ExportReport:
     """Write a merged update as a plain LoRA folder, verified as any export.
 
@@ -73,8 +160,14 @@ def save_merged(
         options: as for `hiplora.export.save_as_lora`: pad_rank, dtype, tolerance.
 
     Raises:
-        AdapterError, ConfigError: as `hiplora.export.save_as_lora`.
+        AdapterError: the update is of full rank, or as `hiplora.export.save_as_lora`.
+        ConfigError: as `hiplora.export.save_as_lora`.
     """
+    if isinstance(update, DenseMerge):
+        raise AdapterError(
+            f"{update.source}: the update is of full rank, which no LoRA adapter holds; cut it down with "
+            "merge(..., rank=...), or write a model with hiplora.export.save_dense"
+        )
     return save_as_lora(update, path, overwrite=overwrite, **options)
 
 
@@ -86,93 +179,14 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(weights) != count:
         raise ConfigError(f"weights: {len(weights)} given for {count} adapters; pass one each")
     for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        if not is_number(weight):
             raise ConfigError(f"weights: {weight!r} is not a finite number")
     return [float(weight) for weight in weights]
 
 
-def _terms(updates: Sequence[AdapterUpdate], weights: Sequence[float], module: str) -> list[Term]:
-    return [
-        Term(update.factors[module], weight, update.channels.get(module))
-        for update, weight in zip(updates, weights, strict=True)
-        if module in update.factors
-    ]
-
-
-def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None:
-    whole = [update for update in updates if update.extras]
-    if whole and len(updates) > 1:
-        raise AdapterError(
-            f"{whole[0].source}: replaces whole modules ({', '.join(sorted(whole[0].extras))}), which cannot be "
-            "merged with another adapter; train it without modules_to_save"
-        )
-    if base is not None:
-        weights = BaseWeights(base)
-        for update in updates:
-            for module in update.factors:
-                weights.fitting_weight(module, update)
-        return
-    shapes: dict[str, tuple[tuple[int, int], AdapterUpdate]] = {}
-    prints: dict[str, tuple[str, AdapterUpdate]] = {}
-    for update in updates:
-        for module, (A, B) in update.factors.items():
-            shape, other = shapes.setdefault(module, ((B.shape[0], A.shape[1]), update))
-            if shape != (B.shape[0], A.shape[1]):
-                raise AdapterError(_different(module, other, update))
-        shared = [module for module in update.fingerprints if module in prints]
-        if update is not updates[0] and not shared and _name(update.base) != _name(updates[0].base):
-            raise AdapterError(
-                f"{updates[0].source} is for base model {updates[0].base or 'unknown'}, {update.source} for "
-                f"{update.base or 'unknown'}; if these are the same model, name it: pass base=…"
-            )
-        for module, fingerprint in update.fingerprints.items():
-            known, other = prints.setdefault(module, (fingerprint, update))
-            if known != fingerprint:
-                raise AdapterError(_different(module, other, update))
-
-
-def _different(module: str, one: AdapterUpdate, other: AdapterUpdate) -> str:
-    return (
-        f"layer {module}: {one.source} and {other.source} were made for different base weights (of {one.base or '?'} "
-        f"and {other.base or '?'}); only adapters of one base model can be merged"
-    )
-
-
-def _name(base: str) -> str:
-    """Return a base model's name so that two spellings of one folder agree."""
-    return str(Path(base).resolve()) if base and Path(base).exists() else base
-
-
-def _config(updates: Sequence[AdapterUpdate]) -> dict[str, Any]:
-    """Return what of the adapters' configurations holds for the merged one."""
-    first = updates[0].config
-    config = {
-        "peft_type": "LORA",
-        "task_type": first.get("task_type"),
-        "base_precision": first.get("base_precision"),
-    }
-    # Where all adapters select the same modules, so does the merged one; else it names them one by one.
-    if all(_selection(update) == _selection(updates[0]) for update in updates):
-        config |= {key: first.get(key) for key in SELECTION}
-    ranks = {update.config.get("principal_rank") for update in updates}
-    if len(ranks) == 1:
-        config["principal_rank"] = ranks.pop()
-    config |= _basis([update.config for update in updates if update.channels])
-    if len(updates) == 1:
-        config |= {key: first.get(key) for key in ("modules_to_save", "auto_mapping", "revision")}
-    return config
-
-
-def _basis(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the channels' directions are: of one basis, or else not the weights' singular directions."""
-    found = {config.get("basis", "weight") for config in configs}
-    alike = all(config.get("calibration") == configs[0].get("calibration") for config in configs)
-    return {
-        "basis": found.pop() if len(found) == 1 else ("activation" if found else "weight"),
-        "calibration": (configs[0].get("calibration") if configs and alike else None) or {},
-    }
-
-
-def _selection(update: AdapterUpdate) -> list[Any]:
-    values = (update.config.get(key) for key in SELECTION)
-    return [sorted(value) if isinstance(value, (list, set)) else value for value in values]
+def _taking_part(
+    updates: Sequence[AdapterUpdate], weights: Sequence[float]
+) -> tuple[list[AdapterUpdate], list[float]]:
+    kept = [(update, weight) for update, weight in zip(updates, weights, strict=True) if weight]
+    kept = kept or list(zip(updates, weights, strict=True))
+    return [update for update, _ in kept], [weight for _, weight in kept]

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
+from torch import Tensor
+
 from hiplora.export.adapter import Channels, Pair
 
 
@@ -15,3 +18,16 @@ class Term:
     factors: Pair
     weight: float = 1.0
     channels: Channels | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DenseTerm:
+    """One adapter's update of one module as a matrix, for the rules that look at entries.
+
+    A rule may overwrite `delta` (m, n). `key` is the same for the same module and values, whatever the order of the
+    adapters: rules that draw at random draw by it.
+    """
+
+    delta: Float[Tensor, "m n"]
+    weight: float = 1.0
+    key: str = ""

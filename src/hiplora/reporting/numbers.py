@@ -78,6 +78,22 @@ def fixed(value: float | None, decimals: int = 3) -> str:
     return f"{value:,.{decimals}f}".replace("-", MINUS)
 
 
+def hundredths(value: float | None) -> str:
+    """Format a number between −1 and 1, of which what rounds to zero is zero: 0.61, −0.23, 0.00."""
+    if value is None or math.isinf(value):
+        return significant(value)
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", MINUS)
+
+
+def signed(value: float | None, decimals: int = 2) -> str:
+    """Format a difference with its sign and a fixed number of decimals: +0.12, −3.40, ±0.00."""
+    if value is None or math.isinf(value):
+        return significant(value)
+    rounded = round(value, decimals)
+    sign = "+" if rounded > 0 else MINUS if rounded < 0 else "±"
+    return f"{sign}{abs(rounded):,.{decimals}f}"
+
+
 def percent(fraction: float | None, digits: int = 2) -> str:
     """Format a fraction of one as a percentage: 0.84 → 84 %, 0.0123 → 1.2 %, 1 → 100 %."""
     if fraction is None:

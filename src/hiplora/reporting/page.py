@@ -1,23 +1,18 @@
 """The report: one HTML page that carries its style and pictures in itself, and the pictures as files."""
 
-import functools
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hiplora.files import write_atomic
-from hiplora.reporting.canvas import Panel, Plate, css_variable, inline_svg, plate_files
+from hiplora.reporting.canvas import Panel, Plate, plate_files
 from hiplora.reporting.numbers import MISSING, percent, printable, significant
-from hiplora.reporting.palette import LOOKS, NEUTRALS, Look, looks, marker_path
+from hiplora.reporting.palette import looks
 from hiplora.reporting.plots import drift, edits, energy, learning, spectrum
 from hiplora.reporting.results import Inspection, Results, read_inspection, read_results
 from hiplora.reporting.summary import inspection_rows, method_columns, names, sections, tiles
+from hiplora.reporting.template import render_page
 from hiplora.reporting.verdict import inspection_verdict, verdict
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
 
 
 def render_html(results: Mapping[str, Any]) -> str:
@@ -31,8 +26,11 @@ def render_html(results: Mapping[str, Any]) -> str:
     """
     read = read_results(results)
     table, styles = sections(read), looks(names(read))
-    return _environment().get_template("report.html.jinja").render(
-        **_common(read.title, styles, plates(read)),
+    return render_page(
+        "report.html.jinja",
+        read.title,
+        styles,
+        plates(read),
         results=read,
         verdict=verdict(read),
         tiles=tiles(read),
@@ -43,7 +41,7 @@ def render_html(results: Mapping[str, Any]) -> str:
         data=flatten(read.data),
         provenance=flatten(read.provenance),
         exports=[(run.name, str(path)) for run in read.edits if (path := run.export.get("path"))],
-    )  # fmt: skip
+    )
 
 
 def render_inspection_html(inspection: Mapping[str, Any]) -> str:
@@ -54,15 +52,18 @@ def render_inspection_html(inspection: Mapping[str, Any]) -> str:
     """
     read = read_inspection(inspection)
     styles = looks([read.method])
-    return _environment().get_template("inspection.html.jinja").render(
-        **_common(f"Inspection of {read.adapter or 'an adapter'}", styles, inspection_plates(read)),
+    return render_page(
+        "inspection.html.jinja",
+        f"Inspection of {read.adapter or 'an adapter'}",
+        styles,
+        inspection_plates(read),
         inspection=read,
         verdict=inspection_verdict(read),
         facts=inspection_rows(read),
         summary=flatten(read.summary),
         types=_type_table(energy.type_rows({read.method: read.modules})),
         modules=_module_table(read),
-    )  # fmt: skip
+    )
 
 
 def save_report(results: Mapping[str, Any], folder: str | Path) -> Path:
@@ -185,45 +186,3 @@ def _module_table(inspection: Inspection) -> list[tuple[str, ...]]:
              significant(row.leak))
         )  # fmt: skip
     return rows
-
-
-def _common(title: str, styles: Mapping[str, Look], shown: Sequence[Plate]) -> dict[str, Any]:
-    """What every page needs: the palette as CSS variables, the pictures, the looks of the methods."""
-    light = {css_variable(colour): colour for colour in (*NEUTRALS, *(look.colour for look in LOOKS))}
-    dark = {css_variable(look.colour): look.dark for look in LOOKS}
-    dark |= {css_variable(colour): night for colour, night in NEUTRALS.items()}
-    pictures = {
-        plate.name: [inline_svg(panel, f"{plate.name}-{index}") for index, panel in enumerate(plate.panels)]
-        for plate in shown
-    }
-    return {
-        "title": title,
-        "light": light,
-        "dark": dark,
-        "plates": shown,
-        "pictures": pictures,
-        "styles": styles,
-    }
-
-
-def keep_together(text: str) -> "Markup":
-    """Escape a sentence for HTML and keep names such as HiP-LoRA from being broken at their hyphen."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"\b\w+(?:-\w+)*-LoRA\b", r'<span class="whole">\g<0></span>', str(escape(text))))
-
-
-@functools.cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("hiplora.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(css_variable=css_variable, marker_path=marker_path)
-    environment.filters["whole"] = keep_together
-    return environment

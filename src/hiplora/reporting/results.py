@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hiplora.errors import DataError
-from hiplora.reporting.numbers import number, printable
-
-SCHEMA = 1
+from hiplora.reporting.numbers import number
+from hiplora.reporting.reading import as_mapping, as_numbers, as_rows, as_text, check
 
 
 @dataclass(frozen=True)
@@ -122,24 +120,27 @@ def read_results(raw: Mapping[str, Any]) -> Results:
     Raises:
         DataError: not a dictionary, another kind, or a schema that this version cannot read.
     """
-    kind = _check(raw, ("compare", "demo"))
-    edits = _mapping(raw.get("edits"))
+    kind = check(raw, ("compare", "demo"))
+    edits = as_mapping(raw.get("edits"))
     return Results(
         kind=kind,
-        title=_text(raw.get("title")) or ("Demonstration" if kind == "demo" else "Comparison"),
-        model=_text(raw.get("model")),
-        created=_text(raw.get("created")),
-        data=_mapping(raw.get("data")),
-        settings=_mapping(raw.get("settings")),
-        provenance=_mapping(raw.get("provenance")),
-        notes=tuple(_text(note) for note in _rows(raw.get("notes"))),
-        methods=tuple(_method(_text(name), _mapping(m)) for name, m in _mapping(raw.get("methods")).items()),
+        title=as_text(raw.get("title")) or ("Demonstration" if kind == "demo" else "Comparison"),
+        model=as_text(raw.get("model")),
+        created=as_text(raw.get("created")),
+        data=as_mapping(raw.get("data")),
+        settings=as_mapping(raw.get("settings")),
+        provenance=as_mapping(raw.get("provenance")),
+        notes=tuple(as_text(note) for note in as_rows(raw.get("notes"))),
+        methods=tuple(
+            _method(as_text(name), as_mapping(m)) for name, m in as_mapping(raw.get("methods")).items()
+        ),
         edit_counts={
-            _text(_mapping(s).get("name")): number(_mapping(s).get("count")) for s in _rows(edits.get("sets"))
+            as_text(as_mapping(s).get("name")): number(as_mapping(s).get("count"))
+            for s in as_rows(edits.get("sets"))
         },
-        base_success=_numbers(edits.get("base_success")),
+        base_success=as_numbers(edits.get("base_success")),
         edits=tuple(
-            _edit_run(_text(name), _mapping(m)) for name, m in _mapping(edits.get("methods")).items()
+            _edit_run(as_text(name), as_mapping(m)) for name, m in as_mapping(edits.get("methods")).items()
         ),
     )
 
@@ -150,37 +151,21 @@ def read_inspection(raw: Mapping[str, Any]) -> Inspection:
     Raises:
         DataError: not a dictionary, another kind, or a schema that this version cannot read.
     """
-    _check(raw, ("inspection",))
+    check(raw, ("inspection",))
     return Inspection(
-        adapter=_text(raw.get("adapter")),
-        base=_text(raw.get("base")),
-        method=_text(raw.get("method")) or "adapter",
+        adapter=as_text(raw.get("adapter")),
+        base=as_text(raw.get("base")),
+        method=as_text(raw.get("method")) or "adapter",
         principal_rank=number(raw.get("principal_rank")),
         modules=_modules(raw.get("modules")),
-        summary=_mapping(raw.get("summary")),
+        summary=as_mapping(raw.get("summary")),
     )
-
-
-def _check(raw: Any, kinds: Sequence[str]) -> str:
-    if not isinstance(raw, Mapping):
-        raise DataError(
-            f"results: expected a dictionary, got {type(raw).__name__}; pass the content of results.json"
-        )
-    schema = raw.get("schema")
-    if schema != SCHEMA:
-        raise DataError(
-            f"results: schema {schema!r} is not known, this version reads schema {SCHEMA}; "
-            "measure again, or use the version of hiplora that wrote the file"
-        )
-    kind = raw.get("kind")
-    if kind not in kinds:
-        raise DataError(f"results: kind {kind!r}, expected {' or '.join(map(repr, kinds))}")
-    return str(kind)
 
 
 def _method(name: str, raw: Mapping[str, Any]) -> Method:
     points = (
-        (number(_mapping(p).get("step")), number(_mapping(p).get("loss"))) for p in _rows(raw.get("curve"))
+        (number(as_mapping(p).get("step")), number(as_mapping(p).get("loss")))
+        for p in as_rows(raw.get("curve"))
     )
     return Method(
         name=name,
@@ -197,69 +182,55 @@ def _method(name: str, raw: Mapping[str, Any]) -> Method:
 
 
 def _edit_run(name: str, raw: Mapping[str, Any]) -> EditRun:
-    singles = [_mapping(row) for row in _rows(raw.get("single"))]
-    merged = _mapping(raw.get("merged"))
+    singles = [as_mapping(row) for row in as_rows(raw.get("single"))]
+    merged = as_mapping(raw.get("merged"))
     return EditRun(
         name=name,
         alone=_by_set(singles, "success"),
-        alone_drift={_text(row.get("set")): _drift(row.get("drift")) for row in singles},
-        merged=_numbers(merged.get("success")),
+        alone_drift={as_text(row.get("set")): _drift(row.get("drift")) for row in singles},
+        merged=as_numbers(merged.get("success")),
         overall=number(merged.get("overall")),
         survival=number(merged.get("survival")),
-        stricter={key: (_by_set(singles, key), _numbers(merged.get(key))) for key in ("exact", "paraphrase")},
+        stricter={
+            key: (_by_set(singles, key), as_numbers(merged.get(key))) for key in ("exact", "paraphrase")
+        },
         survival_exact=number(merged.get("survival_exact")),
         drift=_drift(merged.get("drift")),
-        export=_mapping(raw.get("export")),
+        export=as_mapping(raw.get("export")),
     )
 
 
 def _by_set(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, float | None]:
-    return {_text(row.get("set")): number(row.get(key)) for row in rows}
+    return {as_text(row.get("set")): number(row.get(key)) for row in rows}
 
 
 def _drift(raw: Any) -> tuple[Drift, ...]:
     return tuple(
         Drift(
-            text=_text(text),
-            kl=number(_mapping(row).get("kl")),
-            perplexity_ratio=number(_mapping(row).get("perplexity_ratio")),
-            tokens=number(_mapping(row).get("tokens")),
+            text=as_text(text),
+            kl=number(as_mapping(row).get("kl")),
+            perplexity_ratio=number(as_mapping(row).get("perplexity_ratio")),
+            tokens=number(as_mapping(row).get("tokens")),
         )
-        for text, row in _mapping(raw).items()
+        for text, row in as_mapping(raw).items()
     )
 
 
 def _modules(raw: Any) -> tuple[ModuleUpdate, ...]:
-    return tuple(_module(_mapping(row)) for row in _rows(raw))
+    return tuple(_module(as_mapping(row)) for row in as_rows(raw))
 
 
 def _module(row: Mapping[str, Any]) -> ModuleUpdate:
-    module, layer = _text(row.get("module")), number(row.get("layer"))
+    module, layer = as_text(row.get("module")), number(row.get("layer"))
     return ModuleUpdate(
         module=module,
         layer=None if layer is None else int(layer),
-        type=_text(row.get("type")) or module.rsplit(".", 1)[-1],
+        type=as_text(row.get("type")) or module.rsplit(".", 1)[-1],
         norm=number(row.get("norm")),
         left=number(row.get("left")),
         right=number(row.get("right")),
         both=number(row.get("both")),
-        sigma=tuple(number(value) for value in _rows(row.get("sigma"))),
-        gains=tuple(number(value) for value in _rows(row.get("gains"))),
+        sigma=tuple(number(value) for value in as_rows(row.get("sigma"))),
+        gains=tuple(number(value) for value in as_rows(row.get("gains"))),
         leak=number(row.get("leak")),
     )
-
-
-def _numbers(raw: Any) -> dict[str, float | None]:
-    return {_text(key): number(value) for key, value in _mapping(raw).items()}
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, Mapping) else {}
-
-
-def _rows(raw: Any) -> Sequence[Any]:
-    return raw if isinstance(raw, Sequence) and not isinstance(raw, str | bytes) else ()
-
-
-def _text(raw: Any) -> str:
-    return "" if raw is None else printable(raw)

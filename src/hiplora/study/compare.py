@@ -10,10 +10,10 @@ from typing import Any
 from hiplora import __version__
 from hiplora.errors import ConfigError
 from hiplora.evaluation.texts import drift_texts
-from hiplora.provenance import json_sha256, provenance
+from hiplora.provenance import folder_identity, json_sha256, provenance
 from hiplora.recipes import TrainRecipe, model_problems
 from hiplora.study.data import SplitData, split_data
-from hiplora.study.folder import StudyFolder, check_claim, claimed, finish, model_identity
+from hiplora.study.folder import StudyFolder, check_claim, claimed, finish
 from hiplora.study.isolated import run_here, run_isolated
 from hiplora.study.methods import METHODS, Ranks, mismatch, slug
 
@@ -222,7 +222,7 @@ def _plan(settings: CompareSettings, data: SplitData, texts: Mapping[str, str]) 
         "settings": chosen,
         "data_sha256": data.sha256,
         "drift_texts_sha256": json_sha256(texts),
-        "model_sha256": model_identity(settings.model),
+        "model_sha256": folder_identity(settings.model),
     }
 
 

@@ -10,10 +10,10 @@ from hiplora import __version__
 from hiplora.editing.edits import EditSet, load_edit_sets
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.texts import drift_texts
-from hiplora.provenance import json_sha256
+from hiplora.provenance import folder_identity, json_sha256
 from hiplora.recipes import model_problems
 from hiplora.study.demo_results import collect
-from hiplora.study.folder import check_claim, claimed, finish, model_identity
+from hiplora.study.folder import check_claim, claimed, finish
 from hiplora.study.isolated import run_here, run_isolated
 from hiplora.study.methods import LORA, METHODS, Ranks, slug
 
@@ -106,5 +106,5 @@ def _plan(settings: DemoSettings, sets: Sequence[EditSet]) -> dict[str, Any]:
         "settings": chosen,
         "edits_sha256": json_sha256([asdict(part) for part in sets]),
         "drift_texts_sha256": json_sha256(drift_texts()),
-        "model_sha256": model_identity(settings.model),
+        "model_sha256": folder_identity(settings.model),
     }

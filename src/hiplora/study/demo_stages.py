@@ -9,6 +9,7 @@ import torch
 
 from hiplora.editing import EditSet, EditTraining, evaluate_edits, train_edits
 from hiplora.evaluation import BaseReference, Encoded, drift_texts, encode, heldout_loss
+from hiplora.evaluation.mounting import mounted
 from hiplora.export import ExportReport, save_as_lora
 from hiplora.files import staged_dir
 from hiplora.merging import merge, save_merged
@@ -16,7 +17,7 @@ from hiplora.models import load, resolve
 from hiplora.recipes.methods import METHODS
 from hiplora.study.demo import BASE, DemoSettings, stage_name, stages
 from hiplora.study.folder import StudyFolder
-from hiplora.study.measure import allocation, base_reference, drift_dict, mounted
+from hiplora.study.measure import allocation, base_reference, drift_dict
 from hiplora.study.methods import slug
 from hiplora.training.adapters import adapter_config, save_adapter
 from hiplora.training.memory import peak_bytes, reset_peak

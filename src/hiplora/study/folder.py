@@ -22,7 +22,6 @@ from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, write_atomic
-from hiplora.provenance import json_sha256
 
 PLAN, RESULTS, LOCK = "plan.json", "results.json", ".lock"
 
@@ -125,15 +124,6 @@ def finish(folder: StudyFolder, results: Mapping[str, Any]) -> None:
 
     save_report(results, folder.path)
     write_atomic(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
-
-
-def model_identity(model: str) -> str | None:
-    """Return a hash of a model folder's configuration and of the sizes and times of its files; None for a name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return json_sha256([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

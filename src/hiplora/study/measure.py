@@ -1,13 +1,13 @@
 """What is measured on each adapter of a study: held-out loss, drift, and where its update lies."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
+from hiplora.evaluation.mounting import mounted
 from hiplora.export import AdapterUpdate, allocation_rows
 
 _ROW = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
@@ -40,15 +40,3 @@ def drift_dict(model: nn.Module, reference: BaseReference) -> dict[str, dict[str
 def allocation(adapter: Path | AdapterUpdate, base: str, rank: int) -> list[dict[str, Any]]:
     """Return the results' rows on where an adapter's update lies on the spectrum of the base weights."""
     return [{key: row[key] for key in _ROW} for row in allocation_rows(adapter, base, rank)]
-
-
-@contextlib.contextmanager
-def mounted(model: nn.Module, folder: Path) -> Iterator[Any]:
-    """Put an adapter on a bare model for a while and yield the PEFT model; what stays behind is the bare model."""
-    from peft import PeftModel
-
-    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-    try:
-        yield adapted
-    finally:
-        adapted.unload()

@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.export import save_dense
+from hiplora.export import AdapterUpdate, save_dense
+from hiplora.export.streaming import MergedTensors
 from tests.tiny import save_tiny
 from tests.unit.export.samples import ATTENTION, base_model, hip_config, leaky, logits, save_tiny_gpt2, saved
 
@@ -115,6 +117,36 @@ def test_an_adapter_trained_on_a_rounded_base_is_merged_into_the_full_one(tiny_m
     assert report.dtype == "float32"
 
 
+def test_a_live_model_is_exported_and_left_as_it_is(hip, tmp_path):
+    folder, model = hip
+    before = logits(model)
+    save_dense(model, tmp_path / "live")
+    save_dense(folder, tmp_path / "stored")
+    assert torch.equal(logits(base_model(tmp_path / "live")), logits(base_model(tmp_path / "stored")))
+    assert torch.equal(logits(model), before)
+
+
+def test_the_report_says_what_was_checked_and_what_was_not(hip, tmp_path, monkeypatch):
+    checked = save_dense(hip[0], tmp_path / "checked")
+    assert (len(checked.checks), checked.note) == (3, "")
+    assert checked.worst[1] < 1e-7
+    unchecked = save_dense(hip[0], tmp_path / "unchecked", check_logits=False)
+    assert (len(unchecked.checks), unchecked.logits) == (2, None)
+    assert unchecked.note == "logits not compared: switched off"
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    large = save_dense(hip[0], tmp_path / "large")
+    assert large.logits is None
+    assert "GiB, more than is free" in large.note
+
+
+def test_the_folder_has_a_model_card_that_names_the_base_and_the_checks(hip, tmp_path):
+    report = save_dense(hip[0], tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"base_model: {report.base}\n" in card
+    assert all(f"- {check}" in card for check in report.checks)
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["checks"] == report.checks
+
+
 def test_a_leaky_adapter_is_refused(tiny_model_dir, tmp_path):
     folder, module = leaky(tiny_model_dir, tmp_path / "a")
     with pytest.raises(AdapterError, match=f"{module} leaks"):
@@ -122,43 +154,46 @@ def test_a_leaky_adapter_is_refused(tiny_model_dir, tmp_path):
 
 
 def test_a_merge_that_is_not_the_adapter_is_refused(hip, tmp_path, monkeypatch):
-    from hiplora.export import dense
+    delta = AdapterUpdate.delta
+    monkeypatch.setattr(AdapterUpdate, "delta", lambda update, module: delta(update, module) / 2)
+    with pytest.raises(AdapterError, match=r"layer model\.layers\.0\..*: the merged weight differs by \d"):
+        save_dense(hip[0], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
-    merge = dense._merge
 
-    def halved(model, factors):
-        merge(model, {module: (A, B / 2) for module, (A, B) in factors.items()})
+def test_a_model_with_other_logits_is_refused(hip, tmp_path, monkeypatch):
+    blocks = MergedTensors.blocks
 
-    monkeypatch.setattr(dense, "_merge", halved)
-    with pytest.raises(AdapterError, match="logits differ"):
+    def doubled(tensors, name):
+        return (block * (2 if name == "model.norm.weight" else 1) for block in blocks(tensors, name))
+
+    monkeypatch.setattr(MergedTensors, "blocks", doubled)
+    with pytest.raises(AdapterError, match="logits differ by"):
         save_dense(hip[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_while_writing_leaves_no_folder_behind(hip, tmp_path, monkeypatch):
-    from transformers import LlamaForCausalLM
+    blocks = MergedTensors.blocks
 
-    def full_disk(self, folder, **options):
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+    def full_disk(tensors, name):
+        if name == "model.norm.weight":
+            raise OSError(28, "No space left on device")
+        return blocks(tensors, name)
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
+    monkeypatch.setattr(MergedTensors, "blocks", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_dense(hip[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_quantised_base_model_is_refused(hip, tmp_path, tiny_model_dir, monkeypatch):
-    from hiplora.export import dense
-
-    def quantised(name, dtype):
-        model = base_model(tiny_model_dir)
-        model.is_quantized = True
-        return model
-
-    monkeypatch.setattr(dense, "load_base", quantised)
+def test_a_quantised_base_model_is_refused(hip, tmp_path, tiny_model_dir):
+    base = shutil.copytree(tiny_model_dir, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="unquantised"):
-        save_dense(hip[0], tmp_path / "out")
+        save_dense(hip[0], tmp_path / "out", base=str(base))
 
 
 def test_an_adapter_that_names_no_base_model_asks_for_one(hip, tmp_path):

@@ -1,7 +1,9 @@
+import peft
 import pytest
 from peft import LoraConfig
 
-from tests.unit.export.samples import ATTENTION, hip_config, saved
+from tests.unit.export.adalora_samples import adalora
+from tests.unit.export.samples import ATTENTION, base_model, hip_config, saved, train
 
 
 @pytest.fixture(scope="session")
@@ -16,8 +18,29 @@ def adapters(tiny_model_dir, tmp_path_factory):
         "proj": hip_config(principal_channel=False),
         "lora": LoraConfig(r=3, lora_alpha=9, target_modules=ATTENTION),
         "mlp": LoraConfig(r=3, lora_alpha=9, target_modules=["up_proj"], use_rslora=True),
+        "patterns": LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"down_proj": 2},
+            alpha_pattern={"layers.1.self_attn.q_proj": 3},
+        ),
     }
-    return {
+    folders = {
         name: saved(tiny_model_dir, root / name, config, seed=i)[0]
         for i, (name, config) in enumerate(configs.items())
     }
+    adalora(tiny_model_dir, seed=9).save_pretrained(root / "adalora")
+    return folders | {"adalora": root / "adalora", "pissa": pissa(tiny_model_dir, root)}
+
+
+def pissa(base_dir, root):
+    """A PiSSA adapter as the difference to its start, as PEFT saves it."""
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION, init_lora_weights="pissa")
+    model = peft.get_peft_model(base_model(base_dir), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(root / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    train(model, seed=11)
+    model.save_pretrained(root / "pissa", path_initial_model_for_weight_conversion=root / "start")
+    return root / "pissa"

@@ -6,53 +6,11 @@ from hypothesis import strategies as st
 from hiplora.export.adapter import Channels
 from hiplora.merging.addition import Options, combine
 from hiplora.merging.term import Term
-from hiplora.spectral import retract
-
-M, N, K = 7, 9, 3
-
-
-def basis(seed):
-    generator = torch.Generator().manual_seed(seed)
-    U, V = (torch.linalg.qr(torch.randn(size, K, generator=generator)).Q for size in (M, N))
-    return U, V
-
-
-def hip_term(seed, weight, basis_seed=0, gains=True):
-    generator = torch.Generator().manual_seed(100 + seed)
-    U, V = basis(basis_seed)
-    rank = 1 + seed % 3
-    A, B = retract(torch.randn(rank, N, generator=generator), torch.randn(M, rank, generator=generator), U, V)
-    delta = torch.randn(K, generator=generator) if gains else None
-    channels = Channels(A, B, U, torch.arange(K, 0, -1.0), V, delta, scaling=1.5, leak_limit=1e-4)
-    return Term(channels.factors(), weight, channels)
-
-
-def lora_term(seed, weight):
-    generator = torch.Generator().manual_seed(200 + seed)
-    rank = 1 + seed % 4
-    return Term(
-        (torch.randn(rank, N, generator=generator), torch.randn(M, rank, generator=generator)), weight
-    )
-
-
-def dense(pair):
-    A, B = pair
-    return B.double() @ A.double()
-
-
-def expected(terms):
-    return sum(term.weight * dense(term.factors) for term in terms)
-
+from tests.unit.merging.terms import K, dense, expected_sum, hip_term, lora_term, make
 
 numbers = st.floats(-3, 3).filter(lambda value: value == 0 or abs(value) > 1e-3)
 kinds = st.sampled_from(["shared", "elsewhere", "proj", "lora"])
 sums = st.lists(st.tuples(kinds, st.integers(0, 20), numbers), min_size=1, max_size=5)
-
-
-def make(kind, seed, weight):
-    if kind == "lora":
-        return lora_term(seed, weight)
-    return hip_term(seed, weight, basis_seed=1 if kind == "elsewhere" else 0, gains=kind != "proj")
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,7 +18,7 @@ def make(kind, seed, weight):
 def test_the_product_of_the_sum_is_the_sum_of_the_products(specs):
     terms = [make(*spec) for spec in specs]
     factors, _ = combine(terms, Options())
-    torch.testing.assert_close(dense(factors), expected(terms), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense(factors), expected_sum(terms), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,7 +74,7 @@ def test_a_rotated_basis_of_the_same_span_does_not_count_as_shared():
     parts = other.channels
     rotated = Channels(parts.A, parts.B, parts.U @ turn, parts.sigma, parts.V @ turn, parts.delta, 1.5, 1e-4)
     terms = [one, Term(rotated.factors(), 1.0, rotated)]
-    torch.testing.assert_close(dense(combine(terms, Options())[0]), expected(terms), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense(combine(terms, Options())[0]), expected_sum(terms), rtol=1e-5, atol=1e-5)
 
 
 def test_proj_lora_adds_its_residual_to_the_shared_basis():

@@ -8,11 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.export import inspect_adapter, read_update, save_dense
-from hiplora.merging import RULES, merge, save_merged
+from hiplora.merging import RULES, DenseMerge, merge, save_merged
 from tests.tiny import save_tiny
 from tests.unit.export.samples import (
     base_model,
     deltas,
+    edit_tensors,
     hip_config,
     leaky,
     logits,
@@ -36,6 +37,10 @@ def assert_is_sum(update, terms):
         torch.testing.assert_close(product(update, module), delta, rtol=1e-4, atol=1e-6)
 
 
+def delta(update, module):
+    return update.delta(module) if isinstance(update, DenseMerge) else product(update, module)
+
+
 def rename_base(folder, to, name):
     copy = shutil.copytree(folder, to)
     file = copy / "adapter_config.json"
@@ -43,7 +48,8 @@ def rename_base(folder, to, name):
     return copy
 
 
-ALL = ("one", "two", "three", "other rank", "proj", "lora", "mlp")
+FACTOR_RULES = [name for name, rule in RULES.items() if rule.kind == "factors"]
+ALL = ("one", "two", "three", "other rank", "proj", "lora", "mlp", "patterns", "adalora", "pissa")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +61,8 @@ ALL = ("one", "two", "three", "other rank", "proj", "lora", "mlp")
         (("one", "other rank"), None),
         (("proj", "two"), None),
         (ALL, None),
-        (ALL, (1, -1, 0.5, 0, 2, -0.25, 1)),
+        (ALL, (1, -1, 0.5, 0, 2, -0.25, 1, 0.5, -2, 0.1)),
+        (("one", "adalora", "pissa"), None),
     ],
 )
 def test_a_merge_is_the_weighted_sum_of_the_updates(adapters, names, weights):
@@ -125,7 +132,79 @@ def test_a_merge_can_be_merged_again(adapters):
     assert twice.rank("model.layers.0.self_attn.q_proj") == 4 + 4 + 2 + 6
 
 
+@pytest.mark.parametrize("method", FACTOR_RULES)
+def test_every_rule_of_factors_is_saved_and_loaded_as_it_is_in_memory(adapters, tmp_path, method):
+    update = merge([adapters[name] for name in ("one", "lora", "adalora")], method, (1, 0.5, -1))
+    report = save_merged(update, tmp_path / "out", check_logits=False)
+    stored = read_update(tmp_path / "out")
+    assert set(stored.factors) == set(update.factors)
+    for module, factors in update.factors.items():
+        assert all(torch.equal(a, b) for a, b in zip(factors, stored.factors[module], strict=True))
+    assert report.worst[1] < 1e-5
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_every_rule_merges_all_kinds_of_adapters_module_by_module(adapters, method):
+    folders = [adapters[name] for name in ALL]
+    update = merge(folders, method)
+    modules = set(update.modules if isinstance(update, DenseMerge) else update.factors)
+    assert modules == {module for folder in folders for module in read_update(folder).factors}
+    down = "model.layers.0.mlp.down_proj"  # adapted by two of them
+    alone = merge([adapters["patterns"], adapters["adalora"]], method)
+    torch.testing.assert_close(delta(update, down), delta(alone, down))
+
+
+def test_what_an_adapter_of_weight_zero_alone_adapts_is_left_out(adapters):
+    update = merge([adapters["one"], adapters["mlp"]], weights=(1, 0))
+    assert set(update.factors) == set(read_update(adapters["one"]).factors)
+
+
+def test_an_option_is_the_rules(adapters):
+    folders = [adapters["one"], adapters["lora"]]
+    flat, half = merge(folders, "iso-c"), merge(folders, "iso-c", options={"scale": 0.5})
+    for module in flat.factors:
+        torch.testing.assert_close(delta(half, module), 0.5 * delta(flat, module), rtol=1e-4, atol=1e-7)
+    with pytest.raises(ConfigError, match="'iso-c' has no option 'density'; its options: scale"):
+        merge(folders, "iso-c", options={"density": 0.5})
+
+
+def test_a_bar_can_follow(adapters):
+    seen = []
+    merge([adapters["one"]], "tsv", wrap=lambda names: (seen.append(name) or name for name in names))
+    assert seen == sorted(read_update(adapters["one"]).factors)
+
+
 # What cannot be merged
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_no_rule_merges_adapters_of_different_base_weights(adapters, tmp_path, method):
+    other = save_tiny(tmp_path / "other", seed=1)
+    foreign, _ = saved(other, tmp_path / "foreign", hip_config())
+    with pytest.raises(AdapterError, match="different base weights"):
+        merge([adapters["one"], foreign], method)
+    with pytest.raises(AdapterError, match="not the one that this adapter was made for"):
+        merge([adapters["one"], adapters["lora"]], method, base=str(other))
+
+
+def test_a_module_that_the_base_model_lacks_is_named(adapters, tiny_model_dir, tmp_path):
+    def move(tensors):
+        for name in [name for name in tensors if ".layers.1." in name]:
+            tensors[name.replace(".layers.1.", ".layers.7.")] = tensors.pop(name)
+
+    folder = shutil.copytree(adapters["lora"], tmp_path / "deeper")
+    edit_tensors(folder, move)
+    with pytest.raises(AdapterError, match=r"has no layer model\.layers\.7\.self_attn"):
+        merge([adapters["one"], folder], base=str(tiny_model_dir))
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_a_factor_that_is_not_finite_is_refused_and_named(adapters, tmp_path, method):
+    folder = shutil.copytree(adapters["lora"], tmp_path / "broken")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    edit_tensors(folder, lambda tensors: tensors[name].view(-1)[:2].fill_(float("nan")))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight: 2 of \d+ values are NaN or Inf"):
+        merge([adapters["one"], folder], method)
 
 
 def test_adapters_of_different_base_weights_are_refused_and_the_layer_is_named(adapters, tmp_path):
@@ -212,18 +291,6 @@ def test_a_weight_that_is_no_finite_number_is_refused(adapters, bad):
         merge([adapters["one"], adapters["two"]], weights=(1, bad))
 
 
-def test_an_unknown_rule_is_refused_and_the_known_ones_are_named(adapters):
-    with pytest.raises(ConfigError, match=r"'average' is not known; expected one of addition"):
-        merge([adapters["one"]], method="average")
-
-
 def test_nothing_to_merge_is_said():
     with pytest.raises(ConfigError, match="at least one adapter"):
         merge([])
-
-
-def test_every_registered_rule_has_a_name_a_summary_and_default_options():
-    for name, rule in RULES.items():
-        assert rule.name == name
-        assert rule.summary
-        assert rule.options() is not None

@@ -102,3 +102,19 @@ def test_a_long_label_keeps_its_two_ends_within_the_limit():
 
 def test_control_characters_and_line_breaks_never_reach_a_page():
     assert numbers.printable("a\x00b\x1b[1m\nc\u202ed") == "ab[1m cd"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.614, "0.61"), (-0.229, "−0.23"), (-0.004, "0.00"), (1, "1.00"), (None, "—"), (math.inf, "∞")],
+)
+def test_hundredths(value, text):
+    assert numbers.hundredths(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12, "+0.12"), (-3.4, "−3.40"), (-0.004, "±0.00"), (1234.5, "+1,234.50"), (None, "—")],
+)
+def test_signed(value, text):
+    assert numbers.signed(value) == text

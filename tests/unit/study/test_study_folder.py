@@ -4,7 +4,8 @@ import os
 import pytest
 
 from hiplora.errors import ConfigError
-from hiplora.study.folder import StudyFolder, check_claim, claimed, differences, model_identity
+from hiplora.provenance import folder_identity
+from hiplora.study.folder import StudyFolder, check_claim, claimed, differences
 
 PLAN = {"kind": "compare", "settings": {"steps": 5, "lr": 1e-3}}
 
@@ -92,8 +93,8 @@ def test_differences_name_the_path_of_a_setting():
 
 def test_a_models_identity_changes_with_its_files_and_a_name_has_none(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    before = model_identity(str(tmp_path))
-    assert before == model_identity(str(tmp_path))
+    before = folder_identity(str(tmp_path))
+    assert before == folder_identity(str(tmp_path))
     (tmp_path / "config.json").write_text("{ }")
-    assert model_identity(str(tmp_path)) != before
-    assert model_identity("owner/name") is None
+    assert folder_identity(str(tmp_path)) != before
+    assert folder_identity("owner/name") is None

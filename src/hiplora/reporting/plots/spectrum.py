@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hiplora.reporting.canvas import Panel, Plate, dress
 from hiplora.reporting.numbers import median, percent, power_of_ten, shorten
@@ -26,6 +26,14 @@ TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "
 _MOST_POINTS = 1500
 _FLOOR = 1e-7
 _MOST_TYPES = 8
+
+
+class Typed(Protocol):
+    """A row of a module, whose type is the last part of the module's name."""
+
+    @property
+    def type(self) -> str:
+        """The module's type, such as q_proj."""
 
 
 def plate(updates: Mapping[str, Sequence[ModuleUpdate]], looks: Mapping[str, Look]) -> Plate | None:
@@ -50,7 +58,7 @@ def plate(updates: Mapping[str, Sequence[ModuleUpdate]], looks: Mapping[str, Loo
     )
 
 
-def types_of(rows: Iterable[ModuleUpdate]) -> list[str]:
+def types_of(rows: Iterable[Typed]) -> list[str]:
     """Return the module types of the rows: the usual projections in their usual order, then the others."""
     found = {row.type for row in rows}
     return [kind for kind in TYPE_ORDER if kind in found] + sorted(found - set(TYPE_ORDER))

@@ -1,0 +1,122 @@
+"""`hiplora merge-check`: what a merge of adapters breaks, before it is written."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json, print_table
+from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
+from hiplora.cli.merge import METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_weights
+from hiplora.errors import ConfigError
+from hiplora.merging.options import parse_option
+
+
+def command(
+    adapters: list[str] = typer.Argument(
+        ..., help="Adapter folders over one base; as TASK=FOLDER, the task that each was trained for."
+    ),
+    suite: str = typer.Option(..., "--suite", help=SUITE_HELP),
+    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    method: list[str] = typer.Option(
+        ["addition"], "--method", help=f"{METHOD_HELP} May be repeated: the rules are judged side by side."
+    ),
+    weights: str | None = typer.Option(None, "--weights", help=WEIGHTS_HELP),
+    set_: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help=SET_HELP),
+    rank: int | None = typer.Option(None, "--rank", min=1, help="Recompress the merge to this rank."),
+    sizes: str | None = typer.Option(
+        None,
+        "--sizes",
+        help="Also check every merge of so many of the adapters, as 2,3: what MergeFail is counted over.",
+    ),
+    base: str | None = typer.Option(
+        None, "--base", help="Base model, if not the one that the adapters name."
+    ),
+    data: Path | None = typer.Option(None, "--data", help=DATA_HELP),
+    limit: int | None = typer.Option(None, "--limit", min=1, help=LIMIT_HELP),
+    seed: int = typer.Option(
+        0, "--seed", min=0, help="Seed of the choice of items and of sampled responses."
+    ),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Rows of a batch."),
+    allow_code: bool = typer.Option(False, "--allow-code-execution", help=CODE_HELP),
+    overwrite: bool = OVERWRITE_OPTION,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Score adapters alone and merged on the same items, and say what the merge broke.
+
+    For each task: the score before the merge (of the adapter that was trained for it), after it, the difference
+    with its 95 % interval; MergeFail, the share of merges in which a task falls below τ of its score before, over a
+    table of τ; and how the adapters conflict, module by module. The folder gets merge-check.json and report.html.
+
+    Interrupted, it goes on when the same command is given again.
+
+    Example:
+
+        hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --data benchmarks --out
+        runs/check
+    """
+    from hiplora.evaluation.evaluate import EvalSettings
+    from hiplora.study.merge_check import MergeSettings, write_merge_check
+
+    settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
+    options = dict(parse_option(text) for text in set_)
+    how = MergeSettings(tuple(method), parse_weights(weights), options, rank, base, _sizes(sizes))
+    with counted() as progress:
+        record = write_merge_check(adapters, settings, how, out, overwrite=overwrite, progress=progress)
+    if as_json:
+        emit_json(record)
+        return
+    print_verdicts(record)
+    typer.echo(f"\nWritten: {out}")
+
+
+def print_verdicts(record: dict[str, Any]) -> None:
+    """Print what each rule broke: a table of the tasks, and MergeFail over τ."""
+    for method, forms in record["verdicts"].items():
+        rows: list[list[str]] = []
+        for judged in forms.values():
+            for task, row in {**judged["tasks"], **judged["kept"]}.items():
+                title = f"{record['tasks'][task]['title']}: {row['metric']}"
+                rows.append([title, row["before_of"], *_changed(row)])
+        columns = (
+            "",
+            "before, of",
+            "before",
+            "after",
+            "difference, 95 %",
+        )
+        print_table(f"{method}: scores before and after, per cent", columns, rows)
+        taus = list(next(iter(forms.values()))["merge_fail"])
+        fails = [
+            [form, *(_share(judged["merge_fail"].get(tau)) for tau in taus), _interval(judged["mean_drop"])]
+            for form, judged in forms.items()
+        ]
+        merges = next(iter(forms.values()))["instances"]
+        print_table(
+            f"{method}: MergeFail of {merges} merge{'s' if merges != 1 else ''}, over τ",
+            ("by", *(f"τ = {tau}" for tau in taus), "mean |drop|, pp"),
+            fails,
+        )
+        for note in dict.fromkeys(note for judged in forms.values() for note in judged["notes"]):
+            typer.echo(note)
+
+
+def _changed(row: dict[str, Any]) -> list[str]:
+    return [f"{row['before']:.1f}", f"{row['after']:.1f}", _interval(row["difference"], sign="+")]
+
+
+def _interval(found: dict[str, float] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    return f"{found['estimate']:{sign}.1f} ({found['low']:{sign}.1f} – {found['high']:{sign}.1f})"
+
+
+def _share(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['estimate']:.0%} ({found['low']:.0%} – {found['high']:.0%})"
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError(f"--sizes {text}: expected whole numbers with commas between, as 2,3") from None

@@ -1,0 +1,68 @@
+"""The singular value decomposition of an update in the space of its thin factors: nothing (m, n) is ever formed.
+
+Pure functions, in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hiplora.export.adapter import Pair
+
+# Singular values below this share of the largest are what rounding to fp32 leaves of directions that are not there.
+_ROUNDING = 1e-6
+# The same for sums whose terms cancel, in units of the norms of their factors: what float64 leaves.
+_CANCELLED = 1e-13
+# Unit vectors that differ by less than this are one direction: its singular values among them are 0 but for rounding.
+_SAME_DIRECTION = 1e-5
+
+
+def thin_svd(factors: Pair) -> tuple[Float[Tensor, "m q"], Float[Tensor, " q"], Float[Tensor, "n q"]]:
+    """Return `(U, σ, V)` with `B'A' = U diag(σ) Vᵀ`, σ descending and above rounding; q = 0 for a zero update.
+
+    From QR of both factors and the SVD of the small matrix between them.
+    """
+    A, B = factors
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    P, sigma, Ot = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    floor = torch.maximum(_ROUNDING * sigma[0], _CANCELLED * R_B.norm() * R_A.norm())
+    rank = int((sigma > floor).sum())
+    return Q_B @ P[:, :rank], sigma[:rank], Q_A @ Ot[:rank].T
+
+
+def balanced(U: Float[Tensor, "m q"], sigma: Float[Tensor, " q"], V: Float[Tensor, "n q"]) -> Pair:
+    """Return fp32 factors of `U diag(σ) Vᵀ`, σ of any sign, that are equally large; of rank 1 where q is 0."""
+    if not len(sigma):
+        return zero_pair(U.shape[0], V.shape[0])
+    root = sigma.abs().sqrt()
+    return (V * root).T.float().contiguous(), (U * (root * sigma.sign())).float()
+
+
+def zero_pair(m: int, n: int) -> Pair:
+    """Return factors of rank 1 of the zero update (m, n)."""
+    return torch.zeros(1, n), torch.zeros(m, 1)
+
+
+def shared_outputs(factors: Sequence[Pair]) -> Float[Tensor, "m q"]:
+    """Return U of `[ΔW_1 … ΔW_T] = U Σ Vᵀ`, the updates side by side; q is at most the sum of their ranks.
+
+    U depends on the `A_t` only through their triangular factors: with `A_t = S_tᵀ Q_tᵀ` it is that of
+    `[B_1 … B_T] diag(S_1ᵀ, …, S_Tᵀ)`, blocks on the diagonal.
+    """
+    inner = [torch.linalg.qr(A.double().T, mode="r").R.T for A, _ in factors]
+    return thin_svd((torch.block_diag(*inner), torch.cat([B for _, B in factors], dim=1)))[0]
+
+
+def polar(columns: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
+    """Return the orthogonal factor of the polar decomposition: the orthonormal columns nearest to the given ones.
+
+    That is `P Oᵀ` of their SVD `P S Oᵀ` (the Procrustes problem). Where the columns are linearly dependent it is not
+    unique, and directions that none of them has would be made up: they are left out, so that the result is a partial
+    isometry, the one that does not depend on the order of the columns.
+    """
+    P, sigma, Ot = torch.linalg.svd(columns, full_matrices=False)
+    kept = sigma > _SAME_DIRECTION
+    return P[:, kept] @ Ot[kept]

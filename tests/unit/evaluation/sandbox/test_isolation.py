@@ -1,0 +1,95 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.evaluation.sandbox import __main__ as table
+from hiplora.evaluation.sandbox import isolation as room
+from hiplora.evaluation.sandbox import missing_guards, require_permission, run_program
+
+
+@pytest.fixture
+def found_anew():
+    room.guards.cache_clear()
+    yield
+    room.guards.cache_clear()
+
+
+def refusing(*broken):
+    """Stand in for a machine where these layers fail."""
+    return lambda layers: (
+        f"{bad[0]}: refused" if (bad := [layer for layer in layers if layer in broken]) else ""
+    )
+
+
+def test_all_guards_are_there_when_all_work(found_anew, monkeypatch):
+    monkeypatch.setattr(room, "_problem", refusing())
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert missing_guards() == ()
+    assert room.active_layers() == set(room.LAYERS) - ({"account"} if os.geteuid() else set())
+
+
+def test_a_layer_that_fails_is_missing_with_its_reason_and_the_others_stay(found_anew, monkeypatch):
+    monkeypatch.setattr(room, "_problem", refusing("network", "landlock"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert [(guard.layer, guard.reason) for guard in missing_guards()] == [
+        ("network", "network: refused"),
+        ("landlock", "landlock: refused"),
+    ]
+    assert {"user", "mount", "pid", "seccomp"} <= room.active_layers()
+
+
+def test_a_machine_where_nothing_runs_is_an_error(found_anew, monkeypatch):
+    monkeypatch.setattr(room, "_problem", lambda layers: "no Python")
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(HipLoraError, match="does not work here: no Python"):
+        room.guards()
+
+
+def test_a_layer_that_the_machine_refuses_is_found_by_trying_it():
+    assert room._problem(["a moat"]) == "there is no layer 'a moat'"
+    assert room._problem([]) == ""
+
+
+def test_permission_is_needed_and_the_refusal_says_what_protects_and_what_does_not(found_anew, monkeypatch):
+    monkeypatch.setattr(room, "_problem", refusing("network"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(ConfigError) as refusal:
+        require_permission(False)
+    said = str(refusal.value)
+    assert "--allow-code-execution" in said
+    assert "active here: user namespace, mount namespace" in said
+    assert "network namespace (network: refused): stops any network" in said
+    require_permission(True)
+
+
+def test_other_systems_name_every_guard_as_missing(found_anew, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert len(missing_guards()) == len(room.guards())
+    assert {guard.reason for guard in missing_guards()} == {"needs Linux"}
+
+
+def test_windows_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    with pytest.raises(HipLoraError, match="needs Linux"):
+        run_program("pass")
+
+
+def test_the_table_has_a_row_for_each_guard(found_anew, monkeypatch, capsys):
+    monkeypatch.setattr(room, "_problem", refusing("network"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert table.main() == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 1 + len(room.guards())
+    [row] = [row for row in rows if "network: refused" in row]
+    assert row.split()[:3] == ["network", "namespace", "missing"]
+
+
+def test_the_module_prints_the_guards_of_this_machine():
+    shown = subprocess.run(
+        [sys.executable, "-m", "hiplora.evaluation.sandbox"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("guard")
+    assert shown.stderr == ""

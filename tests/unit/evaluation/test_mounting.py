@@ -1,0 +1,123 @@
+import types
+
+import peft
+import pytest
+import torch
+from tiny import tiny_llama
+
+from hiplora.errors import AdapterError
+from hiplora.evaluation.mounting import applied, check_acts, mounted
+
+IDS = torch.arange(1, 20)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False).logits[0]
+
+
+def lora_folder(path, targets=("q_proj",), **options):
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
+    )
+    model.save_pretrained(path)
+    return path
+
+
+class Change(types.SimpleNamespace):
+    """An update of given matrices."""
+
+    source = "a change"
+
+    @property
+    def modules(self):
+        return tuple(self.matrices)
+
+    def delta(self, module):
+        return self.matrices[module]
+
+
+def test_an_adapter_acts_while_it_is_mounted_and_leaves_the_bare_model(tmp_path):
+    model, folder = tiny_llama(), lora_folder(tmp_path)
+    before = logits(model)
+    with mounted(model, folder) as adapted:
+        assert not torch.equal(logits(adapted), before)
+    assert torch.equal(logits(model), before)
+    assert not hasattr(model, "peft_config")
+
+
+def test_an_adapter_of_another_model_is_refused_by_name(tmp_path):
+    folder = lora_folder(tmp_path, targets=["q_proj"])
+    weights = peft.utils.save_and_load.safe_load_file(folder / "adapter_model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor[..., :3].contiguous() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
+    with pytest.raises(AdapterError, match=str(tmp_path)), mounted(tiny_llama(), folder):
+        pass
+
+
+def test_an_update_is_added_and_the_very_same_weights_come_back():
+    model = tiny_llama()
+    name = "model.layers.0.mlp.up_proj"
+    weight, before = model.get_submodule(name).weight, logits(model)
+    change = torch.randn(weight.shape)
+    with applied(model, Change(matrices={name: change})) as changed:
+        assert torch.equal(model.get_submodule(name).weight, weight + change)
+        assert not torch.equal(logits(changed), before)
+    assert model.get_submodule(name).weight is weight
+    assert torch.equal(logits(model), before)
+
+
+def test_a_tied_output_head_leaves_the_embeddings_alone():
+    model = tiny_llama(tie=True)
+    embedded = model.get_input_embeddings().weight.clone()
+    change = torch.ones_like(embedded)
+    with applied(model, Change(matrices={"lm_head": change})):
+        assert torch.equal(model.get_input_embeddings().weight, embedded)
+        assert torch.equal(model.lm_head.weight, embedded + change)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_weights_come_back_after_an_error():
+    model = tiny_llama()
+    before = logits(model)
+    good, bad = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"
+    matrices = {good: torch.ones(96, 64), bad: torch.ones(3, 3)}
+    with pytest.raises(AdapterError, match=bad), applied(model, Change(matrices=matrices)):
+        pass
+    assert torch.equal(logits(model), before)
+
+
+def test_a_layer_that_the_model_lacks_is_named():
+    change = Change(matrices={"model.layers.7.mlp.up_proj": torch.ones(96, 64)})
+    with pytest.raises(AdapterError, match=r"no layer model\.layers\.7"), applied(tiny_llama(), change):
+        pass
+
+
+def test_an_adapter_that_does_nothing_is_refused():
+    base = torch.ones(3)
+    with pytest.raises(AdapterError, match="changes no logit"):
+        check_acts(base, base.clone(), base.clone(), "idle")
+
+
+def test_an_adapter_that_leaves_the_base_changed_is_refused():
+    base = torch.ones(3)
+    with pytest.raises(AdapterError, match="bit for bit"):
+        check_acts(base, base + 1, base + 1e-7, "pissa")
+
+
+def test_pissa_that_was_not_converted_is_caught(tmp_path):
+    """Loaded anew, it subtracts its start from the base weights, which then are not the base's any more."""
+    model = peft.get_peft_model(
+        tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    )
+    model.save_pretrained(tmp_path)
+    bare = tiny_llama()
+    base = logits(bare)
+    with mounted(bare, tmp_path) as adapted:
+        on = logits(adapted)
+        with adapted.disable_adapter(), pytest.raises(AdapterError, match="bit for bit"):
+            check_acts(base, on, logits(adapted), "pissa")

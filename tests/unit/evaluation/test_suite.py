@@ -1,0 +1,69 @@
+import pytest
+import yaml
+
+from hiplora.errors import ConfigError
+from hiplora.evaluation.suite import TASKS, own_suites, own_tasks, read_suite, task_settings
+
+
+def names(suite):
+    return [task.name for task in suite.tasks]
+
+
+@pytest.mark.parametrize("name", own_suites())
+def test_every_suite_of_the_project_names_its_own_tasks(name):
+    assert all(task.lm_eval == f"hiplora_{task.name}" for task in read_suite(name).tasks)
+
+
+@pytest.mark.parametrize("name", own_tasks())
+def test_every_task_file_says_what_lm_eval_and_the_report_need(name):
+    text = (TASKS / f"{name}.yaml").read_text().replace("!function ", "")
+    task = yaml.safe_load(text)
+    assert task["task"] == f"hiplora_{name}"
+    assert {"title", "file", "score"} <= set(task_settings(name))
+    metrics = [entry["metric"] for entry in task["metric_list"]]
+    assert task_settings(name)["score"] in metrics
+
+
+def test_tasks_can_be_named_one_by_one():
+    suite = read_suite("gsm8k, lambada_openai")
+    assert [task.lm_eval for task in suite.tasks] == ["hiplora_gsm8k", "lambada_openai"]
+
+
+def test_an_alternative_is_taken_by_the_file_that_is_there(tmp_path):
+    (tmp_path / "openbookqa.jsonl").write_text("{}\n")
+    assert names(read_suite("scienceqa | openbookqa", tmp_path)) == ["openbookqa"]
+    (tmp_path / "scienceqa_test.jsonl").write_text("{}\n")
+    assert names(read_suite("scienceqa | openbookqa", tmp_path)) == ["scienceqa"]
+    assert names(read_suite("scienceqa | openbookqa")) == ["scienceqa"]
+
+
+def test_a_suite_file_limits_tasks_and_includes_folders(tmp_path):
+    (tmp_path / "mine").mkdir()
+    path = tmp_path / "mine.yaml"
+    path.write_text("tasks: [gsm8k, {task: other, limit: 5}]\ninclude: [mine]\n")
+    suite = read_suite(str(path))
+    assert [(task.lm_eval, task.limit) for task in suite.tasks] == [("hiplora_gsm8k", None), ("other", 5)]
+    assert suite.include == (tmp_path / "mine",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tasks: []", "tasks"),
+        ("tasks: [{task: gsm8k, limit: 0}]", "limit"),
+        ("task: gsm8k", "tasks"),
+        ("tasks: [gsm8k]\ninclude: [nowhere]", "nowhere"),
+        ("tasks: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_suite_file_is_refused_by_what_is_wrong_in_it(tmp_path, text, said):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_suite(str(path))
+
+
+@pytest.mark.parametrize("suite", ["", ",", "missing.yaml"])
+def test_no_suite_says_which_there_are(suite):
+    with pytest.raises(ConfigError, match="retention"):
+        read_suite(suite)

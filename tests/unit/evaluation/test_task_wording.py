@@ -1,0 +1,48 @@
+import pytest
+
+from hiplora.evaluation.tasks import wording
+from hiplora.evaluation.tasks.scoring import number_match
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (" 42", "42"),
+        ("$1,234.50 in all", "1234.5"),
+        ("18.00", "18"),
+        ("-7", "-7"),
+        ("The answer is 3.", "3"),
+        ("007", "7"),
+        (".5", "0.5"),
+        ("-0", "0"),
+        ("none", "none"),
+        ("", ""),
+    ],
+)
+def test_numbers_are_compared_in_their_plain_form(text, plain):
+    assert wording.normal_number(text) == plain
+
+
+def test_a_gsm8k_answer_is_what_follows_the_marks():
+    row = {"answer": "He pays 2 * 600 = <<2*600=1200>>1200.\n#### 1,200"}
+    assert wording.final_number(row) == "1200"
+    assert number_match(row, ["$1200.00"]) == {"exact_match": 1.0}
+    assert number_match(row, ["1201"]) == {"exact_match": 0.0}
+    assert number_match(row, [""]) == {"exact_match": 0.0}
+
+
+def test_a_plain_number_is_its_own_answer():
+    assert wording.final_number({"answer": "3.0"}) == "3"
+
+
+def test_choices_stand_behind_letters():
+    row = {"question": "Which is wet?", "choices": ["sand", "rain"]}
+    assert wording.lettered(row) == "Question: Which is wet?\nA. sand\nB. rain\nAnswer:"
+    assert wording.letters(row) == ["A", "B"]
+
+
+def test_a_gap_is_filled_before_what_follows_it():
+    row = {"context": "The box hid the key since _ was large.", "choices": ["box", "key"], "answer": 0}
+    assert wording.gap_start(row) == ["The box hid the key since box", "The box hid the key since key"]
+    assert wording.gap_end(row) == "was large."
+    assert wording.gap_answer(row) == 0

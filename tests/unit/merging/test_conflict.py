@@ -1,0 +1,277 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.export import read_update
+from hiplora.export.adapter import AdapterUpdate
+from hiplora.merging.conflict import conflicts
+from hiplora.merging.subspaces import RANK_TOLERANCE
+from tests import reference
+
+
+def update(source="adapter", **factors):
+    """An update of the modules named."""
+    return AdapterUpdate("base", "lora", {}, factors, source=source)
+
+
+def dense(matrix):
+    """A matrix as factors (A, B)."""
+    return torch.eye(matrix.shape[1]), matrix
+
+
+def random_pair(m, n, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+
+
+def only(pairs, weights=None):
+    """The one row of updates that share one module."""
+    (row,) = conflicts([update(q=pair) for pair in pairs], weights or [1.0] * len(pairs))
+    return row
+
+
+def test_two_rank_one_updates_with_known_angles():
+    """60° between the outputs, 45° between the inputs, norms 2 and 3: the cosine is the product of the cosines."""
+    one = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0], [0.0]])
+    other = torch.tensor([[1.0, 1.0]]) / math.sqrt(2), 3 * torch.tensor([[0.5], [math.sqrt(3) / 2]])
+    row = only([one, other])
+    (pair,) = row.pairs
+    cosine = 0.5 / math.sqrt(2)
+    assert pair.left.mean == pytest.approx(1 / 4)
+    assert pair.right.mean == pytest.approx(1 / 2)
+    assert pair.cosine == pytest.approx(cosine)
+    assert pair.score == pytest.approx(math.sqrt(1 / 8) * (1 - cosine) / 2)
+    assert row.norms == pytest.approx((2, 3))
+    assert row.sum_norm == pytest.approx(math.sqrt(4 + 9 + 2 * 6 * cosine))
+    assert row.norm_ratio == pytest.approx(row.sum_norm / 5)
+    assert row.unrelated == pytest.approx(math.sqrt(13) / 5)
+
+
+def test_the_same_update_twice_agrees_and_does_not_conflict():
+    pair = random_pair(6, 5, 2, 0)
+    row = only([pair, pair])
+    (found,) = row.pairs
+    assert (found.left.mean, found.right.mean, found.cosine) == pytest.approx((1, 1, 1))
+    assert found.score == pytest.approx(0, abs=1e-12)
+    assert row.norm_ratio == pytest.approx(1)
+    assert row.sign_conflict == pytest.approx(0, abs=1e-6)
+
+
+def test_opposites_cancel_wholly_and_conflict_most():
+    A, B = random_pair(6, 5, 2, 0)
+    row = only([(A, B), (A, -B)])
+    assert row.pairs[0].cosine == pytest.approx(-1)
+    assert row.pairs[0].score == pytest.approx(1)
+    assert row.norm_ratio == pytest.approx(0, abs=1e-12)
+    assert row.sign_conflict == pytest.approx(1)
+
+
+def test_orthogonal_updates_do_not_meet_and_keep_the_norm_of_unrelated_ones():
+    e = torch.eye(6)
+    row = only([(e[[0, 1]], e[:, [0, 1]]), (e[[2, 3]], e[:, [2, 3]]), (e[[4, 5]], e[:, [4, 5]])])
+    assert all(
+        (pair.left.mean, pair.right.mean, pair.cosine, pair.score) == (0, 0, 0, 0) for pair in row.pairs
+    )
+    assert row.norm_ratio == pytest.approx(1 / math.sqrt(3))
+    assert row.unrelated == pytest.approx(1 / math.sqrt(3))
+    assert row.sign_conflict == 0
+
+
+def test_updates_that_meet_on_one_side_only_do_not_conflict():
+    e = torch.eye(4)
+    (pair,) = only([(e[[0]], e[:, [0]]), (e[[0]], -e[:, [1]])]).pairs
+    assert (pair.left.mean, pair.right.mean, pair.score) == (0, 1, 0)
+
+
+def test_unrelated_updates_in_the_same_directions_score_a_half():
+    rotation, reflection = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    (pair,) = only([dense(rotation), dense(reflection)]).pairs
+    assert (pair.left.mean, pair.right.mean, pair.cosine) == pytest.approx((1, 1, 0))
+    assert pair.score == pytest.approx(0.5)
+
+
+def test_signs_by_hand_and_with_weights():
+    """2·[[1, -2]] and -1·[[4, -4]]: magnitude 14, sum [[-2, 0]], so that 12 of 14 cancel."""
+    row = only([dense(torch.tensor([[1.0, -2.0]])), dense(torch.tensor([[4.0, -4.0]]))], [2.0, -1.0])
+    assert row.magnitude == 14
+    assert row.sign_conflict == pytest.approx(12 / 14)
+
+
+def test_a_negative_weight_turns_agreement_into_conflict():
+    pair = random_pair(6, 5, 2, 0)
+    row = only([pair, pair], [1.0, -0.5])
+    assert row.pairs[0].cosine == pytest.approx(-1)
+    assert row.norms[1] == pytest.approx(row.norms[0] / 2)
+    assert row.norm_ratio == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_an_update_of_zero_is_compared_with_nothing(weight):
+    A, B = random_pair(6, 5, 2, 0)
+    row = only([(A, B), (A, B * (1 - weight)), (A, 2 * B)], [1.0, weight, 1.0])
+    by_pair = {pair.adapters: pair for pair in row.pairs}
+    assert row.ranks == (2, 0, 2)
+    assert by_pair[0, 1].to_json() == {
+        "adapters": [0, 1], "left": None, "right": None, "cosine": None, "score": None
+    }  # fmt: skip
+    assert by_pair[0, 2].cosine == pytest.approx(1)
+    assert row.worst.adapters == (0, 2)
+
+
+def test_all_zero_has_no_ratio_and_no_share():
+    A, B = random_pair(6, 5, 2, 0)
+    row = only([(A, 0 * B), (A, 0 * B)])
+    assert (row.norm_ratio, row.unrelated, row.sign_conflict, row.worst) == (None, None, None, None)
+
+
+def test_modules_are_compared_among_the_adapters_that_have_them_in_the_model_s_order():
+    pair = random_pair(6, 5, 2, 0)
+    one = update(**{"layers.10.q": pair, "layers.2.q": pair})
+    two = update(**{"layers.2.q": pair, "layers.2.v": pair})
+    three = update(**{"layers.2.q": pair, "layers.10.q": pair, "lm_head": pair})
+    rows = conflicts([one, two, three], [1.0, 1.0, 1.0])
+    assert [(row.module, row.layer, row.adapters) for row in rows] == [
+        ("layers.2.q", 2, (0, 1, 2)),
+        ("layers.2.v", 2, (1,)),
+        ("layers.10.q", 10, (0, 2)),
+        ("lm_head", None, (2,)),
+    ]
+    assert [len(row.pairs) for row in rows] == [3, 0, 1, 0]
+    assert rows[2].pairs[0].adapters == (0, 2)
+
+
+def test_one_adapter_has_nothing_to_conflict_with():
+    row = only([random_pair(6, 5, 2, 0)])
+    assert row.pairs == ()
+    assert row.worst is None
+    assert row.norm_ratio == pytest.approx(1)
+    assert row.sign_conflict == pytest.approx(0)
+
+
+def test_a_record_is_json_and_names_the_worst_pair():
+    A, B = random_pair(6, 5, 2, 0)
+    row = json.loads(json.dumps(only([(A, B), (A, B), (A, -B)]).to_json()))
+    assert row["score"] == pytest.approx(1)
+    assert row["worst"] in ([0, 2], [1, 2])
+    assert row["pairs"][0]["left"].keys() == {"mean", "largest_cosine", "chance"}
+
+
+def test_factors_in_half_precision_are_read_as_they_are():
+    A, B = (factor.bfloat16() for factor in random_pair(6, 5, 2, 0))
+    half, full = only([(A, B), (A, -B)]), only([(A.float(), B.float()), (A.float(), -B.float())])
+    assert half.norms == full.norms
+
+
+def test_the_progress_bar_gets_the_names():
+    names = []
+    conflicts(
+        [update(q=random_pair(3, 3, 1, 0))], [1.0], wrap=lambda items: names.extend(items) or iter(names)
+    )
+    assert names == ["q"]
+
+
+@pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
+def test_weights_that_do_not_fit_are_refused(weights):
+    pair = random_pair(3, 3, 1, 0)
+    with pytest.raises(ConfigError, match="weights"):
+        conflicts([update(q=pair), update(q=pair)], weights)
+
+
+def test_modules_of_different_shapes_are_refused_by_name():
+    one, other = update("one", q=random_pair(3, 4, 1, 0)), update("other", q=random_pair(5, 4, 1, 0))
+    with pytest.raises(AdapterError, match=r"layer q: one has it with .*\(3, 4\), other with \(5, 4\)"):
+        conflicts([one, other], [1.0, 1.0])
+
+
+# ---- against dense float64
+
+
+@st.composite
+def cases(draw):
+    """Two to four updates of one shape whose subspaces share some directions, and their weights."""
+    m, n, count = draw(st.integers(1, 12)), draw(st.integers(1, 12)), draw(st.integers(2, 4))
+    shared = random_pair(m, n, draw(st.integers(1, 3)), draw(st.integers(0, 1000)))
+    pairs = []
+    for _ in range(count):
+        own = random_pair(m, n, draw(st.integers(1, 4)), draw(st.integers(0, 1000)))
+        scale = draw(st.sampled_from([0.0, 1.0, -2.0]))
+        pairs.append((torch.cat([own[0], shared[0]]), torch.cat([own[1], scale * shared[1]], dim=1)))
+    weights = draw(st.lists(st.floats(-3, 3).filter(lambda w: abs(w) > 0.05), min_size=count, max_size=count))
+    return pairs, weights
+
+
+def far_from_the_tolerance(matrix):
+    sigma = torch.linalg.svdvals(matrix)
+    shares = sigma / sigma[0]
+    return bool(((shares < 1e-12) | (shares > 3 * RANK_TOLERANCE)).all())
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(cases())
+def test_every_number_is_that_of_the_dense_updates(case):
+    pairs, weights = case
+    matrices = [w * B.double() @ A.double() for w, (A, B) in zip(weights, pairs, strict=True)]
+    assume(all(far_from_the_tolerance(matrix) for matrix in matrices))
+    row = only(pairs, weights)
+    norms = [matrix.norm().item() for matrix in matrices]
+    assert row.norms == pytest.approx(norms, rel=1e-6)
+    assert row.sum_norm == pytest.approx(sum(matrices).norm().item(), rel=1e-6, abs=1e-6 * sum(norms))
+    assert row.sign_conflict == pytest.approx(reference.cancelled_share(matrices), abs=1e-5)
+    for pair, (i, j) in zip(row.pairs, itertools.combinations(range(len(pairs)), 2), strict=True):
+        one, other = matrices[i], matrices[j]
+        assert pair.cosine == pytest.approx((one * other).sum().item() / (norms[i] * norms[j]), abs=1e-6)
+        for side, (a, b) in ((pair.left, (one, other)), (pair.right, (one.T, other.T))):
+            mean, largest = reference.overlap(a, b, RANK_TOLERANCE)
+            assert side.mean == pytest.approx(mean, abs=1e-4)
+            assert side.largest_cosine**2 == pytest.approx(largest, abs=1e-4)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(cases())
+def test_every_share_is_between_its_bounds(case):
+    row = only(*case)
+    assert 0 <= row.norm_ratio <= 1 + 1e-9
+    assert 0 <= row.sign_conflict <= 1
+    assert all(0 <= pair.score <= 1 + 1e-9 for pair in row.pairs if pair.score is not None)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(cases(), st.randoms(use_true_random=False))
+def test_the_order_of_the_adapters_changes_only_their_places(case, random):
+    pairs, weights = case
+    order = random.sample(range(len(pairs)), len(pairs))
+    row = only(pairs, weights)
+    turned = only([pairs[i] for i in order], [weights[i] for i in order])
+    assert turned.sum_norm == pytest.approx(row.sum_norm)
+    assert turned.sign_conflict == pytest.approx(row.sign_conflict, abs=1e-5)
+    assert turned.worst.score == pytest.approx(row.worst.score, abs=1e-6)
+
+
+# ---- trained adapters
+
+
+def test_adapters_of_any_method_are_compared(adapters):
+    updates = [read_update(adapters[name]) for name in ("one", "two", "lora", "mlp")]
+    rows = conflicts(updates, [1.0] * 4)
+    shared = [row for row in rows if len(row.adapters) == 3]
+    assert {row.module.rpartition(".")[2] for row in shared} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for row in shared:
+        matrices = [B.double() @ A.double() for A, B in (u.factors[row.module] for u in updates[:3])]
+        assert row.norms == pytest.approx([matrix.norm().item() for matrix in matrices], rel=1e-5)
+        assert row.sign_conflict == pytest.approx(reference.cancelled_share(matrices), abs=1e-5)
+
+
+def test_hiplora_adapters_over_one_basis_share_the_directions_of_their_gains(adapters):
+    """Six directions of at most ten are the same on both sides; a gain that hardly moved may not count."""
+    updates = [read_update(adapters[name]) for name in ("one", "two")]
+    for row in conflicts(updates, [1.0, 1.0]):
+        (pair,) = row.pairs
+        assert min(pair.left.mean, pair.right.mean) > 0.5
+        assert pair.left.largest_cosine == pytest.approx(1)
+        assert pair.right.largest_cosine == pytest.approx(1)

@@ -1,0 +1,223 @@
+"""The intervals: by a slow reference, by their invariances, and by how often they hold the truth."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiplora.errors import ConfigError, DataError
+from hiplora.metrics import Interval, paired_bootstrap, sign_flip_p_value
+
+few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+
+RAGGED = {
+    "lora": [[10.0, 20.0, 30.0], [40.0], [0.0, 100.0]],
+    "hiplora": [[12.0, 26.0, 31.0], [45.0], [10.0, 90.0]],
+}
+
+
+def normal(seeds, instances, methods=("a", "b"), seed=0):
+    generator = np.random.default_rng(seed)
+    return {method: generator.normal(50, 10, (seeds, instances)) for method in methods}
+
+
+def replicates_by_hand(values, count, generator):
+    """Means of all methods in each replicate, by loops: seeds, then instances in each, the same for all methods."""
+    found = []
+    for _ in range(count):
+        means = {method: [] for method in values}
+        seeds = len(next(iter(values.values())))
+        for seed in generator.integers(seeds, size=seeds):
+            size = len(next(iter(values.values()))[seed])
+            chosen = generator.integers(size, size=size)
+            for method, rows in values.items():
+                means[method].append(np.mean([rows[seed][i] for i in chosen]))
+        found.append([np.mean(row) for row in means.values()])
+    return np.array(found)
+
+
+def test_the_estimate_is_the_mean_over_seeds_of_the_mean_over_instances():
+    result = paired_bootstrap(RAGGED, replicates=50)
+    assert result.mean["lora"].estimate == pytest.approx((20 + 40 + 50) / 3)
+    assert result.mean["hiplora"].estimate == pytest.approx((23 + 45 + 50) / 3)
+    assert result.difference["hiplora", "lora"].estimate == pytest.approx((3 + 5 + 0) / 3)
+
+
+@pytest.mark.parametrize("values", [RAGGED, normal(3, 12), normal(1, 6)], ids=["ragged", "3x12", "1x6"])
+def test_the_intervals_are_those_of_the_slow_reference(values):
+    by_hand = replicates_by_hand(values, 4000, np.random.default_rng(1))
+    result = paired_bootstrap(values, replicates=20_000)
+    one, other = values
+    columns = {**dict(zip(values, by_hand.T, strict=True)), (one, other): by_hand[:, 0] - by_hand[:, 1]}
+    for key, column in columns.items():
+        found = result.difference[key] if isinstance(key, tuple) else result.mean[key]
+        spread = column.std()
+        assert found.low == pytest.approx(np.quantile(column, 0.025), abs=0.2 * spread)
+        assert found.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
+
+
+def test_two_instances_by_hand():
+    # Means of two draws from {0, 100}: 0, 50, 100 with probabilities 1/4, 1/2, 1/4.
+    values = {"a": [[0.0, 100.0]]}
+    assert paired_bootstrap(values).mean["a"] == Interval(50.0, 0.0, 100.0)
+    assert paired_bootstrap(values, level=0.4).mean["a"] == Interval(50.0, 50.0, 50.0)
+
+
+def test_two_seeds_by_hand():
+    # Instances do not vary: both draws 0, one of each, or both 100.
+    assert paired_bootstrap({"a": [[0.0] * 5, [100.0] * 3]}).mean["a"] == Interval(50.0, 0.0, 100.0)
+
+
+def test_a_seed_that_is_drawn_twice_draws_its_instances_twice():
+    # With one draw for both, the mean would be 0 or 100 half of the time that a seed comes twice.
+    values = {"a": [[0.0, 100.0], [0.0, 100.0]]}
+    # Means of four draws: 0 and 100 with probability 1/16 each.
+    assert paired_bootstrap(values, level=0.84).mean["a"] == Interval(50.0, 25.0, 75.0)
+
+
+def test_methods_stay_paired():
+    base = normal(3, 40)["a"]
+    result = paired_bootstrap({"a": base, "better": base + 2.0}, replicates=300)
+    gain = result.difference["better", "a"]
+    assert (gain.low, gain.estimate, gain.high) == pytest.approx((2.0, 2.0, 2.0))
+    assert result.mean["a"].high - result.mean["a"].low > 1
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 100))
+def test_a_difference_has_two_orders(seeds, instances, seed):
+    result = paired_bootstrap(normal(seeds, instances, ("a", "b", "c"), seed), replicates=50, seed=seed)
+    assert len(result.difference) == 6
+    for (one, other), found in result.difference.items():
+        back = result.difference[other, one]
+        assert (found.estimate, found.low, found.high) == (-back.estimate, -back.high, -back.low)
+        assert found.low <= found.high
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 9), st.floats(0.1, 10), st.floats(-50, 50))
+def test_intervals_move_with_the_unit_of_the_values(seeds, instances, scale, shift):
+    values = normal(seeds, instances)
+    moved = {method: scale * rows + shift for method, rows in values.items()}
+    for one, other in zip(
+        paired_bootstrap(values, 50).mean.values(), paired_bootstrap(moved, 50).mean.values(), strict=True
+    ):
+        expected = [scale * bound + shift for bound in (one.estimate, one.low, one.high)]
+        assert [other.estimate, other.low, other.high] == pytest.approx(expected)
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_another():
+    values = normal(3, 20)
+    assert paired_bootstrap(values, 200, 7).mean == paired_bootstrap(values, 200, 7).mean
+    assert paired_bootstrap(values, 200, 7).difference == paired_bootstrap(values, 200, 7).difference
+    assert paired_bootstrap(values, 200, 7).mean != paired_bootstrap(values, 200, 8).mean
+
+
+def test_another_method_in_the_table_changes_no_interval():
+    values = normal(3, 20, ("a", "b", "c"))
+    alone = paired_bootstrap({"a": values["a"]}, 200).mean["a"]
+    together = paired_bootstrap(values, 200).mean["a"]
+    assert (alone.low, alone.high) == pytest.approx((together.low, together.high))
+
+
+def test_a_single_seed_draws_instances_only():
+    values = {"a": [np.arange(100.0)]}
+    found = paired_bootstrap(values).mean["a"]
+    error = np.arange(100.0).std() / 10
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
+
+
+def test_a_single_method_has_no_differences():
+    result = paired_bootstrap({"a": [[1.0, 2.0]]}, 20)
+    assert (dict(result.difference), dict(result.p_value)) == ({}, {})
+
+
+def test_a_wider_level_is_a_wider_interval():
+    values = normal(3, 30)
+    widths = [
+        (lambda found: found.high - found.low)(paired_bootstrap(values, 500, level=level).mean["a"])
+        for level in (0.5, 0.9, 0.99)
+    ]
+    assert widths == sorted(set(widths))
+
+
+def test_large_data_is_worked_off_in_pieces(monkeypatch):
+    values = normal(2, 30)
+    whole = paired_bootstrap(values, 5000).mean["a"]
+    monkeypatch.setattr("hiplora.metrics.bootstrap._CHUNK", 7 * 30)
+    pieces = paired_bootstrap(values, 5000).mean["a"]
+    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=0.3)
+
+
+def test_p_values_lie_beside_the_intervals():
+    values = normal(2, 15, ("a", "b", "c"))
+    p_value = paired_bootstrap(values, 20, seed=3).p_value
+    assert set(p_value) == {(one, other) for one in "abc" for other in "abc" if one != other}
+    assert len(p_value) == 6
+    assert p_value["a", "c"] == p_value["c", "a"] == sign_flip_p_value(values["a"], values["c"], seed=3)
+    for pair in (("a", "a"), ("a", "nobody")):
+        with pytest.raises(KeyError):
+            p_value[pair]
+
+
+def coverage(seeds, instances, seed_deviation, datasets=300, replicates=500):
+    """How often the interval of a difference held its true value, 0; instances deviate by 1."""
+    generator, held = np.random.default_rng(0), 0
+    for index in range(datasets):
+        shared = generator.normal(0, 3, (seeds, instances))
+        own = generator.normal(0, seed_deviation, (seeds, 1)) + generator.normal(0, 1, (seeds, instances))
+        result = paired_bootstrap({"a": shared, "b": shared + own}, replicates, seed=index)
+        held += result.difference["b", "a"].low <= 0 <= result.difference["b", "a"].high
+    return held / datasets
+
+
+# 300 datasets: standard deviation 0.013 around 0.95.
+def test_one_seed_covers_what_instances_vary():
+    assert 0.91 <= coverage(1, 60, 0.0) <= 0.98
+
+
+def test_three_seeds_that_do_not_differ_cover_more_than_promised():
+    assert coverage(3, 60, 0.0) >= 0.96
+
+
+def test_many_seeds_cover_what_seeds_vary():
+    assert 0.90 <= coverage(25, 20, 1.0) <= 0.98
+
+
+def test_three_seeds_that_differ_cover_too_little_and_the_documentation_says_so():
+    assert 0.6 < coverage(3, 60, 1.0) < 0.85
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "values: has no method"),
+        ({"a": []}, "method 'a' has 0 seeds"),
+        ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected a list of numbers, not empty"),
+        ({"a": [1.0, 2.0]}, r"values\['a'\]\[0\]: has shape \(\); expected a list of numbers"),
+        ({"a": [[1.0]], "b": [[1.0], [2.0]]}, "method 'b' has 2 seeds, 'a' has 1"),
+        (
+            {"a": [[1.0], [1.0, 2.0]], "b": [[1.0], [1.0, 2.0, 3.0]]},
+            "method 'b', seed 1 has 3 instances, 'a' has 2; expected the same instances for every method",
+        ),
+        ({"a": [[1.0]], "b": [[float("nan")]]}, r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
+        ({"a": [[1.0], [1.0, float("inf")]]}, r"values\['a'\]\[1\]\[1\] is inf"),
+    ],
+)
+def test_values_that_cannot_be_paired_are_named(values, message):
+    with pytest.raises(DataError, match=message):
+        paired_bootstrap(values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replicates": 0}, "replicates is 0; expected a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"level": 1.0}, r"level is 1.0; expected a share in \(0, 1\)"),
+        ({"level": 95}, "level is 95"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        paired_bootstrap({"a": [[1.0]]}, **options)
