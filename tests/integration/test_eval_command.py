@@ -7,11 +7,11 @@ import sys
 
 import peft
 import pytest
-from tiny import save_tiny, tiny_llama, write_jsonl
 from typer.testing import CliRunner
 
 from hiplora.cli.main import app, main
 from hiplora.evaluation.suite import TASKS
+from tiny import save_tiny, tiny_llama, write_jsonl
 
 WORDS = ["rain", "stone", "river", "lamp", "cloud", "bread", "north", "seven"]
 
@@ -28,7 +28,7 @@ def choice(i):
     }
 
 
-# One task of each kind: letters of one token, answers of several, the choice in the context, a last word, a text, a number.
+# One task of each kind: letters, answers of several tokens, choices in the context, a last word, a text, a number.
 DATA = {
     "mmlu_test": rows(7, choice),
     "arc_easy": rows(7, choice),
@@ -227,7 +227,7 @@ def test_code_runs_only_where_that_is_allowed(place, tmp_path, capsys):
         (["--suite", "piqa"], "has no piqa"),
         (["--data", "/nowhere"], "no such folder"),
         (["--adapter", "/nowhere"], "no such folder"),
-        (["--adapter", "adapter1", "--adapter", "adapter1"], "is taken"),
+        (["--adapter", "one=adapter1", "--adapter", "one=adapter2"], "is taken"),
         (["--adapter", "base"], "holds no adapter_config.json"),
     ],
 )

@@ -2,14 +2,22 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
+from hiplora.cli.common import (
+    JSON_OPTION,
+    OVERWRITE_OPTION,
+    counted,
+    emit_json,
+    print_table,
+    progress,
+)
+from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
 from hiplora.cli.protect import (
     PROJECTION_HELP,
     RANK_HELP,
@@ -19,6 +27,7 @@ from hiplora.cli.protect import (
     Projection,
     print_protection,
 )
+from hiplora.cli.verdicts import print_verdicts
 from hiplora.errors import ConfigError
 from hiplora.merging.options import parse_option
 from hiplora.merging.registry import RULES, Rule
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
     from hiplora.export import AdapterUpdate
 
 _WITH_PROTECT = " Only with --protect; "
+_WITH_EVALUATE = " Only with --evaluate."
 _FACTOR_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "factors")
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
 _LISTED_LOSSES = 10
@@ -58,8 +68,10 @@ class Format(str, Enum):
 
 
 def command(
-    adapters: list[Path] = typer.Argument(
-        ..., help="Adapter folders, of any methods and ranks, over one base."
+    adapters: list[str] = typer.Argument(
+        ...,
+        help="Adapter folders, of any methods and ranks, over one base; for --evaluate as TASK=FOLDER, the task that "
+        "each was trained for.",
     ),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     method: str = typer.Option("addition", "--method", help=METHOD_HELP),
@@ -95,6 +107,17 @@ def command(
     tokens: int | None = typer.Option(
         None, "--tokens", min=2, help=f"{TOKENS_HELP}{_WITH_PROTECT}else 10000."
     ),
+    html: Path | None = typer.Option(None, "--html", help="Also write the report as a page to this file."),
+    evaluate: str | None = typer.Option(
+        None,
+        "--evaluate",
+        help=f"Score the adapters alone and the merge, as hiplora merge-check does. {SUITE_HELP}",
+    ),
+    data: Path | None = typer.Option(None, "--data", help=f"{DATA_HELP}{_WITH_EVALUATE}"),
+    limit: int | None = typer.Option(None, "--limit", min=1, help=f"{LIMIT_HELP}{_WITH_EVALUATE}"),
+    seed: int = typer.Option(0, "--seed", min=0, help=f"Seed of the choice of items.{_WITH_EVALUATE}"),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help=f"Rows of a batch.{_WITH_EVALUATE}"),
+    allow_code: bool = typer.Option(False, "--allow-code-execution", help=f"{CODE_HELP}{_WITH_EVALUATE}"),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -103,10 +126,15 @@ def command(
     Adapters of different base weights are refused. With --protect, the merge is projected off the strongest
     directions of what its layers are fed, and its drift from the base model before and after is reported.
 
+    Each merge comes with a report of where the adapters conflict (merge-report.json in the folder; --html makes a
+    page of it). With --evaluate it also says what the merge broke: each task before and after, and MergeFail.
+
     Example:
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
+    from hiplora.evaluation.evaluate import EvalSettings, name_adapters
+    from hiplora.export import read_update
     from hiplora.export.folder import check_out
     from hiplora.merging import merge
 
@@ -116,11 +144,15 @@ def command(
     rule, options = find_rule(method), parse_options(method, set_)
     form = _chosen_format(format, rule, rank)
     _check_protect(protect, how, form, rule, rank)
-    for adapter in adapters:
-        check_out(out, overwrite, str(adapter))
+    named = name_adapters(adapters)
+    for folder in named.values():
+        check_out(out, overwrite, str(folder))
+    if html is not None and html.exists() and not overwrite:
+        raise ConfigError(f"--html {html}: exists already; name another file or pass --overwrite")
     numbers = parse_weights(weights)
+    updates = {name: read_update(folder, base) for name, folder in named.items()}
     update: Any = merge(
-        adapters,
+        list(updates.values()),
         method,
         numbers,
         base=base,
@@ -132,7 +164,7 @@ def command(
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "merge",
-        "adapters": list(map(str, adapters)),
+        "adapters": list(map(str, named.values())),
         "method": method,
         "weights": numbers or [1.0] * len(adapters),
         "options": options,
@@ -141,8 +173,60 @@ def command(
         record["truncation"] = update.to_json()
     if protect:
         update, record["protection"] = _protected(update, how)
+    report = _report(updates, record)
+    if evaluate is not None:
+        settings = EvalSettings(evaluate, data, limit, seed, batch_size, allow_code)
+        checked = _evaluated(adapters, settings, update, record, base, out)
+        record["evaluation"], report["evaluation"] = checked
     record["export"] = _write(update, out, form, overwrite, record)
-    emit_json(record) if as_json else _print(record)
+    record["report"] = str(_write_report(report, out, html))
+    if as_json:
+        emit_json(record | {"conflicts": report})
+        return
+    _print(record)
+    print_table(*_conflict_table(report))
+    if evaluate is not None:
+        print_verdicts(record["evaluation"])
+
+
+def _report(updates: "dict[str, AdapterUpdate]", record: dict[str, Any]) -> dict[str, Any]:
+    """Measure where the adapters conflict, under the names that they were given."""
+    from hiplora.merging.report import merge_report
+
+    return merge_report(
+        [replace(update, source=name) for name, update in updates.items()],
+        record["weights"],
+        record,
+        wrap=lambda modules: progress(list(modules), "how the adapters conflict"),
+    )
+
+
+def _evaluated(
+    adapters: list[str], settings: Any, update: Any, record: dict[str, Any], base: str | None, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Score the adapters alone and the merge as it is going to be written; for the record, and for the page."""
+    from hiplora.study.merge_check import MergeSettings, merge_check, page_evaluation
+
+    method = record["method"]
+    how = MergeSettings((method,), record["weights"], record["options"], base=base)
+    with counted() as bars:
+        checked = merge_check(adapters, settings, how, merged=update, partial=out, progress=bars)
+    return checked, page_evaluation(checked, method)
+
+
+def _write_report(report: dict[str, Any], out: Path, html: Path | None) -> Path:
+    from hiplora.files import write_atomic
+    from hiplora.reporting.merge_page import save_merge_html
+
+    if html is not None:
+        save_merge_html(report, html)
+    return write_atomic(out / "merge-report.json", json.dumps(report, indent=1))
+
+
+def _conflict_table(report: dict[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:
+    from hiplora.reporting.merge_summary import conflict_table
+
+    return conflict_table(report)
 
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:

@@ -1,5 +1,6 @@
 """`hiplora eval`: the base and adapters on the same items of a suite, with intervals for every score and difference."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -59,7 +60,13 @@ class EvalSettings:
         return read_suite(self.suite, self.folder)
 
     def engine(self, suite: Suite) -> "Engine":
-        """Load the suite's tasks."""
+        """Load the suite's tasks.
+
+        Raises:
+            ConfigError, DataError: as `hiplora.evaluation.engine.Engine`, or lm-eval is not installed.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ConfigError("evaluation needs lm-eval, which is not installed: pip install 'hiplora[eval]'")
         from hiplora.evaluation.engine import Engine
 
         return Engine(suite, data=self.folder, limit=self.limit, seed=self.seed, allow_code=self.allow_code)
@@ -93,6 +100,7 @@ def evaluate(
     """
     path = check_file(out, overwrite)
     named = name_adapters(adapters)
+    _check_folders(named)
     suite = settings.read_suite()
     engine = settings.engine(suite)
     network, tokenizer = load_model(model)
@@ -249,29 +257,40 @@ def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Any:
 def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
     """Return name → folder of adapters given as FOLDER or NAME=FOLDER.
 
+    A folder alone is called by its own name; where that is taken, its parent's stands before it, or a number behind.
+
     Raises:
-        ConfigError: there is no such folder, it holds no adapter, or two have one name.
+        ConfigError: a given name is taken.
     """
     named: dict[str, Path] = {}
     for given in adapters:
         name, folder = split_name(given)
-        if not (folder / "adapter_config.json").is_file():
-            what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
-            raise ConfigError(f"--adapter {given}: {what}; expected an adapter folder, or NAME=FOLDER")
-        if name in named or name == BASE:
-            raise ConfigError(
-                f"--adapter {given}: the name {name!r} is taken; give it another, as NAME=FOLDER"
-            )
-        named[name] = folder
+        taken = {BASE, *named}
+        if name is not None and name in taken:
+            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another")
+        named[name or _free_name(folder.resolve(), taken)] = folder
     return named
 
 
-def split_name(given: str | os.PathLike) -> tuple[str, Path]:
-    """Split NAME=FOLDER; a folder alone is named by itself, and one whose name holds a = wins."""
+def _check_folders(adapters: Mapping[str, Path]) -> None:
+    for folder in adapters.values():
+        if not (folder / "adapter_config.json").is_file():
+            what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"--adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
+
+
+def _free_name(folder: Path, taken: set[str]) -> str:
+    options = (folder.name, f"{folder.parent.name}/{folder.name}")
+    numbered = (f"{folder.name} ({number})" for number in itertools.count(2))
+    return next(name for name in itertools.chain(options, numbered) if name not in taken)
+
+
+def split_name(given: str | os.PathLike) -> tuple[str | None, Path]:
+    """Split NAME=FOLDER; a folder alone has no name, and one whose own name holds a = is meant as it is."""
     text = os.fspath(given)
     name, equals, folder = text.partition("=")
     if not equals or Path(text).exists():
-        return Path(text).resolve().name, Path(text)
+        return None, Path(text)
     return name, Path(folder)
 
 

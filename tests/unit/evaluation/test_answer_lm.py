@@ -6,10 +6,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tiny import tiny_llama, tiny_tokenizer
 
 from hiplora.evaluation import lm as module
 from hiplora.evaluation.lm import AnswerLM, Question
+from tiny import tiny_llama, tiny_tokenizer
 
 CONTEXTS = ["Question: what falls from a cloud?\nAnswer:", "A short one:", "x" * 90]
 ANSWERS = [" rain", " a stone that nobody threw", "r", " rainbows"]

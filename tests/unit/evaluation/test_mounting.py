@@ -3,10 +3,10 @@ import types
 import peft
 import pytest
 import torch
-from tiny import tiny_llama
 
 from hiplora.errors import AdapterError
 from hiplora.evaluation.mounting import applied, check_acts, mounted
+from tiny import tiny_llama
 
 IDS = torch.arange(1, 20)[None]
 

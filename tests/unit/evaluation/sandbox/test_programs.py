@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -105,17 +104,22 @@ def test_what_depends_on_hashes_comes_out_the_same_every_time():
     assert len(orders) == 1
 
 
-def test_programs_get_a_new_and_empty_folder_that_does_not_stay():
-    def folders():
-        return set(Path(tempfile.gettempdir()).glob("hiplora-sandbox-*"))
-
-    before = folders()
-    source = "import os\nassert os.listdir('.') == []\nos.mkdir('a')\nopen('a/b', 'w')\n"
-    source += "os.chmod('a', 0)\nif os.getcwd() != '/tmp': os.chmod('.', 0)"
-    for layers in (None, ()):
-        outcomes = run_programs([source] * 2) if layers is None else run_batch([source] * 2, Limits(), layers)
-        assert [outcome.status for outcome in outcomes] == ["passed", "passed"]
-    assert folders() <= before
+@behind("every guard", "limits only")
+def test_a_program_gets_a_new_and_empty_folder_that_does_not_stay(walled, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = """
+import os
+assert os.listdir('.') == []
+assert os.environ['HOME'] == os.environ['TMPDIR'] == os.getcwd()
+os.mkdir('a')
+open('a/b', 'w').close()
+os.chmod('a', 0)
+if os.getcwd() != '/tmp': os.chmod('.', 0)
+"""
+    for _ in range(2):
+        outcome = walled(source)
+        assert outcome.passed, outcome
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_outcomes_come_in_the_order_of_the_programs_and_progress_counts_them():

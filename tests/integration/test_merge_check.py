@@ -1,0 +1,208 @@
+"""What a merge breaks: `hiplora merge-check`, and `hiplora merge` with its report and `--evaluate`."""
+
+import json
+
+import peft
+import pytest
+from typer.testing import CliRunner
+
+from hiplora.cli.main import app, main
+from tiny import save_tiny, tiny_llama, write_jsonl
+
+WORDS = ["rain", "stone", "river", "lamp", "cloud", "bread", "north", "seven"]
+
+
+def rows(count, shift):
+    return [
+        {
+            "question": f"Which of these goes with {WORDS[(i + shift) % 8]}?",
+            "choices": [WORDS[(i + j) % 8] for j in range(4)],
+            "answer": i % 4,
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merges")
+    base = save_tiny(folder / "base")
+    (folder / "data").mkdir()
+    for name, count in (("mmlu_test", 12), ("scienceqa_test", 10), ("arc_easy", 8)):
+        write_jsonl(folder / "data" / f"{name}.jsonl", rows(count, count))
+    for seed in (1, 2, 3):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], base_model_name_or_path=str(base))
+        model = tiny_llama()
+        model.name_or_path = str(base)
+        model = peft.get_peft_model(model, config)
+        for index, parameter in enumerate(model.parameters()):
+            if parameter.requires_grad:
+                parameter.data.copy_(0.3 * seed * ((parameter.data * 997 + index).sin()))
+        model.save_pretrained(folder / f"adapter{seed}")
+    return folder
+
+
+def owned(place):
+    return [f"mmlu={place / 'adapter1'}", f"scienceqa={place / 'adapter2'}"]
+
+
+def run(*arguments):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def checked(place):
+    out = place / "check"
+    run("merge-check", *owned(place), f"arc_easy={place / 'adapter3'}", "--suite", "mmlu,scienceqa,arc_easy",
+        "--data", place / "data", "--method", "addition", "--method", "ties", "--sizes", "2", "--out", out)  # fmt: skip
+    return out, json.loads((out / "merge-check.json").read_text())
+
+
+def estimate(record, name, task, form="likelihood"):
+    return record["runs"][name][task][form]["estimate"]
+
+
+def test_each_task_is_judged_against_the_adapter_that_was_trained_for_it(checked):
+    _, record = checked
+    for method in ("addition", "ties"):
+        judged = record["verdicts"][method]["likelihood"]
+        assert list(judged["tasks"]) == ["mmlu", "scienceqa", "arc_easy"]
+        for task, row in judged["tasks"].items():
+            assert row["before_of"] == task
+            assert row["before"] == estimate(record, task, task)
+            assert row["after"] == estimate(record, method, task)
+            assert row["difference"]["estimate"] == pytest.approx(row["after"] - row["before"])
+            assert row["difference"]["low"] <= row["difference"]["estimate"] <= row["difference"]["high"]
+
+
+def test_the_rules_give_different_merges(checked):
+    _, record = checked
+    assert estimate(record, "addition", "mmlu") != estimate(record, "ties", "mmlu")
+
+
+def test_merge_fail_counts_the_merges_of_every_size(checked):
+    """All three, and the three pairs; counted again here from the means."""
+    _, record = checked
+    judged = record["verdicts"]["addition"]["likelihood"]
+    assert judged["instances"] == 4
+    groups = {"addition": ["mmlu", "scienceqa", "arc_easy"]}
+    for name in record["runs"]:
+        if name.startswith("addition: "):
+            groups[name] = name.removeprefix("addition: ").split(" + ")
+    assert len(groups) == 4
+    for tau, row in judged["merge_fail"].items():
+        failed = [
+            any(estimate(record, name, task) < float(tau) * estimate(record, task, task) for task in tasks)
+            for name, tasks in groups.items()
+        ]
+        assert row["estimate"] == sum(failed) / 4
+        assert row["low"] <= row["estimate"] <= row["high"]
+
+
+def test_a_merge_of_two_is_scored_on_their_tasks_only(checked):
+    _, record = checked
+    assert set(record["runs"]["addition: mmlu + arc_easy"]) == {"mmlu", "arc_easy"}
+
+
+def test_each_rule_gets_a_page(checked):
+    out, _ = checked
+    assert sorted(path.name for path in out.iterdir()) == [
+        "merge-check.json",
+        "report-addition.html",
+        "report-ties.html",
+    ]
+    assert "MMLU" in (out / "report-ties.html").read_text()
+
+
+def test_a_merge_in_the_check_scores_as_the_one_that_is_written(place, checked, tmp_path):
+    _, record = checked
+    run("merge", *owned(place), place / "adapter3", "--out", tmp_path / "merged")
+    out = tmp_path / "scores.json"
+    run(
+        "eval",
+        place / "base",
+        "--adapter",
+        tmp_path / "merged",
+        "--suite",
+        "mmlu",
+        "--data",
+        place / "data",
+        "--out",
+        out,
+    )
+    scores = json.loads(out.read_text())["runs"]["merged"]["mmlu"]["likelihood"]["items"]
+    assert scores == pytest.approx(record["runs"]["addition"]["mmlu"]["likelihood"]["items"], abs=1e-3)
+
+
+def test_without_owners_a_task_belongs_to_the_adapter_that_is_best_at_it(place, tmp_path):
+    adapters = (place / "adapter1", place / "adapter2")
+    said = run(
+        "merge-check", *adapters, "--suite", "mmlu", "--data", place / "data", "--out", tmp_path / "check"
+    )
+    record = json.loads((tmp_path / "check" / "merge-check.json").read_text())
+    row = record["verdicts"]["addition"]["likelihood"]["tasks"]["mmlu"]
+    assert row["before"] == max(estimate(record, name, "mmlu") for name in ("adapter1", "adapter2"))
+    assert "best at it" in " ".join(said.split())
+
+
+def test_tasks_of_no_adapter_are_compared_with_the_base(place, tmp_path):
+    run("merge-check", *owned(place), "--suite", "mmlu,scienceqa,arc_easy", "--data", place / "data", "--limit", "4",
+        "--out", tmp_path / "check")  # fmt: skip
+    record = json.loads((tmp_path / "check" / "merge-check.json").read_text())
+    judged = record["verdicts"]["addition"]["score"]
+    assert list(judged["tasks"]) == ["mmlu", "scienceqa"]
+    assert judged["kept"]["arc_easy"]["before_of"] == "base"
+
+
+def test_a_merge_comes_with_its_report(place, tmp_path):
+    out, page = tmp_path / "merged", tmp_path / "page.html"
+    said = run("merge", *owned(place), "--out", out, "--html", page)
+    report = json.loads((out / "merge-report.json").read_text())
+    assert len(report["modules"]) == 4
+    assert [adapter["name"] for adapter in report["adapters"]] == ["mmlu", "scienceqa"]
+    assert report["most_conflicting"][0] in said
+    assert page.read_text().lower().startswith("<!doctype html>")
+
+
+def test_a_merge_can_be_evaluated_as_it_is_written(place, tmp_path):
+    out, page = tmp_path / "merged", tmp_path / "page.html"
+    how = ("--method", "knots", "--set", "density=0.5", "--html", page, "--json")
+    suite = ("--evaluate", "mmlu,scienceqa", "--data", place / "data")
+    said = run("merge", *owned(place), "--out", out, *suite, *how)
+    record = json.loads(said)
+    judged = record["evaluation"]["verdicts"]["knots"]["score"]
+    assert set(judged["tasks"]) == {"mmlu", "scienceqa"}
+    assert "MergeFail" in page.read_text()
+    assert (
+        "mmlu" in json.loads((out / "merge-report.json").read_text())["evaluation"]["tasks"].__str__().lower()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "page.html"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "nonsense"], "'nonsense' is not known; expected one of addition"),
+        (["--set", "density=2"], "has no option 'density'"),
+        (["--method", "ties", "--set", "density=2"], "density is 2"),
+        (["--weights", "1"], "1 given for 2 adapters"),
+        (["--sizes", "5"], "5 of 2 adapters"),
+        (["--sizes", "two"], "whole numbers"),
+        (["--suite", "nonsense"], "'nonsense' is not known"),
+    ],
+)
+def test_wrong_input_is_refused_and_nothing_written(place, tmp_path, capsys, options, said):
+    arguments = ["merge-check", *owned(place), "--suite", "mmlu,scienceqa", "--data", str(place / "data")]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--out", str(tmp_path / "check"), *options])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_adapter_is_no_merge(place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["merge-check", owned(place)[0], "--suite", "mmlu", "--out", str(tmp_path / "check")])
+    assert "at least two" in capsys.readouterr().err
