@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 DEMO_OUT ?= demo-out
-BENCH_OUT ?= runs/step.json
+BENCH_OUT ?= runs/bench
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.hiplora-setup
@@ -19,7 +19,7 @@ help:
 	@echo "make model   fetch SmolLM2-135M into the cache"
 	@echo "make lint    formatting, style, types, import direction, documentation"
 	@echo "make docs    write docs/reference.md and the numbers in the docs anew"
-	@echo "make bench   measure a training step of HiP-LoRA against LoRA"
+	@echo "make bench   measure, side by side: a training step against LoRA, evaluation against lm-eval, the bootstrap, merges"
 	@echo "make clean   remove what the above made in this folder"
 
 setup: $(STAMP)
@@ -46,7 +46,10 @@ test: model lint
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: model
-	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)"
+	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"
+	@$(PY) benchmarks/evaluation.py --json "$(BENCH_OUT)/evaluation.json"
+	@$(PY) benchmarks/bootstrap.py --json "$(BENCH_OUT)/bootstrap.json"
+	@$(PY) benchmarks/merge.py --json "$(BENCH_OUT)/merge.json"
 
 docs: $(STAMP)
 	@$(PY) -m tools.check_docs --write

@@ -2,8 +2,9 @@
 
     python -m benchmarks.merge_check.data --data FOLDER --out FOLDER
 
-`--data` holds the gzipped JSON lines `alpaca`, `scienceqa_train`, `gsm8k_train` and `codealpaca`. Answers are direct: the
-letter of the choice, or the number after `####`. Rows longer than `MAX_CHARACTERS` are left out, the rest is shuffled.
+`--data` holds the gzipped JSON lines `alpaca`, `scienceqa_train`, `gsm8k_train` and `codealpaca`. Answers are
+direct: the letter of the choice, or the number after `####`. Rows longer than `MAX_CHARACTERS` are left out,
+the rest is shuffled.
 """
 
 import argparse
@@ -50,7 +51,9 @@ DOMAINS: dict[str, tuple[str, Callable[[Row], Row]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -156,6 +156,12 @@ class Engine:
             raise HipLoraError(f"lm-eval could not score {', '.join(names)}: {error!r}") from error
         return {name: self._scores(name, found, lm) for name in names}
 
+    def responses(self, lm: Any, task: str) -> list[Any]:
+        """Return what one of lm-eval's models answers to a task's requests, in their order."""
+        self._build([task])
+        instances = self._tasks[task].instances
+        return _quietly(functools.partial(getattr(lm, instances[0].request_type), instances))
+
     def _request(self, name: str) -> TaskRequest:
         return next(request for request in self.suite.tasks if request.name == name)
 

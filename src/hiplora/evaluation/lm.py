@@ -68,7 +68,7 @@ class AnswerLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.tokens: dict[tuple[str, ...], int] = {}
         self._on_progress = on_progress or (lambda done: None)
-        self._may_share = _takes_masks(model)
+        self._may_share, self._tried = _takes_masks(model), False
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """As lm-eval's, and remember how many tokens each text has."""
@@ -106,8 +106,9 @@ class AnswerLM(HFLM):
             kept = tuple(context[-room:]) if room > 0 else ()
             found.setdefault(kept, Question(kept)).answers.setdefault(tuple(answer), []).append(index)
         shared = [q for q in found.values() if len(q.branches) > 1 and q.pays(self.max_length)]
-        if shared and self._may_share and not self._shares_well(min(shared, key=lambda q: q.length)):
-            self._may_share = False
+        if shared and self._may_share and not self._tried:
+            self._may_share = self._shares_well(min(shared, key=lambda q: q.length))
+            self._tried = True
         return [
             part
             for question in found.values()

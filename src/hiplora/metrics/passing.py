@@ -30,4 +30,4 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if n - c < k:
         return 1.0
     fewer, more = min(c, k), max(c, k)
-    return float(-np.expm1(np.log1p(-more / (n - np.arange(fewer))).sum()))
+    return float(-np.expm1(np.log1p(-more / (n - np.arange(fewer))).sum())) + 0.0  # not the -0.0 of c = 0

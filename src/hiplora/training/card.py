@@ -29,12 +29,18 @@ OWN_FORMAT = ("hiplora", "proj_lora")
 
 def _what(method: LowRank) -> str:
     directions = _DIRECTIONS[getattr(method, "basis", "weight")]
+    if not getattr(method, "residual_projection", True):
+        update = "a low-rank update that is free to change those directions too"
+        alone = f"Its low-rank update is free to change {directions} (an ablation)."
+    elif getattr(method, "projection", "hard") == "soft":
+        update = "a low-rank update that changes those directions the less, the more energy they have"
+        alone = f"Its low-rank update changes {directions} the less, the more energy they have."
+    else:
+        update = "a low-rank update in the complement of those directions"
+        alone = f"Its low-rank update stays in the complement of {directions}."
     if getattr(method, "principal_channel", False):
-        return (
-            f"It learns one gain for each of {directions}, at a price, and a low-rank update in the complement "
-            "of those directions."
-        )
-    return f"Its low-rank update stays in the complement of {directions}."
+        return f"It learns one gain for each of {directions}, at a price, and {update}."
+    return alone
 
 
 def model_card(recipe: TrainRecipe, result: TrainResult) -> str:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -67,3 +69,13 @@ def test_a_wrong_suite_file_is_refused_by_what_is_wrong_in_it(tmp_path, text, sa
 def test_no_suite_says_which_there_are(suite):
     with pytest.raises(ConfigError, match="retention"):
         read_suite(suite)
+
+
+def test_the_documentation_lists_every_task_and_suite():
+    text = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
+    for name in own_tasks():
+        settings = task_settings(name)
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` | {settings['title']}"))
+        assert f"`{settings['file']}`" in row
+        assert row.endswith(f"| {settings['score']} |")
+    assert all(f"| `{name}` |" in text for name in own_suites())

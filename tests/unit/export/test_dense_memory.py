@@ -65,7 +65,7 @@ print(json.dumps({"extra": memory("VmHWM") - baseline, "files": report.files, "s
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A Llama of about 0.6 GB in bf16 with a small vocabulary; its weights are random, but one block of them repeats."""
+    """A Llama of about 0.6 GB in bf16 with a small vocabulary; one block of random weights repeats in it."""
     folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(
         vocab_size=512,

@@ -18,6 +18,10 @@ def counts(draw):
     return n, draw(st.integers(0, n)), draw(st.integers(1, n))
 
 
+def test_no_right_sample_is_a_plain_zero():
+    assert str(pass_at_k(3, 0, 2)) == "0.0"
+
+
 def test_by_hand():
     assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
     assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)  # 3 of the 10 pairs hold no right one

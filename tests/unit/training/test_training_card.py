@@ -78,3 +78,20 @@ def test_an_adapter_of_our_own_format_says_how_to_load_and_to_export_it(tmp_path
 
 def test_without_held_out_rows_no_held_out_loss_is_claimed(tmp_path):
     assert "held-out loss" not in card(tmp_path, held_out=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "stays in the complement"),
+        ({"projection": "soft"}, "the less, the more energy"),
+        ({"preset": "paper"}, "one gain for each"),
+        ({"preset": "paper", "residual_projection": False}, "free to change"),
+    ],
+)
+def test_the_card_promises_the_complement_only_where_it_is_kept(tmp_path, settings, said):
+    text = card(tmp_path, {"name": "hiplora", **settings})
+    assert said in text
+    assert ("complement" in text.split("```yaml")[0]) == (
+        said not in ("the less, the more energy", "free to change")
+    )

@@ -29,7 +29,7 @@ def test_an_endless_loop_is_stopped_by_the_clock(walled, loop):
 
 @behind("every guard")
 def test_an_endless_loop_is_stopped_by_the_processors_time(walled):
-    outcome = walled("while True: pass", cpu_seconds=1)
+    outcome = walled("while True: pass", cpu_seconds=1, seconds=60)
     assert (outcome.status, outcome.detail) == ("timed out", "after 1 s of processor time")
 
 

@@ -1,0 +1,243 @@
+"""Memory and time of merging adapters in the shapes of Llama-3.1-8B, rule by rule.
+
+    python benchmarks/merge.py [--adapters 4] [--rank 16] [--targets attention] [--modules 1] [--write] [--json FILE]
+
+The adapters are stock LoRA folders with random factors; there is no base model, and no more than one dense update is
+formed at a time. Every rule runs in a process of its own. What is measured:
+
+- rules that merge factors: `merge`, all of it, from the folders to the merged update;
+- dense rules: `merge`, then the update of `--modules` modules of each shape, dropped when it is there. The time of all
+  modules is scaled up from these, shape by shape, and both are in the record. With `--write` the measured modules are
+  added to weights that are made up on the fly, written as shards to a temporary folder and read back.
+
+Memory is what the process needs at its peak beyond what it had after its imports. It is set against
+`2 × the largest module × adapters` (in fp32), which is what a merge is meant to stay within.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LAYERS = 32
+ATTENTION = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
+MLP = {"gate_proj": (14336, 4096), "up_proj": (14336, 4096), "down_proj": (4096, 14336)}
+TARGETS = {"attention": ATTENTION, "all": ATTENTION | MLP}
+MIB = 2**20
+
+
+def shapes_of(targets: str, layers: int) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of the adapted modules, by name."""
+    return {
+        f"model.layers.{layer}.{'self_attn' if name in ATTENTION else 'mlp'}.{name}": shape
+        for layer in range(layers)
+        for name, shape in TARGETS[targets].items()
+    }
+
+
+def write_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int, seed: int) -> None:
+    """Write a stock LoRA adapter with random factors."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (m, n) in shapes.items():
+        name = f"base_model.model.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(rank, n, generator=draw) / n**0.5
+        tensors[f"{name}.lora_B.weight"] = 0.01 * torch.randn(m, rank, generator=draw)
+    targets = sorted({module.rpartition(".")[2] for module in shapes})
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = "meta-llama/Llama-3.1-8B"
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class MadeUpWeights:
+    """A checkpoint that is nowhere: bf16 weights made up a block of rows at a time (`export.streaming.Checkpoint`)."""
+
+    model = "made-up weights"
+    tied_head = None
+
+    def __init__(self, shapes: dict[str, tuple[int, int]]):
+        import torch
+
+        from hiplora.export.shards import TensorSpec
+
+        self.stored = {
+            f"{module}.weight": TensorSpec(shape, torch.bfloat16) for module, shape in shapes.items()
+        }
+        self._noise = (0.02 * torch.randn(1 << 20)).bfloat16()
+
+    def source_of(self, parameter: str) -> str:
+        return parameter
+
+    def blocks(self, name: str) -> Iterator[Any]:
+        from hiplora.export.shards import row_blocks
+
+        shape = self.stored[name].shape
+        for rows in row_blocks(shape):
+            size = rows.stop - rows.start, shape[1]
+            yield self._noise[: size[0] * size[1]].reshape(size)
+
+    def is_transposed(self, module: str) -> bool:
+        return False
+
+    def fitting_weight(self, name: str, update: Any) -> Any:
+        raise NotImplementedError("random adapters have no fingerprints")
+
+
+def resident(what: str) -> int:
+    """Bytes of this process: VmRSS, what is resident now, or VmHWM, the most there ever was."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
+
+
+def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads: int) -> dict:
+    """Merge by one rule in this process; seconds, and bytes beyond those after the imports."""
+    import torch
+
+    import hiplora.export.streaming  # noqa: F401 - imported before memory is first read
+    from hiplora.merging import RULES, merge
+
+    home = RULES[rule]
+    assert home.combine
+    torch.set_num_threads(threads)
+    torch.linalg.svd(torch.randn(8, 8))
+    before, start = resident("VmRSS"), time.perf_counter()
+    update = merge(folders, method=rule)
+    seconds = time.perf_counter() - start
+    found = {"rule": rule, "kind": home.kind, "merge_seconds": seconds}
+    shapes = {module: tuple(update.shape(module)) for module in update.modules}
+    if home.kind == "dense":
+        found |= measure_dense(update, shapes, per_shape, write)
+        seconds += found["scaled_seconds"]
+    largest = 4 * max(m * n for m, n in shapes.values())
+    found |= {"seconds": seconds, "peak_bytes": resident("VmHWM") - before}
+    found["bound_bytes"] = 2 * largest * len(folders)
+    found["peak_over_bound"] = found["peak_bytes"] / found["bound_bytes"]
+    return found
+
+
+def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: int, write: bool) -> dict:
+    """Compute the updates of a few modules of each shape, and scale their time to all modules."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for module, shape in shapes.items():
+        groups.setdefault(shape, []).append(module)
+    rows, scaled = [], 0.0
+    for shape, modules in groups.items():
+        spent = [time_delta(update, module) for module in modules[:per_shape]]
+        scaled += statistics.mean(spent) * len(modules)
+        rows.append({"shape": shape, "modules": len(modules), "measured": len(spent), "seconds": spent})
+    found = {"shapes": rows, "measured_seconds": sum(sum(row["seconds"]) for row in rows)}
+    found["scaled_seconds"] = scaled
+    if write:
+        sample = [module for modules in groups.values() for module in modules[:per_shape]]
+        found["write"] = write_sample(update, shapes, sample)
+    return found
+
+
+def time_delta(update: Any, module: str) -> float:
+    start = time.perf_counter()
+    update.delta(module)
+    return time.perf_counter() - start
+
+
+def write_sample(update: Any, shapes: dict[str, tuple[int, int]], sample: list[str]) -> dict:
+    """Stream a few modules, merged into made-up weights, to a temporary folder."""
+    from hiplora.export.shards import write_shards
+    from hiplora.export.streaming import MergedTensors
+
+    merged = MergedTensors(MadeUpWeights(shapes), update)
+    specs = {f"{module}.weight": merged.specs[f"{module}.weight"] for module in sample}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_shards(Path(folder), specs, merged.blocks, "50MB")
+        seconds = time.perf_counter() - start
+    worst = max(merged.differences.values())
+    size = sum(spec.nbytes for spec in specs.values())
+    return {
+        "modules": len(sample),
+        "files": len(files),
+        "bytes": size,
+        "seconds": seconds,
+        "difference": worst,
+    }
+
+
+def in_own_process(*arguments: Any) -> dict:
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); import merge\n"
+        "print(json.dumps(merge.measure(*json.loads(sys.argv[2]))))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), json.dumps(arguments)]
+    return json.loads(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    )
+
+
+def show(found: dict) -> None:
+    memory = f"{found['peak_bytes'] / MIB:.0f} MiB, {found['peak_over_bound']:.2f} of the bound"
+    print(f"{found['rule']:10}{found['seconds']:9.1f} s   {memory}", flush=True)
+    if found["kind"] == "dense":
+        measured = sum(row["measured"] for row in found["shapes"])
+        modules = sum(row["modules"] for row in found["shapes"])
+        spent = found["measured_seconds"]
+        print(f"{'':10}scaled from {measured} of {modules} modules, which took {spent:.1f} s", flush=True)
+    if write := found.get("write"):
+        size = f"{write['bytes'] / MIB:.0f} MiB in {write['files']} files"
+        print(f"{'':10}written: {write['modules']} modules, {size}, {write['seconds']:.1f} s", flush=True)
+
+
+def main() -> None:
+    """Run all rules, print what they take, and write JSON where asked."""
+    from hiplora.merging import RULES
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--adapters", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", choices=list(TARGETS), default="attention")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--modules", type=int, default=1, help="of each shape, for dense rules")
+    parser.add_argument("--write", action="store_true", help="also write what dense rules give")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    shapes = shapes_of(args.targets, args.layers)
+    everything = 4 * sum(m * n for m, n in shapes.values())
+    bound = 2 * 4 * max(m * n for m, n in shapes.values()) * args.adapters
+    print(f"{args.adapters} adapters of rank {args.rank} on {len(shapes)} modules, {args.threads} thread(s)")
+    print(
+        f"bound: {bound / MIB:.0f} MiB; all updates of one adapter as matrices: {everything / MIB:.0f} MiB\n"
+    )
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [str(Path(folder) / f"adapter-{seed}") for seed in range(args.adapters)]
+        for seed, adapter in enumerate(folders):
+            write_adapter(Path(adapter), shapes, args.rank, seed)
+        for rule in args.rules:
+            results.append(in_own_process(rule, folders, args.modules, args.write, args.threads))
+            show(results[-1])
+    if args.json:
+        from hiplora.files import write_atomic
+        from hiplora.provenance import provenance
+
+        setting = {name: value for name, value in vars(args).items() if name not in ("json", "rules")}
+        setting |= {"shapes": "Llama-3.1-8B", "all_updates_of_one_adapter_bytes": everything}
+        record = {"benchmark": "merge", "setting": setting, "results": results, "provenance": provenance()}
+        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
+        print(f"\nwrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()
