@@ -10,7 +10,7 @@ formed at a time. Every rule runs in a process of its own. What is measured:
   modules is scaled up from these, shape by shape, and both are in the record. With `--write` the measured modules are
   added to weights that are made up on the fly, written as shards to a temporary folder and read back.
 
-Memory is what the process needs at its peak beyond what it had after its imports. It is set against
+Times are seconds on the clock and, less sensitive to what else the machine does, CPU seconds. Memory is what the process needs at its peak beyond what it had after its imports. It is set against
 `2 × the largest module × adapters` (in fp32), which is what a merge is meant to stay within.
 """
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,15 @@ def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads:
     assert home.combine
     torch.set_num_threads(threads)
     torch.linalg.svd(torch.randn(8, 8))
-    before, start = resident("VmRSS"), time.perf_counter()
-    update = merge(folders, method=rule)
-    seconds = time.perf_counter() - start
-    found = {"rule": rule, "kind": home.kind, "merge_seconds": seconds}
+    before = resident("VmRSS")
+    update, spent = timed(lambda: merge(folders, method=rule))
+    found = {"rule": rule, "kind": home.kind, "merge": spent, "total": spent}
     shapes = {module: tuple(update.shape(module)) for module in update.modules}
     if home.kind == "dense":
         found |= measure_dense(update, shapes, per_shape, write)
-        seconds += found["scaled_seconds"]
+        found["total"] = {key: spent[key] + found["all_updates"][key] for key in spent}
     largest = 4 * max(m * n for m, n in shapes.values())
-    found |= {"seconds": seconds, "peak_bytes": resident("VmHWM") - before}
-    found["bound_bytes"] = 2 * largest * len(folders)
+    found |= {"peak_bytes": resident("VmHWM") - before, "bound_bytes": 2 * largest * len(folders)}
     found["peak_over_bound"] = found["peak_bytes"] / found["bound_bytes"]
     return found
 
@@ -131,23 +129,24 @@ def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: in
     groups: dict[tuple[int, int], list[str]] = {}
     for module, shape in shapes.items():
         groups.setdefault(shape, []).append(module)
-    rows, scaled = [], 0.0
+    rows = []
+    scaled = {"seconds": 0.0, "cpu_seconds": 0.0}
     for shape, modules in groups.items():
-        spent = [time_delta(update, module) for module in modules[:per_shape]]
-        scaled += statistics.mean(spent) * len(modules)
-        rows.append({"shape": shape, "modules": len(modules), "measured": len(spent), "seconds": spent})
-    found = {"shapes": rows, "measured_seconds": sum(sum(row["seconds"]) for row in rows)}
-    found["scaled_seconds"] = scaled
+        spent = [timed(lambda module=module: update.delta(module))[1] for module in modules[:per_shape]]
+        for key in scaled:
+            scaled[key] += statistics.mean(row[key] for row in spent) * len(modules)
+        rows.append({"shape": shape, "modules": len(modules), "measured": spent})
+    found = {"shapes": rows, "all_updates": scaled}
     if write:
         sample = [module for modules in groups.values() for module in modules[:per_shape]]
         found["write"] = write_sample(update, shapes, sample)
     return found
 
 
-def time_delta(update: Any, module: str) -> float:
-    start = time.perf_counter()
-    update.delta(module)
-    return time.perf_counter() - start
+def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    start = time.perf_counter(), time.process_time()
+    result = work()
+    return result, {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
 
 
 def write_sample(update: Any, shapes: dict[str, tuple[int, int]], sample: list[str]) -> dict:
@@ -157,19 +156,11 @@ def write_sample(update: Any, shapes: dict[str, tuple[int, int]], sample: list[s
 
     merged = MergedTensors(MadeUpWeights(shapes), update)
     specs = {f"{module}.weight": merged.specs[f"{module}.weight"] for module in sample}
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        files = write_shards(Path(folder), specs, merged.blocks, "50MB")
-        seconds = time.perf_counter() - start
-    worst = max(merged.differences.values())
+        files, spent = timed(lambda: write_shards(Path(folder), specs, merged.blocks, "50MB"))
     size = sum(spec.nbytes for spec in specs.values())
-    return {
-        "modules": len(sample),
-        "files": len(files),
-        "bytes": size,
-        "seconds": seconds,
-        "difference": worst,
-    }
+    worst = max(merged.differences.values())
+    return {"modules": len(sample), "files": len(files), "bytes": size, "largest_difference": worst, **spent}
 
 
 def in_own_process(*arguments: Any) -> dict:
@@ -185,15 +176,19 @@ def in_own_process(*arguments: Any) -> dict:
 
 def show(found: dict) -> None:
     memory = f"{found['peak_bytes'] / MIB:.0f} MiB, {found['peak_over_bound']:.2f} of the bound"
-    print(f"{found['rule']:10}{found['seconds']:9.1f} s   {memory}", flush=True)
+    print(f"{found['rule']:10}{in_words(found['total'])}   {memory}", flush=True)
     if found["kind"] == "dense":
-        measured = sum(row["measured"] for row in found["shapes"])
+        measured = [spent for row in found["shapes"] for spent in row["measured"]]
         modules = sum(row["modules"] for row in found["shapes"])
-        spent = found["measured_seconds"]
-        print(f"{'':10}scaled from {measured} of {modules} modules, which took {spent:.1f} s", flush=True)
+        took = {key: sum(spent[key] for spent in measured) for key in measured[0]}
+        print(f"{'':10}{in_words(took)}   measured, on {len(measured)} of {modules} modules", flush=True)
     if write := found.get("write"):
-        size = f"{write['bytes'] / MIB:.0f} MiB in {write['files']} files"
-        print(f"{'':10}written: {write['modules']} modules, {size}, {write['seconds']:.1f} s", flush=True)
+        size = f"{write['modules']} modules, {write['bytes'] / MIB:.0f} MiB in {write['files']} file(s)"
+        print(f"{'':10}{in_words(write)}   written: {size}", flush=True)
+
+
+def in_words(spent: dict[str, float]) -> str:
+    return f"{spent['seconds']:9.1f} s ({spent['cpu_seconds']:.1f} s CPU)"
 
 
 def main() -> None:

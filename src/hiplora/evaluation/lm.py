@@ -4,6 +4,7 @@ Answers to one question share its tokens (one pass over question and all answers
 the whole pass, logits are computed only where something is scored, and batches hold rows of similar length.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,7 @@ class AnswerLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.tokens: dict[tuple[str, ...], int] = {}
         self._on_progress = on_progress or (lambda done: None)
+        self._reads_rows = _takes_positions(model)
         self._may_share, self._tried = _takes_masks(model), False
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -87,6 +89,8 @@ class AnswerLM(HFLM):
     def _loglikelihood_tokens(  # type: ignore[override]
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Scored]:
+        if not self._reads_rows:
+            return self._as_lm_eval(requests, override_bs)
         found: list[Scored] = [(0.0, False)] * len(requests)
         for batch in _batches(self._questions(requests), int(self.batch_size)):
             for question, answers in zip(batch, self._score(batch), strict=True):
@@ -94,6 +98,14 @@ class AnswerLM(HFLM):
                     for index in asked:
                         found[index] = scored
             self._on_progress(sum(len(asked) for q in batch for asked in q.answers.values()))
+        return found
+
+    def _as_lm_eval(self, requests: Sequence[Request], override_bs: int | None) -> list[Scored]:
+        for text, _, answer in requests:
+            if text is not None:
+                self.tokens[tuple(text)] = len(answer)
+        found = super()._loglikelihood_tokens(list(requests), disable_tqdm=True, override_bs=override_bs)
+        self._on_progress(len(requests))
         return found
 
     def _questions(self, requests: Sequence[Request]) -> list[Question]:
@@ -164,6 +176,13 @@ class AnswerLM(HFLM):
         dtype = self.model.dtype
         hidden = torch.full(seen.shape, torch.finfo(dtype).min, dtype=dtype)
         return hidden.masked_fill_(seen, 0.0)[:, None]
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the model can be told where tokens stand and which logits are wanted; else lm-eval's own way is taken."""
+    bare: Any = model
+    bare = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+    return {"position_ids", "logits_to_keep"} <= set(inspect.signature(bare.forward).parameters)
 
 
 def _takes_masks(model: nn.Module) -> bool:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import BloomConfig, BloomForCausalLM
 
 from hiplora.evaluation import lm as module
 from hiplora.evaluation.lm import AnswerLM, Question
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
 CONTEXTS = ["Question: what falls from a cloud?\nAnswer:", "A short one:", "x" * 90]
 ANSWERS = [" rain", " a stone that nobody threw", "r", " rainbows"]
@@ -86,6 +87,18 @@ def test_a_model_that_takes_no_masks_is_asked_answer_by_answer(ours, theirs, mon
     requests = asked()
     assert_same(ours.loglikelihood(requests, disable_tqdm=True), theirs.loglikelihood(requests))
     assert all(inputs["attention_mask"].dim() == 2 for inputs in seen)
+
+
+def test_a_model_that_takes_no_positions_is_scored_in_lm_evals_own_way():
+    """BLOOM has no position ids: its attention is biased by distance."""
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2)).eval()
+    done = []
+    ours = AnswerLM(bloom, tiny_tokenizer(), batch_size=3, on_progress=done.append)
+    requests = asked()
+    expected = HFLM(pretrained=bloom, tokenizer=tiny_tokenizer(), batch_size=3).loglikelihood(requests)
+    assert_same(ours.loglikelihood(requests, disable_tqdm=True), expected)
+    assert ours.tokens[CONTEXTS[0], " rain"] == 5
+    assert sum(done) == len(requests)
 
 
 def test_a_mask_that_the_model_ignores_is_noticed(ours, monkeypatch):
