@@ -348,3 +348,12 @@ def test_nothing_goes_over_the_network(make, tmp_path, monkeypatch):
         monkeypatch.setattr(target, name, lambda *args, **kwargs: called.append(args))
     train(make(steps=1), tmp_path / "out")
     assert called == []
+
+
+def test_a_basis_from_the_training_rows_is_warned_of(make, rows, tmp_path):
+    method = {"name": "hiplora", "principal_rank": 8, "calibration_tokens": 600}
+    (own,) = train(make({**method, "calibration_text": str(rows)}, steps=1), tmp_path / "own").warnings
+    assert "method.calibration_text is the training data" in own
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, of a ferry and its captain. " * 60)
+    assert train(make({**method, "calibration_text": str(other)}, steps=1), tmp_path / "other").warnings == []

@@ -124,13 +124,29 @@ def _encode(
 ) -> tuple[Dataset, Dataset | None, EncodingReport]:
     say(f"tokenising {len(data.train):,} rows")
     rows, report = encode_examples(tokenizer, data.train, recipe.train.max_length)
-    for warning in report.warnings(recipe.train.max_length):
+    for warning in _warnings(recipe, report):
         note(warning)
     held_out = None
     if data.held_out:
         kept_back, _ = encode_examples(tokenizer, data.held_out, recipe.train.max_length)
         held_out = sequences(kept_back, recipe.train)
     return sequences(rows, recipe.train), held_out, report
+
+
+def _warnings(recipe: TrainRecipe, report: EncodingReport) -> list[str]:
+    """Say what of the data was cut or left out, and whether the basis keeps the task itself from being learned."""
+    said = report.warnings(recipe.train.max_length)
+    text = getattr(recipe.method, "calibration_text", None)
+    if (
+        text is not None
+        and recipe.data.path is not None
+        and Path(text).resolve() == Path(recipe.data.path).resolve()
+    ):
+        said.append(
+            "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
+            "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
+        )
+    return said
 
 
 def _fit(trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, steps: int, note: OnText) -> None:
@@ -170,7 +186,7 @@ def _finish(
         peak_memory_bytes=record.peak_memory,
         held_out=held_out_losses(record.rows),
         data={"shape": data.shape, "sources": data.sources, "encoding": report.as_dict()},
-        warnings=report.warnings(recipe.train.max_length),
+        warnings=_warnings(recipe, report),
     )
     values = recipe_values(recipe)
     origin = provenance(
