@@ -10,8 +10,9 @@ formed at a time. Every rule runs in a process of its own. What is measured:
   modules is scaled up from these, shape by shape, and both are in the record. With `--write` the measured modules are
   added to weights that are made up on the fly, written as shards to a temporary folder and read back.
 
-Times are seconds on the clock and, less sensitive to what else the machine does, CPU seconds. Memory is what the process needs at its peak beyond what it had after its imports. It is set against
-`2 × the largest module × adapters` (in fp32), which is what a merge is meant to stay within.
+Times are seconds on the clock and CPU seconds; look at the latter where the machine has other work. Memory is what the
+process needs at its peak beyond what it had after its imports. It is set against `2 × the largest module × adapters`
+(in fp32), which is what a merge is meant to stay within.
 """
 
 import argparse

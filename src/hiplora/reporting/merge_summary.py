@@ -123,7 +123,7 @@ def verdict(report: MergeReport) -> Verdict:
 def _cost(report: MergeReport) -> str | None:
     drop, tasks = report.evaluation.mean_drop, report.evaluation.tasks
     clear = sum(task.difference.high is not None and task.difference.high < 0 for task in tasks)
-    lost = f"the drop is clear in {clear or 'none'} of {len(tasks)} tasks"
+    lost = f"the drop is clear in {clear or 'none'} of {len(tasks)} scores"
     if drop.estimate is None:
         return f"After the merge, {lost}." if tasks else None
     known = drop.low is not None and drop.high is not None

@@ -210,18 +210,21 @@ def write_merge_check(
 def page_evaluation(record: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return a rule's verdicts as the page of a merge report shows them: both forms, MergeFail by the scores."""
     tasks, notes = {}, []
-    for judged in record["verdicts"][method].values():
-        for kind, rows in (("", judged["tasks"]), (", of none of the adapters", judged["kept"])):
-            for task, row in rows.items():
-                tasks[f"{record['tasks'][task]['title']}{kind}: {row['metric']}"] = row
+    verdicts = record["verdicts"][method]
+    for form, judged in verdicts.items():
+        for task, row in {**judged["tasks"], **judged["kept"]}.items():
+            whose = "" if task in judged["tasks"] else ", base"
+            tasks[record["tasks"][task]["title"] + ("" if form == "score" else ", likelihood") + whose] = row
         notes += [note for note in judged["notes"] if note not in notes]
-    by_score, by_likelihood = (record["verdicts"][method][form] for form in FORMS)
-    shown = by_score if by_score["merge_fail"] else by_likelihood
-    if shown is by_score and by_likelihood["merge_fail"]:
-        fails = ", ".join(
-            f"{row['estimate']:.0%} at τ = {tau}" for tau, row in by_likelihood["merge_fail"].items()
+    shown = verdicts["score"] if verdicts["score"]["merge_fail"] else verdicts["likelihood"]
+    if any(judged["kept"] for judged in verdicts.values()):
+        notes.append(
+            "Tasks marked “base” are of none of the adapters: their score before is the base model's."
         )
-        notes.append(f"MergeFail by the likelihoods: {fails}.")
+    for form, judged in verdicts.items():
+        fails = ", ".join(f"{row['share']:.0%} at τ = {tau}" for tau, row in judged["merge_fail"].items())
+        if judged["instances"] == 1 and fails:
+            notes.append(f"By {form}, the merge fails in this share of redrawn sets of items: {fails}.")
     return {
         "tasks": tasks,
         "merge_fail": shown["merge_fail"],
@@ -291,10 +294,7 @@ _NO_OWNERS = (
     "No adapter was given as TASK=FOLDER: each task counts as that of the adapter that is best at it, which makes "
     "the scores before the merge look a little better than they are."
 )
-_ONE_MERGE = (
-    "MergeFail is of one merge, which fails or does not; `share` says how often it fails as the items are drawn "
-    "anew."
-)
+_ONE_MERGE = "MergeFail is of one merge, which fails or does not."
 
 
 def _items(found: Mapping[str, Any], run: str, task: str, form: str) -> list[float]:

@@ -159,6 +159,17 @@ def test_a_file_that_changed_on_disk_is_noticed_and_the_tensor_named(tmp_path):
         check_file(path, sums)
 
 
+def test_every_file_is_read_back_once_it_is_written(tmp_path, monkeypatch):
+    written = shards.write_file
+    monkeypatch.setattr(
+        shards,
+        "write_file",
+        lambda *arguments: {name: found + 1 for name, found in written(*arguments).items()},
+    )
+    with pytest.raises(AdapterError, match="does not read back"):
+        write_shards(tmp_path, specs_of(TENSORS), in_blocks(TENSORS))
+
+
 def test_a_file_that_was_cut_off_is_named(tmp_path):
     path = tmp_path / "f.safetensors"
     save_file({"w": torch.zeros(40)}, path)

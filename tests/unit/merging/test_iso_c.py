@@ -13,7 +13,7 @@ kinds = st.sampled_from(["shared", "elsewhere", "proj", "lora"])
 numbers = st.floats(-2, 2).filter(lambda value: abs(value) > 0.1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(st.tuples(kinds, st.integers(0, 20), numbers), min_size=1, max_size=4, unique_by=lambda s: s[1])
 )

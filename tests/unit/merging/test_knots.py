@@ -11,7 +11,7 @@ from tests.unit.merging.terms import M, N, dense, hip_term, lora_term, make, mat
 kinds = st.sampled_from(["shared", "elsewhere", "proj", "lora"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(
     st.lists(
         st.tuples(kinds, st.integers(0, 20), st.floats(-2, 2)),

@@ -9,7 +9,7 @@ from hiplora.merging.term import DenseTerm
 from hiplora.merging.ties import Options, combine
 from tests import reference
 
-few = settings(max_examples=30, deadline=None)
+few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
 def updates(count, seed=0, shape=(11, 13)):

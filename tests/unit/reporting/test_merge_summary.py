@@ -72,9 +72,9 @@ def test_the_sentences_carry_the_numbers():
 @pytest.mark.parametrize(
     ("changes", "headline"),
     [
-        ({}, "The mean drop after the merge is 5.8 points (3.9 to 7.7); the drop is clear in 1 of 2 tasks."),
+        ({}, "The mean drop after the merge is 5.8 points (3.9 to 7.7); the drop is clear in 1 of 2 scores."),
         ({"tasks": {}}, "The mean drop after the merge is 5.8 points (3.9 to 7.7)."),
-        ({"mean_drop": None}, "After the merge, the drop is clear in 1 of 2 tasks."),
+        ({"mean_drop": None}, "After the merge, the drop is clear in 1 of 2 scores."),
         ({"mean_drop": {"estimate": 5.8}, "tasks": {}}, "The mean drop after the merge is 5.8 points."),
     ],
 )

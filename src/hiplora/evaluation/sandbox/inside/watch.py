@@ -11,7 +11,7 @@ from hiplora.evaluation.sandbox.inside.program import OUT_OF_MEMORY
 
 _TAIL = 4096  # bytes of output that are kept
 _LOOK = 0.05  # seconds between looks at memory and processes
-_CHUNK = 2**16
+_CHUNK = 2**12
 
 
 class Watch:
