@@ -11,6 +11,7 @@ from hiplora.export import read_update
 from hiplora.merging import RULES, DenseMerge, merge, save_merged
 from tests import reference
 from tests.unit.export.samples import hip_config, product, saved
+from tests.unit.merging.terms import lora_term
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -78,6 +79,13 @@ def test_asking_again_gives_the_same(three, method):
     assert first.dtype == torch.float32
     assert torch.equal(update.delta(Q0), first)
     assert torch.equal(merge(three, method).delta(Q0), first)
+
+
+def test_each_module_draws_by_itself():
+    """Two modules of the same update: what is drawn for one is not drawn for the other."""
+    rule, term = RULES["dare"], lora_term(1)
+    update = DenseMerge("", {}, {"a": [term], "b": [term]}, rule, rule.make_options())
+    assert not torch.equal(update.delta("a"), update.delta("b"))
 
 
 def test_it_says_what_an_update_says(three, tiny_model_dir):

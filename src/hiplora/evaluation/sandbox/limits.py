@@ -48,7 +48,7 @@ class Outcome:
     """What became of a program.
 
     `status` is "passed" only if the program ran to its end. `seconds` is its time on the clock, without the making
-    of the sandbox. `output` is the end of what it wrote, `detail` says why it did not pass.
+    of the sandbox. `output` is the end of what it wrote, as it wrote it, `detail` says why it did not pass.
     """
 
     status: Status
