@@ -7,10 +7,12 @@
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from hiplora.files import write_atomic
+from hiplora.metrics import retain
 from hiplora.reporting.canvas import Panel, Plate, axes, plate_files
 from hiplora.reporting.palette import LOOKS
 
@@ -54,21 +56,25 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
               for task, found in tasks.items()}
         for run, tasks in record["runs"].items()
     }  # fmt: skip
-    kept = {}
-    for run, tasks in means.items():
-        others = [task for task in tasks if task != run]
-        if run in tasks:  # an adapter, on the tasks that are not its own
-            kept[run] = {
-                form: sum(means["base"][task][form] - tasks[task][form] for task in others) / len(others)
-                for form in ("score", "likelihood")
-            }
-    retained = {form: sum(row[form] for row in kept.values()) / len(kept) for form in ("score", "likelihood")}
+    retained = {
+        form: {
+            domain: retain(_form(means["base"], form), _form(means[domain], form), domain)
+            for domain in record["adapters"]
+        }
+        for form in ("score", "likelihood")
+    }
     return {
         "means": means,
         "verdicts": record["verdicts"],
-        "retain": {"each": kept, "mean": retained},
+        "retain": {
+            form: {**each, "mean": statistics.fmean(each.values())} for form, each in retained.items()
+        },
         "provenance": record["provenance"],
     }
+
+
+def _form(tasks: dict[str, dict[str, float]], form: str) -> dict[str, float]:
+    return {task: found[form] for task, found in tasks.items()}
 
 
 def figure(summary: dict[str, Any]) -> Plate:
@@ -101,6 +107,7 @@ def _panel(rule: str, title: str, summary: dict[str, Any], shown: list[str]) -> 
             place += 1
         ax.set_yticks(ticks, list(TASKS.values()))
         ax.set_ylim(place - 1, -1)
+        ax.set_xlim(0, 52)  # the same in both panels
 
     words = "hollow: the task's own adapter alone; filled: the merge; dashed: the base model; further right is better"
     return Panel(f"likelihood-{rule}", title, words, draw, 460, 420)
