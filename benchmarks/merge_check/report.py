@@ -40,17 +40,22 @@ def main() -> None:
         path = args.checks / f"check-{method}" / "merge-check.json"
         if path.is_file():
             record = json.loads(path.read_text())
+            record["model"] = Path(record["model"]).name
             record["adapters"] = {task: Path(folder).name for task, folder in record["adapters"].items()}
             records[method] = record
             write_atomic(OUT / f"{method}.json", json.dumps(record, separators=(",", ":")) + "\n")
     summary = {method: summarise(record) for method, record in records.items()}
-    write_atomic(OUT / "summary.json", json.dumps(summary, indent=1) + "\n")
+    summary = plain(summary)
+    origin = next(iter(records.values()))["provenance"]
+    write_atomic(
+        OUT / "summary.json", json.dumps({"methods": summary, "provenance": origin}, indent=1) + "\n"
+    )
     write_atomic(OUT / "likelihoods.svg", plate_files(figure(summary))["svg"])
     print(f"{len(records)} methods in {OUT}")
 
 
 def summarise(record: dict[str, Any]) -> dict[str, Any]:
-    """Return what the pages quote: each run's means, each rule's verdicts, and where they are from."""
+    """Return what the pages quote: each run's means, each rule's verdicts, Retain."""
     means = {
         run: {task: {form: found[form]["estimate"] for form in ("score", "likelihood") if form in found}
               for task, found in tasks.items()}
@@ -69,8 +74,14 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
         "retain": {
             form: {**each, "mean": statistics.fmean(each.values())} for form, each in retained.items()
         },
-        "provenance": record["provenance"],
     }
+
+
+def plain(value: Any) -> Any:
+    """Return a JSON value without negative zeros."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value + 0.0 if isinstance(value, float) else value
 
 
 def _form(tasks: dict[str, dict[str, float]], form: str) -> dict[str, float]:

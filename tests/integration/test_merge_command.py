@@ -245,6 +245,8 @@ def test_a_hiplora_adapter_keeps_its_gains_when_its_residual_is_cut(adapters, tm
     update, one, two = (read_update(folder) for folder in (tmp_path / "out", *parts))
     torch.testing.assert_close(update.channels[Q0].delta, one.channels[Q0].delta + two.channels[Q0].delta)
     assert update.channels[Q0].A.shape[0] == 3
+    merged(capsys, *parts, "--out", tmp_path / "lora", "--rank", 3)
+    assert set(read_update(tmp_path / "lora").ranks.values()) == {3}
 
 
 def test_the_table_of_losses_is_short_and_says_so(capsys):

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class BaseWeights:
         files = dict.fromkeys(self._index().values())
         return {name: spec for file in files for name, spec in read_specs(file).items()}
 
-    @property
+    @cached_property
     def tied_head(self) -> tuple[str, str] | None:
         """The parameters of the output head and of the embeddings, if they are one; else None."""
         if not is_tied(self.skeleton):

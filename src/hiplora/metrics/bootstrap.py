@@ -78,7 +78,8 @@ def paired_bootstrap(
         low, high = map(float, np.quantile(drawn[:, i] - drawn[:, j], tails))
         estimate = float(estimates[i] - estimates[j])
         differences[names[i], names[j]] = Interval(estimate, low, high)
-        differences[names[j], names[i]] = Interval(-estimate, -high, -low)
+        # 0 − x and not −x: the other side of 0.0 is 0.0.
+        differences[names[j], names[i]] = Interval(0 - estimate, 0 - high, 0 - low)
     columns = {name: [block[:, i] for block in blocks] for i, name in enumerate(names)}
     return BootstrapResult(means, differences, _PValues(columns, seed))
 

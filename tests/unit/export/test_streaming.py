@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hiplora.errors import AdapterError
-from hiplora.export import AdapterUpdate, read_update, save_dense
+from hiplora.export import AdapterUpdate, read_update, save_dense, shards
 from tests.tiny import save_tiny
 from tests.unit.export.samples import base_model, hip_config, logits, product, save_tiny_gpt2, saved
 
@@ -75,11 +75,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_streaming_writes_what_merging_the_whole_model_does(tmp_path, case):
+def test_streaming_writes_what_merging_the_whole_model_does(tmp_path, monkeypatch, case):
     make, changes, options = CASES[case]
     base = make(tmp_path / "base")
     folder, _ = saved(base, tmp_path / "a", hip_config(**changes))
-    streamed = save_dense(folder, tmp_path / "streamed", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_BLOCK", 300)  # so that every matrix comes in several blocks of rows
+        streamed = save_dense(folder, tmp_path / "streamed", **options)
     without_safetensors(base)
     whole = save_dense(folder, tmp_path / "whole", **options)
     assert (streamed.streamed, whole.streamed) == (True, False)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hiplora.errors import ConfigError, DataError
 from hiplora.metrics import Interval, paired_bootstrap, sign_flip_p_value
 
-few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 RAGGED = {
     "lora": [[10.0, 20.0, 30.0], [40.0], [0.0, 100.0]],
@@ -120,6 +120,11 @@ def test_another_method_in_the_table_changes_no_interval():
     assert (alone.low, alone.high) == pytest.approx((together.low, together.high))
 
 
+def test_no_difference_is_a_plain_zero_in_both_orders():
+    result = paired_bootstrap({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}, 20)
+    assert str(result.difference["a", "b"]) == str(result.difference["b", "a"])
+
+
 def test_a_single_seed_draws_instances_only():
     values = {"a": [np.arange(100.0)]}
     found = paired_bootstrap(values).mean["a"]
@@ -181,7 +186,7 @@ def test_three_seeds_that_do_not_differ_cover_more_than_promised():
 
 
 def test_many_seeds_cover_what_seeds_vary():
-    assert 0.90 <= coverage(25, 20, 1.0) <= 0.98
+    assert 0.90 <= coverage(25, 8, 1.0, replicates=300) <= 0.98
 
 
 def test_three_seeds_that_differ_cover_too_little_and_the_documentation_says_so():

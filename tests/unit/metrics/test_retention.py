@@ -26,7 +26,7 @@ def test_the_domains_own_score_is_not_needed():
 
 
 @few
-@given(st.dictionaries(st.text(), st.floats(0, 100), min_size=2), st.floats(0, 100))
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 100), min_size=2), st.floats(0, 100))
 def test_nothing_changed_elsewhere_is_nothing_lost(base, own):
     domain = next(iter(base))
     assert retain(base, {**base, domain: own}, domain) == 0

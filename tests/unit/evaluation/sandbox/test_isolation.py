@@ -41,6 +41,16 @@ def test_a_layer_that_fails_is_missing_with_its_reason_and_the_others_stay(found
     assert {"user", "mount", "pid", "seccomp"} <= room.active_layers()
 
 
+def test_a_namespace_is_tried_within_a_user_namespace(found_anew, monkeypatch):
+    def problem(layers):
+        alone = {"mount", "pid", "network", "ipc"} & set(layers) and "user" not in layers
+        return "not permitted" if alone or "landlock" in layers else ""
+
+    monkeypatch.setattr(room, "_problem", problem)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert [guard.layer for guard in missing_guards()] == ["landlock"]
+
+
 def test_a_machine_where_nothing_runs_is_an_error(found_anew, monkeypatch):
     monkeypatch.setattr(room, "_problem", lambda layers: "no Python")
     monkeypatch.setattr(sys, "platform", "linux")

@@ -39,6 +39,9 @@ def enter(job: dict, pipes: Pipes, token: bytes) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         pipes.keep(supervisor=False)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for handle in (0, 1, 2):  # whoever waits for the supervisor's answer learns at once of its death
+            os.dup2(nothing, handle)
         if sys.platform == "linux":
             linux.die_with_parent()
         os.setsid()
