@@ -245,6 +245,9 @@ def test_a_hiplora_adapter_keeps_its_gains_when_its_residual_is_cut(adapters, tm
     update, one, two = (read_update(folder) for folder in (tmp_path / "out", *parts))
     torch.testing.assert_close(update.channels[Q0].delta, one.channels[Q0].delta + two.channels[Q0].delta)
     assert update.channels[Q0].A.shape[0] == 3
+    written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
+    assert written["weights"] == [1.0, 1.0]
+    assert written["truncation"]["rank"] == 3
     merged(capsys, *parts, "--out", tmp_path / "lora", "--rank", 3)
     assert set(read_update(tmp_path / "lora").ranks.values()) == {3}
 

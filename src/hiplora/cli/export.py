@@ -31,7 +31,7 @@ class Dtype(str, Enum):
 
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA or LoRA."),
+    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA, LoRA or AdaLoRA."),
     to: Target = typer.Option(..., "--to", help="lora: a plain LoRA adapter; dense: a standalone model."),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     overwrite: bool = OVERWRITE_OPTION,

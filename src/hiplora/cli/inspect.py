@@ -9,7 +9,7 @@ from hiplora.cli.common import JSON_OPTION, emit_json, print_table, progress
 
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA or LoRA."),
+    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA, LoRA or AdaLoRA."),
     base: str | None = typer.Option(
         None, "--base", help="Base model, if not the one that the adapter names."
     ),

@@ -304,12 +304,12 @@ def _write(update: Any, out: Path, form: Format, overwrite: bool, record: dict[s
     from hiplora.export import save_as_hiplora, save_dense
     from hiplora.merging import save_merged
 
-    if form is Format.hiplora:
-        return save_as_hiplora(update, out, overwrite=overwrite).to_json()
     details = {
         "merge": {key: value for key, value in record.items() if key not in ("schema", "kind", "protection")}
     }
     details |= {key: record[key] for key in ("protection",) if key in record}
+    if form is Format.hiplora:
+        return save_as_hiplora(update, out, overwrite=overwrite, details=details).to_json()
     if form is Format.lora:
         return save_merged(update, out, overwrite=overwrite, details=details).to_json()
     return save_dense(

@@ -92,7 +92,7 @@ def save_as_lora(
     card and the report. It is read back and compared before it appears under `path`.
 
     Args:
-        model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, Proj-LoRA or plain LoRA.
+        model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, Proj-LoRA, LoRA or AdaLoRA.
         path: output folder.
         adapter: name of the adapter in a model.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.

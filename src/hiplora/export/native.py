@@ -1,6 +1,7 @@
 """An update whose channels were kept apart, a merge above all, as a HiP-LoRA adapter that PEFT loads with hiplora."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from hiplora.tuner import HipLoraConfig
 
 
 def save_as_hiplora(
-    update: AdapterUpdate, path: str | os.PathLike, *, overwrite: bool = False, tolerance: float = 1e-5
+    update: AdapterUpdate,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    details: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write an update with all its channels as a HiP-LoRA adapter, and verify what was written.
 
@@ -28,6 +34,7 @@ def save_as_hiplora(
         path: output folder.
         overwrite: replace `path` if it exists.
         tolerance: largest accepted relative difference of a module's update.
+        details: what else `export.json` should say, for JSON.
 
     Raises:
         AdapterError: a module has no channels of one basis, left its complement, or protects other sides than the
@@ -52,7 +59,7 @@ def save_as_hiplora(
         report = ExportReport(
             str(path), update.base, dtype, ranks, modules, logits, tolerance, note, "hiplora"
         )
-        write_card(update, report.to_json(), staged)
+        write_card(update, report.to_json(), staged, details)
     return report
 
 
