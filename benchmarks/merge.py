@@ -1,6 +1,6 @@
 """Memory and time of merging adapters in the shapes of Llama-3.1-8B, rule by rule.
 
-    python benchmarks/merge.py [--adapters 4] [--rank 16] [--targets attention] [--modules 1] [--write] [--json FILE]
+    python benchmarks/merge.py [--adapters 4] [--rank 16] [--targets attention] [--modules 2] [--write] [--json FILE]
 
 The adapters are stock LoRA folders with random factors; there is no base model, and no more than one dense update is
 formed at a time. Every rule runs in a process of its own. What is measured:
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--modules", type=int, default=1, help="of each shape, for dense rules")
+    parser.add_argument("--modules", type=int, default=2, help="of each shape, for dense rules")
     parser.add_argument("--write", action="store_true", help="also write what dense rules give")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
