@@ -1,6 +1,9 @@
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,7 @@ from hiplora.errors import ConfigError, HipLoraError
 from hiplora.evaluation.sandbox import __main__ as table
 from hiplora.evaluation.sandbox import isolation as room
 from hiplora.evaluation.sandbox import missing_guards, require_permission, run_program
+from hiplora.evaluation.sandbox.inside import linux
 
 
 @pytest.fixture
@@ -61,6 +65,26 @@ def test_a_machine_where_nothing_runs_is_an_error(found_anew, monkeypatch):
 def test_a_layer_that_the_machine_refuses_is_found_by_trying_it():
     assert room._problem(["a moat"]) == "there is no layer 'a moat'"
     assert room._problem([]) == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_what_the_kernel_offers_is_used():
+    active = room.active_layers()
+    with contextlib.suppress(OSError):
+        linux.syscall("landlock_create_ruleset", 444, None, 0, 1)
+        assert "landlock" in active
+    if "Seccomp_filters" in Path("/proc/self/status").read_text() and os.uname().machine in (
+        "x86_64",
+        "aarch64",
+    ):
+        assert "seccomp" in active
+    # What util-linux can do here, so can we.
+    enter = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--ipc", "--fork"]
+    if (
+        shutil.which("unshare")
+        and not subprocess.run([*enter, "mount", "-t", "tmpfs", "t", "/mnt"]).returncode
+    ):
+        assert {"user", "mount", "pid", "network", "ipc"} <= active
 
 
 def test_permission_is_needed_and_the_refusal_says_what_protects_and_what_does_not(found_anew, monkeypatch):
