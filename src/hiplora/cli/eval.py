@@ -44,8 +44,7 @@ def command(
 
     Example:
 
-        hiplora eval smollm2-135m --adapter runs/medicine --suite retention --data benchmarks --limit 200 --out
-        scores.json
+        hiplora eval smollm2-135m --adapter runs/medicine --suite retention --data benchmarks --out scores.json
     """
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 

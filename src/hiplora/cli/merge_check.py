@@ -52,8 +52,7 @@ def command(
 
     Example:
 
-        hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --data benchmarks --out
-        runs/check
+        hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --out runs/check
     """
     from hiplora.evaluation.evaluate import EvalSettings
     from hiplora.study.merge_check import MergeSettings, write_merge_check
