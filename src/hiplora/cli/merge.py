@@ -133,7 +133,8 @@ def command(
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
-    from hiplora.evaluation.evaluate import EvalSettings, name_adapters
+    from hiplora.evaluation.evaluate import EvalSettings
+    from hiplora.evaluation.naming import name_adapters
     from hiplora.export import read_update
     from hiplora.export.folder import check_out
     from hiplora.merging import merge
@@ -205,7 +206,8 @@ def _evaluated(
     adapters: list[str], settings: Any, update: Any, record: dict[str, Any], base: str | None, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Score the adapters alone and the merge as it is going to be written; for the record, and for the page."""
-    from hiplora.study.merge_check import MergeSettings, merge_check, page_evaluation
+    from hiplora.study.merge_check import MergeSettings, merge_check
+    from hiplora.study.merge_verdict import page_evaluation
 
     method = record["method"]
     how = MergeSettings((method,), record["weights"], record["options"], base=base)

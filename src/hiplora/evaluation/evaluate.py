@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora import __version__
 from hiplora.errors import ConfigError
+from hiplora.evaluation.naming import BASE, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.files import write_atomic
 from hiplora.metrics import paired_bootstrap
@@ -19,7 +20,6 @@ from hiplora.provenance import folder_identity, json_sha256, provenance
 if TYPE_CHECKING:
     from hiplora.evaluation.engine import Engine, TaskScores
 
-BASE = "base"
 REPLICATES = 10_000
 Values = Mapping[str, Sequence[float]]
 # Called with what is done and how much it is; returns what is called with each part that is finished.
@@ -254,44 +254,11 @@ def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Any:
     return torch.cat(found)
 
 
-def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
-    """Return name → folder of adapters given as FOLDER or NAME=FOLDER.
-
-    A folder alone is called by its own name; where that is taken, its parent's stands before it, or a number behind.
-
-    Raises:
-        ConfigError: a given name is taken.
-    """
-    named: dict[str, Path] = {}
-    for given in adapters:
-        name, folder = split_name(given)
-        taken = {BASE, *named}
-        if name is not None and name in taken:
-            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another")
-        named[name or _free_name(folder.resolve(), taken)] = folder
-    return named
-
-
 def _check_folders(adapters: Mapping[str, Path]) -> None:
     for folder in adapters.values():
         if not (folder / "adapter_config.json").is_file():
             what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
             raise ConfigError(f"--adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
-
-
-def _free_name(folder: Path, taken: set[str]) -> str:
-    options = (folder.name, f"{folder.parent.name}/{folder.name}")
-    numbered = (f"{folder.name} ({number})" for number in itertools.count(2))
-    return next(name for name in itertools.chain(options, numbered) if name not in taken)
-
-
-def split_name(given: str | os.PathLike) -> tuple[str | None, Path]:
-    """Split NAME=FOLDER; a folder alone has no name, and one whose own name holds a = is meant as it is."""
-    text = os.fspath(given)
-    name, equals, folder = text.partition("=")
-    if not equals or Path(text).exists():
-        return None, Path(text)
-    return name, Path(folder)
 
 
 def check_file(out: str | os.PathLike, overwrite: bool) -> Path:

@@ -9,23 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hiplora import __version__
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import (
-    BASE,
     EvalSettings,
     Partial,
     Progress,
     check_adapters,
     collect,
     load_model,
-    name_adapters,
     probe,
 )
-from hiplora.evaluation.judgement import Instance, judge
 from hiplora.evaluation.mounting import applied, check_acts, mounted
+from hiplora.evaluation.naming import BASE, name_adapters
 from hiplora.evaluation.suite import Suite
 from hiplora.export import read_update
 from hiplora.export.adapter import Update
@@ -36,6 +32,7 @@ from hiplora.merging.registry import rule as find_rule
 from hiplora.merging.report import merge_report
 from hiplora.provenance import folder_identity, json_sha256, provenance
 from hiplora.reporting.merge_page import render_merge_html
+from hiplora.study.merge_verdict import Group, page_evaluation, verdict
 
 FORMS = ("score", "likelihood")
 
@@ -70,7 +67,7 @@ class MergeSettings:
         """Return the options that a rule has, as far as they are given."""
         return {name: value for name, value in self.options.items() if name in find_rule(method).defaults}
 
-    def merge(self, updates: Mapping[str, Any], group: "Group") -> Any:
+    def merge(self, updates: Mapping[str, Any], group: Group) -> Any:
         """Merge a group's adapters, each with its own weight."""
         weights = dict(zip(updates, self.weights, strict=True)) if self.weights else None
         return merge(
@@ -81,15 +78,6 @@ class MergeSettings:
             rank=self.rank,
             options=self.options_of(group.method),
         )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Adapters that are merged by a rule; `whole` where it is all of them."""
-
-    method: str
-    names: tuple[str, ...]
-    whole: bool
 
 
 def merge_check(
@@ -207,32 +195,6 @@ def write_merge_check(
     return record
 
 
-def page_evaluation(record: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Return a rule's verdicts as the page of a merge report shows them: both forms, MergeFail by the scores."""
-    tasks, notes = {}, []
-    verdicts = record["verdicts"][method]
-    for form, judged in verdicts.items():
-        for task, row in {**judged["tasks"], **judged["kept"]}.items():
-            whose = "" if task in judged["tasks"] else ", base"
-            tasks[record["tasks"][task]["title"] + ("" if form == "score" else ", likelihood") + whose] = row
-        notes += [note for note in judged["notes"] if note not in notes]
-    shown = verdicts["score"] if verdicts["score"]["merge_fail"] else verdicts["likelihood"]
-    if any(judged["kept"] for judged in verdicts.values()):
-        notes.append(
-            "Tasks marked “base” are of none of the adapters: their score before is the base model's."
-        )
-    for form, judged in verdicts.items():
-        fails = ", ".join(f"{row['share']:.0%} at τ = {tau}" for tau, row in judged["merge_fail"].items())
-        if judged["instances"] == 1 and fails:
-            notes.append(f"By {form}, the merge fails in this share of redrawn sets of items: {fails}.")
-    return {
-        "tasks": tasks,
-        "merge_fail": shown["merge_fail"],
-        "mean_drop": shown["mean_drop"],
-        "notes": notes,
-    }
-
-
 def _ticking(tick: Callable[[int], None] | None) -> Callable[[Iterable[str]], Iterable[str]]:
     def through(items: Iterable[str]) -> Iterator[str]:
         for item in items:
@@ -241,79 +203,6 @@ def _ticking(tick: Callable[[int], None] | None) -> Callable[[Iterable[str]], It
                 tick(1)
 
     return through
-
-
-def verdict(
-    found: Mapping[str, Any],
-    owners: Mapping[str, str],
-    groups: Mapping[str, Group],
-    method: str,
-    form: str,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Judge a rule's merges by one form of the scores.
-
-    Args:
-        found: `tasks`, `runs` and `differences`, as `collect` returns them.
-        owners: task → the run that was trained for it; if empty, each task belongs to the adapter that is best at it.
-        groups: the merges.
-        method: the rule; `runs` has its merge of all under its name.
-        form: `score` or `likelihood`.
-        seed: of the intervals.
-
-    Returns:
-        `tasks` (an owner's score before, the merge's after, the difference with its interval), `kept` (the same for the
-        tasks of no adapter, before being the base's), `merge_fail` over τ and `mean_drop` over the rule's merges, with
-        intervals, `instances` (how many merges those are) and `notes`.
-    """
-    mine = {label: group for label, group in groups.items() if group.method == method}
-    having = [task for task in found["tasks"] if form in found["runs"][method].get(task, {})]
-    notes = []
-    if not owners:
-        owners = {task: _best(found["runs"], mine[method].names, task, form) for task in having}
-        notes.append(_NO_OWNERS)
-    tasks: dict[str, Any] = {}
-    kept: dict[str, Any] = {}
-    for task in having:
-        before = owners.get(task, BASE)
-        changed = {"before_of": before, **_change(found, task, form, before, method)}
-        (tasks if task in owners else kept)[task] = changed
-    instances = []
-    for label, group in mine.items():
-        own = [task for task in having if owners.get(task) in group.names]
-        if own:
-            before_items = {task: _items(found, owners[task], task, form) for task in own}
-            instances.append(Instance(before_items, {task: _items(found, label, task, form) for task in own}))
-    judged = judge(instances, seed) if instances else {"merge_fail": {}, "mean_drop": None}
-    if len(instances) == 1:
-        notes.append(_ONE_MERGE)
-    return {"tasks": tasks, "kept": kept, **judged, "instances": len(instances), "notes": notes}
-
-
-_NO_OWNERS = (
-    "No adapter was given as TASK=FOLDER: each task counts as that of the adapter that is best at it, which makes "
-    "the scores before the merge look a little better than they are."
-)
-_ONE_MERGE = "MergeFail is of one merge, which fails or does not."
-
-
-def _items(found: Mapping[str, Any], run: str, task: str, form: str) -> list[float]:
-    return found["runs"][run][task][form]["items"]
-
-
-def _best(runs: Mapping[str, Any], names: Sequence[str], task: str, form: str) -> str:
-    return max(names, key=lambda name: float(np.mean(runs[name][task][form]["items"])))
-
-
-def _change(found: Mapping[str, Any], task: str, form: str, before: str, after: str) -> dict[str, Any]:
-    rows = found["differences"][task][form]
-    row = next(row for row in rows if row["of"] == after and row["against"] == before)
-    return {
-        "metric": found["tasks"][task]["metrics"][form],
-        "before": found["runs"][before][task][form]["estimate"],
-        "after": found["runs"][after][task][form]["estimate"],
-        "difference": {key: row[key] for key in ("estimate", "low", "high", "p")},
-    }
 
 
 def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str, Group]:

@@ -1,7 +1,7 @@
 import pytest
 
 from hiplora.errors import ConfigError
-from hiplora.evaluation.evaluate import name_adapters
+from hiplora.evaluation.naming import name_adapters
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ _MIB = 2**20
 class Limits:
     """What one program may use, its child processes included where nothing else is said.
 
-    `seconds` is time on the clock and `cpu_seconds` processor time of one process: on a busy machine the second
-    is the fairer one. `memory_bytes` bounds the address space of each process and the memory of all together.
-    `processes` counts threads too. `file_bytes` bounds one file and, where the program has a file system of its
-    own, all that it writes. `output_bytes` bounds standard output and standard error together.
+    `cpu_seconds` is processor time of one process, `seconds` time on the clock: the second is long, so that what
+    else the machine does decides about no program. `memory_bytes` bounds the address space of each process and the
+    memory of all together. `processes` counts threads too. `file_bytes` bounds one file and, where the program has
+    a file system of its own, all that it writes. `output_bytes` bounds standard output and error together.
 
     Raises:
         ConfigError: a limit is not positive, or too small for Python to start.
     """
 
-    seconds: float = 10.0
+    seconds: float = 30.0
     cpu_seconds: int = 5
     memory_bytes: int = 1024 * _MIB
     processes: int = 16

@@ -278,7 +278,8 @@ for call, error in (
 def test_a_program_has_no_rights_of_root(walled):
     source = "import os\nassert os.getuid() != 0 and os.getgid() != 0\nos.setuid(0)"
     outcome = walled(source)
-    assert outcome.detail == "PermissionError before its end", outcome
+    # The kernel refuses, or root does not even exist in there.
+    assert outcome.detail in ("PermissionError before its end", "OSError before its end"), outcome
 
 
 @behind("every guard", "no namespaces")

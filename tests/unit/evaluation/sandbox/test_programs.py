@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.evaluation.sandbox import Limits, run_program, run_programs
+from hiplora.evaluation.sandbox import Limits, batch, run_program, run_programs
 from hiplora.evaluation.sandbox.batch import run_batch
 from tests.unit.evaluation.sandbox.conftest import behind, eventually
 
@@ -132,10 +132,24 @@ def test_outcomes_come_in_the_order_of_the_programs_and_progress_counts_them():
     assert run_programs([]) == []
 
 
-def test_workers_work_at_the_same_time():
-    source = "import time\nstart = time.time()\ntime.sleep(0.5)\nprint(start, time.time())"
-    times = [tuple(map(float, o.output.split())) for o in run_programs([source] * 2, workers=2)]
-    assert max(start for start, _ in times) < min(end for _, end in times)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_programs_run_at_the_same_time_as_there_are_workers(monkeypatch, workers):
+    running, most = set(), []
+
+    class Counted(batch.Sandbox):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            running.add(self)
+            most.append(len(running))
+
+        def close(self):
+            super().close()
+            running.discard(self)
+
+    monkeypatch.setattr(batch, "Sandbox", Counted)
+    assert len(run_programs(["pass"] * 5, workers=workers)) == 5
+    assert max(most) == workers
+    assert not running
 
 
 @pytest.mark.parametrize(
