@@ -56,6 +56,20 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
     return path
 
 
+def check_output_file(path: str | os.PathLike, overwrite: bool = False, option: str = "--out") -> Path:
+    """Return `path` if a file may be written there; one that exists needs `overwrite`. `option` is what named it.
+
+    Raises:
+        ConfigError: the path is a folder, or exists and `overwrite` is False.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{option} {path}: exists already; name another file or pass --overwrite")
+    return path
+
+
 @contextlib.contextmanager
 def staged_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it becomes `path`, on failure it is removed.

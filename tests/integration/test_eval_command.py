@@ -80,18 +80,13 @@ def place(tmp_path_factory):
     return folder
 
 
+def command_line(place, out, suite):
+    return ["eval", str(place / "base"), "--suite", suite, "--data", str(place / "data"), "--out", str(out)]
+
+
 def run(place, out, *options, suite=KINDS):
-    arguments = [
-        "eval",
-        str(place / "base"),
-        "--suite",
-        suite,
-        "--data",
-        str(place / "data"),
-        "--out",
-        str(out),
-    ]
-    return CliRunner().invoke(app, [*arguments, *map(str, options)], catch_exceptions=False)
+    given = [*command_line(place, out, suite), *map(str, options)]
+    return CliRunner().invoke(app, given, catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -246,18 +241,8 @@ def test_an_adapter_that_was_never_trained_is_refused(place, tmp_path, capsys):
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "idle")
     out = tmp_path / "scores.json"
-    arguments = [
-        "eval",
-        str(place / "base"),
-        "--suite",
-        "lambada",
-        "--data",
-        str(place / "data"),
-        "--out",
-        str(out),
-    ]
     with pytest.raises(SystemExit):
-        main([*arguments, "--adapter", str(tmp_path / "idle")])
+        main([*command_line(place, out, "lambada"), "--adapter", str(tmp_path / "idle")])
     assert "changes no logit" in capsys.readouterr().err
     assert not out.exists()
 
@@ -266,17 +251,6 @@ def test_an_output_that_exists_is_kept(place, tmp_path, capsys):
     out = tmp_path / "scores.json"
     out.write_text("mine")
     with pytest.raises(SystemExit):
-        main(
-            [
-                "eval",
-                str(place / "base"),
-                "--suite",
-                "lambada",
-                "--data",
-                str(place / "data"),
-                "--out",
-                str(out),
-            ]
-        )
+        main(command_line(place, out, "lambada"))
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"

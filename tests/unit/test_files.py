@@ -8,7 +8,14 @@ import pytest
 
 from hiplora import files
 from hiplora.errors import ConfigError
-from hiplora.files import cache_dir, check_output_dir, file_mode, staged_dir, write_atomic
+from hiplora.files import (
+    cache_dir,
+    check_output_dir,
+    check_output_file,
+    file_mode,
+    staged_dir,
+    write_atomic,
+)
 
 
 def names(folder):
@@ -153,3 +160,14 @@ def test_if_the_new_folder_cannot_take_its_place_the_old_one_is_put_back(tmp_pat
         (aside / "new").write_text("2")
     assert names(final) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_file_that_exists_is_written_over_only_if_that_is_said(tmp_path):
+    path = tmp_path / "page.html"
+    assert check_output_file(path) == path
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match=r"--html .*exists already.*--overwrite"):
+        check_output_file(path, option="--html")
+    assert check_output_file(path, overwrite=True) == path
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_output_file(tmp_path, overwrite=True)

@@ -14,6 +14,12 @@ SUITE_HELP = (
 DATA_HELP = "Folder with the tasks' files, as gsm8k_test.jsonl.gz; else that of $HIPLORA_DATA, else the hub."
 LIMIT_HELP = "Items of each task, drawn by --seed; all, if not given."
 CODE_HELP = "Let code that the model writes run, in a sandbox (docs/code-sandbox.md)."
+SUITE_OPTION = typer.Option(..., "--suite", help=SUITE_HELP)
+DATA_OPTION = typer.Option(None, "--data", help=DATA_HELP)
+LIMIT_OPTION = typer.Option(None, "--limit", min=1, help=LIMIT_HELP)
+SEED_OPTION = typer.Option(0, "--seed", min=0, help="Seed of the choice of items and of sampled responses.")
+BATCH_OPTION = typer.Option(8, "--batch-size", min=1, help="Rows of a batch.")
+CODE_OPTION = typer.Option(False, "--allow-code-execution", help=CODE_HELP)
 
 
 def command(
@@ -21,15 +27,13 @@ def command(
     adapter: list[str] = typer.Option(
         [], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated."
     ),
-    suite: str = typer.Option(..., "--suite", help=SUITE_HELP),
+    suite: str = SUITE_OPTION,
     out: Path = typer.Option(..., "--out", help="JSON file to write; it must not exist yet."),
-    data: Path | None = typer.Option(None, "--data", help=DATA_HELP),
-    limit: int | None = typer.Option(None, "--limit", min=1, help=LIMIT_HELP),
-    seed: int = typer.Option(
-        0, "--seed", min=0, help="Seed of the choice of items and of sampled responses."
-    ),
-    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Rows of a batch."),
-    allow_code: bool = typer.Option(False, "--allow-code-execution", help=CODE_HELP),
+    data: Path | None = DATA_OPTION,
+    limit: int | None = LIMIT_OPTION,
+    seed: int = SEED_OPTION,
+    batch_size: int = BATCH_OPTION,
+    allow_code: bool = CODE_OPTION,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file if it exists."),
     as_json: bool = JSON_OPTION,
 ) -> None:

@@ -29,16 +29,15 @@ def command(
 
         hiplora inspect runs/medicine --rank 16
     """
-    from hiplora.errors import ConfigError
     from hiplora.export import inspect_adapter
+    from hiplora.files import check_output_file, write_atomic
 
-    if html is not None and html.exists() and not overwrite:
-        raise ConfigError(f"--html {html}: exists already; name another file or pass --overwrite")
+    if html is not None:
+        check_output_file(html, overwrite, "--html")
     record = inspect_adapter(
         adapter, base, rank, wrap=lambda names: progress(list(names), "inspecting modules")
     )
     if html is not None:
-        from hiplora.files import write_atomic
         from hiplora.reporting import render_inspection_html
 
         write_atomic(html, render_inspection_html(record))

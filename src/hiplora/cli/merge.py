@@ -137,6 +137,7 @@ def command(
     from hiplora.evaluation.naming import name_adapters
     from hiplora.export import read_update
     from hiplora.export.folder import check_out
+    from hiplora.files import check_output_file
     from hiplora.merging import merge
 
     how = {"strength": strength, "text": text, "tokens": tokens}
@@ -148,8 +149,8 @@ def command(
     named = name_adapters(adapters)
     for folder in named.values():
         check_out(out, overwrite, str(folder))
-    if html is not None and html.exists() and not overwrite:
-        raise ConfigError(f"--html {html}: exists already; name another file or pass --overwrite")
+    if html is not None:
+        check_output_file(html, overwrite, "--html")
     numbers = parse_weights(weights)
     updates = {name: read_update(folder, base) for name, folder in named.items()}
     update: Any = merge(

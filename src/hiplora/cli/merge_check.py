@@ -5,7 +5,14 @@ from pathlib import Path
 import typer
 
 from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json
-from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
+from hiplora.cli.eval import (
+    BATCH_OPTION,
+    CODE_OPTION,
+    DATA_OPTION,
+    LIMIT_OPTION,
+    SEED_OPTION,
+    SUITE_OPTION,
+)
 from hiplora.cli.merge import METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_weights
 from hiplora.cli.verdicts import print_verdicts
 from hiplora.errors import ConfigError
@@ -16,7 +23,7 @@ def command(
     adapters: list[str] = typer.Argument(
         ..., help="Adapter folders over one base; as TASK=FOLDER, the task that each was trained for."
     ),
-    suite: str = typer.Option(..., "--suite", help=SUITE_HELP),
+    suite: str = SUITE_OPTION,
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     method: list[str] = typer.Option(
         ["addition"], "--method", help=f"{METHOD_HELP} May be repeated: the rules are judged side by side."
@@ -32,13 +39,11 @@ def command(
     base: str | None = typer.Option(
         None, "--base", help="Base model, if not the one that the adapters name."
     ),
-    data: Path | None = typer.Option(None, "--data", help=DATA_HELP),
-    limit: int | None = typer.Option(None, "--limit", min=1, help=LIMIT_HELP),
-    seed: int = typer.Option(
-        0, "--seed", min=0, help="Seed of the choice of items and of sampled responses."
-    ),
-    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Rows of a batch."),
-    allow_code: bool = typer.Option(False, "--allow-code-execution", help=CODE_HELP),
+    data: Path | None = DATA_OPTION,
+    limit: int | None = LIMIT_OPTION,
+    seed: int = SEED_OPTION,
+    batch_size: int = BATCH_OPTION,
+    allow_code: bool = CODE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:

@@ -90,6 +90,8 @@ class Engine:
             for name, task in self._tasks.items()
         }
 
+        self._counts: dict[str, int] = {}
+
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, as in the suite."""
@@ -118,8 +120,11 @@ class Engine:
 
     def requests(self, tasks: Sequence[str] | None = None) -> int:
         """Return about how many requests scoring takes, for a progress bar."""
-        self._build(tasks or self.tasks)
-        return sum(_count(self._tasks[name]) for name in tasks or self.tasks)
+        for name in tasks or self.tasks:
+            if name not in self._counts:
+                self._build([name])
+                self._counts[name] = _count(self._tasks[name])
+        return sum(self._counts[name] for name in tasks or self.tasks)
 
     def score(
         self,

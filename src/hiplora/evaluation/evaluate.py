@@ -13,7 +13,7 @@ from hiplora import __version__
 from hiplora.errors import ConfigError
 from hiplora.evaluation.naming import BASE, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
-from hiplora.files import write_atomic
+from hiplora.files import check_output_file, write_atomic
 from hiplora.metrics import paired_bootstrap
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
@@ -98,7 +98,7 @@ def evaluate(
         ConfigError, DataError: settings, suite, data or `out` cannot be used.
         AdapterError: an adapter does not act, does not fit, or leaves the base changed. Nothing is written then.
     """
-    path = check_file(out, overwrite)
+    path = check_output_file(out, overwrite)
     named = name_adapters(adapters)
     _check_folders(named)
     suite = settings.read_suite()
@@ -259,20 +259,6 @@ def _check_folders(adapters: Mapping[str, Path]) -> None:
         if not (folder / "adapter_config.json").is_file():
             what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
             raise ConfigError(f"--adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
-
-
-def check_file(out: str | os.PathLike, overwrite: bool) -> Path:
-    """Return the path of a JSON file to write.
-
-    Raises:
-        ConfigError: it exists and `overwrite` is False, or it is a folder.
-    """
-    path = Path(out)
-    if path.is_dir():
-        raise ConfigError(f"--out {path}: is a folder; name a JSON file, as {path / 'results.json'}")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"--out {path}: exists already; name another file or pass --overwrite")
-    return path
 
 
 def _plan(

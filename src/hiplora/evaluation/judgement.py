@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hiplora.metrics import DEFAULT_TAUS, mean_post_merge_drop, merge_fail
+from hiplora.metrics.merging import falls_below
 
 REPLICATES = 10_000
 _CHUNK = 1_000  # replicates in memory at once
@@ -54,7 +55,7 @@ def _bounds(values: np.ndarray) -> dict[str, float]:
 
 
 def _fails(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], tau: float) -> np.ndarray:
-    return np.any([after[task] < tau * before[task] for task in before], axis=0)
+    return np.any([falls_below(after[task], before[task], tau) for task in before], axis=0)
 
 
 def _drawn_means(

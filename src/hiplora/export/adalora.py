@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate, Pair
-from hiplora.export.stock import FROZEN_COPY, check_extras, check_plain
+from hiplora.export.stock import check_extras, check_plain, sort_tensors
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[ABE])$")
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[ABE])$")
 _DEFAULT_RANK = 12  # of peft.AdaLoraConfig
 _SMALL = 1e-5  # what peft.tuners.adalora adds to the rank that it divides by
 
@@ -35,13 +35,7 @@ def adalora_update(
         AdapterError: not a plain low-rank update, or a tensor is missing or has the wrong shape.
     """
     check_plain(config, source)
-    found: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if match := _FACTOR.match(name):
-            found.setdefault(match["module"], {})[match["factor"]] = tensor.float()
-        elif FROZEN_COPY not in name:
-            extras[name] = tensor
+    found, extras = sort_tensors(tensors, _FACTOR)
     check_extras(extras, config, source)
     factors = {module: _pair(module, parts, config, source) for module, parts in sorted(found.items())}
     if not factors:
@@ -71,7 +65,7 @@ def _pair(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], s
             raise AdapterError(
                 f"{source}: tensor {module}.lora_{factor} is missing; the adapter was not saved completely"
             )
-    A, B, E = parts["A"], parts["B"], parts["E"].reshape(-1, 1)
+    A, B, E = parts["A"].float(), parts["B"].float(), parts["E"].float().reshape(-1, 1)
     if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == E.shape[0]:
         raise AdapterError(
             f"{source}: layer {module}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} and lora_E "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hiplora.errors import AdapterError
 from hiplora.export.adapter import AdapterUpdate, Channels
 from hiplora.export.base_weights import BaseWeights, in_precision
-from hiplora.export.stock import FROZEN_COPY, check_extras, check_rank, pattern_value
+from hiplora.export.stock import check_extras, check_rank, pattern_value, sort_tensors
 from hiplora.spectral import FactorStore, SpectralFactors, protected, retract, soften
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
 
@@ -31,7 +31,7 @@ def hip_update(
     Raises:
         AdapterError: a tensor is missing or has the wrong shape, or the base weight is not the adapter's.
     """
-    modules, extras = _sort(tensors)
+    modules, extras = sort_tensors(tensors, _PART)
     fingerprints = dict(config.get("fingerprints") or {})
     for module in fingerprints:
         if module not in modules:
@@ -62,7 +62,7 @@ def live_hip_update(
     """
     from hiplora.tuner import hip_layers
 
-    modules, extras = _sort(state)
+    modules, extras = sort_tensors(state, _PART)
     for name, layer in hip_layers(model, adapter):
         layer.ensure_factors(adapter)
         parts = modules.setdefault(name, {})
@@ -88,18 +88,6 @@ def _assemble(
     kind = "hiplora" if config.get("principal_channel", True) else "proj-lora"
     factors = {module: parts.factors() for module, parts in channels.items()}
     return AdapterUpdate(base, kind, dict(config), factors, fingerprints, extras, channels, source)
-
-
-def _sort(tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Parts], dict[str, Tensor]]:
-    """Sort tensors into those of adapted modules, by module and part, and the rest."""
-    modules: dict[str, _Parts] = {}
-    extras: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if match := _PART.match(name):
-            modules.setdefault(match["module"], {})[match["part"]] = tensor
-        elif FROZEN_COPY not in name:
-            extras[name] = tensor
-    return modules, extras
 
 
 def _channels(

@@ -98,9 +98,9 @@ def _opened(file: str | Path) -> Iterator[Any]:
         raise AdapterError(f"{file}: damaged or cut off ({error}); copy or download it again") from error
 
 
-def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Yield slices of a tensor's first dimension that hold about a million numbers each, or one row."""
-    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+def row_blocks(shape: Sequence[int], copies: int = 1) -> Iterator[slice]:
+    """Yield slices of a tensor's first dimension so that `copies` of each hold 2²⁰ numbers at most, or one row each."""
+    step = max(1, _BLOCK // max(1, copies * math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

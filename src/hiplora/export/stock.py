@@ -27,7 +27,7 @@ _NOT_PLAIN = {
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT saves a copy of an adapted output head's frozen weight beside its factors.
 FROZEN_COPY = ".base_layer."
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 _EXPECTED = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 
@@ -47,18 +47,29 @@ def stock_update(
     """
     check_plain(config, source)
     _check_start(config, source)
-    found: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if match := _FACTOR.match(name):
-            found.setdefault(match["module"], {})[match["factor"]] = tensor
-        elif FROZEN_COPY not in name:
-            extras[name] = tensor
+    found, extras = sort_tensors(tensors, _FACTOR)
     check_extras(extras, config, source)
     factors = {module: _pair(module, pair, config, source) for module, pair in sorted(found.items())}
     if not factors:
         raise AdapterError(f"{source}: no lora_A and lora_B tensors in it; nothing was adapted or saved")
     return AdapterUpdate(base, "lora", dict(config), factors, {}, extras, {}, source)
+
+
+def sort_tensors(
+    tensors: Mapping[str, Tensor], pattern: re.Pattern[str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Sort tensors into those of adapted modules, by module and part, and the rest; frozen copies are left out.
+
+    `pattern` has the groups `module` and `part`.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if match := pattern.match(name):
+            modules.setdefault(match["module"], {})[match["part"]] = tensor
+        elif FROZEN_COPY not in name:
+            extras[name] = tensor
+    return modules, extras
 
 
 def check_extras(extras: Mapping[str, Tensor], config: Mapping[str, Any], source: str) -> None:

@@ -1,20 +1,14 @@
 """Entries of dense updates, in place and a few rows at a time: a merge must not need many copies of a module."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_BLOCK = 1 << 20  # entries that are worked on at a time
+from hiplora.export.shards import row_blocks
+
 _HALF = 1 << 16
-
-
-def row_blocks(shape: torch.Size, copies: int = 1) -> Iterator[slice]:
-    """Yield slices of rows so that `copies` blocks of a matrix of this shape have 2²⁰ entries, or one row each."""
-    rows = max(1, _BLOCK // (copies * shape[1]))
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(start + rows, shape[0]))
 
 
 def keep_largest_(delta: Float[Tensor, "m n"], density: float) -> Float[Tensor, "m n"]:

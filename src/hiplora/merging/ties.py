@@ -38,7 +38,8 @@ def combine(terms: "Iterable[DenseTerm]", options: Options) -> "Tensor":
     import torch
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-    from hiplora.merging.entries import keep_largest_, row_blocks
+    from hiplora.export.shards import row_blocks
+    from hiplora.merging.entries import keep_largest_
 
     trimmed, weights = [], []
     for term in terms:

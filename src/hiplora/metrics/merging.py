@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hiplora.errors import ConfigError, DataError
 from hiplora.metrics.checks import Scores, same_names, scores
@@ -42,10 +42,15 @@ def merge_failures(merged: Sequence[Scores], single: Sequence[Scores], tau: floa
         raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
     return np.array(
         [
-            any(after[task] < tau * before[task] * (1 - _ROUNDING) for task in before)
+            any(falls_below(after[task], before[task], tau) for task in before)
             for after, before in _pairs(merged, single)
         ]
     )
+
+
+def falls_below(merged: ArrayLike, single: ArrayLike, tau: float) -> NDArray[np.bool_]:
+    """Tell where `merged < τ · single`, entry by entry; a score that equals the threshold, up to rounding, does not."""
+    return np.asarray(merged) < tau * np.asarray(single) * (1 - _ROUNDING)
 
 
 def merge_fail_table(

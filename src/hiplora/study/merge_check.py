@@ -114,9 +114,8 @@ def merge_check(
     if how.weights and len(how.weights) != len(named):
         raise ConfigError(f"weights: {len(how.weights)} given for {len(named)} adapters; pass one each")
     groups = _groups(list(named), how, suite)
-    merges = {label: how.merge(updates, group) for label, group in groups.items()}
-    if merged is not None:
-        merges[how.methods[0]] = merged
+    given = {how.methods[0]: merged} if merged is not None else {}
+    merges = {label: given.get(label) or how.merge(updates, group) for label, group in groups.items()}
     engine = settings.engine(suite)
     model = how.base or updates[next(iter(named))].base
     network, tokenizer = load_model(model)
