@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from hiplora.reporting import legends
 from hiplora.reporting.palette import GRID, INK, LOOKS, MUTED, NEUTRALS, PAPER, RULE, Look
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
 # The size is in points and one point of the drawing is one CSS pixel of the page (72 per inch in the SVG).
 _PER_INCH = 72
+# What matplotlib would write of itself and of the time, per format: the same drawing gives the same bytes.
+_UNDATED: Any = {
+    "png": {"Software": None},
+    "pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+}
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 12.5,
@@ -49,6 +55,7 @@ _STYLE: Any = {
     "lines.scale_dashes": True,
     "path.simplify": False,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "svg.hashsalt": "hiplora",
     "xtick.color": RULE,
     "ytick.color": RULE,
@@ -110,7 +117,7 @@ def inline_svg(panel: Panel, prefix: str) -> str:
 
 
 def plate_files(plate: Plate, formats: Sequence[str] = ("svg",)) -> dict[str, bytes]:
-    """Draw a whole plate, legend included, on a white ground; return the bytes per format (`svg`, `png`)."""
+    """Draw a whole plate, legend included, on a white ground; return the bytes per format (`svg`, `png`, `pdf`)."""
     with _drawing():
         figure = _compose(plate)
         files = {}
@@ -120,7 +127,7 @@ def plate_files(plate: Plate, formats: Sequence[str] = ("svg",)) -> dict[str, by
             else:
                 buffer = io.BytesIO()
                 figure.savefig(
-                    buffer, format=kind, dpi=2 * _PER_INCH, facecolor=PAPER, metadata={"Software": None}
+                    buffer, format=kind, dpi=2 * _PER_INCH, facecolor=PAPER, metadata=_UNDATED[kind]
                 )
                 files[kind] = buffer.getvalue()
     return files
@@ -176,14 +183,12 @@ def _compose(plate: Plate) -> "Figure":
         plate.panels[start : start + plate.columns] for start in range(0, len(plate.panels), plate.columns)
     ]
     heights = [max(panel.height for panel in row) for row in rows]
-    legend = 30 if plate.legend else 0
     width = max(sum(panel.width for panel in row) for row in rows)
+    legend = legends.height(plate.legend, width)
     figure = _figure(width, sum(heights) + legend)
     bands = figure.subfigures(len(rows) + 1, 1, height_ratios=[max(legend, 1), *heights], squeeze=False)[:, 0]
     if plate.legend:
-        bands[0].legend(
-            handles=_handles(plate.legend), loc="center left", ncols=len(plate.legend), fontsize=12.5
-        )
+        legends.draw(bands[0], plate.legend, width)
     for band, row in zip(bands[1:], rows, strict=True):
         ratios = [panel.width for panel in row]
         spare = width - sum(ratios)
@@ -195,23 +200,6 @@ def _compose(plate: Plate) -> "Figure":
     return figure
 
 
-def _handles(legend: Mapping[str, Look]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    return [
-        Line2D(
-            [],
-            [],
-            color=look.colour,
-            marker=look.marker,
-            markersize=5,
-            label=name,
-            dashes=(look.dashes or (None, None)),
-        )
-        for name, look in legend.items()
-    ]
-
-
 def _svg_tree(figure: "Figure") -> ET.Element:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -221,23 +209,25 @@ def _svg_tree(figure: "Figure") -> ET.Element:
 
 
 def _strip(root: ET.Element, prefix: str) -> None:
-    """Remove matplotlib's metadata, page-wide style and unused ids; prefix the ids that are referred to."""
+    """Remove matplotlib's metadata, page-wide style and unused ids; number those that are referred to."""
     for child in list(root):
         if child.tag == f"{{{_SVG}}}metadata" or child.find(f"{{{_SVG}}}style") is not None:
             root.remove(child)
     text = ET.tostring(root, encoding="unicode")
-    used = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    # matplotlib's ids are hashes of coordinates, of which the last bits may differ from run to run: number them.
+    used = dict.fromkeys(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", text))
+    ids = {first or second: f"{prefix}-{place}" for place, (first, second) in enumerate(used)}
     for element in root.iter():
         if (name := element.get("id")) is not None:
-            if name in used:
-                element.set("id", f"{prefix}-{name}")
+            if name in ids:
+                element.set("id", ids[name])
             else:
                 del element.attrib["id"]
         for key, value in element.attrib.items():
             if key.endswith("href") and value.startswith("#"):
-                element.set(key, f"#{prefix}-{value[1:]}")
+                element.set(key, f"#{ids[value[1:]]}")
             elif value.startswith("url(#"):
-                element.set(key, f"url(#{prefix}-{value[5:]}")
+                element.set(key, f"url(#{ids[value[5:-1]]})")
             elif key == "style":
                 element.set(key, re.sub(r" ?font-family: [^;]*;?", "", value))
             elif key == "d":

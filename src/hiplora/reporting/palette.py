@@ -16,12 +16,16 @@ NEUTRALS = {INK: "#e8ebf1", MUTED: "#a3adbd", RULE: "#4a5364", GRID: "#2c3341", 
 
 @dataclass(frozen=True)
 class Look:
-    """How a method is drawn: colour on light and dark pages, dash pattern (empty: solid) and marker."""
+    """How a method is drawn: colour on light and dark pages, dash pattern (empty: solid) and marker.
+
+    A hollow marker is filled with the page's colour: what is shown beside the measured, not measured itself.
+    """
 
     colour: str
     dark: str
     dashes: tuple[float, ...]
     marker: str
+    hollow: bool = False
 
 
 LOOKS = (
@@ -44,6 +48,12 @@ _MARKER_PATHS = {
     "^": "M13 1l4.6 8h-9.2z",
     "v": "M13 10l4.6-8h-9.2z",
     "D": "M13 .6l4.9 4.9l-4.9 4.9l-4.9-4.9z",
+    "d": "M13 .4l3.3 5.1l-3.3 5.1l-3.3-5.1z",
+    "<": "M8.4 5.5l8-4.6v9.2z",
+    ">": "M17.6 5.5l-8-4.6v9.2z",
+    "P": "M11.4 .8h3.2v3.1h3.1v3.2h-3.1v3.1h-3.2v-3.1h-3.1v-3.2h3.1z",
+    "X": "M8.6 3.3l2.2-2.2l2.2 2.2l2.2-2.2l2.2 2.2l-2.2 2.2l2.2 2.2l-2.2 2.2l-2.2-2.2l-2.2 2.2l-2.2-2.2l2.2-2.2z",
+    "*": "M13 .2l1.3 3.8h4l-3.2 2.4l1.2 3.9l-3.3-2.4l-3.3 2.4l1.2-3.9l-3.2-2.4h4z",
 }
 
 
@@ -71,6 +81,11 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
 def plain(name: str) -> str:
     """Return the name's letters and digits in lower case: HiP-LoRA, hip_lora and hiplora are one method."""
     return "".join(char for char in name.lower() if char.isalnum())
+
+
+def is_known(name: str) -> bool:
+    """Say whether a method's name is one that always has the same look."""
+    return plain(name) in _KNOWN
 
 
 def is_hiplora(name: str) -> bool:

@@ -50,9 +50,9 @@ def draw(
 ) -> None:
     """Draw cells at (column, row), rows from top to bottom, with the scale's key below; gaps stay empty."""
     upper, lower = container.subplots(2, 1, gridspec_kw={"height_ratios": [len(rows), 0.55]})
-    _frame(upper, rows, min(columns), max(columns) + 1)
+    frame(upper, rows, min(columns), max(columns) + 1)
     for (column, row), value in cells.items():
-        _cell(upper, column, row, value, scale)
+        cell(upper, column, row, value, scale)
     upper.set_xticks([column + 0.5 for column in _few(columns)], [str(column) for column in _few(columns)])
     upper.set_xlabel(xlabel)
     _key(lower, scale)
@@ -62,13 +62,18 @@ def draw_matrix(container: "FigureBase", cells: Cells, names: Sequence[str], sca
     """Draw a square matrix with its numbers; rows carry the names, columns their place in the list."""
     ax = container.subplots()
     places = range(len(names))
-    _frame(ax, [f"{place + 1}  {names[place]}" for place in places], 0, len(names))
+    frame(ax, [f"{place + 1}  {names[place]}" for place in places], 0, len(names))
     ax.set_xticks([place + 0.5 for place in places], [str(place + 1) for place in places])
     ax.xaxis.tick_top()
     for (column, row), value in cells.items():
-        _cell(ax, column, row, value, scale)
+        cell(ax, column, row, value, scale)
         ax.text(column + 0.5, row + 0.5, scale.text(value), ha="center", va="center", fontsize=12,
-                color=PAPER if scale.strength(value) >= _DARK_FROM else INK)  # fmt: skip
+                color=ink_on(scale.strength(value)))  # fmt: skip
+
+
+def ink_on(strength: float) -> str:
+    """Return the colour of words on a cell of that opacity: the page's ink, or the page itself on a strong cell."""
+    return PAPER if strength >= _DARK_FROM else INK
 
 
 def largest(*grids: Cells) -> float:
@@ -77,16 +82,17 @@ def largest(*grids: Cells) -> float:
 
 
 def _key(ax: "Axes", scale: Scale) -> None:
-    _frame(ax, [""], 0, _KEY_CELLS)
+    frame(ax, [""], 0, _KEY_CELLS)
     start = -scale.top if scale.signed else 0.0
     step = (scale.top - start) / (_KEY_CELLS - 1)
     for index in range(_KEY_CELLS):
-        _cell(ax, index, 0, start + step * index, scale)
+        cell(ax, index, 0, start + step * index, scale)
     shown = [0, _KEY_CELLS // 2, _KEY_CELLS - 1] if scale.signed else [0, _KEY_CELLS - 1]
     ax.set_xticks([index + 0.5 for index in shown], [scale.text(start + step * index) for index in shown])
 
 
-def _frame(ax: "Axes", rows: Sequence[str], left: float, right: float) -> None:
+def frame(ax: "Axes", rows: Sequence[str], left: float, right: float) -> None:
+    """Set up bare axes for cells: a unit high each, rows named from top to bottom, columns from `left` to `right`."""
     dress(ax)
     ax.grid(False)
     for spine in ax.spines.values():
@@ -97,7 +103,8 @@ def _frame(ax: "Axes", rows: Sequence[str], left: float, right: float) -> None:
     ax.tick_params(axis="y", labelcolor=INK)
 
 
-def _cell(ax: "Axes", column: float, row: float, value: float, scale: Scale) -> None:
+def cell(ax: "Axes", column: float, row: float, value: float, scale: Scale) -> None:
+    """Shade the cell whose upper left corner is at (`column`, `row`)."""
     from matplotlib.patches import Rectangle
 
     place, size = (column + _GAP / 2, row + _GAP / 2), 1 - _GAP

@@ -154,7 +154,7 @@ def _facet(ax: "Axes", name: str, points: Sequence[Point], look: Look, limits: t
     elif (hidden := len(points) - len(shown)) > 0.05 * len(points):
         ax.set_title(f"{percent(hidden / len(points))} below axis", loc="right", color=MUTED, fontsize=11)
     for axis in (ax.xaxis, ax.yaxis):
-        _log_ticks(axis)
+        log_ticks(axis)
 
 
 def _dots(ax: "Axes", points: Sequence[Point], look: Look) -> None:
@@ -194,7 +194,8 @@ def _guides(ax: "Axes", limits: tuple[Point, Point]) -> None:
                         color=MUTED, va="center", ha="left", annotation_clip=False)  # fmt: skip
 
 
-def _log_ticks(axis: "Axis") -> None:
+def log_ticks(axis: "Axis") -> None:
+    """Label a logarithmic axis at a few round numbers of its present limits, in plain figures."""
     from matplotlib.ticker import NullLocator
 
     low, high = axis.get_view_interval()
