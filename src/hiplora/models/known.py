@@ -1,6 +1,12 @@
-"""The models that hiplora can fetch from a package index, with everything pinned by hash."""
+"""The models that need no hub: fetched from a package index with everything pinned by hash, or made on the spot."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from hiplora.models.pico import make_pico
+from hiplora.provenance import file_sha256
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,26 @@ class PackagedModel:
     context_length: int
     licence: str
 
+    @property
+    def source_sha256(self) -> str:
+        """Hash of what the model is made from; a folder made from anything else is made anew."""
+        return self.gguf_sha256
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """A model that one module of this package makes, from nothing but its own code."""
+
+    name: str  #: the name that users type
+    make: Callable[[Path], None]  #: writes the model to a folder
+
+    @property
+    def source_sha256(self) -> str:
+        """Hash of the module that makes the model; a folder made by another version of it is made anew."""
+        return file_sha256(inspect.getfile(self.make))
+
+
+KnownModel = PackagedModel | MadeModel
 
 SMOLLM2_135M = PackagedModel(
     name="smollm2-135m",
@@ -30,4 +56,6 @@ SMOLLM2_135M = PackagedModel(
     licence="Apache-2.0, Hugging Face TB",
 )
 
-PACKAGED = {model.name: model for model in (SMOLLM2_135M,)}
+PICO = MadeModel(name="pico", make=make_pico)
+
+KNOWN: dict[str, KnownModel] = {model.name: model for model in (SMOLLM2_135M, PICO)}

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError
+from hiplora.models.known import KNOWN
 from hiplora.models.quiet import quiet_transformers
 from hiplora.models.resolving import resolve
 
@@ -33,7 +34,7 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {model}: cannot be loaded ({_first_line(error)}); expected a folder with config.json, weights "
-            "and tokenizer, a hub name that this machine can reach, or smollm2-135m"
+            f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

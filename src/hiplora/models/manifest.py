@@ -1,4 +1,4 @@
-"""What a fetched model folder must contain, so that a damaged one is never used."""
+"""What a known model's folder must contain, so that a damaged one is never used."""
 
 import json
 import os
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.files import file_mode, write_atomic
-from hiplora.models.known import PackagedModel
+from hiplora.models.known import KnownModel
 from hiplora.provenance import file_sha256
 
 MANIFEST = "hiplora-manifest.json"
 FORMAT = 1  # raised when the conversion changes: folders of an older format are made anew
 
 
-def write_manifest(folder: Path, model: PackagedModel) -> None:
+def write_manifest(folder: Path, model: KnownModel) -> None:
     """Record every file of a folder just made, and flush all of them to the disk."""
     files = {}
     for path in sorted(path for path in folder.iterdir() if path.name != MANIFEST):
@@ -21,11 +21,11 @@ def write_manifest(folder: Path, model: PackagedModel) -> None:
             os.fsync(file.fileno())
         path.chmod(file_mode())  # safetensors makes its files private; a cache may serve several users
         files[path.name] = {"sha256": file_sha256(path), **_stamp(path)}
-    record = {"format": FORMAT, "model": model.name, "source_sha256": model.gguf_sha256, "files": files}
+    record = {"format": FORMAT, "model": model.name, "source_sha256": model.source_sha256, "files": files}
     write_atomic(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
 
 
-def damage(folder: Path, model: PackagedModel, full: bool = False) -> str | None:
+def damage(folder: Path, model: KnownModel, full: bool = False) -> str | None:
     """Say what is wrong with a model folder, or return None if it is whole.
 
     A file whose size and time of change are as recorded is trusted; any other, and with `full` every one, is
@@ -34,7 +34,7 @@ def damage(folder: Path, model: PackagedModel, full: bool = False) -> str | None
     try:
         record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         expected: dict[str, dict[str, Any]] = record["files"]
-        if record["format"] != FORMAT or record["source_sha256"] != model.gguf_sha256:
+        if record["format"] != FORMAT or record["source_sha256"] != model.source_sha256:
             return "it was made by another version of hiplora"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

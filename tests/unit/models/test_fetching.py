@@ -17,7 +17,7 @@ import pytest
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.models import __main__ as command
 from hiplora.models import fetch, model_dir, resolve, resolving
-from hiplora.models.known import PACKAGED, PackagedModel
+from hiplora.models.known import KNOWN, PackagedModel
 from hiplora.models.manifest import MANIFEST
 from hiplora.provenance import file_sha256
 
@@ -61,7 +61,7 @@ def toy(index, monkeypatch) -> PackagedModel:
         context_length=8,
         licence="none",
     )
-    monkeypatch.setitem(PACKAGED, "toy", model)
+    monkeypatch.setitem(KNOWN, "toy", model)
     monkeypatch.setattr(resolving, "convert_gguf", _copy)
     return model
 
@@ -201,14 +201,14 @@ def test_after_a_kill_in_mid_conversion_the_next_run_succeeds_and_tidies_up(toy)
     script = f"""
         import os, signal
         from hiplora.models import fetch, resolving
-        from hiplora.models.known import PACKAGED, PackagedModel
+        from hiplora.models.known import KNOWN, PackagedModel
 
         def die(gguf, folder, model):
             (folder / "model.safetensors").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
 
         resolving.convert_gguf = die
-        PACKAGED["toy"] = PackagedModel(**{asdict(toy)!r})
+        KNOWN["toy"] = PackagedModel(**{asdict(toy)!r})
         fetch("toy")
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
