@@ -37,8 +37,13 @@ def panel(plot: Plot, styles: Mapping[str, Look], width: int, height: int, share
     def draw(container: "FigureBase") -> None:
         ax = container.subplots()
         dress(ax, plot.x_label, plot.y_label, grid="both")
-        _scale(ax, plot, bounds)
         drawn = [(series, points(series, plot)) for series in ordered]
+        _scale(
+            ax,
+            plot,
+            bounds,
+            whole=all(point.x.is_integer() for _, found in drawn for point in found if point),
+        )
         shifts = _shifts(plot, drawn)
         for (series, found), shift in zip(drawn, shifts, strict=True):
             _draw(ax, plot, found, look_of(series, styles), shift)
@@ -57,7 +62,8 @@ def panel(plot: Plot, styles: Mapping[str, Look], width: int, height: int, share
     return Panel(plot.name, wrapped(plot.title, width), describe_plot(plot), draw, width, height)
 
 
-def _scale(ax: "Axes", plot: Plot, bounds: Bounds) -> None:
+def _scale(ax: "Axes", plot: Plot, bounds: Bounds, whole: bool) -> None:
+    """Set up the axes; `whole` says that all x are whole numbers, between which there is nothing to mark."""
     if plot.x_log:
         ax.set_xscale("log")
     if plot.y_log:
@@ -68,18 +74,18 @@ def _scale(ax: "Axes", plot: Plot, bounds: Bounds) -> None:
         return
     ax.set_xlim(bounds[0])
     ax.set_ylim(bounds[1])
-    for axis, log in ((ax.xaxis, plot.x_log), (ax.yaxis, plot.y_log)):
+    for axis, log, integer in ((ax.xaxis, plot.x_log, whole), (ax.yaxis, plot.y_log, False)):
         if log:
             log_ticks(axis)
         else:
-            _plain_ticks(axis)
+            _plain_ticks(axis, integer)
 
 
-def _plain_ticks(axis: Any) -> None:
+def _plain_ticks(axis: Any, integer: bool) -> None:
     """As many decimals as the ticks need, thousands apart from each other, no offset beside the axis."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=integer, min_n_ticks=1))
     ticks = axis.get_majorticklocs()
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (f"{step:e}".startswith("2.5")))

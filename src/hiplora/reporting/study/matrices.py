@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _CHARACTER = 7.4  # CSS pixels of the measuring font
 _ROW, _LINE = 34, 16
 _WIDEST_CELL, _NARROWEST_CELL = 104, 46
-_NAME_CHARACTERS = 26
+_NAME_SHARE = 0.45  # of the picture's width that the names of rows may take
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def shades(matrices: Sequence[Matrix]) -> Shades:
 def panel(matrix: Matrix, widest: int, shared: Shades | None = None) -> Panel:
     """Return the picture of a matrix, at most `widest` CSS pixels wide; `shared` is its scale among others."""
     scale = shared or shades([matrix])
-    rows = [shorten(printable(name), _NAME_CHARACTERS) for name in matrix.row_names]
+    rows = [shorten(printable(name), int(_NAME_SHARE * widest / _CHARACTER)) for name in matrix.row_names]
     left = 24 + _CHARACTER * max(map(len, rows), default=0)
     count = max(1, len(matrix.column_names))
     cell = min(_WIDEST_CELL, max(_NARROWEST_CELL, (widest - left) / count))

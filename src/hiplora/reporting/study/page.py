@@ -1,11 +1,12 @@
 """The page of a study: what was found in words, then tables and figures, protocol by protocol."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hiplora.reporting.canvas import Plate
-from hiplora.reporting.numbers import MISSING, count, printable, significant
+from hiplora.reporting.numbers import count, number, printable, significant
 from hiplora.reporting.page import flatten
 from hiplora.reporting.study.checks import check_names
 from hiplora.reporting.study.describe import Value, data_rows
@@ -27,10 +28,11 @@ _MEASUREMENT_COLUMNS = ("method", "domain", "form", "metric", "value", "unit", "
 
 @dataclass(frozen=True)
 class Data:
-    """A table of plain texts below a picture; `left_out` rows stand only in the file."""
+    """A table of plain texts below a picture; the first `words` columns are no numbers, `left_out` rows in the file."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: int
     left_out: int
 
 
@@ -98,7 +100,11 @@ def _shown(section: Section, styles: Styles) -> Shown:
 
 def _picture(figure: Figure, styles: Styles) -> Picture:
     columns, rows = data_rows(figure)
-    data = Data(columns, [list(map(_text, row)) for row in rows[:_MOST_ROWS]], max(0, len(rows) - _MOST_ROWS))
+    shown = rows[:_MOST_ROWS]
+    texts = itertools.takewhile(
+        lambda place: all(isinstance(row[place], str) for row in shown), range(len(columns))
+    )
+    data = Data(columns, [list(map(_text, row)) for row in shown], len(list(texts)), len(rows) - len(shown))
     return Picture(plate(figure, styles), figure.title if isinstance(figure, Grid) else "", data)
 
 
@@ -109,7 +115,7 @@ def _measurements(measurements: Sequence[Measurement]) -> Data:
             row.domain,
             row.form,
             row.metric,
-            significant(row.value, 4).replace(MISSING, NOT_MEASURED) + spread(row.low, row.high, row.sd, 2),
+            _text(number(row.value)) + spread(row.low, row.high, row.sd, 2),
             row.unit,
             count(row.seeds),
             "" if row.items is None else count(row.items),
@@ -123,14 +129,18 @@ def _measurements(measurements: Sequence[Measurement]) -> Data:
     return Data(
         [_MEASUREMENT_COLUMNS[place] for place in kept],
         [[row[place] for place in kept] for row in rows],
-        max(0, len(measurements) - _MOST_ROWS),
+        sum(place < _MEASUREMENT_COLUMNS.index("value") for place in kept),
+        len(measurements) - len(rows),
     )
 
 
 def _text(value: Value) -> str:
     if value is None:
         return NOT_MEASURED
-    return printable(value) if isinstance(value, str) else significant(value, 4)
+    if isinstance(value, str):
+        return printable(value)
+    text = significant(value, 4)
+    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
 
 
 def _paper_note(sections: Sequence[Section]) -> str:

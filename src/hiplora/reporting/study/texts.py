@@ -22,8 +22,8 @@ _SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"
 _LATEX: Mapping[str, str] = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}",
     "<": r"\textless{}", ">": r"\textgreater{}", '"': "''",
-    # A bracket after a line's end would be read as the line's spacing.
-    "[": "{[}", "]": "{]}",
+    # A bracket or star after a line's end would be read as that line's spacing.
+    "[": "{[}", "]": "{]}", "*": "{*}",
     NBSP: "~", "–": "--", "—": "---", "…": r"\dots{}", "“": "``", "”": "''", "’": "'",
     **{char: f"\\{char}" for char in "&%$#_{}"},
     **{letter: "o" if name == "omicron" else rf"$\{name}$" for letter, name in zip(_LETTERS, _GREEK, strict=True)},

@@ -101,6 +101,11 @@ def test_a_logarithmic_axis_has_plain_labels():
     assert not any("$" in text or "e-" in text for text in texts)
 
 
+def test_between_whole_numbers_there_are_no_ticks():
+    texts = words(plot(Series("a", [2.0, 3.0, 4.0], [0.5, 0.25, 1.0]), x_label="size"))
+    assert texts[1 : texts.index("size")] == ["2", "3", "4"]  # after the legend
+
+
 def test_the_papers_series_are_named_hollow_dotted_and_of_their_methods_colour():
     figure = samples.lines_plot()
     legend = legend_of(figure, figure_styles(figure))

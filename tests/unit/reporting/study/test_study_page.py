@@ -108,6 +108,14 @@ def test_long_data_is_cut_on_the_page_and_says_where_it_is_whole(page):
     assert "The first 200 of 250 rows; all are in measurements.csv." in text_of(render(many))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"), [(float("nan"), "–"), (float("inf"), "∞"), (1e-9, "1.000 × 10⁻⁹")]
+)
+def test_a_measurement_without_a_number_is_a_dash_in_the_list(value, shown):
+    sections = [Section("a", "A", measurements=[samples.measurement(value=value, low=None, high=None)])]
+    assert f'<td class="n">{shown}</td>' in render(sections).replace("\u00a0", " ")
+
+
 def test_names_are_text_and_never_markup():
     evil = "<script>alert(1)</script>"
     sections = [

@@ -85,7 +85,7 @@ def test_a_number_too_small_for_its_digits_is_not_written_as_zero():
         (r"a\b ~ ^", r"a\textbackslash{}b \textasciitilde{} \textasciicircum{}"),
         ("| < >", r"\textbar{} \textless{} \textgreater{}"),
         ("λ ± δ → Δ ≤ ∞ −1", r"$\lambda$ $\pm$ $\delta$ $\rightarrow$ $\Delta$ $\leq$ $\infty$ $-$1"),
-        ("[0.1, 0.2]", "{[}0.1, 0.2{]}"),
+        ("[0.1, 0.2]*", "{[}0.1, 0.2{]}{*}"),
         ("3·10⁻⁹ – x…", r"3$\cdot$10$^{-9}$ -- x\dots{}"),
         ("two\nlines\t\x00", "two lines "),
     ],
