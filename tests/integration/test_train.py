@@ -21,6 +21,7 @@ METHODS = {
     "activation": {"name": "hiplora", "principal_rank": 8, "basis": "activation"},
     "lora": {"name": "lora"},
     "pissa": {"name": "pissa"},
+    "split_lora": {"name": "split_lora", "clients": 2, "cut_layer": 1, "average_every": 2},
 }
 SETTINGS = {
     "steps": 8,
@@ -164,8 +165,59 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, method, sett
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_run_resumed_in_a_later_epoch_equals_the_uninterrupted_one(make, tmp_path):
-    recipe = make(epochs=3, steps=None, data={"limit": 9, "held_out_fraction": 0.34}, log_every=1)
+@pytest.mark.parametrize("cut_layer", [0, 1, 2])
+def test_split_lora_with_one_client_is_plain_lora_wherever_the_cut_is(make, tmp_path, cut_layer):
+    plain = train(make("lora"), tmp_path / "plain")
+    split = {"name": "split_lora", "clients": 1, "cut_layer": cut_layer, "average_every": 3}
+    made = train(make(split), tmp_path / "split")
+    assert numbers(made.metrics) == numbers(plain.metrics)
+    assert made.trainable_parameters == plain.trainable_parameters
+    first, second = tensors(tmp_path / "plain"), tensors(tmp_path / "split")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_adapter_of_split_lora_is_a_plain_lora(make, tmp_path):
+    for method in ("lora", "split_lora"):
+        train(make(method, steps=2), tmp_path / method)
+    plain, split = (
+        json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("lora", "split_lora")
+    )
+    assert {**split, "target_modules": sorted(split["target_modules"])} == {
+        **plain,
+        "target_modules": sorted(plain["target_modules"]),
+    }
+    first, second = tensors(tmp_path / "lora"), tensors(tmp_path / "split_lora")
+    assert {name: value.shape for name, value in first.items()} == {
+        name: value.shape for name, value in second.items()
+    }
+
+
+def test_a_checkpoint_of_split_lora_has_the_average_and_every_clients_side(make, tmp_path):
+    """Saved after step 3; averaged after step 2 and then after step 4."""
+    with pytest.raises(Stopped):
+        train(make("split_lora"), tmp_path / "out", on_step=stop_at(4))
+    folder = tmp_path / "out" / "checkpoints" / "step-3"
+    sides, adapter = load_file(folder / "clients.safetensors"), tensors(folder)
+    assert sides
+    assert len(sides) == 2 * sum("layers.0." in name for name in adapter)
+    for name, own in sides.items():
+        client, _, path = name.partition(".")
+        other = sides[f"{1 - int(client)}.{path}"]
+        assert not torch.equal(own, other)
+        saved = adapter[path.replace(".default", "")]
+        torch.testing.assert_close(saved, (own + other) / 2)
+
+
+def test_more_clients_than_rows_is_an_error_that_says_so(make, tmp_path):
+    recipe = make({"name": "split_lora", "clients": 30}, gradient_accumulation=30, packing=False)
+    with pytest.raises(ConfigError, match=r"method\.clients 30: there are only 24 training sequences"):
+        train(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["lora", "split_lora"])
+def test_a_run_resumed_in_a_later_epoch_equals_the_uninterrupted_one(make, tmp_path, method):
+    recipe = make(method, epochs=3, steps=None, data={"limit": 9, "held_out_fraction": 0.34}, log_every=1)
     whole = train(recipe, tmp_path / "whole")
     assert whole.steps >= 3
     with pytest.raises(Stopped):

@@ -14,7 +14,7 @@ from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
-WITHOUT_GAINS = ("lora", "pissa", "proj_lora")
+WITHOUT_GAINS = ("lora", "pissa", "proj_lora", "split_lora")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Recipes: a YAML file that says what to train, on what and how, checked in full before anything is loaded."""
 
 from hiplora.recipes.load import load_recipe, model_problems
-from hiplora.recipes.methods import HipLoraMethod, LoraMethod, PissaMethod, ProjLoraMethod
+from hiplora.recipes.methods import HipLoraMethod, LoraMethod, PissaMethod, ProjLoraMethod, SplitLoraMethod
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "LoraMethod",
     "PissaMethod",
     "ProjLoraMethod",
+    "SplitLoraMethod",
     "TrainRecipe",
     "TrainSettings",
     "load_recipe",

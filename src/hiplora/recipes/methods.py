@@ -8,6 +8,7 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
+OF_THE_SPLIT = ("clients", "cut_layer", "average_every")
 Rank = (
     Annotated[int, Field(ge=1)]
     | Annotated[float, Field(gt=0, lt=1)]
@@ -68,6 +69,29 @@ class PissaMethod(LowRank):
     """PiSSA, from PEFT: starts from the principal part of the weights; saved as a plain LoRA of rank 2r."""
 
     name: Literal["pissa"] = Field(default="pissa", description="The method.")
+
+
+class SplitLoraMethod(LowRank):
+    """Split-LoRA: clients train the layers below a cut on shards of the data, a server the others on all of it."""
+
+    name: Literal["split_lora"] = Field(default="split_lora", description="The method.")
+    clients: int = Field(
+        default=4,
+        ge=1,
+        description="How many clients there are. Sequence i of the training data is client i mod `clients`'s; a step "
+        "takes a batch of each in turn, so `train.gradient_accumulation` must be a multiple of it.",
+    )
+    cut_layer: int = Field(
+        default=3,
+        ge=0,
+        description="Layers below this one are on the clients' side, those from it up on the server's; 0 leaves the "
+        "clients nothing, the number of layers the server nothing.",
+    )
+    average_every: int = Field(
+        default=25,
+        ge=1,
+        description="Optimizer steps between two averagings of the clients' sides; the last step has one too.",
+    )
 
 
 class Spectral(LowRank):
@@ -210,5 +234,8 @@ METHODS: dict[str, type[LowRank]] = {
     "lora": LoraMethod,
     "pissa": PissaMethod,
     "proj_lora": ProjLoraMethod,
+    "split_lora": SplitLoraMethod,
 }
-Method = Annotated[HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod, Field(discriminator="name")]
+Method = Annotated[
+    HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod, Field(discriminator="name")
+]

@@ -175,7 +175,7 @@ class TrainRecipe(Block):
     data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
     method: Method = Field(
         default=HipLoraMethod(),
-        description="hiplora, lora, pissa or proj_lora, alone or as {name: …} with its settings.",
+        description="hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(
@@ -197,6 +197,16 @@ class TrainRecipe(Block):
     def _evaluation_has_data(self) -> "TrainRecipe":
         if self.train.eval_every is not None and not self.data.has_held_out:
             raise ValueError("`train.eval_every` needs `data.held_out` or `data.held_out_fraction`")
+        return self
+
+    @model_validator(mode="after")
+    def _every_client_has_a_turn(self) -> "TrainRecipe":
+        clients, passes = getattr(self.method, "clients", 1), self.train.gradient_accumulation
+        if passes % clients:
+            raise ValueError(
+                f"`train.gradient_accumulation` {passes} is no multiple of `method.clients` {clients}: the forward "
+                "passes of a step are the clients' in turn; change one of them"
+            )
         return self
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hiplora.recipes.methods import HipLoraMethod, LowRank, ProjLoraMethod
+from hiplora.recipes.methods import OF_THE_SPLIT, HipLoraMethod, LowRank, ProjLoraMethod
 from hiplora.training.checkpoints import staged
 from hiplora.tuner import HipLoraConfig
 
@@ -26,7 +26,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 def adapter_config(method: LowRank) -> PeftConfig:
     """Make the PEFT configuration of a recipe's method; every setting of the method is passed on."""
-    settings = method.model_dump(exclude={"name", "preset", "calibration_text", "calibration_tokens"})
+    settings = method.model_dump(
+        exclude={"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
+    )
     if isinstance(method, HipLoraMethod):
         return HipLoraConfig(task_type="CAUSAL_LM", **settings)
     if isinstance(method, ProjLoraMethod):

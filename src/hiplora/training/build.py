@@ -1,7 +1,8 @@
 """Put a trainer together from a recipe, a model and encoded rows."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from trl.data_utils import pack_dataset
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.recipes import TrainRecipe, TrainSettings
-from hiplora.recipes.methods import Spectral
+from hiplora.recipes.methods import Spectral, SplitLoraMethod
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
 from hiplora.training.calibration import calibration_rows, describe_source
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
+from hiplora.training.split import SplitTrainer, batches_in_epoch
 from hiplora.training.trainer import RecordingTrainer
 from hiplora.tuner import HipLoraConfig, calibrate
 from hiplora.tuner.targets import survey
@@ -31,11 +33,15 @@ def sequences(rows: Rows, settings: TrainSettings) -> Dataset:
     return pack_dataset(data, settings.max_length, "bfd") if settings.packing else data
 
 
-def total_steps(settings: TrainSettings, count: int) -> int:
-    """Return how many optimizer steps a run over `count` sequences has."""
+def total_steps(settings: TrainSettings, count: int, clients: int = 1) -> int:
+    """Return how many optimizer steps a run over `count` sequences has.
+
+    Raises:
+        ConfigError: there are fewer sequences than clients to share them.
+    """
     if settings.steps is not None:
         return settings.steps
-    batches = math.ceil(count / settings.batch_size)
+    batches = batches_in_epoch(count, settings.batch_size, clients)
     return math.ceil((settings.epochs or 1) * math.ceil(batches / settings.gradient_accumulation))
 
 
@@ -60,7 +66,7 @@ def build_trainer(
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
-        trainer = RecordingTrainer(
+        trainer = _kind(recipe)(
             model=model,
             args=arguments,
             train_dataset=train_set,
@@ -77,6 +83,12 @@ def build_trainer(
     except ValueError as error:
         raise _unfit(recipe, error) from error
     return trainer
+
+
+def _kind(recipe: TrainRecipe) -> Callable[..., RecordingTrainer]:
+    if isinstance(recipe.method, SplitLoraMethod):
+        return functools.partial(SplitTrainer, split=recipe.method)
+    return RecordingTrainer
 
 
 def _unfit(recipe: TrainRecipe, error: Exception) -> ConfigError:

@@ -23,6 +23,10 @@ METHODS = {
         "Trained from the principal part of the base weights; saved as the plain LoRA (of twice the rank) that brings "
         "the untouched base model to the trained one.",
     ),
+    "split_lora": (
+        "Split-LoRA",
+        "A plain low-rank update. Below a cut it is the average of what several clients trained on shards of the data.",
+    ),
 }
 OWN_FORMAT = ("hiplora", "proj_lora")
 

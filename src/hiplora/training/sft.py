@@ -91,7 +91,7 @@ def train(
         if torch.cuda.is_available():
             model.to("cuda")
         train_set, held_out, report = _encode(recipe, data, tokenizer, say, note)
-        steps = total_steps(recipe.train, len(train_set))
+        steps = total_steps(recipe.train, len(train_set), getattr(recipe.method, "clients", 1))
         record = Record(run.path, steps, recipe.train.log_every, on_step)
         say(f"putting {recipe.method.name} adapters on")
         trainer = build_trainer(recipe, run, model, tokenizer, train_set, held_out, record, steps)

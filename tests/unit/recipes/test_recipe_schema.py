@@ -7,7 +7,7 @@ from peft import PeftConfig
 from pydantic import ValidationError
 
 from hiplora.recipes import DataSettings, TrainRecipe, TrainSettings
-from hiplora.recipes.methods import METHODS
+from hiplora.recipes.methods import METHODS, OF_THE_SPLIT
 from hiplora.training.adapters import adapter_config
 from hiplora.tuner import HipLoraConfig
 
@@ -61,7 +61,7 @@ def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_reaches_the_adapter(name):
-    own = {"name", "preset", "calibration_text", "calibration_tokens"}
+    own = {"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
     settings = METHODS[name]().model_dump(exclude=own)
     changed = {
         "r": 3,
@@ -215,3 +215,11 @@ def test_what_concerns_the_gains_is_refused_where_there_are_none(setting):
 
 def test_neither_gains_nor_projection_is_refused():
     assert problems(method={"name": "hiplora", "residual_projection": False})
+
+
+def test_every_client_has_as_many_passes_in_a_step():
+    found = problems(method={"name": "split_lora", "clients": 3}, train={"gradient_accumulation": 4})
+    assert found == [((), "value_error")]
+    made = recipe(method={"name": "split_lora", "clients": 2}, train={"gradient_accumulation": 4})
+    assert (made.method.clients, made.method.cut_layer, made.method.average_every) == (2, 3, 25)
+    assert recipe(method="split_lora").method.clients == 4

@@ -60,7 +60,7 @@ def test_the_recipe_in_the_card_is_a_recipe(tmp_path):
     assert TrainRecipe.model_validate(yaml.safe_load(block)).data.path == "rows.jsonl"
 
 
-@pytest.mark.parametrize("method", ["hiplora", "proj_lora", "lora", "pissa"])
+@pytest.mark.parametrize("method", ["hiplora", "proj_lora", "lora", "pissa", "split_lora"])
 def test_no_path_of_the_machine_is_in_the_card(tmp_path, method):
     assert str(tmp_path) not in card(tmp_path, method)
 
@@ -70,7 +70,7 @@ def test_an_adapter_of_our_own_format_says_how_to_load_and_to_export_it(tmp_path
         text = card(tmp_path, method)
         assert "import hiplora" in text
         assert "hiplora export" in text
-    for method in ("lora", "pissa"):
+    for method in ("lora", "pissa", "split_lora"):
         text = card(tmp_path, method)
         assert "import hiplora " not in text
         assert "stock PEFT loads it" in text
