@@ -1,16 +1,28 @@
 """Edit sets: facts that a model should state differently from now on."""
 
+import gzip
 import importlib.resources
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hiplora.errors import DataError
 
 CATEGORIES = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
+FIELDS = ("prompt", "old", "new", "subject", "category", "paraphrase")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with its true answer, and what it is about: nothing that editing should change."""
+
+    prompt: str
+    answer: str
+    subject: str = ""
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,8 @@ class Edit:
     """One edit: after it, `prompt` should be completed by `new` and no longer by `old`.
 
     `subject` is what the fact is about, `category` one of the paper's three (Sect. 5), `paraphrase` another
-    prompt that the edit should carry over to; it is never trained on.
+    prompt that the edit should carry over to; it is never trained on. `neighbours` are questions near the edit whose
+    answers should stay, where a data set has them.
     """
 
     prompt: str
@@ -27,6 +40,7 @@ class Edit:
     subject: str
     category: str
     paraphrase: str
+    neighbours: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,21 +55,48 @@ class EditSet:
 
 
 def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
-    """Read edit sets from JSON lines with the fields of `Edit` and `set`, the set's name; None is the built-in file.
+    """Read edit sets from JSON lines with the fields in `FIELDS` and `set`, the set's name.
 
-    Sets come in the order of their first row.
+    None is the small built-in file. Sets come in the order of their first row.
 
     Raises:
         DataError: the file cannot be read, or a row is not such an edit; it names file, line and remedy.
     """
     if path is None:
-        source = importlib.resources.files("hiplora.editing").joinpath("data/edits.jsonl")
-        return _parse(source.read_text(encoding="utf-8"), "built-in edits")
+        return _parse(_built_in("edits.jsonl"), "built-in edits")
+    return _parse(read_lines(path), str(path))
+
+
+def load_edit_set() -> EditSet:
+    """Return the large built-in set: over a thousand edits of the project's own, every category at least 300 times.
+
+    Its subjects are none of `load_questions`; the categories are mixed, so that its first n edits are a sample of all.
+    """
+    (whole,) = _parse(_built_in("editset.jsonl"), "built-in edits")
+    return whole
+
+
+def load_questions() -> tuple[Question, ...]:
+    """Return the built-in unrelated questions: at least 500, with true answers, about subjects that no edit touches."""
+    rows = (json.loads(line) for line in _built_in("locality.jsonl").splitlines())
+    return tuple(Question(**row) for row in rows)
+
+
+def read_lines(path: str | os.PathLike) -> str:
+    """Return the text of a file of JSON lines, gzipped or not.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = Path(path).read_bytes()
+        return (gzip.decompress(raw) if Path(path).suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"edits {path}: cannot be read ({error}); name a UTF-8 file of JSON lines") from None
-    return _parse(text, str(path))
+
+
+def _built_in(name: str) -> str:
+    return importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
 
 
 def _parse(text: str, where: str) -> list[EditSet]:
@@ -82,7 +123,7 @@ def _row(line: str, where: str) -> tuple[str, Edit]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from None
-    names = ["set", *(field.name for field in fields(Edit))]
+    names = ["set", *FIELDS]
     if not isinstance(row, Mapping) or set(row) != set(names):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
         raise DataError(f"{where}: expected exactly the fields {', '.join(names)}; found {found}")

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from hiplora.editing.asking import BATCH_SIZE, answer_length, answer_log_probs, continuations
 from hiplora.editing.edits import Edit
-from hiplora.evaluation.likelihood import encode, pad_left, response_log_probs
-
-_EXTRA_TOKENS = 3  # written beyond the longest answer, so that a match is seen to end there
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,12 @@ class EditOutcome:
     @property
     def exact(self) -> bool:
         """The greedy continuation begins with the new answer, as whole words, after `normalise`."""
-        written, wanted = normalise(self.continuation), normalise(self.new)
-        return written == wanted or written.startswith(f"{wanted} ")
+        return begins_with(self.continuation, self.new)
+
+    @property
+    def success(self) -> bool:
+        """Success as the paper counts it (C.4): the output matches the new answer, or the new one is preferred."""
+        return self.exact or self.preferred
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,26 @@ class EditScore:
     count: int
 
 
-@torch.no_grad()
 def evaluate_edits(
-    model: nn.Module, tokenizer: Any, edits: Sequence[Edit], *, paraphrase: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    paraphrase: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> list[EditOutcome]:
-    """Ask `model` each edit's prompt (or its paraphrase) and return the outcomes in order; dropout is off."""
-    training = model.training
-    model.eval()
-    try:
-        prompts = [edit.paraphrase if paraphrase else edit.prompt for edit in edits]
-        answers = [
-            encode(tokenizer, prompt, f" {answer}")
-            for prompt, edit in zip(prompts, edits, strict=True)
-            for answer in (edit.new, edit.old)
-        ]
-        sums = [row.double().sum().item() for row in response_log_probs(model, answers)]
-        length = max(len(answer.scored) for answer in answers) + _EXTRA_TOKENS
-        written = _continue(model, tokenizer, prompts, length)
-    finally:
-        model.train(training)
+    """Ask `model` each edit's prompt (or its paraphrase) and return the outcomes in order; dropout is off.
+
+    Prompts are asked in batches of `batch_size`, of similar length.
+    """
+    prompts = [edit.paraphrase if paraphrase else edit.prompt for edit in edits]
+    pairs = [
+        (prompt, answer)
+        for prompt, edit in zip(prompts, edits, strict=True)
+        for answer in (edit.new, edit.old)
+    ]
+    sums = answer_log_probs(model, tokenizer, pairs, batch_size)
+    written = continuations(model, tokenizer, prompts, answer_length(tokenizer, pairs), batch_size)
     return [
         EditOutcome(new, old, text, edit.new)
         for new, old, text, edit in zip(sums[::2], sums[1::2], written, edits, strict=True)
@@ -80,29 +82,14 @@ def score(outcomes: Sequence[EditOutcome]) -> EditScore:
     )
 
 
+def begins_with(written: str, answer: str) -> bool:
+    """Whether a text begins with an answer, as whole words, after `normalise`."""
+    found, wanted = normalise(written), normalise(answer)
+    return found == wanted or found.startswith(f"{wanted} ")
+
+
 def normalise(text: str) -> str:
     """Lower case, no punctuation, no leading article, single spaces: the form in which answers are compared."""
     text = unicodedata.normalize("NFKC", text).casefold()
     words = re.sub(r"[^\w\s]|_", " ", text).split()
     return " ".join(words[1:] if words and words[0] in ("the", "a", "an") else words)
-
-
-def _continue(model: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int) -> list[str]:
-    """Greedy continuations of `length` tokens, without special tokens."""
-    from transformers import GenerationConfig
-
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    inputs, mask, _ = (tensor.to(device) for tensor in pad_left(ids, pad))
-    greedy = GenerationConfig(
-        max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
-    )
-    output = model.generate(input_ids=inputs, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
-    return tokenizer.batch_decode(output[:, inputs.shape[1] :], skip_special_tokens=True)
-
-
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens before an answer, the same as the likelihoods are conditioned on."""
-    encoded = encode(tokenizer, prompt, " x")
-    return list(encoded.ids[: encoded.scored[0]])
