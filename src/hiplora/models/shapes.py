@@ -115,25 +115,39 @@ class ModelShape:
 def model_shape(name: str) -> ModelShape:
     """Return the shape of a model by name, folder or hub name; no weight is read or made.
 
+    Raises:
+        ConfigError: as `model_config`, or it is not a causal language model.
+    """
+    config = model_config(name)
+    try:
+        return shape_of(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"model {name}: is not a causal language model ({_first_line(error)}); name one that generates text"
+        ) from error
+
+
+def model_config(name: str) -> Any:
+    """Return the transformers configuration of a model by name, folder or hub name.
+
     A folder of that name wins; then the models whose configuration is in this package, for which neither hub nor
     cache is asked; then the hub.
 
     Raises:
-        ConfigError: there is no such folder or hub model within reach, or it is not a causal language model.
+        ConfigError: there is no such folder or hub model within reach.
     """
     from transformers import AutoConfig
 
     known = known_configs()
+    if not Path(name).is_dir() and name in known:
+        return AutoConfig.for_model(**known[name])
     try:
         with quiet_transformers():
-            if not Path(name).is_dir() and name in known:
-                return shape_of(AutoConfig.for_model(**known[name]))
-            return shape_of(AutoConfig.from_pretrained(name))
+            return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"model {name}: its configuration cannot be read ({said}); expected a folder with config.json, a hub name "
-            f"that this machine can reach, or, without a hub, one of {', '.join(known)}"
+            f"model {name}: its configuration cannot be read ({_first_line(error)}); expected a folder with "
+            f"config.json, a hub name that this machine can reach, or, without a hub, one of {', '.join(known)}"
         ) from error
 
 
@@ -177,6 +191,10 @@ def known_configs() -> dict[str, dict[str, Any]]:
     text = importlib.resources.files("hiplora.models").joinpath("shapes.yaml").read_text(encoding="utf-8")
     published = {name: entry["config"] for entry in yaml.safe_load(text) for name in entry["names"]}
     return {**published, "pico": {"model_type": "llama", **PICO_CONFIG}}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
