@@ -1,0 +1,244 @@
+"""Does a drop go with the singular value? Pearson and Spearman correlations with p-values and bootstrap intervals."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hiplora.errors import ConfigError, DataError
+from hiplora.probing.run import ProbeRecord
+
+RESAMPLING = ("directions", "modules")
+LEAST = 3  # points; of two, every correlation is perfect
+_LEVEL = 0.95
+_CHUNK = 1 << 20  # counts in work at once: a few tens of MB
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A correlation coefficient, its two-sided p-value and the bounds of its 95 % bootstrap interval.
+
+    Where it is not defined all four are None and `reason` says why; bounds alone are None where too few of the
+    bootstrap's samples have a correlation.
+    """
+
+    estimate: float | None
+    p_value: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Association:
+    """How y goes with x over `points` points: linearly (Pearson) and in rank (Spearman)."""
+
+    points: int
+    pearson: Correlation
+    spearman: Correlation
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The association of σ with the drop of one metric under one intervention.
+
+    `type` is a type of module, or `"all"`. A point is a direction; its drops under several draws of noise are averaged.
+    `left_out` are directions whose drop is not finite.
+    """
+
+    kind: str
+    metric: str
+    type: str
+    left_out: int
+    association: Association
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the finding for a results file."""
+        named = {"kind": self.kind, "metric": self.metric, "type": self.type, "left_out": self.left_out}
+        return named | asdict(self.association)
+
+
+def correlate(
+    x: ArrayLike,
+    y: ArrayLike,
+    groups: Sequence[str] | None = None,
+    *,
+    replicates: int = 10_000,
+    seed: int = 0,
+) -> Association:
+    """Return the correlations of y with x, each of shape (points,), with p-values and percentile intervals.
+
+    Estimates and p-values are scipy's (`pearsonr`, `spearmanr`), which take the points for independent. The bootstrap
+    draws as many points as there are, with replacement, x and y together. With `groups`, a name for each point, it
+    draws as many groups as there are and then points within each drawn group: points of a group need not be
+    independent then. Samples without a correlation (one value throughout) are passed over; where they are more than
+    half, there is no interval.
+
+    Raises:
+        ConfigError: `replicates` is below 1.
+        DataError: lengths differ or a value is not finite.
+    """
+    if replicates < 1:
+        raise ConfigError(f"replicates is {replicates}; expected at least 1")
+    first, second = _checked(x, "x"), _checked(y, "y")
+    if len(first) != len(second) or (groups is not None and len(groups) != len(first)):
+        raise DataError(
+            f"{len(first)} x, {len(second)} y"
+            + ("" if groups is None else f", {len(groups)} groups")
+            + "; expected as many of each"
+        )
+    if reason := _undefined(first, second):
+        nothing = Correlation(None, None, None, None, reason)
+        return Association(len(first), nothing, nothing)
+    members = [np.arange(len(first))]
+    if groups is not None:
+        labels = np.asarray(groups)
+        members = [np.flatnonzero(labels == label) for label in dict.fromkeys(groups)]
+    sampled = _resampled(first, second, members, groups is not None, replicates, np.random.default_rng(seed))
+    return Association(len(first), *_estimated(first, second, sampled))
+
+
+def findings(
+    records: Iterable[ProbeRecord], resample: str = "directions", *, replicates: int = 10_000, seed: int = 0
+) -> list[Finding]:
+    """Return the association of σ with every metric's drop, for each intervention, over all modules and by type.
+
+    `resample` is what the bootstrap draws: `"directions"`, or `"modules"` and then directions within them.
+
+    Raises:
+        ConfigError: `resample` is neither.
+    """
+    if resample not in RESAMPLING:
+        raise ConfigError(f"resample is {resample!r}; expected one of {', '.join(RESAMPLING)}")
+    rows = list(records)
+    found = []
+    for kind, metric, name, some in _divided(rows):
+        points = _points(some, metric)
+        present = [point for point in points if point is not None]
+        modules = [module for module, _, _ in present] if resample == "modules" else None
+        xs, ys = [sigma for _, sigma, _ in present], [drop for _, _, drop in present]
+        association = correlate(xs, ys, modules, replicates=replicates, seed=seed)
+        found.append(Finding(kind, metric, name, len(points) - len(present), association))
+    return found
+
+
+def _divided(rows: Sequence[ProbeRecord]) -> Iterator[tuple[str, str, str, list[ProbeRecord]]]:
+    """Yield intervention, metric, type and the rows of each."""
+    types = list(dict.fromkeys(row.type for row in rows))
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind]
+        for metric in of_kind[0].drop:
+            yield kind, metric, "all", of_kind
+            for name in types if len(types) > 1 else ():
+                yield kind, metric, name, [row for row in of_kind if row.type == name]
+
+
+def _points(rows: Sequence[ProbeRecord], metric: str) -> list[tuple[str, float, float] | None]:
+    """Return module, σ and mean drop of each direction; None where a drop is not finite."""
+    drops: dict[tuple[str, int], list[float | None]] = {}
+    sigmas = {(row.module, row.index): row.sigma for row in rows}
+    for row in rows:
+        drops.setdefault((row.module, row.index), []).append(row.drop[metric])
+    points: list[tuple[str, float, float] | None] = []
+    for key, values in drops.items():
+        finite = [value for value in values if value is not None]
+        whole = len(finite) == len(values)
+        points.append((key[0], sigmas[key], math.fsum(finite) / len(finite)) if whole else None)
+    return points
+
+
+def _checked(values: ArrayLike, what: str) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1:
+        raise DataError(f"{what}: has shape {array.shape}; expected a list of numbers")
+    if not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise DataError(f"{what}[{place}] is {array[place]}; expected a finite number")
+    return array
+
+
+def _undefined(x: Floats, y: Floats) -> str:
+    if len(x) < LEAST:
+        return f"{len(x)} directions; a correlation takes at least {LEAST}"
+    for values, what in ((x, "singular values"), (y, "drops")):
+        if (values == values[0]).all():
+            return f"all {what} are equal ({values[0]:g})"
+    return ""
+
+
+def _estimated(x: Floats, y: Floats, sampled: Floats) -> tuple[Correlation, Correlation]:
+    from scipy import stats
+
+    results = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    pearson, spearman = (
+        Correlation(float(result.statistic), float(result.pvalue), *_bounds(column))
+        for result, column in zip(results, sampled.T, strict=True)
+    )
+    return pearson, spearman
+
+
+def _bounds(sampled: Floats) -> tuple[float | None, float | None, str]:
+    defined = sampled[~np.isnan(sampled)]
+    if 2 * len(defined) <= len(sampled):
+        return None, None, "no interval: most bootstrap samples have no correlation"
+    low, high = np.quantile(defined, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
+    return float(low), float(high), ""
+
+
+def _resampled(
+    x: Floats,
+    y: Floats,
+    members: Sequence[NDArray[np.intp]],
+    by_group: bool,
+    replicates: int,
+    generator: np.random.Generator,
+) -> Floats:
+    """Return the Pearson and Spearman correlation of each bootstrap sample, (replicates, 2); NaN where undefined.
+
+    A sample is kept as how often each point was drawn: the correlations are weighted ones then, and those of all
+    samples come from a few matrix operations.
+    """
+    sampled = np.empty((replicates, 2))
+    step = max(1, _CHUNK // len(x))
+    for start in range(0, replicates, step):
+        rows = min(step, replicates - start)
+        times = np.zeros((rows, len(x)))
+        drawn = np.ones((rows, 1), dtype=np.int64)
+        if by_group:
+            drawn = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), size=rows)
+        for place, points in enumerate(members):
+            # A group drawn t times gives t·n draws of its n points, and a sum of multinomials is one again.
+            times[:, points] = generator.multinomial(
+                drawn[:, place] * len(points), np.full(len(points), 1 / len(points))
+            )
+        ranks_x, values_x = _ranks(x, times)
+        ranks_y, values_y = _ranks(y, times)
+        one_value = (values_x < 2) | (values_y < 2)
+        for column, pair in enumerate(((x, y), (ranks_x, ranks_y))):
+            sampled[start : start + rows, column] = np.where(one_value, np.nan, _weighted(*pair, times))
+    return sampled
+
+
+def _weighted(x: Floats, y: Floats, times: Floats) -> Floats:
+    """Pearson's r of points that count `times` (samples, points); x and y are (points,) or (samples, points)."""
+    total = times.sum(axis=1, keepdims=True)
+    x = x - (times * x).sum(axis=1, keepdims=True) / total
+    y = y - (times * y).sum(axis=1, keepdims=True) / total
+    covariance = (times * x * y).sum(axis=1)
+    spread = np.sqrt((times * x**2).sum(axis=1)) * np.sqrt((times * y**2).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(covariance / spread, -1.0, 1.0)
+
+
+def _ranks(values: Floats, times: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the mid-ranks of the points in each sample (samples, points), and how many values each sample has."""
+    distinct, place = np.unique(values, return_inverse=True)
+    counts = np.zeros((len(times), len(distinct)))
+    np.add.at(counts.T, place, times.T)
+    ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2
+    return ranks[:, place], (counts > 0).sum(axis=1)
