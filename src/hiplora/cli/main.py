@@ -13,8 +13,8 @@ from hiplora.errors import HipLoraError
 
 # In the order of the help page. `hiplora.cli.<name>` holds `command`, a plain Typer function.
 COMMANDS = (
-    *("demo", "compare", "factorize", "calibrate", "train", "eval"),
-    *("export", "protect", "merge", "merge-check", "inspect"),
+    *("demo", "compare", "factorize", "calibrate", "train", "edit", "eval"),
+    *("export", "protect", "merge", "merge-check", "inspect", "probe"),
 )
 
 app = typer.Typer(

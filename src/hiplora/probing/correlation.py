@@ -1,5 +1,6 @@
 """Does a drop go with the singular value? Pearson and Spearman correlations with p-values and bootstrap intervals."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from hiplora.probing.run import ProbeRecord
 RESAMPLING = ("directions", "modules")
 LEAST = 3  # points; of two, every correlation is perfect
 _LEVEL = 0.95
+_EXACT = 8  # points up to which all pairings are tried
 _CHUNK = 1 << 20  # counts in work at once: a few tens of MB
 
 Floats = NDArray[np.float64]
@@ -73,7 +75,8 @@ def correlate(
 ) -> Association:
     """Return the correlations of y with x, each of shape (points,), with p-values and percentile intervals.
 
-    Estimates and p-values are scipy's (`pearsonr`, `spearmanr`), which take the points for independent. The bootstrap
+    Estimates and p-values are scipy's (`pearsonr`, `spearmanr`), which take the points for independent; of up to 8
+    points Spearman's p-value is exact, over all pairings. The bootstrap
     draws as many points as there are, with replacement, x and y together. With `groups`, a name for each point, it
     draws as many groups as there are and then points within each drawn group: points of a group need not be
     independent then. Samples without a correlation (one value throughout) are passed over; where they are more than
@@ -174,12 +177,24 @@ def _undefined(x: Floats, y: Floats) -> str:
 def _estimated(x: Floats, y: Floats, sampled: Floats) -> tuple[Correlation, Correlation]:
     from scipy import stats
 
-    results = stats.pearsonr(x, y), stats.spearmanr(x, y)
-    pearson, spearman = (
-        Correlation(float(result.statistic), float(result.pvalue), *_bounds(column))
-        for result, column in zip(results, sampled.T, strict=True)
+    linear, ranked = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    # The t distribution of scipy's p-value is for many points; of few it makes 0 where 1 in n!/2 is true.
+    p_value = _exact_rank_p(x, y) if len(x) <= _EXACT else max(ranked.pvalue, 2 / math.factorial(len(x)))
+    return (
+        Correlation(float(linear.statistic), float(linear.pvalue), *_bounds(sampled[:, 0])),
+        Correlation(float(ranked.statistic), float(p_value), *_bounds(sampled[:, 1])),
     )
-    return pearson, spearman
+
+
+def _exact_rank_p(x: Floats, y: Floats) -> float:
+    """The share of all pairings of x with y whose rank correlation is at least as strong, of either sign."""
+    from scipy import stats
+
+    ranks_x, ranks_y = (stats.rankdata(values) for values in (x, y))
+    centred = ranks_y - ranks_y.mean()
+    pairings = np.array(list(itertools.permutations(ranks_x - ranks_x.mean())))
+    strength = np.abs(pairings @ centred)
+    return float((strength >= strength[0] - 1e-9).mean())
 
 
 def _bounds(sampled: Floats) -> tuple[float | None, float | None, str]:

@@ -15,15 +15,16 @@ from hiplora.probing.modules import layer_of, linear_weight
 from hiplora.spectral import MomentBasis, SpectralFactors, activation_factors, truncated_svd
 
 CHOICES = ("log", "even", "energy", "random")
+PROTECTED = 32  # of the activation basis; the default of HipLoraConfig.principal_rank
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
     """One rank-1 component `σ u vᵀ` of a module's weight (m, n).
 
-    u (m,) and v (n,) are of unit length, fp32. `index` counts from 0, the strongest; `rank` is how many directions the
-    weight has; `relative` is `σ_i / σ_1`. `layer` is the first number in the module's name, None where it has none, and
-    `type` the last part of it (`q_proj`).
+    u (m,) and v (n,) are of unit length, fp32. `index` counts from 0, the strongest, up to `rank` − 1: one of so many
+    directions; `relative` is `σ_i / σ_1`. `layer` is the first number in the module's name, None where it has none,
+    and `type` the last part of it (`q_proj`).
     """
 
     module: str
@@ -81,13 +82,14 @@ def directions_of(
     how: str = "log",
     *,
     seed: int = 0,
+    rank: int | None = None,
     bases: Mapping[str, MomentBasis] | None = None,
 ) -> Iterator[Direction]:
-    """Yield the chosen directions of each module's weight, module by module, from its full exact decomposition.
+    """Yield the chosen directions of each module's weight, module by module, from an exact decomposition.
 
-    Any singular direction may be chosen, not only the leading ones. With `bases` (`hiplora.tuner.inputs.input_bases`)
-    the directions are those of the activation basis: `v` among what the layer is really fed, ordered by the gain
-    `σ_i = ‖Wv_i‖`, so that removing one silences the answer to that input alone.
+    They are chosen among the leading `rank` directions, or as many as a weight has; None is all of them. With `bases`
+    (`hiplora.tuner.inputs.input_bases`) they are those of the activation basis (`spectral.activation_factors`), of
+    which there are only as many as are protected: `rank`, or 32. Removing one silences the layer's answer to one input.
 
     A module's weight is decomposed when its first direction is asked for; only the chosen vectors are kept.
 
@@ -98,7 +100,7 @@ def directions_of(
     for name in modules:
         layer, weight = linear_weight(model, name)
         matrix = weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
-        factors = _factors(matrix, name, bases)
+        factors = _factors(matrix, name, rank, bases)
         strongest = factors.sigma[0].item()
         try:
             # Of its own for each module, else all would give the same places.
@@ -112,14 +114,17 @@ def directions_of(
             yield Direction(name, index, factors.rank, sigma, relative, u, v)
 
 
-def _factors(matrix: Tensor, name: str, bases: Mapping[str, MomentBasis] | None) -> SpectralFactors:
+def _factors(
+    matrix: Tensor, name: str, rank: int | None, bases: Mapping[str, MomentBasis] | None
+) -> SpectralFactors:
     size = min(matrix.shape)
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is {rank}; expected at least 1, or None for every direction")
     if bases is None:
-        return truncated_svd(matrix, size, method="exact", name=name)
-    inputs = bases[name]
-    return activation_factors(matrix.cpu(), inputs, min(size, inputs.vectors.shape[1]), name=name).to(
-        matrix.device
-    )
+        return truncated_svd(matrix, min(rank or size, size), method="exact", name=name)
+    # In the span of all inputs the basis of the activations would be the weight's own.
+    inputs, k = bases[name], min(rank or PROTECTED, size)
+    return activation_factors(matrix.cpu(), inputs, k, name=name).to(matrix.device)
 
 
 def _energy_middles(gains: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 
 import numpy as np
@@ -28,6 +29,28 @@ def test_estimates_and_p_values_are_scipys():
     for name, expected in (("pearson", stats.pearsonr(x, y)), ("spearman", stats.spearmanr(x, y))):
         assert getattr(found, name).estimate == pytest.approx(expected.statistic)
         assert getattr(found, name).p_value == pytest.approx(expected.pvalue)
+
+
+@pytest.mark.parametrize("points", [4, 6])
+def test_the_rank_p_value_of_few_points_is_that_of_all_pairings_ties_included(points):
+    x, y = (values.round(0) for values in cloud(points, seed=5))
+    y[0] += 0.5
+
+    def strength(x):
+        return abs(stats.spearmanr(x, y).statistic)
+
+    expected = stats.permutation_test(
+        (x,), strength, permutation_type="pairings", n_resamples=np.inf, alternative="greater"
+    ).pvalue
+    assert correlate(x, y, replicates=10).spearman.p_value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("points", [4, 8, 9, 12])
+def test_a_perfect_order_has_the_p_value_of_one_pairing_and_its_reverse(points):
+    x = np.arange(float(points))
+    found = correlate(x, np.exp(x), replicates=10).spearman
+    assert found.estimate == pytest.approx(1)
+    assert found.p_value == pytest.approx(2 / math.factorial(points))
 
 
 @pytest.mark.parametrize("groups", [None, ["a"] * 10 + ["b"] * 5 + ["c"] * 5])

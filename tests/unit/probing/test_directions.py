@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hiplora.errors import ConfigError, FactorError
-from hiplora.probing import CHOICES, choose_directions, directions_of, find_modules
+from hiplora.probing import CHOICES, choose_directions, directions_of, find_modules, intervened
 from hiplora.spectral import SecondMoment
 from tiny import tiny_llama
 
@@ -74,16 +74,28 @@ def test_random_places_differ_between_modules():
     assert places[modules[0]] != places[modules[1]]
 
 
-def test_in_the_activation_basis_zeroing_silences_the_answer_to_one_input():
+def test_the_choice_can_be_among_the_leading_directions_only():
+    name = "model.layers.0.self_attn.v_proj"
+    found = list(directions_of(tiny_llama(), [name], 3, "even", rank=9))
+    assert [(d.index, d.rank) for d in found] == [(0, 9), (4, 9), (8, 9)]
+    assert next(directions_of(tiny_llama(), [name], 1, rank=1000)).rank == 32
+    with pytest.raises(ConfigError, match="rank is 0"):
+        list(directions_of(tiny_llama(), [name], 1, rank=0))
+
+
+def test_in_the_activation_basis_zeroing_silences_the_answer_to_one_of_the_leading_inputs():
     model = nn.ModuleDict({"a": nn.Linear(16, 12, bias=False)})
     moment = SecondMoment(16)
     moment.add(torch.randn(200, 16) * torch.linspace(3, 0.1, 16))
-    weight = model["a"].weight.detach()
-    found = list(directions_of(model, ["a"], 12, bases={"a": moment.eigen()}))
-    leading = moment.eigen().vectors[:, :12]
+    weight, bases = model["a"].weight.detach(), {"a": moment.eigen()}
+    found = list(directions_of(model, ["a"], 4, rank=4, bases=bases))
+    leading = bases["a"].vectors[:, :4]
     for d in found:
         torch.testing.assert_close(weight @ d.v, d.sigma * d.u, atol=1e-5, rtol=0)
         torch.testing.assert_close(leading @ (leading.T @ d.v), d.v, atol=1e-5, rtol=0)
+        with intervened(model, d, -1.0):
+            torch.testing.assert_close(model["a"](d.v), torch.zeros(12), atol=1e-5, rtol=0)
+    assert [d.rank for d in directions_of(model, ["a"], 2, bases=bases)] == [12, 12]  # 32 at most
 
 
 def test_too_many_directions_and_a_broken_weight_name_the_layer():
