@@ -45,6 +45,9 @@ def command(
     edits_per_batch: int | None = typer.Option(
         None, "--edits-per-batch", min=1, help="Edits of a batch; all, if not given."
     ),
+    sample: int | None = typer.Option(
+        None, "--sample", min=1, help="In the mode single: draw so many of the edits, by --seed."
+    ),
     steps: int | None = typer.Option(
         None, "--steps", min=1, help="Training steps of each batch: 500, or 20 in the mode single."
     ),
@@ -88,6 +91,7 @@ def command(
         mode=mode.value,
         limit=limit,
         edits_per_batch=edits_per_batch,
+        sample=sample,
         steps=steps,
         lr=lr,
         rows=batch_size,

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from hiplora.editing.edits import Edit
 from hiplora.editing.locality import LocalityOutcome, Reference, measure_locality
 from hiplora.editing.measure import EditRecord, measure_edits, summarise
 from hiplora.editing.train import EditTraining
-from hiplora.errors import ConfigError
+from hiplora.errors import AdapterError, ConfigError
 from hiplora.tuner.moments import model_fingerprint
 
 Mode = Literal["single", "batch", "sequential"]
@@ -160,7 +160,7 @@ def run_edits(
         DataError: there are no edits, or AlphaEdit does not find an edit's subject in its prompt.
     """
     settings = settings or EditSettings()
-    groups = list(_groups(len(edits), mode, settings))
+    groups = edit_groups(len(edits), mode, settings)
     _check_reference(model, reference)
     began, size = time.perf_counter(), settings.batch_size
     wanted = {index: edits[index] for group in groups for index in group}
@@ -190,30 +190,30 @@ def run_edits(
     return EditRun(mode, name, tuple(before), tuple(stages), reference, time.perf_counter() - began)
 
 
-def _groups(count: int, mode: str, settings: EditSettings) -> Iterator[list[int]]:
-    """Indices of the edits that are taught together, group after group."""
+def edit_groups(count: int, mode: str, settings: EditSettings) -> list[list[int]]:
+    """Return the indices of the edits that are taught together, group after group.
+
+    Raises:
+        ConfigError: there are no edits, an unknown mode, or a setting that it has no use for.
+    """
     if mode not in MODES:
         raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if not count:
         raise ConfigError("there are no edits; give at least one")
-    if mode == "single":
-        if settings.edits_per_batch is not None:
-            raise ConfigError("edits_per_batch has no use in the mode single; use batch or sequential")
-        chosen = list(range(count))
-        if settings.sample is not None and settings.sample < count:
-            chosen = sorted(random.Random(settings.training.seed).sample(chosen, settings.sample))
-        yield from ([index] for index in chosen)
-        return
-    if settings.sample is not None:
-        raise ConfigError(f"sample is for the mode single; in the mode {mode} give fewer edits")
-    size = settings.edits_per_batch or count
-    for first in range(0, count, size):
-        yield list(range(first, min(first + size, count)))
+    if mode != "single":
+        if settings.sample is not None:
+            raise ConfigError(f"sample is for the mode single; in the mode {mode} give fewer edits")
+        size = settings.edits_per_batch or count
+        return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+    if settings.edits_per_batch is not None:
+        raise ConfigError("edits_per_batch has no use in the mode single; use batch or sequential")
+    chosen = list(range(count))
+    if settings.sample is not None and settings.sample < count:
+        chosen = sorted(random.Random(settings.training.seed).sample(chosen, settings.sample))
+    return [[index] for index in chosen]
 
 
 def _check_reference(model: nn.Module, reference: Reference | None) -> None:
-    from hiplora.errors import AdapterError
-
     if reference is not None and reference.base != model_fingerprint(model):
         raise AdapterError(
             "the reference was frozen with other weights than the model has now; freeze it with the bare base model "

@@ -1,6 +1,6 @@
 """Edit facts in a model with one method, measure what that did, and write the adapter and the record."""
 
-import math
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,7 +28,8 @@ class EditJob:
     """What to edit and how. None is the default, which for steps and learning rate depends on the mode.
 
     `edits` is "builtin" or a file; `method` a recipe's method or "alphaedit", `method_settings` its settings; `rows`
-    are the edits of a training step; `questions` is how many unrelated questions measure the locality, 0 is none.
+    are the edits of a training step; `sample` is how many edits the mode "single" draws; `questions` is how many
+    unrelated questions measure the locality, 0 is none.
     """
 
     model: str
@@ -38,6 +39,7 @@ class EditJob:
     mode: str = "batch"
     limit: int | None = None
     edits_per_batch: int | None = None
+    sample: int | None = None
     steps: int | None = None
     lr: float | None = None
     rows: int | None = None
@@ -70,9 +72,10 @@ def edit(
     settings, training = _settings(job)
     edits = load_edits(job.edits, job.limit)
     questions = _questions(edits, job.questions)
-    stages = _stages(job, len(edits))
-
     from hiplora.editing import Reference, run_edits
+    from hiplora.editing.run import edit_groups
+
+    stages = len(edit_groups(len(edits), job.mode, settings))
     from hiplora.models import load
 
     model, tokenizer = load(job.model)
@@ -154,9 +157,12 @@ def _settings(job: EditJob) -> "tuple[EditSettings, dict[str, Any] | None]":
         raise ConfigError(f"mode is {job.mode!r}; expected one of {', '.join(DEFAULT_STEPS)}")
     steps, lr = DEFAULT_STEPS[job.mode]
     training = EditTraining(
-        job.steps or steps, job.lr or lr, **({"batch_size": job.rows} if job.rows else {}), seed=job.seed
+        steps=steps if job.steps is None else job.steps,
+        lr=lr if job.lr is None else job.lr,
+        batch_size=EditTraining.batch_size if job.rows is None else job.rows,
+        seed=job.seed,
     )
-    settings = EditSettings(training, job.edits_per_batch)
+    settings = EditSettings(training, job.edits_per_batch, job.sample)
     return settings, None if job.method == ALPHAEDIT else asdict(training)
 
 
@@ -164,10 +170,6 @@ def _questions(edits: EditSet, count: int) -> list[Question]:
     """The first built-in questions whose subjects are not edited."""
     edited = {item.subject.casefold() for item in edits.edits}
     return [item for item in load_questions() if item.subject.casefold() not in edited][:count]
-
-
-def _stages(job: EditJob, edits: int) -> int:
-    return edits if job.mode == "single" else math.ceil(edits / (job.edits_per_batch or edits))
 
 
 def _adapt(method: LowRank, tokenizer: Any, seed: int, aside: Path) -> Callable[[Any], Any]:
@@ -250,6 +252,4 @@ def _described(source: str, edits: EditSet) -> dict[str, Any]:
 
 
 def _json(record: Mapping[str, Any]) -> str:
-    import json
-
     return json.dumps(record, indent=1, ensure_ascii=False) + "\n"

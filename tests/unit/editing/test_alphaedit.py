@@ -1,0 +1,223 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+from hiplora.editing import AlphaEdit, Edit, EditSettings, evaluate_edits, run_edits
+from hiplora.editing.alphaedit import AlphaEditor, null_space, null_space_update, save_update
+from hiplora.editing.alphaedit.prompts import essence, locate, until_subject, write_prefixes
+from hiplora.editing.alphaedit.settings import default_layers
+from hiplora.editing.alphaedit.values import search_values, subject_states
+from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
+from hiplora.export import read_update
+from hiplora.spectral import SecondMoment
+from hiplora.tuner.calibration import input_bases
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tests.unit.editing.samples import EDITS, lively, writer
+
+SETTINGS = AlphaEdit(
+    threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=2, prefix_tokens=3
+)
+
+
+def preserved(n=24, rank=9, count=500):
+    """Keys that lie in a subspace, but for a little noise, and their eigenvectors."""
+    generator = torch.Generator().manual_seed(1)
+    span = torch.linalg.qr(torch.randn(n, rank, generator=generator))[0]
+    keys = torch.randn(count, rank, generator=generator) @ span.T
+    moment = SecondMoment(n)
+    moment.add(keys + 1e-4 * torch.randn(count, n, generator=generator))
+    return keys, moment.eigen()
+
+
+def test_the_projector_is_of_the_directions_below_the_threshold():
+    _, basis = preserved()
+    P = null_space(basis, 0.02)
+    assert torch.allclose(P @ P, P, atol=1e-6)
+    assert torch.equal(P, P.T)
+    assert P.trace().item() == pytest.approx(24 - 9, abs=1e-4)
+
+
+def test_an_update_leaves_the_preserved_keys_where_they_were_and_moves_the_new_ones():
+    keys, basis = preserved()
+    P = null_space(basis, 0.02)
+    new, residual = torch.randn(24, 3), torch.randn(10, 3)
+    delta = null_space_update(new, residual, P, ridge=1e-6)
+    assert (delta @ keys.double().T).abs().max() < 1e-3 * (delta @ torch.randn(24, 500).double()).abs().max()
+    assert torch.allclose(delta @ new.double(), residual.double(), atol=1e-3)
+    unprotected = null_space_update(new, residual, torch.eye(24).double(), ridge=1e-6)
+    assert (unprotected @ keys.double().T).abs().max() > 0.1
+
+
+def test_an_update_is_the_papers_formula():
+    _, basis = preserved()
+    P = null_space(basis, 0.02)
+    K1, R = torch.randn(24, 4).double(), torch.randn(10, 4).double()
+    Kp = torch.randn(24, 6).double()
+    by_hand = R @ K1.T @ P @ torch.linalg.inv(Kp @ Kp.T @ P + K1 @ K1.T @ P + torch.eye(24))
+    assert torch.allclose(null_space_update(K1, R, P, Kp @ Kp.T), by_hand)
+
+
+def test_the_keys_of_former_edits_are_moved_less_when_they_are_known():
+    _, basis = preserved()
+    P = null_space(basis, 0.02)
+    former = torch.randn(24, 4).double()
+    new = former @ torch.randn(4, 2).double() / 2 + torch.randn(24, 2)
+    residual = torch.randn(10, 2)
+    blind = null_space_update(new, residual, P)
+    aware = null_space_update(new, residual, P, 100 * former @ former.T)
+    assert (aware @ former).norm() < 0.1 * (blind @ former).norm()
+
+
+def test_a_threshold_below_all_directions_is_an_error_that_says_what_they_are():
+    _, basis = preserved()
+    with pytest.raises(FactorError, match=r"layer down: 24 of 24 directions .* raise threshold \(the mean"):
+        null_space(basis, 1e-12, "down")
+
+
+def test_layers_end_at_a_quarter_of_the_depth():
+    assert default_layers(32) == (4, 5, 6, 7, 8)
+    assert default_layers(30) == (4, 5, 6, 7, 8)
+    assert default_layers(2) == (0,)
+    assert AlphaEdit().modules(tiny_llama()) == (["model.layers.0.mlp.down_proj"], "model.layers.0")
+
+
+@pytest.mark.parametrize("layers", [(1,), (5,), (), (0, 0)])
+def test_layers_that_the_model_lacks_or_that_nothing_follows_are_errors(layers):
+    with pytest.raises(ConfigError, match=r"layers is .* the model has 2 blocks"):
+        AlphaEdit(layers=layers).modules(tiny_llama())
+
+
+def test_a_model_without_such_blocks_is_an_error():
+    with pytest.raises(ConfigError, match="Llama-like models only"):
+        AlphaEdit().modules(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    "change", [{"ridge": 0}, {"value_steps": 1}, {"threshold": "x"}, {"prefixes": -1}, {"value_kl": -1.0}]
+)
+def test_settings_that_make_no_sense_are_errors(change):
+    with pytest.raises(ConfigError, match=f"{next(iter(change))} is"):
+        AlphaEdit(**change)
+
+
+def test_the_subject_is_found_where_it_ends_and_in_any_case():
+    tokenizer = tiny_tokenizer()
+    edit = Edit("The fox saw the fox run", "a", "b", "the Fox", "Relation/Fact", "x")
+    found = locate(tokenizer, edit, "away", "Once. ")
+    text = "Once. The fox saw the fox run away"
+    assert tokenizer.decode(found.encoded.ids) == text
+    assert tokenizer.decode(until_subject([found])[0]) == "Once. The fox saw the fox"
+    assert tokenizer.decode(until_subject([essence(tokenizer, edit)])[0]) == "the Fox"
+
+
+def test_a_subject_that_is_not_in_the_prompt_is_an_error_that_names_the_edit():
+    with pytest.raises(DataError, match=r"edit 'It is': its subject 'thing 0' does not stand in the prompt"):
+        locate(tiny_tokenizer(), Edit("It is", "a", "b", "thing 0", "Relation/Fact", "x"), "b")
+
+
+def test_prefixes_differ_and_none_are_written_if_none_are_wanted():
+    model, tokenizer = writer(), tiny_tokenizer()
+    assert len(set(write_prefixes(model, tokenizer, 7, 3))) == 7
+    assert write_prefixes(model, tokenizer, 0, 3) == []
+
+
+def test_the_states_are_those_at_the_last_token_of_each_row_whatever_the_padding():
+    model = tiny_llama()
+    rows = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    name = "model.layers.0.mlp.down_proj"
+    together = subject_states(model, [name], "model.layers.0", rows)
+    for column, row in enumerate(rows):
+        inputs, output = subject_states(model, [name], "model.layers.0", [row])
+        assert torch.allclose(together[0][name][:, column], inputs[name][:, 0], atol=1e-5)
+        assert torch.allclose(together[1][:, column], output[:, 0], atol=1e-5)
+        hidden = model(torch.tensor([row]), output_hidden_states=True).hidden_states[1][0, -1]
+        assert torch.allclose(output[:, 0], hidden, atol=1e-5)
+
+
+def located(edits):
+    tokenizer = tiny_tokenizer()
+    return [[locate(tokenizer, e, e.new)] for e in edits], [essence(tokenizer, e) for e in edits]
+
+
+def test_a_searched_value_makes_the_answer_likelier_within_its_clamp():
+    model = lively()
+    prompts, essences = located(EDITS[:2])
+    still = AlphaEdit(value_steps=2, value_lr=1e-9)
+    first, before = search_values(model, "model.layers.0", prompts, essences, still)
+    found, after = search_values(model, "model.layers.0", prompts, essences, AlphaEdit(value_steps=20))
+    assert all(later < earlier - 0.1 for later, earlier in zip(after, before, strict=True))
+    moved = (found - first).norm(dim=0) / first.norm(dim=0)
+    assert (moved <= 0.75 + 1e-4).all()
+    assert (moved > 0.05).all()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_edits_that_are_searched_together_find_what_they_find_alone():
+    model = tiny_llama()
+    prompts, essences = located(EDITS[:2])
+    settings = AlphaEdit(value_steps=6)
+    both, _ = search_values(model, "model.layers.0", prompts, essences, settings)
+    for index in range(2):
+        alone, _ = search_values(
+            model, "model.layers.0", prompts[index : index + 1], essences[index : index + 1], settings
+        )
+        assert torch.allclose(both[:, index], alone[:, 0], atol=1e-3)
+
+
+def test_the_first_loss_is_the_mean_over_the_answers_tokens():
+    model = lively()
+    prompts, essences = located(EDITS[:2])
+    still = AlphaEdit(value_steps=2, value_lr=1e-9)
+    _, losses = search_values(model, "model.layers.0", prompts, essences, still)
+    fresh = evaluate_edits(model, tiny_tokenizer(), EDITS[:2])
+    tokens = [len(f" {edit.new}") for edit in EDITS[:2]]
+    assert losses == pytest.approx(
+        [-o.log_prob_new / n for o, n in zip(fresh, tokens, strict=True)], rel=1e-4
+    )
+
+
+def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():
+    model, tokenizer = lively(), tiny_tokenizer()
+    name = "model.layers.0.mlp.down_proj"
+    middle = input_bases(model, [name], tokens=400)[name].values.median().item()
+    before = evaluate_edits(model, tokenizer, EDITS)
+    editor = AlphaEditor(model, tokenizer, replace(SETTINGS, threshold=middle))
+    took = editor.teach(EDITS)
+    after = evaluate_edits(model, tokenizer, EDITS)
+    gained = [now.log_prob_new - then.log_prob_new for now, then in zip(after, before, strict=True)]
+    assert sum(gained) / len(gained) > 0.5
+    assert len(took["search_loss"]) == len(took["value_error"]) == 6
+    assert max(took["value_error"]) < 0.6
+    assert took["null_space_rank"] == {name: 47}  # of 96, the median itself is not below it
+    (update,) = editor.updates().values()
+    (P,) = editor._projectors.values()
+    assert torch.allclose(update.double() @ P, update.double(), atol=1e-3 * update.abs().max())
+    editor.close()
+
+
+def test_the_update_is_written_as_an_adapter_that_stock_peft_loads(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    ids = torch.tensor([tokenizer("Thing 0 is")["input_ids"]])
+    kept = {}
+
+    def save(number, editor):
+        save_update(editor.updates(), tmp_path / "adapter", str(base))
+        kept["logits"] = editor.model(ids).logits.detach()
+        kept["updates"] = editor.updates()
+
+    run_edits(model, tokenizer, SETTINGS, EDITS, "batch", EditSettings(), on_edited=save)
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
+    assert torch.allclose(loaded(ids).logits, kept["logits"], atol=1e-4)
+    update = read_update(tmp_path / "adapter")
+    assert set(update.modules) == set(kept["updates"])
+    assert max(update.ranks.values()) <= len(EDITS)
+
+
+def test_an_update_of_nothing_is_not_written(tmp_path):
+    with pytest.raises(AdapterError, match="no update to save"):
+        save_update({}, tmp_path / "a", "base")
+    with pytest.raises(AdapterError, match="layer x: its update is zero"):
+        save_update({"x": torch.zeros(2, 3)}, tmp_path / "a", "base")
