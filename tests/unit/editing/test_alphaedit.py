@@ -6,6 +6,7 @@ from peft import PeftModel
 
 from hiplora.editing import AlphaEdit, Edit, EditSettings, evaluate_edits, run_edits
 from hiplora.editing.alphaedit import AlphaEditor, null_space, null_space_update, save_update
+from hiplora.editing.alphaedit import editor as editor_module
 from hiplora.editing.alphaedit.prompts import essence, locate, until_subject, write_prefixes
 from hiplora.editing.alphaedit.settings import default_layers
 from hiplora.editing.alphaedit.values import search_values, subject_states
@@ -194,6 +195,29 @@ def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():
     (update,) = editor.updates().values()
     (P,) = editor._projectors.values()
     assert torch.allclose(update.double() @ P, update.double(), atol=1e-3 * update.abs().max())
+    editor.close()
+
+
+def test_the_keys_of_former_edits_are_kept_and_forgotten_when_the_edits_are_taken_back(monkeypatch):
+    calls = []
+
+    def spy(keys, residual, P, former, ridge):
+        calls.append((keys, former))
+        return null_space_update(keys, residual, P, former, ridge)
+
+    monkeypatch.setattr(editor_module, "null_space_update", spy)
+    model = lively()
+    editor = AlphaEditor(model, tiny_tokenizer(), replace(SETTINGS, threshold=1e3))
+    editor.teach(EDITS[:2])
+    editor.teach(EDITS[2:3])
+    editor.teach(EDITS[3:4])
+    editor.reset()
+    editor.teach(EDITS[:1])
+    (first, none), (second, of_first), (_, of_both), (_, forgotten) = calls
+    assert none is forgotten is None
+    # The only edited layer's keys do not depend on what was added to it.
+    assert torch.allclose(of_first, first.double() @ first.double().T, rtol=1e-4)
+    assert torch.allclose(of_both, of_first + second.double() @ second.double().T, rtol=1e-4)
     editor.close()
 
 
