@@ -77,6 +77,8 @@ def command(
 
         hiplora edit smollm2-135m builtin --limit 100 --method lora --out runs/edit
     """
+    import warnings
+
     from hiplora.cli.factorize import check_device
     from hiplora.models.quiet import quiet_transformers
     from hiplora.study.edit import EditJob, edit
@@ -99,7 +101,8 @@ def command(
         seed=seed,
         device=device,
     )
-    with quiet_transformers(always=False), TrainingBar("edit") as bar:
+    with quiet_transformers(always=False), warnings.catch_warnings(), TrainingBar("edit") as bar:
+        warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
 
         def staged(stage: Any, stages: int) -> None:
             if stages > 1:
