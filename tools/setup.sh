@@ -29,4 +29,4 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
   [ "$installed" ] || pip install -qq -c constraints.txt "$torch"
 fi
 echo "setup: installing hiplora and its dependencies"
-pip install -qq -c constraints.txt --editable '.[dev,eval]'
+pip install -qq -c constraints.txt --editable '.[dev,eval,grid]'

@@ -1,7 +1,7 @@
 """An adapter or an update on a model for a while, with proof that it acts and that the base comes back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,19 @@ def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
         yield model
     finally:
         for name, weight in before.items():
+            model.get_submodule(name).weight = weight
+
+
+@contextlib.contextmanager
+def unapplied(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[nn.Module]:
+    """Put the weights that a module had before `applied` back for a while, within its block."""
+    changed: dict[str, Any] = {name: model.get_submodule(name).weight for name in weights}
+    try:
+        for name, weight in weights.items():
+            model.get_submodule(name).weight = weight
+        yield model
+    finally:
+        for name, weight in changed.items():
             model.get_submodule(name).weight = weight
 
 

@@ -94,7 +94,7 @@ def _raise(status: int, report: Path, target: str) -> None:
 
 def _work(target: str, report: Path) -> int:
     arguments = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_leave_with_caller, daemon=True).start()
+    threading.Thread(target=leave_with_caller, daemon=True).start()
     try:
         run_here(target, arguments)
     except (HipLoraError, OSError) as error:
@@ -107,7 +107,7 @@ def _work(target: str, report: Path) -> int:
     return 0
 
 
-def _leave_with_caller() -> None:
+def leave_with_caller() -> None:
     """End with the process that asked, however it ended; every file is whole or absent, so nothing is lost."""
     while os.read(0, 1):  # not sys.stdin, whose lock a thread must not hold at the interpreter's end
         pass

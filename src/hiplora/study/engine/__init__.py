@@ -1,0 +1,1 @@
+"""What runs a study: a graph of hashed jobs, their records, workers that claim what is missing."""

@@ -1,0 +1,137 @@
+"""A study's jobs on a Ray cluster: each is one task, which waits for those that it needs; Ray does the scheduling."""
+
+import functools
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hiplora.errors import ConfigError
+from hiplora.study.engine.bench import Bench, Place
+from hiplora.study.engine.jobs import Graph
+from hiplora.study.engine.local import DEATHS, OnEvent, lost
+from hiplora.study.engine.store import Store
+from hiplora.study.engine.todo import Todo, todo
+from hiplora.study.engine.worker import PAUSE, attempt
+
+BLOCKED, OVER = "blocked", "over"
+
+
+def run_ray(
+    graph: Graph,
+    store: Store,
+    place: Place,
+    address: str | None = None,
+    *,
+    workers: int | None = None,
+    gpus_per_job: float = 0,
+    on_event: OnEvent | None = None,
+) -> Todo:
+    """Do what is missing of a graph on a Ray cluster, and return what is left: what failed, and behind it.
+
+    The folder of the store, the data and the model must be where all machines of the cluster see them under the same
+    path. A job whose process dies is given to another once; then it counts as failed.
+
+    Args:
+        graph: the jobs.
+        store: where the results are.
+        place: model and data.
+        address: of a running cluster; None starts one on this machine, and ends it.
+        workers: processes of a cluster that is started here; None is one a core.
+        gpus_per_job: what each job asks Ray for.
+        on_event: called with `{"event": "end" | "failed", "key": KEY}`.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no cluster at the address.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--executor ray needs Ray, which is not installed: pip install 'hiplora[grid]'")
+    import ray
+
+    run = uuid.uuid4().hex
+    left = todo(graph, store, run)
+    if not left.open:
+        return left
+    _connect(ray, address, workers)
+    try:
+        task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=DEATHS - 1)(_do_job)
+        known = ray.put(graph.to_json())
+        wanted = {job.key for job in (*left.ready, *left.waiting)}
+        orders = (str(store.path.resolve()), place.to_json(), run)
+        refs: dict[str, Any] = {}
+        for job in graph:
+            if job.key in wanted:
+                needs = [refs[need.key] for need in job.needs.values() if need.key in wanted]
+                refs[job.key] = task.remote(known, job.key, *orders, *needs)
+        _await(ray, refs, graph, store, run, on_event)
+    finally:
+        ray.shutdown()
+    return todo(graph, store, run)
+
+
+def _connect(ray: Any, address: str | None, workers: int | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes over the network
+    here: dict[str, Any] = {}
+    if address is None:
+        here = {"num_cpus": workers, "include_dashboard": False}
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves jobs beside anything else
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(
+            f"--address {address}: no Ray cluster can be reached there ({reason}); start one with `ray start --head`, "
+            "or leave the address out"
+        ) from error
+
+
+def _await(
+    ray: Any, refs: Mapping[str, Any], graph: Graph, store: Store, run: str, on_event: OnEvent | None
+) -> None:
+    """Wait for all tasks; where one was lost with its process, write that down for its job."""
+    keys = {ref: key for key, ref in refs.items()}
+    while keys:
+        for ref in ray.wait(list(keys), num_returns=1)[0]:
+            key = keys.pop(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayTaskError:
+                raise
+            except ray.exceptions.RayError as error:
+                if not any(
+                    need.key in refs and _lost(ray, refs[need.key]) for need in graph[key].needs.values()
+                ):
+                    store.fail(graph[key], lost(DEATHS, type(error).__name__), run)
+            if on_event is not None:
+                on_event({"event": "failed" if store.failure(graph[key], run) else "end", "key": key})
+
+
+def _lost(ray: Any, ref: Any) -> bool:
+    """Whether a task was lost with its process: Ray then gives its error to those that wait for it."""
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
+def _do_job(
+    known: Mapping[str, Any], key: str, store: str, place: Mapping[str, Any], run: str, *needs: str
+) -> str:
+    """Do a job as a Ray task; `needs` are there only to be waited for."""
+    if BLOCKED in needs:
+        return BLOCKED
+    bench, job = _bench(store, json.dumps(place)), Graph.from_json(known)[key]
+    while not attempt(job, bench.store, bench, run, lambda event: None):
+        time.sleep(PAUSE)  # another run is at it
+    return BLOCKED if bench.store.failure(job, run) else OVER
+
+
+@functools.cache
+def _bench(store: str, place: str) -> Bench:
+    """The bench of this process, kept for its next task."""
+    return Bench(Store(Path(store)), Place.from_json(json.loads(place)))

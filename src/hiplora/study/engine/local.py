@@ -1,0 +1,129 @@
+"""A study's jobs in processes of this machine: workers that share the store, started again when one dies."""
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hiplora.errors import HipLoraError
+from hiplora.files import write_atomic
+from hiplora.study.engine.bench import Place
+from hiplora.study.engine.jobs import Graph
+from hiplora.study.engine.store import Store
+from hiplora.study.engine.todo import Todo, todo
+
+DEATHS = 2  # of its worker that a job may cause before it counts as failed
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def run_local(
+    graph: Graph, store: Store, place: Place, workers: int = 1, on_event: OnEvent | None = None
+) -> Todo:
+    """Do what is missing of a graph with `workers` processes, and return what is left: what failed, and behind it.
+
+    It may be killed at any moment, and so may its workers: the next call goes on with what is missing. Two calls on
+    one store share the work. A job that ends its worker twice (for lack of memory, most often) counts as failed.
+
+    Args:
+        graph: the jobs.
+        store: where the results are.
+        place: model and data.
+        workers: number of processes.
+        on_event: called with `{"event": "begin" | "end" | "failed", "key": KEY, …}`.
+    """
+    run = uuid.uuid4().hex
+    if not (left := todo(graph, store, run)).open:
+        return left
+    orders = write_atomic(store.path / "runs" / f"{run}.json", json.dumps(graph.to_json()))
+    crew = _Crew(store, place, run, orders)
+    deaths: dict[str, int] = {}
+    try:
+        for _ in range(workers):
+            crew.start()
+        while crew.running:
+            event = crew.events.get()
+            if event["event"] == "gone":
+                crew.running -= 1
+                _mourn(event, graph, store, run, deaths, crew)
+            elif on_event is not None:
+                on_event(event)
+    finally:
+        crew.end()
+        orders.unlink(missing_ok=True)
+    return todo(graph, store, run)
+
+
+def lost(deaths: int, status: str) -> HipLoraError:
+    """Return what to say of a job that ended its worker again and again."""
+    return HipLoraError(
+        f"its process was ended {deaths} times ({status}), most often for lack of memory; give it more memory or fewer "
+        "workers, and run the study again"
+    )
+
+
+def _mourn(
+    event: dict[str, Any], graph: Graph, store: Store, run: str, deaths: dict[str, int], crew: "_Crew"
+) -> None:
+    """Take note that a worker ended; where it died at a job, put another in its place."""
+    if event["status"] == 0:
+        return
+    key = event["at"]
+    if key is None:
+        raise HipLoraError(
+            f"a worker ended with status {event['status']} before it did anything; its own message is above"
+        )
+    deaths[key] = deaths.get(key, 0) + 1
+    if deaths[key] >= DEATHS:
+        store.fail(graph[key], lost(deaths[key], f"status {event['status']}"), run)
+    crew.start()
+
+
+class _Crew:
+    """The worker processes, and what they tell."""
+
+    def __init__(self, store: Store, place: Place, run: str, graph: Path):
+        self._orders = {
+            "store": str(store.path),
+            "graph": str(graph),
+            "place": place.to_json(),
+            "run": run,
+        }
+        self._members: list[subprocess.Popen] = []
+        self.running = 0
+        self.events: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def start(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hiplora.study.engine.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._members.append(process)
+        self.running += 1
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its status says so
+            process.stdin.write(json.dumps(self._orders).encode() + b"\n")
+            process.stdin.flush()
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen) -> None:
+        at = None
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            at = event["key"] if event["event"] == "begin" else None
+            self.events.put(event)
+        status = process.wait()
+        self.events.put({"event": "gone", "status": status, "at": at})
+
+    def end(self) -> None:
+        for process in self._members:
+            process.terminate()  # the ended ones are left in peace
+        for process in self._members:
+            process.wait()

@@ -1,0 +1,50 @@
+"""Train an adapter from a recipe, as `hiplora train` does; the artifact is the adapter's folder.
+
+Settings: `recipe`, a training recipe whose files are named as the study's are; `files`, their hashes.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hiplora.recipes import TrainRecipe
+from hiplora.study.engine.jobs import Job
+from hiplora.training import train
+from hiplora.training.result import TrainResult
+
+if TYPE_CHECKING:
+    from hiplora.study.engine.bench import Bench
+
+
+def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train, or go on from the last checkpoint of an interrupted call."""
+    recipe = TrainRecipe.model_validate(recipe_at(bench, settings["recipe"]))
+    result = train(recipe, bench.artifact(job), resume=True)
+    return _found(result), {
+        "training_seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }
+
+
+def recipe_at(bench: "Bench", recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the study's file names turned into this machine's paths."""
+    placed = copy.deepcopy(dict(recipe))
+    for block, names in ((placed["data"], ("path", "held_out")), (placed["method"], ("calibration_text",))):
+        for name in names:
+            if block.get(name) is not None:
+                block[name] = bench.path(block[name])
+    return placed
+
+
+def _found(result: TrainResult) -> dict[str, Any]:
+    learned = [row for row in result.metrics if "loss" in row]
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "trainable_parameters": result.trainable_parameters,
+        "held_out_before": result.held_out["before"] if result.held_out else None,
+        "held_out_after": result.held_out["after"] if result.held_out else None,
+        "curve": [[row["step"], row["loss"]] for row in learned],
+        "warnings": result.warnings,
+    }

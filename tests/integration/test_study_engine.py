@@ -1,0 +1,249 @@
+"""A study of every kind of job on the smallest model: undisturbed, killed at random moments, by two at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hiplora.study.engine.bench import Place
+from hiplora.study.engine.jobs import Graph, Job, result
+from hiplora.study.engine.local import run_local
+from hiplora.study.engine.store import Store
+from hiplora.study.engine.todo import todo
+from hiplora.study.pico_data import write_pico_data
+from hiplora.study.steps import step
+
+pytestmark = pytest.mark.slow
+
+ROWS = {"gsm8k": ("gsm8k_train.jsonl", "question_answer"), "humaneval": ("codealpaca.jsonl", "alpaca")}
+DRIFT = {"texts": {"prose": "wikitext2_raw_valid.jsonl"}, "tokens": 128, "window": 64}
+LENGTH = 10  # seconds that an undisturbed run takes, about
+CALL = """
+import json, sys
+from pathlib import Path
+from hiplora.study.engine.jobs import Graph
+from hiplora.study.engine.bench import Place
+from hiplora.study.engine.local import run_local
+from hiplora.study.engine.store import Store
+store, data, graph, workers = sys.argv[1:]
+graph = Graph.from_json(json.loads(Path(graph).read_text()))
+left = run_local(graph, Store(store), Place("pico", Path(data)), int(workers))
+sys.exit(len(left.failed) + len(left.blocked) + left.open)
+"""
+
+
+def job(kind, name, settings, **needs):
+    return Job(kind, step(kind).version, name, settings, needs)
+
+
+def train(domain, lr, steps=4, **needs):
+    path, shape = ROWS[domain]
+    recipe = {
+        "model": "pico",
+        "data": {"path": path, "format": shape, "held_out_fraction": 0.2, "held_out_limit": 8},
+        "method": {"name": "lora", "r": 4, "lora_alpha": 8},
+        "train": {
+            "lr": lr,
+            "steps": steps,
+            "batch_size": 2,
+            "gradient_accumulation": 1,
+            "max_length": 128,
+            "save_every": 2,
+        },
+        "seed": 42,
+    }
+    return job("train", f"train {domain} {lr}", {"recipe": recipe}, **needs)
+
+
+def scoring(tasks, **more):
+    return {"tasks": tasks, "seed": 0, "drift": DRIFT, **more}
+
+
+def whole_graph():
+    """Two rates tried, the better one used in two domains, both adapters scored alone and merged by two rules."""
+    tried = {f"lr{rate}": train("gsm8k", rate) for rate in (1e-3, 1e-2)}
+    candidates = [{"value": rate, "needs": [f"lr{rate}"]} for rate in (1e-3, 1e-2)]
+    choice = {"field": "held_out_after", "prefer": "low", "candidates": candidates}
+    rate = job("collect", "choose the rate", choice, **tried)
+    adapters = {domain: train(domain, result("rate", "value"), steps=6, rate=rate) for domain in ROWS}
+    tasks = {"gsm8k": 4, "mmlu": 4}
+    leaves = [job("evaluate", "score the base", scoring(tasks))]
+    leaves += [
+        job("evaluate", f"score {domain}", scoring(tasks), adapter=adapter)
+        for domain, adapter in adapters.items()
+    ]
+    leaves += [
+        job("merge", f"merge by {rule}", scoring(tasks, rule=rule, options={}), **adapters)
+        for rule in ("addition", "ties")
+    ]
+    return Graph(leaves)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pico_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """The study run once by one worker."""
+    store, graph, told = Store(tmp_path_factory.mktemp("study") / "undisturbed"), whole_graph(), []
+    left = run_local(graph, store, Place("pico", data), on_event=told.append)
+    assert [store.failure(one) for one in left.failed] == []
+    assert left.open == 0
+    return store, graph, told
+
+
+def results(store, graph):
+    return {one.name: Store(store.path).result(one) for one in graph}
+
+
+def test_every_job_is_done_once_and_told(undisturbed):
+    store, graph, told = undisturbed
+    assert [event["event"] for event in told] == ["begin", "end"] * len(graph)
+    found = results(store, graph)
+    rate = found["choose the rate"]
+    assert rate["value"] == min(rate["tried"], key=lambda tried: tried["mean"])["value"]
+    assert {tried["value"] for tried in rate["tried"]} == {1e-3, 1e-2}
+    base, alone = found["score the base"], found["score gsm8k"]
+    assert base["drift"] is None
+    assert alone["drift"]["prose"]["kl"] > 0
+    assert len(alone["tasks"]["mmlu"]["likelihood"]) == 4
+    assert alone["tasks"]["gsm8k"]["likelihood"] != base["tasks"]["gsm8k"]["likelihood"]
+    merged = [found[f"merge by {rule}"] for rule in ("addition", "ties")]
+    assert merged[0]["tasks"] != merged[1]["tasks"]
+    assert all(one["drift"]["prose"]["kl"] > 0 for one in merged)
+
+
+def test_a_second_call_has_nothing_to_do(undisturbed, data):
+    store, graph, _ = undisturbed
+    told = []
+    run_local(graph, store, Place("pico", data), on_event=told.append)
+    assert told == []
+
+
+def call(store, data, graph_file, workers=1):
+    arguments = [str(store), str(data), str(graph_file), str(workers)]
+    return subprocess.Popen([sys.executable, "-c", CALL, *arguments])
+
+
+@pytest.fixture
+def graph_file(tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(whole_graph().to_json()))
+    return path
+
+
+def kill_one(caller: subprocess.Popen, random_one: random.Random) -> None:
+    """Kill -9 the caller or one of its workers."""
+    family = [psutil.Process(caller.pid), *psutil.Process(caller.pid).children()]
+    os.kill(random_one.choice(family).pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments_it_ends_with_the_same_results(
+    undisturbed, data, tmp_path, graph_file, seed
+):
+    expected_store, graph, _ = undisturbed
+    random_one, path = random.Random(seed), tmp_path / "killed"
+    for _ in range(3):
+        caller = call(path, data, graph_file)
+        begun, enough = time.monotonic(), random_one.uniform(0.3, 1.0) * LENGTH
+        while caller.poll() is None and time.monotonic() - begun < enough:
+            time.sleep(0.1)
+        if caller.poll() is None:
+            kill_one(caller, random_one)
+            time.sleep(random_one.uniform(0, 3))
+        if caller.poll() is None:
+            caller.kill()
+        caller.wait()
+    assert call(path, data, graph_file).wait() == 0
+    assert results(Store(path), graph) == results(expected_store, graph)
+    assert not any((path / "work").glob("*"))
+
+
+def test_two_calls_at_once_share_the_work(undisturbed, data, tmp_path, graph_file):
+    expected_store, graph, _ = undisturbed
+    path = tmp_path / "shared"
+    callers = [call(path, data, graph_file) for _ in range(2)]
+    assert [caller.wait() for caller in callers] == [0, 0]
+    assert results(Store(path), graph) == results(expected_store, graph)
+
+
+def test_a_failed_job_is_told_and_the_others_go_on(data, tmp_path):
+    wrong = job("evaluate", "score no adapter", scoring({"mmlu": 2}), adapter=train("gsm8k", -1.0))
+    graph = Graph([wrong, job("evaluate", "score the base", scoring({"mmlu": 2}))])
+    store = Store(tmp_path / "failing")
+    left = run_local(graph, store, Place("pico", data))
+    assert [one.name for one in left.failed] == ["train gsm8k -1.0"]
+    assert [one.name for one in left.blocked] == ["score no adapter"]
+    assert "lr" in store.failure(left.failed[0])["error"]
+    assert store.finished(graph.wanted[1])
+    assert todo(graph, store, "another run").open == 2
+
+
+def test_a_job_that_kills_its_worker_again_and_again_counts_as_failed(data, tmp_path, monkeypatch):
+    """As one does that needs more memory than there is."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "from hiplora.study.engine.store import Store\n"
+        "Store.turn = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    graph = Graph([job("evaluate", "score the base", scoring({"mmlu": 2}))])
+    store = Store(tmp_path / "deadly")
+    left = run_local(graph, store, Place("pico", Path(data)))
+    assert [one.name for one in left.failed] == ["score the base"]
+    assert "memory" in store.failure(left.failed[0])["error"]
+
+
+def test_on_a_ray_cluster_with_one_worker_killed_the_results_are_the_same(undisturbed, data, tmp_path):
+    pytest.importorskip("ray")
+    from hiplora.study.engine.grid import run_ray
+
+    expected_store, graph, _ = undisturbed
+    store, killed = Store(tmp_path / "ray"), []
+    killer = threading.Thread(target=kill_a_task, args=(store, killed), daemon=True)
+    killer.start()
+    told = []
+    left = run_ray(graph, store, Place("pico", data), workers=2, on_event=told.append)
+    assert killed
+    assert (left.open, left.failed, left.blocked) == (0, [], [])
+    assert {event["event"] for event in told} == {"end"}
+    assert len(told) == len(graph)
+    assert results(store, graph) == results(expected_store, graph)
+
+
+def kill_a_task(store, killed):
+    """Kill -9 a process of Ray's that is at a job, once the first job is finished."""
+    while not any(store.path.glob("results/*.json")):
+        time.sleep(0.05)
+    while not killed:
+        for process in psutil.Process().children(recursive=True):
+            if "_do_job" in process.name() or any("_do_job" in part for part in process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+                return
+        time.sleep(0.05)
+
+
+def test_what_fails_on_a_ray_cluster_is_told_and_the_others_go_on(data, tmp_path):
+    pytest.importorskip("ray")
+    from hiplora.study.engine.grid import run_ray
+
+    wrong = job("evaluate", "score no adapter", scoring({"mmlu": 2}), adapter=train("gsm8k", -1.0))
+    graph = Graph([wrong, job("evaluate", "score the base", scoring({"mmlu": 2}))])
+    left = run_ray(graph, Store(tmp_path / "failing"), Place("pico", data), workers=1)
+    assert [one.name for one in left.failed] == ["train gsm8k -1.0"]
+    assert [one.name for one in left.blocked] == ["score no adapter"]
+    assert Store(tmp_path / "failing").finished(graph.wanted[1])
