@@ -18,7 +18,7 @@ def assert_right(weight, factors, tol=1e-4):
     assert factors.residual == pytest.approx(reference.residual(weight.float(), factors), rel=1e-2, abs=1e-12)
     assert factors.residual <= tol
     assert factors.orthogonality == pytest.approx(reference.orthogonality(factors), rel=1e-2, abs=1e-12)
-    assert factors.orthogonality < 1e-6
+    assert factors.orthogonality < 5e-6
     assert torch.all(factors.sigma[:-1] >= factors.sigma[1:])
     torch.testing.assert_close(factors.sigma.double(), sigma, rtol=0, atol=tol * sigma[0].item())
     assert factors.U.shape == (weight.shape[0], k)
