@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -192,19 +191,31 @@ def test_a_failed_job_is_told_and_the_others_go_on(data, tmp_path):
     assert todo(graph, store, "another run").open == 2
 
 
-def test_a_job_that_kills_its_worker_again_and_again_counts_as_failed(data, tmp_path, monkeypatch):
-    """As one does that needs more memory than there is."""
+@pytest.fixture
+def deadly(tmp_path, monkeypatch):
+    """Whoever does a job dies at it, as one does that needs more memory than there is."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal\n"
         "from hiplora.study.engine.store import Store\n"
         "Store.turn = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    graph = Graph([job("evaluate", "score the base", scoring({"mmlu": 2}))])
-    store = Store(tmp_path / "deadly")
-    left = run_local(graph, store, Place("pico", Path(data)))
-    assert [one.name for one in left.failed] == ["score the base"]
-    assert "memory" in store.failure(left.failed[0])["error"]
+
+
+@pytest.mark.parametrize("where", ["local", "ray"])
+def test_a_job_that_kills_its_worker_again_and_again_counts_as_failed(data, tmp_path, deadly, where):
+    first = train("gsm8k", 1e-3)
+    graph = Graph([job("evaluate", "score it", scoring({"mmlu": 2}), adapter=first)])
+    store, place = Store(tmp_path / "deadly"), Place("pico", data)
+    if where == "ray":
+        pytest.importorskip("ray")
+        from hiplora.study.engine.grid import run_ray
+
+        left = run_ray(graph, store, place, workers=1)
+    else:
+        left = run_local(graph, store, place)
+    assert (left.failed, [one.name for one in left.blocked]) == ([first], ["score it"])
+    assert "memory" in store.failure(first)["error"]
 
 
 def test_on_a_ray_cluster_with_one_worker_killed_the_results_are_the_same(undisturbed, data, tmp_path):

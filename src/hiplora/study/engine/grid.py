@@ -99,19 +99,18 @@ def _await(
             key = keys.pop(ref)
             try:
                 ray.get(ref)
-            except ray.exceptions.RayTaskError:
-                raise
             except ray.exceptions.RayError as error:
-                if not any(
-                    need.key in refs and _lost(ray, refs[need.key]) for need in graph[key].needs.values()
-                ):
-                    store.fail(graph[key], lost(DEATHS, type(error).__name__), run)
+                if any(need.key in refs and _lost(ray, refs[need.key]) for need in graph[key].needs.values()):
+                    continue  # Ray hands the loss of a task on to those that wait for it
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise  # the task's own code failed, not its job
+                store.fail(graph[key], lost(DEATHS, type(error).__name__), run)
             if on_event is not None:
                 on_event({"event": "failed" if store.failure(graph[key], run) else "end", "key": key})
 
 
 def _lost(ray: Any, ref: Any) -> bool:
-    """Whether a task was lost with its process: Ray then gives its error to those that wait for it."""
+    """Whether a task, which is over, was lost with its process or waited for one that was."""
     try:
         ray.get(ref)
     except ray.exceptions.RayError:
