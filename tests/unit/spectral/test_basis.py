@@ -103,7 +103,7 @@ def test_factors_follow_their_definition(sides, shape):
     torch.testing.assert_close(core, factors.sigma.double().diag(), rtol=1e-5, atol=1e-5)
     assert (factors.sigma >= 0).all()
     assert (factors.sigma.diff() <= 1e-6).all()
-    assert factors.orthogonality < 1e-6
+    assert factors.orthogonality < 5e-6
     assert factors.residual == pytest.approx(reference.residual(weight, factors), rel=1e-4)
     assert factors.basis == f"activation:{sides}"
 
@@ -200,7 +200,7 @@ def test_only_so_many_directions_as_were_kept():
 
 def test_a_weight_that_is_all_zero_still_gets_a_basis():
     factors = activation_factors(torch.zeros(16, 24), basis_of(inputs_of()), 4)
-    assert factors.orthogonality < 1e-6
+    assert factors.orthogonality < 5e-6
     assert not factors.sigma.any()
 
 
