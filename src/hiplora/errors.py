@@ -29,3 +29,8 @@ class StoreError(HipLoraError, OSError):
 
 class AdapterError(HipLoraError, ValueError):
     """An adapter does not fit its base model, is damaged, or leaves the complement it promises."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error that says something, or the error's type: what a message quotes."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,13 +1,20 @@
 """Edits of CounterFact and zsRE from files of JSON lines; none of either comes with this project."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.editing.edits import Edit, EditSet, Question, load_edit_set, load_edit_sets, read_lines
+from hiplora.editing.edits import (
+    Edit,
+    EditSet,
+    Question,
+    json_line,
+    load_edit_set,
+    load_edit_sets,
+    read_lines,
+)
 from hiplora.errors import ConfigError, DataError
 
 BUILT_IN = "builtin"
@@ -123,10 +130,7 @@ def _rows(text: str, where: str, neighbours: int | None) -> Iterator[Edit]:
 
 
 def _edit(line: str, where: str, neighbours: int | None) -> Edit:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from None
+    row = json_line(line, where)
     if not isinstance(row, dict):
         raise DataError(
             f"{where}: is a {type(row).__name__}; expected a JSON object with prompt, target_new, …"

@@ -95,6 +95,18 @@ def read_lines(path: str | os.PathLike) -> str:
         raise DataError(f"edits {path}: cannot be read ({error}); name a UTF-8 file of JSON lines") from None
 
 
+def json_line(line: str, where: str) -> Any:
+    """Return the value of a line of JSON; `where` is its file and number, for the message.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from None
+
+
 def _built_in(name: str) -> str:
     return importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
 
@@ -119,10 +131,7 @@ def _parse(text: str, where: str) -> list[EditSet]:
 
 
 def _row(line: str, where: str) -> tuple[str, Edit]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from None
+    row = json_line(line, where)
     names = ["set", *FIELDS]
     if not isinstance(row, Mapping) or set(row) != set(names):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from hiplora.errors import ConfigError, DataError, HipLoraError
+from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
 from hiplora.evaluation.lm import AnswerLM
 from hiplora.evaluation.suite import TASKS, Suite, TaskRequest
 from hiplora.evaluation.tasks.rows import DATA_VARIABLE
@@ -229,8 +229,7 @@ def _load_one(manager: TaskManager, request: TaskRequest) -> dict[str, Any]:
     except HipLoraError:
         raise
     except Exception as error:  # whatever the task's own loader raises
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"--suite: task {request.name} cannot be loaded ({reason})") from error
+        raise DataError(f"--suite: task {request.name} cannot be loaded ({first_line(error)})") from error
     return loaded["tasks"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, first_line
 from hiplora.export.adapter import Update
 from hiplora.export.check import quiet_loading
 
@@ -29,11 +29,8 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, AdapterError):
             raise
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
         raise AdapterError(
-            f"{folder}: cannot be put on the model ({reason}); check that it is for this base"
+            f"{folder}: cannot be put on the model ({first_line(error)}); check that it is for this base"
         ) from error
     try:
         yield adapted
@@ -72,13 +69,13 @@ def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def unapplied(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[nn.Module]:
-    """Put the weights that a module had before `applied` back for a while, within its block."""
+def holding(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Have these very weights in the named layers of a model for a while; then those that it had."""
     changed: dict[str, Any] = {name: model.get_submodule(name).weight for name in weights}
     try:
         for name, weight in weights.items():
             model.get_submodule(name).weight = weight
-        yield model
+        yield
     finally:
         for name, weight in changed.items():
             model.get_submodule(name).weight = weight

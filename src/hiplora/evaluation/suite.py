@@ -85,6 +85,11 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
     return Suite(suite, _requests(entries, data))
 
 
+def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = None) -> Suite:
+    """Return a suite of tasks, each with how many of its items are taken (None: all); names as for `read_suite`."""
+    return Suite(name, _requests([_Entry(task=task, limit=limit) for task, limit in tasks.items()], data))
+
+
 def _from_file(path: Path, name: str, data: Path | None) -> Suite:
     try:
         found = _File.model_validate(yaml.safe_load(path.read_text()))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, first_line
 from hiplora.export.adapter import AdapterUpdate, Update
 from hiplora.export.shards import INDEX, TensorSpec, read_blocks, read_specs
 from hiplora.models import resolve
@@ -251,10 +251,9 @@ def _readable(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise AdapterError(
-            f"base model {model}: cannot be read ({first}); pass a folder or a hub name that this machine can reach as "
-            "base=… (--base)"
+            f"base model {model}: cannot be read ({first_line(error)}); pass a folder or a hub name that this machine "
+            "can reach as base=… (--base)"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_line
 from hiplora.models.known import KNOWN
 from hiplora.models.quiet import quiet_transformers
 from hiplora.models.resolving import resolve
@@ -33,13 +33,9 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
             network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model {model}: cannot be loaded ({_first_line(error)}); expected a folder with config.json, weights "
+            f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
             f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network.eval(), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

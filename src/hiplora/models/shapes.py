@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_line
 from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
@@ -123,7 +123,7 @@ def model_shape(name: str) -> ModelShape:
         return shape_of(config)
     except ValueError as error:
         raise ConfigError(
-            f"model {name}: is not a causal language model ({_first_line(error)}); name one that generates text"
+            f"model {name}: is not a causal language model ({first_line(error)}); name one that generates text"
         ) from error
 
 
@@ -146,7 +146,7 @@ def model_config(name: str) -> Any:
             return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model {name}: its configuration cannot be read ({_first_line(error)}); expected a folder with "
+            f"model {name}: its configuration cannot be read ({first_line(error)}); expected a folder with "
             f"config.json, a hub name that this machine can reach, or, without a hub, one of {', '.join(known)}"
         ) from error
 
@@ -191,10 +191,6 @@ def known_configs() -> dict[str, dict[str, Any]]:
     text = importlib.resources.files("hiplora.models").joinpath("shapes.yaml").read_text(encoding="utf-8")
     published = {name: entry["config"] for entry in yaml.safe_load(text) for name in entry["names"]}
     return {**published, "pico": {"model_type": "llama", **PICO_CONFIG}}
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _linear_layers(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:

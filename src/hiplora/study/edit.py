@@ -180,12 +180,13 @@ def _adapt(method: LowRank, tokenizer: Any, seed: int, aside: Path) -> Callable[
         from peft import get_peft_model
 
         from hiplora.training.adapters import adapter_config, is_pissa, save_start
+        from hiplora.training.calibration import calibrate_for
         from hiplora.tuner import HipLoraConfig
 
         config = adapter_config(method)
         try:
             if isinstance(config, HipLoraConfig) and config.basis == "activation":
-                _calibrate(model, tokenizer, cast(Spectral, method), config)
+                calibrate_for(cast(Spectral, method), config, model, tokenizer)
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
         except ValueError as error:
@@ -199,17 +200,6 @@ def _adapt(method: LowRank, tokenizer: Any, seed: int, aside: Path) -> Callable[
         return adapted
 
     return adapt
-
-
-def _calibrate(model: Any, tokenizer: Any, method: Spectral, config: Any) -> None:
-    from hiplora.training.calibration import calibration_rows, describe_source
-    from hiplora.tuner import calibrate
-
-    if method.calibration_text is None:
-        calibrate(model, config, tokens=method.calibration_tokens)
-        return
-    rows = calibration_rows(tokenizer, method.calibration_text, method.calibration_tokens)
-    calibrate(model, config, rows=rows, source=describe_source(method.calibration_text))
 
 
 class _Saver:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
+from hiplora.evaluation.drift import AdapterOff
 from hiplora.evaluation.mounting import mounted
 from hiplora.export import AdapterUpdate, allocation_rows
 
@@ -32,9 +33,11 @@ def measure_adapter(
         }
 
 
-def drift_dict(model: nn.Module, reference: BaseReference) -> dict[str, dict[str, float]]:
-    """Measure drift and return it as a section of the results."""
-    return {name: found.as_dict() for name, found in measure_drift(model, reference).items()}
+def drift_dict(
+    model: nn.Module, reference: BaseReference, adapter_off: AdapterOff | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure drift and return it as a section of the results; `adapter_off` as for `measure_drift`."""
+    return {name: found.as_dict() for name, found in measure_drift(model, reference, adapter_off).items()}
 
 
 def allocation(adapter: Path | AdapterUpdate, base: str, rank: int) -> list[dict[str, Any]]:

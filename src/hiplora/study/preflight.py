@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation.drift import cut_windows
 from hiplora.evaluation.likelihood import Encoded
 from hiplora.evaluation.texts import overlap
@@ -60,10 +60,9 @@ def check_targets(model: str, principal_rank: int) -> None:
         with quiet_transformers(), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
     except (OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"model {model}: its configuration cannot be read ({first}); expected a folder with config.json, a hub "
-            "name that this machine can reach, or smollm2-135m"
+            f"model {model}: its configuration cannot be read ({first_line(error)}); expected a folder with "
+            "config.json, a hub name that this machine can reach, or smollm2-135m"
         ) from error
     found = {
         name: tuple(module.weight.shape)
@@ -91,8 +90,9 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(resolve(model))
     except (OSError, ValueError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"model {model}: has no tokenizer that can be loaded ({first})") from error
+        raise ConfigError(
+            f"model {model}: has no tokenizer that can be loaded ({first_line(error)})"
+        ) from error
 
 
 def encoded_rows(tokenizer: Any, path: Path, shape: str, max_length: int) -> tuple[list[Encoded], list[str]]:

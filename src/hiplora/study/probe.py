@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from hiplora.errors import ConfigError
 from hiplora.evaluation import BaseReference, drift_texts, measure_drift
+from hiplora.evaluation.mounting import holding
 from hiplora.evaluation.texts import text_source
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.models import load, resolve
@@ -150,7 +151,7 @@ def drift_measure(
 
     def measure(intervened: nn.Module) -> Mapping[str, float]:
         def off() -> contextlib.AbstractContextManager:
-            return _holding(intervened, weights)
+            return holding(intervened, weights)
 
         found = measure_drift(intervened, reference, off, may_be_nothing=True).values()
         tokens = sum(drift.tokens for drift in found)
@@ -161,23 +162,6 @@ def drift_measure(
         }
 
     return measure
-
-
-@contextlib.contextmanager
-def _holding(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Have these very weights in the model for a while; then those that it had."""
-    had = {name: linear_weight(model, name)[1] for name in weights}
-
-    def put(given: Mapping[str, nn.Parameter]) -> None:
-        for name, weight in given.items():
-            if had[name] is not weights[name]:
-                model.get_submodule(name).weight = weight
-
-    put(weights)
-    try:
-        yield
-    finally:
-        put(had)
 
 
 class _Journal:

@@ -16,12 +16,12 @@ from hiplora.recipes import TrainRecipe, TrainSettings
 from hiplora.recipes.methods import Spectral, SplitLoraMethod
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
-from hiplora.training.calibration import calibration_rows, describe_source
+from hiplora.training.calibration import calibrate_for
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.split import SplitTrainer, batches_in_epoch
 from hiplora.training.trainer import RecordingTrainer
-from hiplora.tuner import HipLoraConfig, calibrate
+from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.targets import survey
 
 Rows = Sequence[dict[str, list[int]]]
@@ -107,11 +107,7 @@ def _calibrate(
         survey(model, config)
     except ConfigError as error:
         raise _unfit(recipe, error) from error
-    if method.calibration_text is None:
-        calibrate(model, config, tokens=method.calibration_tokens)
-        return
-    rows = calibration_rows(tokenizer, method.calibration_text, method.calibration_tokens)
-    calibrate(model, config, rows=rows, source=describe_source(method.calibration_text))
+    calibrate_for(method, config, model, tokenizer)
 
 
 def _flatten(model: PreTrainedModel, settings: TrainSettings) -> bool:

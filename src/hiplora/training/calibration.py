@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hiplora.errors import DataError
+from hiplora.errors import DataError, first_line
+from hiplora.recipes.methods import Spectral
 from hiplora.recipes.rows import SUFFIXES, is_hub_name
+from hiplora.tuner import HipLoraConfig, calibrate
 from hiplora.tuner.calibration import ROW_LENGTH
 
 if TYPE_CHECKING:
@@ -35,6 +37,21 @@ def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> list[Te
     begin = begin if begin == [tokenizer.bos_token_id] else []
     width = ROW_LENGTH - len(begin)
     return [torch.tensor(begin + ids[first : first + width]) for first in range(0, len(ids), width)]
+
+
+def calibrate_for(method: Spectral, config: HipLoraConfig, model: Any, tokenizer: Any) -> None:
+    """Measure the activation basis of a recipe's method into its configuration: on its text, else on sampled text.
+
+    Raises:
+        DataError: as `calibration_rows`.
+        ConfigError: as `hiplora.calibrate`.
+    """
+    tokens = method.calibration_tokens
+    if method.calibration_text is None:
+        calibrate(model, config, tokens=tokens)
+        return
+    rows = calibration_rows(tokenizer, method.calibration_text, tokens)
+    calibrate(model, config, rows=rows, source=describe_source(method.calibration_text))
 
 
 def describe_source(source: str | Path) -> str:
@@ -66,10 +83,9 @@ def _hub_text(name: str, characters: int) -> str:
             if length >= characters:
                 break
     except (DatasetsError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"{name}: no such file, and no data set on the hub that can be read ({reason}); correct the name, or name "
-            "a text or data file"
+            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
+            "name, or name a text or data file"
         ) from error
     return _joined(rows_as_examples(rows, name))
 

@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from hiplora.errors import first_line
+
 FULL = 2**20  # bytes free below which a failed write needs no other explanation
 NAME = re.compile(r"step-(\d+)")
 
@@ -55,7 +57,7 @@ def writing(what: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(_existing(what)).free
-        reason = "the disk is full" if free < FULL else f"{_first_line(error)}; {free / 2**20:.0f} MiB free"
+        reason = "the disk is full" if free < FULL else f"{first_line(error)}; {free / 2**20:.0f} MiB free"
         raise OSError(
             f"{what} cannot be written ({reason}); make room and run the same command again: it carries on from "
             "the last checkpoint"
@@ -96,7 +98,3 @@ def sweep(folder: Path) -> None:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hiplora.errors import DataError
+from hiplora.errors import DataError, first_line
 from hiplora.provenance import file_sha256
 from hiplora.recipes import DataSettings
 from hiplora.recipes.rows import Row, read_rows
@@ -170,9 +170,8 @@ def _hub_rows(data: DataSettings) -> Iterator[Row]:
     try:
         rows = load_dataset(data.hub, data.hub_config, split=data.split or "train")
     except (DatasetsError, OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"data.hub: {data.hub} cannot be loaded ({reason}); check the name, `split` and `hub_config`, "
+            f"data.hub: {data.hub} cannot be loaded ({first_line(error)}); check the name, `split` and `hub_config`, "
             "or give a file as data.path"
         ) from error
     for number, row in enumerate(rows, start=1):

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError
+from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError, first_line
 from hiplora.models import resolve
 from hiplora.spectral import FactorStore, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
@@ -62,7 +62,7 @@ class Checkpoint:
             raise
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"model {model}: cannot be read ({_first_line(error)}); expected the folder or hub name of a "
+                f"model {model}: cannot be read ({first_line(error)}); expected the folder or hub name of a "
                 "causal language model with safetensors weights (`save_pretrained` writes them)"
             ) from error
         if (quantised := getattr(config, "quantization_config", None)) is not None:
@@ -200,8 +200,4 @@ def _tensor_files(path: str) -> dict[str, str]:
 
 
 def _damaged(file: str, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read ({_first_line(error)}); fetch or save the model again")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return DataError(f"{file}: cannot be read ({first_line(error)}); fetch or save the model again")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.errors import DataError
+from hiplora.errors import DataError, first_line
 from hiplora.recipes.rows import read_rows
 
 DATA_VARIABLE = "HIPLORA_DATA"
@@ -78,9 +78,8 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any]) -> list[Row]:
     try:
         found = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
     except Exception as error:  # datasets raises what its loaders and the network raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(
-            f"{hub}: cannot be loaded from the hub ({reason}); name a folder that has {file}{SUFFIXES[0]} "
+            f"{hub}: cannot be loaded from the hub ({first_line(error)}); name a folder that has {file}{SUFFIXES[0]} "
             f"(--data, or ${DATA_VARIABLE})"
         ) from error
     read = READERS[settings.get("reader", "same")]

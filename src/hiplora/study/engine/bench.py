@@ -8,7 +8,7 @@ from typing import Any
 
 from hiplora.errors import HipLoraError
 from hiplora.evaluation.evaluate import EvalSettings, load_model
-from hiplora.evaluation.suite import PREFIX, Suite, TaskRequest, own_tasks
+from hiplora.evaluation.suite import suite_of
 from hiplora.recipes.rows import read_rows
 from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
@@ -80,26 +80,19 @@ class Bench:
         """Return the evaluation engine of some tasks, each with its number of items (None: all)."""
         key = json.dumps([tasks, seed])
         if key not in self._engines:
-            known = set(own_tasks())
-            requests = tuple(
-                TaskRequest(name, f"{PREFIX}{name}" if name in known else name, limit)
-                for name, limit in tasks.items()
-            )
             settings = EvalSettings("study", self.data, None, seed, allow_code=self.allow_code)
-            self._engines[key] = settings.engine(Suite("study", requests))
+            self._engines[key] = settings.engine(suite_of("study", tasks, self.data))
         return self._engines[key]
 
     def reference(self, texts: Mapping[str, str], tokens: int, window: int) -> Any:
         """Return what the bare base makes of the drift texts; to be asked for while nothing is on the model."""
-        from hiplora.evaluation.drift import BaseReference
+        from hiplora.study.measure import base_reference
 
         key = json.dumps([texts, tokens, window])
         if key not in self._references:
             network, tokenizer = self.model()
             contents = {name: self.text(source) for name, source in texts.items()}
-            self._references[key] = BaseReference.build(
-                network, tokenizer, contents, window=window, max_tokens=tokens
-            )
+            self._references[key] = base_reference(network, tokenizer, contents, tokens, window)
         return self._references[key]
 
     def text(self, source: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_line
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.jobs import Graph
 from hiplora.study.engine.local import DEATHS, OnEvent, lost
@@ -82,10 +82,9 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(
-            f"--address {address}: no Ray cluster can be reached there ({reason}); start one with `ray start --head`, "
-            "or leave the address out"
+            f"--address {address}: no Ray cluster can be reached there ({first_line(error)}); start one with `ray "
+            "start --head`, or leave the address out"
         ) from error
 
 

@@ -46,6 +46,17 @@ class Job:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the job as JSON values, the jobs that it needs by their keys."""
+        return {
+            "key": self.key,
+            "kind": self.kind,
+            "version": self.version,
+            "name": self.name,
+            "settings": dict(self.settings),
+            "needs": {name: need.key for name, need in self.needs.items()},
+        }
+
     def resolved(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the settings with every `$result` filled in from `results[need]`."""
         return _fill(self.settings, results, self.name)
@@ -109,17 +120,7 @@ class Graph:
         """Return the graph as JSON values, which `from_json` reads."""
         return {
             "wanted": [job.key for job in self.wanted],
-            "jobs": [
-                {
-                    "key": job.key,
-                    "kind": job.kind,
-                    "version": job.version,
-                    "name": job.name,
-                    "settings": dict(job.settings),
-                    "needs": {name: need.key for name, need in job.needs.items()},
-                }
-                for job in self
-            ],
+            "jobs": [job.to_json() for job in self],
         }
 
     @classmethod

@@ -75,12 +75,7 @@ class Store:
             write_atomic(self.artifact(job) / ".complete", "")
         if not self.finished(job):
             record = {
-                "key": job.key,
-                "kind": job.kind,
-                "version": job.version,
-                "name": job.name,
-                "settings": dict(job.settings),
-                "needs": {name: need.key for name, need in job.needs.items()},
+                **job.to_json(),
                 "result": dict(found),
                 "timing": dict(timing),
                 "provenance": provenance(),

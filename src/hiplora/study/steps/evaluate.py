@@ -7,9 +7,9 @@ Settings: `tasks`, name to number of items (None: all); `seed`, of the choice of
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hiplora.evaluation import measure_drift
 from hiplora.evaluation.mounting import mounted
 from hiplora.study.engine.jobs import Job
+from hiplora.study.measure import drift_dict
 
 if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
@@ -26,9 +26,7 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
     with mounted(network, bench.artifact(job.needs["adapter"])) as adapted:
         found = {"tasks": score(bench, adapted, settings), "drift": None}
         if reference is not None:
-            found["drift"] = {
-                name: text.as_dict() for name, text in measure_drift(adapted, reference).items()
-            }
+            found["drift"] = drift_dict(adapted, reference)
     return found, {}
 
 

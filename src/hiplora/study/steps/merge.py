@@ -7,10 +7,10 @@ adapters, merged in the order of their names.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hiplora.evaluation import measure_drift
-from hiplora.evaluation.mounting import applied, unapplied
+from hiplora.evaluation.mounting import applied, holding
 from hiplora.merging import merge
 from hiplora.study.engine.jobs import Job
+from hiplora.study.measure import drift_dict
 from hiplora.study.steps.evaluate import drift_reference, score
 
 if TYPE_CHECKING:
@@ -27,6 +27,5 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
     with applied(network, merged) as changed:
         found = {"tasks": score(bench, changed, settings), "drift": None}
         if reference is not None:
-            drift = measure_drift(changed, reference, adapter_off=lambda: unapplied(changed, weights))
-            found["drift"] = {name: text.as_dict() for name, text in drift.items()}
+            found["drift"] = drift_dict(changed, reference, lambda: holding(changed, weights))
     return found, {}
