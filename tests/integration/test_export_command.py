@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 
 from hiplora.cli import export as command
-from hiplora.cli.main import main
+from tests.commands import run
 from tests.unit.export.samples import (
     ATTENTION,
     base_model,
@@ -22,15 +22,6 @@ from tests.unit.export.samples import (
 @pytest.fixture(scope="session")
 def adapter(tiny_model_dir, tmp_path_factory):
     return saved(tiny_model_dir, tmp_path_factory.mktemp("cli") / "adapter", hip_config())
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
 
 
 def test_the_example_of_the_help_runs(adapter, tmp_path, monkeypatch, capsys):

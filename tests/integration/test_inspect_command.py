@@ -6,7 +6,7 @@ import pytest
 from peft import LoraConfig
 
 from hiplora.cli import inspect as command
-from hiplora.cli.main import main
+from tests.commands import run
 from tests.unit.export.samples import ATTENTION, hip_config, saved
 
 
@@ -15,14 +15,6 @@ def adapters(tiny_model_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("inspected")
     configs = {"hiplora": hip_config(), "lora": LoraConfig(r=4, target_modules=ATTENTION)}
     return {name: saved(tiny_model_dir, root / name, config)[0] for name, config in configs.items()}
-
-
-def run(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
 
 
 def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from hiplora.cli import merge as command
-from hiplora.cli.main import main
 from hiplora.export import read_update
 from hiplora.merging import RULES, merge
+from tests.commands import run
 from tests.tiny import save_tiny
 from tests.unit.export.samples import (
     ATTENTION,
@@ -41,15 +41,6 @@ def adapters(tiny_model_dir, tmp_path_factory):
         name: saved(tiny_model_dir, root / name, config, seed=i)[0]
         for i, (name, config) in enumerate(configs.items())
     }
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
 
 
 def merged(capsys, *arguments):

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from hiplora.cli import probe as command
-from hiplora.cli.main import main
 from hiplora.errors import ConfigError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.models import load
 from hiplora.probing import directions_of, intervened
 from hiplora.study import probe as study
+from tests.commands import run
 from tests.tiny import tiny_tokenizer
 from tests.unit.export.samples import save_tiny_gpt2
 
@@ -23,15 +23,6 @@ def prose(tmp_path):
     path = tmp_path / "prose.txt"
     path.write_text(PROSE)
     return path
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
 
 
 def options(prose, *more):

@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from hiplora.cli import protect as command
-from hiplora.cli.main import main
 from hiplora.export import read_update
 from hiplora.export.base_weights import load_base
 from hiplora.study import protection
 from hiplora.training.calibration import calibration_rows
+from tests.commands import run
 from tests.tiny import tiny_tokenizer, write_jsonl
 from tests.unit.export.samples import (
     ATTENTION,
@@ -48,15 +48,6 @@ def files(tmp_path):
     (tmp_path / "drift.txt").write_text(PROSE)
     write_jsonl(tmp_path / "task.jsonl", TASK)
     return tmp_path
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of a command."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return stop.value.code or 0, said.out, said.err
 
 
 def options(files):

@@ -11,7 +11,7 @@ from hiplora.reporting.merge_results import read_merge_report
 from hiplora.reporting.plots import heat
 from hiplora.reporting.plots.broken import points
 from tests.unit.reporting import merge_samples as samples
-from tests.unit.reporting.test_report_page import POLICY, Tags
+from tests.unit.reporting.page_checks import Tags, assert_asks_for_nothing, assert_well_formed
 
 
 def small(names=("medicine", "law", "code"), **changes):
@@ -28,18 +28,11 @@ def page():
 
 
 def test_the_page_is_well_formed_and_its_ids_are_unique(page):
-    tags = Tags(page)
-    assert tags.wrong == []
-    assert len(tags.ids) == len(set(tags.ids))
+    assert_well_formed(page)
 
 
 def test_the_page_can_ask_for_nothing(page):
-    tags = Tags(page).tags
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in tags
-    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe", "object", "embed", "base"})
-    addresses = [v for _, attrs in tags for key, v in attrs.items() if key in ("src", "href", "xlink:href")]
-    assert {address for address in addresses if not address.startswith("#")} == {"data:,"}
-    assert re.findall(r"url\((?!#)", page) == []
+    assert_asks_for_nothing(page)
 
 
 def test_the_same_report_gives_the_same_page_read_back_from_json(page):

@@ -1,7 +1,6 @@
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import pytest
 
@@ -9,8 +8,7 @@ from hiplora.errors import DataError
 from hiplora.reporting import render_html, render_inspection_html, save_figures, save_report
 from hiplora.reporting.page import flatten, settings_table
 from tests.unit.reporting import report_samples as samples
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+from tests.unit.reporting.page_checks import Tags, assert_asks_for_nothing, assert_well_formed
 
 
 def small(make=samples.demo_results, **changes):
@@ -25,50 +23,12 @@ def page():
     return render_html(small())
 
 
-class Tags(HTMLParser):
-    """Collects the tags and ids of a page and checks that they nest."""
-
-    VOID = ("meta", "link", "br", "img", "input", "hr")
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.tags, self.ids, self.wrong = [], [], [], []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for key, value in attrs if key == "id"]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if not self.open or self.open.pop() != tag:
-            self.wrong.append(tag)
-
-
 def test_the_page_is_well_formed_and_its_ids_are_unique(page):
-    tags = Tags(page)
-    assert tags.wrong == []
-    assert tags.open == []
-    assert len(tags.ids) == len(set(tags.ids))
+    assert_well_formed(page)
 
 
 def test_the_page_can_ask_for_nothing(page):
-    tags = Tags(page).tags
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in tags
-    assert {tag for tag, _ in tags}.isdisjoint(
-        {"script", "img", "iframe", "object", "embed", "audio", "video", "base"}
-    )
-    addresses = [
-        v for _, attrs in tags for key, v in attrs.items() if key in ("src", "href", "xlink:href", "action")
-    ]
-    assert {address for address in addresses if not address.startswith("#")} == {"data:,"}
-    assert "@import" not in page
-    assert re.findall(r"url\((?!#)", page) == []
+    assert_asks_for_nothing(page)
 
 
 def test_the_verdict_and_its_numbers_stand_on_the_page(page):

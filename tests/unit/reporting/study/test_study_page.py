@@ -7,8 +7,8 @@ from hiplora.errors import ConfigError
 from hiplora.reporting.study.page import render_study
 from hiplora.reporting.study.spec import Grid, Matrix, Plot, Section, Series
 from hiplora.reporting.study.write import write_report
+from tests.unit.reporting.page_checks import Tags, assert_asks_for_nothing, assert_well_formed
 from tests.unit.reporting.study import study_samples as samples
-from tests.unit.reporting.test_report_page import POLICY, Tags
 
 SUMMARY = {"headline": "What was found.", "text": ["First.", "Second."], "jobs done": 41}
 
@@ -27,18 +27,11 @@ def page():
 
 
 def test_the_page_is_well_formed_and_its_ids_are_unique(page):
-    tags = Tags(page)
-    assert tags.wrong == []
-    assert len(tags.ids) == len(set(tags.ids))
+    assert_well_formed(page)
 
 
 def test_the_page_can_ask_for_nothing(page):
-    tags = Tags(page).tags
-    assert ("meta", {"http-equiv": "Content-Security-Policy", "content": POLICY}) in tags
-    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe", "object", "embed", "base"})
-    addresses = [v for _, attrs in tags for key, v in attrs.items() if key in ("src", "href", "xlink:href")]
-    assert {address for address in addresses if not address.startswith("#")} == {"data:,"}
-    assert re.findall(r"url\((?!#)", page) == []
+    assert_asks_for_nothing(page)
     assert re.findall(r"https?://(?!www\.w3\.org/)", page) == []
 
 
