@@ -16,7 +16,9 @@ DEFAULT_STEPS = 2000
 PathText = Annotated[
     str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
 ]
-Format = Literal["auto", "alpaca", "prompt_completion", "question_answer", "messages", "text"]
+Format = Literal[
+    "auto", "alpaca", "prompt_completion", "question_answer", "multiple_choice", "messages", "text"
+]
 
 
 class DataSettings(Block):
@@ -42,14 +44,17 @@ class DataSettings(Block):
     format: Format = Field(
         default="auto",
         description="Shape of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
-        "completion (or response). `question_answer`: question and answer. `messages`: a list of {role, content}. "
+        "completion (or response). `question_answer`: question and answer. `multiple_choice`: question, choices and the right one's index as answer. "
+        "`messages`: a list of {role, content}. "
         "`text`: plain text. `auto` reads it off the first row.",
     )
-    template: Literal["instruction", "verbatim", "chat"] | None = Field(
+    template: Literal["instruction", "verbatim", "direct", "chat"] | None = Field(
         default=None,
         description="How a prompt is worded: `instruction` is the project's Alpaca-style wording (default for alpaca "
-        "and question_answer rows), `verbatim` uses the prompt as it stands (default for prompt_completion), `chat` "
-        "puts the row through the tokenizer's chat template. Not for messages and text rows.",
+        "and question_answer rows), `verbatim` uses the prompt as it stands (default for prompt_completion), "
+        "`direct` asks as hiplora's own evaluation tasks do, for the letter of the choice or the final number alone "
+        "(default for multiple_choice; for question_answer rows too), `chat` puts the row through the tokenizer's chat "
+        "template. Not for messages and text rows.",
     )
     limit: int | None = Field(default=None, ge=1, description="Use at most this many rows, the first ones.")
     held_out: PathText | None = Field(

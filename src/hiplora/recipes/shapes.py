@@ -6,6 +6,7 @@ from typing import Any
 
 from hiplora.errors import DataError
 from hiplora.recipes.rows import Row
+from hiplora.recipes.wording import LETTERS
 
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
 ROLES = ("system", "user", "assistant", "tool")
@@ -14,6 +15,7 @@ NEEDS = {
     "alpaca": "instruction and output (input is optional)",
     "prompt_completion": "prompt and completion (or response)",
     "question_answer": "question and answer",
+    "multiple_choice": "question, choices (a list of texts) and answer (the index of the right one)",
     "text": "text",
 }
 
@@ -29,6 +31,8 @@ def detect_shape(row: Any) -> str | None:
         return "alpaca"
     if "prompt" in fields and fields & {"completion", "response"}:
         return "prompt_completion"
+    if {"question", "choices", "answer"} <= fields:
+        return "multiple_choice"
     if "question" in fields and "answer" in fields:
         return "question_answer"
     return "text" if "text" in fields else None
@@ -76,6 +80,8 @@ def row_problem(row: Any, shape: str) -> str | None:
         return _text_problem(row, "prompt", empty=True) or _text_problem(row, completion_field(row))
     if shape == "question_answer":
         return _text_problem(row, "question") or _text_problem(row, "answer")
+    if shape == "multiple_choice":
+        return _text_problem(row, "question") or _choices_problem(row)
     return _text_problem(row, "text")
 
 
@@ -101,6 +107,19 @@ def _text_problem(row: Mapping[str, Any], field: str, empty: bool = False) -> st
         return f"field `{field}` is {type(value).__name__} ({value!r:.40}), expected text"
     if not empty and not value.strip():
         return f"field `{field}` is empty"
+    return None
+
+
+def _choices_problem(row: Mapping[str, Any]) -> str | None:
+    choices, answer = row.get("choices"), row.get("answer")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        return f"field `choices` is missing or no list of 2 to {len(LETTERS)} texts"
+    if not all(isinstance(choice, str) for choice in choices):
+        return "field `choices` holds something else than texts"
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        return (
+            f"field `answer` is {answer!r}, expected the index of the right choice, 0 to {len(choices) - 1}"
+        )
     return None
 
 

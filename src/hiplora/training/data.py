@@ -14,6 +14,7 @@ from hiplora.provenance import file_sha256
 from hiplora.recipes import DataSettings
 from hiplora.recipes.rows import Row, read_rows
 from hiplora.recipes.shapes import check_rows, completion_field
+from hiplora.recipes.wording import direct_question, final_number, lettered, letters
 
 # The project's Alpaca-style wording: a task, perhaps something to do it to, and where the answer goes.
 TASK = "Carry out the task below.\n\n## Task\n{instruction}\n\n"
@@ -24,7 +25,9 @@ DEFAULT_TEMPLATES = {
     "alpaca": "instruction",
     "question_answer": "instruction",
     "prompt_completion": "verbatim",
+    "multiple_choice": "direct",
 }
+DIRECT = ("multiple_choice", "question_answer")
 SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
 
 
@@ -110,6 +113,10 @@ def _examples(checked: tuple[str, list[Any]], template: str | None, limit: int |
     shape, rows = checked
     if template is not None and shape not in DEFAULT_TEMPLATES:
         raise DataError(f"data.template: {template} does not apply to {shape} rows; remove it")
+    if template == "direct" and shape not in DIRECT:
+        raise DataError(
+            f"data.template: direct applies to {' and '.join(DIRECT)} rows, not to {shape}; remove it"
+        )
     wording = template or DEFAULT_TEMPLATES.get(shape, "")
     return [_example(row, shape, wording) for row in rows[:limit]]
 
@@ -121,6 +128,11 @@ def _example(row: Mapping[str, Any], shape: str, wording: str) -> Example:
         return _conversation(
             [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
         )
+    if wording == "direct":
+        question, answer = (
+            (direct_question(row), final_number(row)) if shape == "question_answer" else _choice(row)
+        )
+        return Example(question, f" {answer}")
     task, material, response = _parts(row, shape)
     if wording == "chat":
         asked = f"{task}\n\n{material}" if material.strip() else task
@@ -135,7 +147,15 @@ def _parts(row: Mapping[str, Any], shape: str) -> tuple[str, str, str]:
         return row["instruction"], row.get("input") or "", row["output"]
     if shape == "question_answer":
         return row["question"], "", row["answer"]
+    if shape == "multiple_choice":
+        question, answer = _choice(row)
+        return question, "", answer
     return row["prompt"], "", row[completion_field(row)]
+
+
+def _choice(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A multiple-choice question with lettered choices, and the right letter."""
+    return lettered(row), letters(row)[row["answer"]]
 
 
 def _conversation(messages: Sequence[Mapping[str, str]]) -> Example:

@@ -1,21 +1,11 @@
 """How the tasks word their questions where a template is not enough."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from hiplora.recipes.wording import final_number, lettered, letters, normal_number
 
-
-def lettered(row: Mapping[str, Any]) -> str:
-    """A multiple-choice question with its choices behind letters; the answer is a letter."""
-    lines = [f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
-    return f"Question: {row['question']}\n{''.join(lines)}Answer:"
-
-
-def letters(row: Mapping[str, Any]) -> list[str]:
-    """The letters that `lettered` gives to a row's choices."""
-    return list(LETTERS[: len(row["choices"])])
+__all__ = ["final_number", "gap_answer", "gap_end", "gap_start", "lettered", "letters", "normal_number"]
 
 
 def gap_start(row: Mapping[str, Any]) -> list[str]:
@@ -32,27 +22,3 @@ def gap_end(row: Mapping[str, Any]) -> str:
 def gap_answer(row: Mapping[str, Any]) -> int:
     """The index of the right choice; lm-eval reads an index as "the choices are in the context"."""
     return int(row["answer"])
-
-
-def final_number(row: Mapping[str, Any]) -> str:
-    """The result of a GSM8K solution (after `####`), or of a plain answer, without commas between digits."""
-    return normal_number(str(row["answer"]).rpartition("####")[2])
-
-
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
-
-
-def normal_number(text: str) -> str:
-    """Return the first number in a text in its plain form: no currency, commas, leading or trailing zeros.
-
-    Text without a number is returned stripped.
-    """
-    found = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
-    if found is None:
-        return text.strip()
-    whole, dot, fraction = found.group().replace(",", "").partition(".")
-    fraction = fraction.rstrip("0")
-    sign = "-" if whole.startswith("-") else ""
-    whole = whole.lstrip("-").lstrip("0") or "0"
-    plain = f"{whole}.{fraction}" if dot and fraction else whole
-    return plain if plain == "0" else sign + plain

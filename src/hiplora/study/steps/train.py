@@ -1,6 +1,7 @@
 """Train an adapter from a recipe, as `hiplora train` does; the artifact is the adapter's folder.
 
-Settings: `recipe`, a training recipe whose files are named as the study's are; `files`, their hashes.
+Settings: `recipe`, a training recipe whose files are named as the study's are; `files`, their hashes. Needs: `start`,
+the adapter to carry on from, if any.
 """
 
 import copy
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train, or go on from the last checkpoint of an interrupted call."""
-    recipe = TrainRecipe.model_validate(recipe_at(bench, settings["recipe"]))
+    placed = recipe_at(bench, settings["recipe"])
+    if "start" in job.needs:
+        placed["train"] = {
+            **placed.get("train", {}),
+            "start_from": str(bench.artifact(job.needs["start"]).resolve()),
+        }
+    recipe = TrainRecipe.model_validate(placed)
     result = train(recipe, bench.artifact(job), resume=True)
     return _found(result), {
         "training_seconds": result.seconds,
@@ -28,9 +35,11 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
 
 
 def recipe_at(bench: "Bench", recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with the study's file names turned into this machine's paths."""
-    placed = copy.deepcopy(dict(recipe))
-    for block, names in ((placed["data"], ("path", "held_out")), (placed["method"], ("calibration_text",))):
+    """Return a recipe with the study's file names turned into this machine's paths, for the base model at hand."""
+    placed = {**copy.deepcopy(dict(recipe)), "model": bench.name}
+    files = (("data", ("path", "held_out")), ("method", ("calibration_text",)), ("train", ("kl_text",)))
+    for key, names in files:
+        block = placed.get(key, {})
         for name in names:
             if block.get(name) is not None:
                 block[name] = bench.path(block[name])

@@ -1,0 +1,78 @@
+"""Read a study's recipe: a YAML file, or one of those that come with hiplora by its name."""
+
+import importlib.resources
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hiplora.errors import ConfigError
+from hiplora.recipes.document import Document, Loc, read_document
+from hiplora.recipes.methods import METHODS
+from hiplora.recipes.study import StudyRecipe
+
+
+def own_studies() -> list[str]:
+    """Return the names of the studies that come with hiplora."""
+    folder = importlib.resources.files("hiplora.recipes") / "studies"
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> StudyRecipe:
+    """Read a study's recipe, put `overrides` (`train.steps=20`) over it, and check all of it.
+
+    Args:
+        recipe: a YAML file, or a name of `own_studies`.
+        overrides: `a.b=value` each; the value is read as YAML.
+
+    Raises:
+        ConfigError: something is wrong; the message lists everything that is, with file, line and remedy.
+    """
+    path = _find(recipe)
+    document = read_document(path, overrides)
+    value, problems = dict(document.value), list(document.problems)
+    model = value.get("model")
+    if isinstance(model, str) and model.startswith((".", "/", "~")):
+        value["model"] = os.path.normpath(document.folder / Path(model).expanduser())
+    try:
+        found = StudyRecipe.model_validate(value)
+    except ValidationError as error:
+        problems += [_describe(details, document) for details in error.errors()]
+        found = None
+    if problems or found is None:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
+    return found
+
+
+def _find(recipe: str | os.PathLike) -> Path:
+    if str(recipe) in own_studies():
+        return Path(str(importlib.resources.files("hiplora.recipes") / "studies" / f"{recipe}.yaml"))
+    path = Path(recipe)
+    if not path.is_file():
+        raise ConfigError(
+            f"{recipe}: no such file, and no study of that name; expected a YAML file or one of "
+            f"{', '.join(own_studies())}"
+        )
+    return path
+
+
+def _describe(details: Any, document: Document) -> str:
+    """One line about one thing that pydantic found."""
+    loc: Loc = tuple(part for part in details["loc"] if part not in METHODS or details["loc"][0] != "methods")
+    if details["loc"][:1] == ("methods",) and len(details["loc"]) > 1:
+        # A method's row may have the name of a method; pydantic's own level is the fourth.
+        loc = (*details["loc"][:3], *details["loc"][4:]) if len(details["loc"]) > 3 else details["loc"]
+    where, name = document.place(loc), ".".join(map(str, loc))
+    if details["type"] == "extra_forbidden":
+        return f"{where}: {name}: unknown field; `hiplora study --help` and docs/study.md list the known ones"
+    if details["type"] == "missing":
+        return f"{where}: {name}: is missing; add it"
+    if details["type"] == "value_error":
+        return f"{where}: {name + ': ' if name else ''}{details['ctx']['error']}"
+    message = details["msg"].replace("Input should", "should", 1)
+    return f"{where}: {name}: {message}, found {details.get('input')!r}"

@@ -1,0 +1,201 @@
+"""The protocols that a study can run, each with its settings."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from hiplora.recipes.methods import Block
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
+
+
+class Protocol(Block):
+    """What all protocols have."""
+
+    seeds: list[int] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
+
+    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield its fields that name methods or domains of the study, with the names: `kind` is one of the two."""
+        fields = {"methods": ("methods", "method", "reference"), "domains": ("domains", "domain", "order")}
+        for field in fields[kind]:
+            value = getattr(self, field, None)
+            if value is not None:
+                yield field, [value] if isinstance(value, str) else list(value)
+
+
+class OfMethods(Protocol):
+    """A protocol that compares methods."""
+
+    methods: list[str] = Field(min_length=1, description="Methods to compare, in the order of the table.")
+
+
+class SingleTask(OfMethods):
+    """Each method trained on each domain alone, scored on all: the paper's single-task table with Retain."""
+
+
+class AdaLora(OfMethods):
+    """The same table for the comparison with AdaLoRA."""
+
+
+class Merging(OfMethods):
+    """The adapters of all domains merged: scores before, after, and their difference."""
+
+    rules: Rules = Field(
+        default={"addition": {}}, description="Merge rule → its options, as of `hiplora merge`."
+    )
+    passing: dict[str, Positive | None] = Field(
+        default={}, description="Further tasks, scored for the adapter of the domain that has such a task."
+    )
+
+
+class MergeFail(OfMethods):
+    """Merges of several adapters drawn from all seeds: how many fail, over the threshold τ."""
+
+    rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options.")
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(
+        default=[2, 3, 4], min_length=1, description="How many adapters are merged."
+    )
+    instances: Positive = Field(default=20, description="Merges of each size; all, where there are fewer.")
+    taus: list[Share] = Field(default=PROJECT_TAUS, min_length=1, description="Thresholds.")
+    tau: Share = Field(default=0.9, description="The one that is reported first.")
+    seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")
+    drift: bool = Field(default=False, description="Measure the drift of every merged model too.")
+
+
+class LambdaCurve(Protocol):
+    """Scores against Retain over the price λ of the gains."""
+
+    method: str = Field(description="A HiP-LoRA with gains.")
+    values: list[Annotated[float, Field(ge=0)]] = Field(min_length=2, description="λ.")
+    domains: list[str] | None = Field(default=None, description="Domains to train on; all, if empty.")
+
+
+class Allocation(OfMethods):
+    """Where the updates lie on the spectrum of the base weights."""
+
+    rank: Positive = Field(default=32, description="Leading directions that count as principal.")
+    domains: list[str] | None = Field(default=None, description="Domains of the adapters; all, if empty.")
+
+
+class Ablations(Protocol):
+    """The method without its budget, without the projection, with zero init, without gains."""
+
+    method: str = Field(description="A HiP-LoRA with gains: the full method.")
+    domains: list[str] | None = Field(default=None, description="Domains to train on; all, if empty.")
+    merge: bool = Field(default=True, description="Merge the adapters of the domains too, for MergeFail.")
+    tau: Share = Field(default=0.9, description="Threshold of MergeFail.")
+
+
+class Continual(OfMethods):
+    """One adapter trained on one domain after the other."""
+
+    order: list[str] | None = Field(
+        default=None, min_length=2, description="Domains in order; as they stand."
+    )
+
+
+class EditedFacts(Block):
+    """A set of edits."""
+
+    edits: str = Field(default="builtin", description="`builtin`, or a file of the data folder.")
+    title: str = Field(default="", description="As tables show it.")
+    limit: Positive | None = Field(default=None, description="The first so many edits.")
+    neighbours: bool = Field(default=False, description="Ask the file's neighbourhood prompts too.")
+
+
+class Editing(OfMethods):
+    """Facts edited by each method: success, paraphrases, locality."""
+
+    sets: dict[str, EditedFacts] = Field(
+        default={"edit-set": EditedFacts()}, min_length=1, description="Sets of edits by name."
+    )
+    modes: list[Literal["single", "batch", "sequential"]] = Field(
+        default=["batch"], min_length=1, description="How edits are made."
+    )
+    alphaedit: dict[str, Any] | None = Field(
+        default=None, description="Settings of AlphaEdit as one more row; none: leave it out."
+    )
+    steps: Positive = Field(default=500, description="Training steps of a batch.")
+    single_steps: Positive = Field(default=20, description="Training steps of a single edit.")
+    lr: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Method → learning rate, where it is not the study's."
+    )
+    edits_per_batch: Positive | None = Field(
+        default=None, description="Edits of a batch (sequential: a stage)."
+    )
+    sample: Positive | None = Field(default=None, description="How many edits are made one by one.")
+    rows: Positive | None = Field(default=None, description="Edits in one training step.")
+    questions: int = Field(default=500, ge=0, description="Unrelated questions for the locality.")
+
+
+class RankOne(Protocol):
+    """Single directions of single weights removed, flipped or shaken."""
+
+    modules: list[str] | str | None = Field(default=None, description="Modules; the attention projections.")
+    layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
+    directions: Positive = Field(default=8, description="Directions of each module.")
+    choice: Literal["log", "even", "energy", "random"] = Field(default="log", description="How chosen.")
+    bases: list[Literal["weight", "activation"]] = Field(
+        default=["weight"], min_length=1, description="Whose directions."
+    )
+    kinds: list[str] = Field(
+        default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions."
+    )
+    draws: Positive = Field(default=1, description="Draws of the noise.")
+    tokens: Annotated[int, Field(ge=2)] = Field(default=512, description="Tokens of each text.")
+
+
+class Selection(Protocol):
+    """Coarse to fine on held-out rows: λ at the given γ and k, then γ, then k."""
+
+    method: str = Field(description="A HiP-LoRA with gains.")
+    domain: str = Field(description="Domain whose held-out rows decide.")
+    lambdas: list[Annotated[float, Field(ge=0)]] = Field(min_length=1, description="λ to try.")
+    gammas: list[Annotated[float, Field(ge=0)]] = Field(min_length=1, description="γ to try.")
+    ranks: list[Positive] = Field(min_length=1, description="k to try.")
+
+
+class CostTable(OfMethods):
+    """Throughput, memory, the one-time cost of the factors."""
+
+    domain: str = Field(description="Domain whose rows are trained on.")
+    warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
+    steps: Positive = Field(default=200, description="Measured steps.")
+
+
+class Frontier(OfMethods):
+    """Learning against drift, over learning rates and steps."""
+
+    domains: list[str] = Field(min_length=1, description="Domains to train on.")
+    rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates.")
+    steps: list[Positive] = Field(
+        min_length=1, description="Training steps: early stops are the smaller ones."
+    )
+    rivals: list[str] = Field(
+        min_length=1,
+        description="The plain LoRAs among the methods: the best of them is what is to be beaten.",
+    )
+    attention: str | None = Field(default=None, description="The one among them on attention only.")
+    reference: str = Field(description="The method that is compared with them.")
+
+
+class Protocols(Block):
+    """Which protocols a study runs."""
+
+    single_task: SingleTask | None = Field(default=None, description="Single-task table with Retain.")
+    merging: Merging | None = Field(default=None, description="Merging: before, after, difference.")
+    merge_fail: MergeFail | None = Field(default=None, description="MergeFail over sizes and thresholds.")
+    adalora: AdaLora | None = Field(default=None, description="Comparison with AdaLoRA.")
+    lambda_curve: LambdaCurve | None = Field(default=None, description="Trade-off over λ.")
+    allocation: Allocation | None = Field(default=None, description="Spectral allocation.")
+    ablations: Ablations | None = Field(default=None, description="Ablations and their dynamics.")
+    continual: Continual | None = Field(default=None, description="Continual tuning.")
+    editing: Editing | None = Field(default=None, description="Knowledge editing.")
+    rank_one: RankOne | None = Field(default=None, description="Rank-1 interventions.")
+    selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
+    cost: CostTable | None = Field(default=None, description="Cost table.")
+    frontier: Frontier | None = Field(default=None, description="Frontiers of learning against drift.")

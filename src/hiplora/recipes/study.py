@@ -1,0 +1,158 @@
+"""The recipe of a study: a model, domains, methods, seeds, and the protocols that are asked for."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from hiplora.recipes.methods import Block
+from hiplora.recipes.protocols import Protocols
+from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_short_forms
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
+Items = Annotated[int, Field(ge=1)] | None
+CHOSEN = "chosen"
+
+
+class Domain(Block):
+    """What an adapter is trained for: rows to learn from, and tasks that tell how well it did."""
+
+    title: str = Field(min_length=1, description="As tables show it.")
+    train: DataSettings = Field(
+        description="Rows to train on; file names are relative to the data folder. Some are to be held back."
+    )
+    hub: DataSettings | None = Field(
+        default=None, description="What to train on instead where the data folder has no such file."
+    )
+    tasks: dict[str, Items] = Field(
+        min_length=1,
+        description="Tasks of `hiplora eval`, each with its number of items (null: all). The first one's score is the "
+        "domain's.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        files = {name: {"path": value[name]} for name in ("train", "hub") if isinstance(value.get(name), str)}
+        return {**value, **files}
+
+    @model_validator(mode="after")
+    def _rows_are_held_back(self) -> "Domain":
+        for name, data in (("train", self.train), ("hub", self.hub)):
+            if data is not None and not data.has_held_out:
+                raise ValueError(f"`{name}` holds no rows back; add `held_out_fraction: 0.05`")
+        return self
+
+    @property
+    def task(self) -> str:
+        """The task whose score is the domain's."""
+        return next(iter(self.tasks))
+
+
+class StudyMethod(Block):
+    """A row of the study's tables: a method with its settings."""
+
+    title: str = Field(min_length=1, description="As tables show it.")
+    method: Method = Field(description="As in a training recipe.")
+    train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
+    lr: float | Literal["chosen"] = Field(
+        default=CHOSEN,
+        description="Its learning rate; `chosen`: the best of the study's grid on held-out rows.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return expand_short_forms(value) if isinstance(value, dict) else value
+
+
+class Rates(Block):
+    """The grid of learning rates, the same for all methods, and what a rate is chosen by: the loss on held-out rows."""
+
+    grid: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates to try.")
+    domains: list[str] | None = Field(default=None, description="Domains to try them in; all, if empty.")
+    seed: int = Field(default=7, ge=0, lt=2**32, description="Seed of these runs: none of the study's own.")
+
+
+class DriftTexts(Block):
+    """Texts on which adapted models are compared with the base, token by token."""
+
+    texts: dict[str, str] = Field(
+        min_length=1,
+        description="Name → a text file of the data folder, or FILE:FIELD+FIELD for fields of its rows.",
+    )
+    tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
+    window: int = Field(default=512, ge=2, description="Tokens that are read at once.")
+
+
+class Evaluation(Block):
+    """How models are scored."""
+
+    seed: int = Field(default=0, ge=0, description="Chooses the items of the tasks.")
+    drift: DriftTexts | None = Field(default=None, description="Texts to measure the drift on.")
+
+
+class StudyRecipe(Block):
+    """A whole study: every job follows from it."""
+
+    study: Name = Field(description="Name of the study.")
+    title: str = Field(default="", description="Title of its report.")
+    model: str = Field(
+        min_length=1,
+        description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the Hugging Face hub.",
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[42, 100, 2024], min_length=1, description="Seeds of training."
+    )
+    train: TrainSettings = Field(default=TrainSettings(), description="How all methods train.")
+    rates: Rates | None = Field(
+        default=None, description="Search for each method's learning rate; without it all take `train.lr`."
+    )
+    evaluation: Evaluation = Field(default=Evaluation(), description="How models are scored.")
+    domains: dict[Name, Domain] = Field(min_length=1, description="Name → what is trained and tested.")
+    methods: dict[Name, StudyMethod] = Field(min_length=1, description="Name → a method and its settings.")
+    protocols: Protocols = Field(description="What is done with them.")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "StudyRecipe":
+        self._check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
+        if self.rates is not None and self.rates.seed in self.seeds:
+            raise ValueError(
+                f"`rates.seed` {self.rates.seed} is one of the study's seeds: rates must be chosen on other runs than "
+                "those that are reported; change it"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("`seeds` has one twice; a run counts once")
+        for protocol, settings in self.protocols:
+            if settings is None:
+                continue
+            for field, value in settings.named("methods"):
+                self._check(value, self.methods, f"protocols.{protocol}.{field}")
+            for field, value in settings.named("domains"):
+                self._check(value, self.domains, f"protocols.{protocol}.{field}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_train(self) -> "StudyRecipe":
+        for name, method in self.methods.items():
+            try:
+                self.training(method)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"]))
+                raise ValueError(f"`methods.{name}.train`: {place}: {first['msg']}") from None
+        return self
+
+    def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
+        """Return how a method trains: the study's settings, its own, and `changes` over them."""
+        own = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
+        if "epochs" in own:
+            own.pop("steps", None)
+        return TrainSettings.model_validate(own)
+
+    @staticmethod
+    def _check(names: list[str] | None, known: dict[str, Any], where: str) -> None:
+        for name in names or ():
+            if name not in known:
+                raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known)}")

@@ -1,0 +1,261 @@
+"""From a study's recipe to its jobs: the same call twice is one job, whichever protocol makes it."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hiplora.evaluation.suite import task_settings
+from hiplora.evaluation.tasks.rows import data_file
+from hiplora.provenance import file_sha256, folder_identity
+from hiplora.recipes import DataSettings, TrainRecipe
+from hiplora.recipes.methods import Spectral
+from hiplora.recipes.rows import is_hub_name
+from hiplora.recipes.study import CHOSEN, StudyMethod, StudyRecipe
+from hiplora.study.engine.jobs import Job, result
+from hiplora.study.steps.registry import step
+
+# What of a method's settings its factors depend on; the rest may differ between jobs that share them.
+OF_THE_FACTORS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("principal_rank", "principal_rank_pattern", "basis", "basis_sides", "projection"),
+    *("calibration_text", "calibration_tokens", "svd_tolerance"),
+)
+
+
+class Study:
+    """A study's recipe at a data folder, and the jobs that follow from both.
+
+    `missing` lists the files that the recipe names and the folder lacks, as far as jobs were made that read them.
+    """
+
+    def __init__(self, recipe: StudyRecipe, data: Path | None):
+        """Take a recipe, its file names relative to the data folder; nothing is read yet."""
+        self.recipe, self.data = recipe, data
+        self.missing: dict[str, None] = {}
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What the base model is, in every job's key: its name, or the hash of a folder's files."""
+        name = self.recipe.model
+        return folder_identity(name) or name
+
+    def seeds(self, settings: Any = None) -> list[int]:
+        """Return the seeds of a protocol: its own, else the study's."""
+        return list((settings.seeds if settings is not None else None) or self.recipe.seeds)
+
+    def row(self, method: str) -> StudyMethod:
+        """Return a method of the study by its name."""
+        return self.recipe.methods[method]
+
+    def variant(self, method: str, **settings: Any) -> StudyMethod:
+        """Return a method with some of its settings changed, by fields of its `method` block."""
+        row = self.row(method)
+        changed = {**_written(row.method), **settings}
+        return StudyMethod.model_validate({**row.model_dump(exclude_unset=True), "method": changed})
+
+    def titles(self, methods: Sequence[str]) -> dict[str, str]:
+        """Return name → title of methods."""
+        return {name: self.row(name).title for name in methods}
+
+    # Jobs.
+
+    def rate(self, row: StudyMethod, steps: int | None = None) -> Job | None:
+        """Return the job that chooses a method's learning rate on held-out rows; None where it is given."""
+        search = self.recipe.rates
+        if row.lr != CHOSEN or search is None:
+            return None
+        needs: dict[str, Job] = {}
+        candidates = []
+        for rate in search.grid:
+            names = []
+            for domain in search.domains or self.recipe.domains:
+                names.append(f"{domain}-{rate:g}")
+                needs[names[-1]] = self.adapter(row, domain, search.seed, lr=rate, steps=steps)
+            candidates.append({"value": rate, "needs": names})
+        settings = {"field": "held_out_after", "prefer": "low", "candidates": candidates}
+        return self._job("collect", f"rate of {row.title}", settings, **needs)
+
+    def adapter(
+        self,
+        row: StudyMethod,
+        domain: str,
+        seed: int,
+        *,
+        lr: float | None = None,
+        steps: int | None = None,
+        start: Job | None = None,
+        like: StudyMethod | None = None,
+    ) -> Job:
+        """Return the job that trains a method on a domain.
+
+        Its learning rate is `lr`, else the method's own, else the chosen one; that of `like`, if given (a variant
+        takes its parent's). `steps` cuts the training short, `start` is a training to carry on from.
+        """
+        needs: dict[str, Job] = {}
+        rate: Any = lr
+        if rate is None:
+            choice = self.rate(like or row)
+            if choice is not None:
+                needs["rate"] = choice
+                rate = result("rate", "value")
+            else:
+                rate = (like or row).lr if (like or row).lr != CHOSEN else self.recipe.train.lr
+        if (factors := self.factors(row)) is not None:
+            needs["factors"] = factors
+        if start is not None:
+            needs["start"] = start
+        changes = {} if steps is None else {"steps": steps}
+        recipe = TrainRecipe.model_validate(
+            {
+                "model": self.identity,
+                "data": _written(self.source(domain)),
+                "method": _written(row.method),
+                "train": self.recipe.training(row, **changes).model_dump(exclude_defaults=True),
+                "seed": seed,
+            }
+        )
+        written = _recipe_settings(recipe)
+        written["train"] = {**written.get("train", {}), "lr": rate}
+        files = self.hashes([recipe.data.path, recipe.data.held_out, *_texts(recipe)])
+        rate_told = f", rate {lr:g}" if lr is not None else ""
+        steps_told = f", {steps} steps" if steps is not None else ""
+        after = f" after {start.name.partition(' ')[2]}" if start is not None else ""
+        name = f"train {row.title} on {domain}, seed {seed}{rate_told}{steps_told}{after}"
+        return self._job("train", name, {"recipe": written, "files": files}, **needs)
+
+    def factors(self, row: StudyMethod) -> Job | None:
+        """Return the job that computes a method's protected factors; None for methods without."""
+        if not isinstance(row.method, Spectral):
+            return None
+        written = row.method.model_dump(exclude_defaults=True, mode="json")
+        method = {
+            "name": "proj_lora",
+            **{key: written[key] for key in OF_THE_FACTORS if key in written},
+        }
+        files = self.hashes([getattr(row.method, "calibration_text", None)])
+        settings = {"method": method, "files": files}
+        return self._job("factorize", f"factors of {row.title}", settings)
+
+    def score(
+        self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None, drift: bool = True
+    ) -> Job:
+        """Return the job that scores an adapter, or the base, on tasks (all of the domains', if None)."""
+        name = f"score {adapter.name.partition(' ')[2] if adapter else 'the base'}"
+        needs = {"adapter": adapter} if adapter else {}
+        return self._job("evaluate", name, self.scoring(tasks, drift and adapter is not None), **needs)
+
+    def merge(
+        self,
+        adapters: Mapping[str, Job],
+        rule: str,
+        options: Mapping[str, Any] | None = None,
+        tasks: Mapping[str, int | None] | None = None,
+        drift: bool = False,
+        name: str = "",
+    ) -> Job:
+        """Return the job that merges adapters by a rule and scores the merged model."""
+        settings = {**self.scoring(tasks, drift), "rule": rule, "options": dict(options or {})}
+        return self._job("merge", f"merge by {rule}: {name or ' + '.join(adapters)}", settings, **adapters)
+
+    def inspect(self, adapter: Job, rank: int) -> Job:
+        """Return the job that tells where an adapter's update lies on the spectrum of the base weights."""
+        return self._job(
+            "inspect", f"inspect {adapter.name.partition(' ')[2]}", {"rank": rank}, adapter=adapter
+        )
+
+    def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
+        """Return a job of any other kind, with the base model in its settings."""
+        return self._job(kind, name, settings, **needs)
+
+    # What jobs are made of.
+
+    @property
+    def tasks(self) -> dict[str, int | None]:
+        """The tasks of all domains with their numbers of items."""
+        return {
+            task: items for domain in self.recipe.domains.values() for task, items in domain.tasks.items()
+        }
+
+    def tasks_of(self, domains: Sequence[str]) -> dict[str, int | None]:
+        """Return the tasks whose scores are those of some domains."""
+        found = {}
+        for name in domains:
+            domain = self.recipe.domains[name]
+            found[domain.task] = domain.tasks[domain.task]
+        return found
+
+    def scoring(self, tasks: Mapping[str, int | None] | None, drift: bool) -> dict[str, Any]:
+        """Return the settings of jobs that score a model."""
+        evaluation = self.recipe.evaluation
+        asked = dict(self.tasks if tasks is None else tasks)
+        texts = evaluation.drift if drift else None
+        files = self._task_files(asked)
+        if texts is not None:
+            files |= self.hashes([source.partition(":")[0] for source in texts.texts.values()])
+        return {
+            "tasks": asked,
+            "seed": evaluation.seed,
+            "drift": None if texts is None else texts.model_dump(mode="json"),
+            "files": files,
+        }
+
+    def source(self, domain: str) -> DataSettings:
+        """Return a domain's rows: the file, or the hub's where the data folder has no such file."""
+        found = self.recipe.domains[domain]
+        here = self.data is not None and found.train.path and (self.data / found.train.path).is_file()
+        return found.hub if found.hub is not None and not here else found.train
+
+    def hashes(self, names: Sequence[str | None]) -> dict[str, str | None]:
+        """Return name → hash of files of the data folder; None for data sets of the hub, and for what is missing."""
+        found: dict[str, str | None] = {}
+        for name in names:
+            if name is None:
+                continue
+            path = None if self.data is None else self.data / name
+            if path is not None and path.is_file():
+                found[name] = _hash(path, path.stat().st_mtime_ns)
+            elif Path(name).is_file():
+                found[name] = _hash(Path(name), Path(name).stat().st_mtime_ns)
+            else:
+                found[name] = None
+                if not is_hub_name(name):
+                    self.missing[name] = None
+        return found
+
+    def _task_files(self, tasks: Mapping[str, int | None]) -> dict[str, str | None]:
+        found: dict[str, str | None] = {}
+        for task in tasks:
+            try:
+                stem = task_settings(task)["file"]
+            except FileNotFoundError:
+                continue  # one of lm-eval's own
+            path = data_file(self.data, stem) if self.data is not None else None
+            found[stem] = None if path is None else _hash(path, path.stat().st_mtime_ns)
+        return found
+
+    def _job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
+        return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
+
+
+def _written(block: Any) -> dict[str, Any]:
+    """Return a block as a recipe writes it: what differs from the defaults, and a method's name.
+
+    Keys of jobs are made of this, so that a setting that is added to the program changes no key.
+    """
+    written = block.model_dump(mode="json", exclude_defaults=True)
+    return {"name": block.name, **written} if hasattr(block, "name") else written
+
+
+def _recipe_settings(recipe: TrainRecipe) -> dict[str, Any]:
+    written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
+    return {**written, "method": _written(recipe.method), "seed": recipe.seed}
+
+
+def _texts(recipe: TrainRecipe) -> list[str | None]:
+    return [getattr(recipe.method, "calibration_text", None), getattr(recipe.train, "kl_text", None)]
+
+
+@functools.lru_cache(maxsize=256)
+def _hash(path: Path, changed: int) -> str:
+    return file_sha256(path)

@@ -1,0 +1,48 @@
+"""The protocols of a study, one a file: the jobs that each asks for, and the section that it makes of their results."""
+
+import importlib
+from typing import Any, Protocol
+
+from hiplora.recipes.protocols import Protocols
+from hiplora.reporting.study.spec import Section
+from hiplora.study.builder import Study
+from hiplora.study.engine.jobs import Graph, Job
+from hiplora.study.results import Results
+
+
+class ProtocolModule(Protocol):
+    """What each file of this package has."""
+
+    def jobs(self, study: Study, settings: Any) -> list[Job]:
+        """Return the jobs whose results the section reads; what they need comes with them."""
+
+    def section(self, study: Study, settings: Any, results: Results) -> Section:
+        """Return what the results say, as far as they are there."""
+
+
+def protocol(name: str) -> ProtocolModule:
+    """Return the protocol of a field of `Protocols`."""
+    module: Any = importlib.import_module(f"hiplora.study.protocols.{name}")
+    return module
+
+
+def asked(protocols: Protocols) -> dict[str, Any]:
+    """Return the protocols that a recipe asks for, with their settings, in the order of the report."""
+    return {name: settings for name, settings in protocols if settings is not None}
+
+
+def graph(study: Study) -> Graph:
+    """Return all jobs of a study."""
+    wanted: list[Job] = []
+    for name, settings in asked(study.recipe.protocols).items():
+        wanted += protocol(name).jobs(study, settings)
+    return Graph(wanted)
+
+
+def sections(study: Study, results: Results) -> list[Section]:
+    """Return the sections of all protocols that are asked for."""
+    found = []
+    for name, settings in asked(study.recipe.protocols).items():
+        results.missing.clear()
+        found.append(protocol(name).section(study, settings, results))
+    return found

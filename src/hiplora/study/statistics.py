@@ -1,0 +1,94 @@
+"""Estimates with intervals, for whatever is computed from scores item by item.
+
+Every number is computed once from the items as they are, and again in each of 10,000 replicates, in which a task's
+items are drawn with replacement, the same for all methods, seeds and merges: what was scored on the same items stays
+paired. An item counts with its mean over the seeds, so that seeds that share their items do not make intervals too
+narrow (docs/metrics.md). `hierarchical` is the paper's own interval beside it.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hiplora.metrics import paired_bootstrap
+
+REPLICATES = 10_000
+Draws = NDArray[np.float64]  # (1 + replicates,): the value itself, then the replicates'
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the bounds of its 95 % interval; `sd` is the standard deviation over seeds, where there are some."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    sd: float | None = None
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the interval: of a difference, the smallest that it can tell from none."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+class Resampler:
+    """Draws the items of each task, once for everything that is computed from them."""
+
+    def __init__(self, seed: int = 0, replicates: int = REPLICATES):
+        """Take the seed of the draws and their number."""
+        self._seed, self._replicates = seed, replicates
+        self._counts: dict[tuple[str, int], NDArray[np.float32]] = {}
+
+    def mean(self, task: str, items: ArrayLike) -> Draws:
+        """Return the mean over a task's items and, behind it, that of every replicate."""
+        values = np.asarray(items, dtype=np.float32)
+        drawn = self._drawn(task, len(values)) @ values / len(values)
+        return np.concatenate([[float(np.mean(np.asarray(items, dtype=float)))], drawn.astype(float)])
+
+    def _drawn(self, task: str, count: int) -> NDArray[np.float32]:
+        if (task, count) not in self._counts:
+            generator = np.random.default_rng([self._seed, zlib.crc32(task.encode()), count])
+            drawn = generator.multinomial(count, np.full(count, 1 / count), size=self._replicates)
+            self._counts[task, count] = drawn.astype(np.float32)
+        return self._counts[task, count]
+
+
+def estimate(draws: Draws, by_seed: Sequence[float] = ()) -> Estimate:
+    """Return a value with the interval of its replicates, and the spread of its values by seed."""
+    low, high = np.quantile(draws[1:], (0.025, 0.975))
+    return Estimate(float(draws[0]), float(low), float(high), spread(by_seed))
+
+
+def spread(by_seed: Sequence[float]) -> float | None:
+    """Return the standard deviation over seeds, None for fewer than two."""
+    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+
+
+def over_seeds(items: Sequence[Sequence[float]]) -> list[float]:
+    """Return each item's mean over the seeds: `items[seed][item]`."""
+    return np.mean(np.asarray(items, dtype=float), axis=0).tolist()
+
+
+def hierarchical(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Estimate]:
+    """Return the paper's interval of each method's mean, of `values[method][seed][instance]`: seeds are drawn, then
+    instances within each.
+    """
+    if not values:
+        return {}
+    found = paired_bootstrap(values)
+    return {name: Estimate(one.estimate, one.low, one.high) for name, one in found.mean.items()}
+
+
+def geometric(values: Sequence[float]) -> Estimate:
+    """Return the geometric mean of positive values, with the interval of Student's t over them (their logarithms)."""
+    from scipy import stats
+
+    logs = np.log(np.asarray(values, dtype=float))
+    middle = float(logs.mean())
+    if len(logs) < 2:
+        return Estimate(float(np.exp(middle)))
+    margin = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return Estimate(float(np.exp(middle)), float(np.exp(middle - margin)), float(np.exp(middle + margin)))
