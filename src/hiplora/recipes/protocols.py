@@ -20,7 +20,10 @@ class Protocol(Block):
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
         """Yield its fields that name methods or domains of the study, with the names: `kind` is one of the two."""
-        fields = {"methods": ("methods", "method", "reference"), "domains": ("domains", "domain", "order")}
+        fields = {
+            "methods": ("methods", "method", "reference", "plain", "attention", "early"),
+            "domains": ("domains", "domain", "order"),
+        }
         for field in fields[kind]:
             value = getattr(self, field, None)
             if value is not None:
@@ -167,20 +170,40 @@ class CostTable(OfMethods):
     steps: Positive = Field(default=200, description="Measured steps.")
 
 
-class Frontier(OfMethods):
-    """Learning against drift, over learning rates and steps."""
+class Frontier(Protocol):
+    """Learning against drift: every method of a domain at every learning rate and seed."""
 
-    domains: list[str] = Field(min_length=1, description="Domains to train on.")
-    rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates.")
-    steps: list[Positive] = Field(
-        min_length=1, description="Training steps: early stops are the smaller ones."
+    domains: dict[str, list[str]] = Field(
+        min_length=1, description="Domain to train on → methods that are compared there."
     )
-    rivals: list[str] = Field(
+    rates: list[Annotated[float, Field(gt=0)]] = Field(
+        min_length=2, description="Learning rates, for all methods."
+    )
+    early: dict[str, list[Positive]] = Field(
+        default={}, description="Method → further, smaller numbers of steps: early stops."
+    )
+    tasks: dict[str, Positive | None] = Field(
+        default={},
+        description="Tasks whose likelihoods are a drift too, with their items; none: all of the domains'.",
+    )
+    plain: list[str] = Field(
         min_length=1,
-        description="The plain LoRAs among the methods: the best of them is what is to be beaten.",
+        description="The plain LoRAs among the methods: the best tuned of them is what is to be beaten.",
     )
-    attention: str | None = Field(default=None, description="The one among them on attention only.")
-    reference: str = Field(description="The method that is compared with them.")
+    attention: str | None = Field(
+        default=None, description="The one among them that adapts the attention only."
+    )
+    reference: str = Field(description="The method that is compared with all others.")
+
+
+class Aims(Protocol):
+    """What the reference is to reach against the plain LoRAs, checked on what the other protocols found."""
+
+    reference: str = Field(description="The method with the aims.")
+    plain: list[str] = Field(min_length=1, description="The plain LoRAs, of which the best counts.")
+    attention: str | None = Field(
+        default=None, description="The one among them that adapts the attention only."
+    )
 
 
 class Protocols(Block):
@@ -199,3 +222,4 @@ class Protocols(Block):
     selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
     cost: CostTable | None = Field(default=None, description="Cost table.")
     frontier: Frontier | None = Field(default=None, description="Frontiers of learning against drift.")
+    aims: Aims | None = Field(default=None, description="Aims of the function-aware basis.")

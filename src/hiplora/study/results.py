@@ -31,7 +31,7 @@ class Results:
         return None if record is None else record["timing"]
 
     def items(self, job: Job, task: str, form: str) -> list[float] | None:
-        """Return the scores of a task, item by item, in per cent; None where the job is not done or has no such form."""
+        """Return the scores of a task, item by item, in per cent; None where they are not there."""
         found = self.get(job)
         return None if found is None else items(found, task, form)
 

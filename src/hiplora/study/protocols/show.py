@@ -1,6 +1,7 @@
 """What the protocols' sections share: cells and measurements from estimates, words for the forms of a score."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hiplora.reporting.study.spec import Cell, Measurement
@@ -19,13 +20,11 @@ def cell(found: Estimate | None, paper: float | None = None, digits: int = 1) ->
 
 def marked(rows: Sequence[tuple[str, list[Cell]]], best: Mapping[int, str]) -> list[tuple[str, list[Cell]]]:
     """Mark the best cell of some columns: place of the cell → `high` or `low`."""
-    from dataclasses import replace
-
     rows = [(name, list(cells)) for name, cells in rows]
     for place, prefer in best.items():
         values = [cells[place].value for _, cells in rows]
         known = [value for value in values if value is not None]
-        if len(known) < 2:
+        if len(set(known)) < 2:
             continue
         top = max(known) if prefer == "high" else min(known)
         for (_, cells), value in zip(rows, values, strict=True):

@@ -166,7 +166,7 @@ def _table(study: Study, rows: list[Row], form: str, name: str, title: str, pape
             NONE if is_base else cell(estimate(row.retain), _paper(paper, row.title, "Retain", study, form))
         )
         lines.append((row.title, cells))
-    places = {place: "high" for place in range(len(domains) + 1)} | {len(domains) + 1: "low"}
+    places = dict.fromkeys(range(len(domains) + 1), "high") | {len(domains) + 1: "low"}
     what = "Accuracy, pass rate or exact match" if form == "accuracy" else "Likelihood of the right answer"
     note = (
         f"{what}, in per cent: each domain by the adapter that was trained on it. Retain: mean drop on the other "
@@ -275,7 +275,7 @@ def _drift_table(drifts: dict[str, dict[str, list[float]]], name: str) -> Table:
         "KL divergence from the base model in thousandths of a nat a token, mean over domains and seeds; lower is "
         "better. The geometric means of the paired ratios stand among the measurements."
     )
-    best = {place: "low" for place in range(len(texts))}
+    best = dict.fromkeys(range(len(texts)), "low")
     return Table(f"{name}-drift", "Drift from the base model", ["Method", *texts], marked(lines, best), note)
 
 
