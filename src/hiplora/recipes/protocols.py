@@ -12,6 +12,11 @@ Positive = Annotated[int, Field(ge=1)]
 Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
+NAMING = {
+    "methods": ("methods", "method", "reference", "plain", "attention", "early"),
+    "domains": ("domains", "domain", "order"),
+}
+
 
 class Protocol(Block):
     """What all protocols have."""
@@ -19,12 +24,8 @@ class Protocol(Block):
     seeds: list[int] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield its fields that name methods or domains of the study, with the names: `kind` is one of the two."""
-        fields = {
-            "methods": ("methods", "method", "reference", "plain", "attention", "early"),
-            "domains": ("domains", "domain", "order"),
-        }
-        for field in fields[kind]:
+        """Yield its fields that name `methods` or `domains` of the study, with the names."""
+        for field in NAMING[kind]:
             value = getattr(self, field, None)
             if value is not None:
                 yield field, [value] if isinstance(value, str) else list(value)

@@ -44,9 +44,9 @@ class DataSettings(Block):
     format: Format = Field(
         default="auto",
         description="Shape of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
-        "completion (or response). `question_answer`: question and answer. `multiple_choice`: question, choices and the right one's index as answer. "
-        "`messages`: a list of {role, content}. "
-        "`text`: plain text. `auto` reads it off the first row.",
+        "completion (or response). `question_answer`: question and answer. `multiple_choice`: question, choices and "
+        "the right one's index as answer. `messages`: a list of {role, content}. `text`: plain text. `auto` reads it "
+        "off the first row.",
     )
     template: Literal["instruction", "verbatim", "direct", "chat"] | None = Field(
         default=None,

@@ -10,7 +10,7 @@ from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_s
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
 Items = Annotated[int, Field(ge=1)] | None
-CHOSEN = "chosen"
+CHOSEN: Literal["chosen"] = "chosen"
 
 
 class Domain(Block):

@@ -70,6 +70,7 @@ class Row:
 
     @property
     def mean(self) -> Draws:
+        """The mean over the domains."""
         return np.mean(list(self.domains.values()), axis=0)
 
 
@@ -237,8 +238,8 @@ def _power(rows: list[Row], form: str) -> str:
     retain = float(np.median([estimate(a.retain - b.retain).half or 0 for a, b in pairs]))
     mean = float(np.median([estimate(a.mean - b.mean).half or 0 for a, b in pairs]))
     return (
-        f"By {form}, a difference between two methods can be told from none if it is larger than about {mean:.1f} pp in "
-        f"the mean score and {retain:.1f} pp in Retain (median half width of the 95 % intervals of the paired "
+        f"By {form}, a difference between two methods can be told from none if it is larger than about {mean:.1f} pp "
+        f"in the mean score and {retain:.1f} pp in Retain (median half width of the 95 % intervals of the paired "
         "differences)."
     )
 
