@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from hiplora import __version__
+from hiplora.cli.study import app as study_app
 from hiplora.errors import HipLoraError
 
 # In the order of the help page. `hiplora.cli.<name>` holds `command`, a plain Typer function.
@@ -46,6 +47,7 @@ def _root(
 for _name in COMMANDS:
     _home = importlib.import_module("hiplora.cli." + _name.replace("-", "_"))
     app.command(name=_name)(_home.command)
+app.add_typer(study_app, name="study")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

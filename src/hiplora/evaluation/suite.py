@@ -133,3 +133,9 @@ def _expected() -> str:
         f"a suite ({', '.join(own_suites())}), a YAML file, or tasks with commas between ({', '.join(own_tasks())}, or "
         "lm-eval's own)"
     )
+
+
+def runs_code(task: str) -> bool:
+    """Whether one of the project's tasks runs code that the model writes; of lm-eval's own nothing is known here."""
+    path = TASKS / f"{task}.yaml"
+    return path.is_file() and "\nunsafe_code: true" in path.read_text()

@@ -1,0 +1,299 @@
+"""`hiplora study`: plan, run, watch and report a whole study."""
+
+import os
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hiplora.cli.common import JSON_OPTION, emit_json, print_table
+
+if TYPE_CHECKING:
+    from hiplora.study.running import Opened, Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Plan, run and report a whole study: every table of the paper from one recipe, resumable.",
+)
+
+RECIPE = typer.Argument(
+    ..., help="Recipe of the study: a YAML file, or pico, smol, frontier, paper and the like."
+)
+OUT = typer.Option(None, "--out", help="Folder of the study, where it goes on; studies/NAME, if not given.")
+DATA = typer.Option(None, "--data", help="Folder with the study's files; else $HIPLORA_DATA, else the hub.")
+SET = typer.Option([], "--set", help="Override a field of the recipe, as train.steps=20; may be repeated.")
+CODE = typer.Option(
+    False, "--allow-code-execution", help="Let code that the model writes run, in a sandbox."
+)
+REUSE = typer.Option(
+    [], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable."
+)
+
+
+class ExecutorName(str, Enum):
+    """Where jobs run."""
+
+    local = "local"
+    ray = "ray"
+
+
+@app.command()
+def plan(
+    recipe: str = RECIPE,
+    out: Path | None = OUT,
+    data: Path | None = DATA,
+    changes: list[str] = SET,
+    gpu: str = typer.Option(
+        "h100", "--gpu", help="A GPU to estimate for beside this machine (docs/study.md lists them)."
+    ),
+    measure: bool = typer.Option(
+        True, "--measure/--no-measure", help="Time this machine for a few seconds, once."
+    ),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Show what a study has to do and what it will cost; no weights are loaded.
+
+    Example:
+
+        hiplora study plan paper --gpu h100
+    """
+    from hiplora.study.estimate import gpu as named_gpu
+    from hiplora.study.estimate import measure_machine
+    from hiplora.study.plan import plan as plan_study
+
+    opened = _open(recipe, out, data, changes, False)
+    machines = {"this machine": measure_machine(opened.study.recipe.model)} if measure else {}
+    machines[named_gpu(gpu).name] = named_gpu(gpu)
+    found = plan_study(opened.study, opened.graph, machines, opened.store)
+    emit_json(found) if as_json else _print_plan(found)
+
+
+@app.command()
+def run(
+    recipe: str = RECIPE,
+    out: Path | None = OUT,
+    data: Path | None = DATA,
+    changes: list[str] = SET,
+    workers: int = typer.Option(1, "--workers", min=1, help="Processes that do jobs at the same time."),
+    executor: ExecutorName = typer.Option(
+        ExecutorName.local, "--executor", help="Where: processes of this machine, or Ray."
+    ),
+    address: str | None = typer.Option(
+        None, "--address", help="Of a running Ray cluster; without it one is started here."
+    ),
+    gpus_per_job: float = typer.Option(
+        0.0, "--gpus-per-job", min=0, help="GPUs that each job asks Ray for."
+    ),
+    reuse: list[Path] = REUSE,
+    allow_code: bool = CODE,
+    verbose: bool = typer.Option(False, "--verbose", help="A line on standard error for every job."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Do everything of a study that is missing. It may be interrupted at any moment: the same command goes on.
+
+    A job that fails does not stop the others; what failed and why is said at the end, and the exit status is 1.
+
+    Example:
+
+        hiplora study run smol --data benchmarks --workers 2 --allow-code-execution
+    """
+    from hiplora.study.running import Executor, status
+    from hiplora.study.running import run as run_study
+
+    opened = _open(recipe, out, data, changes, allow_code)
+    taken = sum(opened.store.take(path) for path in reuse)
+    with _told(verbose) as tell:
+        left = run_study(opened, Executor(executor.value, workers, address, gpus_per_job), tell)
+    found = {**status(opened), "taken": taken, "blocked": len(left.blocked)}
+    if as_json:
+        emit_json(found)
+    else:
+        _print_failures(found)
+        done = found["jobs"] - found["left"]
+        typer.echo(f"{done:,} of {found['jobs']:,} jobs are done: {opened.store.path}")
+    if left.failed:
+        raise SystemExit(1)
+
+
+@app.command()
+def status(
+    recipe: str = RECIPE,
+    out: Path | None = OUT,
+    data: Path | None = DATA,
+    changes: list[str] = SET,
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Show how far a study is, what is at work, what failed and why.
+
+    Example:
+
+        hiplora study status smol --data benchmarks
+    """
+    from hiplora.study.running import status as status_of
+
+    found = status_of(_open(recipe, out, data, changes, False))
+    if as_json:
+        emit_json(found)
+        return
+    rows = [(kind, n["jobs"], n["jobs"] - n["left"], n["left"]) for kind, n in found["kinds"].items()]
+    rows.append(("all", found["jobs"], found["jobs"] - found["left"], found["left"]))
+    print_table(f"{found['study']}: jobs", ("Kind", "jobs", "done", "left"), rows)
+    for name in found["at_work"]:
+        typer.echo(f"at work: {name}")
+    if found["left"] and found["core_seconds_left"] is not None:
+        typer.echo(f"about {_duration(found['core_seconds_left'])} are left for one worker")
+    _print_failures(found)
+
+
+@app.command()
+def report(
+    recipe: str = RECIPE,
+    out: Path | None = OUT,
+    data: Path | None = DATA,
+    changes: list[str] = SET,
+    to: Path | None = typer.Option(
+        None, "--to", help="Folder of the report; `report` in the study's folder, if not given."
+    ),
+    reuse: list[Path] = REUSE,
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace --to if it exists."),
+    as_json: bool = JSON_OPTION,
+) -> None:
+    """Write tables (CSV, JSON, Markdown, LaTeX), figures (SVG, PDF) and one page of what a study found so far.
+
+    Example:
+
+        hiplora study report smol --data benchmarks --to docs/results/smol --overwrite
+    """
+    from hiplora.study.report import report as write
+
+    opened = _open(recipe, out, data, changes, False)
+    for path in reuse:
+        opened.store.take(path)
+    found = write(opened, to or opened.store.path / "report", overwrite or to is None)
+    if as_json:
+        emit_json(found)
+        return
+    for name, missing in found["sections"].items():
+        if missing:
+            typer.echo(f"{name}: waits for {missing:,} jobs")
+    typer.echo(f"{found['measurements']:,} measurements: {found['page']}")
+
+
+def _open(
+    recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool
+) -> "Opened":
+    from hiplora.recipes.load_study import load_study
+    from hiplora.study.running import open_study
+
+    loaded = load_study(recipe, changes)
+    folder = out or Path("studies") / loaded.study
+    return open_study(loaded, folder, data or os.environ.get("HIPLORA_DATA"), allow_code)
+
+
+class _told:  # noqa: N801 - a context manager, used like a function
+    """Tell how a run goes: a bar with the time left where standard error is a terminal, lines if asked for."""
+
+    def __init__(self, verbose: bool):
+        self._verbose = verbose
+        self._bar: Any = None
+        self._task: Any = None
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Any:
+        if sys.stderr.isatty() and not self._verbose:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[left]}"), console=Console(file=sys.stderr)
+            )
+            self._bar.start()
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _tell(self, progress: "Progress", event: dict[str, Any]) -> None:
+        left = progress.seconds_left()
+        told = "" if left is None else f"about {_duration(left)} left"
+        name = progress.opened.graph[event["key"]].name
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task("study", total=progress.total, left="")
+            self._bar.update(
+                self._task, completed=progress.done + progress.failed, left=told, description=name[:60]
+            )
+        elif self._verbose and event["event"] != "begin":
+            passed = _duration(time.monotonic() - self._began)
+            count = f"{progress.done + progress.failed}/{progress.total}"
+            word = "FAILED " if event["event"] == "failed" else ""
+            typer.echo(f"{passed}  {count}  {word}{name}  {told}", err=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+def _print_failures(found: dict[str, Any]) -> None:
+    for name, error in found["failed"].items():
+        typer.echo(f"failed: {name}: {error}", err=True)
+
+
+def _print_plan(found: dict[str, Any]) -> None:
+    rows = [(m["title"], f"{m['trainable']:,}", f"{m['mismatch']:+.1f} %") for m in found["methods"].values()]
+    print_table(
+        f"{found['study']} on {found['model']}: methods",
+        ("Method", "trainable parameters", "against the first"),
+        rows,
+    )
+    for name, machine in found["machines"].items():
+        lines = [(kind, *_costs(sums)) for kind, sums in machine["kinds"].items()]
+        lines.append(("all", *_costs(machine["total"])))
+        columns = ("Jobs", "number", "tokens", "FLOPs", "memory", "disk", "time")
+        print_table(f"{name}: {found['left']:,} of {found['jobs']:,} jobs are left", columns, lines)
+        fits = (
+            ""
+            if machine["fits"]
+            else f"; the largest job does NOT fit into its {_size(machine['memory_available'])}"
+        )
+        devices = f" on {machine['devices']} devices" if machine["devices"] > 1 else ""
+        typer.echo(f"about {_duration(3600 * machine['hours'])}{devices}{fits}. {machine['basis']}")
+    rows = [
+        (
+            task,
+            "all" if p["items"] is None else p["items"],
+            "" if p["smallest_difference"] is None else f"{p['smallest_difference']:.1f} pp",
+        )
+        for task, p in found["power"].items()
+    ]
+    print_table(
+        "What the items can tell, if an item's difference between two methods spreads by 25 pp",
+        ("Task", "items", "smallest difference"),
+        rows,
+    )
+    if found["missing"]:
+        typer.echo(f"files that are not in the data folder: {', '.join(found['missing'])}")
+
+
+def _costs(sums: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{sums['jobs']:,}",
+        f"{sums['tokens'] / 1e6:,.2f} M",
+        f"{sums['flops']:.1e}",
+        _size(sums["memory_bytes"]),
+        _size(sums["disk_bytes"]),
+        _duration(sums["seconds"]),
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

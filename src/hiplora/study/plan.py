@@ -1,0 +1,136 @@
+"""What a study will cost before anything runs: jobs, tokens, operations, memory, disk, time; no weight is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hiplora.models.shapes import ModelShape, model_shape
+from hiplora.study.builder import Study
+from hiplora.study.engine.jobs import Graph, Job
+from hiplora.study.engine.todo import todo as find_todo
+from hiplora.study.estimate import Cost, Machine, cost, full_settings
+from hiplora.study.steps.loads import LOADS
+
+if TYPE_CHECKING:
+    from hiplora.study.engine.store import Store
+
+ASSUMED_SPREAD = 25.0  # pp: standard deviation of an item's difference between two methods, before any is measured
+
+
+@dataclass(frozen=True)
+class JobCost:
+    """A job with what it is expected to cost on a machine."""
+
+    job: Job
+    cost: Cost
+
+
+def job_costs(graph: Graph, model: str, machine: Machine) -> dict[str, Cost]:
+    """Return, a job's key, what it will cost on one device of a machine.
+
+    Raises:
+        ConfigError: the model's shape cannot be had, or a method does not fit it.
+    """
+    shape = model_shape(model)
+    return {job.key: _cost(job, shape, machine) for job in graph}
+
+
+def _cost(job: Job, shape: ModelShape, machine: Machine) -> Cost:
+    method = _method(job)
+    trainable = 0 if method is None else shape.trainable(full_settings(method))
+    return cost(LOADS[job.kind](job.settings, shape), shape, machine, trainable)
+
+
+def _method(job: Job) -> Mapping[str, Any] | None:
+    """The method that a job trains, if it trains one that recipes know."""
+    method = job.settings.get("recipe", {}).get("method") if "recipe" in job.settings else None
+    if job.kind == "edit" and job.settings["method"]["name"] != "alphaedit":
+        method = job.settings["method"]
+    return method
+
+
+def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Store | None) -> dict[str, Any]:
+    """Return what a study has to do and what that costs, as JSON values.
+
+    `machines` are where it could run, by names to show. `store` tells what is done already; memory is that of the
+    largest job, time that of one device after another job, divided among the devices.
+    """
+    todo = open_jobs(graph, store)
+    shape = model_shape(study.recipe.model)
+    found: dict[str, Any] = {
+        "study": study.recipe.study,
+        "model": study.recipe.model,
+        "parameters": shape.parameters,
+        "jobs": len(graph),
+        "left": len(todo),
+        "missing": list(study.missing),
+        "machines": {},
+        "methods": _methods(study, shape),
+        "power": _power(study),
+    }
+    for name, machine in machines.items():
+        costs = job_costs(graph, study.recipe.model, machine)
+        kinds = {kind: [job for job in todo if job.kind == kind] for kind in graph.counts()}
+        found["machines"][name] = {
+            "basis": machine.basis,
+            "devices": machine.devices,
+            "kinds": {kind: _sum(jobs, costs) for kind, jobs in kinds.items()},
+            "total": _sum(todo, costs),
+            "fits": all(costs[job.key].memory_bytes <= machine.memory_bytes for job in todo),
+            "memory_available": machine.memory_bytes,
+            "hours": sum(costs[job.key].seconds for job in todo) / machine.devices / 3600,
+        }
+    return found
+
+
+def open_jobs(graph: Graph, store: Store | None) -> list[Job]:
+    """Return the jobs that still have to be done: those that a missing result hangs on."""
+    if store is None:
+        return list(graph)
+    left = find_todo(graph, store, run="")
+    return [*left.ready, *left.waiting]
+
+
+def _sum(jobs: list[Job], costs: Mapping[str, Cost]) -> dict[str, Any]:
+    total = Cost()
+    for job in jobs:
+        total += costs[job.key]
+    return {
+        "jobs": len(jobs),
+        "tokens": total.tokens,
+        "flops": total.flops,
+        "seconds": total.seconds,
+        "memory_bytes": total.memory_bytes,
+        "disk_bytes": total.disk_bytes,
+    }
+
+
+def _methods(study: Study, shape: ModelShape) -> dict[str, dict[str, Any]]:
+    """Trainable parameters of every method, with the mismatch to the first one in per cent."""
+    counts = {
+        name: shape.trainable(full_settings(row.method.model_dump()))
+        for name, row in study.recipe.methods.items()
+    }
+    first = next(iter(counts.values()))
+    return {
+        name: {
+            "title": study.recipe.methods[name].title,
+            "trainable": count,
+            "mismatch": 100 * (count / first - 1),
+        }
+        for name, count in counts.items()
+    }
+
+
+def _power(study: Study) -> dict[str, dict[str, Any]]:
+    """The smallest difference between two methods that a task's items can tell, under an assumed spread."""
+    return {
+        task: {
+            "items": items,
+            "smallest_difference": None if items is None else 1.96 * ASSUMED_SPREAD / math.sqrt(items),
+        }
+        for task, items in study.tasks.items()
+    }

@@ -1,0 +1,214 @@
+"""Run a study: everything that is missing, wherever it was interrupted; how far it is, and what failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hiplora.errors import ConfigError, DataError
+from hiplora.evaluation.suite import runs_code
+from hiplora.models.shapes import model_shape
+from hiplora.recipes.study import StudyRecipe
+from hiplora.study.builder import Study
+from hiplora.study.engine.bench import Place
+from hiplora.study.engine.jobs import Graph
+from hiplora.study.engine.local import run_local
+from hiplora.study.engine.store import Store
+from hiplora.study.engine.todo import Todo
+from hiplora.study.pico_data import write_pico_data
+from hiplora.study.plan import open_jobs
+from hiplora.study.protocols import graph as all_jobs
+from hiplora.study.steps.loads import LOADS
+
+PICO = "pico"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A study at its folder: the recipe's jobs, the store, and where its jobs find things."""
+
+    study: Study
+    graph: Graph
+    store: Store
+    place: Place
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where jobs run: `local` in `workers` processes, or on a `ray` cluster at `address`."""
+
+    name: str = "local"
+    workers: int = 1
+    address: str | None = None
+    gpus_per_job: float = 0.0
+
+
+def open_study(
+    recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False
+) -> Opened:
+    """Return a study's jobs and its store in `folder`; nothing is written, but the data of the `pico` study.
+
+    Raises:
+        DataError: there is no such data folder.
+    """
+    place = Path(data) if data is not None else None
+    if place is None and recipe.model == PICO:
+        place = Path(folder) / "data"
+        write_pico_data(place)
+    if place is not None and not place.is_dir():
+        raise DataError(f"--data {place}: no such folder; name the one with the study's files")
+    study = Study(recipe, place)
+    graph = all_jobs(study)
+    return Opened(study, graph, Store(Path(folder)), Place(recipe.model, place, allow_code))
+
+
+def run(
+    opened: Opened,
+    executor: Executor,
+    on_progress: Callable[[Progress, dict[str, Any]], None] | None = None,
+) -> Todo:
+    """Do what is missing and return what is left: what failed, and what hangs on it.
+
+    May be killed at any moment and called again, by several processes at once, too. `on_progress` is told how far the
+    study is after every event.
+
+    Raises:
+        DataError: files that the recipe names are missing.
+        ConfigError: tasks run what the model writes, and that was not allowed; or as `run_ray`.
+    """
+    check(opened)
+    progress = Progress(opened, executor)
+
+    def heard(event: dict[str, Any]) -> None:
+        progress.hear(event)
+        if on_progress is not None:
+            on_progress(progress, event)
+
+    if executor.name == "ray":
+        from hiplora.study.engine.grid import run_ray
+
+        return run_ray(
+            opened.graph,
+            opened.store,
+            opened.place,
+            executor.address,
+            workers=executor.workers,
+            gpus_per_job=executor.gpus_per_job,
+            on_event=heard,
+        )
+    return run_local(opened.graph, opened.store, opened.place, executor.workers, heard)
+
+
+def check(opened: Opened) -> None:
+    """Raise what would make jobs fail sooner or later: missing files, code that may not run."""
+    if missing := list(opened.study.missing):
+        where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
+        raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
+    tasks = {task for job in opened.graph for task in job.settings.get("tasks", ())}
+    risky = sorted(task for task in tasks if runs_code(task))
+    if risky and not opened.place.allow_code:
+        raise ConfigError(
+            f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
+            "(docs/code-sandbox.md), or take them out of the recipe"
+        )
+
+
+@dataclass
+class Progress:
+    """How far a run is: jobs that are done of all that it has to do, and how long the rest will take.
+
+    Time is foreseen from what the jobs of a kind took in this run and earlier ones, in proportion to their work; before
+    the first of a kind is done nothing is said.
+    """
+
+    opened: Opened
+    executor: Executor
+    done: int = 0
+    failed: int = 0
+    total: int = 0
+    at: dict[str, float] = field(default_factory=dict)  # a job at work → when it began
+    _left: dict[str, float] = field(default_factory=dict)  # a job that is left → its work
+    _took: dict[str, list[float]] = field(default_factory=dict)  # kind → work done, seconds it took
+
+    def __post_init__(self) -> None:
+        """Find what is left, and how long earlier runs took."""
+        graph, store = self.opened.graph, self.opened.store
+        works = work_of(graph, self.opened.study.recipe.model)
+        self._left = {job.key: works[job.key] for job in open_jobs(graph, store)}
+        self.total = len(self._left)
+        self._works = dict(works)
+        for job in graph:
+            record = store.record(job) if store.finished(job) else None
+            if record is not None and job.key not in self._left:
+                self._learn(job.kind, works[job.key], record["timing"].get("seconds", 0.0))
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Take note of an event of a run."""
+        key = event["key"]
+        if event["event"] == "begin":
+            self.at[key] = time.monotonic()
+            return
+        self.at.pop(key, None)
+        if self._left.pop(key, None) is None:
+            return
+        if event["event"] == "failed":
+            self.failed += 1
+            return
+        self.done += 1
+        if "seconds" in event:
+            self._learn(self.opened.graph[key].kind, self._works[key], event["seconds"])
+
+    def seconds_left(self) -> float | None:
+        """Return how long the rest will take with all workers, None where nothing of its kind was done yet."""
+        if any(self.opened.graph[key].kind not in self._took for key in self._left):
+            return None
+        left = sum(work * self._rate(self.opened.graph[key].kind) for key, work in self._left.items())
+        return left / max(self.executor.workers, 1)
+
+    def _learn(self, kind: str, work: float, seconds: float) -> None:
+        known = self._took.setdefault(kind, [0.0, 0.0])
+        known[0] += work
+        known[1] += seconds
+
+    def _rate(self, kind: str) -> float:
+        work, seconds = self._took[kind]
+        return seconds / work
+
+
+def work_of(graph: Graph, model: str) -> dict[str, float]:
+    """Return, a job's key, how much there is to do, in passes of a token; jobs of a kind compare by it."""
+    shape = model_shape(model)
+    found = {}
+    for job in graph:
+        load = LOADS[job.kind](job.settings, shape)
+        found[job.key] = 1.0 + 3 * load.train_tokens + load.forward_tokens + 3 * load.generated_tokens
+    return found
+
+
+def status(opened: Opened) -> dict[str, Any]:
+    """Return how far a study is, as JSON values: counts by kind, what is at work, what failed and why, time left."""
+    graph, store = opened.graph, opened.store
+    left = {job.key for job in open_jobs(graph, store)}
+    failures = {
+        job.name: told["error"]
+        for job in graph
+        if job.key in left and (told := store.failure(job)) is not None
+    }
+    kinds: dict[str, dict[str, int]] = {}
+    for job in graph:
+        counts = kinds.setdefault(job.kind, {"jobs": 0, "left": 0})
+        counts["jobs"] += 1
+        counts["left"] += job.key in left
+    return {
+        "study": opened.study.recipe.study,
+        "jobs": len(graph),
+        "left": len(left),
+        "kinds": kinds,
+        "at_work": [job.name for job in graph if job.key in left and store.at_work(job)],
+        "failed": failures,
+        "missing_files": list(opened.study.missing),
+        "core_seconds_left": Progress(opened, Executor()).seconds_left(),
+    }
