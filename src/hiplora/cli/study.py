@@ -1,5 +1,6 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
+import contextlib
 import os
 import sys
 import time
@@ -12,7 +13,11 @@ import typer
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from hiplora.study.running import Opened, Progress
+
+    OnProgress = Callable[[Progress, dict[str, Any]], None]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,9 +31,7 @@ RECIPE = typer.Argument(
 OUT = typer.Option(None, "--out", help="Folder of the study, where it goes on; studies/NAME, if not given.")
 DATA = typer.Option(None, "--data", help="Folder with the study's files; else $HIPLORA_DATA, else the hub.")
 SET = typer.Option([], "--set", help="Override a field of the recipe, as train.steps=20; may be repeated.")
-CODE = typer.Option(
-    False, "--allow-code-execution", help="Let code that the model writes run, in a sandbox."
-)
+CODE = typer.Option(False, "--allow-code-execution", help="Let code that the model writes run, in a sandbox.")
 REUSE = typer.Option(
     [], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable."
 )
@@ -85,9 +88,7 @@ def run(
     address: str | None = typer.Option(
         None, "--address", help="Of a running Ray cluster; without it one is started here."
     ),
-    gpus_per_job: float = typer.Option(
-        0.0, "--gpus-per-job", min=0, help="GPUs that each job asks Ray for."
-    ),
+    gpus_per_job: float = typer.Option(0.0, "--gpus-per-job", min=0, help="GPUs that each job asks Ray for."),
     reuse: list[Path] = REUSE,
     allow_code: bool = CODE,
     verbose: bool = typer.Option(False, "--verbose", help="A line on standard error for every job."),
@@ -183,9 +184,7 @@ def report(
     typer.echo(f"{found['measurements']:,} measurements: {found['page']}")
 
 
-def _open(
-    recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool
-) -> "Opened":
+def _open(recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool) -> "Opened":
     from hiplora.recipes.load_study import load_study
     from hiplora.study.running import open_study
 
@@ -194,46 +193,51 @@ def _open(
     return open_study(loaded, folder, data or os.environ.get("HIPLORA_DATA"), allow_code)
 
 
-class _told:  # noqa: N801 - a context manager, used like a function
+@contextlib.contextmanager
+def _told(verbose: bool) -> "Iterator[OnProgress]":
     """Tell how a run goes: a bar with the time left where standard error is a terminal, lines if asked for."""
+    if verbose or not sys.stderr.isatty():
+        yield _lines() if verbose else lambda progress, event: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
 
-    def __init__(self, verbose: bool):
-        self._verbose = verbose
-        self._bar: Any = None
-        self._task: Any = None
-        self._began = time.monotonic()
+    told = TextColumn("{task.fields[left]}")
+    console = Console(file=sys.stderr)
+    with Bars(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), told, console=console
+    ) as bars:
+        task = bars.add_task("study", total=None, left="")
 
-    def __enter__(self) -> Any:
-        if sys.stderr.isatty() and not self._verbose:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(
-                *columns, TextColumn("{task.fields[left]}"), console=Console(file=sys.stderr)
+        def tell(progress: "Progress", event: dict[str, Any]) -> None:
+            name = progress.opened.graph[event["key"]].name
+            over = progress.done + progress.failed
+            bars.update(
+                task, total=progress.total, completed=over, left=_left(progress), description=name[:60]
             )
-            self._bar.start()
-        return self._tell
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        yield tell
 
-    def _tell(self, progress: "Progress", event: dict[str, Any]) -> None:
-        left = progress.seconds_left()
-        told = "" if left is None else f"about {_duration(left)} left"
+
+def _lines() -> "OnProgress":
+    began = time.monotonic()
+
+    def tell(progress: "Progress", event: dict[str, Any]) -> None:
+        if event["event"] == "begin":
+            return
+        count = f"{progress.done + progress.failed}/{progress.total}"
+        word = "FAILED " if event["event"] == "failed" else ""
         name = progress.opened.graph[event["key"]].name
-        if self._bar is not None:
-            if self._task is None:
-                self._task = self._bar.add_task("study", total=progress.total, left="")
-            self._bar.update(
-                self._task, completed=progress.done + progress.failed, left=told, description=name[:60]
-            )
-        elif self._verbose and event["event"] != "begin":
-            passed = _duration(time.monotonic() - self._began)
-            count = f"{progress.done + progress.failed}/{progress.total}"
-            word = "FAILED " if event["event"] == "failed" else ""
-            typer.echo(f"{passed}  {count}  {word}{name}  {told}", err=True)
+        passed = _duration(time.monotonic() - began)
+        typer.echo(f"{passed}  {count}  {word}{name}  {_left(progress)}".rstrip(), err=True)
+
+    return tell
+
+
+def _left(progress: "Progress") -> str:
+    seconds = progress.seconds_left()
+    return "" if seconds is None else f"about {_duration(seconds)} left"
 
 
 def _duration(seconds: float) -> str:

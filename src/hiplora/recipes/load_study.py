@@ -25,6 +25,8 @@ def own_studies() -> list[str]:
 def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> StudyRecipe:
     """Read a study's recipe, put `overrides` (`train.steps=20`) over it, and check all of it.
 
+    A recipe may `extends:` another, a name or a file beside it: what it says itself goes over that.
+
     Args:
         recipe: a YAML file, or a name of `own_studies`.
         overrides: `a.b=value` each; the value is read as YAML.
@@ -34,7 +36,7 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     """
     path = _find(recipe)
     document = read_document(path, overrides)
-    value, problems = dict(document.value), list(document.problems)
+    value, problems = _extended(document), list(document.problems)
     model = value.get("model")
     if isinstance(model, str) and model.startswith((".", "/", "~")):
         value["model"] = os.path.normpath(document.folder / Path(model).expanduser())
@@ -47,6 +49,31 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
     return found
+
+
+def _extended(document: Document) -> dict[str, Any]:
+    """Return a document's values over those of the recipe that it `extends`, block by block; a null takes one out."""
+    value = dict(document.value)
+    parent = value.pop("extends", None)
+    if parent is None:
+        return value
+    beside = document.folder / str(parent)
+    above = read_document(beside if beside.is_file() else _find(parent))
+    return _over(_extended(above), value)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Return one recipe put over another: domains, methods and protocols by name, all else whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if value is None and depth:
+            merged.pop(key, None)
+        elif depth < 1 and isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _over(old, value, depth + 1)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _find(recipe: str | os.PathLike) -> Path:

@@ -17,7 +17,9 @@ from hiplora.study.steps.loads import LOADS
 if TYPE_CHECKING:
     from hiplora.study.engine.store import Store
 
-ASSUMED_SPREAD = 25.0  # pp: standard deviation of an item's difference between two methods, before any is measured
+ASSUMED_SPREAD = (
+    25.0  # pp: standard deviation of an item's difference between two methods, before any is measured
+)
 
 
 @dataclass(frozen=True)

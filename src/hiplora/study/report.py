@@ -39,7 +39,9 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
         "tokens trained on": f"{sum(r['result'].get('tokens') or 0 for r in records if r['kind'] == 'train'):,}",
         "hours of work": f"{sum(r['timing'].get('seconds') or 0 for r in records) / 3600:.1f}",
     }
-    page = write_report(out, recipe.title or recipe.study, summary, found, _origin(opened, records), overwrite)
+    page = write_report(
+        out, recipe.title or recipe.study, summary, found, _origin(opened, records), overwrite
+    )
     export(store, graph, Path(out) / RECORDS)
     return {
         "page": str(page),

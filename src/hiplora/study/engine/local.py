@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def run_local(
     if not (left := todo(graph, store, run)).open:
         return left
     orders = write_atomic(store.path / "runs" / f"{run}.json", json.dumps(graph.to_json()))
-    crew = _Crew(store, place, run, orders)
+    crew = _Crew(store, place, run, orders, workers)
     deaths: dict[str, int] = {}
     try:
         for _ in range(workers):
@@ -84,10 +85,17 @@ def _mourn(
     crew.start()
 
 
+def _environment(workers: int) -> dict[str, str]:
+    """The environment of the workers: together they take no more threads than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(cores // workers, 1)), **os.environ}
+
+
 class _Crew:
     """The worker processes, and what they tell."""
 
-    def __init__(self, store: Store, place: Place, run: str, graph: Path):
+    def __init__(self, store: Store, place: Place, run: str, graph: Path, workers: int):
+        self._environment = _environment(workers)
         self._orders = {
             "store": str(store.path),
             "graph": str(graph),
@@ -103,6 +111,7 @@ class _Crew:
             [sys.executable, "-m", "hiplora.study.engine.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=self._environment,
         )
         self._members.append(process)
         self.running += 1

@@ -1,0 +1,107 @@
+"""A study's recipe: what it may say, what it extends, and what is wrong with one."""
+
+import re
+
+import pytest
+
+from hiplora.errors import ConfigError
+from hiplora.recipes.load_study import load_study, own_studies
+
+SMALL = """\
+study: small
+model: pico
+domains:
+  sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 4}}
+methods:
+  lora: {title: LoRA, method: lora}
+protocols:
+  single_task: {methods: [lora]}
+"""
+
+
+def write(folder, text=SMALL, name="small.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refusal(folder, old, new):
+    """What is said of the small recipe after a change."""
+    assert old in SMALL
+    with pytest.raises(ConfigError) as error:
+        load_study(write(folder, SMALL.replace(old, new)))
+    return str(error.value)
+
+
+def test_a_recipe_is_read_with_the_papers_defaults(tmp_path):
+    recipe = load_study(write(tmp_path))
+    assert recipe.seeds == [42, 100, 2024]
+    assert recipe.domains["sums"].task == "gsm8k"
+    assert recipe.methods["lora"].method.r == 16
+    assert recipe.train.steps == 2000
+    assert recipe.protocols.merging is None
+
+
+def test_fields_are_overridden(tmp_path):
+    recipe = load_study(write(tmp_path), ["train.steps=3", "seeds=[1]", "domains.sums.tasks.gsm8k=2"])
+    assert (recipe.train.steps, recipe.seeds, recipe.domains["sums"].tasks) == (3, [1], {"gsm8k": 2})
+
+
+def test_a_method_may_train_in_its_own_way(tmp_path):
+    recipe = load_study(write(tmp_path), ["methods.lora.train={batch_size: 2, epochs: 1.5}"])
+    settings = recipe.training(recipe.methods["lora"])
+    assert (settings.batch_size, settings.epochs, settings.steps) == (2, 1.5, None)
+    assert recipe.training(recipe.methods["lora"], lr=0.5).lr == 0.5
+
+
+def test_a_recipe_extends_another(tmp_path):
+    write(tmp_path)
+    child = write(
+        tmp_path,
+        "extends: small.yaml\nstudy: child\nseeds: [7]\n"
+        "methods:\n  pissa: {title: PiSSA, method: pissa}\n"
+        "protocols:\n  single_task: null\n  adalora: {methods: [pissa, lora]}\n",
+        "child.yaml",
+    )
+    recipe = load_study(child)
+    assert (recipe.study, recipe.model, recipe.seeds) == ("child", "pico", [7])
+    assert list(recipe.methods) == ["lora", "pissa"]
+    assert recipe.protocols.single_task is None
+    assert recipe.protocols.adalora.methods == ["pissa", "lora"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("model: pico", "model: pico\nsteps: 3", "line 3: steps: unknown field"),
+        ("model: pico\n", "", "model: is missing"),
+        ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
+        (", held_out_fraction: 0.1", "", "`train` holds no rows back; add `held_out_fraction: 0.05`"),
+        ("method: lora", "method: {name: lora, rank: 3}", "line 6: methods.lora.method.rank: unknown field"),
+        ("{gsm8k: 4}", "{gsm8k: 0}", "line 4: domains.sums.tasks.gsm8k: should be greater than or equal to 1"),
+        (
+            "method: lora",
+            "method: lora, train: {step: 2}",
+            "`methods.lora.train`: step: Extra inputs are not permitted",
+        ),
+        (
+            "model: pico",
+            "model: pico\nrates: {grid: [0.1], seed: 42}",
+            "`rates.seed` 42 is one of the study's seeds",
+        ),
+        ("model: pico", "model: pico\nrates: {grid: [0.1], domains: [code]}", "`rates.domains` names 'code'"),
+        ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds` has one twice"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_place(tmp_path, old, new, said):
+    assert said in refusal(tmp_path, old, new)
+
+
+def test_a_recipe_that_is_not_there_names_the_own_ones():
+    with pytest.raises(ConfigError, match=re.escape(", ".join(own_studies()))):
+        load_study("nothing")
+
+
+@pytest.mark.parametrize("name", ["pico", "smol", "paper", "paper-1b", "paper-3b"])
+def test_own_studies_are_sound(name):
+    assert load_study(name).study == name

@@ -1,0 +1,130 @@
+"""From a recipe to jobs: what is one job, and what makes another."""
+
+import pytest
+
+from hiplora.recipes.load_study import load_study
+from hiplora.study.builder import Study
+from hiplora.study.engine.jobs import Graph
+from hiplora.study.pico_data import write_pico_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pico_data(folder)
+    return folder
+
+
+def study(data, *changes):
+    return Study(load_study("pico", changes), data)
+
+
+def adapter(found, *given, **more):
+    return found.adapter(found.row("lora"), "mathematics", 42, *given, **more)
+
+
+def test_the_same_call_is_one_job(data):
+    one, other = study(data), study(data)
+    assert adapter(one) == adapter(other)
+    assert one.score(adapter(one)) == other.score(adapter(other))
+    assert len(Graph([adapter(one), adapter(other)])) == len(Graph([adapter(one)]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.steps=7",
+        "train.max_length=64",
+        "methods.lora.method.r=5",
+        "domains.mathematics.train.held_out_limit=3",
+        "rates.grid=[1e-3]",
+        "methods.lora.lr=1e-3",
+    ],
+)
+def test_what_a_training_depends_on_makes_another_job(data, change):
+    assert adapter(study(data)) != adapter(study(data, change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["title=x", "methods.lora.title=y", "domains.code.tasks.humaneval=1", "protocols.adalora=null", "seeds=[1]"],
+)  # fmt: skip
+def test_what_it_does_not_depend_on_does_not(data, change):
+    assert adapter(study(data)) == adapter(study(data, change))
+
+
+def test_changed_data_make_another_job(data, tmp_path):
+    write_pico_data(tmp_path)
+    before = adapter(study(tmp_path))
+    assert before == adapter(study(data))
+    with (tmp_path / "gsm8k_train.jsonl").open("a") as file:
+        file.write('{"question": "How many?", "answer": "#### 2"}\n')
+    assert adapter(study(tmp_path)) != before
+
+
+def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported(data):
+    found = study(data)
+    choice = found.rate(found.row("lora"))
+    trained = [job for job in Graph([choice]) if job.kind == "train"]
+    assert [job.settings["recipe"]["train"]["lr"] for job in trained] == [1e-3, 1e-2]
+    assert {job.settings["recipe"]["seed"] for job in trained} == {7}
+    assert adapter(found).settings["recipe"]["train"]["lr"] == {"$result": "rate.value"}
+    assert adapter(found).needs["rate"] == choice
+
+
+def test_a_given_rate_is_taken_as_it_is(data):
+    found = study(data, "methods.lora.lr=3e-3")
+    assert found.rate(found.row("lora")) is None
+    assert adapter(found).settings["recipe"]["train"]["lr"] == 3e-3
+    assert adapter(found, lr=0.5).settings["recipe"]["train"]["lr"] == 0.5
+    without = study(data, "rates=null")
+    assert adapter(without).settings["recipe"]["train"]["lr"] == 1e-2
+
+
+def test_a_variant_changes_its_settings_and_may_take_its_parents_rate(data):
+    found = study(data)
+    parent, variant = found.row("hiplora"), found.variant("hiplora", stability_weight=0.5)
+    assert (parent.method.stability_weight, variant.method.stability_weight) == (0.1, 0.5)
+    assert variant.method.basis == "weight"
+    job = found.adapter(variant, "code", 42, like=parent)
+    assert job.needs["rate"] == found.rate(parent)
+    assert job != found.adapter(parent, "code", 42)
+    assert found.factors(parent) == found.factors(variant)
+
+
+def test_factors_are_shared_by_what_they_depend_on(data):
+    found = study(data)
+    assert found.factors(found.row("lora")) is None
+    weight = found.factors(found.row("hiplora"))
+    assert weight == found.factors(found.variant("hiplora", r=2, lora_alpha=4))
+    assert weight != found.factors(found.variant("hiplora", principal_rank=3))
+    assert weight != found.factors(found.row("hiplora-activation"))
+
+
+def test_a_training_carries_on_from_another(data):
+    found = study(data)
+    first = adapter(found)
+    second = found.adapter(found.row("lora"), "code", 42, start=first)
+    assert second.needs["start"] == first
+    assert second != found.adapter(found.row("lora"), "code", 42)
+
+
+def test_the_base_has_no_drift_and_adapters_have(data):
+    found = study(data)
+    assert found.score().settings["drift"] is None
+    assert found.score(adapter(found)).settings["drift"]["texts"]["prose"] == "wikitext2_raw_valid.jsonl"
+    assert set(found.score().settings["tasks"]) == {"mmlu", "scienceqa", "gsm8k", "humaneval"}
+    assert set(found.score(tasks={"gsm8k": 2}).settings["tasks"]) == {"gsm8k"}
+
+
+def test_missing_files_are_named_and_hub_data_taken_instead(data, tmp_path):
+    found = study(tmp_path)
+    adapter(found)
+    assert "gsm8k_train.jsonl" in found.missing
+    hub = study(tmp_path, "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}")
+    job = adapter(hub)
+    assert job.settings["recipe"]["data"]["hub"] == "openai/gsm8k"
+    assert hub.missing == {}
+    assert adapter(study(data, "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}")) == adapter(
+        study(data)
+    )  # fmt: skip
