@@ -26,9 +26,18 @@ def reference() -> str:
 
     group: Any = get_command(app)
     parts = [HEADER]
-    parts += [_command(name, command) for name, command in group.commands.items()]
+    parts += [_command(name, command) for name, command in all_commands(group).items()]
     parts.append(_settings(HipLoraConfig))
     return "\n".join(parts)
+
+
+def all_commands(group: Any) -> dict[str, Any]:
+    """Return the commands of a group by name, those of a group within it as `GROUP COMMAND`."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inner = all_commands(command) if hasattr(command, "commands") else None
+        found |= {name: command} if inner is None else {f"{name} {key}": one for key, one in inner.items()}
+    return found
 
 
 def help_parts(command: Any) -> tuple[str, str]:

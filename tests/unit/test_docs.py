@@ -12,13 +12,13 @@ import typer
 from typer.main import get_command
 
 from hiplora import HipLoraConfig
-from hiplora.cli.main import COMMANDS, app
+from hiplora.cli.main import app
 from tests.tiny import save_tiny
 from tools import check_docs
-from tools.docs_reference import described_fields, help_parts, own_fields
+from tools.docs_reference import all_commands, described_fields, help_parts, own_fields
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUP = get_command(app)
+COMMANDS = all_commands(get_command(app))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_projects_own_documentation_passes(check):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_ends_its_help_with_an_example_that_its_options_accept(name):
-    command = GROUP.commands[name]
+    command = COMMANDS[name]
     prose, example = help_parts(command)
     assert prose
     first = example.splitlines()[0]
@@ -51,21 +51,21 @@ def test_every_command_ends_its_help_with_an_example_that_its_options_accept(nam
     with contextlib.suppress(
         typer.BadParameter
     ):  # a file of the example's is not there; its options are fine
-        command.make_context(name, shlex.split(first)[2:])
+        command.make_context(name, shlex.split(first)[1 + len(name.split()) :])
     assert all(line.startswith("hiplora ") for line in example.splitlines() if line)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_and_argument_has_a_help_text(name):
-    for parameter in GROUP.commands[name].params:
+    for parameter in COMMANDS[name].params:
         assert parameter.help, parameter.name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_bracket_of_a_help_text_is_taken_for_markup(name, capsys):
-    command = GROUP.commands[name]
+    command = COMMANDS[name]
     with pytest.raises(SystemExit):
-        app(args=[name, "--help"])
+        app(args=[*name.split(), "--help"])
     shown = capsys.readouterr().out
     texts = [command.help, *(parameter.help for parameter in command.params)]
     for bracket in re.findall(r"\[[^\]]*\]", " ".join(text or "" for text in texts)):

@@ -9,7 +9,7 @@ import yaml
 from hiplora.errors import ConfigError
 from hiplora.recipes import TrainRecipe, load_recipe
 from hiplora.recipes.methods import METHODS
-from hiplora.recipes.reference import insert, reference
+from hiplora.recipes.reference import REFERENCES, insert, reference
 from hiplora.recipes.schema import DataSettings, TrainSettings
 from hiplora.training.data import instruction_prompt, load_examples
 from tests.tiny import write_jsonl
@@ -19,8 +19,10 @@ PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
-def test_the_reference_in_the_documentation_is_the_schemas():
-    assert insert(PAGE) == PAGE, "run: python -m hiplora.recipes.reference docs/training.md"
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_reference_in_the_documentation_is_the_schemas(name):
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert insert(page, REFERENCES[name]()) == page, f"run: python -m hiplora.recipes.reference docs/{name}"
 
 
 def test_the_reference_has_every_field_once_in_its_table():
@@ -64,12 +66,15 @@ def test_the_rows_on_the_page_have_the_shapes_it_says(tmp_path):
         "alpaca",
         "prompt_completion",
         "question_answer",
+        "multiple_choice",
         "messages",
         "text",
     ]
     for shape, text in rows:
         row = yaml.safe_load(
-            text.replace(", …]", ', {"role": "assistant", "content": …}]').replace("…", '"x"')
+            text.replace("[…]", "[x, y]")
+            .replace(", …]", ', {"role": "assistant", "content": …}]')
+            .replace("…", '"x"')
         )
         load_examples(write_jsonl(tmp_path / f"{shape}.jsonl", [row]), shape)
 

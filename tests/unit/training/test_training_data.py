@@ -1,5 +1,7 @@
 """Rows become prompts and responses; what is held back depends on the data alone."""
 
+import re
+
 import pytest
 
 from hiplora.errors import DataError
@@ -121,3 +123,50 @@ def test_a_hub_data_set_is_read_like_a_file(monkeypatch):
     assert [example.response for example in data.train] == ["a", "b"]
     assert asked == [("some/set", None, "validation")]
     assert data.sources["train"] == {"hub": "some/set", "config": None, "split": "validation", "rows": 2}
+
+
+CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea", "snow"], "answer": 1}
+SUM = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
+
+
+def test_a_choice_is_asked_as_the_evaluation_asks_and_answered_with_its_letter(tmp_path):
+    (example,) = load_examples(write_jsonl(tmp_path / "rows.jsonl", [CHOICE]))
+    assert example.prompt == "Question: Which is warm?\nA. ice\nB. tea\nC. snow\nAnswer:"
+    assert example.response == " B"
+
+
+def test_a_choice_may_be_put_as_an_instruction(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [CHOICE])
+    (example,) = load_examples(path, template="instruction")
+    assert "C. snow" in example.prompt
+    assert example.response == "B"
+
+
+def test_a_question_may_be_answered_directly(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [SUM])
+    (example,) = load_examples(path, template="direct")
+    assert (example.prompt, example.response) == ("Question: What is 2 + 3?\nAnswer:", " 1005")
+    (example,) = load_examples(path)
+    assert example.response == SUM["answer"]
+
+
+def test_an_instruction_has_no_direct_answer(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Sing.", "output": "La."}])
+    with pytest.raises(
+        DataError, match="direct applies to multiple_choice and question_answer rows, not to alpaca"
+    ):
+        load_examples(path, template="direct")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({**CHOICE, "answer": 3}, "field `answer` is 3, expected the index of the right choice, 0 to 2"),
+        ({**CHOICE, "answer": "B"}, "field `answer` is 'B'"),
+        ({**CHOICE, "choices": ["one"]}, "no list of 2 to 26 texts"),
+        ({**CHOICE, "choices": ["one", 2]}, "holds something else than texts"),
+    ],
+)  # fmt: skip
+def test_a_choice_that_cannot_be_used_is_named(tmp_path, row, said):
+    with pytest.raises(DataError, match=re.escape(said)):
+        load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]), format="multiple_choice")
