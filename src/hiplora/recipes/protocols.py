@@ -13,7 +13,10 @@ Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
 NAMING = {
-    "methods": ("methods", "method", "reference", "plain", "attention", "early"),
+    "methods": (
+        *("methods", "method", "reference", "plain", "attention", "early"),
+        *("hiplora", "lora", "proj_lora", "pissa", "adalora"),
+    ),
     "domains": ("domains", "domain", "order"),
 }
 
@@ -207,6 +210,16 @@ class Aims(Protocol):
     )
 
 
+class Claims(Protocol):
+    """What the paper claims, checked on what the other protocols found."""
+
+    hiplora: str = Field(description="The paper's method.")
+    lora: str = Field(description="LoRA.")
+    proj_lora: str | None = Field(default=None, description="Proj-LoRA.")
+    pissa: str | None = Field(default=None, description="PiSSA.")
+    adalora: str | None = Field(default=None, description="AdaLoRA.")
+
+
 class Protocols(Block):
     """Which protocols a study runs."""
 
@@ -224,3 +237,4 @@ class Protocols(Block):
     cost: CostTable | None = Field(default=None, description="Cost table.")
     frontier: Frontier | None = Field(default=None, description="Frontiers of learning against drift.")
     aims: Aims | None = Field(default=None, description="Aims of the function-aware basis.")
+    claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")

@@ -11,7 +11,11 @@ from hiplora.study.results import Results
 
 
 class ProtocolModule(Protocol):
-    """What each file of this package has."""
+    """What each file of this package has.
+
+    One that judges what the others found, and stands after them in `Protocols`, has `section_after(study, settings,
+    results, sections)` instead of `section`.
+    """
 
     def jobs(self, study: Study, settings: Any) -> list[Job]:
         """Return the jobs whose results the section reads; what they need comes with them."""
@@ -40,9 +44,15 @@ def graph(study: Study) -> Graph:
 
 
 def sections(study: Study, results: Results) -> list[Section]:
-    """Return the sections of all protocols that are asked for."""
-    found = []
+    """Return the sections of all protocols that are asked for; those that judge the others see them."""
+    found: list[Section] = []
     for name, settings in asked(study.recipe.protocols).items():
         results.missing.clear()
-        found.append(protocol(name).section(study, settings, results))
+        module = protocol(name)
+        judge = getattr(module, "section_after", None)
+        found.append(
+            module.section(study, settings, results)
+            if judge is None
+            else judge(study, settings, results, tuple(found))
+        )
     return found
