@@ -23,7 +23,19 @@ KILLS = 6
 
 
 def command(folder, *more):
-    return [sys.executable, "-m", "hiplora", "study", "run", "pico", "--out", str(folder), "--workers", "2", *more]
+    return [
+        sys.executable,
+        "-m",
+        "hiplora",
+        "study",
+        "run",
+        "pico",
+        "--out",
+        str(folder),
+        "--workers",
+        "2",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +83,9 @@ def test_the_study_goes_on_elsewhere_from_its_records(undisturbed, tmp_path, cap
     folder, _, _ = undisturbed
     run(capsys, "study", "report", "pico", "--out", folder, "--to", tmp_path / "report")
     records = tmp_path / "report" / "records.jsonl.gz"
-    code, out, _ = run(capsys, "study", "run", "pico", "--out", tmp_path / "new", "--reuse", records, CODE, "--json")
+    code, out, _ = run(
+        capsys, "study", "run", "pico", "--out", tmp_path / "new", "--reuse", records, CODE, "--json"
+    )
     told = json.loads(out)
     assert (code, told["left"]) == (0, 0)
     assert told["taken"] == told["jobs"]

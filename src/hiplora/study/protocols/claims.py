@@ -1,0 +1,194 @@
+"""The paper's claims one by one: what was measured here, and whether it speaks for the claim or against it.
+
+A claim is a sign: of a difference between two methods, of a correlation, of a change over λ. It is supported where the
+95 % interval lies on the claimed side of none, not supported where it lies on the other, and else it cannot be told:
+then half the interval's width is the smallest effect that could have been.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hiplora.provenance import provenance
+from hiplora.recipes.protocols import Claims
+from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
+from hiplora.study.builder import Study
+from hiplora.study.engine.jobs import Job
+from hiplora.study.results import FORMS, Results
+
+NAME, TITLE = "claims", "The paper's claims"
+SUPPORTED, AGAINST, UNCLEAR, OPEN = "supported", "not supported", "cannot tell", "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and the measurement that speaks for it, by names of `Measurement`.
+
+    `method` and `minus` are fields of `Claims`; `claimed` is the side of `none` that the paper says; `forms` are those
+    of the scores, one empty form for what has none; `setting` must be in the measurement's.
+    """
+
+    name: str
+    says: str
+    paper: str
+    section: str
+    metric: str
+    method: str
+    claimed: str  # above | below
+    minus: str | None = None
+    none: float = 0.0
+    unit: str = "pp"
+    forms: Sequence[str] = FORMS
+    setting: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A claim with what was measured for it in one form, and the verdict."""
+
+    claim: Claim
+    form: str
+    found: Measurement | None
+
+    @property
+    def verdict(self) -> str:
+        """One of supported, not supported, cannot tell, not measured."""
+        if self.found is None:
+            return OPEN
+        low, high = self.found.low, self.found.high
+        if low is None or high is None:
+            return UNCLEAR
+        above, below = low > self.claim.none, high < self.claim.none
+        if not above and not below:
+            return UNCLEAR
+        return SUPPORTED if above == (self.claim.claimed == "above") else AGAINST
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        found = self.found
+        return {
+            "verdict": self.verdict,
+            "estimate": None if found is None else found.value,
+            "low": None if found is None else found.low,
+            "high": None if found is None else found.high,
+            "unit": self.claim.unit,
+        }
+
+
+def _against(name: str, says: str, paper: str, section: str, metric: str, claimed: str, **more: Any) -> Claim:
+    """A claim on HiP-LoRA's difference to another method, LoRA if none is named."""
+    more = {"minus": "lora", **more}
+    return Claim(name, says, paper, section, f"{metric} difference", "hiplora", claimed, **more)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    _against("retain", "HiP-LoRA loses less of the other abilities than LoRA", "Retain 12.3 → 4.9", "single-task",
+             "retain", "below"),
+    _against("downstream", "… and learns its own task at least as well", "maintained or improved", "single-task",
+             "mean score", "above"),
+    _against("retain-proj", "Excluding the principal directions alone retains less than HiP-LoRA",
+             "Proj-LoRA lies between", "single-task", "retain", "below", minus="proj_lora"),
+    _against("retain-pissa", "HiP-LoRA retains more than PiSSA", "Table 1", "single-task", "retain", "below",
+             minus="pissa"),
+    _against("adalora", "HiP-LoRA retains more than AdaLoRA", "Table 12", "adalora", "retain", "below",
+             minus="adalora"),
+    _against("merge-drop", "Added adapters lose less", "20.24 → 5.42 pp", "merging", "mean drop", "below",
+             setting={"rule": "addition"}),
+    _against("merge-drop-ties", "… by TIES too", "13.8 → 4.7 pp", "merging", "mean drop", "below",
+             setting={"rule": "ties"}),
+    _against("merge-fail", "Fewer merges fail", "62 % → 6.8 %", "merge-fail", "merge fail", "below",
+             setting={"rule": "addition"}),
+    _against("merge-fail-ties", "… by TIES too", "38 % → 4.5 %", "merge-fail", "merge fail", "below",
+             setting={"rule": "ties"}),
+    _against("continual-accuracy", "Continual tuning ends with a higher average", "71.8 → 74.6", "continual",
+             "average accuracy", "above"),
+    _against("continual-forgetting", "… and forgets less", "13.6 → 6.9", "continual", "forgetting", "below"),
+    _against("edit-success", "More edits succeed", "86.4 % → 89.2 %", "editing", "edit success", "above",
+             forms=("",), setting={"mode": "batch"}),
+    _against("edit-locality", "… and unrelated answers change less", "3.8 → 2.1 pp", "editing",
+             "locality damage", "below", forms=("",), setting={"mode": "batch"}),
+    Claim("budget", "Without the stability budget more is lost", "Retain 4.9 → 9.8", "ablations",
+          "retain difference", "Without stability budget", "above", minus="hiplora"),
+    Claim("projection", "Without the residual projection more merges fail", "6.8 % → 12.5 %", "ablations",
+          "merge fail difference", "Without residual projection", "above", minus="hiplora"),
+    Claim("lambda", "A higher price λ of the gains retains more", "Figure 3", "lambda", "retain change", "hiplora",
+          "below"),
+    Claim("allocation", "Stronger directions get smaller gains", "Figure 4", "allocation", "gain correlation",
+          "hiplora", "below", forms=("",), unit="Spearman"),
+    Claim("zero", "Removing a stronger direction costs more", "Pearson 0.86", "rank-one", "pearson", "Zero", "above",
+          forms=("",), unit="Pearson", setting={"metric": "kl", "basis": "weight"}),
+)  # fmt: skip
+
+
+def jobs(study: Study, settings: Claims) -> list[Job]:
+    """Return none: the claims are judged by what the other protocols ask for."""
+    return []
+
+
+def section_after(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> Section:
+    """Return a row for every claim and form, with the measured effect and the verdict."""
+    checked = check(study, settings, sections)
+    counts: dict[str, int] = {}
+    for one in checked:
+        counts[one.verdict] = counts.get(one.verdict, 0) + 1
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    note = (
+        "A claim is supported where the 95 % interval lies on its side of none, not supported where it lies on the "
+        "other. Whether an effect of the paper's size could have been seen is what the interval's width says."
+    )
+    text = [f"Of the paper's claims, each counted once in accuracy and once in likelihood: {told}."]
+    return Section(NAME, TITLE, text, [_table(checked, note)])
+
+
+def check(study: Study, settings: Claims, sections: Sequence[Section]) -> list[Checked]:
+    """Return every claim that the study's methods allow to check, in each of its forms."""
+    measurements = [one for section in sections for one in section.measurements]
+    found = []
+    for claim in CLAIMS:
+        roles = [name for name in (claim.method, claim.minus) if name in Claims.model_fields]
+        if any(getattr(settings, role) is None for role in roles):
+            continue
+        titles = {role: study.row(getattr(settings, role)).title for role in roles}
+        for form in claim.forms:
+            fitting = [one for one in measurements if _fits(one, claim, form, titles)]
+            found.append(Checked(claim, form, fitting[0] if fitting else None))
+    return found
+
+
+def _fits(one: Measurement, claim: Claim, form: str, titles: Mapping[str, str]) -> bool:
+    wanted = dict(claim.setting)
+    if claim.minus is not None:
+        wanted["minus"] = titles[claim.minus]
+    return (
+        (one.protocol, one.metric, one.form) == (claim.section, claim.metric, form)
+        and one.method == titles.get(claim.method, claim.method)
+        and all(one.setting.get(name) == value for name, value in wanted.items())
+    )
+
+
+def _table(checked: Sequence[Checked], note: str) -> Table:
+    rows = []
+    for one in checked:
+        found = one.found
+        effect = Cell() if found is None else Cell(found.value, found.low, found.high, digits=2)
+        cells = [
+            Cell(text=one.claim.paper),
+            Cell(text=one.form or "–"),
+            effect,
+            Cell(text=one.claim.unit),
+            Cell(text=one.verdict),
+        ]
+        rows.append((one.claim.says, cells))
+    columns = ["Claim", "Of the paper", "Form", "Measured effect", "Unit", "Verdict"]
+    return Table("claims", "Claim by claim", columns, rows, note)
+
+
+def files(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> dict[str, str]:
+    """Return `claims.json`: claim → form → verdict, estimate, interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in check(study, settings, sections):
+        entry = found.setdefault(one.claim.name, {"says": one.claim.says, "paper": one.claim.paper})
+        entry[one.form or "measured"] = one.to_json()
+    told = {"claims": found, "provenance": provenance()}
+    return {"claims.json": json.dumps(told, indent=1, ensure_ascii=False) + "\n"}

@@ -1,0 +1,86 @@
+"""The paper's claims against measurements made by hand."""
+
+import json
+
+import pytest
+
+from hiplora.reporting.study.spec import Measurement, Section
+from hiplora.reporting.study.write import write_report
+from hiplora.study.protocols import claims
+from tests.unit.study.protocols.made import made_study, results, table
+
+CHANGES = ("protocols={claims: {hiplora: hiplora, lora: lora}}",)
+
+
+def retain(value, low, high, form="accuracy", method="HiP-LoRA", minus="LoRA"):
+    return Measurement(
+        "single-task",
+        method,
+        "retain difference",
+        value,
+        form=form,
+        low=low,
+        high=high,
+        setting={"minus": minus},
+    )
+
+
+def judged(tmp_path, *measurements):
+    """Claim → form → what was found, as the file has it."""
+    study, store = made_study(tmp_path, *CHANGES)
+    section = Section("single-task", "Single tasks", measurements=measurements)
+    settings = study.recipe.protocols.claims
+    (text,) = claims.files(study, settings, results(store), [section]).values()
+    return json.loads(text)["claims"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-9.0, -1.0, "supported"),
+        (1.0, 9.0, "not supported"),
+        (-1.0, 9.0, "cannot tell"),
+        (None, None, "cannot tell"),
+    ],
+)
+def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, low, high, verdict):
+    found = judged(tmp_path, retain(-3.0, low, high))
+    assert found["retain"]["accuracy"] == {
+        "verdict": verdict,
+        "estimate": -3.0,
+        "low": low,
+        "high": high,
+        "unit": "pp",
+    }
+
+
+def test_what_was_not_measured_is_said(tmp_path):
+    found = judged(tmp_path, retain(-3.0, -4.0, -2.0, form="likelihood"))
+    assert found["retain"]["likelihood"]["verdict"] == "supported"
+    assert found["retain"]["accuracy"]["verdict"] == "not measured"
+    assert found["zero"]["measured"]["verdict"] == "not measured"
+
+
+@pytest.mark.parametrize("other", [{"method": "LoRA"}, {"minus": "PiSSA"}])
+def test_another_methods_measurement_does_not_count(tmp_path, other):
+    found = judged(tmp_path, retain(-3.0, -4.0, -2.0, **other))
+    assert found["retain"]["accuracy"]["verdict"] == "not measured"
+
+
+def test_claims_on_methods_that_the_study_lacks_are_left_out(tmp_path):
+    found = judged(tmp_path)
+    assert "retain" in found
+    assert not {"retain-proj", "retain-pissa", "adalora"} & set(found)
+
+
+def test_the_section_shows_claim_effect_and_verdict(tmp_path):
+    study, store = made_study(tmp_path, *CHANGES)
+    single = Section("single-task", "Single tasks", measurements=[retain(-3.0, -4.0, -2.0)])
+    section = claims.section_after(study, study.recipe.protocols.claims, results(store), [single])
+    name = "HiP-LoRA loses less of the other abilities than LoRA"
+    shown = [cells for row, cells in section.tables[0].rows if row == name]
+    assert [cell.text for cell in shown[0]] == ["Retain 12.3 → 4.9", "accuracy", "", "pp", "supported"]
+    assert shown[0][2].value == -3.0
+    assert "1 supported" in section.text[0]
+    assert table(section, "claims")
+    assert "Claim by claim" in write_report(tmp_path / "report", "Made", {}, [section], {}).read_text()
