@@ -95,8 +95,12 @@ def load_counterfact(
     return EditSet(Path(path).name.split(".")[0], _first(tuple(edits.values()), limit, str(path)))
 
 
-def load_edits(source: str | os.PathLike, limit: int | None = None) -> EditSet:
+def load_edits(
+    source: str | os.PathLike, limit: int | None = None, *, neighbours: int | None = None
+) -> EditSet:
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
+
+    `neighbours` is for the latter, as in `load_counterfact`; the others have none.
 
     Raises:
         DataError: as `load_counterfact` and `hiplora.editing.load_edit_sets`.
@@ -105,7 +109,7 @@ def load_edits(source: str | os.PathLike, limit: int | None = None) -> EditSet:
         whole = load_edit_set()
         return EditSet(whole.name, _first(whole.edits, limit, "built-in edits"))
     if _is_counterfact(read_lines(source)):
-        return load_counterfact(source, limit)
+        return load_counterfact(source, limit, neighbours=neighbours)
     edits = tuple(edit for part in load_edit_sets(source) for edit in part.edits)
     return EditSet(Path(source).name.split(".")[0], _first(edits, limit, str(source)))
 

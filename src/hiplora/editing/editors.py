@@ -1,6 +1,7 @@
 """Ways to put edits into a model and to take them out again."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,18 @@ class Editor(Protocol):
         """Make the model answer as the base again."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of all that was taught so far, which `restore` takes."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where another editor, made in the same way, was when it gave this state."""
+        ...
+
+    def off(self) -> contextlib.AbstractContextManager[None]:
+        """Have the model answer as the base, bit for bit, inside the block."""
+        ...
+
     def close(self) -> None:
         """Leave the base behind as it was found."""
         ...
@@ -48,6 +61,18 @@ class Untouched:
         self._modes = {module: module.training for module in model.modules()}
         self._kept = {name: (p, p.data, p.requires_grad) for name, p in model.named_parameters()}
         self.fingerprint = model_fingerprint(model)
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Have the base's own values in its parameters for a while; then those that they had."""
+        edited = [(parameter, parameter.data) for parameter, _, _ in self._kept.values()]
+        try:
+            for parameter, values, _ in self._kept.values():
+                parameter.data = values
+            yield
+        finally:
+            for parameter, values in edited:
+                parameter.data = values
 
     def restore(self) -> None:
         """Put everything back.
@@ -92,20 +117,32 @@ class AdapterEditor:
         self.model: PeftModel = (
             get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
         )
-        self._start: dict[str, Tensor] = {
-            name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad
-        }
+        self._start = self.state()
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the adapter on some edits; the record has each step's loss, seconds and tokens."""
         result = train_edits(self.model, self._tokenizer, edits, self._training, self._on_step)
         return {"loss": list(result.curve), "seconds": result.seconds, "tokens": result.tokens}
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Put the adapter's start back."""
-        for name, start in self._start.items():
-            self.model.get_parameter(name).copy_(start)
+        self.restore(self._start)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the adapter's parameters."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give the adapter these parameters."""
+        for name, values in state.items():
+            self.model.get_parameter(name).copy_(values)
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Have the base answer: without the adapter, and with its own weights where the method changed them."""
+        with self.model.disable_adapter(), self._base.shown():
+            yield
 
     def close(self) -> None:
         """Take the adapter off."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.asking import BATCH_SIZE
@@ -135,6 +135,8 @@ def run_edits(
     on_stage: Callable[[EditStage], None] | None = None,
     on_edited: Callable[[int, Editor], None] | None = None,
     on_step: OnStep | None = None,
+    done: Sequence[EditStage] = (),
+    state: Mapping[str, Tensor] | None = None,
 ) -> EditRun:
     """Edit a bare model, measure after every stage, and leave the model behind bit for bit as it was.
 
@@ -153,15 +155,18 @@ def run_edits(
         on_stage: is given each stage when it is measured, so that a long run's results can be kept.
         on_edited: is given a stage's number and its editor while its edits are in the model, to save them.
         on_step: is given the rows of `train_edits`; not with AlphaEdit.
+        done: the first stages of an interrupted run; they are taken over. What comes is what would have come.
+        state: `Editor.state` after the last of them; the mode "sequential" alone needs it.
 
     Raises:
-        ConfigError: an unknown mode, or a setting that this mode or method has no use for.
+        ConfigError: an unknown mode, a setting that this mode or method has no use for, or `done` of another run.
         AdapterError: `reference` is of another model, the loss is not finite, or the base cannot be restored.
         DataError: there are no edits, or AlphaEdit does not find an edit's subject in its prompt.
     """
     settings = settings or EditSettings()
     groups = edit_groups(len(edits), mode, settings)
     _check_reference(model, reference)
+    _check_done(done, groups, needs_state=mode == "sequential" and state is None)
     began, size = time.perf_counter(), settings.batch_size
     wanted = {index: edits[index] for group in groups for index in group}
     before = measure_edits(model, tokenizer, wanted, size)
@@ -170,9 +175,11 @@ def run_edits(
         if isinstance(method, AlphaEdit)
         else AdapterEditor(model, tokenizer, method, settings.training, on_step)
     )
-    stages: list[EditStage] = []
+    stages = list(done)
     try:
-        for number, group in enumerate(groups, start=1):
+        if mode == "sequential" and state is not None:
+            editor.restore(state)
+        for number, group in enumerate(groups[len(done) :], start=len(done) + 1):
             if mode != "sequential" and stages:
                 editor.reset()
             took = editor.teach([edits[index] for index in group])
@@ -211,6 +218,16 @@ def edit_groups(count: int, mode: str, settings: EditSettings) -> list[list[int]
     if settings.sample is not None and settings.sample < count:
         chosen = sorted(random.Random(settings.training.seed).sample(chosen, settings.sample))
     return [[index] for index in chosen]
+
+
+def _check_done(done: Sequence[EditStage], groups: Sequence[Sequence[int]], needs_state: bool) -> None:
+    taught = [list(stage.taught) for stage in done]
+    if taught != [list(group) for group in groups[: len(taught)]]:
+        raise ConfigError(
+            "the stages that are done taught other edits than this run's first ones; start anew"
+        )
+    if done and needs_state:
+        raise ConfigError("a sequence of edits goes on from the editor's state; give it with the stages")
 
 
 def _check_reference(model: nn.Module, reference: Reference | None) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,11 +92,11 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         kind: [row for row in rows if row["type"] == kind] for kind in sorted({row["type"] for row in rows})
     }
     return {
-        **_shares(rows),
+        **energy_shares(rows),
         "modules": len(rows),
         "max_leak": max(leaks) if leaks else None,
         "largest_gain": max((abs(gain) for row in rows for gain in row["gains"]), default=0.0),
-        "by_type": {kind: _shares(members) for kind, members in types.items()},
+        "by_type": {kind: energy_shares(members) for kind, members in types.items()},
     }
 
 
@@ -150,7 +150,8 @@ def _row(update: AdapterUpdate, module: str, factors: SpectralFactors) -> dict[s
     }
 
 
-def _shares(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fractions left, right and both of some rows, weighted by energy, and the norm of them all."""
     energy = sum(row["norm"] ** 2 for row in rows)
     shares = {
         side: sum(row[side] * row["norm"] ** 2 for row in rows) / energy if energy else 0.0

@@ -10,6 +10,7 @@ from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_dri
 from hiplora.evaluation.drift import AdapterOff
 from hiplora.evaluation.mounting import mounted
 from hiplora.export import AdapterUpdate, allocation_rows
+from hiplora.export.inspection import energy_shares
 
 _ROW = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
 
@@ -43,3 +44,16 @@ def drift_dict(
 def allocation(adapter: Path | AdapterUpdate, base: str, rank: int) -> list[dict[str, Any]]:
     """Return the results' rows on where an adapter's update lies on the spectrum of the base weights."""
     return [{key: row[key] for key in _ROW} for row in allocation_rows(adapter, base, rank)]
+
+
+def energy_inside(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the share of an update's energy ‖ΔW‖² that reads and writes principal directions: `all`, and by type.
+
+    `rows` are `allocation`'s; their shares `both` are weighted by the energy of each module's update.
+    """
+    kinds = {
+        kind: [row for row in rows if row["type"] == kind] for kind in sorted({row["type"] for row in rows})
+    }
+    return {"all": energy_shares(rows)["both"]} | {
+        kind: energy_shares(members)["both"] for kind, members in kinds.items()
+    }

@@ -120,14 +120,14 @@ def run_probe(
     plan = {"settings": asdict(settings), "model": identity, "texts": json_sha256(texts)}
     work = final.with_name(f"{final.name}.unfinished")
     with claimed(work, plan, _anew(work, plan, overwrite)) as folder:
-        journal = _Journal(folder.path / RECORDS)
+        journal = Journal(folder.path / RECORDS)
         model, tokenizer = load(settings.model)
         model.to(settings.device)
-        modules = find_modules(model, settings.modules, _layers(settings, model))
+        modules = chosen_modules(model, settings)
         reference = base_reference(model, tokenizer, texts, settings.tokens)
         if on_start is not None:
             on_start(settings.count(len(modules)), len(journal.records))
-        records = _probed(model, modules, reference, settings, journal, on_record)
+        records = probe_model(model, modules, reference, settings, journal, on_record)
         record = _record(settings, texts, reference, modules, records)
         with staged_dir(final, overwrite) as staged:
             for metric in METRICS:
@@ -164,10 +164,11 @@ def drift_measure(
     return measure
 
 
-class _Journal:
+class Journal:
     """The records of an unfinished probe, a line each, on the disk as soon as they are measured."""
 
     def __init__(self, path: Path):
+        """Read what an interrupted probe left in a file; there may be none."""
         self._path = path
         self.records: list[ProbeRecord] = []
         whole = []
@@ -180,18 +181,28 @@ class _Journal:
         write_atomic(path, "".join(whole))
 
     def add(self, record: ProbeRecord) -> None:
+        """Write a record down."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.as_dict()) + "\n")
 
 
-def _probed(
+def probe_model(
     model: Any,
     modules: Sequence[str],
     reference: BaseReference,
     settings: ProbeSettings,
-    journal: _Journal,
-    on_record: OnRecord | None,
+    journal: Journal,
+    on_record: OnRecord | None = None,
+    scores: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> list[ProbeRecord]:
+    """Probe a bare model, going on from what is in the journal, and leave it as it was, bit for bit.
+
+    Besides the drift from `reference` each intervention costs something of `scores`, in per cent, higher is better.
+
+    Raises:
+        ConfigError, DataError: as `hiplora.probing.probe`.
+        FactorError: a weight cannot be decomposed.
+    """
     bases = None
     if settings.basis == "activation":
         bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
@@ -201,13 +212,18 @@ def _probed(
         if on_record is not None:
             on_record(record)
 
+    drift = drift_measure(model, modules, reference)
+
+    def measure(intervened: nn.Module) -> Mapping[str, float]:
+        return {**drift(intervened), **(scores(intervened) if scores else {})}
+
     how = settings.directions, settings.choice
     return probe(
         model,
         directions_of(model, modules, *how, seed=settings.seed, rank=settings.principal_rank, bases=bases),
         settings.interventions(),
-        drift_measure(model, modules, reference),
-        base=dict.fromkeys(METRICS, 0.0),
+        measure,
+        base={**dict.fromkeys(METRICS, 0.0), **(scores(model) if scores else {})},
         lower_is_better=METRICS,
         draws=settings.draws,
         seed=settings.seed,
@@ -251,6 +267,15 @@ def _anew(work: Path, plan: Mapping[str, Any], overwrite: bool) -> bool:
             raise
         return True
     return False
+
+
+def chosen_modules(model: Any, settings: ProbeSettings) -> list[str]:
+    """Return the names of the modules that are probed.
+
+    Raises:
+        ConfigError: as `find_modules`, or no layers are named and the model does not say how many it has.
+    """
+    return find_modules(model, settings.modules, _layers(settings, model))
 
 
 def _layers(settings: ProbeSettings, model: Any) -> list[int] | None:

@@ -10,7 +10,8 @@ from hiplora.errors import DataError, first_line
 from hiplora.recipes.methods import Spectral
 from hiplora.recipes.rows import SUFFIXES, is_hub_name
 from hiplora.tuner import HipLoraConfig, calibrate
-from hiplora.tuner.calibration import ROW_LENGTH
+from hiplora.tuner.calibration import ROW_LENGTH, Calibration
+from hiplora.tuner.moments import CalibrationStore
 
 if TYPE_CHECKING:
     from hiplora.training.data import Example
@@ -39,8 +40,16 @@ def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> list[Te
     return [torch.tensor(begin + ids[first : first + width]) for first in range(0, len(ids), width)]
 
 
-def calibrate_for(method: Spectral, config: HipLoraConfig, model: Any, tokenizer: Any) -> None:
+def calibrate_for(
+    method: Spectral,
+    config: HipLoraConfig,
+    model: Any,
+    tokenizer: Any,
+    store: CalibrationStore | None = None,
+) -> Calibration:
     """Measure the activation basis of a recipe's method into its configuration: on its text, else on sampled text.
+
+    What was measured before is read from `store`, that of the user's cache if None.
 
     Raises:
         DataError: as `calibration_rows`.
@@ -48,10 +57,10 @@ def calibrate_for(method: Spectral, config: HipLoraConfig, model: Any, tokenizer
     """
     tokens = method.calibration_tokens
     if method.calibration_text is None:
-        calibrate(model, config, tokens=tokens)
-        return
+        return calibrate(model, config, tokens=tokens, store=store)
     rows = calibration_rows(tokenizer, method.calibration_text, tokens)
-    calibrate(model, config, rows=rows, source=describe_source(method.calibration_text))
+    source = describe_source(method.calibration_text)
+    return calibrate(model, config, rows=rows, source=source, store=store)
 
 
 def describe_source(source: str | Path) -> str:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import torch
@@ -99,6 +100,12 @@ def train(
         return _finish(trainer, run, recipe, data, report)
 
 
+def machine_dtype() -> Literal["bf16", "fp32"]:
+    """Return the precision of `train.dtype: auto` on this machine."""
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "fp32"
+
+
 def _unheard(text: str) -> None:
     """Where nobody listens."""
 
@@ -111,11 +118,11 @@ def _settle(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError(
             "WORLD_SIZE is above 1: training runs in one process on one device; start it without a launcher"
         )
-    gpu, dtype = torch.cuda.is_available(), recipe.train.dtype
-    if dtype == "fp16" and not gpu:
+    dtype = recipe.train.dtype
+    if dtype == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
     if dtype == "auto":
-        dtype = "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        dtype = machine_dtype()
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": dtype})})
 
 

@@ -117,6 +117,7 @@ class CalibrationStore:
 
     def __init__(self, root: Path | None = None):
         self.root = root if root is not None else cache_dir() / "calibration"
+        self.written = 0  # files that this object has made, rather than read
 
     def path(self, *key: Any) -> Path:
         """Return the file for something made from `key`."""
@@ -148,6 +149,7 @@ class CalibrationStore:
     def write(self, path: Path, tensors: dict[str, Tensor], record: Any) -> None:
         """Write a file; where that fails a warning says so, and the work goes on without it."""
         entry = json.dumps({"record": record, "checksum": _checksum(tensors, record)}, sort_keys=True)
+        self.written += 1
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(path.parent / ".lock", timeout=600):

@@ -1,7 +1,8 @@
 """AlphaEdit on a model: search values, spread what is missing over the layers, update each in its null space."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class AlphaEditor:
             for name, basis in bases.items()
         }
         self._prefixes = write_prefixes(model, tokenizer, settings.prefixes, settings.prefix_tokens)
+        self._keys: dict[str, list[Float[Tensor, "n edits"]]] = {name: [] for name in self.modules}
         self._former: dict[str, Float[Tensor, "n n"]] = {}
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -60,8 +62,7 @@ class AlphaEditor:
             )
         keys, outputs = self._states(prompts)
         for name in self.modules:
-            K = keys[name].double()
-            self._former[name] = self._former.get(name, 0) + K @ K.T
+            self._remember(name, keys[name])
         left = (values - outputs).norm(dim=0) / values.norm(dim=0)
         return {
             "search_loss": losses,
@@ -78,7 +79,31 @@ class AlphaEditor:
         """Put the base's own weights back and forget the keys of all edits."""
         for name, start in self._start.items():
             self._weight(name).data = start
+        self._keys = {name: [] for name in self.modules}
         self._former.clear()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the edited weights, and the keys of every batch of edits."""
+        found = {f"weight.{name}": self._weight(name).data.clone() for name in self.modules}
+        return found | {
+            f"keys.{number}.{name}": keys.clone()
+            for name in self.modules
+            for number, keys in enumerate(self._keys[name])
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take edited weights and keys, batch after batch as they came."""
+        self.reset()
+        batches = sum(name.startswith("keys.") for name in state) // len(self.modules)
+        for name in self.modules:
+            weight = self._weight(name)
+            weight.data = state[f"weight.{name}"].to(weight.device)
+            for number in range(batches):
+                self._remember(name, state[f"keys.{number}.{name}"].to(weight.device))
+
+    def off(self) -> AbstractContextManager[None]:
+        """Have the base's own weights in the model for a while."""
+        return self._base.shown()
 
     def close(self) -> None:
         """Leave the base behind as it was found."""
@@ -92,6 +117,12 @@ class AlphaEditor:
         weight = self._weight(name)
         # A tensor of its own: the base's stays as it is, to be put back.
         weight.data = (weight.data.double() + delta).to(weight.dtype)
+
+    def _remember(self, name: str, keys: Float[Tensor, "n edits"]) -> None:
+        """Keep keys of edits; what is written later leaves them alone."""
+        self._keys[name].append(keys)
+        K = keys.double()
+        self._former[name] = self._former.get(name, 0) + K @ K.T
 
     def _prompts(self, edit: Edit) -> list[Located]:
         """The prompt with the new answer, bare and behind each prefix."""

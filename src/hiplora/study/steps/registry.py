@@ -52,6 +52,11 @@ STEPS: Mapping[str, Step] = {
         Step("evaluate", 1, reads=True),
         Step("merge", 1, reads=True),
         Step("collect", 1),
+        Step("factorize", 1),
+        Step("inspect", 1, reads=True),
+        Step("edit", 1),
+        Step("probe", 1),
+        Step("speed", 1, alone=True),
     )
 }
 

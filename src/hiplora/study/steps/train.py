@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.recipes import TrainRecipe
 from hiplora.study.engine.jobs import Job
+from hiplora.study.steps.methods import method_at
 from hiplora.training import train
 from hiplora.training.result import TrainResult
 
@@ -37,8 +38,9 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
 def recipe_at(bench: "Bench", recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe with the study's file names turned into this machine's paths, for the base model at hand."""
     placed = {**copy.deepcopy(dict(recipe)), "model": bench.name}
-    files = (("data", ("path", "held_out")), ("method", ("calibration_text",)), ("train", ("kl_text",)))
-    for key, names in files:
+    if "method" in placed:
+        placed["method"] = method_at(bench, placed["method"])
+    for key, names in (("data", ("path", "held_out")), ("train", ("kl_text",))):
         block = placed.get(key, {})
         for name in names:
             if block.get(name) is not None:
