@@ -60,8 +60,16 @@ def own_suites() -> list[str]:
 
 def task_settings(name: str) -> Mapping[str, Any]:
     """Return the `metadata` of one of the project's tasks: title, file, hub, and which metric is its score."""
-    text = (TASKS / f"{name}.yaml").read_text().replace("!function ", "")
-    return yaml.safe_load(text)["metadata"]
+    return _own_task(name)["metadata"]
+
+
+def task_samples(name: str) -> int:
+    """Return how many responses to an item one of the project's tasks samples; 1 for tasks of lm-eval's own."""
+    return int(_own_task(name).get("repeats", 1)) if name in own_tasks() else 1
+
+
+def _own_task(name: str) -> Mapping[str, Any]:
+    return yaml.safe_load((TASKS / f"{name}.yaml").read_text().replace("!function ", ""))
 
 
 def read_suite(suite: str, data: Path | None = None) -> Suite:

@@ -48,11 +48,14 @@ class Study:
         """Return a method of the study by its name."""
         return self.recipe.methods[method]
 
-    def variant(self, method: str, **settings: Any) -> StudyMethod:
-        """Return a method with some of its settings changed, by fields of its `method` block."""
+    def variant(self, method: str, title: str | None = None, **settings: Any) -> StudyMethod:
+        """Return a method with some of its settings changed, by fields of its `method` block, under its title or
+        another.
+        """
         row = self.row(method)
         changed = {**_written(row.method), **settings}
-        return StudyMethod.model_validate({**row.model_dump(exclude_unset=True), "method": changed})
+        given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
+        return StudyMethod.model_validate(given)
 
     def titles(self, methods: Sequence[str]) -> dict[str, str]:
         """Return name → title of methods."""
@@ -65,16 +68,24 @@ class Study:
         search = self.recipe.rates
         if row.lr != CHOSEN or search is None:
             return None
-        needs: dict[str, Job] = {}
-        candidates = []
-        for rate in search.grid:
-            names = []
-            for domain in search.domains or self.recipe.domains:
-                names.append(f"{domain}-{rate:g}")
-                needs[names[-1]] = self.adapter(row, domain, search.seed, lr=rate, steps=steps)
-            candidates.append({"value": rate, "needs": names})
-        settings = {"field": "held_out_after", "prefer": "low", "candidates": candidates}
-        return self._job("collect", f"rate of {row.title}", settings, **needs)
+        candidates = {
+            rate: {
+                f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate, steps=steps)
+                for domain in search.domains or self.recipe.domains
+            }
+            for rate in search.grid
+        }
+        return self.choice(f"rate of {row.title}", candidates)
+
+    def choice(self, name: str, candidates: Mapping[float, Mapping[str, Job]]) -> Job:
+        """Return the job that chooses the value whose trainings have the lowest mean loss on held-out rows.
+
+        `candidates`: value → its trainings by names, none of which two values share.
+        """
+        listed = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
+        settings = {"field": "held_out_after", "prefer": "low", "candidates": listed}
+        needs = {need: job for runs in candidates.values() for need, job in runs.items()}
+        return self._job("collect", name, settings, **needs)
 
     def adapter(
         self,
@@ -86,11 +97,13 @@ class Study:
         steps: int | None = None,
         start: Job | None = None,
         like: StudyMethod | None = None,
+        chosen: Mapping[str, Job] | None = None,
     ) -> Job:
         """Return the job that trains a method on a domain.
 
         Its learning rate is `lr`, else the method's own, else the chosen one; that of `like`, if given (a variant
-        takes its parent's). `steps` cuts the training short, `start` is a training to carry on from.
+        takes its parent's). `steps` cuts the training short, `start` is a training to carry on from. `chosen` has
+        the jobs that choose settings of the method, by their fields; none that its factors depend on.
         """
         needs: dict[str, Job] = {}
         rate: Any = lr
@@ -105,6 +118,7 @@ class Study:
             needs["factors"] = factors
         if start is not None:
             needs["start"] = start
+        needs |= chosen or {}
         changes = {} if steps is None else {"steps": steps}
         recipe = TrainRecipe.model_validate(
             {
@@ -117,6 +131,7 @@ class Study:
         )
         written = _recipe_settings(recipe)
         written["train"] = {**written.get("train", {}), "lr": rate}
+        written["method"] |= {field: result(field, "value") for field in chosen or ()}
         files = self.hashes([recipe.data.path, recipe.data.held_out, *_texts(recipe)])
         rate_told = f", rate {lr:g}" if lr is not None else ""
         steps_told = f", {steps} steps" if steps is not None else ""

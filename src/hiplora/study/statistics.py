@@ -45,8 +45,9 @@ class Resampler:
     def mean(self, task: str, items: ArrayLike) -> Draws:
         """Return the mean over a task's items and, behind it, that of every replicate."""
         values = np.asarray(items, dtype=np.float32)
-        drawn = self._drawn(task, len(values)) @ values / len(values)
-        return np.concatenate([[float(np.mean(np.asarray(items, dtype=float)))], drawn.astype(float)])
+        # Divided in double precision: sums of right answers are exact, and so is then a score that equals a threshold.
+        drawn = (self._drawn(task, len(values)) @ values).astype(float) / len(values)
+        return np.concatenate([[float(np.mean(np.asarray(items, dtype=float)))], drawn])
 
     def _drawn(self, task: str, count: int) -> NDArray[np.float32]:
         if (task, count) not in self._counts:

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from hiplora.reporting.study.spec import Cell, Measurement
 from hiplora.study.engine.jobs import Job
-from hiplora.study.statistics import Estimate
+from hiplora.study.statistics import Draws, Estimate, estimate
 
 NONE = Cell()
+Side = tuple[str, Draws, Sequence[Job]]  # a method, its value with replicates, and what it is made of
 
 
 def cell(found: Estimate | None, paper: float | None = None, digits: int = 1) -> Cell:
@@ -59,3 +62,27 @@ def measurement(
         jobs=tuple(dict.fromkeys(job.key for job in jobs)),
         **fields,
     )
+
+
+def difference(protocol: str, metric: str, here: Side, there: Side, **fields: Any) -> Measurement:
+    """Return the measurement of a paired difference in percentage points: `here` minus `there`."""
+    setting = {"minus": there[0], **fields.pop("setting", {})}
+    found = estimate(here[1] - there[1])
+    used = [*here[2], *there[2]]
+    return measurement(
+        protocol, here[0], f"{metric} difference", found, used, unit="pp", setting=setting, **fields
+    )
+
+
+def smallest(values: Sequence[Draws]) -> float | None:
+    """Return the smallest difference between two of some values that can be told from none: the median half width of
+    the intervals of all pairs' differences; None for fewer than two.
+    """
+    pairs = [(a, b) for place, a in enumerate(values) for b in values[place + 1 :]]
+    return float(np.median([estimate(a - b).half or 0.0 for a, b in pairs])) if pairs else None
+
+
+def form_told(form: str) -> str:
+    """Say what a score of a form is."""
+    what = "Accuracy, pass rate or exact match" if form == "accuracy" else "Likelihood of the right answer"
+    return f"{what}, in per cent"
