@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hiplora.metrics import DEFAULT_TAUS, mean_post_merge_drop, merge_fail
-from hiplora.metrics.merging import falls_below
+from hiplora.metrics.merging import fails
 
 REPLICATES = 10_000
 _CHUNK = 1_000  # replicates in memory at once
@@ -32,17 +32,17 @@ def judge(instances: Sequence[Instance], seed: int = 0) -> dict[str, Any]:
     draws = _drawn_means(instances, seed)
     singles = [{task: _mean(items) for task, items in one.before.items()} for one in instances]
     merged = [{task: _mean(items) for task, items in one.after.items()} for one in instances]
-    fails = {}
+    failing = {}
     for tau in DEFAULT_TAUS:
-        failed = np.mean([_fails(before, after, tau) for before, after in draws], axis=0)
-        fails[f"{tau:g}"] = {
+        failed = np.mean([fails(after, before, tau) for before, after in draws], axis=0)
+        failing[f"{tau:g}"] = {
             "estimate": merge_fail(merged, singles, tau),
             **_bounds(failed),
             "share": float(failed.mean()),
         }
     drops = [np.abs(before[task] - after[task]) for before, after in draws for task in before]
     drop = {"estimate": mean_post_merge_drop(merged, singles), **_bounds(np.mean(drops, axis=0))}
-    return {"merge_fail": fails, "mean_drop": drop}
+    return {"merge_fail": failing, "mean_drop": drop}
 
 
 def _mean(items: Items) -> float:
@@ -52,10 +52,6 @@ def _mean(items: Items) -> float:
 def _bounds(values: np.ndarray) -> dict[str, float]:
     low, high = np.quantile(values, (0.025, 0.975))
     return {"low": float(low), "high": float(high)}
-
-
-def _fails(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], tau: float) -> np.ndarray:
-    return np.any([falls_below(after[task], before[task], tau) for task in before], axis=0)
 
 
 def _drawn_means(

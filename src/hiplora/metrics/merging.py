@@ -40,12 +40,12 @@ def merge_failures(merged: Sequence[Scores], single: Sequence[Scores], tau: floa
     """
     if not 0 < tau <= 1:
         raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
-    return np.array(
-        [
-            any(falls_below(after[task], before[task], tau) for task in before)
-            for after, before in _pairs(merged, single)
-        ]
-    )
+    return np.array([fails(after, before, tau) for after, before in _pairs(merged, single)])
+
+
+def fails(merged: Mapping[str, ArrayLike], single: Mapping[str, ArrayLike], tau: float) -> NDArray[np.bool_]:
+    """Tell whether one merge fails: any of its tasks `falls_below`; of arrays (a value a replicate), entry by entry."""
+    return np.any([falls_below(merged[task], single[task], tau) for task in single], axis=0)
 
 
 def falls_below(merged: ArrayLike, single: ArrayLike, tau: float) -> NDArray[np.bool_]:

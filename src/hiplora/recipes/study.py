@@ -134,6 +134,25 @@ class StudyRecipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _protocols_fit(self) -> "StudyRecipe":
+        for name in ("lambda_curve", "ablations", "selection"):
+            settings = getattr(self.protocols, name)
+            if settings is not None and not getattr(
+                self.methods[settings.method].method, "principal_channel", False
+            ):
+                raise ValueError(
+                    f"`protocols.{name}.method` is {settings.method!r}, which has no gains; name a HiP-LoRA with "
+                    "`principal_channel: true`"
+                )
+        merges = self.protocols.merge_fail
+        if merges is not None and max(merges.sizes) > len(self.domains):
+            raise ValueError(
+                f"`protocols.merge_fail.sizes` has {max(merges.sizes)}, and there are {len(self.domains)} domains; "
+                "lower it or add domains"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _methods_train(self) -> "StudyRecipe":
         for name, method in self.methods.items():
             try:

@@ -25,7 +25,7 @@ class Row:
     title: str
     domains: dict[str, Draws]
     by_seed: dict[str, list[float]]
-    items: dict[str, Sequence[Sequence[float]]]
+    items: Mapping[str, Sequence[Sequence[float]]]
     retain: Draws
     retain_by_seed: list[float]
     jobs: list[Job]

@@ -4,7 +4,7 @@ from typing import Any
 
 from hiplora.recipes.protocols import OfMethods
 from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Cell, Plot, Section, Series, Table
+from hiplora.reporting.study.spec import Cell, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
@@ -39,7 +39,8 @@ def single_task_section(
 ) -> Section:
     """The section under another name: the comparison with AdaLoRA is the same table of other methods."""
     rows = {form: _rows(study, settings, results, form) for form in FORMS}
-    measurements, tables = [], []
+    measurements: list[Measurement] = []
+    tables: list[Table] = []
     for form, found in rows.items():
         tables.append(_table(study, found, form, name, title, paper))
         for row in found:

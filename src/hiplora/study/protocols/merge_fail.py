@@ -1,0 +1,192 @@
+"""How many merges fail, over their size, the rule and the threshold τ: MergeFail, as in appendix C.3 of the paper."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from hiplora.metrics import MergeInstance, merge_instances
+from hiplora.recipes.protocols import MergeFail
+from hiplora.reporting.study.paper import paper_value
+from hiplora.reporting.study.spec import Figure, Grid, Measurement, Plot, Section, Series, Table
+from hiplora.study.builder import Study
+from hiplora.study.engine.jobs import Job
+from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
+from hiplora.study.protocols.merges import Judged, MergeScores, merge_of, needed, rule_title
+from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest
+from hiplora.study.results import FORMS, Results
+from hiplora.study.statistics import Resampler, estimate, hierarchical
+
+NAME, TITLE = "merge-fail", "Merges that fail"
+
+
+def jobs(study: Study, settings: MergeFail) -> list[Job]:
+    """Merge the drawn tuples of every method by every rule; score each on its own tasks, and its adapters."""
+    return [
+        job
+        for method in settings.methods
+        for rule in settings.rules
+        for job in needed(study, study.row(method), _merges(study, settings, method, rule))
+    ]
+
+
+def section(study: Study, settings: MergeFail, results: Results) -> Section:
+    """Tables of MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
+    tables: list[Table] = []
+    measurements: list[Measurement] = []
+    texts: list[str] = []
+    figures: list[Figure] = []
+    for form in FORMS:
+        judged = _judged(study, settings, results, form)
+        tables += [_sizes_table(study, settings, judged, form), _taus_table(settings, judged, form)]
+        measurements += _measurements(study, settings, judged, form)
+        texts += _texts(study, settings, judged, form)
+        if judged and form == "likelihood":
+            figures.append(_figure(settings, judged))
+    if settings.drift:
+        more, rows = _drifts(study, settings, results)
+        tables += more
+        measurements += rows
+    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
+
+
+def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
+    domains, seeds = list(study.recipe.domains), study.seeds(settings)
+    drawn = merge_instances(domains, settings.sizes, seeds, settings.instances, settings.seed)
+    return [instance for found in drawn.values() for instance in found]
+
+
+def _merges(study: Study, settings: MergeFail, method: str, rule: str) -> dict[MergeInstance, Job]:
+    row, options = study.row(method), settings.rules[rule]
+    return {
+        instance: merge_of(study, row, instance, rule, options, settings.drift)
+        for instance in _instances(study, settings)
+    }
+
+
+def _taus(settings: MergeFail) -> list[float]:
+    return sorted({*settings.taus, settings.tau})
+
+
+def _judged(study: Study, settings: MergeFail, results: Results, form: str) -> list[Judged]:
+    """The verdicts by rule, then method, of those all of whose merges are there."""
+    draws, found = Resampler(), []
+    for method in settings.methods:
+        scores = MergeScores(study, results, form, draws)
+        for rule in settings.rules:
+            merges = _merges(study, settings, method, rule)
+            found.append(scores.judged(study.row(method), merges, rule, _taus(settings)))
+    known = [one for one in found if one is not None]
+    return [one for rule in settings.rules for one in known if one.rule == rule]
+
+
+def _sizes(study: Study, settings: MergeFail) -> dict[int | None, list[int]]:
+    """Size → places of its merges; all of them under None."""
+    lengths = [len(instance) for instance in _instances(study, settings)]
+    found: dict[int | None, list[int]] = {
+        size: [place for place, length in enumerate(lengths) if length == size]
+        for size in dict.fromkeys(lengths)
+    }
+    return {**found, None: list(range(len(lengths)))}
+
+
+def _sizes_table(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
+    sizes, tau = _sizes(study, settings), _taus(settings).index(settings.tau)
+    lines = []
+    for one in judged:
+        cells = [cell(estimate(one.share(tau, which))) for size, which in sizes.items() if size is not None]
+        paper = paper_value("merge-rules", one.name, "MergeFail") if form == "accuracy" else None
+        lines.append((one.name, [*cells, cell(estimate(one.share(tau)), paper)]))
+    columns = ["Merged", *(f"{n} adapters ({len(which)})" for n, which in sizes.items() if n), "All"]
+    note = (
+        f"Per cent of the merges (their number in brackets) in which some task keeps less than τ = {settings.tau:g} of "
+        f"the score of its adapter alone. {form_told(form)}. Brackets: 95 % intervals over items; the paper's, over "
+        "merges, stand among the measurements. A task whose score alone is 0 cannot fail. "
+        "Where none of n merges failed, a share up to 3/n is compatible with that."
+    )
+    best = dict.fromkeys(range(len(sizes)), "low")
+    return Table(f"{NAME}-{form}", f"MergeFail: {form}", columns, marked(lines, best), note)
+
+
+def _taus_table(settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
+    taus = _taus(settings)
+    lines = [(one.name, [cell(estimate(one.share(place))) for place in range(len(taus))]) for one in judged]
+    note = "MergeFail in per cent over all merges at each threshold τ; brackets: 95 % intervals over items."
+    columns = ["Merged", *(f"τ = {tau:g}" for tau in taus)]
+    rows = marked(lines, dict.fromkeys(range(len(taus)), "low"))
+    return Table(f"{NAME}-thresholds-{form}", f"MergeFail over the threshold: {form}", columns, rows, note)
+
+
+def _measurements(
+    study: Study, settings: MergeFail, judged: Sequence[Judged], form: str
+) -> Iterator[Measurement]:
+    sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
+    first = {one.rule: one for one in reversed(judged)}
+    for one in judged:
+        for place, tau in enumerate(taus):
+            wide = hierarchical({one.title: [one.verdicts(place)]})[one.title]
+            for size, which in sizes.items():
+                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": len(which)}
+                yield measurement(
+                    NAME, one.title, "merge fail", estimate(one.share(place, which)), one.jobs, form=form, unit="%",
+                    setting=setting, seeds=seeds, wide=wide if size is None else None,
+                )  # fmt: skip
+            against = first[one.rule]
+            if one is not against:
+                setting = {"rule": one.rule, "tau": tau, "merges": len(sizes[None])}
+                setting |= _paired_over_merges(one, against, place)
+                here, there = ((x.title, x.share(place), x.jobs) for x in (one, against))
+                yield difference(NAME, "merge fail", here, there, form=form, setting=setting, seeds=seeds)
+
+
+def _paired_over_merges(one: Judged, other: Judged, tau: int) -> dict[str, float | None]:
+    """The paper's interval of a difference: all merges are of one drawing, which counts as one seed."""
+    apart = [a - b for a, b in zip(one.verdicts(tau), other.verdicts(tau), strict=True)]
+    found = hierarchical({one.title: [apart]})[one.title]
+    return {"hierarchical_low": found.low, "hierarchical_high": found.high}
+
+
+def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
+    tau, count = _taus(settings).index(settings.tau), len(_instances(study, settings))
+    for rule in settings.rules:
+        found = [one for one in judged if one.rule == rule]
+        if not found:
+            continue
+        shares = ", ".join(f"{one.share(tau)[0]:.1f} % of {one.title}" for one in found)
+        least = smallest([one.share(tau) for one in found])
+        told = (
+            f" A difference between two methods can be told from none if it is larger than about {least:.1f} pp."
+            if least is not None
+            else ""
+        )
+        yield (
+            f"By {form}, of {count} merges by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}.{told}"
+        )
+
+
+def _figure(settings: MergeFail, judged: Sequence[Judged]) -> Figure:
+    taus = _taus(settings)
+    plots = []
+    for rule in dict.fromkeys(one.rule for one in judged):
+        series = []
+        for one in (one for one in judged if one.rule == rule):
+            found = [estimate(one.share(place)) for place in range(len(taus))]
+            lows, highs = [x.low or 0.0 for x in found], [x.high or 0.0 for x in found]
+            series.append(Series(one.title, taus, [x.value for x in found], lows, highs))
+        name, title = f"{NAME}-{rule}", f"Merged by {rule_title(rule)}"
+        plots.append(Plot(name, title, "threshold τ", "MergeFail by likelihood (%)", series))
+    return Grid(f"{NAME}-thresholds", "How many merges fail, over the threshold", plots)
+
+
+def _drifts(study: Study, settings: MergeFail, results: Results) -> tuple[list[Table], list[Measurement]]:
+    tables: list[Table] = []
+    measurements: list[Measurement] = []
+    for rule in settings.rules:
+        runs: Mapping[str, list[Job]] = {
+            study.row(method).title: list(_merges(study, settings, method, rule).values())
+            for method in settings.methods
+        }
+        found = drifts(runs, results)
+        if any(found.values()):
+            title = f"Drift of the models merged by {rule_title(rule)}"
+            tables.append(drift_table(found, f"{NAME}-drift-{rule}", title, "all merges"))
+            seeds = len(study.seeds(settings))
+            measurements += drift_measurements(found, runs, NAME, seeds, rule=rule)
+    return tables, measurements
