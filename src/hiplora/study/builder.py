@@ -53,7 +53,7 @@ class Study:
         another.
         """
         row = self.row(method)
-        changed = {**_written(row.method), **settings}
+        changed = {**as_written(row.method), **settings}
         given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
         return StudyMethod.model_validate(given)
 
@@ -123,8 +123,8 @@ class Study:
         recipe = TrainRecipe.model_validate(
             {
                 "model": self.identity,
-                "data": _written(self.source(domain)),
-                "method": _written(row.method),
+                "data": as_written(self.source(domain)),
+                "method": as_written(row.method),
                 "train": self.recipe.training(row, **changes).model_dump(exclude_defaults=True),
                 "seed": seed,
             }
@@ -253,7 +253,7 @@ class Study:
         return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
 
 
-def _written(block: Any) -> dict[str, Any]:
+def as_written(block: Any) -> dict[str, Any]:
     """Return a block as a recipe writes it: what differs from the defaults, and a method's name.
 
     Keys of jobs are made of this, so that a setting that is added to the program changes no key.
@@ -264,7 +264,7 @@ def _written(block: Any) -> dict[str, Any]:
 
 def _recipe_settings(recipe: TrainRecipe) -> dict[str, Any]:
     written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
-    return {**written, "method": _written(recipe.method), "seed": recipe.seed}
+    return {**written, "method": as_written(recipe.method), "seed": recipe.seed}
 
 
 def _texts(recipe: TrainRecipe) -> list[str | None]:

@@ -26,9 +26,15 @@ class Results:
         return found
 
     def timing(self, job: Job) -> dict[str, Any] | None:
-        """Return what was timed of a job, None where it is not done; the machine's record is in `provenance`."""
+        """Return what was timed of a job, None where it is not done."""
         record = self._store.record(job)
         return None if record is None else record["timing"]
+
+    def machine(self, job: Job) -> str:
+        """Name the machine that did a job: its processor and cores."""
+        record = self._store.record(job)
+        machine = record["provenance"]["machine"] if record is not None else {}
+        return f"{machine.get('processor')}, {machine.get('cores')} cores"
 
     def items(self, job: Job, task: str, form: str) -> list[float] | None:
         """Return the scores of a task, item by item, in per cent; None where they are not there."""
