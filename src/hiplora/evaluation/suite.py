@@ -72,6 +72,18 @@ def _own_task(name: str) -> Mapping[str, Any]:
     return yaml.safe_load((TASKS / f"{name}.yaml").read_text().replace("!function ", ""))
 
 
+def most_written(task: str) -> tuple[int, int]:
+    """Return how many tokens a task of the project's lets a model write for an item at most, and how many samples.
+
+    0 and 1 for tasks that are answered by likelihood; of lm-eval's own nothing is known here.
+    """
+    path = TASKS / f"{task}.yaml"
+    if not path.is_file():
+        return 0, 1
+    settings = yaml.safe_load(path.read_text().replace("!function ", ""))
+    return settings.get("generation_kwargs", {}).get("max_gen_toks", 0), settings.get("repeats", 1)
+
+
 def read_suite(suite: str, data: Path | None = None) -> Suite:
     """Read a suite: a name of `own_suites`, a YAML file, or names of tasks with commas between.
 

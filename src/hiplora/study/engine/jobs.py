@@ -62,21 +62,26 @@ class Job:
         return _fill(self.settings, results, self.name)
 
 
+def is_result(value: Any) -> bool:
+    """Whether a setting stands for a result of another job."""
+    return isinstance(value, Mapping) and set(value) == {RESULT}
+
+
 def result(need: str, name: str) -> dict[str, str]:
     """Return the setting that stands for a field of an upstream job's result."""
     return {RESULT: f"{need}.{name}"}
 
 
 def _fill(value: Any, results: Mapping[str, Mapping[str, Any]], job: str) -> Any:
+    if is_result(value):
+        need, _, name = value[RESULT].partition(".")
+        try:
+            return results[need][name]
+        except KeyError:
+            raise HipLoraError(
+                f"{job}: its setting {value[RESULT]} is in no result; this is a defect of the study's recipe"
+            ) from None
     if isinstance(value, Mapping):
-        if set(value) == {RESULT}:
-            need, _, name = value[RESULT].partition(".")
-            try:
-                return results[need][name]
-            except KeyError:
-                raise HipLoraError(
-                    f"{job}: its setting {value[RESULT]} is in no result; this is a defect of the study's recipe"
-                ) from None
         return {key: _fill(inner, results, job) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_fill(inner, results, job) for inner in value]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from hiplora.errors import ConfigError
+
+_SUMMED = ("train_tokens", "forward_tokens", "generated_tokens", "svd_flops", "seconds", "disk_bytes")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,38 @@ class Load:
             value, least = getattr(self, field.name), 1 if field.name == "decode_batch" else 0
             if value is not None and not value >= least:
                 raise ConfigError(f"load: {field.name} is {value}; expected a number of at least {least}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read, trained on or written."""
+        return self.train_tokens + self.forward_tokens + self.generated_tokens
+
+    def __add__(self, other: Load) -> Load:
+        """Return the load of one job that does both, one after the other.
+
+        Positions with logits are those of the training where only one of the two trains; texts are as long as those of
+        the one that has more tokens.
+        """
+        first, second = (self, other) if self._order() >= other._order() else (other, self)
+        longer = self if self.tokens >= other.tokens else other
+        writer = self if self.generated_tokens >= other.generated_tokens else other
+        alike = self.train == other.train
+        return replace(
+            first,
+            **{name: getattr(self, name) + getattr(other, name) for name in _SUMMED},
+            logit_positions=first.logit_positions + (second.logit_positions if alike else 0),
+            sequence_length=longer.sequence_length,
+            decode_batch=writer.decode_batch,
+            factor_scalars=max(self.factor_scalars, other.factor_scalars),
+        )
+
+    def times(self, count: int) -> Load:
+        """Return the load of one job that does this so many times."""
+        names = (*_SUMMED, "logit_positions")
+        return replace(self, **{name: count * getattr(self, name) for name in names})
+
+    def _order(self) -> tuple[bool, int]:
+        return self.train, self.batch_tokens
 
 
 @dataclass(frozen=True)

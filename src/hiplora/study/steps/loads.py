@@ -1,0 +1,195 @@
+"""What a job will do, told from its settings and the model's shape before anything is loaded: a function a kind.
+
+Lengths are those of `lengths`; what a model writes is counted to the limit of its task, which it may stop short of.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hiplora.evaluation.suite import most_written
+from hiplora.models.shapes import FACTORED, ModelShape
+from hiplora.recipes import TrainSettings
+from hiplora.study.engine.jobs import is_result
+from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
+from hiplora.study.estimate.factoring import truncated_flops
+from hiplora.study.steps.edit_load import edit_load
+from hiplora.study.steps.lengths import OTHER_TASK, TASKS, rows_of
+
+Settings = Mapping[str, Any]
+BATCH = 8  # texts that are scored, and written, at a time
+DRIFT_READS = 2  # of a text: by the adapted model, and by the base, which is compared and found back
+HELD_OUT = 256  # rows, where neither a limit nor a share says
+BYTES = 4  # of a number that is saved
+
+
+def train(settings: Settings, shape: ModelShape) -> Load:
+    """Steps of full sequences, held-out rows before and after, the adapter with its last checkpoint on the disk."""
+    recipe = settings["recipe"]
+    method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
+    learned = training_load(recipe, shape, _steps(recipe, trained))
+    numbers = shape.trainable(method)
+    saved = numbers * (2 if method["name"] == "pissa" else 1)
+    if method["name"] in FACTORED and method["save_factors"]:
+        saved += shape.factor_scalars(method)
+    checkpoint = numbers + 2 * numbers  # with the optimizer's two moments
+    held_out = _held_out_tokens(recipe, trained)
+    return learned + Load(forward_tokens=held_out, disk_bytes=BYTES * (saved + checkpoint))
+
+
+def speed(settings: Settings, shape: ModelShape) -> Load:
+    """The warm-up and the measured steps."""
+    return training_load(settings["recipe"], shape, settings["warmup"] + settings["steps"])
+
+
+def evaluate(settings: Settings, shape: ModelShape) -> Load:
+    """Every item of the tasks, and the texts of the drift."""
+    return score_load(settings["tasks"]) + drift_load(settings["drift"])
+
+
+def collect(settings: Settings, shape: ModelShape) -> Load:
+    """Nothing to speak of."""
+    return Load()
+
+
+def factorize(settings: Settings, shape: ModelShape) -> Load:
+    """Decompositions, and for the activation basis the text that they are measured on."""
+    method = full_settings(known(settings["method"]))
+    return calibration_load(shape, method) + Load(disk_bytes=BYTES * shape.factor_scalars(method))
+
+
+def inspect(settings: Settings, shape: ModelShape) -> Load:
+    """The leading directions of every linear layer: the most that an adapter may sit on, and that may be new."""
+    ranks = {name: min(settings["rank"], *size) for name, size in shape.modules.items() if name != shape.head}
+    return Load(svd_flops=sum(truncated_flops(*shape.modules[name], k) for name, k in ranks.items()))
+
+
+def edit(settings: Settings, shape: ModelShape) -> Load:
+    """Edits taught and asked for, stage by stage, and the drift of the last one."""
+    method = known(settings["method"])
+    return edit_load({**settings, "method": method}, shape) + drift_load(settings.get("drift"))
+
+
+def probe(settings: Settings, shape: ModelShape) -> Load:
+    """All of each module's directions, and the texts and tasks under every intervention."""
+    from hiplora.study.probe import CALIBRATION_TOKENS, ProbeSettings
+    from hiplora.study.steps.probe import OF_THE_PROBE
+
+    asked = ProbeSettings(model="", **{name: settings[name] for name in OF_THE_PROBE if name in settings})
+    method = {
+        "name": "proj_lora",
+        "preset": "paper",
+        "layers_to_transform": _probed_layers(asked.layers, shape.layers),
+        **({} if asked.modules is None else {"target_modules": asked.modules}),
+    }
+    modules = shape.targets(full_settings(method))
+    count = asked.count(len(modules))
+    texts = {"texts": settings["texts"], "tokens": asked.tokens, "window": asked.tokens}
+    found = drift_load(texts).times(count) + score_load(settings.get("scores") or {}).times(count + 1)
+    if asked.basis == "activation":
+        measured = {"basis": "activation", "basis_sides": "input", "calibration_tokens": CALIBRATION_TOKENS}
+        return found + calibration_load(shape, {**method, **measured})
+    return found + Load(svd_flops=sum(truncated_flops(m, n, min(m, n)) for m, n in modules.values()))
+
+
+LOADS: Mapping[str, Callable[[Settings, ModelShape], Load]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "merge": evaluate,
+    "collect": collect,
+    "factorize": factorize,
+    "inspect": inspect,
+    "edit": edit,
+    "probe": probe,
+    "speed": speed,
+}
+
+
+def known(method: Settings) -> dict[str, Any]:
+    """Return a method's settings without those that another job has yet to find; they take their defaults."""
+    return {name: value for name, value in method.items() if not is_result(value)}
+
+
+def training_load(recipe: Settings, shape: ModelShape, steps: int) -> Load:
+    """Return the load of so many training steps, which read factors from the cache and leave nothing."""
+    method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
+    row = rows_of(*_source(recipe))
+    length = trained.max_length if trained.packing else min(trained.max_length, math.ceil(row.tokens))
+    tokens = steps * trained.batch_size * trained.gradient_accumulation * length
+    return Load(
+        train_tokens=tokens,
+        logit_positions=int(tokens * row.learned),
+        svd_flops=svd_load(shape, method) if method["name"] == "pissa" else 0.0,
+        batch_tokens=trained.batch_size * length,
+        train=True,
+        sequence_length=min(trained.max_length, math.ceil(row.tokens)),  # rows do not attend to each other
+        factor_scalars=shape.factor_scalars(method),
+        adapter_elements=adapter_elements(shape, method),
+        checkpointing=trained.gradient_checkpointing,
+    )
+
+
+def score_load(tasks: Mapping[str, int | None]) -> Load:
+    """Return the load of scoring tasks, each with its number of items (None: all)."""
+    found = Load()
+    for task, items in tasks.items():
+        each = TASKS.get(task, OTHER_TASK)
+        count = each.rows if items is None else items
+        written, samples = most_written(task)
+        found += Load(
+            forward_tokens=int(count * (each.read + samples * each.prompt)),
+            generated_tokens=count * written * samples,
+            logit_positions=int(count * each.scored),
+            batch_tokens=BATCH * math.ceil(each.read),
+            sequence_length=math.ceil(max(each.read, each.prompt + written)),
+            decode_batch=BATCH,
+        )
+    return found
+
+
+def drift_load(drift: Settings | None) -> Load:
+    """Return the load of measuring the drift on texts, each position of them scored."""
+    if not drift:
+        return Load()
+    tokens = DRIFT_READS * len(drift["texts"]) * drift["tokens"]
+    window = min(drift["window"], drift["tokens"])
+    return Load(forward_tokens=tokens, logit_positions=tokens, batch_tokens=window, sequence_length=window)
+
+
+def _train_settings(recipe: Settings) -> TrainSettings:
+    fields = TrainSettings.model_fields
+    written = known(recipe.get("train", {}))
+    return TrainSettings.model_validate({name: value for name, value in written.items() if name in fields})
+
+
+def _source(recipe: Settings) -> tuple[str, str | None]:
+    data = recipe["data"]
+    return data.get("path") or data["hub"], data.get("template")
+
+
+def _steps(recipe: Settings, trained: TrainSettings) -> int:
+    if trained.steps is not None:
+        return trained.steps
+    row = rows_of(*_source(recipe))
+    count = recipe["data"].get("limit") or row.rows
+    sequences = count * min(row.tokens / trained.max_length, 1.0) if trained.packing else count
+    batches = math.ceil(sequences / trained.batch_size)
+    return math.ceil((trained.epochs or 1) * math.ceil(batches / trained.gradient_accumulation))
+
+
+def _held_out_tokens(recipe: Settings, trained: TrainSettings) -> int:
+    data, row = recipe["data"], rows_of(*_source(recipe))
+    share, limit = data.get("held_out_fraction"), data.get("held_out_limit")
+    if share is None and data.get("held_out") is None:
+        return 0
+    count = HELD_OUT if share is None else share * (data.get("limit") or row.rows)
+    count = count if limit is None else min(count, limit)
+    often = 2 if trained.eval_every is None else 2 + _steps(recipe, trained) // trained.eval_every
+    return int(often * count * min(row.tokens, trained.max_length))
+
+
+def _probed_layers(layers: Any, count: int) -> list[int] | None:
+    """The layers that a probe looks at; None is all."""
+    if layers is None:
+        return sorted({0, (count - 1) // 2, count - 1})
+    return list(layers) or None
