@@ -56,7 +56,7 @@ def found(folder):
 
 
 def test_the_whole_study_is_done(undisturbed):
-    folder, told, _ = undisturbed
+    _, told, _ = undisturbed
     assert (told["left"], told["failed"], told["missing_files"]) == (0, {}, [])
     assert set(told["kinds"]) == {
         *("train", "evaluate", "merge", "collect", "factorize", "inspect", "edit", "probe", "speed")
@@ -64,7 +64,7 @@ def test_the_whole_study_is_done(undisturbed):
 
 
 def test_every_section_of_the_report_is_whole(undisturbed, capsys):
-    folder, told, _ = undisturbed
+    folder, _, _ = undisturbed
     code, out, err = run(capsys, "study", "report", "pico", "--out", folder, "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
