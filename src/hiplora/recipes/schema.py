@@ -153,6 +153,12 @@ class TrainSettings(Block):
         ge=1,
         description="Measure the held-out loss every so many steps too, not only before and after.",
     )
+    start_from: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of a finished adapter, made with the same method and settings, whose weights the training "
+        "carries on from. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ base, the start is kept, and the difference to it is saved: a plain LoRA of rank
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,17 @@ def restore_start(model: PeftModel, start: Path) -> bool:
     PEFT decomposes the weights again. On the same machine that gives the same bits; where it does not (another
     processor, another number of threads), the base weights are corrected by the difference, exact to rounding.
     """
-    stored = load_file(start / WEIGHTS_FILE)
+    return take_start(model, load_file(start / WEIGHTS_FILE))
+
+
+def take_start(model: PeftModel, stored: Mapping[str, Tensor]) -> bool:
+    """Make sure that a model is at this very PiSSA start, its base weights too; return whether it was there."""
     again = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     if stored.keys() == again.keys() and all(torch.equal(stored[name], again[name].cpu()) for name in stored):
         return True
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A]
     taken_out = [_update(layer) for layer in layers]
-    peft.set_peft_model_state_dict(model, stored, ADAPTER)
+    peft.set_peft_model_state_dict(model, dict(stored), ADAPTER)
     for layer, other in zip(layers, taken_out, strict=True):
         base: Any = layer.get_base_layer()
         base.weight.data = (base.weight.float() + other - _update(layer)).to(base.weight.dtype)

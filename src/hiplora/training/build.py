@@ -20,6 +20,7 @@ from hiplora.training.calibration import calibrate_for
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.split import SplitTrainer, batches_in_epoch
+from hiplora.training.start import Start
 from hiplora.training.trainer import RecordingTrainer
 from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.targets import survey
@@ -54,14 +55,19 @@ def build_trainer(
     held_out: Dataset | None,
     record: Record,
     steps: int,
+    start: Start | None = None,
 ) -> RecordingTrainer:
     """Put the adapter on the model and a trainer around both; sets the seed.
+
+    Of `start`, the adapter that is carried on from, only the configuration is used here.
 
     Raises:
         ConfigError: the method's settings do not fit the model.
     """
     config = adapter_config(recipe.method)
-    if isinstance(config, HipLoraConfig) and config.basis == "activation":
+    if start is not None:
+        config = start.configured(config)
+    elif isinstance(config, HipLoraConfig) and config.basis == "activation":
         _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself

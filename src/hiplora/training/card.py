@@ -125,7 +125,7 @@ def _public_recipe(recipe: TrainRecipe) -> dict[str, Any]:
     values["model"] = _public(recipe.model)
     for block in ("data", "method", "train"):
         values[block] = {key: value for key, value in values[block].items() if value not in (None, {})}
-    for key in ("path", "held_out"):
-        if key in values["data"]:
-            values["data"][key] = Path(values["data"][key]).name
+    for block, key in (("data", "path"), ("data", "held_out"), ("train", "start_from")):
+        if key in values[block]:
+            values[block][key] = Path(values[block][key]).name
     return values
