@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hiplora.recipes.methods import Block, HipLoraMethod, Method
+from hiplora.recipes.methods import AdaLoraMethod, Block, HipLoraMethod, Method
 
 DEFAULT_STEPS = 2000
 
@@ -186,7 +186,7 @@ class TrainRecipe(Block):
     data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
     method: Method = Field(
         default=HipLoraMethod(),
-        description="hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
+        description="adalora, hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(
@@ -208,6 +208,13 @@ class TrainRecipe(Block):
     def _evaluation_has_data(self) -> "TrainRecipe":
         if self.train.eval_every is not None and not self.data.has_held_out:
             raise ValueError("`train.eval_every` needs `data.held_out` or `data.held_out_fraction`")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_can_be_pruned(self) -> "TrainRecipe":
+        steps = self.train.steps
+        if isinstance(self.method, AdaLoraMethod) and steps is not None and self.train.start_from is None:
+            self.method.schedule(steps)
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from hiplora.recipes.methods import OF_THE_GAINS, OF_THE_SPLIT, Method
 
 # What may differ between an adapter and the training that carries on from it: how it is trained, not what it is.
-FREE = ("preset", "lora_dropout", *OF_THE_GAINS, *OF_THE_SPLIT)
+FREE = ("preset", "lora_dropout", "orth_reg_weight", *OF_THE_GAINS, *OF_THE_SPLIT)
 _FILES = {
     "adapter_config.json": "its training is not finished, or it is no adapter",
     "adapter_model.safetensors": "it was not saved completely",

@@ -11,12 +11,14 @@ from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hiplora.recipes.methods import OF_THE_SPLIT, HipLoraMethod, LowRank, ProjLoraMethod
+from hiplora.errors import ConfigError
+from hiplora.recipes.adalora import Schedule
+from hiplora.recipes.methods import OF_THE_SPLIT, AdaLoraMethod, HipLoraMethod, LowRank, ProjLoraMethod
 from hiplora.training.checkpoints import staged
 from hiplora.tuner import HipLoraConfig
 
@@ -25,8 +27,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def adapter_config(method: LowRank) -> PeftConfig:
-    """Make the PEFT configuration of a recipe's method; every setting of the method is passed on."""
+def adapter_config(method: LowRank, schedule: Schedule | None = None) -> PeftConfig:
+    """Make the PEFT configuration of a recipe's method; every setting of the method is passed on.
+
+    `schedule` is AdaLoRA's.
+
+    Raises:
+        ConfigError: AdaLoRA has no schedule: whoever trains does not prune.
+    """
+    if isinstance(method, AdaLoraMethod):
+        return _adalora_config(method, schedule)
     settings = method.model_dump(
         exclude={"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
     )
@@ -39,6 +49,21 @@ def adapter_config(method: LowRank) -> PeftConfig:
     )
 
 
+def _adalora_config(method: AdaLoraMethod, schedule: Schedule | None) -> AdaLoraConfig:
+    if schedule is None:
+        raise ConfigError(
+            "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
+        )
+    own = ("name", "r", "init_r", "rank_pattern", "alpha_pattern", *vars(schedule))
+    return AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=method.first_rank,
+        target_r=method.r,
+        **vars(schedule),
+        **method.model_dump(exclude={*own}),
+    )
+
+
 def is_pissa(method: LowRank) -> bool:
     """Whether a method changes the base weights at its start."""
     return getattr(method, "name", "") == "pissa"
@@ -46,7 +71,11 @@ def is_pissa(method: LowRank) -> bool:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save an adapter's own tensors and its configuration; the embeddings of the base are no part of it."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Adapter .* have invalid shape"
+        )  # AdaLoRA's modules without any rank
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def save_start(model: PeftModel, folder: Path) -> None:

@@ -13,7 +13,9 @@ from trl.data_utils import pack_dataset
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.recipes import TrainRecipe, TrainSettings
-from hiplora.recipes.methods import Spectral, SplitLoraMethod
+from hiplora.recipes.adalora import Schedule
+from hiplora.recipes.methods import AdaLoraMethod, Spectral, SplitLoraMethod
+from hiplora.training.adalora import AdaLoraTrainer
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
 from hiplora.training.calibration import calibrate_for
@@ -64,15 +66,16 @@ def build_trainer(
     Raises:
         ConfigError: the method's settings do not fit the model.
     """
-    config = adapter_config(recipe.method)
     if start is not None:
-        config = start.configured(config)
-    elif isinstance(config, HipLoraConfig) and config.basis == "activation":
+        config = start.configured(recipe.method)
+    else:
+        config = adapter_config(recipe.method, _schedule(recipe, steps))
+    if start is None and isinstance(config, HipLoraConfig) and config.basis == "activation":
         _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
-        trainer = _kind(recipe)(
+        trainer = _kind(recipe, start)(
             model=model,
             args=arguments,
             train_dataset=train_set,
@@ -91,7 +94,18 @@ def build_trainer(
     return trainer
 
 
-def _kind(recipe: TrainRecipe) -> Callable[..., RecordingTrainer]:
+def _schedule(recipe: TrainRecipe, steps: int) -> Schedule | None:
+    if not isinstance(recipe.method, AdaLoraMethod):
+        return None
+    try:
+        return recipe.method.schedule(steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _kind(recipe: TrainRecipe, start: Start | None) -> Callable[..., RecordingTrainer]:
+    if isinstance(recipe.method, AdaLoraMethod):
+        return functools.partial(AdaLoraTrainer, prunes=start is None)
     if isinstance(recipe.method, SplitLoraMethod):
         return functools.partial(SplitTrainer, split=recipe.method)
     return RecordingTrainer

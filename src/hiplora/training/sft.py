@@ -21,7 +21,6 @@ from hiplora.models import load
 from hiplora.provenance import json_sha256, provenance
 from hiplora.recipes import TrainRecipe, model_problems
 from hiplora.training.adapters import (
-    ADAPTER,
     WEIGHTS_FILE,
     is_pissa,
     restore_start,
@@ -171,7 +170,7 @@ def _fit(
         note(f"carrying on from step {step_of(checkpoint):,} of {steps:,}")
     reset_peak()
     if checkpoint is not None and step_of(checkpoint) == steps:  # stopped between the last step and the end
-        trainer.adapted.load_adapter(str(checkpoint), ADAPTER, is_trainable=True)
+        trainer.take_adapter(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.record.peak_memory = max(trainer.record.peak_memory, peak_bytes())

@@ -6,15 +6,14 @@ factors beside those of its start; the trained ones are taken up, and the start 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import yaml
-from peft import PeftConfig, PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -22,8 +21,11 @@ from torch import Tensor
 from hiplora.errors import ConfigError
 from hiplora.provenance import file_sha256
 from hiplora.recipes import TrainRecipe
+from hiplora.recipes.adalora import Schedule
+from hiplora.recipes.methods import AdaLoraMethod, LowRank
 from hiplora.recipes.start import start_problems
-from hiplora.training.adapters import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, is_pissa
+from hiplora.training.adalora import resized, take_ranks
+from hiplora.training.adapters import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, adapter_config, is_pissa
 from hiplora.training.run import RECIPE_FILE
 from hiplora.tuner import HipLoraConfig
 
@@ -57,12 +59,20 @@ class Start:
         """The adapter's own configuration."""
         return json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
-    def configured(self, config: PeftConfig) -> PeftConfig:
-        """Return the configuration of the training's adapter, HiP-LoRA's such that it takes the given factors."""
+    def configured(self, method: LowRank) -> PeftConfig:
+        """Return the configuration of the training's adapter: HiP-LoRA's with the given factors to come.
+
+        AdaLoRA's keeps the schedule by which the given adapter was pruned, since nothing is pruned any more.
+        """
+        given = self.config
+        if isinstance(method, AdaLoraMethod):
+            return adapter_config(
+                method, Schedule(**{item.name: given[item.name] for item in fields(Schedule)})
+            )
+        config = adapter_config(method)
         if not isinstance(config, HipLoraConfig):
             return config
-        given = self.config
-        return dataclasses.replace(config, **{name: given[name] for name in _OF_THE_FACTORS if name in given})
+        return replace(config, **{name: given[name] for name in _OF_THE_FACTORS if name in given})
 
     def origin(self) -> dict[str, Tensor]:
         """Return the tensors of the start that a PiSSA adapter was trained from.
@@ -87,8 +97,14 @@ class Start:
                 name: value.chunk(2, dim=0 if "lora_A" in name else 1)[0].contiguous()
                 for name, value in tensors.items()
             }
+        pattern = (
+            self.config.get("rank_pattern") if isinstance(model.peft_config[ADAPTER], AdaLoraConfig) else None
+        )
+        if pattern:
+            take_ranks(model, pattern)
         try:
-            loaded: Any = peft.set_peft_model_state_dict(model, tensors, ADAPTER)
+            with resized(model):
+                loaded: Any = peft.set_peft_model_state_dict(model, tensors, ADAPTER)
         except RuntimeError as error:
             raise self._unfit(str(error).strip().splitlines()[-1].strip()) from error
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
