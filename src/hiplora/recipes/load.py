@@ -23,7 +23,7 @@ BLOCKS: dict[Loc, type[BaseModel]] = {
     ("train",): TrainSettings,
 }
 PATHS: tuple[Loc, ...] = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
-TEXTS: tuple[Loc, ...] = (("method", "calibration_text"),)
+TEXTS: tuple[Loc, ...] = (("method", "calibration_text"), ("train", "kl_text"))
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> TrainRecipe:

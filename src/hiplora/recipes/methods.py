@@ -12,6 +12,7 @@ __all__ = ["ATTENTION_PROJECTIONS", "METHODS", "AdaLoraMethod", "Block", "LowRan
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
+MOVE_THE_BASE = ("pissa",)  # methods that take a part out of the base weights and train it
 OF_THE_SPLIT = ("clients", "cut_layer", "average_every")
 Rank = (
     Annotated[int, Field(ge=1)]

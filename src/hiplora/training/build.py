@@ -19,6 +19,7 @@ from hiplora.training.adalora import AdaLoraTrainer
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
 from hiplora.training.calibration import calibrate_for
+from hiplora.training.kl import kl_penalty
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.split import SplitTrainer, batches_in_epoch
@@ -72,6 +73,7 @@ def build_trainer(
         config = adapter_config(recipe.method, _schedule(recipe, steps))
     if start is None and isinstance(config, HipLoraConfig) and config.basis == "activation":
         _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
+    penalty = kl_penalty(recipe, model, tokenizer)  # so is this text sampled
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
@@ -86,6 +88,7 @@ def build_trainer(
             checkpoints=run.checkpoints,
             keep_checkpoints=recipe.train.keep_checkpoints,
             eval_every=recipe.train.eval_every,
+            penalties=[penalty] if penalty else [],
         )
     except HipLoraError:
         raise

@@ -130,7 +130,7 @@ def _public_recipe(recipe: TrainRecipe) -> dict[str, Any]:
     values["model"] = _public(recipe.model)
     for block in ("data", "method", "train"):
         values[block] = {key: value for key, value in values[block].items() if value not in (None, {})}
-    for block, key in (("data", "path"), ("data", "held_out"), ("train", "start_from")):
+    for block, key in (("data", "path"), ("data", "held_out"), ("train", "start_from"), ("train", "kl_text")):
         if key in values[block]:
             values[block][key] = Path(values[block][key]).name
     return values
