@@ -2,6 +2,7 @@
 
 import functools
 import importlib.resources
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
-WITHOUT_GAINS = ("lora", "pissa", "proj_lora", "split_lora")
+WITHOUT_GAINS = ("adalora", "lora", "pissa", "proj_lora", "split_lora")
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class ModelShape:
     def trainable(self, method_settings: Mapping[str, Any]) -> int:
         """Return how many parameters a method trains.
 
-        A layer (m, n) has r(m + n) of them, and k gains with HiP-LoRA's principal channel; `modules_to_save` are
-        trained in full.
+        A layer (m, n) has r(m + n) of them, and k gains with HiP-LoRA's principal channel; AdaLoRA's has
+        init_r(m + n + 1) before the pruning. `modules_to_save` are trained in full.
 
         Raises:
             ConfigError: a setting is missing, or no layer matches `target_modules`.
         """
         count = sum(
-            _own(method_settings, "rank_pattern", name, "r") * (m + n)
+            _layer_parameters(method_settings, name, m, n)
             for name, (m, n) in self.targets(method_settings).items()
         )
         if _learns_gains(method_settings):
@@ -202,6 +203,12 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
             yield name, (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):  # GPT-2's linear layer, stored as (in, out)
             yield name, (module.weight.shape[1], module.weight.shape[0])
+
+
+def _layer_parameters(settings: Mapping[str, Any], name: str, m: int, n: int) -> int:
+    if _setting(settings, "name") == "adalora":
+        return (settings.get("init_r") or math.ceil(1.5 * _setting(settings, "r"))) * (m + n + 1)
+    return _own(settings, "rank_pattern", name, "r") * (m + n)
 
 
 def _learns_gains(settings: Mapping[str, Any]) -> bool:

@@ -15,12 +15,15 @@ from hiplora.recipes.methods import METHODS
 from hiplora.recipes.rows import is_hub_name, read_rows
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings, expand_short_forms
 from hiplora.recipes.shapes import check_rows
+from hiplora.recipes.start import start_problems
 
 BLOCKS: dict[Loc, type[BaseModel]] = {
     (): TrainRecipe,
     ("data",): DataSettings,
     ("train",): TrainSettings,
 }
+PATHS: tuple[Loc, ...] = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
+TEXTS: tuple[Loc, ...] = (("method", "calibration_text"), ("train", "kl_text"))
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> TrainRecipe:
@@ -41,10 +44,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     model = value.get("model")
     problems += [f"{document.place(('model',))}: {text}" for text in model_problems(model)]
     problems += _data_problems(recipe.data if recipe else _data_alone(value), document)
-    text = getattr(recipe.method, "calibration_text", None) if recipe else None
-    if text is not None and not Path(text).is_file() and not is_hub_name(text):
-        where = document.place(("method", "calibration_text"))
-        problems.append(f"{where}: method.calibration_text: no such file: {text}; correct the path")
+    problems += _file_problems(recipe, document) if recipe else []
     if problems or recipe is None:
         problems.sort(key=_line)
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
@@ -74,19 +74,17 @@ def _is_path(name: str) -> bool:
 
 
 def _resolve_paths(value: dict[str, Any], document: Document) -> None:
-    """Make the paths of a recipe absolute, in place."""
-    raw_data = value.get("data")
-    data = dict(raw_data) if isinstance(raw_data, dict) else {}
-    for block, loc in ((value, ("out",)), (data, ("data", "path")), (data, ("data", "held_out"))):
-        if isinstance(block.get(loc[-1]), str) and block[loc[-1]]:
-            block[loc[-1]] = _absolute(block[loc[-1]], loc, document)
-    if data:
-        value["data"] = data
-    method, loc = value.get("method"), ("method", "calibration_text")
-    if isinstance(method, dict) and isinstance(method.get(loc[-1]), str) and method[loc[-1]]:
-        where = _absolute(method[loc[-1]], loc, document)
-        if Path(where).exists() or not is_hub_name(method[loc[-1]]):
-            value["method"] = {**method, loc[-1]: where}
+    """Make the paths of a recipe absolute, in place; a text may be a data set of the hub instead."""
+    for name in ("data", "method", "train"):
+        if isinstance(value.get(name), dict):
+            value[name] = dict(value[name])
+    for loc in PATHS + TEXTS:
+        block, name = (value.get(str(loc[0])) if len(loc) > 1 else value), str(loc[-1])
+        given = block.get(name) if isinstance(block, dict) else None
+        if isinstance(block, dict) and isinstance(given, str) and given:
+            where = _absolute(given, loc, document)
+            if loc in PATHS or Path(where).exists() or not is_hub_name(given):
+                block[name] = where
     model = value.get("model")
     if isinstance(model, str) and model:
         where = _absolute(model, ("model",), document)
@@ -130,6 +128,21 @@ def _data_problems(data: DataSettings | None, document: Document) -> list[str]:
         except (DataError, OSError) as error:
             text = str(error).replace("\n", "\n    ")
             problems.append(f"{document.place(('data', key))}: data.{key}: {text}")
+    return problems
+
+
+def _file_problems(recipe: TrainRecipe, document: Document) -> list[str]:
+    """Say what is wrong with the texts and the adapter that a recipe names."""
+    problems = []
+    for block, name in TEXTS:
+        text = getattr(getattr(recipe, str(block)), str(name), None)
+        if text is not None and not Path(text).is_file() and not is_hub_name(text):
+            where = document.place((block, name))
+            problems.append(f"{where}: {block}.{name}: no such file: {text}; correct the path")
+    if recipe.train.start_from is not None:
+        where = document.place(("train", "start_from"))
+        found = start_problems(recipe.method, recipe.train.start_from)
+        problems += [f"{where}: train.start_from: {text}" for text in found]
     return problems
 
 

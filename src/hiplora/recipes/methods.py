@@ -2,61 +2,23 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+from hiplora.recipes.adalora import AdaLoraMethod
+from hiplora.recipes.low_rank import ATTENTION_PROJECTIONS, Block, LowRank
+
+__all__ = ["ATTENTION_PROJECTIONS", "METHODS", "AdaLoraMethod", "Block", "LowRank", "Method"]
+
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
+MOVE_THE_BASE = ("pissa",)  # methods that take a part out of the base weights and train it
 OF_THE_SPLIT = ("clients", "cut_layer", "average_every")
 Rank = (
     Annotated[int, Field(ge=1)]
     | Annotated[float, Field(gt=0, lt=1)]
     | Annotated[str, Field(pattern=r"^energy:0?\.\d*[1-9]\d*$")]
 )
-
-
-class Block(BaseModel):
-    """Base of every block: unknown fields are errors, values are not guessed into other types, nothing changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LowRank(Block):
-    """What every method has: the low-rank factors and the modules they sit on, under PEFT's names."""
-
-    r: int = Field(
-        default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
-    )
-    lora_alpha: int | float = Field(
-        default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r."
-    )
-    lora_dropout: float = Field(
-        default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update."
-    )
-    target_modules: list[str] | str = Field(
-        default=list(ATTENTION_PROJECTIONS),
-        min_length=1,
-        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
-    )
-    exclude_modules: list[str] | str | None = Field(
-        default=None, description="Modules to leave alone, although target_modules names them."
-    )
-    layers_to_transform: list[int] | int | None = Field(
-        default=None, description="Indices of the layers to adapt; all if empty."
-    )
-    layers_pattern: list[str] | str | None = Field(
-        default=None, description="Name of the model's list of layers, where layers_to_transform needs it."
-    )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default={}, description="Module name or pattern → its own r."
-    )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Module name or pattern → its own lora_alpha."
-    )
-    modules_to_save: list[str] | None = Field(
-        default=None, description="Modules to train in full and save with the adapter."
-    )
 
 
 class LoraMethod(LowRank):
@@ -230,6 +192,7 @@ class HipLoraMethod(Spectral):
 
 
 METHODS: dict[str, type[LowRank]] = {
+    "adalora": AdaLoraMethod,
     "hiplora": HipLoraMethod,
     "lora": LoraMethod,
     "pissa": PissaMethod,
@@ -237,5 +200,6 @@ METHODS: dict[str, type[LowRank]] = {
     "split_lora": SplitLoraMethod,
 }
 Method = Annotated[
-    HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod, Field(discriminator="name")
+    AdaLoraMethod | HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod,
+    Field(discriminator="name"),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hiplora.recipes.methods import Block, HipLoraMethod, Method
+from hiplora.recipes.methods import MOVE_THE_BASE, AdaLoraMethod, Block, HipLoraMethod, Method
 
 DEFAULT_STEPS = 2000
 
@@ -153,6 +153,30 @@ class TrainSettings(Block):
         ge=1,
         description="Measure the held-out loss every so many steps too, not only before and after.",
     )
+    kl_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Price of a nat of KL(base ‖ adapted) per token, measured once a step on other text and added to "
+        "the loss; 0 adds nothing. Not for methods that move the base weights.",
+    )
+    kl_text: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file or training data to measure it on, instead of text sampled from the base model. In a "
+        "recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    kl_tokens: int = Field(default=256, ge=2, description="Tokens of that text that a step reads.")
+    kl_pool: int = Field(
+        default=10_000,
+        ge=2,
+        description="Tokens to sample, or to read of `kl_text`; steps go through them in an order drawn by `seed`.",
+    )
+    start_from: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of a finished adapter, made with the same method and settings, whose weights the training "
+        "carries on from. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -162,6 +186,13 @@ class TrainSettings(Block):
         if value.get("steps") is not None:
             raise ValueError("give either `steps` or `epochs`, not both")
         return {**value, "steps": None}
+
+    @model_validator(mode="after")
+    def _kl_has_a_price(self) -> "TrainSettings":
+        for name in ("kl_text", "kl_tokens", "kl_pool"):
+            if not self.kl_weight and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no use with `kl_weight: 0`; remove it, or set a price")
+        return self
 
     @model_validator(mode="after")
     def _some_length(self) -> "TrainSettings":
@@ -180,7 +211,7 @@ class TrainRecipe(Block):
     data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
     method: Method = Field(
         default=HipLoraMethod(),
-        description="hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
+        description="adalora, hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(
@@ -202,6 +233,22 @@ class TrainRecipe(Block):
     def _evaluation_has_data(self) -> "TrainRecipe":
         if self.train.eval_every is not None and not self.data.has_held_out:
             raise ValueError("`train.eval_every` needs `data.held_out` or `data.held_out_fraction`")
+        return self
+
+    @model_validator(mode="after")
+    def _the_base_is_there_to_compare_with(self) -> "TrainRecipe":
+        if self.train.kl_weight and self.method.name in MOVE_THE_BASE:
+            raise ValueError(
+                f"`train.kl_weight` compares with the base model, whose weights {self.method.name} moves; remove it, "
+                "or use another method"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_can_be_pruned(self) -> "TrainRecipe":
+        steps = self.train.steps
+        if isinstance(self.method, AdaLoraMethod) and steps is not None and self.train.start_from is None:
+            self.method.schedule(steps)
         return self
 
     @model_validator(mode="after")

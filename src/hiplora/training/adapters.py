@@ -5,17 +5,20 @@ base, the start is kept, and the difference to it is saved: a plain LoRA of rank
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hiplora.recipes.methods import OF_THE_SPLIT, HipLoraMethod, LowRank, ProjLoraMethod
+from hiplora.errors import ConfigError
+from hiplora.recipes.adalora import Schedule
+from hiplora.recipes.methods import OF_THE_SPLIT, AdaLoraMethod, HipLoraMethod, LowRank, ProjLoraMethod
 from hiplora.training.checkpoints import staged
 from hiplora.tuner import HipLoraConfig
 
@@ -24,8 +27,16 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def adapter_config(method: LowRank) -> PeftConfig:
-    """Make the PEFT configuration of a recipe's method; every setting of the method is passed on."""
+def adapter_config(method: LowRank, schedule: Schedule | None = None) -> PeftConfig:
+    """Make the PEFT configuration of a recipe's method; every setting of the method is passed on.
+
+    `schedule` is AdaLoRA's.
+
+    Raises:
+        ConfigError: AdaLoRA has no schedule: whoever trains does not prune.
+    """
+    if isinstance(method, AdaLoraMethod):
+        return _adalora_config(method, schedule)
     settings = method.model_dump(
         exclude={"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
     )
@@ -38,6 +49,21 @@ def adapter_config(method: LowRank) -> PeftConfig:
     )
 
 
+def _adalora_config(method: AdaLoraMethod, schedule: Schedule | None) -> AdaLoraConfig:
+    if schedule is None:
+        raise ConfigError(
+            "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
+        )
+    own = ("name", "r", "init_r", "rank_pattern", "alpha_pattern", *vars(schedule))
+    return AdaLoraConfig(
+        task_type="CAUSAL_LM",
+        init_r=method.first_rank,
+        target_r=method.r,
+        **vars(schedule),
+        **method.model_dump(exclude={*own}),
+    )
+
+
 def is_pissa(method: LowRank) -> bool:
     """Whether a method changes the base weights at its start."""
     return getattr(method, "name", "") == "pissa"
@@ -45,7 +71,11 @@ def is_pissa(method: LowRank) -> bool:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save an adapter's own tensors and its configuration; the embeddings of the base are no part of it."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Adapter .* have invalid shape"
+        )  # AdaLoRA's modules without any rank
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def save_start(model: PeftModel, folder: Path) -> None:
@@ -69,13 +99,17 @@ def restore_start(model: PeftModel, start: Path) -> bool:
     PEFT decomposes the weights again. On the same machine that gives the same bits; where it does not (another
     processor, another number of threads), the base weights are corrected by the difference, exact to rounding.
     """
-    stored = load_file(start / WEIGHTS_FILE)
+    return take_start(model, load_file(start / WEIGHTS_FILE))
+
+
+def take_start(model: PeftModel, stored: Mapping[str, Tensor]) -> bool:
+    """Make sure that a model is at this very PiSSA start, its base weights too; return whether it was there."""
     again = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     if stored.keys() == again.keys() and all(torch.equal(stored[name], again[name].cpu()) for name in stored):
         return True
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A]
     taken_out = [_update(layer) for layer in layers]
-    peft.set_peft_model_state_dict(model, stored, ADAPTER)
+    peft.set_peft_model_state_dict(model, dict(stored), ADAPTER)
     for layer, other in zip(layers, taken_out, strict=True):
         base: Any = layer.get_base_layer()
         base.weight.data = (base.weight.float() + other - _update(layer)).to(base.weight.dtype)

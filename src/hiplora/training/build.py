@@ -13,13 +13,17 @@ from trl.data_utils import pack_dataset
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.recipes import TrainRecipe, TrainSettings
-from hiplora.recipes.methods import Spectral, SplitLoraMethod
+from hiplora.recipes.adalora import Schedule
+from hiplora.recipes.methods import AdaLoraMethod, Spectral, SplitLoraMethod
+from hiplora.training.adalora import AdaLoraTrainer
 from hiplora.training.adapters import adapter_config
 from hiplora.training.attention import use_packed_attention
 from hiplora.training.calibration import calibrate_for
+from hiplora.training.kl import kl_penalty
 from hiplora.training.metrics import Record
 from hiplora.training.run import RunFolder
 from hiplora.training.split import SplitTrainer, batches_in_epoch
+from hiplora.training.start import Start
 from hiplora.training.trainer import RecordingTrainer
 from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.targets import survey
@@ -54,19 +58,26 @@ def build_trainer(
     held_out: Dataset | None,
     record: Record,
     steps: int,
+    start: Start | None = None,
 ) -> RecordingTrainer:
     """Put the adapter on the model and a trainer around both; sets the seed.
+
+    Of `start`, the adapter that is carried on from, only the configuration is used here.
 
     Raises:
         ConfigError: the method's settings do not fit the model.
     """
-    config = adapter_config(recipe.method)
-    if isinstance(config, HipLoraConfig) and config.basis == "activation":
+    if start is not None:
+        config = start.configured(recipe.method)
+    else:
+        config = adapter_config(recipe.method, _schedule(recipe, steps))
+    if start is None and isinstance(config, HipLoraConfig) and config.basis == "activation":
         _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
+    penalty = kl_penalty(recipe, model, tokenizer)  # so is this text sampled
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
     try:
-        trainer = _kind(recipe)(
+        trainer = _kind(recipe, start)(
             model=model,
             args=arguments,
             train_dataset=train_set,
@@ -77,6 +88,7 @@ def build_trainer(
             checkpoints=run.checkpoints,
             keep_checkpoints=recipe.train.keep_checkpoints,
             eval_every=recipe.train.eval_every,
+            penalties=[penalty] if penalty else [],
         )
     except HipLoraError:
         raise
@@ -85,7 +97,18 @@ def build_trainer(
     return trainer
 
 
-def _kind(recipe: TrainRecipe) -> Callable[..., RecordingTrainer]:
+def _schedule(recipe: TrainRecipe, steps: int) -> Schedule | None:
+    if not isinstance(recipe.method, AdaLoraMethod):
+        return None
+    try:
+        return recipe.method.schedule(steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _kind(recipe: TrainRecipe, start: Start | None) -> Callable[..., RecordingTrainer]:
+    if isinstance(recipe.method, AdaLoraMethod):
+        return functools.partial(AdaLoraTrainer, prunes=start is None)
     if isinstance(recipe.method, SplitLoraMethod):
         return functools.partial(SplitTrainer, split=recipe.method)
     return RecordingTrainer

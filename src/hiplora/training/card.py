@@ -18,6 +18,10 @@ METHODS = {
     "hiplora": ("HiP-LoRA", ""),  # what it is follows from its settings
     "proj_lora": ("Proj-LoRA", ""),
     "lora": ("LoRA", "A plain low-rank update."),
+    "adalora": (
+        "AdaLoRA",
+        "A low-rank update whose rank was cut, module by module, where it mattered least.",
+    ),
     "pissa": (
         "PiSSA",
         "Trained from the principal part of the base weights; saved as the plain LoRA (of twice the rank) that brings "
@@ -97,7 +101,8 @@ def _loading(recipe: TrainRecipe, base: str) -> str:
             "\n\nAs a plain LoRA adapter that stock PEFT, vLLM and others load, with the same outputs:\n\n"
             "```\nhiplora export path/to/this/folder --to lora --out adapter-as-lora\n```"
         )
-    return text + "\n\nThis is a plain LoRA adapter; stock PEFT loads it without hiplora."
+    kind = "an AdaLoRA adapter" if recipe.method.name == "adalora" else "a plain LoRA adapter"
+    return text + f"\n\nThis is {kind}; stock PEFT loads it without hiplora."
 
 
 def _data(result: TrainResult) -> str:
@@ -125,7 +130,7 @@ def _public_recipe(recipe: TrainRecipe) -> dict[str, Any]:
     values["model"] = _public(recipe.model)
     for block in ("data", "method", "train"):
         values[block] = {key: value for key, value in values[block].items() if value not in (None, {})}
-    for key in ("path", "held_out"):
-        if key in values["data"]:
-            values["data"][key] = Path(values["data"][key]).name
+    for block, key in (("data", "path"), ("data", "held_out"), ("train", "start_from"), ("train", "kl_text")):
+        if key in values[block]:
+            values[block][key] = Path(values[block][key]).name
     return values

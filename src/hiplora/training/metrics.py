@@ -24,7 +24,8 @@ class Record:
 
     A row has `step`, `loss` (mean over the steps since the last row), `lr`, `tokens` (read so far, padding not
     counted), `tokens_per_second` (since the last row) and `seconds` (of training, over all sessions; measuring
-    and saving are not in it). Rows where it was measured also have `held_out_loss`; the row of step 0 has only
+    and saving are not in it); with a penalty, its mean over those steps under its name, without its weight. Rows
+    where it was measured also have `held_out_loss`; the row of step 0 has only
     that.
     """
 
@@ -39,6 +40,7 @@ class Record:
         self._path = folder / FILE
         self._on_step = on_step
         self._losses: list[float] = []
+        self._penalties: dict[str, list[float]] = {}
         self._since = (0, 0.0)  # tokens and seconds at the last row
         self._loss = 0.0
         self._clock = time.perf_counter()
@@ -51,6 +53,12 @@ class Record:
         """Add one forward-backward pass of the current step: its share of the step's loss, and its tokens."""
         self._loss += loss
         self.tokens += tokens
+
+    def add_penalty(self, name: str, value: float) -> None:
+        """Add what was measured of a penalty in the current step, or a share of it."""
+        steps = self._penalties.setdefault(name, [])
+        steps.extend([0.0] * (len(self._losses) + 1 - len(steps)))
+        steps[-1] += value
 
     def end_step(self, step: int, lr: float) -> Row | None:
         """Close an optimizer step; return the new row if one is due.
@@ -74,12 +82,13 @@ class Record:
         row = {
             "step": step,
             "loss": sum(self._losses) / len(self._losses),
+            **{name: sum(values) / len(self._losses) for name, values in self._penalties.items()},
             "lr": lr,
             "tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(self.seconds - seconds, 1e-9),
             "seconds": self.seconds,
         }
-        self._losses, self._since = [], (self.tokens, self.seconds)
+        self._losses, self._penalties, self._since = [], {}, (self.tokens, self.seconds)
         return row
 
     def write(self, row: Row) -> None:
@@ -98,6 +107,7 @@ class Record:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "losses": self._losses,
+            "penalties": self._penalties,
             "since": self._since,
         }
         write_atomic(folder / STATE, json.dumps(state))
@@ -107,6 +117,7 @@ class Record:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         self.rows, self.tokens, self.seconds = state["rows"], state["tokens"], state["seconds"]
         self.peak_memory, self._losses = state["peak_memory"], state["losses"]
+        self._penalties = state.get("penalties", {})
         self._since = (state["since"][0], state["since"][1])
         self.rewrite()
 

@@ -175,9 +175,12 @@ def _check_data(run: RunFolder, sources: Mapping[str, Any]) -> None:
         stored = json.loads((run.checkpoints / "run.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError):
         return
-    if stored != json.loads(json.dumps(sources)) and run.last_checkpoint is not None:
+    now = json.loads(json.dumps(sources))
+    changed = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+    if changed and run.last_checkpoint is not None:
+        what = "the adapter that it started from" if changed == ["start"] else "the data"
         raise ConfigError(
-            f"--out {run.path}: the data changed since this run began; put them back to carry on, or pass "
+            f"--out {run.path}: {what} changed since this run began; put back what was there to carry on, or pass "
             "--overwrite to start anew"
         )
 

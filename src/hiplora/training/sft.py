@@ -11,6 +11,7 @@ from typing import Literal
 import datasets
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -21,13 +22,13 @@ from hiplora.models import load
 from hiplora.provenance import json_sha256, provenance
 from hiplora.recipes import TrainRecipe, model_problems
 from hiplora.training.adapters import (
-    ADAPTER,
     WEIGHTS_FILE,
     is_pissa,
     restore_start,
     save_adapter,
     save_difference,
     save_start,
+    take_start,
 )
 from hiplora.training.build import build_trainer, sequences, total_steps
 from hiplora.training.card import model_card
@@ -38,6 +39,7 @@ from hiplora.training.memory import peak_bytes, reset_peak
 from hiplora.training.metrics import OnStep, Record
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, held_out_losses
 from hiplora.training.run import RunFolder, assembled, check_claim, claimed, recipe_values
+from hiplora.training.start import Start, given_start
 from hiplora.training.trainer import RecordingTrainer
 
 OnText = Callable[[str], None]
@@ -83,8 +85,11 @@ def train(
         note(f"{run.path} holds this run already, finished; nothing to do")
         return TrainResult.read(run.path)
     say("reading the data")
-    data = load_data(recipe.data)
-    with claimed(run, recipe, data.sources, overwrite), _quiet():
+    data, start = load_data(recipe.data), given_start(recipe, run.path)
+    sources = {**data.sources, "start": start.record()} if start else data.sources
+    if start and (warning := start.warning(recipe.model)):
+        note(warning)
+    with claimed(run, recipe, sources, overwrite), _quiet():
         if resume and run.last_checkpoint is None:
             note(f"{run.path} has no checkpoint to carry on from; starting at the beginning")
         say(f"loading {Path(recipe.model).name}")
@@ -95,9 +100,9 @@ def train(
         steps = total_steps(recipe.train, len(train_set), getattr(recipe.method, "clients", 1))
         record = Record(run.path, steps, recipe.train.log_every, on_step)
         say(f"putting {recipe.method.name} adapters on")
-        trainer = build_trainer(recipe, run, model, tokenizer, train_set, held_out, record, steps)
-        _fit(trainer, run, recipe, steps, note)
-        return _finish(trainer, run, recipe, data, report)
+        trainer = build_trainer(recipe, run, model, tokenizer, train_set, held_out, record, steps, start)
+        _fit(trainer, run, recipe, start, note)
+        return _finish(trainer, run, recipe, data, start, report)
 
 
 def machine_dtype() -> Literal["bf16", "fp32"]:
@@ -156,30 +161,44 @@ def _warnings(recipe: TrainRecipe, report: EncodingReport) -> list[str]:
     return said
 
 
-def _fit(trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, steps: int, note: OnText) -> None:
+def _fit(
+    trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, start: Start | None, note: OnText
+) -> None:
     """Train to the last step, from the last checkpoint if there is one."""
-    checkpoint = run.last_checkpoint
+    checkpoint, steps = run.last_checkpoint, trainer.args.max_steps
+    if is_pissa(recipe.method) and not _at_its_start(trainer.adapted, run, start):
+        note("PiSSA starts with other rounding here than where it began; the results may differ by it")
+    if start is not None:
+        start.put_on(trainer.adapted)
     if checkpoint is None:
-        if is_pissa(recipe.method):
-            save_start(trainer.adapted, run.start)
         trainer.record.rewrite()
     else:
-        if is_pissa(recipe.method) and not restore_start(trainer.adapted, run.start):
-            note(
-                "PiSSA starts with other rounding here than where the run began; the results may differ by it"
-            )
         trainer.record.restore(checkpoint)
         note(f"carrying on from step {step_of(checkpoint):,} of {steps:,}")
     reset_peak()
     if checkpoint is not None and step_of(checkpoint) == steps:  # stopped between the last step and the end
-        trainer.adapted.load_adapter(str(checkpoint), ADAPTER, is_trainable=True)
+        trainer.take_adapter(checkpoint)
     else:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.record.peak_memory = max(trainer.record.peak_memory, peak_bytes())
 
 
+def _at_its_start(model: PeftModel, run: RunFolder, start: Start | None) -> bool:
+    """Have a PiSSA model at the start of its run, or of the adapter that it carries on from; say whether it was."""
+    if run.last_checkpoint is not None:
+        return restore_start(model, run.start)
+    same = start is None or take_start(model, start.origin())
+    save_start(model, run.start)
+    return same
+
+
 def _finish(
-    trainer: RecordingTrainer, run: RunFolder, recipe: TrainRecipe, data: TrainingData, report: EncodingReport
+    trainer: RecordingTrainer,
+    run: RunFolder,
+    recipe: TrainRecipe,
+    data: TrainingData,
+    start: Start | None,
+    report: EncodingReport,
 ) -> TrainResult:
     """Assemble the output folder and return what is in it."""
     record, model = trainer.record, trainer.adapted
@@ -201,6 +220,7 @@ def _finish(
         recipe_sha256=json_sha256(values),
         seed=recipe.seed,
         data=data.sources,
+        **({"start": start.record()} if start else {}),
         device=str(trainer.args.device),
         result=result.summary(),
     )

@@ -201,8 +201,7 @@ class SplitTrainer(RecordingTrainer):
             ConfigError: the method's settings do not fit the model or the data.
         """
         super().__init__(*args, **kwargs)
-        self._clients = split.clients
-        self._micro_batch = 0
+        self._clients = self.turns = split.clients
         shards = shard_sizes(len(self.train_dataset), split.clients)  # type: ignore[arg-type]
         self.sides = ClientSides(self.adapted, split.cut_layer, shards)
         self.add_callback(_Averaging(self.sides, split.average_every))
@@ -226,16 +225,13 @@ class SplitTrainer(RecordingTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Begin an optimizer step: it is client 0's turn, and the copies' gradients of the last step are gone."""
-        self._micro_batch = 0
         for parameter in self.sides.copies:
             parameter.grad = None  # the Trainer clears those of the model's own parameters
         return super().get_batch_samples(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Pass a batch through the side of the client that it belongs to."""
-        client = self._micro_batch % self._clients
-        self._micro_batch += 1
-        with self.sides.client(client):
+        with self.sides.client(self._passes % self._clients):
             return super().training_step(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

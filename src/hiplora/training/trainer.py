@@ -2,6 +2,7 @@
 a record that a resumed run continues exactly, and no network.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from hiplora.training.adapters import save_adapter
+from hiplora.training.adapters import ADAPTER, save_adapter
 from hiplora.training.checkpoints import prune, staged
 from hiplora.training.encoding import IGNORED
 from hiplora.training.memory import peak_bytes
 from hiplora.training.metrics import Record
+from hiplora.training.penalties import Penalty
 
 LOGITS_LIMIT = 2**29  # logits of one batch kept at a time (2 GiB in fp32); beyond it, TRL's chunked loss
 
 
 class RecordingTrainer(SFTTrainer):
-    """An SFTTrainer that keeps a `Record` and measures the held-out loss; its checkpoints are whole or absent."""
+    """An SFTTrainer that keeps a `Record` and measures the held-out loss; its checkpoints are whole or absent.
+
+    Penalties are added once a step, in equal shares on its first `turns` passes.
+    """
+
+    turns = 1
 
     def __init__(
         self,
@@ -30,10 +37,13 @@ class RecordingTrainer(SFTTrainer):
         checkpoints: Path,
         keep_checkpoints: int = 1,
         eval_every: int | None = None,
+        penalties: Sequence[Penalty] = (),
         **kwargs: Any,
     ) -> None:
-        """Take SFTTrainer's arguments, the record, the checkpoints' folder, and how often to measure."""
+        """Take SFTTrainer's arguments, the record, the checkpoints' folder, how often to measure, and what to add."""
         self.record = record
+        self._penalties = [penalty for penalty in penalties if penalty.weight]
+        self._passes = 0  # of the current optimizer step
         self._checkpoints = checkpoints
         self._keep_checkpoints = keep_checkpoints
         self._aside: Path | None = None
@@ -46,12 +56,27 @@ class RecordingTrainer(SFTTrainer):
         """The model with its adapter, a PeftModel (the Trainer itself does not say so)."""
         return self.model
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin an optimizer step."""
+        self._passes = 0
+        return super().get_batch_samples(*args, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on one batch and record its share of the step's loss."""
+        """Train on one batch and record its share of the step's loss; the step's first passes have the penalties."""
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.record.add_batch(loss.item(), int(tokens))
+        if self._passes < self.turns:
+            self._penalise()
+        self._passes += 1
         return loss
+
+    def _penalise(self) -> None:
+        for penalty in self._penalties:
+            with self.compute_loss_context_manager():
+                value = penalty(self.adapted, self.state.global_step)
+            self.accelerator.backward(penalty.weight / self.turns * value)
+            self.record.add_penalty(penalty.name, value.item() / self.turns)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -72,6 +97,10 @@ class RecordingTrainer(SFTTrainer):
         loss = F.cross_entropy(logits.float(), labels[:, 1:][learned[:, :-1]], reduction="sum")
         count = learned.sum() if num_items_in_batch is None else num_items_in_batch
         return loss / torch.as_tensor(count).clamp(min=1)
+
+    def take_adapter(self, checkpoint: Path) -> None:
+        """Give the model the adapter of a checkpoint."""
+        self.adapted.load_adapter(str(checkpoint), ADAPTER, is_trainable=True)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

@@ -172,6 +172,13 @@ def target_groups(targets: Sequence[Target], sides: str, max_bytes: int) -> Iter
         yield group
 
 
+def sampled_rows(
+    model: nn.Module, tokens: int, seed: int = 0, store: CalibrationStore | None = None
+) -> list[Tensor]:
+    """Return about `tokens` token ids in rows, sampled from a base model: those that `calibrate` would measure on."""
+    return _sampled(model, store or CalibrationStore(), model_fingerprint(model), tokens, seed)
+
+
 def _sampled(
     model: nn.Module, store: CalibrationStore, identity: str, tokens: int, seed: int
 ) -> list[Tensor]:

@@ -88,6 +88,8 @@ def test_layers_stored_the_other_way_round_are_linear_layers_too():
 
 
 CASES = [
+    ("adalora", {"r": 2}),
+    ("adalora", {"r": 2, "init_r": 7, "target_modules": "all-linear"}),
     ("lora", {}),
     ("lora", {"r": 4, "target_modules": "all-linear"}),
     ("lora", {"r": 4, "rank_pattern": {"k_proj": 2, "layers.1.self_attn.q_proj": 3}}),
@@ -107,7 +109,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "values"), CASES)
 def test_trainable_parameters_are_those_of_the_adapter_itself(tiny, name, values):
-    model = get_peft_model(tiny_llama(), adapter_config(METHODS[name](**values)))
+    method = METHODS[name](**values)
+    schedule = method.schedule(100) if name == "adalora" else None
+    model = get_peft_model(tiny_llama(), adapter_config(method, schedule))
     real = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert tiny.trainable(settings(name, **values)) == real
 

@@ -175,3 +175,23 @@ def test_checking_a_recipe_loads_no_heavy_library(folder):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_adapter_to_start_from_is_looked_for_beside_the_recipe(folder, monkeypatch):
+    path = write(folder, GOOD + "method: {name: lora, r: 4}\ntrain:\n  start_from: first\n")
+    monkeypatch.chdir("/")
+    given = folder / "first"
+    assert f"line 5: train.start_from: no such folder: {given}" in complaints(path)
+    given.mkdir()
+    assert "first has no adapter_config.json" in complaints(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (given / name).touch()
+    write(given, "method: {name: lora, r: 8}\n")
+    assert "line 5: train.start_from: " in complaints(path)
+    assert "holds another adapter (method.r: 8 there, 4 here)" in complaints(path)
+    write(given, "method: {name: lora, r: 4, rankk: 2}\n")
+    assert "is no recipe of this version's" in complaints(path)
+    write(given, "method: {name: lora, r: 4, lora_dropout: 0.0}\n")
+    assert load_recipe(path).train.start_from == str(given)
+    monkeypatch.chdir(folder)
+    assert load_recipe(path, ["train.start_from=first"]).train.start_from == str(given)

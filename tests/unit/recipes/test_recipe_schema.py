@@ -59,6 +59,12 @@ def test_a_recipe_has_the_tuners_fields_under_the_tuners_names_and_defaults():
     assert fields == {**expected, **of_the_calibration}
 
 
+def config_of(method):
+    return (
+        adapter_config(method, method.schedule(100)) if method.name == "adalora" else adapter_config(method)
+    )
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_of_a_method_reaches_the_adapter(name):
     own = {"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
@@ -89,17 +95,34 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
         "residual_projection": False,
         "init_weights": "zero",
         "principal_channel": True,
+        "init_r": 9,
+        "tinit": 3,
+        "tfinal": 4,
+        "deltaT": 2,
+        "beta1": 0.5,
+        "beta2": 0.75,
+        "orth_reg_weight": 0.25,
     }
+    if name == "adalora":
+        settings = {key: value for key, value in settings.items() if not key.endswith("_pattern")}
+        settings |= {"layers_pattern": None}
     assert settings.keys() <= changed.keys()
     wanted = {key: changed[key] for key in settings}
-    config = adapter_config(recipe(method={"name": name, **wanted}).method)
+    config = config_of(recipe(method={"name": name, **wanted}).method)
+    if name == "adalora":
+        wanted["target_r"] = wanted.pop("r")
     for key, value in wanted.items():
         given = getattr(config, key)
         assert (sorted(given) if isinstance(given, set) else given) == value, key
 
 
 def test_the_methods_become_what_they_are_called():
-    made = {name: adapter_config(recipe(method=name).method) for name in METHODS}
+    made = {name: config_of(recipe(method=name).method) for name in METHODS}
+    assert (made["adalora"].peft_type, made["adalora"].init_r, made["adalora"].target_r) == (
+        "ADALORA",
+        24,
+        16,
+    )
     assert made["hiplora"].principal_channel is False
     paper = adapter_config(recipe(method={"name": "hiplora", "preset": "paper"}).method)
     assert paper.principal_channel is True

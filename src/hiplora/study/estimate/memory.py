@@ -66,7 +66,7 @@ def adapter_elements(shape: ModelShape, method_settings: Mapping[str, Any]) -> i
     settings = full_settings(method_settings)
     mask = (0.25 if settings["name"] in FACTORED else 1.0) if settings["lora_dropout"] else 0.0
     inputs = sum(n for _, n in shape.targets(settings).values())
-    return int(inputs * (1 + mask)) + settings["r"] * len(shape.targets(settings))
+    return int(inputs * (1 + mask)) + (settings.get("init_r") or settings["r"]) * len(shape.targets(settings))
 
 
 def _activation_bytes(load: Load, shape: ModelShape, dtype_bytes: int) -> float:

@@ -1,0 +1,258 @@
+"""`train.start_from`: every method carries on from the adapter that it is given, on a base that nobody touched."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.provenance import file_sha256
+from hiplora.recipes import TrainRecipe
+from hiplora.training import train
+from hiplora.training.metrics import read_metrics
+from hiplora.tuner import calibration
+from tests.tiny import write_jsonl
+
+METHODS = {
+    "hiplora": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
+    "recomputed": {"name": "hiplora", "preset": "paper", "principal_rank": 8, "save_factors": False},
+    "activation": {"name": "hiplora", "principal_rank": 8, "calibration_tokens": 512},
+    "energy": {"name": "proj_lora", "principal_rank": "energy:0.5", "basis": "weight", "projection": "hard"},
+    "soft": {"name": "proj_lora", "principal_rank": 8, "projection": "soft", "calibration_tokens": 512},
+    "lora": {"name": "lora", "modules_to_save": ["lm_head"]},
+    "pissa": {"name": "pissa", "r": 4, "rank_pattern": {"q_proj": 3}},
+    "adalora": {"name": "adalora", "r": 2, "init_r": 6, "tinit": 0, "tfinal": 1},
+    "split_lora": {"name": "split_lora", "clients": 2, "cut_layer": 1, "average_every": 2},
+}
+SETTINGS = {
+    "steps": 4,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "max_length": 96,
+    "lr": 1e-2,
+    "dtype": "fp32",
+    "save_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("continual")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Two tasks."""
+    return [
+        write_jsonl(
+            folder / f"{task}.jsonl",
+            [{"prompt": f"{task} {n}: ", "completion": f"{n} it is"} for n in range(12)],
+        )
+        for task in ("Say", "Ask")
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model_dir, rows):
+    def make(method, task=0, start=None, **settings):
+        return TrainRecipe.model_validate(
+            {
+                "model": str(tiny_model_dir),
+                "data": {"path": rows[task], "held_out_fraction": 0.2},
+                "method": METHODS[method] if isinstance(method, str) else method,
+                "train": {**SETTINGS, "start_from": start, **settings},
+                "seed": 7 + task,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def first(recipe, folder):
+    """The adapter of the first task, of each method made once."""
+
+    def made(method):
+        out = folder / f"first-{method}"
+        return out if out.exists() else train(recipe(method), out).adapter
+
+    return made
+
+
+def tensors(out):
+    return load_file(out / "adapter_model.safetensors")
+
+
+def update(out, base_dir):
+    """What an adapter does to the untouched base, by PEFT's own loading: parameter → difference, dense."""
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    merged = peft.PeftModel.from_pretrained(base, out).merge_and_unload()
+    return {name: p.detach() - before[name] for name, p in merged.named_parameters()}
+
+
+def largest(one, other=None):
+    return max((one[name] - (other[name] if other else 0)).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_was_given(
+    recipe, first, tmp_path, tiny_model_dir, method
+):
+    given = first(method)
+    result = train(recipe(method, 1, given, lr=1e-12, weight_decay=0, steps=2), tmp_path / "out")
+    there, here = update(given, tiny_model_dir), update(result.adapter, tiny_model_dir)
+    assert largest(there) > 1e-3
+    assert largest(here, there) < 1e-6
+    old, new = tensors(given), tensors(result.adapter)
+    assert {name: value.shape for name, value in old.items()} == {
+        name: value.shape for name, value in new.items()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_on_changes_the_adapter_and_lowers_the_new_tasks_loss(
+    recipe, first, tmp_path, tiny_model_dir, method
+):
+    given = first(method)
+    before = file_sha256(given / "adapter_model.safetensors")
+    result = train(recipe(method, 1, given), tmp_path / "out")
+    assert result.held_out["after"] < result.held_out["before"]
+    assert largest(update(result.adapter, tiny_model_dir), update(given, tiny_model_dir)) > 1e-3
+    origin = json.loads((result.adapter / "provenance.json").read_text())
+    assert origin["start"] == {"folder": given.name, "sha256": before}
+    assert file_sha256(given / "adapter_model.safetensors") == before
+    stored = json.loads((given / "provenance.json").read_text())["result"]
+    if method != "adalora":  # of which the first training had those that it pruned, too
+        assert result.trainable_parameters == stored["trainable_parameters"]
+    assert str(given.parent) not in (result.adapter / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["soft", "activation"])
+def test_the_factors_are_the_given_adapters_and_are_not_measured_again(
+    recipe, first, tmp_path, monkeypatch, method
+):
+    given = first(method)
+    monkeypatch.setattr(calibration, "survey", None)
+    result = train(recipe(method, 1, given), tmp_path / "out")
+    old, new = tensors(given), tensors(result.adapter)
+    kinds = ("hiplora_U", "hiplora_sigma", "hiplora_V", "hiplora_shrink_V")
+    factors = [name for name in old if name.endswith(kinds)]
+    assert factors
+    assert all(torch.equal(old[name], new[name]) for name in factors)
+    configs = [json.loads((out / "adapter_config.json").read_text()) for out in (given, result.adapter)]
+    assert configs[0]["calibration"] == configs[1]["calibration"] != {}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(row):
+    if row["step"] == 3:
+        raise Stopped
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
+    asked = recipe(method, 1, first(method))
+    whole = train(asked, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(asked, tmp_path / "parts", on_step=stop)
+    notes = []
+    parts = train(asked, tmp_path / "parts", on_note=notes.append)
+    assert notes == ["carrying on from step 2 of 4"]
+    one, other = tensors(whole.adapter), tensors(parts.adapter)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    timing = ("seconds", "tokens_per_second")
+    rows = [
+        [{k: v for k, v in r.items() if k not in timing} for r in read_metrics(out)]
+        for out in (whole.adapter, parts.adapter)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_pissa_carries_on_where_its_start_comes_out_with_other_rounding(
+    recipe, first, tmp_path, tiny_model_dir
+):
+    """As on another machine: the given adapter's start is turned within its plane, and the update is what it was."""
+    given = tmp_path / "given"
+    given.mkdir()
+    for path in first("pissa").iterdir():
+        if path.is_file():
+            (given / path.name).write_bytes(path.read_bytes())
+    turned = tensors(given)
+    for name in [name for name in turned if "lora_A" in name]:
+        partner = name.replace("lora_A", "lora_B")
+        r = turned[name].shape[0] // 2
+        turned[name][r:] *= -1
+        turned[partner][:, r:] *= -1
+    save_file(turned, given / "adapter_model.safetensors", {"format": "pt"})
+    notes = []
+    result = train(
+        recipe("pissa", 1, given, lr=1e-12, weight_decay=0, steps=2), tmp_path / "out", on_note=notes.append
+    )
+    assert largest(update(result.adapter, tiny_model_dir), update(given, tiny_model_dir)) < 1e-6
+    assert ["other rounding" in note for note in notes] == [True]
+
+
+def test_an_adapter_of_another_method_or_rank_is_an_error_that_says_what_differs(recipe, first, tmp_path):
+    given = first("lora")
+    with pytest.raises(ConfigError, match="holds another adapter \\(method lora there, pissa here\\)"):
+        train(recipe("pissa", 1, given), tmp_path / "out")
+    other = {"name": "lora", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    with pytest.raises(ConfigError, match=r"method\.r: 16 there, 4 here; method\.target_modules: \['k_proj'"):
+        train(recipe(other, 1, given), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_steers_the_training_may_differ(recipe, first, tmp_path):
+    method = {**METHODS["hiplora"], "stability_weight": 1.0, "lora_dropout": 0.0}
+    train(recipe(method, 1, first("hiplora"), steps=1), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["stability_weight"], config["lora_dropout"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors", "recipe.yaml"])
+def test_an_unfinished_adapter_is_an_error(recipe, tmp_path, missing):
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in {"adapter_config.json", "adapter_model.safetensors", "recipe.yaml"} - {missing}:
+        (given / name).write_text("{}")
+    with pytest.raises(ConfigError, match=f"train.start_from: .*given has no {missing}"):
+        train(recipe("lora", 1, given), tmp_path / "out")
+
+
+def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path):
+    from tests.tiny import save_tiny
+
+    asked = recipe("hiplora", 1, first("hiplora")).model_copy(
+        update={"model": str(save_tiny(tmp_path / "m", 5))}
+    )
+    notes = []
+    with pytest.raises(HipLoraError, match="base model's weight is not the one"):
+        train(asked, tmp_path / "out", on_note=notes.append)
+    assert any(note.endswith("and this model is called m") for note in notes)
+
+
+def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, first):
+    given = first("lora")
+    with pytest.raises(ConfigError, match=r"is where the adapter of train\.start_from lies"):
+        train(recipe("lora", 1, given), given, overwrite=True)
+
+
+def test_another_adapter_under_the_same_name_is_noticed_when_a_run_is_resumed(recipe, first, tmp_path):
+    given = tmp_path / "given"
+    given.mkdir()
+    for path in first("lora").iterdir():
+        if path.is_file():
+            (given / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(Stopped):
+        train(recipe("lora", 1, given), tmp_path / "out", on_step=stop)
+    weights = tensors(given)
+    save_file({name: value * 2 for name, value in weights.items()}, given / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="the adapter that it started from changed since this run began"):
+        train(recipe("lora", 1, given), tmp_path / "out")
