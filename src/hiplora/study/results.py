@@ -26,9 +26,14 @@ class Results:
         return found
 
     def timing(self, job: Job) -> dict[str, Any] | None:
-        """Return what was timed of a job, None where it is not done; the machine's record is in `provenance`."""
+        """Return what was timed of a job, None where it is not done; what timed it is in `provenance`."""
         record = self._store.record(job)
         return None if record is None else record["timing"]
+
+    def provenance(self, job: Job) -> dict[str, Any] | None:
+        """Return commit, machine and versions that did a job, None where it is not done."""
+        record = self._store.record(job)
+        return None if record is None else record["provenance"]
 
     def items(self, job: Job, task: str, form: str) -> list[float] | None:
         """Return the scores of a task, item by item, in per cent; None where they are not there."""
