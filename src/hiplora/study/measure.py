@@ -1,6 +1,6 @@
 """What is measured on each adapter of a study: held-out loss, drift, and where its update lies."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 

@@ -14,9 +14,8 @@ class ProtocolModule(Protocol):
     """What each file of this package has.
 
     One that judges what the others found, and stands after them in `Protocols`, has `section_after(study, settings,
-    results, sections)` instead of `section`.
-    One that writes files of its own into the report's folder also has `files(study, settings, results)`, which returns
-    name → text.
+    results, sections)` instead of `section`. One that writes files of its own into the report's folder also has
+    `files(study, settings, results)`, which returns name → text.
     """
 
     def jobs(self, study: Study, settings: Any) -> list[Job]:

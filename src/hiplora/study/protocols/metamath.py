@@ -30,8 +30,9 @@ NOTE = (
     "Accuracy: share of GSM8K's test questions whose derivation states the right answer. Likelihood: of a token of the "
     "reference solution. Forgetting: loss of the next token on the wiki texts minus the base model's, in nats. KL: "
     "divergence from the base there, nats a token. Of both, lower is better. Brackets: 95 % intervals over questions, "
-    "each with its mean over the seeds; ±: deviation between seeds. Memory: allocated on a GPU, resident on a CPU. "
-    "The frontier is that of the benchmark's own points; rows marked as the benchmark's are what it reports."
+    "each with its mean over the seeds; ±: deviation between seeds. Time: of the steps alone. Memory: allocated "
+    "on a GPU, resident on a CPU. The frontier is that of the benchmark's own points; rows marked as the benchmark's "
+    "are what it reports."
 )
 
 
@@ -106,7 +107,7 @@ def _place(point: tuple[float, float], points: Sequence[BenchmarkPoint]) -> Cell
     if not points:
         return NONE
     better = ahead(point, points)
-    return Cell(text="on it" if better is None else f"behind {better.title}")
+    return Cell(text="on it" if better is None else f"behind its {better.title}")
 
 
 def _frontier_told(rows: Sequence[Row], points: Sequence[BenchmarkPoint]) -> str:
@@ -114,7 +115,7 @@ def _frontier_told(rows: Sequence[Row], points: Sequence[BenchmarkPoint]) -> str
         return ""
     better = {row.title: ahead(row.point, points) for row in rows}
     on = [title for title, other in better.items() if other is None]
-    behind = [f"{title} (behind {other.title})" for title, other in better.items() if other is not None]
+    behind = [f"{title} (behind its {other.title})" for title, other in better.items() if other is not None]
     told = [f"on the benchmark's frontier or beyond it: {', '.join(on)}"] if on else []
     told += [f"behind it: {', '.join(behind)}"] if behind else []
     text = "; ".join(told)

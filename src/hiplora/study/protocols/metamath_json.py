@@ -68,7 +68,8 @@ def _model(study: Study) -> str:
 
 
 def _run_info(study: Study, settings: MetaMath, run: Run, results: Results, label: str) -> dict[str, Any]:
-    timings = [results.timing(job) or {} for job in (run.train, run.score)]
+    jobs = [run.train.needs.get("factors"), run.train, run.score]
+    timings = [results.timing(job) or {} for job in jobs if job is not None]
     return {
         "created_at": (results.provenance(run.train) or {}).get("time"),
         "total_time": sum(timing.get("seconds") or 0.0 for timing in timings),

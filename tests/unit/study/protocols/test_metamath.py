@@ -113,11 +113,11 @@ def test_the_benchmarks_own_points_are_marked_and_set_against_what_was_measured(
     rows = table(section, "metamath")
     place = "The benchmark's frontier"
     assert rows["LoRA"][place].text == "on it"
-    assert rows["LoRA on the MLPs"][place].text == "behind Near"
+    assert rows["LoRA on the MLPs"][place].text == "behind its Near"
     assert rows["Near (PEFT's benchmark, not measured here)"][place].text == "on it"
-    assert rows["Far (PEFT's benchmark, not measured here)"][place].text == "behind Near"
+    assert rows["Far (PEFT's benchmark, not measured here)"][place].text == "behind its Near"
     assert rows["Near (PEFT's benchmark, not measured here)"]["Forgetting"].value == 0.03
-    assert "behind it: LoRA on the MLPs (behind Near)" in section.text[0]
+    assert "behind it: LoRA on the MLPs (behind its Near)" in section.text[0]
     assert not any("Near" in one.method for one in section.measurements)
     theirs = section.figures[0].series[-1]
     assert "not measured here" in theirs.name
