@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hiplora.errors import AdapterError, DataError
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager]
+Texts = Mapping[str, str | Sequence[str]]  # name → a text, or documents that are read apart
 
 _CHUNK = 128  # positions whose whole distributions are in work at once
 
@@ -52,13 +53,14 @@ class BaseReference:
         cls,
         model: nn.Module,
         tokenizer: Any,
-        texts: Mapping[str, str],
+        texts: Texts,
         *,
         window: int = 512,
         max_tokens: int = 1024,
         cache_bytes: int = 1 << 30,
     ) -> "BaseReference":
-        """Run the bare `model` over `texts`, `max_tokens` of each in windows of `window` tokens.
+        """Run the bare `model` over `texts`, `max_tokens` of each in windows of `window` tokens; of documents, the
+        first window of each.
 
         Raises:
             DataError: a text has fewer than two tokens, or `window` or `max_tokens` is below 2.
@@ -122,9 +124,9 @@ def measure_drift(
 
 
 def cut_windows(
-    tokenizer: Any, texts: Mapping[str, str], window: int, max_tokens: int
+    tokenizer: Any, texts: Texts, window: int, max_tokens: int
 ) -> dict[str, list[Int[Tensor, " length"]]]:
-    """Cut texts into windows of at most `window` tokens, `max_tokens` of each text in all.
+    """Cut texts into windows of at most `window` tokens, `max_tokens` of each text in all; of documents, one each.
 
     Each window starts with the tokenizer's beginning-of-text token where it uses one.
 
@@ -135,17 +137,25 @@ def cut_windows(
         raise DataError(f"drift windows of {window} tokens, {max_tokens} in all; expected at least 2 of both")
     bos = _beginning(tokenizer)
     cut = {}
+    width = window - len(bos)
     for name, text in texts.items():
-        # verbose=False: a text longer than the model's context is no mistake here, it is cut.
-        ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"][
-            :max_tokens
+        whole = isinstance(text, str)
+        parts = [text] if isinstance(text, str) else text
+        rows = [
+            row for part in parts for row in _rows(tokenizer, part, width, max_tokens if whole else width)
         ]
-        width = window - len(bos)
-        rows = [torch.tensor(bos + ids[i : i + width]) for i in range(0, len(ids), width)]
-        cut[name] = [row for row in rows if len(row) >= 2]
+        cut[name] = [torch.tensor(bos + row) for row in rows if len(bos) + len(row) >= 2]
         if not cut[name]:
-            raise DataError(f"text {name!r} has {len(ids)} tokens; drift needs at least 2")
+            raise DataError(f"text {name!r} has {sum(map(len, rows))} tokens; drift needs at least 2")
     return cut
+
+
+def _rows(tokenizer: Any, text: str, width: int, max_tokens: int) -> list[list[int]]:
+    # verbose=False: a text longer than the model's context is no mistake here, it is cut.
+    ids = tokenizer(text[: 64 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"][
+        :max_tokens
+    ]
+    return [ids[i : i + width] for i in range(0, len(ids), width)]
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
 NAMING = {
+    "texts": ("text",),
     "methods": (
         *("methods", "method", "reference", "plain", "attention", "early"),
         *("hiplora", "lora", "proj_lora", "pissa", "adalora"),
@@ -27,7 +28,7 @@ class Protocol(Block):
     seeds: list[int] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield its fields that name `methods` or `domains` of the study, with the names."""
+        """Yield its fields that name `methods`, `domains` or drift `texts` of the study, with the names."""
         for field in NAMING[kind]:
             value = getattr(self, field, None)
             if value is not None:
@@ -220,6 +221,25 @@ class Claims(Protocol):
     adalora: str | None = Field(default=None, description="AdaLoRA.")
 
 
+class BenchmarkPoint(Block):
+    """A method's result as a benchmark of others reports it."""
+
+    title: str = Field(min_length=1, description="The method, as tables show it.")
+    accuracy: Annotated[float, Field(ge=0, le=1)] = Field(description="Share of right answers.")
+    forgetting: float = Field(description="How much the loss on its texts grew, in nats a token.")
+    source: str = Field(min_length=1, description="Where it is reported.")
+
+
+class MetaMath(OfMethods):
+    """PEFT's own comparison of methods: accuracy against forgetting, with its results' files in its format."""
+
+    domain: str = Field(description="Domain that is trained on; its first task gives the accuracy.")
+    text: str = Field(description="Text of `evaluation.drift` whose loss tells the forgetting.")
+    points: list[BenchmarkPoint] = Field(
+        default=[], description="What the benchmark reports itself, to set beside what is measured here."
+    )
+
+
 class Protocols(Block):
     """Which protocols a study runs."""
 
@@ -236,5 +256,6 @@ class Protocols(Block):
     selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
     cost: CostTable | None = Field(default=None, description="Cost table.")
     frontier: Frontier | None = Field(default=None, description="Frontiers of learning against drift.")
+    metamath: MetaMath | None = Field(default=None, description="PEFT's own comparison of methods.")
     aims: Aims | None = Field(default=None, description="Aims of the function-aware basis.")
     claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")

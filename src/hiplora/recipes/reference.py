@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from hiplora.recipes.methods import METHODS, LowRank, Spectral
-from hiplora.recipes.protocols import EditedFacts, Protocols
+from hiplora.recipes.protocols import BenchmarkPoint, EditedFacts, Protocols
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings
 from hiplora.recipes.study import Domain, DriftTexts, Evaluation, Rates, StudyMethod, StudyRecipe
 
@@ -49,7 +49,7 @@ def reference() -> str:
 
 def study_reference() -> str:
     """Return the reference of a study's recipe: its blocks, and every protocol."""
-    blocks = {
+    blocks: dict[str, type[BaseModel]] = {
         "The study": StudyRecipe,
         "`domains.NAME`": Domain,
         "`methods.NAME`": StudyMethod,
@@ -57,6 +57,7 @@ def study_reference() -> str:
         "`evaluation`": Evaluation,
         "`evaluation.drift`": DriftTexts,
         "`protocols.editing.sets.NAME`": EditedFacts,
+        "`protocols.metamath.points`": BenchmarkPoint,
     }
     parts = [_table(title, model, list(model.model_fields)) for title, model in blocks.items()]
     for name, field in Protocols.model_fields.items():

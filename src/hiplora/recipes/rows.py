@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from hiplora.errors import DataError
+from hiplora.errors import DataError, first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
 
@@ -22,6 +22,28 @@ def is_hub_name(source: str | Path) -> bool:
     return (
         bool(_HUB_NAME.fullmatch(name)) and not name.endswith((*SUFFIXES, ".txt")) and not Path(name).exists()
     )
+
+
+def hub_rows(name: str) -> Iterator[Row]:
+    """Yield the rows of the train split of a data set on the hub (`is_hub_name`), fetching no more than is taken.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    owner_and_name, _, config = name.partition(":")
+    try:
+        for number, row in enumerate(
+            load_dataset(owner_and_name, config or None, split="train", streaming=True), 1
+        ):
+            yield f"row {number}", row
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
+            "name, or name a text or data file"
+        ) from error
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -17,7 +17,14 @@ PathText = Annotated[
     str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
 ]
 Format = Literal[
-    "auto", "alpaca", "prompt_completion", "question_answer", "multiple_choice", "messages", "text"
+    "auto",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "query_response",
+    "multiple_choice",
+    "messages",
+    "text",
 ]
 
 
@@ -44,19 +51,30 @@ class DataSettings(Block):
     format: Format = Field(
         default="auto",
         description="Shape of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
-        "completion (or response). `question_answer`: question and answer. `multiple_choice`: question, choices and "
-        "the right one's index as answer. `messages`: a list of {role, content}. `text`: plain text. `auto` reads it "
-        "off the first row.",
+        "completion (or response). `question_answer`: question and answer. `query_response`: query and response, as "
+        "MetaMathQA has them. `multiple_choice`: question, choices and the right one's index as answer. `messages`: a "
+        "list of {role, content}. `text`: plain text. `auto` reads it off the first row.",
     )
-    template: Literal["instruction", "verbatim", "direct", "chat"] | None = Field(
+    template: Literal["instruction", "verbatim", "direct", "step_by_step", "chat"] | None = Field(
         default=None,
-        description="How a prompt is worded: `instruction` is the project's Alpaca-style wording (default for alpaca "
-        "and question_answer rows), `verbatim` uses the prompt as it stands (default for prompt_completion), "
-        "`direct` asks as hiplora's own evaluation tasks do, for the letter of the choice or the final number alone "
-        "(default for multiple_choice; for question_answer rows too), `chat` puts the row through the tokenizer's chat "
-        "template. Not for messages and text rows.",
+        description="How a prompt is worded: `instruction` is the project's Alpaca-style wording (default for alpaca, "
+        "question_answer and query_response rows), `verbatim` uses the prompt as it stands (default for "
+        "prompt_completion), `direct` asks as hiplora's own evaluation tasks do, for the letter of the choice or the "
+        "final number alone (default for multiple_choice; for question_answer rows too), `step_by_step` asks for the "
+        "derivation, as the task gsm8k_solution does (question_answer and query_response rows), `chat` puts the row "
+        "through the tokenizer's chat template. Not for messages and text rows.",
     )
-    limit: int | None = Field(default=None, ge=1, description="Use at most this many rows, the first ones.")
+    max_characters: int | None = Field(
+        default=None,
+        ge=1,
+        description="Leave out rows whose question and answer, a space between them, have more characters.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Use at most this many rows, the first ones that are not left out."
+    )
+    learn_prompt: bool = Field(
+        default=False, description="Learn the tokens of prompts too, and not only those of responses."
+    )
     held_out: PathText | None = Field(
         default=None,
         min_length=1,
@@ -86,6 +104,8 @@ class DataSettings(Block):
             raise ValueError("`held_out_limit` needs `held_out` or `held_out_fraction`")
         if self.template is not None and self.format in ("messages", "text"):
             raise ValueError(f"`template` does not apply to {self.format} rows; remove it")
+        if self.learn_prompt and (self.template == "chat" or self.format == "messages"):
+            raise ValueError("`learn_prompt` does not apply to conversations; remove it")
         return self
 
     @property
@@ -95,7 +115,7 @@ class DataSettings(Block):
 
 
 class TrainSettings(Block):
-    """How to train: AdamW, a linear warm-up, then a constant learning rate."""
+    """How to train: AdamW, a linear warm-up, then a learning rate that stays or falls."""
 
     lr: float = Field(
         default=2e-4,
@@ -124,6 +144,11 @@ class TrainSettings(Block):
     packing: bool = Field(
         default=True,
         description="Put several rows into one sequence of max_length; rows never attend to each other.",
+    )
+    lr_scheduler: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="What follows the warm-up: `constant` stays at the peak, `cosine` falls along half a cosine, to 0 "
+        "at the last step.",
     )
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises."

@@ -15,6 +15,7 @@ NEEDS = {
     "alpaca": "instruction and output (input is optional)",
     "prompt_completion": "prompt and completion (or response)",
     "question_answer": "question and answer",
+    "query_response": "query and response",
     "multiple_choice": "question, choices (a list of texts) and answer (the index of the right one)",
     "text": "text",
 }
@@ -35,6 +36,8 @@ def detect_shape(row: Any) -> str | None:
         return "multiple_choice"
     if "question" in fields and "answer" in fields:
         return "question_answer"
+    if {"query", "response"} <= fields:
+        return "query_response"
     return "text" if "text" in fields else None
 
 
@@ -80,6 +83,8 @@ def row_problem(row: Any, shape: str) -> str | None:
         return _text_problem(row, "prompt", empty=True) or _text_problem(row, completion_field(row))
     if shape == "question_answer":
         return _text_problem(row, "question") or _text_problem(row, "answer")
+    if shape == "query_response":
+        return _text_problem(row, "query") or _text_problem(row, "response")
     if shape == "multiple_choice":
         return _text_problem(row, "question") or _choices_problem(row)
     return _text_problem(row, "text")

@@ -6,6 +6,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from hiplora.recipes.methods import Block
 from hiplora.recipes.protocols import Protocols
+from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_short_forms
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
@@ -80,10 +81,30 @@ class DriftTexts(Block):
 
     texts: dict[str, str] = Field(
         min_length=1,
-        description="Name → a text file of the data folder, or FILE:FIELD+FIELD for fields of its rows.",
+        description="Name → a text file of the data folder, or FILE:FIELD+FIELD for fields of its rows; or, instead of "
+        "a file, a data set of the hub (OWNER/NAME), of which `documents` rows of the train split are fetched.",
     )
     tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
     window: int = Field(default=512, ge=2, description="Tokens that are read at once.")
+    documents: int | None = Field(
+        default=None,
+        ge=1,
+        description="Take the first so many rows of each source as texts of their own, the first `window` tokens of "
+        "each (`tokens` has no say then), instead of all rows as one text.",
+    )
+
+    @model_validator(mode="after")
+    def _fetched_by_rows(self) -> "DriftTexts":
+        for name, source in self.texts.items():
+            if self.documents is None and is_hub_name(source.partition(":")[0]):
+                raise ValueError(
+                    f"`texts.{name}` is a data set of the hub; say how many of its rows are read: `documents: 100`"
+                )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as a job's settings; what is not used is not among them, so that it changes no key."""
+        return self.model_dump(mode="json", exclude={"documents"} if self.documents is None else None)
 
 
 class Evaluation(Block):
@@ -131,6 +152,9 @@ class StudyRecipe(Block):
                 self._check(value, self.methods, f"protocols.{protocol}.{field}")
             for field, value in settings.named("domains"):
                 self._check(value, self.domains, f"protocols.{protocol}.{field}")
+            for field, value in settings.named("texts"):
+                known = self.evaluation.drift.texts if self.evaluation.drift else {}
+                self._check(value, known, f"protocols.{protocol}.{field}")
         return self
 
     @model_validator(mode="after")
@@ -174,4 +198,4 @@ class StudyRecipe(Block):
     def _check(names: list[str] | None, known: dict[str, Any], where: str) -> None:
         for name in names or ():
             if name not in known:
-                raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known)}")
+                raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}")

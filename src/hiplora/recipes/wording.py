@@ -12,6 +12,17 @@ def direct_question(row: Mapping[str, Any]) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
+STEP_BY_STEP = "Question: {question} Think step by step.\nAnswer:"  # the answer follows without a space
+
+
+def step_by_step(question: str) -> str:
+    """A question that is to be answered with its derivation, worded as PEFT's comparison of methods words it.
+
+    Source: github.com/huggingface/peft, method_comparison/MetaMathQA/default_training_params.json at 4192101.
+    """
+    return STEP_BY_STEP.format(question=question)
+
+
 def lettered(row: Mapping[str, Any]) -> str:
     """A multiple-choice question with its choices behind letters; the answer is a letter."""
     lines = [f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=False)]

@@ -211,7 +211,7 @@ class Study:
         return {
             "tasks": asked,
             "seed": evaluation.seed,
-            "drift": None if texts is None else texts.model_dump(mode="json"),
+            "drift": None if texts is None else texts.settings(),
             "files": files,
         }
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
-from hiplora.evaluation.drift import AdapterOff
+from hiplora.evaluation.drift import AdapterOff, Texts
 from hiplora.evaluation.mounting import mounted
 from hiplora.export import AdapterUpdate, allocation_rows
 from hiplora.export.inspection import energy_shares
@@ -16,7 +16,7 @@ _ROW = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "ga
 
 
 def base_reference(
-    model: Any, tokenizer: Any, texts: Mapping[str, str], max_tokens: int, window: int = 512
+    model: Any, tokenizer: Any, texts: Texts, max_tokens: int, window: int = 512
 ) -> BaseReference:
     """Run the bare base over the drift texts, in windows that fit the model's context."""
     context = getattr(model.config, "max_position_embeddings", None) or window

@@ -10,7 +10,7 @@ from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting.study.write import write_report
 from hiplora.study.engine.store import export
 from hiplora.study.plan import open_jobs
-from hiplora.study.protocols import sections
+from hiplora.study.protocols import files, sections
 from hiplora.study.results import Results
 from hiplora.study.running import Opened
 
@@ -20,8 +20,8 @@ RECORDS = "records.jsonl.gz"
 def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write what a study found so far into the folder `out`; return the page's place and what is still missing.
 
-    Beside what `write_report` writes there is `records.jsonl.gz`, every job's record: `Store.take` reads it, and the
-    study goes on from it on another machine.
+    Beside what `write_report` and the protocols write there is `records.jsonl.gz`, every job's record: `Store.take`
+    reads it, and the study goes on from it on another machine.
 
     Raises:
         ConfigError: `out` exists and `overwrite` is False.
@@ -40,7 +40,13 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
         "hours of work": f"{sum(r['timing'].get('seconds') or 0 for r in records) / 3600:.1f}",
     }
     page = write_report(
-        out, recipe.title or recipe.study, summary, found, _origin(opened, records), overwrite
+        out,
+        recipe.title or recipe.study,
+        summary,
+        found,
+        _origin(opened, records),
+        overwrite,
+        files=files(opened.study, Results(store), found),
     )
     export(store, graph, Path(out) / RECORDS)
     return {

@@ -30,10 +30,14 @@ class Results:
         record = self._store.record(job)
         return None if record is None else record["timing"]
 
+    def provenance(self, job: Job) -> dict[str, Any] | None:
+        """Return commit, machine and versions that did a job, None where it is not done."""
+        record = self._store.record(job)
+        return None if record is None else record["provenance"]
+
     def machine(self, job: Job) -> str:
         """Name the machine that did a job: its processor and cores."""
-        record = self._store.record(job)
-        machine = record["provenance"]["machine"] if record is not None else {}
+        machine = (self.provenance(job) or {}).get("machine", {})
         return f"{machine.get('processor')}, {machine.get('cores')} cores"
 
     def items(self, job: Job, task: str, form: str) -> list[float] | None:

@@ -29,6 +29,7 @@ from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.targets import survey
 
 Rows = Sequence[dict[str, list[int]]]
+SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine"}  # recipes' names → transformers'
 
 
 def sequences(rows: Rows, settings: TrainSettings) -> Dataset:
@@ -149,7 +150,7 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, flat: bool) -> SFT
         gradient_accumulation_steps=settings.gradient_accumulation,
         max_steps=steps,
         learning_rate=settings.lr,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=SCHEDULERS[settings.lr_scheduler],
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hiplora.errors import DataError, first_line
+from hiplora.errors import DataError
 from hiplora.recipes.methods import Spectral
-from hiplora.recipes.rows import SUFFIXES, is_hub_name
+from hiplora.recipes.rows import SUFFIXES, hub_rows, is_hub_name
 from hiplora.tuner import HipLoraConfig, calibrate
 from hiplora.tuner.calibration import ROW_LENGTH, Calibration
 from hiplora.tuner.moments import CalibrationStore
@@ -76,26 +76,14 @@ def _rows_text(path: Path) -> str:
 
 def _hub_text(name: str, characters: int) -> str:
     """Return the first rows of a data set on the hub, at least so many characters of them if it has as many."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
     from hiplora.training.data import rows_as_examples
 
-    owner_and_name, _, config = name.partition(":")
     rows, length = [], 0
-    try:
-        for number, row in enumerate(
-            load_dataset(owner_and_name, config or None, split="train", streaming=True), 1
-        ):
-            rows.append((f"row {number}", row))
-            length += sum(len(value) for value in row.values() if isinstance(value, str))
-            if length >= characters:
-                break
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
-            "name, or name a text or data file"
-        ) from error
+    for place, row in hub_rows(name):
+        rows.append((place, row))
+        length += sum(len(value) for value in row.values() if isinstance(value, str))
+        if length >= characters:
+            break
     return _joined(rows_as_examples(rows, name))
 
 

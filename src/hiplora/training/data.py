@@ -5,7 +5,7 @@ An `Example` is text. What becomes of it as tokens, and which of them are learne
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hiplora.provenance import file_sha256
 from hiplora.recipes import DataSettings
 from hiplora.recipes.rows import Row, read_rows
 from hiplora.recipes.shapes import check_rows, completion_field
-from hiplora.recipes.wording import direct_question, final_number, lettered, letters
+from hiplora.recipes.wording import direct_question, final_number, lettered, letters, step_by_step
 
 # The project's Alpaca-style wording: a task, perhaps something to do it to, and where the answer goes.
 TASK = "Carry out the task below.\n\n## Task\n{instruction}\n\n"
@@ -24,10 +24,14 @@ ANSWER = "## Answer\n"
 DEFAULT_TEMPLATES = {
     "alpaca": "instruction",
     "question_answer": "instruction",
+    "query_response": "instruction",
     "prompt_completion": "verbatim",
     "multiple_choice": "direct",
 }
-DIRECT = ("multiple_choice", "question_answer")
+WORDED = {
+    "direct": ("multiple_choice", "question_answer"),
+    "step_by_step": ("question_answer", "query_response"),
+}  # template → the shapes that it applies to, where those are not all
 SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
 
 
@@ -35,7 +39,8 @@ SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with seve
 class Example:
     """One thing to learn: the response to a prompt.
 
-    `prompt` is empty for plain text, all of which is learned. A conversation keeps its `messages` ({"role",
+    `prompt` is empty for plain text, all of which is learned; `learn_prompt` says that the prompt is learned too. A
+    conversation keeps its `messages` ({"role",
     "content"}), goes through the tokenizer's chat template, and every assistant message in it is learned; its
     `prompt` and `response` are then the text before the last assistant message, and that message.
     """
@@ -43,6 +48,7 @@ class Example:
     prompt: str
     response: str
     messages: tuple[Mapping[str, str], ...] = ()
+    learn_prompt: bool = False
 
     @property
     def is_text(self) -> bool:
@@ -95,28 +101,56 @@ def load_data(data: DataSettings) -> TrainingData:
         DataError: as `load_examples`; or the held-out share leaves no row to train on.
     """
     rows, name = (_hub_rows(data), data.hub) if data.hub else (read_rows(Path(data.path or "")), data.path)
-    checked = check_rows(rows, data.format, name or "")
-    train = _examples(checked, data.template, data.limit)
+    shape, values = check_rows(rows, data.format, name or "")
+    kept = _short_enough(values, shape, data.max_characters, name or "")
+    train = _examples((shape, kept), data.template, data.limit)
     held_out: list[Example] = []
     if data.held_out is not None:
         held_out = load_examples(data.held_out, data.format, data.template)
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name or "")
     held_out = held_out[: data.held_out_limit]
+    if data.learn_prompt:
+        train, held_out = _prompts_learned(train, name or ""), _prompts_learned(held_out, name or "")
     sources = {"train": _source(data, data.path, len(train))}
+    if data.max_characters is not None:
+        sources["train"]["too_long"] = len(values) - len(kept)
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
-    return TrainingData(train, held_out, sources, checked[0])
+    return TrainingData(train, held_out, sources, shape)
+
+
+def _short_enough(rows: list[Any], shape: str, limit: int | None, name: str) -> list[Any]:
+    """Return the rows that are no longer than `limit` characters, a question's and its answer's with a space between.
+
+    Raises:
+        DataError: there are none, or the rows are conversations.
+    """
+    if limit is None:
+        return rows
+    if shape == "messages":
+        raise DataError(f"{name}: data.max_characters does not apply to conversations; remove it")
+    kept = [row for row in rows if len(" ".join(filter(None, _parts(row, shape)))) <= limit]
+    if not kept:
+        raise DataError(
+            f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)"
+        )
+    return kept
+
+
+def _prompts_learned(examples: list[Example], name: str) -> list[Example]:
+    if any(example.messages for example in examples):
+        raise DataError(f"{name}: data.learn_prompt does not apply to conversations; remove it")
+    return [replace(example, learn_prompt=True) for example in examples]
 
 
 def _examples(checked: tuple[str, list[Any]], template: str | None, limit: int | None) -> list[Example]:
     shape, rows = checked
     if template is not None and shape not in DEFAULT_TEMPLATES:
         raise DataError(f"data.template: {template} does not apply to {shape} rows; remove it")
-    if template == "direct" and shape not in DIRECT:
-        raise DataError(
-            f"data.template: direct applies to {' and '.join(DIRECT)} rows, not to {shape}; remove it"
-        )
+    if shape not in WORDED.get(template or "", (shape,)):
+        fitting = " and ".join(WORDED[template or ""])
+        raise DataError(f"data.template: {template} applies to {fitting} rows, not to {shape}; remove it")
     wording = template or DEFAULT_TEMPLATES.get(shape, "")
     return [_example(row, shape, wording) for row in rows[:limit]]
 
@@ -134,6 +168,8 @@ def _example(row: Mapping[str, Any], shape: str, wording: str) -> Example:
         )
         return Example(question, f" {answer}")
     task, material, response = _parts(row, shape)
+    if wording == "step_by_step":
+        return Example(step_by_step(task), response)
     if wording == "chat":
         asked = f"{task}\n\n{material}" if material.strip() else task
         return _conversation([{"role": "user", "content": asked}, {"role": "assistant", "content": response}])
@@ -147,6 +183,10 @@ def _parts(row: Mapping[str, Any], shape: str) -> tuple[str, str, str]:
         return row["instruction"], row.get("input") or "", row["output"]
     if shape == "question_answer":
         return row["question"], "", row["answer"]
+    if shape == "query_response":
+        return row["query"], "", row["response"]
+    if shape == "text":
+        return row["text"], "", ""
     if shape == "multiple_choice":
         question, answer = _choice(row)
         return question, "", answer

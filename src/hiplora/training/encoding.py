@@ -1,7 +1,7 @@
 """From examples to tokens and labels: what the model reads, and which of it it learns.
 
-Only responses are learned, where there are any. A response is tokenised so that its prompt's tokens are the
-ones that the model will see when it is asked; nothing is cut or left out without being counted.
+Only responses are learned, where there are any; prompts too, if the recipe says so. A response is tokenised so that its
+prompt's tokens are the ones that the model will see when it is asked; nothing is cut or left out without being counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -113,25 +113,25 @@ def _encode_chunk(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
     return [
         _conversation(tokenizer, example)
         if example.messages
-        else _join(tokenizer, prefix, next(prompts), next(wholes), example.response)
+        else _join(tokenizer, prefix, next(prompts), next(wholes), example)
         for example in examples
     ]
 
 
-def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], response: str) -> Tokens:
+def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
     """Prompt and response as one sequence that ends; the prompt keeps the tokens it has by itself.
 
     Where the two run together in the tokenizer's eyes (a merge over the boundary), the response is tokenised by
     itself: at inference the model reads the prompt's own tokens and goes on from there.
     """
     apart = whole[: len(prompt)] != prompt
-    answer = _tokenise(tokenizer, [response])[0] if apart else whole[len(prompt) :]
+    answer = _tokenise(tokenizer, [example.response])[0] if apart else whole[len(prompt) :]
     end = tokenizer.eos_token_id
     if end is not None and answer[-1:] != [end]:
         answer = [*answer, end]
-    read = prefix + prompt
     # Plain text is learned whole; its beginning-of-text token is given, not predicted.
-    return read + answer, [IGNORED] * len(read) + answer
+    learned = prompt if example.learn_prompt else [IGNORED] * len(prompt)
+    return prefix + prompt + answer, [IGNORED] * len(prefix) + learned + answer
 
 
 def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -18,6 +18,11 @@ def reset_peak() -> None:
         CLEAR.write_text("5")
 
 
+def peak_reserved_bytes() -> int | None:
+    """Return the peak since `reset_peak` of what the CUDA allocator holds, in use or not; None without a GPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def peak_bytes() -> int:
     """Return the peak since `reset_peak`: allocated bytes on CUDA, else resident bytes of this process."""
     if torch.cuda.is_available():

@@ -60,6 +60,23 @@ def test_drift_agrees_with_its_definition(method):
         assert found[name].tokens == tokens
 
 
+def test_documents_are_read_apart_the_first_window_of_each_and_every_token_weighs_the_same():
+    model = tiny_llama()
+    documents = [TEXTS["prose"], "Short.", TEXTS["code"]]
+    texts = {"wiki": documents, "prose": TEXTS["prose"]}
+    reference = BaseReference.build(model, tiny_tokenizer(), texts, window=32, max_tokens=64)
+    windows = reference.windows["wiki"]
+    assert [len(ids) for ids in windows] == [32, len(tiny_tokenizer()("Short.")["input_ids"]), 32]
+    for ids, document in zip(windows, documents, strict=True):
+        assert ids.tolist() == tiny_tokenizer()(document)["input_ids"][: len(ids)]
+    assert [len(ids) for ids in reference.windows["prose"]] == [32, 32]
+    peft = adapted(model).eval()
+    with torch.no_grad():
+        _, ratio, tokens = dense_drift(tiny_llama(), adapted(tiny_llama()).eval(), windows)
+    found = measure_drift(peft, reference)["wiki"]
+    assert (found.perplexity_ratio, found.tokens) == (pytest.approx(ratio, rel=1e-5), tokens)
+
+
 def test_the_direction_is_from_the_base_to_the_adapted_model():
     model = tiny_llama()
     reference = build(model)

@@ -105,3 +105,24 @@ def test_a_recipe_that_is_not_there_names_the_own_ones():
 @pytest.mark.parametrize("name", ["pico", "smol", "paper", "paper-1b", "paper-3b"])
 def test_own_studies_are_sound(name):
     assert load_study(name).study == name
+
+
+def test_texts_of_the_hub_need_a_number_of_rows(tmp_path):
+    drift = "evaluation.drift={texts: {wiki: owner/name:text}, window: 32%s}"
+    with pytest.raises(ConfigError, match=r"texts\.wiki.*documents: 100"):
+        load_study(write(tmp_path), [drift % ""])
+    settings = load_study(write(tmp_path), [drift % ", documents: 3"]).evaluation.drift.settings()
+    assert settings == {"texts": {"wiki": "owner/name:text"}, "tokens": 512, "window": 32, "documents": 3}
+
+
+def test_a_setting_of_the_drift_that_is_not_used_is_not_among_a_jobs(tmp_path):
+    recipe = load_study(write(tmp_path), ["evaluation.drift={texts: {prose: a.txt}}"])
+    assert recipe.evaluation.drift.settings() == {"texts": {"prose": "a.txt"}, "tokens": 512, "window": 512}
+
+
+def test_a_protocols_text_is_one_of_the_drifts(tmp_path):
+    told = "protocols.metamath={methods: [lora], domain: sums, text: wiki}"
+    with pytest.raises(ConfigError, match=r"protocols\.metamath\.text` names 'wiki'; expected one of none"):
+        load_study(write(tmp_path), [told])
+    with pytest.raises(ConfigError, match="expected one of prose"):
+        load_study(write(tmp_path), [told, "evaluation.drift={texts: {prose: a.txt}}"])

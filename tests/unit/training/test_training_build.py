@@ -20,6 +20,7 @@ ARRIVES = {
     "gradient_accumulation": (5, lambda made: made.args.gradient_accumulation_steps == 5),
     "max_length": (24, lambda made: max(len(row["input_ids"]) for row in made.train_dataset) == 24),
     "packing": (False, lambda made: len(made.train_dataset) == 6),
+    "lr_scheduler": ("cosine", lambda made: made.args.lr_scheduler_type == "cosine"),
     "warmup_ratio": (0.5, lambda made: made.args.warmup_steps == 9),
     "weight_decay": (0.125, lambda made: made.args.weight_decay == 0.125),
     "max_grad_norm": (0.75, lambda made: made.args.max_grad_norm == 0.75),
@@ -72,6 +73,19 @@ def test_the_optimizer_the_schedule_and_the_seed_are_what_the_recipe_says(tmp_pa
     assert arguments.lr_scheduler_type == "constant_with_warmup"
     assert arguments.seed == 11
     assert arguments.report_to == []
+
+
+def test_the_cosine_rises_to_the_rate_and_ends_at_zero(tmp_path):
+    made = make_trainer(tmp_path, lr_scheduler="cosine", warmup_ratio=0.2, lr=1.0, steps=20)
+    made.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(20):
+        made.optimizer.step()
+        made.lr_scheduler.step()
+        rates.append(made.lr_scheduler.get_last_lr()[0])
+    assert rates[3] == max(rates) == 1.0
+    assert rates[11] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0, abs=1e-9)
 
 
 def test_packed_sequences_hold_several_rows_and_lose_none(tmp_path):

@@ -170,3 +170,56 @@ def test_an_instruction_has_no_direct_answer(tmp_path):
 def test_a_choice_that_cannot_be_used_is_named(tmp_path, row, said):
     with pytest.raises(DataError, match=re.escape(said)):
         load_examples(write_jsonl(tmp_path / "rows.jsonl", [row]), format="multiple_choice")
+
+
+# A row by the fields that the hub documents for MetaMathQA.
+METAMATH = {
+    "type": "GSM_Rephrased",
+    "query": "What is 2 + 3?",
+    "original_question": "Add 2 and 3.",
+    "response": "2 + 3 = 5.\nThe answer is: 5",
+}
+
+
+def test_a_question_that_asks_for_the_derivation_is_answered_with_all_of_it(tmp_path):
+    (made,) = examples(tmp_path, METAMATH, template="step_by_step")
+    assert made == Example("Question: What is 2 + 3? Think step by step.\nAnswer:", METAMATH["response"])
+    (other,) = examples(tmp_path, {"question": "Q?", "answer": "A\n#### 1"}, template="step_by_step")
+    assert other == Example("Question: Q? Think step by step.\nAnswer:", "A\n#### 1")
+    (plain,) = examples(tmp_path, METAMATH)
+    assert plain == Example(instruction_prompt("What is 2 + 3?"), METAMATH["response"])
+
+
+@pytest.mark.parametrize("template", ["direct", "step_by_step"])
+def test_a_wording_that_does_not_fit_the_rows_is_refused(tmp_path, template):
+    row = {"prompt": "2+2=", "completion": "4"}
+    with pytest.raises(DataError, match=f"{template} applies to .* rows, not to prompt_completion"):
+        examples(tmp_path, row, template=template)
+
+
+def test_metamath_rows_have_no_direct_answer(tmp_path):
+    with pytest.raises(DataError, match="direct applies to multiple_choice and question_answer rows"):
+        examples(tmp_path, METAMATH, template="direct")
+
+
+def test_long_rows_are_left_out_before_they_are_counted(tmp_path):
+    rows = [{**METAMATH, "query": "x" * n, "response": "y" * 10} for n in (5, 9, 10, 6)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = load_data(DataSettings(path=path, max_characters=20, limit=2, template="verbatim"))
+    assert [len(example.prompt) for example in data.train] == [5, 9]
+    data = load_data(DataSettings(path=path, max_characters=20, template="verbatim"))
+    assert [len(example.prompt) for example in data.train] == [5, 9, 6]
+    assert (data.sources["train"]["rows"], data.sources["train"]["too_long"]) == (3, 1)
+    with pytest.raises(DataError, match="all 4 rows have more than 3 characters"):
+        load_data(DataSettings(path=path, max_characters=3))
+
+
+def test_prompts_are_learned_where_the_recipe_says_so_and_never_of_conversations(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [METAMATH] * 4)
+    data = load_data(DataSettings(path=path, learn_prompt=True, held_out_fraction=0.25))
+    assert all(example.learn_prompt for example in [*data.train, *data.held_out])
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": messages}] * 2)
+    for setting in ({"learn_prompt": True}, {"max_characters": 10}):
+        with pytest.raises(DataError, match="does not apply to conversations"):
+            load_data(DataSettings(path=path, **setting))

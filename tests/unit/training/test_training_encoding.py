@@ -34,6 +34,13 @@ def test_the_response_is_learned_with_its_end_and_the_prompt_is_not(tokenizer):
     assert learned(tokenizer, Example("Say hi:", " hi")) == [" hi<|eos|>"]
 
 
+def test_the_prompt_is_learned_too_where_that_is_asked(tokenizer):
+    asked = Example("Say hi:", " hi", learn_prompt=True)
+    assert learned(tokenizer, asked) == ["Say hi: hi<|eos|>"]
+    assert encode_example(tokenizer, asked)[0] == encode_example(tokenizer, Example("Say hi:", " hi"))[0]
+    assert learned(with_bos(), asked) == ["Say hi: hi<|eos|>"]
+
+
 def test_plain_text_is_learned_whole(tokenizer):
     assert learned(tokenizer, Example("", "all of it")) == ["all of it<|eos|>"]
 

@@ -4,12 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hiplora.evaluation.tasks.wording import final_number, normal_number
+from hiplora.evaluation.tasks.wording import final_number, normal_number, stated_answer
 
 
 def number_match(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Exact match of a direct numerical answer, both sides in their plain form (`normal_number`)."""
     return {"exact_match": float(normal_number(results[0]) == final_number(row))}
+
+
+def stated_match(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Whether a derivation states the answer that the solution states (`stated_answer`)."""
+    found = stated_answer(results[0])
+    return {"exact_match": float(found is not None and found == stated_answer(str(row["answer"])))}
 
 
 def all_responses(responses: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

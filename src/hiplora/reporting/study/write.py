@@ -19,12 +19,13 @@ def write_report(
     sections: Sequence[Section],
     provenance: Mapping[str, Any],
     overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a study's report into the folder `out`; return the page's path, `out/report.html`.
 
     Beside the page are `measurements.csv` and `measurements.json` (all sections' measurements, a row each),
-    `tables/NAME.md` and `.tex`, and `figures/NAME.svg`, `.pdf` and `.csv` (the figure's data). The same input gives
-    the same bytes. `summary` and `provenance` are those of `render_study`.
+    `tables/NAME.md` and `.tex`, `figures/NAME.svg`, `.pdf` and `.csv` (the figure's data), and `files`, texts by their
+    names in the folder. The same input gives the same bytes. `summary` and `provenance` are those of `render_study`.
 
     Raises:
         ConfigError: `out` exists and `overwrite` is False; or as `render_study` and `measurements_csv`.
@@ -41,5 +42,7 @@ def write_report(
             write_atomic(folder / "tables" / f"{table.name}.tex", to_latex(table))
         for figure in (figure for section in sections for figure in section.figures):
             save(figure, folder / "figures", styles)
+        for name, text in (files or {}).items():
+            write_atomic(folder / name, text)
         write_atomic(folder / "report.html", page)
     return Path(out) / "report.html"

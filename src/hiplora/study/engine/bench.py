@@ -1,5 +1,6 @@
 """What a worker process keeps between jobs: the base model, the evaluation engines, the texts of the drift."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from hiplora.errors import HipLoraError
 from hiplora.evaluation.evaluate import EvalSettings, load_model
 from hiplora.evaluation.suite import suite_of
-from hiplora.recipes.rows import read_rows
+from hiplora.recipes.rows import hub_rows, is_hub_name, read_rows
 from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
 
@@ -84,14 +85,22 @@ class Bench:
             self._engines[key] = settings.engine(suite_of("study", tasks, self.data))
         return self._engines[key]
 
-    def reference(self, texts: Mapping[str, str], tokens: int, window: int) -> Any:
-        """Return what the bare base makes of the drift texts; to be asked for while nothing is on the model."""
+    def reference(
+        self, texts: Mapping[str, str], tokens: int, window: int, documents: int | None = None
+    ) -> Any:
+        """Return what the bare base makes of the drift texts; to be asked for while nothing is on the model.
+
+        With `documents`, the first so many rows of each source are texts of their own.
+        """
         from hiplora.study.measure import base_reference
 
-        key = json.dumps([texts, tokens, window])
+        key = json.dumps([texts, tokens, window, documents])
         if key not in self._references:
             network, tokenizer = self.model()
-            contents = {name: self.text(source) for name, source in texts.items()}
+            contents = {
+                name: self.text(source) if documents is None else self.documents(source, documents)
+                for name, source in texts.items()
+            }
             self._references[key] = base_reference(network, tokenizer, contents, tokens, window)
         return self._references[key]
 
@@ -101,6 +110,20 @@ class Bench:
         path = Path(self.path(name))
         if not fields and path.suffix == ".txt":
             return path.read_text(encoding="utf-8")
-        names = fields.split("+") if fields else ["text"]
-        joint = "" if names == ["text"] else "\n"
-        return joint.join("".join(row[field] for field in names) for _, row in read_rows(path))
+        joint = "" if fields in ("", "text") else "\n"
+        return joint.join(_row_text(row, fields) for _, row in read_rows(path))
+
+    def documents(self, source: str, count: int) -> list[str]:
+        """Return the first rows of a file or of a data set of the hub as texts; `source` as for `text`.
+
+        Raises:
+            DataError: the data set cannot be read.
+        """
+        name, _, fields = source.partition(":")
+        path = self.path(name)
+        rows = hub_rows(name) if is_hub_name(path) else read_rows(Path(path))
+        return [_row_text(row, fields) for _, row in itertools.islice(rows, count)]
+
+
+def _row_text(row: Mapping[str, Any], fields: str) -> str:
+    return "".join(row[field] for field in (fields or "text").split("+"))

@@ -1,6 +1,7 @@
 """The protocols of a study, one a file: the jobs that each asks for, and the section that it makes of their results."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from hiplora.recipes.protocols import Protocols
@@ -14,7 +15,8 @@ class ProtocolModule(Protocol):
     """What each file of this package has.
 
     One that judges what the others found, and stands after them in `Protocols`, has `section_after(study, settings,
-    results, sections)` instead of `section`.
+    results, sections)` instead of `section`. One that writes files of its own into the report's folder also has
+    `files(study, settings, results, sections)`, which returns name → text.
     """
 
     def jobs(self, study: Study, settings: Any) -> list[Job]:
@@ -41,6 +43,16 @@ def graph(study: Study) -> Graph:
     for name, settings in asked(study.recipe.protocols).items():
         wanted += protocol(name).jobs(study, settings)
     return Graph(wanted)
+
+
+def files(study: Study, results: Results, sections: Sequence[Section]) -> dict[str, str]:
+    """Return what protocols put into the report's folder beside its own files: name → text."""
+    found: dict[str, str] = {}
+    for name, settings in asked(study.recipe.protocols).items():
+        write = getattr(protocol(name), "files", None)
+        if write is not None:
+            found |= write(study, settings, results, sections)
+    return found
 
 
 def sections(study: Study, results: Results) -> list[Section]:

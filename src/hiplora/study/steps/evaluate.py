@@ -1,7 +1,8 @@
 """Score the base or an adapter on tasks, item by item, and measure how far it drifted from the base on texts.
 
 Settings: `tasks`, name to number of items (None: all); `seed`, of the choice of items; `drift`, None or
-{texts: name to source, tokens, window}; `files`, hashes of what is read. Needs: `adapter`, none for the base.
+{texts: name to source, tokens, window, perhaps documents}; `files`, hashes of what is read. Needs: `adapter`, none for
+the base.
 """
 
 from collections.abc import Mapping
@@ -44,4 +45,4 @@ def score(bench: "Bench", model: Any, settings: Mapping[str, Any]) -> dict[str, 
 def drift_reference(bench: "Bench", settings: Mapping[str, Any]) -> Any:
     """Return what the bare base makes of the drift texts, None where no drift is asked for."""
     drift = settings["drift"]
-    return bench.reference(drift["texts"], drift["tokens"], drift["window"]) if drift else None
+    return bench.reference(**drift) if drift else None

@@ -12,6 +12,8 @@ from hiplora.recipes import TrainRecipe
 from hiplora.study.engine.jobs import Job
 from hiplora.study.steps.methods import method_at
 from hiplora.training import train
+from hiplora.training.adapters import WEIGHTS_FILE
+from hiplora.training.memory import peak_reserved_bytes
 from hiplora.training.result import TrainResult
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
+        "peak_reserved_bytes": peak_reserved_bytes(),
     }
 
 
@@ -54,6 +57,7 @@ def _found(result: TrainResult) -> dict[str, Any]:
         "steps": result.steps,
         "tokens": result.tokens,
         "trainable_parameters": result.trainable_parameters,
+        "adapter_bytes": (result.adapter / WEIGHTS_FILE).stat().st_size,
         "held_out_before": result.held_out["before"] if result.held_out else None,
         "held_out_after": result.held_out["after"] if result.held_out else None,
         "curve": [[row["step"], row["loss"]] for row in learned],

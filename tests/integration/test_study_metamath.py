@@ -1,0 +1,65 @@
+"""PEFT's comparison of methods on the smallest model, with rows, questions and articles of the published shapes."""
+
+import json
+import math
+
+from hiplora.recipes.load_study import load_study
+from hiplora.recipes.rows import read_rows
+from hiplora.study.builder import Study
+from hiplora.study.engine.bench import Bench, Place
+from hiplora.study.engine.store import Store
+from hiplora.study.engine.worker import work
+from hiplora.study.pico_data import write_pico_data
+from hiplora.study.protocols import files, graph, sections
+from hiplora.study.results import Results
+from tests.tiny import write_jsonl
+
+SETTINGS = (
+    *("model=pico", "train.steps=2", "train.max_length=192", "train.dtype=fp32", "train.lr=1e-2"),
+    "evaluation.drift={texts: {wiki: finewiki.jsonl}, documents: 2, window: 48}",
+    "domains.mathematics.tasks.gsm8k_solution=1",
+    "methods.lora-rank32.method.r=4",
+    "protocols.metamath.methods=[lora-rank32]",
+)
+
+
+def write_data(folder):
+    """MetaMathQA, GSM8K and finewiki by the fields that the hub documents."""
+    write_pico_data(folder)
+    rows = [row for _, row in read_rows(folder / "gsm8k_train.jsonl")]
+    metamath = [
+        {
+            "type": "GSM_Rephrased",
+            "query": row["question"],
+            "original_question": row["question"],
+            "response": row["answer"].replace("#### ", "The answer is: "),
+        }
+        for row in rows
+    ]
+    write_jsonl(folder / "metamathqa.jsonl", metamath)
+    articles = [
+        {"text": row["text"], "id": f"enwiki/{number}", "wikiname": "enwiki", "page_id": number}
+        for number, (_, row) in enumerate(read_rows(folder / "wikitext2_raw_valid.jsonl"))
+    ]
+    write_jsonl(folder / "finewiki.jsonl", articles)
+
+
+def test_the_comparison_runs_on_local_files_and_writes_its_results(tmp_path):
+    write_data(tmp_path)
+    study, store = Study(load_study("peft-metamath", SETTINGS), tmp_path), Store(tmp_path / "store")
+    jobs = graph(study)
+    assert (jobs.counts(), study.missing) == ({"evaluate": 2, "train": 1}, {})
+    work(jobs, store, Bench(store, Place("pico", tmp_path)), "run", lambda event: None)
+    results = Results(Store(store.path))
+    (section,) = sections(study, results)
+    assert section.missing == []
+    (drift,) = [store.result(job)["drift"] for job in jobs if store.result(job).get("drift")]
+    assert drift["wiki"]["tokens"] == 2 * 47
+    (text,) = files(study, results, ()).values()
+    record = json.loads(text)
+    *_, last = record["train_info"]["metrics"]
+    assert last["forgetting"] == math.log(drift["wiki"]["perplexity_ratio"]) != 0
+    assert last["train samples"] == 8
+    assert last["test accuracy"] in (0.0, 1.0)
+    assert record["train_info"]["file_size"] > 0
+    assert record["run_info"]["peft_config"]["target_modules"] == ["q_proj", "v_proj"]
