@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 
@@ -188,3 +189,69 @@ def test_settings_without_a_use_are_errors(mode, settings, said):
 def test_no_edits_are_an_error():
     with pytest.raises(ConfigError, match="there are no edits"):
         run("batch", edits=(), reference=False)
+
+
+def interrupted(mode, method, stop, **settings):
+    """Run until `stop` stages are done; return them with what the editor held then."""
+    stages, states = [], []
+
+    def edited(number, editor):
+        states.append(editor.state())
+        if number == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(mode, method, settings=settings, on_stage=stages.append, on_edited=edited)
+    return stages, states[-1]
+
+
+def told(found):
+    """The run without its times."""
+    return [
+        (stage.taught, stage.records, stage.locality, {**stage.took, "seconds": 0}) for stage in found.stages
+    ]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_sequence_goes_on_after_the_stages_that_are_done_as_if_it_had_not_stopped(method):
+    whole = run("sequential", method, settings={"edits_per_batch": 2})
+    stages, state = interrupted("sequential", method, 2, edits_per_batch=2)
+    later = []
+    again = run(
+        "sequential",
+        method,
+        settings={"edits_per_batch": 2},
+        done=stages,
+        state=state,
+        on_stage=later.append,
+    )
+    assert [stage.number for stage in later] == [3]
+    assert told(again) == told(whole)
+
+
+def test_stages_of_another_run_and_a_sequence_without_its_state_are_refused():
+    stages, _ = interrupted("sequential", "lora", 1, edits_per_batch=2)
+    with pytest.raises(ConfigError, match="taught other edits"):
+        run("sequential", settings={"edits_per_batch": 3}, done=stages)
+    with pytest.raises(ConfigError, match="goes on from the editor's state"):
+        run("sequential", settings={"edits_per_batch": 2}, done=stages)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_with_an_editor_off_the_base_answers_bit_for_bit(method):
+    model, ids = writer(), torch.arange(20)[None]
+    with torch.no_grad():
+        base, seen = model(input_ids=ids).logits, []
+
+    def edited(number, editor):
+        with torch.no_grad():
+            editor.model.eval()
+            for off in (False, True, False):
+                with editor.off() if off else contextlib.nullcontext():
+                    seen.append(editor.model(input_ids=ids).logits)
+
+    run("batch", method, EDITS[:2], model, reference=False, on_edited=edited)
+    on, off, again = seen
+    assert torch.equal(off, base)
+    assert torch.equal(on, again)
+    assert not torch.equal(on, base)
