@@ -125,6 +125,8 @@ def test_scoring_reads_items_and_texts_and_writes_as_much_as_a_task_allows(small
     assert load.forward_tokens == 1064 + int(2 * (200.6 + 10 * 142.9))
     drifted = LOADS["merge"]({**settings, "drift": DRIFT}, small)
     assert drifted.forward_tokens - load.forward_tokens == 2 * 2 * 300
+    apart = LOADS["merge"]({**settings, "drift": {**DRIFT, "documents": 7}}, small)
+    assert apart.forward_tokens - load.forward_tokens == 2 * 2 * 7 * 100
     assert LOADS["evaluate"]({**settings, "tasks": {"mmlu": None}}, small).forward_tokens == int(
         11158 * 106.4
     )

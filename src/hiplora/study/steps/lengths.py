@@ -48,6 +48,7 @@ TASKS: Mapping[str, TaskLengths] = {
     "boolq": TaskLengths(1600, 140.1, 1.0),
     "commonsenseqa": TaskLengths(977, 27.0, 4.5),
     "gsm8k": TaskLengths(1056, 69.1, 3.3, 66.8),
+    "gsm8k_solution": TaskLengths(1056, 203.9, 130.4, 73.5),
     "hellaswag": TaskLengths(1600, 165.1, 115.9),
     "humaneval": TaskLengths(132, 200.6, 59.7, 142.9),
     "humaneval_10": TaskLengths(132, 200.6, 59.7, 142.9),
@@ -72,6 +73,8 @@ ROWS: Mapping[str, RowLengths] = {
     "scienceqa": RowLengths(6507, 61.4, 0.033),
     "gsm8k": RowLengths(7473, 202.0, 0.62),
     "gsm8k direct": RowLengths(7473, 69.3, 0.062),
+    # of Llama 3's tokens, with their prompts learned: as PEFT's comparison of methods counts 20,000 of them
+    "metamathqa": RowLengths(395_000, 209.9, 1.0),
     "wikitext": RowLengths(52, 1652.9, 1.0),
 }
 OTHER_ROWS = RowLengths(5000, 200.0, 0.5)  # assumed of any other file

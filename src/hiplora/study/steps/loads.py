@@ -151,8 +151,10 @@ def drift_load(drift: Settings | None) -> Load:
     """Return the load of measuring the drift on texts, each position of them scored."""
     if not drift:
         return Load()
-    tokens = DRIFT_READS * len(drift["texts"]) * drift["tokens"]
-    window = min(drift["window"], drift["tokens"])
+    documents = drift.get("documents")
+    each = drift["tokens"] if documents is None else documents * drift["window"]
+    tokens = DRIFT_READS * len(drift["texts"]) * each
+    window = min(drift["window"], each)
     return Load(forward_tokens=tokens, logit_positions=tokens, batch_tokens=window, sequence_length=window)
 
 
