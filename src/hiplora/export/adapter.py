@@ -100,8 +100,8 @@ class AdapterUpdate:
     """What an adapter adds to its base model, independent of the method that trained it.
 
     `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
-    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora", "adalora" or "merged"; `config` is
-    the adapter's own configuration; `fingerprints` names the base weights where the adapter recorded them;
+    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora", "adalora", "osf" or "merged";
+    `config` is the adapter's own configuration; `fingerprints` names the base weights where the adapter recorded them;
     `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart;
     `source` is the folder or model, for messages.
     """

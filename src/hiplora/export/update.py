@@ -1,4 +1,4 @@
-"""Read any adapter that is a sum of low-rank updates: HiP-LoRA, Proj-LoRA, AdaLoRA, LoRA and what saves as LoRA."""
+"""Read any adapter that is a sum of low-rank updates: HiP-LoRA, Proj-LoRA, AdaLoRA, OSF, LoRA and what saves so."""
 
 import os
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from hiplora.export.adalora import adalora_update, kept_pattern
 from hiplora.export.adapter import AdapterUpdate
 from hiplora.export.folder import PREFIX, check_finite, read_folder
 from hiplora.export.hip import hip_update, live_hip_update
+from hiplora.export.osf import live_osf_update, osf_update
 from hiplora.export.stock import stock_update
 
 
@@ -18,10 +19,10 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
     """Read an adapter folder as the update it makes to its base model.
 
     Args:
-        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA, AdaLoRA or stock LoRA (PiSSA and the like as
+        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA, AdaLoRA, OSF or stock LoRA (PiSSA and the like as
             the difference that PEFT saves); an `AdapterUpdate` is returned as it is.
         base: base model, path or name, where the one in the configuration is not to be used. Only read for
-            HiP-LoRA adapters saved without their factors.
+            HiP-LoRA adapters saved without their factors, and for OSF.
 
     Raises:
         AdapterError: the folder is damaged, its method is not a plain update, or a weight of the base model is
@@ -39,9 +40,11 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
         return stock_update(config, tensors, source, name)
     if kind == "ADALORA":
         return adalora_update(config, tensors, source, name)
+    if kind == "OSF":
+        return osf_update(config, tensors, source, name)
     raise AdapterError(
         f"{source}: an adapter of type {kind} is not read as a plain update; "
-        "train it as LoRA, AdaLoRA or HiP-LoRA, or convert it first with peft.save_as_lora"
+        "train it as LoRA, AdaLoRA, OSF or HiP-LoRA, or convert it first with peft.save_as_lora"
     )
 
 
@@ -64,6 +67,8 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
         return stock_update(_plain(config.to_dict()), state, source, name)
     if config.peft_type == "ADALORA":
         return adalora_update(_plain(config.to_dict()), state, source, name)
+    if config.peft_type == "OSF":
+        return live_osf_update(model, adapter, _plain(config.to_dict()), state, source, name)
     raise AdapterError(
         f"{source}: a {config.peft_type} adapter is not read as a plain update; convert it to LoRA first"
     )

@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
-WITHOUT_GAINS = ("adalora", "lora", "pissa", "proj_lora", "split_lora")
+WITHOUT_GAINS = ("adalora", "lora", "osf", "pissa", "proj_lora", "split_lora")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class ModelShape:
         """Return how many parameters a method trains.
 
         A layer (m, n) has r(m + n) of them, and k gains with HiP-LoRA's principal channel; AdaLoRA's has
-        init_r(m + n + 1) before the pruning. `modules_to_save` are trained in full.
+        init_r(m + n + 1) before the pruning, OSF's (min(m, n) − effective_rank)(m + n + 1). `modules_to_save` are
+        trained in full.
 
         Raises:
             ConfigError: a setting is missing, or no layer matches `target_modules`.
@@ -208,7 +210,21 @@ def _linear_layers(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
 def _layer_parameters(settings: Mapping[str, Any], name: str, m: int, n: int) -> int:
     if _setting(settings, "name") == "adalora":
         return (settings.get("init_r") or math.ceil(1.5 * _setting(settings, "r"))) * (m + n + 1)
+    if settings["name"] == "osf":
+        return osf_rank(settings, name, min(m, n)) * (m + n + 1)
     return _own(settings, "rank_pattern", name, "r") * (m + n)
+
+
+def osf_rank(settings: Mapping[str, Any], name: str, limit: int) -> int:
+    """Return how many singular triplets of a layer OSF trains, of the `limit` that its weight has; as PEFT rounds."""
+    kept = _setting(settings, "effective_rank")
+    for pattern, own in (settings.get("rank_pattern") or {}).items():
+        if re.search(pattern, name):
+            kept = own
+            break
+    if kept is None:
+        kept = limit // 2
+    return limit - min(int(limit * kept) if isinstance(kept, float) else kept, limit)
 
 
 def _learns_gains(settings: Mapping[str, Any]) -> bool:

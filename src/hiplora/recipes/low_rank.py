@@ -13,8 +13,18 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class LowRank(Block):
-    """What every method has: the low-rank factors and the modules they sit on, under PEFT's names."""
+class Targeted(Block):
+    """What every method has: the modules that it adapts, under PEFT's name."""
+
+    target_modules: list[str] | str = Field(
+        default=list(ATTENTION_PROJECTIONS),
+        min_length=1,
+        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
+    )
+
+
+class LowRank(Targeted):
+    """What every method with low-rank factors has, under PEFT's names."""
 
     r: int = Field(
         default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
@@ -24,11 +34,6 @@ class LowRank(Block):
     )
     lora_dropout: float = Field(
         default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update."
-    )
-    target_modules: list[str] | str = Field(
-        default=list(ATTENTION_PROJECTIONS),
-        min_length=1,
-        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
     )
     exclude_modules: list[str] | str | None = Field(
         default=None, description="Modules to leave alone, although target_modules names them."

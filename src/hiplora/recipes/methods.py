@@ -5,9 +5,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from hiplora.recipes.adalora import AdaLoraMethod
-from hiplora.recipes.low_rank import ATTENTION_PROJECTIONS, Block, LowRank
+from hiplora.recipes.low_rank import ATTENTION_PROJECTIONS, Block, LowRank, Targeted
+from hiplora.recipes.osf import OsfMethod
 
-__all__ = ["ATTENTION_PROJECTIONS", "METHODS", "AdaLoraMethod", "Block", "LowRank", "Method"]
+__all__ = [
+    "ATTENTION_PROJECTIONS",
+    "METHODS",
+    "AdaLoraMethod",
+    "Block",
+    "LowRank",
+    "Method",
+    "OsfMethod",
+    "Targeted",
+]
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
@@ -191,15 +201,16 @@ class HipLoraMethod(Spectral):
         return self
 
 
-METHODS: dict[str, type[LowRank]] = {
+METHODS: dict[str, type[Targeted]] = {
     "adalora": AdaLoraMethod,
     "hiplora": HipLoraMethod,
     "lora": LoraMethod,
+    "osf": OsfMethod,
     "pissa": PissaMethod,
     "proj_lora": ProjLoraMethod,
     "split_lora": SplitLoraMethod,
 }
 Method = Annotated[
-    AdaLoraMethod | HipLoraMethod | LoraMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod,
+    AdaLoraMethod | HipLoraMethod | LoraMethod | OsfMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod,
     Field(discriminator="name"),
 ]

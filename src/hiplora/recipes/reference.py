@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from hiplora.recipes.methods import METHODS, LowRank, Spectral
+from hiplora.recipes.methods import METHODS, LowRank, Spectral, Targeted
 from hiplora.recipes.protocols import BenchmarkPoint, EditedFacts, Protocols
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings
 from hiplora.recipes.study import Domain, DriftTexts, Evaluation, Rates, StudyMethod, StudyRecipe
@@ -32,13 +32,16 @@ def reference() -> str:
     parts = [
         _table("The recipe", TrainRecipe, list(TrainRecipe.model_fields)),
         _table("`data`", DataSettings, list(DataSettings.model_fields)),
-        _table("`method`: every method", LowRank, list(LowRank.model_fields)),
+        _table("`method`: every method", Targeted, list(Targeted.model_fields)),
+        _table("`method`: every method but osf", LowRank, _added(LowRank, Targeted)),
         _table("`method`: hiplora and proj_lora", Spectral, _added(Spectral, LowRank)),
     ]
     for name, model in METHODS.items():
         own = [
             field
-            for field in _added(model, Spectral if issubclass(model, Spectral) else LowRank)
+            for field in _added(
+                model, next(base for base in (Spectral, LowRank, Targeted) if issubclass(model, base))
+            )
             if field != "name"
         ]
         if own:
@@ -107,7 +110,7 @@ def _default(model: type[BaseModel], name: str) -> str:
         return "**required**"
     value = field.default
     if isinstance(value, BaseModel):
-        return f"`{value.name}`" if isinstance(value, LowRank) and hasattr(value, "name") else "its defaults"
+        return f"`{value.name}`" if isinstance(value, Targeted) and hasattr(value, "name") else "its defaults"
     if value is None or value in ({}, []):
         return ""
     if isinstance(value, list):
@@ -136,7 +139,7 @@ def _kinds(annotation: Any) -> Iterator[str]:
         yield f"list of {' or '.join(kind if kind.startswith('`') else f'{kind}s' for kind in inner)}"
     elif origin is dict:
         yield "map from name to " + " or ".join(_kinds(get_args(annotation)[1]))
-    elif isinstance(annotation, type) and issubclass(annotation, LowRank):
+    elif isinstance(annotation, type) and issubclass(annotation, Targeted):
         yield f"`{annotation.model_fields['name'].default}`"
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield "block"

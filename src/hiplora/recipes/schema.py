@@ -236,7 +236,7 @@ class TrainRecipe(Block):
     data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
     method: Method = Field(
         default=HipLoraMethod(),
-        description="adalora, hiplora, lora, pissa, proj_lora or split_lora, alone or as {name: …} with its settings.",
+        description="A method, alone or as {name: …} with its settings.",
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import provenance
-from hiplora.recipes.methods import LowRank
+from hiplora.recipes.methods import Targeted
 from hiplora.study.edit_job import EditJob, PreparedEdits
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def edit(
             "model": job.model,
             "edits": prepared.described(),
             "method_settings": method.model_dump(mode="json")
-            if isinstance(method, LowRank)
+            if isinstance(method, Targeted)
             else asdict(method),
             "training": prepared.training,
             "adapters": saver.written,

@@ -9,7 +9,7 @@ from hiplora.editing.counterfact import BUILT_IN, load_edits
 from hiplora.editing.edits import EditSet, Question, load_questions
 from hiplora.errors import ConfigError
 from hiplora.provenance import file_sha256, json_sha256
-from hiplora.recipes.methods import METHODS, LowRank, Spectral
+from hiplora.recipes.methods import METHODS, Spectral, Targeted
 
 if TYPE_CHECKING:
     from hiplora.editing import AlphaEdit, EditRun, EditSettings
@@ -51,7 +51,7 @@ class PreparedEdits:
     """What a job comes to, before a model is loaded: method, settings, edits, unrelated questions."""
 
     job: EditJob
-    method: "LowRank | AlphaEdit"
+    method: "Targeted | AlphaEdit"
     settings: "EditSettings"
     edits: EditSet
     questions: list[Question]
@@ -92,7 +92,7 @@ class PreparedEdits:
 
         edits, method = self.edits.edits, self.method
         reference = Reference.freeze(model, tokenizer, self.questions, edits) if self.questions else None
-        put_on = _adapt(method, tokenizer, self.job.seed, aside) if isinstance(method, LowRank) else method
+        put_on = _adapt(method, tokenizer, self.job.seed, aside) if isinstance(method, Targeted) else method
         mode = cast(Any, self.job.mode)
         name = self.job.method
         return run_edits(model, tokenizer, put_on, edits, mode, self.settings, reference, name=name, **more)
@@ -109,7 +109,7 @@ class PreparedEdits:
         }
 
 
-def _method(job: EditJob) -> "LowRank | AlphaEdit":
+def _method(job: EditJob) -> "Targeted | AlphaEdit":
     if job.method == ALPHAEDIT:
         from hiplora.editing.alphaedit import AlphaEdit
 
@@ -129,7 +129,7 @@ def _built(kind: Any, settings: Mapping[str, Any]) -> Any:
     from pydantic import ValidationError
 
     try:
-        if isinstance(kind, type) and issubclass(kind, LowRank):
+        if isinstance(kind, type) and issubclass(kind, Targeted):
             return kind.model_validate(settings)
         fields = kind.__dataclass_fields__
         unknown = next((name for name in settings if name not in fields), None)
@@ -166,7 +166,7 @@ def _questions(edits: EditSet, count: int) -> list[Question]:
     return [item for item in load_questions() if item.subject.casefold() not in edited][:count]
 
 
-def _adapt(method: LowRank, tokenizer: Any, seed: int, aside: Path) -> Callable[[Any], Any]:
+def _adapt(method: Targeted, tokenizer: Any, seed: int, aside: Path) -> Callable[[Any], Any]:
     """A function that puts the adapter of a recipe's method on a bare model, calibrated if it needs that."""
 
     def adapt(model: Any) -> Any:

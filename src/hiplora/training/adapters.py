@@ -11,14 +11,21 @@ from typing import Any
 
 import peft
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, LoraConfig, OSFConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
 from hiplora.errors import ConfigError
 from hiplora.recipes.adalora import Schedule
-from hiplora.recipes.methods import OF_THE_SPLIT, AdaLoraMethod, HipLoraMethod, LowRank, ProjLoraMethod
+from hiplora.recipes.methods import (
+    OF_THE_SPLIT,
+    AdaLoraMethod,
+    HipLoraMethod,
+    OsfMethod,
+    ProjLoraMethod,
+    Targeted,
+)
 from hiplora.training.checkpoints import staged
 from hiplora.tuner import HipLoraConfig
 
@@ -27,7 +34,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-def adapter_config(method: LowRank, schedule: Schedule | None = None) -> PeftConfig:
+def adapter_config(method: Targeted, schedule: Schedule | None = None) -> PeftConfig:
     """Make the PEFT configuration of a recipe's method; every setting of the method is passed on.
 
     `schedule` is AdaLoRA's.
@@ -37,6 +44,8 @@ def adapter_config(method: LowRank, schedule: Schedule | None = None) -> PeftCon
     """
     if isinstance(method, AdaLoraMethod):
         return _adalora_config(method, schedule)
+    if isinstance(method, OsfMethod):
+        return OSFConfig(task_type="CAUSAL_LM", **method.model_dump(exclude={"name"}))
     settings = method.model_dump(
         exclude={"name", "preset", "calibration_text", "calibration_tokens", *OF_THE_SPLIT}
     )
@@ -64,7 +73,7 @@ def _adalora_config(method: AdaLoraMethod, schedule: Schedule | None) -> AdaLora
     )
 
 
-def is_pissa(method: LowRank) -> bool:
+def is_pissa(method: Targeted) -> bool:
     """Whether a method changes the base weights at its start."""
     return getattr(method, "name", "") == "pissa"
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from hiplora.recipes import TrainRecipe
-from hiplora.recipes.methods import LowRank
+from hiplora.recipes.methods import Targeted
 from hiplora.training.result import TrainResult
 from hiplora.training.run import recipe_values
 
@@ -27,6 +27,11 @@ METHODS = {
         "Trained from the principal part of the base weights; saved as the plain LoRA (of twice the rank) that brings "
         "the untouched base model to the trained one.",
     ),
+    "osf": (
+        "OSF",
+        "The leading singular directions of each weight are kept and all others were trained: far more parameters "
+        "than a low-rank update has.",
+    ),
     "split_lora": (
         "Split-LoRA",
         "A plain low-rank update. Below a cut it is the average of what several clients trained on shards of the data.",
@@ -35,7 +40,7 @@ METHODS = {
 OWN_FORMAT = ("hiplora", "proj_lora")
 
 
-def _what(method: LowRank) -> str:
+def _what(method: Targeted) -> str:
     directions = _DIRECTIONS[getattr(method, "basis", "weight")]
     if not getattr(method, "residual_projection", True):
         update = "a low-rank update that is free to change those directions too"
@@ -101,7 +106,9 @@ def _loading(recipe: TrainRecipe, base: str) -> str:
             "\n\nAs a plain LoRA adapter that stock PEFT, vLLM and others load, with the same outputs:\n\n"
             "```\nhiplora export path/to/this/folder --to lora --out adapter-as-lora\n```"
         )
-    kind = "an AdaLoRA adapter" if recipe.method.name == "adalora" else "a plain LoRA adapter"
+    kind = {"adalora": "an AdaLoRA adapter", "osf": "an OSF adapter"}.get(
+        recipe.method.name, "a plain LoRA adapter"
+    )
     return text + f"\n\nThis is {kind}; stock PEFT loads it without hiplora."
 
 

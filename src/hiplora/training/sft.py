@@ -148,6 +148,11 @@ def _encode(
 def _warnings(recipe: TrainRecipe, report: EncodingReport) -> list[str]:
     """Say what of the data was cut or left out, and whether the basis keeps the task itself from being learned."""
     said = report.warnings(recipe.train.max_length)
+    if recipe.method.name == "osf" and recipe.train.weight_decay:
+        said.append(
+            f"method osf trains a part of the weights themselves, which train.weight_decay {recipe.train.weight_decay} "
+            "shrinks; set it to 0"
+        )
     text = getattr(recipe.method, "calibration_text", None)
     if (
         text is not None

@@ -22,7 +22,7 @@ from hiplora.errors import ConfigError
 from hiplora.provenance import file_sha256
 from hiplora.recipes import TrainRecipe
 from hiplora.recipes.adalora import Schedule
-from hiplora.recipes.methods import AdaLoraMethod, LowRank
+from hiplora.recipes.methods import AdaLoraMethod, Targeted
 from hiplora.recipes.start import start_problems
 from hiplora.training.adalora import resized, take_ranks
 from hiplora.training.adapters import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, adapter_config, is_pissa
@@ -59,7 +59,7 @@ class Start:
         """The adapter's own configuration."""
         return json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
-    def configured(self, method: LowRank) -> PeftConfig:
+    def configured(self, method: Targeted) -> PeftConfig:
         """Return the configuration of the training's adapter: HiP-LoRA's with the given factors to come.
 
         AdaLoRA's keeps the schedule by which the given adapter was pruned, since nothing is pruned any more.

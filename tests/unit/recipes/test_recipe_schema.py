@@ -95,6 +95,7 @@ def test_every_setting_of_a_method_reaches_the_adapter(name):
         "residual_projection": False,
         "init_weights": "zero",
         "principal_channel": True,
+        "effective_rank": 5,
         "init_r": 9,
         "tinit": 3,
         "tfinal": 4,

@@ -28,12 +28,14 @@ ARRIVES = {
     "gradient_checkpointing": (True, lambda made: made.args.activation_checkpointing),
     "save_every": (7, lambda made: made.args.save_steps == 7),
     "keep_checkpoints": (4, lambda made: made._keep_checkpoints == 4),
+    "kl_weight": (0.5, lambda made: [penalty.weight for penalty in made._penalties] == [0.5]),
     "eval_every": (
         6,
         lambda made: any(getattr(c, "_eval_every", 0) == 6 for c in made.callback_handler.callbacks),
     ),
 }
-ELSEWHERE = {"epochs", "log_every"}  # total_steps and the record take these
+# total_steps and the record take the first two; the others have tests of their own.
+ELSEWHERE = {"epochs", "log_every", "start_from", "kl_text", "kl_tokens", "kl_pool"}
 
 
 def make_trainer(tmp_path, **settings):

@@ -45,7 +45,7 @@ def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:
 def svd_load(shape: ModelShape, method_settings: Mapping[str, Any]) -> float:
     """Return the operations of a method's decompositions on every layer that it adapts.
 
-    PiSSA decomposes each weight in full; the weight basis takes the leading directions, of small weights through
+    PiSSA and OSF decompose each weight in full; the weight basis takes the leading directions, of small weights through
     their Gram matrix, of large ones by block iteration; the activation basis sums up the second moments of inputs and
     outputs and decomposes those. The others have none. The model's own passes are `calibration_load`'s.
 
@@ -53,7 +53,7 @@ def svd_load(shape: ModelShape, method_settings: Mapping[str, Any]) -> float:
         ConfigError: the settings are not a recipe's method, or do not fit the model.
     """
     settings = full_settings(method_settings)
-    if settings["name"] == "pissa":
+    if settings["name"] in ("pissa", "osf"):
         return sum(_full(m, n) for m, n in shape.targets(settings).values())
     if settings["name"] not in FACTORED:
         return 0.0

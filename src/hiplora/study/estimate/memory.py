@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hiplora.models.shapes import FACTORED, ModelShape
+from hiplora.models.shapes import FACTORED, ModelShape, osf_rank
 from hiplora.study.estimate import flops
 from hiplora.study.estimate.factoring import full_settings
 from hiplora.study.estimate.load import Load
@@ -58,12 +58,16 @@ def adapter_elements(shape: ModelShape, method_settings: Mapping[str, Any]) -> i
     """Return how many fp32 numbers a token leaves in the adapters of all layers: `Load.adapter_elements`.
 
     PEFT's LoRA keeps, of every layer that it adapts, the input after dropout and the dropout's mask; without dropout
-    the input. HiP-LoRA keeps the input and a byte an element of mask. Both keep the thin activation.
+    the input, as OSF always does. HiP-LoRA keeps the input and a byte an element of mask. All keep the thin
+    activation.
 
     Raises:
         ConfigError: the settings are not a recipe's method, or do not fit the model.
     """
     settings = full_settings(method_settings)
+    if settings["name"] == "osf":
+        targets = shape.targets(settings)
+        return sum(n + 2 * osf_rank(settings, name, min(m, n)) for name, (m, n) in targets.items())
     mask = (0.25 if settings["name"] in FACTORED else 1.0) if settings["lora_dropout"] else 0.0
     inputs = sum(n for _, n in shape.targets(settings).values())
     return int(inputs * (1 + mask)) + (settings.get("init_r") or settings["r"]) * len(shape.targets(settings))

@@ -13,7 +13,7 @@ from typing import Any
 
 from hiplora.errors import ConfigError
 from hiplora.models.shapes import model_shape
-from hiplora.recipes.methods import LowRank
+from hiplora.recipes.methods import AdaLoraMethod
 from hiplora.recipes.protocols import MetaMath
 from hiplora.recipes.schema import TrainSettings
 from hiplora.recipes.wording import STEP_BY_STEP
@@ -77,7 +77,7 @@ def _run_info(study: Study, settings: MetaMath, run: Run, results: Results, labe
         "peft_branch": None,
         "peft_worktree_is_dirty": None,
         "train_config": _train_config(study, settings, run, results),
-        "peft_config": _peft_config(study.row(run.method).method, _model(study)),
+        "peft_config": _peft_config(study, run),
         "error_msg": "",
     }
 
@@ -116,10 +116,13 @@ def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) 
     }
 
 
-def _peft_config(method: LowRank, model: str) -> dict[str, Any]:
+def _peft_config(study: Study, run: Run) -> dict[str, Any]:
     from hiplora.training.adapters import adapter_config
 
-    config = {**adapter_config(method).to_dict(), "base_model_name_or_path": model}
+    row = study.row(run.method)
+    steps = study.recipe.training(row).steps
+    plan = row.method.schedule(steps) if isinstance(row.method, AdaLoraMethod) and steps else None
+    config = {**adapter_config(row.method, plan).to_dict(), "base_model_name_or_path": _model(study)}
     return {key: _plain(value) for key, value in config.items()}
 
 

@@ -12,9 +12,10 @@ from hiplora.models.shapes import FACTORED, ModelShape
 from hiplora.recipes import TrainSettings
 from hiplora.study.engine.jobs import is_result
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
-from hiplora.study.estimate.factoring import truncated_flops
+from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
 from hiplora.study.steps.edit_load import edit_load
 from hiplora.study.steps.lengths import OTHER_TASK, TASKS, rows_of
+from hiplora.tuner.calibration import ROW_LENGTH
 
 Settings = Mapping[str, Any]
 BATCH = 8  # texts that are scored, and written, at a time
@@ -116,16 +117,33 @@ def training_load(recipe: Settings, shape: ModelShape, steps: int) -> Load:
     row = rows_of(*_source(recipe))
     length = trained.max_length if trained.packing else min(trained.max_length, math.ceil(row.tokens))
     tokens = steps * trained.batch_size * trained.gradient_accumulation * length
-    return Load(
+    return _kl_load(trained, steps) + Load(
         train_tokens=tokens,
         logit_positions=int(tokens * row.learned),
-        svd_flops=svd_load(shape, method) if method["name"] == "pissa" else 0.0,
+        svd_flops=svd_load(shape, method) if method["name"] in ("pissa", "osf") else 0.0,
         batch_tokens=trained.batch_size * length,
         train=True,
         sequence_length=min(trained.max_length, math.ceil(row.tokens)),  # rows do not attend to each other
         factor_scalars=shape.factor_scalars(method),
         adapter_elements=adapter_elements(shape, method),
         checkpointing=trained.gradient_checkpointing,
+    )
+
+
+def _kl_load(trained: TrainSettings, steps: int) -> Load:
+    """Other text, read by the base and by the adapted model in every step; sampled before, where none is named."""
+    if not trained.kl_weight:
+        return Load()
+    read = steps * trained.kl_tokens
+    return Load(
+        train_tokens=read,
+        forward_tokens=read,
+        logit_positions=2 * read,
+        generated_tokens=trained.kl_pool if trained.kl_text is None else 0,
+        batch_tokens=trained.kl_tokens,
+        train=True,
+        sequence_length=min(ROW_LENGTH, trained.kl_tokens),
+        decode_batch=SAMPLED_AT_ONCE,
     )
 
 
