@@ -195,3 +195,14 @@ def test_loads_add_up_as_one_job():
     assert (both.sequence_length, both.disk_bytes) == (40, 3)
     assert score.times(3) == score + score + score
     assert Load() + score == dataclasses.replace(score)
+
+
+def test_a_price_on_kl_reads_its_text_twice_a_step_and_samples_it_first(small):
+    settings = recipe({"name": "lora"})
+    plain = LOADS["train"]({"recipe": settings}, small)
+    priced = LOADS["train"]({"recipe": recipe({"name": "lora"}, kl_weight=0.1, kl_tokens=100)}, small)
+    assert priced.train_tokens - plain.train_tokens == 10 * 100
+    assert priced.forward_tokens - plain.forward_tokens == 10 * 100
+    assert (plain.generated_tokens, priced.generated_tokens) == (0, 10_000)
+    named = recipe({"name": "lora"}, kl_weight=0.1, kl_text="a.txt")
+    assert LOADS["train"]({"recipe": named}, small).generated_tokens == 0
