@@ -9,7 +9,7 @@ from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
 from hiplora.recipes import DataSettings, TrainRecipe
-from hiplora.recipes.methods import Spectral
+from hiplora.recipes.methods import PAPER, Spectral
 from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.study import CHOSEN, StudyMethod, StudyRecipe
 from hiplora.study.engine.jobs import Job, result
@@ -256,10 +256,16 @@ class Study:
 def as_written(block: Any) -> dict[str, Any]:
     """Return a block as a recipe writes it: what differs from the defaults, and a method's name.
 
-    Keys of jobs are made of this, so that a setting that is added to the program changes no key.
+    Keys of jobs are made of this, so that a setting that is added to the program changes no key. A preset has defaults
+    of its own: what it would change is written too.
     """
     written = block.model_dump(mode="json", exclude_defaults=True)
-    return {"name": block.name, **written} if hasattr(block, "name") else written
+    if not hasattr(block, "name"):
+        return written
+    if getattr(block, "preset", None) == "paper":
+        changed = {name for name in (*PAPER, "principal_channel") if hasattr(block, name)} - set(written)
+        written |= block.model_dump(mode="json", include=changed)
+    return {"name": block.name, **written}
 
 
 def _recipe_settings(recipe: TrainRecipe) -> dict[str, Any]:

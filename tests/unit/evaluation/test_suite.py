@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hiplora.errors import ConfigError
-from hiplora.evaluation.suite import TASKS, own_suites, own_tasks, read_suite, task_settings
+from hiplora.evaluation.suite import TASKS, own_suites, own_tasks, read_suite, task_samples, task_settings
 
 
 def names(suite):
@@ -79,3 +79,10 @@ def test_the_documentation_lists_every_task_and_suite():
         assert f"`{settings['file']}`" in row
         assert row.endswith(f"| {settings['score']} |")
     assert all(f"| `{name}` |" in text for name in own_suites())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("humaneval", 1), ("humaneval_10", 10), ("gsm8k", 1), ("arc_of_lm_eval", 1)]
+)
+def test_the_number_of_samples_of_an_item_is_the_tasks(name, count):
+    assert task_samples(name) == count

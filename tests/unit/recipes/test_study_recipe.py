@@ -126,3 +126,19 @@ def test_a_protocols_text_is_one_of_the_drifts(tmp_path):
         load_study(write(tmp_path), [told])
     with pytest.raises(ConfigError, match="expected one of prose"):
         load_study(write(tmp_path), [told, "evaluation.drift={texts: {prose: a.txt}}"])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "told"),
+    [
+        ("ablations: {method: lora}", "`protocols.ablations.method` is 'lora', which has no gains"),
+        ("lambda_curve: {method: lora, values: [0.0, 1.0]}", "`protocols.lambda_curve.method` is 'lora'"),
+        (
+            "merge_fail: {methods: [lora], sizes: [2]}",
+            "`protocols.merge_fail.sizes` has 2, and there are 1 domains",
+        ),
+    ],
+    ids=["ablations", "lambda curve", "sizes"],
+)
+def test_a_protocol_that_does_not_fit_is_refused(tmp_path, protocol, told):
+    assert told in refusal(tmp_path, "single_task: {methods: [lora]}", protocol)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hiplora.recipes import TrainRecipe
 from hiplora.recipes.load_study import load_study
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph
@@ -90,6 +91,29 @@ def test_a_variant_changes_its_settings_and_may_take_its_parents_rate(data):
     assert job.needs["rate"] == found.rate(parent)
     assert job != found.adapter(parent, "code", 42)
     assert found.factors(parent) == found.factors(variant)
+
+
+def test_what_a_preset_would_change_is_kept(data):
+    found = study(data)
+    gains, none = found.row("hiplora"), found.variant("hiplora", "Other", principal_channel=False)
+    assert (none.title, none.method.principal_channel) == ("Other", False)
+    job = found.adapter(none, "code", 42, like=gains)
+    read = TrainRecipe.model_validate({**job.settings["recipe"], "model": "pico", "train": {}})
+    assert read.method == none.method
+    assert job != found.adapter(gains, "code", 42)
+
+
+def test_a_setting_may_be_what_another_job_chooses(data):
+    found = study(data)
+    row = found.row("hiplora")
+    choice = found.choice("λ", {0.1: {"one": adapter(found)}, 1.0: {"other": adapter(found, lr=0.5)}})
+    job = found.adapter(row, "code", 42, chosen={"stability_weight": choice})
+    assert job.settings["recipe"]["method"]["stability_weight"] == {"$result": "stability_weight.value"}
+    assert job.needs["stability_weight"] == choice
+    assert job != found.adapter(row, "code", 42)
+    assert found.adapter(row, "code", 42).settings["recipe"]["method"] == {
+        name: value for name, value in job.settings["recipe"]["method"].items() if name != "stability_weight"
+    }
 
 
 def test_factors_are_shared_by_what_they_depend_on(data):

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from hiplora.recipes.protocols import Allocation
+from hiplora.reporting.plots.spectrum import TYPE_ORDER
 from hiplora.reporting.study.spec import Cell, Figure, Grid, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.show import measurement
+from hiplora.study.protocols.show import cell, measurement
 from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate
+from hiplora.study.statistics import Estimate, hierarchical
 
 NAME, TITLE = "allocation", "Where the updates lie"
 ALL = "all"
@@ -55,14 +56,14 @@ def _inspections(study: Study, settings: Allocation, method: str) -> list[Job]:
 
 
 def _types(found: Found) -> list[str]:
-    """The types of the modules, in the order of the model."""
-    return list(
-        dict.fromkeys(row["type"] for some in found.values() for one in some for row in one["modules"])
-    )
+    """The types of the modules, known ones in the order of a layer."""
+    types = dict.fromkeys(row["type"] for some in found.values() for one in some for row in one["modules"])
+    return [kind for kind in TYPE_ORDER if kind in types] + [kind for kind in types if kind not in TYPE_ORDER]
 
 
 def _modules(found: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    return [row for one in found for row in one["modules"] if row["type"] == kind]
+    """The modules of a type, or all."""
+    return [row for one in found for row in one["modules"] if kind in (row["type"], ALL)]
 
 
 def _inside(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
@@ -99,19 +100,21 @@ def _energy_measurements(
                 )
 
 
-def _follows(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
-    """The mean over modules and domains of Spearman's correlation of |δ| with σ; None where it has no meaning."""
+def _follows(found: Sequence[Mapping[str, Any]], kind: str) -> Estimate | None:
+    """The mean over modules and domains of Spearman's correlation of |δ| with σ, its interval over these; None where it
+    has no meaning.
+    """
     from scipy.stats import spearmanr
 
     values = []
     for row in _modules(found, kind):
         sizes = np.abs(row["gains"])
-        if len(sizes) > 1 and len(set(sizes)) > 1 and len(set(row["sigma"])) > 1:
+        if len(set(sizes)) > 1 and len(set(row["sigma"])) > 1:
             values.append(float(spearmanr(sizes, row["sigma"]).statistic))
-    return float(np.mean(values)) if values else None
+    return hierarchical({kind: [values]})[kind] if values else None
 
 
-def _relative(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
+def _relative(found: Sequence[Mapping[str, Any]], kind: str) -> Estimate | None:
     """The median of |δ| / σ in per cent."""
     shares = [
         abs(gain) / sigma
@@ -119,37 +122,38 @@ def _relative(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
         for gain, sigma in zip(row["gains"], row["sigma"], strict=True)
         if sigma > 0
     ]
-    return 100 * float(np.median(shares)) if shares else None
+    return Estimate(100 * float(np.median(shares))) if shares else None
 
 
 def _gains_table(gains: Found) -> Table:
-    types, lines = _types(gains), []
+    types, lines = [*_types(gains), ALL], []
     for title, some in gains.items():
         follows = [_follows(some, kind) for kind in types]
         relative = [_relative(some, kind) for kind in types]
-        lines.append((f"{title}, correlation", [Cell(value, digits=2) for value in follows]))
-        lines.append((f"{title}, median |δ| / σ in %", [Cell(value, digits=3) for value in relative]))
+        lines.append((f"{title}, correlation", [cell(found, digits=2) for found in follows]))
+        lines.append((f"{title}, median |δ| / σ in %", [cell(found, digits=3) for found in relative]))
     note = (
         "Correlation: Spearman's, of |δ| with σ among the directions of a module, mean over modules and domains. Above "
-        "0, strong directions move more; below it, less, as a price that grows with σ makes them."
+        "0, strong directions move more; below it, less, as a price that grows with σ makes them. Brackets: 95 % "
+        "intervals over modules and domains."
     )
-    return Table(f"{NAME}-gains", "How gains follow the spectrum", ["Method", *types], lines, note)
+    return Table(
+        f"{NAME}-gains", "How gains follow the spectrum", ["Method", *types[:-1], "All modules"], lines, note
+    )
 
 
 def _gain_measurements(
     settings: Allocation, gains: Found, used: Mapping[str, Sequence[Job]]
 ) -> Iterator[Measurement]:
     for title, some in gains.items():
-        for kind in _types({title: some}):
+        for kind in (ALL, *_types({title: some})):
             for metric, value, unit in (
                 ("gain correlation", _follows(some, kind), ""),
                 ("median relative gain", _relative(some, kind), "%"),
             ):
                 if value is not None:
                     setting = {"type": kind, "rank": settings.rank}
-                    yield measurement(
-                        NAME, title, metric, Estimate(value), used[title], unit=unit, setting=setting
-                    )
+                    yield measurement(NAME, title, metric, value, used[title], unit=unit, setting=setting)
 
 
 def _grid(gains: Found, over_rank: bool) -> Grid:

@@ -103,13 +103,25 @@ def _measurements(
             NAME, row.title, "mean score", mean, row.jobs, form=form, unit="%", setting=setting, seeds=seeds
         )
     yield from row_differences(NAME, [row for _, row in found], form)
+    if len(found) > 1:
+        (low, first), (high, last) = min(found, key=_price), max(found, key=_price)
+        change, used = estimate(last.retain - first.retain), [*first.jobs, *last.jobs]
+        setting = {"from": low, "to": high}
+        title = study.row(settings.method).title
+        yield measurement(
+            NAME, title, "retain change", change, used, form=form, unit="pp", setting=setting, seeds=seeds
+        )
+
+
+def _price(found: Priced) -> float:
+    return found[0]
 
 
 def _texts(found: Sequence[Priced], form: str) -> Iterator[str]:
     if len(found) < 2:
         return
     least = smallest([row.retain for _, row in found])
-    (low, first), (high, last) = found[0], found[-1]
+    (low, first), (high, last) = min(found, key=_price), max(found, key=_price)
     change, mean = last.retain[0] - first.retain[0], last.mean[0] - first.mean[0]
     yield (
         f"By {form}, from λ = {low:g} to λ = {high:g} Retain changes by {change:+.1f} pp and the downstream mean by "
@@ -119,6 +131,7 @@ def _texts(found: Sequence[Priced], form: str) -> Iterator[str]:
 
 
 def _figure(study: Study, settings: LambdaCurve, found: Sequence[Priced]) -> Plot:
+    found = sorted(found, key=_price)
     retain, mean = (
         [estimate(one) for one in kept] for kept in zip(*((r.retain, r.mean) for _, r in found), strict=True)
     )

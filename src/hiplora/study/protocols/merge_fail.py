@@ -117,10 +117,11 @@ def _taus_table(settings: MergeFail, judged: Sequence[Judged], form: str) -> Tab
 def _measurements(
     study: Study, settings: MergeFail, judged: Sequence[Judged], form: str
 ) -> Iterator[Measurement]:
+    """MergeFail and its differences, at the threshold that is reported first before the others."""
     sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
     first = {one.rule: one for one in reversed(judged)}
     for one in judged:
-        for place, tau in enumerate(taus):
+        for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
             wide = hierarchical({one.title: [one.verdicts(place)]})[one.title]
             for size, which in sizes.items():
                 setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": len(which)}

@@ -112,16 +112,15 @@ def row_measurements(name: str, row: Row, form: str, is_base: bool = False) -> I
 
 
 def row_differences(name: str, rows: Sequence[Row], form: str) -> Iterator[Measurement]:
-    """Yield the paired differences of Retain and of the mean score between each method and the first."""
-    for row in rows[1:]:
-        for metric, here, there in (
-            ("retain", row.retain, rows[0].retain),
-            ("mean score", row.mean, rows[0].mean),
-        ):
-            yield difference(
-                name, metric, (row.title, here, row.jobs), (rows[0].title, there, rows[0].jobs), form=form,
-                seeds=len(row.retain_by_seed),
-            )  # fmt: skip
+    """Yield the paired differences of Retain and of the mean score: every method minus each one before it."""
+    for place, row in enumerate(rows):
+        for against in rows[:place]:
+            for metric, here, there in (
+                ("retain", row.retain, against.retain),
+                ("mean score", row.mean, against.mean),
+            ):
+                sides = (row.title, here, row.jobs), (against.title, there, against.jobs)
+                yield difference(name, metric, *sides, form=form, seeds=len(row.retain_by_seed))
 
 
 def held_out(trained: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:
