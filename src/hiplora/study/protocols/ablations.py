@@ -10,6 +10,7 @@ from hiplora.metrics import MergeInstance
 from hiplora.recipes.methods import OF_THE_GAINS, HipLoraMethod
 from hiplora.recipes.protocols import Ablations
 from hiplora.recipes.study import StudyMethod
+from hiplora.reporting.numbers import fixed
 from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
@@ -236,7 +237,7 @@ def _power(found: Sequence[Variant], form: str) -> Iterator[str]:
     )
     if retain is None or mean is None:
         return
-    told = ", ".join(f"{one.row.title} {one.row.retain[0]:.1f}" for one in found)
+    told = ", ".join(f"{one.row.title} {fixed(one.row.retain[0], 1)}" for one in found)
     yield (
         f"Retain by {form}, in pp: {told}. A difference between two variants can be told from none if it is larger "
         f"than about {retain:.1f} pp in Retain and {mean:.1f} pp in the downstream mean."

@@ -6,6 +6,7 @@ import numpy as np
 
 from hiplora.recipes.protocols import LambdaCurve
 from hiplora.recipes.study import StudyMethod
+from hiplora.reporting.numbers import fixed
 from hiplora.reporting.study.spec import Cell, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
@@ -124,8 +125,8 @@ def _texts(found: Sequence[Priced], form: str) -> Iterator[str]:
     (low, first), (high, last) = min(found, key=_price), max(found, key=_price)
     change, mean = last.retain[0] - first.retain[0], last.mean[0] - first.mean[0]
     yield (
-        f"By {form}, from λ = {low:g} to λ = {high:g} Retain changes by {change:+.1f} pp and the downstream mean by "
-        f"{mean:+.1f} pp. A difference in Retain between two λ can be told from none if it is larger than about "
+        f"By {form}, from λ = {low:g} to λ = {high:g} Retain changes by {fixed(change, 1)} pp and the downstream mean by "
+        f"{fixed(mean, 1)} pp. A difference in Retain between two λ can be told from none if it is larger than about "
         f"{least or 0:.1f} pp."
     )
 

@@ -46,7 +46,7 @@ def test_the_change_is_that_from_the_lowest_price_to_the_highest(study):
     section = lambda_curve.section(found, settings, results(store))
     one = measured(section, "retain change", "HiP-LoRA", form="likelihood")
     assert (one.value, one.setting) == (pytest.approx(2 - 30), {"from": 0, "to": 1})
-    assert any("Retain changes by -28.0 pp" in text for text in section.text)
+    assert any("Retain changes by −28.0 pp" in text for text in section.text)
 
 
 def test_the_curve_is_of_likelihoods_in_the_order_of_prices(study):
