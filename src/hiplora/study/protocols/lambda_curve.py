@@ -125,9 +125,9 @@ def _texts(found: Sequence[Priced], form: str) -> Iterator[str]:
     (low, first), (high, last) = min(found, key=_price), max(found, key=_price)
     change, mean = last.retain[0] - first.retain[0], last.mean[0] - first.mean[0]
     yield (
-        f"By {form}, from λ = {low:g} to λ = {high:g} Retain changes by {fixed(change, 1)} pp and the downstream mean by "
-        f"{fixed(mean, 1)} pp. A difference in Retain between two λ can be told from none if it is larger than about "
-        f"{least or 0:.1f} pp."
+        f"By {form}, from λ = {low:g} to λ = {high:g} Retain changes by {fixed(change, 1)} pp and the downstream mean "
+        f"by {fixed(mean, 1)} pp. A difference in Retain between two λ can be told from none if it is larger than "
+        f"about {least or 0:.1f} pp."
     )
 
 
