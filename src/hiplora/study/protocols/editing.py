@@ -98,7 +98,7 @@ def _runs(study: Study, settings: Editing, name: str, mode: str, method: str) ->
     title = study.row(method).title if trains else "AlphaEdit"
     steps = settings.single_steps if mode == "single" else settings.steps
     evaluation = study.recipe.evaluation.drift
-    texts = None if evaluation is None or mode == "single" else evaluation.model_dump(mode="json")
+    texts = None if evaluation is None or mode == "single" else evaluation.settings()
     files = [None if facts.edits == "builtin" else facts.edits, given.get("calibration_text")]
     if texts is not None:
         files += [source.partition(":")[0] for source in texts["texts"].values()]
