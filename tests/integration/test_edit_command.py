@@ -61,6 +61,9 @@ def counterfact(path, count=4):
     [
         ("lora", FAST),
         ("pissa", FAST),
+        ("milora", [*FAST, "--set", "rank_pattern={k_proj: 3}"]),
+        ("corda", [*FAST, "--set", "calibration_tokens=600", "--set", "r=4"]),
+        ("lora_null", [*FAST, "--set", "calibration_tokens=600", "--set", "r=4"]),
         ("hiplora", FAST + CALIBRATION),
         ("alphaedit", [*ALPHA, "--limit", "4"]),
     ],

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from hiplora.errors import ConfigError, DataError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.recipes import TrainRecipe
-from hiplora.training import TrainResult, train
+from hiplora.training import TrainResult, moved_starts, train
 from hiplora.training.metrics import read_metrics
 from tests.tiny import tiny_llama, write_jsonl
 
@@ -21,6 +21,9 @@ METHODS = {
     "activation": {"name": "hiplora", "principal_rank": 8, "basis": "activation"},
     "lora": {"name": "lora"},
     "pissa": {"name": "pissa"},
+    "milora": {"name": "milora"},
+    "corda": {"name": "corda", "calibration_tokens": 1024},
+    "lora_null": {"name": "lora_null", "calibration_tokens": 1024},
     "split_lora": {"name": "split_lora", "clients": 2, "cut_layer": 1, "average_every": 2},
 }
 SETTINGS = {
@@ -33,6 +36,9 @@ SETTINGS = {
     "save_every": 3,
     "log_every": 2,
 }
+
+
+MOVED = ("pissa", "milora", "corda", "lora_null")  # these move the base weights at their start
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +119,7 @@ def test_a_method_trains_and_its_folder_is_complete(make, tmp_path, rows, method
 def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(
     make, tmp_path, tiny_model_dir, method
 ):
-    """Of all that training keeps in memory, PiSSA's changed base weights above all, nothing is needed."""
+    """Of all that training keeps in memory, changed base weights above all, nothing is needed."""
     from hiplora.recipes import DataSettings
     from hiplora.training.data import load_data
     from hiplora.training.encoding import encode_example
@@ -135,10 +141,12 @@ def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(
     assert result.held_out["after"] != pytest.approx(result.held_out["before"], rel=1e-2)
 
 
-def test_a_pissa_adapter_is_a_plain_lora_of_twice_the_rank(make, tmp_path):
-    train(make("pissa"), tmp_path / "out")
+@pytest.mark.parametrize("method", MOVED)
+def test_an_adapter_that_moved_the_base_is_a_plain_lora_of_twice_the_rank(make, tmp_path, method):
+    train(make(method, steps=1), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (32, 64, True)
+    assert config["corda_config"] is None
     shapes = {tensor.shape[0] for name, tensor in tensors(tmp_path / "out").items() if "lora_A" in name}
     assert shapes == {32}
 
@@ -147,7 +155,8 @@ UNPACKED = {"packing": False, "dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
-    ("method", "settings"), [*((m, {}) for m in METHODS), ("hiplora", UNPACKED), ("pissa", UNPACKED)]
+    ("method", "settings"),
+    [*((m, {}) for m in METHODS), ("hiplora", UNPACKED), *((m, UNPACKED) for m in MOVED)],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, method, settings):
     """Stopped after step 5, behind the checkpoint of step 3 and between two logged rows."""
@@ -244,24 +253,31 @@ def test_a_run_stopped_after_its_last_step_is_only_assembled(make, tmp_path, mon
     assert all(torch.equal(tensors(tmp_path / "whole")[k], v) for k, v in tensors(tmp_path / "parts").items())
 
 
-def test_pissas_start_is_corrected_where_it_comes_out_otherwise(make, tmp_path, monkeypatch):
-    """Another machine's decomposition, made so different here that nobody could overlook it."""
-    recipe = make("pissa")
+@pytest.mark.parametrize("method", MOVED)
+def test_a_resumed_run_has_its_start_from_the_folder_and_computes_none(make, tmp_path, monkeypatch, method):
+    recipe = make(method)
     whole = train(recipe, tmp_path / "whole")
     with pytest.raises(Stopped):
         train(recipe, tmp_path / "parts", on_step=stop_at(4))
-    original = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *args, **kwargs: pytest.fail("decomposed again"))
+    monkeypatch.setattr(moved_starts, "survey", lambda *args: pytest.fail("prepared again"))
+    parts = train(recipe, tmp_path / "parts")
+    assert numbers(parts.metrics) == numbers(whole.metrics)
+    assert all(torch.equal(tensors(tmp_path / "whole")[k], v) for k, v in tensors(tmp_path / "parts").items())
 
-    def flipped(*args, **kwargs):
-        U, S, Vh = original(*args, **kwargs)
-        return -U, S * 4, -Vh
 
-    monkeypatch.setattr(torch.linalg, "svd", flipped)
-    notes = []
-    parts = train(recipe, tmp_path / "parts", on_note=notes.append)
-    assert "other rounding" in notes[0]
-    for own, other in zip(numbers(parts.metrics), numbers(whole.metrics), strict=True):
-        assert own == pytest.approx(other, rel=1e-5)
+@pytest.mark.parametrize("method", MOVED)
+def test_a_start_with_more_directions_than_a_weight_has_is_refused(make, tmp_path, method):
+    with pytest.raises(ConfigError, match=r"k_proj: r 33 exceeds min\(out, in\) = 32"):
+        train(make({**METHODS[method], "r": 33}), tmp_path / "out")
+
+
+def test_calibration_text_that_cannot_be_read_is_named(make, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" ")
+    for method in ("corda", "lora_null"):
+        with pytest.raises(DataError, match=r"empty\.txt: is empty"):
+            train(make({"name": method, "calibration_text": str(empty)}), tmp_path / method)
 
 
 def test_a_finished_run_is_returned_as_it_is_on_resume_and_refused_otherwise(make, tmp_path):

@@ -14,7 +14,8 @@ EDITS_HELP = (
     "(docs/editing.md)."
 )
 METHOD_HELP = (
-    "hiplora, lora, pissa or proj_lora, trained on the edits; or alphaedit, which computes its update."
+    "A method of the recipes (hiplora, lora, pissa, milora, corda, lora_null, proj_lora), trained on the edits; or "
+    "alphaedit, which computes its update."
 )
 MODE_HELP = (
     "batch: all edits together, or batches apart from each other; sequential: batch after batch into one adapter; "

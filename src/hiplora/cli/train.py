@@ -32,7 +32,7 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Fine-tune an adapter (HiP-LoRA, LoRA, PiSSA, Proj-LoRA or Split-LoRA) on your data.
+    """Fine-tune an adapter (HiP-LoRA, LoRA, PiSSA, MiLoRA, CorDA, LoRA-Null …) on your data.
 
     The recipe and the data are checked to the last row before the model is loaded. A run that was stopped, by
     Ctrl-C, a crash or a full disk, carries on from its last checkpoint when the same command is given again.

@@ -16,7 +16,10 @@ from hiplora.models.pico import CONFIG as PICO_CONFIG
 from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
-WITHOUT_GAINS = ("adalora", "lora", "osf", "pissa", "proj_lora", "split_lora")
+WITHOUT_GAINS = (
+    *("adalora", "corda", "lora", "lora_null", "milora"),
+    *("osf", "pissa", "proj_lora", "split_lora"),
+)
 
 
 @dataclass(frozen=True)

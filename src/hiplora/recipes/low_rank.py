@@ -1,6 +1,6 @@
 """What every method of a recipe has."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +14,12 @@ class Block(BaseModel):
 
 
 class Targeted(Block):
-    """What every method has: the modules that it adapts, under PEFT's name."""
+    """What every method has: the modules that it adapts, under PEFT's name.
+
+    A method that `moves_base` takes the product of its first factors out of the base weights when it starts.
+    """
+
+    moves_base: ClassVar[bool] = False
 
     target_modules: list[str] | str = Field(
         default=list(ATTENTION_PROJECTIONS),

@@ -1,6 +1,6 @@
 """The methods that a recipe can name, each with exactly the settings that apply to it."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,6 @@ __all__ = [
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
-MOVE_THE_BASE = ("pissa",)  # methods that take a part out of the base weights and train it
 OF_THE_SPLIT = ("clients", "cut_layer", "average_every")
 Rank = (
     Annotated[int, Field(ge=1)]
@@ -40,7 +39,42 @@ class LoraMethod(LowRank):
 class PissaMethod(LowRank):
     """PiSSA, from PEFT: starts from the principal part of the weights; saved as a plain LoRA of rank 2r."""
 
+    moves_base: ClassVar[bool] = True
     name: Literal["pissa"] = Field(default="pissa", description="The method.")
+
+
+class MiloraMethod(LowRank):
+    """MiLoRA: starts from the minor part of the weights; saved as a plain LoRA of rank 2r."""
+
+    moves_base: ClassVar[bool] = True
+    name: Literal["milora"] = Field(default="milora", description="The method.")
+
+
+class FromInputs(LowRank):
+    """What the methods share that start where the inputs of a layer leave it free."""
+
+    moves_base: ClassVar[bool] = True
+    calibration_text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file or training data that shows what the layers are fed, instead of text sampled from the "
+        "model. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    calibration_tokens: int = Field(
+        default=10_000, ge=2, description="Tokens to sample, or to read of `calibration_text`."
+    )
+
+
+class CordaMethod(FromInputs):
+    """CorDA, from PEFT, knowledge-preserved mode: starts from the part of the weights that the inputs use least."""
+
+    name: Literal["corda"] = Field(default="corda", description="The method.")
+
+
+class LoraNullMethod(FromInputs):
+    """LoRA-Null: starts from what the weights do to the r directions in which the inputs have least energy."""
+
+    name: Literal["lora_null"] = Field(default="lora_null", description="The method.")
 
 
 class SplitLoraMethod(LowRank):
@@ -203,14 +237,26 @@ class HipLoraMethod(Spectral):
 
 METHODS: dict[str, type[Targeted]] = {
     "adalora": AdaLoraMethod,
+    "corda": CordaMethod,
     "hiplora": HipLoraMethod,
     "lora": LoraMethod,
+    "lora_null": LoraNullMethod,
+    "milora": MiloraMethod,
     "osf": OsfMethod,
     "pissa": PissaMethod,
     "proj_lora": ProjLoraMethod,
     "split_lora": SplitLoraMethod,
 }
 Method = Annotated[
-    AdaLoraMethod | HipLoraMethod | LoraMethod | OsfMethod | PissaMethod | ProjLoraMethod | SplitLoraMethod,
+    AdaLoraMethod
+    | CordaMethod
+    | HipLoraMethod
+    | LoraMethod
+    | LoraNullMethod
+    | MiloraMethod
+    | OsfMethod
+    | PissaMethod
+    | ProjLoraMethod
+    | SplitLoraMethod,
     Field(discriminator="name"),
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from hiplora.recipes.methods import MOVE_THE_BASE, AdaLoraMethod, Block, HipLoraMethod, Method
+from hiplora.recipes.methods import METHODS, AdaLoraMethod, Block, HipLoraMethod, Method
 
 DEFAULT_STEPS = 2000
 
@@ -236,7 +236,7 @@ class TrainRecipe(Block):
     data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
     method: Method = Field(
         default=HipLoraMethod(),
-        description="A method, alone or as {name: …} with its settings.",
+        description=f"{', '.join(METHODS)}: one of them, alone or as {{name: …}} with its settings.",
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(
@@ -262,7 +262,7 @@ class TrainRecipe(Block):
 
     @model_validator(mode="after")
     def _the_base_is_there_to_compare_with(self) -> "TrainRecipe":
-        if self.train.kl_weight and self.method.name in MOVE_THE_BASE:
+        if self.train.kl_weight and self.method.moves_base:
             raise ValueError(
                 f"`train.kl_weight` compares with the base model, whose weights {self.method.name} moves; remove it, "
                 "or use another method"

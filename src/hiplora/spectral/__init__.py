@@ -15,6 +15,7 @@ from hiplora.spectral.channels import (
 from hiplora.spectral.decompose import truncated_svd
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
 from hiplora.spectral.moments import MomentBasis, SecondMoment
+from hiplora.spectral.parts import minor_part, restricted_part
 from hiplora.spectral.rank import (
     EXPECTED_RANK,
     RankSpec,
@@ -40,6 +41,7 @@ __all__ = [
     "fused_factors",
     "is_rank",
     "leak",
+    "minor_part",
     "misfit",
     "parse_rank",
     "penalty",
@@ -49,6 +51,7 @@ __all__ = [
     "proximal_step",
     "residual_delta",
     "resolve_rank",
+    "restricted_part",
     "retract",
     "soften",
     "squared_singular_values",

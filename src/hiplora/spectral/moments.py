@@ -82,6 +82,23 @@ class SecondMoment:
         values = values.flip(0).clamp_min(0.0)
         return MomentBasis(values, vectors.flip(1).float().contiguous(), self.tokens)
 
+    def trailing(self, k: int, name: str = "input") -> "MomentBasis":
+        """Return the k smallest eigenvalues, at most n, and their eigenvectors, descending; errors as `eigen`.
+
+        Where the tokens do not span the space, the last of them span its null space, or a part of it.
+        """
+        mean = self._mean(name, "inputs")
+        k = min(k, mean.shape[0])
+        if self._half:
+            values, vectors = map(
+                torch.from_numpy, scipy.linalg.eigh(mean.numpy(), subset_by_index=[0, k - 1])
+            )
+        else:
+            values, vectors = torch.linalg.eigh(mean)
+            values, vectors = values[:k].cpu(), vectors[:, :k].cpu()
+        values = values.flip(0).clamp_min(0.0)
+        return MomentBasis(values, vectors.flip(1).float().contiguous(), self.tokens)
+
     def _mean(self, name: str, what: str) -> Tensor:
         if not self.tokens:
             raise FactorError(
@@ -100,7 +117,7 @@ class MomentBasis:
     """Eigenvalues of a second moment, descending, float64, and the leading eigenvectors (n, q), fp32.
 
     All n eigenvalues, or the q that belong to the vectors; `tokens` is how many vectors were summed up. Energy and
-    effective rank take all of them.
+    effective rank take all of them. Of `SecondMoment.trailing` both are the last ones.
     """
 
     values: Float[Tensor, " p"]

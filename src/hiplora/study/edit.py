@@ -88,7 +88,8 @@ class _Saver:
 
     def _save(self, editor: Any, folder: Path) -> None:
         from hiplora.editing.alphaedit import AlphaEditor, save_update
-        from hiplora.training.adapters import save_adapter, save_difference
+        from hiplora.training.adapters import save_adapter
+        from hiplora.training.moved import save_difference
 
         start = self._aside / "start"
         if isinstance(editor, AlphaEditor):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hiplora.editing.counterfact import BUILT_IN, load_edits
 from hiplora.editing.edits import EditSet, Question, load_questions
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, HipLoraError
 from hiplora.provenance import file_sha256, json_sha256
 from hiplora.recipes.methods import METHODS, Spectral, Targeted
 
@@ -173,24 +173,34 @@ def _adapt(method: Targeted, tokenizer: Any, seed: int, aside: Path) -> Callable
         import torch
         from peft import get_peft_model
 
-        from hiplora.training.adapters import adapter_config, is_pissa, save_start
+        from hiplora.training.adapters import adapter_config
         from hiplora.training.calibration import calibrate_for
+        from hiplora.training.moved import restore_start, save_start
+        from hiplora.training.moved_starts import prepare_start, without_own_start
         from hiplora.tuner import HipLoraConfig
 
-        config = adapter_config(method)
+        config, start, put_start = adapter_config(method), aside / "start", None
+        known = start.is_dir()  # from an earlier stage, on the same base
         try:
+            if method.moves_base and known:
+                without_own_start(cast(Any, config))
+            elif method.moves_base:
+                put_start = prepare_start(method, cast(Any, config), model, tokenizer)
             if isinstance(config, HipLoraConfig) and config.basis == "activation":
                 calibrate_for(cast(Spectral, method), config, model, tokenizer)
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
         except ValueError as error:
-            if isinstance(error, ConfigError):
+            if isinstance(error, HipLoraError):
                 raise
             raise ConfigError(
                 f"method {method.name} does not fit the model: {error}; set target_modules"  # type: ignore[attr-defined]
             ) from error
-        if is_pissa(method):
-            save_start(adapted, aside / "start")
+        if put_start is not None:
+            put_start(adapted)
+            save_start(adapted, start)
+        elif method.moves_base:
+            restore_start(adapted, start)
         return adapted
 
     return adapt

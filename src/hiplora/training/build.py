@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 from trl.data_utils import pack_dataset
@@ -21,6 +22,7 @@ from hiplora.training.attention import use_packed_attention
 from hiplora.training.calibration import calibrate_for
 from hiplora.training.kl import kl_penalty
 from hiplora.training.metrics import Record
+from hiplora.training.moved_starts import PutOn, prepare_start, without_own_start
 from hiplora.training.run import RunFolder
 from hiplora.training.split import SplitTrainer, batches_in_epoch
 from hiplora.training.start import Start
@@ -63,7 +65,8 @@ def build_trainer(
 ) -> RecordingTrainer:
     """Put the adapter on the model and a trainer around both; sets the seed.
 
-    Of `start`, the adapter that is carried on from, only the configuration is used here.
+    Of `start`, the adapter that is carried on from, only the configuration is used here. A method that moves the
+    base is brought to its start, unless that is known: from a checkpoint's run or from `start`.
 
     Raises:
         ConfigError: the method's settings do not fit the model.
@@ -74,6 +77,8 @@ def build_trainer(
         config = adapter_config(recipe.method, _schedule(recipe, steps))
     if start is None and isinstance(config, HipLoraConfig) and config.basis == "activation":
         _calibrate(recipe, config, model, tokenizer)  # before the model is made to take flattened rows only
+    known = start is not None or run.last_checkpoint is not None
+    put_start = _prepare(recipe, config, model, tokenizer, known)
     penalty = kl_penalty(recipe, model, tokenizer)  # so is this text sampled
     arguments = _arguments(recipe, run.checkpoints, steps, flat=_flatten(model, recipe.train))
     set_seed(recipe.seed)  # the adapter's start is drawn below; not every version of TRL does this itself
@@ -95,6 +100,7 @@ def build_trainer(
         raise
     except ValueError as error:
         raise _unfit(recipe, error) from error
+    put_start(trainer.adapted)
     return trainer
 
 
@@ -132,6 +138,29 @@ def _calibrate(
     except ConfigError as error:
         raise _unfit(recipe, error) from error
     calibrate_for(method, config, model, tokenizer)
+
+
+def _prepare(
+    recipe: TrainRecipe,
+    config: PeftConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    known: bool,
+) -> PutOn:
+    """Return what brings the adapted model to its start, if its method moves the base and the start is not known."""
+    if not isinstance(config, LoraConfig) or not recipe.method.moves_base:
+        return lambda adapted: None
+    if known:
+        without_own_start(config)
+        return lambda adapted: None
+    try:
+        return prepare_start(recipe.method, config, model, tokenizer)
+    except ConfigError as error:
+        raise _unfit(recipe, error) from error
+    except HipLoraError:
+        raise
+    except ValueError as error:
+        raise _unfit(recipe, error) from error
 
 
 def _flatten(model: PreTrainedModel, settings: TrainSettings) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hiplora.errors import DataError
-from hiplora.recipes.methods import Spectral
+from hiplora.recipes.methods import FromInputs, Spectral
 from hiplora.recipes.rows import SUFFIXES, hub_rows, is_hub_name
 from hiplora.tuner import HipLoraConfig, calibrate
 from hiplora.tuner.calibration import ROW_LENGTH, Calibration
@@ -55,12 +55,21 @@ def calibrate_for(
         DataError: as `calibration_rows`.
         ConfigError: as `hiplora.calibrate`.
     """
+    rows = asked_rows(method, tokenizer)
+    source = "" if method.calibration_text is None else describe_source(method.calibration_text)
     tokens = method.calibration_tokens
+    return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store)
+
+
+def asked_rows(method: Spectral | FromInputs, tokenizer: Any) -> list[Tensor] | None:
+    """Return the rows that a method is to be calibrated on; None for text sampled from the model.
+
+    Raises:
+        DataError: as `calibration_rows`.
+    """
     if method.calibration_text is None:
-        return calibrate(model, config, tokens=tokens, store=store)
-    rows = calibration_rows(tokenizer, method.calibration_text, tokens)
-    source = describe_source(method.calibration_text)
-    return calibrate(model, config, rows=rows, source=source, store=store)
+        return None
+    return calibration_rows(tokenizer, method.calibration_text, method.calibration_tokens)
 
 
 def describe_source(source: str | Path) -> str:

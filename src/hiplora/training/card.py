@@ -14,6 +14,9 @@ _DIRECTIONS = {
     "weight": "the base weights' leading singular directions",
     "activation": "the directions that the base model's layers are fed and its predictions depend on most",
 }
+_DIFFERENCE = (
+    "saved as the plain LoRA (of twice the rank) that brings the untouched base model to the trained one."
+)
 METHODS = {
     "hiplora": ("HiP-LoRA", ""),  # what it is follows from its settings
     "proj_lora": ("Proj-LoRA", ""),
@@ -22,10 +25,17 @@ METHODS = {
         "AdaLoRA",
         "A low-rank update whose rank was cut, module by module, where it mattered least.",
     ),
-    "pissa": (
-        "PiSSA",
-        "Trained from the principal part of the base weights; saved as the plain LoRA (of twice the rank) that brings "
-        "the untouched base model to the trained one.",
+    "pissa": ("PiSSA", f"Trained from the principal part of the base weights; {_DIFFERENCE}"),
+    "milora": ("MiLoRA", f"Trained from the minor part of the base weights; {_DIFFERENCE}"),
+    "corda": (
+        "CorDA",
+        "Trained from the part of the base weights that the model's own inputs use least (CorDA's "
+        f"knowledge-preserved mode); {_DIFFERENCE}",
+    ),
+    "lora_null": (
+        "LoRA-Null",
+        "Trained from the part of the base weights in the directions in which the model's own inputs have least "
+        f"energy; {_DIFFERENCE}",
     ),
     "osf": (
         "OSF",
@@ -140,4 +150,6 @@ def _public_recipe(recipe: TrainRecipe) -> dict[str, Any]:
     for block, key in (("data", "path"), ("data", "held_out"), ("train", "start_from"), ("train", "kl_text")):
         if key in values[block]:
             values[block][key] = Path(values[block][key]).name
+    if "calibration_text" in values["method"]:
+        values["method"]["calibration_text"] = _public(values["method"]["calibration_text"])
     return values

@@ -41,7 +41,7 @@ class RunFolder:
 
     @property
     def start(self) -> Path:
-        """Where PiSSA keeps its start."""
+        """Where a method that moves the base keeps its start."""
         return self.checkpoints / "start"
 
     @property

@@ -21,15 +21,7 @@ from hiplora.files import write_atomic
 from hiplora.models import load
 from hiplora.provenance import json_sha256, provenance
 from hiplora.recipes import TrainRecipe, model_problems
-from hiplora.training.adapters import (
-    WEIGHTS_FILE,
-    is_pissa,
-    restore_start,
-    save_adapter,
-    save_difference,
-    save_start,
-    take_start,
-)
+from hiplora.training.adapters import WEIGHTS_FILE, save_adapter
 from hiplora.training.build import build_trainer, sequences, total_steps
 from hiplora.training.card import model_card
 from hiplora.training.checkpoints import step_of
@@ -37,6 +29,7 @@ from hiplora.training.data import TrainingData, load_data
 from hiplora.training.encoding import EncodingReport, encode_examples
 from hiplora.training.memory import peak_bytes, reset_peak
 from hiplora.training.metrics import OnStep, Record
+from hiplora.training.moved import restore_start, save_difference, save_start, take_start
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, held_out_losses
 from hiplora.training.run import RunFolder, assembled, check_claim, claimed, recipe_values
 from hiplora.training.start import Start, given_start
@@ -171,8 +164,8 @@ def _fit(
 ) -> None:
     """Train to the last step, from the last checkpoint if there is one."""
     checkpoint, steps = run.last_checkpoint, trainer.args.max_steps
-    if is_pissa(recipe.method) and not _at_its_start(trainer.adapted, run, start):
-        note("PiSSA starts with other rounding here than where it began; the results may differ by it")
+    if recipe.method.moves_base:
+        _to_its_start(trainer.adapted, run, start)
     if start is not None:
         start.put_on(trainer.adapted)
     if checkpoint is None:
@@ -188,13 +181,14 @@ def _fit(
     trainer.record.peak_memory = max(trainer.record.peak_memory, peak_bytes())
 
 
-def _at_its_start(model: PeftModel, run: RunFolder, start: Start | None) -> bool:
-    """Have a PiSSA model at the start of its run, or of the adapter that it carries on from; say whether it was."""
+def _to_its_start(model: PeftModel, run: RunFolder, start: Start | None) -> None:
+    """Have a model that moves the base at its run's start, which is kept, or at that of the adapter it is given."""
     if run.last_checkpoint is not None:
-        return restore_start(model, run.start)
-    same = start is None or take_start(model, start.origin())
+        restore_start(model, run.start)
+        return
+    if start is not None:
+        take_start(model, start.origin())
     save_start(model, run.start)
-    return same
 
 
 def _finish(
@@ -230,7 +224,7 @@ def _finish(
         result=result.summary(),
     )
     with assembled(run) as aside:
-        if is_pissa(recipe.method):
+        if recipe.method.moves_base:
             save_difference(model, aside, run.start)
         else:
             save_adapter(model, aside)

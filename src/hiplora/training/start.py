@@ -1,7 +1,8 @@
 """Carrying on from an adapter: its weights, and of HiP-LoRA its factors, on a new training's data.
 
-The result is one adapter on the untouched base. PiSSA's adapter is saved as a plain LoRA of rank 2r, the trained
-factors beside those of its start; the trained ones are taken up, and the start is the given one's.
+The result is one adapter on the untouched base. That of a method that moves the base (PiSSA and the like) is saved as
+a plain LoRA of rank 2r, the trained factors beside those of its start; the trained ones are taken up, and the start is
+the given one's.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from hiplora.recipes.adalora import Schedule
 from hiplora.recipes.methods import AdaLoraMethod, Targeted
 from hiplora.recipes.start import start_problems
 from hiplora.training.adalora import resized, take_ranks
-from hiplora.training.adapters import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, adapter_config, is_pissa
+from hiplora.training.adapters import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, adapter_config
+from hiplora.training.moved import split_difference
 from hiplora.training.run import RECIPE_FILE
 from hiplora.tuner import HipLoraConfig
 
@@ -39,7 +41,7 @@ class Start:
     folder: Path
     sha256: str
     base: str  # the model that it was trained on, as its recipe names it
-    differs: bool  # PiSSA's: saved as a difference
+    differs: bool  # of a method that moves the base: saved as a difference
 
     def warning(self, model: str) -> str | None:
         """Say so where the adapter's base has another name than the model at hand; names prove nothing either way."""
@@ -75,14 +77,8 @@ class Start:
         return replace(config, **{name: given[name] for name in _OF_THE_FACTORS if name in given})
 
     def origin(self) -> dict[str, Tensor]:
-        """Return the tensors of the start that a PiSSA adapter was trained from.
-
-        They are the second half of what was saved, B with its sign turned.
-        """
-        return {
-            name: value.chunk(2, dim=0)[1] if "lora_A" in name else -value.chunk(2, dim=1)[1]
-            for name, value in self._tensors().items()
-        }
+        """Return the tensors of the start that the adapter of a method that moves the base was trained from."""
+        return split_difference(self._tensors())[1]
 
     def put_on(self, model: PeftModel) -> None:
         """Give the model's adapter the weights of this one.
@@ -93,10 +89,7 @@ class Start:
         """
         tensors = self._tensors()
         if self.differs:
-            tensors = {
-                name: value.chunk(2, dim=0 if "lora_A" in name else 1)[0].contiguous()
-                for name, value in tensors.items()
-            }
+            tensors = split_difference(tensors)[0]
         pattern = (
             self.config.get("rank_pattern") if isinstance(model.peft_config[ADAPTER], AdaLoraConfig) else None
         )
@@ -145,4 +138,4 @@ def given_start(recipe: TrainRecipe, out: Path) -> Start | None:
         raise ConfigError(
             f"--out {out}: is where the adapter of train.start_from lies; name another folder, so that it is kept"
         )
-    return Start(folder, file_sha256(folder / WEIGHTS_FILE), str(base), is_pissa(recipe.method))
+    return Start(folder, file_sha256(folder / WEIGHTS_FILE), str(base), recipe.method.moves_base)

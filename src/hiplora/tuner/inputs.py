@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,30 @@ def input_bases(
     bases: Bases = {}
     for group in target_groups(targets, "input", max_bytes):
         bases |= text.inputs(module_names(group))
+    return bases
+
+
+def least_inputs(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    rows: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
+    tokens: int = 10_000,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_bytes: int = 4 << 30,
+    store: CalibrationStore | None = None,
+) -> Bases:
+    """Measure what some linear layers are fed least: module name → as many directions as `ranks` says, (n, r).
+
+    They have the least energy of all r-dimensional spaces. Arguments and errors are those of `calibrate`.
+    """
+    check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    targets = [dataclasses.replace(_target(model, name), k=rank) for name, rank in ranks.items()]
+    text = CalibrationText(model, rows, tokens, batch_size, seed, store)
+    bases: Bases = {}
+    for group in target_groups(targets, "input", max_bytes):
+        bases |= text.least(group)
     return bases
 
 
@@ -103,21 +129,22 @@ class CalibrationText:
         path = self._store.path("moments", self.key, list(modules))
         bases = self._store.read_bases(path, modules)
         if bases is None:
-            run = functools.partial(_run, self._model, self._texts, self._batch_size, "inputs")
-            bases, leader = _measure(self._model, modules, run)
+            bases, leader = _measure(self._model, modules, self.run)
             self._store.write_bases(path, bases, leader)
         return bases
 
+    def run(self) -> None:
+        """Run the model over the text as it is, for measurements of another kind; padding stands on the right."""
+        _run(self._model, self._texts, self._batch_size, "inputs")
+
+    def least(self, targets: Sequence[Target]) -> Bases:
+        """Measure what a group of layers is fed least, or read it: k directions of each."""
+        path = self._store.path("least", self.key, [(target.name, target.k) for target in targets])
+        return self._kept(path, targets, lambda: _measure_least(self._model, targets, self.run))
+
     def outputs(self, targets: Sequence[Target], limit: int) -> Bases:
         """Measure which outputs of a group of layers matter, or read it: k directions of each, on `limit` tokens."""
-        names = module_names(targets)
         path = self._store.path("gradients", self.key, limit, [(target.name, target.k) for target in targets])
-        read = self._store.read(path)
-        if read is not None:
-            return {
-                name: MomentBasis(read[0][f"{name}.values"], read[0][f"{name}.vectors"], read[1])
-                for name in names
-            }
         rows = [
             row
             for row, before in zip(self._texts, _running_total(self._texts), strict=True)
@@ -125,10 +152,19 @@ class CalibrationText:
         ]
         few = -(-self._batch_size // 2)  # a backward pass holds all activations
         run = functools.partial(_run, self._model, rows, few, "gradients")
-        found = _measure_gradients(self._model, targets, run, limit)
-        tensors = {
-            f"{name}.{part}": getattr(found[name], part) for name in names for part in ("values", "vectors")
-        }
+        return self._kept(path, targets, lambda: _measure_gradients(self._model, targets, run, limit))
+
+    def _kept(self, path: Path, targets: Sequence[Target], measure: Callable[[], Bases]) -> Bases:
+        """Return the bases of a file of the store, measured first where it is not there."""
+        names, read = module_names(targets), self._store.read(path)
+        if read is not None:
+            return {
+                name: MomentBasis(read[0][f"{name}.values"], read[0][f"{name}.vectors"], read[1])
+                for name in names
+            }
+        found = measure()
+        parts = ("values", "vectors")
+        tensors = {f"{name}.{part}": getattr(found[name], part).clone() for name in names for part in parts}
         self._store.write(path, tensors, min(basis.tokens for basis in found.values()))
         return found
 
@@ -235,6 +271,19 @@ def _measure(
     with collector.watching():
         run()
     return collector.bases(), collector.leader
+
+
+def _measure_least(model: nn.Module, targets: Sequence[Target], run: Callable[[], Any]) -> Bases:
+    collector = MomentCollector(model, module_names(targets))
+    with collector.watching():
+        run()
+    nothing = SecondMoment(1)  # its error says that no token reached the layer
+    found: dict[tuple[str, int], MomentBasis] = {}
+    for target in targets:
+        leader, k = collector.leader.get(target.name, target.name), int(target.k)
+        if (leader, k) not in found:
+            found[leader, k] = collector.moments.get(leader, nothing).trailing(k, target.name)
+    return {target.name: found[collector.leader[target.name], int(target.k)] for target in targets}
 
 
 def _measure_gradients(

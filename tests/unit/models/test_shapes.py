@@ -97,6 +97,8 @@ CASES = [
     ("lora", {"r": 4, "target_modules": r".*\.1\.mlp\.(up|down)_proj"}),
     ("lora", {"r": 4, "modules_to_save": ["embed_tokens"]}),
     ("pissa", {"r": 4}),
+    ("milora", {"r": 4, "rank_pattern": {"k_proj": 2}}),
+    ("lora_null", {"r": 4}),
     ("proj_lora", {"r": 4, "preset": "paper", "principal_rank": 5}),
     ("hiplora", {"r": 4, "preset": "paper", "principal_rank": 5}),
     (
@@ -123,7 +125,7 @@ def test_factor_scalars_are_those_of_the_factors_themselves(tiny):
     assert tiny.factor_scalars(method.model_dump()) == real
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa"])
+@pytest.mark.parametrize("name", ["lora", "pissa", "milora", "corda", "lora_null"])
 def test_methods_without_factors_have_no_factor_scalars(tiny, name):
     assert tiny.factor_scalars(settings(name)) == 0
 

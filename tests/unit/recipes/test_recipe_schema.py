@@ -130,11 +130,20 @@ def test_the_methods_become_what_they_are_called():
     assert made["proj_lora"].principal_channel is False
     assert (made["lora"].peft_type, made["lora"].init_lora_weights) == ("LORA", True)
     assert made["pissa"].init_lora_weights == "pissa"
+    assert (made["corda"].init_lora_weights, made["corda"].corda_config.corda_method) == ("corda", "kpm")
+    assert {name for name, method in METHODS.items() if method.moves_base} == {
+        *("pissa", "milora", "corda", "lora_null")
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("lora", "principal_rank"), ("pissa", "stability_weight"), ("proj_lora", "stability_mode")],
+    [
+        ("lora", "principal_rank"),
+        ("pissa", "stability_weight"),
+        ("proj_lora", "stability_mode"),
+        ("milora", "calibration_text"),
+    ],
 )
 def test_a_field_of_another_method_is_refused(name, field):
     assert problems(method={"name": name, field: 1}) == [(("method", name, field), "extra_forbidden")]

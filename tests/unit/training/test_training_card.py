@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from hiplora.recipes import TrainRecipe
+from hiplora.recipes.methods import METHODS as RECIPE_METHODS
 from hiplora.training.card import model_card
 from hiplora.training.result import TrainResult
 
@@ -60,9 +61,17 @@ def test_the_recipe_in_the_card_is_a_recipe(tmp_path):
     assert TrainRecipe.model_validate(yaml.safe_load(block)).data.path == "rows.jsonl"
 
 
-@pytest.mark.parametrize("method", ["hiplora", "proj_lora", "lora", "pissa", "split_lora"])
+@pytest.mark.parametrize("method", RECIPE_METHODS)
 def test_no_path_of_the_machine_is_in_the_card(tmp_path, method):
     assert str(tmp_path) not in card(tmp_path, method)
+
+
+@pytest.mark.parametrize("method", ["hiplora", "corda", "lora_null"])
+def test_of_a_calibration_text_the_card_has_the_name(tmp_path, method):
+    for source, said in ((str(tmp_path / "prose.txt"), "prose.txt"), ("owner/prose", "owner/prose")):
+        text = card(tmp_path, {"name": method, "calibration_text": source})
+        assert f"calibration_text: {said}\n" in text
+        assert str(tmp_path) not in text
 
 
 def test_an_adapter_of_our_own_format_says_how_to_load_and_to_export_it(tmp_path):
@@ -70,7 +79,7 @@ def test_an_adapter_of_our_own_format_says_how_to_load_and_to_export_it(tmp_path
         text = card(tmp_path, method)
         assert "import hiplora" in text
         assert "hiplora export" in text
-    for method in ("lora", "pissa", "split_lora"):
+    for method in ("lora", "pissa", "milora", "corda", "lora_null", "split_lora"):
         text = card(tmp_path, method)
         assert "import hiplora " not in text
         assert "stock PEFT loads it" in text

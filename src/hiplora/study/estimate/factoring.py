@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hiplora.errors import ConfigError
 from hiplora.models.shapes import FACTORED, ModelShape
-from hiplora.recipes.methods import Method
+from hiplora.recipes.methods import METHODS, Method
 from hiplora.spectral.krylov import MAX_BLOCKS, block_size
 from hiplora.study.estimate.load import Load
 from hiplora.tuner.calibration import ROW_LENGTH
@@ -45,7 +45,8 @@ def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:
 def svd_load(shape: ModelShape, method_settings: Mapping[str, Any]) -> float:
     """Return the operations of a method's decompositions on every layer that it adapts.
 
-    PiSSA and OSF decompose each weight in full; the weight basis takes the leading directions, of small weights through
+    PiSSA, OSF, MiLoRA and CorDA decompose each weight in full, CorDA after a covariance and its inverse; LoRA-Null the
+    moment of each input, and a thin product; the weight basis takes the leading directions, of small weights through
     their Gram matrix, of large ones by block iteration; the activation basis sums up the second moments of inputs and
     outputs and decomposes those. The others have none. The model's own passes are `calibration_load`'s.
 
@@ -53,8 +54,10 @@ def svd_load(shape: ModelShape, method_settings: Mapping[str, Any]) -> float:
         ConfigError: the settings are not a recipe's method, or do not fit the model.
     """
     settings = full_settings(method_settings)
-    if settings["name"] in ("pissa", "osf"):
+    if settings["name"] == "osf":
         return sum(_full(m, n) for m, n in shape.targets(settings).values())
+    if METHODS[settings["name"]].moves_base:
+        return _starting(shape, settings)
     if settings["name"] not in FACTORED:
         return 0.0
     ranks = shape.principal_ranks(settings)
@@ -71,10 +74,10 @@ def calibration_load(shape: ModelShape, method_settings: Mapping[str, Any]) -> L
     """
     settings = full_settings(method_settings)
     svd = svd_load(shape, settings)
-    if settings.get("basis") != "activation":
+    if "calibration_tokens" not in settings or settings.get("basis") == "weight":
         return Load(svd_flops=svd)
     tokens = settings["calibration_tokens"]
-    outputs = settings["basis_sides"] != "input"
+    outputs = settings.get("basis_sides", "input") != "input"
     gradients = min(tokens, GRADIENT_TOKENS) if outputs else 0
     return Load(
         train_tokens=gradients,
@@ -107,14 +110,33 @@ def truncated_flops(m: int, n: int, k: int) -> float:
     return products + orthogonalising + certificate
 
 
+def _starting(shape: ModelShape, settings: Mapping[str, Any]) -> float:
+    """Operations of the starts of the methods that move the base weights."""
+    targets, tokens = shape.targets(settings), settings.get("calibration_tokens", 0)
+    if settings["name"] == "lora_null":
+        r = settings["r"]
+        thin = sum(2.0 * m * n * r + 2.0 * n * r**2 + _full(m, r) for m, n in targets.values())
+        return thin + sum(tokens * n**2 + EIGH * n**3 for _, n in _inputs(targets))
+    total = sum(_full(m, n) for m, n in targets.values())
+    if (
+        settings["name"] == "corda"
+    ):  # the covariance, its inverse and the check of it, W C, Vᵀ C⁻¹; nothing is shared
+        total += sum(2.0 * (tokens + 2.0 * n + m + min(m, n)) * n**2 for m, n in targets.values())
+    return total
+
+
+def _inputs(targets: Mapping[str, tuple[int, int]]) -> set[tuple[str, int]]:
+    """Name the inputs of some layers; those of one block and one width mostly share theirs: q, k, v; gate, up."""
+    return {(name.rpartition(".")[0], n) for name, (_, n) in targets.items()}
+
+
 def _moments(shape: ModelShape, settings: Mapping[str, Any], ranks: Mapping[str, int]) -> float:
     total = 0.0  # moments are symmetric: n² operations a token
-    inputs: set[tuple[str, int]] = set()
     for name, k in ranks.items():
         m, n = shape.modules[name]
-        # Layers of one block with inputs of one width mostly share them: q, k and v; gate and up.
-        inputs.add((name.rpartition(".")[0], n))
         total += 2.0 * k * m * n + 4.0 * m * n * k
         if settings["basis_sides"] != "input":
             total += min(settings["calibration_tokens"], GRADIENT_TOKENS) * m**2 + EIGH / 2 * m**3
-    return total + sum(settings["calibration_tokens"] * n**2 + EIGH * n**3 for _, n in inputs)
+    return total + sum(
+        settings["calibration_tokens"] * n**2 + EIGH * n**3 for _, n in _inputs(shape.targets(settings))
+    )

@@ -193,6 +193,23 @@ def test_decompositions_of_plain_lora_are_none_and_of_pissa_dearer_than_of_hiplo
     assert svd_load(large, {"name": "pissa"}) > 5 * svd_load(large, PAPER) > 0
 
 
+def test_starts_inside_the_weights_are_counted(small):
+    full = svd_load(small, {"name": "pissa"})
+    assert svd_load(small, {"name": "milora"}) == full < svd_load(small, {"name": "corda"})
+    assert 0 < svd_load(small, {"name": "lora_null", "r": 4}) < full
+    for name in ("corda", "lora_null"):
+        load = calibration_load(small, {"name": name, "calibration_tokens": 9000})
+        assert (load.generated_tokens, load.forward_tokens, load.train_tokens, load.train) == (
+            9000,
+            9000,
+            0,
+            False,
+        )
+        load = calibration_load(small, {"name": name, "calibration_text": "some.txt"})
+        assert (load.generated_tokens, load.factor_scalars) == (0, 0)
+    assert calibration_load(small, {"name": "milora"}) == Load(svd_flops=full)
+
+
 def test_decompositions_grow_with_the_rank_and_the_targets(large):
     more = {**PAPER, "principal_rank": 64}
     wider = {**PAPER, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}
