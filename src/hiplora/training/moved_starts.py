@@ -92,8 +92,16 @@ def _ranks(config: LoraConfig, model: Any) -> dict[str, int]:
     return ranks
 
 
-def _of_peft(_: _Setting) -> PutOn:
-    return lambda adapted: None
+def _of_peft(setting: _Setting) -> PutOn:
+    """PEFT rounds factors to the weight's type once their product is taken out; it is taken out anew, as they are."""
+    before = {name: setting.model.get_submodule(name).weight.data for name in setting.ranks}
+
+    def put_on(adapted: PeftModel) -> None:
+        for name, layer in layers(adapted):
+            layer.get_base_layer().weight.data = before[name]
+            move_base(layer, layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data)
+
+    return put_on
 
 
 def _corda(setting: _Setting) -> PutOn:
@@ -104,7 +112,7 @@ def _corda(setting: _Setting) -> PutOn:
     text = CalibrationText(setting.model, rows, setting.method.calibration_tokens, 1, 0, None)
     with bare(setting.model):
         preprocess_corda(setting.model, setting.config, text.run)
-    return lambda adapted: None
+    return _of_peft(setting)
 
 
 def _milora(setting: _Setting) -> PutOn:
