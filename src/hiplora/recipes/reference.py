@@ -41,7 +41,8 @@ def reference() -> str:
         *(_table(f"`method`: {title}", kind, _added(kind, LowRank)) for kind, title in SHARED.items()),
     ]
     for name, model in METHODS.items():
-        base = next(kind for kind in (*SHARED, LowRank, Targeted) if issubclass(model, kind))
+        kinds: tuple[type[BaseModel], ...] = (*SHARED, LowRank, Targeted)
+        base = next(kind for kind in kinds if issubclass(model, kind))
         own = [field for field in _added(model, base) if field != "name"]
         if own:
             parts.append(_table(f"`method`: {name} alone", model, own))

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.methods import LowRank
+from hiplora.recipes.methods import Targeted
 from hiplora.spectral import minor_part, restricted_part
 from hiplora.training.adapters import ADAPTER
 from hiplora.training.calibration import asked_rows
@@ -53,7 +53,7 @@ class _Setting:
     ranks: Mapping[str, int]  # layer → its r
 
 
-def prepare_start(method: LowRank, config: LoraConfig, model: Any, tokenizer: Any) -> PutOn:
+def prepare_start(method: Targeted, config: LoraConfig, model: Any, tokenizer: Any) -> PutOn:
     """Measure on the bare model what a method's start needs; return what starts the adapter once it is on.
 
     `config` is the one that the adapter is then made with; it may be changed here.
