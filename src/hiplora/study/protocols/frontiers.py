@@ -1,0 +1,107 @@
+"""A method's frontier of learning against drift, and two frontiers compared at equal learning.
+
+The frontier is the lower envelope of a method's points, means over the seeds: at a loss, the lowest drift at which it
+learned at least as much. Between points that are neighbours on the grid (the next rate, or the next number of steps)
+the drift is interpolated, linear in the loss and logarithmic in the divergence; never beyond them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+REACHED, NOT_REACHED, PASSED = "reached", "not reached", "passed"
+LOSSES = 51  # at which two frontiers are compared, evenly over the losses that both have
+_EQUAL = 1e-12
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a method: its rate and steps, and by seed `x`, lower is more learned, and `y`, a drift's logarithm."""
+
+    rate: float
+    steps: float
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The means over the seeds."""
+        return float(self.x.mean()), float(self.y.mean())
+
+    def of_seed(self, seed: int) -> "Mark":
+        """Return the point of one seed alone, by its place."""
+        return Mark(self.rate, self.steps, self.x[[seed]], self.y[[seed]])
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a frontier is at some x: between two points, or at one, with the mean log drift there.
+
+    `state`: `reached`; `not reached`, the method never learned that much, and this is where it learned most: it drifts
+    further at x; `passed`, all its points learned more, and at x it may drift less.
+    """
+
+    y: float
+    first: Mark
+    second: Mark
+    state: str
+
+    def by_seed(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return each seed's log drift at its own x, (seeds,), along the same points and never beyond them."""
+        one, two = self.first, self.second
+        apart = one.x - two.x
+        share = np.where(apart > 0, (one.x - x) / np.where(apart > 0, apart, 1.0), one.x > x)
+        share = np.clip(share, 0.0, 1.0)
+        return np.asarray((1 - share) * one.y + share * two.y)
+
+
+class Frontier:
+    """The lower envelope of a method's points."""
+
+    def __init__(self, marks: Sequence[Mark]):
+        """Take its points, at least one."""
+        self.marks = list(marks)
+        middles = [mark.middle for mark in marks]
+        self.least, self.most = min(x for x, _ in middles), max(x for x, _ in middles)
+        self._points = [(*middle, mark) for middle, mark in zip(middles, marks, strict=True)]
+        self._edges = [
+            (*one.middle, *two.middle, one, two) if one.middle[0] > two.middle[0] else
+            (*two.middle, *one.middle, two, one)
+            for one, two in _neighbours(marks)
+        ]  # fmt: skip
+
+    def at(self, x: float) -> Spot:
+        """Return the frontier's spot at a mean x."""
+        if x < self.least:
+            _, y, mark = min(self._points, key=lambda point: point[0])
+            return Spot(y, mark, mark, NOT_REACHED)
+        state = REACHED if x <= self.most else PASSED
+        spots = [Spot(y, mark, mark, state) for here, y, mark in self._points if here <= x]
+        for high, start, low, end, one, two in self._edges:
+            if low < x < high:
+                share = (high - x) / (high - low)
+                spots.append(Spot((1 - share) * start + share * end, one, two, state))
+        return min(spots, key=lambda spot: spot.y)
+
+    def of_seed(self, seed: int) -> "Frontier":
+        """Return the frontier of one seed's points, by its place."""
+        return Frontier([mark.of_seed(seed) for mark in self.marks])
+
+
+def share_below(one: Frontier, other: Frontier) -> float | None:
+    """Return on what share of the losses that both reached `one` lies below `other`; None where there are none."""
+    low, high = max(one.least, other.least), min(one.most, other.most)
+    if low > high:
+        return None
+    losses = np.linspace(low, high, LOSSES) if high > low else np.array([low])
+    return float(np.mean([one.at(x).y < other.at(x).y - _EQUAL for x in losses.tolist()]))
+
+
+def _neighbours(marks: Sequence[Mark]) -> Iterator[tuple[Mark, Mark]]:
+    """Yield the pairs that are next to each other in rate at equal steps, and in steps at an equal rate."""
+    for kept, ordered in (("steps", "rate"), ("rate", "steps")):
+        for value in dict.fromkeys(getattr(mark, kept) for mark in marks):
+            line = sorted((m for m in marks if getattr(m, kept) == value), key=lambda m: getattr(m, ordered))
+            yield from zip(line, line[1:], strict=False)
