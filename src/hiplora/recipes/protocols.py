@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hiplora.recipes.methods import Block
 
@@ -199,6 +199,30 @@ class Frontier(Protocol):
         default=None, description="The one among them that adapts the attention only."
     )
     reference: str = Field(description="The method that is compared with all others.")
+
+    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield the methods of each domain too."""
+        yield from super().named(kind)
+        if kind == "methods":
+            for domain, methods in self.domains.items():
+                yield f"domains.{domain}", methods
+
+    @model_validator(mode="after")
+    def _roles_are_compared(self) -> "Frontier":
+        for domain, methods in self.domains.items():
+            if self.reference not in methods:
+                raise ValueError(
+                    f"`domains.{domain}` lacks the `reference` {self.reference!r}, which all are compared with; add it"
+                )
+        compared = {method for methods in self.domains.values() for method in methods}
+        attention = [self.attention] if self.attention is not None else []
+        for field, names in (("plain", self.plain), ("attention", attention), ("early", list(self.early))):
+            for name in names:
+                if name not in compared:
+                    raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
+        if len(set(self.rates)) < len(self.rates):
+            raise ValueError("`rates` has one twice; name each once")
+        return self
 
 
 class Aims(Protocol):

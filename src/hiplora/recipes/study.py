@@ -168,6 +168,8 @@ class StudyRecipe(Block):
                     f"`protocols.{name}.method` is {settings.method!r}, which has no gains; name a HiP-LoRA with "
                     "`principal_channel: true`"
                 )
+        if self.protocols.frontier is not None and self.evaluation.drift is None:
+            raise ValueError("`protocols.frontier` compares drifts; set `evaluation.drift`")
         merges = self.protocols.merge_fail
         if merges is not None and max(merges.sizes) > len(self.domains):
             raise ValueError(
@@ -190,7 +192,9 @@ class StudyRecipe(Block):
     def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
         """Return how a method trains: the study's settings, its own, and `changes` over them."""
         own = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
-        if "epochs" in own:
+        if "steps" in changes:
+            own.pop("epochs", None)
+        elif "epochs" in own:
             own.pop("steps", None)
         return TrainSettings.model_validate(own)
 

@@ -70,6 +70,22 @@ def test_a_recipe_extends_another(tmp_path):
     assert recipe.protocols.adalora.methods == ["pissa", "lora"]
 
 
+def test_steps_that_are_asked_for_replace_the_epochs(tmp_path):
+    recipe = load_study(write(tmp_path, SMALL + "train: {epochs: 2}\n"))
+    row = recipe.methods["lora"]
+    assert recipe.training(row).epochs == 2
+    stopped = recipe.training(row, steps=3)
+    assert (stopped.steps, stopped.epochs) == (3, None)
+
+
+SINGLE = "single_task: {methods: [lora]}"
+
+
+def frontier(methods, reference="lora", plain="lora", rates="[0.1, 0.2]"):
+    settings = f"domains: {{sums: {methods}}}, rates: {rates}, plain: [{plain}], reference: {reference}"
+    return f"frontier: {{{settings}}}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -91,6 +107,11 @@ def test_a_recipe_extends_another(tmp_path):
         ),
         ("model: pico", "model: pico\nrates: {grid: [0.1], domains: [code]}", "`rates.domains` names 'code'"),
         ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds` has one twice"),
+        (SINGLE, frontier("[lora, hip]"), "`protocols.frontier.domains.sums` names 'hip'; expected one of lora"),
+        (SINGLE, frontier("[lora]", reference="hip"), "`domains.sums` lacks the `reference` 'hip'"),
+        (SINGLE, frontier("[lora]", plain="pissa"), "`plain` names 'pissa', which no domain compares"),
+        (SINGLE, frontier("[lora]", rates="[0.1, 0.1]"), "`rates` has one twice"),
+        (SINGLE, frontier("[lora]"), "`protocols.frontier` compares drifts; set `evaluation.drift`"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(tmp_path, old, new, said):

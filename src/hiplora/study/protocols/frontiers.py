@@ -5,6 +5,7 @@ learned at least as much. Between points that are neighbours on the grid (the ne
 the drift is interpolated, linear in the loss and logarithmic in the divergence; never beyond them.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -104,4 +105,4 @@ def _neighbours(marks: Sequence[Mark]) -> Iterator[tuple[Mark, Mark]]:
     for kept, ordered in (("steps", "rate"), ("rate", "steps")):
         for value in dict.fromkeys(getattr(mark, kept) for mark in marks):
             line = sorted((m for m in marks if getattr(m, kept) == value), key=lambda m: getattr(m, ordered))
-            yield from zip(line, line[1:], strict=False)
+            yield from itertools.pairwise(line)
