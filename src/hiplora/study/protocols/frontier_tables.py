@@ -9,7 +9,7 @@ from hiplora.reporting.study.spec import Cell, Table
 from hiplora.study.builder import Study
 from hiplora.study.protocols.frontier_compare import Compared, Ratio, below_told
 from hiplora.study.protocols.frontier_points import LIKELIHOOD, LOSS, OVER, Curve, Point, at_the_edge, unlike
-from hiplora.study.protocols.frontiers import NOT_REACHED, PASSED
+from hiplora.study.protocols.frontiers import NOT_REACHED, PASSED, REACHED
 from hiplora.study.protocols.show import NONE, cell, marked
 from hiplora.study.statistics import Estimate, estimate
 
@@ -43,9 +43,14 @@ def frontier_texts(study: Study, settings: Settings, found: Compared) -> Iterato
         told = [
             f"On {title}, at a held-out loss of {best.loss:.3f}, the best of {reference.title} (rate {best.rate:g})"
         ]
-        named = [(_name_of(one), one) for one in _picked(found.plain, best, LOSS, OVER)]
-        ours = [one for one in found.ratios if one.curve.name == settings.attention]
-        named += [(one.curve.title, one) for one in _picked(ours, best, LOSS, OVER)]
+        plain = _picked(found.plain, best, LOSS, OVER)
+        named = [(f"the best plain LoRA ({one.curve.title})", one) for one in plain]
+        attention = [one for one in found.ratios if one.curve.name == settings.attention]
+        named += [
+            (one.curve.title, one)
+            for one in _picked(attention, best, LOSS, OVER)
+            if not any(one.curve is other.curve for other in plain)
+        ]
         told += [f"{name} drifts {_times(one)} as far over all texts" for name, one in named]
         if len(told) > 1:
             yield ", ".join(told) + "." + _smallest(_picked(found.ratios, best, LOSS, OVER))
@@ -195,7 +200,9 @@ def _times(one: Ratio) -> str:
 
 def _smallest(ratios: Sequence[Ratio]) -> str:
     """The smallest ratio that can be told from 1: the median half width of the intervals, as a factor."""
-    factors = [_factor(one.found) for one in ratios if one.found.low and one.found.high]
+    factors = [
+        _factor(one.found) for one in ratios if one.state == REACHED and one.found.low and one.found.high
+    ]
     if not factors:
         return ""
     return (

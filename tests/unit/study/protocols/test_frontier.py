@@ -159,7 +159,7 @@ def test_the_best_rate_and_the_edge_of_the_grid_are_told(section):
     assert (row["Held-out loss"].value, row["prose"].value) == (1.5, pytest.approx(10))
     assert row["All texts"].value == pytest.approx(20)
     assert any("at the edge of the grid for LoRA, LoRA on the MLPs, HiP-LoRA" in t for t in section.text)
-    assert any("LoRA drifts 141 times" in text for text in section.text)
+    assert any("the best plain LoRA (LoRA) drifts 141 times" in text for text in section.text)
 
 
 def test_the_text_that_calibrated_the_reference_is_not_among_all_texts(tmp_path):

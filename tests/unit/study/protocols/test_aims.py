@@ -1,0 +1,195 @@
+"""The aims against measurements made by hand."""
+
+import json
+
+import pytest
+
+from hiplora.reporting.study.spec import Measurement, Section
+from hiplora.reporting.study.write import write_report
+from hiplora.study.protocols import aims
+from tests.unit.study.protocols.made import made_study, results
+
+AIMS = "protocols={aims: {reference: hiplora, plain: [lora, lora-mlp], attention: lora}}"
+EQUAL = {"text": "all texts", "operating": True, "state": "reached", "over": "HiP-LoRA"}
+ADDED = {"rule": "addition", "tau": 0.9, "size": "all", "merges": 30}
+
+
+def of(protocol, metric, method, value, low=None, high=None, **more):
+    return Measurement(protocol, method, metric, value, low=low, high=high, **more)
+
+
+def drift(method, value, low, high, **setting):
+    """How many times as far a method drifts as HiP-LoRA."""
+    metric = "drift ratio at equal loss"
+    return of(
+        "frontier", metric, method, value, low, high, domain="mathematics", setting={**EQUAL, **setting}
+    )
+
+
+def judged(tmp_path, *measurements, changes=(AIMS,)):
+    """Aim → part → what was found, as the file has it."""
+    study, store = made_study(tmp_path, *changes)
+    section = Section("frontier", "Made", measurements=measurements)
+    (text,) = aims.files(study, study.recipe.protocols.aims, results(store), [section]).values()
+    return json.loads(text)["aims"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (11.0, 20.0, "met"),
+        (10.0, 20.0, "met"),
+        (2.0, 9.0, "missed"),
+        (9.0, 20.0, "cannot tell"),
+        (None, None, "cannot tell"),
+    ],
+)
+def test_an_aim_is_met_where_the_whole_interval_is_on_its_side(tmp_path, low, high, verdict):
+    found = judged(tmp_path, drift("LoRA", 12.5, low, high))["drift"]["GSM8K"]
+    assert found["verdict"] == verdict
+    assert (found["estimate"], found["against"]) == (pytest.approx(0.08), "LoRA")
+    assert found["high"] == (None if low is None else pytest.approx(1 / low))
+
+
+def test_the_lora_with_the_smaller_value_counts(tmp_path):
+    found = judged(tmp_path, drift("LoRA", 50, 40, 60), drift("LoRA on the MLPs", 5, 4, 6))
+    assert found["drift"]["GSM8K"]["verdict"] == "missed"
+    assert found["drift"]["GSM8K"]["against"] == "LoRA on the MLPs"
+    assert found["drift-attention"]["GSM8K"]["verdict"] == "met"
+    assert found["drift-attention"]["GSM8K"]["against"] == "LoRA"
+
+
+def test_a_lora_that_never_learned_as_much_counts_only_alone(tmp_path):
+    weak = drift("LoRA on the MLPs", 5, 4, None, state="not reached")
+    found = judged(tmp_path, drift("LoRA", 50, 40, 60), weak)
+    assert (found["drift"]["GSM8K"]["verdict"], found["drift"]["GSM8K"]["against"]) == ("met", "LoRA")
+    (tmp_path / "alone").mkdir()
+    alone = judged(tmp_path / "alone", weak)["drift"]["GSM8K"]
+    assert (alone["verdict"], alone["low"]) == ("cannot tell", None)
+
+
+@pytest.mark.parametrize("setting", [{"operating": False}, {"text": "prose"}, {"over": "PiSSA"}])
+def test_other_points_and_texts_do_not_count(tmp_path, setting):
+    found = judged(tmp_path, drift("LoRA", 50, 40, 60, **setting))
+    assert found["drift"]["measured"]["verdict"] == "not measured yet"
+
+
+def test_a_ratio_may_be_measured_either_way_round(tmp_path):
+    there = of(
+        "continual", "forgetting ratio", "LoRA", 8, 5, 12, form="accuracy", setting={"over": "HiP-LoRA"}
+    )
+    here = of(
+        "continual",
+        "forgetting ratio",
+        "HiP-LoRA",
+        0.5,
+        0.3,
+        0.7,
+        form="likelihood",
+        setting={"over": "LoRA"},
+    )
+    found = judged(tmp_path, there, here)["forgetting"]
+    assert (found["accuracy"]["verdict"], found["accuracy"]["estimate"]) == ("met", 0.125)
+    assert (found["likelihood"]["verdict"], found["likelihood"]["estimate"]) == ("missed", 0.5)
+
+
+def test_forgetting_over_none_at_all_cannot_be_told(tmp_path):
+    nothing = of(
+        "continual", "forgetting ratio", "HiP-LoRA", float("inf"), form="accuracy", setting={"over": "LoRA"}
+    )
+    found = judged(tmp_path, nothing)["forgetting"]["accuracy"]
+    assert (found["verdict"], found["estimate"]) == ("cannot tell", None)
+
+
+def test_of_several_texts_the_worst_counts_and_the_calibrating_one_does_not(tmp_path):
+    texts = {"prose": (0.5, 0.4, 0.6), "code": (0.05, 0.04, 0.06)}
+    made = [
+        of(
+            "merge-fail",
+            "drift ratio",
+            "HiP-LoRA",
+            *values,
+            setting={"rule": "addition", "text": t, "over": "LoRA"},
+        )
+        for t, values in texts.items()
+    ]
+    assert judged(tmp_path, *made)["merged-drift"]["measured"]["verdict"] == "missed"
+    own = "methods.hiplora.method={name: hiplora, r: 4, calibration_text: wikitext2_raw_valid.jsonl}"
+    found = judged(tmp_path, *made, changes=(AIMS, own))["merged-drift"]["measured"]
+    assert (found["verdict"], found["estimate"]) == ("met", 0.05)
+
+
+@pytest.mark.parametrize(("merges", "verdict"), [(30, "cannot tell"), (60, "met")])
+def test_no_failure_among_a_few_merges_does_not_show_that_few_fail(tmp_path, merges, verdict):
+    none = of(
+        "merge-fail", "merge fail", "HiP-LoRA", 0, 0, 0, form="accuracy", setting={**ADDED, "merges": merges}
+    )
+    found = judged(tmp_path, none)["merge-fail"]
+    assert found["accuracy"]["verdict"] == verdict
+    assert found["accuracy"]["high"] == pytest.approx(100 * (1 - 0.05 ** (1 / merges)))
+    assert found["likelihood"]["verdict"] == "not measured yet"
+
+
+def test_loras_own_merges_are_judged_by_the_lora_that_fails_least(tmp_path):
+    made = [
+        of("merge-fail", "merge fail", name, value, value - 5, value + 5, form="accuracy", setting=ADDED)
+        for name, value in (("LoRA", 80), ("LoRA on the MLPs", 30))
+    ]
+    found = judged(tmp_path, *made)["merge-fail-lora"]["accuracy"]
+    assert (found["verdict"], found["against"]) == ("missed", "LoRA on the MLPs")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(-9, 1, "met"), (1, 9, "met"), (-9, -1, "missed"), (None, None, "cannot tell")],
+)
+def test_edits_succeed_as_often_unless_the_interval_says_fewer(tmp_path, low, high, verdict):
+    setting = {"mode": "batch", "set": "edit-set", "minus": "LoRA"}
+    found = judged(
+        tmp_path, of("editing", "edit success difference", "HiP-LoRA", -1, low, high, setting=setting)
+    )
+    assert found["edit-success"]["edit-set"]["verdict"] == verdict
+
+
+def test_a_difference_may_be_measured_either_way_round(tmp_path):
+    setting = {"mode": "batch", "set": "edit-set", "minus": "HiP-LoRA"}
+    found = judged(tmp_path, of("editing", "edit success difference", "LoRA", 5, 1, 9, setting=setting))
+    shown = found["edit-success"]["edit-set"]
+    assert (shown["verdict"], shown["estimate"], shown["low"], shown["high"]) == ("missed", -5, -9, -1)
+
+
+@pytest.mark.parametrize(
+    ("share", "everywhere", "verdict"),
+    [(0.0, 0, "met"), (0.5, 0, "met"), (0.5, 1, "cannot tell"), (1.0, 2, "cannot tell"), (1.0, 3, "missed")],
+)
+def test_a_rival_that_lies_below_everywhere_misses_the_aim_if_all_seeds_say_so(
+    tmp_path, share, everywhere, verdict
+):
+    def below(method, value, count, kind="rival"):
+        setting = {"than": "HiP-LoRA", "kind": kind, "everywhere": count}
+        return of("frontier", "share of losses below", method, value, domain="code", seeds=3, setting=setting)
+
+    made = [
+        below("PiSSA", share, everywhere),
+        below("MiLoRA", 0.0, 0),
+        below("HiP-LoRA (activation)", 1.0, 3, "own"),
+    ]
+    assert judged(tmp_path, *made)["rivals"]["Code"]["verdict"] == verdict
+
+
+def test_the_section_shows_aim_target_value_and_verdict(tmp_path):
+    study, store = made_study(tmp_path, AIMS)
+    made = Section("frontier", "Made", measurements=[drift("LoRA", 5, 4, 6)])
+    section = aims.section_after(study, study.recipe.protocols.aims, results(store), [made])
+    name, cells = section.tables[0].rows[0]
+    assert name == "Single-task drift at equal loss"
+    texts = [cell.text for cell in cells]
+    assert texts == ["GSM8K", "≤ 1/10 of the best plain LoRA's", "", "of LoRA's", "LoRA", "missed"]
+    assert cells[2].value == pytest.approx(0.2)
+    assert section.text[1].startswith("Missed: Single-task drift at equal loss (GSM8K)")
+    assert "Aim by aim" in write_report(tmp_path / "report", "Made", {}, [section], {}).read_text()
+
+
+def test_without_an_attention_lora_there_is_no_aim_on_it(tmp_path):
+    changes = ("protocols={aims: {reference: hiplora, plain: [lora]}}",)
+    assert "drift-attention" not in judged(tmp_path, changes=changes)
