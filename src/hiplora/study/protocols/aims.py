@@ -30,10 +30,10 @@ BATCH = {"mode": "batch"}
 class Aim:
     """An aim, and the measurements that it is judged by, by names of `Measurement`.
 
-    `of`: `ratio`, the reference over a LoRA; `difference`, the reference minus a LoRA; `reference` or `plain`, the value of
-    one of them itself; `rivals`, of every method but the reference's own. `goal` says on which side of `bound` the value
-    is to lie; `equal`: not clearly below it. `against` is a field of `Aims`; `parts` tells the rows of one aim
-    apart: `domain`, `form`, or a name of the setting.
+    `of`: `ratio`, the reference over a LoRA; `difference`, the reference minus a LoRA; `reference` or `plain`, its
+    own value; `rivals`, of every method but the reference's own. `goal` says on which side of `bound` the value is
+    to lie; `equal`: not clearly below it. `against` is a field of `Aims`; `parts` tells the rows of one aim apart:
+    `domain`, `form`, or a name of the setting.
     """
 
     name: str
