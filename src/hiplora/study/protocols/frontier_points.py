@@ -102,10 +102,11 @@ def curves(study: Study, settings: Settings, results: Results, domain: str) -> l
     for method in settings.domains[domain]:
         points = []
         for (rate, steps), jobs in scoring_jobs(study, settings, domain, method).items():
-            scored = [results.get(job) for job in jobs]
-            losses = [(results.get(job.needs["adapter"]) or {}).get("held_out_after") for job in jobs]
-            if None in scored or not all(loss is not None and math.isfinite(loss) for loss in losses):
-                continue  # a training that diverged is no point of a frontier
+            scored = [one for job in jobs if (one := results.get(job)) is not None]
+            trained = [one for job in jobs if (one := results.get(job.needs["adapter"])) is not None]
+            losses = [float(one["held_out_after"]) for one in trained]
+            if not len(scored) == len(losses) == len(jobs) or not all(map(math.isfinite, losses)):
+                continue  # not all there, or diverged: no point of a frontier
             drifts = _drifts(unlike(study, settings), [drift(one) for one in scored])
             point = Point(
                 rate, steps, losses, drifts, *_scores(study, settings, domain, base, scored, draws), jobs
