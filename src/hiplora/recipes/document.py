@@ -76,7 +76,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     finally:
         loader.dispose()
     for override in overrides:
-        _override(document, override)
+        put_over(document, override)
     return document
 
 
@@ -98,8 +98,12 @@ def _note_lines(node: yaml.Node, loc: Loc, document: Document) -> None:
             _note_lines(item, (*loc, index), document)
 
 
-def _override(document: Document, text: str) -> None:
-    """Put one `a.b=value` over the document; the value is read as YAML."""
+def put_over(document: Document, text: str) -> None:
+    """Put one `a.b=value` over the document, in place; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is malformed, or `a` is no block.
+    """
     key, equals, raw = text.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.document import Document, Loc, read_document
+from hiplora.recipes.document import Document, Loc, put_over, read_document
 from hiplora.recipes.methods import METHODS
 from hiplora.recipes.study import StudyRecipe
 
@@ -35,8 +35,11 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
         ConfigError: something is wrong; the message lists everything that is, with file, line and remedy.
     """
     path = _find(recipe)
-    document = read_document(path, overrides)
-    value, problems = _extended(document), list(document.problems)
+    document = read_document(path)
+    document.value = _extended(document)
+    for override in overrides:  # over what the recipe extends, too
+        put_over(document, override)
+    value, problems = dict(document.value), list(document.problems)
     model = value.get("model")
     if isinstance(model, str) and model.startswith((".", "/", "~")):
         value["model"] = os.path.normpath(document.folder / Path(model).expanduser())

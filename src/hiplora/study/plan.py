@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hiplora.errors import ConfigError
 from hiplora.models.shapes import ModelShape, model_shape
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
@@ -70,7 +71,7 @@ def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Sto
         "left": len(todo),
         "missing": list(study.missing),
         "machines": {},
-        "methods": _methods(study, shape),
+        "methods": methods_of(study),
         "power": _power(study),
     }
     for name, machine in machines.items():
@@ -110,21 +111,21 @@ def _sum(jobs: list[Job], costs: Mapping[str, Cost]) -> dict[str, Any]:
     }
 
 
-def _methods(study: Study, shape: ModelShape) -> dict[str, dict[str, Any]]:
-    """Trainable parameters of every method, with the mismatch to the first one in per cent."""
-    counts = {
-        name: shape.trainable(full_settings(row.method.model_dump()))
-        for name, row in study.recipe.methods.items()
-    }
-    first = next(iter(counts.values()))
-    return {
-        name: {
-            "title": study.recipe.methods[name].title,
-            "trainable": count,
-            "mismatch": 100 * (count / first - 1),
-        }
-        for name, count in counts.items()
-    }
+def methods_of(study: Study) -> dict[str, dict[str, Any]]:
+    """Return every method's trainable parameters, with the mismatch to the first one in per cent.
+
+    Raises:
+        ConfigError: a method does not fit the model; it is named.
+    """
+    shape, found = model_shape(study.recipe.model), dict[str, dict[str, Any]]()
+    for name, row in study.recipe.methods.items():
+        try:
+            count = shape.trainable(full_settings(row.method.model_dump()))
+        except ConfigError as error:
+            raise ConfigError(f"method {row.title}: {error}") from error
+        first = next(iter(found.values()), {"trainable": count})["trainable"]
+        found[name] = {"title": row.title, "trainable": count, "mismatch": 100 * (count / first - 1)}
+    return found
 
 
 def _power(study: Study) -> dict[str, dict[str, Any]]:

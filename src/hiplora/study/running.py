@@ -19,7 +19,7 @@ from hiplora.study.engine.local import run_local
 from hiplora.study.engine.store import Store
 from hiplora.study.engine.todo import Todo
 from hiplora.study.pico_data import write_pico_data
-from hiplora.study.plan import open_jobs
+from hiplora.study.plan import methods_of, open_jobs
 from hiplora.study.protocols import graph as all_jobs
 from hiplora.study.steps.loads import LOADS
 
@@ -77,7 +77,8 @@ def run(
 
     Raises:
         DataError: files that the recipe names are missing.
-        ConfigError: tasks run what the model writes, and that was not allowed; or as `run_ray`.
+        ConfigError: a method does not fit the model; tasks run what the model writes, and that was not allowed; or as
+            `run_ray`.
     """
     check(opened)
     progress = Progress(opened, executor)
@@ -103,7 +104,8 @@ def run(
 
 
 def check(opened: Opened) -> None:
-    """Raise what would make jobs fail sooner or later: missing files, code that may not run."""
+    """Raise what would make jobs fail: methods that do not fit, missing files, code that may not run."""
+    methods_of(opened.study)
     if missing := list(opened.study.missing):
         where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
         raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
@@ -142,7 +144,7 @@ class Progress:
         self._works = dict(works)
         for job in graph:
             record = store.record(job) if store.finished(job) else None
-            if record is not None and job.key not in self._left:
+            if record is not None:
                 self._learn(job.kind, works[job.key], record["timing"].get("seconds", 0.0))
 
     def hear(self, event: Mapping[str, Any]) -> None:

@@ -63,7 +63,8 @@ def test_a_recipe_extends_another(tmp_path):
         "protocols:\n  single_task: null\n  adalora: {methods: [pissa, lora]}\n",
         "child.yaml",
     )
-    recipe = load_study(child)
+    recipe = load_study(child, ["domains.sums.title=Totals"])
+    assert (recipe.domains["sums"].title, recipe.domains["sums"].task) == ("Totals", "gsm8k")
     assert (recipe.study, recipe.model, recipe.seeds) == ("child", "pico", [7])
     assert list(recipe.methods) == ["lora", "pissa"]
     assert recipe.protocols.single_task is None

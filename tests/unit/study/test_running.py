@@ -1,0 +1,82 @@
+"""Opening a study, what must be there before it runs, and how long the rest will take."""
+
+import pytest
+
+from hiplora.errors import ConfigError, DataError
+from hiplora.recipes.load_study import load_study
+from hiplora.study.running import Executor, Progress, check, open_study, status
+from tests.unit.study.protocols.made import finish
+
+TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
+
+
+def opened(folder, *changes, data=None, allow_code=False):
+    return open_study(load_study("pico", (TWO, *changes)), folder / "study", data, allow_code)
+
+
+def test_the_smallest_study_brings_its_data(tmp_path):
+    found = opened(tmp_path, allow_code=True)
+    assert (tmp_path / "study" / "data" / "gsm8k_train.jsonl").is_file()
+    check(found)
+
+
+def test_a_data_folder_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        opened(tmp_path, data=tmp_path / "nowhere")
+
+
+def test_missing_files_are_named_before_anything_runs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"files of the study are missing in .*empty: .*gsm8k_train\.jsonl"):
+        check(opened(tmp_path, data=tmp_path / "empty", allow_code=True))
+
+
+def test_running_code_needs_leave(tmp_path):
+    with pytest.raises(ConfigError, match="humaneval run code that the model writes; allow it with"):
+        check(opened(tmp_path))
+    check(opened(tmp_path, "domains.code.tasks={humaneval_solution: 2}"))
+
+
+def test_time_is_foreseen_from_what_jobs_of_a_kind_took(tmp_path):
+    found = opened(tmp_path, "rates=null")
+    trainings = [job for job in found.graph if job.kind == "train"]
+    progress = Progress(found, Executor(workers=2))
+    assert progress.total == len(found.graph)
+    assert progress.seconds_left() is None
+    for job in (found.study.score(), trainings[0]):
+        progress.hear({"event": "begin", "key": job.key})
+        assert job.key in progress.at
+        progress.hear({"event": "end", "key": job.key, "seconds": 10.0})
+    assert (progress.done, progress.failed) == (2, 0)
+    whole = progress.seconds_left()
+    assert whole > 0
+    progress.hear({"event": "end", "key": trainings[1].key, "seconds": 10.0})
+    assert progress.seconds_left() < whole
+    progress.hear({"event": "failed", "key": trainings[2].key})
+    assert progress.failed == 1
+
+
+def test_what_took_time_before_counts_too(tmp_path):
+    found = opened(tmp_path, "rates=null")
+    finish(found.store, found.study.score(), {}, seconds=3.0)
+    for job in found.graph:
+        if job.kind == "train":
+            finish(found.store, job, {}, seconds=5.0)
+    progress = Progress(found, Executor())
+    # trainings are done again for their adapters, which the evaluations read
+    assert progress.total == len(found.graph) - 1
+    assert progress.seconds_left() > 5.0 * 15
+
+
+def test_the_status_counts_kinds_and_names_failures(tmp_path):
+    found = opened(tmp_path)
+    base = found.study.score()
+    finish(found.store, base, {})
+    job = next(job for job in found.graph if job.kind == "train")
+    found.store.fail(job, ValueError("no luck"), "run")
+    told = status(found)
+    assert told["jobs"] == len(found.graph)
+    assert told["left"] == len(found.graph) - 1
+    assert told["kinds"]["evaluate"]["left"] == told["kinds"]["evaluate"]["jobs"] - 1
+    assert told["failed"] == {job.name: "no luck"}
+    assert told["at_work"] == []
