@@ -1,5 +1,6 @@
 """Suites: which tasks a model is evaluated on. Nothing here imports torch or lm-eval."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ def task_samples(name: str) -> int:
     return int(_own_task(name).get("repeats", 1)) if name in own_tasks() else 1
 
 
+@functools.cache
 def _own_task(name: str) -> Mapping[str, Any]:
     return yaml.safe_load((TASKS / f"{name}.yaml").read_text().replace("!function ", ""))
 
@@ -77,10 +79,9 @@ def most_written(task: str) -> tuple[int, int]:
 
     0 and 1 for tasks that are answered by likelihood; of lm-eval's own nothing is known here.
     """
-    path = TASKS / f"{task}.yaml"
-    if not path.is_file():
+    if task not in own_tasks():
         return 0, 1
-    settings = yaml.safe_load(path.read_text().replace("!function ", ""))
+    settings = _own_task(task)
     return settings.get("generation_kwargs", {}).get("max_gen_toks", 0), settings.get("repeats", 1)
 
 
@@ -157,5 +158,4 @@ def _expected() -> str:
 
 def runs_code(task: str) -> bool:
     """Whether one of the project's tasks runs code that the model writes; of lm-eval's own nothing is known here."""
-    path = TASKS / f"{task}.yaml"
-    return path.is_file() and "\nunsafe_code: true" in path.read_text()
+    return task in own_tasks() and bool(_own_task(task).get("unsafe_code"))
