@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError
 from hiplora.models.shapes import ModelShape, model_shape
+from hiplora.provenance import provenance
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
@@ -73,6 +74,7 @@ def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Sto
         "machines": {},
         "methods": methods_of(study),
         "power": _power(study),
+        "provenance": provenance(),
     }
     for name, machine in machines.items():
         costs = job_costs(graph, study.recipe.model, machine)
@@ -106,8 +108,11 @@ def _sum(jobs: list[Job], costs: Mapping[str, Cost]) -> dict[str, Any]:
         "tokens": total.tokens,
         "flops": total.flops,
         "seconds": total.seconds,
+        "hours": total.seconds / 3600,
         "memory_bytes": total.memory_bytes,
+        "memory_gib": total.memory_bytes / 2**30,
         "disk_bytes": total.disk_bytes,
+        "disk_gib": total.disk_bytes / 2**30,
     }
 
 
