@@ -6,6 +6,7 @@ paired. An item counts with its mean over the seeds, so that seeds that share th
 narrow (docs/metrics.md). `hierarchical` is the paper's own interval beside it.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,15 @@ def estimate(draws: Draws, by_seed: Sequence[float] = ()) -> Estimate:
     """Return a value with the interval of its replicates, and the spread of its values by seed."""
     low, high = np.quantile(draws[1:], (0.025, 0.975))
     return Estimate(float(draws[0]), float(low), float(high), spread(by_seed))
+
+
+def ratio(here: Draws, there: Draws) -> Estimate:
+    """Return one value over another. Where a replicate of the other is not positive there is no interval; where the
+    value itself is not, the ratio is infinite.
+    """
+    if bool((there > 0).all()):
+        return estimate(here / there)
+    return Estimate(float(here[0] / there[0]) if there[0] > 0 else math.inf)
 
 
 def spread(by_seed: Sequence[float]) -> float | None:

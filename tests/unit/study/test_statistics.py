@@ -1,9 +1,20 @@
 """Estimates with intervals from scores item by item."""
 
+import math
+
 import numpy as np
 import pytest
 
-from hiplora.study.statistics import Resampler, estimate, geometric, hierarchical, over_seeds, spread
+from hiplora.study.statistics import (
+    Estimate,
+    Resampler,
+    estimate,
+    geometric,
+    hierarchical,
+    over_seeds,
+    ratio,
+    spread,
+)
 
 ITEMS = np.random.default_rng(0).normal(50, 10, 200).tolist()
 
@@ -60,3 +71,11 @@ def test_ratios_have_a_geometric_mean_and_the_interval_of_their_logarithms():
     # two values: t with one degree of freedom, 12.706 · sd / √2 of the logarithms
     assert np.log(found.high / 4) == pytest.approx(12.706 * np.log(4) / np.sqrt(2) / np.sqrt(2), rel=1e-3)
     assert geometric([3.0]).low is None
+
+
+def test_a_ratio_has_an_interval_only_where_what_it_is_over_cannot_be_none():
+    here, there = np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])
+    found = ratio(here, there)
+    assert (found.value, found.low) == (0.5, pytest.approx(0.25, abs=0.02))
+    assert ratio(here, np.array([4.0, 0.0, 4.0])) == Estimate(0.5)
+    assert ratio(here, np.array([0.0, 4.0, 4.0])) == Estimate(math.inf)

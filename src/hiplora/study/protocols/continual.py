@@ -13,7 +13,16 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest
 from hiplora.study.results import FORMS, Results, drift
-from hiplora.study.statistics import Draws, Estimate, Resampler, estimate, geometric, over_seeds, spread
+from hiplora.study.statistics import (
+    Draws,
+    Estimate,
+    Resampler,
+    estimate,
+    geometric,
+    over_seeds,
+    ratio,
+    spread,
+)
 
 NAME, TITLE = "continual", "Continual tuning"
 METRICS = {
@@ -162,11 +171,8 @@ def _measurements(study: Study, learners: Sequence[Learner], form: str) -> Itera
 
 
 def _ratio(one: Learner, against: Learner, form: str) -> Measurement:
-    """Forgetting over another method's; where that forgets nothing, a ratio has no meaning and no interval."""
-    here, there = one.metric("forgetting"), against.metric("forgetting")
-    safe = bool((there > 0).all())
-    ratio = here / np.where(there > 0, there, np.nan)
-    found = estimate(ratio) if safe else Estimate(float(ratio[0]) if there[0] > 0 else float("inf"))
+    """Forgetting over another method's; where that may forget nothing, a ratio has no interval."""
+    found = ratio(one.metric("forgetting"), against.metric("forgetting"))
     return measurement(
         NAME, one.title, "forgetting ratio", found, [*one.jobs, *against.jobs], form=form, unit="ratio",
         setting={"over": against.title}, seeds=len(one.by_seed),
@@ -246,10 +252,10 @@ def _drift_measurements(
                 seeds=seeds,
             )
             for other in done:
-                ratio = geometric([here / there for here, there in zip(kl, drifts[other][text], strict=True)])
+                apart = geometric([here / there for here, there in zip(kl, drifts[other][text], strict=True)])
                 over = {**setting, "over": study.row(other).title}
                 both = [*used[method], *used[other]]
                 yield measurement(
-                    NAME, title, "drift ratio", ratio, both, unit="ratio", setting=over, seeds=seeds
+                    NAME, title, "drift ratio", apart, both, unit="ratio", setting=over, seeds=seeds
                 )
         done.append(method)

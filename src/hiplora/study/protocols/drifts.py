@@ -1,4 +1,4 @@
-"""How far models moved from the base, run by run: a table of means, and ratios to the first method's."""
+"""How far models moved from the base, run by run: a table of means, and ratios between methods."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -49,8 +49,8 @@ def drift_table(found: Drifts, name: str, title: str, over: str) -> Table:
 def drift_measurements(
     found: Drifts, runs: Mapping[str, Sequence[Job]], name: str, seeds: int, **setting: Any
 ) -> Iterator[Measurement]:
-    """Yield each method's mean drift by text, and the geometric mean of its ratios to the first method's."""
-    first = next(iter(found))
+    """Yield each method's mean drift by text, and the geometric mean of its ratios to every method before it."""
+    before: list[str] = []
     for method, values in found.items():
         for text, kl in values.items():
             mean = Estimate(float(np.mean(kl)), sd=spread(kl))
@@ -58,13 +58,16 @@ def drift_measurements(
             yield measurement(
                 name, method, "drift", mean, runs[method], unit="nats/token", setting=told, seeds=seeds
             )
-            others = found[first].get(text)
-            if method != first and others and min(*kl, *others) > 0:
+            for other in before:
+                others = found[other].get(text)
+                if not others or min(*kl, *others) <= 0:
+                    continue
                 ratio = geometric([here / there for here, there in zip(kl, others, strict=True)])
                 yield measurement(
-                    name, method, "drift ratio", ratio, [*runs[method], *runs[first]],
-                    setting={**told, "over": first}, seeds=seeds,
+                    name, method, "drift ratio", ratio, [*runs[method], *runs[other]], unit="ratio",
+                    setting={**told, "over": other}, seeds=seeds,
                 )  # fmt: skip
+        before.append(method)
 
 
 def _thousandths(values: Sequence[float]) -> Estimate:

@@ -13,7 +13,7 @@ from hiplora.study.builder import Study, as_written
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.show import NONE, cell, difference, marked, measurement, smallest
 from hiplora.study.results import Results, drift
-from hiplora.study.statistics import Draws, Estimate, Resampler, estimate, geometric, over_seeds
+from hiplora.study.statistics import Draws, Estimate, Resampler, estimate, geometric, over_seeds, ratio
 
 NAME, TITLE, ALPHAEDIT = "editing", "Knowledge editing", "alphaedit"
 OF_THE_EDITS = {  # metric → column of the edits' records
@@ -314,12 +314,14 @@ def _measurements(name: str, mode: str, found: Sequence[Edited]) -> Iterator[Mea
 
 
 def _ratios(one: Edited, against: Edited, counts: Mapping[str, Any]) -> Iterator[Measurement]:
-    """Damage over another method's, of the changed answers and of the drift."""
+    """Damage over another method's, of the changed answers and of the drift; where that one may do none, a ratio has no
+    interval.
+    """
     setting = {**counts["setting"], "over": against.title}
     used, seeds = [*one.jobs, *against.jobs], counts["seeds"]
     here, there = one.metrics.get("locality damage"), against.metrics.get("locality damage")
-    if here is not None and there is not None and bool((there > 0).all()):
-        found = estimate(here / there)
+    if here is not None and there is not None:
+        found = ratio(here, there)
         yield measurement(
             NAME,
             one.title,
@@ -331,12 +333,12 @@ def _ratios(one: Edited, against: Edited, counts: Mapping[str, Any]) -> Iterator
             seeds=seeds,
         )
     for text in one.drifts[0] if one.drifts and against.drifts else ():
-        ratio = geometric(
+        apart = geometric(
             [a[text] / b[text] for a, b in zip(one.drifts, against.drifts, strict=True) if b[text] > 0]
         )
         told = {**setting, "text": text}
         yield measurement(
-            NAME, one.title, "drift ratio", ratio, used, unit="ratio", setting=told, seeds=seeds
+            NAME, one.title, "drift ratio", apart, used, unit="ratio", setting=told, seeds=seeds
         )
 
 

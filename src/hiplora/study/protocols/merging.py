@@ -77,6 +77,11 @@ class Merges:
         return f"{self.title}, {rule_title(self.rule)}"
 
     @property
+    def alone(self) -> Draws:
+        """The mean score of the adapters before the merge, over all metrics and seeds."""
+        return np.mean(self.before, axis=(0, 1))
+
+    @property
     def drop(self) -> Draws:
         """The mean absolute drop over all metrics and seeds."""
         return np.mean(np.abs(np.subtract(self.before, self.after)), axis=(0, 1))
@@ -194,7 +199,7 @@ def _rules_table(found: Mapping[str, Sequence[Merges]]) -> Table:
 
 def _measurements(study: Study, merges: Sequence[Merges], form: str) -> Iterator[Measurement]:
     first = {one.rule: one for one in reversed(merges)}
-    for one in merges:
+    for index, one in enumerate(merges):
         seeds = len(one.drop_by_seed)
         for place, metric in enumerate(one.metrics):
             for when, kept in (("before", one.before[place]), ("after", one.after[place])):
@@ -212,6 +217,14 @@ def _measurements(study: Study, merges: Sequence[Merges], form: str) -> Iterator
             yield measurement(
                 NAME, one.title, name, found, one.jobs, form=form, unit="pp", setting=setting, seeds=seeds
             )
+        found = estimate(one.alone)
+        setting = {"rule": one.rule}
+        yield measurement(
+            NAME, one.title, "score alone", found, one.jobs, form=form, unit="%", setting=setting, seeds=seeds
+        )
+        for other in (other for other in merges[:index] if other.rule == one.rule):
+            here, there = ((x.title, x.alone, x.jobs) for x in (one, other))
+            yield difference(NAME, "score alone", here, there, form=form, setting=setting, seeds=seeds)
         against = first[one.rule]
         if one is not against:
             here, there = ((x.title, x.drop, x.jobs) for x in (one, against))

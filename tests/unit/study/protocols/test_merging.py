@@ -105,6 +105,21 @@ def test_methods_are_compared_rule_by_rule(study):
     assert any("moves the scores by 22.5 pp with LoRA" in text for text in section.text)
 
 
+def test_what_the_adapters_learned_alone_is_compared_too(study):
+    found, settings, store = study
+    section = merging.section(found, settings, results(store))
+    alone = measured(section, "score alone", "LoRA", form="likelihood", setting={"rule": "addition"})
+    assert (alone.value, alone.unit) == (pytest.approx((70 + 50) / 2), "%")
+    apart = measured(
+        section,
+        "score alone difference",
+        "LoRA on the MLPs",
+        form="likelihood",
+        setting={"minus": "LoRA", "rule": "addition"},
+    )
+    assert (apart.value, apart.low, apart.high) == (0, 0, 0)
+
+
 def test_the_drift_of_merged_models_is_compared_seed_by_seed(study):
     found, settings, store = study
     section = merging.section(found, settings, results(store))
