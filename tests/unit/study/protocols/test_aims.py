@@ -101,11 +101,14 @@ def test_forgetting_over_none_at_all_cannot_be_told(tmp_path):
     assert (found["verdict"], found["estimate"]) == ("cannot tell", None)
 
 
-def test_of_several_texts_the_worst_counts_and_the_calibrating_one_does_not(tmp_path):
+@pytest.mark.parametrize(
+    ("protocol", "aim"), [("merging", "merged-drift"), ("merge-fail", "merged-drift-drawn")]
+)
+def test_of_several_texts_the_worst_counts_and_the_calibrating_one_does_not(tmp_path, protocol, aim):
     texts = {"prose": (0.5, 0.4, 0.6), "code": (0.05, 0.04, 0.06)}
     made = [
         of(
-            "merge-fail",
+            protocol,
             "drift ratio",
             "HiP-LoRA",
             *values,
@@ -113,9 +116,9 @@ def test_of_several_texts_the_worst_counts_and_the_calibrating_one_does_not(tmp_
         )
         for t, values in texts.items()
     ]
-    assert judged(tmp_path, *made)["merged-drift"]["measured"]["verdict"] == "missed"
+    assert judged(tmp_path, *made)[aim]["measured"]["verdict"] == "missed"
     own = "methods.hiplora.method={name: hiplora, r: 4, calibration_text: wikitext2_raw_valid.jsonl}"
-    found = judged(tmp_path, *made, changes=(AIMS, own))["merged-drift"]["measured"]
+    found = judged(tmp_path, *made, changes=(AIMS, own))[aim]["measured"]
     assert (found["verdict"], found["estimate"]) == ("met", 0.05)
 
 
@@ -156,6 +159,23 @@ def test_a_difference_may_be_measured_either_way_round(tmp_path):
     found = judged(tmp_path, of("editing", "edit success difference", "LoRA", 5, 1, 9, setting=setting))
     shown = found["edit-success"]["edit-set"]
     assert (shown["verdict"], shown["estimate"], shown["low"], shown["high"]) == ("missed", -5, -9, -1)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "metric", "aim", "setting"),
+    [
+        ("merging", "score alone difference", "merged-learned", {"rule": "addition"}),
+        ("continual", "learned accuracy difference", "continual-learned", {}),
+    ],
+)
+def test_less_drift_of_a_method_that_learned_less_is_told(tmp_path, protocol, metric, aim, setting):
+    less = of(
+        protocol, metric, "HiP-LoRA", -8, -12, -4, form="likelihood", setting={**setting, "minus": "LoRA"}
+    )
+    more = of(protocol, metric, "LoRA on the MLPs", -3, -5, -1, form="likelihood",
+              setting={**setting, "minus": "HiP-LoRA"})  # fmt: skip
+    shown = judged(tmp_path, less, more)[aim]["likelihood"]
+    assert (shown["verdict"], shown["estimate"], shown["against"]) == ("missed", -8, "LoRA")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+"""Measurements as the aims read them: values with the bounds of their intervals, seen from the reference."""
+
+from dataclasses import dataclass
+
+from hiplora.reporting.study.spec import Measurement
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value that an aim is judged by; a bound that is None is open. `against`: of which method it is, or over which.
+
+    `bounded` says that the method compared with never learned as much.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    against: str
+    bounded: bool = False
+
+
+def inverse(one: Measurement) -> Value:
+    """The reference over a LoRA, of what was measured as the LoRA over the reference."""
+    if one.value <= 0 or (one.low is not None and one.low <= 0):
+        return Value(1 / one.value if one.value else float("inf"), None, None, one.method)
+    low, high = (None if bound is None else 1 / bound for bound in (one.high, one.low))
+    return Value(1 / one.value, low, high, one.method)
+
+
+def negative(one: Measurement) -> Value:
+    """The reference minus a LoRA, of what was measured as the LoRA minus the reference."""
+    low, high = (None if bound is None else -bound for bound in (one.high, one.low))
+    return Value(-one.value, low, high, one.method)
+
+
+def share_of_merges(one: Measurement) -> Value:
+    """A share of merges; where none failed, or all did, what that many merges leave possible (95 %, one-sided)."""
+    low, high, merges = one.low, one.high, one.setting.get("merges")
+    if merges and one.value == 0:
+        high = 100 * (1 - 0.05 ** (1 / merges))
+    if merges and one.value == 100:
+        low = 100 * 0.05 ** (1 / merges)
+    return Value(one.value, low, high, one.method)
+
+
+def share_of_losses(one: Measurement) -> Value:
+    """A rival's share: whether all seeds agree on "everywhere" or on less stands for the interval."""
+    everywhere, seeds = one.setting.get("everywhere", 0), one.seeds
+    low = 1.0 if one.value == 1 and everywhere == seeds else 0.0
+    high = one.value if one.value < 1 and not everywhere else 1.0
+    return Value(one.value, min(low, one.value), high, one.method)
