@@ -33,6 +33,9 @@ class Study:
         """Take a recipe, its file names relative to the data folder; nothing is read yet."""
         self.recipe, self.data = recipe, data
         self.missing: dict[str, None] = {}
+        self._made: dict[
+            tuple[Any, ...], Job
+        ] = {}  # what was asked for → the job: protocols ask again and again
 
     @functools.cached_property
     def identity(self) -> str:
@@ -68,14 +71,17 @@ class Study:
         search = self.recipe.rates
         if row.lr != CHOSEN or search is None:
             return None
-        candidates = {
-            rate: {
-                f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate, steps=steps)
-                for domain in search.domains or self.recipe.domains
+        key = ("rate", row.model_dump_json(), steps)
+        if key not in self._made:
+            candidates = {
+                rate: {
+                    f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate, steps=steps)
+                    for domain in search.domains or self.recipe.domains
+                }
+                for rate in search.grid
             }
-            for rate in search.grid
-        }
-        return self.choice(f"rate of {row.title}", candidates)
+            self._made[key] = self.choice(f"rate of {row.title}", candidates)
+        return self._made[key]
 
     def choice(self, name: str, candidates: Mapping[float, Mapping[str, Job]]) -> Job:
         """Return the job that chooses the value whose trainings have the lowest mean loss on held-out rows.
@@ -105,20 +111,38 @@ class Study:
         takes its parent's). `steps` cuts the training short, `start` is a training to carry on from. `chosen` has
         the jobs that choose settings of the method, by their fields; none that its factors depend on.
         """
+        by = like or row
+        others = (start and start.key, *((field, job.key) for field, job in (chosen or {}).items()))
+        key = ("adapter", row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, *others)
+        if key not in self._made:
+            self._made[key] = self._adapter(row, by, domain, seed, lr, steps, start, chosen or {})
+        return self._made[key]
+
+    def _adapter(
+        self,
+        row: StudyMethod,
+        like: StudyMethod,
+        domain: str,
+        seed: int,
+        lr: float | None,
+        steps: int | None,
+        start: Job | None,
+        chosen: Mapping[str, Job],
+    ) -> Job:
         needs: dict[str, Job] = {}
         rate: Any = lr
         if rate is None:
-            choice = self.rate(like or row)
+            choice = self.rate(like)
             if choice is not None:
                 needs["rate"] = choice
                 rate = result("rate", "value")
             else:
-                rate = (like or row).lr if (like or row).lr != CHOSEN else self.recipe.train.lr
+                rate = like.lr if like.lr != CHOSEN else self.recipe.train.lr
         if (factors := self.factors(row)) is not None:
             needs["factors"] = factors
         if start is not None:
             needs["start"] = start
-        needs |= chosen or {}
+        needs |= chosen
         changes = {} if steps is None else {"steps": steps}
         recipe = TrainRecipe.model_validate(
             {
@@ -131,7 +155,7 @@ class Study:
         )
         written = _recipe_settings(recipe)
         written["train"] = {**written.get("train", {}), "lr": rate}
-        written["method"] |= {field: result(field, "value") for field in chosen or ()}
+        written["method"] |= {field: result(field, "value") for field in chosen}
         files = self.hashes([recipe.data.path, recipe.data.held_out, *_texts(recipe)])
         rate_told = f", rate {lr:g}" if lr is not None else ""
         steps_told = f", {steps} steps" if steps is not None else ""

@@ -27,6 +27,9 @@ GRADIENT_TOKENS = 4096  # on which a calibration measures the output side
 SAMPLED_AT_ONCE = 40
 
 
+_METHOD: TypeAdapter[Any] = TypeAdapter(Method)  # costly to make
+
+
 def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's method with every default filled in.
 
@@ -34,7 +37,7 @@ def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: it is no method of a recipe.
     """
     try:
-        method = TypeAdapter(Method).validate_python({"name": "hiplora", **method_settings})
+        method = _METHOD.validate_python({"name": "hiplora", **method_settings})
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
