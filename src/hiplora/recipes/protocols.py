@@ -10,6 +10,8 @@ from hiplora.recipes.methods import Block
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+ALPHAEDIT = "alphaedit"  # the method of editing that is none of training
+SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of the names of files
 PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
 NAMING = {
@@ -118,7 +120,7 @@ class EditedFacts(Block):
 class Editing(OfMethods):
     """Facts edited by each method: success, paraphrases, locality."""
 
-    sets: dict[str, EditedFacts] = Field(
+    sets: dict[SetName, EditedFacts] = Field(
         default={"edit-set": EditedFacts()}, min_length=1, description="Sets of edits by name."
     )
     modes: list[Literal["single", "batch", "sequential"]] = Field(
@@ -130,7 +132,9 @@ class Editing(OfMethods):
     steps: Positive = Field(default=500, description="Training steps of a batch.")
     single_steps: Positive = Field(default=20, description="Training steps of a single edit.")
     lr: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Method → learning rate, where it is not the study's."
+        default={},
+        description="Method → learning rate on edits, where it is not `train.lr`; a method's own or chosen rate is "
+        "for tasks, and has no say here.",
     )
     edits_per_batch: Positive | None = Field(
         default=None, description="Edits of a batch (sequential: a stage)."

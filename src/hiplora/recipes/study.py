@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from hiplora.recipes.methods import Block
-from hiplora.recipes.protocols import Protocols
+from hiplora.recipes.protocols import ALPHAEDIT, Protocols
 from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_short_forms
 
@@ -176,6 +176,29 @@ class StudyRecipe(Block):
                 f"`protocols.merge_fail.sizes` has {max(merges.sizes)}, and there are {len(self.domains)} domains; "
                 "lower it or add domains"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "StudyRecipe":
+        if self.protocols.continual is None:
+            return self
+        order = self.protocols.continual.order or list(self.domains)
+        if len(order) < 2:
+            raise ValueError("`protocols.continual` trains on one domain after the other; add a domain")
+        if len(set(order)) < len(order):
+            raise ValueError("`protocols.continual.order` has a domain twice; name each once")
+        return self
+
+    @model_validator(mode="after")
+    def _edits_fit(self) -> "StudyRecipe":
+        editing = self.protocols.editing
+        if editing is None:
+            return self
+        if ALPHAEDIT in editing.methods:
+            raise ValueError(
+                f"`protocols.editing.methods` has {ALPHAEDIT!r}, the name of an editor; rename the method"
+            )
+        self._check(list(editing.lr), dict.fromkeys(editing.methods), "protocols.editing.lr")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
 """What each method costs: throughput over steady steps, peak memory, and the one-time cost of its factors (Table 5)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +39,34 @@ def jobs(study: Study, settings: CostTable) -> list[Job]:
 
 
 def section(study: Study, settings: CostTable, results: Results) -> Section:
-    """The table of Table 5, with ratios to the first method, measured on one machine."""
-    found = [cost for method in settings.methods if (cost := _cost(study, settings, results, method))]
+    """The table of Table 5, with ratios to the first method that is named, measured on one machine."""
+    costs = {method: _cost(study, settings, results, method) for method in settings.methods}
+    found = [cost for cost in costs.values() if cost is not None]
+    first = costs[settings.methods[0]]
+    measurements = [one for cost in found for one in _measurements(cost, first)]
+    table = _table(found, first, study.row(settings.methods[0]).title)
+    return Section(
+        NAME, TITLE, list(_texts(settings, found, first)), [table], (), measurements, list(results.missing)
+    )
+
+
+def _texts(settings: CostTable, found: Sequence[Cost], first: Cost | None) -> Iterator[str]:
     machines = sorted({cost.machine for cost in found})
-    texts = []
     if machines:
-        texts.append(
+        yield (
             f"Measured on {'; '.join(machines)}, each method in a process of its own while nothing else of the study "
-            f"ran, over {settings.steps} steps after {settings.warmup} to warm up."
+            f"ran, over {settings.steps} steps after {settings.warmup} to warm up. Each was timed once: there are no "
+            "intervals, and no smallest difference that could be told."
         )
     if len(machines) > 1:
-        texts.append("Methods were timed on different machines: the ratios below compare those, too.")
-    measurements = [one for cost in found for one in _measurements(cost, found[0])]
-    return Section(NAME, TITLE, texts, [_table(found)], (), measurements, list(results.missing))
+        yield "Methods were timed on different machines: the ratios below compare those, too."
+    if first is not None and len(found) > 1:
+        told = ", ".join(
+            f"{cost.title} {cost.tokens_per_second / first.tokens_per_second:.3f}"
+            for cost in found
+            if cost is not first
+        )
+        yield f"Tokens per second, as a share of {first.title}'s: {told}."
 
 
 def _speed(study: Study, settings: CostTable, method: str) -> Job:
@@ -84,59 +99,67 @@ def _cost(study: Study, settings: CostTable, results: Results, method: str) -> C
         timed["tokens_per_second"],
         timed["peak_memory_bytes"],
         once,
-        results.machine(job),
+        ", ".join(filter(None, (timed.get("gpu"), results.machine(job)))),
     )
 
 
-def _table(found: list[Cost]) -> Table:
+def _table(found: Sequence[Cost], first: Cost | None, first_title: str) -> Table:
     columns = [
-        "Method",
-        "Tokens per second",
-        "Of the first",
-        "Peak memory, GB",
-        "SVD minutes",
-        "Cache size, GB",
+        *("Method", "Tokens per second", f"Of {first_title}'s"),
+        *("Peak memory, GB", f"Of {first_title}'s memory", "SVD minutes", "Cache size, GB"),
     ]
-    rows: list[tuple[str, list[Cell]]] = []
-    for cost in found:
-        seconds, size = (cost.factors[1], cost.factors[2]) if cost.factors else (None, None)
-        memory = cost.peak_memory
-
-        def paper(column: str, title: str = cost.title) -> float | None:
-            return paper_value("cost", title, column)
-
-        rows.append(
-            (
-                cost.title,
-                [
-                    Cell(cost.tokens_per_second, paper=paper("Tokens per second"), digits=0),
-                    Cell(cost.tokens_per_second / found[0].tokens_per_second, digits=3),
-                    Cell(None if memory is None else memory / 1e9, paper=paper("Peak memory"), digits=2),
-                    NONE if seconds is None else Cell(seconds / 60, paper=paper("SVD minutes"), digits=2),
-                    NONE if size is None else Cell(size / 1e9, paper=paper("Cache size"), digits=4),
-                ],
-            )
-        )
+    rows = [(cost.title, _cells(cost, first)) for cost in found]
     note = (
         "SVD minutes: computing the protected directions once for a base model, calibration included; where they were "
-        "in the cache already, the time to verify them. Cache: k(m + n + 1) numbers a matrix."
+        "in the cache already, the time to verify them, marked as cached. Cache: k(m + n + 1) numbers a matrix."
     )
     return Table(f"{NAME}-table", TITLE, columns, rows, note)
 
 
-def _measurements(cost: Cost, first: Cost) -> Iterator[Measurement]:
+def _cells(cost: Cost, first: Cost | None) -> list[Cell]:
+    def paper(column: str) -> float | None:
+        return paper_value("cost", cost.title, column)
+
+    memory, speed_ratio, memory_ratio = cost.peak_memory, *_ratios(cost, first)
+    shown = [
+        Cell(cost.tokens_per_second, paper=paper("Tokens per second"), digits=0),
+        Cell(speed_ratio, digits=3),
+        Cell(None if memory is None else memory / 1e9, paper=paper("Peak memory"), digits=2),
+        Cell(memory_ratio, digits=3),
+    ]
+    if cost.factors is None:
+        return [*shown, NONE, NONE]
+    _, seconds, size, reused = cost.factors
+    told = "(cached)" if reused else ""
+    return [
+        *shown,
+        Cell(seconds / 60, paper=paper("SVD minutes"), digits=2, text=told),
+        Cell(size / 1e9, paper=paper("Cache size"), digits=4),
+    ]
+
+
+def _ratios(cost: Cost, first: Cost | None) -> tuple[float | None, float | None]:
+    """Throughput and peak memory over the first method's; None while that is missing, or memory unknown."""
+    if first is None:
+        return None, None
+    memory = cost.peak_memory / first.peak_memory if cost.peak_memory and first.peak_memory else None
+    return cost.tokens_per_second / first.tokens_per_second, memory
+
+
+def _measurements(cost: Cost, first: Cost | None) -> Iterator[Measurement]:
     def one(metric: str, value: float, unit: str, job: Job, **setting: Any) -> Measurement:
         told = {"machine": cost.machine, **setting}
         return measurement(NAME, cost.title, metric, Estimate(value), [job], unit=unit, setting=told)
 
+    speed_ratio, memory_ratio = _ratios(cost, first)
     yield one("throughput", cost.tokens_per_second, "tokens/s", cost.job)
-    ratio = cost.tokens_per_second / first.tokens_per_second
-    yield one("throughput ratio", ratio, "ratio", cost.job, over=first.title)
     if cost.peak_memory is not None:
         yield one("peak memory", cost.peak_memory, "bytes", cost.job)
-        if first.peak_memory:
-            ratio = cost.peak_memory / first.peak_memory
-            yield one("peak memory ratio", ratio, "ratio", cost.job, over=first.title)
+    for metric, ratio in (("throughput ratio", speed_ratio), ("peak memory ratio", memory_ratio)):
+        if first is not None and ratio is not None:
+            told = {"machine": cost.machine, "over": first.title}
+            used = [cost.job, first.job]
+            yield measurement(NAME, cost.title, metric, Estimate(ratio), used, unit="ratio", setting=told)
     if cost.factors is not None:
         job, seconds, size, reused = cost.factors
         yield one("factors", seconds, "seconds", job, reused=reused)

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from hiplora.recipes.protocols import RankOne
-from hiplora.reporting.study.paper import reported
+from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Grid, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
@@ -28,6 +30,7 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
     tables: list[Table] = []
     figures = []
     measurements: list[Measurement] = []
+    texts: list[str] = []
     for basis in settings.bases:
         job = _probe(study, settings, basis)
         found = results.get(job)
@@ -36,7 +39,8 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
         tables += [_table(found["correlations"], metric, basis) for metric in METRICS]
         figures.append(_scatter(found["records"], settings, basis))
         measurements += _measurements(found["correlations"], basis, job)
-    return Section(NAME, TITLE, (), tables, figures, measurements, list(results.missing))
+        texts += _texts(found["correlations"], basis)
+    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 
 
 def _probe(study: Study, settings: RankOne, basis: str) -> Job:
@@ -68,17 +72,19 @@ def _overall(correlations: Sequence[Mapping[str, Any]], metric: str) -> list[Map
 
 
 def _table(correlations: Sequence[Mapping[str, Any]], metric: str, basis: str) -> Table:
-    columns = ["Intervention", "Directions", "Pearson", "p", "Spearman", "p "]
+    columns = ["Intervention", "Directions", "Pearson", "Pearson p", "Spearman", "Spearman p"]
     rows = []
     for one in _overall(correlations, metric):
         name = _named(one["kind"])
-        cells = [Cell(text=f"{one['points']:,}")]
+        of_paper = basis == "weight" and metric == "kl"
+        papers = {
+            column: paper_value("rank-one", name, column) if of_paper else None for column in columns[1:]
+        }
+        cells = [Cell(one["points"], paper=papers["Directions"], digits=0)]
         for coefficient in COEFFICIENTS:
-            found = one[coefficient]
-            paper = reported("rank-one", name, coefficient) if basis == "weight" and metric == "kl" else None
-            shown = None if paper is None else paper.value
-            cells.append(Cell(found["estimate"], found["low"], found["high"], paper=shown, digits=2))
-            cells.append(Cell(found["p_value"], digits=4))
+            found, column = one[coefficient], coefficient.capitalize()
+            cells.append(Cell(found["estimate"], found["low"], found["high"], paper=papers[column], digits=2))
+            cells.append(Cell(found["p_value"], paper=papers[f"{column} p"], digits=4))
         rows.append((name, cells))
     note = f"{METRICS[metric]}, in nats a token, against σ of the direction, {basis} basis; 95 % bootstrap intervals."
     return Table(
@@ -88,6 +94,25 @@ def _table(correlations: Sequence[Mapping[str, Any]], metric: str, basis: str) -
         rows,
         note,
     )
+
+
+def _texts(correlations: Sequence[Mapping[str, Any]], basis: str) -> Iterator[str]:
+    """Pearson's correlations of KL with σ, which of them are told from none, and what could have been."""
+    known = [one for one in _overall(correlations, "kl") if one["pearson"]["estimate"] is not None]
+    if not known:
+        return
+    told = ", ".join(f"{_named(one['kind'])} {one['pearson']['estimate']:.2f}" for one in known)
+    bounds = [(one, one["pearson"]["low"], one["pearson"]["high"]) for one in known]
+    with_interval = [(one, low, high) for one, low, high in bounds if low is not None and high is not None]
+    text = f"{basis.capitalize()} basis, Pearson's correlation of KL with σ: {told}."
+    if with_interval:
+        apart = [_named(one["kind"]) for one, low, high in with_interval if low > 0 or high < 0]
+        least = float(np.median([(high - low) / 2 for _, low, high in with_interval]))
+        text += (
+            f" Told from none: {', '.join(apart) or 'no intervention'}; a correlation can be if it is larger than "
+            f"about {least:.2f} (median half width of the 95 % intervals)."
+        )
+    yield text
 
 
 def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Job) -> Iterator[Measurement]:
@@ -104,27 +129,23 @@ def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Jo
 
 
 def _scatter(records: Sequence[Mapping[str, Any]], settings: RankOne, basis: str) -> Grid:
-    """KL over σ, a plot an intervention, a series a module type."""
-    plots = []
+    """KL over σ, a plot an intervention, a series a module type; what has no logarithm is counted in the note."""
+    plots, left_out = [], 0
     for kind in settings.kinds:
         points: dict[str, list[tuple[float, float]]] = {}
-        for record in records:
+        for record in (record for record in records if record["kind"] == kind):
             kl = record["drop"]["kl"]
-            if record["kind"] == kind and kl is not None and kl > 0:
-                module = str(record["module"]).rpartition(".")[2]
-                points.setdefault(module, []).append((record["sigma"], kl))
+            if kl is None or kl <= 0 or record["sigma"] <= 0:
+                left_out += 1
+                continue
+            module = str(record["module"]).rpartition(".")[2]
+            points.setdefault(module, []).append((record["sigma"], kl))
         series = [Series(name, [x for x, _ in some], [y for _, y in some]) for name, some in points.items()]
-        slug = kind.replace("_", "-")
+        name = f"{NAME}-{basis}-{kind.replace('_', '-')}"
         plots.append(
-            Plot(
-                f"{NAME}-{basis}-{slug}",
-                _named(kind),
-                "σ",
-                "KL (nats a token)",
-                series,
-                "points",
-                x_log=True,
-                y_log=True,
-            )
+            Plot(name, _named(kind), "σ", "KL (nats a token)", series, "points", x_log=True, y_log=True)
         )
-    return Grid(f"{NAME}-{basis}", f"What single directions are worth, {basis} basis", plots)
+    note = "A dot is one direction of one module, changed alone."
+    if left_out:
+        note += f" Not drawn, for a KL or σ that is not above 0: {left_out}."
+    return Grid(f"{NAME}-{basis}", f"What single directions are worth, {basis} basis", plots, note)

@@ -64,13 +64,15 @@ def measurement(
     )
 
 
-def difference(protocol: str, metric: str, here: Side, there: Side, **fields: Any) -> Measurement:
-    """Return the measurement of a paired difference in percentage points: `here` minus `there`."""
+def difference(
+    protocol: str, metric: str, here: Side, there: Side, unit: str = "pp", **fields: Any
+) -> Measurement:
+    """Return the measurement of a paired difference, in percentage points unless told: `here` minus `there`."""
     setting = {"minus": there[0], **fields.pop("setting", {})}
     found = estimate(here[1] - there[1])
     used = [*here[2], *there[2]]
     return measurement(
-        protocol, here[0], f"{metric} difference", found, used, unit="pp", setting=setting, **fields
+        protocol, here[0], f"{metric} difference", found, used, unit=unit, setting=setting, **fields
     )
 
 
@@ -80,6 +82,22 @@ def smallest(values: Sequence[Draws]) -> float | None:
     """
     pairs = [(a, b) for place, a in enumerate(values) for b in values[place + 1 :]]
     return float(np.median([estimate(a - b).half or 0.0 for a, b in pairs])) if pairs else None
+
+
+def smallest_told(values: Sequence[Draws], unit: str = "pp") -> str:
+    """Say the smallest difference between two of some values that can be told from none; as `smallest`."""
+    least = smallest(values)
+    if least is None:
+        return ""
+    if least == 0:
+        return "The items do not differ among themselves, so their intervals do not say what could be told from none."
+    return f"A difference between two methods can be told from none if it is larger than about {least:.1f} {unit}."
+
+
+def paper_column(task: str) -> str:
+    """Return the name that the paper's tables give a task's column."""
+    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K"}
+    return "HumanEval" if task.startswith("humaneval") else names.get(task, task)
 
 
 def form_told(form: str) -> str:

@@ -17,7 +17,7 @@ from hiplora.study.protocols.rows import (
     row_measurements,
     score_runs,
 )
-from hiplora.study.protocols.show import NONE, cell, form_told, marked, smallest
+from hiplora.study.protocols.show import NONE, cell, form_told, marked, paper_column, smallest
 from hiplora.study.results import FORMS, Results
 from hiplora.study.statistics import Resampler, estimate
 
@@ -112,10 +112,8 @@ def _paper(table: str, method: str, column: str, study: Study, form: str) -> flo
     """The paper's value, beside scores of the form that it gives: accuracy."""
     if form != "accuracy":
         return None
-    task = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K"}
     if column in study.recipe.domains:
-        given = study.recipe.domains[column].task
-        column = "HumanEval" if given.startswith("humaneval") else task.get(given, given)
+        column = paper_column(study.recipe.domains[column].task)
     return paper_value(table, method, column)
 
 

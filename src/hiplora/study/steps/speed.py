@@ -28,7 +28,8 @@ HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train for `warmup` + `steps` steps in a temporary folder and measure the last `steps` of them.
 
-    The result has `tokens`, the mean number in a step, and `parameters`, those that are trained.
+    The result has `tokens`, the mean number in a step, and `parameters`, those that are trained. What was timed
+    names the `gpu`, None without one.
     """
     bench.reset()  # its model would lie in memory beside the one that is measured
     recipe = timed_recipe(recipe_at(bench, settings["recipe"]), settings["warmup"] + settings["steps"])
@@ -54,6 +55,8 @@ def timed_recipe(recipe: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def measure(recipe: dict[str, Any], warmup: int, report: str) -> None:
     """Train and write what was measured to the file `report` (run in a process of its own)."""
+    import torch
+
     with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary:
         result = train(TrainRecipe.model_validate(recipe), Path(temporary) / "run")
     rows = [{"step": 0, "tokens": 0, "seconds": 0.0}, *result.metrics]
@@ -66,5 +69,6 @@ def measure(recipe: dict[str, Any], warmup: int, report: str) -> None:
         "tokens_per_second": tokens / sum(seconds),
         "step_seconds_median": statistics.median(seconds),
         "peak_memory_bytes": result.peak_memory_bytes,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     write_atomic(Path(report), json.dumps(found))
