@@ -300,3 +300,4 @@ def test_speed_is_measured_on_the_steady_steps_alone_in_a_process_of_its_own(ben
     assert timing["step_seconds_median"] > 0
     assert math.isfinite(timing["tokens_per_second"])
     assert timing["peak_memory_bytes"] > 50 << 20
+    assert timing["gpu"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else None)

@@ -159,8 +159,29 @@ def test_a_protocols_text_is_one_of_the_drifts(tmp_path):
             "merge_fail: {methods: [lora], sizes: [2]}",
             "`protocols.merge_fail.sizes` has 2, and there are 1 domains",
         ),
+        (
+            "continual: {methods: [lora]}",
+            "`protocols.continual` trains on one domain after the other; add a domain",
+        ),
+        (
+            "continual: {methods: [lora], order: [sums, sums]}",
+            "`protocols.continual.order` has a domain twice",
+        ),
+        (
+            "editing: {methods: [lora], lr: {hip: 0.1}}",
+            "`protocols.editing.lr` names 'hip'; expected one of lora",
+        ),
+        ("editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
     ],
-    ids=["ablations", "lambda curve", "sizes"],
+    ids=["ablations", "lambda curve", "sizes", "one stage", "order", "edits' rates", "name of a set"],
 )
 def test_a_protocol_that_does_not_fit_is_refused(tmp_path, protocol, told):
     assert told in refusal(tmp_path, "single_task: {methods: [lora]}", protocol)
+
+
+def test_a_method_may_not_have_the_name_of_an_editor(tmp_path):
+    method, edited = "methods.alphaedit={title: A, method: lora}", "protocols.editing={methods: [alphaedit]}"
+    with pytest.raises(
+        ConfigError, match=r"`protocols\.editing\.methods` has 'alphaedit'.*rename the method"
+    ):
+        load_study(write(tmp_path), [method, edited])
