@@ -147,7 +147,7 @@ def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--method", "rome"], "method is 'rome'; expected one of hiplora, lora"),
+        (["--method", "rome"], "method is 'rome'; expected one of adalora, corda, hiplora"),
         (["--method", "alphaedit", "--steps", "3"], "steps has no use with alphaedit"),
         (["--method", "alphaedit", "--set", "rank=3"], "alphaedit has no setting 'rank'"),
         (["--method", "lora", "--set", "k=3"], "--set k: "),
