@@ -43,8 +43,9 @@ def command(folder, *more):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The whole study, run once."""
-    folder = tmp_path_factory.mktemp("pico") / "undisturbed"
+    """The whole study, run once; test processes that run beside each other share it, as runs of a study do."""
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "pico-undisturbed"
     began = time.monotonic()
     done = subprocess.run(command(folder, CODE, "--json"), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -106,7 +107,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(undisturbed, tmp
             command(tmp_path / "killed", CODE, *PART), stderr=subprocess.DEVNULL
         ) as process:
             try:
-                process.wait(timeout=chance.uniform(3, 3 + took / KILLS))
+                process.wait(timeout=chance.uniform(3, 3 + max(took, 60) / KILLS))
                 break
             except subprocess.TimeoutExpired:
                 family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
