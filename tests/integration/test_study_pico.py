@@ -1,4 +1,4 @@
-"""The study of every protocol on the smallest model: undisturbed, and killed at random moments; the same results (to rounding)."""
+"""The study of every protocol on the smallest model: undisturbed, and killed at random moments; equal but for rounding."""
 
 import json
 import os
