@@ -1,4 +1,4 @@
-"""The study of every protocol on the smallest model: undisturbed, and killed at random moments; equal but for rounding."""
+"""The study of every protocol on the smallest model: undisturbed, and killed at random moments, with equal results."""
 
 import json
 import os
