@@ -19,7 +19,6 @@ from hiplora.study.engine.store import Store
 from hiplora.study.engine.todo import todo
 from hiplora.study.pico_data import write_pico_data
 from hiplora.study.steps import step
-from tests.rounding import same
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +167,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(
             caller.kill()
         caller.wait()
     assert call(path, data, graph_file).wait() == 0
-    assert same(results(Store(path), graph), results(expected_store, graph))
+    assert results(Store(path), graph) == results(expected_store, graph)
     assert not any((path / "work").glob("*"))
 
 
@@ -177,7 +176,7 @@ def test_two_calls_at_once_share_the_work(undisturbed, data, tmp_path, graph_fil
     path = tmp_path / "shared"
     callers = [call(path, data, graph_file) for _ in range(2)]
     assert [caller.wait() for caller in callers] == [0, 0]
-    assert same(results(Store(path), graph), results(expected_store, graph))
+    assert results(Store(path), graph) == results(expected_store, graph)
 
 
 def test_a_failed_job_is_told_and_the_others_go_on(data, tmp_path):
@@ -233,7 +232,7 @@ def test_on_a_ray_cluster_with_one_worker_killed_the_results_are_the_same(undist
     assert (left.open, left.failed, left.blocked) == (0, [], [])
     assert {event["event"] for event in told} == {"end"}
     assert len(told) == len(graph)
-    assert same(results(store, graph), results(expected_store, graph))
+    assert results(store, graph) == results(expected_store, graph)
 
 
 def kill_a_task(store, killed):

@@ -52,7 +52,7 @@ def network(data, tmp_path_factory):
 
 @pytest.fixture
 def bench(data, network, tmp_path, monkeypatch):
-    """A worker's bench; afterwards its model must be the bare base, bit for bit."""
+    """A worker's bench; afterwards its model must be the bare base, bit for bit, as it was loaded."""
     model, tokenizer, before = network
     found = Bench(Store(tmp_path / "study"), Place("pico", data))
     monkeypatch.setattr(found, "_network", model)
@@ -61,6 +61,7 @@ def bench(data, network, tmp_path, monkeypatch):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())  # else products round otherwise
     assert not model.training
 
 

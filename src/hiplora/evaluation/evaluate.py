@@ -214,14 +214,18 @@ def _interval(found: Any) -> dict[str, float]:
 
 
 def load_model(model: str) -> tuple[Any, Any]:
-    """Load a model to be scored: on the GPU in its own precision where there is one, else in fp32."""
+    """Load a model to be scored: on the GPU in its own precision where there is one, else in fp32.
+
+    Its weights take no gradients, as PEFT leaves those of a base that it took an adapter off: with and without them
+    products round differently, and a base must score the same before an adapter as after one.
+    """
     import torch
 
     from hiplora.models import load
 
     gpu = torch.cuda.is_available()
     network, tokenizer = load(model, "auto" if gpu else None)
-    return (network.to("cuda") if gpu else network), tokenizer
+    return (network.to("cuda") if gpu else network).requires_grad_(False), tokenizer
 
 
 def check_adapters(network: Any, tokenizer: Any, engine: "Engine", adapters: Mapping[str, Path]) -> None:
