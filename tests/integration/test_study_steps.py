@@ -61,7 +61,8 @@ def bench(data, network, tmp_path, monkeypatch):
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    assert not any(parameter.requires_grad for parameter in model.parameters())  # else products round otherwise
+    # With gradients asked for, products would round otherwise.
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
 
 

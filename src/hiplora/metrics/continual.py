@@ -4,6 +4,8 @@
 tasks that were not trained yet, above the diagonal, may be NaN or None: not measured.
 """
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -19,7 +21,7 @@ def average_accuracy(matrix: ArrayLike) -> float:
 
     Source: HiP-LoRA, appendix C.4.
     """
-    return float(_accuracies(matrix)[-1].mean())
+    return float(_average(_accuracies(matrix)))
 
 
 def forgetting(matrix: ArrayLike) -> float:
@@ -33,9 +35,7 @@ def forgetting(matrix: ArrayLike) -> float:
 
     Source: HiP-LoRA, appendix C.4; Chaudhry et al. 2018.
     """
-    accuracies = _accuracies(matrix, stages=2)
-    best = np.nanmax(accuracies[:-1, :-1], axis=0)
-    return float((best - accuracies[-1, :-1]).mean())
+    return float(_fall_from_best(_accuracies(matrix, stages=2)))
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
@@ -48,8 +48,7 @@ def backward_transfer(matrix: ArrayLike) -> float:
 
     Source: Lopez-Paz and Ranzato 2017 (GEM).
     """
-    accuracies = _accuracies(matrix, stages=2)
-    return float((accuracies[-1] - accuracies.diagonal())[:-1].mean())
+    return float(_since_trained(_accuracies(matrix, stages=2)))
 
 
 def learned_accuracy(matrix: ArrayLike) -> float:
@@ -60,7 +59,7 @@ def learned_accuracy(matrix: ArrayLike) -> float:
 
     Source: Riemer et al. 2019 (MER), "learning accuracy".
     """
-    return float(_accuracies(matrix).diagonal().mean())
+    return float(_just_trained(_accuracies(matrix)).mean())
 
 
 def _accuracies(matrix: ArrayLike, stages: int = 1) -> NDArray[np.float64]:
@@ -72,3 +71,28 @@ def _accuracies(matrix: ArrayLike, stages: int = 1) -> NDArray[np.float64]:
     unseen = np.triu(np.isnan(array), k=1)
     require((np.isfinite(array) & (array >= 0)) | unseen, array, "matrix", "a score in per cent, at least 0")
     return array
+
+
+def _average(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    return accuracies[-1].mean(axis=0)
+
+
+def _fall_from_best(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (np.nanmax(accuracies[:-1, :-1], axis=0) - accuracies[-1, :-1]).mean(axis=0)
+
+
+def _since_trained(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (accuracies[-1] - _just_trained(accuracies))[:-1].mean(axis=0)
+
+
+def _just_trained(accuracies: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.moveaxis(accuracies.diagonal(), -1, 0)
+
+
+# The metrics of this module over sound scores of shape (T, T, …): further axes are replicates, each computed apart.
+CONTINUAL: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "average accuracy": _average,
+    "forgetting": _fall_from_best,
+    "backward transfer": _since_trained,
+    "learned accuracy": lambda accuracies: _just_trained(accuracies).mean(axis=0),
+}

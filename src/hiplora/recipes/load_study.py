@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from hiplora.errors import ConfigError
 from hiplora.recipes.document import Document, Loc, put_over, read_document
-from hiplora.recipes.methods import METHODS
 from hiplora.recipes.study import StudyRecipe
 
 
@@ -93,10 +92,10 @@ def _find(recipe: str | os.PathLike) -> Path:
 
 def _describe(details: Any, document: Document) -> str:
     """One line about one thing that pydantic found."""
-    loc: Loc = tuple(part for part in details["loc"] if part not in METHODS or details["loc"][0] != "methods")
-    if details["loc"][:1] == ("methods",) and len(details["loc"]) > 1:
-        # A method's row may have the name of a method; pydantic's own level is the fourth.
-        loc = (*details["loc"][:3], *details["loc"][4:]) if len(details["loc"]) > 3 else details["loc"]
+    loc: Loc = details["loc"]
+    if loc[:1] == ("methods",):
+        # Below methods.NAME.method pydantic has a level of its own, the method's name.
+        loc = (*loc[:3], *loc[4:])
     where, name = document.place(loc), ".".join(map(str, loc))
     if details["type"] == "extra_forbidden":
         return f"{where}: {name}: unknown field; `hiplora study --help` and docs/study.md list the known ones"

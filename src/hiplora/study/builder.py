@@ -12,6 +12,7 @@ from hiplora.recipes import DataSettings, TrainRecipe
 from hiplora.recipes.methods import PAPER, Spectral
 from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.study import CHOSEN, StudyMethod, StudyRecipe
+from hiplora.study.engine.bench import located
 from hiplora.study.engine.jobs import Job, result
 from hiplora.study.steps.registry import step
 
@@ -60,10 +61,6 @@ class Study:
         given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
         return StudyMethod.model_validate(given)
 
-    def titles(self, methods: Sequence[str]) -> dict[str, str]:
-        """Return name → title of methods."""
-        return {name: self.row(name).title for name in methods}
-
     # Jobs.
 
     def rate(self, row: StudyMethod, steps: int | None = None) -> Job | None:
@@ -91,7 +88,7 @@ class Study:
         listed = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
         settings = {"field": "held_out_after", "prefer": "low", "candidates": listed}
         needs = {need: job for runs in candidates.values() for need, job in runs.items()}
-        return self._job("collect", name, settings, **needs)
+        return self.job("collect", name, settings, **needs)
 
     def adapter(
         self,
@@ -161,7 +158,7 @@ class Study:
         steps_told = f", {steps} steps" if steps is not None else ""
         after = f" after {start.name.partition(' ')[2]}" if start is not None else ""
         name = f"train {row.title} on {domain}, seed {seed}{rate_told}{steps_told}{after}"
-        return self._job("train", name, {"recipe": written, "files": files}, **needs)
+        return self.job("train", name, {"recipe": written, "files": files}, **needs)
 
     def factors(self, row: StudyMethod) -> Job | None:
         """Return the job that computes a method's protected factors; None for methods without."""
@@ -174,7 +171,7 @@ class Study:
         }
         files = self.hashes([getattr(row.method, "calibration_text", None)])
         settings = {"method": method, "files": files}
-        return self._job("factorize", f"factors of {row.title}", settings)
+        return self.job("factorize", f"factors of {row.title}", settings)
 
     def score(
         self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None, drift: bool = True
@@ -182,7 +179,7 @@ class Study:
         """Return the job that scores an adapter, or the base, on tasks (all of the domains', if None)."""
         name = f"score {adapter.name.partition(' ')[2] if adapter else 'the base'}"
         needs = {"adapter": adapter} if adapter else {}
-        return self._job("evaluate", name, self.scoring(tasks, drift and adapter is not None), **needs)
+        return self.job("evaluate", name, self.scoring(tasks, drift and adapter is not None), **needs)
 
     def merge(
         self,
@@ -195,17 +192,13 @@ class Study:
     ) -> Job:
         """Return the job that merges adapters by a rule and scores the merged model."""
         settings = {**self.scoring(tasks, drift), "rule": rule, "options": dict(options or {})}
-        return self._job("merge", f"merge by {rule}: {name or ' + '.join(adapters)}", settings, **adapters)
+        return self.job("merge", f"merge by {rule}: {name or ' + '.join(adapters)}", settings, **adapters)
 
     def inspect(self, adapter: Job, rank: int) -> Job:
         """Return the job that tells where an adapter's update lies on the spectrum of the base weights."""
-        return self._job(
+        return self.job(
             "inspect", f"inspect {adapter.name.partition(' ')[2]}", {"rank": rank}, adapter=adapter
         )
-
-    def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
-        """Return a job of any other kind, with the base model in its settings."""
-        return self._job(kind, name, settings, **needs)
 
     # What jobs are made of.
 
@@ -251,15 +244,10 @@ class Study:
         for name in names:
             if name is None:
                 continue
-            path = None if self.data is None else self.data / name
-            if path is not None and path.is_file():
-                found[name] = _hash(path, path.stat().st_mtime_ns)
-            elif Path(name).is_file():
-                found[name] = _hash(Path(name), Path(name).stat().st_mtime_ns)
-            else:
-                found[name] = None
-                if not is_hub_name(name):
-                    self.missing[name] = None
+            path = Path(located(name, self.data))
+            found[name] = _hash(path)
+            if found[name] is None and not is_hub_name(name):
+                self.missing[name] = None
         return found
 
     def _task_files(self, tasks: Mapping[str, int | None]) -> dict[str, str | None]:
@@ -270,10 +258,11 @@ class Study:
             except FileNotFoundError:
                 continue  # one of lm-eval's own
             path = data_file(self.data, stem) if self.data is not None else None
-            found[stem] = None if path is None else _hash(path, path.stat().st_mtime_ns)
+            found[stem] = None if path is None else _hash(path)
         return found
 
-    def _job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
+    def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
+        """Return a job of any kind, with the base model in its settings."""
         return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
 
 
@@ -301,6 +290,11 @@ def _texts(recipe: TrainRecipe) -> list[str | None]:
     return [getattr(recipe.method, "calibration_text", None), getattr(recipe.train, "kl_text", None)]
 
 
+def _hash(path: Path) -> str | None:
+    """The hash of a file's bytes, read again only where it has changed; None where there is no such file."""
+    return _read_hash(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
 @functools.lru_cache(maxsize=256)
-def _hash(path: Path, changed: int) -> str:
+def _read_hash(path: Path, changed: int) -> str:
     return file_sha256(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
 ASSUMED_SPREAD = (
     25.0  # pp: standard deviation of an item's difference between two methods, before any is measured
 )
-
-
-@dataclass(frozen=True)
-class JobCost:
-    """A job with what it is expected to cost on a machine."""
-
-    job: Job
-    cost: Cost
 
 
 def job_costs(graph: Graph, model: str, machine: Machine) -> dict[str, Cost]:

@@ -37,6 +37,13 @@ class Place:
         return cls(value["model"], Path(value["data"]) if value["data"] else None, value["allow_code"])
 
 
+def located(name: str, data: Path | None) -> str:
+    """Return where a file of a study is: `name` in the data folder, else as it stands (a path, a hub name)."""
+    if data is not None and (data / name).is_file():
+        return str(data / name)
+    return name
+
+
 class Bench:
     """A worker's tools. Models and engines are loaded when first asked for, and kept."""
 
@@ -61,10 +68,8 @@ class Bench:
         self._references.clear()
 
     def path(self, name: str) -> str:
-        """Return where a file of the study is: `name` in the data folder, else as it stands (a path, a hub name)."""
-        if self.data is not None and (self.data / name).is_file():
-            return str(self.data / name)
-        return name
+        """Return where a file of the study is; as `located`."""
+        return located(name, self.data)
 
     def result(self, job: Job) -> dict[str, Any]:
         """Return a finished job's result."""

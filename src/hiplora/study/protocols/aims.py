@@ -5,13 +5,11 @@ leaves the least distance, of several texts the worst. It is met where the 95 % 
 missed where it lies on the other, and else it cannot be told.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from hiplora.provenance import provenance
 from hiplora.recipes.protocols import Aims
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
 from hiplora.study.builder import Study
@@ -19,6 +17,7 @@ from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.aims_values import Value, inverse, negative, share_of_losses, share_of_merges
 from hiplora.study.protocols.frontier_points import OVER, OWN
 from hiplora.study.protocols.frontiers import NOT_REACHED
+from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
 
 NAME, TITLE = "aims", "The aims"
@@ -143,10 +142,7 @@ def jobs(study: Study, settings: Aims) -> list[Job]:
 def section_after(study: Study, settings: Aims, results: Results, sections: Sequence[Section]) -> Section:
     """Return a row for every aim and part, with the target, the measured value and the verdict."""
     judged = check(study, settings, sections)
-    counts: dict[str, int] = {}
-    for one in judged:
-        counts[one.verdict] = counts.get(one.verdict, 0) + 1
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    told = counted(one.verdict for one in judged)
     missed = [
         f"{one.aim.says} ({one.part})" if one.part else one.aim.says
         for one in judged
@@ -263,5 +259,4 @@ def files(study: Study, settings: Aims, results: Results, sections: Sequence[Sec
     for one in check(study, settings, sections):
         entry = found.setdefault(one.aim.name, {"says": one.aim.says, "target": one.aim.target})
         entry[one.part or "measured"] = one.to_json()
-    told = {"aims": found, "provenance": provenance()}
-    return {"aims.json": json.dumps(told, indent=1, ensure_ascii=False) + "\n"}
+    return verdict_file(NAME, found)

@@ -5,16 +5,15 @@ A claim is a sign: of a difference between two methods, of a correlation, of a c
 then half the interval's width is the smallest effect that could have been.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hiplora.provenance import provenance
 from hiplora.recipes.protocols import Claims
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
+from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
 
 NAME, TITLE = "claims", "The paper's claims"
@@ -129,10 +128,7 @@ def jobs(study: Study, settings: Claims) -> list[Job]:
 def section_after(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> Section:
     """Return a row for every claim and form, with the measured effect and the verdict."""
     checked = check(study, settings, sections)
-    counts: dict[str, int] = {}
-    for one in checked:
-        counts[one.verdict] = counts.get(one.verdict, 0) + 1
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    told = counted(one.verdict for one in checked)
     note = (
         "A claim is supported where the 95 % interval lies on its side of none, not supported where it lies on the "
         "other. Whether an effect of the paper's size could have been seen is what the interval's width says."
@@ -190,5 +186,4 @@ def files(study: Study, settings: Claims, results: Results, sections: Sequence[S
     for one in check(study, settings, sections):
         entry = found.setdefault(one.claim.name, {"says": one.claim.says, "paper": one.claim.paper})
         entry[one.form or "measured"] = one.to_json()
-    told = {"claims": found, "provenance": provenance()}
-    return {"claims.json": json.dumps(told, indent=1, ensure_ascii=False) + "\n"}
+    return verdict_file(NAME, found)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hiplora.metrics.continual import CONTINUAL
 from hiplora.recipes.protocols import Continual
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
@@ -36,23 +37,11 @@ class Learner:
 
     def metric(self, name: str) -> Draws:
         """Return one of `METRICS` with its replicates."""
-        return _metrics(self.matrix)[name]
+        return CONTINUAL[name](self.matrix)
 
     def seeds(self, name: str) -> list[float]:
         """Return one of `METRICS` a seed."""
-        return [float(_metrics(matrix[:, :, None])[name][0]) for matrix in self.by_seed]
-
-
-def _metrics(matrix: NDArray[np.float64]) -> dict[str, Draws]:
-    """The paper's numbers for every replicate at once: `hiplora.metrics.continual`, vectorised."""
-    last, before = matrix[-1], matrix[:-1, :-1]
-    just_trained = np.stack([matrix[stage, stage] for stage in range(len(matrix))])
-    return {
-        "average accuracy": last.mean(axis=0),
-        "forgetting": (before.max(axis=0) - last[:-1]).mean(axis=0),
-        "backward transfer": (last - just_trained)[:-1].mean(axis=0),
-        "learned accuracy": just_trained.mean(axis=0),
-    }
+        return [float(CONTINUAL[name](matrix)) for matrix in self.by_seed]
 
 
 def order_of(study: Study, settings: Continual) -> list[str]:

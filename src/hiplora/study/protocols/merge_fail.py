@@ -10,7 +10,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
 from hiplora.study.protocols.merges import Judged, MergeScores, merge_of, needed, rule_title
-from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest
+from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest_told
 from hiplora.study.results import FORMS, Results
 from hiplora.study.statistics import Resampler, estimate, hierarchical
 
@@ -151,15 +151,10 @@ def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: st
         if not found:
             continue
         shares = ", ".join(f"{one.share(tau)[0]:.1f} % of {one.title}" for one in found)
-        least = smallest([one.share(tau) for one in found])
-        told = (
-            f" A difference between two methods can be told from none if it is larger than about {least:.1f} pp."
-            if least is not None
-            else ""
-        )
+        told = smallest_told([one.share(tau) for one in found])
         yield (
-            f"By {form}, of {count} merges by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}.{told}"
-        )
+            f"By {form}, of {count} merges by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}. {told}"
+        ).strip()
 
 
 def _figure(settings: MergeFail, judged: Sequence[Judged]) -> Figure:

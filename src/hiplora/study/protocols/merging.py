@@ -13,7 +13,7 @@ from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
 from hiplora.study.protocols.merges import full_merges, merge_of, rule_title
 from hiplora.study.protocols.reported import Reported, passing, reported
-from hiplora.study.protocols.show import NONE, cell, difference, form_told, marked, measurement, smallest
+from hiplora.study.protocols.show import NONE, cell, difference, form_told, marked, measurement, smallest_told
 from hiplora.study.results import FORMS, Results
 from hiplora.study.statistics import Draws, Resampler, estimate
 
@@ -239,10 +239,5 @@ def _texts(settings: Merging, merges: Sequence[Merges], form: str) -> Iterator[s
         if not found:
             continue
         drops = ", ".join(f"{one.drop[0]:.1f} pp with {one.title}" for one in found)
-        least = smallest([one.drop for one in found])
-        told = (
-            f" A difference between two methods can be told from none if it is larger than about {least:.1f} pp."
-            if least is not None
-            else ""
-        )
-        yield f"By {form}, merging by {rule_title(rule)} moves the scores by {drops} in the mean.{told}"
+        told = smallest_told([one.drop for one in found])
+        yield f"By {form}, merging by {rule_title(rule)} moves the scores by {drops} in the mean. {told}".strip()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hiplora.metrics import retain
 from hiplora.recipes.study import StudyMethod
 from hiplora.reporting.study.spec import Measurement
 from hiplora.study.builder import Study
@@ -76,14 +77,7 @@ def method_row(
         for domain, other in apart
     ]
     domains = {domain: draws.mean(tasks[domain], over_seeds(items)) for domain, items in own.items()}
-    count = len(next(iter(own.values())))
-    by_seed = [
-        float(
-            np.mean([np.mean(base[other]) - np.mean(scores[domain][other][seed]) for domain, other in apart])
-        )
-        for seed in range(count)
-        if apart
-    ]
+    by_seed = _retain_by_seed(base, scores) if apart else []
     return Row(
         title,
         domains,
@@ -93,6 +87,25 @@ def method_row(
         by_seed,
         [job for jobs in runs.values() for job in jobs],
     )
+
+
+def _retain_by_seed(base: Mapping[str, Sequence[float]], scores: Scores) -> list[float]:
+    """Retain of each seed's adapters, mean over the domains that they were trained on."""
+    before = {domain: float(np.mean(items)) for domain, items in base.items()}
+    seeds = range(len(next(iter(next(iter(scores.values())).values()))))
+    return [
+        float(
+            np.mean(
+                [
+                    retain(
+                        before, {other: float(np.mean(items[seed])) for other, items in found.items()}, domain
+                    )
+                    for domain, found in scores.items()
+                ]
+            )
+        )
+        for seed in seeds
+    ]
 
 
 def row_measurements(name: str, row: Row, form: str, is_base: bool = False) -> Iterator[Measurement]:

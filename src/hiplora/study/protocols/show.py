@@ -1,11 +1,14 @@
 """What the protocols' sections share: cells and measurements from estimates, words for the forms of a score."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from hiplora.provenance import provenance
 from hiplora.reporting.study.spec import Cell, Measurement
 from hiplora.study.engine.jobs import Job
 from hiplora.study.statistics import Draws, Estimate, estimate
@@ -92,6 +95,17 @@ def smallest_told(values: Sequence[Draws], unit: str = "pp") -> str:
     if least == 0:
         return "The items do not differ among themselves, so their intervals do not say what could be told from none."
     return f"A difference between two methods can be told from none if it is larger than about {least:.1f} {unit}."
+
+
+def counted(words: Iterable[str]) -> str:
+    """Say how often each of some words comes: `3 met, 2 missed`."""
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
+
+
+def verdict_file(what: str, found: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file WHAT.json of a report: what was judged, by names, and where that comes from."""
+    told = {what: found, "provenance": provenance()}
+    return {f"{what}.json": json.dumps(told, indent=1, ensure_ascii=False) + "\n"}
 
 
 def paper_column(task: str) -> str:
