@@ -1,12 +1,13 @@
 """Read a study's recipe: a YAML file, or one of those that come with hiplora by its name."""
 
+import difflib
 import importlib.resources
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from hiplora.errors import ConfigError
 from hiplora.recipes.document import Document, Loc, put_over, read_document
@@ -98,10 +99,34 @@ def _describe(details: Any, document: Document) -> str:
         loc = (*loc[:3], *loc[4:])
     where, name = document.place(loc), ".".join(map(str, loc))
     if details["type"] == "extra_forbidden":
-        return f"{where}: {name}: unknown field; `hiplora study --help` and docs/study.md list the known ones"
+        return f"{where}: {name}: unknown field; {_remedy(loc)}"
     if details["type"] == "missing":
         return f"{where}: {name}: is missing; add it"
     if details["type"] == "value_error":
         return f"{where}: {name + ': ' if name else ''}{details['ctx']['error']}"
     message = details["msg"].replace("Input should", "should", 1)
     return f"{where}: {name}: {message}, found {details.get('input')!r}"
+
+
+def _remedy(loc: Loc) -> str:
+    """What the unknown field at `loc` may have meant, or what is known there."""
+    kinds: list[Any] = [StudyRecipe]
+    for part in loc[:-1]:
+        kinds = [inner for kind in kinds for inner in _inside(kind, part)]
+    known = list(dict.fromkeys(name for kind in kinds for name in getattr(kind, "model_fields", ())))
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)} (docs/study.md)"
+
+
+def _inside(kind: Any, part: str | int) -> list[Any]:
+    """The blocks and mappings that may be at `part` of a block, or of a mapping."""
+    if get_origin(kind) is dict:
+        return _blocks(get_args(kind)[1])
+    field = kind.model_fields.get(str(part))
+    return _blocks(field.annotation) if field else []
+
+
+def _blocks(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return [annotation]
+    return [block for part in get_args(annotation) for block in _blocks(part)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +121,8 @@ def check(opened: Opened) -> None:
 class Progress:
     """How far a run is: jobs that are done of all that it has to do, and how long the rest will take.
 
-    Time is foreseen from what the jobs of a kind took in this run and earlier ones, in proportion to their work; before
-    the first of a kind is done nothing is said.
+    Time is foreseen from what jobs took in this run and earlier ones, in proportion to their work: a kind's own jobs,
+    or all of them before the first of a kind is done. Before any is done nothing is said.
     """
 
     opened: Opened
@@ -131,7 +130,6 @@ class Progress:
     done: int = 0
     failed: int = 0
     total: int = 0
-    at: dict[str, float] = field(default_factory=dict)  # a job at work → when it began
     _left: dict[str, float] = field(default_factory=dict)  # a job that is left → its work
     _took: dict[str, list[float]] = field(default_factory=dict)  # kind → work done, seconds it took
 
@@ -150,11 +148,7 @@ class Progress:
     def hear(self, event: Mapping[str, Any]) -> None:
         """Take note of an event of a run."""
         key = event["key"]
-        if event["event"] == "begin":
-            self.at[key] = time.monotonic()
-            return
-        self.at.pop(key, None)
-        if self._left.pop(key, None) is None:
+        if event["event"] == "begin" or self._left.pop(key, None) is None:
             return
         if event["event"] == "failed":
             self.failed += 1
@@ -164,8 +158,8 @@ class Progress:
             self._learn(self.opened.graph[key].kind, self._works[key], event["seconds"])
 
     def seconds_left(self) -> float | None:
-        """Return how long the rest will take with all workers, None where nothing of its kind was done yet."""
-        if any(self.opened.graph[key].kind not in self._took for key in self._left):
+        """Return how long the rest will take with all workers, None where nothing was done yet."""
+        if not self._took:
             return None
         left = sum(work * self._rate(self.opened.graph[key].kind) for key, work in self._left.items())
         return left / max(self.executor.workers, 1)
@@ -176,8 +170,8 @@ class Progress:
         known[1] += seconds
 
     def _rate(self, kind: str) -> float:
-        work, seconds = self._took[kind]
-        return seconds / work
+        taken = [self._took[kind]] if kind in self._took else list(self._took.values())
+        return sum(seconds for _, seconds in taken) / sum(work for work, _ in taken)
 
 
 def work_of(graph: Graph, model: str) -> dict[str, float]:

@@ -90,7 +90,11 @@ def frontier(methods, reference="lora", plain="lora", rates="[0.1, 0.2]"):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("model: pico", "model: pico\nsteps: 3", "line 3: steps: unknown field"),
+        ("model: pico", "model: pico\nwarmth: 3", "line 3: warmth: unknown field; expected one of study, title, model"),
+        ("model: pico", "model: pico\nseed: [1]", "line 3: seed: unknown field; did you mean `seeds`?"),
+        (SINGLE, "mergefail: {}", "protocols.mergefail: unknown field; did you mean `merge_fail`?"),
+        ("{gsm8k: 4}", "{gsm8k: 4}, task: {}", "domains.sums.task: unknown field; did you mean `tasks`?"),
+        ("method: lora", "method: {name: lora, lora_alfa: 3}", "methods.lora.method.lora_alfa: unknown field; did you"),
         ("model: pico\n", "", "model: is missing"),
         ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
         (", held_out_fraction: 0.1", "", "`train` holds no rows back; add `held_out_fraction: 0.05`"),
