@@ -175,12 +175,18 @@ class Progress:
 
 
 def work_of(graph: Graph, model: str) -> dict[str, float]:
-    """Return, a job's key, how much there is to do, in passes of a token; jobs of a kind compare by it."""
+    """Return, a job's key, how much there is to do, in passes of a token; jobs of a kind compare by it.
+
+    A training step passes three times; a written token waits for memory, and a decomposition's operations for each
+    other: they count as three of a pass.
+    """
     shape = model_shape(model)
+    a_pass = 2.0 * shape.parameters
     found = {}
     for job in graph:
         load = LOADS[job.kind](job.settings, shape)
-        found[job.key] = 1.0 + 3 * load.train_tokens + load.forward_tokens + 3 * load.generated_tokens
+        slow = load.train_tokens + load.generated_tokens + load.svd_flops / a_pass
+        found[job.key] = 1.0 + load.forward_tokens + 3 * slow
     return found
 
 

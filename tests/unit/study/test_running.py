@@ -4,7 +4,7 @@ import pytest
 
 from hiplora.errors import ConfigError, DataError
 from hiplora.recipes.load_study import load_study
-from hiplora.study.running import Executor, Progress, check, open_study, status
+from hiplora.study.running import Executor, Progress, check, open_study, status, work_of
 from tests.unit.study.protocols.made import finish
 
 TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
@@ -84,3 +84,14 @@ def test_the_status_counts_kinds_and_names_failures(tmp_path):
     assert told["kinds"]["evaluate"]["left"] == told["kinds"]["evaluate"]["jobs"] - 1
     assert told["failed"] == {job.name: "no luck"}
     assert told["at_work"] == []
+
+
+def test_decompositions_are_work_and_more_so_with_a_basis_that_is_measured(tmp_path):
+    methods = "protocols={single_task: {methods: [hiplora, hiplora-activation]}}"
+    found = open_study(load_study("pico", (methods, "rates=null")), tmp_path, None)
+    works = work_of(found.graph, found.study.recipe.model)
+    weight, measured = (
+        next(works[job.key] for job in found.graph if job.name == f"factors of {title}")
+        for title in ("HiP-LoRA", "HiP-LoRA (activation)")
+    )
+    assert 2 < weight < measured / 2
