@@ -110,8 +110,8 @@ def verdict_file(what: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 def paper_column(task: str) -> str:
     """Return the name that the paper's tables give a task's column."""
-    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K"}
-    return "HumanEval" if task.startswith("humaneval") else names.get(task, task)
+    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
+    return names.get(task.partition("_")[0], task)
 
 
 def form_told(form: str) -> str:

@@ -48,6 +48,7 @@ TASKS: Mapping[str, TaskLengths] = {
     "boolq": TaskLengths(1600, 140.1, 1.0),
     "commonsenseqa": TaskLengths(977, 27.0, 4.5),
     "gsm8k": TaskLengths(1056, 69.1, 3.3, 66.8),
+    "gsm8k_reference": TaskLengths(1056, 203.9, 130.4),
     "gsm8k_solution": TaskLengths(1056, 203.9, 130.4, 73.5),
     "hellaswag": TaskLengths(1600, 165.1, 115.9),
     "humaneval": TaskLengths(132, 200.6, 59.7, 142.9),
