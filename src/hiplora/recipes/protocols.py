@@ -69,7 +69,9 @@ class MergeFail(OfMethods):
     sizes: list[Annotated[int, Field(ge=2)]] = Field(
         default=[2, 3, 4], min_length=1, description="How many adapters are merged."
     )
-    instances: Positive = Field(default=20, description="Merges of each size; all, where there are fewer.")
+    instances: Positive = Field(
+        default=20, description="Merges of each size drawn for each seed; all, where there are fewer."
+    )
     taus: list[Share] = Field(default=PROJECT_TAUS, min_length=1, description="Thresholds.")
     tau: Share = Field(default=0.9, description="The one that is reported first.")
     seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")

@@ -34,12 +34,18 @@ def negative(one: Measurement) -> Value:
 
 
 def share_of_merges(one: Measurement) -> Value:
-    """A share of merges; where none failed, or all did, what that many merges leave possible (95 %, one-sided)."""
+    """A share of merges, its interval over items widened to what that many merges leave possible.
+
+    The latter are Clopper and Pearson's exact bounds, 95 % one-sided each.
+    """
+    from scipy import stats
+
     low, high, merges = one.low, one.high, one.setting.get("merges")
-    if merges and one.value == 0:
-        high = 100 * (1 - 0.05 ** (1 / merges))
-    if merges and one.value == 100:
-        low = 100 * 0.05 ** (1 / merges)
+    if merges:
+        failed = round(one.value / 100 * merges)
+        exact = stats.binomtest(failed, merges).proportion_ci(0.90, "exact")
+        low = min(100 * exact.low, one.value if low is None else low)
+        high = max(100 * exact.high, one.value if high is None else high)
     return Value(one.value, low, high, one.method)
 
 

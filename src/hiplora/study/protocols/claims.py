@@ -116,7 +116,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("allocation", "Stronger directions get smaller gains", "Figure 4", "allocation", "gain correlation",
           "hiplora", "below", forms=("",), unit="Spearman"),
     Claim("zero", "Removing a stronger direction costs more", "Pearson 0.86", "rank-one", "pearson", "Zero", "above",
-          forms=("",), unit="Pearson", setting={"metric": "kl", "basis": "weight"}),
+          forms=("",), unit="Pearson", setting={"metric": "log_perplexity", "basis": "weight"}),
 )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def _scores(study: Study, settings: Continual, one: Learner, form: str) -> Itera
     for stage, row in enumerate(one.matrix):
         for task, (domain, draws) in enumerate(zip(order_of(study, settings), row, strict=True)):
             yield measurement(
-                NAME, one.title, "score", estimate(draws, one.by_seed[:, stage, task].tolist()), one.stages[stage],
+                NAME, one.title, "score", estimate(draws, one.by_seed[:, stage, task, 0].tolist()), one.stages[stage],
                 domain=domain, form=form, unit="%", seeds=len(one.by_seed),
                 setting={"stage": stage + 1, "task": task + 1},
             )  # fmt: skip

@@ -10,7 +10,7 @@ from hiplora.recipes.protocols import Continual
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.results import Results
-from hiplora.study.statistics import Draws, Resampler, over_seeds
+from hiplora.study.statistics import Draws, Resampler
 
 METRICS = {
     "average accuracy": ("AvgAcc", "high"),
@@ -18,16 +18,15 @@ METRICS = {
     "backward transfer": ("Backward transfer", "high"),
     "learned accuracy": ("Just after training", "high"),
 }
-Scores = NDArray[np.float64]  # (tasks, 1 + replicates): each value itself, then its replicates
+Scores = NDArray[np.float64]  # (…, 1 + replicates): each value itself, then its replicates
 
 
 @dataclass(frozen=True)
 class Learner:
-    """A method's scores: `matrix[t][i]` on task i after stage t with its replicates, and each seed's, (seed, t, i)."""
+    """A method's scores: `by_seed[s][t][i]`, seed s on task i after stage t, with its replicates."""
 
     title: str
-    matrix: NDArray[np.float64]  # (stages, tasks, 1 + replicates)
-    by_seed: NDArray[np.float64]
+    by_seed: Scores  # (seeds, stages, tasks, 1 + replicates)
     stages: list[list[Job]]  # the jobs of each stage, one a seed
 
     @property
@@ -35,13 +34,18 @@ class Learner:
         """The jobs of all stages."""
         return [job for stage in self.stages for job in stage]
 
+    @property
+    def matrix(self) -> Scores:
+        """The scores' means over the seeds, (stages, tasks, 1 + replicates)."""
+        return self.by_seed.mean(axis=0)
+
     def metric(self, name: str) -> Draws:
-        """Return one of `METRICS` with its replicates."""
-        return CONTINUAL[name](self.matrix)
+        """Return one of `METRICS`, its mean over the runs, with its replicates."""
+        return np.mean([CONTINUAL[name](matrix) for matrix in self.by_seed], axis=0)
 
     def seeds(self, name: str) -> list[float]:
         """Return one of `METRICS` a seed."""
-        return [float(CONTINUAL[name](matrix)) for matrix in self.by_seed]
+        return [float(CONTINUAL[name](matrix)[0]) for matrix in self.by_seed]
 
 
 def order_of(study: Study, settings: Continual) -> list[str]:
@@ -92,16 +96,15 @@ def learners_of(
         items = [[[results.items(job, task, form) for task in tasks] for job in seed] for seed in stages]
         if any(one is None for seed in items for stage in seed for one in stage):
             continue
-        matrix = np.array(
+        by_seed = np.array(
             [
                 [
-                    draws.mean(task, over_seeds([seed[stage][place] or [] for seed in items]))
-                    for place, task in enumerate(tasks)
+                    [draws.mean(task, one or []) for task, one in zip(tasks, stage, strict=True)]
+                    for stage in seed
                 ]
-                for stage in range(len(tasks))
+                for seed in items
             ]
         )
-        by_seed = np.array([[[np.mean(one or []) for one in stage] for stage in seed] for seed in items])
         by_stage = [list(some) for some in zip(*stages, strict=True)]
-        found.append(Learner(study.row(method).title, matrix, by_seed, by_stage))
+        found.append(Learner(study.row(method).title, by_seed, by_stage))
     return found

@@ -56,7 +56,7 @@ def _texts(settings: CostTable, found: Sequence[Cost], first: Cost | None) -> It
         yield (
             f"Measured on {'; '.join(machines)}, each method in a process of its own while nothing else of the study "
             f"ran, over {settings.steps} steps after {settings.warmup} to warm up. Each was timed once: there are no "
-            "intervals, and no smallest difference that could be told."
+            "intervals, and no smallest difference that could be told. Decompositions were timed as jobs among others."
         )
     if len(machines) > 1:
         yield "Methods were timed on different machines: the ratios below compare those, too."

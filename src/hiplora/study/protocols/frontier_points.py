@@ -57,7 +57,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A method's points in one domain; `kind` is `OWN`, another HiP-LoRA, `PLAIN`, a LoRA, or `RIVAL`."""
+    """A method's points in one domain; `kind` is `OWN`, `PLAIN` or `RIVAL`.
+
+    Own is the reference and what else has its basis; the paper's HiP-LoRA is a rival like others.
+    """
 
     name: str
     title: str
@@ -131,10 +134,11 @@ def at_the_edge(curve: Curve, rates: Sequence[float]) -> bool:
 
 
 def _kind(study: Study, settings: Settings, method: str) -> str:
-    name = study.row(method).method.name
-    if method in settings.plain or name == "lora":
+    if method in settings.plain:
         return PLAIN
-    return OWN if name == "hiplora" or method == settings.reference else RIVAL
+    found = study.row(method).method
+    is_own = found.name == "hiplora" and found.preset != "paper"
+    return OWN if is_own or method == settings.reference else RIVAL
 
 
 def _drifts(apart: Sequence[str], found: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """How many merges fail, over their size, the rule and the threshold τ: MergeFail, as in appendix C.3 of the paper."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from hiplora.metrics import MergeInstance, merge_instances
 from hiplora.recipes.protocols import MergeFail
@@ -47,10 +48,19 @@ def section(study: Study, settings: MergeFail, results: Results) -> Section:
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 
 
-def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
+def _drawn(study: Study, settings: MergeFail) -> list[list[MergeInstance]]:
+    """The merges drawn for each seed, of all sizes; two seeds may draw the same."""
     domains, seeds = list(study.recipe.domains), study.seeds(settings)
-    drawn = merge_instances(domains, settings.sizes, seeds, settings.instances, settings.seed)
-    return [instance for found in drawn.values() for instance in found]
+    by_size = [
+        merge_instances(domains, settings.sizes, seeds, settings.instances, settings.seed + seed)
+        for seed in seeds
+    ]
+    return [[instance for found in one.values() for instance in found] for one in by_size]
+
+
+def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
+    """The drawn merges, seed after seed."""
+    return [instance for found in _drawn(study, settings) for instance in found]
 
 
 def _merges(study: Study, settings: MergeFail, method: str, rule: str) -> dict[MergeInstance, Job]:
@@ -66,14 +76,16 @@ def _taus(settings: MergeFail) -> list[float]:
 
 
 def _judged(study: Study, settings: MergeFail, results: Results, form: str) -> list[Judged]:
-    """The verdicts by rule, then method, of those all of whose merges are there."""
-    draws, found = Resampler(), []
+    """The verdicts by rule, then method, of those all of whose merges are there; a merge for each time it was drawn."""
+    draws, found, drawn = Resampler(), [], _instances(study, settings)
+    places = {instance: place for place, instance in enumerate(dict.fromkeys(drawn))}
+    which = [places[instance] for instance in drawn]
     for method in settings.methods:
         scores = MergeScores(study, results, form, draws)
         for rule in settings.rules:
             merges = _merges(study, settings, method, rule)
             found.append(scores.judged(study.row(method), merges, rule, _taus(settings)))
-    known = [one for one in found if one is not None]
+    known = [replace(one, failed=one.failed[:, which]) for one in found if one is not None]
     return [one for rule in settings.rules for one in known if one.rule == rule]
 
 
@@ -89,17 +101,18 @@ def _sizes(study: Study, settings: MergeFail) -> dict[int | None, list[int]]:
 
 def _sizes_table(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
     sizes, tau = _sizes(study, settings), _taus(settings).index(settings.tau)
+    distinct = [len(instance) for instance in set(_instances(study, settings))]
     lines = []
     for one in judged:
         cells = [cell(estimate(one.share(tau, which))) for size, which in sizes.items() if size is not None]
         paper = paper_value("merge-rules", one.name, "MergeFail") if form == "accuracy" else None
         lines.append((one.name, [*cells, cell(estimate(one.share(tau)), paper)]))
-    columns = ["Merged", *(f"{n} adapters ({len(which)})" for n, which in sizes.items() if n), "All"]
+    columns = ["Merged", *(f"{n} adapters ({distinct.count(n)})" for n in sizes if n), "All"]
     note = (
-        f"Per cent of the merges (their number in brackets) in which some task keeps less than τ = {settings.tau:g} of "
-        f"the score of its adapter alone. {form_told(form)}. Brackets: 95 % intervals over items; the paper's, over "
-        "merges, stand among the measurements. A task whose score alone is 0 cannot fail. "
-        "Where none of n merges failed, a share up to 3/n is compatible with that."
+        "Per cent of the merges that were drawn (in brackets: how many different ones) in which some task keeps less "
+        f"than τ = {settings.tau:g} of the score of its adapter alone. {form_told(form)}. Brackets: 95 % intervals "
+        "over items; the paper's, over merges, stand among the measurements. A task whose score alone is 0 cannot fail."
+        " Where none of n merges failed, a share up to 3/n is compatible with that."
     )
     best = dict.fromkeys(range(len(sizes)), "low")
     return Table(f"{NAME}-{form}", f"MergeFail: {form}", columns, marked(lines, best), note)
@@ -119,33 +132,42 @@ def _measurements(
 ) -> Iterator[Measurement]:
     """MergeFail and its differences, at the threshold that is reported first before the others."""
     sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
+    drawn, instances = _drawn(study, settings), _instances(study, settings)
     first = {one.rule: one for one in reversed(judged)}
     for one in judged:
         for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
-            wide = hierarchical({one.title: [one.verdicts(place)]})[one.title]
+            wide = hierarchical({one.title: _by_seed(one.verdicts(place), drawn)})[one.title]
             for size, which in sizes.items():
-                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": len(which)}
+                distinct = len({instances[number] for number in which})
+                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": distinct}
                 yield measurement(
                     NAME, one.title, "merge fail", estimate(one.share(place, which)), one.jobs, form=form, unit="%",
                     setting=setting, seeds=seeds, wide=wide if size is None else None,
                 )  # fmt: skip
             against = first[one.rule]
             if one is not against:
-                setting = {"rule": one.rule, "tau": tau, "merges": len(sizes[None])}
-                setting |= _paired_over_merges(one, against, place)
+                setting = {"rule": one.rule, "tau": tau, "merges": len(set(instances))}
+                setting |= _paired_over_merges(one, against, place, drawn)
                 here, there = ((x.title, x.share(place), x.jobs) for x in (one, against))
                 yield difference(NAME, "merge fail", here, there, form=form, setting=setting, seeds=seeds)
 
 
-def _paired_over_merges(one: Judged, other: Judged, tau: int) -> dict[str, float | None]:
-    """The paper's interval of a difference: all merges are of one drawing, which counts as one seed."""
+def _paired_over_merges(
+    one: Judged, other: Judged, tau: int, drawn: Sequence[Sequence[MergeInstance]]
+) -> dict[str, float | None]:
+    """The paper's interval of a difference: seeds are drawn, then the merges that were drawn for each."""
     apart = [a - b for a, b in zip(one.verdicts(tau), other.verdicts(tau), strict=True)]
-    found = hierarchical({one.title: [apart]})[one.title]
+    found = hierarchical({one.title: _by_seed(apart, drawn)})[one.title]
     return {"hierarchical_low": found.low, "hierarchical_high": found.high}
 
 
+def _by_seed(values: Sequence[float], drawn: Sequence[Sequence[MergeInstance]]) -> list[list[float]]:
+    rest = iter(values)
+    return [[next(rest) for _ in merges] for merges in drawn]
+
+
 def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
-    tau, count = _taus(settings).index(settings.tau), len(_instances(study, settings))
+    tau, count = _taus(settings).index(settings.tau), len(set(_instances(study, settings)))
     for rule in settings.rules:
         found = [one for one in judged if one.rule == rule]
         if not found:

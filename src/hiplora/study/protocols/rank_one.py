@@ -76,7 +76,7 @@ def _table(correlations: Sequence[Mapping[str, Any]], metric: str, basis: str) -
     rows = []
     for one in _overall(correlations, metric):
         name = _named(one["kind"])
-        of_paper = basis == "weight" and metric == "kl"
+        of_paper = basis == "weight" and metric == "log_perplexity"
         papers = {
             column: paper_value("rank-one", name, column) if of_paper else None for column in columns[1:]
         }

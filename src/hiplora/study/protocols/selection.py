@@ -95,7 +95,8 @@ def _table(study: Study, settings: Selection, done: Sequence[tuple[Stage, dict[s
     note = (
         f"Loss on held-out rows of {study.recipe.domains[settings.domain].title} after training, nats a learned token, "
         f"seed {seeds}. Each sweep keeps what the ones above it chose; the learning rate is that of "
-        f"{study.row(settings.method).title} as the study has it."
+        f"{study.row(settings.method).title} as the study has it. Nothing else of the study takes the choice over: "
+        "its other rows have the settings that the recipe gives."
     )
     return Table(
         NAME, "What was tried and what was chosen", ["Value", "Held-out loss", "Choice"], lines, note

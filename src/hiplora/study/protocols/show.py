@@ -110,11 +110,15 @@ def verdict_file(what: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 def paper_column(task: str) -> str:
     """Return the name that the paper's tables give a task's column."""
-    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
-    return names.get(task.partition("_")[0], task)
+    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "gsm8k_solution": "GSM8K"}
+    names |= {"humaneval": "HumanEval", "humaneval_10": "HumanEval"}
+    return names.get(task, task)
 
 
 def form_told(form: str) -> str:
     """Say what a score of a form is."""
-    what = "Accuracy, pass rate or exact match" if form == "accuracy" else "Likelihood of the right answer"
-    return f"{what}, in per cent"
+    if form == "accuracy":
+        return (
+            "Accuracy, pass rate or exact match (of a reference text: all of it, word for word), in per cent"
+        )
+    return "Likelihood of the right answer, in per cent"

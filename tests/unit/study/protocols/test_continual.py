@@ -7,6 +7,7 @@ from hiplora.metrics import average_accuracy, backward_transfer, forgetting
 from hiplora.metrics.continual import learned_accuracy
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import continual, single_task
+from hiplora.study.protocols.continual_runs import Learner
 from hiplora.study.statistics import spread
 from tests.unit.study.protocols.made import finish, made_study, measured, results, scored, table
 
@@ -52,7 +53,7 @@ def study(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["accuracy", "likelihood"])
-def test_the_papers_numbers_are_those_of_the_mean_matrix(study, form):
+def test_the_papers_numbers_are_there_for_every_method(study, form):
     found, settings, store = study
     rows = table(continual.section(found, settings, results(store)), f"continual-{form}")
     for title, matrix in (("LoRA", LORA), ("HiP-LoRA", HIPLORA)):
@@ -203,3 +204,12 @@ def test_without_any_result_everything_is_missing(tmp_path):
     assert (section.measurements, section.text, section.figures) == ([], [], [])
     assert set(section.missing) == {job.name for job in continual.jobs(found, settings)}
     write_report(tmp_path / "report", "Nothing", {}, [section], {})
+
+
+def test_forgetting_is_of_each_run_and_not_of_their_mean():
+    runs = np.array([[[60, 0], [80, 0], [50, 0]], [[80, 0], [60, 0], [50, 0]]], dtype=float)
+    by_seed = np.concatenate([runs, np.zeros((2, 3, 1))], axis=2)[..., None]  # three tasks, no replicates
+    learner = Learner("LoRA", by_seed, [])
+    assert learner.seeds("forgetting") == [15, 15]
+    assert learner.metric("forgetting")[0] == 15
+    assert forgetting(learner.matrix[..., 0]) == 10

@@ -34,9 +34,9 @@ AFTER = {"hiplora": [60, 70], "lora": [40, 60], "lora-mlp": [60, 80]}  # of mmlu
 EQUAL = "drift ratio at equal loss"
 
 
-def made(tmp_path, more="", changed=None):
+def made(tmp_path, more="", changed=None, asked=FRONTIER):
     """The study with what was found, some of it `changed`."""
-    found, store = made_study(tmp_path, *CHANGES, f"protocols={{frontier: {{{FRONTIER}{more}}}}}")
+    found, store = made_study(tmp_path, *CHANGES, f"protocols={{frontier: {{{asked}{more}}}}}")
     settings = found.recipe.protocols.frontier
     finish(store, found.score(), scored(BASE))
     for (method, rate, steps), seeds in {**FOUND, **(changed or {})}.items():
@@ -143,6 +143,20 @@ def test_a_rival_below_everywhere_is_named(tmp_path):
     section = frontier.section(found, settings, results(store))
     assert measured(section, "share of losses below", "LoRA").setting["everywhere"] == 2
     assert any("below HiP-LoRA at every common loss: LoRA." in text for text in section.text)
+
+
+def test_the_papers_hiplora_is_a_rival_of_another_reference(tmp_path):
+    asked = FRONTIER.replace("plain: [lora, lora-mlp]", "plain: [lora]").replace(
+        "reference: hiplora", "reference: lora-mlp"
+    )
+    found, settings, store = made(tmp_path, asked=asked)
+    section = frontier.section(found, settings, results(store))
+    kinds = {
+        one.method: one.setting["kind"]
+        for one in section.measurements
+        if one.metric == "share of losses below"
+    }
+    assert kinds == {"LoRA": "plain", "HiP-LoRA": "rival"}
 
 
 def test_what_other_tasks_lose_is_measured_against_the_base(section):

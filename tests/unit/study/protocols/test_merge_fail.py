@@ -2,7 +2,7 @@
 
 import pytest
 
-from hiplora.metrics import merge_fail_table
+from hiplora.metrics import merge_fail_table, merge_instances
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import merge_fail
 from hiplora.study.statistics import hierarchical
@@ -64,12 +64,12 @@ def test_the_intervals_are_over_items_and_the_papers_over_merges_stand_beside(st
     found, settings, store = study
     section = merge_fail.section(found, settings, results(store))
     setting = {"rule": "addition", "tau": 0.9, "size": "all", "merges": 4}
-    wide = hierarchical({"LoRA": [[100, 0, 100, 0]]})["LoRA"]
+    wide = hierarchical({"LoRA": [[100, 0, 100, 0]] * 2})["LoRA"]  # each seed draws all four
     setting |= {"hierarchical_low": wide.low, "hierarchical_high": wide.high}
     one = measured(section, "merge fail", "LoRA", form="accuracy", setting=setting)
     # Item by item the second merge keeps exactly 0.9, in any draw of them: its verdict never turns.
     assert (one.low, one.value, one.high) == (50, 50, 50)
-    assert (wide.low, wide.high) == (0, 100)
+    assert (wide.low, wide.high) == (12.5, 87.5)
 
 
 def test_methods_are_compared_on_the_same_merges(study):
@@ -139,3 +139,15 @@ def test_without_any_result_everything_is_missing(tmp_path):
     assert section.measurements == []
     assert set(section.missing) == {job.name for job in merge_fail.jobs(found, settings)}
     write_report(tmp_path / "report", "Nothing", {}, [section], {})
+
+
+def test_merges_are_drawn_for_each_seed(tmp_path):
+    found, _ = made_study(tmp_path, *CHANGES, "protocols.merge_fail.instances=1", "seeds=[42, 100, 7]")
+    settings = found.recipe.protocols.merge_fail
+    drawn = [merge_instances(list(TASKS), [2], [42, 100, 7], 1, seed)[2][0] for seed in (42, 100, 7)]
+    by_need = [
+        [need.settings["recipe"]["seed"] for need in job.needs.values()]
+        for job in dict.fromkeys(merge_fail.jobs(found, settings))
+        if job.kind == "merge" and "LoRA," in job.name
+    ]
+    assert by_need == [[seed for _, seed in instance] for instance in dict.fromkeys(drawn)]

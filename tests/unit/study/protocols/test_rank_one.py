@@ -68,14 +68,16 @@ def test_a_row_is_an_intervention_with_both_correlations_over_all_modules(study)
     assert list(table(section, "rank-one-weight-log-perplexity")) == ["Zero"]
 
 
-def test_the_papers_values_stand_beside_the_weight_basis_and_kl_alone(study):
+def test_the_papers_values_stand_beside_the_weight_basis_and_lost_performance_alone(study):
     found, settings, store = study
     section = rank_one.section(found, settings, results(store))
-    papers = {column: one.paper for column, one in table(section, "rank-one-weight-kl")["Zero"].items()}
+    papers = {
+        column: one.paper for column, one in table(section, "rank-one-weight-log-perplexity")["Zero"].items()
+    }
     assert papers == {
         "Directions": 29, "Pearson": 0.856, "Pearson p": 3.09e-9, "Spearman": 0.412, "Spearman p": 0.026,
     }  # fmt: skip
-    for name in ("rank-one-weight-log-perplexity", "rank-one-activation-kl"):
+    for name in ("rank-one-weight-kl", "rank-one-activation-kl"):
         assert all(one.paper is None for one in table(section, name)["Zero"].values())
 
 
