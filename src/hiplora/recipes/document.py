@@ -45,6 +45,12 @@ class Document:
         return any(loc[:end] in self.overridden for end in range(1, len(loc) + 1))
 
 
+def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
+    """Return the error that lists all problems of the recipe at `path`."""
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
+
+
 def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:
     """Read a YAML file and put the overrides (`a.b=value`) over it.
 

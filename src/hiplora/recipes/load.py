@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from hiplora.errors import ConfigError, DataError
-from hiplora.recipes.document import Document, Loc, read_document
+from hiplora.errors import DataError
+from hiplora.recipes.document import Document, Loc, read_document, refusal
 from hiplora.recipes.methods import METHODS
 from hiplora.recipes.rows import is_hub_name, read_rows
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings, expand_short_forms
@@ -47,8 +47,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     problems += _file_problems(recipe, document) if recipe else []
     if problems or recipe is None:
         problems.sort(key=_line)
-        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
+        raise refusal(path, problems)
     return recipe
 
 

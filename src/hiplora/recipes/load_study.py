@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.document import Document, Loc, put_over, read_document
+from hiplora.recipes.document import Document, Loc, put_over, read_document, refusal
 from hiplora.recipes.study import StudyRecipe
 
 
@@ -49,8 +49,7 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
         problems += [_describe(details, document) for details in error.errors()]
         found = None
     if problems or found is None:
-        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
+        raise refusal(path, problems)
     return found
 
 

@@ -34,9 +34,8 @@ class Study:
         """Take a recipe, its file names relative to the data folder; nothing is read yet."""
         self.recipe, self.data = recipe, data
         self.missing: dict[str, None] = {}
-        self._made: dict[
-            tuple[Any, ...], Job
-        ] = {}  # what was asked for → the job: protocols ask again and again
+        # What was asked for → the job: protocols ask again and again.
+        self._made: dict[tuple[Any, ...], Job] = {}
 
     @functools.cached_property
     def identity(self) -> str:

@@ -1,7 +1,10 @@
 """How many merges fail, over their size, the rule and the threshold τ: MergeFail, as in appendix C.3 of the paper."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from hiplora.metrics import MergeInstance, merge_instances
 from hiplora.recipes.protocols import MergeFail
@@ -48,19 +51,22 @@ def section(study: Study, settings: MergeFail, results: Results) -> Section:
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 
 
-def _drawn(study: Study, settings: MergeFail) -> list[list[MergeInstance]]:
-    """The merges drawn for each seed, of all sizes; two seeds may draw the same."""
-    domains, seeds = list(study.recipe.domains), study.seeds(settings)
-    by_size = [
-        merge_instances(domains, settings.sizes, seeds, settings.instances, settings.seed + seed)
-        for seed in seeds
-    ]
-    return [[instance for found in one.values() for instance in found] for one in by_size]
-
-
 def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
-    """The drawn merges, seed after seed."""
-    return [instance for found in _drawn(study, settings) for instance in found]
+    """The drawn merges, equally many for each seed, seed after seed; two seeds may draw the same."""
+    domains, seeds = list(study.recipe.domains), study.seeds(settings)
+    return [
+        instance
+        for seed in seeds
+        for found in merge_instances(
+            domains, settings.sizes, seeds, settings.instances, settings.seed + seed
+        ).values()
+        for instance in found
+    ]
+
+
+def _different(study: Study, settings: MergeFail) -> Counter[int]:
+    """Size → how many different merges were drawn."""
+    return Counter(len(instance) for instance in set(_instances(study, settings)))
 
 
 def _merges(study: Study, settings: MergeFail, method: str, rule: str) -> dict[MergeInstance, Job]:
@@ -101,13 +107,13 @@ def _sizes(study: Study, settings: MergeFail) -> dict[int | None, list[int]]:
 
 def _sizes_table(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
     sizes, tau = _sizes(study, settings), _taus(settings).index(settings.tau)
-    distinct = [len(instance) for instance in set(_instances(study, settings))]
+    different = _different(study, settings)
     lines = []
     for one in judged:
         cells = [cell(estimate(one.share(tau, which))) for size, which in sizes.items() if size is not None]
         paper = paper_value("merge-rules", one.name, "MergeFail") if form == "accuracy" else None
         lines.append((one.name, [*cells, cell(estimate(one.share(tau)), paper)]))
-    columns = ["Merged", *(f"{n} adapters ({distinct.count(n)})" for n in sizes if n), "All"]
+    columns = ["Merged", *(f"{n} adapters ({different[n]})" for n in sizes if n), "All"]
     note = (
         "Per cent of the merges that were drawn (in brackets: how many different ones) in which some task keeps less "
         f"than τ = {settings.tau:g} of the score of its adapter alone. {form_told(form)}. Brackets: 95 % intervals "
@@ -132,42 +138,39 @@ def _measurements(
 ) -> Iterator[Measurement]:
     """MergeFail and its differences, at the threshold that is reported first before the others."""
     sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
-    drawn, instances = _drawn(study, settings), _instances(study, settings)
+    different = _different(study, settings)
     first = {one.rule: one for one in reversed(judged)}
     for one in judged:
         for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
-            wide = hierarchical({one.title: _by_seed(one.verdicts(place), drawn)})[one.title]
+            wide = hierarchical({one.title: _by_seed(one.verdicts(place), seeds)})[one.title]
             for size, which in sizes.items():
-                distinct = len({instances[number] for number in which})
-                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": distinct}
+                merges = different.total() if size is None else different[size]
+                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": merges}
                 yield measurement(
                     NAME, one.title, "merge fail", estimate(one.share(place, which)), one.jobs, form=form, unit="%",
                     setting=setting, seeds=seeds, wide=wide if size is None else None,
                 )  # fmt: skip
             against = first[one.rule]
             if one is not against:
-                setting = {"rule": one.rule, "tau": tau, "merges": len(set(instances))}
-                setting |= _paired_over_merges(one, against, place, drawn)
+                setting = {"rule": one.rule, "tau": tau, "merges": different.total()}
+                setting |= _paired_over_merges(one, against, place, seeds)
                 here, there = ((x.title, x.share(place), x.jobs) for x in (one, against))
                 yield difference(NAME, "merge fail", here, there, form=form, setting=setting, seeds=seeds)
 
 
-def _paired_over_merges(
-    one: Judged, other: Judged, tau: int, drawn: Sequence[Sequence[MergeInstance]]
-) -> dict[str, float | None]:
+def _paired_over_merges(one: Judged, other: Judged, tau: int, seeds: int) -> dict[str, float | None]:
     """The paper's interval of a difference: seeds are drawn, then the merges that were drawn for each."""
     apart = [a - b for a, b in zip(one.verdicts(tau), other.verdicts(tau), strict=True)]
-    found = hierarchical({one.title: _by_seed(apart, drawn)})[one.title]
+    found = hierarchical({one.title: _by_seed(apart, seeds)})[one.title]
     return {"hierarchical_low": found.low, "hierarchical_high": found.high}
 
 
-def _by_seed(values: Sequence[float], drawn: Sequence[Sequence[MergeInstance]]) -> list[list[float]]:
-    rest = iter(values)
-    return [[next(rest) for _ in merges] for merges in drawn]
+def _by_seed(values: Sequence[float], seeds: int) -> list[list[float]]:
+    return np.reshape(values, (seeds, -1)).tolist()
 
 
 def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
-    tau, count = _taus(settings).index(settings.tau), len(set(_instances(study, settings)))
+    tau, count = _taus(settings).index(settings.tau), _different(study, settings).total()
     for rule in settings.rules:
         found = [one for one in judged if one.rule == rule]
         if not found:

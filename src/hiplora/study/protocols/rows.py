@@ -91,21 +91,19 @@ def method_row(
 
 def _retain_by_seed(base: Mapping[str, Sequence[float]], scores: Scores) -> list[float]:
     """Retain of each seed's adapters, mean over the domains that they were trained on."""
-    before = {domain: float(np.mean(items)) for domain, items in base.items()}
-    seeds = range(len(next(iter(next(iter(scores.values())).values()))))
-    return [
-        float(
-            np.mean(
-                [
-                    retain(
-                        before, {other: float(np.mean(items[seed])) for other, items in found.items()}, domain
-                    )
-                    for domain, found in scores.items()
-                ]
-            )
-        )
-        for seed in seeds
-    ]
+    before = _means(base)
+    found = []
+    for seed in range(len(next(iter(next(iter(scores.values())).values())))):
+        after = {
+            domain: _means({other: items[seed] for other, items in tasks.items()})
+            for domain, tasks in scores.items()
+        }
+        found.append(float(np.mean([retain(before, means, domain) for domain, means in after.items()])))
+    return found
+
+
+def _means(items: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {domain: float(np.mean(values)) for domain, values in items.items()}
 
 
 def row_measurements(name: str, row: Row, form: str, is_base: bool = False) -> Iterator[Measurement]:

@@ -14,6 +14,14 @@ from hiplora.study.engine.jobs import Job
 from hiplora.study.statistics import Draws, Estimate, estimate
 
 NONE = Cell()
+_PAPER_COLUMNS = {
+    "mmlu": "MMLU",
+    "scienceqa": "ScienceQA",
+    "gsm8k": "GSM8K",
+    "gsm8k_solution": "GSM8K",
+    "humaneval": "HumanEval",
+    "humaneval_10": "HumanEval",
+}
 Side = tuple[str, Draws, Sequence[Job]]  # a method, its value with replicates, and what it is made of
 
 
@@ -110,9 +118,7 @@ def verdict_file(what: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 def paper_column(task: str) -> str:
     """Return the name that the paper's tables give a task's column."""
-    names = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "gsm8k_solution": "GSM8K"}
-    names |= {"humaneval": "HumanEval", "humaneval_10": "HumanEval"}
-    return names.get(task, task)
+    return _PAPER_COLUMNS.get(task, task)
 
 
 def form_told(form: str) -> str:
