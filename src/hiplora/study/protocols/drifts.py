@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hiplora.reporting.study.spec import Measurement, Table
 from hiplora.study.engine.jobs import Job
@@ -17,7 +18,7 @@ Drifts = Mapping[str, Mapping[str, Sequence[float]]]  # method → text → KL o
 def drifts(runs: Mapping[str, Sequence[Job]], results: Results) -> Drifts:
     """Return the drift of every run of each method; of a method whose runs are not all there, nothing.
 
-    The runs of all methods are in one order: the i-th ones are compared with each other.
+    The runs of all methods are in one order, seed after seed: the i-th ones are compared with each other.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for method, jobs in runs.items():
@@ -49,11 +50,14 @@ def drift_table(found: Drifts, name: str, title: str, over: str) -> Table:
 def drift_measurements(
     found: Drifts, runs: Mapping[str, Sequence[Job]], name: str, seeds: int, **setting: Any
 ) -> Iterator[Measurement]:
-    """Yield each method's mean drift by text, and the geometric mean of its ratios to every method before it."""
+    """Yield each method's mean drift by text, and the geometric mean of its ratios to every method before it.
+
+    Spreads and intervals are over the means of the seeds: runs of one seed are not independent of each other.
+    """
     before: list[str] = []
     for method, values in found.items():
         for text, kl in values.items():
-            mean = Estimate(float(np.mean(kl)), sd=spread(kl))
+            mean = Estimate(float(np.mean(kl)), sd=spread(_by_seed(kl, seeds).mean(axis=1).tolist()))
             told = {"text": text, **setting}
             yield measurement(
                 name, method, "drift", mean, runs[method], unit="nats/token", setting=told, seeds=seeds
@@ -62,12 +66,17 @@ def drift_measurements(
                 others = found[other].get(text)
                 if not others or min(*kl, *others) <= 0:
                     continue
-                ratio = geometric([here / there for here, there in zip(kl, others, strict=True)])
+                apart = np.log(_by_seed(kl, seeds)) - np.log(_by_seed(others, seeds))
+                ratio = geometric(np.exp(apart.mean(axis=1)).tolist())
                 yield measurement(
                     name, method, "drift ratio", ratio, [*runs[method], *runs[other]], unit="ratio",
                     setting={**told, "over": other}, seeds=seeds,
                 )  # fmt: skip
         before.append(method)
+
+
+def _by_seed(values: Sequence[float], seeds: int) -> NDArray[np.float64]:
+    return np.reshape(np.asarray(values, dtype=float), (seeds, -1))
 
 
 def _thousandths(values: Sequence[float]) -> Estimate:

@@ -1,7 +1,7 @@
 """How many merges fail, over their size, the rule and the threshold τ: MergeFail, as in appendix C.3 of the paper."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -199,11 +199,12 @@ def _figure(settings: MergeFail, judged: Sequence[Judged]) -> Figure:
 def _drifts(study: Study, settings: MergeFail, results: Results) -> tuple[list[Table], list[Measurement]]:
     tables: list[Table] = []
     measurements: list[Measurement] = []
+    drawn = _instances(study, settings)
     for rule in settings.rules:
-        runs: Mapping[str, list[Job]] = {
-            study.row(method).title: list(_merges(study, settings, method, rule).values())
-            for method in settings.methods
-        }
+        runs: dict[str, list[Job]] = {}
+        for method in settings.methods:
+            merges = _merges(study, settings, method, rule)
+            runs[study.row(method).title] = [merges[instance] for instance in drawn]
         found = drifts(runs, results)
         if any(found.values()):
             title = f"Drift of the models merged by {rule_title(rule)}"

@@ -59,12 +59,13 @@ def single_task_section(
 
 
 def _runs(study: Study, settings: OfMethods) -> dict[str, list[Job]]:
-    """Title → the scores of a method's adapters, of all domains and seeds."""
+    """Title → the scores of a method's adapters, of all domains, seed after seed."""
+    seeds = study.seeds(settings)
     return {
         study.row(method).title: [
             job
-            for found in score_runs(study, study.row(method), study.seeds(settings)).values()
-            for job in found
+            for of_seed in zip(*score_runs(study, study.row(method), seeds).values(), strict=True)
+            for job in of_seed
         ]
         for method in settings.methods
     }

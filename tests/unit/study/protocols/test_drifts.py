@@ -33,3 +33,13 @@ def test_every_method_is_compared_with_all_before_it():
 def test_a_method_that_does_not_drift_at_all_has_no_ratio():
     none = {"LoRA": {"prose": [0.4, 0.2]}, "HiP-LoRA": {"prose": [0.0, 0.1]}}
     assert [one.metric for one in drift_measurements(none, RUNS, "merging", 2)] == ["drift", "drift"]
+
+
+def test_runs_of_one_seed_count_as_one():
+    runs = {name: [Job("merge", 1, name, {"method": name, "run": run}) for run in range(4)] for name in RUNS}
+    # The ratios of the first seed's two runs are 1/2 and 1/8, of the second's both 1/4: over the seeds none differ.
+    found = {"LoRA": {"prose": [0.4, 0.8, 0.4, 0.4]}, "HiP-LoRA": {"prose": [0.2, 0.1, 0.1, 0.1]}}
+    told = {(one.method, one.metric): one for one in drift_measurements(found, runs, "merge-fail", 2)}
+    ratio = told["HiP-LoRA", "drift ratio"]
+    assert [ratio.value, ratio.low, ratio.high] == pytest.approx([0.25] * 3)
+    assert told["LoRA", "drift"].sd == pytest.approx(0.2 / 2**0.5)

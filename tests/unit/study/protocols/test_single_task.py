@@ -20,8 +20,8 @@ FOUND = {
         "facts": [([20, 20], [50, 70], 0.1), ([40, 40], [70, 90], 0.2)],
     },
     "lora-mlp": {
-        "sums": [([60, 80], [40, 40], 0.01), ([80, 100], [40, 40], 0.03)],
-        "facts": [([40, 60], [50, 70], 0.01), ([40, 60], [70, 90], 0.02)],
+        "sums": [([60, 80], [40, 40], 0.005), ([80, 100], [40, 40], 0.015)],
+        "facts": [([40, 60], [50, 70], 0.02), ([40, 60], [70, 90], 0.04)],
     },
 }
 BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}
@@ -73,7 +73,8 @@ def test_drift_is_compared_run_by_run(study):
     ratio = [
         one for one in section.measurements if one.metric == "drift ratio" and one.setting["text"] == "prose"
     ]
-    assert [one.value for one in ratio] == [pytest.approx(0.1)]
+    # 1/20 and 1/5 on the two domains, in each seed: the interval is over the seeds, which do not differ.
+    assert [(one.low, one.value, one.high) for one in ratio] == [pytest.approx((0.1, 0.1, 0.1))]
 
 
 def test_the_mismatch_of_trained_parameters_is_shown(study):
