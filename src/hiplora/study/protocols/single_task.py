@@ -145,7 +145,7 @@ def _trained(study: Study, settings: OfMethods, results: Results, name: str) -> 
             continue
         count = found[0]["trainable_parameters"]
         first = first or count
-        before, after = held_out(found)
+        losses = held_out(found) if len(found) == len(runs) else (None, None)  # of some runs: another mean
         lines.append(
             (
                 row.title,
@@ -153,8 +153,7 @@ def _trained(study: Study, settings: OfMethods, results: Results, name: str) -> 
                     Cell(text=f"{count:,}"),
                     Cell(100 * (count / first - 1), digits=1),
                     Cell(text=told),
-                    Cell(before, digits=3),
-                    Cell(after, digits=3),
+                    *(Cell(loss, digits=3) for loss in losses),
                 ],
             )
         )

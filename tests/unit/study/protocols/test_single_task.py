@@ -85,6 +85,18 @@ def test_the_mismatch_of_trained_parameters_is_shown(study):
     assert rows["LoRA"]["Held-out loss before"].value == 2
 
 
+def test_losses_wait_for_all_runs_of_a_method(study):
+    found, settings, store = study
+    lost = found.adapter(found.row("lora"), "facts", found.seeds(settings)[1])
+    (store.path / "results" / f"{lost.key}.json").unlink()
+    rows = table(single_task.section(found, settings, results(store)), "single-task-training")
+    assert (rows["LoRA"]["Held-out loss before"].value, rows["LoRA"]["Trainable parameters"].text) == (
+        None,
+        "100",
+    )
+    assert rows["LoRA on the MLPs"]["Held-out loss before"].value == 2
+
+
 def test_a_method_without_all_its_runs_has_no_row_and_its_jobs_are_named(study):
     found, settings, store = study
     lost = found.score(found.adapter(found.row("lora-mlp"), "facts", 100))
