@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from hiplora.errors import ConfigError
 from hiplora.recipes.document import Document, Loc, put_over, read_document, refusal
@@ -100,21 +101,35 @@ def _describe(details: Any, document: Document) -> str:
     if details["type"] == "extra_forbidden":
         return f"{where}: {name}: unknown field; {_remedy(loc)}"
     if details["type"] == "missing":
-        return f"{where}: {name}: is missing; add it"
+        return f"{where}: {name}: is missing; add `{loc[-1]}:`{_told(loc)}"
     if details["type"] == "value_error":
         return f"{where}: {name + ': ' if name else ''}{details['ctx']['error']}"
     message = details["msg"].replace("Input should", "should", 1)
-    return f"{where}: {name}: {message}, found {details.get('input')!r}"
+    return f"{where}: {name}: {message}, found {details.get('input')!r}{_told(loc)}"
 
 
 def _remedy(loc: Loc) -> str:
     """What the unknown field at `loc` may have meant, or what is known there."""
+    known = list(_fields(loc))
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)} (docs/study.md)"
+
+
+def _told(loc: Loc) -> str:
+    """What the field at `loc` is for, in brackets; nothing where that is not known."""
+    while loc and isinstance(loc[-1], int):  # an entry of a list
+        loc = loc[:-1]
+    field = _fields(loc).get(str(loc[-1])) if loc else None
+    says = (field.description or "").split(". ")[0].rstrip(".") if field else ""
+    return f" ({says})" if says else ""
+
+
+def _fields(loc: Loc) -> dict[str, FieldInfo]:
+    """The fields that the block around `loc` may have, by name."""
     kinds: list[Any] = [StudyRecipe]
     for part in loc[:-1]:
         kinds = [inner for kind in kinds for inner in _inside(kind, part)]
-    known = list(dict.fromkeys(name for kind in kinds for name in getattr(kind, "model_fields", ())))
-    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(known)} (docs/study.md)"
+    return {name: field for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()}
 
 
 def _inside(kind: Any, part: str | int) -> list[Any]:
