@@ -51,7 +51,7 @@ class Aim:
 
 
 def _drift(name: str, says: str, target: str, view: str, bound: float, **more: Any) -> Aim:
-    """An aim on the drift of single tasks, on texts unlike the calibration text, at the reference's best point."""
+    """An aim on the drift of single tasks, on texts unlike the calibration text, at the most that both learned."""
     setting = {"text": OVER, "operating": True}
     metric = f"drift ratio at equal {view}"
     return Aim(

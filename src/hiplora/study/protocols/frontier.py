@@ -1,4 +1,4 @@
-"""Learning against drift: every method over one grid of learning rates, compared at what the reference learned.
+"""Learning against drift: every method over one grid of learning rates, compared where both learned as much.
 
 The drift of a method at some loss lies on its own frontier (`frontiers.py`), tuned over its rates and early stops. It
 is divided by the reference's, seed by seed; the geometric mean over the seeds has the interval of Student's t.
@@ -15,7 +15,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.frontier_compare import Compared, compare
 from hiplora.study.protocols.frontier_figures import frontier_figures
-from hiplora.study.protocols.frontier_points import OVER, Point, base_job, scoring_jobs
+from hiplora.study.protocols.frontier_points import LOSS, OVER, Point, base_job, scoring_jobs
 from hiplora.study.protocols.frontier_tables import BEST_PLAIN, frontier_tables, frontier_texts
 from hiplora.study.protocols.frontiers import NOT_REACHED, PASSED
 from hiplora.study.protocols.show import difference, measurement
@@ -99,13 +99,12 @@ def _ratios(found: Compared) -> Iterator[Measurement]:
         return
     for ratios, plain in ((found.ratios, False), (found.plain, True)):
         for one in ratios:
-            setting = _setting(
-                one.point,
-                over=found.reference.title,
-                text=one.text,
-                state=one.state,
-                operating=one.point is found.reference.best,
-            )
+            told = {"over": found.reference.title, "text": one.text, "state": one.state}
+            if one.point is None:  # where the reference is, is between its points
+                setting, there = {**told, "operating": True}, found.reference.points
+            else:
+                setting, there = _setting(one.point, **told, operating=False), [one.point]
+            setting["loss" if one.view == LOSS else "likelihood"] = abs(one.x)
             # Of a bound, the side that is open has no end.
             kept = Estimate(
                 one.found.value,
@@ -114,8 +113,8 @@ def _ratios(found: Compared) -> Iterator[Measurement]:
             )
             yield measurement(
                 NAME, BEST_PLAIN if plain else one.curve.title, f"drift ratio at equal {one.view}", kept,
-                [*one.point.jobs, *(job for point in one.curve.points for job in point.jobs)],
-                domain=found.domain, unit="ratio", seeds=len(one.point.losses),
+                [job for point in (*there, *one.curve.points) for job in point.jobs],
+                domain=found.domain, unit="ratio", seeds=len(found.reference.best.losses),
                 setting={**setting, **({"method": one.curve.title} if plain else {})},
             )  # fmt: skip
 

@@ -8,21 +8,23 @@ import numpy as np
 from hiplora.recipes.protocols import Frontier as Settings
 from hiplora.study.builder import Study
 from hiplora.study.protocols.frontier_points import LIKELIHOOD, LOSS, OVER, Curve, Point, curves
-from hiplora.study.protocols.frontiers import NOT_REACHED, share_below
+from hiplora.study.protocols.frontiers import NOT_REACHED, PASSED, REACHED, share_below
 from hiplora.study.results import Results
 from hiplora.study.statistics import Estimate, geometric
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as far a method drifts as the reference's point at what that learned, paired by seed.
+    """How many times as far a method drifts as the reference where both have learned as much, paired by seed.
 
-    `state` is that of `Spot`: the ratio is a lower bound where the method did not reach the point, an upper bound where
-    all its points learned more.
+    Compared at what a `point` of the reference learned or, where that is None, at the most that both learned. `x` is
+    how much: the loss, or minus the likelihood. `state` is that of `Spot`: the ratio is a lower bound where the method
+    never learned that much, an upper bound where all its points learned more.
     """
 
     curve: Curve
-    point: Point
+    point: Point | None
+    x: float
     view: str
     text: str
     state: str
@@ -44,9 +46,10 @@ class Below:
 
 @dataclass(frozen=True)
 class Compared:
-    """A domain's methods, and the reference's points that they are compared at; `best` has its lowest loss.
+    """A domain's methods against the reference.
 
-    `ratios` are those of every other method at every point; `plain`, of the best plain LoRA at each.
+    `ratios` are those of every other method at every point of the reference, and at the most that both learned;
+    `plain`, of the best plain LoRA at each.
     """
 
     domain: str
@@ -73,20 +76,19 @@ def compare(study: Study, settings: Settings, results: Results, domain: str) -> 
     others = [curve for curve in found if curve is not reference]
     asked = [
         (point, view, text)
-        for point in reference.points
+        for point in (None, *reference.points)
         for view in (LOSS, LIKELIHOOD)
-        for text in point.drifts
+        for text in (point or reference.best).drifts
     ]
-    ratios = [ratio(curve, *one) for one in asked for curve in others]
-    plain = [best_plain(others, settings.plain, *one) for one in asked]
-    return Compared(
-        domain,
-        found,
-        reference,
-        [one for one in ratios if one is not None],
-        [one for one in plain if one is not None],
-        [one for curve in others if (one := _who(curve, reference)) is not None],
-    )
+    ratios: list[Ratio] = []
+    plain: list[Ratio] = []
+    for point, view, text in asked:
+        compared = (_ratio(curve, reference, point, view, text) for curve in others)
+        known = [ratio for ratio in compared if ratio is not None]
+        ratios += known
+        plain += _best([ratio for ratio in known if ratio.curve.name in settings.plain])
+    below = [one for curve in others if (one := _who(curve, reference)) is not None]
+    return Compared(domain, found, reference, ratios, plain, below)
 
 
 def _who(curve: Curve, reference: Curve) -> Below | None:
@@ -98,24 +100,28 @@ def _who(curve: Curve, reference: Curve) -> Below | None:
     return Below(curve, share_below(here, there), by_seed)
 
 
-def ratio(curve: Curve, point: Point, view: str, text: str) -> Ratio | None:
-    """Compare a method's frontier with a point of the reference at equal learning; None without the measurements."""
-    frontier, mark = curve.frontier(view, text), point.mark(view, text)
-    if frontier is None or mark is None:
+def _ratio(curve: Curve, reference: Curve, point: Point | None, view: str, text: str) -> Ratio | None:
+    """Compare a method with the reference at equal learning; None without the measurements."""
+    here, there = curve.frontier(view, text), reference.frontier(view, text)
+    if here is None or there is None:
         return None
-    spot = frontier.at(mark.middle[0])
-    return Ratio(
-        curve, point, view, text, spot.state, geometric(np.exp(spot.by_seed(mark.x) - mark.y).tolist())
-    )
+    mark = there.best if point is None else point.mark(view, text)
+    if mark is None:
+        return None
+    if point is not None or here.least <= there.least:
+        spot = here.at(mark.middle[0])
+        x, state, apart = mark.middle[0], spot.state, spot.by_seed(mark.x) - mark.y
+    else:  # the reference learned more: at the most that the method learned
+        mark, spot = here.best, there.at(here.least)
+        x, apart = here.least, mark.y - spot.by_seed(mark.x)
+        # If all the reference's points learned more, it may drift less than the least of them.
+        state = NOT_REACHED if spot.state == PASSED else REACHED
+    return Ratio(curve, point, x, view, text, state, geometric(np.exp(apart).tolist()))
 
 
-def best_plain(
-    curves: Sequence[Curve], plain: Sequence[str], point: Point, view: str, text: str
-) -> Ratio | None:
-    """Return the ratio of the plain LoRA that drifts least at what a point learned, by the mean.
+def _best(plain: Sequence[Ratio]) -> list[Ratio]:
+    """The plain LoRA that drifts least, by the mean: one, or none.
 
     Those that learned as much count before those that did not, of which the least drift is taken, in their favour.
     """
-    found = [ratio(curve, point, view, text) for curve in curves if curve.name in plain]
-    known = [one for one in found if one is not None]
-    return min(known, key=lambda one: (one.state == NOT_REACHED, one.found.value), default=None)
+    return sorted(plain, key=lambda one: (one.state == NOT_REACHED, one.found.value))[:1]

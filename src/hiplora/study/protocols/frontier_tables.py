@@ -39,21 +39,20 @@ def frontier_texts(study: Study, settings: Settings, found: Compared) -> Iterato
     title, reference = study.recipe.domains[found.domain].title, found.reference
     edge = [curve.title for curve in found.curves if at_the_edge(curve, settings.rates)]
     if reference is not None:
-        best = reference.best
-        told = [
-            f"On {title}, at a held-out loss of {best.loss:.3f}, the best of {reference.title} (rate {best.rate:g})"
-        ]
-        plain = _picked(found.plain, best, LOSS, OVER)
+        plain = _picked(found.plain, None, LOSS, OVER)
         named = [(f"the best plain LoRA ({one.curve.title})", one) for one in plain]
         attention = [one for one in found.ratios if one.curve.name == settings.attention]
         named += [
             (one.curve.title, one)
-            for one in _picked(attention, best, LOSS, OVER)
+            for one in _picked(attention, None, LOSS, OVER)
             if not any(one.curve is other.curve for other in plain)
         ]
-        told += [f"{name} drifts {_times(one)} as far over all texts" for name, one in named]
-        if len(told) > 1:
-            yield ", ".join(told) + "." + _smallest(_picked(found.ratios, best, LOSS, OVER))
+        told = [f"{name} drifts {_times(one)} as far (loss {one.x:.3f})" for name, one in named]
+        if told:
+            yield (
+                f"On {title}, at the lowest held-out loss that it and {reference.title} both reached, "
+                f"{', '.join(told)}, over all texts." + _smallest(_picked(found.ratios, None, LOSS, OVER))
+            )
         above = [one.curve.title for one in found.below if below_told(one.share) == "everywhere"]
         if found.below:
             yield (
@@ -108,18 +107,26 @@ def _best_table(study: Study, settings: Settings, found: Compared, title: str) -
 
 
 def _equal_table(study: Study, settings: Settings, found: Compared, title: str) -> Table:
-    """At the reference's best point, by text, and over all texts at equal likelihood too."""
+    """At the most that both learned: by text, and over all texts at equal likelihood too."""
     assert found.reference is not None
-    best = found.reference.best
-    texts = [OVER, *(text for text in best.drifts if text != OVER)] if best.drifts else []
+    drifts = found.reference.best.drifts
+    texts = [OVER, *(text for text in drifts if text != OVER)] if drifts else []
     asked = [*((LOSS, text) for text in texts), (LIKELIHOOD, OVER)]
-    columns = ["Method", *(_text_told(text) for text in texts), "All texts, at equal likelihood"]
-    rows = [
-        (name, [_cell(_picked(ratios, best, view, text)) for view, text in asked])
-        for name, ratios in _rows(settings, found, best)
+    columns = [
+        "Method",
+        "Held-out loss",
+        *(_text_told(text) for text in texts),
+        "All texts, at equal likelihood",
     ]
-    note = _RATIO.format(reference=found.reference.title, texts=", ".join(unlike(study, settings)))
-    told = f"{title}: drift at equal loss, against {found.reference.title} at its best ({best.loss:.3f})"
+    rows = []
+    for name, ratios in _rows(found):
+        at = _picked(ratios, None, LOSS, OVER)
+        loss = Cell(at[0].x, digits=3) if at else NONE
+        rows.append((name, [loss, *(_cell(_picked(ratios, None, view, text)) for view, text in asked)]))
+    note = "At the lowest loss that the method and the reference both reached. " + _RATIO.format(
+        reference=found.reference.title, texts=", ".join(unlike(study, settings))
+    )
+    told = f"{title}: drift at equal loss, against {found.reference.title}"
     return Table(f"{NAME}-{found.domain}-equal", told, columns, rows, note)
 
 
@@ -129,7 +136,7 @@ def _rates_table(study: Study, settings: Settings, found: Compared, title: str) 
     columns = ["Method", *(f"{_point_told(point)} (loss {point.loss:.3f})" for point in points)]
     rows = [
         (name, [_cell(_picked(ratios, point, LOSS, OVER)) for point in points])
-        for name, ratios in _rows(settings, found, found.reference.best)
+        for name, ratios in _rows(found)
     ]
     note = _RATIO.format(reference=found.reference.title, texts=", ".join(unlike(study, settings)))
     told = (
@@ -159,10 +166,10 @@ def _below_table(found: Compared, reference: Curve, title: str) -> Table:
     return Table(f"{NAME}-{found.domain}-below", f"{title}: who beats whom", columns, rows, note)
 
 
-def _rows(settings: Settings, found: Compared, best: Point) -> Iterator[tuple[str, list[Ratio]]]:
-    """The best plain LoRA, named as it is at the best point over all texts; then every method."""
+def _rows(found: Compared) -> Iterator[tuple[str, list[Ratio]]]:
+    """The best plain LoRA, named as it is over all texts at the most that both learned; then every method."""
     if found.plain:
-        named = _picked(found.plain, best, LOSS, OVER)
+        named = _picked(found.plain, None, LOSS, OVER)
         yield (_name_of(named[0]) if named else BEST_PLAIN), found.plain
     for curve in found.curves:
         if curve is not found.reference:
@@ -173,7 +180,7 @@ def _name_of(plain: Ratio) -> str:
     return f"{BEST_PLAIN} ({plain.curve.title})"
 
 
-def _picked(ratios: Sequence[Ratio], point: Point, view: str, text: str) -> list[Ratio]:
+def _picked(ratios: Sequence[Ratio], point: Point | None, view: str, text: str) -> list[Ratio]:
     return [one for one in ratios if one.point is point and (one.view, one.text) == (view, text)]
 
 

@@ -73,11 +73,15 @@ class Frontier:
             for one, two in _neighbours(marks)
         ]  # fmt: skip
 
+    @property
+    def best(self) -> Mark:
+        """The point that learned most."""
+        return min(self.marks, key=lambda mark: mark.middle[0])
+
     def at(self, x: float) -> Spot:
         """Return the frontier's spot at a mean x."""
         if x < self.least:
-            _, y, mark = min(self._points, key=lambda point: point[0])
-            return Spot(y, mark, mark, NOT_REACHED)
+            return Spot(self.best.middle[1], self.best, self.best, NOT_REACHED)
         state = REACHED if x <= self.most else PASSED
         spots = [Spot(y, mark, mark, state) for here, y, mark in self._points if here <= x]
         for high, start, low, end, one, two in self._edges:
