@@ -168,12 +168,22 @@ def result_text(root: Path, marker: str) -> str:
 
 
 def check_provenance(root: Path, write: bool = False) -> Iterator[str]:
-    """Every committed result names the commit, the libraries and the machine that made it."""
+    """Every committed result, and each row of a table, names the commit, the libraries and the machine that made it."""
     for path in tracked(root, "docs/results/*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        told = record.get("provenance", {}) if isinstance(record, dict) else {}
-        if missing := [key for key in ("time", "commit", "libraries", "machine") if not told.get(key)]:
+        lacking = [_lacking(row) for row in record] if isinstance(record, list) else [_lacking(record)]
+        if missing := list(dict.fromkeys(key for keys in lacking for key in keys)):
             yield f"{path.relative_to(root)}: provenance without {', '.join(missing)}"
+
+
+def _lacking(record: dict[str, Any]) -> list[str]:
+    """Return what a record, or a row of a table (`report.commit`), does not say of where it comes from."""
+    told = record.get("provenance", {})
+    told = {
+        **told,
+        **{key.split(".")[1]: value for key, value in record.items() if key.startswith("report.")},
+    }
+    return [key for key in ("time", "commit", "libraries", "machine") if not told.get(key)]
 
 
 def check_private(root: Path, write: bool = False) -> Iterator[str]:

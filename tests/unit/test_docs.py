@@ -151,6 +151,13 @@ def test_a_result_without_provenance_is_found(repo):
     ]
 
 
+def test_each_row_of_a_table_needs_provenance(repo):
+    row = {"report.time": "2026", "report.libraries.torch": "2", "report.machine.cores": 2, "value": 1}
+    repo("docs/results/a.json", json.dumps([{**row, "report.commit": "abc"}]))
+    root = repo("docs/results/b.json", json.dumps([{**row, "report.commit": "abc"}, row]))
+    assert list(check_docs.check_provenance(root)) == ["docs/results/b.json: provenance without commit"]
+
+
 def test_a_folder_of_somebodys_machine_is_found(repo):
     home = "/ho" + "me/ada/models"
     root = repo("docs/results/a.json", f'{{\n"model": "{home}"}}')

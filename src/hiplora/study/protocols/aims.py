@@ -97,11 +97,15 @@ AIMS: tuple[Aim, ...] = (
 
 @dataclass(frozen=True)
 class Judged:
-    """One row: an aim in one of its parts, the value that counts, the verdict."""
+    """One row: an aim in one of its parts, the value that counts, the verdict.
+
+    `waits`: jobs of its section are still missing, and what they find may change it.
+    """
 
     aim: Aim
     part: str
     found: Value | None
+    waits: bool = False
 
     @property
     def verdict(self) -> str:
@@ -121,11 +125,16 @@ class Judged:
             return UNCLEAR
         return MET if below == (self.aim.goal == "below") else MISSED
 
+    @property
+    def told(self) -> str:
+        """The verdict, `so far` where jobs are missing."""
+        return f"{self.verdict} so far" if self.waits and self.found is not None else self.verdict
+
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         found = self.found
         return {
-            "verdict": self.verdict,
+            "verdict": self.told,
             "estimate": None if found is None or not math.isfinite(found.value) else found.value,
             "low": None if found is None else found.low,
             "high": None if found is None else found.high,
@@ -142,7 +151,7 @@ def jobs(study: Study, settings: Aims) -> list[Job]:
 def section_after(study: Study, settings: Aims, results: Results, sections: Sequence[Section]) -> Section:
     """Return a row for every aim and part, with the target, the measured value and the verdict."""
     judged = check(study, settings, sections)
-    told = counted(one.verdict for one in judged)
+    told = counted(one.told for one in judged)
     missed = [
         f"{one.aim.says} ({one.part})" if one.part else one.aim.says
         for one in judged
@@ -156,6 +165,7 @@ def section_after(study: Study, settings: Aims, results: Results, sections: Sequ
 def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Judged]:
     """Return every aim in each of its parts, without a value where none was measured."""
     measurements = [one for section in sections for one in section.measurements]
+    waiting = {section.name for section in sections if section.missing}
     calibrating = _calibrating(study, settings)
     found = []
     for aim in AIMS:
@@ -172,7 +182,8 @@ def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Jud
         for one in fitting:
             for value in _values(study, settings, aim, one):
                 parts.setdefault(_part(study, aim, one), []).append(value)
-        found += [Judged(aim, part, _counting(aim, values)) for part, values in parts.items()]
+        waits = aim.section in waiting
+        found += [Judged(aim, part, _counting(aim, values), waits) for part, values in parts.items()]
         expected = FORMS if "form" in aim.parts else () if parts else ("",)
         found += [Judged(aim, part, None) for part in expected if part not in parts]
     return found
@@ -239,15 +250,16 @@ def _table(judged: Sequence[Judged]) -> Table:
             Cell() if found is None else Cell(found.value, found.low, found.high, digits=digits),
             Cell(text=one.aim.unit),
             Cell(text="–" if found is None else found.against),
-            Cell(text=one.verdict),
+            Cell(text=one.told),
         ]
         rows.append((one.aim.says, cells))
     note = (
-        "Met: the 95 % interval lies on the aim's side of the target; missed: on the other; an interval on both sides "
-        "cannot tell. “Not below” is missed only where the whole interval is below: its width says how much less could "
-        "have been learned unseen. Of several plain LoRAs the one with the smaller value counts, of several texts the "
-        "worst; texts of the file that calibrated the basis do not. Where no merge failed, the interval is what that "
-        "number of merges leaves possible. Of a rival, the share of the losses that both frontiers reach."
+        "Met: the 95 % interval lies on the aim's side of the target; missed: on the other; an interval on both "
+        "sides cannot tell; so far: jobs are missing that may change it. “Not below” is missed only where the whole "
+        "interval is below: its width says how much less could have been learned unseen. Of several plain LoRAs the "
+        "one with the smaller value counts, of several texts the worst; texts of the file that calibrated the basis "
+        "do not. Where no merge failed, the interval is what that number of merges leaves possible. Of a rival, the "
+        "share of the losses that both frontiers reach."
     )
     columns = ["Aim", "Where", "Target", "Measured", "Unit", "Against", "Verdict"]
     return Table(NAME, "Aim by aim", columns, rows, note)

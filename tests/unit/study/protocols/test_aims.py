@@ -51,6 +51,18 @@ def test_an_aim_is_met_where_the_whole_interval_is_on_its_side(tmp_path, low, hi
     assert found["high"] == (None if low is None else pytest.approx(1 / low))
 
 
+def test_a_verdict_is_of_so_far_while_the_section_waits_for_jobs(tmp_path):
+    study, store = made_study(tmp_path, AIMS)
+    settings = study.recipe.protocols.aims
+    for missing, verdict in (["train PiSSA"], "met so far"), ([], "met"):
+        section = Section("frontier", "Made", measurements=[drift("LoRA", 50, 40, 60)], missing=missing)
+        (text,) = aims.files(study, settings, results(store), [section]).values()
+        assert json.loads(text)["aims"]["drift"]["GSM8K"]["verdict"] == verdict
+        shown = aims.section_after(study, settings, results(store), [section])
+        assert verdict in shown.text[0]
+        assert json.loads(text)["aims"]["forgetting"]["accuracy"]["verdict"] == "not measured yet"
+
+
 def test_the_lora_with_the_smaller_value_counts(tmp_path):
     found = judged(tmp_path, drift("LoRA", 50, 40, 60), drift("LoRA on the MLPs", 5, 4, 6))
     assert found["drift"]["GSM8K"]["verdict"] == "missed"
