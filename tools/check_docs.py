@@ -171,18 +171,16 @@ def check_provenance(root: Path, write: bool = False) -> Iterator[str]:
     """Every committed result, and each row of a table, names the commit, the libraries and the machine that made it."""
     for path in tracked(root, "docs/results/*.json"):
         record = json.loads(path.read_text(encoding="utf-8"))
-        lacking = [_lacking(row) for row in record] if isinstance(record, list) else [_lacking(record)]
+        rows = record if isinstance(record, list) and record else [record]
+        lacking = [_lacking(row if isinstance(row, dict) else {}) for row in rows]
         if missing := list(dict.fromkeys(key for keys in lacking for key in keys)):
             yield f"{path.relative_to(root)}: provenance without {', '.join(missing)}"
 
 
 def _lacking(record: dict[str, Any]) -> list[str]:
     """Return what a record, or a row of a table (`report.commit`), does not say of where it comes from."""
-    told = record.get("provenance", {})
-    told = {
-        **told,
-        **{key.split(".")[1]: value for key, value in record.items() if key.startswith("report.")},
-    }
+    told = dict(record.get("provenance", {}))
+    told |= {key.split(".")[1]: value for key, value in record.items() if key.startswith("report.")}
     return [key for key in ("time", "commit", "libraries", "machine") if not told.get(key)]
 
 

@@ -158,6 +158,12 @@ def test_each_row_of_a_table_needs_provenance(repo):
     assert list(check_docs.check_provenance(root)) == ["docs/results/b.json: provenance without commit"]
 
 
+@pytest.mark.parametrize("record", ["[]", "[1]", "3"])
+def test_a_result_that_cannot_say_where_it_comes_from_is_found(repo, record):
+    (problem,) = check_docs.check_provenance(repo("docs/results/a.json", record))
+    assert problem == "docs/results/a.json: provenance without time, commit, libraries, machine"
+
+
 def test_a_folder_of_somebodys_machine_is_found(repo):
     home = "/ho" + "me/ada/models"
     root = repo("docs/results/a.json", f'{{\n"model": "{home}"}}')

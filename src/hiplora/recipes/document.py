@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
 from hiplora.errors import ConfigError
 
@@ -49,6 +50,11 @@ def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
     """Return the error that lists all problems of the recipe at `path`."""
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in problems))
+
+
+def purpose(field: FieldInfo | None) -> str:
+    """Return what a field is for, the first sentence of its description; nothing where that is not known."""
+    return (field.description or "").split(". ")[0].rstrip(".") if field else ""
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> Document:

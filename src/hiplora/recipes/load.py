@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from hiplora.errors import DataError
-from hiplora.recipes.document import Document, Loc, read_document, refusal
+from hiplora.recipes.document import Document, Loc, purpose, read_document, refusal
 from hiplora.recipes.methods import METHODS
 from hiplora.recipes.rows import is_hub_name, read_rows
 from hiplora.recipes.schema import DataSettings, TrainRecipe, TrainSettings, expand_short_forms
@@ -205,5 +205,4 @@ def _description(loc: Loc) -> str:
     if loc[:1] == ("method",) and len(loc) > 1:
         block = next((model for model in METHODS.values() if loc[1] in model.model_fields), None)
         loc = loc[:2]
-    info = block.model_fields.get(str(loc[-1])) if block else None
-    return (info.description or "").split(". ")[0].rstrip(".") if info else ""
+    return purpose(block.model_fields.get(str(loc[-1])) if block else None)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.document import Document, Loc, put_over, read_document, refusal
+from hiplora.recipes.document import Document, Loc, purpose, put_over, read_document, refusal
 from hiplora.recipes.study import StudyRecipe
 
 
@@ -119,8 +119,7 @@ def _told(loc: Loc) -> str:
     """What the field at `loc` is for, in brackets; nothing where that is not known."""
     while loc and isinstance(loc[-1], int):  # an entry of a list
         loc = loc[:-1]
-    field = _fields(loc).get(str(loc[-1])) if loc else None
-    says = (field.description or "").split(". ")[0].rstrip(".") if field else ""
+    says = purpose(_fields(loc).get(str(loc[-1]))) if loc else ""
     return f" ({says})" if says else ""
 
 

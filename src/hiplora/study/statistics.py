@@ -83,6 +83,11 @@ def over_seeds(items: Sequence[Sequence[float]]) -> list[float]:
     return np.mean(np.asarray(items, dtype=float), axis=0).tolist()
 
 
+def by_seed(values: Sequence[float], seeds: int) -> NDArray[np.float64]:
+    """Return values that stand seed after seed, equally many of each, as (seeds, values a seed)."""
+    return np.reshape(np.asarray(values, dtype=float), (seeds, -1))
+
+
 def hierarchical(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Estimate]:
     """Return the paper's interval of each method's mean, of `values[method][seed][instance]`: seeds are drawn, then
     instances within each.

@@ -128,7 +128,7 @@ class Judged:
     @property
     def told(self) -> str:
         """The verdict, `so far` where jobs are missing."""
-        return f"{self.verdict} so far" if self.waits and self.found is not None else self.verdict
+        return f"{self.verdict} so far" if self.waits else self.verdict
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hiplora.reporting.study.spec import Measurement, Table
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.show import NONE, cell, marked, measurement
 from hiplora.study.results import Results, drift
-from hiplora.study.statistics import Estimate, geometric, spread
+from hiplora.study.statistics import Estimate, by_seed, geometric, spread
 
 Drifts = Mapping[str, Mapping[str, Sequence[float]]]  # method → text → KL of every run in nats a token
 
@@ -57,7 +56,7 @@ def drift_measurements(
     before: list[str] = []
     for method, values in found.items():
         for text, kl in values.items():
-            mean = Estimate(float(np.mean(kl)), sd=spread(_by_seed(kl, seeds).mean(axis=1).tolist()))
+            mean = Estimate(float(np.mean(kl)), sd=spread(by_seed(kl, seeds).mean(axis=1).tolist()))
             told = {"text": text, **setting}
             yield measurement(
                 name, method, "drift", mean, runs[method], unit="nats/token", setting=told, seeds=seeds
@@ -66,17 +65,13 @@ def drift_measurements(
                 others = found[other].get(text)
                 if not others or min(*kl, *others) <= 0:
                     continue
-                apart = np.log(_by_seed(kl, seeds)) - np.log(_by_seed(others, seeds))
+                apart = np.log(by_seed(kl, seeds)) - np.log(by_seed(others, seeds))
                 ratio = geometric(np.exp(apart.mean(axis=1)).tolist())
                 yield measurement(
                     name, method, "drift ratio", ratio, [*runs[method], *runs[other]], unit="ratio",
                     setting={**told, "over": other}, seeds=seeds,
                 )  # fmt: skip
         before.append(method)
-
-
-def _by_seed(values: Sequence[float], seeds: int) -> NDArray[np.float64]:
-    return np.reshape(np.asarray(values, dtype=float), (seeds, -1))
 
 
 def _thousandths(values: Sequence[float]) -> Estimate:

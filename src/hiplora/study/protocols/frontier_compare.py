@@ -108,15 +108,14 @@ def _ratio(curve: Curve, reference: Curve, point: Point | None, view: str, text:
     mark = there.best if point is None else point.mark(view, text)
     if mark is None:
         return None
-    if point is not None or here.least <= there.least:
-        spot = here.at(mark.middle[0])
-        x, state, apart = mark.middle[0], spot.state, spot.by_seed(mark.x) - mark.y
-    else:  # the reference learned more: at the most that the method learned
+    if point is None and here.least > there.least:
+        # The reference learned more. If all its points did, it may drift less than the least of them at this loss.
         mark, spot = here.best, there.at(here.least)
-        x, apart = here.least, mark.y - spot.by_seed(mark.x)
-        # If all the reference's points learned more, it may drift less than the least of them.
-        state = NOT_REACHED if spot.state == PASSED else REACHED
-    return Ratio(curve, point, x, view, text, state, geometric(np.exp(apart).tolist()))
+        apart, state = mark.y - spot.by_seed(mark.x), NOT_REACHED if spot.state == PASSED else REACHED
+    else:
+        spot = here.at(mark.middle[0])
+        apart, state = spot.by_seed(mark.x) - mark.y, spot.state
+    return Ratio(curve, point, mark.middle[0], view, text, state, geometric(np.exp(apart).tolist()))
 
 
 def _best(plain: Sequence[Ratio]) -> list[Ratio]:

@@ -50,7 +50,7 @@ def frontier_texts(study: Study, settings: Settings, found: Compared) -> Iterato
         told = [f"{name} drifts {_times(one)} as far (loss {one.x:.3f})" for name, one in named]
         if told:
             yield (
-                f"On {title}, at the lowest held-out loss that it and {reference.title} both reached, "
+                f"On {title}, at the lowest held-out loss that each and {reference.title} both reached, "
                 f"{', '.join(told)}, over all texts." + _smallest(_picked(found.ratios, None, LOSS, OVER))
             )
         above = [one.curve.title for one in found.below if below_told(one.share) == "everywhere"]

@@ -65,18 +65,14 @@ class Frontier:
         """Take its points, at least one."""
         self.marks = list(marks)
         middles = [mark.middle for mark in marks]
-        self.least, self.most = min(x for x, _ in middles), max(x for x, _ in middles)
+        self.best = min(self.marks, key=lambda mark: mark.middle[0])  # learned most
+        self.least, self.most = self.best.middle[0], max(x for x, _ in middles)
         self._points = [(*middle, mark) for middle, mark in zip(middles, marks, strict=True)]
         self._edges = [
             (*one.middle, *two.middle, one, two) if one.middle[0] > two.middle[0] else
             (*two.middle, *one.middle, two, one)
             for one, two in _neighbours(marks)
         ]  # fmt: skip
-
-    @property
-    def best(self) -> Mark:
-        """The point that learned most."""
-        return min(self.marks, key=lambda mark: mark.middle[0])
 
     def at(self, x: float) -> Spot:
         """Return the frontier's spot at a mean x."""

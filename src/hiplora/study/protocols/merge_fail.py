@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from hiplora.metrics import MergeInstance, merge_instances
 from hiplora.recipes.protocols import MergeFail
 from hiplora.reporting.study.paper import paper_value
@@ -16,7 +14,7 @@ from hiplora.study.protocols.drifts import drift_measurements, drift_table, drif
 from hiplora.study.protocols.merges import Judged, MergeScores, merge_of, needed, rule_title
 from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest_told
 from hiplora.study.results import FORMS, Results
-from hiplora.study.statistics import Resampler, estimate, hierarchical
+from hiplora.study.statistics import Resampler, by_seed, estimate, hierarchical
 
 NAME, TITLE = "merge-fail", "Merges that fail"
 
@@ -142,7 +140,7 @@ def _measurements(
     first = {one.rule: one for one in reversed(judged)}
     for one in judged:
         for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
-            wide = hierarchical({one.title: _by_seed(one.verdicts(place), seeds)})[one.title]
+            wide = hierarchical({one.title: by_seed(one.verdicts(place), seeds).tolist()})[one.title]
             for size, which in sizes.items():
                 merges = different.total() if size is None else different[size]
                 setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": merges}
@@ -161,12 +159,8 @@ def _measurements(
 def _paired_over_merges(one: Judged, other: Judged, tau: int, seeds: int) -> dict[str, float | None]:
     """The paper's interval of a difference: seeds are drawn, then the merges that were drawn for each."""
     apart = [a - b for a, b in zip(one.verdicts(tau), other.verdicts(tau), strict=True)]
-    found = hierarchical({one.title: _by_seed(apart, seeds)})[one.title]
+    found = hierarchical({one.title: by_seed(apart, seeds).tolist()})[one.title]
     return {"hierarchical_low": found.low, "hierarchical_high": found.high}
-
-
-def _by_seed(values: Sequence[float], seeds: int) -> list[list[float]]:
-    return np.reshape(values, (seeds, -1)).tolist()
 
 
 def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
