@@ -16,6 +16,7 @@ from hiplora.tuner import gradients
 from hiplora.tuner.gradients import _score as score
 from hiplora.tuner.moments import CalibrationStore
 from hiplora.tuner.sampling import sample_rows
+from tests.commands import run
 from tests.contract.conftest import logits, train
 from tests.tiny import tiny_llama
 
@@ -326,7 +327,7 @@ def test_factors_of_another_model_are_refused(tiny, tmp_path):
 
 
 @pytest.mark.real_model
-def test_the_command_shows_what_it_found_and_its_example_runs(smollm2, tmp_path, monkeypatch):
+def test_the_command_records_what_it_found_in_a_real_model(smollm2, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("The harbour master writes down every ship that comes in. " * 60)
     command = [sys.executable, "-W", "ignore", "-m", "hiplora", "calibrate", "smollm2-135m", "--rank", "32"]
@@ -341,12 +342,6 @@ def test_the_command_shows_what_it_found_and_its_example_runs(smollm2, tmp_path,
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 0
     assert record["factor_bytes"] > 1e6
-    shown = subprocess.run([*command, *small], capture_output=True, text=True)
-    assert "effective rank" in shown.stdout
-    assert "q_proj" in shown.stdout
-    wrong = subprocess.run([*command, "--text", str(tmp_path / "none.txt")], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "none.txt: cannot be read" in wrong.stderr
 
 
 def calibrate_command(capsys, *arguments):
@@ -369,6 +364,19 @@ def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_ener
     }
     assert all(layer["energy"] >= 0.5 or layer["k"] == 32 for layer in record["layers"])
     assert (record["source"], record["tokens"]) == ("self", 768)
+
+
+def test_the_command_shows_a_row_for_each_kind_of_layer(tiny_model_dir, capsys):
+    code, shown, _ = run(capsys, "calibrate", tiny_model_dir, "--tokens", 300)
+    assert code == 0
+    assert "effective rank" in shown
+    assert [shown.count(name) for name in ("q_proj", "gate_proj", "up_proj", "down_proj")] == [0, 1, 1, 1]
+
+
+def test_a_text_that_is_not_there_is_named(tiny_model_dir, tmp_path, capsys):
+    code, _, err = run(capsys, "calibrate", tiny_model_dir, "--text", tmp_path / "none.txt")
+    assert code == 2
+    assert "none.txt: cannot be read" in err
 
 
 def test_one_side_needs_half_of_the_work(tiny_model_dir, capsys, monkeypatch):
