@@ -40,8 +40,16 @@ LOOKS = (
 )
 # The base model, which is no method.
 NEUTRAL = Look(MUTED, NEUTRALS[MUTED], (), "o")
-_KNOWN = {"hiplora": 0, "lora": 1, "projlora": 2, "pissa": 3, "adalora": 4}
-
+_KNOWN = {
+    "hiplora": 0,
+    "lora": 1,
+    "projlora": 2,
+    "projloraoplora": 2,
+    "pissa": 3,
+    "adalora": 4,
+    "hiploraactivation": 5,
+    "loraonthemlps": 6,
+}
 
 _MARKER_PATHS = {
     "s": "M9.5 2h7v7h-7z",

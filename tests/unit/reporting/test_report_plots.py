@@ -110,6 +110,8 @@ def test_a_method_keeps_its_colour_whatever_stands_beside_it():
     assert alone["HiP-LoRA"] == among["hip_lora"]
     assert looks(["LoRA"])["LoRA"] == among["LoRA"]
     assert len({look.colour for look in among.values()}) == 4
+    together = ["HiP-LoRA (activation)", "LoRA on the MLPs", "Proj-LoRA (OPLoRA)", "HiP-LoRA", "LoRA"]
+    assert all(looks([name])[name] == look for name, look in looks(together).items())
     many = looks([f"method {index}" for index in range(20)])
     assert len(many) == 20
 
