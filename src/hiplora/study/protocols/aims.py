@@ -90,6 +90,10 @@ AIMS: tuple[Aim, ...] = (
     _as_much("edit-success", "Edits succeed as often", "editing", "edit success", "set", BATCH),
     Aim("edit-locality", "Unrelated answers changed by edits", "≤ 1/5 of LoRA's", "editing", "locality damage ratio",
         "ratio", 1 / 5, parts=("set",), setting=BATCH),
+    Aim("edit-locality-accuracy", "Accuracy on unrelated questions lost by edits", "≤ 1/5 of LoRA's", "editing",
+        "lost accuracy ratio", "ratio", 1 / 5, parts=("set",), setting=BATCH),
+    Aim("edit-locality-likelihood", "Log-probability of unrelated answers lost by edits", "≤ 1/5 of LoRA's", "editing",
+        "lost log-probability ratio", "ratio", 1 / 5, parts=("set",), setting=BATCH),
     Aim("rivals", "No rival lies below at every common loss", "< all common losses", "frontier",
         "share of losses below", "rivals", 1, unit="of the losses", parts=("domain",)),
 )  # fmt: skip

@@ -26,6 +26,12 @@ SHOWN = {  # metric → heading, what is better (empty: neither), unit
     "edited log-probability change": ("Log p of edited targets", "low", "nats"),
 }
 
+LOST = {  # metric of the unrelated questions → the ratio of what two methods lost, sign of a loss
+    "locality damage": ("locality damage ratio", 1),
+    "locality": ("lost accuracy ratio", 1),
+    "log-probability change": ("lost log-probability ratio", -1),
+}
+
 
 def set_title(settings: Editing, name: str) -> str:
     """Return a set's title, its name if it has none."""
@@ -152,7 +158,7 @@ def _measured(
 
 
 def _compared(one: Edited, against: Edited, setting: Mapping[str, Any]) -> Iterator[Measurement]:
-    """Paired differences, and the ratio of the answers changed; it has no interval where the other may change none."""
+    """Paired differences, and ratios of what was lost; those have no interval where the other may have lost nothing."""
     seeds = len(one.jobs)
     for metric in one.metrics:
         if metric in against.metrics:
@@ -163,9 +169,10 @@ def _compared(one: Edited, against: Edited, setting: Mapping[str, Any]) -> Itera
             )
             items = one.metrics[metric].items
             yield difference(NAME, metric, *sides, unit=unit, items=items, setting=setting, seeds=seeds)
-    here, there = one.metrics.get("locality damage"), against.metrics.get("locality damage")
-    if here is not None and there is not None:
-        yield measurement(
-            NAME, one.title, "locality damage ratio", ratio(here.draws, there.draws), [*one.jobs, *against.jobs],
-            unit="ratio", setting={**setting, "over": against.title}, seeds=seeds, items=here.items,
-        )  # fmt: skip
+    for metric, (name, sign) in LOST.items():
+        here, there = one.metrics.get(metric), against.metrics.get(metric)
+        if here is not None and there is not None:
+            yield measurement(
+                NAME, one.title, name, ratio(sign * here.draws, sign * there.draws), [*one.jobs, *against.jobs],
+                unit="ratio", setting={**setting, "over": against.title}, seeds=seeds, items=here.items,
+            )  # fmt: skip

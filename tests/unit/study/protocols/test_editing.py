@@ -91,6 +91,9 @@ def test_methods_are_compared_on_the_same_edits_and_questions(study):
     assert nats.low == nats.high == pytest.approx(1)  # of each question: paired, it does not vary
     ratio = told(section, "locality damage ratio", "HiP-LoRA", over="LoRA")
     assert ratio.value == pytest.approx(50 / 75)
+    lost = told(section, "lost log-probability ratio", "HiP-LoRA", over="LoRA")
+    assert lost.value == pytest.approx(0.5 / 1.5)
+    assert told(section, "lost accuracy ratio", "HiP-LoRA", over="LoRA").value == pytest.approx(0)
 
 
 def test_a_ratio_to_a_method_that_may_have_changed_nothing_has_no_interval(study):
