@@ -10,7 +10,6 @@ import torch
 
 import hiplora
 from hiplora import HipLoraConfig
-from hiplora.cli import main as cli
 from hiplora.errors import ConfigError, FactorError
 from hiplora.tuner import gradients
 from hiplora.tuner.gradients import _score as score
@@ -345,11 +344,8 @@ def test_the_command_records_what_it_found_in_a_real_model(smollm2, tmp_path):
 
 
 def calibrate_command(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["calibrate", *arguments, "--json"])
-        raise SystemExit(0)
-    out, err = capsys.readouterr()
-    return stop.value.code, json.loads(out) if out else None, err
+    code, out, err = run(capsys, "calibrate", *arguments, "--json")
+    return code, json.loads(out) if out else None, err
 
 
 def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_energy(tiny_model_dir, capsys):
