@@ -41,9 +41,9 @@ lint: $(STAMP)
 	@$(PY) -m tools.check_imports
 	@$(PY) -m tools.check_docs
 
-# Each test process uses one thread: together they fill the cores.
+# Each test process uses one thread: together they fill the cores. They start hundreds of others, which read bytecode.
 test: model lint
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: model
 	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"

@@ -10,7 +10,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
   exit 1
 fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+install() { "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-compile -c constraints.txt "$@"; }
 
 # PyPI's torch for Linux brings gigabytes of CUDA libraries: without a GPU look for the CPU build first, where
 # pip is set up to look, then at PyTorch's own index; the plain one serves where neither has it.
@@ -20,13 +20,21 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
   installed=
   if ! { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then
     for index in "" "--extra-index-url=https://download.pytorch.org/whl/cpu"; do
-      if pip install -qq --retries 1 --timeout 15 ${index:+"$index"} -c constraints.txt "$torch+cpu" 2>/dev/null; then
+      if install --retries 1 --timeout 15 ${index:+"$index"} "$torch+cpu" 2>/dev/null; then
         installed=yes
         break
       fi
     done
   fi
-  [ "$installed" ] || pip install -qq -c constraints.txt "$torch"
+  [ "$installed" ] || install "$torch"
 fi
 echo "setup: installing hiplora and its dependencies"
-pip install -qq -c constraints.txt --editable '.[dev,eval,grid]'
+install --editable '.[dev,eval,grid]'
+
+# Compiling all that was installed takes as long as installing it: what hiplora imports is compiled, by importing it.
+env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c '
+import importlib, pkgutil, hiplora
+for module in pkgutil.walk_packages(hiplora.__path__, "hiplora."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+'
