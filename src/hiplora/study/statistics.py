@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from hiplora.metrics import paired_bootstrap
 
 REPLICATES = 10_000
+FAR = 1e6  # a ratio beyond which a side of an interval counts as open
 Draws = NDArray[np.float64]  # (1 + replicates,): the value itself, then the replicates'
 
 
@@ -65,12 +66,34 @@ def estimate(draws: Draws, by_seed: Sequence[float] = ()) -> Estimate:
 
 
 def ratio(here: Draws, there: Draws) -> Estimate:
-    """Return one value over another. Where a replicate of the other is not positive there is no interval; where the
-    value itself is not, the ratio is infinite.
+    """Return one value over another with the interval of the ratios r that here − r·there may be none at (Fieller).
+
+    Where the other's replicates are all positive these are the quantiles of the ratio; where some are not, a side may
+    be open (None). Where the value itself is not positive, the ratio is infinite and has no interval.
     """
+    if not there[0] > 0:
+        return Estimate(math.inf)
     if bool((there > 0).all()):
         return estimate(here / there)
-    return Estimate(float(here[0] / there[0]) if there[0] > 0 else math.inf)
+    value = float(here[0] / there[0])
+    return Estimate(value, _last(here, there, value, -1), _last(here, there, value, 1))
+
+
+def _last(here: Draws, there: Draws, value: float, side: int) -> float | None:
+    """The last ratio on a side of `value` that the replicates allow, None where they allow every one."""
+
+    def allowed(r: float) -> bool:
+        return bool(np.mean(side * (here[1:] - r * there[1:]) >= 0) >= 0.025)
+
+    inside, outside = value, value + side * max(1.0, abs(value))
+    while allowed(outside):
+        inside, outside = outside, value + 2 * (outside - value)
+        if abs(outside) > FAR:
+            return None
+    for _ in range(60):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if allowed(middle) else (inside, middle)
+    return inside
 
 
 def spread(by_seed: Sequence[float]) -> float | None:

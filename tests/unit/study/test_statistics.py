@@ -73,9 +73,29 @@ def test_ratios_have_a_geometric_mean_and_the_interval_of_their_logarithms():
     assert geometric([3.0]).low is None
 
 
-def test_a_ratio_has_an_interval_only_where_what_it_is_over_cannot_be_none():
+def test_a_ratio_over_what_is_positive_throughout_has_the_quantiles_of_the_ratio():
     here, there = np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])
-    found = ratio(here, there)
-    assert (found.value, found.low) == (0.5, pytest.approx(0.25, abs=0.02))
-    assert ratio(here, np.array([4.0, 0.0, 4.0])) == Estimate(0.5)
+    assert ratio(here, there) == estimate(here / there)
     assert ratio(here, np.array([0.0, 4.0, 4.0])) == Estimate(math.inf)
+
+
+def test_a_ratio_over_what_is_seldom_none_is_bounded_and_agrees_with_the_contrast():
+    """Fieller: r is allowed where here − r·there is none within its own interval."""
+    generator = np.random.default_rng(0)
+    here, there = generator.normal(1, 0.3, 20_001), generator.normal(4, 1.5, 20_001)
+    here[0], there[0] = 1, 4
+    assert (there <= 0).any()
+    found = ratio(here, there)
+    assert found.low < found.value == 0.25 < found.high
+    for bound in (found.low, found.high):
+        low, high = np.quantile((here - bound * there)[1:], (0.025, 0.975))
+        assert min(abs(low), abs(high)) < 0.01
+
+
+def test_a_ratio_over_what_is_often_none_has_an_open_side():
+    generator = np.random.default_rng(0)
+    here, there = generator.normal(3, 0.3, 20_001), generator.normal(1, 1, 20_001)
+    here[0], there[0] = 3, 1
+    found = ratio(here, there)
+    assert found.low < 3
+    assert found.high is None

@@ -9,7 +9,8 @@ from typing import Any, Literal
 class Measurement:
     """One measured value with where it comes from: a row of the tidy tables.
 
-    `low` and `high` bound its 95 % interval, `sd` is the standard deviation over seeds; None where there is none.
+    `low` and `high` bound its 95 % interval, most often over items with the seeds as they are; `sd` is the standard
+    deviation over seeds. None where there is none.
     `setting` has what else tells it apart (`tau`, `size`, `lr`, `stage` …), `jobs` the keys of the jobs it is made of.
     """
 
@@ -27,6 +28,28 @@ class Measurement:
     items: int | None = None
     setting: Mapping[str, Any] = field(default_factory=dict)
     jobs: Sequence[str] = ()
+
+    @property
+    def over_seeds(self) -> tuple[float, float] | None:
+        """The 95 % interval over seeds, Student's t: of what other seeds would give; None without a spread."""
+        from scipy import stats
+
+        if self.sd is None or self.seeds < 2:
+            return None
+        margin = float(stats.t.ppf(0.975, self.seeds - 1)) * self.sd / self.seeds**0.5
+        return self.value - margin, self.value + margin
+
+    @property
+    def widest(self) -> tuple[float | None, float | None]:
+        """The bounds that hold over items, over seeds and, where there is one, in the paper's interval over both."""
+        if self.low is None or self.high is None:
+            return self.low, self.high
+        wide: Any = self.setting.get("hierarchical_low"), self.setting.get("hierarchical_high")
+        known = [
+            (self.low, self.high),
+            *(pair for pair in (self.over_seeds, wide) if pair and None not in pair),
+        ]
+        return min(low for low, _ in known), max(high for _, high in known)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def to_html(table: Table) -> "Markup":
         for name, cells in table.rows
     )
     return Markup(
-        '<div class="scroll" role="region" aria-label="{}" tabindex="0">\n<table class="nowrap study">\n'
+        '<div class="scroll" role="region" aria-label="{}" tabindex="0">\n<table class="study">\n'
         "<thead><tr>{}</tr></thead>\n<tbody>\n{}\n</tbody></table>\n</div>"
     ).format(table.title, head, body)
 
@@ -176,7 +176,8 @@ def _html_cell(cell: Cell) -> "Markup":
     shown = Markup("<strong>{}</strong>" if cell.best else "{}").format(main)
     mark = Markup('<span class="paper">{}</span>').format(paper) if paper else ""
     spread_mark = Markup('<span class="spread">{}</span>').format(rest) if rest else ""
-    return Markup('<td class="n">{}{}{}</td>').format(shown, spread_mark, mark)
+    kind = "t" if cell.text else "n"
+    return Markup('<td class="{}">{}{}{}</td>').format(kind, shown, spread_mark, mark)
 
 
 def _pipes(cells: Iterable[str]) -> str:

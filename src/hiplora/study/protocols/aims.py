@@ -2,7 +2,8 @@
 
 An aim is a bound on a value, most often on the reference's over a plain LoRA's; of several LoRAs the one counts that
 leaves the least distance, of several texts the worst. It is met where the 95 % interval lies on its side of the bound,
-missed where it lies on the other, and else it cannot be told.
+missed where it lies on the other, and else it cannot be told. A difference has the wider of two intervals, over items
+and over seeds.
 """
 
 import math
@@ -14,8 +15,15 @@ from hiplora.recipes.protocols import Aims
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.aims_values import Value, inverse, negative, share_of_losses, share_of_merges
-from hiplora.study.protocols.frontier_points import OVER, OWN
+from hiplora.study.protocols.aims_values import (
+    Value,
+    apart,
+    inverse,
+    negative,
+    share_of_losses,
+    share_of_merges,
+)
+from hiplora.study.protocols.frontier_points import OVER, RIVAL, kind_of
 from hiplora.study.protocols.frontiers import NOT_REACHED
 from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
@@ -51,8 +59,8 @@ class Aim:
 
 
 def _drift(name: str, says: str, target: str, view: str, bound: float, **more: Any) -> Aim:
-    """An aim on the drift of single tasks, on texts unlike the calibration text, at the most that both learned."""
-    setting = {"text": OVER, "operating": True}
+    """An aim on the drift of single tasks, at the most that both learned."""
+    setting = {"operating": True}
     metric = f"drift ratio at equal {view}"
     return Aim(
         name, says, target, "frontier", metric, "ratio", bound, parts=("domain",), setting=setting, **more
@@ -88,6 +96,8 @@ AIMS: tuple[Aim, ...] = (
         1 / 4, parts=("form",)),
     _as_much("continual-learned", "Continual tuning learns as much", "continual", "learned accuracy", "form"),
     _as_much("edit-success", "Edits succeed as often", "editing", "edit success", "set", BATCH),
+    _as_much("edit-paraphrase", "Edits succeed as often asked in other words", "editing", "paraphrase success", "set",
+             BATCH),
     Aim("edit-locality", "Unrelated answers changed by edits", "≤ 1/5 of LoRA's", "editing", "locality damage ratio",
         "ratio", 1 / 5, parts=("set",), setting=BATCH),
     Aim("edit-locality-accuracy", "Accuracy on unrelated questions lost by edits", "≤ 1/5 of LoRA's", "editing",
@@ -170,7 +180,7 @@ def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Jud
     """Return every aim in each of its parts, without a value where none was measured."""
     measurements = [one for section in sections for one in section.measurements]
     waiting = {section.name for section in sections if section.missing}
-    calibrating = _calibrating(study, settings)
+    calibrating = {OVER, *_calibrating(study, settings)}
     found = []
     for aim in AIMS:
         if aim.against == "attention" and settings.attention is None:
@@ -180,7 +190,7 @@ def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Jud
             for one in measurements
             if (one.protocol, one.metric) == (aim.section, aim.metric)
             and all(one.setting.get(name) == value for name, value in aim.setting.items())
-            and one.setting.get("text") not in calibrating
+            and not (aim.of == "ratio" and one.setting.get("text") in calibrating)
         ]
         parts: dict[str, list[Value]] = {}
         for one in fitting:
@@ -188,9 +198,30 @@ def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Jud
                 parts.setdefault(_part(study, aim, one), []).append(value)
         waits = aim.section in waiting
         found += [Judged(aim, part, _counting(aim, values), waits) for part, values in parts.items()]
-        expected = FORMS if "form" in aim.parts else () if parts else ("",)
+        expected = _expected(study, settings, aim) or ([] if parts else [""])
         found += [Judged(aim, part, None) for part in expected if part not in parts]
     return found
+
+
+def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str]:
+    """The parts that an aim has when the study is whole; none where only what is found can tell."""
+    if "form" in aim.parts:
+        return FORMS
+    frontier, editing = study.recipe.protocols.frontier, study.recipe.protocols.editing
+    if "set" in aim.parts and editing is not None:
+        return list(editing.sets)
+    if "domain" in aim.parts and frontier is not None:
+        loras = settings.plain if aim.against == "plain" else [settings.attention]
+
+        def counts(method: str) -> bool:
+            return kind_of(study, frontier, method) == RIVAL if aim.of == "rivals" else method in loras
+
+        return [
+            study.recipe.domains[domain].title
+            for domain, methods in frontier.domains.items()
+            if settings.reference in methods and any(map(counts, methods))
+        ]
+    return []
 
 
 def _part(study: Study, aim: Aim, one: Measurement) -> str:
@@ -211,7 +242,7 @@ def _values(study: Study, settings: Aims, aim: Aim, one: Measurement) -> Iterato
     names = settings.plain if aim.against == "plain" else [str(settings.attention)]
     loras = [study.row(name).title for name in names]
     if aim.of == "rivals":
-        if one.setting.get("than") == reference and one.setting.get("kind") != OWN:
+        if one.setting.get("than") == reference and one.setting.get("kind") == RIVAL:
             yield share_of_losses(one)
     elif aim.of in ("reference", "plain"):
         if one.method in ([reference] if aim.of == "reference" else loras):
@@ -219,9 +250,13 @@ def _values(study: Study, settings: Aims, aim: Aim, one: Measurement) -> Iterato
     else:
         other = one.setting.get("over" if aim.of == "ratio" else "minus")
         if one.method == reference and other in loras:
-            yield Value(one.value, one.low, one.high, str(other))
+            yield (
+                apart(one, str(other))
+                if aim.of == "difference"
+                else Value(one.value, one.low, one.high, str(other))
+            )
         elif other == reference and one.method in loras:
-            turned = inverse(one) if aim.of == "ratio" else negative(one)
+            turned = inverse(one) if aim.of == "ratio" else negative(apart(one, reference), one.method)
             yield replace(turned, bounded=one.setting.get("state") == NOT_REACHED)
 
 
@@ -249,12 +284,12 @@ def _table(judged: Sequence[Judged]) -> Table:
         found = one.found
         digits = 3 if one.aim.bound < 1 and one.aim.of == "ratio" else 2
         cells = [
+            Cell(text=one.told),
             Cell(text=one.part or "–"),
-            Cell(text=one.aim.target),
             Cell() if found is None else Cell(found.value, found.low, found.high, digits=digits),
             Cell(text=one.aim.unit),
+            Cell(text=one.aim.target),
             Cell(text="–" if found is None else found.against),
-            Cell(text=one.told),
         ]
         rows.append((one.aim.says, cells))
     note = (
@@ -262,10 +297,11 @@ def _table(judged: Sequence[Judged]) -> Table:
         "sides cannot tell; so far: jobs are missing that may change it. “Not below” is missed only where the whole "
         "interval is below: its width says how much less could have been learned unseen. Of several plain LoRAs the "
         "one with the smaller value counts, of several texts the worst; texts of the file that calibrated the basis "
-        "do not. Where no merge failed, the interval is what that number of merges leaves possible. Of a rival, the "
-        "share of the losses that both frontiers reach."
+        "do not. Ratios of drift have Student's t over the seeds, differences the wider of that and the interval over "
+        "items, shares of merges and edits that agree what their number leaves possible. Of a rival, the share of the "
+        "losses that both frontiers reach."
     )
-    columns = ["Aim", "Where", "Target", "Measured", "Unit", "Against", "Verdict"]
+    columns = ["Aim", "Verdict", "Where", "Measured", "Unit", "Target", "Against"]
     return Table(NAME, "Aim by aim", columns, rows, note)
 
 

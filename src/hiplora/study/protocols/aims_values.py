@@ -27,23 +27,35 @@ def inverse(one: Measurement) -> Value:
     return Value(1 / one.value, low, high, one.method)
 
 
-def negative(one: Measurement) -> Value:
-    """The reference minus a LoRA, of what was measured as the LoRA minus the reference."""
-    low, high = (None if bound is None else -bound for bound in (one.high, one.low))
-    return Value(-one.value, low, high, one.method)
+def negative(value: Value, method: str) -> Value:
+    """The reference minus a LoRA, of what was measured as the LoRA, `method`, minus the reference."""
+    low, high = (None if bound is None else -bound for bound in (value.high, value.low))
+    return Value(-value.value, low, high, method)
+
+
+def apart(one: Measurement, other: str) -> Value:
+    """A difference with its widest interval; where all of some edits agree, with what their number leaves possible.
+
+    The latter is Clopper and Pearson's exact bound on a share of which none was seen.
+    """
+    low, high = one.widest
+    if low == high == 0 and one.items:
+        high = 100 * (1 - 0.025 ** (1 / one.items))
+        low = -high
+    return Value(one.value, low, high, other)
 
 
 def share_of_merges(one: Measurement) -> Value:
     """A share of merges, its interval over items widened to what that many merges leave possible.
 
-    The latter are Clopper and Pearson's exact bounds, 95 % one-sided each.
+    The latter are Clopper and Pearson's exact bounds.
     """
     from scipy import stats
 
     low, high, merges = one.low, one.high, one.setting.get("merges")
     if merges:
         failed = round(one.value / 100 * merges)
-        exact = stats.binomtest(failed, merges).proportion_ci(0.90, "exact")
+        exact = stats.binomtest(failed, merges).proportion_ci(0.95, "exact")
         low = min(100 * exact.low, one.value if low is None else low)
         high = max(100 * exact.high, one.value if high is None else high)
     return Value(one.value, low, high, one.method)

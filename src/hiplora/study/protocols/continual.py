@@ -145,7 +145,8 @@ def _measurements(
                     (one.title, one.metric(name), one.jobs),
                     (against.title, against.metric(name), against.jobs),
                 )
-                yield difference(NAME, name, *sides, form=form, seeds=seeds)
+                by_seed = one.seeds(name), against.seeds(name)
+                yield difference(NAME, name, *sides, by_seed=by_seed, form=form, seeds=seeds)
             yield _ratio(one, against, form)
 
 

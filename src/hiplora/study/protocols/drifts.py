@@ -47,16 +47,23 @@ def drift_table(found: Drifts, name: str, title: str, over: str) -> Table:
 
 
 def drift_measurements(
-    found: Drifts, runs: Mapping[str, Sequence[Job]], name: str, seeds: int, **setting: Any
+    found: Drifts,
+    runs: Mapping[str, Sequence[Job]],
+    name: str,
+    seeds: int,
+    shared: bool = False,
+    **setting: Any,
 ) -> Iterator[Measurement]:
     """Yield each method's mean drift by text, and the geometric mean of its ratios to every method before it.
 
-    Spreads and intervals are over the means of the seeds: runs of one seed are not independent of each other.
+    Spreads and intervals are over the means of the seeds: runs of one seed are not independent of each other. There
+    are none where runs of different seeds are not either, because they are of `shared` adapters.
     """
     before: list[str] = []
     for method, values in found.items():
         for text, kl in values.items():
-            mean = Estimate(float(np.mean(kl)), sd=spread(by_seed(kl, seeds).mean(axis=1).tolist()))
+            means = by_seed(kl, seeds).mean(axis=1).tolist()
+            mean = Estimate(float(np.mean(kl)), sd=None if shared else spread(means))
             told = {"text": text, **setting}
             yield measurement(
                 name, method, "drift", mean, runs[method], unit="nats/token", setting=told, seeds=seeds
@@ -67,6 +74,8 @@ def drift_measurements(
                     continue
                 apart = np.log(by_seed(kl, seeds)) - np.log(by_seed(others, seeds))
                 ratio = geometric(np.exp(apart.mean(axis=1)).tolist())
+                if shared:
+                    ratio = Estimate(ratio.value)
                 yield measurement(
                     name, method, "drift ratio", ratio, [*runs[method], *runs[other]], unit="ratio",
                     setting={**told, "over": other}, seeds=seeds,

@@ -54,6 +54,11 @@ def edits_table(
     best = {place: SHOWN[metric][1] for place, metric in enumerate(metrics)}
     best |= dict.fromkeys(range(len(metrics), len(metrics) + len(texts)), "low")
     counts = f"{found[0].edits:,} edits, {found[0].questions:,} unrelated questions. " if found else ""
+    if counts and mode == "batch" and settings.edits_per_batch and settings.edits_per_batch < found[0].edits:
+        counts += (
+            f"Batches of {settings.edits_per_batch}, each on the bare model: what is asked of a model, it is asked "
+            "after one batch, and the mean is over the batches. "
+        )
     note = (
         f"{counts}Shares in per cent, with 95 % intervals over edits and questions. Edit success: the answer matches "
         "or is likelier than the old one. Locality: accuracy before − after on the unrelated questions, in pp; answers "
@@ -167,8 +172,13 @@ def _compared(one: Edited, against: Edited, setting: Mapping[str, Any]) -> Itera
                 (one.title, one.metrics[metric].draws, one.jobs),
                 (against.title, against.metrics[metric].draws, against.jobs),
             )
-            items = one.metrics[metric].items
-            yield difference(NAME, metric, *sides, unit=unit, items=items, setting=setting, seeds=seeds)
+            items, by_seed = (
+                one.metrics[metric].items,
+                (one.metrics[metric].by_seed, against.metrics[metric].by_seed),
+            )
+            yield difference(
+                NAME, metric, *sides, by_seed=by_seed, unit=unit, items=items, setting=setting, seeds=seeds
+            )
     for metric, (name, sign) in LOST.items():
         here, there = one.metrics.get(metric), against.metrics.get(metric)
         if here is not None and there is not None:

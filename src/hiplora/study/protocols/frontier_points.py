@@ -116,7 +116,7 @@ def curves(study: Study, settings: Settings, results: Results, domain: str) -> l
             )
             points += [point]
         if points:
-            found.append(Curve(method, study.row(method).title, _kind(study, settings, method), points))
+            found.append(Curve(method, study.row(method).title, kind_of(study, settings, method), points))
     return found
 
 
@@ -133,7 +133,8 @@ def at_the_edge(curve: Curve, rates: Sequence[float]) -> bool:
     return curve.best.rate in (min(rates), max(rates))
 
 
-def _kind(study: Study, settings: Settings, method: str) -> str:
+def kind_of(study: Study, settings: Settings, method: str) -> str:
+    """Return whether a method is `OWN`, `PLAIN` or `RIVAL`."""
     if method in settings.plain:
         return PLAIN
     found = study.row(method).method

@@ -204,5 +204,5 @@ def _drifts(study: Study, settings: MergeFail, results: Results) -> tuple[list[T
             title = f"Drift of the models merged by {rule_title(rule)}"
             tables.append(drift_table(found, f"{NAME}-drift-{rule}", title, "all merges"))
             seeds = len(study.seeds(settings))
-            measurements += drift_measurements(found, runs, NAME, seeds, rule=rule)
+            measurements += drift_measurements(found, runs, NAME, seeds, shared=True, rule=rule)
     return tables, measurements

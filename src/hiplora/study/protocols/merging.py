@@ -82,6 +82,11 @@ class Merges:
         return np.mean(self.before, axis=(0, 1))
 
     @property
+    def alone_by_seed(self) -> list[float]:
+        """The mean score of each seed's adapters before the merge."""
+        return np.asarray(self.before)[..., 0].mean(axis=0).tolist()
+
+    @property
     def drop(self) -> Draws:
         """The mean absolute drop over all metrics and seeds."""
         return np.mean(np.abs(np.subtract(self.before, self.after)), axis=(0, 1))
@@ -224,12 +229,16 @@ def _measurements(study: Study, merges: Sequence[Merges], form: str) -> Iterator
         )
         for other in (other for other in merges[:index] if other.rule == one.rule):
             here, there = ((x.title, x.alone, x.jobs) for x in (one, other))
-            yield difference(NAME, "score alone", here, there, form=form, setting=setting, seeds=seeds)
+            by_seed = one.alone_by_seed, other.alone_by_seed
+            yield difference(
+                NAME, "score alone", here, there, by_seed=by_seed, form=form, setting=setting, seeds=seeds
+            )
         against = first[one.rule]
         if one is not against:
             here, there = ((x.title, x.drop, x.jobs) for x in (one, against))
+            by_seed = one.drop_by_seed, against.drop_by_seed
             yield difference(
-                NAME, "mean drop", here, there, form=form, setting={"rule": one.rule}, seeds=seeds
+                NAME, "mean drop", here, there, by_seed=by_seed, form=form, setting=setting, seeds=seeds
             )
 
 

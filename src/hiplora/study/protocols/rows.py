@@ -36,6 +36,11 @@ class Row:
         """The mean over the domains."""
         return np.mean(list(self.domains.values()), axis=0)
 
+    @property
+    def mean_by_seed(self) -> list[float]:
+        """The mean over the domains of each seed's adapters, in per cent; none of the base."""
+        return np.mean(list(self.by_seed.values()), axis=0).tolist() if self.by_seed else []
+
 
 def score_runs(
     study: Study,
@@ -126,12 +131,13 @@ def row_differences(name: str, rows: Sequence[Row], form: str) -> Iterator[Measu
     """Yield the paired differences of Retain and of the mean score: every method minus each one before it."""
     for place, row in enumerate(rows):
         for against in rows[:place]:
-            for metric, here, there in (
-                ("retain", row.retain, against.retain),
-                ("mean score", row.mean, against.mean),
+            for metric, here, there, by_seed in (
+                ("retain", row.retain, against.retain, (row.retain_by_seed, against.retain_by_seed)),
+                ("mean score", row.mean, against.mean, (row.mean_by_seed, against.mean_by_seed)),
             ):
                 sides = (row.title, here, row.jobs), (against.title, there, against.jobs)
-                yield difference(name, metric, *sides, form=form, seeds=len(row.retain_by_seed))
+                seeds = len(row.mean_by_seed)
+                yield difference(name, metric, *sides, by_seed=by_seed, form=form, seeds=seeds)
 
 
 def held_out(trained: Sequence[Mapping[str, Any]]) -> tuple[float | None, float | None]:

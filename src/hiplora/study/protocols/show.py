@@ -76,11 +76,20 @@ def measurement(
 
 
 def difference(
-    protocol: str, metric: str, here: Side, there: Side, unit: str = "pp", **fields: Any
+    protocol: str,
+    metric: str,
+    here: Side,
+    there: Side,
+    unit: str = "pp",
+    by_seed: tuple[Sequence[float], Sequence[float]] = ((), ()),
+    **fields: Any,
 ) -> Measurement:
-    """Return the measurement of a paired difference, in percentage points unless told: `here` minus `there`."""
+    """Return the measurement of a paired difference, in percentage points unless told: `here` minus `there`.
+
+    `by_seed` has the two sides' values seed after seed: the spread of their differences goes into the measurement.
+    """
     setting = {"minus": there[0], **fields.pop("setting", {})}
-    found = estimate(here[1] - there[1])
+    found = estimate(here[1] - there[1], np.subtract(by_seed[0], by_seed[1]).tolist())
     used = [*here[2], *there[2]]
     return measurement(
         protocol, here[0], f"{metric} difference", found, used, unit=unit, setting=setting, **fields

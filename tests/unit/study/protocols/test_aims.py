@@ -10,7 +10,7 @@ from hiplora.study.protocols import aims
 from tests.unit.study.protocols.made import made_study, results
 
 AIMS = "protocols={aims: {reference: hiplora, plain: [lora, lora-mlp], attention: lora}}"
-EQUAL = {"text": "all texts", "operating": True, "state": "reached", "over": "HiP-LoRA"}
+EQUAL = {"text": "German", "operating": True, "state": "reached", "over": "HiP-LoRA"}
 ADDED = {"rule": "addition", "tau": 0.9, "size": "all", "merges": 30}
 
 
@@ -80,8 +80,8 @@ def test_a_lora_that_never_learned_as_much_counts_only_alone(tmp_path):
     assert (alone["verdict"], alone["low"]) == ("cannot tell", None)
 
 
-@pytest.mark.parametrize("setting", [{"operating": False}, {"text": "prose"}, {"over": "PiSSA"}])
-def test_other_points_and_texts_do_not_count(tmp_path, setting):
+@pytest.mark.parametrize("setting", [{"operating": False}, {"text": "all texts"}, {"over": "PiSSA"}])
+def test_other_points_and_means_over_texts_do_not_count(tmp_path, setting):
     found = judged(tmp_path, drift("LoRA", 50, 40, 60, **setting))
     assert found["drift"]["measured"]["verdict"] == "not measured yet"
 
@@ -134,14 +134,14 @@ def test_of_several_texts_the_worst_counts_and_the_calibrating_one_does_not(tmp_
     assert (found["verdict"], found["estimate"]) == ("met", 0.05)
 
 
-@pytest.mark.parametrize(("merges", "verdict"), [(30, "cannot tell"), (60, "met")])
+@pytest.mark.parametrize(("merges", "verdict"), [(60, "cannot tell"), (80, "met")])
 def test_no_failure_among_a_few_merges_does_not_show_that_few_fail(tmp_path, merges, verdict):
     none = of(
         "merge-fail", "merge fail", "HiP-LoRA", 0, 0, 0, form="accuracy", setting={**ADDED, "merges": merges}
     )
     found = judged(tmp_path, none)["merge-fail"]
     assert found["accuracy"]["verdict"] == verdict
-    assert found["accuracy"]["high"] == pytest.approx(100 * (1 - 0.05 ** (1 / merges)))
+    assert found["accuracy"]["high"] == pytest.approx(100 * (1 - 0.025 ** (1 / merges)))
     assert found["likelihood"]["verdict"] == "not measured yet"
 
 
@@ -164,6 +164,24 @@ def test_edits_succeed_as_often_unless_the_interval_says_fewer(tmp_path, low, hi
         tmp_path, of("editing", "edit success difference", "HiP-LoRA", -1, low, high, setting=setting)
     )
     assert found["edit-success"]["edit-set"]["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("edits", "least"), [(80, -4.5), (120, -3.0)])
+def test_edits_that_all_agree_leave_a_difference_possible(tmp_path, edits, least):
+    setting = {"mode": "batch", "set": "edit-set", "minus": "LoRA"}
+    same = of("editing", "edit success difference", "HiP-LoRA", 0, 0, 0, setting=setting, items=edits)
+    found = judged(tmp_path, same)["edit-success"]["edit-set"]
+    assert (found["verdict"], found["low"]) == ("met", pytest.approx(least, abs=0.05))
+
+
+def test_a_difference_is_missed_only_where_the_seeds_say_so_too(tmp_path):
+    setting = {"minus": "LoRA"}
+    for sd, verdict, low in ((0.1, "missed", -3.0), (1.0, "met", -2 - 4.3027 / 3**0.5)):
+        (tmp_path / verdict).mkdir()
+        less = of("continual", "learned accuracy difference", "HiP-LoRA", -2, -3, -1, form="accuracy",
+                  setting=setting, seeds=3, sd=sd)  # fmt: skip
+        found = judged(tmp_path / verdict, less)["continual-learned"]["accuracy"]
+        assert (found["verdict"], found["low"]) == (verdict, pytest.approx(low, abs=1e-3))
 
 
 def test_a_difference_may_be_measured_either_way_round(tmp_path):
@@ -205,6 +223,7 @@ def test_a_rival_that_lies_below_everywhere_misses_the_aim_if_all_seeds_say_so(
         below("PiSSA", share, everywhere),
         below("MiLoRA", 0.0, 0),
         below("HiP-LoRA (activation)", 1.0, 3, "own"),
+        below("LoRA", 1.0, 3, "plain"),
     ]
     assert judged(tmp_path, *made)["rivals"]["Code"]["verdict"] == verdict
 
@@ -216,10 +235,22 @@ def test_the_section_shows_aim_target_value_and_verdict(tmp_path):
     name, cells = section.tables[0].rows[0]
     assert name == "Single-task drift at equal loss"
     texts = [cell.text for cell in cells]
-    assert texts == ["GSM8K", "≤ 1/10 of the best plain LoRA's", "", "of LoRA's", "LoRA", "missed"]
+    assert texts == ["missed", "GSM8K", "", "of LoRA's", "≤ 1/10 of the best plain LoRA's", "LoRA"]
     assert cells[2].value == pytest.approx(0.2)
     assert section.text[1].startswith("Missed: Single-task drift at equal loss (GSM8K)")
     assert "Aim by aim" in write_report(tmp_path / "report", "Made", {}, [section], {}).read_text()
+
+
+def test_what_the_recipe_plans_is_told_before_it_is_measured(tmp_path):
+    """Drift where a plain LoRA is among a domain's methods, rivals where a rival is."""
+    plan = (
+        "protocols={aims: {reference: hiplora, plain: [lora]}, frontier: {domains: {mathematics: [hiplora, lora], "
+        "code: [hiplora, pissa]}, rates: [0.001, 0.002, 0.004, 0.008], plain: [lora], reference: hiplora}}"
+    )
+    found = judged(tmp_path, drift("LoRA", 50, 40, 60), changes=(plan,))
+    assert {part for part in found["drift"] if part not in ("says", "target")} == {"GSM8K"}
+    assert found["rivals"]["Code"]["verdict"] == "not measured yet"
+    assert "GSM8K" not in found["rivals"]
 
 
 def test_without_an_attention_lora_there_is_no_aim_on_it(tmp_path):

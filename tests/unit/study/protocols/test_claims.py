@@ -12,7 +12,7 @@ from tests.unit.study.protocols.made import made_study, results, table
 CHANGES = ("protocols={claims: {hiplora: hiplora, lora: lora}}",)
 
 
-def retain(value, low, high, form="accuracy", method="HiP-LoRA", minus="LoRA"):
+def retain(value, low, high, form="accuracy", method="HiP-LoRA", minus="LoRA", **more):
     return Measurement(
         "single-task",
         method,
@@ -22,6 +22,7 @@ def retain(value, low, high, form="accuracy", method="HiP-LoRA", minus="LoRA"):
         low=low,
         high=high,
         setting={"minus": minus},
+        **more,
     )
 
 
@@ -50,8 +51,30 @@ def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, low, high, verd
         "estimate": -3.0,
         "low": low,
         "high": high,
+        "over_seeds": None,
         "unit": "pp",
     }
+
+
+@pytest.mark.parametrize(("sd", "verdict"), [(0.5, "supported"), (5.0, "cannot tell")])
+def test_a_claim_holds_over_seeds_too_or_it_cannot_be_told(tmp_path, sd, verdict):
+    """Student's t with two degrees of freedom: 4.30 standard errors to each side."""
+    found = judged(tmp_path, retain(-3.0, -4.0, -2.0, seeds=3, sd=sd))["retain"]["accuracy"]
+    margin = 4.302653 * sd / 3**0.5
+    assert found["verdict"] == verdict
+    assert found["over_seeds"] == pytest.approx([-3 - margin, -3 + margin])
+
+
+def test_merges_that_share_adapters_are_judged_by_the_papers_interval_too(tmp_path):
+    study, store = made_study(tmp_path, *CHANGES)
+    settings = study.recipe.protocols.claims
+    for wide, verdict in ((-1.0, "supported"), (3.0, "cannot tell")):
+        setting = {"minus": "LoRA", "rule": "addition", "hierarchical_low": -9.0, "hierarchical_high": wide}
+        fewer = Measurement("merge-fail", "HiP-LoRA", "merge fail difference", -3, form="accuracy", low=-4, high=-2,
+                            setting=setting)  # fmt: skip
+        section = Section("merge-fail", "Merges", measurements=[fewer])
+        (text,) = claims.files(study, settings, results(store), [section]).values()
+        assert json.loads(text)["claims"]["merge-fail"]["accuracy"]["verdict"] == verdict
 
 
 def test_what_was_not_measured_is_said(tmp_path):
@@ -79,7 +102,7 @@ def test_the_section_shows_claim_effect_and_verdict(tmp_path):
     section = claims.section_after(study, study.recipe.protocols.claims, results(store), [single])
     name = "HiP-LoRA loses less of the other abilities than LoRA"
     shown = [cells for row, cells in section.tables[0].rows if row == name]
-    assert [cell.text for cell in shown[0]] == ["Retain 12.3 → 4.9", "accuracy", "", "pp", "supported"]
+    assert [cell.text for cell in shown[0]] == ["supported", "accuracy", "", "pp", "–", "Retain 12.3 → 4.9"]
     assert shown[0][2].value == -3.0
     assert "1 supported" in section.text[0]
     assert table(section, "claims")

@@ -35,6 +35,12 @@ def test_a_method_that_does_not_drift_at_all_has_no_ratio():
     assert [one.metric for one in drift_measurements(none, RUNS, "merging", 2)] == ["drift", "drift"]
 
 
+def test_runs_that_share_adapters_have_no_interval():
+    found = list(drift_measurements(FOUND, RUNS, "merge-fail", 2, shared=True))
+    assert {(one.low, one.high, one.sd) for one in found} == {(None, None, None)}
+    assert next(one.value for one in found if one.metric == "drift ratio") == pytest.approx(0.5)
+
+
 def test_runs_of_one_seed_count_as_one():
     runs = {name: [Job("merge", 1, name, {"method": name, "run": run}) for run in range(4)] for name in RUNS}
     # The ratios of the first seed's two runs are 1/2 and 1/8, of the second's both 1/4: over the seeds none differ.

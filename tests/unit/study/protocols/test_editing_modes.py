@@ -52,6 +52,18 @@ def test_of_a_sequence_what_still_works_at_the_end_counts_and_its_course_is_draw
     ]
 
 
+@pytest.mark.parametrize(("a_batch", "told"), [(2, True), (4, False)])
+def test_batches_apart_from_each_other_are_said_to_be(tmp_path, a_batch, told):
+    changes = (
+        CHANGES[0],
+        CHANGES[1].replace("modes: [batch]", f"modes: [batch], edits_per_batch: {a_batch}"),
+    )
+    made = {"lora": {seed: edits(records([0, 1, 2, 3], [1, 1, 1, 1])) for seed in (42, 100)}}
+    found, settings, store = filled(tmp_path, made, *changes)
+    notes = [one.note for one in editing.section(found, settings, results(store)).tables]
+    assert any("Batches of 2, each on the bare model" in note for note in notes) == told
+
+
 def test_neighbours_count_by_the_edits_that_have_some(tmp_path):
     made = {
         "lora": {

@@ -87,7 +87,7 @@ def test_the_drift_of_merged_models_is_compared_merge_by_merge(study):
     section = merge_fail.section(found, settings, results(store))
     assert table(section, "merge-fail-drift-addition")["LoRA"]["prose"].value == pytest.approx(400)
     ratio = measured(section, "drift ratio", "LoRA on the MLPs")
-    assert ratio.value == pytest.approx(0.25)
+    assert (ratio.value, ratio.low) == (pytest.approx(0.25), None)  # merges of different draws share adapters
 
 
 def test_the_section_can_be_shown(study, tmp_path):
