@@ -93,7 +93,7 @@ def _last(here: Draws, there: Draws, value: float, side: int) -> float | None:
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if allowed(middle) else (inside, middle)
-    return inside
+    return round(inside, 6)  # replicates are exact to about 1e-7
 
 
 def spread(by_seed: Sequence[float]) -> float | None:

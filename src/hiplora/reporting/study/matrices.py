@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hiplora.reporting.canvas import Panel
-from hiplora.reporting.numbers import number, printable, shorten
+from hiplora.reporting.numbers import number, printable
 from hiplora.reporting.palette import MUTED
 from hiplora.reporting.plots import heat
 from hiplora.reporting.study.describe import describe_matrix, wrapped
@@ -60,8 +60,12 @@ def shades(matrices: Sequence[Matrix]) -> Shades:
 def panel(matrix: Matrix, widest: int, shared: Shades | None = None) -> Panel:
     """Return the picture of a matrix, at most `widest` CSS pixels wide; `shared` is its scale among others."""
     scale = shared or shades([matrix])
-    rows = [shorten(printable(name), int(_NAME_SHARE * widest / _CHARACTER)) for name in matrix.row_names]
-    left = 24 + _CHARACTER * max(map(len, rows), default=0)
+    room = int(_NAME_SHARE * widest / _CHARACTER)
+    rows = [
+        "\n".join(textwrap.wrap(printable(name), room, max_lines=2, placeholder=" …"))
+        for name in matrix.row_names
+    ]
+    left = 24 + _CHARACTER * max((len(line) for name in rows for line in name.split("\n")), default=0)
     count = max(1, len(matrix.column_names))
     cell = min(_WIDEST_CELL, max(_NARROWEST_CELL, (widest - left) / count))
     columns = [

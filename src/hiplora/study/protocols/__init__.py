@@ -56,15 +56,15 @@ def files(study: Study, results: Results, sections: Sequence[Section]) -> dict[s
 
 
 def sections(study: Study, results: Results) -> list[Section]:
-    """Return the sections of all protocols that are asked for; those that judge the others see them."""
+    """Return the sections of all protocols that are asked for; those that judge the others see them, and come first."""
+    verdicts: list[Section] = []
     found: list[Section] = []
     for name, settings in asked(study.recipe.protocols).items():
         results.missing.clear()
         module = protocol(name)
         judge = getattr(module, "section_after", None)
-        found.append(
-            module.section(study, settings, results)
-            if judge is None
-            else judge(study, settings, results, tuple(found))
-        )
-    return found
+        if judge is None:
+            found.append(module.section(study, settings, results))
+        else:
+            verdicts.append(judge(study, settings, results, tuple(found)))
+    return [*verdicts, *found]

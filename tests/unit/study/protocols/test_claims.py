@@ -6,7 +6,7 @@ import pytest
 
 from hiplora.reporting.study.spec import Measurement, Section
 from hiplora.reporting.study.write import write_report
-from hiplora.study.protocols import claims
+from hiplora.study.protocols import claims, sections
 from tests.unit.study.protocols.made import made_study, results, table
 
 CHANGES = ("protocols={claims: {hiplora: hiplora, lora: lora}}",)
@@ -107,3 +107,10 @@ def test_the_section_shows_claim_effect_and_verdict(tmp_path):
     assert "1 supported" in section.text[0]
     assert table(section, "claims")
     assert "Claim by claim" in write_report(tmp_path / "report", "Made", {}, [section], {}).read_text()
+
+
+def test_the_verdicts_are_read_first(tmp_path):
+    study, store = made_study(
+        tmp_path, "protocols={single_task: {methods: [lora]}, claims: {hiplora: hiplora, lora: lora}}"
+    )
+    assert [one.name for one in sections(study, results(store))] == ["claims", "single-task"]
