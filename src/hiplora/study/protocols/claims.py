@@ -71,7 +71,7 @@ class Checked:
             "estimate": None if found is None else found.value,
             "low": None if found is None else found.low,
             "high": None if found is None else found.high,
-            "over_seeds": None if found is None else found.over_seeds,
+            "widest": None if found is None else found.widest,
             "unit": self.claim.unit,
         }
 

@@ -51,7 +51,7 @@ def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, low, high, verd
         "estimate": -3.0,
         "low": low,
         "high": high,
-        "over_seeds": None,
+        "widest": [low, high],
         "unit": "pp",
     }
 
@@ -62,7 +62,7 @@ def test_a_claim_holds_over_seeds_too_or_it_cannot_be_told(tmp_path, sd, verdict
     found = judged(tmp_path, retain(-3.0, -4.0, -2.0, seeds=3, sd=sd))["retain"]["accuracy"]
     margin = 4.302653 * sd / 3**0.5
     assert found["verdict"] == verdict
-    assert found["over_seeds"] == pytest.approx([-3 - margin, -3 + margin])
+    assert found["widest"] == pytest.approx([min(-4, -3 - margin), max(-2, -3 + margin)])
 
 
 def test_merges_that_share_adapters_are_judged_by_the_papers_interval_too(tmp_path):
