@@ -95,3 +95,24 @@ def test_records_that_cannot_be_read_are_refused(small, tmp_path, capsys):
     code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "study", "--reuse", records)
     assert code == 2
     assert f"--reuse {records}: cannot be read" in err
+
+
+@pytest.mark.parametrize("option", [("--address", "127.0.0.1:1"), ("--gpus-per-job", 1)])
+def test_what_only_a_cluster_can_give_is_refused_without_one(small, tmp_path, capsys, option):
+    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *option)
+    assert code == 2
+    assert "add --executor ray" in err
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(small, tmp_path, capsys):
+    options = ("--executor", "ray", "--address", "127.0.0.1:1")
+    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert "no Ray cluster can be reached there" in err
+
+
+def test_gpus_that_no_machine_has_are_told(small, tmp_path, capsys):
+    options = ("--executor", "ray", "--gpus-per-job", 99)
+    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert "no machine of the cluster has more than" in err

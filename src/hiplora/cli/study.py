@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table
+from hiplora.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,6 +106,9 @@ def run(
     from hiplora.study.running import Executor, status
     from hiplora.study.running import run as run_study
 
+    if executor == ExecutorName.local and (address is not None or gpus_per_job):
+        given = "--address" if address is not None else "--gpus-per-job"
+        raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or leave it out")
     opened = _open(recipe, out, data, changes, allow_code)
     taken = sum(opened.store.take(path) for path in reuse)
     with _told(verbose) as tell:

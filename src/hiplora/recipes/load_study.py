@@ -37,7 +37,7 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     """
     path = _find(recipe)
     document = read_document(path)
-    document.value = _extended(document)
+    document.value = _extended(document, path)
     for override in overrides:  # over what the recipe extends, too
         put_over(document, override)
     value, problems = dict(document.value), list(document.problems)
@@ -54,15 +54,21 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     return found
 
 
-def _extended(document: Document) -> dict[str, Any]:
+def _extended(document: Document, *paths: Path) -> dict[str, Any]:
     """Return a document's values over those of the recipe that it `extends`, block by block; a null takes one out."""
     value = dict(document.value)
     parent = value.pop("extends", None)
     if parent is None:
         return value
-    beside = document.folder / str(parent)
-    above = read_document(beside if beside.is_file() else _find(parent))
-    return _over(_extended(above), value)
+    if not isinstance(parent, str):
+        raise ConfigError(f"{paths[-1]}: extends is {parent!r}; expected one recipe, a name or a file")
+    beside = document.folder / parent
+    path = beside if beside.is_file() else _find(parent)
+    if path.resolve() in {one.resolve() for one in paths}:
+        raise ConfigError(
+            f"{paths[-1]}: extends {parent}, which extends this recipe itself; break the circle"
+        )
+    return _over(_extended(read_document(path), *paths, path), value)
 
 
 def _over(below: dict[str, Any], above: dict[str, Any], depth: int = 0) -> dict[str, Any]:

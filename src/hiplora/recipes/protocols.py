@@ -27,7 +27,17 @@ NAMING = {
 class Protocol(Block):
     """What all protocols have."""
 
-    seeds: list[int] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
+        default=None, min_length=1, description="Its seeds, if not the study's."
+    )
+
+    @model_validator(mode="after")
+    def _none_twice(self) -> "Protocol":
+        for name in ("seeds", "methods", "values", "domains", "sizes", "modes"):
+            values = getattr(self, name, None)
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"`{name}` has one twice: {values}; name each once")
+        return self
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
         """Yield its fields that name `methods`, `domains` or drift `texts` of the study, with the names."""

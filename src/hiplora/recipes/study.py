@@ -57,7 +57,7 @@ class StudyMethod(Block):
     title: str = Field(min_length=1, description="As tables show it.")
     method: Method = Field(description="As in a training recipe.")
     train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
-    lr: float | Literal["chosen"] = Field(
+    lr: Annotated[float, Field(gt=0)] | Literal["chosen"] = Field(
         default=CHOSEN,
         description="Its learning rate; `chosen`: the best of the study's grid on held-out rows.",
     )

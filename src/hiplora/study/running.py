@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.suite import runs_code
+from hiplora.merging.registry import rule as merge_rule
 from hiplora.models.shapes import model_shape
 from hiplora.recipes.study import StudyRecipe
 from hiplora.study.builder import Study
@@ -52,15 +55,26 @@ def open_study(
 
     Raises:
         DataError: there is no such data folder.
+        ConfigError: `folder` is no folder, or the recipe's parts do not fit each other or the merge rules.
     """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"--out {folder}: is a file; name the folder of the study's results")
     place = Path(data) if data is not None else None
     if place is None and recipe.model == PICO:
         place = Path(folder) / "data"
         write_pico_data(place)
     if place is not None and not place.is_dir():
         raise DataError(f"--data {place}: no such folder; name the one with the study's files")
+    _check_rules(recipe)
     study = Study(recipe, place)
-    graph = all_jobs(study)
+    try:
+        graph = all_jobs(study)
+    except ValidationError as error:  # settings that fit alone, and not together
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"study {recipe.study}: a job of it cannot be: {f'{where}: ' if where else ''}{first['msg']}"
+        ) from None
     return Opened(study, graph, Store(Path(folder)), Place(recipe.model, place, allow_code))
 
 
@@ -115,6 +129,15 @@ def check(opened: Opened) -> None:
             f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
             "(docs/code-sandbox.md), or take them out of the recipe"
         )
+
+
+def _check_rules(recipe: StudyRecipe) -> None:
+    for name, settings in recipe.protocols:
+        for rule, options in getattr(settings, "rules", {}).items():
+            try:
+                merge_rule(rule).make_options(options)
+            except ConfigError as error:
+                raise ConfigError(f"protocols.{name}.rules.{rule}: {error}") from None
 
 
 @dataclass

@@ -54,6 +54,31 @@ def test_a_method_may_train_in_its_own_way(tmp_path):
     assert recipe.training(recipe.methods["lora"], lr=0.5).lr == 0.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("{methods: [lora], seeds: [1, 1]}", "`seeds` has one twice"),
+        ("{methods: [lora, lora]}", "`methods` has one twice"),
+        ("{methods: [lora], seeds: [-1]}", "protocols.single_task.seeds"),
+    ],
+)
+def test_what_counts_once_is_named_once(tmp_path, settings, told):
+    assert told in refusal(tmp_path, "{methods: [lora]}", settings)
+
+
+def test_a_rate_is_above_none(tmp_path):
+    assert "methods.lora.lr" in refusal(tmp_path, "method: lora}", "method: lora, lr: -0.1}")
+
+
+def test_a_circle_of_recipes_is_told(tmp_path):
+    write(tmp_path, "extends: b.yaml\nstudy: a\n", "a.yaml")
+    write(tmp_path, "extends: a.yaml\nstudy: b\n", "b.yaml")
+    with pytest.raises(ConfigError, match=r"extends a\.yaml, which extends this recipe itself"):
+        load_study(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="expected one recipe"):
+        load_study(write(tmp_path, "extends: [a.yaml]\nstudy: c\n", "c.yaml"))
+
+
 def test_a_recipe_extends_another(tmp_path):
     write(tmp_path)
     child = write(

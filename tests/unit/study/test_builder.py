@@ -80,6 +80,8 @@ def test_a_given_rate_is_taken_as_it_is(data):
     assert adapter(found, lr=0.5).settings["recipe"]["train"]["lr"] == 0.5
     without = study(data, "rates=null")
     assert adapter(without).settings["recipe"]["train"]["lr"] == 1e-2
+    own = study(data, "rates=null", "methods.lora.train={lr: 5e-3}")
+    assert adapter(own).settings["recipe"]["train"]["lr"] == 5e-3
 
 
 def test_a_variant_changes_its_settings_and_may_take_its_parents_rate(data):

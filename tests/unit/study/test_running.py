@@ -31,6 +31,34 @@ def test_missing_files_are_named_before_anything_runs(tmp_path):
         check(opened(tmp_path, data=tmp_path / "empty", allow_code=True))
 
 
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ("{additon: {}}", r"merge_fail\.rules\.additon: .*additon"),
+        ("{ties: {density: 7}}", r"merge_fail\.rules\.ties: .*density"),
+        ("{ties: {none: 1}}", r"merge_fail\.rules\.ties: .*no option 'none'"),
+    ],
+)
+def test_a_merge_rule_that_is_none_is_named_before_anything_runs(tmp_path, rules, told):
+    with pytest.raises(ConfigError, match=told):
+        opened(tmp_path, f"protocols.merge_fail={{methods: [lora], rules: {rules}}}")
+
+
+def test_settings_that_do_not_fit_each_other_are_a_mistake_and_no_defect(tmp_path):
+    with pytest.raises(ConfigError, match=r"a job of it cannot be: .*client"):
+        opened(
+            tmp_path,
+            "methods.lora={title: Split, method: {name: split_lora, clients: 3, cut_layer: 0}}",
+            "train.gradient_accumulation=1",
+        )
+
+
+def test_a_file_is_no_folder_for_results(tmp_path):
+    (tmp_path / "study").write_text("")
+    with pytest.raises(ConfigError, match="study: is a file"):
+        opened(tmp_path)
+
+
 def test_running_code_needs_leave(tmp_path):
     with pytest.raises(ConfigError, match="humaneval run code that the model writes; allow it with"):
         check(opened(tmp_path))

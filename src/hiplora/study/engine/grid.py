@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ def run_ray(
         return left
     _connect(ray, address, workers)
     try:
+        _check_gpus(ray, gpus_per_job)
         task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=DEATHS - 1)(_do_job)
         known = ray.put(graph.to_json())
         wanted = {job.key for job in (*left.ready, *left.waiting)}
@@ -75,6 +77,8 @@ def run_ray(
 
 def _connect(ray: Any, address: str | None, workers: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes over the network
+    if address is not None:
+        _check_reachable(address)
     here: dict[str, Any] = {}
     if address is None:
         here = {"num_cpus": workers, "include_dashboard": False}
@@ -86,6 +90,29 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
             f"--address {address}: no Ray cluster can be reached there ({first_line(error)}); start one with `ray "
             "start --head`, or leave the address out"
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would wait for minutes; `auto` and addresses of other schemes are left to it."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--address {address}: no Ray cluster can be reached there ({error.strerror or error}); start one with "
+            "`ray start --head`, or leave the address out"
+        ) from error
+
+
+def _check_gpus(ray: Any, gpus_per_job: float) -> None:
+    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    if gpus_per_job > most:
+        raise ConfigError(
+            f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {most:g}, and the jobs would "
+            "wait for ever; lower it"
+        )
 
 
 def _await(

@@ -30,14 +30,8 @@ class Job:
     @functools.cached_property
     def key(self) -> str:
         """The job's name in the store: equal keys mean equal results."""
-        return json_sha256(
-            {
-                "kind": self.kind,
-                "version": self.version,
-                "settings": dict(self.settings),
-                "needs": {name: job.key for name, job in self.needs.items()},
-            }
-        )[:KEY_LENGTH]
+        needs = {name: job.key for name, job in self.needs.items()}
+        return key_of(self.kind, self.version, self.settings, needs)
 
     def __eq__(self, other: object) -> bool:
         """Two jobs are one if their keys are."""
@@ -60,6 +54,12 @@ class Job:
     def resolved(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Return the settings with every `$result` filled in from `results[need]`."""
         return _fill(self.settings, results, self.name)
+
+
+def key_of(kind: str, version: int, settings: Mapping[str, Any], needs: Mapping[str, str]) -> str:
+    """Return the key of a job; `needs` are the keys of the jobs that it needs, by name."""
+    parts = {"kind": kind, "version": version, "settings": dict(settings), "needs": dict(needs)}
+    return json_sha256(parts)[:KEY_LENGTH]
 
 
 def is_result(value: Any) -> bool:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
 from hiplora.provenance import provenance
-from hiplora.study.engine.jobs import Job
+from hiplora.study.engine.jobs import Job, key_of
 
 
 class Store:
@@ -92,7 +92,7 @@ class Store:
             "error": str(error) or type(error).__name__,
             "type": type(error).__name__,
             "traceback": "".join(traceback.format_exception(error)),
-            "run": run,
+            "runs": sorted({run, *(self.failure(job) or {}).get("runs", ())}),
         }
         write_atomic(self._failure(job), json.dumps(told, indent=1))
 
@@ -102,7 +102,7 @@ class Store:
             told = json.loads(self._failure(job).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return told if run is None or told["run"] == run else None
+        return told if run is None or run in told.get("runs", ()) else None
 
     @contextlib.contextmanager
     def claimed(self, job: Job) -> Iterator[bool]:
@@ -149,7 +149,7 @@ class Store:
             raw = path.read_bytes()
             text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
             lines = [json.loads(line) for line in text.splitlines() if line]
-            named = [(line["key"], json.dumps(line)) for line in lines]
+            named = [(_checked_key(line), json.dumps(line)) for line in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--reuse {path}: cannot be read ({error}); expected records.jsonl or records.jsonl.gz, as a study's "
@@ -169,12 +169,20 @@ class Store:
         return self.path / "failures" / f"{job.key}.json"
 
 
+def _checked_key(record: Mapping[str, Any]) -> str:
+    """The key of a record; a ValueError where it is not that of what the record was made from."""
+    parts = {name: record[name] for name in ("kind", "version", "settings", "needs")}
+    if record["key"] != key_of(**parts) or not {"result", "timing", "provenance"} <= record.keys():
+        raise ValueError(f"record {record['key']!r} is not what its key says")
+    return str(record["key"])
+
+
 def export(store: Store, jobs: Iterable[Job], path: str | os.PathLike) -> int:
     """Write the records of the finished jobs to one file, gzipped if it ends so, the same bytes for the same records.
 
     Returns their number. `Store.take` reads it: a study goes on from it on another machine.
     """
     records = sorted((r for job in jobs if (r := store.record(job)) is not None), key=lambda r: r["key"])
-    text = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records).encode()
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
     write_atomic(path, gzip.compress(text, mtime=0) if str(path).endswith(".gz") else text)
     return len(records)

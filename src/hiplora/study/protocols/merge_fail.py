@@ -164,7 +164,9 @@ def _paired_over_merges(one: Judged, other: Judged, tau: int, seeds: int) -> dic
 
 
 def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
-    tau, count = _taus(settings).index(settings.tau), _different(study, settings).total()
+    tau = _taus(settings).index(settings.tau)
+    count, drawn = _different(study, settings).total(), len(_instances(study, settings))
+    those = f"{count} merges" if count == drawn else f"{drawn} drawn merges ({count} different ones)"
     for rule in settings.rules:
         found = [one for one in judged if one.rule == rule]
         if not found:
@@ -172,7 +174,7 @@ def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: st
         shares = ", ".join(f"{one.share(tau)[0]:.1f} % of {one.title}" for one in found)
         told = smallest_told([one.share(tau) for one in found])
         yield (
-            f"By {form}, of {count} merges by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}. {told}"
+            f"By {form}, of {those} by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}. {told}"
         ).strip()
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hiplora.recipes.protocols import OfMethods
+from hiplora.recipes.study import StudyMethod
 from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
@@ -139,7 +140,7 @@ def _trained(study: Study, settings: OfMethods, results: Results, name: str) -> 
         found = [result for job in runs if (result := results.get(job)) is not None]
         choice = study.rate(row)
         rate = results.get(choice) if choice is not None else None
-        told = _rate_told(row.lr, rate, study)
+        told = _rate_told(row, rate, study)
         if not found:
             lines.append((row.title, [NONE, NONE, Cell(text=told), NONE, NONE]))
             continue
@@ -172,11 +173,11 @@ def _trained(study: Study, settings: OfMethods, results: Results, name: str) -> 
     return Table(f"{name}-training", "What was trained", columns, lines, note)
 
 
-def _rate_told(given: Any, chosen: dict[str, Any] | None, study: Study) -> str:
-    if isinstance(given, float):
-        return f"{given:g}, given"
+def _rate_told(row: StudyMethod, chosen: dict[str, Any] | None, study: Study) -> str:
+    if isinstance(row.lr, float):
+        return f"{row.lr:g}, given"
     if study.recipe.rates is None:
-        return f"{study.recipe.train.lr:g}"
+        return f"{study.recipe.training(row).lr:g}"
     if chosen is None:
         return ""
     return f"{chosen['value']:g}" + (", at the edge of the grid" if chosen["at_the_edge"] else "")

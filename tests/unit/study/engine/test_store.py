@@ -1,6 +1,7 @@
 """Records are whole and final, locks are held by one, and a study goes on elsewhere from its records alone."""
 
 import gzip
+import json
 import multiprocessing
 
 import pytest
@@ -105,6 +106,16 @@ def test_the_next_run_tries_a_failed_job_again(store):
     assert store.failure(collect(1)) is None
 
 
+def test_two_runs_at_once_each_try_a_failing_job_once(store):
+    graph = Graph([collect(1)])
+    for run in ("one", "other"):
+        assert names(todo(graph, store, run).ready) == ["collect 1"]
+        store.fail(collect(1), ValueError(f"no luck in {run}"), run)
+    for run in ("one", "other"):
+        assert names(todo(graph, store, run).failed) == ["collect 1"]
+    assert store.failure(collect(1))["error"] == "no luck in other"
+
+
 def test_nothing_is_done_again_upstream_of_what_is_there(store):
     """Records brought from elsewhere are enough; adapters are made only for what still reads them."""
     adapter = train(1)
@@ -154,3 +165,17 @@ def test_a_file_without_records_is_refused(store, tmp_path, text):
         store.take(tmp_path / "records.jsonl")
     with pytest.raises(ConfigError, match="missing"):
         store.take(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": "../../evil"}, {"key": "0" * 20}, {"settings": {"number": 7}}, {"result": None}]
+)
+def test_a_record_that_is_not_what_its_key_says_is_refused(store, tmp_path, change):
+    store.finish(collect(1), {"value": 1}, {}, artifact=False)
+    record = {**store.record(collect(1)), **change}
+    (tmp_path / "records.jsonl").write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+    other = Store(tmp_path / "other" / "deep")
+    with pytest.raises(ConfigError, match="is not what its key says"):
+        other.take(tmp_path / "records.jsonl")
+    assert not list(tmp_path.rglob("evil*"))
+    assert not (tmp_path / "other").exists()
