@@ -303,3 +303,12 @@ def test_speed_is_measured_on_the_steady_steps_alone_in_a_process_of_its_own(ben
     assert math.isfinite(timing["tokens_per_second"])
     assert timing["peak_memory_bytes"] > 50 << 20
     assert timing["gpu"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+
+
+def test_what_the_gpu_held_after_the_steps_is_told_where_there_is_one(bench, monkeypatch):
+    plain = found(bench, job("train", {"recipe": recipe(LORA, steps=2)}))
+    assert "reserved_bytes_mean" not in plain["timing"]
+    held = iter([100, 300])
+    monkeypatch.setattr("hiplora.training.trainer.reserved_bytes", lambda: next(held))
+    timing = found(bench, job("train", {"recipe": recipe(LORA, steps=2), "n": 1}))["timing"]
+    assert (timing["reserved_bytes_mean"], timing["reserved_bytes_99th"]) == (200, pytest.approx(298))

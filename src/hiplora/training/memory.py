@@ -23,6 +23,11 @@ def peak_reserved_bytes() -> int | None:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
 
+def reserved_bytes() -> int | None:
+    """Return what the CUDA allocator holds now, in use or not; None without a GPU."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else None
+
+
 def peak_bytes() -> int:
     """Return the peak since `reset_peak`: allocated bytes on CUDA, else resident bytes of this process."""
     if torch.cuda.is_available():

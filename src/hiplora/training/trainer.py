@@ -15,7 +15,7 @@ from trl import SFTTrainer
 from hiplora.training.adapters import ADAPTER, save_adapter
 from hiplora.training.checkpoints import prune, staged
 from hiplora.training.encoding import IGNORED
-from hiplora.training.memory import peak_bytes
+from hiplora.training.memory import peak_bytes, reserved_bytes
 from hiplora.training.metrics import Record
 from hiplora.training.penalties import Penalty
 
@@ -177,7 +177,7 @@ class _Recorder(TrainerCallback):
         if due and self._trainer.eval_dataset is not None:
             row = {**(row or {"step": step}), "held_out_loss": self._trainer.held_out_loss()}
         if row is not None:
-            record.write(row)
+            record.write(row if (held := reserved_bytes()) is None else {**row, "reserved_bytes": held})
         record.restart_clock()
 
     def on_save(

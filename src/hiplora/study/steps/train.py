@@ -8,6 +8,8 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hiplora.recipes import TrainRecipe
 from hiplora.study.engine.jobs import Job
 from hiplora.study.steps.methods import method_at
@@ -35,6 +37,7 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
         "peak_reserved_bytes": peak_reserved_bytes(),
+        **_reserved(result),
     }
 
 
@@ -49,6 +52,17 @@ def recipe_at(bench: "Bench", recipe: Mapping[str, Any]) -> dict[str, Any]:
             if block.get(name) is not None:
                 block[name] = bench.path(block[name])
     return placed
+
+
+def _reserved(result: TrainResult) -> dict[str, float]:
+    """What the CUDA allocator held after the steps: mean and 99th percentile; nothing without a GPU."""
+    held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]
+    if not held:
+        return {}
+    return {
+        "reserved_bytes_mean": float(np.mean(held)),
+        "reserved_bytes_99th": float(np.percentile(held, 99)),
+    }
 
 
 def _found(result: TrainResult) -> dict[str, Any]:
