@@ -88,6 +88,8 @@ def test_dropout_is_off_in_evaluation_and_on_in_training(tiny, ids):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_keep_fp32_adapters_and_factors(base, ids, dtype):
+    if base.kind == "smollm2" and dtype == torch.float16:
+        pytest.skip("the real model takes long in half precision on a CPU: one kind is enough")
     model = peft.get_peft_model(base.make(dtype), base.config())
     for _, layer in hip_layers(model):
         assert layer.hiplora_A["default"].dtype == torch.float32

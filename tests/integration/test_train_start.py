@@ -159,7 +159,7 @@ def stop(row):
         raise Stopped
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["activation", "lora", "corda", "adalora"])
 def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
     asked = recipe(method, 1, first(method))
     whole = train(asked, tmp_path / "whole")
