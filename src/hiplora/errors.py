@@ -1,5 +1,10 @@
 """Every failure that a user can cause is one of these; the command line shows them without a traceback."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class HipLoraError(Exception):
     """Base of all errors that hiplora raises on purpose. `exit_code` is the command line's exit status."""
@@ -34,3 +39,9 @@ class AdapterError(HipLoraError, ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error that says something, or the error's type: what a message quotes."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_problem(error: "ValidationError") -> str:
+    """Return the first thing that pydantic found, with its place where it has one: `steps: should be above 0`."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))

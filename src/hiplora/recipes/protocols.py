@@ -9,6 +9,7 @@ from hiplora.recipes.methods import Block
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 ALPHAEDIT = "alphaedit"  # the method of editing that is none of training
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of the names of files
@@ -27,13 +28,11 @@ NAMING = {
 class Protocol(Block):
     """What all protocols have."""
 
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = Field(
-        default=None, min_length=1, description="Its seeds, if not the study's."
-    )
+    seeds: list[Seed] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
 
     @model_validator(mode="after")
     def _none_twice(self) -> "Protocol":
-        for name in ("seeds", "methods", "values", "domains", "sizes", "modes"):
+        for name in ("seeds", "methods", "values", "rates", "domains", "sizes", "modes"):
             values = getattr(self, name, None)
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"`{name}` has one twice: {values}; name each once")
@@ -236,8 +235,6 @@ class Frontier(Protocol):
             for name in names:
                 if name not in compared:
                     raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
-        if len(set(self.rates)) < len(self.rates):
-            raise ValueError("`rates` has one twice; name each once")
         return self
 
 

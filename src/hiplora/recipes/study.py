@@ -4,8 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from hiplora.errors import first_problem
 from hiplora.recipes.methods import Block
-from hiplora.recipes.protocols import ALPHAEDIT, Protocols
+from hiplora.recipes.protocols import ALPHAEDIT, Protocols, Seed
 from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_short_forms
 
@@ -73,7 +74,7 @@ class Rates(Block):
 
     grid: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates to try.")
     domains: list[str] | None = Field(default=None, description="Domains to try them in; all, if empty.")
-    seed: int = Field(default=7, ge=0, lt=2**32, description="Seed of these runs: none of the study's own.")
+    seed: Seed = Field(default=7, description="Seed of these runs: none of the study's own.")
 
 
 class DriftTexts(Block):
@@ -123,9 +124,7 @@ class StudyRecipe(Block):
         min_length=1,
         description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the Hugging Face hub.",
     )
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
-        default=[42, 100, 2024], min_length=1, description="Seeds of training."
-    )
+    seeds: list[Seed] = Field(default=[42, 100, 2024], min_length=1, description="Seeds of training.")
     train: TrainSettings = Field(default=TrainSettings(), description="How all methods train.")
     rates: Rates | None = Field(
         default=None, description="Search for each method's learning rate; without it all take `train.lr`."
@@ -207,9 +206,7 @@ class StudyRecipe(Block):
             try:
                 self.training(method)
             except ValidationError as error:
-                first = error.errors()[0]
-                place = ".".join(map(str, first["loc"]))
-                raise ValueError(f"`methods.{name}.train`: {place}: {first['msg']}") from None
+                raise ValueError(f"`methods.{name}.train`: {first_problem(error)}") from None
         return self
 
     def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
@@ -220,6 +217,10 @@ class StudyRecipe(Block):
         elif "epochs" in own:
             own.pop("steps", None)
         return TrainSettings.model_validate(own)
+
+    def given_rate(self, method: StudyMethod) -> float:
+        """Return a method's learning rate where none is searched for: its own, else that of its training."""
+        return self.training(method).lr if method.lr == CHOSEN else method.lr
 
     @staticmethod
     def _check(names: list[str] | None, known: dict[str, Any], where: str) -> None:

@@ -133,7 +133,7 @@ class Study:
                 needs["rate"] = choice
                 rate = result("rate", "value")
             else:
-                rate = like.lr if like.lr != CHOSEN else self.recipe.training(like).lr
+                rate = self.recipe.given_rate(like)
         if (factors := self.factors(row)) is not None:
             needs["factors"] = factors
         if start is not None:

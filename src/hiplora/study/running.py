@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hiplora.errors import ConfigError, DataError
+from hiplora.errors import ConfigError, DataError, first_problem
 from hiplora.evaluation.suite import runs_code
 from hiplora.merging.registry import rule as merge_rule
 from hiplora.models.shapes import model_shape
@@ -59,22 +59,18 @@ def open_study(
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ConfigError(f"--out {folder}: is a file; name the folder of the study's results")
+    _check_rules(recipe)
     place = Path(data) if data is not None else None
     if place is None and recipe.model == PICO:
         place = Path(folder) / "data"
         write_pico_data(place)
     if place is not None and not place.is_dir():
         raise DataError(f"--data {place}: no such folder; name the one with the study's files")
-    _check_rules(recipe)
     study = Study(recipe, place)
     try:
         graph = all_jobs(study)
     except ValidationError as error:  # settings that fit alone, and not together
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(
-            f"study {recipe.study}: a job of it cannot be: {f'{where}: ' if where else ''}{first['msg']}"
-        ) from None
+        raise ConfigError(f"study {recipe.study}: a job of it cannot be: {first_problem(error)}") from None
     return Opened(study, graph, Store(Path(folder)), Place(recipe.model, place, allow_code))
 
 

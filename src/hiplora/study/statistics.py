@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hiplora.metrics import paired_bootstrap
+from hiplora.metrics.student import student_margin
 
 REPLICATES = 10_000
 FAR = 1e6  # a ratio beyond which a side of an interval counts as open
@@ -123,11 +124,9 @@ def hierarchical(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, E
 
 def geometric(values: Sequence[float]) -> Estimate:
     """Return the geometric mean of positive values, with the interval of Student's t over them (their logarithms)."""
-    from scipy import stats
-
     logs = np.log(np.asarray(values, dtype=float))
     middle = float(logs.mean())
     if len(logs) < 2:
         return Estimate(float(np.exp(middle)))
-    margin = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    margin = student_margin(float(logs.std(ddof=1)), len(logs))
     return Estimate(float(np.exp(middle)), float(np.exp(middle - margin)), float(np.exp(middle + margin)))

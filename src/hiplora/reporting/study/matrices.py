@@ -65,7 +65,7 @@ def panel(matrix: Matrix, widest: int, shared: Shades | None = None) -> Panel:
         "\n".join(textwrap.wrap(printable(name), room, max_lines=2, placeholder=" …"))
         for name in matrix.row_names
     ]
-    left = 24 + _CHARACTER * max((len(line) for name in rows for line in name.split("\n")), default=0)
+    left = 24 + _CHARACTER * _longest(rows)
     count = max(1, len(matrix.column_names))
     cell = min(_WIDEST_CELL, max(_NARROWEST_CELL, (widest - left) / count))
     columns = [
@@ -74,8 +74,7 @@ def panel(matrix: Matrix, widest: int, shared: Shades | None = None) -> Panel:
         for name in matrix.column_names
     ]
     # A heading that no break makes narrow enough is wider than its cell: the picture grows.
-    longest = max((len(line) for name in columns for line in name.split("\n")), default=0)
-    cell = max(cell, _CHARACTER * longest + 4)
+    cell = max(cell, _CHARACTER * _longest(columns) + 4)
     width = int(max(220, left + cell * count))
     title = wrapped(f"{matrix.title} ({matrix.unit})" if matrix.unit else matrix.title, width)
     lines = max((name.count("\n") + 1 for name in columns), default=1)
@@ -89,6 +88,11 @@ def panel(matrix: Matrix, widest: int, shared: Shades | None = None) -> Panel:
         _fill(ax, matrix, scale)
 
     return Panel(matrix.name, title, describe_matrix(matrix), draw, width, height)
+
+
+def _longest(names: Sequence[str]) -> int:
+    """The characters of the longest line."""
+    return max((len(line) for name in names for line in name.split("\n")), default=0)
 
 
 def _fill(ax: "Axes", matrix: Matrix, scale: Shades) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hiplora.metrics.student import student_margin
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -32,11 +34,9 @@ class Measurement:
     @property
     def over_seeds(self) -> tuple[float, float] | None:
         """The 95 % interval over seeds, Student's t: of what other seeds would give; None without a spread."""
-        from scipy import stats
-
         if self.sd is None or self.seeds < 2:
             return None
-        margin = float(stats.t.ppf(0.975, self.seeds - 1)) * self.sd / self.seeds**0.5
+        margin = student_margin(self.sd, self.seeds)
         return self.value - margin, self.value + margin
 
     @property

@@ -86,10 +86,7 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"--address {address}: no Ray cluster can be reached there ({first_line(error)}); start one with `ray "
-            "start --head`, or leave the address out"
-        ) from error
+        raise _unreachable(address, first_line(error)) from error
 
 
 def _check_reachable(address: str) -> None:
@@ -100,10 +97,14 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ConfigError(
-            f"--address {address}: no Ray cluster can be reached there ({error.strerror or error}); start one with "
-            "`ray start --head`, or leave the address out"
-        ) from error
+        raise _unreachable(address, error.strerror or str(error)) from error
+
+
+def _unreachable(address: str | None, why: str) -> ConfigError:
+    return ConfigError(
+        f"--address {address}: no Ray cluster can be reached there ({why}); start one with `ray start --head`, or "
+        "leave the address out"
+    )
 
 
 def _check_gpus(ray: Any, gpus_per_job: float) -> None:

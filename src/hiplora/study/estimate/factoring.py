@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_problem
 from hiplora.models.shapes import FACTORED, ModelShape
 from hiplora.recipes.methods import METHODS, Method
 from hiplora.spectral.krylov import MAX_BLOCKS, block_size
@@ -39,9 +39,7 @@ def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         method = _METHOD.validate_python({"name": "hiplora", **method_settings})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"method {dict(method_settings)}: {place}: {first['msg']}") from error
+        raise ConfigError(f"method {dict(method_settings)}: {first_problem(error)}") from error
     return method.model_dump()
 
 

@@ -36,11 +36,11 @@ def negative(value: Value, method: str) -> Value:
 def apart(one: Measurement, other: str) -> Value:
     """A difference with its widest interval; where all of some edits agree, with what their number leaves possible.
 
-    The latter is Clopper and Pearson's exact bound on a share of which none was seen.
+    The latter is the exact bound on a share of which none was seen.
     """
     low, high = one.widest
     if low == high == 0 and one.items:
-        high = 100 * (1 - 0.025 ** (1 / one.items))
+        _, high = _exact(0, one.items)
         low = -high
     return Value(one.value, low, high, other)
 
@@ -48,17 +48,23 @@ def apart(one: Measurement, other: str) -> Value:
 def share_of_merges(one: Measurement) -> Value:
     """A share of merges, its interval over items widened to what that many merges leave possible.
 
-    The latter are Clopper and Pearson's exact bounds.
+    The latter are the exact bounds.
     """
-    from scipy import stats
-
     low, high, merges = one.low, one.high, one.setting.get("merges")
     if merges:
         failed = round(one.value / 100 * merges)
-        exact = stats.binomtest(failed, merges).proportion_ci(0.95, "exact")
-        low = min(100 * exact.low, one.value if low is None else low)
-        high = max(100 * exact.high, one.value if high is None else high)
+        least, most = _exact(failed, merges)
+        low = min(least, one.value if low is None else low)
+        high = max(most, one.value if high is None else high)
     return Value(one.value, low, high, one.method)
+
+
+def _exact(count: int, of: int) -> tuple[float, float]:
+    """The 95 % bounds of a share in per cent, Clopper and Pearson's."""
+    from scipy import stats
+
+    found = stats.binomtest(count, of).proportion_ci(0.95, "exact")
+    return 100 * found.low, 100 * found.high
 
 
 def share_of_losses(one: Measurement) -> Value:

@@ -162,7 +162,7 @@ def _scores(study: Study, settings: Continual, one: Learner, form: str) -> Itera
 
 
 def _ratio(one: Learner, against: Learner, form: str) -> Measurement:
-    """Forgetting over another method's; where that may forget nothing, a ratio has no interval."""
+    """Forgetting over another method's; where that may forget nothing, its interval may be open."""
     found = ratio(one.metric("forgetting"), against.metric("forgetting"))
     return measurement(
         NAME, one.title, "forgetting ratio", found, [*one.jobs, *against.jobs], form=form, unit="ratio",

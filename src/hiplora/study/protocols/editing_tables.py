@@ -163,25 +163,27 @@ def _measured(
 
 
 def _compared(one: Edited, against: Edited, setting: Mapping[str, Any]) -> Iterator[Measurement]:
-    """Paired differences, and ratios of what was lost; those have no interval where the other may have lost nothing."""
+    """Paired differences, and ratios of what was lost; their interval may be open where the other lost little."""
     seeds = len(one.jobs)
     for metric in one.metrics:
         if metric in against.metrics:
             unit = "nats" if SHOWN[metric][2] == "nats" else "pp"
-            sides = (
-                (one.title, one.metrics[metric].draws, one.jobs),
-                (against.title, against.metrics[metric].draws, against.jobs),
-            )
-            items, by_seed = (
-                one.metrics[metric].items,
-                (one.metrics[metric].by_seed, against.metrics[metric].by_seed),
-            )
+            here, there = one.metrics[metric], against.metrics[metric]
+            sides = (one.title, here.draws, one.jobs), (against.title, there.draws, against.jobs)
+            by_seed = here.by_seed, there.by_seed
             yield difference(
-                NAME, metric, *sides, by_seed=by_seed, unit=unit, items=items, setting=setting, seeds=seeds
+                NAME,
+                metric,
+                *sides,
+                by_seed=by_seed,
+                unit=unit,
+                items=here.items,
+                setting=setting,
+                seeds=seeds,
             )
     for metric, (name, sign) in LOST.items():
-        here, there = one.metrics.get(metric), against.metrics.get(metric)
-        if here is not None and there is not None:
+        if metric in one.metrics and metric in against.metrics:
+            here, there = one.metrics[metric], against.metrics[metric]
             yield measurement(
                 NAME, one.title, name, ratio(sign * here.draws, sign * there.draws), [*one.jobs, *against.jobs],
                 unit="ratio", setting={**setting, "over": against.title}, seeds=seeds, items=here.items,

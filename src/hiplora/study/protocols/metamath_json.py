@@ -88,7 +88,7 @@ def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) 
     row = study.row(run.method)
     train = study.recipe.training(row)
     choice = study.rate(row)
-    rate = row.lr if isinstance(row.lr, float) else train.lr
+    rate = study.recipe.given_rate(row)
     if choice is not None:
         rate = (results.get(choice) or {}).get("value", rate)
     asked = study.source(settings.domain).template == "step_by_step"

@@ -177,7 +177,7 @@ def _rate_told(row: StudyMethod, chosen: dict[str, Any] | None, study: Study) ->
     if isinstance(row.lr, float):
         return f"{row.lr:g}, given"
     if study.recipe.rates is None:
-        return f"{study.recipe.training(row).lr:g}"
+        return f"{study.recipe.given_rate(row):g}"
     if chosen is None:
         return ""
     return f"{chosen['value']:g}" + (", at the edge of the grid" if chosen["at_the_edge"] else "")
