@@ -198,8 +198,8 @@ def _table(checked: Sequence[Checked], note: str) -> Table:
 
 
 def _other_seeds(found: Measurement | None) -> Cell:
-    """The wider interval where it is not that over items."""
-    if found is None or found.widest == (found.low, found.high):
+    """The interval over seeds; of merges that share adapters, the paper's; a dash where there is neither."""
+    if found is None or not (found.over_seeds or found.widest != (found.low, found.high)):
         return Cell(text="–")
     low, high = found.over_seeds or found.widest
     return Cell(text=f"{low:+.2f} to {high:+.2f}")

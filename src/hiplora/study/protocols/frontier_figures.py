@@ -1,6 +1,7 @@
 """The figures of the frontiers: the reference with the plain LoRAs, with its own variants, and with the rivals."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +24,8 @@ Value = Callable[[Point], float | None]
 
 def frontier_figures(study: Study, settings: Settings, found: Compared) -> list[Figure]:
     """Return a domain's figures: drift by text against the loss, and over all texts against the likelihood, and what
-    other tasks lose; for each group of methods that was measured.
+    other tasks lose; for each group of methods that was measured. Points that learned nothing have no place in them:
+    one method's highest rates would press all others into a corner.
     """
     title, figures = study.recipe.domains[found.domain].title, list[Figure]()
     for kind, (group, told) in GROUPS.items():
@@ -33,11 +35,25 @@ def frontier_figures(study: Study, settings: Settings, found: Compared) -> list[
         if found.reference is not None:
             shown.insert(0, found.reference)
         who = f"{study.row(settings.reference).title} {told}"
-        figures += _group(f"{NAME}-{found.domain}-{group}", f"{title}: {who}", shown)
+        note = NOTE + _left_out(shown)
+        learned = [
+            replace(curve, points=[point for point in curve.points if point.learned]) for curve in shown
+        ]
+        figures += _group(f"{NAME}-{found.domain}-{group}", f"{title}: {who}", learned, note)
     return figures
 
 
-def _group(name: str, title: str, shown: Sequence[Curve]) -> list[Figure]:
+def _left_out(shown: Sequence[Curve]) -> str:
+    """Name the points that learned nothing."""
+    nothing = {
+        curve.title: list(dict.fromkeys(f"{point.rate:g}" for point in curve.points if not point.learned))
+        for curve in shown
+    }
+    told = "; ".join(f"{title} at {', '.join(rates)}" for title, rates in nothing.items() if rates)
+    return f"Left out, since the untrained model is better: {told}. " if told else ""
+
+
+def _group(name: str, title: str, shown: Sequence[Curve], about: str) -> list[Figure]:
     texts = list(dict.fromkeys(text for curve in shown for point in curve.points for text in point.drifts))
     kl = "KL from the base, nats a token"
     figures: list[Figure] = []
@@ -47,16 +63,16 @@ def _group(name: str, title: str, shown: Sequence[Curve]) -> list[Figure]:
             for place, text in enumerate(texts)
         ]
         figures.append(
-            Grid(name, f"{title}, drift against loss", panels, f"{NOTE}Lower and further left is better.")
+            Grid(name, f"{title}, drift against loss", panels, f"{about}Lower and further left is better.")
         )
         by_score = _series(shown, _likelihood, _drift(OVER))
-        note = f"{NOTE}Lower and further right is better."
+        note = f"{about}Lower and further right is better."
         told = f"{title}, drift over all texts against likelihood"
         figures.append(Plot(f"{name}-likelihood", told, LIKELIHOOD_TOLD, kl, by_score, y_log=True, note=note))
     drops = _series(shown, _loss, lambda point: None if point.drop is None else float(point.drop[0]))
     if drops:
         told, y = f"{title}, what other tasks lose", "fall of other likelihoods (pp)"
-        note = f"{NOTE}Lower and further left is better."
+        note = f"{about}Lower and further left is better."
         figures.append(Plot(f"{name}-drop", told, LOSS_TOLD, y, drops, note=note))
     return figures
 

@@ -25,11 +25,13 @@ class Point:
 
     `drifts` are KL in nats a token by text, `OVER` among them; `likelihood` is the own task's in per cent, `drop` the
     mean fall of the other tasks' likelihoods below the base's in percentage points; None where they are not scored.
+    `untrained` is the mean held-out loss before the first step.
     """
 
     rate: float
     steps: int | None
     losses: list[float]
+    untrained: float
     drifts: dict[str, list[float]]
     likelihood: list[float] | None
     drop: Draws | None
@@ -40,6 +42,11 @@ class Point:
     def loss(self) -> float:
         """The mean held-out loss over the seeds, nats a learned token."""
         return float(np.mean(self.losses))
+
+    @property
+    def learned(self) -> bool:
+        """Whether the adapters are better at what they were trained on than the untrained model is."""
+        return self.loss < self.untrained
 
     def drift(self, text: str) -> float:
         """The geometric mean of a drift over the seeds."""
@@ -111,10 +118,9 @@ def curves(study: Study, settings: Settings, results: Results, domain: str) -> l
             if not len(scored) == len(losses) == len(jobs) or not all(map(math.isfinite, losses)):
                 continue  # not all there, or diverged: no point of a frontier
             drifts = _drifts(unlike(study, settings), [drift(one) for one in scored])
-            point = Point(
-                rate, steps, losses, drifts, *_scores(study, settings, domain, base, scored, draws), jobs
-            )
-            points += [point]
+            untrained = float(np.mean([one["held_out_before"] for one in trained]))
+            scores = _scores(study, settings, domain, base, scored, draws)
+            points.append(Point(rate, steps, losses, untrained, drifts, *scores, jobs))
         if points:
             found.append(Curve(method, study.row(method).title, kind_of(study, settings, method), points))
     return found

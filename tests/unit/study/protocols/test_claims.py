@@ -65,6 +65,15 @@ def test_a_claim_holds_over_seeds_too_or_it_cannot_be_told(tmp_path, sd, verdict
     assert found["widest"] == pytest.approx([min(-4, -3 - margin), max(-2, -3 + margin)])
 
 
+@pytest.mark.parametrize(("more", "told"), [({"seeds": 3, "sd": 0.1}, "-3.25 to -2.75"), ({}, "–")])
+def test_the_interval_over_seeds_is_shown_where_there_is_one(tmp_path, more, told):
+    study, store = made_study(tmp_path, *CHANGES)
+    single = Section("single-task", "Single tasks", measurements=[retain(-3.0, -4.0, -2.0, **more)])
+    section = claims.section_after(study, study.recipe.protocols.claims, results(store), [single])
+    shown = next(cells for _, cells in section.tables[0].rows if cells[2].value == -3.0)
+    assert shown[4].text == told
+
+
 def test_merges_that_share_adapters_are_judged_by_the_papers_interval_too(tmp_path):
     study, store = made_study(tmp_path, *CHANGES)
     settings = study.recipe.protocols.claims

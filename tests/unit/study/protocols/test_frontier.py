@@ -42,7 +42,7 @@ def made(tmp_path, more="", changed=None, asked=FRONTIER):
     for (method, rate, steps), seeds in {**FOUND, **(changed or {})}.items():
         for seed, (loss, kl, own) in zip(found.seeds(settings), seeds, strict=True):
             adapter = found.adapter(found.row(method), "sums", seed, lr=rate, steps=steps)
-            finish(store, adapter, trained(after=loss))
+            finish(store, adapter, trained(before=2.5, after=loss))
             drift = {"prose": kl, "code": 4 * kl}
             finish(store, found.score(adapter), scored({"gsm8k": [own, own], "mmlu": AFTER[method]}, drift))
     return found, settings, store
@@ -244,6 +244,17 @@ def test_the_section_can_be_shown(study, section, tmp_path):
     ]
     page = write_report(tmp_path / "report", "Made", {}, [section], {})
     assert "who beats whom" in page.read_text()
+
+
+def test_points_that_learned_nothing_are_left_out_of_the_figures_and_named(tmp_path):
+    worse = {("lora", 1e-2, None): [(3.0, 900.0, 1), (3.0, 900.0, 1)]}
+    found, settings, store = made(tmp_path, changed=worse)
+    by_text, by_score, drop = frontier.section(found, settings, results(store)).figures
+    for plot in (*by_text.parts, by_score, drop):
+        (lora,) = [series for series in plot.series if series.name == "LoRA"]
+        assert len(lora.x) == 1
+    for figure in (by_text, by_score, drop):
+        assert "the untrained model is better: LoRA at 0.01." in figure.note
 
 
 def test_the_jobs_are_those_that_the_section_reads(study):
