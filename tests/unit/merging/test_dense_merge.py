@@ -136,4 +136,4 @@ def test_a_module_takes_less_than_twice_its_size_per_adapter():
     found = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)
     assert {name for name, _, _ in found} == {"ties", "dare", "magnitude"}
     for name, count, peak in found:
-        assert 0.5 < peak < 2 * count, (name, count, peak)  # what start-up freed may hold a part
+        assert 0.5 < peak < 2 * count, (name, count, peak)  # a busy machine misses some
