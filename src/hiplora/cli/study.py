@@ -68,8 +68,10 @@ def plan(
     from hiplora.study.estimate import gpu as named_gpu
     from hiplora.study.estimate import measure_machine
     from hiplora.study.plan import plan as plan_study
+    from hiplora.study.running import check_tasks
 
     opened = _open(recipe, out, data, changes, False)
+    check_tasks(opened.graph)
     machines = {"this machine": measure_machine(opened.study.recipe.model)} if measure else {}
     machines[named_gpu(gpu).name] = named_gpu(gpu)
     found = plan_study(opened.study, opened.graph, machines, opened.store)

@@ -194,6 +194,12 @@ class Engine:
         return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
 
 
+@functools.cache
+def foreign_tasks() -> frozenset[str]:
+    """Return the names of lm-eval's own tasks, groups not among them; it takes seconds."""
+    return frozenset(_quietly(TaskManager).all_subtasks)
+
+
 def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
     own = all(request.lm_eval.startswith("hiplora_") for request in suite.tasks)
     paths = [str(TASKS), *map(str, suite.include)]

@@ -111,32 +111,39 @@ class PreparedEdits:
 
 def _method(job: EditJob) -> "Targeted | AlphaEdit":
     if job.method == ALPHAEDIT:
-        from hiplora.editing.alphaedit import AlphaEdit
-
         given = [name for name in ("steps", "lr", "rows") if getattr(job, name) is not None]
         if given:
             raise ConfigError(
                 f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like"
             )
-        return _built(AlphaEdit, {"seed": job.seed, **job.method_settings})
+        return alphaedit_settings({"seed": job.seed, **job.method_settings})
     if job.method not in METHODS:
         raise ConfigError(f"method is {job.method!r}; expected one of {', '.join([*METHODS, ALPHAEDIT])}")
-    return _built(METHODS[job.method], dict(job.method_settings))
+    return _built(METHODS[job.method], job.method_settings)
 
 
-def _built(kind: Any, settings: Mapping[str, Any]) -> Any:
+def alphaedit_settings(settings: Mapping[str, Any]) -> "AlphaEdit":
+    """Return AlphaEdit's settings from those of a recipe, or of a command line.
+
+    Raises:
+        ConfigError: there is no such setting, or a value makes no sense.
+    """
+    from hiplora.editing.alphaedit import AlphaEdit
+
+    known = AlphaEdit.__dataclass_fields__
+    unknown = next((name for name in settings if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(f"alphaedit has no setting {unknown!r}; expected one of {', '.join(known)}")
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+    return AlphaEdit(**given)
+
+
+def _built(kind: type[Targeted], settings: Mapping[str, Any]) -> Targeted:
     """Make a method of its settings; what is wrong with them is said in one line."""
     from pydantic import ValidationError
 
     try:
-        if isinstance(kind, type) and issubclass(kind, Targeted):
-            return kind.model_validate(settings)
-        fields = kind.__dataclass_fields__
-        unknown = next((name for name in settings if name not in fields), None)
-        if unknown is not None:
-            raise ConfigError(f"alphaedit has no setting {unknown!r}; expected one of {', '.join(fields)}")
-        as_tuple = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
-        return kind(**as_tuple)
+        return kind.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"][:1]))

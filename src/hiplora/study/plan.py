@@ -13,7 +13,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
 from hiplora.study.estimate import Cost, Machine, cost, full_settings
-from hiplora.study.steps.loads import LOADS, known
+from hiplora.study.steps.loads import known, load_of
 
 if TYPE_CHECKING:
     from hiplora.study.engine.store import Store
@@ -36,7 +36,7 @@ def job_costs(graph: Graph, model: str, machine: Machine) -> dict[str, Cost]:
 def _cost(job: Job, shape: ModelShape, machine: Machine) -> Cost:
     method = _method(job)
     trainable = 0 if method is None else shape.trainable(full_settings(known(method)))
-    return cost(LOADS[job.kind](job.settings, shape), shape, machine, trainable)
+    return cost(load_of(job, shape), shape, machine, trainable)
 
 
 def _method(job: Job) -> Mapping[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from hiplora.errors import ConfigError, DataError, first_problem
-from hiplora.evaluation.suite import runs_code
+from hiplora.evaluation.suite import own_tasks, runs_code
 from hiplora.merging.registry import rule as merge_rule
 from hiplora.models.shapes import model_shape
 from hiplora.recipes.study import StudyRecipe
@@ -23,7 +23,7 @@ from hiplora.study.engine.todo import Todo
 from hiplora.study.pico_data import write_pico_data
 from hiplora.study.plan import methods_of, open_jobs
 from hiplora.study.protocols import graph as all_jobs
-from hiplora.study.steps.loads import LOADS
+from hiplora.study.steps.loads import load_of
 
 PICO = "pico"
 
@@ -113,18 +113,40 @@ def run(
 
 
 def check(opened: Opened) -> None:
-    """Raise what would make jobs fail: methods that do not fit, missing files, code that may not run."""
+    """Raise what would make jobs fail: methods that do not fit, missing files, unknown tasks, code that may not run."""
     methods_of(opened.study)
     if missing := list(opened.study.missing):
         where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
         raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
-    tasks = {task for job in opened.graph for task in job.settings.get("tasks", ())}
-    risky = sorted(task for task in tasks if runs_code(task))
+    check_tasks(opened.graph)
+    risky = sorted(task for task in _tasks(opened.graph) if runs_code(task))
     if risky and not opened.place.allow_code:
         raise ConfigError(
             f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
             "(docs/code-sandbox.md), or take them out of the recipe"
         )
+
+
+def check_tasks(graph: Graph) -> None:
+    """Check that every task is one of the project's or of lm-eval's; only where there are such is lm-eval asked.
+
+    Raises:
+        ConfigError: tasks are not known; they are named.
+    """
+    foreign = sorted(_tasks(graph) - set(own_tasks()))
+    if not foreign:
+        return
+    from hiplora.evaluation.engine import foreign_tasks
+
+    if unknown := [task for task in foreign if task not in foreign_tasks()]:
+        raise ConfigError(
+            f"tasks that nobody knows: {', '.join(unknown)}; expected one of {', '.join(own_tasks())}, or one of "
+            "lm-eval's (lm_eval ls tasks)"
+        )
+
+
+def _tasks(graph: Graph) -> set[str]:
+    return {task for job in graph for task in job.settings.get("tasks") or ()}
 
 
 def _check_rules(recipe: StudyRecipe) -> None:
@@ -203,7 +225,7 @@ def work_of(graph: Graph, model: str) -> dict[str, float]:
     a_pass = 2.0 * shape.parameters
     found = {}
     for job in graph:
-        load = LOADS[job.kind](job.settings, shape)
+        load = load_of(job, shape)
         slow = load.train_tokens + load.generated_tokens + load.svd_flops / a_pass
         found[job.key] = 1.0 + load.forward_tokens + 3 * slow
     return found

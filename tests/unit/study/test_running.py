@@ -4,7 +4,9 @@ import pytest
 
 from hiplora.errors import ConfigError, DataError
 from hiplora.recipes.load_study import load_study
-from hiplora.study.running import Executor, Progress, check, open_study, status, work_of
+from hiplora.study.estimate import gpu
+from hiplora.study.plan import job_costs
+from hiplora.study.running import Executor, Progress, check, open_study, run, status, work_of
 from tests.unit.study.protocols.made import finish
 
 TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
@@ -57,6 +59,45 @@ def test_a_file_is_no_folder_for_results(tmp_path):
     (tmp_path / "study").write_text("")
     with pytest.raises(ConfigError, match="study: is a file"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "told"),
+    [
+        (
+            "editing: {methods: [lora], alphaedit: {steps: 3}}",
+            r"edit .* by AlphaEdit.*: alphaedit has no setting 'steps'",
+        ),
+        (
+            "editing: {methods: [lora], alphaedit: {layers: [0, 7]}}",
+            r"edit .* by AlphaEdit.*: layers is \[0, 7\].*2 blocks",
+        ),
+        (
+            "editing: {methods: [lora], alphaedit: {layers: 1}}",
+            r"edit .* by AlphaEdit.*: layers is 1; expected a list",
+        ),
+        (
+            "rank_one: {modules: [nope]}",
+            r"probe the base, weight basis: .*\['nope'\] matches no linear layer",
+        ),
+        ("single_task: {methods: [split]}", r"train Split on .*: method\.cut_layer is 3, .* 2 layers"),
+    ],
+)
+def test_a_job_that_does_not_fit_the_model_is_named_before_anything_runs(tmp_path, protocol, told):
+    split = "methods.split={title: Split, method: {name: split_lora, clients: 1, cut_layer: 3}}"
+    found = open_study(load_study("pico", (f"protocols={{{protocol}}}", split)), tmp_path, None, True)
+    with pytest.raises(ConfigError, match=told):
+        run(found, Executor())
+    with pytest.raises(ConfigError, match=told):
+        job_costs(found.graph, "pico", gpu("H100"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_task_that_nobody_knows_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("hiplora.evaluation.engine.foreign_tasks", lambda: frozenset({"lm_evals_own"}))
+    found = opened(tmp_path, "domains.code.tasks={lm_evals_own: 2, gsm9k: 2}", allow_code=True)
+    with pytest.raises(ConfigError, match=r"nobody knows: gsm9k; expected one of .*gsm8k"):
+        check(found)
 
 
 def test_running_code_needs_leave(tmp_path):

@@ -43,6 +43,9 @@ class AlphaEdit:
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense."""
+        layers: Any = self.layers
+        if layers is not None and not (isinstance(layers, tuple) and all(type(one) is int for one in layers)):
+            raise ConfigError(f"layers is {layers!r}; expected a list of the blocks' indices, as [2, 3, 4]")
         least = {
             "value_steps": 2,
             "calibration_tokens": 2,
@@ -76,15 +79,22 @@ class AlphaEdit:
             raise ConfigError(
                 "the model has no blocks with a linear layer mlp.down_proj; AlphaEdit edits Llama-like models only"
             )
-        layers = self.layers if self.layers is not None else default_layers(len(found))
-        missing = [index for index in layers if index not in found]
-        if missing or not layers or max(layers) >= len(found) - 1 or list(layers) != sorted(set(layers)):
-            raise ConfigError(
-                f"layers is {list(layers)}; expected rising indices from 0 to {len(found) - 2}: the model has "
-                f"{len(found)} blocks, and something must come after the last that is edited"
-            )
-        names = [found[index] for index in layers]
+        names = [found[index] for index in self.blocks(len(found))]
         return names, names[-1].removesuffix(".mlp.down_proj")
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Return the indices of the blocks that are edited, of a model with `depth` blocks.
+
+        Raises:
+            ConfigError: the model has no block of a chosen index, or none after the last.
+        """
+        layers = self.layers if self.layers is not None else default_layers(depth)
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > depth - 2:
+            raise ConfigError(
+                f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
+                f"{depth} blocks, and something must come after the last that is edited"
+            )
+        return tuple(layers)
 
 
 def default_layers(depth: int) -> tuple[int, ...]:

@@ -78,7 +78,13 @@ def main() -> int:
     bench = Bench(store, Place.from_json(given["place"]))
     with warnings.catch_warnings(), contextlib.suppress(BrokenPipeError):
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
-        work(graph, store, bench, given["run"], lambda event: print(json.dumps(event), file=events))
+        try:
+            work(graph, store, bench, given["run"], lambda event: print(json.dumps(event), file=events))
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # not even a failure can be written down: a full disk
+            print(f"error: the study's folder cannot be written: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

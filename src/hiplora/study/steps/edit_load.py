@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hiplora.models.shapes import ModelShape
-from hiplora.study.edit_job import ALPHAEDIT, DEFAULT_STEPS
+from hiplora.study.edit_job import ALPHAEDIT, DEFAULT_STEPS, alphaedit_settings
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.steps.lengths import QUESTION, EditLengths, edits_of
 
@@ -25,7 +25,11 @@ class Stages:
 
 
 def edit_load(settings: Mapping[str, Any], shape: ModelShape) -> Load:
-    """Return the load of an `edit` job, without its drift; its method has every setting that is not a default."""
+    """Return the load of an `edit` job, without its drift; its method has every setting that is not a default.
+
+    Raises:
+        ConfigError: AlphaEdit's settings are none, or do not fit the model.
+    """
     each, stages = edits_of(settings["edits"]), stages_of(settings)
     asked = stages.asked + stages.count * stages.edits  # before the first edit, too
     questions = settings["questions"] * (1 + stages.count)
@@ -91,10 +95,8 @@ def _training(settings: Mapping[str, Any], each: EditLengths, stages: Stages, sh
 
 def _searching(settings: Mapping[str, Any], each: EditLengths, stages: Stages, shape: ModelShape) -> Load:
     """AlphaEdit: text for the null space, and a search for each edit's value on its prompts."""
-    from hiplora.editing import AlphaEdit
-
-    given = {name: value for name, value in settings["method"].items() if name not in ("name", "layers")}
-    chosen = AlphaEdit(**given)
+    chosen = alphaedit_settings({name: value for name, value in settings["method"].items() if name != "name"})
+    chosen.blocks(shape.layers)
     prompts = 1 + chosen.prefixes
     length = math.ceil(each.tokens) + chosen.prefix_tokens
     edits = stages.count * stages.edits

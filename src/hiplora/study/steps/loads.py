@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from hiplora.errors import ConfigError
 from hiplora.evaluation.suite import most_written
 from hiplora.models.shapes import FACTORED, ModelShape
 from hiplora.recipes import TrainSettings
-from hiplora.study.engine.jobs import is_result
+from hiplora.study.engine.jobs import Job, is_result
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
 from hiplora.study.steps.edit_load import edit_load
@@ -106,6 +107,18 @@ LOADS: Mapping[str, Callable[[Settings, ModelShape], Load]] = {
 }
 
 
+def load_of(job: Job, shape: ModelShape) -> Load:
+    """Return what a job will do.
+
+    Raises:
+        ConfigError: the job's settings do not fit the model; it is named.
+    """
+    try:
+        return LOADS[job.kind](job.settings, shape)
+    except ConfigError as error:
+        raise ConfigError(f"{job.name}: {error}") from error
+
+
 def known(method: Settings) -> dict[str, Any]:
     """Return a method's settings without those that another job has yet to find; they take their defaults."""
     return {name: value for name, value in method.items() if not is_result(value)}
@@ -114,6 +127,10 @@ def known(method: Settings) -> dict[str, Any]:
 def training_load(recipe: Settings, shape: ModelShape, steps: int) -> Load:
     """Return the load of so many training steps, which read factors from the cache and leave nothing."""
     method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
+    if method.get("cut_layer", 0) > shape.layers:
+        raise ConfigError(
+            f"method.cut_layer is {method['cut_layer']}, and the model has {shape.layers} layers; lower it"
+        )
     row = rows_of(*_source(recipe))
     length = trained.max_length if trained.packing else min(trained.max_length, math.ceil(row.tokens))
     tokens = steps * trained.batch_size * trained.gradient_accumulation * length
