@@ -1,8 +1,10 @@
 """What every test gets: caches of its own, no hub, one thread, fixed seeds, and shapes checked as declared."""
 
+import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -58,6 +60,18 @@ def pytest_unconfigure(config):
 def pytest_collection_modifyitems(items):
     """Begin with the longest, the whole study, so that the other test processes do not wait for it at the end."""
     items.sort(key=lambda item: item.path.name != "test_study_pico.py")
+
+
+_frozen = 0  # modules there were when what is imported was last taken out of the garbage collector's sight
+
+
+def pytest_runtest_setup(item):
+    """Spare every collection a look at what the libraries' imports left: each training ends with one."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)

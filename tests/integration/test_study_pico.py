@@ -126,3 +126,4 @@ def test_killed_at_random_moments_it_ends_with_the_same_results(undisturbed, tmp
     done = subprocess.run(command(tmp_path / "killed", CODE, *PART), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert found(tmp_path / "killed") == found(folder)
+    assert not any((tmp_path / "killed" / "work").glob("*"))

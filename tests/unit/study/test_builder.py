@@ -48,7 +48,7 @@ def test_what_a_training_depends_on_makes_another_job(data, change):
 
 @pytest.mark.parametrize(
     "change",
-    ["title=x", "methods.lora.title=y", "domains.code.tasks.humaneval=1", "protocols.adalora=null", "seeds=[1]"],
+    ["title=x", "methods.lora.title=y", "domains.code.tasks.mbpp=1", "protocols.adalora=null", "seeds=[1]"],
 )  # fmt: skip
 def test_what_it_does_not_depend_on_does_not(data, change):
     assert adapter(study(data)) == adapter(study(data, change))
@@ -139,7 +139,12 @@ def test_the_base_has_no_drift_and_adapters_have(data):
     found = study(data)
     assert found.score().settings["drift"] is None
     assert found.score(adapter(found)).settings["drift"]["texts"]["prose"] == "wikitext2_raw_valid.jsonl"
-    assert set(found.score().settings["tasks"]) == {"mmlu", "scienceqa", "gsm8k", "humaneval"}
+    assert set(found.score().settings["tasks"]) == {
+        "mmlu",
+        "scienceqa",
+        "gsm8k_reference",
+        "humaneval_solution",
+    }
     assert set(found.score(tasks={"gsm8k": 2}).settings["tasks"]) == {"gsm8k"}
 
 

@@ -102,8 +102,8 @@ def test_a_task_that_nobody_knows_is_named_before_anything_runs(tmp_path, monkey
 
 def test_running_code_needs_leave(tmp_path):
     with pytest.raises(ConfigError, match="humaneval run code that the model writes; allow it with"):
-        check(opened(tmp_path))
-    check(opened(tmp_path, "domains.code.tasks={humaneval_solution: 2}"))
+        check(opened(tmp_path, "domains.code.tasks={humaneval: 2}"))
+    check(opened(tmp_path))
 
 
 def test_time_is_foreseen_from_what_jobs_of_a_kind_took(tmp_path):

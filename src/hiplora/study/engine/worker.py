@@ -4,7 +4,6 @@ Run as `python -m hiplora.study.engine.worker`, with one line of JSON on standar
 as the caller lives; tells what it does on standard output, a line of JSON an event.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -76,12 +75,12 @@ def main() -> int:
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
     graph = Graph.from_json(json.loads(Path(given["graph"]).read_text(encoding="utf-8")))
     bench = Bench(store, Place.from_json(given["place"]))
-    with warnings.catch_warnings(), contextlib.suppress(BrokenPipeError):
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
         try:
             work(graph, store, bench, given["run"], lambda event: print(json.dumps(event), file=events))
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError:  # who called is gone
+            pass
         except OSError as error:  # not even a failure can be written down: a full disk
             print(f"error: the study's folder cannot be written: {error}", file=sys.stderr)
             return 1
