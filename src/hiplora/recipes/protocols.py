@@ -19,7 +19,7 @@ NAMING = {
     "texts": ("text",),
     "methods": (
         *("methods", "method", "reference", "plain", "attention", "early"),
-        *("hiplora", "lora", "proj_lora", "pissa", "adalora"),
+        *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
     ),
     "domains": ("domains", "domain", "order"),
 }
@@ -255,6 +255,7 @@ class Claims(Protocol):
     lora: str = Field(description="LoRA.")
     proj_lora: str | None = Field(default=None, description="Proj-LoRA.")
     pissa: str | None = Field(default=None, description="PiSSA.")
+    split_lora: str | None = Field(default=None, description="Split-LoRA.")
     adalora: str | None = Field(default=None, description="AdaLoRA.")
 
 

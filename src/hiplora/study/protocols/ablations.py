@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hiplora.metrics import MergeInstance
+from hiplora.metrics.student import student_margin
 from hiplora.recipes.methods import OF_THE_GAINS, HipLoraMethod
 from hiplora.recipes.protocols import Ablations
 from hiplora.recipes.study import StudyMethod
@@ -228,6 +229,42 @@ def _losses_and_leaks(study: Study, settings: Ablations, results: Results) -> It
         if leak is not None:
             used = _inspections(study, settings, row)
             yield measurement(NAME, row.title, "leak", Estimate(leak), used, unit="fraction", seeds=seeds)
+    yield from _convergence(study, settings, results)
+
+
+def _convergence(study: Study, settings: Ablations, results: Results) -> Iterator[Measurement]:
+    """Each variant's training loss, mean over the steps, minus the full method's: above none it learns more slowly.
+
+    The interval is Student's t over the seeds.
+    """
+    full, *others = variants(study, settings)
+    there = _training_losses(study, settings, results, full)
+    for row in others:
+        here = _training_losses(study, settings, results, row)
+        if here is None or there is None or len(here) < 2:
+            continue
+        apart = np.subtract(here, there)
+        value, sd = float(apart.mean()), float(apart.std(ddof=1))
+        margin = student_margin(sd, len(apart))
+        used = [*_adapters(study, settings, row), *_adapters(study, settings, full)]
+        yield measurement(
+            NAME, row.title, "training loss difference", Estimate(value, value - margin, value + margin, sd), used,
+            unit="nats/token", setting={"minus": full.title}, seeds=len(apart),
+        )  # fmt: skip
+
+
+def _training_losses(
+    study: Study, settings: Ablations, results: Results, row: StudyMethod
+) -> list[float] | None:
+    """A variant's training loss of each seed, mean over steps and domains; None while a run is missing."""
+    by_domain = []
+    for jobs in _runs(study, settings, row).values():
+        trained = [results.get(job.needs["adapter"]) for job in jobs]
+        known = [one for one in trained if one is not None]
+        if len(known) < len(trained):
+            return None
+        by_domain.append([float(np.mean([loss for _, loss in one["curve"]])) for one in known])
+    return np.mean(by_domain, axis=0).tolist()
 
 
 def _power(found: Sequence[Variant], form: str) -> Iterator[str]:

@@ -103,6 +103,12 @@ CLAIMS: tuple[Claim, ...] = (
              setting={"rule": "addition"}),
     _against("merge-drop-ties", "… by TIES too", "13.8 → 4.7 pp", "merging", "mean drop", "below",
              setting={"rule": "ties"}),
+    _against("merge-drop-split", "Added adapters lose less than Split-LoRA's", "Table 2", "merging", "mean drop",
+             "below", minus="split_lora", setting={"rule": "addition"}),
+    _against("merge-drop-proj", "… than Proj-LoRA's", "Table 2", "merging", "mean drop", "below", minus="proj_lora",
+             setting={"rule": "addition"}),
+    _against("merge-drop-pissa", "… than PiSSA's", "Table 2", "merging", "mean drop", "below", minus="pissa",
+             setting={"rule": "addition"}),
     _against("merge-fail", "Fewer merges fail", "62 % → 6.8 %", "merge-fail", "merge fail", "below",
              setting={"rule": "addition"}),
     _against("merge-fail-ties", "… by TIES too", "38 % → 4.5 %", "merge-fail", "merge fail", "below",
@@ -125,6 +131,12 @@ CLAIMS: tuple[Claim, ...] = (
           "retain difference", "Without stability budget", "above", minus="hiplora"),
     Claim("projection", "Without the residual projection more merges fail", "6.8 % → 12.5 %", "ablations",
           "merge fail difference", "Without residual projection", "above", minus="hiplora"),
+    Claim("budget-speed", "Without the stability budget training goes more slowly", "Figure 5", "ablations",
+          "training loss difference", "Without stability budget", "above", minus="hiplora", forms=("",),
+          unit="nats/token"),
+    Claim("projection-speed", "Without the residual projection training goes more slowly", "Figure 5", "ablations",
+          "training loss difference", "Without residual projection", "above", minus="hiplora", forms=("",),
+          unit="nats/token"),
     Claim("lambda", "A higher price λ of the gains retains more", "Figure 3", "lambda-curve", "retain change",
           "hiplora", "below"),
     Claim("allocation", "Stronger directions get smaller gains", "Figure 4", "allocation", "gain correlation",
@@ -183,13 +195,14 @@ def _table(checked: Sequence[Checked], note: str) -> Table:
     rows = []
     for one in checked:
         found = one.found
-        effect = Cell() if found is None else Cell(found.value, found.low, found.high, digits=2)
+        digits = 4 if one.claim.unit == "nats/token" else 2
+        effect = Cell() if found is None else Cell(found.value, found.low, found.high, digits=digits)
         cells = [
             Cell(text=one.verdict),
             Cell(text=one.form or "–"),
             effect,
             Cell(text=one.claim.unit),
-            _other_seeds(found),
+            _other_seeds(found, digits),
             Cell(text=one.claim.paper),
         ]
         rows.append((one.claim.says, cells))
@@ -197,12 +210,12 @@ def _table(checked: Sequence[Checked], note: str) -> Table:
     return Table("claims", "Claim by claim", columns, rows, note)
 
 
-def _other_seeds(found: Measurement | None) -> Cell:
+def _other_seeds(found: Measurement | None, digits: int) -> Cell:
     """The interval over seeds; of merges that share adapters, the paper's; a dash where there is neither."""
     if found is None or not (found.over_seeds or found.widest != (found.low, found.high)):
         return Cell(text="–")
     low, high = found.over_seeds or found.widest
-    return Cell(text=f"{low:+.2f} to {high:+.2f}")
+    return Cell(text=f"{low:+.{digits}f} to {high:+.{digits}f}")
 
 
 def files(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> dict[str, str]:

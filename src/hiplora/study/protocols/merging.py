@@ -203,7 +203,6 @@ def _rules_table(found: Mapping[str, Sequence[Merges]]) -> Table:
 
 
 def _measurements(study: Study, merges: Sequence[Merges], form: str) -> Iterator[Measurement]:
-    first = {one.rule: one for one in reversed(merges)}
     for index, one in enumerate(merges):
         seeds = len(one.drop_by_seed)
         for place, metric in enumerate(one.metrics):
@@ -233,10 +232,8 @@ def _measurements(study: Study, merges: Sequence[Merges], form: str) -> Iterator
             yield difference(
                 NAME, "score alone", here, there, by_seed=by_seed, form=form, setting=setting, seeds=seeds
             )
-        against = first[one.rule]
-        if one is not against:
-            here, there = ((x.title, x.drop, x.jobs) for x in (one, against))
-            by_seed = one.drop_by_seed, against.drop_by_seed
+            here, there = ((x.title, x.drop, x.jobs) for x in (one, other))
+            by_seed = one.drop_by_seed, other.drop_by_seed
             yield difference(
                 NAME, "mean drop", here, there, by_seed=by_seed, form=form, setting=setting, seeds=seeds
             )

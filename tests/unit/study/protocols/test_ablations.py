@@ -35,8 +35,9 @@ def study(tmp_path):
         own, other, merged, loss, leak = FOUND[row.title]
         for place, seed in enumerate((42, 100)):
             adapters = {domain: found.adapter(row, domain, seed, like=full) for domain in TASKS}
+            first = 3 + (2 if row.title == "Zero init" else 1) * place
             for domain, adapter in adapters.items():
-                finish(store, adapter, trained(after=loss, curve=[(1, 3 + place), (2, loss + place)]))
+                finish(store, adapter, trained(after=loss, curve=[(1, first), (2, loss + place)]))
                 items = {task: [other] * 2 for task in TASKS.values()} | {TASKS[domain]: [own] * 2}
                 finish(store, found.score(adapter), scored(items, {"prose": 0.1}))
                 module = {"norm": 2.0, "left": 0.5 + leak, "right": 0.5, "both": 0.5}
@@ -147,3 +148,28 @@ def test_without_any_result_the_section_can_be_shown(tmp_path):
     assert section.measurements == []
     assert section.missing
     write_report(tmp_path / "report", "Nothing", {}, [section], {})
+
+
+def test_the_training_losses_of_the_steps_are_compared_seed_by_seed(study):
+    found, settings, store = study
+    section = ablations.section(found, settings, results(store))
+    faster = measured(section, "training loss difference", BUDGET)
+    assert faster.setting["minus"] == FULL
+    assert (faster.value, faster.low, faster.high) == pytest.approx(
+        (-0.05, -0.05, -0.05)
+    )  # the same in both seeds
+    slower = measured(section, "training loss difference", "Zero init")  # 0.25 and 0.75
+    margin = 12.7062 * 0.25  # Student's t with one degree of freedom, times the standard error
+    assert (slower.value, slower.low, slower.high) == pytest.approx(
+        (0.5, 0.5 - margin, 0.5 + margin), rel=1e-4
+    )
+
+
+def test_without_a_training_there_is_no_difference_of_its_losses(study):
+    found, settings, store = study
+    full = next(
+        job for job in Graph(ablations.jobs(found, settings)) if job.name.startswith("train HiP-LoRA")
+    )
+    (store.path / "results" / f"{full.key}.json").unlink()
+    section = ablations.section(found, settings, results(type(store)(store.path)))
+    assert not [one for one in section.measurements if one.metric == "training loss difference"]

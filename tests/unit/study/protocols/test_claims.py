@@ -123,3 +123,13 @@ def test_the_verdicts_are_read_first(tmp_path):
         tmp_path, "protocols={single_task: {methods: [lora]}, claims: {hiplora: hiplora, lora: lora}}"
     )
     assert [one.name for one in sections(study, results(store))] == ["claims", "single-task"]
+
+
+def test_speed_of_training_is_judged_and_shown_in_nats(tmp_path):
+    study, store = made_study(tmp_path, *CHANGES)
+    slower = Measurement("ablations", "Without stability budget", "training loss difference", 0.0021, low=0.0012,
+                         high=0.003, sd=0.0002, seeds=3, setting={"minus": "HiP-LoRA"})  # fmt: skip
+    found = Section("ablations", "Ablations", measurements=[slower])
+    section = claims.section_after(study, study.recipe.protocols.claims, results(store), [found])
+    cells = dict(section.tables[0].rows)["Without the stability budget training goes more slowly"]
+    assert (cells[0].text, cells[2].digits, cells[4].text) == ("supported", 4, "+0.0016 to +0.0026")

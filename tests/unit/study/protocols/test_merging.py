@@ -30,9 +30,13 @@ AFTER = {
 
 @pytest.fixture
 def study(tmp_path):
-    found, store = made_study(tmp_path, *CHANGES)
+    return filled(tmp_path, AFTER)
+
+
+def filled(tmp_path, after, *changes):
+    found, store = made_study(tmp_path, *CHANGES, *changes)
     settings = found.recipe.protocols.merging
-    for method, rules in AFTER.items():
+    for method, rules in after.items():
         row = found.row(method)
         for seed in (42, 100):
             own = {domain: found.adapter(row, domain, seed) for domain in ("sums", "code")}
@@ -103,6 +107,24 @@ def test_methods_are_compared_rule_by_rule(study):
         "ties": ("LoRA on the MLPs", "LoRA", pytest.approx(5)),
     }
     assert any("moves the scores by 22.5 pp with LoRA" in text for text in section.text)
+
+
+def test_every_method_is_compared_with_all_before_it(tmp_path):
+    three = {**AFTER, "hiplora": AFTER["lora-mlp"]}
+    change = f"protocols.merging.methods=[{', '.join(three)}]"
+    found, settings, store = filled(tmp_path, three, change)
+    section = merging.section(found, settings, results(store))
+    apart = {
+        (one.method, one.setting["minus"]): one.value
+        for one in section.measurements
+        if one.metric == "mean drop difference"
+        and (one.form, one.setting["rule"]) == ("likelihood", "addition")
+    }
+    assert apart == {
+        ("LoRA on the MLPs", "LoRA"): pytest.approx(-17.5),
+        ("HiP-LoRA", "LoRA"): pytest.approx(-17.5),
+        ("HiP-LoRA", "LoRA on the MLPs"): pytest.approx(0),
+    }
 
 
 def test_what_the_adapters_learned_alone_is_compared_too(study):
