@@ -13,6 +13,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
 from hiplora.study.estimate import Cost, Machine, cost, full_settings
+from hiplora.study.steps.lengths import TASKS
 from hiplora.study.steps.loads import known, load_of
 
 if TYPE_CHECKING:
@@ -125,11 +126,13 @@ def methods_of(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _power(study: Study) -> dict[str, dict[str, Any]]:
-    """The smallest difference between two methods that a task's items can tell, under an assumed spread."""
-    return {
-        task: {
-            "items": items,
-            "smallest_difference": None if items is None else 1.96 * ASSUMED_SPREAD / math.sqrt(items),
-        }
-        for task, items in study.tasks.items()
-    }
+    """The smallest difference between two methods that a task's items can tell, under an assumed spread.
+
+    Of lm-eval's own tasks asked whole the number of items is not known, and there is none.
+    """
+    found = {}
+    for task, asked in study.tasks.items():
+        items = asked or (TASKS[task].rows if task in TASKS else None)
+        least = None if items is None else 1.96 * ASSUMED_SPREAD / math.sqrt(items)
+        found[task] = {"items": items, "smallest_difference": least}
+    return found

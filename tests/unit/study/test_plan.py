@@ -60,6 +60,12 @@ def test_the_smallest_difference_shrinks_with_the_items():
     assert few["smallest_difference"] == pytest.approx(2 * many["smallest_difference"])
 
 
+def test_a_task_that_is_asked_whole_has_all_its_items():
+    power = planned("pico", ONE, "domains.code.tasks={humaneval: null, lm_evals_own: null}")[0]["power"]
+    assert power["humaneval"] == {"items": 132, "smallest_difference": pytest.approx(1.96 * 25 / 132**0.5)}
+    assert power["lm_evals_own"]["smallest_difference"] is None
+
+
 def test_what_is_done_is_not_planned(tmp_path):
     study, store = made_study(tmp_path, ONE)
     jobs = graph(study)
