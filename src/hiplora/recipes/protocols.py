@@ -21,7 +21,7 @@ NAMING = {
         *("methods", "method", "reference", "plain", "attention", "early"),
         *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
     ),
-    "domains": ("domains", "domain", "order"),
+    "domains": ("domains", "domain", "early_domains", "order"),
 }
 
 
@@ -201,6 +201,9 @@ class Frontier(Protocol):
     )
     early: dict[str, list[Positive]] = Field(
         default={}, description="Method → further, smaller numbers of steps: early stops."
+    )
+    early_domains: list[str] | None = Field(
+        default=None, description="Domains of the early stops; all, if empty."
     )
     tasks: dict[str, Positive | None] = Field(
         default={},

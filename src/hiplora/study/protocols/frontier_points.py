@@ -90,12 +90,13 @@ class Curve:
 def scoring_jobs(study: Study, settings: Settings, domain: str, method: str) -> dict[tuple, list[Job]]:
     """Return (rate, steps) → the jobs that score a method's adapters, one a seed."""
     row, tasks = study.row(method), settings.tasks or None
+    stops = settings.early.get(method, ()) if domain in (settings.early_domains or (domain,)) else ()
     return {
         (rate, steps): [
             study.score(study.adapter(row, domain, seed, lr=rate, steps=steps), tasks, drift=True)
             for seed in study.seeds(settings)
         ]
-        for steps in (None, *settings.early.get(method, ()))
+        for steps in (None, *stops)
         for rate in settings.rates
     }
 

@@ -6,6 +6,7 @@ import pytest
 
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import frontier
+from hiplora.study.protocols.frontier_points import scoring_jobs
 from hiplora.study.statistics import geometric
 from tests.unit.study.protocols.made import finish, made_study, measured, results, scored, table, trained
 
@@ -141,6 +142,15 @@ def test_the_best_plain_lora_is_the_one_that_learned_as_much_with_the_least_drif
     best = ratio(with_stops, "Best plain LoRA")
     assert (best.setting["method"], best.value) == ("LoRA on the MLPs", pytest.approx(math.sqrt(200)))
     assert "Best plain LoRA (LoRA on the MLPs)" in table(with_stops, "frontier-sums-equal")
+
+
+@pytest.mark.parametrize(
+    ("where", "count"), [("", 2), (", early_domains: [sums]", 2), (", early_domains: [facts]", 1)]
+)
+def test_early_stops_are_asked_for_in_their_domains(tmp_path, where, count):
+    found, settings, _ = made(tmp_path, f", early: {{lora-mlp: [3]}}{where}")
+    jobs = scoring_jobs(found, settings, "sums", "lora-mlp")
+    assert len(jobs) == count * len(settings.rates)
 
 
 def test_the_ratio_at_equal_likelihood_is_another_view(section):
