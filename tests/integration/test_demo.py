@@ -13,6 +13,7 @@ from hiplora.errors import ConfigError, DataError
 from hiplora.export import read_update
 from hiplora.study import demo_stages
 from hiplora.study.demo import DemoSettings, demo
+from hiplora.study.isolated import run_here
 from hiplora.study.methods import METHODS, Ranks, slug
 from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
@@ -180,6 +181,9 @@ def test_the_example_of_the_help_runs_and_reports(job, tmp_path, monkeypatch, ca
     assert example[:2] == ["hiplora", "demo"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hiplora.study.demo.DemoSettings", lambda: job)
+    # In this process, with what would go to another; test_compare starts others.
+    here = lambda target, arguments: run_here(target, json.loads(json.dumps(arguments)))  # noqa: E731
+    monkeypatch.setattr("hiplora.study.demo.run_isolated", here)
     with pytest.raises(SystemExit) as stop:
         frame.main(example[1:])
     said = capsys.readouterr()

@@ -190,21 +190,26 @@ def test_a_job_that_kills_its_worker_again_and_again_counts_as_failed(data, tmp_
     assert "memory" in store.failure(first)["error"]
 
 
-def test_on_a_ray_cluster_with_one_worker_killed_the_results_are_the_same(undisturbed, data, tmp_path):
+def test_on_a_ray_cluster_with_one_worker_killed_and_a_job_that_fails_the_results_are_the_same(
+    undisturbed, data, tmp_path
+):
     pytest.importorskip("ray")
     from hiplora.study.engine.grid import run_ray
 
-    expected_store, graph, _ = undisturbed
+    expected_store, wanted, _ = undisturbed
+    wrong = job("evaluate", "score no adapter", scoring({"mmlu": 2}), adapter=train("gsm8k", -1.0))
+    graph = Graph([wrong, *wanted.wanted])
     store, killed = Store(tmp_path / "ray"), []
     killer = threading.Thread(target=kill_a_task, args=(store, killed), daemon=True)
     killer.start()
     told = []
     left = run_ray(graph, store, Place("pico", data), workers=2, on_event=told.append)
     assert killed
-    assert (left.open, left.failed, left.blocked) == (0, [], [])
-    assert {event["event"] for event in told} == {"end"}
-    assert len(told) == len(graph)
-    assert results(store, graph) == results(expected_store, graph)
+    assert left.open == 0
+    assert [one.name for one in left.failed] == ["train gsm8k -1.0"]
+    assert [one.name for one in left.blocked] == ["score no adapter"]
+    assert sorted(event["event"] for event in told) == ["end"] * len(wanted) + ["failed"]
+    assert results(store, wanted) == results(expected_store, wanted)
 
 
 def kill_a_task(store, killed):
@@ -218,15 +223,3 @@ def kill_a_task(store, killed):
                 killed.append(process.pid)
                 return
         time.sleep(0.05)
-
-
-def test_what_fails_on_a_ray_cluster_is_told_and_the_others_go_on(data, tmp_path):
-    pytest.importorskip("ray")
-    from hiplora.study.engine.grid import run_ray
-
-    wrong = job("evaluate", "score no adapter", scoring({"mmlu": 2}), adapter=train("gsm8k", -1.0))
-    graph = Graph([wrong, job("evaluate", "score the base", scoring({"mmlu": 2}))])
-    left = run_ray(graph, Store(tmp_path / "failing"), Place("pico", data), workers=1)
-    assert [one.name for one in left.failed] == ["train gsm8k -1.0"]
-    assert [one.name for one in left.blocked] == ["score no adapter"]
-    assert Store(tmp_path / "failing").finished(graph.wanted[1])

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hiplora.export.shards import TensorSpec, row_blocks, write_shards
 from hiplora.training.memory import CLEAR
 
-ADAPTERS, LAYERS = 3, 9
-HIDDEN, INTERMEDIATE = 1536, 6144
+ADAPTERS, LAYERS = 3, 10
+HIDDEN, INTERMEDIATE = 1152, 4608
 LARGEST = 4 * HIDDEN * INTERMEDIATE
 # Blocks of rows and the check in float64, the model without its weights, and the adapters' own factors.
 CONSTANT = 64 << 20
@@ -55,14 +55,14 @@ shapes = {
 }
 reset_peak()
 baseline = peak_bytes()
-report = save_dense(DenseSum([random_adapter(seed) for seed in range(adapters)]), out, max_shard_size="200MB")
+report = save_dense(DenseSum([random_adapter(seed) for seed in range(adapters)]), out, max_shard_size="120MB")
 print(json.dumps({"extra": peak_bytes() - baseline, "files": report.files, "streamed": report.streamed}))
 """
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A Llama of about 0.6 GB in bf16 with a small vocabulary; one block of random weights repeats in it."""
+    """A Llama of about 0.4 GB in bf16 with a small vocabulary; one block of random weights repeats in it."""
     folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(
         vocab_size=512,

@@ -119,21 +119,25 @@ def _check_gpus(ray: Any, gpus_per_job: float) -> None:
 def _await(
     ray: Any, refs: Mapping[str, Any], graph: Graph, store: Store, run: str, on_event: OnEvent | None
 ) -> None:
-    """Wait for all tasks; where one was lost with its process, write that down for its job."""
+    """Wait for all tasks; where one was lost with its process, write that down for its job.
+
+    Of a job that was not done, since one that it needs failed, nothing is told.
+    """
     keys = {ref: key for key, ref in refs.items()}
     while keys:
         for ref in ray.wait(list(keys), num_returns=1)[0]:
             key = keys.pop(ref)
             try:
-                ray.get(ref)
+                over = ray.get(ref) == OVER
             except ray.exceptions.RayError as error:
+                over = False
                 if any(need.key in refs and _lost(ray, refs[need.key]) for need in graph[key].needs.values()):
                     continue  # Ray hands the loss of a task on to those that wait for it
                 if isinstance(error, ray.exceptions.RayTaskError):
                     raise  # the task's own code failed, not its job
                 store.fail(graph[key], lost(DEATHS, type(error).__name__), run)
-            if on_event is not None:
-                on_event({"event": "failed" if store.failure(graph[key], run) else "end", "key": key})
+            if on_event is not None and (over or store.failure(graph[key], run)):
+                on_event({"event": "end" if over else "failed", "key": key})
 
 
 def _lost(ray: Any, ref: Any) -> bool:
