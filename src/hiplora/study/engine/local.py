@@ -9,11 +9,9 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hiplora.errors import HipLoraError
-from hiplora.files import write_atomic
 from hiplora.study.engine.bench import Place
 from hiplora.study.engine.jobs import Graph
 from hiplora.study.engine.store import Store
@@ -41,8 +39,7 @@ def run_local(
     run = uuid.uuid4().hex
     if not (left := todo(graph, store, run)).open:
         return left
-    orders = write_atomic(store.path / "runs" / f"{run}.json", json.dumps(graph.to_json()))
-    crew = _Crew(store, place, run, orders, workers)
+    crew = _Crew(store, place, run, graph, workers)
     deaths: dict[str, int] = {}
     try:
         for _ in range(workers):
@@ -56,7 +53,6 @@ def run_local(
                 on_event(event)
     finally:
         crew.end()
-        orders.unlink(missing_ok=True)
     return todo(graph, store, run)
 
 
@@ -94,14 +90,10 @@ def _environment(workers: int) -> dict[str, str]:
 class _Crew:
     """The worker processes, and what they tell."""
 
-    def __init__(self, store: Store, place: Place, run: str, graph: Path, workers: int):
+    def __init__(self, store: Store, place: Place, run: str, graph: Graph, workers: int):
         self._environment = _environment(workers)
-        self._orders = {
-            "store": str(store.path),
-            "graph": str(graph),
-            "place": place.to_json(),
-            "run": run,
-        }
+        orders = {"store": str(store.path), "graph": graph.to_json(), "place": place.to_json(), "run": run}
+        self._orders = json.dumps(orders).encode() + b"\n"
         self._members: list[subprocess.Popen] = []
         self.running = 0
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -115,15 +107,15 @@ class _Crew:
         )
         self._members.append(process)
         self.running += 1
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died at once: its status says so
-            process.stdin.write(json.dumps(self._orders).encode() + b"\n")
-            process.stdin.flush()
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     def _listen(self, process: subprocess.Popen) -> None:
         at = None
+        assert process.stdin is not None
         assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its status says so
+            process.stdin.write(self._orders)
+            process.stdin.flush()
         for line in process.stdout:
             event = json.loads(line)
             at = event["key"] if event["event"] == "begin" else None

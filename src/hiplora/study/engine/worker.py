@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hiplora.study.engine.bench import Bench, Place
@@ -73,7 +72,7 @@ def main() -> int:
     store = Store(given["store"])
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the libraries print goes to standard error
-    graph = Graph.from_json(json.loads(Path(given["graph"]).read_text(encoding="utf-8")))
+    graph = Graph.from_json(given["graph"])
     bench = Bench(store, Place.from_json(given["place"]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' advice to each other
