@@ -215,7 +215,7 @@ def _other_seeds(found: Measurement | None, digits: int) -> Cell:
     if found is None or not (found.over_seeds or found.widest != (found.low, found.high)):
         return Cell(text="–")
     low, high = found.over_seeds or found.widest
-    return Cell(text=f"{low:+.{digits}f} to {high:+.{digits}f}")
+    return Cell(text=f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−"))
 
 
 def files(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> dict[str, str]:
