@@ -174,6 +174,11 @@ def test_edits_or_a_model_that_cannot_be_used_are_refused_before_anything_is_wri
     assert not (tmp_path / "out").exists()
 
 
+def run_as_if_elsewhere(target, arguments):
+    """In this process, with what would go to another; test_compare starts others."""
+    run_here(target, json.loads(json.dumps(arguments)))
+
+
 def test_the_example_of_the_help_runs_and_reports(job, tmp_path, monkeypatch, capsys):
     lines = inspect.getdoc(command).splitlines()
     assert lines[-3] == "Example:"
@@ -181,9 +186,7 @@ def test_the_example_of_the_help_runs_and_reports(job, tmp_path, monkeypatch, ca
     assert example[:2] == ["hiplora", "demo"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hiplora.study.demo.DemoSettings", lambda: job)
-    # In this process, with what would go to another; test_compare starts others.
-    here = lambda target, arguments: run_here(target, json.loads(json.dumps(arguments)))  # noqa: E731
-    monkeypatch.setattr("hiplora.study.demo.run_isolated", here)
+    monkeypatch.setattr("hiplora.study.demo.run_isolated", run_as_if_elsewhere)
     with pytest.raises(SystemExit) as stop:
         frame.main(example[1:])
     said = capsys.readouterr()

@@ -190,6 +190,7 @@ def test_a_merge_can_be_evaluated_as_it_is_written(place, tmp_path):
         (["--weights", "1"], "1 given for 2 adapters"),
         (["--sizes", "5"], "5 of 2 adapters"),
         (["--sizes", "two"], "whole numbers"),
+        (["--suite", "nonsense"], "'nonsense' is not known"),
     ],
 )
 def test_wrong_input_is_refused_and_nothing_written(place, tmp_path, capsys, options, said):

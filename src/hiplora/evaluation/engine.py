@@ -194,7 +194,6 @@ class Engine:
         return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
 
 
-@functools.cache
 def foreign_tasks() -> frozenset[str]:
     """Return the names of lm-eval's own tasks, groups not among them; it takes seconds."""
     return frozenset(_quietly(TaskManager).all_subtasks)

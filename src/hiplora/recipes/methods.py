@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from hiplora.errors import ConfigError
 from hiplora.recipes.adalora import AdaLoraMethod
 from hiplora.recipes.low_rank import ATTENTION_PROJECTIONS, Block, LowRank, Targeted
 from hiplora.recipes.osf import OsfMethod
@@ -98,6 +99,19 @@ class SplitLoraMethod(LowRank):
         ge=1,
         description="Optimizer steps between two averagings of the clients' sides; the last step has one too.",
     )
+
+
+def check_cut(cut_layer: int, layers: int) -> None:
+    """Check that a model with so many layers can be cut below this one.
+
+    Raises:
+        ConfigError: it has fewer.
+    """
+    if cut_layer > layers:
+        raise ConfigError(
+            f"method.cut_layer {cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the number "
+            "of layers on the clients' side"
+        )
 
 
 class Spectral(LowRank):

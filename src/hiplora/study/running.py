@@ -133,12 +133,12 @@ def check_tasks(graph: Graph) -> None:
     Raises:
         ConfigError: tasks are not known; they are named.
     """
-    foreign = sorted(_tasks(graph) - set(own_tasks()))
+    foreign = _tasks(graph) - set(own_tasks())
     if not foreign:
         return
     from hiplora.evaluation.engine import foreign_tasks
 
-    if unknown := [task for task in foreign if task not in foreign_tasks()]:
+    if unknown := sorted(foreign - foreign_tasks()):
         raise ConfigError(
             f"tasks that nobody knows: {', '.join(unknown)}; expected one of {', '.join(own_tasks())}, or one of "
             "lm-eval's (lm_eval ls tasks)"

@@ -122,11 +122,18 @@ def hierarchical(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, E
     return {name: Estimate(one.estimate, one.low, one.high) for name, one in found.mean.items()}
 
 
+def student(values: Sequence[float]) -> Estimate:
+    """Return the mean of values, one a seed, with the interval of Student's t over them; of one value there is none."""
+    middle, sd = float(np.mean(values)), spread(values)
+    if sd is None:
+        return Estimate(middle)
+    margin = student_margin(sd, len(values))
+    return Estimate(middle, middle - margin, middle + margin, sd)
+
+
 def geometric(values: Sequence[float]) -> Estimate:
     """Return the geometric mean of positive values, with the interval of Student's t over them (their logarithms)."""
-    logs = np.log(np.asarray(values, dtype=float))
-    middle = float(logs.mean())
-    if len(logs) < 2:
-        return Estimate(float(np.exp(middle)))
-    margin = student_margin(float(logs.std(ddof=1)), len(logs))
-    return Estimate(float(np.exp(middle)), float(np.exp(middle - margin)), float(np.exp(middle + margin)))
+    logs = student(np.log(np.asarray(values, dtype=float)).tolist())
+    if logs.low is None or logs.high is None:
+        return Estimate(math.exp(logs.value))
+    return Estimate(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high))

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.methods import SplitLoraMethod
+from hiplora.recipes.methods import SplitLoraMethod, check_cut
 from hiplora.training.trainer import RecordingTrainer
 
 CLIENTS_FILE = "clients.safetensors"
@@ -83,12 +83,7 @@ class ClientSides:
         Raises:
             ConfigError: the model has fewer layers, or nothing below the cut is trained.
         """
-        layers = model.config.get_text_config().num_hidden_layers
-        if cut_layer > layers:
-            raise ConfigError(
-                f"method.cut_layer {cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the number "
-                "of layers on the clients' side"
-            )
+        check_cut(cut_layer, model.config.get_text_config().num_hidden_layers)
         self._places = list(_below(model, cut_layer))
         if cut_layer and not self._places:
             raise ConfigError(

@@ -80,7 +80,10 @@ def test_a_file_is_no_folder_for_results(tmp_path):
             "rank_one: {modules: [nope]}",
             r"probe the base, weight basis: .*\['nope'\] matches no linear layer",
         ),
-        ("single_task: {methods: [split]}", r"train Split on .*: method\.cut_layer is 3, .* 2 layers"),
+        (
+            "single_task: {methods: [split]}",
+            r"train Split on .*: method\.cut_layer 3: the model has only 2 layers",
+        ),
     ],
 )
 def test_a_job_that_does_not_fit_the_model_is_named_before_anything_runs(tmp_path, protocol, told):

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from hiplora.metrics import MergeInstance
-from hiplora.metrics.student import student_margin
 from hiplora.recipes.methods import OF_THE_GAINS, HipLoraMethod
 from hiplora.recipes.protocols import Ablations
 from hiplora.recipes.study import StudyMethod
@@ -28,7 +27,7 @@ from hiplora.study.protocols.rows import (
 )
 from hiplora.study.protocols.show import NONE, cell, difference, form_told, marked, measurement, smallest
 from hiplora.study.results import FORMS, Results
-from hiplora.study.statistics import Estimate, Resampler, estimate, hierarchical
+from hiplora.study.statistics import Estimate, Resampler, estimate, hierarchical, student
 
 NAME, TITLE = "ablations", "Ablations"
 ZERO, RULE = "Zero init", "addition"
@@ -243,13 +242,11 @@ def _convergence(study: Study, settings: Ablations, results: Results) -> Iterato
         here = _training_losses(study, settings, results, row)
         if here is None or there is None or len(here) < 2:
             continue
-        apart = np.subtract(here, there)
-        value, sd = float(apart.mean()), float(apart.std(ddof=1))
-        margin = student_margin(sd, len(apart))
+        apart = student(np.subtract(here, there).tolist())
         used = [*_adapters(study, settings, row), *_adapters(study, settings, full)]
         yield measurement(
-            NAME, row.title, "training loss difference", Estimate(value, value - margin, value + margin, sd), used,
-            unit="nats/token", setting={"minus": full.title}, seeds=len(apart),
+            NAME, row.title, "training loss difference", apart, used, unit="nats/token",
+            setting={"minus": full.title}, seeds=len(here),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hiplora.recipes.protocols import Claims
+from hiplora.reporting.numbers import signed
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
@@ -215,7 +216,7 @@ def _other_seeds(found: Measurement | None, digits: int) -> Cell:
     if found is None or not (found.over_seeds or found.widest != (found.low, found.high)):
         return Cell(text="–")
     low, high = found.over_seeds or found.widest
-    return Cell(text=f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−"))
+    return Cell(text=f"{signed(low, digits)} to {signed(high, digits)}")
 
 
 def files(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from hiplora.errors import ConfigError
 from hiplora.evaluation.suite import most_written
 from hiplora.models.shapes import FACTORED, ModelShape
 from hiplora.recipes import TrainSettings
+from hiplora.recipes.methods import check_cut
 from hiplora.study.engine.jobs import Job, is_result
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
@@ -127,10 +128,7 @@ def known(method: Settings) -> dict[str, Any]:
 def training_load(recipe: Settings, shape: ModelShape, steps: int) -> Load:
     """Return the load of so many training steps, which read factors from the cache and leave nothing."""
     method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
-    if method.get("cut_layer", 0) > shape.layers:
-        raise ConfigError(
-            f"method.cut_layer is {method['cut_layer']}, and the model has {shape.layers} layers; lower it"
-        )
+    check_cut(method.get("cut_layer", 0), shape.layers)
     row = rows_of(*_source(recipe))
     length = trained.max_length if trained.packing else min(trained.max_length, math.ceil(row.tokens))
     tokens = steps * trained.batch_size * trained.gradient_accumulation * length
