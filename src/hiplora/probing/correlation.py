@@ -19,6 +19,7 @@ _EXACT = 8  # points up to which all pairings are tried
 _CHUNK = 1 << 20  # counts in work at once: a few tens of MB
 
 Floats = NDArray[np.float64]
+Points = dict[tuple[str, int], tuple[float, float] | None]  # σ and drop of each direction (module, index)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,21 @@ class Finding:
         return named | asdict(self.association)
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How much more the drop of one intervention goes with σ than that of another (`minus`), over the same directions.
+
+    The differences of their correlations: without p-values, with the interval of the paired bootstrap.
+    """
+
+    kind: str
+    minus: str
+    metric: str
+    points: int
+    pearson: Correlation
+    spearman: Correlation
+
+
 def correlate(
     x: ArrayLike,
     y: ArrayLike,
@@ -96,13 +112,9 @@ def correlate(
             + "; expected as many of each"
         )
     if reason := _undefined(first, second):
-        nothing = Correlation(None, None, None, None, reason)
+        nothing = _nothing(reason)
         return Association(len(first), nothing, nothing)
-    members = [np.arange(len(first))]
-    if groups is not None:
-        labels = np.asarray(groups)
-        members = [np.flatnonzero(labels == label) for label in dict.fromkeys(groups)]
-    sampled = _resampled(first, second, members, groups is not None, replicates, np.random.default_rng(seed))
+    sampled = _sampled(first, second, groups, replicates, seed)
     return Association(len(first), *_estimated(first, second, sampled))
 
 
@@ -116,18 +128,65 @@ def findings(
     Raises:
         ConfigError: `resample` is neither.
     """
-    if resample not in RESAMPLING:
-        raise ConfigError(f"resample is {resample!r}; expected one of {', '.join(RESAMPLING)}")
+    _check_resampling(resample)
     rows = list(records)
     found = []
     for kind, metric, name, some in _divided(rows):
         points = _points(some, metric)
-        present = [point for point in points if point is not None]
-        modules = [module for module, _, _ in present] if resample == "modules" else None
-        xs, ys = [sigma for _, sigma, _ in present], [drop for _, _, drop in present]
+        present = {key: point for key, point in points.items() if point is not None}
+        modules = [module for module, _ in present] if resample == "modules" else None
+        xs, ys = [sigma for sigma, _ in present.values()], [drop for _, drop in present.values()]
         association = correlate(xs, ys, modules, replicates=replicates, seed=seed)
         found.append(Finding(kind, metric, name, len(points) - len(present), association))
     return found
+
+
+def contrasts(
+    records: Iterable[ProbeRecord], resample: str = "directions", *, replicates: int = 10_000, seed: int = 0
+) -> list[Contrast]:
+    """Return, for each metric and each two interventions, how far apart their correlations with σ are.
+
+    The first in `records` minus the other, over the directions of all modules whose drop is finite under both; in
+    each sample of the bootstrap both have the same directions. `resample` as of `findings`.
+
+    Raises:
+        ConfigError: `resample` is neither.
+    """
+    _check_resampling(resample)
+    points: dict[str, dict[str, Points]] = {}
+    for kind, metric, name, some in _divided(list(records)):
+        if name == "all":
+            points.setdefault(metric, {})[kind] = _points(some, metric)
+    found = []
+    pairs = [(metric, *pair) for metric in points for pair in itertools.combinations(points[metric], 2)]
+    for metric, kind, minus in pairs:
+        here, there = points[metric][kind], points[metric][minus]
+        both = {
+            key: (one[0], one[1], other[1])
+            for key, one in here.items()
+            if one is not None and (other := there.get(key)) is not None
+        }
+        modules = [module for module, _ in both] if resample == "modules" else None
+        x, first, second = np.array(list(both.values())).reshape(-1, 3).T
+        apart = _apart(x, first, second, modules, replicates, seed)
+        found.append(Contrast(kind, minus, metric, len(both), *apart))
+    return found
+
+
+def _apart(
+    x: Floats, first: Floats, second: Floats, groups: Sequence[str] | None, replicates: int, seed: int
+) -> tuple[Correlation, Correlation]:
+    """The correlations of x with `first` minus those with `second`."""
+    if reason := _undefined(x, first) or _undefined(x, second):
+        return _nothing(reason), _nothing(reason)
+    ours, theirs = (_sampled(x, drops, groups, replicates, seed) for drops in (first, second))
+    estimates = zip(_estimated(x, first, ours), _estimated(x, second, theirs), strict=True)
+    values = [(one.estimate or 0.0) - (other.estimate or 0.0) for one, other in estimates]
+    pearson, spearman = (
+        Correlation(value, None, *_bounds(sampled))
+        for value, sampled in zip(values, (ours - theirs).T, strict=True)
+    )
+    return pearson, spearman
 
 
 def _divided(rows: Sequence[ProbeRecord]) -> Iterator[tuple[str, str, str, list[ProbeRecord]]]:
@@ -141,18 +200,23 @@ def _divided(rows: Sequence[ProbeRecord]) -> Iterator[tuple[str, str, str, list[
                 yield kind, metric, name, [row for row in of_kind if row.type == name]
 
 
-def _points(rows: Sequence[ProbeRecord], metric: str) -> list[tuple[str, float, float] | None]:
-    """Return module, σ and mean drop of each direction; None where a drop is not finite."""
+def _points(rows: Sequence[ProbeRecord], metric: str) -> Points:
+    """Return σ and mean drop of each direction, by module and index; None where a drop is not finite."""
     drops: dict[tuple[str, int], list[float | None]] = {}
     sigmas = {(row.module, row.index): row.sigma for row in rows}
     for row in rows:
         drops.setdefault((row.module, row.index), []).append(row.drop[metric])
-    points: list[tuple[str, float, float] | None] = []
+    points: Points = {}
     for key, values in drops.items():
         finite = [value for value in values if value is not None]
         whole = len(finite) == len(values)
-        points.append((key[0], sigmas[key], math.fsum(finite) / len(finite)) if whole else None)
+        points[key] = (sigmas[key], math.fsum(finite) / len(finite)) if whole else None
     return points
+
+
+def _check_resampling(resample: str) -> None:
+    if resample not in RESAMPLING:
+        raise ConfigError(f"resample is {resample!r}; expected one of {', '.join(RESAMPLING)}")
 
 
 def _checked(values: ArrayLike, what: str) -> Floats:
@@ -172,6 +236,19 @@ def _undefined(x: Floats, y: Floats) -> str:
         if (values == values[0]).all():
             return f"all {what} are equal ({values[0]:g})"
     return ""
+
+
+def _nothing(reason: str) -> Correlation:
+    return Correlation(None, None, None, None, reason)
+
+
+def _sampled(x: Floats, y: Floats, groups: Sequence[str] | None, replicates: int, seed: int) -> Floats:
+    """Return the correlations of bootstrap samples, (replicates, 2); the draws hang on groups and seed alone."""
+    members = [np.arange(len(x))]
+    if groups is not None:
+        labels = np.asarray(groups)
+        members = [np.flatnonzero(labels == label) for label in dict.fromkeys(groups)]
+    return _resampled(x, y, members, groups is not None, replicates, np.random.default_rng(seed))
 
 
 def _estimated(x: Floats, y: Floats, sampled: Floats) -> tuple[Correlation, Correlation]:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from hiplora.errors import ConfigError, DataError
-from hiplora.probing import ProbeRecord, correlate, findings
+from hiplora.probing import ProbeRecord, contrasts, correlate, findings
 from hiplora.probing import correlation as inside
 
 
@@ -207,3 +207,47 @@ def test_resampling_by_module_is_asked_for_by_name():
     assert findings(rows, "modules", replicates=50)[0].association.points == 4
     with pytest.raises(ConfigError, match="resample is 'layers'; expected one of directions, modules"):
         findings(rows, "layers")
+
+
+def two_kinds(points=40, noise=0.5, seed=1):
+    """Records whose drops go with σ under zero, and under flip too but for noise."""
+    generator = np.random.default_rng(seed)
+    sigma = generator.exponential(size=points)
+    drops = {"zero": 2 * sigma, "flip": 2 * sigma + noise * generator.normal(size=points)}
+    return [record(i, sigma[i], float(drops[kind][i]), kind) for kind in drops for i in range(points)]
+
+
+def test_contrasts_are_differences_of_correlations_over_the_same_directions():
+    rows = two_kinds()
+    (found,) = contrasts(rows, replicates=500)
+    zero, flip = (one.association for one in findings(rows, replicates=500))
+    assert (found.kind, found.minus, found.metric, found.points) == ("zero", "flip", "score", 40)
+    for name in ("pearson", "spearman"):
+        apart = getattr(found, name)
+        assert apart.estimate == pytest.approx(getattr(zero, name).estimate - getattr(flip, name).estimate)
+        assert (apart.low < apart.estimate < apart.high, apart.p_value) == (True, None)
+
+
+def test_a_contrast_is_paired_so_that_equal_drops_are_told_apart_by_nothing():
+    (found,) = contrasts(two_kinds(noise=0), replicates=200)
+    assert (found.pearson.estimate, found.pearson.low, found.pearson.high) == (0, 0, 0)
+
+
+def test_a_contrast_is_over_the_directions_that_are_finite_under_both():
+    rows = two_kinds(points=6)
+    rows[1] = record(1, rows[1].sigma, None, "zero")
+    rows[8] = record(2, rows[8].sigma, None, "flip")
+    (found,) = contrasts(rows, replicates=200)
+    kept = [0, 3, 4, 5]
+    sigma = [rows[i].sigma for i in kept]
+    zero, flip = ([rows[start + i].drop["score"] for i in kept] for start in (0, 6))
+    expected = stats.pearsonr(sigma, zero).statistic - stats.pearsonr(sigma, flip).statistic
+    assert (found.points, found.pearson.estimate) == (4, pytest.approx(expected))
+
+
+def test_contrasts_of_too_few_directions_have_a_reason_and_an_unknown_way_to_draw_is_refused():
+    (found,) = contrasts(two_kinds(points=2))
+    assert (found.pearson.estimate, found.points) == (None, 2)
+    assert "2 directions" in found.spearman.reason
+    with pytest.raises(ConfigError, match="resample is 'layers'"):
+        contrasts(two_kinds(), "layers")

@@ -25,8 +25,8 @@ SUPPORTED, AGAINST, UNCLEAR, OPEN = "supported", "not supported", "cannot tell",
 class Claim:
     """A claim of the paper and the measurement that speaks for it, by names of `Measurement`.
 
-    `method` and `minus` are fields of `Claims`; `claimed` is the side of `none` that the paper says; `forms` are those
-    of the scores, one empty form for what has none; `setting` must be in the measurement's.
+    `method`, `minus` and `over` (of a ratio) are fields of `Claims`; `claimed` is the side of `none` that the paper
+    says; `forms` are those of the scores, one empty form for what has none; `setting` must be in the measurement's.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Claim:
     method: str
     claimed: str  # above | below
     minus: str | None = None
+    over: str | None = None
     none: float = 0.0
     unit: str = "pp"
     forms: Sequence[str] = FORMS
@@ -144,6 +145,14 @@ CLAIMS: tuple[Claim, ...] = (
           "hiplora", "below", forms=("",), unit="Spearman"),
     Claim("zero", "Removing a stronger direction costs more", "Pearson 0.86", "rank-one", "pearson", "Zero", "above",
           forms=("",), unit="Pearson", setting={"metric": "log_perplexity", "basis": "weight"}),
+    Claim("zero-flip", "… in a closer relation than turning it round", "Pearson 0.86 and 0.33", "rank-one",
+          "pearson difference", "Zero", "above", forms=("",), unit="Pearson",
+          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Flip"}),
+    Claim("zero-noise", "… and than a little noise along it", "Pearson 0.86 and 0.14", "rank-one",
+          "pearson difference", "Zero", "above", forms=("",), unit="Pearson",
+          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Noise 0.1"}),
+    Claim("overhead", "Training is slowed by no more than the paper's twentieth", "42,000 → 40,000 tokens/s", "cost",
+          "throughput ratio", "hiplora", "above", over="lora", none=40 / 42, forms=("",), unit="of LoRA's"),
 )  # fmt: skip
 
 
@@ -171,7 +180,7 @@ def check(study: Study, settings: Claims, sections: Sequence[Section]) -> list[C
     measurements = [one for section in sections for one in section.measurements]
     found = []
     for claim in CLAIMS:
-        roles = [name for name in (claim.method, claim.minus) if name in Claims.model_fields]
+        roles = [name for name in (claim.method, claim.minus, claim.over) if name in Claims.model_fields]
         if any(getattr(settings, role) is None for role in roles):
             continue
         titles = {role: study.row(getattr(settings, role)).title for role in roles}
@@ -183,8 +192,9 @@ def check(study: Study, settings: Claims, sections: Sequence[Section]) -> list[C
 
 def _fits(one: Measurement, claim: Claim, form: str, titles: Mapping[str, str]) -> bool:
     wanted = dict(claim.setting)
-    if claim.minus is not None:
-        wanted["minus"] = titles[claim.minus]
+    wanted |= {
+        key: titles[role] for key, role in (("minus", claim.minus), ("over", claim.over)) if role is not None
+    }
     return (
         (one.protocol, one.metric, one.form) == (claim.section, claim.metric, form)
         and one.method == titles.get(claim.method, claim.method)

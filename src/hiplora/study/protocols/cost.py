@@ -11,7 +11,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.show import NONE, measurement
 from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate
+from hiplora.study.statistics import Estimate, Resampler, estimate
 
 NAME, TITLE = "cost", "Cost"
 
@@ -23,6 +23,7 @@ class Cost:
     title: str
     job: Job
     tokens_per_second: float
+    step_seconds: Sequence[float]  # of the measured steps, on the same rows for every method
     peak_memory: float | None  # bytes
     factors: tuple[Job, float, float, bool] | None  # job, seconds, bytes, whether they were there already
     machine: str
@@ -55,18 +56,20 @@ def _texts(settings: CostTable, found: Sequence[Cost], first: Cost | None) -> It
     if machines:
         yield (
             f"Measured on {'; '.join(machines)}, each method in a process of its own while nothing else of the study "
-            f"ran, over {settings.steps} steps after {settings.warmup} to warm up. Each was timed once: there are no "
-            "intervals, and no smallest difference that could be told. Decompositions were timed as jobs among others."
+            f"ran, over {settings.steps} steps after {settings.warmup} to warm up. Each was timed once: intervals are "
+            "over the steps, on the same rows for every method, and do not hold that a machine may be slower at "
+            "another hour. Decompositions were timed as jobs among others."
         )
     if len(machines) > 1:
         yield "Methods were timed on different machines: the ratios below compare those, too."
     if first is not None and len(found) > 1:
-        told = ", ".join(
-            f"{cost.title} {cost.tokens_per_second / first.tokens_per_second:.3f}"
-            for cost in found
-            if cost is not first
+        others = [(cost.title, _speed_ratio(cost, first)) for cost in found if cost is not first]
+        told = ", ".join(f"{title} {speed.value:.3f}" for title, speed in others)
+        least = max(speed.half or 0.0 for _, speed in others)
+        yield (
+            f"Tokens per second, as a share of {first.title}'s: {told}. A difference can be told if it is larger than "
+            f"about {least:.3f}."
         )
-        yield f"Tokens per second, as a share of {first.title}'s: {told}."
 
 
 def _speed(study: Study, settings: CostTable, method: str) -> Job:
@@ -97,6 +100,7 @@ def _cost(study: Study, settings: CostTable, results: Results, method: str) -> C
         row.title,
         job,
         timed["tokens_per_second"],
+        timed["step_seconds"],
         timed["peak_memory_bytes"],
         once,
         ", ".join(filter(None, (timed.get("gpu"), results.machine(job)))),
@@ -121,11 +125,16 @@ def _cells(cost: Cost, first: Cost | None) -> list[Cell]:
         return paper_value("cost", cost.title, column)
 
     memory, speed_ratio, memory_ratio = cost.peak_memory, *_ratios(cost, first)
+    speed = (
+        Cell()
+        if speed_ratio is None
+        else Cell(speed_ratio.value, speed_ratio.low, speed_ratio.high, digits=3)
+    )
     shown = [
         Cell(cost.tokens_per_second, paper=paper("Tokens per second"), digits=0),
-        Cell(speed_ratio, digits=3),
+        speed,
         Cell(None if memory is None else memory / 1e9, paper=paper("Peak memory"), digits=2),
-        Cell(memory_ratio, digits=3),
+        Cell(None if memory_ratio is None else memory_ratio.value, digits=3),
     ]
     if cost.factors is None:
         return [*shown, NONE, NONE]
@@ -138,12 +147,26 @@ def _cells(cost: Cost, first: Cost | None) -> list[Cell]:
     ]
 
 
-def _ratios(cost: Cost, first: Cost | None) -> tuple[float | None, float | None]:
+def _ratios(cost: Cost, first: Cost | None) -> tuple[Estimate | None, Estimate | None]:
     """Throughput and peak memory over the first method's; None while that is missing, or memory unknown."""
     if first is None:
         return None, None
-    memory = cost.peak_memory / first.peak_memory if cost.peak_memory and first.peak_memory else None
-    return cost.tokens_per_second / first.tokens_per_second, memory
+    memory = (
+        Estimate(cost.peak_memory / first.peak_memory) if cost.peak_memory and first.peak_memory else None
+    )
+    return _speed_ratio(cost, first), memory
+
+
+def _speed_ratio(cost: Cost, first: Cost) -> Estimate:
+    """Throughput over the first method's, with the interval over steps."""
+    draws = Resampler()
+    there, here = (draws.mean("steps", one.step_seconds) for one in (first, cost))
+    found = estimate(there / here)
+    speed = cost.tokens_per_second / first.tokens_per_second
+    tokens = speed / found.value  # 1, where the steps have as many
+    assert found.low is not None
+    assert found.high is not None
+    return Estimate(speed, tokens * found.low, tokens * found.high)
 
 
 def _measurements(cost: Cost, first: Cost | None) -> Iterator[Measurement]:
@@ -159,7 +182,7 @@ def _measurements(cost: Cost, first: Cost | None) -> Iterator[Measurement]:
         if first is not None and ratio is not None:
             told = {"machine": cost.machine, "over": first.title}
             used = [cost.job, first.job]
-            yield measurement(NAME, cost.title, metric, Estimate(ratio), used, unit="ratio", setting=told)
+            yield measurement(NAME, cost.title, metric, ratio, used, unit="ratio", setting=told)
     if cost.factors is not None:
         job, seconds, size, reused = cost.factors
         yield one("factors", seconds, "seconds", job, reused=reused)

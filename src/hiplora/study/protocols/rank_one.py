@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from hiplora.probing import Correlation, ProbeRecord, contrasts
 from hiplora.recipes.protocols import RankOne
+from hiplora.reporting.numbers import signed
 from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Grid, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
@@ -39,7 +41,10 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
         tables += [_table(found["correlations"], metric, basis) for metric in METRICS]
         figures.append(_scatter(found["records"], settings, basis))
         measurements += _measurements(found["correlations"], basis, job)
+        apart = _apart(found["records"], basis, job)
+        measurements += apart
         texts += _texts(found["correlations"], basis)
+        texts += _texts_apart(apart, basis)
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 
 
@@ -126,6 +131,38 @@ def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Jo
             yield measurement(
                 NAME, _named(one["kind"]), coefficient, value, [job], items=one["points"], setting=setting
             )
+
+
+def _apart(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
+    """How far apart the correlations of each two interventions are, over the same directions."""
+    found = []
+    for one in contrasts(ProbeRecord(**record) for record in records):
+        for coefficient in COEFFICIENTS:
+            apart: Correlation = getattr(one, coefficient)
+            if apart.estimate is None:
+                continue
+            setting = {"minus": _named(one.minus), "metric": one.metric, "basis": basis}
+            value = Estimate(apart.estimate, apart.low, apart.high)
+            name = f"{coefficient} difference"
+            found.append(
+                measurement(NAME, _named(one.kind), name, value, [job], items=one.points, setting=setting)
+            )
+    return found
+
+
+def _texts_apart(apart: Sequence[Measurement], basis: str) -> Iterator[str]:
+    """Differences of Pearson's correlation of the lost performance with σ, as of the paper's own ordering."""
+    told = [
+        f"{one.method} over {one.setting['minus']} {signed(one.value)} [{signed(one.low)}, {signed(one.high)}]"
+        for one in apart
+        if one.metric == "pearson difference" and one.setting["metric"] == "log_perplexity"
+        if one.low is not None and one.high is not None
+    ]
+    if told:
+        yield (
+            f"{basis.capitalize()} basis, how far apart Pearson's correlations of the perplexity's log with σ are, "
+            f"over the same directions: {', '.join(told)}."
+        )
 
 
 def _scatter(records: Sequence[Mapping[str, Any]], settings: RankOne, basis: str) -> Grid:

@@ -133,3 +133,18 @@ def test_speed_of_training_is_judged_and_shown_in_nats(tmp_path):
     section = claims.section_after(study, study.recipe.protocols.claims, results(store), [found])
     cells = dict(section.tables[0].rows)["Without the stability budget training goes more slowly"]
     assert (cells[0].text, cells[2].digits, cells[4].text) == ("supported", 4, "+0.0016 to +0.0026")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.96, 0.99, "supported"), (0.90, 0.94, "not supported")]
+)
+def test_overhead_is_judged_by_the_ratio_to_lora_that_the_paper_reports(tmp_path, low, high, verdict):
+    ratio = Measurement("cost", "HiP-LoRA", "throughput ratio", (low + high) / 2, low=low, high=high,
+                        setting={"over": "LoRA"})  # fmt: skip
+    of_another = Measurement(
+        "cost", "HiP-LoRA", "throughput ratio", 0.5, low=0.4, high=0.6, setting={"over": "PiSSA"}
+    )
+    study, store = made_study(tmp_path, *CHANGES)
+    section = Section("cost", "Cost", measurements=[of_another, ratio])
+    (text,) = claims.files(study, study.recipe.protocols.claims, results(store), [section]).values()
+    assert json.loads(text)["claims"]["overhead"]["measured"]["verdict"] == verdict

@@ -11,6 +11,7 @@ CHANGES = (
     "cost: {methods: [lora, hiplora, pissa], domain: mathematics, warmup: 1, steps: 3}}",
 )
 TIMED = {"lora": (4000.0, 2e9), "hiplora": (3800.0, 2.5e9), "pissa": (4400.0, 2e9)}
+UNEVEN = (0.9, 1.0, 1.1)  # of a step's time, in turn
 
 
 def of(found, settings, method):
@@ -26,7 +27,7 @@ def filled(tmp_path, gpu=None, reused=False, timed=TIMED):
     for method, (speed, memory) in timed.items():
         finish(
             store, of(found, settings, method), {"tokens": 100.0, "parameters": 10}, tokens_per_second=speed,
-            peak_memory_bytes=memory, step_seconds_median=0.1, gpu=gpu,
+            peak_memory_bytes=memory, step_seconds=[share * 100 / speed for share in UNEVEN], gpu=gpu,
         )  # fmt: skip
     factors = found.factors(found.row("hiplora"))
     finish(store, factors, {"bytes": 3e6, "layers": 2}, factorize_seconds=90.0, reused=reused)
@@ -90,7 +91,27 @@ def test_the_machine_is_that_of_the_jobs_records(study):
     assert section.text[0].startswith(f"Measured on {machine}, each method")
     assert "over 3 steps after 1 to warm up" in section.text[0]
     assert {one.setting["machine"] for one in section.measurements} == {machine}
-    assert section.text[-1] == "Tokens per second, as a share of LoRA's: HiP-LoRA 0.950, PiSSA 1.100."
+    assert (
+        "HiP-LoRA 0.950, PiSSA 1.100. A difference can be told if it is larger than about 0.000."
+        in section.text[-1]
+    )
+
+
+def test_steps_that_differ_widen_the_interval_and_steps_slow_for_all_do_not(study):
+    found, settings, store = study
+    ratio = measured(cost.section(found, settings, results(store)), "throughput ratio", "HiP-LoRA")
+    assert (ratio.low, ratio.high) == (pytest.approx(0.95), pytest.approx(0.95))  # the same steps were slow
+    job = of(found, settings, "hiplora")
+    (store.path / "results" / f"{job.key}.json").unlink()
+    seconds = [share * 100 / 3800 for share in reversed(UNEVEN)]
+    finish(
+        store, job, {"tokens": 100.0, "parameters": 10}, tokens_per_second=3800.0, peak_memory_bytes=2e9,
+        step_seconds=seconds, gpu=None,
+    )  # fmt: skip
+    ratio = measured(cost.section(found, settings, results(store)), "throughput ratio", "HiP-LoRA")
+    assert ratio.value == pytest.approx(0.95)
+    assert ratio.low == pytest.approx(0.95 * 0.9 / 1.1)
+    assert ratio.high == pytest.approx(0.95 * 1.1 / 0.9)
 
 
 def test_a_gpu_is_named_before_the_processor(tmp_path):
@@ -103,7 +124,8 @@ def test_methods_that_were_timed_on_different_machines_are_told(study):
     job = of(found, settings, "pissa")
     (store.path / "results" / f"{job.key}.json").unlink()
     finish(
-        store, job, {"tokens": 100.0, "parameters": 10}, tokens_per_second=1.0, peak_memory_bytes=None, gpu="Card 9"
+        store, job, {"tokens": 100.0, "parameters": 10}, tokens_per_second=1.0, peak_memory_bytes=None,
+        step_seconds=[100.0] * 3, gpu="Card 9",
     )  # fmt: skip
     section = cost.section(found, settings, results(store))
     assert any("different machines" in text for text in section.text)

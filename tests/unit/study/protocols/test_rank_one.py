@@ -1,5 +1,6 @@
 """The section on rank-1 interventions from results made by hand."""
 
+import numpy as np
 import pytest
 
 from hiplora.reporting.study.write import write_report
@@ -23,9 +24,10 @@ def finding(kind, metric, pearson, spearman, of="all"):
     }  # fmt: skip
 
 
-def record(module, sigma, kl, kind="zero"):
+def record(module, sigma, kl, kind="zero", index=0):
     return {
-        "module": f"model.layers.0.self_attn.{module}", "index": 0, "sigma": sigma, "kind": kind, "draw": 0,
+        "module": f"model.layers.0.self_attn.{module}", "layer": 0, "type": module, "index": index, "rank": 9,
+        "sigma": sigma, "relative": 1.0, "kind": kind, "draw": 0, "factor": -1.0,
         "drop": {"kl": kl, "log_perplexity": -kl},
     }  # fmt: skip
 
@@ -41,7 +43,7 @@ WEIGHT = {
     "records": [
         record("q_proj", 2.0, 0.5),
         record("v_proj", 1.0, 0.25),
-        record("v_proj", 0.5, 0.0),
+        record("v_proj", 0.5, 0.0, index=1),
         record("q_proj", 2.0, 0.1, "noise_0.1"),
     ],
 }
@@ -112,6 +114,24 @@ def test_the_text_says_which_correlations_are_told_from_none(study, tmp_path):
     assert "Zero 0.80, Noise 0.1 0.10. Told from none: Zero;" in text
     assert "larger than about 0.30" in text  # the intervals' half widths are 0.25 and 0.35
     write_report(tmp_path / "report", "Made", {}, [section], {})
+
+
+def test_it_is_told_how_far_apart_two_interventions_correlations_are(study):
+    found, settings, store = study
+    weight, _ = rank_one.jobs(found, settings)
+    rows = [record("q_proj", float(sigma), kl, kind, index)
+            for kind, drops in (("zero", (4.0, 3.0, 1.0, 0.5)), ("noise_0.1", (1.0, 4.0, 3.0, 0.5)))
+            for index, (sigma, kl) in enumerate(zip((4, 3, 2, 1), drops, strict=True))]  # fmt: skip
+    (store.path / "results" / f"{weight.key}.json").unlink()
+    finish(store, weight, {**WEIGHT, "records": rows})
+    section = rank_one.section(found, settings, results(store))
+    setting = {"metric": "log_perplexity", "basis": "weight", "minus": "Noise 0.1"}
+    one = measured(section, "pearson difference", "Zero", setting=setting)
+    expected = np.corrcoef([4, 3, 2, 1], [-4, -3, -1, -0.5]) - np.corrcoef([4, 3, 2, 1], [-1, -4, -3, -0.5])
+    assert one.value == pytest.approx(expected[0, 1])
+    assert (one.items, one.jobs) == (4, (weight.key,))
+    assert one.low < one.value < one.high
+    assert any(f"Zero over Noise 0.1 −{abs(one.value):.2f} [" in text for text in section.text)
 
 
 def test_each_basis_is_one_job_that_changes_with_its_settings(tmp_path):
