@@ -292,6 +292,10 @@ def _print_plan(found: dict[str, Any]) -> None:
     )
     if found["missing"]:
         typer.echo(f"files that are not in the data folder: {', '.join(found['missing'])}")
+    if found["assumed"]:
+        typer.echo(
+            f"neither here nor known, so that what they take is assumed: {', '.join(found['assumed'])}"
+        )
 
 
 def _costs(sums: dict[str, Any]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError
@@ -13,8 +14,9 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
 from hiplora.study.estimate import Cost, Machine, cost, full_settings
-from hiplora.study.steps.lengths import TASKS
+from hiplora.study.steps.lengths import EDITS, ROWS, TASKS
 from hiplora.study.steps.loads import known, load_of
+from hiplora.study.steps.measured import is_assumed
 
 if TYPE_CHECKING:
     from hiplora.study.engine.store import Store
@@ -24,20 +26,21 @@ ASSUMED_SPREAD = (
 )
 
 
-def job_costs(graph: Graph, model: str, machine: Machine) -> dict[str, Cost]:
-    """Return, a job's key, what it will cost on one device of a machine.
+def job_costs(graph: Graph, model: str, machine: Machine, data: Path | None = None) -> dict[str, Cost]:
+    """Return, a job's key, what it will cost on one device of a machine, with the study's files in the folder `data`.
 
     Raises:
+        DataError: one of them cannot be used.
         ConfigError: the model's shape cannot be had, or a method does not fit it.
     """
     shape = model_shape(model)
-    return {job.key: _cost(job, shape, machine) for job in graph}
+    return {job.key: _cost(job, shape, machine, data) for job in graph}
 
 
-def _cost(job: Job, shape: ModelShape, machine: Machine) -> Cost:
+def _cost(job: Job, shape: ModelShape, machine: Machine, data: Path | None) -> Cost:
     method = _method(job)
     trainable = 0 if method is None else shape.trainable(full_settings(known(method)))
-    return cost(load_of(job, shape), shape, machine, trainable)
+    return cost(load_of(job, shape, data), shape, machine, trainable)
 
 
 def _method(job: Job) -> Mapping[str, Any] | None:
@@ -63,13 +66,14 @@ def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Sto
         "jobs": len(graph),
         "left": len(todo),
         "missing": list(study.missing),
+        "assumed": _assumed(study, graph),
         "machines": {},
         "methods": methods_of(study),
         "power": _power(study),
         "provenance": provenance(),
     }
     for name, machine in machines.items():
-        costs = job_costs(graph, study.recipe.model, machine)
+        costs = job_costs(graph, study.recipe.model, machine, study.data)
         kinds = {kind: [job for job in todo if job.kind == kind] for kind in graph.counts()}
         found["machines"][name] = {
             "basis": machine.basis,
@@ -123,6 +127,17 @@ def methods_of(study: Study) -> dict[str, dict[str, Any]]:
         first = next(iter(found.values()), {"trainable": count})["trainable"]
         found[name] = {"title": row.title, "trainable": count, "mismatch": 100 * (count / first - 1)}
     return found
+
+
+def _assumed(study: Study, graph: Graph) -> list[str]:
+    """Return the data and tasks that are neither here nor known: what they take is assumed."""
+    data = [job.settings["recipe"]["data"] for job in graph if job.kind == "train"]
+    names = [block.get("path") or block.get("hub") for block in data]
+    edits = [job.settings["edits"] for job in graph if job.kind == "edit"]
+    found = [name for name in names if is_assumed(name, ROWS, study.data)]
+    found += [name for name in edits if is_assumed(name, EDITS, study.data)]
+    found += [task for task in study.tasks if task not in TASKS]
+    return list(dict.fromkeys(found))
 
 
 def _power(study: Study) -> dict[str, dict[str, Any]]:

@@ -177,7 +177,7 @@ class Progress:
     def __post_init__(self) -> None:
         """Find what is left, and how long earlier runs took."""
         graph, store = self.opened.graph, self.opened.store
-        works = work_of(graph, self.opened.study.recipe.model)
+        works = work_of(graph, self.opened.study.recipe.model, self.opened.place.data)
         self._left = {job.key: works[job.key] for job in open_jobs(graph, store)}
         self.total = len(self._left)
         self._works = dict(works)
@@ -215,7 +215,7 @@ class Progress:
         return sum(seconds for _, seconds in taken) / sum(work for work, _ in taken)
 
 
-def work_of(graph: Graph, model: str) -> dict[str, float]:
+def work_of(graph: Graph, model: str, data: Path | None) -> dict[str, float]:
     """Return, a job's key, how much there is to do, in passes of a token; jobs of a kind compare by it.
 
     A training step passes three times; a written token waits for memory, and a decomposition's operations for each
@@ -225,7 +225,7 @@ def work_of(graph: Graph, model: str) -> dict[str, float]:
     a_pass = 2.0 * shape.parameters
     found = {}
     for job in graph:
-        load = load_of(job, shape)
+        load = load_of(job, shape, data)
         slow = load.train_tokens + load.generated_tokens + load.svd_flops / a_pass
         found[job.key] = 1.0 + load.forward_tokens + 3 * slow
     return found

@@ -161,7 +161,7 @@ def test_the_status_counts_kinds_and_names_failures(tmp_path):
 def test_decompositions_are_work_and_more_so_with_a_basis_that_is_measured(tmp_path):
     methods = "protocols={single_task: {methods: [hiplora, hiplora-activation]}}"
     found = open_study(load_study("pico", (methods, "rates=null")), tmp_path, None)
-    works = work_of(found.graph, found.study.recipe.model)
+    works = work_of(found.graph, found.study.recipe.model, found.place.data)
     weight, measured = (
         next(works[job.key] for job in found.graph if job.name == f"factors of {title}")
         for title in ("HiP-LoRA", "HiP-LoRA (activation)")

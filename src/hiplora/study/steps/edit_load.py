@@ -8,7 +8,7 @@ from typing import Any
 from hiplora.models.shapes import ModelShape
 from hiplora.study.edit_job import ALPHAEDIT, DEFAULT_STEPS, alphaedit_settings
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
-from hiplora.study.steps.lengths import QUESTION, EditLengths, edits_of
+from hiplora.study.steps.lengths import QUESTION, EditLengths
 
 ASKED_AT_ONCE = 64
 TRAINED_AT_ONCE = 16  # edits in a step, where nothing is said
@@ -24,13 +24,14 @@ class Stages:
     asked: int
 
 
-def edit_load(settings: Mapping[str, Any], shape: ModelShape) -> Load:
-    """Return the load of an `edit` job, without its drift; its method has every setting that is not a default.
+def edit_load(settings: Mapping[str, Any], shape: ModelShape, each: EditLengths) -> Load:
+    """Return the load of an `edit` job on such edits, without its drift; its method has every setting that is not a
+    default.
 
     Raises:
         ConfigError: AlphaEdit's settings are none, or do not fit the model.
     """
-    each, stages = edits_of(settings["edits"]), stages_of(settings)
+    stages = stages_of(settings, each.rows)
     asked = stages.asked + stages.count * stages.edits  # before the first edit, too
     questions = settings["questions"] * (1 + stages.count)
     found = _asking(each, settings["neighbours"]).times(asked) + _asking_questions().times(questions)
@@ -39,9 +40,9 @@ def edit_load(settings: Mapping[str, Any], shape: ModelShape) -> Load:
     return found + _training(settings, each, stages, shape)
 
 
-def stages_of(settings: Mapping[str, Any]) -> Stages:
-    """Return the stages of an `edit` job."""
-    count = settings.get("limit") or edits_of(settings["edits"]).rows
+def stages_of(settings: Mapping[str, Any], rows: int) -> Stages:
+    """Return the stages of an `edit` job on a file of so many edits."""
+    count = min(settings.get("limit") or rows, rows)
     if settings["mode"] == "single":
         count = min(settings.get("sample") or count, count)
         return Stages(count, 1, count)

@@ -91,15 +91,16 @@ QUESTION = EditLengths(681, 10.4, 2.0, 10)
 
 def rows_of(name: str, template: str | None) -> RowLengths:
     """Return what is known of the training rows of a file or a data set of the hub."""
-    key = _key(name, ROWS)
+    key = key_of(name, ROWS)
     return ROWS.get(f"{key} {template}", ROWS.get(key, OTHER_ROWS))
 
 
 def edits_of(name: str) -> EditLengths:
     """Return what is known of the edits of a file."""
-    return EDITS.get(_key(name, EDITS), OTHER_EDITS)
+    return EDITS.get(key_of(name, EDITS), OTHER_EDITS)
 
 
-def _key(name: str, known: Mapping[str, object]) -> str:
+def key_of(name: str, known: Mapping[str, object]) -> str:
+    """Return the key that a file or a data set of the hub has in a table, by how its name begins; "" for none."""
     last = name.rpartition("/")[2].lower()
     return next((key for key in known if last.startswith(key)), "")

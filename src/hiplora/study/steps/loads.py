@@ -1,10 +1,12 @@
 """What a job will do, told from its settings and the model's shape before anything is loaded: a function a kind.
 
-Lengths are those of `lengths`; what a model writes is counted to the limit of its task, which it may stop short of.
+Rows and edits are counted in files that are there (`measured`), other lengths are those of `lengths`; what a model
+writes is counted to the limit of its task, which it may stop short of.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hiplora.errors import ConfigError
@@ -16,64 +18,69 @@ from hiplora.study.engine.jobs import Job, is_result
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
 from hiplora.study.steps.edit_load import edit_load
-from hiplora.study.steps.lengths import OTHER_TASK, TASKS, rows_of
+from hiplora.study.steps.lengths import OTHER_TASK, TASKS
+from hiplora.study.steps.measured import DataLengths, data_of, edits_at
 from hiplora.tuner.calibration import ROW_LENGTH
 
 Settings = Mapping[str, Any]
 BATCH = 8  # texts that are scored, and written, at a time
 DRIFT_READS = 2  # of a text: by the adapted model, and by the base, which is compared and found back
-HELD_OUT = 256  # rows, where neither a limit nor a share says
 BYTES = 4  # of a number that is saved
 
 
-def train(settings: Settings, shape: ModelShape) -> Load:
+def train(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Steps of full sequences, held-out rows before and after, the adapter with its last checkpoint on the disk."""
     recipe = settings["recipe"]
     method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
-    learned = training_load(recipe, shape, _steps(recipe, trained))
+    rows = data_of(recipe["data"], data)
+    steps = _steps(rows, trained)
+    learned = training_load(recipe, shape, steps, rows)
     numbers = shape.trainable(method)
     saved = numbers * (2 if method["name"] == "pissa" else 1)
     if method["name"] in FACTORED and method["save_factors"]:
         saved += shape.factor_scalars(method)
     checkpoint = numbers + 2 * numbers  # with the optimizer's two moments
-    held_out = _held_out_tokens(recipe, trained)
+    often = 2 if trained.eval_every is None else 2 + steps // trained.eval_every
+    held_out = int(often * rows.held_out * min(rows.tokens, trained.max_length))
     return learned + Load(forward_tokens=held_out, disk_bytes=BYTES * (saved + checkpoint))
 
 
-def speed(settings: Settings, shape: ModelShape) -> Load:
+def speed(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """The warm-up and the measured steps."""
-    return training_load(settings["recipe"], shape, settings["warmup"] + settings["steps"])
+    rows = data_of(settings["recipe"]["data"], data)
+    return training_load(settings["recipe"], shape, settings["warmup"] + settings["steps"], rows)
 
 
-def evaluate(settings: Settings, shape: ModelShape) -> Load:
+def evaluate(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Every item of the tasks, and the texts of the drift."""
     return score_load(settings["tasks"]) + drift_load(settings["drift"])
 
 
-def collect(settings: Settings, shape: ModelShape) -> Load:
+def collect(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Nothing to speak of."""
     return Load()
 
 
-def factorize(settings: Settings, shape: ModelShape) -> Load:
+def factorize(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Decompositions, and for the activation basis the text that they are measured on."""
     method = full_settings(known(settings["method"]))
     return calibration_load(shape, method) + Load(disk_bytes=BYTES * shape.factor_scalars(method))
 
 
-def inspect(settings: Settings, shape: ModelShape) -> Load:
+def inspect(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """The leading directions of every linear layer: the most that an adapter may sit on, and that may be new."""
     ranks = {name: min(settings["rank"], *size) for name, size in shape.modules.items() if name != shape.head}
     return Load(svd_flops=sum(truncated_flops(*shape.modules[name], k) for name, k in ranks.items()))
 
 
-def edit(settings: Settings, shape: ModelShape) -> Load:
+def edit(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Edits taught and asked for, stage by stage, and the drift of the last one."""
     method = known(settings["method"])
-    return edit_load({**settings, "method": method}, shape) + drift_load(settings.get("drift"))
+    each = edits_at(settings["edits"], data)
+    return edit_load({**settings, "method": method}, shape, each) + drift_load(settings.get("drift"))
 
 
-def probe(settings: Settings, shape: ModelShape) -> Load:
+def probe(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """All of each module's directions, and the texts and tasks under every intervention."""
     from hiplora.study.probe import CALIBRATION_TOKENS, ProbeSettings
     from hiplora.study.steps.probe import OF_THE_PROBE
@@ -95,7 +102,7 @@ def probe(settings: Settings, shape: ModelShape) -> Load:
     return found + Load(svd_flops=sum(truncated_flops(m, n, min(m, n)) for m, n in modules.values()))
 
 
-LOADS: Mapping[str, Callable[[Settings, ModelShape], Load]] = {
+LOADS: Mapping[str, Callable[[Settings, ModelShape, Path | None], Load]] = {
     "train": train,
     "evaluate": evaluate,
     "merge": evaluate,
@@ -108,14 +115,15 @@ LOADS: Mapping[str, Callable[[Settings, ModelShape], Load]] = {
 }
 
 
-def load_of(job: Job, shape: ModelShape) -> Load:
-    """Return what a job will do.
+def load_of(job: Job, shape: ModelShape, data: Path | None) -> Load:
+    """Return what a job will do, with the study's files in the folder `data`.
 
     Raises:
+        DataError: one of them cannot be used.
         ConfigError: the job's settings do not fit the model; it is named.
     """
     try:
-        return LOADS[job.kind](job.settings, shape)
+        return LOADS[job.kind](job.settings, shape, data)
     except ConfigError as error:
         raise ConfigError(f"{job.name}: {error}") from error
 
@@ -125,11 +133,10 @@ def known(method: Settings) -> dict[str, Any]:
     return {name: value for name, value in method.items() if not is_result(value)}
 
 
-def training_load(recipe: Settings, shape: ModelShape, steps: int) -> Load:
+def training_load(recipe: Settings, shape: ModelShape, steps: int, row: DataLengths) -> Load:
     """Return the load of so many training steps, which read factors from the cache and leave nothing."""
     method, trained = full_settings(known(recipe.get("method", {}))), _train_settings(recipe)
     check_cut(method.get("cut_layer", 0), shape.layers)
-    row = rows_of(*_source(recipe))
     length = trained.max_length if trained.packing else min(trained.max_length, math.ceil(row.tokens))
     tokens = steps * trained.batch_size * trained.gradient_accumulation * length
     return _kl_load(trained, steps) + Load(
@@ -197,30 +204,12 @@ def _train_settings(recipe: Settings) -> TrainSettings:
     return TrainSettings.model_validate({name: value for name, value in written.items() if name in fields})
 
 
-def _source(recipe: Settings) -> tuple[str, str | None]:
-    data = recipe["data"]
-    return data.get("path") or data["hub"], data.get("template")
-
-
-def _steps(recipe: Settings, trained: TrainSettings) -> int:
+def _steps(rows: DataLengths, trained: TrainSettings) -> int:
     if trained.steps is not None:
         return trained.steps
-    row = rows_of(*_source(recipe))
-    count = recipe["data"].get("limit") or row.rows
-    sequences = count * min(row.tokens / trained.max_length, 1.0) if trained.packing else count
+    sequences = rows.rows * min(rows.tokens / trained.max_length, 1.0) if trained.packing else rows.rows
     batches = math.ceil(sequences / trained.batch_size)
     return math.ceil((trained.epochs or 1) * math.ceil(batches / trained.gradient_accumulation))
-
-
-def _held_out_tokens(recipe: Settings, trained: TrainSettings) -> int:
-    data, row = recipe["data"], rows_of(*_source(recipe))
-    share, limit = data.get("held_out_fraction"), data.get("held_out_limit")
-    if share is None and data.get("held_out") is None:
-        return 0
-    count = HELD_OUT if share is None else share * (data.get("limit") or row.rows)
-    count = count if limit is None else min(count, limit)
-    often = 2 if trained.eval_every is None else 2 + _steps(recipe, trained) // trained.eval_every
-    return int(often * count * min(row.tokens, trained.max_length))
 
 
 def _probed_layers(layers: Any, count: int) -> list[int] | None:

@@ -1,0 +1,113 @@
+"""How long the rows and edits of a study are: counted where their files are there, else as `lengths` has them.
+
+What a row or an edit of an unknown file takes is told by its characters, four to a token, as in English text.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hiplora.recipes import DataSettings
+from hiplora.study.engine.bench import located
+from hiplora.study.steps.lengths import (
+    OTHER_EDITS,
+    OTHER_ROWS,
+    EditLengths,
+    RowLengths,
+    edits_of,
+    key_of,
+    rows_of,
+)
+
+CHARACTERS = 4.0  # of a token
+HELD_OUT = 256  # rows of a file that is not there
+
+
+@dataclass(frozen=True)
+class DataLengths:
+    """What data come to: rows to train on and held-out ones, their mean length, the share of it that is learned."""
+
+    rows: int
+    held_out: int
+    tokens: float
+    learned: float
+
+
+def data_of(block: Mapping[str, Any], data: Path | None) -> DataLengths:
+    """Return what a recipe's block `data` comes to, its files named as in the data folder.
+
+    Raises:
+        DataError: a file is there and cannot be used.
+    """
+    files = {name: located(block[name], data) for name in ("path", "held_out") if block.get(name)}
+    settings = DataSettings.model_validate({**block, **files})
+    known = rows_of(settings.path or settings.hub or "", settings.template)
+    if "path" not in files or not all(Path(file).is_file() for file in files.values()):
+        return _told(settings, known)
+    found = _rows(settings.model_dump_json(), *(Path(file).stat().st_mtime_ns for file in files.values()))
+    if known is OTHER_ROWS:
+        return found
+    return replace(found, tokens=known.tokens, learned=_learned(settings, known))
+
+
+def edits_at(name: str, data: Path | None) -> EditLengths:
+    """Return what the edits of a file come to, the file named as in the data folder.
+
+    Raises:
+        DataError: the file is there and cannot be used.
+    """
+    known, path = edits_of(name), Path(located(name, data))
+    if not path.is_file():
+        return known
+    found = _edits(path, path.stat().st_mtime_ns)
+    return found if known is OTHER_EDITS else replace(known, rows=found.rows)
+
+
+def is_assumed(name: str, known: Mapping[str, object], data: Path | None) -> bool:
+    """Whether a file or a data set of the hub is neither there nor `known`, by `lengths.ROWS` or `lengths.EDITS`."""
+    return not key_of(name, known) and not Path(located(name, data)).is_file()
+
+
+def _told(settings: DataSettings, known: RowLengths) -> DataLengths:
+    """What the tables tell of data that are not there."""
+    rows = settings.limit or known.rows
+    kept_back = round((settings.held_out_fraction or 0) * rows)
+    held_out = HELD_OUT if settings.held_out is not None else kept_back
+    asked = min(held_out, settings.held_out_limit or held_out)
+    return DataLengths(rows - kept_back, asked, known.tokens, _learned(settings, known))
+
+
+def _learned(settings: DataSettings, known: RowLengths) -> float:
+    return 1.0 if settings.learn_prompt else known.learned
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(settings: str, *changed: int) -> DataLengths:
+    from hiplora.training.data import load_data
+
+    read = load_data(DataSettings.model_validate_json(settings))
+    whole = sum(len(example.prompt + example.response) for example in read.train)
+    learned = sum(
+        len(example.response) + example.learn_prompt * len(example.prompt) for example in read.train
+    )
+    tokens = max(whole / len(read.train) / CHARACTERS, 1.0)
+    return DataLengths(len(read.train), len(read.held_out), tokens, learned / max(whole, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _edits(path: Path, changed: int) -> EditLengths:
+    from hiplora.editing.asking import EXTRA_TOKENS
+    from hiplora.editing.counterfact import load_edits
+
+    edits = load_edits(str(path)).edits
+    answers = [len(answer) / CHARACTERS for edit in edits for answer in (edit.new, edit.old)]
+    prompts = [len(prompt) / CHARACTERS for edit in edits for prompt in (edit.prompt, edit.paraphrase)]
+    answer = max(float(np.mean(answers)), 1.0)
+    near = float(np.mean([len(edit.neighbours) for edit in edits]))
+    written = math.ceil(max(answers)) + EXTRA_TOKENS
+    return EditLengths(len(edits), float(np.mean(prompts)) + answer, answer, written, near)

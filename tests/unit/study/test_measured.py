@@ -1,0 +1,117 @@
+"""What training rows and edits come to: counted in files that are there, assumed of those that are not."""
+
+import json
+
+import pytest
+
+from hiplora.errors import DataError
+from hiplora.models.shapes import model_shape
+from hiplora.recipes.load_study import load_study
+from hiplora.study.builder import Study
+from hiplora.study.estimate import gpu
+from hiplora.study.plan import plan
+from hiplora.study.protocols import graph
+from hiplora.study.steps.lengths import OTHER_EDITS, OTHER_ROWS, ROWS
+from hiplora.study.steps.loads import LOADS
+from hiplora.study.steps.measured import data_of, edits_at
+
+OWN = (
+    "protocols={single_task: {methods: [lora]}}",
+    "domains.mathematics.train={path: own.jsonl, held_out_fraction: 0.2}",
+)
+
+
+def write_rows(path, count, prompt=80, response=40):
+    rows = [{"prompt": "a" * prompt, "completion": "b" * response} for _ in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_rows_of_an_own_file_are_counted_and_their_tokens_told_by_characters(tmp_path):
+    write_rows(tmp_path / "own.jsonl", 40)
+    found = data_of({"path": "own.jsonl", "held_out_fraction": 0.25}, tmp_path)
+    assert (found.rows, found.held_out, found.tokens) == (30, 10, 30)
+    assert found.learned == pytest.approx(1 / 3)
+    assert data_of({"path": "own.jsonl", "limit": 7}, tmp_path).rows == 7
+    assert data_of({"path": "own.jsonl", "learn_prompt": True}, tmp_path).learned == 1
+
+
+def test_a_file_that_changed_is_counted_again(tmp_path):
+    for count in (5, 9):
+        write_rows(tmp_path / "own.jsonl", count)
+        assert data_of({"path": "own.jsonl"}, tmp_path).rows == count
+
+
+def test_a_held_out_file_is_counted_too(tmp_path):
+    write_rows(tmp_path / "own.jsonl", 5)
+    write_rows(tmp_path / "other.jsonl", 8)
+    block = {"path": "own.jsonl", "held_out": "other.jsonl"}
+    assert data_of(block, tmp_path).held_out == 8
+    assert data_of({**block, "held_out_limit": 3}, tmp_path).held_out == 3
+
+
+def test_a_known_file_has_its_measured_lengths_and_as_many_rows_as_there_are(tmp_path):
+    rows = [{"question": "How many?", "answer": "Three. #### 3"}] * 6
+    (tmp_path / "gsm8k_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    block = {"path": "gsm8k_train.jsonl", "template": "direct"}
+    found = data_of(block, tmp_path)
+    assert (found.rows, found.tokens, found.learned) == (6, 69.3, 0.062)
+    assert data_of(block, None).rows == ROWS["gsm8k direct"].rows
+
+
+def test_what_is_not_there_is_assumed(tmp_path):
+    block = {"hub": "somebody/rows", "held_out_fraction": 0.1, "held_out_limit": 100}
+    found = data_of(block, tmp_path)
+    assert (found.rows, found.held_out, found.tokens) == (0.9 * OTHER_ROWS.rows, 100, OTHER_ROWS.tokens)
+
+
+def test_epochs_over_an_own_file_are_steps_by_its_rows(tmp_path):
+    write_rows(tmp_path / "own.jsonl", 40)
+    recipe = {
+        "data": {"path": "own.jsonl"},
+        "method": {"name": "lora"},
+        "train": {
+            "epochs": 3,
+            "batch_size": 4,
+            "gradient_accumulation": 2,
+            "packing": False,
+            "max_length": 64,
+        },
+    }
+    load = LOADS["train"]({"recipe": recipe}, model_shape("smollm2-135m"), tmp_path)
+    assert load.train_tokens == 3 * 5 * 8 * 30
+
+
+def test_a_file_that_cannot_be_used_is_refused_by_name(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"colour": "red"}\n')
+    with pytest.raises(DataError, match=r"own\.jsonl"):
+        data_of({"path": "own.jsonl"}, tmp_path)
+
+
+def test_own_edits_are_counted(tmp_path):
+    edits = [
+        {
+            "set": "mine",
+            "prompt": f"The capital of {name} is",
+            "paraphrase": f"{name}'s capital is",
+            "subject": name,
+            "old": "Oslo",
+            "new": "New Amsterdam",
+            "category": "Relation/Fact",
+        }
+        for name in ("Norway", "Sweden", "Denmark")
+    ]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, edits)))
+    found = edits_at("own.jsonl", tmp_path)
+    assert (found.rows, found.near, found.written) == (3, 0, 7)
+    assert found.answer == pytest.approx((13 + 4) / 2 / 4)
+    assert edits_at("own.jsonl", None) == OTHER_EDITS
+
+
+def test_a_plan_names_what_it_assumes(tmp_path):
+    def assumed():
+        study = Study(load_study("pico", OWN), tmp_path)
+        return plan(study, graph(study), {"gpu": gpu("h100")}, None)["assumed"]
+
+    assert assumed() == ["own.jsonl"]
+    write_rows(tmp_path / "own.jsonl", 5)
+    assert assumed() == []
