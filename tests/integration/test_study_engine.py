@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 
+from hiplora.errors import HipLoraError
 from hiplora.study.engine.bench import Place
 from hiplora.study.engine.jobs import Graph, Job, result
 from hiplora.study.engine.local import run_local
@@ -188,6 +189,29 @@ def test_a_job_that_kills_its_worker_again_and_again_counts_as_failed(data, tmp_
         left = run_local(graph, store, place)
     assert (left.failed, [one.name for one in left.blocked]) == ([first], ["score it"])
     assert "memory" in store.failure(first)["error"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_ends_before_it_began_a_job_is_replaced_once(data, tmp_path, monkeypatch, times):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, signal, sys\n"
+        "died = pathlib.Path(__file__).with_name('died')\n"
+        "count = len(died.read_text()) if died.exists() else 0\n"
+        f"if 'hiplora.study.engine.worker' in sys.orig_argv and count < {times}:\n"
+        "    died.write_text('x' * (count + 1))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    graph = Graph(
+        [job("factorize", "factors", {"method": {"name": "proj_lora", "preset": "paper"}, "files": {}})]
+    )
+    store, place = Store(tmp_path / "study"), Place("pico", data)
+    if times > 1:
+        with pytest.raises(HipLoraError, match=r"2 workers ended \(status -9\) before they began a job"):
+            run_local(graph, store, place)
+    else:
+        assert run_local(graph, store, place).failed == []
+        assert store.finished(graph.wanted[0])
 
 
 def test_on_a_ray_cluster_with_one_worker_killed_and_a_job_that_fails_the_results_are_the_same(

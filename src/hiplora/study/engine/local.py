@@ -17,7 +17,7 @@ from hiplora.study.engine.jobs import Graph
 from hiplora.study.engine.store import Store
 from hiplora.study.engine.todo import Todo, todo
 
-DEATHS = 2  # of its worker that a job may cause before it counts as failed
+DEATHS = 2  # of workers: at one job, before it counts as failed; at none, with no job begun in between, before the end
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -40,7 +40,7 @@ def run_local(
     if not (left := todo(graph, store, run)).open:
         return left
     crew = _Crew(store, place, run, graph, workers)
-    deaths: dict[str, int] = {}
+    deaths: dict[str | None, int] = {}
     try:
         for _ in range(workers):
             crew.start()
@@ -49,7 +49,9 @@ def run_local(
             if event["event"] == "gone":
                 crew.running -= 1
                 _mourn(event, graph, store, run, deaths, crew)
-            elif on_event is not None:
+                continue
+            deaths.pop(None, None)
+            if on_event is not None:
                 on_event(event)
     finally:
         crew.end()
@@ -65,19 +67,19 @@ def lost(deaths: int, status: str) -> HipLoraError:
 
 
 def _mourn(
-    event: dict[str, Any], graph: Graph, store: Store, run: str, deaths: dict[str, int], crew: "_Crew"
+    event: dict[str, Any], graph: Graph, store: Store, run: str, deaths: dict[str | None, int], crew: "_Crew"
 ) -> None:
-    """Take note that a worker ended; where it died at a job, put another in its place."""
+    """Take note that a worker ended; where it died, put another in its place."""
     if event["status"] == 0:
         return
-    key = event["at"]
-    if key is None:
-        raise HipLoraError(
-            f"a worker ended with status {event['status']} before it did anything; its own message is above"
-        )
+    key, status = event["at"], f"status {event['status']}"
     deaths[key] = deaths.get(key, 0) + 1
     if deaths[key] >= DEATHS:
-        store.fail(graph[key], lost(deaths[key], f"status {event['status']}"), run)
+        if key is None:
+            raise HipLoraError(
+                f"{deaths[key]} workers ended ({status}) before they began a job; their own messages are above"
+            )
+        store.fail(graph[key], lost(deaths[key], status), run)
     crew.start()
 
 
