@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hiplora.probing import Correlation, ProbeRecord, contrasts
+from hiplora.probing import Correlation, ProbeRecord, contrasts, findings
 from hiplora.recipes.protocols import RankOne
 from hiplora.reporting.numbers import signed
 from hiplora.reporting.study.paper import paper_value
@@ -41,10 +41,14 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
         tables += [_table(found["correlations"], metric, basis) for metric in METRICS]
         figures.append(_scatter(found["records"], settings, basis))
         measurements += _measurements(found["correlations"], basis, job)
-        apart = _apart(found["records"], basis, job)
-        measurements += apart
-        texts += _texts(found["correlations"], basis)
-        texts += _texts_apart(apart, basis)
+        records = [ProbeRecord(**record) for record in found["records"]]
+        apart, without = _apart(records, basis, job), _without_strongest(records, basis, job)
+        measurements += [*apart, *without]
+        texts += [
+            *_texts(found["correlations"], basis),
+            *_texts_without(without),
+            *_texts_apart(apart, basis),
+        ]
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 
 
@@ -133,10 +137,44 @@ def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Jo
             )
 
 
-def _apart(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
+def _without_strongest(records: Sequence[ProbeRecord], basis: str, job: Job) -> list[Measurement]:
+    """Pearson's correlations over all directions but that of the largest σ, which may make them alone."""
+    strongest = max(records, key=lambda record: record.sigma)
+    left = [one for one in records if (one.module, one.index) != (strongest.module, strongest.index)]
+    found = []
+    for one in findings(left):
+        pearson = one.association.pearson
+        if one.type != ALL or pearson.estimate is None:
+            continue
+        told = {
+            "metric": one.metric,
+            "basis": basis,
+            "without": f"{strongest.module}, σ = {strongest.sigma:.1f}",
+        }
+        value, points = Estimate(pearson.estimate, pearson.low, pearson.high), one.association.points
+        name = "pearson without the strongest"
+        found.append(measurement(NAME, _named(one.kind), name, value, [job], items=points, setting=told))
+    return found
+
+
+def _texts_without(without: Sequence[Measurement]) -> Iterator[str]:
+    """What is left of the correlations of the lost performance with σ without the strongest direction."""
+    told = [
+        f"{one.method} {signed(one.value)} [{signed(one.low)}, {signed(one.high)}]"
+        for one in without
+        if one.setting["metric"] == "log_perplexity" and one.low is not None
+    ]
+    if told:
+        yield (
+            f"Without the strongest direction ({without[0].setting['without']}) Pearson's correlation of the "
+            f"perplexity's log with σ is: {', '.join(told)}."
+        )
+
+
+def _apart(records: Sequence[ProbeRecord], basis: str, job: Job) -> list[Measurement]:
     """How far apart the correlations of each two interventions are, over the same directions."""
     found = []
-    for one in contrasts(ProbeRecord(**record) for record in records):
+    for one in contrasts(records):
         for coefficient in COEFFICIENTS:
             apart: Correlation = getattr(one, coefficient)
             if apart.estimate is None:

@@ -132,6 +132,13 @@ def test_it_is_told_how_far_apart_two_interventions_correlations_are(study):
     assert (one.items, one.jobs) == (4, (weight.key,))
     assert one.low < one.value < one.high
     assert any(f"Zero over Noise 0.1 −{abs(one.value):.2f} [" in text for text in section.text)
+    rest = measured(section, "pearson without the strongest", "Zero", setting={
+        "metric": "log_perplexity", "basis": "weight", "without": "model.layers.0.self_attn.q_proj, σ = 4.0",
+    })  # fmt: skip
+    assert rest.value == pytest.approx(np.corrcoef([3, 2, 1], [-3, -1, -0.5])[0, 1])
+    assert rest.items == 3
+    told = next(text for text in section.text if text.startswith("Without the strongest direction"))
+    assert f"Zero −{abs(rest.value):.2f} [" in told
 
 
 def test_each_basis_is_one_job_that_changes_with_its_settings(tmp_path):
