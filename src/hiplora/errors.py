@@ -36,6 +36,10 @@ class AdapterError(HipLoraError, ValueError):
     """An adapter does not fit its base model, is damaged, or leaves the complement it promises."""
 
 
+class DivergedError(HipLoraError):
+    """A training ended in numbers that are not finite; it names the step or the weight, and the remedy."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error that says something, or the error's type: what a message quotes."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,7 +8,7 @@ import torch
 
 from hiplora.editing.alphaedit import AlphaEditor
 from hiplora.editing.editors import AdapterEditor
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, HipLoraError
 from hiplora.study import probe as study_probe
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.jobs import Job
@@ -315,3 +315,25 @@ def test_what_the_gpu_held_after_the_steps_is_told_where_there_is_one(bench, mon
     monkeypatch.setattr("hiplora.training.trainer.reserved_bytes", lambda: next(held))
     timing = found(bench, job("train", {"recipe": recipe(LORA, steps=2), "n": 1}))["timing"]
     assert (timing["reserved_bytes_mean"], timing["reserved_bytes_99th"]) == (200, pytest.approx(298))
+
+
+def test_a_rate_that_diverges_is_a_result_and_another_one_is_chosen(bench):
+    recipes = {lr: recipe(LORA) for lr in (1e-3, 1e30)}
+    for lr, one in recipes.items():
+        one["train"]["lr"] = lr
+    good, bad = (
+        Job("train", step("train").version, f"train at {lr}", {"recipe": one}) for lr, one in recipes.items()
+    )
+    assert found(bench, good)["result"]["held_out_after"] > 0
+    lost = found(bench, bad)["result"]
+    assert list(lost) == ["diverged"]
+    assert "train at 1e+30" in lost["diverged"]
+    candidates = [{"value": lr, "needs": [name]} for lr, name in ((1e-3, "good"), (1e30, "bad"))]
+    asked = {"field": "held_out_after", "prefer": "low", "candidates": candidates}
+    chosen = found(bench, job("collect", asked, good=good, bad=bad))["result"]
+    assert (chosen["value"], chosen["tried"][1]["mean"]) == (1e-3, None)
+    scoring = {"tasks": {"mmlu": 2}, "seed": 0, "drift": None}
+    assert found(bench, job("evaluate", scoring, adapter=bad))["result"] == lost
+    only = {**asked, "candidates": candidates[1:]}
+    with pytest.raises(HipLoraError, match="no candidate has a finite held_out_after"):
+        found(bench, job("collect", only, bad=bad))

@@ -26,14 +26,21 @@ def find_modules(
         ConfigError: nothing matches, or a layer has no match.
     """
     found = [target.name for target in survey(model, HipLoraConfig(target_modules=target_modules))]
-    if layers is None:
-        return found
-    there = sorted({number for name in found if (number := layer_of(name)) is not None})
+    return found if layers is None else of_layers(found, layers)
+
+
+def of_layers(modules: Collection[str], layers: Collection[int]) -> list[str]:
+    """Return those of some modules, by their names, that are in some layers.
+
+    Raises:
+        ConfigError: a layer has none of them.
+    """
+    there = sorted({number for name in modules if (number := layer_of(name)) is not None})
     if missing := sorted(set(layers) - set(there)):
         raise ConfigError(
             f"layer {missing[0]} has none of the modules asked for; they are in {_ranges(there) or 'no numbered layer'}"
         )
-    return [name for name in found if layer_of(name) in layers]
+    return [name for name in modules if layer_of(name) in layers]
 
 
 def layer_of(module: str) -> int | None:

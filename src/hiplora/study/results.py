@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hiplora.study.engine.jobs import Job
+from hiplora.study.engine.jobs import DIVERGED, Job
 from hiplora.study.engine.store import Store
 
 FORMS = ("accuracy", "likelihood")  # the two forms of every task's score
@@ -19,11 +19,18 @@ class Results:
         self.missing: dict[str, None] = {}
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """Return what a job found, None (and a note of it) where it is not done."""
+        """Return what a job found, None (and a note of it) where it is not done, or its training diverged."""
         found = self._store.result(job)
-        if found is None:
-            self.missing[job.name] = None
+        if found is None or DIVERGED in found:
+            self.missing[
+                job.name if found is None else f"{job.name} (diverged: there is nothing to wait for)"
+            ] = None
+            return None
         return found
+
+    def diverged(self, job: Job) -> bool:
+        """Whether a training ended in numbers that are not finite, or a job that needs one found so."""
+        return DIVERGED in (self._store.result(job) or {})
 
     def timing(self, job: Job) -> dict[str, Any] | None:
         """Return what was timed of a job, None where it is not done."""

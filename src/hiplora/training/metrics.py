@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hiplora.errors import HipLoraError
+from hiplora.errors import DivergedError
 from hiplora.files import write_atomic
 from hiplora.training.checkpoints import writing
 
@@ -64,14 +64,14 @@ class Record:
         """Close an optimizer step; return the new row if one is due.
 
         Raises:
-            HipLoraError: the loss is not a finite number.
+            DivergedError: the loss is not a finite number.
         """
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now
         loss, self._loss = self._loss, 0.0
         if not math.isfinite(loss):
-            raise HipLoraError(
+            raise DivergedError(
                 f"the loss is {loss} at step {step}; nothing later than the last checkpoint is kept. Lower "
                 "train.lr, use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
             )

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from hiplora.errors import ConfigError, HipLoraError
+from hiplora.errors import ConfigError, DivergedError
 from hiplora.files import write_atomic
 from hiplora.models import load
 from hiplora.provenance import json_sha256, provenance
@@ -68,7 +68,7 @@ def train(
     Raises:
         ConfigError: the recipe, the model or the output folder cannot be used.
         DataError: the data cannot be used; rows are named with their lines.
-        HipLoraError: the loss or the adapter is no longer finite.
+        DivergedError: the loss or the adapter is no longer finite.
         OSError: a checkpoint or the result cannot be written; the run can be carried on.
     """
     say, note = on_phase or _unheard, on_note or _unheard
@@ -238,7 +238,7 @@ def _check_finite(weights: Path) -> None:
     with safe_open(weights, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             if not torch.isfinite(file.get_tensor(name)).all():
-                raise HipLoraError(
+                raise DivergedError(
                     f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
                 )
 

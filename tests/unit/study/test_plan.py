@@ -2,7 +2,8 @@
 
 import pytest
 
-from hiplora.recipes.load_study import load_study
+from hiplora.errors import ConfigError
+from hiplora.recipes.load_study import load_study, own_studies
 from hiplora.study.builder import Study
 from hiplora.study.estimate import gpu
 from hiplora.study.plan import job_costs, open_jobs, plan
@@ -73,6 +74,17 @@ def test_what_is_done_is_not_planned(tmp_path):
     left = open_jobs(jobs, store)
     assert len(left) == len(jobs) - 1
     assert study.score() not in left
+
+
+@pytest.mark.parametrize("name", own_studies())
+def test_every_job_of_the_own_studies_fits_its_model(name):
+    found, jobs = planned(name)
+    assert found["left"] == len(jobs) > 10
+
+
+def test_a_probe_of_a_layer_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="layer 9 has none of the modules asked for; they are in 0"):
+        planned("pico", "protocols.rank_one.layers=[0, 9]")
 
 
 def test_files_that_are_not_there_are_named():

@@ -12,6 +12,9 @@ RESULT = "$result"  # {"$result": "need.field"}: a setting that is the result of
 KEY_LENGTH = 20
 
 
+DIVERGED = "diverged"  # all that is found of a training that ended in numbers that are not finite: why
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One piece of work: a kind of step with its settings, over the results of other jobs.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hiplora.study.engine.bench import Bench, Place
-from hiplora.study.engine.jobs import Graph, Job
+from hiplora.study.engine.jobs import DIVERGED, Graph, Job
 from hiplora.study.engine.store import Store
 from hiplora.study.engine.todo import done, todo
 from hiplora.study.isolated import leave_with_caller
@@ -59,8 +59,12 @@ def attempt(job: Job, store: Store, bench: Bench, run: str, tell: Tell) -> bool:
 def do(job: Job, store: Store, bench: Bench) -> None:
     """Do a job and write its record; what it needs is finished."""
     began = time.perf_counter()
-    settings = job.resolved({name: bench.result(need) for name, need in job.needs.items()})
-    found, timing = step(job.kind).work(bench, job, settings)
+    results = {name: bench.result(need) for name, need in job.needs.items()}
+    lost = [found[DIVERGED] for found in results.values() if DIVERGED in found]
+    if lost and step(job.kind).reads:  # there is no adapter to work with
+        found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
+    else:
+        found, timing = step(job.kind).work(bench, job, job.resolved(results))
     timing = {"seconds": time.perf_counter() - began, **timing}
     store.finish(job, found, timing, artifact=step(job.kind).makes)
 

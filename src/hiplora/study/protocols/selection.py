@@ -89,6 +89,7 @@ def _table(study: Study, settings: Selection, done: Sequence[tuple[Stage, dict[s
         for tried in found["tried"]:
             is_best = tried["value"] == found["value"]
             told = ("chosen, at the edge of the grid" if _edge(found) else "chosen") if is_best else ""
+            told = "diverged" if tried["mean"] is None else told
             cells = [Cell(tried["mean"], digits=4, best=is_best), Cell(text=told)]
             lines.append((f"{stage.symbol} = {tried['value']:g}", cells))
     seeds = ", ".join(map(str, _seeds(study, settings)))
@@ -109,6 +110,8 @@ def _measurements(
     title = study.row(settings.method).title
     needs = {one["value"]: one["needs"] for one in stage.choice.settings["candidates"]}
     for tried in found["tried"]:
+        if tried["mean"] is None:
+            continue
         setting = {stage.field: tried["value"], "chosen": tried["value"] == found["value"]}
         setting |= {"at_the_edge": setting["chosen"] and _edge(found)}
         used = [stage.choice.needs[need] for need in needs[tried["value"]]]
@@ -123,7 +126,7 @@ def _told(done: Sequence[tuple[Stage, dict[str, Any]]]) -> str:
     spans = ", ".join(
         f"{max(losses) - min(losses):.4f} over {stage.symbol}"
         for stage, found in done
-        if (losses := [tried["mean"] for tried in found["tried"]])
+        if (losses := [tried["mean"] for tried in found["tried"] if tried["mean"] is not None])
     )
     edges = [stage.symbol for stage, found in done if _edge(found)]
     beyond = f" At the edge of the grid: {', '.join(edges)}; a wider one may find better." if edges else ""

@@ -82,17 +82,20 @@ def edit(settings: Settings, shape: ModelShape, data: Path | None = None) -> Loa
 
 def probe(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """All of each module's directions, and the texts and tasks under every intervention."""
+    from hiplora.probing.modules import of_layers
     from hiplora.study.probe import CALIBRATION_TOKENS, ProbeSettings
     from hiplora.study.steps.probe import OF_THE_PROBE
 
     asked = ProbeSettings(model="", **{name: settings[name] for name in OF_THE_PROBE if name in settings})
-    method = {
+    method: dict[str, Any] = {
         "name": "proj_lora",
         "preset": "paper",
-        "layers_to_transform": _probed_layers(asked.layers, shape.layers),
         **({} if asked.modules is None else {"target_modules": asked.modules}),
     }
-    modules = shape.targets(full_settings(method))
+    modules, layers = shape.targets(full_settings(method)), _probed_layers(asked.layers, shape.layers)
+    if layers is not None:
+        method["layers_to_transform"] = layers
+        modules = {name: modules[name] for name in of_layers(modules, layers)}
     count = asked.count(len(modules))
     texts = {"texts": settings["texts"], "tokens": asked.tokens, "window": asked.tokens}
     found = drift_load(texts).times(count) + score_load(settings.get("scores") or {}).times(count + 1)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hiplora.errors import DivergedError
 from hiplora.recipes import TrainRecipe
-from hiplora.study.engine.jobs import Job
+from hiplora.study.engine.jobs import DIVERGED, Job
 from hiplora.study.steps.methods import method_at
 from hiplora.training import train
 from hiplora.training.adapters import WEIGHTS_FILE
@@ -31,7 +32,10 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
             "start_from": str(bench.artifact(job.needs["start"]).resolve()),
         }
     recipe = TrainRecipe.model_validate(placed)
-    result = train(recipe, bench.artifact(job), resume=True)
+    try:
+        result = train(recipe, bench.artifact(job), resume=True)
+    except DivergedError as error:  # found out about this rate and seed: there is no adapter
+        return {DIVERGED: f"{job.name}: {error}"}, {}
     return _found(result), {
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,

@@ -272,3 +272,24 @@ def test_the_jobs_are_those_that_the_section_reads(study):
     asked = frontier.jobs(found, settings)
     assert all(store.finished(job) for job in asked)
     assert len(asked) == 1 + 3 * 2 * 2
+
+
+def test_a_rate_that_diverged_is_no_point_and_is_named(tmp_path):
+    found, settings, store = made(tmp_path)
+    seed = found.seeds(settings)[0]
+    adapter = found.adapter(found.row("lora"), "sums", seed, lr=1e-2)
+    for job in (adapter, found.score(adapter)):
+        (store.path / "results" / f"{job.key}.json").unlink()
+        finish(store, job, {"diverged": "the loss is nan"})
+    told = results(store)
+    section = frontier.section(found, settings, told)
+    rates = {
+        one.setting["lr"]
+        for one in section.measurements
+        if one.method == "LoRA" and one.metric == "held-out loss"
+    }
+    assert rates == {1e-3}
+    assert "Sums: diverged, and on no frontier: LoRA at 0.01." in section.text
+    assert section.missing == []
+    assert told.get(adapter) is None
+    assert "diverged" in next(iter(told.missing))
