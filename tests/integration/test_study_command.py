@@ -111,6 +111,13 @@ def test_a_cluster_that_is_not_there_is_told_at_once(small, tmp_path, capsys):
     assert "no Ray cluster can be reached there" in err
 
 
+def test_a_running_cluster_has_its_own_workers(small, tmp_path, capsys):
+    options = ("--executor", "ray", "--address", "127.0.0.1:1", "--workers", 2)
+    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert "leave out --workers, or --address" in err
+
+
 def test_gpus_that_no_machine_has_are_told(small, tmp_path, capsys):
     options = ("--executor", "ray", "--gpus-per-job", 99)
     code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -215,8 +216,10 @@ def test_a_worker_that_ends_before_it_began_a_job_is_replaced_once(data, tmp_pat
 
 
 def test_on_a_ray_cluster_with_one_worker_killed_and_a_job_that_fails_the_results_are_the_same(
-    undisturbed, data, tmp_path
+    undisturbed, data, tmp_path, monkeypatch
 ):
+    """The data are named from the folder that this process is in; Ray's are elsewhere."""
+    monkeypatch.chdir(data.parent)
     pytest.importorskip("ray")
     from hiplora.study.engine.grid import run_ray
 
@@ -227,12 +230,14 @@ def test_on_a_ray_cluster_with_one_worker_killed_and_a_job_that_fails_the_result
     killer = threading.Thread(target=kill_a_task, args=(store, killed), daemon=True)
     killer.start()
     told = []
-    left = run_ray(graph, store, Place("pico", data), workers=2, on_event=told.append)
+    left = run_ray(graph, store, Place("pico", Path(data.name)), workers=2, on_event=told.append)
     assert killed
     assert left.open == 0
     assert [one.name for one in left.failed] == ["train gsm8k -1.0"]
     assert [one.name for one in left.blocked] == ["score no adapter"]
     assert sorted(event["event"] for event in told) == ["end"] * len(wanted) + ["failed"]
+    assert {event["workers"] for event in told} == {2}
+    assert all(event["seconds"] > 0 for event in told if event["event"] == "end")
     assert results(store, wanted) == results(expected_store, wanted)
 
 

@@ -84,7 +84,9 @@ def run(
     out: Path | None = OUT,
     data: Path | None = DATA,
     changes: list[str] = SET,
-    workers: int = typer.Option(1, "--workers", min=1, help="Processes that do jobs at the same time."),
+    workers: int | None = typer.Option(
+        None, "--workers", min=1, help="Processes that do jobs at the same time; 1, if not given."
+    ),
     executor: ExecutorName = typer.Option(
         ExecutorName.local, "--executor", help="Where: processes of this machine, or Ray."
     ),
@@ -111,10 +113,12 @@ def run(
     if executor == ExecutorName.local and (address is not None or gpus_per_job):
         given = "--address" if address is not None else "--gpus-per-job"
         raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or leave it out")
+    if address is not None and workers is not None:
+        raise ConfigError("--workers: a running cluster has its own; leave out --workers, or --address")
     opened = _open(recipe, out, data, changes, allow_code)
     taken = sum(opened.store.take(path) for path in reuse)
     with _told(verbose) as tell:
-        left = run_study(opened, Executor(executor.value, workers, address, gpus_per_job), tell)
+        left = run_study(opened, Executor(executor.value, workers or 1, address, gpus_per_job), tell)
     found = {**status(opened), "taken": taken, "blocked": len(left.blocked)}
     if as_json:
         emit_json(found)

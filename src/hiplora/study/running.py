@@ -180,7 +180,7 @@ class Progress:
         works = work_of(graph, self.opened.study.recipe.model, self.opened.place.data)
         self._left = {job.key: works[job.key] for job in open_jobs(graph, store)}
         self.total = len(self._left)
-        self._works = dict(works)
+        self._works, self._slots = dict(works), max(self.executor.workers, 1)
         for job in graph:
             record = store.record(job) if store.finished(job) else None
             if record is not None:
@@ -188,7 +188,7 @@ class Progress:
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Take note of an event of a run."""
-        key = event["key"]
+        key, self._slots = event["key"], event.get("workers", self._slots)
         if event["event"] == "begin" or self._left.pop(key, None) is None:
             return
         if event["event"] == "failed":
@@ -203,7 +203,7 @@ class Progress:
         if not self._took:
             return None
         left = sum(work * self._rate(self.opened.graph[key].kind) for key, work in self._left.items())
-        return left / max(self.executor.workers, 1)
+        return left / self._slots
 
     def _learn(self, kind: str, work: float, seconds: float) -> None:
         known = self._took.setdefault(kind, [0.0, 0.0])

@@ -21,7 +21,15 @@ class Reported:
     high: float | None = None
 
 
-def paper_value(table: str, row: str, column: str) -> float | None:
+class PaperValue(float):
+    """A number of the paper that knows what the paper gives beside it: `sd`, or the bounds `low` and `high`."""
+
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+def paper_value(table: str, row: str, column: str) -> PaperValue | None:
     """Return the paper's value of a table's cell, or None where the paper (or what is left of it) has none.
 
     Names of rows and columns match whatever their case and punctuation: `HiP-LoRA` and `hiplora` are one.
@@ -30,7 +38,11 @@ def paper_value(table: str, row: str, column: str) -> float | None:
         ConfigError: there is no table of that name.
     """
     found = reported(table, row, column)
-    return None if found is None else found.value
+    if found is None:
+        return None
+    value = PaperValue(found.value)
+    value.sd, value.low, value.high = found.sd, found.low, found.high
+    return value
 
 
 def reported(table: str, row: str, column: str) -> Reported | None:

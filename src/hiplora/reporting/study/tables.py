@@ -154,13 +154,16 @@ def _parts(cell: Cell) -> tuple[str, str, str]:
     if measured and cell.text:
         rest += f" {one_line(cell.text)}"
     paper = number(cell.paper)
-    return main, rest, "" if paper is None else f"paper: {paper_figure(paper, cell.digits)}"
+    if paper is None:
+        return main, rest, ""
+    low, high, sd = (getattr(cell.paper, name, None) for name in ("low", "high", "sd"))
+    return main, rest, f"paper: {paper_figure(paper, cell.digits)}{spread(low, high, sd, cell.digits)}"
 
 
 def _markdown_cell(cell: Cell) -> str:
     main, rest, paper = _parts(cell)
     shown = f"**{markdown(main)}**" if cell.best else markdown(main)
-    return shown + markdown(rest) + (f" *({paper})*" if paper else "")
+    return shown + markdown(rest) + (f" *({markdown(paper)})*" if paper else "")
 
 
 def _latex_cell(cell: Cell) -> str:

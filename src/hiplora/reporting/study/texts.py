@@ -49,12 +49,11 @@ def paper_figure(value: float, digits: int) -> str:
 
 
 def spread(low: float | None, high: float | None, sd: float | None, digits: int) -> str:
-    """Write what follows a value: ` ± sd` where the spread over seeds is given, else ` [low, high]`, or nothing."""
-    if number(sd) is not None:
-        return f"{NBSP}±{NBSP}{figure(sd, digits)}"
+    """Write what follows a value: ` ± sd` where the spread over seeds is given, ` [low, high]` where an interval is."""
+    told = "" if number(sd) is None else f"{NBSP}±{NBSP}{figure(sd, digits)}"
     if number(low) is not None or number(high) is not None:
-        return f" [{figure(low, digits)}, {figure(high, digits)}]"
-    return ""
+        told += f" [{figure(low, digits)}, {figure(high, digits)}]"
+    return told
 
 
 def one_line(text: str) -> str:

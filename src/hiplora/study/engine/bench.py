@@ -23,6 +23,11 @@ class Place:
     data: Path | None = None
     allow_code: bool = False
 
+    def absolute(self) -> "Place":
+        """Return the same place for processes that run in another folder."""
+        model = str(Path(self.model).resolve()) if Path(self.model).is_dir() else self.model
+        return Place(model, self.data.resolve() if self.data else None, self.allow_code)
+
     def to_json(self) -> dict[str, Any]:
         """Return the place as JSON values, which `from_json` reads."""
         return {

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import socket
 import time
@@ -20,6 +21,7 @@ from hiplora.study.engine.todo import Todo, todo
 from hiplora.study.engine.worker import PAUSE, attempt
 
 BLOCKED, OVER = "blocked", "over"
+Done = tuple[str, float | None]  # what became of a job, and the seconds it took this task
 
 
 def run_ray(
@@ -44,7 +46,8 @@ def run_ray(
         address: of a running cluster; None starts one on this machine, and ends it.
         workers: processes of a cluster that is started here; None is one a core.
         gpus_per_job: what each job asks Ray for.
-        on_event: called with `{"event": "end" | "failed", "key": KEY}`.
+        on_event: called with `{"event": "end" | "failed", "key": KEY, "workers": N}`, N jobs run at once; with the
+            `seconds` that the job took, where it ended.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
@@ -63,13 +66,13 @@ def run_ray(
         task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=DEATHS - 1)(_do_job)
         known = ray.put(graph.to_json())
         wanted = {job.key for job in (*left.ready, *left.waiting)}
-        orders = (str(store.path.resolve()), place.to_json(), run)
+        orders = (str(store.path.resolve()), place.absolute().to_json(), run)
         refs: dict[str, Any] = {}
         for job in graph:
             if job.key in wanted:
                 needs = [refs[need.key] for need in job.needs.values() if need.key in wanted]
                 refs[job.key] = task.remote(known, job.key, *orders, *needs)
-        _await(ray, refs, graph, store, run, on_event)
+        _await(ray, refs, graph, store, run, _telling(on_event, _slots(ray, gpus_per_job)))
     finally:
         ray.shutdown()
     return todo(graph, store, run)
@@ -116,8 +119,23 @@ def _check_gpus(ray: Any, gpus_per_job: float) -> None:
         )
 
 
+def _slots(ray: Any, gpus_per_job: float) -> int:
+    """How many jobs the cluster does at the same time."""
+    there = ray.cluster_resources()
+    of_gpus = there.get("GPU", 0.0) / gpus_per_job if gpus_per_job else math.inf
+    return max(int(min(there.get("CPU", 1.0), of_gpus)), 1)
+
+
+def _telling(on_event: OnEvent | None, slots: int) -> OnEvent:
+    def tell(event: dict[str, Any]) -> None:
+        if on_event is not None:
+            on_event({**event, "workers": slots})
+
+    return tell
+
+
 def _await(
-    ray: Any, refs: Mapping[str, Any], graph: Graph, store: Store, run: str, on_event: OnEvent | None
+    ray: Any, refs: Mapping[str, Any], graph: Graph, store: Store, run: str, on_event: OnEvent
 ) -> None:
     """Wait for all tasks; where one was lost with its process, write that down for its job.
 
@@ -126,9 +144,10 @@ def _await(
     keys = {ref: key for key, ref in refs.items()}
     while keys:
         for ref in ray.wait(list(keys), num_returns=1)[0]:
-            key = keys.pop(ref)
+            key, took = keys.pop(ref), None
             try:
-                over = ray.get(ref) == OVER
+                state, took = ray.get(ref)
+                over = state == OVER
             except ray.exceptions.RayError as error:
                 over = False
                 if any(need.key in refs and _lost(ray, refs[need.key]) for need in graph[key].needs.values()):
@@ -136,8 +155,9 @@ def _await(
                 if isinstance(error, ray.exceptions.RayTaskError):
                     raise  # the task's own code failed, not its job
                 store.fail(graph[key], lost(DEATHS, type(error).__name__), run)
-            if on_event is not None and (over or store.failure(graph[key], run)):
-                on_event({"event": "end" if over else "failed", "key": key})
+            if over or store.failure(graph[key], run):
+                told = {"event": "end" if over else "failed", "key": key}
+                on_event(told if took is None else {**told, "seconds": took})
 
 
 def _lost(ray: Any, ref: Any) -> bool:
@@ -150,15 +170,17 @@ def _lost(ray: Any, ref: Any) -> bool:
 
 
 def _do_job(
-    known: Mapping[str, Any], key: str, store: str, place: Mapping[str, Any], run: str, *needs: str
-) -> str:
+    known: Mapping[str, Any], key: str, store: str, place: Mapping[str, Any], run: str, *needs: Done
+) -> Done:
     """Do a job as a Ray task; `needs` are there only to be waited for."""
-    if BLOCKED in needs:
-        return BLOCKED
+    if any(state == BLOCKED for state, _ in needs):
+        return BLOCKED, None
     bench, job = _bench(store, json.dumps(place)), Graph.from_json(known)[key]
-    while not attempt(job, bench.store, bench, run, lambda event: None):
+    events: list[dict[str, Any]] = []
+    while not attempt(job, bench.store, bench, run, events.append):
         time.sleep(PAUSE)  # another run is at it
-    return BLOCKED if bench.store.failure(job, run) else OVER
+    took = next((event["seconds"] for event in events if event["event"] == "end"), None)
+    return BLOCKED if bench.store.failure(job, run) else OVER, took
 
 
 @functools.cache

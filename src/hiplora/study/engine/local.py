@@ -89,27 +89,46 @@ def _environment(workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(cores // workers, 1)), **os.environ}
 
 
+def _devices() -> list[str]:
+    """The GPUs of this machine, by the names that CUDA takes, where there are several."""
+    import torch
+
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = visible.split(",")[:count] if visible else list(map(str, range(count)))
+    return named if count > 1 else []
+
+
 class _Crew:
     """The worker processes, and what they tell."""
 
     def __init__(self, store: Store, place: Place, run: str, graph: Graph, workers: int):
-        self._environment = _environment(workers)
+        self._environment, self._devices = _environment(workers), _devices()
         orders = {"store": str(store.path), "graph": graph.to_json(), "place": place.to_json(), "run": run}
         self._orders = json.dumps(orders).encode() + b"\n"
         self._members: list[subprocess.Popen] = []
+        self._at: dict[int, str | None] = {}
         self.running = 0
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
 
     def start(self) -> None:
+        environment, device = self._environment, self._free_device()
+        if device is not None:
+            environment = {**environment, "CUDA_VISIBLE_DEVICES": device}
         process = subprocess.Popen(
             [sys.executable, "-m", "hiplora.study.engine.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=self._environment,
+            env=environment,
         )
         self._members.append(process)
+        self._at[process.pid] = device
         self.running += 1
         threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+
+    def _free_device(self) -> str | None:
+        """The GPU that the fewest living workers are at; None where there is no choice."""
+        taken = [self._at[process.pid] for process in self._members if process.poll() is None]
+        return min(self._devices, key=taken.count) if self._devices else None
 
     def _listen(self, process: subprocess.Popen) -> None:
         at = None

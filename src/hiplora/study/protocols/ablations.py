@@ -142,8 +142,11 @@ def _table(study: Study, settings: Ablations, results: Results, found: Sequence[
     for place, one in enumerate(found):
         title = one.row.title
         cells = [cell(estimate(one.row.domains[d], one.row.by_seed[d])) for d in domains]
-        for column, values in (("Downstream", one.row.mean), ("Retain", one.row.retain)):
-            cells.append(cell(estimate(values), _paper(title, column, place, form)))
+        for column, values, by_seed in (
+            ("Downstream", one.row.mean, one.row.mean_by_seed),
+            ("Retain", one.row.retain, one.row.retain_by_seed),
+        ):
+            cells.append(cell(estimate(values, by_seed), _paper(title, column, place, form)))
         fails = None if one.merges is None else estimate(one.merges.share(0))
         cells.append(cell(fails, _paper(title, "MergeFail", place, form)))
         cells += _training_cells(study, settings, results, by_title[title])
@@ -157,7 +160,7 @@ def _table(study: Study, settings: Ablations, results: Results, found: Sequence[
         f"other domains. MergeFail: of {merges} merges by addition, one a seed, those in which a task keeps less than "
         f"τ = {settings.tau:g} of its score. Held-out loss: nats a learned token. Leak: share of the update's energy "
         "that is on one protected side only, which gains cannot cause. All variants train at the full method's "
-        "learning rate. Brackets: 95 % intervals over items."
+        "learning rate. ±: standard deviation over seeds. Brackets: 95 % intervals over items."
     )
     best = dict.fromkeys(range(count + 1), "high") | dict.fromkeys(range(count + 1, count + 4), "low")
     return Table(f"{NAME}-{form}", f"Ablations: {form}", columns, marked(lines, best) if lines else [], note)

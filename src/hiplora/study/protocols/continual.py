@@ -78,7 +78,7 @@ def _table(base: Scores | None, learners: Sequence[Learner], form: str) -> Table
                 if form == "accuracy" and column in ("AvgAcc", "Forgetting")
                 else None
             )
-            cells.append(cell(estimate(one.metric(name)), paper))
+            cells.append(cell(estimate(one.metric(name), one.seeds(name)), paper))
         rows.append((one.title, cells))
     rows = marked(rows, {place: prefer for place, (_, prefer) in enumerate(METRICS.values())})
     if base is not None:
@@ -86,8 +86,8 @@ def _table(base: Scores | None, learners: Sequence[Learner], form: str) -> Table
     columns = ["Method", *(column for column, _ in METRICS.values())]
     note = (
         f"{form_told(form)}. AvgAcc: mean over the tasks after the last stage; Forgetting: mean fall from the best "
-        "earlier stage, lower is better; backward transfer: mean change since a task's own stage; brackets: 95 % "
-        "intervals over items, each with its mean over the seeds."
+        "earlier stage, lower is better; backward transfer: mean change since a task's own stage; ±: standard "
+        "deviation over seeds; brackets: 95 % intervals over items, each with its mean over the seeds."
     )
     return Table(f"{NAME}-{form}", f"{TITLE}: {form}", columns, rows, note)
 

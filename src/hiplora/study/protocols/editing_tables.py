@@ -76,7 +76,11 @@ def _cell(settings: Editing, name: str, mode: str, one: Edited, metric: str) -> 
     column = {"edit success": "Edit success", "locality": "Locality"}.get(metric)
     of_paper = column is not None and mode == "batch" and settings.sets[name].edits == BUILT_IN
     paper = paper_value("editing", one.title, column) if of_paper and column is not None else None
-    return cell(estimate(one.metrics[metric].draws), paper, 2 if SHOWN[metric][2] == "nats" else 1)
+    return cell(
+        estimate(one.metrics[metric].draws, one.metrics[metric].by_seed),
+        paper,
+        2 if SHOWN[metric][2] == "nats" else 1,
+    )
 
 
 def categories_table(settings: Editing, name: str, mode: str, found: Sequence[Edited]) -> Table:
@@ -91,7 +95,8 @@ def categories_table(settings: Editing, name: str, mode: str, found: Sequence[Ed
                 success = of_paper and metric == "edit success"
                 row = f"{one.title}, {category}"
                 paper = paper_value("editing-categories", row, "Edit success") if success else None
-                cells.append(cell(estimate(one.categories[category][metric].draws), paper))
+                found_here = one.categories[category][metric]
+                cells.append(cell(estimate(found_here.draws, found_here.by_seed), paper))
         rows.append((one.title, cells))
     columns = [f"{category}, {metric.split()[0]}" for category in categories for metric in BY_CATEGORY]
     counts = ", ".join(

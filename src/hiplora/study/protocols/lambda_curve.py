@@ -78,12 +78,14 @@ def _table(
         loss = held_out([one for one in trained if one is not None])[1]
         cells = [cell(estimate(row.domains[domain], row.by_seed[domain])) for domain in domains]
         retain = cell(estimate(row.retain, row.retain_by_seed))
-        lines.append((f"{price:g}", [*cells, cell(estimate(row.mean)), retain, Cell(loss, digits=3)]))
+        lines.append(
+            (f"{price:g}", [*cells, cell(estimate(row.mean, row.mean_by_seed)), retain, Cell(loss, digits=3)])
+        )
     titles = [study.recipe.domains[domain].title for domain in domains]
     note = (
         f"{form_told(form)}, of {study.row(settings.method).title} at each λ, each domain by its own adapter. Retain: "
-        "mean drop on the other domains, in percentage points. Held-out loss: nats a learned token. Brackets: 95 % "
-        "intervals over items. The paper's curve has no numbers."
+        "mean drop on the other domains, in percentage points. Held-out loss: nats a learned token. ±: standard "
+        "deviation over seeds. Brackets: 95 % intervals over items. The paper's curve has no numbers."
     )
     best = dict.fromkeys(range(len(domains) + 1), "high")
     best |= dict.fromkeys((len(domains) + 1, len(domains) + 2), "low")

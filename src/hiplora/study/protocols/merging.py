@@ -168,7 +168,7 @@ def _table(study: Study, settings: Merging, merges: Sequence[Merges], rule: str,
         for title, values, last in (
             ("before", before, NONE),
             ("after", after, NONE),
-            ("Δ", np.subtract(after, before), cell(estimate(one.drop), paper)),
+            ("Δ", np.subtract(after, before), cell(estimate(one.drop, one.drop_by_seed), paper)),
         ):
             lines.append((f"{one.title}, {title}", [*(cell(estimate(draws)) for draws in values), last]))
     columns = ["Method", *(metric.title for metric in metrics), "Mean drop"]
@@ -176,8 +176,8 @@ def _table(study: Study, settings: Merging, merges: Sequence[Merges], rule: str,
     note = (
         f"{form_told(form)}. Before: each domain by its own adapter; after: all of them by the merge of the "
         f"adapters of one seed (mean over the seeds {seeds}). Mean drop: mean of the absolute differences over "
-        "metrics and seeds, in percentage points; the scatter of few items does not cancel in it. Brackets: 95 % "
-        "intervals over items."
+        "metrics and seeds, in percentage points; the scatter of few items does not cancel in it. ±: standard "
+        "deviation over seeds. Brackets: 95 % intervals over items."
     )
     return Table(f"{NAME}-{rule}-{form}", f"Merged by {rule_title(rule)}: {form}", columns, lines, note)
 
@@ -196,7 +196,7 @@ def _rules_table(found: Mapping[str, Sequence[Merges]]) -> Table:
     columns = ["Merged", *(f"{what}, {form}" for form in found for what in ("Mean drop", "With its sign"))]
     note = (
         "Mean absolute drop over all reported metrics, and the mean drop with its sign (a gain is negative), in "
-        "percentage points. Brackets: 95 % intervals over items."
+        "percentage points. ±: standard deviation over seeds. Brackets: 95 % intervals over items."
     )
     best = dict.fromkeys(range(0, 2 * len(found), 2), "low")
     return Table(f"{NAME}-rules", "Mean drop by rule", columns, marked(lines, best), note)

@@ -26,10 +26,10 @@ Side = tuple[str, Draws, Sequence[Job]]  # a method, its value with replicates, 
 
 
 def cell(found: Estimate | None, paper: float | None = None, digits: int = 1) -> Cell:
-    """Return a table's cell: the value with its interval; where there is none yet, only the paper's."""
+    """Return a table's cell: the value with spread and interval; where there is none yet, only the paper's."""
     if found is None:
         return Cell(paper=paper, digits=digits)
-    return Cell(found.value, found.low, found.high, None, paper, digits=digits)
+    return Cell(found.value, found.low, found.high, found.sd, paper, digits=digits)
 
 
 def marked(rows: Sequence[tuple[str, list[Cell]]], best: Mapping[int, str]) -> list[tuple[str, list[Cell]]]:

@@ -95,17 +95,21 @@ def _table(study: Study, rows: list[Row], form: str, name: str, title: str, pape
             cell(estimate(row.domains[d], row.by_seed.get(d, ())), _paper(paper, row.title, d, study, form))
             for d in domains
         ]
-        cells.append(cell(estimate(row.mean)))
+        cells.append(cell(estimate(row.mean, row.mean_by_seed)))
         is_base = row is rows[0]
         cells.append(
-            NONE if is_base else cell(estimate(row.retain), _paper(paper, row.title, "Retain", study, form))
+            NONE
+            if is_base
+            else cell(
+                estimate(row.retain, row.retain_by_seed), _paper(paper, row.title, "Retain", study, form)
+            )
         )
         lines.append((row.title, cells))
     places = dict.fromkeys(range(len(domains) + 1), "high") | {len(domains) + 1: "low"}
     note = (
         f"{form_told(form)}: each domain by the adapter that was trained on it. Retain: mean drop on the other "
         "domains' tasks against the base model, in percentage points; lower is better, a gain counts as negative. "
-        "Brackets: 95 % intervals over items, each with its mean over the seeds."
+        "±: standard deviation over seeds. Brackets: 95 % intervals over items, each with its mean over the seeds."
     )
     return Table(f"{name}-{form}", f"{title}: {form}", columns, marked(lines, places) if lines else [], note)
 

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from hiplora.errors import ConfigError
+from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Table
 from hiplora.reporting.study.tables import measurements_csv, measurements_json, to_html, to_latex, to_markdown
 from hiplora.reporting.study.texts import figure, latex, paper_figure
@@ -35,6 +36,12 @@ def html_cell(cell):
     ("cell", "words"),
     [
         (Cell(12.34, sd=0.42), "12.3 ± 0.4"),
+        (Cell(12.34, low=11.0, high=13.0, sd=0.42), r"12.3 ± 0.4 \[11.0, 13.0\]"),
+        (Cell(3.1, paper=paper_value("single-task", "HiP-LoRA", "Retain")), "3.1 *(paper: 4.9 ± 0.6)*"),
+        (
+            Cell(0.7, digits=2, paper=paper_value("rank-one", "Zero", "Pearson")),
+            r"0.70 *(paper: 0.856 \[0.14, 0.95\])*",
+        ),
         (Cell(12.34, low=11.84, high=12.9, digits=2), r"12.34 \[11.84, 12.90\]"),
         (Cell(), "–"),
         (Cell(math.nan, low=1.0, high=2.0), "–"),
