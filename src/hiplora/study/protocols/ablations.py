@@ -216,7 +216,10 @@ def _measurements(
         )  # fmt: skip
         if merges is not judged[0]:
             here, there = ((x.title, x.share(0), x.jobs) for x in (merges, judged[0]))
-            yield difference(NAME, "merge fail", here, there, form=form, setting=setting, seeds=seeds)
+            by_seed = merges.verdicts(0), judged[0].verdicts(0)  # a merge a seed
+            yield difference(
+                NAME, "merge fail", here, there, by_seed=by_seed, form=form, setting=told, seeds=seeds
+            )
 
 
 def _losses_and_leaks(study: Study, settings: Ablations, results: Results) -> Iterator[Measurement]:

@@ -34,13 +34,14 @@ def negative(value: Value, method: str) -> Value:
 
 
 def apart(one: Measurement, other: str) -> Value:
-    """A difference with its widest interval; where all of some edits agree, with what their number leaves possible.
+    """A difference with its widest interval; where all of some edits or merges agree, with what their number leaves
+    possible.
 
     The latter is the exact bound on a share of which none was seen.
     """
     low, high = one.widest
-    if low == high == 0 and one.items:
-        _, high = _exact(0, one.items)
+    if low == high == 0 and (count := one.items or one.setting.get("merges")):
+        _, high = _exact(0, count)
         low = -high
     return Value(one.value, low, high, other)
 

@@ -14,6 +14,7 @@ from hiplora.reporting.numbers import signed
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
+from hiplora.study.protocols.aims_values import apart
 from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
 
@@ -39,6 +40,7 @@ class Claim:
     minus: str | None = None
     over: str | None = None
     none: float = 0.0
+    size: float | None = None
     unit: str = "pp"
     forms: Sequence[str] = FORMS
     setting: Mapping[str, Any] = field(default_factory=dict)
@@ -57,13 +59,29 @@ class Checked:
         """One of supported, not supported, cannot tell, not measured."""
         if self.found is None:
             return OPEN
-        low, high = self.found.widest
+        low, high = self.bounds
         if low is None or high is None:
             return UNCLEAR
         above, below = low > self.claim.none, high < self.claim.none
         if not above and not below:
             return UNCLEAR
         return SUPPORTED if above == (self.claim.claimed == "above") else AGAINST
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The widest interval of what was measured; of merges that all agree, what their number leaves possible."""
+        if self.found is None:
+            return None, None
+        value = apart(self.found, "")
+        return value.low, value.high
+
+    @property
+    def excludes(self) -> bool | None:
+        """Whether even the widest interval holds no effect as large as the paper's; None where one is not known."""
+        low, high = self.bounds
+        if self.claim.size is None or low is None or high is None:
+            return None
+        return high < self.claim.size if self.claim.claimed == "above" else low > self.claim.size
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -73,8 +91,10 @@ class Checked:
             "estimate": None if found is None else found.value,
             "low": None if found is None else found.low,
             "high": None if found is None else found.high,
-            "widest": None if found is None else found.widest,
+            "widest": None if found is None else self.bounds,
             "unit": self.claim.unit,
+            "paper_effect": self.claim.size,
+            "excludes_paper": self.excludes,
         }
 
 
@@ -86,7 +106,7 @@ def _against(name: str, says: str, paper: str, section: str, metric: str, claime
 
 CLAIMS: tuple[Claim, ...] = (
     _against("retain", "HiP-LoRA loses less of the other abilities than LoRA", "Retain 12.3 → 4.9", "single-task",
-             "retain", "below"),
+             "retain", "below", size=4.9 - 12.3),
     _against("downstream", "… and learns its own task at least as well", "maintained or improved", "single-task",
              "mean score", "above"),
     _against("downstream-proj", "HiP-LoRA learns more than Proj-LoRA", "Table 1", "single-task", "mean score", "above",
@@ -102,9 +122,9 @@ CLAIMS: tuple[Claim, ...] = (
     _against("downstream-adalora", "… and learns at least as well", "Table 12", "adalora", "mean score", "above",
              minus="adalora"),
     _against("merge-drop", "Added adapters lose less", "20.24 → 5.42 pp", "merging", "mean drop", "below",
-             setting={"rule": "addition"}),
+             setting={"rule": "addition"}, size=5.42 - 20.24),
     _against("merge-drop-ties", "… by TIES too", "13.8 → 4.7 pp", "merging", "mean drop", "below",
-             setting={"rule": "ties"}),
+             setting={"rule": "ties"}, size=4.7 - 13.8),
     _against("merge-drop-split", "Added adapters lose less than Split-LoRA's", "Table 2", "merging", "mean drop",
              "below", minus="split_lora", setting={"rule": "addition"}),
     _against("merge-drop-proj", "… than Proj-LoRA's", "Table 2", "merging", "mean drop", "below", minus="proj_lora",
@@ -112,27 +132,29 @@ CLAIMS: tuple[Claim, ...] = (
     _against("merge-drop-pissa", "… than PiSSA's", "Table 2", "merging", "mean drop", "below", minus="pissa",
              setting={"rule": "addition"}),
     _against("merge-fail", "Fewer merges fail", "62 % → 6.8 %", "merge-fail", "merge fail", "below",
-             setting={"rule": "addition"}),
+             setting={"rule": "addition"}, size=6.8 - 62),
     _against("merge-fail-ties", "… by TIES too", "38 % → 4.5 %", "merge-fail", "merge fail", "below",
-             setting={"rule": "ties"}),
+             setting={"rule": "ties"}, size=4.5 - 38),
     _against("continual-accuracy", "Continual tuning ends with a higher average", "71.8 → 74.6", "continual",
-             "average accuracy", "above"),
-    _against("continual-forgetting", "… and forgets less", "13.6 → 6.9", "continual", "forgetting", "below"),
-    _against("continual-pissa", "… and less than PiSSA", "Table 7", "continual", "forgetting", "below", minus="pissa"),
+             "average accuracy", "above", size=74.6 - 71.8),
+    _against("continual-forgetting", "… and forgets less", "13.6 → 6.9", "continual", "forgetting", "below",
+             size=6.9 - 13.6),
+    _against("continual-pissa", "… and less than PiSSA", "Table 7", "continual", "forgetting", "below", minus="pissa",
+             size=6.9 - 10.2),
     _against("edit-success", "More edits succeed", "86.4 % → 89.2 %", "editing", "edit success", "above",
-             forms=("",), setting={"mode": "batch"}),
+             forms=("",), setting={"mode": "batch"}, size=89.2 - 86.4),
     _against("edit-locality", "… and less of unrelated knowledge is lost", "3.8 → 2.1 pp", "editing",
-             "locality", "below", forms=("",), setting={"mode": "batch"}),
+             "locality", "below", forms=("",), setting={"mode": "batch"}, size=2.1 - 3.8),
     _against("edit-success-pissa", "More edits succeed than with PiSSA", "Table 8", "editing", "edit success", "above",
-             minus="pissa", forms=("",), setting={"mode": "batch"}),
+             minus="pissa", forms=("",), setting={"mode": "batch"}, size=89.2 - 87.9),
     _against("edit-locality-pissa", "… and less of unrelated knowledge is lost", "Table 8", "editing", "locality",
-             "below", minus="pissa", forms=("",), setting={"mode": "batch"}),
+             "below", minus="pissa", forms=("",), setting={"mode": "batch"}, size=2.1 - 3.1),
     Claim("budget-merge", "Without the stability budget more merges fail", "6.8 % → 14.2 %", "ablations",
-          "merge fail difference", "Without stability budget", "above", minus="hiplora"),
+          "merge fail difference", "Without stability budget", "above", minus="hiplora", size=14.2 - 6.8),
     Claim("budget", "Without the stability budget more is lost", "Retain 4.9 → 9.8", "ablations",
-          "retain difference", "Without stability budget", "above", minus="hiplora"),
+          "retain difference", "Without stability budget", "above", minus="hiplora", size=9.8 - 4.9),
     Claim("projection", "Without the residual projection more merges fail", "6.8 % → 12.5 %", "ablations",
-          "merge fail difference", "Without residual projection", "above", minus="hiplora"),
+          "merge fail difference", "Without residual projection", "above", minus="hiplora", size=12.5 - 6.8),
     Claim("budget-speed", "Without the stability budget training goes more slowly", "Figure 5", "ablations",
           "training loss difference", "Without stability budget", "above", minus="hiplora", forms=("",),
           unit="nats/token"),
@@ -144,13 +166,13 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("allocation", "Stronger directions get smaller gains", "Figure 4", "allocation", "gain correlation",
           "hiplora", "below", forms=("",), unit="Spearman"),
     Claim("zero", "Removing a stronger direction costs more", "Pearson 0.86", "rank-one", "pearson", "Zero", "above",
-          forms=("",), unit="Pearson", setting={"metric": "log_perplexity", "basis": "weight"}),
+          forms=("",), unit="Pearson", setting={"metric": "log_perplexity", "basis": "weight"}, size=0.86),
     Claim("zero-flip", "… in a closer relation than turning it round", "Pearson 0.86 and 0.33", "rank-one",
           "pearson difference", "Zero", "above", forms=("",), unit="Pearson",
-          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Flip"}),
+          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Flip"}, size=0.86 - 0.33),
     Claim("zero-noise", "… and than a little noise along it", "Pearson 0.86 and 0.14", "rank-one",
           "pearson difference", "Zero", "above", forms=("",), unit="Pearson",
-          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Noise 0.1"}),
+          setting={"metric": "log_perplexity", "basis": "weight", "minus": "Noise 0.1"}, size=0.86 - 0.14),
     Claim("overhead", "Training is slowed by no more than the paper's twentieth", "42,000 → 40,000 tokens/s", "cost",
           "throughput ratio", "hiplora", "above", over="lora", none=40 / 42, forms=("",), unit="of LoRA's"),
 )  # fmt: skip
@@ -165,13 +187,19 @@ def section_after(study: Study, settings: Claims, results: Results, sections: Se
     """Return a row for every claim and form, with the measured effect and the verdict."""
     checked = check(study, settings, sections)
     told = counted(one.verdict for one in checked)
+    excluded = sum(one.excludes is True for one in checked)
     note = (
         "A claim is supported where both 95 % intervals lie on its side of none, not supported where both lie on the "
         "other: that over items, with the seeds as they are, and Student's t over the seeds. Merges drawn for "
-        "MergeFail share adapters; theirs is the paper's interval, over draws and merges. Whether an effect of the "
-        "paper's size could have been seen is what the width says."
+        "MergeFail share adapters; theirs is the paper's interval, over draws and merges. An effect as large as the "
+        "paper's is excluded on this model where the wider interval ends before it: then “cannot tell” means that "
+        "there is little or none, not that too little was measured."
     )
-    text = [f"Of the paper's claims, each counted once in accuracy and once in likelihood: {told}."]
+    text = [
+        f"Of the paper's claims, each counted once in accuracy and once in likelihood: {told}. An effect as large as "
+        f"the paper's is excluded by {excluded} of the {sum(one.excludes is not None for one in checked)} that can be "
+        "compared with one."
+    ]
     return Section(NAME, TITLE, text, [_table(checked, note)])
 
 
@@ -213,19 +241,34 @@ def _table(checked: Sequence[Checked], note: str) -> Table:
             Cell(text=one.form or "–"),
             effect,
             Cell(text=one.claim.unit),
-            _other_seeds(found, digits),
+            _other_seeds(one, digits),
             Cell(text=one.claim.paper),
+            Cell(text={None: "–", True: "excluded", False: "possible"}[one.excludes]),
         ]
         rows.append((one.claim.says, cells))
-    columns = ["Claim", "Verdict", "Form", "Measured effect", "Unit", "Over seeds", "Of the paper"]
+    columns = [
+        "Claim",
+        "Verdict",
+        "Form",
+        "Measured effect",
+        "Unit",
+        "Over seeds",
+        "Of the paper",
+        "An effect as large",
+    ]
     return Table("claims", "Claim by claim", columns, rows, note)
 
 
-def _other_seeds(found: Measurement | None, digits: int) -> Cell:
-    """The interval over seeds; of merges that share adapters, the paper's; a dash where there is neither."""
-    if found is None or not (found.over_seeds or found.widest != (found.low, found.high)):
+def _other_seeds(one: Checked, digits: int) -> Cell:
+    """The interval over seeds; of merges that share adapters, the paper's, or what their number leaves possible; a dash
+    where there is none.
+    """
+    found = one.found
+    if found is not None and found.seeds < 2 and "minus" in found.setting and found.protocol != "rank-one":
+        return Cell(text="one seed")
+    if found is None or not (found.over_seeds or one.bounds != (found.low, found.high)):
         return Cell(text="–")
-    low, high = found.over_seeds or found.widest
+    low, high = one.bounds if found.over_seeds in (None, (0, 0)) else found.over_seeds
     return Cell(text=f"{signed(low, digits)} to {signed(high, digits)}")
 
 

@@ -108,7 +108,8 @@ def _measurements(
     yield from row_differences(NAME, [row for _, row in found], form)
     if len(found) > 1:
         (low, first), (high, last) = min(found, key=_price), max(found, key=_price)
-        change, used = estimate(last.retain - first.retain), [*first.jobs, *last.jobs]
+        by_seed = np.subtract(last.retain_by_seed, first.retain_by_seed).tolist()
+        change, used = estimate(last.retain - first.retain, by_seed), [*first.jobs, *last.jobs]
         setting = {"from": low, "to": high}
         title = study.row(settings.method).title
         yield measurement(

@@ -53,6 +53,8 @@ def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, low, high, verd
         "high": high,
         "widest": [low, high],
         "unit": "pp",
+        "paper_effect": pytest.approx(-7.4),
+        "excludes_paper": None if low is None else low > -7.4,
     }
 
 
@@ -65,7 +67,7 @@ def test_a_claim_holds_over_seeds_too_or_it_cannot_be_told(tmp_path, sd, verdict
     assert found["widest"] == pytest.approx([min(-4, -3 - margin), max(-2, -3 + margin)])
 
 
-@pytest.mark.parametrize(("more", "told"), [({"seeds": 3, "sd": 0.1}, "−3.25 to −2.75"), ({}, "–")])
+@pytest.mark.parametrize(("more", "told"), [({"seeds": 3, "sd": 0.1}, "−3.25 to −2.75"), ({}, "one seed")])
 def test_the_interval_over_seeds_is_shown_where_there_is_one(tmp_path, more, told):
     study, store = made_study(tmp_path, *CHANGES)
     single = Section("single-task", "Single tasks", measurements=[retain(-3.0, -4.0, -2.0, **more)])
@@ -111,7 +113,9 @@ def test_the_section_shows_claim_effect_and_verdict(tmp_path):
     section = claims.section_after(study, study.recipe.protocols.claims, results(store), [single])
     name = "HiP-LoRA loses less of the other abilities than LoRA"
     shown = [cells for row, cells in section.tables[0].rows if row == name]
-    assert [cell.text for cell in shown[0]] == ["supported", "accuracy", "", "pp", "–", "Retain 12.3 → 4.9"]
+    assert [cell.text for cell in shown[0]] == [
+        *("supported", "accuracy", "", "pp", "one seed", "Retain 12.3 → 4.9", "excluded"),
+    ]
     assert shown[0][2].value == -3.0
     assert "1 supported" in section.text[0]
     assert table(section, "claims")
@@ -148,3 +152,28 @@ def test_overhead_is_judged_by_the_ratio_to_lora_that_the_paper_reports(tmp_path
     section = Section("cost", "Cost", measurements=[of_another, ratio])
     (text,) = claims.files(study, study.recipe.protocols.claims, results(store), [section]).values()
     assert json.loads(text)["claims"]["overhead"]["measured"]["verdict"] == verdict
+
+
+def test_an_effect_of_the_papers_size_is_excluded_by_the_wider_interval(tmp_path):
+    """Retain falls by 7.4 in the paper; other seeds may reach further than items."""
+    narrow, wide = (
+        judged(tmp_path, retain(-0.1, -0.2, 0.1, seeds=3, sd=sd))["retain"]["accuracy"] for sd in (0.1, 5)
+    )
+    assert (narrow["verdict"], narrow["excludes_paper"]) == ("cannot tell", True)
+    assert (wide["verdict"], wide["excludes_paper"]) == ("cannot tell", False)
+    unknown = judged(tmp_path, retain(-3.0, -4.0, -2.0))["downstream"]["accuracy"]
+    assert (unknown["paper_effect"], unknown["excludes_paper"]) == (None, None)
+
+
+def test_a_few_merges_that_all_agree_exclude_little(tmp_path):
+    """Of three merges that fail alike, the seven points of the paper cannot be excluded; of three hundred they can."""
+    study, store = made_study(tmp_path, *CHANGES)
+    for merges, excluded in ((3, False), (300, True)):
+        setting = {"minus": "HiP-LoRA", "merges": merges}
+        same = Measurement("ablations", "Without stability budget", "merge fail difference", 0.0, form="accuracy",
+                           low=0.0, high=0.0, sd=0.0, seeds=3, setting=setting)  # fmt: skip
+        section = Section("ablations", "Ablations", measurements=[same])
+        (text,) = claims.files(study, study.recipe.protocols.claims, results(store), [section]).values()
+        found = json.loads(text)["claims"]["budget-merge"]["accuracy"]
+        assert (found["verdict"], found["excludes_paper"]) == ("cannot tell", excluded)
+        assert found["widest"][1] == -found["widest"][0] > 0
