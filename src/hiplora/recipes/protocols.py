@@ -173,12 +173,15 @@ class RankOne(Protocol):
 
 
 class Selection(Protocol):
-    """Coarse to fine on held-out rows: λ at the given γ and k, then γ, then k."""
+    """Coarse to fine on held-out rows: λ at the given γ and k, then γ, then r if some are named, then k."""
 
     method: str = Field(description="A HiP-LoRA with gains.")
     domain: str = Field(description="Domain whose held-out rows decide.")
     lambdas: list[Annotated[float, Field(ge=0)]] = Field(min_length=1, description="λ to try.")
     gammas: list[Annotated[float, Field(ge=0)]] = Field(min_length=1, description="γ to try.")
+    residual_ranks: list[Positive] = Field(
+        default=[], description="r to try, at the same `lora_alpha`; none: r is as the method has it."
+    )
     ranks: list[Positive] = Field(min_length=1, description="k to try.")
 
 

@@ -1,4 +1,4 @@
-"""λ, γ and k chosen on held-out rows, one after the other: the paper's coarse-to-fine selection."""
+"""λ, γ, r and k chosen on held-out rows, one after the other: the paper's coarse-to-fine selection."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from hiplora.study.protocols.show import measurement
 from hiplora.study.results import Results
 from hiplora.study.statistics import Estimate
 
-NAME, TITLE = "selection", "Selection of λ, γ and k"
+NAME, TITLE = "selection", "Selection of λ, γ, r and k"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the three sweeps: what is swept, over which values, and the job that chooses."""
+    """One of the sweeps: what is swept, over which values, and the job that chooses."""
 
     symbol: str
     field: str
@@ -26,7 +26,7 @@ class Stage:
 
 
 def jobs(study: Study, settings: Selection) -> list[Job]:
-    """The three choices, each over trainings at what was chosen before."""
+    """The choices, each over trainings at what was chosen before."""
     return [stage.choice for stage in stages(study, settings)]
 
 
@@ -41,13 +41,16 @@ def section(study: Study, settings: Selection, results: Results) -> Section:
 
 
 def stages(study: Study, settings: Selection) -> list[Stage]:
-    """Return the sweeps in order: λ, then γ at the chosen λ, then k at both."""
+    """Return the sweeps in order: λ, then γ at the chosen λ, then r at both, then k at all that was chosen."""
     found: list[Stage] = []
     for symbol, field, values in (
         ("λ", "stability_weight", settings.lambdas),
         ("γ", "stability_gamma", settings.gammas),
+        ("r", "r", settings.residual_ranks),
         ("k", "principal_rank", settings.ranks),
     ):
+        if not values:
+            continue
         chosen = {stage.field: stage.choice for stage in found}
         candidates = {value: _trainings(study, settings, symbol, field, value, chosen) for value in values}
         title = study.row(settings.method).title

@@ -47,6 +47,21 @@ def test_each_sweep_keeps_what_was_chosen_before(study):
         assert job.needs["stability_gamma"] == exponent.choice
 
 
+def test_the_residual_rank_is_swept_where_some_are_named_and_k_keeps_it(tmp_path):
+    found, _ = made_study(tmp_path, CHANGE.replace("ranks:", "residual_ranks: [3, 5], ranks:"))
+    stages = selection.stages(found, found.recipe.protocols.selection)
+    assert [stage.symbol for stage in stages] == ["λ", "γ", "r", "k"]
+    _, exponent, residual, rank = stages
+    assert [one["r"] for one in methods(residual)] == [3, 5]
+    assert all(job.needs["stability_gamma"] == exponent.choice for job in residual.choice.needs.values())
+    assert [one["r"] for one in methods(rank)] == [{"$result": "r.value"}] * 3
+    job = next(iter(rank.choice.needs.values()))
+    filled = job.resolved(
+        {"rate": {"value": 1e-3}, **{name: {"value": 3} for name in job.needs if name != "rate"}}
+    )
+    assert filled["recipe"]["method"]["r"] == 3
+
+
 def test_the_chosen_values_are_filled_in(study):
     found, settings, _ = study
     rank = selection.stages(found, settings)[-1]
