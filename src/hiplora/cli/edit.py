@@ -43,6 +43,11 @@ def command(
     limit: int | None = typer.Option(
         None, "--limit", min=1, help="The first so many edits; all, if not given."
     ),
+    category: str | None = typer.Option(
+        None,
+        "--category",
+        help="The edits of one category alone: Entity/Attribute, Relation/Fact, Temporal/Numeric.",
+    ),
     edits_per_batch: int | None = typer.Option(
         None, "--edits-per-batch", min=1, help="Edits of a batch; all, if not given."
     ),
@@ -93,6 +98,7 @@ def command(
         method_settings=dict(_setting(text) for text in settings),
         mode=mode.value,
         limit=limit,
+        category=category,
         edits_per_batch=edits_per_batch,
         sample=sample,
         steps=steps,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.editing.edits import (
+    CATEGORIES,
     Edit,
     EditSet,
     Question,
@@ -96,15 +97,27 @@ def load_counterfact(
 
 
 def load_edits(
-    source: str | os.PathLike, limit: int | None = None, *, neighbours: int | None = None
+    source: str | os.PathLike,
+    limit: int | None = None,
+    *,
+    neighbours: int | None = None,
+    category: str | None = None,
 ) -> EditSet:
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
 
-    `neighbours` is for the latter, as in `load_counterfact`; the others have none.
+    `neighbours` is for the latter, as in `load_counterfact`; the others have none. `category` takes those of one
+    category alone, the first `limit` of them.
 
     Raises:
-        DataError: as `load_counterfact` and `hiplora.editing.load_edit_sets`.
+        DataError: as `load_counterfact` and `hiplora.editing.load_edit_sets`, or there are no edits of the category.
+        ConfigError: there is no such category.
     """
+    if category is not None:
+        if category not in CATEGORIES:
+            raise ConfigError(f"category is {category!r}; expected one of {', '.join(CATEGORIES)}")
+        whole = load_edits(source, neighbours=neighbours)
+        of_it = tuple(edit for edit in whole.edits if edit.category == category)
+        return EditSet(whole.name, _first(of_it, limit, f"edits {source} of the category {category}"))
     if str(source) == BUILT_IN and not Path(source).exists():
         whole = load_edit_set()
         return EditSet(whole.name, _first(whole.edits, limit, "built-in edits"))

@@ -124,6 +124,10 @@ class EditedFacts(Block):
 
     edits: str = Field(default="builtin", description="`builtin`, or a file of the data folder.")
     title: str = Field(default="", description="As tables show it.")
+    category: Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"] | None = Field(
+        default=None,
+        description="The edits of one category alone, so that their locality is that category's.",
+    )
     limit: Positive | None = Field(default=None, description="The first so many edits.")
     neighbours: bool = Field(default=False, description="Ask the file's neighbourhood prompts too.")
 

@@ -23,10 +23,10 @@ DEFAULT_STEPS = {"single": (20, 2e-3), "batch": (500, 2e-4), "sequential": (500,
 class EditJob:
     """What to edit and how. None is the default, which for steps and learning rate depends on the mode.
 
-    `edits` is "builtin" or a file; `method` a recipe's method or "alphaedit", `method_settings` its settings; `rows`
-    are the edits of a training step; `sample` is how many edits the mode "single" draws; `questions` is how many
-    unrelated questions measure the locality, 0 is none; `neighbours` asks the questions near each edit, where the file
-    has some.
+    `edits` is "builtin" or a file, `category` takes those of one category alone; `method` a recipe's method or
+    "alphaedit", `method_settings` its settings; `rows` are the edits of a training step; `sample` is how many edits
+    the mode "single" draws; `questions` is how many unrelated questions measure the locality, 0 is none;
+    `neighbours` asks the questions near each edit, where the file has some.
     """
 
     model: str
@@ -35,6 +35,7 @@ class EditJob:
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     mode: str = "batch"
     limit: int | None = None
+    category: str | None = None
     edits_per_batch: int | None = None
     sample: int | None = None
     steps: int | None = None
@@ -65,7 +66,8 @@ class PreparedEdits:
             DataError: the edits cannot be used.
         """
         method, settings = _method(job), _settings(job)
-        edits = load_edits(job.edits, job.limit, neighbours=None if job.neighbours else 0)
+        near = None if job.neighbours else 0
+        edits = load_edits(job.edits, job.limit, neighbours=near, category=job.category)
         return cls(job, method, settings, edits, _questions(edits, job.questions))
 
     @property

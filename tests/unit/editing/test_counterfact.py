@@ -118,3 +118,16 @@ def test_edits_are_told_apart_by_their_form(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match="has no edits"):
         load_edits(tmp_path / "empty.jsonl")
+
+
+def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
+    for category in CATEGORIES:
+        found = load_edits("builtin", 40, category=category)
+        assert {edit.category for edit in found.edits} == {category}
+        whole = [edit for edit in load_edits("builtin").edits if edit.category == category]
+        assert list(found.edits) == whole[:40]
+    with pytest.raises(ConfigError, match="category is 'Colours'; expected one of Entity/Attribute"):
+        load_edits("builtin", category="Colours")
+    path = write_jsonl(tmp_path / "edits.jsonl", rows({"relation": "P19"}))
+    with pytest.raises(DataError, match="of the category Temporal/Numeric: has no edits"):
+        load_edits(path, category="Temporal/Numeric")

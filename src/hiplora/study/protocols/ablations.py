@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hiplora.metrics import MergeInstance
+from hiplora.metrics import MergeInstance, sign_flip_p_value
 from hiplora.recipes.methods import OF_THE_GAINS, HipLoraMethod
 from hiplora.recipes.protocols import Ablations
 from hiplora.recipes.study import StudyMethod
@@ -147,23 +147,40 @@ def _table(study: Study, settings: Ablations, results: Results, found: Sequence[
             ("Retain", one.row.retain, one.row.retain_by_seed),
         ):
             cells.append(cell(estimate(values, by_seed), _paper(title, column, place, form)))
+        cells.append(Cell(_p_value(one.row, found[0].row) if place else None, digits=3))
         fails = None if one.merges is None else estimate(one.merges.share(0))
         cells.append(cell(fails, _paper(title, "MergeFail", place, form)))
         cells += _training_cells(study, settings, results, by_title[title])
         lines.append((title, cells))
     count = len(domains)
     titles = [study.recipe.domains[domain].title for domain in domains]
-    columns = ["Variant", *titles, "Downstream", "Retain", "MergeFail", "Held-out loss", "Leak, %"]
+    columns = [
+        "Variant",
+        *titles,
+        "Downstream",
+        "Retain",
+        "Retain p",
+        "MergeFail",
+        "Held-out loss",
+        "Leak, %",
+    ]
     merges = len(study.seeds(settings))
     note = (
         f"{form_told(form)}, each domain by its own adapter; downstream is their mean, Retain the mean drop on the "
-        f"other domains. MergeFail: of {merges} merges by addition, one a seed, those in which a task keeps less than "
-        f"τ = {settings.tau:g} of its score. Held-out loss: nats a learned token. Leak: share of the update's energy "
-        "that is on one protected side only, which gains cannot cause. All variants train at the full method's "
-        "learning rate. ±: standard deviation over seeds. Brackets: 95 % intervals over items."
+        "other domains, its p that of a sign-flip test over items against the full method. MergeFail: of "
+        f"{merges} merges by addition, one a seed, those in which a task keeps less than τ = {settings.tau:g} of its "
+        "score. Held-out loss: nats a learned token. Leak: share of the update's energy that is on one protected side "
+        "only, which gains cannot cause. All variants train at the full method's learning rate. ±: standard deviation "
+        "over seeds. Brackets: 95 % intervals over items."
     )
-    best = dict.fromkeys(range(count + 1), "high") | dict.fromkeys(range(count + 1, count + 4), "low")
+    best = dict.fromkeys(range(count + 1), "high")
+    best |= dict.fromkeys((count + 1, count + 3, count + 4), "low")
     return Table(f"{NAME}-{form}", f"Ablations: {form}", columns, marked(lines, best) if lines else [], note)
+
+
+def _p_value(row: Row, full: Row) -> float:
+    """Of "neither retains more": signs flipped of the items' differences, each item with its mean over the seeds."""
+    return sign_flip_p_value([row.retain_items], [full.retain_items])
 
 
 def _paper(title: str, column: str, place: int, form: str) -> float | None:
@@ -204,6 +221,10 @@ def _measurements(
         yield measurement(
             NAME, one.row.title, "mean score", estimate(one.row.mean), one.row.jobs, form=form, unit="%", seeds=seeds
         )  # fmt: skip
+        if one is not found[0]:
+            p, used = Estimate(_p_value(one.row, found[0].row)), [*one.row.jobs, *found[0].row.jobs]
+            full = {"minus": found[0].row.title}
+            yield measurement(NAME, one.row.title, "retain p", p, used, form=form, setting=full, seeds=seeds)
     yield from row_differences(NAME, [one.row for one in found], form)
     judged = [one.merges for one in found if one.merges is not None]
     for merges in judged:

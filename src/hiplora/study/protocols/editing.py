@@ -126,5 +126,7 @@ def _runs(study: Study, settings: Editing, name: str, mode: str, method: str) ->
             "seed": seed,
             "files": study.hashes(files),
         }
+        if facts.category is not None:
+            asked["category"] = facts.category
         found.append(study.job("edit", f"edit {name} by {title}, {mode}, seed {seed}", asked, **needs))
     return found

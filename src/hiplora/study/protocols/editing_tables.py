@@ -74,7 +74,7 @@ def _cell(settings: Editing, name: str, mode: str, one: Edited, metric: str) -> 
     if metric not in one.metrics:
         return NONE
     column = {"edit success": "Edit success", "locality": "Locality"}.get(metric)
-    of_paper = column is not None and mode == "batch" and settings.sets[name].edits == BUILT_IN
+    of_paper = column is not None and _of_paper(settings, name, mode)
     paper = paper_value("editing", one.title, column) if of_paper and column is not None else None
     return cell(
         estimate(one.metrics[metric].draws, one.metrics[metric].by_seed),
@@ -83,10 +83,16 @@ def _cell(settings: Editing, name: str, mode: str, one: Edited, metric: str) -> 
     )
 
 
+def _of_paper(settings: Editing, name: str, mode: str) -> bool:
+    """Whether a set and mode are those that the paper's numbers are of: EditSet, all categories, in batches."""
+    facts = settings.sets[name]
+    return mode == "batch" and facts.edits == BUILT_IN and facts.category is None
+
+
 def categories_table(settings: Editing, name: str, mode: str, found: Sequence[Edited]) -> Table:
     """Return the table of success by category: Table 10 of the paper, of which no number is left."""
     categories = sorted({category for one in found for category in one.categories})
-    of_paper = mode == "batch" and settings.sets[name].edits == BUILT_IN
+    of_paper = _of_paper(settings, name, mode)
     rows: list[tuple[str, list[Cell]]] = []
     for one in found:
         cells = []

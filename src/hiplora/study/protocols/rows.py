@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hiplora.metrics import retain
 from hiplora.recipes.study import StudyMethod
@@ -21,7 +22,10 @@ Scores = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]  # [trained on][s
 
 @dataclass(frozen=True)
 class Row:
-    """A method's scores with their replicates: of each domain by its own adapter, and Retain."""
+    """A method's scores with their replicates: of each domain by its own adapter, and Retain.
+
+    `retain_items` has what each item of the tasks adds to Retain, which is their mean.
+    """
 
     title: str
     domains: dict[str, Draws]
@@ -29,6 +33,7 @@ class Row:
     items: Mapping[str, Sequence[Sequence[float]]]
     retain: Draws
     retain_by_seed: list[float]
+    retain_items: NDArray[np.float64]
     jobs: list[Job]
 
     @property
@@ -64,7 +69,7 @@ def base_row(study: Study, results: Results, form: str, draws: Resampler) -> Row
     domains = {domain: draws.mean(_task(study, domain), items) for domain, items in base.items()}
     nothing = np.zeros(len(next(iter(domains.values()))))
     items = {domain: [values] for domain, values in base.items()}
-    return Row("Base model", domains, {}, items, nothing, [], [study.score()])
+    return Row("Base model", domains, {}, items, nothing, [], np.zeros(0), [study.score()])
 
 
 def method_row(
@@ -77,10 +82,8 @@ def method_row(
     tasks = {domain: _task(study, domain) for domain in base}
     own = {domain: found[domain] for domain, found in scores.items()}
     apart = [(domain, other) for domain in scores for other in base if other != domain]
-    drops = [
-        draws.mean(tasks[other], np.subtract(base[other], over_seeds(scores[domain][other])))
-        for domain, other in apart
-    ]
+    lost = [(other, np.subtract(base[other], over_seeds(scores[domain][other]))) for domain, other in apart]
+    drops = [draws.mean(tasks[other], items) for other, items in lost]
     domains = {domain: draws.mean(tasks[domain], over_seeds(items)) for domain, items in own.items()}
     by_seed = _retain_by_seed(base, scores) if apart else []
     return Row(
@@ -90,8 +93,20 @@ def method_row(
         own,
         np.mean(drops, axis=0) if drops else np.zeros(len(next(iter(domains.values())))),
         by_seed,
+        _shares(base, lost),
         [job for jobs in runs.values() for job in jobs],
     )
+
+
+def _shares(
+    base: Mapping[str, Sequence[float]], lost: Sequence[tuple[str, NDArray[np.float64]]]
+) -> NDArray[np.float64]:
+    """Return what each item of the tasks adds to Retain, the mean of the tasks' mean losses."""
+    found = {domain: np.zeros(len(items)) for domain, items in base.items()}
+    for domain, items in lost:
+        found[domain] += items / len(items) / len(lost)
+    each = np.concatenate(list(found.values()))
+    return each * len(each)
 
 
 def _retain_by_seed(base: Mapping[str, Sequence[float]], scores: Scores) -> list[float]:

@@ -1,9 +1,9 @@
 """Edit facts in the base by a method, measure what that did, and take them out again.
 
-Settings: `method`, a method of a recipe or {name: alphaedit, …its settings}; `edits`, "builtin" or a file of the study;
-`limit`, `mode`, `edits_per_batch`, `sample`, `steps`, `lr`, `rows`, `questions`, `seed` as of `EditJob`, None its
-default; `neighbours`, whether the questions near each edit are asked; `drift` as of `evaluate`, measured after the last
-edit (no use one by one); `files`, hashes of what is read.
+Settings: `method`, a method of a recipe or {name: alphaedit, …its settings}; `edits`, "builtin" or a file of the
+study; `limit`, `category`, `mode`, `edits_per_batch`, `sample`, `steps`, `lr`, `rows`, `questions`, `seed` as of
+`EditJob`, None its default; `neighbours`, whether the questions near each edit are asked; `drift` as of `evaluate`,
+measured after the last edit (no use one by one); `files`, hashes of what is read.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from hiplora.study.steps.numbers import rounded
 if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
 
-PASSED_ON = ("limit", "edits_per_batch", "sample", "steps", "lr", "rows")
+PASSED_ON = ("limit", "category", "edits_per_batch", "sample", "steps", "lr", "rows")
 
 
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

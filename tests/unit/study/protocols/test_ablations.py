@@ -82,6 +82,15 @@ def test_scores_retain_and_losses_stand_in_a_row(study):
     assert rows[PROJECTION]["MergeFail"].paper == 12.5
 
 
+def test_retain_has_the_p_value_of_flipped_signs_over_the_items(study):
+    """Without the budget all four items lose more: one of sixteen sign patterns, and its mirror."""
+    found, settings, store = study
+    section = ablations.section(found, settings, results(store))
+    rows = table(section, "ablations-accuracy")
+    assert (rows[FULL]["Retain p"].value, rows[BUDGET]["Retain p"].value) == (None, 0.125)
+    assert measured(section, "retain p", BUDGET, form="accuracy").value == 0.125
+
+
 def test_merges_of_all_domains_fail_by_seed(study):
     found, settings, store = study
     section = ablations.section(found, settings, results(store))

@@ -4,6 +4,7 @@ import pytest
 
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import editing
+from hiplora.study.protocols.editing_tables import _of_paper
 from hiplora.study.statistics import spread
 from tests.unit.study.protocols.made import made_study, measured, results, table
 from tests.unit.study.protocols.made_edits import CATEGORIES, CHANGES, edits, filled, questions, records, run
@@ -175,3 +176,14 @@ def test_without_any_result_everything_is_missing(tmp_path):
     assert section.measurements == []
     assert set(section.missing) == {job.name for job in editing.jobs(found, settings)}
     write_report(tmp_path / "report", "Nothing", {}, [section], {})
+
+
+def test_a_set_of_one_category_asks_for_it_and_shows_no_value_of_the_paper(tmp_path):
+    sets = "sets: {whole: {limit: 4}, part: {limit: 4, category: Temporal/Numeric}}"
+    found, _ = made_study(tmp_path, f"protocols={{editing: {{methods: [lora], {sets}, seeds: [42]}}}}")
+    settings = found.recipe.protocols.editing
+    asked = {job.name.split()[1]: job.settings for job in editing.jobs(found, settings)}
+    assert asked["part"]["category"] == "Temporal/Numeric"
+    assert "category" not in asked["whole"]  # its key is as before
+    assert _of_paper(settings, "whole", "batch")
+    assert not _of_paper(settings, "part", "batch")
