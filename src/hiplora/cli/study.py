@@ -30,7 +30,11 @@ RECIPE = typer.Argument(
     ..., help="Recipe of the study: a YAML file, or pico, smol, frontier, paper and the like."
 )
 OUT = typer.Option(None, "--out", help="Folder of the study, where it goes on; studies/NAME, if not given.")
-DATA = typer.Option(None, "--data", help="Folder with the study's files; else $HIPLORA_DATA, else the hub.")
+DATA = typer.Option(
+    None,
+    "--data",
+    help="Folder with the study's files; else $HIPLORA_DATA. What it lacks comes from the hub, if the recipe says so.",
+)
 SET = typer.Option([], "--set", help="Override a field of the recipe, as train.steps=20; may be repeated.")
 CODE = typer.Option(False, "--allow-code-execution", help="Let code that the model writes run, in a sandbox.")
 REUSE = typer.Option(

@@ -56,3 +56,12 @@ def normal_number(text: str) -> str:
     whole = whole.lstrip("-").lstrip("0") or "0"
     plain = f"{whole}.{fraction}" if dot and fraction else whole
     return plain if plain == "0" else sign + plain
+
+
+def read_without_picture(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a multiple-choice row as ScienceQA has them: its hint before its question; None if it has a picture."""
+    if row.get("image") is not None:
+        return None
+    hint = (row.get("hint") or "").strip()
+    question = f"{hint}\n{row['question']}" if hint else row["question"]
+    return {"question": question, "choices": list(row["choices"]), "answer": row["answer"]}

@@ -14,7 +14,14 @@ from hiplora.provenance import file_sha256
 from hiplora.recipes import DataSettings
 from hiplora.recipes.rows import Row, read_rows
 from hiplora.recipes.shapes import check_rows, completion_field
-from hiplora.recipes.wording import direct_question, final_number, lettered, letters, step_by_step
+from hiplora.recipes.wording import (
+    direct_question,
+    final_number,
+    lettered,
+    letters,
+    read_without_picture,
+    step_by_step,
+)
 
 # The project's Alpaca-style wording: a task, perhaps something to do it to, and where the answer goes.
 TASK = "Carry out the task below.\n\n## Task\n{instruction}\n\n"
@@ -223,7 +230,10 @@ def _source(data: DataSettings, path: str | None, rows: int) -> dict[str, Any]:
 
 
 def _hub_rows(data: DataSettings) -> Iterator[Row]:
-    """Rows of a hub data set; datasets' own cache makes a second read cheap and offline."""
+    """Rows of a hub data set; datasets' own cache makes a second read cheap and offline.
+
+    Of multiple choice a hint stands before the question, and questions about a picture are left out.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -235,4 +245,6 @@ def _hub_rows(data: DataSettings) -> Iterator[Row]:
             "or give a file as data.path"
         ) from error
     for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+        readable = read_without_picture(row) if {"question", "choices", "answer"} <= set(row) else row
+        if readable is not None:
+            yield f"row {number}", readable

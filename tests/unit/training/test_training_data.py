@@ -125,6 +125,28 @@ def test_a_hub_data_set_is_read_like_a_file(monkeypatch):
     assert data.sources["train"] == {"hub": "some/set", "config": None, "split": "validation", "rows": 2}
 
 
+def test_questions_of_the_hub_have_their_hint_and_those_about_a_picture_are_left_out(monkeypatch):
+    """Rows by the fields that the hub documents for ScienceQA."""
+    import datasets
+
+    row = {
+        "image": None,
+        "question": "Which is it?",
+        "choices": ["a fox", "a hen"],
+        "answer": 1,
+        "hint": "",
+        "task": "x",
+    }
+    rows = [row, {**row, "hint": "Look at the tail. "}, {**row, "image": "a picture"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    data = load_data(DataSettings(hub="derek-thomas/ScienceQA"))
+    assert data.shape == "multiple_choice"
+    first, second = data.train
+    assert (first.response, second.response) == (" B", " B")
+    assert "Look at the tail.\nWhich is it?" in second.prompt
+    assert "tail" not in first.prompt
+
+
 CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea", "snow"], "answer": 1}
 SUM = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from hiplora.errors import DataError, first_line
 from hiplora.recipes.rows import read_rows
+from hiplora.recipes.wording import read_without_picture
 
 DATA_VARIABLE = "HIPLORA_DATA"
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
@@ -102,15 +103,6 @@ def _openbookqa(row: Mapping[str, Any]) -> Row:
     return _arc({**row, "question": row["question_stem"]})
 
 
-def _scienceqa(row: Mapping[str, Any]) -> Row | None:
-    """The questions without a picture, each with its hint before it."""
-    if row.get("image") is not None:
-        return None
-    hint = (row.get("hint") or "").strip()
-    question = f"{hint}\n{row['question']}" if hint else row["question"]
-    return {"question": question, "choices": list(row["choices"]), "answer": row["answer"]}
-
-
 def _hellaswag(row: Mapping[str, Any]) -> Row:
     return {
         "context": f"{row['activity_label']}: {row['ctx']}",
@@ -159,7 +151,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
     "same": _same,
     "arc": _arc,
     "openbookqa": _openbookqa,
-    "scienceqa": _scienceqa,
+    "scienceqa": read_without_picture,
     "hellaswag": _hellaswag,
     "piqa": _piqa,
     "winogrande": _winogrande,
