@@ -298,6 +298,11 @@ def _print_plan(found: dict[str, Any]) -> None:
         ("Task", "items", "smallest difference"),
         rows,
     )
+    if found["merges"] is not None:
+        count, unseen = found["merges"]["different"], found["merges"]["may_fail_unseen"]
+        typer.echo(
+            f"MergeFail: {count:,} different merges; if none of them fails, up to {unseen:.1f} % still may."
+        )
     if found["missing"]:
         typer.echo(f"files that are not in the data folder: {', '.join(found['missing'])}")
     if found["assumed"]:

@@ -14,9 +14,10 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
 from hiplora.study.estimate import Cost, Machine, cost, full_settings
+from hiplora.study.protocols.merge_fail import different_merges
 from hiplora.study.steps.lengths import EDITS, ROWS, TASKS
 from hiplora.study.steps.loads import known, load_of
-from hiplora.study.steps.measured import is_assumed
+from hiplora.study.steps.measured import edits_at, is_assumed, items_of
 
 if TYPE_CHECKING:
     from hiplora.study.engine.store import Store
@@ -70,6 +71,7 @@ def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Sto
         "machines": {},
         "methods": methods_of(study),
         "power": _power(study),
+        "merges": _merges(study),
         "provenance": provenance(),
     }
     for name, machine in machines.items():
@@ -141,13 +143,32 @@ def _assumed(study: Study, graph: Graph) -> list[str]:
 
 
 def _power(study: Study) -> dict[str, dict[str, Any]]:
-    """The smallest difference between two methods that a task's items can tell, under an assumed spread.
+    """The smallest difference between two methods that a task's items can tell, under an assumed spread; of edits too.
 
     Of lm-eval's own tasks asked whole the number of items is not known, and there is none.
     """
-    found = {}
-    for task, asked in study.tasks.items():
-        items = asked or (TASKS[task].rows if task in TASKS else None)
-        least = None if items is None else 1.96 * ASSUMED_SPREAD / math.sqrt(items)
-        found[task] = {"items": items, "smallest_difference": least}
+    protocols, found = study.recipe.protocols, {}
+    asked = [(task, task, items) for task, items in study.tasks.items()]
+    if protocols.frontier is not None:
+        asked += [(f"{task}, frontier", task, items) for task, items in protocols.frontier.tasks.items()]
+    for name, task, wanted in asked:
+        found[name] = _told(wanted or items_of(task, study.data))
+    if protocols.editing is not None:
+        for name, facts in protocols.editing.sets.items():
+            found[f"edits of {name}"] = _told(facts.limit or edits_at(facts.edits, study.data).rows)
+        found["questions after edits"] = _told(protocols.editing.questions)
     return found
+
+
+def _told(items: int | None) -> dict[str, Any]:
+    least = None if not items else 1.96 * ASSUMED_SPREAD / math.sqrt(items)
+    return {"items": items, "smallest_difference": least}
+
+
+def _merges(study: Study) -> dict[str, Any] | None:
+    """How many different merges are drawn for MergeFail, and what share may fail unseen if none of them does."""
+    settings = study.recipe.protocols.merge_fail
+    if settings is None:
+        return None
+    count = different_merges(study, settings).total()
+    return {"different": count, "may_fail_unseen": 100 * (1 - 0.025 ** (1 / count))}

@@ -128,7 +128,7 @@ def test_scoring_reads_items_and_texts_and_writes_as_much_as_a_task_allows(small
     apart = LOADS["merge"]({**settings, "drift": {**DRIFT, "documents": 7}}, small)
     assert apart.forward_tokens - load.forward_tokens == 2 * 2 * 7 * 100
     assert LOADS["evaluate"]({**settings, "tasks": {"mmlu": None}}, small).forward_tokens == int(
-        11158 * 106.4
+        14042 * 106.4
     )
 
 

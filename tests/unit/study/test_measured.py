@@ -13,7 +13,7 @@ from hiplora.study.plan import plan
 from hiplora.study.protocols import graph
 from hiplora.study.steps.lengths import OTHER_EDITS, OTHER_ROWS, ROWS
 from hiplora.study.steps.loads import LOADS
-from hiplora.study.steps.measured import data_of, edits_at
+from hiplora.study.steps.measured import data_of, edits_at, items_of
 
 OWN = (
     "protocols={single_task: {methods: [lora]}}",
@@ -115,3 +115,10 @@ def test_a_plan_names_what_it_assumes(tmp_path):
     assert assumed() == ["own.jsonl"]
     write_rows(tmp_path / "own.jsonl", 5)
     assert assumed() == []
+
+
+def test_items_of_a_task_are_those_of_its_file_else_of_the_hub(tmp_path):
+    assert items_of("humaneval_10", tmp_path) == items_of("humaneval_10", None) == 164
+    (tmp_path / "humaneval.jsonl").write_text('{"prompt": "a"}\n' * 7)
+    assert items_of("humaneval_10", tmp_path) == 7
+    assert items_of("a_task_of_lm_evals_own", tmp_path) is None

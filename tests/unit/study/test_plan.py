@@ -63,7 +63,7 @@ def test_the_smallest_difference_shrinks_with_the_items():
 
 def test_a_task_that_is_asked_whole_has_all_its_items():
     power = planned("pico", ONE, "domains.code.tasks={humaneval: null, lm_evals_own: null}")[0]["power"]
-    assert power["humaneval"] == {"items": 132, "smallest_difference": pytest.approx(1.96 * 25 / 132**0.5)}
+    assert power["humaneval"] == {"items": 164, "smallest_difference": pytest.approx(1.96 * 25 / 164**0.5)}
     assert power["lm_evals_own"]["smallest_difference"] is None
 
 
@@ -89,3 +89,16 @@ def test_a_probe_of_a_layer_that_is_not_there_is_refused():
 
 def test_files_that_are_not_there_are_named():
     assert "alpaca.jsonl" in planned("pico", ONE)[0]["missing"]
+
+
+def test_edits_the_frontiers_tasks_and_merges_say_what_they_can_tell():
+    found, _ = planned("frontier")
+    power = found["power"]
+    assert (power["edits of edit-set"]["items"], power["questions after edits"]["items"]) == (120, 100)
+    assert power["arc_easy, frontier"] == {
+        "items": 20,
+        "smallest_difference": pytest.approx(1.96 * 25 / 20**0.5),
+    }
+    merges = found["merges"]
+    assert (1 - merges["may_fail_unseen"] / 100) ** merges["different"] == pytest.approx(0.025)
+    assert planned("pico", ONE)[0]["merges"] is None

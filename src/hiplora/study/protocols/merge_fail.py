@@ -62,7 +62,7 @@ def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
     ]
 
 
-def _different(study: Study, settings: MergeFail) -> Counter[int]:
+def different_merges(study: Study, settings: MergeFail) -> Counter[int]:
     """Size → how many different merges were drawn."""
     return Counter(len(instance) for instance in set(_instances(study, settings)))
 
@@ -105,7 +105,7 @@ def _sizes(study: Study, settings: MergeFail) -> dict[int | None, list[int]]:
 
 def _sizes_table(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
     sizes, tau = _sizes(study, settings), _taus(settings).index(settings.tau)
-    different = _different(study, settings)
+    different = different_merges(study, settings)
     lines = []
     for one in judged:
         cells = [cell(estimate(one.share(tau, which))) for size, which in sizes.items() if size is not None]
@@ -136,7 +136,7 @@ def _measurements(
 ) -> Iterator[Measurement]:
     """MergeFail and its differences, at the threshold that is reported first before the others."""
     sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
-    different = _different(study, settings)
+    different = different_merges(study, settings)
     first = {one.rule: one for one in reversed(judged)}
     for one in judged:
         for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
@@ -165,7 +165,7 @@ def _paired_over_merges(one: Judged, other: Judged, tau: int, seeds: int) -> dic
 
 def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
     tau = _taus(settings).index(settings.tau)
-    count, drawn = _different(study, settings).total(), len(_instances(study, settings))
+    count, drawn = different_merges(study, settings).total(), len(_instances(study, settings))
     those = f"{count} merges" if count == drawn else f"{drawn} drawn merges ({count} different ones)"
     for rule in settings.rules:
         found = [one for one in judged if one.rule == rule]

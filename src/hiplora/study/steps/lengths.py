@@ -1,4 +1,4 @@
-"""How long things are that jobs read: means over the published files, in tokens of SmolLM2, measured once.
+"""How long things are that jobs read: means over published files, in tokens of SmolLM2, measured once.
 
 Of each task 300 items (all, where there are fewer) were asked as `hiplora eval` asks them; of training rows the first
 2,000 were encoded as training does, cut at 2,048; of edits and questions all. Other tokenizers differ by a fifth or so.
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TaskLengths:
-    """A task: its `rows`, and what an item takes: tokens `read` to score its answers, `scored` positions among them.
+    """A task: its `rows` on the hub (or in its file, where it is not there), and what an item takes: tokens `read` to
+    score its answers, `scored` positions among them.
 
     `prompt` is what a response is written after, 0 where none is written.
     """
@@ -43,27 +44,27 @@ class EditLengths:
 
 
 TASKS: Mapping[str, TaskLengths] = {
-    "arc_challenge": TaskLengths(938, 51.5, 21.1),
-    "arc_easy": TaskLengths(1599, 42.4, 14.6),
-    "boolq": TaskLengths(1600, 140.1, 1.0),
-    "commonsenseqa": TaskLengths(977, 27.0, 4.5),
-    "gsm8k": TaskLengths(1056, 69.1, 3.3, 66.8),
-    "gsm8k_reference": TaskLengths(1056, 203.9, 130.4),
-    "gsm8k_solution": TaskLengths(1056, 203.9, 130.4, 73.5),
-    "hellaswag": TaskLengths(1600, 165.1, 115.9),
-    "humaneval": TaskLengths(132, 200.6, 59.7, 142.9),
-    "humaneval_10": TaskLengths(132, 200.6, 59.7, 142.9),
-    "humaneval_solution": TaskLengths(132, 200.6, 59.7),
-    "lambada": TaskLengths(1600, 80.4, 1.4),
-    "mbpp": TaskLengths(974, 126.2, 69.6, 58.7),
-    "mmlu": TaskLengths(11158, 106.4, 1.0),
-    "openbookqa": TaskLengths(798, 42.3, 1.0),
-    "piqa": TaskLengths(1451, 63.3, 44.8),
-    "scienceqa": TaskLengths(1779, 60.0, 1.0),
-    "social_iqa": TaskLengths(1548, 41.6, 10.2),
+    "arc_challenge": TaskLengths(1172, 51.5, 21.1),
+    "arc_easy": TaskLengths(2376, 42.4, 14.6),
+    "boolq": TaskLengths(3270, 140.1, 1.0),
+    "commonsenseqa": TaskLengths(1221, 27.0, 4.5),
+    "gsm8k": TaskLengths(1319, 69.1, 3.3, 66.8),
+    "gsm8k_reference": TaskLengths(1319, 203.9, 130.4),
+    "gsm8k_solution": TaskLengths(1319, 203.9, 130.4, 73.5),
+    "hellaswag": TaskLengths(10_042, 165.1, 115.9),
+    "humaneval": TaskLengths(164, 200.6, 59.7, 142.9),
+    "humaneval_10": TaskLengths(164, 200.6, 59.7, 142.9),
+    "humaneval_solution": TaskLengths(164, 200.6, 59.7),
+    "lambada": TaskLengths(5153, 80.4, 1.4),
+    "mbpp": TaskLengths(500, 126.2, 69.6, 58.7),
+    "mmlu": TaskLengths(14_042, 106.4, 1.0),
+    "openbookqa": TaskLengths(500, 42.3, 1.0),
+    "piqa": TaskLengths(1838, 63.3, 44.8),
+    "scienceqa": TaskLengths(2224, 60.0, 1.0),
+    "social_iqa": TaskLengths(1954, 41.6, 10.2),
     "svamp": TaskLengths(1000, 49.0, 3.0, 47.0),
     "wikitext": TaskLengths(60, 4449.6, 4449.6),
-    "winogrande": TaskLengths(1014, 42.0, 11.0),
+    "winogrande": TaskLengths(1267, 42.0, 11.0),
 }
 OTHER_TASK = TaskLengths(1000, 100.0, 10.0)  # assumed of a task of lm-eval's own
 

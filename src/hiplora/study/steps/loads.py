@@ -19,7 +19,7 @@ from hiplora.study.estimate import Load, adapter_elements, calibration_load, ful
 from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
 from hiplora.study.steps.edit_load import edit_load
 from hiplora.study.steps.lengths import OTHER_TASK, TASKS
-from hiplora.study.steps.measured import DataLengths, data_of, edits_at
+from hiplora.study.steps.measured import DataLengths, data_of, edits_at, items_of
 from hiplora.tuner.calibration import ROW_LENGTH
 
 Settings = Mapping[str, Any]
@@ -53,7 +53,7 @@ def speed(settings: Settings, shape: ModelShape, data: Path | None = None) -> Lo
 
 def evaluate(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Every item of the tasks, and the texts of the drift."""
-    return score_load(settings["tasks"]) + drift_load(settings["drift"])
+    return score_load(settings["tasks"], data) + drift_load(settings["drift"])
 
 
 def collect(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
@@ -98,7 +98,7 @@ def probe(settings: Settings, shape: ModelShape, data: Path | None = None) -> Lo
         modules = {name: modules[name] for name in of_layers(modules, layers)}
     count = asked.count(len(modules))
     texts = {"texts": settings["texts"], "tokens": asked.tokens, "window": asked.tokens}
-    found = drift_load(texts).times(count) + score_load(settings.get("scores") or {}).times(count + 1)
+    found = drift_load(texts).times(count) + score_load(settings.get("scores") or {}, data).times(count + 1)
     if asked.basis == "activation":
         measured = {"basis": "activation", "basis_sides": "input", "calibration_tokens": CALIBRATION_TOKENS}
         return found + calibration_load(shape, {**method, **measured})
@@ -172,12 +172,12 @@ def _kl_load(trained: TrainSettings, steps: int) -> Load:
     )
 
 
-def score_load(tasks: Mapping[str, int | None]) -> Load:
+def score_load(tasks: Mapping[str, int | None], data: Path | None) -> Load:
     """Return the load of scoring tasks, each with its number of items (None: all)."""
     found = Load()
     for task, items in tasks.items():
         each = TASKS.get(task, OTHER_TASK)
-        count = each.rows if items is None else items
+        count = items or items_of(task, data) or each.rows
         written, samples = most_written(task)
         found += Load(
             forward_tokens=int(count * (each.read + samples * each.prompt)),

@@ -1,4 +1,4 @@
-"""How long the rows and edits of a study are: counted where their files are there, else as `lengths` has them.
+"""How many and how long the rows, edits and items of a study are: counted in files that are there, else by `lengths`.
 
 What a row or an edit of an unknown file takes is told by its characters, four to a token, as in English text.
 """
@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from hiplora.evaluation.suite import task_settings
+from hiplora.evaluation.tasks.rows import data_file
 from hiplora.recipes import DataSettings
+from hiplora.recipes.rows import read_rows
 from hiplora.study.engine.bench import located
 from hiplora.study.steps.lengths import (
     OTHER_EDITS,
     OTHER_ROWS,
+    TASKS,
     EditLengths,
     RowLengths,
     edits_of,
@@ -68,6 +72,18 @@ def edits_at(name: str, data: Path | None) -> EditLengths:
     return found if known is OTHER_EDITS else replace(known, rows=found.rows)
 
 
+def items_of(task: str, data: Path | None) -> int | None:
+    """Return how many items a task has: the rows of its file, else those that it has on the hub; None if not known.
+
+    Raises:
+        DataError: the file is there and cannot be read.
+    """
+    if task not in TASKS:
+        return None
+    path = data_file(data, task_settings(task)["file"]) if data is not None else None
+    return TASKS[task].rows if path is None else _count(path, path.stat().st_mtime_ns)
+
+
 def is_assumed(name: str, known: Mapping[str, object], data: Path | None) -> bool:
     """Whether a file or a data set of the hub is neither there nor `known`, by `lengths.ROWS` or `lengths.EDITS`."""
     return not key_of(name, known) and not Path(located(name, data)).is_file()
@@ -97,6 +113,11 @@ def _rows(settings: str, *changed: int) -> DataLengths:
     )
     tokens = max(whole / len(read.train) / CHARACTERS, 1.0)
     return DataLengths(len(read.train), len(read.held_out), tokens, learned / max(whole, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _count(path: Path, changed: int) -> int:
+    return sum(1 for _ in read_rows(path))
 
 
 @functools.lru_cache(maxsize=64)
