@@ -19,6 +19,7 @@ from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
 
 NAME, TITLE = "claims", "The paper's claims"
+AS_LARGE = {None: "–", True: "excluded", False: "possible"}  # an effect of the paper's size
 SUPPORTED, AGAINST, UNCLEAR, OPEN = "supported", "not supported", "cannot tell", "not measured"
 
 
@@ -94,7 +95,7 @@ class Checked:
             "widest": None if found is None else self.bounds,
             "unit": self.claim.unit,
             "paper_effect": self.claim.size,
-            "excludes_paper": self.excludes,
+            "as_large": AS_LARGE[self.excludes],
         }
 
 
@@ -243,7 +244,7 @@ def _table(checked: Sequence[Checked], note: str) -> Table:
             Cell(text=one.claim.unit),
             _other_seeds(one, digits),
             Cell(text=one.claim.paper),
-            Cell(text={None: "–", True: "excluded", False: "possible"}[one.excludes]),
+            Cell(text=AS_LARGE[one.excludes]),
         ]
         rows.append((one.claim.says, cells))
     columns = [

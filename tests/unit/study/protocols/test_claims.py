@@ -54,7 +54,7 @@ def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, low, high, verd
         "widest": [low, high],
         "unit": "pp",
         "paper_effect": pytest.approx(-7.4),
-        "excludes_paper": None if low is None else low > -7.4,
+        "as_large": "–" if low is None else "excluded",
     }
 
 
@@ -159,21 +159,21 @@ def test_an_effect_of_the_papers_size_is_excluded_by_the_wider_interval(tmp_path
     narrow, wide = (
         judged(tmp_path, retain(-0.1, -0.2, 0.1, seeds=3, sd=sd))["retain"]["accuracy"] for sd in (0.1, 5)
     )
-    assert (narrow["verdict"], narrow["excludes_paper"]) == ("cannot tell", True)
-    assert (wide["verdict"], wide["excludes_paper"]) == ("cannot tell", False)
+    assert (narrow["verdict"], narrow["as_large"]) == ("cannot tell", "excluded")
+    assert (wide["verdict"], wide["as_large"]) == ("cannot tell", "possible")
     unknown = judged(tmp_path, retain(-3.0, -4.0, -2.0))["downstream"]["accuracy"]
-    assert (unknown["paper_effect"], unknown["excludes_paper"]) == (None, None)
+    assert (unknown["paper_effect"], unknown["as_large"]) == (None, "–")
 
 
 def test_a_few_merges_that_all_agree_exclude_little(tmp_path):
     """Of three merges that fail alike, the seven points of the paper cannot be excluded; of three hundred they can."""
     study, store = made_study(tmp_path, *CHANGES)
-    for merges, excluded in ((3, False), (300, True)):
+    for merges, excluded in ((3, "possible"), (300, "excluded")):
         setting = {"minus": "HiP-LoRA", "merges": merges}
         same = Measurement("ablations", "Without stability budget", "merge fail difference", 0.0, form="accuracy",
                            low=0.0, high=0.0, sd=0.0, seeds=3, setting=setting)  # fmt: skip
         section = Section("ablations", "Ablations", measurements=[same])
         (text,) = claims.files(study, study.recipe.protocols.claims, results(store), [section]).values()
         found = json.loads(text)["claims"]["budget-merge"]["accuracy"]
-        assert (found["verdict"], found["excludes_paper"]) == ("cannot tell", excluded)
+        assert (found["verdict"], found["as_large"]) == ("cannot tell", excluded)
         assert found["widest"][1] == -found["widest"][0] > 0
