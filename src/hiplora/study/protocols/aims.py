@@ -299,8 +299,8 @@ def _table(judged: Sequence[Judged]) -> Table:
         "one with the smaller value counts, of several texts the worst; texts of the file that calibrated the basis "
         "do not. Ratios of drift have Student's t over the seeds, differences the wider of that and the interval over "
         "items, shares of merges and edits that agree what their number leaves possible. Of a rival, the share of the "
-        "losses that both frontiers reach. An aim holds for the domains, methods and seeds that its section names; edits "
-        "are at one learning rate a method, that nothing was tried for."
+        "losses that both frontiers reach. An aim holds for the domains, methods and seeds that its section names; "
+        "edits are at one learning rate a method, that nothing was tried for."
     )
     columns = ["Aim", "Verdict", "Where", "Measured", "Unit", "Target", "Against"]
     return Table(NAME, "Aim by aim", columns, rows, note)
