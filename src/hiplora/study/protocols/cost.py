@@ -115,7 +115,8 @@ def _table(found: Sequence[Cost], first: Cost | None, first_title: str) -> Table
     rows = [(cost.title, _cells(cost, first)) for cost in found]
     note = (
         "SVD minutes: computing the protected directions once for a base model, calibration included; where they were "
-        "in the cache already, the time to verify them, marked as cached. Cache: k(m + n + 1) numbers a matrix."
+        "in the cache already, the time to verify them, marked as cached; the decomposition is this "
+        "project's certified one, the paper's a randomized one. Cache: k(m + n + 1) numbers a matrix."
     )
     return Table(f"{NAME}-table", TITLE, columns, rows, note)
 
