@@ -13,6 +13,7 @@ from hiplora.study import probe as study_probe
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
+from hiplora.study.engine.todo import done
 from hiplora.study.engine.worker import do
 from hiplora.study.pico_data import write_pico_data
 from hiplora.study.steps import step
@@ -299,10 +300,7 @@ def test_speed_is_measured_on_the_steady_steps_alone_in_a_process_of_its_own(ben
     assert record["result"]["parameters"] == sum(4 * (m + 64) for m in (64, 32, 32, 64)) * 2
     assert 0 < record["result"]["tokens"] <= 256
     timing = record["timing"]
-    assert len(timing["step_seconds"]) == 4
-    assert 4 * record["result"]["tokens"] / sum(timing["step_seconds"]) == pytest.approx(
-        timing["tokens_per_second"]
-    )
+    assert timing["step_seconds_median"] > 0
     assert math.isfinite(timing["tokens_per_second"])
     assert timing["peak_memory_bytes"] > 50 << 20
     assert timing["gpu"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else None)
@@ -337,3 +335,21 @@ def test_a_rate_that_diverges_is_a_result_and_another_one_is_chosen(bench):
     only = {**asked, "candidates": candidates[1:]}
     with pytest.raises(HipLoraError, match="no candidate has a finite held_out_after"):
         found(bench, job("collect", only, bad=bad))
+
+
+def test_a_training_that_diverges_where_a_finite_record_was_taken_over_is_an_error(bench):
+    """Else its adapter would count as there, empty."""
+    settings = recipe(LORA)
+    settings["train"]["lr"] = 1e30
+    bad = job("train", {"recipe": settings})
+    bench.store.finish(bad, {"held_out_after": 1.0}, {}, artifact=False)
+    with pytest.raises(HipLoraError, match="the record that was taken over has a finite result"):
+        do(bad, bench.store, bench)
+    assert not bench.store.has_artifact(bad)
+    assert not done(bad, bench.store, for_artifact=True)
+
+
+def test_a_training_that_diverged_elsewhere_is_not_done_again_for_its_adapter(bench):
+    bad = job("train", {"recipe": recipe(LORA)})
+    bench.store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
+    assert done(bad, bench.store, for_artifact=True)

@@ -264,6 +264,8 @@ def _duration(seconds: float) -> str:
 def _print_failures(found: dict[str, Any]) -> None:
     for name, error in found["failed"].items():
         typer.echo(f"failed: {name}: {error}", err=True)
+    for why in found["diverged"].values():
+        typer.echo(f"diverged: {why}", err=True)
 
 
 def _print_plan(found: dict[str, Any]) -> None:

@@ -195,6 +195,10 @@ class CostTable(OfMethods):
     domain: str = Field(description="Domain whose rows are trained on.")
     warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
     steps: Positive = Field(default=200, description="Measured steps.")
+    repeats: Positive = Field(
+        default=1,
+        description="Times that each method is timed, in turn with the others; of one there is no interval.",
+    )
 
 
 class Frontier(Protocol):

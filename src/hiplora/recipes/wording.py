@@ -58,10 +58,10 @@ def normal_number(text: str) -> str:
     return plain if plain == "0" else sign + plain
 
 
-def read_without_picture(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a multiple-choice row as ScienceQA has them: its hint before its question; None if it has a picture."""
+def with_hint(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a question as ScienceQA has them with its hint before it; None where it is about a picture."""
     if row.get("image") is not None:
         return None
-    hint = (row.get("hint") or "").strip()
-    question = f"{hint}\n{row['question']}" if hint else row["question"]
-    return {"question": question, "choices": list(row["choices"]), "answer": row["answer"]}
+    hint = row.get("hint")
+    told = isinstance(hint, str) and hint.strip() and isinstance(row["question"], str)
+    return {**row, "question": f"{str(hint).strip()}\n{row['question']}"} if told else dict(row)

@@ -155,7 +155,9 @@ def _power(study: Study) -> dict[str, dict[str, Any]]:
         found[name] = _told(wanted or items_of(task, study.data))
     if protocols.editing is not None:
         for name, facts in protocols.editing.sets.items():
-            found[f"edits of {name}"] = _told(facts.limit or edits_at(facts.edits, study.data).rows)
+            found[f"edits of {name}"] = _told(
+                edits_at(facts.edits, study.data, facts.limit, facts.category).rows
+            )
         found["questions after edits"] = _told(protocols.editing.questions)
     return found
 

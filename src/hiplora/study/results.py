@@ -11,20 +11,24 @@ _FIELD = {"accuracy": "score", "likelihood": "likelihood"}
 
 
 class Results:
-    """The results in a store; `missing` lists by name the jobs that were asked for and are not done."""
+    """The results in a store.
+
+    `missing` lists by name the jobs that were asked for and are not done, `lost` those whose training diverged.
+    """
 
     def __init__(self, store: Store):
         """Take a store; records are read when they are asked for."""
         self._store = store
         self.missing: dict[str, None] = {}
+        self.lost: dict[str, None] = {}
 
     def get(self, job: Job) -> dict[str, Any] | None:
         """Return what a job found, None (and a note of it) where it is not done, or its training diverged."""
         found = self._store.result(job)
-        if found is None or DIVERGED in found:
-            self.missing[
-                job.name if found is None else f"{job.name} (diverged: there is nothing to wait for)"
-            ] = None
+        if found is None:
+            self.missing[job.name] = None
+        elif DIVERGED in found:
+            self.lost[job.name] = None
             return None
         return found
 

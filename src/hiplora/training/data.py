@@ -13,14 +13,14 @@ from hiplora.errors import DataError, first_line
 from hiplora.provenance import file_sha256
 from hiplora.recipes import DataSettings
 from hiplora.recipes.rows import Row, read_rows
-from hiplora.recipes.shapes import check_rows, completion_field
+from hiplora.recipes.shapes import check_rows, completion_field, detect_shape
 from hiplora.recipes.wording import (
     direct_question,
     final_number,
     lettered,
     letters,
-    read_without_picture,
     step_by_step,
+    with_hint,
 )
 
 # The project's Alpaca-style wording: a task, perhaps something to do it to, and where the answer goes.
@@ -234,7 +234,7 @@ def _hub_rows(data: DataSettings) -> Iterator[Row]:
 
     Of multiple choice a hint stands before the question, and questions about a picture are left out.
     """
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
@@ -244,7 +244,9 @@ def _hub_rows(data: DataSettings) -> Iterator[Row]:
             f"data.hub: {data.hub} cannot be loaded ({first_line(error)}); check the name, `split` and `hub_config`, "
             "or give a file as data.path"
         ) from error
+    if isinstance(rows.features.get("image"), Image):  # pictures are not looked at
+        rows = rows.cast_column("image", Image(decode=False))
     for number, row in enumerate(rows, start=1):
-        readable = read_without_picture(row) if {"question", "choices", "answer"} <= set(row) else row
+        readable = with_hint(row) if detect_shape(row) == "multiple_choice" else row
         if readable is not None:
             yield f"row {number}", readable

@@ -155,7 +155,7 @@ def test_factors_take_decompositions_and_room_and_of_inputs_text_too(small):
 )
 def test_editing_has_the_stages_that_a_run_has(mode, more):
     groups = edit_groups(20, mode, EditSettings(EditTraining(), **more))
-    stages = stages_of({**EDIT, "edits_per_batch": None, "mode": mode, **more}, rows=1590)
+    stages = stages_of({**EDIT, "edits_per_batch": None, "mode": mode, **more}, rows=20)
     assert (stages.count, stages.edits) == (len(groups), len(groups[0]))
     kept = [sum(map(len, groups[: n + 1])) if mode == "sequential" else len(g) for n, g in enumerate(groups)]
     assert stages.asked == sum(kept)

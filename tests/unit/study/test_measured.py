@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hiplora.editing import load_edits
 from hiplora.errors import DataError
 from hiplora.models.shapes import model_shape
 from hiplora.recipes.load_study import load_study
@@ -11,7 +12,7 @@ from hiplora.study.builder import Study
 from hiplora.study.estimate import gpu
 from hiplora.study.plan import plan
 from hiplora.study.protocols import graph
-from hiplora.study.steps.lengths import OTHER_EDITS, OTHER_ROWS, ROWS
+from hiplora.study.steps.lengths import EDITS, OTHER_EDITS, OTHER_ROWS, ROWS
 from hiplora.study.steps.loads import LOADS
 from hiplora.study.steps.measured import data_of, edits_at, items_of
 
@@ -101,10 +102,15 @@ def test_own_edits_are_counted(tmp_path):
         for name in ("Norway", "Sweden", "Denmark")
     ]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, edits)))
-    found = edits_at("own.jsonl", tmp_path)
+    found = edits_at("own.jsonl", tmp_path, None)
     assert (found.rows, found.near, found.written) == (3, 0, 7)
     assert found.answer == pytest.approx((13 + 4) / 2 / 4)
-    assert edits_at("own.jsonl", None) == OTHER_EDITS
+    assert edits_at("own.jsonl", tmp_path, 2).rows == 2
+    assert edits_at("own.jsonl", None, None) == OTHER_EDITS
+    with pytest.raises(DataError, match="has 3 edits, 4 are asked for"):
+        edits_at("own.jsonl", tmp_path, 4)
+    with pytest.raises(DataError, match="of the category Temporal/Numeric: has no edits"):
+        edits_at("own.jsonl", tmp_path, None, "Temporal/Numeric")
 
 
 def test_a_plan_names_what_it_assumes(tmp_path):
@@ -122,3 +128,32 @@ def test_items_of_a_task_are_those_of_its_file_else_of_the_hub(tmp_path):
     (tmp_path / "humaneval.jsonl").write_text('{"prompt": "a"}\n' * 7)
     assert items_of("humaneval_10", tmp_path) == 7
     assert items_of("a_task_of_lm_evals_own", tmp_path) is None
+
+
+def test_edits_of_a_category_are_counted_among_the_built_in_ones_too():
+    whole = load_edits("builtin").edits
+    count = sum(edit.category == "Temporal/Numeric" for edit in whole)
+    assert edits_at("builtin", None, None, "Temporal/Numeric").rows == count
+    assert edits_at("builtin", None, None) == EDITS["builtin"]
+
+
+def test_of_an_edits_file_no_more_is_read_than_a_job_does(tmp_path):
+    """A row that no job comes to does not stop the plan."""
+    good = {
+        "prompt": "Mona was born in", "subject": "Mona", "target_true": "Oslo", "target_new": "Rome", "relation": "P19",
+        "paraphrase_prompts": ["Mona's birthplace is"], "neighborhood_prompts": [], "neighborhood_answers": [],
+    }  # fmt: skip
+    rows = [good, {**good, "prompt": "Mona comes from", "relation": "P999999"}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert edits_at("own.jsonl", tmp_path, 1).rows == 1
+    with pytest.raises(DataError, match="P999999"):
+        edits_at("own.jsonl", tmp_path, None)
+
+
+def test_a_published_file_is_only_counted(tmp_path, monkeypatch):
+    rows = [{"instruction": "Say it.", "output": "It."}] * 50
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr("hiplora.training.data.load_data", None)
+    found = data_of({"path": "alpaca.jsonl", "held_out_fraction": 0.1, "held_out_limit": 3}, tmp_path)
+    assert (found.rows, found.held_out) == (45, 3)
+    assert data_of({"path": "alpaca.jsonl", "limit": 80}, tmp_path).rows == 50

@@ -158,6 +158,15 @@ def test_the_status_counts_kinds_and_names_failures(tmp_path):
     assert told["at_work"] == []
 
 
+def test_trainings_that_diverged_count_as_done_and_are_named(tmp_path):
+    found = open_study(load_study("pico", ("protocols={single_task: {methods: [lora]}}",)), tmp_path, None)
+    job = next(job for job in found.graph if job.kind == "train")
+    finish(found.store, job, {"diverged": f"{job.name}: the loss is nan at step 2"})
+    told = status(found)
+    assert told["left"] == len(found.graph) - 1
+    assert told["diverged"] == {job.name: f"{job.name}: the loss is nan at step 2"}
+
+
 def test_decompositions_are_work_and_more_so_with_a_basis_that_is_measured(tmp_path):
     methods = "protocols={single_task: {methods: [hiplora, hiplora-activation]}}"
     found = open_study(load_study("pico", (methods, "rates=null")), tmp_path, None)

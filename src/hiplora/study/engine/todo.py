@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hiplora.study.engine.jobs import Graph, Job
+from hiplora.study.engine.jobs import DIVERGED, Graph, Job
 from hiplora.study.engine.store import Store
 from hiplora.study.steps.registry import step
 
@@ -50,8 +50,10 @@ def todo(graph: Graph, store: Store, run: str) -> Todo:
 
 def done(job: Job, store: Store, for_artifact: bool) -> bool:
     """Whether nothing is left to do for a job; `for_artifact` where a later job reads what it made."""
+    if not store.finished(job):
+        return False
     lacks = for_artifact and step(job.kind).makes and not store.has_artifact(job)
-    return store.finished(job) and not lacks
+    return not lacks or DIVERGED in (store.result(job) or {})
 
 
 def _wanted(graph: Graph, store: Store) -> set[str]:

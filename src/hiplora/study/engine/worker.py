@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from hiplora.errors import HipLoraError
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.jobs import DIVERGED, Graph, Job
 from hiplora.study.engine.store import Store
@@ -65,6 +66,11 @@ def do(job: Job, store: Store, bench: Bench) -> None:
         found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
     else:
         found, timing = step(job.kind).work(bench, job, job.resolved(results))
+    if DIVERGED in found and store.finished(job) and DIVERGED not in (store.result(job) or {}):
+        raise HipLoraError(
+            f"{found[DIVERGED]}; the record that was taken over has a finite result, of another machine: go on there, "
+            "or begin in a new folder without --reuse"
+        )
     timing = {"seconds": time.perf_counter() - began, **timing}
     store.finish(job, found, timing, artifact=step(job.kind).makes)
 

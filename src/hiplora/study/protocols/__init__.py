@@ -1,7 +1,9 @@
 """The protocols of a study, one a file: the jobs that each asks for, and the section that it makes of their results."""
 
 import importlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from hiplora.recipes.protocols import Protocols
@@ -24,6 +26,9 @@ class ProtocolModule(Protocol):
 
     def section(self, study: Study, settings: Any, results: Results) -> Section:
         """Return what the results say, as far as they are there."""
+
+
+_NAMED = 12  # jobs that a section lists
 
 
 def protocol(name: str) -> ProtocolModule:
@@ -61,10 +66,20 @@ def sections(study: Study, results: Results) -> list[Section]:
     found: list[Section] = []
     for name, settings in asked(study.recipe.protocols).items():
         results.missing.clear()
+        results.lost.clear()
         module = protocol(name)
         judge = getattr(module, "section_after", None)
         if judge is None:
-            found.append(module.section(study, settings, results))
+            section = module.section(study, settings, results)
+            found.append(replace(section, text=[*section.text, *_lost(results)]))
         else:
             verdicts.append(judge(study, settings, results, tuple(found)))
     return [*verdicts, *found]
+
+
+def _lost(results: Results) -> Iterator[str]:
+    """Name the jobs that a section has no results of, since a training diverged."""
+    if results.lost:
+        named = list(itertools.islice(results.lost, _NAMED))
+        more = f" and {len(results.lost) - _NAMED:,} more" if len(results.lost) > _NAMED else ""
+        yield f"Diverged in training, so that there is nothing to show of them: {'; '.join(named)}{more}."

@@ -193,8 +193,7 @@ def section_after(study: Study, settings: Claims, results: Results, sections: Se
         "A claim is supported where both 95 % intervals lie on its side of none, not supported where both lie on the "
         "other: that over items, with the seeds as they are, and Student's t over the seeds. Merges drawn for "
         "MergeFail share adapters; theirs is the paper's interval, over draws and merges. An effect as large as the "
-        "paper's is excluded on this model where the wider interval ends before it: then “cannot tell” means that "
-        "there is little or none, not that too little was measured."
+        "paper's is excluded on this model where the wider interval ends before it; a smaller one may be."
     )
     text = [
         f"Of the paper's claims, each counted once in accuracy and once in likelihood: {told}. An effect as large as "
@@ -265,10 +264,9 @@ def _other_seeds(one: Checked, digits: int) -> Cell:
     where there is none.
     """
     found = one.found
-    if found is not None and found.seeds < 2 and "minus" in found.setting and found.protocol != "rank-one":
-        return Cell(text="one seed")
     if found is None or not (found.over_seeds or one.bounds != (found.low, found.high)):
-        return Cell(text="–")
+        trained = found is not None and "minus" in found.setting and found.protocol != "rank-one"
+        return Cell(text="one seed" if trained else "–")
     low, high = one.bounds if found.over_seeds in (None, (0, 0)) else found.over_seeds
     return Cell(text=f"{signed(low, digits)} to {signed(high, digits)}")
 

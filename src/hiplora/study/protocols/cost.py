@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hiplora.recipes.protocols import CostTable
 from hiplora.reporting.study.paper import paper_value
 from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
@@ -11,32 +13,35 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.show import NONE, measurement
 from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate, Resampler, estimate
+from hiplora.study.statistics import Estimate, student
 
 NAME, TITLE = "cost", "Cost"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was timed of a method; `factors` None for methods without."""
+    """What was timed of a method, once or in turn with the others; `factors` None for methods without."""
 
     title: str
-    job: Job
-    tokens_per_second: float
-    step_seconds: Sequence[float]  # of the measured steps, on the same rows for every method
+    jobs: list[Job]
+    speeds: list[float]  # tokens per second, each time
     peak_memory: float | None  # bytes
     factors: tuple[Job, float, float, bool] | None  # job, seconds, bytes, whether they were there already
     machine: str
 
+    @property
+    def tokens_per_second(self) -> float:
+        """The mean over the times."""
+        return sum(self.speeds) / len(self.speeds)
+
 
 def jobs(study: Study, settings: CostTable) -> list[Job]:
-    """Time every method, and compute the factors of those that have some."""
-    found = []
-    for method in settings.methods:
-        found.append(_speed(study, settings, method))
-        if (factors := study.factors(study.row(method))) is not None:
-            found.append(factors)
-    return found
+    """Time every method, all of them as often as is asked for in turn, and compute the factors of those with some."""
+    found = [
+        _speed(study, settings, method, n) for n in range(settings.repeats) for method in settings.methods
+    ]
+    factors = [study.factors(study.row(method)) for method in settings.methods]
+    return [*found, *(job for job in factors if job is not None)]
 
 
 def section(study: Study, settings: CostTable, results: Results) -> Section:
@@ -56,24 +61,33 @@ def _texts(settings: CostTable, found: Sequence[Cost], first: Cost | None) -> It
     if machines:
         yield (
             f"Measured on {'; '.join(machines)}, each method in a process of its own while nothing else of the study "
-            f"ran, over {settings.steps} steps after {settings.warmup} to warm up. Each was timed once: intervals are "
-            "over the steps, on the same rows for every method, and do not hold that a machine may be slower at "
-            "another hour. Decompositions were timed as jobs among others."
+            f"ran, over {settings.steps} steps after {settings.warmup} to warm up, {_times(settings.repeats)} "
+            "Decompositions were timed as jobs among others."
         )
     if len(machines) > 1:
         yield "Methods were timed on different machines: the ratios below compare those, too."
     if first is not None and len(found) > 1:
         others = [(cost.title, _speed_ratio(cost, first)) for cost in found if cost is not first]
         told = ", ".join(f"{title} {speed.value:.3f}" for title, speed in others)
-        least = max(speed.half or 0.0 for _, speed in others)
-        yield (
-            f"Tokens per second, as a share of {first.title}'s: {told}. A difference can be told if it is larger than "
-            f"about {least:.3f}."
-        )
+        yield f"Tokens per second, as a share of {first.title}'s: {told}.{_told_from_none(others)}"
 
 
-def _speed(study: Study, settings: CostTable, method: str) -> Job:
-    """The job that times a method: its training recipe at the study's rate, which changes no time."""
+def _times(repeats: int) -> str:
+    if repeats == 1:
+        return "once: there are no intervals."
+    return f"{repeats} times in turn with the others; intervals are Student's t over the times."
+
+
+def _told_from_none(ratios: Sequence[tuple[str, Estimate]]) -> str:
+    """The smallest difference that can be told; nothing where nothing was timed twice."""
+    halves = [ratio.half for _, ratio in ratios if ratio.half is not None]
+    if not halves:
+        return ""
+    return f" A difference to it can be told if it is larger than about {float(np.median(halves)):.3f}."
+
+
+def _speed(study: Study, settings: CostTable, method: str, time: int) -> Job:
+    """The job that times a method, the n-th time: its training recipe at the study's rate, which changes no time."""
     row = study.row(method)
     trained = study.adapter(row, settings.domain, study.seeds(settings)[0], lr=study.recipe.train.lr)
     asked = {
@@ -81,29 +95,31 @@ def _speed(study: Study, settings: CostTable, method: str) -> Job:
         "warmup": settings.warmup,
         "steps": settings.steps,
         "files": trained.settings["files"],
+        **({"repeat": time} if time else {}),
     }
     needs = {name: job for name, job in trained.needs.items() if name == "factors"}
-    return study.job("speed", f"time {row.title}", asked, **needs)
+    again = f", time {time + 1}" if time else ""
+    return study.job("speed", f"time {row.title}{again}", asked, **needs)
 
 
 def _cost(study: Study, settings: CostTable, results: Results, method: str) -> Cost | None:
-    row, job = study.row(method), _speed(study, settings, method)
-    if results.get(job) is None:
+    row, timed = study.row(method), [_speed(study, settings, method, n) for n in range(settings.repeats)]
+    if None in [results.get(job) for job in timed]:
         return None
-    timed, factors = results.timing(job) or {}, study.factors(row)
+    timings, factors = [results.timing(job) or {} for job in timed], study.factors(row)
     once = None
     if factors is not None:
         made, took = results.get(factors), results.timing(factors)
         if made is not None and took is not None:
             once = (factors, took["factorize_seconds"], made["bytes"], took["reused"])
+    memory = [found["peak_memory_bytes"] for found in timings if found["peak_memory_bytes"] is not None]
     return Cost(
         row.title,
-        job,
-        timed["tokens_per_second"],
-        timed["step_seconds"],
-        timed["peak_memory_bytes"],
+        timed,
+        [found["tokens_per_second"] for found in timings],
+        max(memory, default=None),
         once,
-        ", ".join(filter(None, (timed.get("gpu"), results.machine(job)))),
+        ", ".join(filter(None, (timings[0].get("gpu"), results.machine(timed[0])))),
     )
 
 
@@ -159,32 +175,27 @@ def _ratios(cost: Cost, first: Cost | None) -> tuple[Estimate | None, Estimate |
 
 
 def _speed_ratio(cost: Cost, first: Cost) -> Estimate:
-    """Throughput over the first method's, with the interval over steps."""
-    draws = Resampler()
-    there, here = (draws.mean("steps", one.step_seconds) for one in (first, cost))
-    found = estimate(there / here)
-    speed = cost.tokens_per_second / first.tokens_per_second
-    tokens = speed / found.value  # 1, where the steps have as many
-    assert found.low is not None
-    assert found.high is not None
-    return Estimate(speed, tokens * found.low, tokens * found.high)
+    """Throughput over the first method's, mean over the times that they were timed in turn."""
+    ratios = [here / there for here, there in zip(cost.speeds, first.speeds, strict=True)]
+    found = student(ratios)
+    return Estimate(found.value, found.low, found.high)
 
 
 def _measurements(cost: Cost, first: Cost | None) -> Iterator[Measurement]:
-    def one(metric: str, value: float, unit: str, job: Job, **setting: Any) -> Measurement:
+    def one(metric: str, value: float, unit: str, used: list[Job], **setting: Any) -> Measurement:
         told = {"machine": cost.machine, **setting}
-        return measurement(NAME, cost.title, metric, Estimate(value), [job], unit=unit, setting=told)
+        return measurement(NAME, cost.title, metric, Estimate(value), used, unit=unit, setting=told)
 
     speed_ratio, memory_ratio = _ratios(cost, first)
-    yield one("throughput", cost.tokens_per_second, "tokens/s", cost.job)
+    yield one("throughput", cost.tokens_per_second, "tokens/s", cost.jobs)
     if cost.peak_memory is not None:
-        yield one("peak memory", cost.peak_memory, "bytes", cost.job)
+        yield one("peak memory", cost.peak_memory, "bytes", cost.jobs)
     for metric, ratio in (("throughput ratio", speed_ratio), ("peak memory ratio", memory_ratio)):
         if first is not None and ratio is not None:
             told = {"machine": cost.machine, "over": first.title}
-            used = [cost.job, first.job]
+            used = [*cost.jobs, *first.jobs]
             yield measurement(NAME, cost.title, metric, ratio, used, unit="ratio", setting=told)
     if cost.factors is not None:
         job, seconds, size, reused = cost.factors
-        yield one("factors", seconds, "seconds", job, reused=reused)
-        yield one("cache", size, "bytes", job)
+        yield one("factors", seconds, "seconds", [job], reused=reused)
+        yield one("cache", size, "bytes", [job])

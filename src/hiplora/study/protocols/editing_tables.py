@@ -64,7 +64,7 @@ def edits_table(
         "or is likelier than the old one. Locality: accuracy before − after on the unrelated questions, in pp; answers "
         "changed: of all of them, in per cent. Log p: mean change in nats, of the questions' own answers, and of the "
         "edits' new ones where they do not belong; lower is better there. Drift: KL from the base in thousandths of a "
-        f"nat a token. {rates}"
+        f"nat a token. ±: standard deviation over seeds. {rates}"
     )
     title = f"{set_title(settings, name)}, {mode}"
     return Table(f"{NAME}-{name}-{mode}", title, columns, marked(rows, best), note.strip())
@@ -113,7 +113,8 @@ def categories_table(settings: Editing, name: str, mode: str, found: Sequence[Ed
         f"{set_title(settings, name)}, {mode}: by category",
         ["Method", *columns],
         marked(rows, dict.fromkeys(range(len(columns)), "high")),
-        f"Success in per cent, asked as taught and in other words. Edits by category: {counts}.",
+        "Success in per cent, asked as taught and in other words. ±: standard deviation over seeds. Edits by "
+        f"category: {counts}.",
     )
 
 

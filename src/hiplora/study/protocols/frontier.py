@@ -15,7 +15,7 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job
 from hiplora.study.protocols.frontier_compare import Compared, compare
 from hiplora.study.protocols.frontier_figures import frontier_figures
-from hiplora.study.protocols.frontier_points import LOSS, OVER, Point, base_job, diverged, scoring_jobs
+from hiplora.study.protocols.frontier_points import LOSS, OVER, Point, base_job, scoring_jobs
 from hiplora.study.protocols.frontier_tables import BEST_PLAIN, frontier_tables, frontier_texts
 from hiplora.study.protocols.frontiers import NOT_REACHED, PASSED
 from hiplora.study.protocols.show import difference, measurement
@@ -47,10 +47,6 @@ def section(study: Study, settings: Settings, results: Results) -> Section:
         tables += frontier_tables(study, settings, found)
         figures += frontier_figures(study, settings, found)
         texts += frontier_texts(study, settings, found)
-        if lost := diverged(study, settings, results, domain):
-            texts.append(
-                f"{study.recipe.domains[domain].title}: diverged, and on no frontier: {', '.join(lost)}."
-            )
         measurements += [*_points(found), *_drops(found), *_ratios(found), *_below(found)]
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
 

@@ -113,10 +113,10 @@ def curves(study: Study, settings: Settings, results: Results, domain: str) -> l
     for method in settings.domains[domain]:
         points = []
         for (rate, steps), jobs in scoring_jobs(study, settings, domain, method).items():
-            if any(results.diverged(job.needs["adapter"]) for job in jobs):
-                continue  # no point of a frontier
-            scored = [one for job in jobs if (one := results.get(job)) is not None]
             trained = [one for job in jobs if (one := results.get(job.needs["adapter"])) is not None]
+            if any(results.diverged(job.needs["adapter"]) for job in jobs):
+                continue  # no point of a frontier, and nothing to wait for
+            scored = [one for job in jobs if (one := results.get(job)) is not None]
             losses = [float(one["held_out_after"]) for one in trained]
             if not len(scored) == len(losses) == len(jobs) or not all(map(math.isfinite, losses)):
                 continue  # not all there
@@ -127,16 +127,6 @@ def curves(study: Study, settings: Settings, results: Results, domain: str) -> l
         if points:
             found.append(Curve(method, study.row(method).title, kind_of(study, settings, method), points))
     return found
-
-
-def diverged(study: Study, settings: Settings, results: Results, domain: str) -> list[str]:
-    """Return the methods and rates of a domain that have no point, since a training of theirs diverged."""
-    return [
-        f"{study.row(method).title} at {rate:g}"
-        for method in settings.domains[domain]
-        for (rate, _), jobs in scoring_jobs(study, settings, domain, method).items()
-        if any(results.diverged(job.needs["adapter"]) for job in jobs)
-    ]
 
 
 def unlike(study: Study, settings: Settings) -> list[str]:

@@ -1,6 +1,7 @@
 """Rank-1 interventions on the base: what single directions are worth, and how that goes with σ (Tables 3 and 6)."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
         measurements += [*apart, *without]
         texts += [
             *_texts(found["correlations"], basis),
-            *_texts_without(without),
+            *_texts_without(without, basis),
             *_texts_apart(apart, basis),
         ]
     return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
@@ -140,11 +141,15 @@ def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Jo
 def _without_strongest(records: Sequence[ProbeRecord], basis: str, job: Job) -> list[Measurement]:
     """Pearson's correlations over all directions but that of the largest σ, which may make them alone."""
     strongest = max(records, key=lambda record: record.sigma)
-    left = [one for one in records if (one.module, one.index) != (strongest.module, strongest.index)]
+    left = [  # as of one type: no type is looked at alone
+        replace(one, type=ALL)
+        for one in records
+        if (one.module, one.index) != (strongest.module, strongest.index)
+    ]
     found = []
     for one in findings(left):
         pearson = one.association.pearson
-        if one.type != ALL or pearson.estimate is None:
+        if pearson.estimate is None:
             continue
         told = {
             "metric": one.metric,
@@ -157,7 +162,7 @@ def _without_strongest(records: Sequence[ProbeRecord], basis: str, job: Job) -> 
     return found
 
 
-def _texts_without(without: Sequence[Measurement]) -> Iterator[str]:
+def _texts_without(without: Sequence[Measurement], basis: str) -> Iterator[str]:
     """What is left of the correlations of the lost performance with σ without the strongest direction."""
     told = [
         f"{one.method} {signed(one.value)} [{signed(one.low)}, {signed(one.high)}]"
@@ -166,8 +171,8 @@ def _texts_without(without: Sequence[Measurement]) -> Iterator[str]:
     ]
     if told:
         yield (
-            f"Without the strongest direction ({without[0].setting['without']}) Pearson's correlation of the "
-            f"perplexity's log with σ is: {', '.join(told)}."
+            f"{basis.capitalize()} basis, without its strongest direction ({without[0].setting['without']}): Pearson's "
+            f"correlation of the perplexity's log with σ is {', '.join(told)}."
         )
 
 

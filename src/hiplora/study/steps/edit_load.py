@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hiplora.editing.edits import CATEGORIES
 from hiplora.models.shapes import ModelShape
 from hiplora.study.edit_job import ALPHAEDIT, DEFAULT_STEPS, alphaedit_settings
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
@@ -42,9 +41,8 @@ def edit_load(settings: Mapping[str, Any], shape: ModelShape, each: EditLengths)
 
 
 def stages_of(settings: Mapping[str, Any], rows: int) -> Stages:
-    """Return the stages of an `edit` job on a file of so many edits, of which each category has as many."""
-    rows = rows if settings.get("category") is None else math.ceil(rows / len(CATEGORIES))
-    count = min(settings.get("limit") or rows, rows)
+    """Return the stages of an `edit` job on so many edits."""
+    count = rows
     if settings["mode"] == "single":
         count = min(settings.get("sample") or count, count)
         return Stages(count, 1, count)

@@ -76,7 +76,7 @@ def inspect(settings: Settings, shape: ModelShape, data: Path | None = None) -> 
 def edit(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """Edits taught and asked for, stage by stage, and the drift of the last one."""
     method = known(settings["method"])
-    each = edits_at(settings["edits"], data)
+    each = edits_at(settings["edits"], data, settings.get("limit"), settings.get("category"))
     return edit_load({**settings, "method": method}, shape, each) + drift_load(settings.get("drift"))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from hiplora.editing.counterfact import BUILT_IN
 from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.recipes import DataSettings
@@ -52,23 +53,29 @@ def data_of(block: Mapping[str, Any], data: Path | None) -> DataLengths:
     settings = DataSettings.model_validate({**block, **files})
     known = rows_of(settings.path or settings.hub or "", settings.template)
     if "path" not in files or not all(Path(file).is_file() for file in files.values()):
-        return _told(settings, known)
-    found = _rows(settings.model_dump_json(), *(Path(file).stat().st_mtime_ns for file in files.values()))
-    if known is OTHER_ROWS:
-        return found
-    return replace(found, tokens=known.tokens, learned=_learned(settings, known))
+        return _told(settings, known, known.rows, HELD_OUT)
+    changed = [_changed(Path(file)) for file in files.values()]
+    if known is OTHER_ROWS or settings.max_characters is not None:
+        found = _read(settings.model_dump_json(), *changed)
+        return (
+            found
+            if known is OTHER_ROWS
+            else replace(found, tokens=known.tokens, learned=_learned(settings, known))
+        )
+    counts = [_count(Path(file), number) for file, number in zip(files.values(), changed, strict=True)]
+    return _told(settings, known, counts[0], counts[-1])
 
 
-def edits_at(name: str, data: Path | None) -> EditLengths:
-    """Return what the edits of a file come to, the file named as in the data folder.
+def edits_at(name: str, data: Path | None, limit: int | None, category: str | None = None) -> EditLengths:
+    """Return what a job's edits come to: the first `limit`, of a category or of all; the file as in the data folder.
 
     Raises:
-        DataError: the file is there and cannot be used.
+        DataError: the file is there and cannot be used, or it has fewer.
     """
     known, path = edits_of(name), Path(located(name, data))
-    if not path.is_file():
-        return known
-    found = _edits(path, path.stat().st_mtime_ns)
+    if name != BUILT_IN and not path.is_file():
+        return replace(known, rows=min(limit or known.rows, known.rows))
+    found = _edits(name if name == BUILT_IN else str(path), limit, category, _changed(path))
     return found if known is OTHER_EDITS else replace(known, rows=found.rows)
 
 
@@ -81,7 +88,7 @@ def items_of(task: str, data: Path | None) -> int | None:
     if task not in TASKS:
         return None
     path = data_file(data, task_settings(task)["file"]) if data is not None else None
-    return TASKS[task].rows if path is None else _count(path, path.stat().st_mtime_ns)
+    return TASKS[task].rows if path is None else _count(path, _changed(path))
 
 
 def is_assumed(name: str, known: Mapping[str, object], data: Path | None) -> bool:
@@ -89,11 +96,11 @@ def is_assumed(name: str, known: Mapping[str, object], data: Path | None) -> boo
     return not key_of(name, known) and not Path(located(name, data)).is_file()
 
 
-def _told(settings: DataSettings, known: RowLengths) -> DataLengths:
-    """What the tables tell of data that are not there."""
-    rows = settings.limit or known.rows
+def _told(settings: DataSettings, known: RowLengths, rows: int, held_out_rows: int) -> DataLengths:
+    """What known data come to, of a file of so many rows, or a held-out file of so many."""
+    rows = settings.limit or rows if known is OTHER_ROWS else min(settings.limit or rows, rows)
     kept_back = round((settings.held_out_fraction or 0) * rows)
-    held_out = HELD_OUT if settings.held_out is not None else kept_back
+    held_out = held_out_rows if settings.held_out is not None else kept_back
     asked = min(held_out, settings.held_out_limit or held_out)
     return DataLengths(rows - kept_back, asked, known.tokens, _learned(settings, known))
 
@@ -103,7 +110,7 @@ def _learned(settings: DataSettings, known: RowLengths) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(settings: str, *changed: int) -> DataLengths:
+def _read(settings: str, *changed: int) -> DataLengths:
     from hiplora.training.data import load_data
 
     read = load_data(DataSettings.model_validate_json(settings))
@@ -121,14 +128,18 @@ def _count(path: Path, changed: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _edits(path: Path, changed: int) -> EditLengths:
+def _edits(source: str, limit: int | None, category: str | None, changed: int) -> EditLengths:
     from hiplora.editing.asking import EXTRA_TOKENS
     from hiplora.editing.counterfact import load_edits
 
-    edits = load_edits(str(path)).edits
+    edits = load_edits(source, limit, category=category).edits
     answers = [len(answer) / CHARACTERS for edit in edits for answer in (edit.new, edit.old)]
     prompts = [len(prompt) / CHARACTERS for edit in edits for prompt in (edit.prompt, edit.paraphrase)]
     answer = max(float(np.mean(answers)), 1.0)
     near = float(np.mean([len(edit.neighbours) for edit in edits]))
     written = math.ceil(max(answers)) + EXTRA_TOKENS
     return EditLengths(len(edits), float(np.mean(prompts)) + answer, answer, written, near)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0

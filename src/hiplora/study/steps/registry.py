@@ -56,7 +56,7 @@ STEPS: Mapping[str, Step] = {
         Step("inspect", 1, reads=True),
         Step("edit", 1),
         Step("probe", 1),
-        Step("speed", 2, alone=True),
+        Step("speed", 1, alone=True),
     )
 }
 

@@ -6,6 +6,7 @@ hashes of what is read.
 
 import itertools
 import json
+import statistics
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +28,8 @@ HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train for `warmup` + `steps` steps in a temporary folder and measure the last `steps` of them.
 
-    The result has `tokens`, the mean number in a step, and `parameters`, those that are trained. What was timed has
-    the `step_seconds` of each measured step and names the `gpu`, None without one.
+    The result has `tokens`, the mean number in a step, and `parameters`, those that are trained. What was timed
+    names the `gpu`, None without one.
     """
     bench.reset()  # its model would lie in memory beside the one that is measured
     recipe = timed_recipe(recipe_at(bench, settings["recipe"]), settings["warmup"] + settings["steps"])
@@ -66,7 +67,7 @@ def measure(recipe: dict[str, Any], warmup: int, report: str) -> None:
         "tokens": tokens / len(seconds),
         "parameters": result.trainable_parameters,
         "tokens_per_second": tokens / sum(seconds),
-        "step_seconds": seconds,
+        "step_seconds_median": statistics.median(seconds),
         "peak_memory_bytes": result.peak_memory_bytes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

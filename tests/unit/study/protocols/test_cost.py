@@ -4,6 +4,7 @@ import pytest
 
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import cost, single_task
+from hiplora.study.statistics import student
 from tests.unit.study.protocols.made import finish, made_study, measured, results, table
 
 CHANGES = (
@@ -11,7 +12,6 @@ CHANGES = (
     "cost: {methods: [lora, hiplora, pissa], domain: mathematics, warmup: 1, steps: 3}}",
 )
 TIMED = {"lora": (4000.0, 2e9), "hiplora": (3800.0, 2.5e9), "pissa": (4400.0, 2e9)}
-UNEVEN = (0.9, 1.0, 1.1)  # of a step's time, in turn
 
 
 def of(found, settings, method):
@@ -27,7 +27,7 @@ def filled(tmp_path, gpu=None, reused=False, timed=TIMED):
     for method, (speed, memory) in timed.items():
         finish(
             store, of(found, settings, method), {"tokens": 100.0, "parameters": 10}, tokens_per_second=speed,
-            peak_memory_bytes=memory, step_seconds=[share * 100 / speed for share in UNEVEN], gpu=gpu,
+            peak_memory_bytes=memory, step_seconds_median=0.1, gpu=gpu,
         )  # fmt: skip
     factors = found.factors(found.row("hiplora"))
     finish(store, factors, {"bytes": 3e6, "layers": 2}, factorize_seconds=90.0, reused=reused)
@@ -91,27 +91,42 @@ def test_the_machine_is_that_of_the_jobs_records(study):
     assert section.text[0].startswith(f"Measured on {machine}, each method")
     assert "over 3 steps after 1 to warm up" in section.text[0]
     assert {one.setting["machine"] for one in section.measurements} == {machine}
-    assert (
-        "HiP-LoRA 0.950, PiSSA 1.100. A difference can be told if it is larger than about 0.000."
-        in section.text[-1]
+    assert section.text[-1] == "Tokens per second, as a share of LoRA's: HiP-LoRA 0.950, PiSSA 1.100."
+    assert measured(section, "throughput ratio", "HiP-LoRA").low is None
+
+
+def test_methods_that_are_timed_in_turn_have_ratios_with_an_interval_over_the_times(tmp_path):
+    found, store = made_study(tmp_path, *CHANGES, "protocols.cost.repeats=3")
+    settings = found.recipe.protocols.cost
+    timed = [job for job in cost.jobs(found, settings) if job.kind == "speed"]
+    names = ["time LoRA", "time HiP-LoRA", "time PiSSA"]
+    assert [job.name for job in timed] == [
+        f"{name}{more}" for more in ("", ", time 2", ", time 3") for name in names
+    ]
+    assert len({job.key for job in timed}) == 9
+    once = [
+        job for job in cost.jobs(found, settings.model_copy(update={"repeats": 1})) if job.kind == "speed"
+    ]
+    assert once == timed[:3]
+    speeds = [4000, 3800, 4400, 2000, 1960, 2200, 1000, 930, 1100]  # the machine slows down, for all
+    for job, speed in zip(timed, speeds, strict=True):
+        finish(
+            store,
+            job,
+            {"tokens": 100.0, "parameters": 10},
+            tokens_per_second=speed,
+            peak_memory_bytes=speed * 1e6,
+        )
+    section = cost.section(found, settings, results(store))
+    ratio = measured(section, "throughput ratio", "HiP-LoRA")
+    expected = student([0.95, 0.98, 0.93])
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx(
+        (expected.value, expected.low, expected.high)
     )
-
-
-def test_steps_that_differ_widen_the_interval_and_steps_slow_for_all_do_not(study):
-    found, settings, store = study
-    ratio = measured(cost.section(found, settings, results(store)), "throughput ratio", "HiP-LoRA")
-    assert (ratio.low, ratio.high) == (pytest.approx(0.95), pytest.approx(0.95))  # the same steps were slow
-    job = of(found, settings, "hiplora")
-    (store.path / "results" / f"{job.key}.json").unlink()
-    seconds = [share * 100 / 3800 for share in reversed(UNEVEN)]
-    finish(
-        store, job, {"tokens": 100.0, "parameters": 10}, tokens_per_second=3800.0, peak_memory_bytes=2e9,
-        step_seconds=seconds, gpu=None,
-    )  # fmt: skip
-    ratio = measured(cost.section(found, settings, results(store)), "throughput ratio", "HiP-LoRA")
-    assert ratio.value == pytest.approx(0.95)
-    assert ratio.low == pytest.approx(0.95 * 0.9 / 1.1)
-    assert ratio.high == pytest.approx(0.95 * 1.1 / 0.9)
+    assert len(ratio.jobs) == 6
+    assert measured(section, "peak memory", "HiP-LoRA").value == 3.8e9
+    assert "3 times in turn with the others" in section.text[0]
+    assert "can be told if it is larger than about" in section.text[-1]
 
 
 def test_a_gpu_is_named_before_the_processor(tmp_path):
@@ -125,7 +140,7 @@ def test_methods_that_were_timed_on_different_machines_are_told(study):
     (store.path / "results" / f"{job.key}.json").unlink()
     finish(
         store, job, {"tokens": 100.0, "parameters": 10}, tokens_per_second=1.0, peak_memory_bytes=None,
-        step_seconds=[100.0] * 3, gpu="Card 9",
+        gpu="Card 9",
     )  # fmt: skip
     section = cost.section(found, settings, results(store))
     assert any("different machines" in text for text in section.text)
