@@ -264,11 +264,13 @@ def _other_seeds(one: Checked, digits: int) -> Cell:
     where there is none.
     """
     found = one.found
-    if found is None or not (found.over_seeds or one.bounds != (found.low, found.high)):
-        trained = found is not None and "minus" in found.setting and found.protocol != "rank-one"
-        return Cell(text="one seed" if trained else "–")
-    low, high = one.bounds if found.over_seeds in (None, (0, 0)) else found.over_seeds
-    return Cell(text=f"{signed(low, digits)} to {signed(high, digits)}")
+    if found is None:
+        return Cell(text="–")
+    if found.over_seeds or one.bounds != (found.low, found.high):
+        low, high = one.bounds if found.over_seeds in (None, (0, 0)) else found.over_seeds
+        return Cell(text=f"{signed(low, digits)} to {signed(high, digits)}")
+    one_seed = found.seeds < 2 and "minus" in found.setting and found.protocol != "rank-one"
+    return Cell(text="one seed" if one_seed else "–")
 
 
 def files(study: Study, settings: Claims, results: Results, sections: Sequence[Section]) -> dict[str, str]:

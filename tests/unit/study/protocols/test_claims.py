@@ -67,7 +67,9 @@ def test_a_claim_holds_over_seeds_too_or_it_cannot_be_told(tmp_path, sd, verdict
     assert found["widest"] == pytest.approx([min(-4, -3 - margin), max(-2, -3 + margin)])
 
 
-@pytest.mark.parametrize(("more", "told"), [({"seeds": 3, "sd": 0.1}, "−3.25 to −2.75"), ({}, "one seed")])
+@pytest.mark.parametrize(
+    ("more", "told"), [({"seeds": 3, "sd": 0.1}, "−3.25 to −2.75"), ({"seeds": 3}, "–"), ({}, "one seed")]
+)
 def test_the_interval_over_seeds_is_shown_where_there_is_one(tmp_path, more, told):
     study, store = made_study(tmp_path, *CHANGES)
     single = Section("single-task", "Single tasks", measurements=[retain(-3.0, -4.0, -2.0, **more)])
