@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hiplora.study.engine.jobs import DIVERGED, Job
+from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
 
 FORMS = ("accuracy", "likelihood")  # the two forms of every task's score
@@ -27,14 +27,14 @@ class Results:
         found = self._store.result(job)
         if found is None:
             self.missing[job.name] = None
-        elif DIVERGED in found:
+        elif self.diverged(job):
             self.lost[job.name] = None
             return None
         return found
 
     def diverged(self, job: Job) -> bool:
         """Whether a training ended in numbers that are not finite, or a job that needs one found so."""
-        return DIVERGED in (self._store.result(job) or {})
+        return self._store.diverged(job) is not None
 
     def timing(self, job: Job) -> dict[str, Any] | None:
         """Return what was timed of a job, None where it is not done."""

@@ -16,7 +16,7 @@ from hiplora.models.shapes import model_shape
 from hiplora.recipes.study import StudyRecipe
 from hiplora.study.builder import Study
 from hiplora.study.engine.bench import Place
-from hiplora.study.engine.jobs import DIVERGED, Graph
+from hiplora.study.engine.jobs import Graph
 from hiplora.study.engine.local import run_local
 from hiplora.study.engine.store import Store
 from hiplora.study.engine.todo import Todo
@@ -260,7 +260,5 @@ def status(opened: Opened) -> dict[str, Any]:
 
 def _diverged(graph: Graph, store: Store) -> dict[str, str]:
     """The trainings that ended in numbers that are not finite, and where; they count as done."""
-    results = {job.name: store.result(job) for job in graph if job.kind == "train"}
-    return {
-        name: found[DIVERGED] for name, found in results.items() if found is not None and DIVERGED in found
-    }
+    reasons = {job.name: store.diverged(job) for job in graph if job.kind == "train"}
+    return {name: why for name, why in reasons.items() if why is not None}

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
 from hiplora.provenance import provenance
-from hiplora.study.engine.jobs import Job, key_of
+from hiplora.study.engine.jobs import DIVERGED, Job, key_of
 
 
 class Store:
@@ -51,6 +51,10 @@ class Store:
         """Return what a finished job found, None where it is not finished."""
         record = self.record(job)
         return None if record is None else record["result"]
+
+    def diverged(self, job: Job) -> str | None:
+        """Return why a finished job has no more to say: a training, its own or one before it, diverged; else None."""
+        return (self.result(job) or {}).get(DIVERGED)
 
     def finished(self, job: Job) -> bool:
         """Whether a job's result is there."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hiplora.study.engine.jobs import DIVERGED, Graph, Job
+from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.store import Store
 from hiplora.study.steps.registry import step
 
@@ -53,7 +53,7 @@ def done(job: Job, store: Store, for_artifact: bool) -> bool:
     if not store.finished(job):
         return False
     lacks = for_artifact and step(job.kind).makes and not store.has_artifact(job)
-    return not lacks or DIVERGED in (store.result(job) or {})
+    return not lacks or store.diverged(job) is not None
 
 
 def _wanted(graph: Graph, store: Store) -> set[str]:

@@ -66,7 +66,7 @@ def do(job: Job, store: Store, bench: Bench) -> None:
         found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
     else:
         found, timing = step(job.kind).work(bench, job, job.resolved(results))
-    if DIVERGED in found and store.finished(job) and DIVERGED not in (store.result(job) or {}):
+    if DIVERGED in found and store.finished(job) and store.diverged(job) is None:
         raise HipLoraError(
             f"{found[DIVERGED]}; the record that was taken over has a finite result, of another machine: go on there, "
             "or begin in a new folder without --reuse"

@@ -41,7 +41,7 @@ def apart(one: Measurement, other: str) -> Value:
     """
     low, high = one.widest
     if low == high == 0 and (count := one.items or one.setting.get("merges")):
-        _, high = _exact(0, count)
+        _, high = exact(0, count)
         low = -high
     return Value(one.value, low, high, other)
 
@@ -54,14 +54,14 @@ def share_of_merges(one: Measurement) -> Value:
     low, high, merges = one.low, one.high, one.setting.get("merges")
     if merges:
         failed = round(one.value / 100 * merges)
-        least, most = _exact(failed, merges)
+        least, most = exact(failed, merges)
         low = min(least, one.value if low is None else low)
         high = max(most, one.value if high is None else high)
     return Value(one.value, low, high, one.method)
 
 
-def _exact(count: int, of: int) -> tuple[float, float]:
-    """The 95 % bounds of a share in per cent, Clopper and Pearson's."""
+def exact(count: int, of: int) -> tuple[float, float]:
+    """Return the 95 % bounds of a share in per cent, Clopper and Pearson's."""
     from scipy import stats
 
     found = stats.binomtest(count, of).proportion_ci(0.95, "exact")

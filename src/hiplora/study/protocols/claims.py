@@ -29,6 +29,7 @@ class Claim:
 
     `method`, `minus` and `over` (of a ratio) are fields of `Claims`; `claimed` is the side of `none` that the paper
     says; `forms` are those of the scores, one empty form for what has none; `setting` must be in the measurement's.
+    `size` is the effect that the paper reports, where its numbers are known.
     """
 
     name: str
