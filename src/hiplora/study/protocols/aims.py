@@ -198,13 +198,15 @@ def check(study: Study, settings: Aims, sections: Sequence[Section]) -> list[Jud
                 parts.setdefault(_part(study, aim, one), []).append(value)
         waits = aim.section in waiting
         found += [Judged(aim, part, _counting(aim, values), waits) for part, values in parts.items()]
-        expected = _expected(study, settings, aim) or ([] if parts else [""])
+        expected = _expected(study, settings, aim)
+        if expected is None:
+            expected = [] if parts else [""]
         found += [Judged(aim, part, None) for part in expected if part not in parts]
     return found
 
 
-def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str]:
-    """The parts that an aim has when the study is whole; none where only what is found can tell."""
+def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str] | None:
+    """The parts that an aim has when the study is whole; None where only what is found can tell."""
     if "form" in aim.parts:
         return FORMS
     frontier, editing = study.recipe.protocols.frontier, study.recipe.protocols.editing
@@ -212,6 +214,8 @@ def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str]:
         return list(editing.sets)
     if "domain" in aim.parts and frontier is not None:
         loras = settings.plain if aim.against == "plain" else [settings.attention]
+        tasks = frontier.tasks or study.tasks
+        by_score = aim.metric.endswith("likelihood")
 
         def counts(method: str) -> bool:
             return kind_of(study, frontier, method) == RIVAL if aim.of == "rivals" else method in loras
@@ -219,9 +223,11 @@ def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str]:
         return [
             study.recipe.domains[domain].title
             for domain, methods in frontier.domains.items()
-            if settings.reference in methods and any(map(counts, methods))
+            if settings.reference in methods
+            and any(map(counts, methods))
+            and (not by_score or study.recipe.domains[domain].task in tasks)
         ]
-    return []
+    return None
 
 
 def _part(study: Study, aim: Aim, one: Measurement) -> str:

@@ -253,6 +253,19 @@ def test_what_the_recipe_plans_is_told_before_it_is_measured(tmp_path):
     assert "GSM8K" not in found["rivals"]
 
 
+@pytest.mark.parametrize(
+    ("tasks", "planned"), [("{}", {"GSM8K", "Code"}), ("{gsm8k_reference: 4}", {"GSM8K"})]
+)
+def test_drift_at_equal_likelihood_is_planned_where_the_own_task_is_scored(tmp_path, tasks, planned):
+    plan = (
+        "protocols={aims: {reference: hiplora, plain: [lora]}, frontier: {domains: {mathematics: [hiplora, lora], "
+        f"code: [hiplora, lora]}}, rates: [0.001, 0.002], tasks: {tasks}, plain: [lora], reference: hiplora}}}}"
+    )
+    found = judged(tmp_path, changes=(plan,))
+    assert set(found["drift-score"]) - {"says", "target"} == planned
+    assert set(found["drift"]) - {"says", "target"} == {"GSM8K", "Code"}
+
+
 def test_without_an_attention_lora_there_is_no_aim_on_it(tmp_path):
     changes = ("protocols={aims: {reference: hiplora, plain: [lora]}}",)
     assert "drift-attention" not in judged(tmp_path, changes=changes)
