@@ -29,7 +29,7 @@ from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
 
 NAME, TITLE = "aims", "The aims"
-MET, MISSED, UNCLEAR, OPEN = "met", "missed", "cannot tell", "not measured yet"
+MET, MISSED, UNCLEAR, OPEN = "met", "missed", "cannot tell", "not measured"
 ADDED = {"rule": "addition"}
 BATCH = {"mode": "batch"}
 
@@ -123,7 +123,7 @@ class Judged:
 
     @property
     def verdict(self) -> str:
-        """One of met, missed, cannot tell, not measured yet."""
+        """One of met, missed, cannot tell, not measured."""
         if self.found is None:
             return OPEN
         low, high, bound = self.found.low, self.found.high, self.aim.bound

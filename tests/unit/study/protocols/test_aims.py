@@ -60,7 +60,7 @@ def test_a_verdict_is_of_so_far_while_the_section_waits_for_jobs(tmp_path):
         assert json.loads(text)["aims"]["drift"]["GSM8K"]["verdict"] == verdict
         shown = aims.section_after(study, settings, results(store), [section])
         assert verdict in shown.text[0]
-        assert json.loads(text)["aims"]["forgetting"]["accuracy"]["verdict"] == "not measured yet"
+        assert json.loads(text)["aims"]["forgetting"]["accuracy"]["verdict"] == "not measured"
 
 
 def test_the_lora_with_the_smaller_value_counts(tmp_path):
@@ -83,7 +83,7 @@ def test_a_lora_that_never_learned_as_much_counts_only_alone(tmp_path):
 @pytest.mark.parametrize("setting", [{"operating": False}, {"text": "all texts"}, {"over": "PiSSA"}])
 def test_other_points_and_means_over_texts_do_not_count(tmp_path, setting):
     found = judged(tmp_path, drift("LoRA", 50, 40, 60, **setting))
-    assert found["drift"]["measured"]["verdict"] == "not measured yet"
+    assert found["drift"]["measured"]["verdict"] == "not measured"
 
 
 def test_a_ratio_may_be_measured_either_way_round(tmp_path):
@@ -142,7 +142,7 @@ def test_no_failure_among_a_few_merges_does_not_show_that_few_fail(tmp_path, mer
     found = judged(tmp_path, none)["merge-fail"]
     assert found["accuracy"]["verdict"] == verdict
     assert found["accuracy"]["high"] == pytest.approx(100 * (1 - 0.025 ** (1 / merges)))
-    assert found["likelihood"]["verdict"] == "not measured yet"
+    assert found["likelihood"]["verdict"] == "not measured"
 
 
 def test_loras_own_merges_are_judged_by_the_lora_that_fails_least(tmp_path):
@@ -249,7 +249,7 @@ def test_what_the_recipe_plans_is_told_before_it_is_measured(tmp_path):
     )
     found = judged(tmp_path, drift("LoRA", 50, 40, 60), changes=(plan,))
     assert {part for part in found["drift"] if part not in ("says", "target")} == {"GSM8K"}
-    assert found["rivals"]["Code"]["verdict"] == "not measured yet"
+    assert found["rivals"]["Code"]["verdict"] == "not measured"
     assert "GSM8K" not in found["rivals"]
 
 
