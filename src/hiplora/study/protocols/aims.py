@@ -23,7 +23,7 @@ from hiplora.study.protocols.aims_values import (
     share_of_losses,
     share_of_merges,
 )
-from hiplora.study.protocols.frontier_points import OVER, RIVAL, kind_of
+from hiplora.study.protocols.frontier_points import OVER, RIVAL, kind_of, tasks_of
 from hiplora.study.protocols.frontiers import NOT_REACHED
 from hiplora.study.protocols.show import counted, verdict_file
 from hiplora.study.results import FORMS, Results
@@ -41,7 +41,7 @@ class Aim:
     `of`: `ratio`, the reference over a LoRA; `difference`, the reference minus a LoRA; `reference` or `plain`, its
     own value; `rivals`, of every method but the reference's own. `goal` says on which side of `bound` the value is
     to lie; `equal`: not clearly below it. `against` is a field of `Aims`; `parts` tells the rows of one aim apart:
-    `domain`, `form`, or a name of the setting.
+    `domain`, `form`, or a name of the setting; with `own_task` it has those domains alone whose own task is scored.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Aim:
     against: Literal["plain", "attention"] = "plain"
     unit: str = "of LoRA's"
     parts: Sequence[str] = ()
+    own_task: bool = False
     setting: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +81,7 @@ def _as_much(
 AIMS: tuple[Aim, ...] = (
     _drift("drift", "Single-task drift at equal loss", "≤ 1/10 of the best plain LoRA's", "loss", 1 / 10),
     _drift("drift-score", "Single-task drift at equal likelihood", "≤ 1/10 of the best plain LoRA's", "likelihood",
-           1 / 10),
+           1 / 10, own_task=True),
     _drift("drift-attention", "Single-task drift at equal loss, against attention", "≤ 1/30 of LoRA's on the attention",
            "loss", 1 / 30, against="attention"),
     Aim("merged-drift", "Drift of the adapters of all domains, added", "≤ 1/10 of LoRA's", "merging", "drift ratio",
@@ -214,8 +215,7 @@ def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str] | None:
         return list(editing.sets)
     if "domain" in aim.parts and frontier is not None:
         loras = settings.plain if aim.against == "plain" else [settings.attention]
-        tasks = frontier.tasks or study.tasks
-        by_score = aim.metric.endswith("likelihood")
+        tasks = tasks_of(study, frontier)
 
         def counts(method: str) -> bool:
             return kind_of(study, frontier, method) == RIVAL if aim.of == "rivals" else method in loras
@@ -225,7 +225,7 @@ def _expected(study: Study, settings: Aims, aim: Aim) -> Sequence[str] | None:
             for domain, methods in frontier.domains.items()
             if settings.reference in methods
             and any(map(counts, methods))
-            and (not by_score or study.recipe.domains[domain].task in tasks)
+            and (not aim.own_task or study.recipe.domains[domain].task in tasks)
         ]
     return None
 

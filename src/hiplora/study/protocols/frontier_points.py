@@ -159,6 +159,11 @@ def _drifts(apart: Sequence[str], found: Sequence[Mapping[str, float]]) -> dict[
     return {**drifts, OVER: np.exp(np.mean(logs, axis=0)).tolist()}
 
 
+def tasks_of(study: Study, settings: Settings) -> Mapping[str, int | None]:
+    """Return the tasks that every point is scored on, with their numbers of items."""
+    return settings.tasks or study.tasks
+
+
 def _scores(
     study: Study, settings: Settings, domain: str, base: Mapping | None, scored: Sequence, draws: Resampler
 ) -> tuple[list[float] | None, Draws | None, list[float]]:
@@ -167,7 +172,7 @@ def _scores(
     likelihood = None
     if all(own.task in one["tasks"] for one in scored):
         likelihood = [float(np.mean(one["tasks"][own.task]["likelihood"])) for one in scored]
-    others = list(_others(settings.tasks or study.tasks, own.tasks, base, scored))
+    others = list(_others(tasks_of(study, settings), own.tasks, base, scored))
     if base is None or not others:
         return likelihood, None, []
     drops = {
