@@ -1,0 +1,483 @@
+"""Write the golden values, or compare with them: python tests/golden/make.py [--check] [SECTION ...]
+
+A section is a function that returns JSON values; its values are in SECTION.json beside this file. See README.md.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
+    os.environ.setdefault("HIPLORA_CACHE", tempfile.mkdtemp(prefix="hiplora-golden-"))
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_jsonl  # noqa: E402
+
+torch.set_num_threads(1)
+
+RELATIVE, ABSOLUTE = 1e-4, 1e-9  # of values; digests must be equal, and are compared on the same machine only
+DIGEST = "sha256"  # keys that begin so hold digests
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+TEXT = (
+    "In the summer the market stands by the harbour, where the ships bring bread, salt, wood and wool. "
+    "From there a road goes north to the mill, and in the winter the water of the river is ice. "
+)
+
+
+# What values become in the files.
+
+
+def rounded(value, digits=6):
+    """A number to so many significant digits; booleans, texts and None as they are; containers throughout."""
+    if isinstance(value, dict):
+        return {str(key): rounded(inner, digits) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [rounded(inner, digits) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else str(value)
+    return value
+
+
+def digest(arrays, decimals=5):
+    """The hash of arrays' values, rounded."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update((np.round(np.asarray(array, dtype=np.float64), decimals) + 0.0).tobytes())
+    return found.hexdigest()[:16]
+
+
+def sketch(updates):
+    """Of each module's update (a function of its name): the Frobenius norm and three fixed random projections."""
+    found = {}
+    for module in sorted(updates):
+        delta = updates[module].detach().double().numpy()
+        draw = np.random.RandomState(7)
+        found[module] = [np.linalg.norm(delta)]
+        found[module] += [float((draw.uniform(-1, 1, delta.shape) * delta).sum()) for _ in range(3)]
+    return rounded(found)
+
+
+# What the sections are made of: every setting is explicit, so that another default changes nothing.
+
+
+def hip_config(**changes):
+    from hiplora import HipLoraConfig
+
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "target_modules": list(ATTENTION),
+        "init_weights": True,
+        "principal_rank": 8,
+        "stability_weight": 0.1,
+        "stability_gamma": 1.0,
+        "stability_mode": "gradient",
+        "gain_lr_ratio": 1.0,
+        "relative_gains": False,
+        "residual_projection": True,
+        "principal_channel": True,
+        "basis": "weight",
+        "basis_sides": "both",
+        "projection": "hard",
+        "svd_tolerance": 1e-4,
+        "save_factors": True,
+    }
+    return HipLoraConfig(**settings | changes)
+
+
+def lora_config(**changes):
+    from peft import LoraConfig
+
+    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": list(ATTENTION)}
+    return LoraConfig(**settings | changes)
+
+
+def function_aware(**changes):
+    settings = {"basis": "activation", "principal_channel": False, "target_modules": list(MLP)}
+    return hip_config(**settings | changes)
+
+
+def text_rows():
+    ids = tiny_tokenizer()(TEXT * 6, add_special_tokens=False)["input_ids"]
+    return [ids[start : start + 64] for start in range(0, 1024, 64)]
+
+
+def updates_of(model):
+    """ΔW of every adapted module, as PEFT asks for it."""
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
+    }
+
+
+def save_adapter(base, folder, config, seed, size=1.0):
+    """Write an adapter of the saved base, its A and B (or all that HiP-LoRA draws) at random."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    if config.peft_type == "LORA":
+        draw = np.random.RandomState(seed)  # the same bits on every machine: DARE draws by them
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                values = draw.uniform(-size, size, tuple(parameter.shape)).astype(np.float32)
+                parameter.data.copy_(torch.from_numpy(values))
+    model.save_pretrained(folder)
+    return folder
+
+
+# The sections.
+
+
+def training():
+    """Twenty steps on fixed batches: the losses, and what the adapter is then."""
+    import peft
+
+    import hiplora
+
+    def on_text(config):
+        hiplora.calibrate(tiny_llama(), config, rows=text_rows(), batch_size=8, gradient_tokens=512)
+        return config
+
+    def on_samples(config):
+        hiplora.calibrate(tiny_llama(), config, tokens=512, batch_size=8, seed=3, gradient_tokens=256)
+        return config
+
+    configs = {
+        "lora": lambda: lora_config(),
+        "hip paper": lambda: hip_config(),
+        "hip function-aware": lambda: on_text(function_aware()),
+        "hip function-aware, soft, on samples": lambda: on_samples(function_aware(projection="soft")),
+        "hip proximal, relative gains": lambda: hip_config(
+            stability_mode="proximal", relative_gains=True, gain_lr_ratio=0.5, principal_rank="energy:0.5"
+        ),
+    }
+    found = {}
+    for name, config in configs.items():
+        config = config()
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny_llama(), config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        draw, losses = np.random.RandomState(1), []
+        for _ in range(20):
+            batch = torch.from_numpy(draw.randint(0, 256, (2, 24)))
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        state = peft.get_peft_model_state_dict(model)
+        updates = updates_of(model.eval())
+        found[name] = {
+            "losses": rounded(losses),
+            "norms": rounded({module: update.norm().item() for module, update in updates.items()}),
+            "tensors": len(state),
+            "sha256 of the state": digest(state[key].detach().float() for key in sorted(state)),
+        }
+    return found
+
+
+def merging():
+    """Every merge rule, and cutting down to a rank: of each module's merged update, its norm and three projections."""
+    from hiplora.merging import RULES, merge
+
+    options = {
+        "addition": {},
+        "ties": {"density": 0.3, "scale": 1.0},
+        "dare": {"density": 0.5, "rescale": True, "seed": 5},
+        "magnitude": {"density": 0.3},
+        "knots": {"density": 0.3, "scale": 1.0},
+        "tsv": {"sv_reduction": None, "scale": 1.0},
+        "iso-c": {"scale": 1.0},
+    }
+    assert set(options) == set(RULES), "a merge rule came or went: give its options here"
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        base = save_tiny(place / "base")
+        loras = [save_adapter(base, place / f"lora{seed}", lora_config(), seed) for seed in (1, 2)]
+        hips = [
+            save_adapter(base, place / f"hip{seed}", hip_config(init_weights=False), seed) for seed in (1, 2)
+        ]
+        merges = {f"{rule} of lora": (loras, rule, None) for rule in RULES}
+        merges |= {
+            f"{rule} of hip-lora": (hips, rule, None)
+            for rule in ("addition", "ties", "knots", "tsv", "iso-c")
+        }
+        merges |= {
+            f"addition of {kind}, rank 6": (two, "addition", 6)
+            for kind, two in {"lora": loras, "hip-lora": hips}.items()
+        }
+        for name, (adapters, rule, rank) in merges.items():
+            merged = merge(adapters, rule, [0.75, 0.5], rank=rank, options=options[rule])
+            found[name] = sketch({module: merged.delta(module) for module in merged.modules})
+    return found
+
+
+WORDS = ["rain", "stone", "river", "lamp", "cloud", "bread", "north", "seven"]
+CHOICES = [
+    {
+        "question": f"Which of these goes with {WORDS[i % 8]} number {i}?",
+        "choices": [WORDS[(i + j) % 8] * (1 + j % 2) for j in range(4)],
+        "answer": i % 4,
+    }
+    for i in range(7)
+]
+DATA = {  # a task of each kind: letters, answers, choices in the context, a last word, a text, a number
+    "mmlu_test": CHOICES,
+    "arc_easy": CHOICES,
+    "winogrande": [
+        {
+            "context": f"The {WORDS[i]} is beside the {WORDS[i + 1]} since _ is {i} years old.",
+            "choices": [WORDS[i], WORDS[i + 1]],
+            "answer": i % 2,
+        }
+        for i in range(6)
+    ],
+    "lambada": [
+        {"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]} for i in range(6)
+    ],
+    "wikitext2_raw_valid": [
+        {"text": " ".join(WORDS[i:] * 9) + f"\n = {i} = \n", "title": str(i)} for i in range(3)
+    ],
+    "gsm8k_test": [
+        {"question": f"What is {i} and {i}?", "answer": f"It is <<{i}+{i}>>.\n#### {2 * i}"} for i in range(6)
+    ],
+}
+
+
+def evaluation():
+    """`hiplora eval` of a base and two adapters, item by item; drift; and edits, with what they did elsewhere."""
+    from hiplora.evaluation.evaluate import EvalSettings, evaluate
+
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        base = save_tiny(place / "base")
+        for name, rows in DATA.items():
+            write_jsonl(place / f"{name}.jsonl", rows)
+        adapters = {
+            "lora": save_adapter(
+                base, place / "lora", lora_config(target_modules=["q_proj", "up_proj"]), 1, 0.3
+            ),
+            "hip": save_adapter(base, place / "hip", hip_config(init_weights=False), 2),
+        }
+        suite = "mmlu,arc_easy,winogrande,lambada,wikitext,gsm8k"
+        settings = EvalSettings(suite=suite, data=place, limit=5, seed=3, batch_size=4)
+        results = evaluate(str(base), [f"{k}={v}" for k, v in adapters.items()], settings, place / "out.json")
+        found["items"] = {task: told["items"] for task, told in results["tasks"].items()}
+        found["runs"] = results["runs"]
+        found["differences"] = results["differences"]
+        found["drift"] = {name: _drift(base, folder) for name, folder in adapters.items()}
+    found["editing"] = _editing()
+    return rounded(found)
+
+
+def _drift(base, folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from hiplora.evaluation import BaseReference, measure_drift
+
+    texts = {"prose": TEXT * 2, "words": [" ".join(WORDS), " ".join(reversed(WORDS))]}
+    model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False).eval()
+    reference = BaseReference.build(model, tiny_tokenizer(), texts, window=64, max_tokens=200)
+    ids = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits[0]
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+        after = adapted(input_ids=ids).logits[0]
+    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
+    drift = {name: told.as_dict() for name, told in measure_drift(adapted, reference).items()}
+    return {**drift, "top-1 agreement": agreement}
+
+
+def _editing():
+    """Edits of a tiny model, one after the other in batches: success, preference, locality."""
+    from hiplora.editing import Edit, EditSettings, EditTraining, Question, Reference, run_edits
+
+    kinds = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
+    edits = [
+        Edit(
+            f"Thing {i} is",
+            "cyan",
+            new,
+            f"thing {i}",
+            kinds[i % 3],
+            f"It, thing {i}, is",
+            (Question(f"Box {i} is", "cyan"),),
+        )
+        for i, new in enumerate(("blue", "pink", "grey", "lime"))
+    ]
+    questions = [Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(WORDS[:3])]
+    training = EditTraining(steps=20, lr=2e-2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
+    settings = EditSettings(training, edits_per_batch=2, batch_size=4)
+    found = {}
+    for name, config in {
+        "lora": lora_config(target_modules="all-linear"),
+        "hip": hip_config(target_modules=[*ATTENTION, *MLP]),
+    }.items():
+        model = tiny_llama()
+        model.generation_config.eos_token_id = None
+        reference = Reference.freeze(model, tiny_tokenizer(), questions, edits, batch_size=4)
+        run = run_edits(model, tiny_tokenizer(), config, edits, "sequential", settings, reference)
+        found[name] = run.summary() | {
+            "log_probs": [[r.asked.log_prob_new, r.asked.log_prob_old] for r in run.after],
+            "elsewhere": list(run.stages[-1].locality.log_probs),
+        }
+    return found
+
+
+def metrics():
+    """Every function of hiplora.metrics on fixed numbers."""
+    from dataclasses import asdict
+
+    from hiplora import metrics as m
+    from hiplora.metrics.student import student_margin
+
+    draw = np.random.RandomState(11)
+    accuracies = [[50.0, None, None], [45.0, 60.0, None], [48.0, 52.0, 70.0]]
+    full = [[50.0, 20.0, 10.0], [45.0, 60.0, 12.0], [48.0, 52.0, 70.0]]
+    logits = draw.uniform(-2, 2, (2, 9, 7))
+    p, q = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    sums, other = -draw.uniform(1, 9, (2, 8))
+    counts = [3, 1, 4, 1, 5, 9, 2, 6]
+    single = [{"a": 60.0, "b": 40.0}, {"a": 62.0, "c": 0.0}, {"b": 50.0, "c": 30.0}]
+    merged = [{"a": 55.0, "b": 39.0}, {"a": 50.0, "c": 0.0}, {"b": 45.0, "c": 33.0}]
+    values = {
+        name: [list(draw.uniform(0, 100, size) + shift) for size in (12, 9, 20)]
+        for name, shift in (("one", 0.0), ("two", 5.0), ("three", -4.0))
+    }
+    boot = m.paired_bootstrap(values, replicates=1000, seed=0, level=0.95)
+    one_seed = m.paired_bootstrap({k: v[:1] for k, v in values.items()}, replicates=1000, seed=0, level=0.9)
+    yes, no = [True, False, True, True], [True, True, False, False]
+    found = {
+        "answer_likelihood": [m.answer_likelihood(-3.5, 4), m.answer_likelihood(0.0005, 1)],
+        "average_accuracy": [m.average_accuracy(accuracies), m.average_accuracy(full)],
+        "backward_transfer": [m.backward_transfer(accuracies), m.backward_transfer(full)],
+        "edit_preferred": m.edit_preferred([-1.0, -2.0, -3.0], [-1.5, -2.0, -1.0]).tolist(),
+        "edit_success": m.edit_success(yes),
+        "forgetting": [m.forgetting(accuracies), m.forgetting(full)],
+        "gold_probability": [m.gold_probability([-4.0, -2.5, -3.0, -900.0], gold) for gold in range(4)],
+        "kl_drift": m.kl_drift(p, q),
+        "learned_accuracy": [m.learned_accuracy(accuracies), m.learned_accuracy(full)],
+        "locality": [asdict(m.locality(yes, no)), asdict(m.locality(yes, no, sums[:4], other[:4]))],
+        "mean_post_merge_drop": [
+            m.mean_post_merge_drop(merged, single),
+            m.mean_post_merge_drop(merged[0], single[0]),
+        ],
+        "merge_fail": [m.merge_fail(merged, single, tau) for tau in (0.8, 0.9, 1.0)],
+        "merge_fail_table": m.merge_fail_table(merged, single, (0.5, 0.9, 0.95, 1.0)),
+        "merge_failures": m.merge_failures(merged, single, 0.9).tolist(),
+        "merge_instances": [
+            m.merge_instances(["a", "b", "c", "d"], [2, 3], [1, 2], 5, 0),
+            m.merge_instances(["a", "b", "c"], [2], [1], 5, 4),
+        ],
+        "paired_bootstrap": [
+            {
+                "mean": {name: asdict(interval) for name, interval in result.mean.items()},
+                "difference": {" - ".join(pair): asdict(i) for pair, i in result.difference.items()},
+                "p_value": {" - ".join(pair): result.p_value[pair] for pair in result.p_value},
+            }
+            for result in (boot, one_seed)
+        ],
+        "pass_at_k": [m.pass_at_k(n, c, k) for n, c, k in ((10, 3, 1), (10, 3, 5), (200, 7, 100), (5, 0, 2))],
+        "per_token": m.per_token(sums, counts),
+        "perplexity_ratio": [m.perplexity_ratio(sums, other), m.perplexity_ratio(sums, other, counts)],
+        "retain": m.retain({"a": 50.0, "b": 60.0, "c": 70.0}, {"a": 80.0, "b": 55.0, "c": 71.0}, "a"),
+        "sign_flip_p_value": [
+            m.sign_flip_p_value(values["one"], values["two"], permutations=2000, seed=0),
+            m.sign_flip_p_value([values["one"][1]], [values["three"][1]]),
+        ],
+        "student_margin": [student_margin(2.5, 3), student_margin(1.0, 12)],
+        "DEFAULT_TAU": m.DEFAULT_TAU,
+        "DEFAULT_TAUS": m.DEFAULT_TAUS,
+    }
+    types = {"BootstrapResult", "Interval", "Locality", "MergeInstance"}
+    assert set(found) - {"student_margin"} | types == set(m.__all__), "a metric came or went: measure it here"
+    return rounded(found)
+
+
+SECTIONS = {"training": training, "merging": merging, "evaluation": evaluation, "metrics": metrics}
+
+
+# Writing and comparing.
+
+
+def machine():
+    """What digests depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    return {"processor": processor, "torch": torch.__version__, "numpy": np.__version__}
+
+
+def compare(expected, found, same_machine, where=""):
+    """Return what differs, a line each."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        lines = [f"{where}: {key!r} is only in one of them" for key in expected.keys() ^ found.keys()]
+        for key in expected.keys() & found.keys():
+            if same_machine or not key.startswith(DIGEST):
+                lines += compare(expected[key], found[key], same_machine, f"{where}/{key}")
+        return lines
+    if isinstance(expected, list) and isinstance(found, list):
+        if len(expected) != len(found):
+            return [f"{where}: {len(expected)} values were expected, and there are {len(found)}"]
+        pairs = enumerate(zip(expected, found, strict=True))
+        return [line for i, (one, two) in pairs for line in compare(one, two, same_machine, f"{where}/{i}")]
+    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in (expected, found)]
+    if all(numbers):
+        near = abs(expected - found) <= ABSOLUTE + RELATIVE * max(abs(expected), abs(found))
+    else:
+        near = expected == found and type(expected) is type(found)
+    return [] if near else [f"{where}: expected {expected!r}, found {found!r}"]
+
+
+def check(name):
+    """Make a section and return how it differs from its file, a line each."""
+    kept = json.loads((HERE / f"{name}.json").read_text())
+    found = json.loads(json.dumps(SECTIONS[name]()))
+    return sorted(compare(kept["values"], found, kept["machine"] == machine(), name))
+
+
+def write(name):
+    """Make a section and write its file."""
+    kept = {"machine": machine(), "note": SECTIONS[name].__doc__.strip(), "values": SECTIONS[name]()}
+    text = json.dumps(kept, indent=1)
+    (HERE / f"{name}.json").write_text(text + "\n")
+
+
+def main(arguments):
+    names = [name for name in arguments if name != "--check"] or list(SECTIONS)
+    failed = False
+    for name in names:
+        if "--check" not in arguments:
+            write(name)
+            continue
+        lines = check(name)
+        failed = failed or bool(lines)
+        print(f"{name}: {len(lines)} differences", *lines[:40], sep="\n  ")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
