@@ -70,7 +70,7 @@ class MadeUpWeights:
     def __init__(self, shapes: dict[str, tuple[int, int]]):
         import torch
 
-        from hiplora.export.shards import TensorSpec
+        from hiplora.adapters.shards import TensorSpec
 
         self.stored = {
             f"{module}.weight": TensorSpec(shape, torch.bfloat16) for module, shape in shapes.items()
@@ -81,7 +81,7 @@ class MadeUpWeights:
         return parameter
 
     def blocks(self, name: str) -> Iterator[Any]:
-        from hiplora.export.shards import row_blocks
+        from hiplora.adapters.shards import row_blocks
 
         shape = self.stored[name].shape
         for rows in row_blocks(shape):
@@ -105,7 +105,7 @@ def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads:
     """Merge by one rule in this process; seconds, and bytes beyond those after the imports."""
     import torch
 
-    import hiplora.export.streaming  # noqa: F401 - imported before memory is first read
+    import hiplora.adapters.streaming  # noqa: F401 - imported before memory is first read
     from hiplora.merging import RULES, merge
 
     home = RULES[rule]
@@ -156,8 +156,8 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def write_sample(update: Any, shapes: dict[str, tuple[int, int]], sample: list[str]) -> dict:
     """Stream a few modules, merged into made-up weights, to a temporary folder."""
-    from hiplora.export.shards import write_shards
-    from hiplora.export.streaming import MergedTensors
+    from hiplora.adapters.shards import write_shards
+    from hiplora.adapters.streaming import MergedTensors
 
     merged = MergedTensors(MadeUpWeights(shapes), update)
     specs = {f"{module}.weight": merged.specs[f"{module}.weight"] for module in sample}

@@ -16,9 +16,10 @@ PACKAGE = "hiplora"
 # From top to bottom: a room imports rooms of lower layers, never of its own layer or a higher one.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
+    frozenset({"protect"}),
     frozenset({"study"}),
-    frozenset({"training", "evaluation", "merging", "editing", "probing", "reporting"}),
-    frozenset({"export", "metrics"}),
+    frozenset({"training", "evaluation", "merging", "editing", "probing", "reporting", "export"}),
+    frozenset({"adapters", "metrics"}),
     frozenset({"tuner", "recipes"}),
     frozenset({"spectral", "models"}),
     frozenset({"errors", "files", "provenance"}),

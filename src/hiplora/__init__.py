@@ -19,7 +19,18 @@ _LAZY = {
     "max_leak": "hiplora.tuner",
     "calibrate": "hiplora.tuner",
 }
-_ROOMS = ("spectral", "tuner", "export", "merging", "evaluation", "training", "editing", "study", "reporting")
+_ROOMS = (
+    "spectral",
+    "tuner",
+    "adapters",
+    "export",
+    "merging",
+    "evaluation",
+    "training",
+    "editing",
+    "study",
+    "reporting",
+)
 
 if TYPE_CHECKING:
     from hiplora.tuner import HipLoraConfig, calibrate, max_leak, retract_, stability_penalty

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from hiplora.adapters import read_update
 from hiplora.cli import main as frame
 from hiplora.cli.demo import command
 from hiplora.editing import evaluate_edits, load_edit_sets
 from hiplora.errors import ConfigError, DataError
-from hiplora.export import read_update
 from hiplora.study import demo_stages
 from hiplora.study.demo import DemoSettings, demo
 from hiplora.study.isolated import run_here

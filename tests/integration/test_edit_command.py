@@ -6,8 +6,8 @@ import pytest
 from peft import PeftModel
 from typer.testing import CliRunner
 
+from hiplora.adapters import read_update
 from hiplora.cli.main import app, main
-from hiplora.export import read_update
 from hiplora.models import load
 from tests.tiny import write_jsonl
 

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from hiplora.cli import inspect as command
 from tests.commands import run
-from tests.unit.export.samples import ATTENTION, hip_config, saved
+from tests.unit.adapters.samples import ATTENTION, hip_config, saved
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def test_every_module_has_a_row(adapters, capsys, name):
 
 
 def test_json_is_the_record_of_the_library(adapters, capsys):
-    from hiplora.export import inspect_adapter
+    from hiplora.adapters import inspect_adapter
 
     code, out, _ = run(capsys, "inspect", adapters["hiplora"], "--rank", 8, "--json")
     assert code == 0

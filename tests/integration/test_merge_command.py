@@ -7,12 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
+from hiplora.adapters import read_update
 from hiplora.cli import merge as command
-from hiplora.export import read_update
 from hiplora.merging import RULES, merge
 from tests.commands import run
 from tests.tiny import save_tiny
-from tests.unit.export.samples import (
+from tests.unit.adapters.samples import (
     ATTENTION,
     base_model,
     edit_tensors,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
+from hiplora import protect as protection
+from hiplora.adapters import read_update
+from hiplora.adapters.base_weights import load_base
 from hiplora.cli import protect as command
-from hiplora.export import read_update
-from hiplora.export.base_weights import load_base
-from hiplora.study import protection
 from hiplora.training.calibration import calibration_rows
 from tests.commands import run
 from tests.tiny import tiny_tokenizer, write_jsonl
-from tests.unit.export.samples import (
+from tests.unit.adapters.samples import (
     ATTENTION,
     base_model,
     deltas,

@@ -3,11 +3,11 @@
 import pytest
 from peft import LoraConfig
 
+from hiplora import protect as protection
+from hiplora.adapters import read_update
 from hiplora.cli.main import main
-from hiplora.export import read_update
-from hiplora.study import protection
 from tests.tiny import save_tiny, write_jsonl
-from tests.unit.export.samples import ATTENTION, base_model, edit_tensors, hip_config, leaky, saved
+from tests.unit.adapters.samples import ATTENTION, base_model, edit_tensors, hip_config, leaky, saved
 
 
 @pytest.fixture(scope="session")

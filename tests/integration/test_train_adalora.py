@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hiplora.adapters import read_update, save_as_lora
 from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import mounted
-from hiplora.export import read_update, save_as_lora
 from hiplora.merging import merge
 from hiplora.recipes import TrainRecipe
 from hiplora.recipes.methods import METHODS

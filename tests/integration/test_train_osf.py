@@ -8,9 +8,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hiplora.adapters import read_update, save_as_lora, update_from_model
 from hiplora.errors import AdapterError
 from hiplora.evaluation.mounting import applied, mounted
-from hiplora.export import read_update, save_as_lora, update_from_model
 from hiplora.merging import merge
 from hiplora.models.shapes import shape_of
 from hiplora.recipes import TrainRecipe

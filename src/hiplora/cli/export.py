@@ -12,7 +12,7 @@ import typer
 from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
 
 if TYPE_CHECKING:
-    from hiplora.export import ExportReport, Finding
+    from hiplora.adapters import ExportReport, Finding
 
 
 class Target(str, Enum):
@@ -92,8 +92,8 @@ def _lora(
     strict: bool,
     logits: bool,
 ) -> None:
+    from hiplora.adapters import base_facts, read_update, save_as_lora, server_findings
     from hiplora.errors import AdapterError
-    from hiplora.export import base_facts, read_update, save_as_lora, server_findings
     from hiplora.files import check_output_dir
 
     check_output_dir(out, overwrite)
@@ -148,7 +148,7 @@ def _dense(
     max_shard_size: str,
     logits: bool,
 ) -> None:
-    from hiplora.export import save_dense
+    from hiplora.adapters import save_dense
 
     report = save_dense(
         adapter,

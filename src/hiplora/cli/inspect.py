@@ -29,7 +29,7 @@ def command(
 
         hiplora inspect runs/medicine --rank 16
     """
-    from hiplora.export import inspect_adapter
+    from hiplora.adapters import inspect_adapter
     from hiplora.files import check_output_file, write_atomic
 
     if html is not None:

@@ -34,7 +34,7 @@ from hiplora.merging.registry import RULES, Rule
 from hiplora.merging.registry import rule as find_rule
 
 if TYPE_CHECKING:
-    from hiplora.export import AdapterUpdate
+    from hiplora.adapters import AdapterUpdate
 
 _WITH_PROTECT = " Only with --protect; "
 _WITH_EVALUATE = " Only with --evaluate."
@@ -133,10 +133,10 @@ def command(
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
+    from hiplora.adapters import read_update
+    from hiplora.adapters.folder import check_out
     from hiplora.evaluation.evaluate import EvalSettings
     from hiplora.evaluation.naming import name_adapters
-    from hiplora.export import read_update
-    from hiplora.export.folder import check_out
     from hiplora.files import check_output_file
     from hiplora.merging import merge
 
@@ -295,8 +295,8 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 
 def _protected(update: "AdapterUpdate", given: dict[str, Any]) -> "tuple[AdapterUpdate, dict[str, Any]]":
+    from hiplora.protect import ProtectSettings, protect_update
     from hiplora.spectral import parse_rank
-    from hiplora.study.protection import ProtectSettings, protect_update
 
     if "principal_rank" in given:
         given = given | {"principal_rank": parse_rank(given["principal_rank"])}
@@ -304,7 +304,7 @@ def _protected(update: "AdapterUpdate", given: dict[str, Any]) -> "tuple[Adapter
 
 
 def _write(update: Any, out: Path, form: Format, overwrite: bool, record: dict[str, Any]) -> dict[str, Any]:
-    from hiplora.export import save_as_hiplora, save_dense
+    from hiplora.adapters import save_as_hiplora, save_dense
     from hiplora.merging import save_merged
 
     details = {

@@ -56,8 +56,8 @@ def command(
 
         hiplora protect runs/medicine --out runs/medicine-protected --data medicine.jsonl
     """
+    from hiplora.protect import ProtectSettings, protect_adapter
     from hiplora.spectral import parse_rank
-    from hiplora.study.protection import ProtectSettings, protect_adapter
 
     settings = ProtectSettings(
         principal_rank=parse_rank(principal_rank),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hiplora.adapters.adapter import Update
+from hiplora.adapters.check import quiet_loading
 from hiplora.errors import AdapterError, first_line
-from hiplora.export.adapter import Update
-from hiplora.export.check import quiet_loading
 
 
 @contextlib.contextmanager

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters.base_weights import BaseWeights
+from hiplora.adapters.lora import SELECTION
 from hiplora.errors import AdapterError
-from hiplora.export.adapter import AdapterUpdate
-from hiplora.export.base_weights import BaseWeights
-from hiplora.export.lora import SELECTION
 
 
 def check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from hiplora.adapters.adapter import AdapterUpdate, Pair
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.export.adapter import AdapterUpdate, Pair
 from hiplora.merging.subspaces import (
     Overlap,
     Spaces,

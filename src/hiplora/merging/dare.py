@@ -50,7 +50,7 @@ def _drop(term: "DenseTerm", options: Options) -> "Tensor":
     import torch
     from peft.utils.merge_utils import prune
 
-    from hiplora.export.shards import row_blocks
+    from hiplora.adapters.shards import row_blocks
 
     delta = term.delta
     if options.density == 1:

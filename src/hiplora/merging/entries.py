@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.export.shards import row_blocks
+from hiplora.adapters.shards import row_blocks
 
 _HALF = 1 << 16
 

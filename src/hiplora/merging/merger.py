@@ -6,10 +6,10 @@ from typing import Any, Literal, overload
 
 import torch
 
+from hiplora.adapters.adapter import AdapterUpdate, Channels, Pair
+from hiplora.adapters.lora import ExportReport, save_as_lora
+from hiplora.adapters.update import read_update
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.export.adapter import AdapterUpdate, Channels, Pair
-from hiplora.export.lora import ExportReport, save_as_lora
-from hiplora.export.update import read_update
 from hiplora.merging.compatible import check_compatible, merged_config
 from hiplora.merging.dense_merge import DenseMerge
 from hiplora.merging.options import check_count, is_number
@@ -157,16 +157,16 @@ def save_merged(
         update: what `merge` returned.
         path: output folder.
         overwrite: replace `path` if it exists.
-        options: as for `hiplora.export.save_as_lora`: pad_rank, dtype, tolerance.
+        options: as for `hiplora.adapters.save_as_lora`: pad_rank, dtype, tolerance.
 
     Raises:
-        AdapterError: the update is of full rank, or as `hiplora.export.save_as_lora`.
-        ConfigError: as `hiplora.export.save_as_lora`.
+        AdapterError: the update is of full rank, or as `hiplora.adapters.save_as_lora`.
+        ConfigError: as `hiplora.adapters.save_as_lora`.
     """
     if isinstance(update, DenseMerge):
         raise AdapterError(
             f"{update.source}: the update is of full rank, which no LoRA adapter holds; cut it down with "
-            "merge(..., rank=...), or write a model with hiplora.export.save_dense"
+            "merge(..., rank=...), or write a model with hiplora.adapters.save_dense"
         )
     return save_as_lora(update, path, overwrite=overwrite, **options)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hiplora.export.adapter import AdapterUpdate
-from hiplora.export.folder import WEIGHTS
+from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters.folder import WEIGHTS
 from hiplora.merging.conflict import ModuleConflict, PairConflict, conflicts
 from hiplora.merging.subspaces import RANK_TOLERANCE
 from hiplora.provenance import file_sha256, provenance
@@ -30,7 +30,7 @@ def merge_report(
     It looks at the weighted updates as they come, before a merge rule drops anything from them.
 
     Args:
-        updates: the updates that were merged (`hiplora.export.read_update`), at least one.
+        updates: the updates that were merged (`hiplora.adapters.read_update`), at least one.
         weights: one finite number each.
         merged: the record of the merge, kept as it is under `merge`.
         wrap: called with the module names, yields them; for a progress bar.

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from hiplora.adapters import ExportReport, save_as_lora
 from hiplora.editing import EditSet, EditTraining, evaluate_edits, train_edits
 from hiplora.evaluation import BaseReference, Encoded, drift_texts, encode, heldout_loss
 from hiplora.evaluation.mounting import mounted
-from hiplora.export import ExportReport, save_as_lora
 from hiplora.files import staged_dir
 from hiplora.merging import merge, save_merged
 from hiplora.models import load, resolve

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hiplora import __version__
+from hiplora.adapters import read_update
+from hiplora.adapters.adapter import Update
+from hiplora.adapters.folder import check_out
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import (
     EvalSettings,
@@ -23,9 +26,6 @@ from hiplora.evaluation.evaluate import (
 from hiplora.evaluation.mounting import applied, check_acts, mounted
 from hiplora.evaluation.naming import BASE, name_adapters
 from hiplora.evaluation.suite import Suite
-from hiplora.export import read_update
-from hiplora.export.adapter import Update
-from hiplora.export.folder import check_out
 from hiplora.files import check_output_dir, staged_dir
 from hiplora.merging import merge
 from hiplora.merging.registry import rule as find_rule

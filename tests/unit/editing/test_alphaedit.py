@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from hiplora.adapters import read_update
 from hiplora.editing import AlphaEdit, Edit, EditSettings, evaluate_edits, run_edits
 from hiplora.editing.alphaedit import AlphaEditor, null_space, null_space_update, save_update
 from hiplora.editing.alphaedit import editor as editor_module
@@ -11,7 +12,6 @@ from hiplora.editing.alphaedit.prompts import essence, locate, until_subject, wr
 from hiplora.editing.alphaedit.settings import default_layers
 from hiplora.editing.alphaedit.values import search_values, subject_states
 from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
-from hiplora.export import read_update
 from hiplora.spectral import SecondMoment
 from hiplora.tuner.calibration import input_bases
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer

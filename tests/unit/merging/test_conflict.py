@@ -7,9 +7,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hiplora.adapters import read_update
+from hiplora.adapters.adapter import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.export import read_update
-from hiplora.export.adapter import AdapterUpdate
 from hiplora.merging.conflict import conflicts
 from hiplora.merging.subspaces import RANK_TOLERANCE
 from tests import reference

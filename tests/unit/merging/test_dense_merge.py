@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
+from hiplora.adapters import read_update
 from hiplora.errors import AdapterError
-from hiplora.export import read_update
 from hiplora.merging import RULES, DenseMerge, merge, save_merged
 from hiplora.training.memory import CLEAR
 from tests import reference
-from tests.unit.export.samples import hip_config, product, saved
+from tests.unit.adapters.samples import hip_config, product, saved
 from tests.unit.merging.terms import lora_term
 
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"

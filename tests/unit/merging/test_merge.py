@@ -6,11 +6,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hiplora.adapters import inspect_adapter, read_update, save_dense
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.export import inspect_adapter, read_update, save_dense
 from hiplora.merging import RULES, DenseMerge, merge, save_merged
 from tests.tiny import save_tiny
-from tests.unit.export.samples import (
+from tests.unit.adapters.samples import (
     base_model,
     deltas,
     edit_tensors,

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hiplora.adapters import read_update
+from hiplora.adapters.adapter import AdapterUpdate
 from hiplora.errors import ConfigError
-from hiplora.export import read_update
-from hiplora.export.adapter import AdapterUpdate
 from hiplora.merging.conflict import conflicts
 from hiplora.merging.report import adapter_names, merge_report, most_conflicting, totals
 from hiplora.provenance import file_sha256

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
+from hiplora.adapters import read_update
+from hiplora.adapters.adapter import AdapterUpdate
 from hiplora.errors import ConfigError
-from hiplora.export import read_update
-from hiplora.export.adapter import AdapterUpdate
 from hiplora.merging import DenseMerge, TruncatedUpdate, merge, truncate
 from tests import reference
-from tests.unit.export.samples import product
+from tests.unit.adapters.samples import product
 from tests.unit.merging.terms import dense, hip_term, lora_term
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hiplora.adapters import AdapterUpdate, read_update
+from hiplora.adapters.check import compare_modules, refuse_over
+from hiplora.adapters.lora import write_lora
 from hiplora.errors import AdapterError
-from hiplora.export import AdapterUpdate, read_update
-from hiplora.export.check import compare_modules, refuse_over
-from hiplora.export.lora import write_lora
 
 _LOST = 1e-6  # share of an update's norm that its factors may lack
 _TOLERANCE = 1e-5  # the same of the factors as written

@@ -1,0 +1,165 @@
+"""Where an adapter's update lies on the spectrum of the weights that it changes."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters.base_weights import BaseWeights
+from hiplora.adapters.update import read_update
+from hiplora.errors import ConfigError
+from hiplora.spectral import FactorStore, SpectralFactors, allocate
+
+DEFAULT_RANK = 32
+_LAYER = re.compile(r"\.(\d+)\.")
+_NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
+
+
+def inspect_adapter(
+    adapter_dir: str | os.PathLike | AdapterUpdate,
+    base: str | None = None,
+    rank: int | None = None,
+    *,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+) -> dict[str, Any]:
+    """Measure how an adapter's update lies on the singular directions of its base weights.
+
+    Args:
+        adapter_dir: a HiP-LoRA or stock LoRA adapter folder, or an update.
+        base: base model, path or name, where the one in the configuration is not to be used.
+        rank: number of leading directions to look at; None takes the adapter's own principal rank, or 32. A
+            smaller weight is looked at in full.
+        wrap: called with the module names, yields them; for a progress bar.
+
+    Returns:
+        the inspection record, schema 1: adapter, base, method, rows per module (see `allocation_rows`), summary.
+
+    Raises:
+        AdapterError: the adapter cannot be read or does not fit the base model.
+        ConfigError: `rank` is not positive.
+    """
+    update = read_update(adapter_dir, base)
+    chosen = _rank(update, rank)
+    rows = allocation_rows(update, base, chosen, wrap=wrap)
+    return {
+        "schema": 1,
+        "kind": "inspection",
+        "adapter": update.source,
+        "base": base or update.base,
+        "method": update.kind,
+        "principal_rank": chosen,
+        "modules": rows,
+        "summary": summarise(rows),
+    }
+
+
+def allocation_rows(
+    adapter_dir: str | os.PathLike | AdapterUpdate,
+    base: str | None = None,
+    rank: int | None = None,
+    *,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+) -> list[dict[str, Any]]:
+    """Return one row per adapted module, in the model's order.
+
+    A row has: module, layer (index or None), type, rank (of the directions looked at), norm (‖ΔW‖_F), left, right,
+    both (fractions of ‖ΔW‖_F² inside span(U), span(V), both), sigma, gains (diag(UᵀΔWV), the change of each σ) and
+    leak (of a HiP-LoRA residual channel into its own protected directions; None where there is no such promise).
+
+    Args:
+        adapter_dir: as for `inspect_adapter`.
+        base: as for `inspect_adapter`.
+        rank: as for `inspect_adapter`.
+        wrap: as for `inspect_adapter`.
+
+    Raises:
+        AdapterError, ConfigError: as `inspect_adapter`.
+    """
+    update = read_update(adapter_dir, base)
+    chosen = _rank(update, rank)
+    factors_of = _Spectrum(update, base or update.base, chosen)
+    return [_row(update, module, factors_of(module)) for module in wrap(sorted(update.factors, key=_natural))]
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return energy-weighted fractions over all modules and per module type, norms, and the largest leak."""
+    leaks = [row["leak"] for row in rows if row["leak"] is not None]
+    types = {
+        kind: [row for row in rows if row["type"] == kind] for kind in sorted({row["type"] for row in rows})
+    }
+    return {
+        **energy_shares(rows),
+        "modules": len(rows),
+        "max_leak": max(leaks) if leaks else None,
+        "largest_gain": max((abs(gain) for row in rows for gain in row["gains"]), default=0.0),
+        "by_type": {kind: energy_shares(members) for kind, members in types.items()},
+    }
+
+
+class _Spectrum:
+    """Leading singular triplets of the base weights, from the adapter itself where it has just these."""
+
+    def __init__(self, update: AdapterUpdate, base: str, rank: int):
+        self._update, self._base, self._rank = update, base, rank
+        self._store = FactorStore()
+        self._weights: BaseWeights | None = None
+
+    def __call__(self, module: str) -> SpectralFactors:
+        channels = self._update.channels.get(module)
+        own_basis = self._update.config.get("basis", "weight") == "weight"
+        if channels is not None and own_basis and channels.sigma.shape[0] == self._rank:
+            return SpectralFactors(channels.U, channels.sigma, channels.V, math.nan, math.nan, "adapter")
+        if self._weights is None:
+            self._weights = BaseWeights(self._base)
+        weight = self._weights.fitting_weight(module, self._update)
+        return self._store.get_or_compute(weight, min(self._rank, *weight.shape), name=module)
+
+
+def _rank(update: AdapterUpdate, rank: int | None) -> int:
+    if rank is None:
+        own = update.config.get("principal_rank")
+        return own if isinstance(own, int) else DEFAULT_RANK
+    if rank < 1:
+        raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
+    return rank
+
+
+@torch.no_grad()
+def _row(update: AdapterUpdate, module: str, factors: SpectralFactors) -> dict[str, Any]:
+    A, B = update.factors[module]
+    found = allocate(B, A, factors.U, factors.V)
+    channels = update.channels.get(module)
+    promised = channels is not None and channels.leak_limit is not None
+    layer = _LAYER.search(f".{module}.")
+    return {
+        "module": module,
+        "layer": int(layer[1]) if layer else None,
+        "type": module.rpartition(".")[2],
+        "rank": factors.rank,
+        "norm": found.norm,
+        "left": found.left,
+        "right": found.right,
+        "both": found.both,
+        "sigma": factors.sigma.tolist(),
+        "gains": found.gains.tolist(),
+        "leak": channels.leak() if channels is not None and promised else None,
+    }
+
+
+def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fractions left, right and both of some rows, weighted by energy, and the norm of them all."""
+    energy = sum(row["norm"] ** 2 for row in rows)
+    shares = {
+        side: sum(row[side] * row["norm"] ** 2 for row in rows) / energy if energy else 0.0
+        for side in ("left", "right", "both")
+    }
+    return {**shares, "norm": math.sqrt(energy)}
+
+
+def _natural(module: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 10 after layer 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]

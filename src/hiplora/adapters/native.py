@@ -1,0 +1,116 @@
+"""An update whose channels were kept apart, a merge above all, as a HiP-LoRA adapter that PEFT loads with hiplora."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hiplora.adapters.adapter import AdapterUpdate, Channels
+from hiplora.adapters.card import write_card
+from hiplora.adapters.check import compare_logits, compare_modules, refuse_over
+from hiplora.adapters.folder import PREFIX, WEIGHTS, check_out
+from hiplora.adapters.lora import ExportReport, pattern, shared_fields
+from hiplora.adapters.update import read_update
+from hiplora.errors import AdapterError
+from hiplora.files import staged_dir
+from hiplora.tuner import HipLoraConfig
+
+
+def save_as_hiplora(
+    update: AdapterUpdate,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    tolerance: float = 1e-5,
+    details: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Write an update with all its channels as a HiP-LoRA adapter, and verify what was written.
+
+    Args:
+        update: every module of it must have its channels, as a merge of adapters that share a basis has.
+        path: output folder.
+        overwrite: replace `path` if it exists.
+        tolerance: largest accepted relative difference of a module's update.
+        details: what else `export.json` should say, for JSON.
+
+    Raises:
+        AdapterError: a module has no channels of one basis, left its complement, or protects other sides than the
+            rest; or the result differs. Nothing is written then.
+        ConfigError: `path` exists.
+    """
+    check_out(path, overwrite, update.source)
+    check_out(path, overwrite, update.base, "its base model")
+    update.check_leak()
+    config, channels = _config(update), _channels(update)
+    with staged_dir(path, overwrite) as staged:
+        tensors = {f"{m}.{name}": t for m, c in channels.items() for name, t in _parts(c, config).items()}
+        tensors |= update.extras
+        contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(str(staged))
+        written = read_update(staged)
+        modules = compare_modules(update, written)
+        refuse_over(modules, tolerance)
+        logits, note = compare_logits(update, staged, None, "default", tolerance)
+        ranks, dtype = written.ranks, "float32"
+        report = ExportReport(
+            str(path), update.base, dtype, ranks, modules, logits, tolerance, note, "hiplora"
+        )
+        write_card(update, report.to_json(), staged, details)
+    return report
+
+
+def _channels(update: AdapterUpdate) -> dict[str, Channels]:
+    sides: tuple[str, str] | None = None
+    for module in update.factors:
+        found = update.channels.get(module)
+        if found is None:
+            raise AdapterError(
+                f"layer {module}: {update.source} has no two channels in one basis there, so it is no HiP-LoRA "
+                "adapter; save it as plain LoRA, which is as exact"
+            )
+        sides = sides or (found.sides, module)
+        if found.sides != sides[0]:
+            raise AdapterError(
+                f"layer {module}: {update.source} protects the sides {found.sides!r} there, but {sides[0]!r} of "
+                f"{sides[1]}, and a HiP-LoRA adapter has one setting; save it as plain LoRA, which is as exact"
+            )
+    return {module: update.channels[module] for module in update.factors}
+
+
+def _config(update: AdapterUpdate) -> HipLoraConfig:
+    channels = _channels(update)
+    r, rank_pattern = pattern({module: c.A.shape[0] for module, c in channels.items()})
+    alpha, alpha_pattern = pattern({module: c.scaling * c.A.shape[0] for module, c in channels.items()})
+    k, principal_rank_pattern = pattern({module: len(c.sigma) for module, c in channels.items()})
+    projected = all(c.leak_limit is not None for c in channels.values())
+    gains = any(c.delta is not None for c in channels.values())
+    shared: dict[str, Any] = shared_fields(update)
+    return HipLoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        principal_rank=k,
+        principal_rank_pattern=principal_rank_pattern,
+        residual_projection=projected,
+        principal_channel=gains or not projected,
+        basis=update.config.get("basis", "weight"),
+        basis_sides=next(iter(channels.values())).sides,
+        fingerprints=dict(update.fingerprints),
+        base_precision=update.config.get("base_precision") or "",
+        calibration=dict(update.config.get("calibration") or {}),
+        **shared,
+    )
+
+
+def _parts(channels: Channels, config: HipLoraConfig) -> dict[str, Tensor]:
+    names = ("A", "B", "U", "sigma", "V")
+    parts: dict[str, Tensor] = {f"hiplora_{name}": getattr(channels, name) for name in names}
+    if config.principal_channel:  # the gains of a Proj-LoRA module among others are zero
+        delta = channels.delta
+        parts["hiplora_delta"] = torch.zeros_like(channels.sigma) if delta is None else delta
+    return parts

@@ -1,0 +1,164 @@
+import pytest
+import torch
+from peft import LoraConfig
+
+from hiplora.adapters import allocation_rows, inspect_adapter, read_update, save_as_lora
+from hiplora.adapters.base_weights import BaseWeights
+from hiplora.adapters.inspection import summarise
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.reporting import render_inspection_html
+from tests.reference import dense_svd
+from tests.tiny import save_tiny
+from tests.unit.adapters.samples import ATTENTION, base_model, deltas, hip_config, leaky, saved
+
+SHAPE = ("module", "layer", "type", "rank", "norm", "left", "right", "both", "sigma", "gains", "leak")
+
+
+def dense_allocation(delta, weight, k):
+    """Where the energy of a dense update lies, by full SVD and dense projectors."""
+    U, sigma, V = dense_svd(weight, k)
+    delta = delta.double()
+    energy = delta.norm() ** 2
+    left, right = U @ (U.T @ delta), (delta @ V) @ V.T
+    both = U @ (U.T @ delta @ V) @ V.T
+    return (
+        {
+            "left": (left.norm() ** 2 / energy).item(),
+            "right": (right.norm() ** 2 / energy).item(),
+            "both": (both.norm() ** 2 / energy).item(),
+            "norm": delta.norm().item(),
+        },
+        torch.diag(U.T @ delta @ V),
+        sigma,
+    )
+
+
+@pytest.mark.parametrize("kind", ["hiplora", "lora", "proj-lora"])
+@pytest.mark.parametrize("rank", [6, 10])
+def test_rows_agree_with_dense_projectors_on_the_full_svd(tiny_model_dir, tmp_path, kind, rank):
+    config = {
+        "hiplora": hip_config(),
+        "lora": LoraConfig(r=4, target_modules=ATTENTION),
+        "proj-lora": hip_config(principal_channel=False),
+    }[kind]
+    folder, model = saved(tiny_model_dir, tmp_path / "a", config)
+    record = inspect_adapter(folder, rank=rank)
+    assert (record["schema"], record["kind"], record["method"], record["principal_rank"]) == (
+        1,
+        "inspection",
+        kind,
+        rank,
+    )
+    weights = base_model(tiny_model_dir).state_dict()
+    expected = deltas(model)
+    assert [row["module"] for row in record["modules"]] == sorted(expected)
+    for row in record["modules"]:
+        assert tuple(row) == SHAPE
+        numbers, gains, sigma = dense_allocation(
+            expected[row["module"]], weights[f"{row['module']}.weight"], rank
+        )
+        for key, number in numbers.items():
+            assert row[key] == pytest.approx(number, rel=1e-3, abs=1e-6), (row["module"], key)
+        assert row["sigma"] == pytest.approx(sigma.tolist(), rel=1e-4)
+        assert row["gains"] == pytest.approx(gains.tolist(), rel=1e-2, abs=1e-4)
+
+
+def test_hiplora_gains_are_its_deltas_and_its_residual_stays_outside(hip):
+    folder, _ = hip
+    update = read_update(folder)
+    for row in allocation_rows(folder):
+        channels = update.channels[row["module"]]
+        assert row["gains"] == pytest.approx(channels.delta.tolist(), abs=1e-6)
+        assert row["left"] == pytest.approx(row["both"], abs=1e-6)
+        assert row["right"] == pytest.approx(row["both"], abs=1e-6)
+        assert row["leak"] < 1e-5
+
+
+def test_the_own_rank_is_the_default_and_needs_no_base_model(hip, monkeypatch):
+    monkeypatch.setattr(BaseWeights, "__init__", lambda *_: pytest.fail("the base model was opened"))
+    record = inspect_adapter(hip[0])
+    assert record["principal_rank"] == 6
+    assert {row["rank"] for row in record["modules"]} == {6}
+
+
+def test_a_lora_adapter_is_looked_at_with_32_directions_or_as_many_as_there_are(tiny_model_dir, tmp_path):
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    record = inspect_adapter(folder)
+    assert record["principal_rank"] == 32
+    assert {row["type"]: row["leak"] for row in record["modules"]} == {"q_proj": None, "v_proj": None}
+    for row in inspect_adapter(folder, rank=48)["modules"]:
+        assert row["rank"] == (48 if row["type"] == "q_proj" else 32)
+        if row["type"] == "v_proj":  # all 32 output directions of a 32 × 64 weight
+            assert row["left"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_an_exported_adapter_lies_where_the_original_lies(hip, tmp_path):
+    save_as_lora(hip[0], tmp_path / "out")
+    original, exported = inspect_adapter(hip[0]), inspect_adapter(tmp_path / "out", rank=6)
+    assert exported["summary"]["norm"] == pytest.approx(original["summary"]["norm"], rel=1e-5)
+    for one, other in zip(original["modules"], exported["modules"], strict=True):
+        assert other["both"] == pytest.approx(one["both"], rel=1e-3, abs=1e-7)
+
+
+def test_a_leak_is_shown_rather_than_refused(tiny_model_dir, tmp_path):
+    folder, module = leaky(tiny_model_dir, tmp_path / "a")
+    record = inspect_adapter(folder)
+    row = next(row for row in record["modules"] if row["module"] == module)
+    assert row["leak"] > 0.1
+    assert record["summary"]["max_leak"] == row["leak"]
+
+
+def test_without_a_promised_complement_there_is_no_leak_to_show(tiny_model_dir, tmp_path):
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(residual_projection=False))
+    assert {row["leak"] for row in allocation_rows(folder)} == {None}
+
+
+def test_another_base_model_is_refused(hip, tmp_path):
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(AdapterError, match="not the one that this adapter was made for"):
+        inspect_adapter(hip[0], base=str(other), rank=8)
+
+
+def test_a_rank_below_one_is_refused(hip):
+    with pytest.raises(ConfigError, match="rank is 0"):
+        inspect_adapter(hip[0], rank=0)
+
+
+def test_layers_come_in_the_models_order():
+    from hiplora.adapters.inspection import _natural
+
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in (10, 2, 11, 0)]
+    assert sorted(names, key=_natural) == [names[i] for i in (3, 1, 0, 2)]
+
+
+def row(type_, norm, left, leak=None):
+    return {
+        "type": type_,
+        "norm": norm,
+        "left": left,
+        "right": 0.5,
+        "both": 0.0,
+        "gains": [-3.0, 1.0],
+        "leak": leak,
+    }
+
+
+def test_the_summary_weighs_modules_by_their_energy():
+    summary = summarise([row("q_proj", 3.0, 1.0, 1e-6), row("v_proj", 4.0, 0.0, 1e-7)])
+    assert summary["norm"] == pytest.approx(5.0)
+    assert summary["left"] == pytest.approx(9 / 25)
+    assert summary["right"] == pytest.approx(0.5)
+    assert summary["largest_gain"] == 3.0
+    assert summary["max_leak"] == 1e-6
+    assert summary["by_type"]["v_proj"] == {"left": 0.0, "right": 0.5, "both": 0.0, "norm": 4.0}
+
+
+def test_the_summary_of_a_zero_update_is_zero():
+    summary = summarise([row("q_proj", 0.0, 0.0)])
+    assert (summary["left"], summary["norm"], summary["max_leak"]) == (0.0, 0.0, None)
+
+
+def test_the_record_renders_as_a_page(hip):
+    page = render_inspection_html(inspect_adapter(hip[0]))
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert "q_proj" in page
