@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from hiplora.cli import export as command
 from tests.commands import run
-from tests.unit.export.samples import (
+from tests.unit.adapters.samples import (
     ATTENTION,
     base_model,
     hip_config,

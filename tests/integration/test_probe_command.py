@@ -12,7 +12,7 @@ from hiplora.probing import directions_of, intervened
 from hiplora.study import probe as study
 from tests.commands import run
 from tests.tiny import tiny_tokenizer
-from tests.unit.export.samples import save_tiny_gpt2
+from tests.unit.adapters.samples import save_tiny_gpt2
 
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 4
 MODULES = ("--modules", "q_proj,v_proj", "--layers", "1")

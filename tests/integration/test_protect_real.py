@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from hiplora.cli.main import main
 from tests.tiny import write_jsonl
-from tests.unit.export.samples import base_model
+from tests.unit.adapters.samples import base_model
 
 
 @pytest.mark.real_model

@@ -3,7 +3,7 @@
 import peft
 import torch
 
-from tests.unit.export.samples import base_model
+from tests.unit.adapters.samples import base_model
 
 
 def adalora(base_dir, seed=0, **changes):

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.unit.export.samples import hip_config, saved
+from tests.unit.adapters.samples import hip_config, saved
 
 
 @pytest.fixture(scope="session")
