@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hiplora.reporting import render_html, render_inspection_html
 from hiplora.reporting.merge_page import render_merge_html
+from hiplora.reporting.page import render_html, render_inspection_html
 from tests.unit.reporting import merge_samples
 from tests.unit.reporting import report_samples as samples
 

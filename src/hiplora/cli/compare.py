@@ -47,7 +47,7 @@ def command(
 
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
-    from hiplora.reporting import print_summary
+    from hiplora.reporting.terminal import print_summary
     from hiplora.study.compare import CompareSettings, compare
 
     settings = CompareSettings(

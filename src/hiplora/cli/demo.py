@@ -28,7 +28,7 @@ def command(
     """
     import time
 
-    from hiplora.reporting import print_summary
+    from hiplora.reporting.terminal import print_summary
     from hiplora.study.demo import DemoSettings, demo
 
     began = time.perf_counter()

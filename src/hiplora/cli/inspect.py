@@ -38,7 +38,7 @@ def command(
         adapter, base, rank, wrap=lambda names: progress(list(names), "inspecting modules")
     )
     if html is not None:
-        from hiplora.reporting import render_inspection_html
+        from hiplora.reporting.page import render_inspection_html
 
         write_atomic(html, render_inspection_html(record))
     if as_json:

@@ -1,21 +1,17 @@
-"""Reports: a results dictionary as a terminal table, as one self-contained HTML page, and as figure files.
+"""Reports: tables and figures from pandas DataFrames, and one self-contained HTML page that holds them."""
 
-The room reads results and draws; it measures nothing and knows no model. matplotlib, jinja2 and rich are
-loaded when something is rendered, not when the room is imported.
-"""
-
-from hiplora.reporting.merge_page import render_merge_html, save_merge_html
-from hiplora.reporting.merge_summary import conflict_table
-from hiplora.reporting.page import render_html, render_inspection_html, save_figures, save_report
-from hiplora.reporting.terminal import print_summary
+from hiplora.reporting import plots
+from hiplora.reporting.figures import save_figure
+from hiplora.reporting.html import Section, render_page, save_page
+from hiplora.reporting.tables import formatted, interval, save_table
 
 __all__ = [
-    "conflict_table",
-    "print_summary",
-    "render_html",
-    "render_inspection_html",
-    "render_merge_html",
-    "save_figures",
-    "save_merge_html",
-    "save_report",
+    "Section",
+    "formatted",
+    "interval",
+    "plots",
+    "render_page",
+    "save_figure",
+    "save_page",
+    "save_table",
 ]

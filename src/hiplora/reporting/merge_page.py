@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.files import write_atomic
+from hiplora.reporting._old_plots import broken, conflict
 from hiplora.reporting.canvas import Plate
 from hiplora.reporting.merge_results import MergeReport, read_merge_report
 from hiplora.reporting.merge_summary import (
@@ -22,7 +23,6 @@ from hiplora.reporting.merge_summary import (
 from hiplora.reporting.numbers import count, significant
 from hiplora.reporting.page import flatten
 from hiplora.reporting.palette import LOOKS, NEUTRAL
-from hiplora.reporting.plots import broken, conflict
 from hiplora.reporting.template import render_page
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hiplora.reporting._old_plots.broken import points
 from hiplora.reporting.merge_results import Interval, MergeReport, Module, Task, read_merge_report
 from hiplora.reporting.numbers import MISSING, fixed, hundredths, percent
-from hiplora.reporting.plots.broken import points
 from hiplora.reporting.summary import NEITHER, Tile
 from hiplora.reporting.verdict import Verdict
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.files import write_atomic
+from hiplora.reporting._old_plots import drift, edits, energy, learning, spectrum
 from hiplora.reporting.canvas import Panel, Plate, plate_files
 from hiplora.reporting.numbers import MISSING, percent, printable, significant
 from hiplora.reporting.palette import looks
-from hiplora.reporting.plots import drift, edits, energy, learning, spectrum
 from hiplora.reporting.results import Inspection, Results, read_inspection, read_results
 from hiplora.reporting.summary import inspection_rows, method_columns, names, sections, tiles
 from hiplora.reporting.template import render_page

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hiplora.reporting._old_plots.energy import share
 from hiplora.reporting.averages import mean_kl, mean_perplexity_ratio, mean_success
 from hiplora.reporting.numbers import (
     MISSING,
@@ -16,7 +17,6 @@ from hiplora.reporting.numbers import (
     significant,
     storage,
 )
-from hiplora.reporting.plots.energy import share
 from hiplora.reporting.results import Drift, EditRun, Inspection, Method, Results
 
 LOWER, HIGHER, NEITHER = "lower", "higher", ""

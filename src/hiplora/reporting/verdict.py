@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hiplora.reporting._old_plots.energy import share
 from hiplora.reporting.averages import common_texts, mean_kl, mean_perplexity_ratio, mean_success
 from hiplora.reporting.numbers import change, fixed, mean, percent, significant, times
 from hiplora.reporting.palette import is_hiplora, plain
-from hiplora.reporting.plots.energy import share
 from hiplora.reporting.results import Drift, EditRun, Inspection, Method, Results
 
 OURS = ("hiploraactivation", "hiplora")

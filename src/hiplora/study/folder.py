@@ -120,7 +120,7 @@ def claimed(out: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Stu
 
 def finish(folder: StudyFolder, results: Mapping[str, Any]) -> None:
     """Write the report and then, last, `results.json`, which completes the study."""
-    from hiplora.reporting import save_report
+    from hiplora.reporting.page import save_report
 
     save_report(results, folder.path)
     write_atomic(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hiplora.probing import ProbeRecord
+from hiplora.reporting._old_plots.spectrum import types_of
 from hiplora.reporting.numbers import MISSING, hundredths
-from hiplora.reporting.plots.spectrum import types_of
 from hiplora.reporting.study.figures import draw
 from hiplora.reporting.study.spec import Grid, Plot, Series
 

@@ -6,7 +6,7 @@ from hiplora.adapters import allocation_rows, inspect_adapter, read_update, save
 from hiplora.adapters.base_weights import BaseWeights
 from hiplora.adapters.inspection import summarise
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.reporting import render_inspection_html
+from hiplora.reporting.page import render_inspection_html
 from tests.reference import dense_svd
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import ATTENTION, base_model, deltas, hip_config, leaky, saved

@@ -5,11 +5,11 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from hiplora.errors import DataError
+from hiplora.reporting._old_plots import heat
+from hiplora.reporting._old_plots.broken import points
 from hiplora.reporting.canvas import inline_svg
 from hiplora.reporting.merge_page import merge_plates, render_merge_html, save_merge_html
 from hiplora.reporting.merge_results import read_merge_report
-from hiplora.reporting.plots import heat
-from hiplora.reporting.plots.broken import points
 from tests.unit.reporting import merge_samples as samples
 from tests.unit.reporting.page_checks import Tags, assert_asks_for_nothing, assert_well_formed
 

@@ -1,12 +1,16 @@
 import re
-import subprocess
-import sys
 
 import pytest
 
 from hiplora.errors import DataError
-from hiplora.reporting import render_html, render_inspection_html, save_figures, save_report
-from hiplora.reporting.page import flatten, settings_table
+from hiplora.reporting.page import (
+    flatten,
+    render_html,
+    render_inspection_html,
+    save_figures,
+    save_report,
+    settings_table,
+)
 from tests.unit.reporting import report_samples as samples
 from tests.unit.reporting.page_checks import Tags, assert_asks_for_nothing, assert_well_formed
 
@@ -131,10 +135,3 @@ def test_settings_show_where_the_methods_differ():
 def test_nested_settings_flatten_to_dotted_names():
     nested = {"train": {"lr": 0.1, "seeds": [1, 2]}, "empty": {}, "none": None}
     assert flatten(nested) == [("train.lr", "0.1"), ("train.seeds", "1, 2"), ("empty", "none"), ("none", "—")]
-
-
-def test_importing_the_room_loads_no_plotting_library():
-    heavy = ("matplotlib", "jinja2", "rich", "torch")
-    code = f"import sys, hiplora.reporting; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"

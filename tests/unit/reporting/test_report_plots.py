@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from hiplora.reporting._old_plots import energy, learning, spectrum
 from hiplora.reporting.canvas import inline_svg, plate_files
 from hiplora.reporting.page import inspection_plates, overview, plates
 from hiplora.reporting.palette import LOOKS, NEUTRALS, PAPER, looks
-from hiplora.reporting.plots import energy, learning, spectrum
 from hiplora.reporting.results import ModuleUpdate, read_inspection, read_results
 from tests.unit.reporting import report_samples as samples
 

@@ -4,10 +4,10 @@ import math
 import pytest
 from rich.console import Console
 
-from hiplora.reporting import print_summary
 from hiplora.reporting.averages import common_texts, mean_kl, mean_success
 from hiplora.reporting.results import read_inspection, read_results
 from hiplora.reporting.summary import inspection_rows, sections, tiles
+from hiplora.reporting.terminal import print_summary
 from tests.unit.reporting import report_samples as samples
 
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from hiplora.reporting._old_plots.spectrum import log_ticks
 from hiplora.reporting.canvas import Panel, dress
 from hiplora.reporting.numbers import fixed, significant
 from hiplora.reporting.palette import MUTED, PAPER, Look
-from hiplora.reporting.plots.spectrum import log_ticks
 from hiplora.reporting.study import labels
 from hiplora.reporting.study.describe import describe_plot, wrapped
 from hiplora.reporting.study.points import Limits, Point, limits, points

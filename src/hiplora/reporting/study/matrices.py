@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hiplora.reporting._old_plots import heat
 from hiplora.reporting.canvas import Panel
 from hiplora.reporting.numbers import number, printable
 from hiplora.reporting.palette import MUTED
-from hiplora.reporting.plots import heat
 from hiplora.reporting.study.describe import describe_matrix, wrapped
 from hiplora.reporting.study.spec import Matrix
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hiplora.recipes.protocols import Allocation
-from hiplora.reporting.plots.spectrum import TYPE_ORDER
+from hiplora.reporting._old_plots.spectrum import TYPE_ORDER
 from hiplora.reporting.study.spec import Cell, Figure, Grid, Measurement, Plot, Section, Series, Table
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job

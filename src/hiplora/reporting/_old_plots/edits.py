@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hiplora.reporting._old_plots import bars
 from hiplora.reporting.canvas import Panel, Plate
 from hiplora.reporting.numbers import percent, significant
 from hiplora.reporting.palette import Look
-from hiplora.reporting.plots import bars
 from hiplora.reporting.results import EditRun, Results
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from hiplora.reporting._old_plots import bars
+from hiplora.reporting._old_plots.spectrum import relative_gains, types_of
 from hiplora.reporting.canvas import Panel, Plate, axes
 from hiplora.reporting.numbers import finite, mean, median, percent, significant
 from hiplora.reporting.palette import Look, is_hiplora, plain
-from hiplora.reporting.plots import bars
-from hiplora.reporting.plots.spectrum import relative_gains, types_of
 from hiplora.reporting.results import ModuleUpdate
 
 if TYPE_CHECKING:

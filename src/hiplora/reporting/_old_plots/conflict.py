@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from hiplora.reporting._old_plots import heat
+from hiplora.reporting._old_plots.spectrum import types_of
 from hiplora.reporting.canvas import Panel, Plate
 from hiplora.reporting.merge_results import MergeReport, Module
 from hiplora.reporting.numbers import hundredths, mean, percent, shorten, signed
-from hiplora.reporting.plots import heat
-from hiplora.reporting.plots.spectrum import types_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase

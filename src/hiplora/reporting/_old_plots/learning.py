@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hiplora.reporting._old_plots import bars
 from hiplora.reporting.canvas import Panel, Plate, axes
 from hiplora.reporting.numbers import fixed
 from hiplora.reporting.palette import NEUTRAL, Look
-from hiplora.reporting.plots import bars
 from hiplora.reporting.results import Method
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from hiplora.reporting._old_plots import bars
 from hiplora.reporting.canvas import Panel, Plate
 from hiplora.reporting.numbers import MINUS, NBSP, change, finite, significant
 from hiplora.reporting.palette import Look
-from hiplora.reporting.plots import bars
 from hiplora.reporting.results import Drift, EditRun, Method
 
 if TYPE_CHECKING:

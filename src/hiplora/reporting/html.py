@@ -1,0 +1,92 @@
+"""The report page: sections of text, tables and figures in one HTML file that loads nothing else."""
+
+import base64
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hiplora.files import write_atomic
+from hiplora.reporting.figures import svg
+from hiplora.reporting.tables import MISSING, formatted
+
+_LONG = 25  # rows above which a table starts folded
+_NUMBER = re.compile(r"[-+−]?[\d,.]+(e[-+]?\d+)?\s?(%|s|GB|MB|pp)?( \[.*\])?")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: paragraphs (separated by a blank line), then tables and figures by their captions.
+
+    `text` is plain text; `html` is markup that the page takes as it is.
+    """
+
+    title: str
+    text: str = ""
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    html: str = ""
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The text's paragraphs."""
+        return [part.strip() for part in self.text.split("\n\n") if part.strip()]
+
+
+def render_page(
+    title: str, sections: Sequence[Section], subtitle: str = "", provenance: Mapping[str, Any] | None = None
+) -> str:
+    """Return one self-contained HTML page; `provenance`, a nested mapping, is shown folded at its end."""
+    return _template().render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        provenance=pd.json_normalize(dict(provenance or {})).astype(object).to_dict("records"),
+    )
+
+
+def save_page(
+    path: str | os.PathLike,
+    title: str,
+    sections: Sequence[Section],
+    subtitle: str = "",
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `render_page`'s page to `path` and return the path."""
+    return write_atomic(path, render_page(title, sections, subtitle, provenance))
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja", globals={"table": _table, "picture": _picture})
+
+
+def _table(df: pd.DataFrame) -> dict[str, Any]:
+    """Columns as (name, whether its cells are numbers), rows of texts, and whether the table is long."""
+    text = formatted(df)
+    rows = text.to_numpy().tolist()
+    numeric = [
+        all(cell == MISSING or _NUMBER.fullmatch(cell) for cell in column)
+        for column in zip(*rows, strict=True)
+    ]
+    names = list(zip(text.columns, numeric or [False] * text.shape[1], strict=True))
+    return {"columns": names, "rows": rows, "numeric": numeric, "long": len(rows) > _LONG}
+
+
+def _picture(figure: Figure) -> dict[str, Any]:
+    data = base64.b64encode(svg(figure).encode()).decode()
+    return {"source": f"data:image/svg+xml;base64,{data}", "width": round(96 * figure.get_figwidth())}

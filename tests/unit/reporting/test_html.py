@@ -1,0 +1,51 @@
+"""The page: everything in one file, nothing fetched, text taken literally."""
+
+import re
+
+import pandas as pd
+
+from hiplora.reporting import Section, plots, render_page, save_page
+
+TABLE = pd.DataFrame({"method": ["LoRA", "HiP-LoRA"], "drift": [0.123456, 0.01]})
+
+
+def section(**changes):
+    figure = plots.bars(TABLE, "drift", "method")
+    values = {"text": "One.\n\nTwo.", "tables": {"Drift": TABLE}, "figures": {"Drift of each": figure}}
+    return Section("Drift", **{**values, **changes})
+
+
+def test_a_page_holds_its_text_tables_and_figures_and_asks_for_nothing(tmp_path):
+    path = save_page(
+        tmp_path / "out" / "report.html", "A title", [section()], "a subtitle", {"seed": {"a": 1}}
+    )
+    page = path.read_text()
+    assert "<h1>A title</h1>" in page
+    assert page.count("<p>") == 2
+    assert "0.123" in page
+    assert "seed.a" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "<script" not in page
+
+
+def test_text_is_escaped_and_html_is_not():
+    page = render_page("<b>", [section(text="<i>x</i>", html="<em>kept</em>", tables={"<t>": TABLE})])
+    assert "<i>x</i>" not in page
+    assert "<title><b>" not in page
+    assert "<em>kept</em>" in page
+    assert "&lt;t&gt;" in page
+
+
+def test_a_long_table_is_folded():
+    long = pd.DataFrame({"module": [f"layers.{i}" for i in range(40)], "norm": range(40)})
+    page = render_page("t", [section(tables={"Modules": long})])
+    assert "<details><summary>Modules" in page
+
+
+def test_an_empty_table_shows_its_columns():
+    page = render_page("t", [section(tables={"Nothing": TABLE.iloc[:0]})])
+    assert "method" in page
+
+
+def test_the_same_input_gives_the_same_page():
+    assert render_page("t", [section()]) == render_page("t", [section()])
