@@ -179,6 +179,7 @@ def bars(
         )
     if ax.get_xscale() == "linear":
         ax.margins(x=0.15)
+        ax.locator_params(axis="x", nbins=6)
     if reference is not None:
         ax.axvline(reference, color="#5a6373", linewidth=1, linestyle="--")
     ax.grid(False, axis="y")
@@ -221,13 +222,12 @@ def heatmap(
 ) -> None:
     """Draw a wide table as coloured cells, with their values where there is room.
 
-    With `center` the colours diverge from there: blue above, orange below.
+    With `center` the colours diverge from there: blue above, red below.
     """
     values = table.to_numpy(dtype=float)
-    finite = values[np.isfinite(values)]
-    colors = "Blues" if center is None else "PuOr"
+    colors = "Blues" if center is None else "RdBu"
     if center is not None:
-        reach = float(np.abs(finite - center).max(initial=0.0)) or 1.0
+        reach = float(np.nanmax(np.abs(values - center), initial=0.0)) or 1.0
         vmin, vmax = center - reach if vmin is None else vmin, center + reach if vmax is None else vmax
     image = ax.imshow(values, cmap=colors, vmin=vmin, vmax=vmax, aspect="auto")
     ax.grid(False)
@@ -237,14 +237,12 @@ def heatmap(
     )
     ax.set_yticks(*_ticks(table.index, 40))
     if values.size <= 150:
-        middle = image.norm(finite).mean() if finite.size else 0.5
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
-                dark = image.norm(value) > max(0.6, middle) or (
-                    center is not None and image.norm(value) < 0.15
-                )
-                ax.text(column, row, format(value, fmt), ha="center", va="center", fontsize=8,
-                        color="white" if dark else "#1d2230")  # fmt: skip
+                red, green, blue, _ = image.cmap(image.norm(value))
+                dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+                color = "white" if dark else "#1d2230"
+                ax.text(column, row, format(value, fmt), ha="center", va="center", fontsize=8, color=color)
     if values.size > 150 or colorbar:
         ax.figure.colorbar(image, ax=ax, label=colorbar)
 
@@ -265,8 +263,8 @@ def facets(
             continue
         plot(df[df[by] == names[place]], ax=ax, title=str(names[place]), **options)
         ax.label_outer()
-        if place and ax.get_legend():
-            ax.get_legend().remove()
+    with styled():
+        _legend(figure.axes[0])
     return figure
 
 
@@ -297,7 +295,9 @@ def _places(ax: Axes, df: pd.DataFrame, label: str, group: str | None) -> tuple[
     ax.set_yticks(range(len(labels)), [str(name) for name in labels])
     ax.set_ylim(len(labels) - 0.4, -0.6)
     if len(ax.figure.axes) == 1:
-        ax.figure.set_figheight(max(1.6, 0.9 + 0.24 * len(labels) * max(1.4, len(groups))))
+        ax.figure.set_figheight(
+            max(1.8, 0.9 + 0.24 * len(labels) * max(1.4, len(groups)) + 0.12 * len(groups))
+        )
     return places, height * 0.9
 
 
@@ -309,5 +309,12 @@ def _ticks(names: pd.Index, most: int) -> tuple[list[int], list[str]]:
 def _finish(ax: Axes, x: str, y: str, group: str | None) -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    if group is not None and len(ax.get_legend_handles_labels()[0]) > 1:
-        ax.legend()
+    if group is not None and len(ax.figure.axes) == 1:
+        _legend(ax)
+
+
+def _legend(ax: Axes) -> None:
+    """Put the legend above the panels, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) > 1:
+        ax.figure.legend(handles, labels, loc="outside upper left", ncols=2 if len(labels) < 9 else 3)

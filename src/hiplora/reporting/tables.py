@@ -61,5 +61,5 @@ def _text(value: Any, digits: int) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e15 else f"{value:.{digits}g}"
+        return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e9 else f"{value:#.{digits}g}"
     return str(value)
