@@ -1,15 +1,27 @@
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import typer
 
 from hiplora import __version__
 from hiplora.cli import main as frame
-from hiplora.cli.common import emit_json, print_table, progress
+from hiplora.cli.common import emit_json, print_frame, print_table, progress
 from hiplora.errors import AdapterError, ConfigError, DataError
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+)
 
 
 @pytest.fixture
@@ -85,6 +97,12 @@ def test_an_explained_failure_is_one_line_and_an_exit_status(raising, capsys, er
     assert captured.out == ""
 
 
+def test_a_missing_package_is_named_with_the_way_to_install_it(raising, capsys):
+    raising["error"] = ModuleNotFoundError("No module named 'trl'", name="trl")
+    assert run("boom") == 1
+    assert capsys.readouterr().err == "error: No module named 'trl'; pip install 'hiplora[all]'\n"
+
+
 @pytest.mark.parametrize("arguments", [("--debug", "boom"), ("boom", "--debug")])
 def test_debug_before_or_after_the_command_shows_the_traceback(raising, capsys, arguments):
     raising["error"] = ConfigError("wrong")
@@ -125,4 +143,11 @@ def test_a_table_keeps_every_cell_and_takes_brackets_literally(capsys):
     print_table("Layers [fp32]", ["name", "rank"], [["model.layers[0]", 32]])
     out = capsys.readouterr().out
     for text in ("Layers [fp32]", "model.layers[0]", "32"):
+        assert text in out
+
+
+def test_a_data_frame_is_printed_as_in_the_reports(capsys):
+    print_frame("Drift", pd.DataFrame({"method": ["LoRA [r=4]"], "KL": [0.123456], "seconds": [None]}))
+    out = capsys.readouterr().out
+    for text in ("Drift", "LoRA [r=4]", "0.123", "–"):
         assert text in out

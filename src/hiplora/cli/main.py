@@ -51,19 +51,26 @@ app.add_typer(study_app, name="study")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit status.
+    """Run the command line and leave with its exit status: 0 success, 1 failure, 2 usage or input, 130 Ctrl-C.
 
-    0 is success, 1 a failure, 2 wrong usage or input, 130 Ctrl-C. A failure that hiplora or the system explains
-    is one line on standard error; `--debug` (or HIPLORA_DEBUG=1) adds its traceback.
+    A failure that hiplora or the system explains is one line on standard error; `--debug` (or HIPLORA_DEBUG=1) adds
+    its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
     try:
         app(args=[argument for argument in given if argument != "--debug"])
-    except (HipLoraError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+    except (
+        HipLoraError,
+        OSError,
+        ModuleNotFoundError,
+    ) as error:  # OSError: a full disk, an unwritable folder
+        if isinstance(error, ModuleNotFoundError) and (error.name or "hiplora").startswith("hiplora"):
+            raise
         if debug:
             traceback.print_exc()
-        typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
+        hint = "; pip install 'hiplora[all]'" if isinstance(error, ModuleNotFoundError) else ""
+        typer.echo(f"error: {str(error) or type(error).__name__}{hint}", err=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
