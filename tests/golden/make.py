@@ -3,11 +3,14 @@
 A section is a function that returns JSON values; its values are in SECTION.json beside this file. See README.md.
 """
 
+import csv
 import hashlib
 import json
 import math
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -415,7 +418,87 @@ def metrics():
     return rounded(found)
 
 
-SECTIONS = {"training": training, "merging": merging, "evaluation": evaluation, "metrics": metrics}
+# Timings (a claim is about those), what is rounding itself (the residual of a decomposition), and words.
+LEFT_OUT = {"provenance", "overhead", "residual", "says", "paper", "target"}
+MACHINES = {"throughput", "throughput ratio", "peak memory", "peak memory ratio", "factors"}
+MEASURED = ("value", "low", "high", "sd", "seeds", "items")
+MEASURED_SETTINGS = ("p", "hierarchical_low", "hierarchical_high", "likelihood", "loss")
+LABELS = ("protocol", "method", "domain", "form", "metric", "unit")
+
+
+def pico():
+    """The whole pico study: what each job found, and the report's measurements, aims and claims.
+
+    A list's numbers are their count and mean, and part of the result's digest. Left out: timings, throughput, memory,
+    residuals of decompositions, tables and figures; edits by category and texts in lists are in the digest alone.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "study"
+        environment = {**os.environ, "HIPLORA_CACHE": str(Path(place) / "cache"), "OMP_NUM_THREADS": "1"}
+        hiplora = [sys.executable, "-W", "ignore", "-m", "hiplora", "study"]
+        for words in (["run", "pico", "--workers", "2", "--allow-code-execution"], ["report", "pico"]):
+            command = [*hiplora, *words, "--out", str(folder)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        records = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
+        report = folder / "report"
+        rows = list(csv.DictReader((report / "measurements.csv").read_text().splitlines()))
+        verdicts = {name: json.loads((report / f"{name}.json").read_text()) for name in ("aims", "claims")}
+    jobs = [{"kind": job["kind"], "name": job["name"], **_summary(job["result"])} for job in records]
+    return {
+        "jobs": sorted(jobs, key=lambda job: (job["kind"], job["name"], len(job), json.dumps(job))),
+        "measurements": dict(sorted(_measurement(row) for row in rows if row["metric"] not in MACHINES)),
+        **{name: _summary(found) for name, found in verdicts.items()},
+    }
+
+
+def _summary(result):
+    """A result's values by dotted key; of a key inside lists, how many numbers it has there and their mean."""
+    single, listed = {}, {}
+
+    def walk(value, key, in_list):
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                if name not in LEFT_OUT:
+                    walk(inner, f"{key}.{name}".lstrip("."), in_list)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, key, True)
+        elif in_list:
+            listed.setdefault(key, []).append(value)
+        else:
+            single[key] = value
+
+    walk(result, "", False)
+    for key, values in listed.items():
+        numbers = [float(value) for value in values if isinstance(value, (int, float))]
+        if numbers:
+            single[key] = [len(numbers), sum(numbers) / len(numbers)]
+    text = json.dumps([rounded(single), rounded(listed)], sort_keys=True)
+    shown = {key: value for key, value in single.items() if "/" not in key}  # not each category of edits
+    return {**rounded(shown), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _measurement(row):
+    """A row of the measurements: its label, and its numbers to five digits."""
+    measured = [*MEASURED, *(f"setting.{name}" for name in MEASURED_SETTINGS)]
+    settings = [
+        key for key in row if key.startswith("setting.") and key not in (*measured, "setting.machine")
+    ]
+    label = [row[key] for key in LABELS] + [f"{key[8:]} {row[key]}" for key in sorted(settings) if row[key]]
+    numbers = [rounded(float(row[key]), 5) if row[key] else None for key in measured]
+    while numbers[-1] is None:
+        numbers.pop()
+    return " | ".join(filter(None, label)), numbers
+
+
+SECTIONS = {
+    "training": training,
+    "merging": merging,
+    "evaluation": evaluation,
+    "metrics": metrics,
+    "pico": pico,
+}
 
 
 # Writing and comparing.
@@ -461,8 +544,14 @@ def check(name):
 
 def write(name):
     """Make a section and write its file."""
-    kept = {"machine": machine(), "note": SECTIONS[name].__doc__.strip(), "values": SECTIONS[name]()}
-    text = json.dumps(kept, indent=1)
+    kept = {
+        "machine": machine(),
+        "note": " ".join(SECTIONS[name].__doc__.split()),
+        "values": SECTIONS[name](),
+    }
+    text = json.dumps(kept, indent=1, ensure_ascii=False)
+    lists = re.compile(r"\[\n[^][{}]*\]")  # a list of values goes on one line
+    text = lists.sub(lambda found: json.dumps(json.loads(found[0]), ensure_ascii=False), text)
     (HERE / f"{name}.json").write_text(text + "\n")
 
 
