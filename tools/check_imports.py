@@ -16,7 +16,8 @@ PACKAGE = "hiplora"
 # From top to bottom: a room imports rooms of lower layers, never of its own layer or a higher one.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
-    frozenset({"protect"}),
+    frozenset({"demo"}),
+    frozenset({"compare", "protect"}),
     frozenset({"study"}),
     frozenset({"training", "evaluation", "merging", "editing", "probing", "reporting", "export"}),
     frozenset({"adapters", "metrics"}),

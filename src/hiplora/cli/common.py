@@ -30,11 +30,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     from rich.table import Table
     from rich.text import Text
 
+    rows = [[str(cell) for cell in row] for row in rows]
     table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index == 0 else "right")
+        # Names stay whole where the numbers' headings can wrap instead.
+        width = min(24, max((len(row[0]) for row in rows), default=0)) if index == 0 else None
+        table.add_column(Text(column), justify="right" if index else "left", min_width=width)
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*(Text(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

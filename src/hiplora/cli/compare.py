@@ -4,13 +4,13 @@ from pathlib import Path
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 
 
 def command(
     model: str = typer.Argument(..., help="Base model: a folder, a hub name, or smollm2-135m."),
     data: Path = typer.Argument(
-        ..., help="Training rows: .jsonl, .json, .gz or .parquet, in any of the usual shapes."
+        ..., help="Training rows: .jsonl, .json, .gz or .parquet, in any of the usual formats."
     ),
     out: Path = typer.Option(..., "--out", help="Output folder: new, or of an interrupted run of the same."),
     steps: int = typer.Option(200, "--steps", help="Optimizer steps of each method."),
@@ -20,9 +20,7 @@ def command(
     rank: int = typer.Option(16, "--rank", help="Rank r of all methods."),
     principal_rank: int = typer.Option(32, "--principal-rank", help="Protected directions k (HiP-LoRA)."),
     drift_text: Path | None = typer.Option(
-        None,
-        "--drift-text",
-        help="Text to measure drift on, not in the data; else prose and code of Python's own.",
+        None, "--drift-text", help="Text file to measure drift on; else prose and code of Python's own."
     ),
     heldout_fraction: float = typer.Option(
         0.1, "--heldout-fraction", help="Share of the rows kept back for the in-domain loss, 256 at most."
@@ -33,26 +31,21 @@ def command(
 ) -> None:
     """Train LoRA and HiP-LoRA on your data with the same budget, and show what each learned and what it disturbed.
 
-    HiP-LoRA runs with the paper's basis, the weights' singular directions, and with what the layers are fed.
+    Four methods: LoRA on the attention projections, LoRA on the MLPs, HiP-LoRA (on the MLPs, its default), and HiP-LoRA
+    as in the paper. Same rows in the same order, same steps, rank and learning rate. Measured: loss on held-out rows
+    before and after, drift from the base model on other text, answers to held-out prompts. The folder gets
+    results.json, report.html and all adapters.
 
-    Same rows in the same order, same steps, learning rate and modules (q, k, v, o); the same rank, which matches the
-    trainable parameters to within a per cent or so. Measured: loss on held-out rows before and after, drift from the
-    base model on other text, parameters, seconds, peak memory, and where each update lies on the weights' spectrum.
-    The folder gets results.json, report.html with figures, and all adapters.
-
-    Interrupted, it carries on when the same command is run again: finished stages are kept, training goes on from its
-    last checkpoint. A folder with a finished run, or with one of other settings, needs --overwrite, which starts anew.
+    Interrupted, it goes on when the same command is run again. A folder with a finished run, or with one of other
+    settings, needs --overwrite, which starts anew.
 
     Example:
 
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
-    from hiplora.reporting.terminal import print_summary
-    from hiplora.study.compare import CompareSettings, compare
+    from hiplora.compare import CompareSettings, compare, summary
 
     settings = CompareSettings(
-        model=model,
-        data=str(data),
         steps=steps,
         lr=lr,
         batch_size=batch_size,
@@ -63,9 +56,11 @@ def command(
         heldout_fraction=heldout_fraction,
         seed=seed,
     )
-    results = compare(settings, out, overwrite=overwrite)
+    results = compare(model, data, out, settings, overwrite=overwrite)
     if as_json:
         emit_json(results)
         return
-    print_summary(results)
+    print_frame(results["title"], summary(results))
+    for note in results["notes"]:
+        typer.echo(note)
     typer.echo(f"\nReport: {out / 'report.html'}")

@@ -1,10 +1,10 @@
-"""`hiplora demo`: the method on a real model in a few minutes."""
+"""`hiplora demo`: the demonstration on a real small model."""
 
 from pathlib import Path
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 
 
 def command(
@@ -16,11 +16,11 @@ def command(
 ) -> None:
     """Edit 32 facts in SmolLM2-135M with LoRA and HiP-LoRA, and show what each disturbed; about six minutes.
 
-    HiP-LoRA runs with the paper's basis, the weights' singular directions, and with what the layers are fed. Two sets
-    of 16 edits are trained apart with each method; then each method's two adapters are added together.
-    Measured: which edits work alone and after the addition, drift from the base model on prose and on code, cost, and
-    that the export to plain LoRA is exact. The folder gets results.json, report.html with figures, all adapters, and
-    their exports. Interrupted, it carries on when it is run again.
+    Two sets of 16 edits are trained apart with each of four methods: LoRA on the attention projections, LoRA on the
+    MLPs, HiP-LoRA (on the MLPs, its default), and HiP-LoRA as in the paper. Then each method's two adapters are added
+    together. Measured: which edits work alone and after the addition, and drift from the base model on prose and on
+    code. The folder gets results.json, report.html and all adapters, the merged ones as plain LoRA. Interrupted, it
+    goes on when it is run again.
 
     Example:
 
@@ -28,16 +28,14 @@ def command(
     """
     import time
 
-    from hiplora.reporting.terminal import print_summary
-    from hiplora.study.demo import DemoSettings, demo
+    from hiplora.demo import demo, summary
 
     began = time.perf_counter()
-    results = demo(DemoSettings(), out, overwrite=overwrite)
+    results = demo(out, overwrite=overwrite)
     if as_json:
         emit_json(results)
         return
-    print_summary(results)
-    stages = [(name, f"{seconds:.1f}") for name, seconds in results["provenance"]["seconds"].items()]
-    total = f"{time.perf_counter() - began:.1f}"
-    print_table("Seconds", ("Stage", "s"), [*stages, ("in all, with starting up", total)])
-    typer.echo(f"\nReport: {out / 'report.html'}")
+    print_frame(results["title"], summary(results))
+    for note in results["notes"]:
+        typer.echo(note)
+    typer.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Report: {out / 'report.html'}")

@@ -118,14 +118,6 @@ def claimed(out: Path, plan: Mapping[str, Any], overwrite: bool) -> Iterator[Stu
         lock.release()
 
 
-def finish(folder: StudyFolder, results: Mapping[str, Any]) -> None:
-    """Write the report and then, last, `results.json`, which completes the study."""
-    from hiplora.reporting.page import save_report
-
-    save_report(results, folder.path)
-    write_atomic(folder.path / RESULTS, json.dumps(results, indent=1) + "\n")
-
-
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Name what differs between two plans, as `settings.steps: 100 there, 200 here`."""
     changes = []

@@ -1,0 +1,266 @@
+"""`hiplora demo`: two sets of facts edited into a model, trained apart with each method, then added together."""
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hiplora import __version__
+from hiplora.compare import ONE_RUN, Results, check_model, mean_kl, method_settings, slug
+from hiplora.editing.edits import EditSet, load_edit_sets
+from hiplora.errors import DataError
+from hiplora.files import staged_dir, write_atomic
+from hiplora.provenance import folder_identity, json_sha256, provenance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CALIBRATION_TOKENS = 2560  # sampled from the model; fewer than by default, so that the demonstration is short
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demonstration edits, and how; the defaults are the built-in job.
+
+    All methods get the same steps and learning rate, those at which each set's edits work.
+    """
+
+    model: str = "smollm2-135m"
+    edits: str | None = None
+    steps: int = 12
+    lr: float = 1e-3
+    batch_size: int = 16
+    rank: int = 16
+    principal_rank: int = 32
+    drift_tokens: int = 1024
+    seed: int = 42
+
+    def sets(self) -> list[EditSet]:
+        """Read the edit sets.
+
+        Raises:
+            DataError: the file cannot be used, or does not have two sets.
+        """
+        sets = load_edit_sets(self.edits)
+        if len(sets) != 2:
+            raise DataError(f"edits {self.edits or 'built-in'}: {len(sets)} sets; the demonstration needs 2")
+        return sets
+
+
+def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwrite: bool = False) -> Results:
+    """Run the demonstration and write `results.json`, `report.html` and the adapters, merged ones as plain LoRA.
+
+    An unfinished one in `out` goes on where it stopped.
+
+    Raises:
+        ConfigError, DataError: model, edits or output folder cannot be used.
+        HipLoraError: training failed, or a merged adapter is not the sum of its parts.
+    """
+    from hiplora.evaluation.texts import drift_texts
+    from hiplora.study.folder import claimed
+
+    settings = settings or DemoSettings()
+    sets, targets = settings.sets(), check_model(settings.model, settings.principal_rank)
+    methods = method_settings(settings.rank, settings.principal_rank, targets, lora_dropout=0.0)
+    plan = {
+        "kind": "demo",
+        "hiplora": __version__,
+        "settings": {name: value for name, value in asdict(settings).items() if name != "edits"},
+        "edits_sha256": json_sha256([asdict(part) for part in sets]),
+        "drift_texts_sha256": json_sha256(drift_texts()),
+        "model_sha256": folder_identity(settings.model),
+    }
+    with claimed(Path(out), plan, overwrite) as folder:
+        base = functools.cache(lambda: _Base(settings, sets))
+        success = folder.run("base", lambda: base().success())
+        records = {}
+        for name, method in methods.items():
+            parts = [folder.adapter(f"{slug(name)}-{slug(part.name)}") for part in sets]
+            merged = folder.adapter(f"{slug(name)}-merged")
+            alone = [
+                folder.run(
+                    f"{slug(name)}-{slug(part.name)}", functools.partial(_edit, base, method, part, adapter)
+                )
+                for part, adapter in zip(sets, parts, strict=True)
+            ]
+            after = folder.run(f"{slug(name)}-merged", functools.partial(_merge, base, parts, merged))
+            records[name] = {"settings": method, "alone": alone, "merged": after}
+        results = {
+            "schema": 2,
+            "kind": "demo",
+            "title": f"{sum(len(part) for part in sets)} facts edited in two sets, trained apart and added together",
+            "model": settings.model,
+            "settings": asdict(settings),
+            "base": success,
+            "methods": records,
+            "notes": [
+                "An edit works if the new answer is more probable than the old one; reworded: asked in other words.",
+                ONE_RUN,
+            ],
+            "provenance": provenance(plan_sha256=json_sha256(plan), seconds=folder.seconds()),
+        }
+        _write_report(results, folder.path / "report.html")
+        write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def summary(results: Results) -> "pd.DataFrame":
+    """Return the results as a table, a row a method and the base model first."""
+    import pandas as pd
+
+    base = results["base"]
+    rows = [
+        {
+            "method": "base",
+            "edits that work alone": _share(base, "works"),
+            "reworded": _share(base, "reworded"),
+        }
+    ]
+    for name, record in results["methods"].items():
+        alone, merged = record["alone"], record["merged"]
+        before = {key: flags for part in alone for key, flags in part["success"].items()}
+        rows.append(
+            {
+                "method": name,
+                "edits that work alone": _share(before, "works"),
+                "reworded": _share(before, "reworded"),
+                "work merged": _share(merged["success"], "works"),
+                "of those that worked alone": f"{survival(before, merged['success']):.0%}",
+                "KL of one": sum(mean_kl(part["drift"]) for part in alone) / len(alone),
+                **{f"KL merged, {text}": found["kl"] for text, found in merged["drift"].items()},
+                "trainable parameters": f"{alone[0]['trainable_parameters']:,}",
+                "seconds": round(sum(part["seconds"] for part in alone), 1),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def survival(before: Mapping[str, Results], after: Mapping[str, Results]) -> float:
+    """Return the share of the edits that worked alone and still work after the merge; NaN if none did."""
+    kept = [
+        later
+        for name, success in before.items()
+        for earlier, later in zip(success["works"], after[name]["works"], strict=True)
+        if earlier
+    ]
+    return sum(kept) / len(kept) if kept else float("nan")
+
+
+class _Base:
+    """The base model, loaded once and bare between stages, and what each adapter is measured on."""
+
+    def __init__(self, settings: DemoSettings, sets: Sequence[EditSet]):
+        from hiplora.evaluation import BaseReference, drift_texts
+        from hiplora.models import load
+
+        self.settings, self.sets = settings, sets
+        self.model, self.tokenizer = load(settings.model)
+        self.reference = BaseReference.build(
+            self.model, self.tokenizer, drift_texts(), max_tokens=settings.drift_tokens
+        )
+
+    def success(self, model: Any = None, sets: Sequence[EditSet] | None = None) -> Results:
+        """Return which edits of which set the base model, or `model`, makes: as trained on, and reworded."""
+        from hiplora.editing import evaluate_edits
+
+        def works(part: EditSet, paraphrase: bool) -> list[bool]:
+            found = evaluate_edits(model or self.model, self.tokenizer, part.edits, paraphrase=paraphrase)
+            return [outcome.preferred for outcome in found]
+
+        return {
+            part.name: {"works": works(part, False), "reworded": works(part, True)}
+            for part in sets or self.sets
+        }
+
+    def measure(self, adapter: Path, sets: Sequence[EditSet]) -> Results:
+        """Return which edits work with an adapter, and its drift."""
+        from hiplora.evaluation import measure_drift
+        from hiplora.evaluation.mounting import mounted
+
+        with mounted(self.model, adapter) as adapted:
+            drift = measure_drift(adapted, self.reference)
+            return {
+                "success": self.success(adapted, sets),
+                "drift": {text: found.as_dict() for text, found in drift.items()},
+            }
+
+
+def _edit(base: Any, method: Mapping[str, Any], part: EditSet, adapter: Path) -> Results:
+    """Train one set with one method, save the adapter and measure it."""
+    import torch
+    from peft import get_peft_model
+
+    from hiplora.editing import EditTraining, train_edits
+    from hiplora.recipes.methods import METHODS
+    from hiplora.training.adapters import adapter_config, save_adapter
+    from hiplora.tuner import calibrate
+
+    bench, settings = base(), base().settings
+    config = adapter_config(METHODS[method["name"]].model_validate(method))
+    if getattr(config, "basis", None) == "activation":
+        calibrate(bench.model, config, tokens=CALIBRATION_TOKENS)
+    torch.manual_seed(settings.seed)
+    adapted = get_peft_model(bench.model, config)
+    training = EditTraining(settings.steps, settings.lr, settings.batch_size, seed=settings.seed)
+    result = train_edits(adapted, bench.tokenizer, part.edits, training)
+    parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    with staged_dir(adapter, overwrite=True) as staged:
+        save_adapter(adapted, staged)
+    bench.model = adapted.unload()
+    return {
+        "trainable_parameters": parameters,
+        "seconds": result.seconds,
+        "curve": list(result.curve),
+        **bench.measure(adapter, [part]),
+    }
+
+
+def _merge(base: Any, parts: Sequence[Path], merged: Path) -> Results:
+    """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure it."""
+    from hiplora.merging import merge, save_merged
+
+    report = save_merged(merge(parts, "addition"), merged, overwrite=True)
+    bench = base()
+    return {
+        "rank": max(report.ranks.values()),
+        "export_error": report.worst[1],
+        **bench.measure(merged, bench.sets),
+    }
+
+
+def _share(success: Mapping[str, Results], which: str) -> str:
+    flags = [flag for part in success.values() for flag in part[which]]
+    return f"{sum(flags)} of {len(flags)}"
+
+
+def _write_report(results: Results, path: Path) -> None:
+    import pandas as pd
+
+    from hiplora.reporting import Section, plots, save_page
+
+    drift, success = [], []
+    for name, record in results["methods"].items():
+        for stage, parts in (("alone", record["alone"]), ("merged", [record["merged"]])):
+            flags = [flag for part in parts for found in part["success"].values() for flag in found["works"]]
+            success.append({"method": name, "stage": stage, "share": 100 * sum(flags) / len(flags)})
+            kl = sum(mean_kl(part["drift"]) for part in parts) / len(parts)
+            drift.append({"method": name, "stage": stage, "kl": kl})
+    text = (
+        "Two sets of facts are edited into the model, each trained apart with each method; then the two adapters of a "
+        "method are added together and saved as a plain LoRA adapter. Drift is on text that has nothing to do with the "
+        "edits: KL divergence from the base model, in nats per token.\n\n" + "\n\n".join(results["notes"])
+    )
+    figures = {
+        "Edits that work, per cent": plots.bars(
+            pd.DataFrame(success), "share", "stage", "method", xlabel="%"
+        ),
+        "Drift from the base model, nats per token": plots.bars(
+            pd.DataFrame(drift), "kl", "stage", "method", xlabel="KL", logx=True
+        ),
+    }
+    section = Section("Edits and drift, alone and merged", text, {"Methods": summary(results)}, figures)
+    about = {"model": results["model"], "settings": results["settings"], **results["provenance"]}
+    save_page(path, results["title"], [section], f"Base model {results['model']}", about)
