@@ -1,20 +1,19 @@
-"""How certain a mean or a difference is: a hierarchical bootstrap that keeps methods paired."""
+"""Intervals and tests: the hierarchical bootstrap of the paper, a plain one over items, sign flips, Student's t."""
 
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from hiplora.errors import ConfigError, DataError
-from hiplora.metrics.checks import finite, integer
-from hiplora.metrics.sign_flip import sign_flip_p_value
+from hiplora.metrics.scores import Floats, _finite, whole_number
 
-Values = Mapping[str, Sequence[Sequence[float]]]  # values[method][seed][instance]
 Pair = tuple[str, str]
-
-_CHUNK = 1 << 19  # instances drawn at once: a few MB of work
+_CHUNK = 1 << 20  # draws in memory at once
+_EXACT = 16  # differences whose 2ⁿ sign patterns are all tried
 
 
 @dataclass(frozen=True)
@@ -28,32 +27,29 @@ class Interval:
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """Intervals of every method's mean, and of every paired difference `(a, b)`, which is a − b, in both orders.
-
-    `p_value[(a, b)]` is `sign_flip_p_value` of the pair; it is computed when it is asked for.
-    """
+    """Intervals of every method's mean and of every paired difference `(a, b)`, a − b, in both orders."""
 
     mean: Mapping[str, Interval]
     difference: Mapping[Pair, Interval]
-    p_value: Mapping[Pair, float]
 
 
 def paired_bootstrap(
-    values: Values, replicates: int = 10_000, seed: int = 0, level: float = 0.95
+    values: Mapping[str, Sequence[Sequence[float]]],
+    replicates: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> BootstrapResult:
     """Return percentile intervals of means and paired differences from a hierarchical bootstrap.
 
-    In each replicate as many seeds are drawn with replacement as there are, and in each drawn seed as many instances
-    with replacement as it has; every method gets the same draw. The estimate is the mean over seeds of the mean over
-    instances: where seeds have different numbers of instances, each seed still weighs the same. With a single seed
-    only instances are drawn, and the interval says nothing about other seeds.
-
-    The i-th instance of a seed must be the same item for all methods; between seeds, items and their number may differ.
+    Each replicate draws seeds with replacement, and in each drawn seed instances with replacement; all methods get
+    the same draw. The estimate is the mean over seeds of the mean over instances. With a single seed only instances
+    are drawn, and the interval says nothing about other seeds.
 
     Args:
-        values: `values[method][seed][instance]`, finite, in any unit.
+        values: `values[method][seed][instance]`, finite, in any unit. The i-th instance of a seed is the same item
+            for all methods; seeds may have different items and numbers of items.
         replicates: number of replicates.
-        seed: of the random numbers, at least 0; the same seed gives the same result.
+        seed: of the random numbers.
         level: share of the replicates inside the interval, in (0, 1).
 
     Raises:
@@ -63,99 +59,133 @@ def paired_bootstrap(
 
     Source: HiP-LoRA, appendix C.3. What the interval covers, and what it does not: docs/metrics.md.
     """
-    integer(replicates, "replicates", 1)
-    integer(seed, "seed", 0)
+    whole_number(replicates, "replicates", 1)
+    whole_number(seed, "seed", 0)
     if not 0 < level < 1:
-        raise ConfigError(f"level is {level}; expected a share in (0, 1), as 0.95")
+        raise ConfigError(f"level is {level}; expected a share in (0, 1), such as 0.95")
     blocks = _blocks(values)
-    drawn = _replicate_means(blocks, replicates, np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    seeds = generator.integers(len(blocks), size=(replicates, len(blocks)))
+    means = np.empty((*seeds.shape, len(values)))
+    for index, block in enumerate(blocks):
+        places = seeds == index
+        counts = _drawn_counts(len(block), int(places.sum()), generator)
+        means[places] = np.concatenate([part @ block / len(block) for part in counts] or [means[places]])
     estimates = np.mean([block.mean(axis=0) for block in blocks], axis=0)
-    names, tails = list(values), ((1 - level) / 2, (1 + level) / 2)
-    bounds = np.quantile(drawn, tails, axis=0)
-    means = {name: Interval(float(estimates[i]), *map(float, bounds[:, i])) for i, name in enumerate(names)}
-    differences: dict[Pair, Interval] = {}
-    for i, j in itertools.combinations(range(len(names)), 2):
-        low, high = map(float, np.quantile(drawn[:, i] - drawn[:, j], tails))
-        estimate = float(estimates[i] - estimates[j])
-        differences[names[i], names[j]] = Interval(estimate, low, high)
-        # 0 − x and not −x: the other side of 0.0 is 0.0.
-        differences[names[j], names[i]] = Interval(0 - estimate, 0 - high, 0 - low)
-    columns = {name: [block[:, i] for block in blocks] for i, name in enumerate(names)}
-    return BootstrapResult(means, differences, _PValues(columns, seed))
+    draws = np.concatenate([estimates[None], means.mean(axis=1)])
+    columns = dict(zip(values, draws.T, strict=True))
+    pairs = itertools.permutations(values, 2)
+    return BootstrapResult(
+        {name: percentile_interval(column, level) for name, column in columns.items()},
+        {(a, b): percentile_interval(columns[a] - columns[b], level) for a, b in pairs},
+    )
 
 
-class _PValues(Mapping[Pair, float]):
-    """P-values of all pairs, computed when they are asked for: a table that shows none pays for none."""
-
-    def __init__(self, columns: Mapping[str, list[NDArray[np.float64]]], seed: int) -> None:
-        self._columns, self._seed = columns, seed
-
-    def __getitem__(self, pair: Pair) -> float:
-        one, other = pair
-        if one == other:
-            raise KeyError(pair)
-        return sign_flip_p_value(self._columns[one], self._columns[other], seed=self._seed)
-
-    def __iter__(self) -> Iterator[Pair]:
-        return itertools.permutations(self._columns, 2)
-
-    def __len__(self) -> int:
-        return len(self._columns) * (len(self._columns) - 1)
-
-
-def _blocks(values: Values) -> list[NDArray[np.float64]]:
+def _blocks(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Floats]:
     """Return, per seed, the values as (instances, methods)."""
     if not values:
         raise DataError("values: has no method; expected values[method][seed][instance]")
-    first = next(iter(values))
+    shapes: dict[str, list[int]] = {}
     for method, seeds in values.items():
-        if len(seeds) != len(values[first]) or not len(seeds):
+        columns = [_finite(column, f"values[{method!r}][{index}]") for index, column in enumerate(seeds)]
+        shapes[method] = [len(column) for column in columns]
+        first = next(iter(shapes))
+        if shapes[method] != shapes[first] or not columns:
             raise DataError(
-                f"method {method!r} has {len(seeds)} seeds, {first!r} has {len(values[first])}; "
-                "expected the same number for every method, at least 1"
+                f"method {method!r} has {shapes[method]} instances per seed, {first!r} has {shapes[first]}; "
+                "expected the same instances for every method, and at least one seed"
             )
-    blocks = []
-    for index in range(len(values[first])):
-        columns = {
-            method: finite(seeds[index], f"values[{method!r}][{index}]") for method, seeds in values.items()
-        }
-        for method, column in columns.items():
-            if len(column) != len(columns[first]):
-                raise DataError(
-                    f"method {method!r}, seed {index} has {len(column)} instances, {first!r} has "
-                    f"{len(columns[first])}; expected the same instances for every method"
-                )
-        blocks.append(np.stack(list(columns.values()), axis=1))
-    return blocks
+    return [np.stack([seeds[i] for seeds in values.values()], axis=1) for i in range(len(shapes[first]))]
 
 
-def _replicate_means(
-    blocks: Sequence[NDArray[np.float64]], replicates: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Return each replicate's mean over drawn seeds of the mean over drawn instances: (replicates, methods)."""
-    drawn = generator.integers(len(blocks), size=(replicates, len(blocks)))
-    means = np.empty((*drawn.shape, blocks[0].shape[1]))
-    for index, block in enumerate(blocks):
-        places = drawn == index
-        means[places] = _resampled_means(block, int(places.sum()), generator)
-    return means.mean(axis=1)
-
-
-def _resampled_means(
-    block: NDArray[np.float64], count: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Return `count` times the mean over instances drawn with replacement: (count, methods).
-
-    How often each instance was drawn is counted, and the counts multiply the values of all methods in one matrix
-    product: that is several times quicker than gathering the values.
-    """
-    size = len(block)
-    means = np.empty((count, block.shape[1]))
+def _chunks(rows: int, size: int) -> Iterator[int]:
+    """Split `rows` rows of `size` draws into numbers of rows that fit in memory."""
     step = max(1, _CHUNK // size)
-    for first in range(0, count, step):
-        rows = min(step, count - first)
-        drawn = generator.integers(size, size=(rows, size))
-        drawn += size * np.arange(rows)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        means[first : first + rows] = times.astype(np.float64) @ block / size
-    return means
+    for first in range(0, rows, step):
+        yield min(step, rows - first)
+
+
+def _drawn_counts(size: int, replicates: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+    """`resample_counts` by drawing indices: several times faster, from another random stream."""
+    for rows in _chunks(replicates, size):
+        drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+
+
+def resample_counts(
+    size: int, replicates: int, generator: np.random.Generator, groups: Sequence[str] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield how often each of `size` points is drawn in each replicate, in chunks of shape (rows, size).
+
+    With `groups`, a label per point, groups are drawn first and then points within each drawn group.
+    """
+    labels = np.zeros(size) if groups is None else np.asarray(groups)
+    members = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
+    for rows in _chunks(replicates, size):
+        drawn = np.ones((rows, 1), dtype=np.int64)
+        if groups is not None:
+            drawn = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), size=rows)
+        counts = np.zeros((rows, size), dtype=np.int64)
+        for place, points in enumerate(members):  # n draws of each of t copies of a group: t·n draws of it
+            share = np.full(len(points), 1 / len(points))
+            counts[:, points] = generator.multinomial(drawn[:, place] * len(points), share)
+        yield counts
+
+
+class Resampler:
+    """A bootstrap over items: the items of one name share their draws, whatever is computed from them."""
+
+    def __init__(self, seed: int = 0, replicates: int = 10_000) -> None:
+        self._seed, self._replicates = seed, replicates
+        self._counts: dict[tuple[str, int], list[NDArray[np.uint8]]] = {}
+
+    def mean(self, name: str, items: ArrayLike) -> Floats:
+        """Return the mean of the items of a task, followed by that of every replicate: (1 + replicates,)."""
+        values = _finite(items, name)
+        if (name, len(values)) not in self._counts:
+            generator = np.random.default_rng([self._seed, zlib.crc32(name.encode()), len(values)])
+            counts = resample_counts(len(values), self._replicates, generator)
+            self._counts[name, len(values)] = [np.minimum(part, 255).astype(np.uint8) for part in counts]
+        drawn = [part @ values / len(values) for part in self._counts[name, len(values)]]
+        return np.concatenate([[values.mean()], *drawn])
+
+
+def percentile_interval(draws: ArrayLike, level: float = 0.95) -> Interval:
+    """Return the interval of a value and its replicates: `draws` has the value first."""
+    values = np.asarray(draws, dtype=np.float64)
+    low, high = np.quantile(values[1:], ((1 - level) / 2, (1 + level) / 2))
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def sign_flip_p_value(
+    one: Sequence[ArrayLike], other: Sequence[ArrayLike], permutations: int = 10_000, seed: int = 0
+) -> float:
+    """Return the two-sided p-value, in (0, 1], of "neither method is better", from sign flips of paired differences.
+
+    The share of sign patterns whose |mean over seeds of the mean over instances| is at least the observed one: all
+    patterns for up to 16 instances that differ, else `permutations` random ones and (1 + hits) / (1 + permutations).
+    Instances count as independent given the seeds; to test over training seeds, pass one list with a mean per seed.
+
+    `one[seed][instance]` and `other` are as a method's values in `paired_bootstrap`, and so are the errors.
+    """
+    whole_number(permutations, "permutations", 1)
+    whole_number(seed, "seed", 0)
+    blocks = _blocks({"one": one, "other": other})  # type: ignore[dict-item]
+    parts = np.concatenate([(block[:, 0] - block[:, 1]) / len(block) / len(blocks) for block in blocks])
+    parts = parts[parts != 0]
+    least = abs(parts.sum()) - 1e-12 * abs(parts).sum()  # patterns that tie up to rounding count
+    if len(parts) <= _EXACT:
+        patterns = np.arange(2 ** len(parts))[:, None] >> np.arange(len(parts)) & 1
+        return float((abs((2 * patterns - 1) @ parts) >= least).mean())
+    generator, hits = np.random.default_rng(seed), 0
+    for rows in _chunks(permutations, len(parts)):
+        signs = 2.0 * generator.integers(2, size=(rows, len(parts)), dtype=np.int8) - 1.0
+        hits += int((abs(signs @ parts) >= least).sum())
+    return (1 + hits) / (1 + permutations)
+
+
+def student_margin(sd: float, count: int) -> float:
+    """Return half the width of Student's 95 % interval of the mean of `count` values with sample deviation `sd`."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, count - 1)) * sd / count**0.5

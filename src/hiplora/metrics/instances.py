@@ -2,12 +2,12 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from hiplora.errors import ConfigError
-from hiplora.metrics.checks import integer
+from hiplora.metrics.scores import whole_number
 
 MergeInstance = tuple[tuple[str, int], ...]  # (task, seed of its adapter), in the pool's order of tasks
 
@@ -15,35 +15,25 @@ MergeInstance = tuple[tuple[str, int], ...]  # (task, seed of its adapter), in t
 def merge_instances(
     tasks: Sequence[str], sizes: Sequence[int], seeds: Sequence[int], count: int, seed: int
 ) -> dict[int, list[MergeInstance]]:
-    """Draw the merges of the paper's protocol: for each size T, `count` distinct ones.
+    """Draw the merges of the paper's protocol: `count` distinct ones for each size T.
 
-    A merge is a subset of T tasks, uniform among all, and for each of them one of the training seeds, uniform.
-    Where no more than `count` distinct ones exist, all are returned. What is drawn depends on the arguments only
-    (and on no other size): draw once, use the same for every method. The paper draws so many "per seed": call this
-    once for each, with that `seed`.
-
-    Args:
-        tasks: the pool.
-        sizes: numbers of tasks T to merge, each from 2 to the size of the pool.
-        seeds: the seeds that adapters of every task were trained with.
-        count: how many merges of each size.
-        seed: of the drawing, at least 0.
-
-    Returns:
-        Size → merges; a merge is a tuple of (task, training seed) in the pool's order.
+    A merge is a uniform subset of T of the `tasks`, each with one of the training `seeds`, uniform; all merges where
+    there are no more than `count`. The draw depends on the arguments only, and on no other size: draw once and use the
+    same merges for every method.
 
     Raises:
-        ConfigError: an argument is out of range, or a task, seed or size is named twice.
+        ConfigError: tasks, sizes or seeds are missing or repeated, a size is not in 2 … len(tasks), or `count` or
+            `seed` is out of range.
 
     Source: HiP-LoRA, appendix C.3.
     """
     for name, given in (("tasks", tasks), ("sizes", sizes), ("seeds", seeds)):
         if not len(given) or len(set(given)) < len(given):
             raise ConfigError(f"{name} are {list(given)}; expected at least one, and none twice")
-    integer(count, "count", 1)
-    integer(seed, "seed", 0)
+    whole_number(count, "count", 1)
+    whole_number(seed, "seed", 0)
     for size in sizes:
-        if integer(size, "size", 2) > len(tasks):
+        if whole_number(size, "size", 2) > len(tasks):
             raise ConfigError(f"size is {size}, and the pool has {len(tasks)} tasks; lower it or add tasks")
     return {size: _draw(tasks, size, seeds, count, np.random.default_rng([seed, size])) for size in sizes}
 
@@ -53,7 +43,11 @@ def _draw(
 ) -> list[MergeInstance]:
     total = math.comb(len(tasks), size) * len(seeds) ** size
     if total <= 2 * count:
-        everything = list(_all(tasks, size, seeds))
+        everything = [
+            tuple(zip(subset, trained, strict=True))
+            for subset in itertools.combinations(tasks, size)
+            for trained in itertools.product(seeds, repeat=size)
+        ]
         kept = generator.choice(total, min(count, total), replace=False)
         return [everything[index] for index in sorted(kept)]
     drawn: dict[MergeInstance, None] = {}
@@ -62,9 +56,3 @@ def _draw(
         trained = generator.integers(len(seeds), size=size)
         drawn[tuple((tasks[i], seeds[j]) for i, j in zip(subset, trained, strict=True))] = None
     return list(drawn)
-
-
-def _all(tasks: Sequence[str], size: int, seeds: Sequence[int]) -> Iterator[MergeInstance]:
-    for subset in itertools.combinations(tasks, size):
-        for trained in itertools.product(seeds, repeat=size):
-            yield tuple(zip(subset, trained, strict=True))

@@ -1,0 +1,340 @@
+"""The paper's metrics and a few of the field's: pure functions over numbers. Scores are in per cent, higher is better.
+
+All raise DataError where values are missing, do not match, are not finite or are out of range, and ConfigError where a
+parameter is out of range; the message names the place and the value.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hiplora.errors import ConfigError, DataError
+
+Floats = NDArray[np.float64]
+Scores = Mapping[str, float]  # benchmark or task -> score in per cent
+
+DEFAULT_TAU = 0.9
+DEFAULT_TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_ROUNDING = 1e-12  # relative: 55 is not below 0.55 · 100, though floating point says so
+_ABOVE_ZERO = 1e-3  # nats by which rounding may lift a sum of log-probabilities above 0
+
+
+def retain(base: Scores, adapted: Scores, domain: str) -> float:
+    """Return the paper's Retain: the mean drop on all benchmarks but the adapter's own, in percentage points.
+
+    `mean over b ≠ domain of base[b] − adapted[b]`; lower is better, and a gain is a negative drop. The scores on
+    `domain` are not used, and `adapted` need not have one.
+
+    Source: HiP-LoRA, appendix C.2, Eq. 11.
+    """
+    before, after = _table(base, "base"), _table(adapted, "adapted")
+    if domain not in before:
+        raise ConfigError(
+            f"domain {domain!r} is not among the benchmarks; expected one of {', '.join(before)}"
+        )
+    del before[domain]
+    after.pop(domain, None)
+    if not before:
+        raise DataError(f"base: has no benchmark but the domain {domain!r}; Retain needs others")
+    _same_names(after, before, "adapted", "base", "benchmark")
+    return sum(before[name] - after[name] for name in before) / len(before)
+
+
+def merge_fail(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -> float:
+    """Return MergeFail: the fraction, in [0, 1], of merges that fail; lower is better.
+
+    A merge fails if any of its tasks has `merged < tau · single`. A score that equals the threshold, up to rounding,
+    does not fail, and neither does a task whose single score is 0.
+
+    `merged` has the merged model's score on each task of each merge, `single` that of the task's adapter alone.
+
+    Source: HiP-LoRA, appendix C.3.
+    """
+    return float(merge_failures(merged, single, tau).mean())
+
+
+def merge_failures(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -> NDArray[np.bool_]:
+    """Return whether each merge fails, shape (merges,); arguments as `merge_fail`."""
+    if not 0 < tau <= 1:
+        raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
+    return np.array([fails(after, before, tau) for after, before in _pairs(merged, single)])
+
+
+def merge_fail_table(
+    merged: Sequence[Scores], single: Sequence[Scores], taus: Sequence[float] = DEFAULT_TAUS
+) -> dict[float, float]:
+    """Return MergeFail at each threshold, in the order of `taus`."""
+    return {tau: merge_fail(merged, single, tau) for tau in taus}
+
+
+def fails(merged: Mapping[str, ArrayLike], single: Mapping[str, ArrayLike], tau: float) -> NDArray[np.bool_]:
+    """Return whether any task of one merge `falls_below`; elementwise where scores are arrays of replicates."""
+    return np.any([falls_below(merged[task], single[task], tau) for task in single], axis=0)
+
+
+def falls_below(merged: ArrayLike, single: ArrayLike, tau: float) -> NDArray[np.bool_]:
+    """Return where `merged < τ · single`, elementwise; equality up to rounding is not below."""
+    return np.asarray(merged) < tau * np.asarray(single) * (1 - _ROUNDING)
+
+
+def mean_post_merge_drop(merged: Scores | Sequence[Scores], single: Scores | Sequence[Scores]) -> float:
+    """Return the mean of `|single − merged|` over every task of every merge, in percentage points; lower is better.
+
+    It is absolute: a task that merging improved counts as a change, too. Takes one table of scores, or one per merge.
+
+    Source: HiP-LoRA, table 2.
+    """
+    after = [merged] if isinstance(merged, Mapping) else merged
+    before = [single] if isinstance(single, Mapping) else single
+    return float(np.mean([abs(old[task] - new[task]) for new, old in _pairs(after, before) for task in old]))
+
+
+def _pairs(
+    merged: Sequence[Scores], single: Sequence[Scores]
+) -> list[tuple[dict[str, float], dict[str, float]]]:
+    if len(merged) != len(single) or not len(merged):
+        raise DataError(
+            f"merged has {len(merged)} merges, single has {len(single)}; expected the same number, at least 1"
+        )
+    found = []
+    for index, tables in enumerate(zip(merged, single, strict=True)):
+        after, before = _table(tables[0], f"merged[{index}]"), _table(tables[1], f"single[{index}]")
+        _same_names(after, before, f"merged[{index}]", f"single[{index}]", "task")
+        found.append((after, before))
+    return found
+
+
+# Continual learning: `matrix[t][i]` is the score on task i after stage t, shape (T, T); above the diagonal (tasks not
+# trained yet) it may be NaN or None. The functions in CONTINUAL take further axes of replicates.
+
+
+def average_accuracy(matrix: ArrayLike) -> float:
+    """Return AvgAcc, the mean score over all tasks after the last stage, in per cent: `(1/T) Σ_i Acc[T, i]`.
+
+    Source: HiP-LoRA, appendix C.4.
+    """
+    return float(_average(_accuracies(matrix)))
+
+
+def forgetting(matrix: ArrayLike) -> float:
+    """Return how far tasks fell below their best earlier score, in percentage points; lower is better.
+
+    `1/(T−1) Σ_{i<T} (max_{t<T} Acc[t, i] − Acc[T, i])`, the maximum over all earlier stages that were measured.
+
+    Source: HiP-LoRA, appendix C.4; Chaudhry et al. 2018.
+    """
+    return float(_fall_from_best(_accuracies(matrix, stages=2)))
+
+
+def backward_transfer(matrix: ArrayLike) -> float:
+    """Return BWT, `1/(T−1) Σ_{i<T} (Acc[T, i] − Acc[i, i])`, in percentage points; higher is better.
+
+    Source: Lopez-Paz and Ranzato 2017 (GEM).
+    """
+    return float(_since_trained(_accuracies(matrix, stages=2)))
+
+
+def learned_accuracy(matrix: ArrayLike) -> float:
+    """Return the mean score of each task just after it was trained, in per cent: the mean of the diagonal.
+
+    Source: Riemer et al. 2019 (MER), "learning accuracy".
+    """
+    return float(_just_trained(_accuracies(matrix)).mean())
+
+
+def _accuracies(matrix: ArrayLike, stages: int = 1) -> Floats:
+    array = _numbers(matrix, "matrix", axes=2)
+    if array.shape[0] != array.shape[1]:
+        raise DataError(f"matrix: has shape {array.shape}; expected one row per stage and as many tasks")
+    if len(array) < stages:
+        raise DataError(f"matrix: has {len(array)} stage; expected at least {stages}")
+    unseen = np.triu(np.isnan(array), k=1)
+    _require((np.isfinite(array) & (array >= 0)) | unseen, array, "matrix", "a score in per cent, at least 0")
+    return array
+
+
+def _average(accuracies: Floats) -> Floats:
+    return accuracies[-1].mean(axis=0)
+
+
+def _fall_from_best(accuracies: Floats) -> Floats:
+    return (np.nanmax(accuracies[:-1, :-1], axis=0) - accuracies[-1, :-1]).mean(axis=0)
+
+
+def _since_trained(accuracies: Floats) -> Floats:
+    return (accuracies[-1] - _just_trained(accuracies))[:-1].mean(axis=0)
+
+
+def _just_trained(accuracies: Floats) -> Floats:
+    return np.moveaxis(accuracies.diagonal(), -1, 0)
+
+
+CONTINUAL: Mapping[str, Callable[[Floats], Floats]] = {
+    "average accuracy": _average,
+    "forgetting": _fall_from_best,
+    "backward transfer": _since_trained,
+    "learned accuracy": lambda accuracies: _just_trained(accuracies).mean(axis=0),
+}
+
+
+def answer_likelihood(log_prob: float, tokens: int) -> float:
+    """Return how likely a token of the answer is, in per cent: `100 · exp(log_prob / tokens)`.
+
+    `log_prob` is summed over the answer's tokens, in nats.
+    """
+    count, total = whole_number(tokens, "tokens", 1), float(_finite(log_prob, "log_prob", axes=0))
+    if total > _ABOVE_ZERO:
+        raise DataError(f"log_prob is {total}; a log-probability is at most 0")
+    return 100 * math.exp(min(total, 0.0) / count)
+
+
+def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
+    """Return the right choice's share of the probability of all choices, in per cent: `100 · softmax(ℓ)[gold]`.
+
+    `log_likelihoods` of each choice are in nats, shape (choices,); only their differences matter.
+    """
+    choices, index = _finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
+    if index >= len(choices):
+        raise DataError(
+            f"gold is {index}, and there are {len(choices)} choices; expected an index below that"
+        )
+    shares = np.exp(choices - choices.max())
+    return float(100 * shares[index] / shares.sum())
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the unbiased estimate of pass@k, in [0, 1]: `1 − C(n−c, k) / C(n, k)` of n samples with c right.
+
+    Source: Chen et al. 2021 (HumanEval), Eq. 1.
+    """
+    n, c, k = whole_number(n, "n", 1), whole_number(c, "c", 0), whole_number(k, "k", 1)
+    if c > n:
+        raise DataError(f"c is {c} right samples of n = {n}; expected at most n")
+    if k > n:
+        raise ConfigError(f"k is {k}, and there are n = {n} samples; lower k or draw more samples")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+@dataclass(frozen=True)
+class Locality:
+    """What editing did to unrelated prompts.
+
+    `accuracy_change` is accuracy after − before, in percentage points: negative is damage. `log_prob_change` is the
+    mean change of their answers' log-probability, in nats; None if not given.
+    """
+
+    accuracy_change: float
+    log_prob_change: float | None = None
+
+
+def edit_preferred(log_prob_new: ArrayLike, log_prob_old: ArrayLike) -> NDArray[np.bool_]:
+    """Return, per edit, whether `log p(new) > log p(old)`, each summed over the answer's tokens; a tie is no success.
+
+    Source: HiP-LoRA, appendix C.4.
+    """
+    new, old = _same_length(log_prob_new, log_prob_old, "log_prob_new", "log_prob_old")
+    return new > old
+
+
+def edit_success(successes: ArrayLike) -> float:
+    """Return the share of successful edits, in per cent, from one True or False per edit.
+
+    Source: HiP-LoRA, appendix C.4.
+    """
+    return float(100 * _booleans(successes, "successes").mean())
+
+
+def locality(
+    base_correct: ArrayLike,
+    edited_correct: ArrayLike,
+    base_log_probs: ArrayLike | None = None,
+    edited_log_probs: ArrayLike | None = None,
+) -> Locality:
+    """Compare the model after editing with the one before, on unrelated prompts.
+
+    `…_correct` say whether the model answers each prompt right, shape (prompts,); `…_log_probs` are the optional
+    log-probabilities of answers, in nats, shape (answers,).
+
+    Source: HiP-LoRA, appendix C.4.
+    """
+    before, after = _booleans(base_correct, "base_correct"), _booleans(edited_correct, "edited_correct")
+    _same_length(before, after, "base_correct", "edited_correct")
+    change = float(100 * (after.mean() - before.mean()))
+    if base_log_probs is None and edited_log_probs is None:
+        return Locality(change)
+    if base_log_probs is None or edited_log_probs is None:
+        raise DataError("log-probabilities of one model only; give base_log_probs and edited_log_probs")
+    old, new = _same_length(base_log_probs, edited_log_probs, "base_log_probs", "edited_log_probs")
+    return Locality(change, float((new - old).mean()))
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    """Return `value` as an int of at least `least`."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < least:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    return found
+
+
+def _numbers(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what}: not an array of numbers ({error})") from None
+    if array.ndim != axes or array.size == 0:
+        expected = ("a number", "a list of numbers, not empty", "a table of numbers, not empty")[axes]
+        raise DataError(f"{what}: has shape {array.shape}; expected {expected}")
+    return array
+
+
+def _finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+    array = _numbers(values, what, axes)
+    _require(np.isfinite(array), array, what, "a finite number")
+    return array
+
+
+def _require(good: NDArray[np.bool_], array: NDArray, what: str, expected: str) -> None:
+    if not good.all():
+        place = tuple(int(index) for index in np.argwhere(~good)[0])
+        shown = "".join(f"[{index}]" for index in place)
+        raise DataError(f"{what}{shown} is {array[place]}; expected {expected}")
+
+
+def _table(table: Scores, what: str) -> dict[str, float]:
+    if not isinstance(table, Mapping) or not table:
+        raise DataError(f"{what}: is {table!r}; expected a mapping from names to scores in per cent")
+    values = {name: _finite(value, f"{what}[{name!r}]", axes=0) for name, value in table.items()}
+    for name, value in values.items():
+        _require(value >= 0, value, f"{what}[{name!r}]", "a score in per cent, at least 0")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _same_names(
+    found: Mapping[str, Any], expected: Mapping[str, Any], what: str, other: str, kind: str
+) -> None:
+    for one, two, here, there in ((expected, found, what, other), (found, expected, other, what)):
+        if missing := [name for name in one if name not in two]:
+            raise DataError(
+                f"{here}: {kind} {missing[0]!r} is missing, and {there} has it; score both on the same {kind}s"
+            )
+
+
+def _booleans(values: ArrayLike, what: str) -> Floats:
+    array = _finite(values, what)
+    _require((array == 0) | (array == 1), array, what, "True or False")
+    return array
+
+
+def _same_length(one: ArrayLike, other: ArrayLike, name: str, other_name: str) -> tuple[Floats, Floats]:
+    first, second = _finite(one, name), _finite(other, other_name)
+    if len(first) != len(second):
+        raise DataError(f"{name} has {len(first)} values, {other_name} has {len(second)}; expected as many")
+    return first, second
