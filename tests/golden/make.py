@@ -356,6 +356,7 @@ def metrics():
     from dataclasses import asdict
 
     from hiplora import metrics as m
+
     draw = np.random.RandomState(11)
     accuracies = [[50.0, None, None], [45.0, 60.0, None], [48.0, 52.0, 70.0]]
     full = [[50.0, 20.0, 10.0], [45.0, 60.0, 12.0], [48.0, 52.0, 70.0]]

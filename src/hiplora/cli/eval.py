@@ -5,20 +5,20 @@ from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, counted, emit_json, print_table
+from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
 SUITE_HELP = (
-    "What to score on: paper, retention or quick; a YAML file; or tasks with commas between, as gsm8k,arc_easy "
+    "What to score on: paper, retention or quick; a YAML file; or comma-separated tasks, such as gsm8k,arc_easy "
     "(docs/evaluation.md lists them; lm-eval's own names work too)."
 )
-DATA_HELP = "Folder with the tasks' files, as gsm8k_test.jsonl.gz; else that of $HIPLORA_DATA, else the hub."
-LIMIT_HELP = "Items of each task, drawn by --seed; all, if not given."
-CODE_HELP = "Let code that the model writes run, in a sandbox (docs/code-sandbox.md)."
+DATA_HELP = "Folder with the tasks' files, such as gsm8k_test.jsonl.gz. Default: $HIPLORA_DATA, else the hub."
+LIMIT_HELP = "Items of each task, drawn by --seed. Default: all."
+CODE_HELP = "Run code that the model writes, in a sandbox (docs/code-sandbox.md)."
 SUITE_OPTION = typer.Option(..., "--suite", help=SUITE_HELP)
 DATA_OPTION = typer.Option(None, "--data", help=DATA_HELP)
 LIMIT_OPTION = typer.Option(None, "--limit", min=1, help=LIMIT_HELP)
 SEED_OPTION = typer.Option(0, "--seed", min=0, help="Seed of the choice of items and of sampled responses.")
-BATCH_OPTION = typer.Option(8, "--batch-size", min=1, help="Rows of a batch.")
+BATCH_OPTION = typer.Option(8, "--batch-size", min=1, help="Rows per batch.")
 CODE_OPTION = typer.Option(False, "--allow-code-execution", help=CODE_HELP)
 
 
@@ -37,14 +37,14 @@ def command(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file if it exists."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Score a base model, and adapters on it, on the tasks of a suite.
+    """Score a base model, and adapters on it, on the tasks of a suite, with lm-eval.
 
-    lm-eval does the scoring. Before it starts, every adapter is shown to change the logits, and the base to come
-    back bit for bit when it is off. All see the same items in the same order; the file keeps the score of every
-    item, and every mean and every difference of two has a 95 % interval. Each score has a second form beside it,
-    its likelihood: a small model is often at chance in accuracy, and its likelihood still moves.
+    Before scoring, every adapter is checked to change the logits, and the base to come back bit for bit when it is
+    off. All models see the same items in the same order; the file keeps the score of every item, and every mean and
+    every difference of two models has a 95 % interval. Each score has a second form, its likelihood: a small model is
+    often at chance in accuracy while its likelihood still moves.
 
-    Interrupted, it goes on when the same command is given again: models that are scored are kept.
+    Given again after an interruption, the same command continues: models that are scored are kept.
 
     Example:
 
@@ -53,8 +53,7 @@ def command(
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 
     settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
-    with counted() as progress:
-        results = evaluate(model, adapter, settings, out, overwrite=overwrite, progress=progress)
+    results = evaluate(model, adapter, settings, out, overwrite=overwrite, progress=True)
     if as_json:
         emit_json(results)
         return
@@ -63,26 +62,17 @@ def command(
 
 
 def print_scores(results: dict[str, Any]) -> None:
-    """Print the scores of a results file: a line a task and form, a column a model."""
-    names = list(results["runs"])
+    """Print the scores of a results file: a row per task and form, a column per model."""
     rows: list[list[str]] = []
     for task, described in results["tasks"].items():
-        for form in ("score", "likelihood"):
-            found = [results["runs"][name].get(task, {}) for name in names]
+        found = [run.get(task, {}) for run in results["runs"].values()]
+        for form, metric in described["metrics"].items():
             if any(form in one for one in found):
-                label = f"{described['title']}: {described['metrics'][form]}"
-                rows.append([label, *(_cell(one.get(form)) for one in found)])
-        for extra in sorted({key for one in found for key in one.get("others", {})}):
-            values = [one.get("others", {}).get(extra) for one in found]
-            rows.append(
-                [f"{described['title']}: {extra}", *("" if v is None else f"{v:.4g}" for v in values)]
-            )
-    items = {len(described["items"]) for described in results["tasks"].values()}
-    count = f"{min(items)} to {max(items)} items" if len(items) > 1 else f"{items.pop()} items"
-    print_table(f"{results['suite']}, {count} a task; per cent, 95 % intervals", ("", *names), rows)
+                rows.append([f"{described['title']}: {metric}", *(_cell(one.get(form)) for one in found)])
+    items = [len(described["items"]) for described in results["tasks"].values()]
+    title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
+    print_table(title, ("", *results["runs"]), rows)
 
 
 def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    return f"{found['estimate']:.1f} ({found['low']:.1f} – {found['high']:.1f})"
+    return f"{found['estimate']:.1f} ({found['low']:.1f} – {found['high']:.1f})" if found else ""

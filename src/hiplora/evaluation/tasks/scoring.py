@@ -1,50 +1,107 @@
-"""What lm-eval calls to score a response where none of its own metrics does."""
+"""What the task files name with `!function`: wording where a template is not enough, and scores lm-eval does not have."""
 
 import json
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from hiplora.evaluation.tasks.wording import final_number, normal_number, stated_answer
+from hiplora.recipes.wording import final_number, lettered, letters, normal_number, step_by_step
+
+__all__ = [
+    "all_responses",
+    "final_number",
+    "gap_answer",
+    "gap_end",
+    "gap_start",
+    "humaneval",
+    "lettered",
+    "letters",
+    "mbpp",
+    "number_match",
+    "stated_match",
+    "step_question",
+]
+# What a derivation says before its answer; the first of these in the text counts.
+MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
+Row = Mapping[str, Any]
 
 
-def number_match(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def gap_start(row: Row) -> list[str]:
+    """Return a WinoGrande sentence up to its gap, once with each choice in the gap."""
+    before = row["context"].partition("_")[0]
+    return [before + choice for choice in row["choices"]]
+
+
+def gap_end(row: Row) -> str:
+    """Return what follows the gap: the same for both choices, so that their likelihoods can be compared."""
+    return row["context"].partition("_")[2].strip()
+
+
+def gap_answer(row: Row) -> int:
+    """Return the index of the right choice; lm-eval reads an index as "the choices are in the context"."""
+    return int(row["answer"])
+
+
+def step_question(row: Row) -> str:
+    """Return a question to be answered with its derivation."""
+    return step_by_step(row["question"])
+
+
+def number_match(row: Row, results: Sequence[str]) -> dict[str, float]:
     """Exact match of a direct numerical answer, both sides in their plain form (`normal_number`)."""
     return {"exact_match": float(normal_number(results[0]) == final_number(row))}
 
 
-def stated_match(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def stated_match(row: Row, results: Sequence[str]) -> dict[str, float]:
     """Whether a derivation states the answer that the solution states (`stated_answer`)."""
     found = stated_answer(results[0])
     return {"exact_match": float(found is not None and found == stated_answer(str(row["answer"])))}
 
 
-def all_responses(responses: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The filter that hands every sampled response of a row on, and not only the first."""
+def stated_answer(text: str) -> float | str | None:
+    """Return the answer that a derivation states, as a number if it is one (or a fraction); None if it states none.
+
+    It is what follows the last mark, up to the end of the line, without punctuation, currency and per-cent signs
+    around it. A number with commas between its digits counts as text, as in the source: PEFT's comparison of methods
+    (github.com/huggingface/peft, method_comparison/MetaMathQA/utils.py at 0134244).
+    """
+    text = text.strip().rstrip(".!?")
+    mark = next((mark for mark in MARKS if mark in text), None)
+    if mark is None:
+        return None
+    line = text.rpartition(mark)[2].strip().partition("\n")[0].strip(" .!?$%")
+    parts = line.split("/")
+    try:
+        numbers = [Decimal(part.strip()) for part in parts]
+        if len(numbers) > 2 or (len(numbers) == 2 and numbers[1] == 0):
+            return line
+        return float(numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0])
+    except (InvalidOperation, OverflowError, ValueError):
+        return line
+
+
+def all_responses(responses: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[list[str]]:
+    """Filter that passes every sampled response of a row on, not only the first."""
     return [list(sampled) for sampled in responses]
 
 
-def humaneval(row: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
-    """pass@k of the sampled completions of a HumanEval problem, for k = 1, 5, 10 as far as there are samples."""
-    programs = [
-        f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})\n"
-        for completion in results[0]
-    ]
-    return _passed(programs)
+def humaneval(row: Row, results: Sequence[Sequence[str]]) -> dict[str, float]:
+    """pass@k of the sampled completions of a HumanEval problem, for each k of 1, 5, 10 up to the number of samples."""
+    test = f"\n{row['test']}\ncheck({row['entry_point']})\n"
+    return _passed([f"{row['prompt']}{completion}{test}" for completion in results[0]])
 
 
-def mbpp(row: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
+def mbpp(row: Row, results: Sequence[Sequence[str]]) -> dict[str, float]:
     """pass@k of the sampled solutions of an MBPP problem."""
-    checks = "\n".join([row["test_setup_code"], *_lines(row["test_list"])])
+    tests = row["test_list"]
+    tests = json.loads(tests) if isinstance(tests, str) else tests
+    checks = "\n".join([row["test_setup_code"], *tests])
     return _passed([f"{completion}\n{checks}\n" for completion in results[0]])
 
 
-def _lines(value: Any) -> list[str]:
-    return json.loads(value) if isinstance(value, str) else list(value)
-
-
 def _passed(programs: Sequence[str]) -> dict[str, float]:
-    from hiplora.evaluation.sandbox import run_programs
+    from hiplora.evaluation.sandbox import run_program
     from hiplora.metrics import pass_at_k
 
-    passed = sum(outcome.status == "passed" for outcome in run_programs(programs))
+    passed = sum(run_program(program).passed for program in programs)
     return {f"pass@{k}": pass_at_k(len(programs), passed, k) for k in (1, 5, 10) if k <= len(programs)}

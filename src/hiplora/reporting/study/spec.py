@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hiplora.metrics.student import student_margin
+from hiplora.metrics import student_margin
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hiplora.metrics.continual import CONTINUAL
+from hiplora.metrics import CONTINUAL
 from hiplora.recipes.protocols import Continual
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiplora.metrics import MergeInstance
-from hiplora.metrics.merging import fails
+from hiplora.metrics import MergeInstance, fails
 from hiplora.recipes.study import StudyMethod
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Job

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from hiplora.metrics import average_accuracy, backward_transfer, forgetting
-from hiplora.metrics.continual import learned_accuracy
+from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import continual, single_task
 from hiplora.study.protocols.continual_runs import Learner

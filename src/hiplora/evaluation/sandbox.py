@@ -1,0 +1,216 @@
+"""Run programs that a model wrote: in bubblewrap where it is installed, else in a subprocess with resource limits.
+
+`python -m hiplora.evaluation.sandbox` prints which of the two this machine offers. See docs/code-sandbox.md.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from hiplora.errors import ConfigError, HipLoraError
+
+_NOBODY = 65534
+_SHOWN = 4096  # bytes of output that are kept
+
+# Runs inside the sandbox. The token, printed last, shows that the program ran to its end.
+_RUNNER = """
+import json, os, resource, sys
+job = json.loads(sys.stdin.buffer.read())
+for name, value in job["limits"].items():
+    resource.setrlimit(getattr(resource, name), (value, value + (name == "RLIMIT_CPU")))
+exec(compile(job["source"], "<program>", "exec"), {"__name__": "__program__"})
+sys.stdout.flush()
+os.write(1, job["token"].encode())
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use: seconds of wall-clock and processor time, bytes of memory (per process), of one file
+    (its output is one) and of all files together, and processes, threads included.
+    """
+
+    seconds: float = 30.0
+    cpu_seconds: int = 5
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 16 << 20
+    processes: int = 16
+
+    def __post_init__(self) -> None:
+        """Check that all limits are positive."""
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ConfigError(f"sandbox limit {name} is {value}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program: `passed` only if it ran to its end. `output` is the end of what it wrote."""
+
+    status: Literal["passed", "failed", "timed out"]
+    output: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the program ran to its end."""
+        return self.status == "passed"
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How programs run on this machine; `user` is the account they get, None for the caller's own.
+
+    `processes` says whether the number of processes is bounded: the kernel does not bound those of root, and
+    without bubblewrap it would count all of the user's.
+    """
+
+    bubblewrap: bool
+    user: int | None
+    reason: str = ""
+
+    @property
+    def processes(self) -> bool:
+        """Whether the number of a program's processes is limited."""
+        return self.user is not None or (self.bubblewrap and os.geteuid() != 0)
+
+    def __str__(self) -> str:
+        """Describe what protects this machine, and what does not."""
+        if not self.bubblewrap:
+            account = "user nobody" if self.user else "you"
+            return (
+                f"bubblewrap is not used ({self.reason}), so programs run in a subprocess with limits on time, memory "
+                f"and file sizes only: they can read and write what {account} can, use the network, and start "
+                "processes that outlive them"
+            )
+        text = "programs run in bubblewrap: no network, no files but Python's own, no other processes"
+        return text if self.processes else f"{text}; as root, the number of processes is not limited"
+
+
+@functools.cache
+def isolation() -> Isolation:
+    """Return the strongest isolation that works here, found by running a program in each."""
+    if os.name != "posix":
+        raise HipLoraError("the code sandbox needs Linux or macOS; on Windows use WSL 2")
+    users = [_NOBODY, None] if os.geteuid() == 0 else [None]
+    reason = "bwrap is not on PATH: install the package bubblewrap"
+    for user in users if shutil.which("bwrap") else []:
+        outcome = _run("", Limits(), Isolation(True, user))
+        if outcome.passed:
+            return Isolation(True, user)
+        reason = f"it does not work here: {outcome.output.strip()}"
+    for user in users:
+        outcome = _run("", Limits(), Isolation(False, user, reason))
+        if outcome.passed:
+            return Isolation(False, user, reason)
+    raise HipLoraError(f"the code sandbox cannot run Python: {outcome.output}")
+
+
+def require_permission(allowed: bool) -> None:
+    """Refuse to run code that a model writes unless the user allowed it; warn where bubblewrap is missing.
+
+    Raises:
+        ConfigError: `allowed` is False. The message says what would protect the machine.
+    """
+    found = isolation()
+    if not allowed:
+        raise ConfigError(
+            f"this task runs code that the model writes; pass --allow-code-execution to allow it. Here, {found}"
+        )
+    if not found.bubblewrap:
+        logging.getLogger(__name__).warning("code sandbox: %s", found)
+
+
+def run_program(source: str, limits: Limits | None = None) -> Outcome:
+    """Run a Python program with the isolation this machine offers; call `require_permission` first.
+
+    The program finds the standard library only, `__name__` is not "__main__", and standard input is empty.
+    """
+    return _run(source, limits or Limits(), isolation())
+
+
+def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
+    token = secrets.token_hex(16)
+    job = {"source": source, "token": token, "limits": _rlimits(limits, how)}
+    with tempfile.TemporaryDirectory(prefix="hiplora-sandbox-") as folder, tempfile.TemporaryFile() as output:
+        account = {} if how.user is None else {"user": how.user, "group": how.user, "extra_groups": ()}
+        if how.user is not None:
+            os.chown(folder, how.user, how.user)
+        try:
+            process = subprocess.Popen(
+                [*(_bubblewrap(limits) if how.bubblewrap else []), *_python(), "-c", _RUNNER],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
+                start_new_session=True,
+                **account,  # type: ignore[arg-type]
+            )
+        except OSError as error:
+            return Outcome("failed", str(error))
+        timed_out = False
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=limits.seconds)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
+        text = output.read().decode(errors="replace")
+        if not timed_out and text.endswith(token):
+            return Outcome("passed", text.removesuffix(token))
+        cpu_time = process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the latter from bwrap
+        return Outcome("timed out" if timed_out or cpu_time else "failed", text)
+
+
+def _rlimits(limits: Limits, how: Isolation) -> dict[str, int]:
+    found = {
+        "RLIMIT_CPU": limits.cpu_seconds,
+        "RLIMIT_FSIZE": limits.file_bytes,
+        "RLIMIT_CORE": 0,
+    }
+    if sys.platform == "linux":  # macOS does not enforce it, and refuses to set it
+        found["RLIMIT_AS"] = limits.memory_bytes
+    return found | ({"RLIMIT_NPROC": limits.processes} if how.processes else {})
+
+
+def _bubblewrap(limits: Limits) -> list[str]:
+    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
+    command += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--die-with-parent", "--new-session"]
+    for path in dict.fromkeys(("/usr", "/lib", "/lib64", "/bin", str(Path(_python()[0]).parents[1]))):
+        command += ["--ro-bind-try", path, path]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    return [
+        *command,
+        "--size",
+        str(limits.file_bytes),
+        "--tmpfs",
+        "/tmp",
+        "--chdir",
+        "/tmp",
+        "--remount-ro",
+        "/",
+    ]
+
+
+def _python() -> list[str]:
+    """Return the command of the Python under any virtual environment, without its installed packages."""
+    interpreter = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    return [interpreter, "-I", "-S", "-X", "utf8"]
+
+
+if __name__ == "__main__":
+    print(isolation())
