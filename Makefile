@@ -19,7 +19,7 @@ help:
 	@echo "make model   fetch SmolLM2-135M into the cache"
 	@echo "make lint    formatting, style, types, import direction, documentation"
 	@echo "make docs    write docs/reference.md and the numbers in the docs anew"
-	@echo "make bench   measure, side by side: a training step against LoRA, evaluation against lm-eval, the bootstrap, merges"
+	@echo "make bench   measure, side by side: a training step against LoRA, the bootstrap, merges"
 	@echo "make clean   remove what the above made in this folder"
 
 setup: $(STAMP)
@@ -47,7 +47,6 @@ test: model lint
 
 bench: model
 	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"
-	@$(PY) benchmarks/evaluation.py --json "$(BENCH_OUT)/evaluation.json"
 	@$(PY) benchmarks/bootstrap.py --json "$(BENCH_OUT)/bootstrap.json"
 	@$(PY) benchmarks/merge.py --json "$(BENCH_OUT)/merge.json"
 

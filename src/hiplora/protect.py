@@ -17,9 +17,9 @@ from hiplora.adapters.dense import check_base
 from hiplora.adapters.folder import check_out
 from hiplora.adapters.lora import write_lora
 from hiplora.adapters.protection import check_projection, check_widths, totals
-from hiplora.evaluation import Encoded, drift_texts, heldout_loss, measure_drift
+from hiplora.evaluation import Encoded, heldout_loss, measure_drift
 from hiplora.evaluation.drift import cut_windows
-from hiplora.evaluation.texts import overlap, text_source
+from hiplora.evaluation.texts import drift_texts, overlap, text_source
 from hiplora.spectral import MomentBasis, RankSpec
 from hiplora.study.measure import base_reference
 from hiplora.study.preflight import load_tokenizer

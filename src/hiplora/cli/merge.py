@@ -136,7 +136,7 @@ def command(
     from hiplora.adapters import read_update
     from hiplora.adapters.folder import check_out
     from hiplora.evaluation.evaluate import EvalSettings
-    from hiplora.evaluation.naming import name_adapters
+    from hiplora.evaluation.mounting import name_adapters
     from hiplora.files import check_output_file
     from hiplora.merging import merge
 

@@ -169,7 +169,7 @@ def _log_probs(model: nn.Module, ids: Int[Tensor, " length"]) -> Float[Tensor, "
 
 
 def _sums(base: Tensor, adapted: Tensor, ids: Tensor) -> Float[Tensor, " three"]:
-    """Return sums over positions, in fp64: KL(base‖adapted), the increase in NLL, and changes of the likeliest token."""
+    """Return sums over positions, in fp64: KL(base‖adapted), increase in NLL, changes of the likeliest token."""
     target = ids[1:, None].to(base.device)
     sums = torch.zeros(3, dtype=torch.float64)
     for p, q, to in zip(base.split(_CHUNK), adapted.split(_CHUNK), target.split(_CHUNK), strict=True):

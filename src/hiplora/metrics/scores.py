@@ -217,7 +217,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         raise DataError(f"c is {c} right samples of n = {n}; expected at most n")
     if k > n:
         raise ConfigError(f"k is {k}, and there are n = {n} samples; lower k or draw more samples")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
+    return (math.comb(n, k) - math.comb(n - c, k)) / math.comb(n, k)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from hiplora.adapters import read_update
 from hiplora.adapters.adapter import Update
 from hiplora.adapters.folder import check_out
 from hiplora.errors import ConfigError
-from hiplora.evaluation.evaluate import (
-    EvalSettings,
-    Partial,
-    Progress,
+from hiplora.evaluation.evaluate import EvalSettings, Partial, collect
+from hiplora.evaluation.mounting import (
+    BASE,
+    applied,
+    check_acts,
     check_adapters,
-    collect,
     load_model,
+    mounted,
+    name_adapters,
     probe,
 )
-from hiplora.evaluation.mounting import applied, check_acts, mounted
-from hiplora.evaluation.naming import BASE, name_adapters
 from hiplora.evaluation.suite import Suite
 from hiplora.files import check_output_dir, staged_dir
 from hiplora.merging import merge
@@ -34,6 +34,8 @@ from hiplora.provenance import folder_identity, json_sha256, provenance
 from hiplora.reporting.merge_page import render_merge_html
 from hiplora.study.merge_verdict import Group, page_evaluation, verdict
 
+# Called with what is done and how much it is; returns what is called with each part that is finished.
+Progress = Callable[[str, int], Callable[[int], None]]
 FORMS = ("score", "likelihood")
 
 
@@ -119,7 +121,7 @@ def merge_check(
     engine = settings.engine(suite)
     model = how.base or updates[next(iter(named))].base
     network, tokenizer = load_model(model)
-    check_adapters(network, tokenizer, engine, named)
+    check_adapters(network, tokenizer, engine.prompts(), named)
     _check_merges(network, tokenizer, engine.prompts(), merges)
     plan = _plan(model, named, how, settings, engine.describe(), merged)
     store = Partial(Path(partial) if partial else None, plan)
@@ -127,9 +129,8 @@ def merge_check(
         if label not in store.runs:
             part = label in groups and not groups[label].whole
             tasks = list(groups[label].names) if part else None
-            tick = progress(f"scoring {label}", engine.requests(tasks)) if progress else None
             with _present(network, label, named, merges) as there:
-                store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, tick))
+                store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, bool(progress)))
     found = collect(engine.describe(), store.runs, store.names)
     record = {
         "schema": 1,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hiplora.evaluation.judgement import Instance, judge
-from hiplora.evaluation.naming import BASE
+from hiplora.evaluation.mounting import BASE
 
 _NO_OWNERS = (
     "No adapter was given as TASK=FOLDER: each task counts as that of the adapter that is best at it, which makes "

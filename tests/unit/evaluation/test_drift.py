@@ -19,9 +19,11 @@ TEXTS = {
 
 def adapted(model, method="lora"):
     config = (
-        LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
+        LoraConfig(
+            r=4, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj", "v_proj"], lora_dropout=0.5
+        )
         if method == "lora"
-        else HipLoraConfig(r=4, principal_rank=8, init_weights=False)
+        else HipLoraConfig(r=4, lora_alpha=1, principal_rank=8, init_weights=False)
     )
     torch.manual_seed(1)
     return get_peft_model(model, config)
@@ -33,15 +35,16 @@ def build(model, **options):
 
 def dense_drift(base, model, windows):
     """The definition, position by position, in float64 with the whole softmax at once."""
-    kl, change, tokens = 0.0, 0.0, 0
+    kl, change, changed, tokens = 0.0, 0.0, 0, 0
     for ids in windows:
         p = base(ids[None]).logits[0, :-1].double().log_softmax(-1)
         q = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
         for t in range(len(ids) - 1):
             kl += (p[t].exp() * (p[t] - q[t])).sum().item()
             change += (p[t] - q[t])[ids[t + 1]].item()
+            changed += bool(p[t].argmax() != q[t].argmax())
             tokens += 1
-    return kl / tokens, math.exp(change / tokens), tokens
+    return kl / tokens, math.exp(change / tokens), tokens, changed / tokens
 
 
 @pytest.mark.parametrize("method", ["lora", "hiplora"])
@@ -53,11 +56,13 @@ def test_drift_agrees_with_its_definition(method):
     other = adapted(tiny_llama(), method).eval()
     assert list(found) == ["prose", "code"]
     for name, windows in reference.windows.items():
-        kl, ratio, tokens = dense_drift(tiny_llama(), other, windows)
+        kl, ratio, tokens, changed = dense_drift(tiny_llama(), other, windows)
         assert found[name].kl == pytest.approx(kl, rel=1e-4)
         assert found[name].kl > 1e-4
         assert found[name].perplexity_ratio == pytest.approx(ratio, rel=1e-5)
         assert found[name].tokens == tokens
+        assert found[name].greedy_changed == pytest.approx(changed, abs=1e-9)
+        assert 0 < changed < 1
 
 
 def test_documents_are_read_apart_the_first_window_of_each_and_every_token_weighs_the_same():
@@ -72,7 +77,7 @@ def test_documents_are_read_apart_the_first_window_of_each_and_every_token_weigh
     assert [len(ids) for ids in reference.windows["prose"]] == [32, 32]
     peft = adapted(model).eval()
     with torch.no_grad():
-        _, ratio, tokens = dense_drift(tiny_llama(), adapted(tiny_llama()).eval(), windows)
+        _, ratio, tokens, _ = dense_drift(tiny_llama(), adapted(tiny_llama()).eval(), windows)
     found = measure_drift(peft, reference)["wiki"]
     assert (found.perplexity_ratio, found.tokens) == (pytest.approx(ratio, rel=1e-5), tokens)
 

@@ -4,9 +4,18 @@ import peft
 import pytest
 import torch
 
-from hiplora.errors import AdapterError
-from hiplora.evaluation.mounting import applied, check_acts, mounted
-from tiny import tiny_llama
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.evaluation.answers import answers, generate
+from hiplora.evaluation.mounting import (
+    applied,
+    check_acts,
+    check_adapters,
+    holding,
+    load_model,
+    mounted,
+    name_adapters,
+)
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 IDS = torch.arange(1, 20)[None]
 
@@ -121,3 +130,62 @@ def test_pissa_that_was_not_converted_is_caught(tmp_path):
         on = logits(adapted)
         with adapted.disable_adapter(), pytest.raises(AdapterError, match="bit for bit"):
             check_acts(base, on, logits(adapted), "pissa")
+
+
+def test_a_loaded_model_scores_the_same_bits_before_an_adapter_and_after_one(tmp_path):
+    model, tokenizer = load_model(str(save_tiny(tmp_path / "base")))
+    before = logits(model)
+    check_adapters(model, tokenizer, ["a prompt", ""], {"lora": lora_folder(tmp_path / "lora")})
+    assert torch.equal(logits(model), before)
+
+
+def test_weights_are_held_for_a_while():
+    model = tiny_llama()
+    name, weight = "lm_head", model.lm_head.weight
+    with holding(model, {name: torch.nn.Parameter(torch.zeros_like(weight))}):
+        assert not logits(model).any()
+    assert model.lm_head.weight is weight
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("a/maths", "b/maths", "base", "x=y"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+def names(*given):
+    return list(name_adapters(given))
+
+
+def test_a_folder_is_called_by_its_name_until_that_is_taken(folders):
+    maths = folders / "a/maths"
+    assert names(maths, folders / "b/maths") == ["maths", "b/maths"]
+    assert names(maths, maths, maths) == ["maths", "a/maths", "maths (2)"]
+    assert names(folders / "base") == [f"{folders.name}/base"]
+    assert names(str(folders / "x=y"), f"gsm8k={maths}") == ["x=y", "gsm8k"]
+
+
+def test_a_taken_name_and_a_folder_without_an_adapter_are_refused(folders):
+    for given in (
+        (f"base={folders / 'a/maths'}",),
+        (f"one={folders / 'a/maths'}", f"one={folders / 'b/maths'}"),
+    ):
+        with pytest.raises(ConfigError, match="is taken"):
+            names(*given)
+    with pytest.raises(ConfigError, match=r"holds no adapter_config\.json"):
+        names(folders / "a")
+    with pytest.raises(ConfigError, match="no such folder"):
+        names("one=nowhere")
+
+
+def test_answers_are_greedy_and_do_not_depend_on_the_batch(tmp_path):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    prompts = ["In the summer", "A", "the market stands by"]
+    alone = [generate(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, 8, batch_size=2) == alone
+    found = answers(model, tokenizer, [f"other={lora_folder(tmp_path)}"], prompts, 8)
+    assert list(found) == ["prompt", "base", "other"]
+    assert found["base"].tolist() == alone
+    assert (found["base"] != found["other"]).any()

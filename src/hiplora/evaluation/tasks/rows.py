@@ -1,7 +1,8 @@
 """Where the tasks' rows come from: a folder with the published benchmarks as JSON lines, or the hub.
 
-lm-eval calls `load` through each task file's `custom_dataset`. A row has the same fields wherever it is from: `question`
-(or `context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as text.
+lm-eval calls `load` through each task file's `custom_dataset`. A row has the same fields wherever it is from:
+`question` (or `context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as
+text.
 """
 
 import importlib.util

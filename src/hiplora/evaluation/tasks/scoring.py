@@ -1,4 +1,4 @@
-"""What the task files name with `!function`: wording where a template is not enough, and scores lm-eval does not have."""
+"""What the task files name with `!function`: wording where a template is not enough, and scores lm-eval lacks."""
 
 import json
 from collections.abc import Mapping, Sequence

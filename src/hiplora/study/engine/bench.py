@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.errors import HipLoraError
-from hiplora.evaluation.evaluate import EvalSettings, load_model
+from hiplora.evaluation.evaluate import EvalSettings
+from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.suite import suite_of
 from hiplora.recipes.rows import hub_rows, is_hub_name, read_rows
 from hiplora.study.engine.jobs import Job

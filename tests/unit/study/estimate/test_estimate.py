@@ -7,7 +7,6 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from hiplora.errors import ConfigError
-from hiplora.evaluation import lm
 from hiplora.models.shapes import model_shape
 from hiplora.spectral import decompose
 from hiplora.study.estimate import (
@@ -290,7 +289,6 @@ def test_an_h100_trains_the_8b_model_at_a_speed_and_in_memory_that_are_seen_in_p
 
 def test_constants_of_the_estimate_are_those_of_what_it_estimates():
     assert memory.LOGITS_LIMIT == trainer.LOGITS_LIMIT
-    assert memory.SCORED_POSITIONS == lm._POSITIONS
     assert factoring.EXACT_SIZE == decompose._EXACT_SIZE
     assert factoring.EXACT_SIZE_PER_RANK == decompose._EXACT_SIZE_PER_RANK
     assert factoring.SAMPLED_AT_ONCE == inputs._SAMPLED_AT_ONCE

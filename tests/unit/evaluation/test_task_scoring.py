@@ -1,6 +1,6 @@
 import pytest
 
-from hiplora.evaluation.tasks import wording
+from hiplora.evaluation.tasks import scoring
 from hiplora.evaluation.tasks.scoring import number_match, stated_match
 
 
@@ -20,32 +20,32 @@ from hiplora.evaluation.tasks.scoring import number_match, stated_match
     ],
 )
 def test_numbers_are_compared_in_their_plain_form(text, plain):
-    assert wording.normal_number(text) == plain
+    assert scoring.normal_number(text) == plain
 
 
 def test_a_gsm8k_answer_is_what_follows_the_marks():
     row = {"answer": "He pays 2 * 600 = <<2*600=1200>>1200.\n#### 1,200"}
-    assert wording.final_number(row) == "1200"
+    assert scoring.final_number(row) == "1200"
     assert number_match(row, ["$1200.00"]) == {"exact_match": 1.0}
     assert number_match(row, ["1201"]) == {"exact_match": 0.0}
     assert number_match(row, [""]) == {"exact_match": 0.0}
 
 
 def test_a_plain_number_is_its_own_answer():
-    assert wording.final_number({"answer": "3.0"}) == "3"
+    assert scoring.final_number({"answer": "3.0"}) == "3"
 
 
 def test_choices_stand_behind_letters():
     row = {"question": "Which is wet?", "choices": ["sand", "rain"]}
-    assert wording.lettered(row) == "Question: Which is wet?\nA. sand\nB. rain\nAnswer:"
-    assert wording.letters(row) == ["A", "B"]
+    assert scoring.lettered(row) == "Question: Which is wet?\nA. sand\nB. rain\nAnswer:"
+    assert scoring.letters(row) == ["A", "B"]
 
 
 def test_a_gap_is_filled_before_what_follows_it():
     row = {"context": "The box hid the key since _ was large.", "choices": ["box", "key"], "answer": 0}
-    assert wording.gap_start(row) == ["The box hid the key since box", "The box hid the key since key"]
-    assert wording.gap_end(row) == "was large."
-    assert wording.gap_answer(row) == 0
+    assert scoring.gap_start(row) == ["The box hid the key since box", "The box hid the key since key"]
+    assert scoring.gap_end(row) == "was large."
+    assert scoring.gap_answer(row) == 0
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,26 @@ def test_a_gap_is_filled_before_what_follows_it():
     ],
 )
 def test_the_answer_of_a_derivation_is_what_its_last_mark_announces(text, answer):
-    assert wording.stated_answer(text) == answer
+    assert scoring.stated_answer(text) == answer
 
 
 def test_a_derivation_is_right_if_it_states_the_solutions_answer():
     row = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5.\n#### 5"}
-    assert wording.step_question(row) == "Question: What is 2 + 3? Think step by step.\nAnswer:"
+    assert scoring.step_question(row) == "Question: What is 2 + 3? Think step by step.\nAnswer:"
     assert stated_match(row, ["2 + 3 = 5. The answer is: 5.0"]) == {"exact_match": 1.0}
     assert stated_match(row, ["The answer is: 6"]) == {"exact_match": 0.0}
     assert stated_match(row, ["5"]) == {"exact_match": 0.0}
+
+
+def test_generated_programs_are_run_with_their_tests():
+    row = {
+        "prompt": "def add(a, b):\n",
+        "test": "def check(f):\n    assert f(1, 2) == 3",
+        "entry_point": "add",
+    }
+    assert scoring.humaneval(row, [["    return a + b\n"]]) == {"pass@1": 1.0}
+    wrong = ["    return a\n", "    exit(0)\n", "    return\n", "", "    return 3\n"]
+    assert scoring.humaneval(row, [wrong]) == {"pass@1": 0.2, "pass@5": 1.0}
+    tests = {"test_setup_code": "", "test_list": '["assert f(2) == 4"]'}
+    assert scoring.mbpp(tests, [["def f(x): return x * x"]]) == {"pass@1": 1.0}
+    assert scoring.mbpp(tests, [["def f(x): return x"]]) == {"pass@1": 0.0}
