@@ -153,7 +153,8 @@ class _Base:
     """The base model, loaded once and bare between stages, and what each adapter is measured on."""
 
     def __init__(self, settings: DemoSettings, sets: Sequence[EditSet]):
-        from hiplora.evaluation import BaseReference, drift_texts
+        from hiplora.evaluation import BaseReference
+        from hiplora.evaluation.texts import drift_texts
         from hiplora.models import load
 
         self.settings, self.sets = settings, sets

@@ -14,8 +14,8 @@ from hiplora.compare import slug
 from hiplora.demo import DemoSettings, demo, summary, survival
 from hiplora.editing import evaluate_edits, load_edit_sets
 from hiplora.errors import ConfigError, DataError
-from hiplora.evaluation import drift_texts
 from hiplora.evaluation.drift import cut_windows
+from hiplora.evaluation.texts import drift_texts
 from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
