@@ -5,22 +5,28 @@ VENV ?= .venv
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 DEMO_OUT ?= demo-out
 BENCH_OUT ?= runs/bench
+FLOORS_VENV ?= .venv-floors
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.hiplora-setup
+# Each test process uses one thread: together they fill the cores.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup model demo test lint bench docs clean
+.PHONY: help setup model demo test test-slow lint bench docs floors wheel clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    set up, fetch the real model, run the demonstration and say where its report is"
-	@echo "make test    set up, fetch the real model, lint, run all tests"
-	@echo "make setup   make $(VENV) and install hiplora at the versions of constraints.txt"
-	@echo "make model   fetch SmolLM2-135M into the cache"
-	@echo "make lint    formatting, style, types, import direction, documentation"
-	@echo "make docs    write docs/reference.md and the numbers in the docs anew"
-	@echo "make bench   measure, side by side: a training step against LoRA, the bootstrap, merges"
-	@echo "make clean   remove what the above made in this folder"
+	@echo "make demo       set up, fetch the real model, run the demonstration and say where its report is"
+	@echo "make test       set up, fetch the real model, lint, run the fast tests (at most five minutes)"
+	@echo "make test-slow  the rest: real model, interrupted runs, several processes, a browser (ten more)"
+	@echo "make setup      create $(VENV) and install hiplora at the versions of constraints.txt"
+	@echo "make model      fetch SmolLM2-135M into the cache"
+	@echo "make lint       formatting, style, types, import direction, documentation"
+	@echo "make docs       regenerate the reference and the tables of results, and build the site in build/site"
+	@echo "make bench      measure side by side: a training step against LoRA, the bootstrap, merges"
+	@echo "make floors     run the tests of the tuner with the oldest supported versions"
+	@echo "make wheel      build a wheel and try it in a bare environment"
+	@echo "make clean      remove what the above made in this folder"
 
 setup: $(STAMP)
 
@@ -39,11 +45,13 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy
 	@$(PY) -m tools.check_imports
-	@$(PY) -m tools.check_docs
+	@$(PY) -m tools.docs --check
 
-# Each test process uses one thread: together they fill the cores. They start hundreds of others, which read bytecode.
 test: model lint
-	@env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: model
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 bench: model
 	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"
@@ -51,7 +59,15 @@ bench: model
 	@$(PY) benchmarks/merge.py --json "$(BENCH_OUT)/merge.json"
 
 docs: $(STAMP)
-	@$(PY) -m tools.check_docs --write
+	@$(PY) -m tools.docs
+	@$(PY) -m sphinx -q -W --keep-going -b html docs build/site
+	@echo "docs: build/site/index.html"
+
+floors:
+	@bash tools/floors.sh "$(FLOORS_VENV)" "$(PYTHON)"
+
+wheel: $(STAMP)
+	@bash tools/try_wheel.sh "$(PY)" "$(PYTHON)"
 
 clean:
-	rm -rf "$(VENV)" "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf "$(VENV)" "$(FLOORS_VENV)" "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -29,7 +29,7 @@ if ! "$venv/bin/python" -c "import importlib.metadata as m, sys; sys.exit(m.vers
   [ "$installed" ] || install "$torch"
 fi
 echo "setup: installing hiplora and its dependencies"
-install --editable '.[dev,eval,grid]'
+install --editable '.[dev]'
 
 # Compiling all that was installed takes as long as installing it: what hiplora imports is compiled, by importing it.
 env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -W ignore -c '
