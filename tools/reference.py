@@ -147,7 +147,11 @@ def recipes_page() -> str:
     from hiplora.study.recipe import StudyRecipe
     from hiplora.training.recipe import TrainRecipe
 
-    parts = [NOTE + "# Recipes", *_blocks("Training recipe", TrainRecipe), *_blocks("Study recipe", StudyRecipe)]
+    parts = [
+        NOTE + "# Recipes",
+        *_blocks("Training recipe", TrainRecipe),
+        *_blocks("Study recipe", StudyRecipe),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
