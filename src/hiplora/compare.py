@@ -265,7 +265,7 @@ class _Base:
 
     def answers(self, model: Any = None) -> list[str]:
         """Return what the base model, or `model`, writes after each prompt."""
-        from hiplora.editing.asking import continuations
+        from hiplora.evaluation.answers import continuations
 
         return continuations(model or self.model, self.tokenizer, self.prompts, ANSWER_TOKENS)
 

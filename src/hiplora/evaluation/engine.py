@@ -75,11 +75,11 @@ class ScoringLM(HFLM):
             length = min(len(context) + len(answer), self.max_length)
             buckets.setdefault(length.bit_length(), []).append(index)
         found: list[Any] = [None] * len(requests)
-        whole = self.batch_size_per_gpu
+        whole: int = self.batch_size  # type: ignore[assignment]
         try:
             for bits, places in buckets.items():
                 fitting = _LOGITS // (4 * self.vocab_size * min(1 << bits, self.max_length))
-                self.batch_size_per_gpu = max(1, min(int(whole), fitting))
+                self.batch_size_per_gpu = max(1, min(whole, fitting))
                 scored = super()._loglikelihood_tokens([requests[i] for i in places], *args, **kwargs)
                 for place, score in zip(places, scored, strict=True):
                     found[place] = score

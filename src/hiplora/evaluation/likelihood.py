@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hiplora.errors import DataError
+
+T = TypeVar("T")
 
 IGNORED = -100  # the label of a token that is read but not scored, as everywhere in transformers
 
@@ -21,14 +23,14 @@ class Encoded:
     labels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse labels that do not fit the ids, or that leave nothing to predict."""
+        """Check that the labels fit the ids and that one can be predicted."""
         fit = len(self.ids) == len(self.labels) and all(
             label in (IGNORED, token) for token, label in zip(self.ids, self.labels, strict=True)
         )
         if not fit or not self.scored:
             raise DataError(
-                f"an example of {len(self.ids)} tokens has {len(self.labels)} labels, none of which can be "
-                "predicted; expected one label a token (its id, or -100), and one after the first that is not -100"
+                f"an example of {len(self.ids)} tokens has {len(self.labels)} labels; expected one per token (its id, "
+                "or -100), and at least one after the first that is not -100"
             )
 
     @property
@@ -38,14 +40,14 @@ class Encoded:
 
 
 def encode(tokenizer: Any, prompt: str, response: str) -> Encoded:
-    """Tokenize a completion; scored is all from the first token in which prompt and whole text differ.
+    """Tokenize a completion; everything from the first token in which prompt and whole text differ is scored.
 
     No end-of-text token is added: the response need not be all that follows.
 
     Raises:
         DataError: the response adds no token, or there is nothing before it.
     """
-    whole, given = (_open_end(tokenizer, text) for text in (prompt + response, prompt))
+    whole, given = (_without_end(tokenizer, text) for text in (prompt + response, prompt))
     common = min(len(whole), len(given))
     start = next((i for i in range(common) if whole[i] != given[i]), common)
     return Encoded(tuple(whole), tuple([IGNORED] * start + whole[start:]))
@@ -55,8 +57,7 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     """Return, per example, the log-probability (nats, fp32) of each scored token given all tokens before it.
 
     Examples are padded on the left, so that all responses end together and the output head runs over the last
-    positions only, as many as the farthest response needs. Differentiable; gradients and the model's mode are
-    the caller's choice.
+    positions only. Differentiable; gradients and the model's mode are the caller's choice.
     """
     device = next(model.parameters()).device
     ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
@@ -66,9 +67,7 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     )
     log_probs = output.logits[:, -keep:-1].float().log_softmax(dim=-1)
     picked = log_probs.gather(2, ids[:, -keep + 1 :, None]).squeeze(2)
-    first = [
-        len(example.ids) - keep + 1 for example in batch
-    ]  # the token that column 0 of `picked` stands for
+    first = [len(example.ids) - keep + 1 for example in batch]  # the token in column 0 of `picked`
     return [
         row[torch.tensor(example.scored, device=device) - offset]
         for row, example, offset in zip(picked, batch, first, strict=True)
@@ -82,9 +81,9 @@ def heldout_loss(
     batch_size: int = 8,
     on_batch: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the mean negative log-likelihood per response token, in nats, over all `examples` together.
+    """Return the mean negative log-likelihood per response token, in nats, over all `examples` together, in eval mode.
 
-    Every token weighs the same, whichever example it is from. `on_batch` is told how many examples are done.
+    Every token weighs the same, whichever example it is from. `on_batch` receives the number of examples done.
 
     Raises:
         DataError: there are no examples.
@@ -97,7 +96,7 @@ def heldout_loss(
     model.eval()
     try:
         total, tokens, done = 0.0, 0, 0
-        for batch in _by_length(examples, batch_size):
+        for batch in by_length(examples, [len(example.ids) for example in examples], batch_size):
             rows = response_log_probs(model, batch)
             total -= sum(row.double().sum().item() for row in rows)
             tokens += sum(len(row) for row in rows)
@@ -120,18 +119,15 @@ def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Ten
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _by_length(examples: Sequence[Encoded], batch_size: int) -> Iterator[list[Encoded]]:
-    """Batches of similar length: little padding, hence little waste."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    for first in range(0, len(ordered), batch_size):
-        yield ordered[first : first + batch_size]
+def by_length(items: Sequence[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
+    """Yield batches of items of similar length, so that little is padded."""
+    order = sorted(range(len(items)), key=lambda index: lengths[index])
+    for first in range(0, len(order), batch_size):
+        yield [items[index] for index in order[first : first + batch_size]]
 
 
-def _open_end(tokenizer: Any, text: str) -> list[int]:
-    """Token ids as the tokenizer makes them, without the end-of-text token that some add."""
+def _without_end(tokenizer: Any, text: str) -> list[int]:
+    """Return token ids without the end-of-text token that some tokenizers add."""
     ids = list(tokenizer(text)["input_ids"])
-    return (
-        ids[:-1]
-        if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-        else ids
-    )
+    added = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids

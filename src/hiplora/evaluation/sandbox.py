@@ -16,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hiplora.errors import ConfigError, HipLoraError
 
@@ -143,8 +143,9 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
     token = secrets.token_hex(16)
     job = {"source": source, "token": token, "limits": _rlimits(limits, how)}
     with tempfile.TemporaryDirectory(prefix="hiplora-sandbox-") as folder, tempfile.TemporaryFile() as output:
-        account = {} if how.user is None else {"user": how.user, "group": how.user, "extra_groups": ()}
+        account: dict[str, Any] = {}
         if how.user is not None:
+            account = {"user": how.user, "group": how.user, "extra_groups": ()}
             os.chown(folder, how.user, how.user)
         try:
             process = subprocess.Popen(
@@ -155,7 +156,7 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
                 cwd=folder,
                 env={"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
                 start_new_session=True,
-                **account,  # type: ignore[arg-type]
+                **account,
             )
         except OSError as error:
             return Outcome("failed", str(error))
