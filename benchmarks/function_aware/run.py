@@ -164,7 +164,7 @@ class Bench:
         """Train one set of edits ("edits1" is the first) and keep the adapter at the end, for the merges."""
         from hiplora.editing import EditTraining, train_edits
         from hiplora.files import staged_dir
-        from hiplora.training.adapters import save_adapter
+        from hiplora.training.method import save_adapter
 
         sets, neighbours = self._edit_sets()
         part = sets[int(job.task.removeprefix("edits")) - 1]

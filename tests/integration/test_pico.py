@@ -5,12 +5,12 @@ import json
 import pytest
 
 from hiplora.cli import main as frame
+from hiplora.data.encoding import encode_examples
+from hiplora.data.examples import load_examples
 from hiplora.evaluation.engine import Engine
 from hiplora.evaluation.suite import read_suite
 from hiplora.models import load
 from hiplora.study.pico_data import TEST_ROWS, write_pico_data
-from hiplora.training.data import load_examples
-from hiplora.training.encoding import encode_examples
 
 LENGTH = 128
 TRAINING = ("alpaca", "gsm8k_train", "codealpaca")

@@ -11,7 +11,7 @@ from hiplora import protect as protection
 from hiplora.adapters import read_update
 from hiplora.adapters.base_weights import load_base
 from hiplora.cli import protect as command
-from hiplora.training.calibration import calibration_rows
+from hiplora.data.texts import calibration_rows
 from tests.commands import run
 from tests.tiny import tiny_tokenizer, write_jsonl
 from tests.unit.adapters.samples import (

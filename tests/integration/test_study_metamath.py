@@ -3,8 +3,8 @@
 import json
 import math
 
+from hiplora.data.rows import read_rows
 from hiplora.recipes.load_study import load_study
-from hiplora.recipes.rows import read_rows
 from hiplora.study.builder import Study
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.store import Store

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from hiplora.errors import ConfigError, DataError, HipLoraError
 from hiplora.provenance import file_sha256
-from hiplora.recipes import TrainRecipe
 from hiplora.training import TrainResult, moved_starts, train
-from hiplora.training.metrics import read_metrics
+from hiplora.training.recipe import TrainRecipe
+from hiplora.training.result import read_metrics
 from tests.tiny import tiny_llama, write_jsonl
 
 METHODS = {
@@ -120,9 +120,8 @@ def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(
     make, tmp_path, tiny_model_dir, method
 ):
     """Of all that training keeps in memory, changed base weights above all, nothing is needed."""
-    from hiplora.recipes import DataSettings
-    from hiplora.training.data import load_data
-    from hiplora.training.encoding import encode_example
+    from hiplora.data.encoding import encode_example
+    from hiplora.data.examples import DataSettings, load_data
     from tests.tiny import tiny_tokenizer
 
     recipe = make(method)

@@ -12,11 +12,11 @@ from hiplora.adapters import read_update, save_as_lora
 from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import mounted
 from hiplora.merging import merge
-from hiplora.recipes import TrainRecipe
-from hiplora.recipes.methods import METHODS
 from hiplora.training import train, trainer
 from hiplora.training.adapters import adapter_config
-from hiplora.training.metrics import read_metrics
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe
+from hiplora.training.result import read_metrics
 from tests.tiny import write_jsonl
 
 ADALORA = {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "lora_dropout": 0.0}

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hiplora.cli import main as frame
-from hiplora.recipes import load_recipe
 from hiplora.training import sft, train
 from hiplora.training.checkpoints import all_checkpoints
-from hiplora.training.metrics import Record, read_metrics
+from hiplora.training.metrics import Record
+from hiplora.training.recipe import load_recipe
+from hiplora.training.result import read_metrics
 from tests.tiny import write_jsonl
 
 WRITTEN = {

@@ -13,10 +13,10 @@ from hiplora.errors import AdapterError
 from hiplora.evaluation.mounting import applied, mounted
 from hiplora.merging import merge
 from hiplora.models.shapes import shape_of
-from hiplora.recipes import TrainRecipe
-from hiplora.recipes.methods import METHODS
 from hiplora.training import train
 from hiplora.training.adapters import adapter_config
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
 
 OSF = {"name": "osf", "effective_rank": 0.25, "rank_pattern": {"layers.1.*k_proj": 30}}

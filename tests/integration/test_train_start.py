@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.provenance import file_sha256
-from hiplora.recipes import TrainRecipe
 from hiplora.training import train
-from hiplora.training.metrics import read_metrics
+from hiplora.training.recipe import TrainRecipe
+from hiplora.training.result import read_metrics
 from hiplora.tuner import calibration
 from tests.tiny import write_jsonl
 

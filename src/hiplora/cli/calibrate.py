@@ -57,8 +57,8 @@ def command(
     import hiplora.models
     from hiplora.cli.factorize import check_device, parse_targets
     from hiplora.models.quiet import quiet_transformers
-    from hiplora.recipes.methods import MLP_PROJECTIONS
     from hiplora.spectral import parse_rank
+    from hiplora.training.baselines.hiplora import MLP_PROJECTIONS
     from hiplora.training.memory import peak_bytes
     from hiplora.tuner import HipLoraConfig, calibrate
 
@@ -75,7 +75,7 @@ def command(
     if text is None:
         found = calibrate(loaded, config, tokens=tokens, batch_size=batch_size, seed=seed)
     else:
-        from hiplora.training.calibration import calibration_rows, describe_source
+        from hiplora.data.texts import calibration_rows, describe_source
 
         rows = calibration_rows(tokenizer, text, tokens)
         found = calibrate(loaded, config, rows=rows, source=describe_source(text), batch_size=batch_size)

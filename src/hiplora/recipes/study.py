@@ -4,11 +4,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from hiplora.data.examples import Block, DataSettings
+from hiplora.data.rows import is_hub_name
 from hiplora.errors import first_problem
-from hiplora.recipes.methods import Block
 from hiplora.recipes.protocols import ALPHAEDIT, Protocols, Seed
-from hiplora.recipes.rows import is_hub_name
-from hiplora.recipes.schema import DataSettings, Method, TrainSettings, expand_short_forms
+from hiplora.training.methods import AnyMethod
+from hiplora.training.recipe import TrainSettings, expand_short_forms
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
 Items = Annotated[int, Field(ge=1)] | None
@@ -56,7 +57,7 @@ class StudyMethod(Block):
     """A row of the study's tables: a method with its settings."""
 
     title: str = Field(min_length=1, description="As tables show it.")
-    method: Method = Field(description="As in a training recipe.")
+    method: AnyMethod = Field(description="As in a training recipe.")
     train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
     lr: Annotated[float, Field(gt=0)] | Literal["chosen"] = Field(
         default=CHOSEN,

@@ -5,16 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiplora.data.examples import DataSettings
+from hiplora.data.rows import is_hub_name
 from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
-from hiplora.recipes import DataSettings, TrainRecipe
-from hiplora.recipes.methods import PAPER, Spectral
-from hiplora.recipes.rows import is_hub_name
 from hiplora.recipes.study import CHOSEN, StudyMethod, StudyRecipe
 from hiplora.study.engine.bench import located
 from hiplora.study.engine.jobs import Job, result
 from hiplora.study.steps.registry import step
+from hiplora.training.baselines.hiplora import PAPER, Spectral
+from hiplora.training.recipe import TrainRecipe
 
 # What of a method's settings its factors depend on; the rest may differ between jobs that share them.
 OF_THE_FACTORS = (

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import provenance
-from hiplora.recipes.methods import Targeted
 from hiplora.study.edit_job import EditJob, PreparedEdits
+from hiplora.training.method import Method
 
 if TYPE_CHECKING:
     from hiplora.editing import Editor, EditStage
@@ -60,7 +60,7 @@ def edit(
             "model": job.model,
             "edits": prepared.described(),
             "method_settings": method.model_dump(mode="json")
-            if isinstance(method, Targeted)
+            if isinstance(method, Method)
             else asdict(method),
             "training": prepared.training,
             "adapters": saver.written,
@@ -88,8 +88,8 @@ class _Saver:
 
     def _save(self, editor: Any, folder: Path) -> None:
         from hiplora.editing.alphaedit import AlphaEditor, save_update
-        from hiplora.training.adapters import save_adapter
-        from hiplora.training.moved import save_difference
+        from hiplora.training.method import save_adapter
+        from hiplora.training.residual_init import save_difference
 
         start = self._aside / "start"
         if isinstance(editor, AlphaEditor):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hiplora.editing.counterfact import BUILT_IN, load_edits
 from hiplora.editing.edits import EditSet, Question, load_questions
-from hiplora.errors import ConfigError, HipLoraError
+from hiplora.errors import ConfigError
 from hiplora.provenance import file_sha256, json_sha256
-from hiplora.recipes.methods import METHODS, Spectral, Targeted
+from hiplora.training.method import Method
+from hiplora.training.methods import METHODS
 
 if TYPE_CHECKING:
     from hiplora.editing import AlphaEdit, EditRun, EditSettings
@@ -52,7 +53,7 @@ class PreparedEdits:
     """What a job comes to, before a model is loaded: method, settings, edits, unrelated questions."""
 
     job: EditJob
-    method: "Targeted | AlphaEdit"
+    method: "Method | AlphaEdit"
     settings: "EditSettings"
     edits: EditSet
     questions: list[Question]
@@ -94,7 +95,7 @@ class PreparedEdits:
 
         edits, method = self.edits.edits, self.method
         reference = Reference.freeze(model, tokenizer, self.questions, edits) if self.questions else None
-        put_on = _adapt(method, tokenizer, self.job.seed, aside) if isinstance(method, Targeted) else method
+        put_on = _adapt(method, tokenizer, self.job.seed, aside) if isinstance(method, Method) else method
         mode = cast(Any, self.job.mode)
         name = self.job.method
         return run_edits(model, tokenizer, put_on, edits, mode, self.settings, reference, name=name, **more)
@@ -111,7 +112,7 @@ class PreparedEdits:
         }
 
 
-def _method(job: EditJob) -> "Targeted | AlphaEdit":
+def _method(job: EditJob) -> "Method | AlphaEdit":
     if job.method == ALPHAEDIT:
         given = [name for name in ("steps", "lr", "rows") if getattr(job, name) is not None]
         if given:
@@ -140,7 +141,7 @@ def alphaedit_settings(settings: Mapping[str, Any]) -> "AlphaEdit":
     return AlphaEdit(**given)
 
 
-def _built(kind: type[Targeted], settings: Mapping[str, Any]) -> Targeted:
+def _built(kind: type[Method], settings: Mapping[str, Any]) -> Method:
     """Make a method of its settings; what is wrong with them is said in one line."""
     from pydantic import ValidationError
 
@@ -175,41 +176,12 @@ def _questions(edits: EditSet, count: int) -> list[Question]:
     return [item for item in load_questions() if item.subject.casefold() not in edited][:count]
 
 
-def _adapt(method: Targeted, tokenizer: Any, seed: int, aside: Path) -> Callable[[Any], Any]:
-    """A function that puts the adapter of a recipe's method on a bare model, calibrated if it needs that."""
+def _adapt(method: Method, tokenizer: Any, seed: int, aside: Path) -> Callable[[Any], Any]:
+    """A function that puts the adapter of a recipe's method on a bare model."""
 
     def adapt(model: Any) -> Any:
-        import torch
-        from peft import get_peft_model
+        from hiplora.training.adapt import put_on
 
-        from hiplora.training.adapters import adapter_config
-        from hiplora.training.calibration import calibrate_for
-        from hiplora.training.moved import restore_start, save_start
-        from hiplora.training.moved_starts import prepare_start, without_own_start
-        from hiplora.tuner import HipLoraConfig
-
-        config, start, put_start = adapter_config(method), aside / "start", None
-        known = start.is_dir()  # from an earlier stage, on the same base
-        try:
-            if method.moves_base and known:
-                without_own_start(cast(Any, config))
-            elif method.moves_base:
-                put_start = prepare_start(method, cast(Any, config), model, tokenizer)
-            if isinstance(config, HipLoraConfig) and config.basis == "activation":
-                calibrate_for(cast(Spectral, method), config, model, tokenizer)
-            torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            if isinstance(error, HipLoraError):
-                raise
-            raise ConfigError(
-                f"method {method.name} does not fit the model: {error}; set target_modules"  # type: ignore[attr-defined]
-            ) from error
-        if put_start is not None:
-            put_start(adapted)
-            save_start(adapted, start)
-        elif method.moves_base:
-            restore_start(adapted, start)
-        return adapted
+        return put_on(method, model, tokenizer, seed=seed, start=aside / "start")
 
     return adapt

@@ -1,10 +1,8 @@
-"""The price of answering unlike the base model on other text: KL(base ‖ adapted) per token, once a step.
+"""A penalty on KL(base ‖ adapted) per token, measured once a step on other text.
 
-The text is the base model's own unless one is named: what a model would write is what it knows. The base model is
-the adapted one with its adapter switched off, so it takes no memory of its own.
+The text is sampled from the base model unless one is named. The base model is the adapted one with its adapter
+disabled, so it takes no memory of its own.
 """
-
-from __future__ import annotations
 
 import contextlib
 import itertools
@@ -15,21 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hiplora.recipes import TrainRecipe
-from hiplora.training.calibration import calibration_rows
+from hiplora.data.texts import calibration_rows
+from hiplora.training.recipe import TrainRecipe
 from hiplora.tuner.inputs import sampled_rows
 
 
 class KlPenalty:
-    """KL(base ‖ adapted), mean per token in nats, on some tokens of a text; which, depends on seed and step alone.
+    """KL(base ‖ adapted), mean per token in nats, on some tokens of a text, chosen by seed and step.
 
-    Both models run in evaluation mode: nothing is dropped, and no random number is drawn that training would miss.
+    Both models run in eval mode, so no random number is drawn that training would miss.
     """
 
     name = "kl"
 
     def __init__(self, rows: Sequence[Tensor], weight: float, tokens: int, seed: int):
-        """Take rows of token ids, what a nat costs, how many tokens a step reads, and the seed of their order."""
         self.weight = weight
         self._tokens, self._seed = tokens, seed
         length = min(max(map(len, rows)), tokens)
@@ -37,34 +34,34 @@ class KlPenalty:
         self._count = -(-tokens // length)
 
     def batch(self, step: int) -> list[Tensor]:
-        """Return the pieces of text of a step, at most so many tokens as were asked for."""
+        """Return the pieces of text of a step, at most `tokens` tokens."""
         first = step * self._count
         drawn = [self._drawn(place) for place in range(first, first + self._count)]
         before = itertools.accumulate((len(piece) for piece in drawn), initial=0)
         return [piece[: self._tokens - used] for piece, used in zip(drawn, before, strict=False)]
 
     def __call__(self, model: Any, step: int) -> Tensor:
-        """Return the divergence, with its gradient through the adapted model only."""
+        """Return the divergence, with gradients to the adapter only."""
         pieces = self.batch(step)
         inputs = {
             "input_ids": torch.cat(pieces)[None].to(model.device),
             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])[None].to(model.device),
         }
         with _evaluating(model):
-            with torch.no_grad(), _switched_off(model):
+            with torch.no_grad(), _disabled(model):
                 base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
             adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
 
     def _drawn(self, place: int) -> Tensor:
-        """Return the piece at a place of the endless order: every piece once in each pass, each pass shuffled anew."""
+        """Return the piece at a place of an endless order that shuffles all pieces anew in each pass."""
         lap, index = divmod(place, len(self._pieces))
         generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + lap) % 2**32)
         return self._pieces[int(torch.randperm(len(self._pieces), generator=generator)[index])]
 
 
 def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
-    """Return the penalty that a recipe asks for, if any; text that none is named for is sampled from the bare model.
+    """Return the penalty of a recipe, if any; `model` is bare, and text is sampled from it if none is named.
 
     Raises:
         DataError: the text cannot be read.
@@ -91,12 +88,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _switched_off(model: Any) -> Iterator[None]:
-    """Have the base model; PEFT decides anew what is trained when it switches an adapter on again, so that is kept."""
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def _disabled(model: Any) -> Iterator[None]:
+    """Disable the adapter; restore what is trainable on exit, since PEFT decides that anew."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with model.disable_adapter():
             yield
     finally:
-        for parameter, flag in trained.items():
+        for parameter, flag in trainable.items():
             parameter.requires_grad_(flag)

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of training."""
+"""Peak memory of a stretch of work."""
 
 import contextlib
 import resource
@@ -7,25 +7,13 @@ from pathlib import Path
 
 import torch
 
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-
 
 def reset_peak() -> None:
-    """Start measuring anew, where the system can: CUDA, and Linux's high-water mark."""
+    """Start measuring anew: CUDA's peak, and on Linux the process's high-water mark."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        CLEAR.write_text("5")
-
-
-def peak_reserved_bytes() -> int | None:
-    """Return the peak since `reset_peak` of what the CUDA allocator holds, in use or not; None without a GPU."""
-    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
-
-
-def reserved_bytes() -> int | None:
-    """Return what the CUDA allocator holds now, in use or not; None without a GPU."""
-    return torch.cuda.memory_reserved() if torch.cuda.is_available() else None
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
@@ -33,8 +21,18 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
-        for line in STATUS.read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_reserved_bytes() -> int | None:
+    """Return the peak since `reset_peak` of what the CUDA allocator holds; None without a GPU."""
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
+def reserved_bytes() -> int | None:
+    """Return what the CUDA allocator holds now; None without a GPU."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else None

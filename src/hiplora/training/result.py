@@ -1,21 +1,23 @@
-"""What a training run returns, and reads back from a finished run's folder."""
+"""What a training run measured; read back from a finished run's folder."""
 
 import json
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from hiplora.training.metrics import Row, read_metrics
-
 PROVENANCE_FILE = "provenance.json"
+METRICS_FILE = "metrics.jsonl"
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: where the adapter is, and what the run measured.
+    """A finished run: where the adapter is, and what was measured.
 
-    `seconds` is training alone, over all sessions. `peak_memory_bytes` is resident memory on a CPU, allocated
-    memory on a GPU. `held_out` has the loss per learned token `before` and `after`, if anything was held out.
+    `metrics` are the rows of metrics.jsonl. `seconds` is training alone, over all sessions. `peak_memory_bytes` is
+    resident memory on a CPU, allocated memory on a GPU. `held_out` has the loss per learned token `before` and `after`.
     """
 
     adapter: Path
@@ -57,6 +59,12 @@ class TrainResult:
 
 
 def held_out_losses(rows: list[Row]) -> dict[str, float] | None:
-    """Return the first and the last held-out loss of a run's rows, or None if nothing was measured."""
+    """Return the first and the last held-out loss of a run, or None if nothing was measured."""
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
     return {"before": losses[0], "after": losses[-1]} if losses else None
+
+
+def read_metrics(folder: str | os.PathLike) -> list[Row]:
+    """Read the rows of a run's metrics.jsonl."""
+    lines = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]

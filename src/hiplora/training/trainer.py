@@ -1,186 +1,279 @@
-"""TRL's SFTTrainer with four things of its own: whole checkpoints, logits only where something is learned,
-a record that a resumed run continues exactly, and no network.
-"""
+"""TRL's SFTTrainer for adapters, and the callback that keeps the record of a run."""
 
+import json
+import math
+import os
+import re
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from hiplora.training.adapters import ADAPTER, save_adapter
-from hiplora.training.checkpoints import prune, staged
-from hiplora.training.encoding import IGNORED
+from hiplora.data.encoding import IGNORED
+from hiplora.errors import DivergedError
+from hiplora.files import write_atomic
 from hiplora.training.memory import peak_bytes, reserved_bytes
-from hiplora.training.metrics import Record
-from hiplora.training.penalties import Penalty
+from hiplora.training.method import Penalty, Session
+from hiplora.training.recipe import TrainSettings
+from hiplora.training.result import METRICS_FILE, Row
 
-LOGITS_LIMIT = 2**29  # logits of one batch kept at a time (2 GiB in fp32); beyond it, TRL's chunked loss
+PROGRESS_FILE = "progress.json"  # written last into a checkpoint: one without it is not whole
 
 
-class RecordingTrainer(SFTTrainer):
-    """An SFTTrainer that keeps a `Record` and measures the held-out loss; its checkpoints are whole or absent.
-
-    Penalties are added once a step, in equal shares on its first `turns` passes.
-    """
-
-    turns = 1
+class AdapterTrainer(SFTTrainer):
+    """SFTTrainer with a method's session, penalties once a step, and a held-out loss per token."""
 
     def __init__(
-        self,
-        *args: Any,
-        record: Record,
-        checkpoints: Path,
-        keep_checkpoints: int = 1,
-        eval_every: int | None = None,
-        penalties: Sequence[Penalty] = (),
-        **kwargs: Any,
-    ) -> None:
-        """Take SFTTrainer's arguments, the record, the checkpoints' folder, how often to measure, and what to add."""
-        self.record = record
-        self._penalties = [penalty for penalty in penalties if penalty.weight]
-        self._passes = 0  # of the current optimizer step
-        self._checkpoints = checkpoints
-        self._keep_checkpoints = keep_checkpoints
-        self._aside: Path | None = None
+        self, *args: Any, session: Session, record: "Record", penalties: Sequence[Penalty] = (), **kwargs: Any
+    ):
+        """Take SFTTrainer's arguments, the method's session, the record of the run, and what is added to the loss."""
+        self.session, self.record, self.penalties = session, record, penalties
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Recorder(self, eval_every))
-
-    @property
-    def adapted(self) -> Any:
-        """The model with its adapter, a PeftModel (the Trainer itself does not say so)."""
-        return self.model
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin an optimizer step."""
-        self._passes = 0
-        return super().get_batch_samples(*args, **kwargs)
+        record.trainer = self
+        self.add_callback(record)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on one batch and record its share of the step's loss; the step's first passes have the penalties."""
+        """Train on one micro-batch; the first ones of a step carry the penalties, one for each client."""
+        number = self.record.micro_batch
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.record.add_batch(loss.item(), int(tokens))
-        if self._passes < self.turns:
-            self._penalise()
-        self._passes += 1
+        with self.session.micro_batch(number):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.record.add(loss, int(tokens))
+            if number < self.session.clients:
+                for penalty in self.penalties:
+                    with self.compute_loss_context_manager():
+                        value = penalty(self.model, self.state.global_step)
+                    self.accelerator.backward(penalty.weight / self.session.clients * value)
+                    self.record.add_penalty(penalty.name, value.item() / self.session.clients)
         return loss
 
-    def _penalise(self) -> None:
-        for penalty in self._penalties:
-            with self.compute_loss_context_manager():
-                value = penalty(self.adapted, self.state.global_step)
-            self.accelerator.backward(penalty.weight / self.turns * value)
-            self.record.add_penalty(penalty.name, value.item() / self.turns)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Cross-entropy over the learned tokens; the language-model head runs only where some row learns.
-
-        TRL does the same on a GPU; on a CPU its chunked kernel scores every position, most of which are prompts.
-        """
-        labels = inputs["labels"]
-        learned = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # (rows, tokens): the next token is learned
-        columns = learned.any(dim=0).nonzero().flatten()  # a mask of two dimensions is news to most models
-        vocabulary = self.adapted.get_output_embeddings().weight.shape[0]
-        many = len(learned) * len(columns) * vocabulary > LOGITS_LIMIT
-        if return_outputs or labels.device.type != "cpu" or many or self.aux_loss_enabled:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        known = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**known, use_cache=False, logits_to_keep=columns).logits[learned[:, columns]]
-        loss = F.cross_entropy(logits.float(), labels[:, 1:][learned[:, :-1]], reduction="sum")
-        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
-        return loss / torch.as_tensor(count).clamp(min=1)
-
-    def take_adapter(self, checkpoint: Path) -> None:
-        """Give the model the adapter of a checkpoint."""
-        self.adapted.load_adapter(str(checkpoint), ADAPTER, is_trainable=True)
+    def carry_on(self, checkpoint: Path) -> None:
+        """Train on from a checkpoint."""
+        if step_of(checkpoint) < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:  # stopped between the last step and the end; the Trainer would take one step more
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self.session.load(checkpoint)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """Return the mean loss per learned token over the held-out rows."""
-        training = self.adapted.training
-        self.adapted.eval()
+        """Return the mean loss per learned token over the held-out rows.
+
+        Not the Trainer's eval_loss, which is a mean of batch means and repeats rows to fill the processes' last batch:
+        every process measures all rows.
+        """
+        model, rows, size = self.model, self.eval_dataset, self.args.per_device_eval_batch_size
+        training = model.training
+        model.eval()
         total, count = 0.0, 0
-        try:
-            for batch in self.get_eval_dataloader():
-                inputs = self._prepare_inputs(batch)
+        with self.session.measuring():
+            for first in range(0, len(rows), size):
+                batch = [rows[i] for i in range(first, min(first + size, len(rows)))]
+                inputs = self._prepare_inputs(self.data_collator(batch))
                 with self.compute_loss_context_manager():
-                    total += float(self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=1))
+                    loss = self.compute_loss(model, inputs, num_items_in_batch=1)
+                total += float(loss) / self.accelerator.num_processes  # TRL multiplies by it
                 count += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        finally:
-            self.adapted.train(training)
+        model.train(training)
         return total / max(count, 1)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the Trainer's loader, unless the method has an order of its own."""
+        data = self.train_dataset
+        batches = self.session.batches(RandomSampler(data), self.args.train_batch_size)
+        if batches is None:
+            return super().get_train_dataloader()
+        data = self._remove_unused_columns(data, description="Training")
+        loader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write no card: the run writes its own at the end."""
+        """Write no card with the checkpoints: the run writes its own at the end."""
 
     def _send_telemetry(self) -> None:
-        """Nothing goes over the network."""
+        """Send nothing: training needs no network."""
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._aside or self._checkpoints)
+    # The Trainer saves and loads adapters by PEFT's defaults: that asks the hub whether the embeddings have changed,
+    # and would prune AdaLoRA's ranks once more.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        save_adapter(self.adapted, Path(output_dir or self._get_output_dir(None)))
+        with self.session.measuring():
+            self.session.save(Path(output_dir or str(self.args.output_dir)))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Let the trainer write into a folder aside; rename it when it is whole."""
-        self.record.peak_memory = max(self.record.peak_memory, peak_bytes())
-        with staged(self._checkpoints / f"step-{self.state.global_step}") as aside:
-            self._aside = aside
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._aside = None
-            (written,) = aside.iterdir()
-            for path in list(written.iterdir()):
-                path.rename(aside / path.name)
-            written.rmdir()
-            self.record.save(aside)
-        prune(self._checkpoints, self._keep_checkpoints)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.session.load(Path(resume_from_checkpoint))
 
 
-class _Recorder(TrainerCallback):
-    """Tell the record when a step is over, and measure when it is time."""
+class Record(TrainerCallback):
+    """The record of a run, such that a resumed run goes on with the same numbers.
 
-    def __init__(self, trainer: RecordingTrainer, eval_every: int | None) -> None:
-        self._trainer = trainer
-        self._eval_every = eval_every
-        self._lr = 0.0
+    A row of metrics.jsonl has `step`, `loss` (mean over the steps since the last row), each penalty's mean under its
+    name, `lr`, `tokens` (read so far, without padding), `tokens_per_second` (since the last row), `seconds` (of
+    training, over all sessions) and what TRL logs. Where it was measured it has `held_out_loss`, the row of step 0
+    little else. The rows are the Trainer's `log_history`, so `report_to` gets the same numbers.
+    """
+
+    trainer: AdapterTrainer
+
+    def __init__(self, folder: Path, settings: TrainSettings, description: str):
+        self.tokens, self.seconds, self.peak_memory, self.micro_batch = 0, 0.0, 0, 0
+        self._folder, self._settings = folder, settings
+        self._losses: list[float] = []  # of the steps since the last row
+        self._penalties: dict[str, list[float]] = {}
+        self._since = (0, 0.0)  # tokens and seconds at the last row
+        self._loss: Any = 0.0
+        self._step_tokens, self._lr, self._began = 0, 0.0, 0.0
+        self._bar: Any = None
+        self._description = description
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows so far."""
+        history = self.trainer.state.log_history
+        return [row for row in history if "loss" in row or "held_out_loss" in row]
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        """Add a micro-batch: its share of the step's loss, and its tokens."""
+        self._loss = self._loss + loss.detach().double()
+        self._step_tokens += tokens
+        self.micro_batch += 1
+
+    def add_penalty(self, name: str, value: float) -> None:
+        """Add the value of a penalty in the current step, or a share of it."""
+        steps = self._penalties.setdefault(name, [])
+        steps.extend([0.0] * (len(self._losses) + 1 - len(steps)))
+        steps[-1] += value
+
+    def restore(self, checkpoint: Path) -> None:
+        """Read the counts from a checkpoint; the Trainer reads the rows."""
+        for name, value in json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")).items():
+            setattr(self, name, value)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer.eval_dataset is not None and not self._trainer.record.rows and not state.global_step:
-            row = {"step": 0, "held_out_loss": self._trainer.held_out_loss()}
-            self._trainer.record.write(row)
-        self._trainer.record.restart_clock()
+        """Drop rows that were written after the checkpoint; measure the held-out loss before the first step."""
+        main = self.trainer.is_world_process_zero()
+        if main:
+            write_atomic(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._description,
+            unit=" steps",
+            disable=None if main else True,
+        )
+        if self.trainer.eval_dataset is not None and not state.global_step:
+            self.trainer.log({"held_out_loss": self.trainer.held_out_loss()})
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self.micro_batch = 0
+        self._began = time.perf_counter()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Note the learning rate of the step, and let the method act."""
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
+        self.trainer.session.after_optimizer(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        record, step = self._trainer.record, state.global_step
-        row = record.end_step(step, self._lr)
-        due = step == state.max_steps or (self._eval_every is not None and step % self._eval_every == 0)
-        if due and self._trainer.eval_dataset is not None:
-            row = {**(row or {"step": step}), "held_out_loss": self._trainer.held_out_loss()}
-        if row is not None:
-            record.write(row if (held := reserved_bytes()) is None else {**row, "reserved_bytes": held})
-        record.restart_clock()
+        """Close the step; log a row if one is due.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        step, last = state.global_step, state.global_step == state.max_steps
+        self.trainer.session.after_step(step, last)
+        accelerator = self.trainer.accelerator
+        sums = torch.tensor([float(self._loss), self._step_tokens], dtype=torch.float64)
+        loss, tokens = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        loss /= accelerator.num_processes
+        self._loss, self._step_tokens = 0.0, 0
+        self.tokens += int(tokens)
+        self.seconds += time.perf_counter() - self._began
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss} at step {step}; nothing later than the last checkpoint is kept. Lower train.lr, "
+                "use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
+            )
+        self._losses.append(loss)
+        self._bar.update(1)
+        row: Row = self._row() if last or step % self._settings.log_every == 0 else {}
+        due = last or step % (self._settings.eval_every or step + 1) == 0
+        if due and self.trainer.eval_dataset is not None:
+            row["held_out_loss"] = self.trainer.held_out_loss()
+        if row:
+            self.trainer.log(row)
+
+    def _row(self) -> Row:
+        tokens, seconds = self._since
+        row = {
+            "loss": sum(self._losses) / len(self._losses),
+            **{name: sum(values) / len(self._losses) for name, values in self._penalties.items()},
+            "lr": self._lr,
+            "tokens": self.tokens,
+            "tokens_per_second": (self.tokens - tokens) / max(self.seconds - seconds, 1e-9),
+            "seconds": self.seconds,
+        }
+        if (held := reserved_bytes()) is not None:
+            row["reserved_bytes"] = held
+        self._losses, self._penalties, self._since = [], {}, (self.tokens, self.seconds)
+        self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        return row
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Append the row to the file."""
+        row = state.log_history[-1]
+        if self.trainer.is_world_process_zero() and row in self.rows[-1:]:
+            with open(self._folder / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer.record.restart_clock()
+        """Complete a checkpoint, then remove older ones: a kill at any moment leaves one that is whole."""
+        self.peak_memory = max(self.peak_memory, peak_bytes())
+        self.trainer.accelerator.wait_for_everyone()
+        if not self.trainer.is_world_process_zero():
+            return
+        kept = ("tokens", "seconds", "peak_memory", "_losses", "_penalties", "_since")
+        checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        os.sync()
+        write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
+        for old in checkpoints(checkpoint.parent)[: -self._settings.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.peak_memory = max(self.peak_memory, peak_bytes())
+        self._bar.close()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the whole checkpoints of a folder, oldest first."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}")]
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps that a checkpoint stands for."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from hiplora.data.texts import drift_texts, overlap, text_source
 from hiplora.errors import DataError
-from hiplora.evaluation.texts import drift_texts, overlap, text_source
 
 
 def test_the_built_in_texts_are_prose_and_code_of_this_python_and_always_the_same():

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, T5Config
 from hiplora.errors import ConfigError
 from hiplora.models import shapes
 from hiplora.models.shapes import model_shape, shape_of
-from hiplora.recipes.methods import METHODS
 from hiplora.spectral import resolve_rank
 from hiplora.training.adapters import adapter_config
+from hiplora.training.methods import METHODS
 from tests.tiny import tiny_llama
 
 PUBLISHED = {

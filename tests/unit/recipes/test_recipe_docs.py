@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hiplora.data.examples import DataSettings, load_examples
+from hiplora.data.prompts import instruction_prompt
 from hiplora.errors import ConfigError
-from hiplora.recipes import TrainRecipe, load_recipe
-from hiplora.recipes.methods import METHODS
 from hiplora.recipes.reference import REFERENCES, insert, reference
-from hiplora.recipes.schema import DataSettings, TrainSettings
-from hiplora.training.data import instruction_prompt, load_examples
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe, TrainSettings, load_recipe
 from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from hiplora.data.rows import check_rows, read_rows
 from hiplora.errors import DataError
-from hiplora.recipes.rows import read_rows
-from hiplora.recipes.shapes import check_rows, detect_shape
+from hiplora.recipes.shapes import detect_shape
 
 ROWS = [{"text": "one"}, {"text": "zwei ü"}]
 

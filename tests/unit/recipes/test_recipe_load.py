@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from hiplora.errors import ConfigError
-from hiplora.recipes import load_recipe
+from hiplora.training.recipe import load_recipe
 from tests.tiny import write_jsonl
 
 

@@ -6,9 +6,11 @@ import pytest
 from peft import PeftConfig
 from pydantic import ValidationError
 
-from hiplora.recipes import DataSettings, TrainRecipe, TrainSettings
-from hiplora.recipes.methods import METHODS, OF_THE_SPLIT
+from hiplora.data.examples import DataSettings
+from hiplora.recipes.methods import OF_THE_SPLIT
 from hiplora.training.adapters import adapter_config
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe, TrainSettings
 from hiplora.tuner import HipLoraConfig
 
 BLOCKS = [TrainRecipe, DataSettings, TrainSettings, *METHODS.values()]

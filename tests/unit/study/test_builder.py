@@ -2,11 +2,11 @@
 
 import pytest
 
-from hiplora.recipes import TrainRecipe
 from hiplora.recipes.load_study import load_study
 from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph
 from hiplora.study.pico_data import write_pico_data
+from hiplora.training.recipe import TrainRecipe
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from hiplora.data.texts import overlap
 from hiplora.evaluation.tasks.scoring import humaneval, number_match
-from hiplora.evaluation.texts import overlap
 from hiplora.study import pico_words as words
 from hiplora.study.pico_data import write_pico_data
 

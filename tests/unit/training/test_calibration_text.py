@@ -4,9 +4,9 @@ import datasets
 import pytest
 import torch
 
+from hiplora.data.rows import is_hub_name
+from hiplora.data.texts import calibration_rows, describe_source
 from hiplora.errors import DataError
-from hiplora.recipes.rows import is_hub_name
-from hiplora.training.calibration import calibration_rows, describe_source
 from tests.tiny import tiny_tokenizer, write_jsonl
 
 BOS = 256

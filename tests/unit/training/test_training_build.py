@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from hiplora.recipes import TrainRecipe, TrainSettings
 from hiplora.training import build
 from hiplora.training.memory import CLEAR
 from hiplora.training.metrics import Record
+from hiplora.training.recipe import TrainRecipe, TrainSettings
 from hiplora.training.run import RunFolder
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from hiplora.recipes import TrainRecipe
-from hiplora.recipes.methods import METHODS as RECIPE_METHODS
 from hiplora.training.card import model_card
+from hiplora.training.methods import METHODS as RECIPE_METHODS
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import TrainResult
 
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from hiplora.data.examples import DataSettings, Example, load_data, load_examples
+from hiplora.data.prompts import instruction_prompt
 from hiplora.errors import DataError
 from hiplora.provenance import file_sha256
-from hiplora.recipes import DataSettings
-from hiplora.training.data import Example, instruction_prompt, load_data, load_examples
 from tests.tiny import write_jsonl
 
 

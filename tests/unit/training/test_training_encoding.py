@@ -2,9 +2,9 @@
 
 import pytest
 
+from hiplora.data.encoding import IGNORED, encode_example, encode_examples
+from hiplora.data.examples import Example
 from hiplora.errors import DataError
-from hiplora.training.data import Example
-from hiplora.training.encoding import IGNORED, encode_example, encode_examples
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 PLAIN_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")

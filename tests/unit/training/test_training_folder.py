@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from hiplora.errors import ConfigError
-from hiplora.recipes import TrainRecipe
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.run import RunFolder, assembled, check_claim, claimed, recipe_text
 from tests.tiny import save_tiny
 
@@ -151,7 +151,7 @@ def test_a_run_that_dies_while_it_is_assembled_is_not_complete(run):
 
 
 def test_the_resolved_recipe_trains_as_it_is(tmp_path):
-    from hiplora.recipes import load_recipe
+    from hiplora.training.recipe import load_recipe
     from tests.tiny import write_jsonl
 
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a"}])

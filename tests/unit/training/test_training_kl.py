@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 from hiplora.errors import ConfigError
-from hiplora.recipes import TrainRecipe, load_recipe
 from hiplora.training import train
 from hiplora.training.attention import use_packed_attention
 from hiplora.training.kl import KlPenalty, kl_penalty
+from hiplora.training.recipe import TrainRecipe, load_recipe
 from hiplora.tuner import HipLoraConfig, inputs
 from hiplora.tuner.calibration import calibrate
 from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import SFTTrainer
 
-from hiplora.recipes import TrainRecipe
 from hiplora.training import build, trainer
 from hiplora.training.attention import NAME, use_packed_attention
 from hiplora.training.metrics import Record
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.run import RunFolder
 from tests.tiny import tiny_llama, tiny_tokenizer
 

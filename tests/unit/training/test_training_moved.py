@@ -10,19 +10,12 @@ from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 
 from hiplora.errors import ConfigError
-from hiplora.recipes.methods import METHODS
 from hiplora.training import moved_starts
 from hiplora.training.adapters import adapter_config
-from hiplora.training.moved import (
-    layers,
-    move_base,
-    restore_start,
-    save_difference,
-    save_start,
-    split_difference,
-    take_start,
-)
+from hiplora.training.methods import METHODS
+from hiplora.training.moved import layers, move_base, restore_start, save_start, split_difference, take_start
 from hiplora.training.moved_starts import prepare_start, without_own_start
+from hiplora.training.residual_init import save_difference
 from hiplora.tuner.inputs import CalibrationText, input_bases, least_inputs
 from tests.tiny import tiny_llama, tiny_tokenizer
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from hiplora.errors import HipLoraError
-from hiplora.training.metrics import Record, read_metrics
+from hiplora.training.metrics import Record
+from hiplora.training.result import read_metrics
 
 
 def run(record, steps, losses=(1.0, 3.0)):

@@ -7,9 +7,9 @@ from torch.utils.data import BatchSampler, RandomSampler
 from transformers import TrainerCallback
 
 from hiplora.errors import ConfigError
-from hiplora.recipes import TrainRecipe
 from hiplora.training import build
 from hiplora.training.metrics import Record
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.run import RunFolder
 from hiplora.training.split import ClientBatches, ClientSides, SplitTrainer, batches_in_epoch, shard_sizes
 from tests.tiny import tiny_llama, tiny_tokenizer

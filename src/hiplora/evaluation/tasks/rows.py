@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hiplora.data.prompts import with_hint
+from hiplora.data.rows import read_rows
 from hiplora.errors import DataError, first_line
-from hiplora.recipes.rows import read_rows
-from hiplora.recipes.wording import with_hint
 
 DATA_VARIABLE = "HIPLORA_DATA"
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hiplora.data.rows import hub_rows, is_hub_name, read_rows
 from hiplora.errors import HipLoraError
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.suite import suite_of
-from hiplora.recipes.rows import hub_rows, is_hub_name, read_rows
 from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
 

@@ -9,9 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from hiplora.errors import ConfigError, first_problem
 from hiplora.models.shapes import FACTORED, ModelShape
-from hiplora.recipes.methods import METHODS, Method
 from hiplora.spectral.krylov import MAX_BLOCKS, block_size
 from hiplora.study.estimate.load import Load
+from hiplora.training.methods import METHODS, AnyMethod
 from hiplora.tuner.calibration import ROW_LENGTH
 
 EIGH = (
@@ -27,7 +27,7 @@ GRADIENT_TOKENS = 4096  # on which a calibration measures the output side
 SAMPLED_AT_ONCE = 40
 
 
-_METHOD: TypeAdapter[Any] = TypeAdapter(Method)  # costly to make
+_METHOD: TypeAdapter[Any] = TypeAdapter(AnyMethod)  # costly to make
 
 
 def full_settings(method_settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from hiplora.metrics import MergeInstance, sign_flip_p_value
-from hiplora.recipes.methods import OF_THE_GAINS, HipLoraMethod
 from hiplora.recipes.protocols import Ablations
 from hiplora.recipes.study import StudyMethod
 from hiplora.reporting.numbers import fixed
@@ -28,6 +27,7 @@ from hiplora.study.protocols.rows import (
 from hiplora.study.protocols.show import NONE, cell, difference, form_told, marked, measurement, smallest
 from hiplora.study.results import FORMS, Results
 from hiplora.study.statistics import Estimate, Resampler, estimate, hierarchical, student
+from hiplora.training.baselines.hiplora import OF_THE_GAINS, HipLoraMethod
 
 NAME, TITLE = "ablations", "Ablations"
 ZERO, RULE = "Zero init", "addition"

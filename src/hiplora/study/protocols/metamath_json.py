@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hiplora.data.prompts import STEP_BY_STEP
 from hiplora.errors import ConfigError
 from hiplora.models.shapes import model_shape
-from hiplora.recipes.methods import AdaLoraMethod
 from hiplora.recipes.protocols import MetaMath
-from hiplora.recipes.schema import TrainSettings
-from hiplora.recipes.wording import STEP_BY_STEP
 from hiplora.study.builder import Study
 from hiplora.study.protocols.metamath_rows import Run
 from hiplora.study.results import Results
+from hiplora.training.recipe import TrainSettings
 
 EVERY = 250  # steps between two rows of the benchmark's metrics
 NEW_TOKENS = 300
@@ -117,12 +116,9 @@ def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) 
 
 
 def _peft_config(study: Study, run: Run) -> dict[str, Any]:
-    from hiplora.training.adapters import adapter_config
-
     row = study.row(run.method)
     steps = study.recipe.training(row).steps
-    plan = row.method.schedule(steps) if isinstance(row.method, AdaLoraMethod) and steps else None
-    config = {**adapter_config(row.method, plan).to_dict(), "base_model_name_or_path": _model(study)}
+    config = {**row.method.peft_config(steps).to_dict(), "base_model_name_or_path": _model(study)}
     return {key: _plain(value) for key, value in config.items()}
 
 

@@ -14,13 +14,12 @@ from pydantic import TypeAdapter
 
 from hiplora.errors import ConfigError
 from hiplora.models import load
-from hiplora.recipes.methods import Method, Spectral
 from hiplora.spectral import FactorStore, SpectralFactors, resolve_rank, squared_singular_values
 from hiplora.study.engine.jobs import Job
 from hiplora.study.steps.methods import method_at
-from hiplora.training.adapters import adapter_config
-from hiplora.training.calibration import calibrate_for
-from hiplora.training.sft import DTYPES, machine_dtype
+from hiplora.training.baselines.hiplora import Spectral
+from hiplora.training.methods import AnyMethod
+from hiplora.training.train import machine_dtype, torch_dtype
 from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.model import as_layer
 from hiplora.tuner.moments import CalibrationStore
@@ -51,10 +50,10 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
         ConfigError: the method has no factors, or does not fit the model.
         FactorError: a weight cannot be decomposed.
     """
-    method = TypeAdapter(Method).validate_python(method_at(bench, settings["method"]))
+    method = TypeAdapter(AnyMethod).validate_python(method_at(bench, settings["method"]))
     if not isinstance(method, Spectral):
         raise ConfigError(f"{job.name}: method {method.name} has no factors; take the job out")
-    config = adapter_config(method)
+    config = method.peft_config()
     assert isinstance(config, HipLoraConfig)
     model, tokenizer = _as_trained(bench)
     began = time.perf_counter()
@@ -74,7 +73,7 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
 def _as_trained(bench: "Bench") -> tuple[Any, Any]:
     """Return the base in the precision that trainings have, which on a GPU need not be the one it is scored in."""
     model, tokenizer = bench.model()
-    dtype = DTYPES[machine_dtype()]
+    dtype = torch_dtype(machine_dtype())
     if model.dtype == dtype:
         return model, tokenizer
     model, tokenizer = load(bench.name, dtype)
@@ -92,6 +91,6 @@ def _by_weights(model: Any, config: HipLoraConfig) -> _Factored:
 
 def _by_inputs(model: Any, tokenizer: Any, method: Spectral, config: HipLoraConfig) -> _Factored:
     store = CalibrationStore()
-    found = calibrate_for(method, config, model, tokenizer, store)
+    found = method.calibrate(config, model, tokenizer, store)
     energy = sum(layer.energy for layer in found.layers) / len(found.layers)
     return _Factored(list(found.factors.values()), energy, reused=store.written == 0)

@@ -12,14 +12,14 @@ from typing import Any
 from hiplora.errors import ConfigError
 from hiplora.evaluation.suite import most_written
 from hiplora.models.shapes import FACTORED, ModelShape
-from hiplora.recipes import TrainSettings
-from hiplora.recipes.methods import check_cut
 from hiplora.study.engine.jobs import Job, is_result
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.estimate.factoring import SAMPLED_AT_ONCE, truncated_flops
 from hiplora.study.steps.edit_load import edit_load
 from hiplora.study.steps.lengths import OTHER_TASK, TASKS
 from hiplora.study.steps.measured import DataLengths, data_of, edits_at, items_of
+from hiplora.training.baselines.split_lora import check_cut
+from hiplora.training.recipe import TrainSettings
 from hiplora.tuner.calibration import ROW_LENGTH
 
 Settings = Mapping[str, Any]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from hiplora.data.examples import DataSettings
+from hiplora.data.rows import read_rows
 from hiplora.editing.counterfact import BUILT_IN
 from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
-from hiplora.recipes import DataSettings
-from hiplora.recipes.rows import read_rows
 from hiplora.study.engine.bench import located
 from hiplora.study.steps.lengths import (
     OTHER_EDITS,
@@ -111,7 +111,7 @@ def _learned(settings: DataSettings, known: RowLengths) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _read(settings: str, *changed: int) -> DataLengths:
-    from hiplora.training.data import load_data
+    from hiplora.data.examples import load_data
 
     read = load_data(DataSettings.model_validate_json(settings))
     whole = sum(len(example.prompt + example.response) for example in read.train)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.files import write_atomic
-from hiplora.recipes import TrainRecipe
 from hiplora.study.engine.jobs import Job
 from hiplora.study.isolated import run_isolated
 from hiplora.study.steps.train import recipe_at
 from hiplora.training import train
+from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hiplora.errors import DivergedError
-from hiplora.recipes import TrainRecipe
 from hiplora.study.engine.jobs import DIVERGED, Job
 from hiplora.study.steps.methods import method_at
 from hiplora.training import train
-from hiplora.training.adapters import WEIGHTS_FILE
 from hiplora.training.memory import peak_reserved_bytes
+from hiplora.training.method import WEIGHTS_FILE
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import TrainResult
 
 if TYPE_CHECKING:

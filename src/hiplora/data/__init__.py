@@ -1,0 +1,1 @@
+"""Data files: row formats and readers, prompts, tokens and labels, texts to measure on."""

@@ -1,0 +1,323 @@
+"""Training data as prompts and responses: the `data` block of a recipe, and the examples that it stands for."""
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from hiplora.data.prompts import (
+    direct_question,
+    final_number,
+    instruction_prompt,
+    lettered,
+    letters,
+    step_by_step,
+    with_hint,
+)
+from hiplora.data.rows import Row, check_rows, completion_field, detect_format, read_rows
+from hiplora.errors import DataError, first_line
+from hiplora.provenance import file_sha256
+
+# Row format -> default template; other formats take none.
+TEMPLATES = {
+    "alpaca": "instruction",
+    "question_answer": "instruction",
+    "query_response": "instruction",
+    "prompt_completion": "verbatim",
+    "multiple_choice": "direct",
+}
+# Template -> the formats that it applies to, where those are not all.
+RESTRICTED = {
+    "direct": ("multiple_choice", "question_answer"),
+    "step_by_step": ("question_answer", "query_response"),
+}
+SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
+
+PathText = Annotated[
+    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
+]
+
+
+class Block(BaseModel):
+    """Base of every recipe block: unknown fields are errors, values are not coerced, nothing changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataSettings(Block):
+    """What to train on: a file (JSON lines, JSON or parquet; JSON may be gzipped) or a data set on the hub."""
+
+    path: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="File with the training rows: .jsonl, .json, .jsonl.gz, .json.gz or .parquet. In a recipe, "
+        "relative to the recipe's folder; with --set, to the current folder.",
+    )
+    hub: str | None = Field(
+        default=None, min_length=1, description="Data set on the Hugging Face hub, instead of `path`."
+    )
+    hub_config: str | None = Field(default=None, description="Configuration (subset) of the hub data set.")
+    split: str | None = Field(
+        default=None, min_length=1, description="Split of the hub data set, `train` if empty."
+    )
+    format: Literal[
+        "auto",
+        "alpaca",
+        "prompt_completion",
+        "question_answer",
+        "query_response",
+        "multiple_choice",
+        "messages",
+        "text",
+    ] = Field(
+        default="auto",
+        description="Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
+        "completion (or response). `question_answer`: question and answer. `query_response`: query and response. "
+        "`multiple_choice`: question, choices and the index of the right one as answer. `messages`: a list of "
+        "{role, content}. `text`: plain text. `auto` reads it off the first row.",
+    )
+    template: Literal["instruction", "verbatim", "direct", "step_by_step", "chat"] | None = Field(
+        default=None,
+        description="How a prompt is worded. `instruction`: Alpaca style (default for alpaca, question_answer and "
+        "query_response rows). `verbatim`: the prompt as it is (default for prompt_completion). `direct`: as the "
+        "evaluation tasks do, answered by the letter or the final number alone (default for multiple_choice). "
+        "`step_by_step`: answered by the derivation, as in the task gsm8k_solution. `chat`: through the tokenizer's "
+        "chat template. Not for messages and text rows.",
+    )
+    max_characters: int | None = Field(
+        default=None,
+        ge=1,
+        description="Leave out rows whose question and answer together have more characters.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Use at most this many rows, the first that are not left out."
+    )
+    learn_prompt: bool = Field(default=False, description="Learn the tokens of prompts as well.")
+    held_out: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="File with rows to measure the loss on before and after training.",
+    )
+    held_out_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, "
+        "not on `seed`.",
+    )
+    held_out_limit: int | None = Field(
+        default=None, ge=1, description="Measure on at most this many held-out rows."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSettings":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a file) or `hub` (a data set on the hub)")
+        for name in ("split", "hub_config"):
+            if self.hub is None and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` applies to `hub` only; remove it")
+        if self.held_out is not None and self.held_out_fraction is not None:
+            raise ValueError("give either `held_out` (a file) or `held_out_fraction` (a share of the rows)")
+        if self.held_out_limit is not None and not self.has_held_out:
+            raise ValueError("`held_out_limit` needs `held_out` or `held_out_fraction`")
+        if self.template is not None and self.format in ("messages", "text"):
+            raise ValueError(f"`template` does not apply to {self.format} rows; remove it")
+        if self.learn_prompt and (self.template == "chat" or self.format == "messages"):
+            raise ValueError("`learn_prompt` does not apply to conversations; remove it")
+        return self
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether rows are held out."""
+        return self.held_out is not None or self.held_out_fraction is not None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the response to learn.
+
+    Plain text has an empty prompt and is learned whole. A conversation has `messages` ({"role", "content"}), which go
+    through the tokenizer's chat template; all of its assistant messages are learned, and `prompt` and `response` are
+    the text before the last of them, and that message.
+    """
+
+    prompt: str
+    response: str
+    messages: tuple[Mapping[str, str], ...] = ()
+    learn_prompt: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is plain text."""
+        return not self.prompt and not self.messages
+
+    @property
+    def whole(self) -> str:
+        """All of its text."""
+        if self.messages:
+            return "\n\n".join(message["content"] for message in self.messages)
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The examples of a recipe, and the hashes of the files that they were read from."""
+
+    train: list[Example]
+    held_out: list[Example]
+    sources: dict[str, dict[str, Any]]
+    shape: str
+
+
+def load_examples(
+    source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
+) -> list[Example]:
+    """Read the first `limit` rows of a data file as examples; arguments as in `DataSettings`.
+
+    Raises:
+        DataError: the file or some rows cannot be used; names each row and what it lacks.
+    """
+    return _examples(*check_rows(read_rows(Path(source)), format, source), template, limit)
+
+
+def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
+    """Return rows of any known format as examples; errors call their source `name`."""
+    return _examples(*check_rows(rows, "auto", name), None, None)
+
+
+def load_data(data: DataSettings) -> TrainingData:
+    """Read what a recipe trains and measures on, and split it.
+
+    Raises:
+        DataError: as `load_examples`, or the held-out share leaves no row to train on.
+    """
+    name = data.hub or data.path or ""
+    format, values = check_rows(_hub_rows(data) if data.hub else read_rows(Path(name)), data.format, name)
+    kept = values
+    if data.max_characters is not None:
+        kept = _short_enough(values, format, data.max_characters, name)
+    train, held_out = _examples(format, kept, data.template, data.limit), []
+    if data.held_out is not None:
+        held_out = load_examples(data.held_out, data.format, data.template)
+    elif data.held_out_fraction is not None:
+        train, held_out = _split(train, data.held_out_fraction, name)
+    held_out = held_out[: data.held_out_limit]
+    if data.learn_prompt:
+        if any(example.messages for example in [*train, *held_out]):
+            raise DataError(f"{name}: data.learn_prompt does not apply to conversations; remove it")
+        train, held_out = (
+            [replace(one, learn_prompt=True) for one in examples] for examples in (train, held_out)
+        )
+    sources = {"train": _source(data, data.path, len(train))}
+    if data.max_characters is not None:
+        sources["train"]["too_long"] = len(values) - len(kept)
+    if held_out:
+        sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
+    return TrainingData(train, held_out, sources, format)
+
+
+def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:
+    """Return the rows whose question and answer, with a space between, have at most `limit` characters."""
+    if format == "messages":
+        raise DataError(f"{name}: data.max_characters does not apply to conversations; remove it")
+    kept = [row for row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
+    if not kept:
+        raise DataError(
+            f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)"
+        )
+    return kept
+
+
+def _examples(format: str, rows: list[Any], template: str | None, limit: int | None) -> list[Example]:
+    if template is not None and format not in TEMPLATES:
+        raise DataError(f"data.template: {template} does not apply to {format} rows; remove it")
+    if format not in (fitting := RESTRICTED.get(template or "", (format,))):
+        raise DataError(
+            f"data.template: {template} applies to {' and '.join(fitting)} rows, not to {format}; remove it"
+        )
+    return [_example(row, format, template or TEMPLATES.get(format, "")) for row in rows[:limit]]
+
+
+def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
+    if format == "text":
+        return Example("", row["text"])
+    if format == "messages":
+        return _conversation(
+            [{key: message[key] for key in ("role", "content")} for message in row["messages"]]
+        )
+    if template == "direct" and format == "question_answer":
+        return Example(direct_question(row), f" {final_number(row)}")
+    task, material, response = _parts(row, format)
+    if template == "direct":
+        return Example(task, f" {response}")
+    if template == "step_by_step":
+        return Example(step_by_step(task), response)
+    if template == "instruction":
+        return Example(instruction_prompt(task, material), response)
+    prompt = f"{task}\n\n{material}" if material.strip() else task
+    if template == "chat":
+        return _conversation(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        )
+    return Example(prompt, response)
+
+
+def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
+    """Return a row's task, material and response."""
+    if format == "alpaca":
+        return row["instruction"], row.get("input") or "", row["output"]
+    if format == "multiple_choice":
+        return lettered(row), "", letters(row)[row["answer"]]
+    if format == "prompt_completion":
+        return row["prompt"], "", row[completion_field(row)]
+    if format == "query_response":
+        return row["query"], "", row["response"]
+    return (row["text"], "", "") if format == "text" else (row["question"], "", row["answer"])
+
+
+def _conversation(messages: Sequence[Mapping[str, str]]) -> Example:
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    before = "\n\n".join(message["content"] for message in messages[:last])
+    return Example(before, messages[last]["content"], tuple(messages))
+
+
+def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Example], list[Example]]:
+    count = max(1, round(fraction * len(examples)))
+    if count >= len(examples):
+        raise DataError(
+            f"{name}: data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on; lower it, "
+            "or give more rows"
+        )
+    held = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
+    train = [example for index, example in enumerate(examples) if index not in held]
+    return train, [examples[index] for index in sorted(held)]
+
+
+def _source(data: DataSettings, path: str | None, rows: int) -> dict[str, Any]:
+    if path is None:
+        return {"hub": data.hub, "config": data.hub_config, "split": data.split or "train", "rows": rows}
+    return {"file": Path(path).name, "sha256": file_sha256(path), "rows": rows}
+
+
+def _hub_rows(data: DataSettings) -> Iterator[Row]:
+    """Yield the rows of a hub data set; multiple choice gets its hint, and questions about pictures are left out."""
+    from datasets import Image, load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(data.hub, data.hub_config, split=data.split or "train")
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(
+            f"data.hub: {data.hub} cannot be loaded ({first_line(error)}); check the name, `split` and `hub_config`, "
+            "or give a file as data.path"
+        ) from error
+    if isinstance(rows.features.get("image"), Image):
+        rows = rows.cast_column("image", Image(decode=False))
+    for number, row in enumerate(rows, start=1):
+        readable = with_hint(row) if detect_format(row) == "multiple_choice" else row
+        if readable is not None:
+            yield f"row {number}", readable

@@ -1,0 +1,67 @@
+"""How questions and answers are worded, in training rows and in evaluation tasks alike."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+STEP_BY_STEP = "Question: {question} Think step by step.\nAnswer:"  # the answer follows without a space
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+
+
+def instruction_prompt(instruction: str, material: str = "") -> str:
+    """Return an Alpaca-style prompt; the response follows it directly."""
+    middle = f"## Material\n{material.strip()}\n\n" if material.strip() else ""
+    return f"Carry out the task below.\n\n## Task\n{instruction.strip()}\n\n{middle}## Answer\n"
+
+
+def direct_question(row: Mapping[str, Any]) -> str:
+    """Return the prompt of a question whose answer follows at once."""
+    return f"Question: {row['question']}\nAnswer:"
+
+
+def step_by_step(question: str) -> str:
+    """Return the prompt of a question whose answer is a derivation, as in PEFT's comparison of methods.
+
+    Source: github.com/huggingface/peft, method_comparison/MetaMathQA/default_training_params.json at 4192101.
+    """
+    return STEP_BY_STEP.format(question=question)
+
+
+def lettered(row: Mapping[str, Any]) -> str:
+    """Return the prompt of a multiple-choice question with lettered choices; the answer is a letter."""
+    lines = [f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
+    return f"Question: {row['question']}\n{''.join(lines)}Answer:"
+
+
+def letters(row: Mapping[str, Any]) -> list[str]:
+    """Return the letters of a row's choices."""
+    return list(LETTERS[: len(row["choices"])])
+
+
+def final_number(row: Mapping[str, Any]) -> str:
+    """Return the result of a GSM8K solution (after `####`) or of a plain answer, in its plain form."""
+    return normal_number(str(row["answer"]).rpartition("####")[2])
+
+
+def normal_number(text: str) -> str:
+    """Return the first number in a text without currency, commas and padding zeros; the stripped text if none."""
+    found = _NUMBER.search(text.replace("$", "").replace("€", "").replace("£", ""))
+    if found is None:
+        return text.strip()
+    whole, dot, fraction = found.group().replace(",", "").partition(".")
+    fraction = fraction.rstrip("0")
+    sign = "-" if whole.startswith("-") else ""
+    whole = whole.lstrip("-").lstrip("0") or "0"
+    plain = f"{whole}.{fraction}" if dot and fraction else whole
+    return plain if plain == "0" else sign + plain
+
+
+def with_hint(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a ScienceQA row with the hint prepended to its question; None if the question is about a picture."""
+    if row.get("image") is not None:
+        return None
+    hint = row.get("hint")
+    if isinstance(hint, str) and hint.strip() and isinstance(row["question"], str):
+        return {**row, "question": f"{hint.strip()}\n{row['question']}"}
+    return dict(row)

@@ -1,0 +1,131 @@
+"""Texts to measure on: prose and code for drift, and text to calibrate a basis on."""
+
+import importlib.util
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hiplora.data.examples import load_examples, rows_as_examples
+from hiplora.data.rows import SUFFIXES, hub_rows, is_hub_name
+from hiplora.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Chapters of Python's language reference and modules of its standard library, with a range of characters of each:
+# the same text on every machine with the same Python.
+PROSE: Mapping[str, tuple[int, int]] = {"objects": (0, 3600), "execmodel": (0, 3600), "import": (0, 3600)}
+CODE: Mapping[str, tuple[int, int]] = {
+    "textwrap": (1000, 4600),
+    "heapq": (5200, 8800),
+    "fractions": (1000, 4600),
+}
+OVERLAP = 80  # characters of a passage that count as the same text
+ROW_LENGTH = 256  # tokens in a row of calibration text
+
+
+def drift_texts(path: str | os.PathLike | None = None) -> dict[str, str]:
+    """Return named texts to measure drift on: the file at `path`, else built-in English prose and Python code.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or this Python lacks the built-in text.
+    """
+    if path is not None:
+        return {Path(path).name: _read(Path(path))}
+    return {"prose": _prose(), "python code": _code()}
+
+
+def text_source(path: str | os.PathLike | None = None) -> str:
+    """Describe where `drift_texts` takes its text from."""
+    if path is not None:
+        return f"file {Path(path).name}"
+    return f"Python {platform.python_version()}: language reference (prose), standard library (code)"
+
+
+def overlap(texts: Mapping[str, str], training: Sequence[str]) -> dict[str, float]:
+    """Return the share of each text's passages of 80 characters that occur in the training texts.
+
+    Drift is meaningful only on text that was not trained on.
+    """
+    corpus = "\n\0\n".join(training)
+    shares = {}
+    for name, text in texts.items():
+        passages = [text[i : i + OVERLAP] for i in range(0, max(1, len(text) - OVERLAP + 1), OVERLAP)]
+        shares[name] = sum(passage in corpus for passage in passages) / len(passages)
+    return shares
+
+
+def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> "list[Tensor]":
+    """Return up to `tokens` token ids of a text, in rows of 256 that begin as the tokenizer begins a text.
+
+    `source` is a training file (by its suffix; prompt and response of each row), a data set on the hub (its train
+    split, streamed), or else a plain text file.
+
+    Raises:
+        DataError: the text cannot be read, is not UTF-8, is empty or has rows that cannot be used.
+    """
+    import torch
+
+    path = Path(source)
+    if is_hub_name(source):
+        text = _hub_text(str(source), 8 * tokens)
+    elif path.name.endswith(SUFFIXES):
+        text = "\n\n".join(example.whole for example in load_examples(path))
+    else:
+        text = _read(path)
+    # verbose=False: a text longer than the model's context is no mistake here.
+    ids = tokenizer(text[: 64 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    begin = tokenizer("x")["input_ids"][:1]
+    begin = begin if begin == [tokenizer.bos_token_id] else []
+    width = ROW_LENGTH - len(begin)
+    return [torch.tensor(begin + ids[first : first + width]) for first in range(0, len(ids), width)]
+
+
+def describe_source(source: str | Path) -> str:
+    """Describe where calibration text comes from."""
+    return f"data set {source}" if is_hub_name(source) else f"file {Path(source).name}"
+
+
+def _hub_text(name: str, characters: int) -> str:
+    """Return the first rows of a data set on the hub, up to at least so many characters."""
+    rows, length = [], 0
+    for place, row in hub_rows(name):
+        rows.append((place, row))
+        length += sum(len(value) for value in row.values() if isinstance(value, str))
+        if length >= characters:
+            break
+    return "\n\n".join(example.whole for example in rows_as_examples(rows, name))
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a text or data file") from None
+    if not text.strip():
+        raise DataError(f"{path}: is empty; give some ten thousand characters of text")
+    return text
+
+
+def _prose() -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DataError("this Python has no pydoc_data, the built-in prose; name a text file") from None
+    if missing := [name for name in PROSE if name not in topics]:
+        raise DataError(f"this Python's reference lacks {', '.join(missing)}; name a text file")
+    return "\n\n".join(topics[name][first:last] for name, (first, last) in PROSE.items())
+
+
+def _code() -> str:
+    parts = []
+    for name, (first, last) in CODE.items():
+        spec = importlib.util.find_spec(name)
+        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+            raise DataError(f"this Python has no source of its module {name}; name a text file")
+        parts.append(Path(spec.origin).read_text(encoding="utf-8")[first:last])
+    return "\n\n".join(parts)

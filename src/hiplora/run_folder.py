@@ -1,0 +1,127 @@
+"""The output folder of work that may be interrupted: who may work there, and what is done already.
+
+The first file written holds the settings of the run, the last one completes it; finished stages are in `stages/`.
+"""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from hiplora.errors import ConfigError
+from hiplora.files import check_output_dir, write_atomic
+
+LOCK = ".lock"
+WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An output folder: the file with the settings of the run (YAML or JSON), and the file that completes it."""
+
+    path: Path
+    settings: str
+    last: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run is finished."""
+        return (self.path / self.last).is_file()
+
+    def stored(self) -> dict[str, Any] | None:
+        """Return the settings of the run in the folder; None if there are none."""
+        try:
+            value = yaml.safe_load((self.path / self.settings).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        return value if isinstance(value, dict) else None
+
+    def check(self, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+        """Check, without writing, that a run with these settings may work here.
+
+        It may in a folder that is new or may be overwritten, and in its own: an unfinished run is carried on, a
+        finished one is accepted with `resume`.
+
+        Raises:
+            ConfigError: it may not; says what is there and the way out.
+        """
+        if overwrite or not self.path.exists() or (self.complete and not resume):
+            check_output_dir(self.path, overwrite)
+            return
+        stored = self.stored()
+        if stored is None:
+            if not self.path.is_dir() or {p.name for p in self.path.iterdir() if p.suffix != ".part"} - WORK:
+                check_output_dir(self.path)
+            return
+        if changes := differences(stored, json.loads(json.dumps(asked))):
+            state = "a finished" if self.complete else "an unfinished"
+            raise ConfigError(
+                f"--out {self.path}: holds {state} run with other settings ({'; '.join(changes[:5])}); name another "
+                "folder, repeat those settings to carry on, or pass --overwrite to start anew"
+            )
+
+    @contextlib.contextmanager
+    def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
+        """Hold the folder against other processes; make it or empty it, and write the settings.
+
+        Raises:
+            ConfigError: another process works there.
+        """
+        if overwrite and self.path.exists():
+            if (self.path / LOCK).exists():
+                self._locked().release()
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self._locked()
+        try:
+            values = json.loads(json.dumps(asked))
+            if Path(self.settings).suffix == ".yaml":
+                text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+            else:
+                text = json.dumps(values, indent=2) + "\n"
+            write_atomic(self.path / self.settings, text)
+            yield
+        finally:
+            lock.release()
+
+    def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the stored result of a stage; do its work, time it and store it if there is none."""
+        file = self.path / "stages" / f"{name}.json"
+        if not file.is_file():
+            began = time.perf_counter()
+            value = work()
+            write_atomic(file, json.dumps({"seconds": time.perf_counter() - began, "value": value}, indent=1))
+        return json.loads(file.read_text(encoding="utf-8"))["value"]
+
+    def has(self, *stages: str) -> bool:
+        """Return whether all these stages are finished."""
+        return all((self.path / "stages" / f"{name}.json").is_file() for name in stages)
+
+    def _locked(self) -> FileLock:
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"--out {self.path}: another process is working there; wait for it or name another folder"
+            ) from None
+        return lock
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Name what differs between two settings, as `train.lr: 0.001 there, 0.0002 here`."""
+    changes = []
+    for key in dict.fromkeys([*stored, *asked]):
+        there, here = stored.get(key), asked.get(key)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            changes += differences(there, here, f"{prefix}{key}.")
+        elif there != here:
+            changes.append(f"{prefix}{key}: {there} there, {here} here")
+    return changes

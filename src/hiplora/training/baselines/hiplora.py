@@ -1,0 +1,206 @@
+"""HiP-LoRA in recipes, and Proj-LoRA, its form without gains under the name of the paper's rival row."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from hiplora.training.method import ATTENTION_PROJECTIONS, FromInputs, LowRank
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
+OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
+OF_THE_FACTORS = ("fingerprints", "principal_ranks", "base_precision", "calibration")
+DIRECTIONS = {
+    "weight": "the base weights' leading singular directions",
+    "activation": "the directions that the base model's layers are fed and its predictions depend on most",
+}
+Rank = (
+    Annotated[int, Field(ge=1)]
+    | Annotated[float, Field(gt=0, lt=1)]
+    | Annotated[str, Field(pattern=r"^energy:0?\.\d*[1-9]\d*$")]
+)
+
+
+class Spectral(FromInputs, LowRank):
+    """Base of the methods with protected directions."""
+
+    kind: ClassVar[str | None] = None
+    steering: ClassVar[tuple[str, ...]] = ("preset", "lora_dropout", *OF_THE_GAINS)
+    not_of_peft: ClassVar[tuple[str, ...]] = ("name", "preset", "calibration_text", "calibration_tokens")
+
+    preset: Literal["function-aware", "paper"] = Field(
+        default="function-aware",
+        description="Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, "
+        "measured to disturb a model least. `paper`: the attention projections, `basis: weight` and gains.",
+    )
+    target_modules: list[str] | str = Field(
+        default=list(MLP_PROJECTIONS),
+        min_length=1,
+        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
+    )
+    principal_rank: Rank = Field(
+        default=32,
+        description="k: number of leading directions to protect; or a fraction of a layer's smaller side; or "
+        "`energy:0.95`, as many as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis).",
+    )
+    principal_rank_pattern: dict[str, Rank] = Field(
+        default={}, description="Module name or pattern → its own principal_rank."
+    )
+    basis: Literal["weight", "activation"] = Field(
+        default="activation",
+        description="Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs "
+        "that the layer gets, measured on text sampled from the model.",
+    )
+    basis_sides: Literal["both", "input", "output"] = Field(
+        default="both", description="Sides on which the low-rank part is kept out."
+    )
+    projection: Literal["hard", "soft"] = Field(
+        default="hard",
+        description="`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, "
+        "lets each pass the less, the more energy it has.",
+    )
+    svd_tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1e-2,
+        description="Largest accepted residual of a singular triplet, in units of σ₁.",
+    )
+    save_factors: bool = Field(
+        default=True,
+        description="Save U, σ and V with the adapter; false computes them again when it is loaded.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("preset") != "paper":
+            return value
+        gains = {"principal_channel": True} if "principal_channel" in cls.model_fields else {}
+        return {**PAPER, **gains, **value}
+
+    @model_validator(mode="after")
+    def _basis_fits(self) -> "Spectral":
+        if self.calibration_text is not None and self.basis != "activation":
+            raise ValueError(
+                f"`calibration_text` has no use with basis {self.basis}; remove it, or use activation"
+            )
+        if self.basis == "activation" and not self.save_factors:
+            raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
+        if self.projection == "soft" and self.basis != "activation":
+            raise ValueError("`projection: soft` needs basis activation; remove it, or use that")
+        return self
+
+    def peft_config(self, steps: int | None = None) -> "PeftConfig":
+        """Return a HiP-LoRA configuration."""
+        from hiplora.tuner import HipLoraConfig
+
+        return HipLoraConfig(task_type="CAUSAL_LM", **{"principal_channel": False, **self.settings()})
+
+    def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
+        """Return the configuration with the factors of the given adapter."""
+        from dataclasses import replace
+
+        factors = {name: given[name] for name in OF_THE_FACTORS if name in given}
+        return replace(self.peft_config(), **factors)
+
+    def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
+        """Measure the activation basis into the configuration."""
+        from hiplora.tuner.targets import survey
+
+        if config.basis == "activation":
+            survey(model, config)  # the settings are checked before any text is sampled
+            self.calibrate(config, model, tokenizer)
+
+    def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> Any:
+        """Measure the activation basis into `config`; earlier measurements are read from `store`, by default the cache.
+
+        Raises:
+            DataError, ConfigError: as `prepare`.
+        """
+        from hiplora.data.texts import describe_source
+        from hiplora.tuner import calibrate
+
+        source = "" if self.calibration_text is None else describe_source(self.calibration_text)
+        rows, tokens = self.calibration_rows(tokenizer), self.calibration_tokens
+        return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store)
+
+    def describe(self) -> str:
+        """Say what the update may and may not change."""
+        directions = DIRECTIONS[self.basis]
+        if not getattr(self, "residual_projection", True):
+            update = f"a low-rank update that is free to change {directions} (an ablation)"
+        elif self.projection == "soft":
+            update = f"a low-rank update that changes {directions} the less, the more energy they have"
+        else:
+            update = f"a low-rank update in the complement of {directions}"
+        gains = getattr(self, "principal_channel", False)
+        return (
+            f"It learns {'one gain for each of these directions, at a price, and ' if gains else ''}{update}."
+        )
+
+
+class ProjLoraMethod(Spectral):
+    """Proj-LoRA: LoRA kept in the complement of the protected directions, without gains."""
+
+    title: ClassVar[str] = "Proj-LoRA"
+
+    name: Literal["proj_lora"] = Field(default="proj_lora", description="The method.")
+
+
+class HipLoraMethod(Spectral):
+    """HiP-LoRA: LoRA in the complement of the protected directions, and (the paper's) learned gains on them."""
+
+    title: ClassVar[str] = "HiP-LoRA"
+
+    name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
+    principal_channel: bool = Field(
+        default=False,
+        description="Learn gains on the protected directions: false with the function-aware preset, true with the "
+        "paper's. The fields below that concern gains need it.",
+    )
+    stability_weight: float = Field(
+        default=0.1,
+        ge=0,
+        description="λ: price of changing the gains. The paper's value is lost; this one is ours.",
+    )
+    stability_gamma: float = Field(
+        default=1.0, ge=0, description="γ: how much more large gains cost; 0 prices all alike."
+    )
+    stability_mode: Literal["gradient", "proximal", "none"] = Field(
+        default="gradient",
+        description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
+        "charges nothing (the ablation without a budget).",
+    )
+    gain_lr_ratio: float = Field(
+        default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`."
+    )
+    relative_gains: bool = Field(
+        default=False, description="Step on relative gains δ/σ: strong directions move by more."
+    )
+    residual_projection: bool = Field(
+        default=True,
+        description="Keep the low-rank part out of the protected directions; false is an ablation.",
+    )
+    init_weights: bool | Literal["zero"] = Field(
+        default=True,
+        description="true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, "
+        "and stay there. false: a random start, for tests.",
+    )
+
+    @model_validator(mode="after")
+    def _gains_have_a_channel(self) -> "HipLoraMethod":
+        fields = type(self).model_fields
+        changed = [name for name in OF_THE_GAINS if getattr(self, name) != fields[name].default]
+        if changed and not self.principal_channel:
+            raise ValueError(
+                f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`"
+            )
+        if not self.principal_channel and not self.residual_projection:
+            raise ValueError(
+                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use method lora"
+            )
+        return self

@@ -1,0 +1,53 @@
+"""OSF, Orthogonal Subspace Fine-tuning (Nayak et al. 2025, arXiv 2504.07097), from PEFT."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from hiplora.training.method import Method
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from hiplora.training.recipe import TrainSettings
+
+EffectiveRank = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+class OsfMethod(Method):
+    """OSF, from PEFT: keeps the leading singular directions of each weight and trains all of the rest.
+
+    For a square layer and the default rank it trains about as many parameters as the weight has.
+    """
+
+    title: ClassVar[str] = "OSF"
+    summary: ClassVar[str] = (
+        "The leading singular directions of each weight are kept and all others were trained: far more parameters "
+        "than a low-rank update has."
+    )
+    kind: ClassVar[str | None] = "an OSF adapter"
+
+    name: Literal["osf"] = Field(default="osf", description="The method.")
+    effective_rank: EffectiveRank | None = Field(
+        default=None,
+        description="Leading singular directions of each weight that are kept; or a share of its smaller side; half of "
+        "it if empty. Of a layer (m, n) the (min(m, n) − effective_rank)(m + n + 1) numbers of the others are trained.",
+    )
+    rank_pattern: dict[str, EffectiveRank] = Field(
+        default={}, description="Regular expression for a module's name → its own effective_rank."
+    )
+
+    def peft_config(self, steps: int | None = None) -> "PeftConfig":
+        """Return an OSF configuration."""
+        from peft import OSFConfig
+
+        return OSFConfig(task_type="CAUSAL_LM", **self.settings())
+
+    def warnings(self, train: "TrainSettings") -> list[str]:
+        """Warn about weight decay: what OSF trains is a part of the weights themselves."""
+        if not train.weight_decay:
+            return []
+        return [
+            f"method osf trains a part of the weights themselves, which train.weight_decay {train.weight_decay} "
+            "shrinks; set it to 0"
+        ]

@@ -1,0 +1,249 @@
+"""Split-LoRA (Lin et al. 2024, arXiv 2407.00952): split federated training of a LoRA, simulated in one process.
+
+The layers below a cut are the clients' side. Every client has its own copy of the adapter there and its own shard of
+the training sequences; the layers from the cut up are the server's, with one adapter for all. A step is that of plain
+LoRA, except that micro-batch j comes from the shard of client j mod C and passes through this client's copy. So the
+server's gradient is the mean over the learned tokens of all clients, and a copy gets its gradient from its own shard
+alone. With one client it is plain LoRA, to the bit.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from hiplora.errors import ConfigError
+from hiplora.training.method import LowRank, Session
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
+    from torch.utils.data import Sampler
+
+    from hiplora.training.recipe import TrainSettings
+
+CLIENTS_FILE = "clients.safetensors"
+OWN = ("clients", "cut_layer", "average_every")
+LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+class SplitLoraMethod(LowRank):
+    """Split-LoRA: clients train the layers below a cut on shards of the data, a server the others on all of it."""
+
+    title: ClassVar[str] = "Split-LoRA"
+    summary: ClassVar[str] = (
+        "A plain low-rank update. Below a cut it is the average of what several clients trained on shards of the data."
+    )
+    steering: ClassVar[tuple[str, ...]] = ("lora_dropout", *OWN)
+    not_of_peft: ClassVar[tuple[str, ...]] = ("name", *OWN)
+
+    name: Literal["split_lora"] = Field(default="split_lora", description="The method.")
+    clients: int = Field(
+        default=4,
+        ge=1,
+        description="Number of clients. Sequence i of the training data belongs to client i mod `clients`; a step "
+        "takes a batch of each in turn, so `train.gradient_accumulation` must be a multiple of it.",
+    )
+    cut_layer: int = Field(
+        default=3,
+        ge=0,
+        description="Layers below this one are on the clients' side, those from it up on the server's; 0 leaves the "
+        "clients nothing, the number of layers the server nothing.",
+    )
+    average_every: int = Field(
+        default=25,
+        ge=1,
+        description="Optimizer steps between two averagings of the clients' sides; the last step has one too.",
+    )
+
+    def check_training(self, train: "TrainSettings") -> None:
+        """Check that every client has the same number of micro-batches in a step."""
+        if train.gradient_accumulation % self.clients:
+            raise ValueError(
+                f"`train.gradient_accumulation` {train.gradient_accumulation} is no multiple of `method.clients` "
+                f"{self.clients}: the micro-batches of a step are the clients' in turn; change one of them"
+            )
+
+    def batches(self, sequences: int, batch_size: int) -> int:
+        """Return the number of batches in an epoch, none of which mixes the shards of two clients."""
+        return sum(math.ceil(size / batch_size) for size in shard_sizes(sequences, self.clients))
+
+    def session(self, model: "PeftModel", sequences: int, carries_on: bool) -> Session:
+        """Train every client's side on its shard."""
+        return SplitSession(model, self, shard_sizes(sequences, self.clients))
+
+
+def shard_sizes(sequences: int, clients: int) -> list[int]:
+    """Return how many sequences each client has.
+
+    Raises:
+        ConfigError: some client would have none.
+    """
+    if clients > sequences:
+        raise ConfigError(
+            f"method.clients {clients}: there are only {sequences} training sequences, and every client needs one of "
+            "its own; lower it, give more rows, or, where several rows are packed into one, set train.packing: false"
+        )
+    return [len(range(client, sequences, clients)) for client in range(clients)]
+
+
+def check_cut(cut_layer: int, layers: int) -> None:
+    """Check that a model with so many layers can be cut below `cut_layer`; raises ConfigError."""
+    if cut_layer > layers:
+        raise ConfigError(
+            f"method.cut_layer {cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the number "
+            "of layers on the clients' side"
+        )
+
+
+class ClientBatches:
+    """Batches of one client each, the clients in turn: batch j of an epoch is one of client j mod C.
+
+    Every sequence comes once an epoch, in the order that `sampler` draws. The larger shards belong to the first
+    clients, so whoever runs out of sequences first is last in turn.
+    """
+
+    drop_last = False
+
+    def __init__(self, sampler: "Sampler[int]", batch_size: int, clients: int):
+        self.sampler, self.batch_size, self.clients = sampler, batch_size, clients
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = list(self.sampler)
+        shards = [[i for i in drawn if i % self.clients == client] for client in range(self.clients)]
+        for start in range(0, len(shards[0]), self.batch_size):
+            for shard in shards:
+                if batch := shard[start : start + self.batch_size]:
+                    yield batch
+
+    def __len__(self) -> int:
+        sizes = shard_sizes(len(self.sampler), self.clients)  # type: ignore[arg-type]
+        return sum(math.ceil(size / self.batch_size) for size in sizes)
+
+
+class SplitSession(Session):
+    """Split-LoRA while it trains: every client's own copy of the trained parameters below the cut.
+
+    Between micro-batches the model holds the side of client 0. The other copies are registered on the model, so that
+    the optimizer steps them and their gradients are clipped together with the others'.
+    """
+
+    def __init__(self, model: "PeftModel", method: SplitLoraMethod, shards: Sequence[int]):
+        """Copy what `model` trains below the cut: trained embeddings too, a trained output head not.
+
+        Raises:
+            ConfigError: the model has fewer layers, or nothing below the cut is trained.
+        """
+        from torch import nn
+
+        super().__init__(model)
+        self.clients, self._every = method.clients, method.average_every
+        config: Any = model.config
+        check_cut(method.cut_layer, config.get_text_config().num_hidden_layers)
+        self._places = list(_below(model, method.cut_layer))
+        if method.cut_layer and not self._places:
+            raise ConfigError(
+                f"method.cut_layer {method.cut_layer}: no adapted module lies below it; raise it, set it to 0, or let "
+                "target_modules and layers_to_transform choose modules below it"
+            )
+        first = [getattr(module, name) for module, name, _ in self._places]
+        copies = [[nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:]]
+        self._sides = [first, *copies]
+        self._shares = [size / sum(shards) for size in shards]
+        model.clients = nn.ParameterList([parameter for side in copies for parameter in side])  # type: ignore
+
+    def batches(self, sampler: "Sampler[int]", batch_size: int) -> Any:
+        """Return batches of one client each."""
+        return ClientBatches(sampler, batch_size, self.clients)
+
+    def begin(self) -> None:
+        """Give every client the adapter that the model holds now."""
+        import torch
+
+        with torch.no_grad():
+            for side in self._sides[1:]:
+                for parameter, start in zip(side, self._sides[0], strict=True):
+                    parameter.copy_(start)
+
+    @contextlib.contextmanager
+    def micro_batch(self, number: int) -> Iterator[None]:
+        """Put the side of the client whose turn it is into the model."""
+        with self._seated(self._sides[number % self.clients]):
+            yield
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Put the average of the clients' sides into the model."""
+        from torch import nn
+
+        with self._seated([nn.Parameter(mean, requires_grad=False) for mean in self._means()]):
+            yield
+
+    def after_step(self, step: int, last: bool) -> None:
+        """Give every client the average of all sides, weighted by the sizes of their shards (FedAvg), when due."""
+        import torch
+
+        if step % self._every == 0 or last:
+            with torch.no_grad():
+                for place, mean in enumerate(self._means()):
+                    for side in self._sides:
+                        side[place].copy_(mean)
+
+    def save(self, folder: Path) -> None:
+        """Save the average, and every client's side."""
+        from safetensors.torch import save_file
+
+        super().save(folder)
+        sides = {name: parameter.detach().cpu().contiguous() for name, parameter in self._named()}
+        save_file(sides, folder / CLIENTS_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        import torch
+        from safetensors.torch import load_file
+
+        super().load(folder)
+        stored = load_file(folder / CLIENTS_FILE)
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(stored[name])
+
+    def _named(self) -> "Iterator[tuple[str, nn.Parameter]]":
+        for client, side in enumerate(self._sides):
+            for (_, _, name), parameter in zip(self._places, side, strict=True):
+                yield f"{client}.{name}", parameter
+
+    @contextlib.contextmanager
+    def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
+        self._seat(side)
+        try:
+            yield
+        finally:
+            self._seat(self._sides[0])
+
+    def _seat(self, side: "Sequence[nn.Parameter]") -> None:
+        for (module, name, _), parameter in zip(self._places, side, strict=True):
+            setattr(module, name, parameter)
+
+    def _means(self) -> "list[Tensor]":
+        """Return the weighted averages, as steps from client 0: the average of equal sides is exact."""
+        means = []
+        for first, *others in zip(*([p.detach() for p in side] for side in self._sides), strict=True):
+            steps = (share * (other - first) for share, other in zip(self._shares[1:], others, strict=True))
+            means.append(sum(steps, start=first.clone()))
+        return means
+
+
+def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str, str]]":
+    """Yield the clients' parameters as (module, name in it, full name); a path's first number is its layer."""
+    embeddings = set(model.get_input_embeddings().modules()) if cut_layer else set()
+    for path, module in model.named_modules():
+        found = LAYER.search(path)
+        if module in embeddings or (found and int(found.group(1)) < cut_layer):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    yield module, name, f"{path}.{name}"

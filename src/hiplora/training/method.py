@@ -1,0 +1,239 @@
+"""What a method of a recipe is: its settings, how its adapter is made, and what it does while it trains.
+
+A method is one file in `baselines/` with a subclass of `Method` that has a `name`. Recipes are checked before torch is
+loaded, so these files import torch and PEFT only inside functions.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from hiplora.data.examples import Block
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+    from torch.utils.data import BatchSampler, Sampler
+
+    from hiplora.training.recipe import TrainSettings
+
+ADAPTER = "default"
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+Begin = Callable[["PeftModel"], None]  # brings a new adapter to the point where training begins
+
+
+class Penalty(Protocol):
+    """A term of the loss: `weight` times its value is added once a step; `name` is its column in the metrics."""
+
+    name: str
+    weight: float
+
+    def __call__(self, model: Any, step: int) -> "Tensor":
+        """Return the value without its weight, a scalar with gradients to the adapter."""
+        ...
+
+
+class Session:
+    """What a method does while its adapter trains; a plain method does nothing of its own."""
+
+    penalties: Sequence[Penalty] = ()
+    clients = 1  # micro-batches of a step that share a penalty
+
+    def __init__(self, model: "PeftModel"):
+        self.model = model
+
+    def batches(self, sampler: "Sampler[int]", batch_size: int) -> "BatchSampler | None":
+        """Return the batches of an epoch, where they are not simply consecutive."""
+        return None
+
+    def begin(self) -> None:
+        """Begin a training, from the adapter that the model holds or from a checkpoint that is loaded next."""
+
+    def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Wrap forward and backward of the micro-batch `number` of a step."""
+        return contextlib.nullcontext()
+
+    def after_optimizer(self, step: int) -> None:
+        """Act between the optimizer's step and the clearing of its gradients; `step` counts from 0."""
+
+    def after_step(self, step: int, last: bool) -> None:
+        """Act after a step; `step` counts from 1."""
+
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
+        """Wrap measuring and saving: inside, the model is what the training would return now."""
+        return contextlib.nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, and whatever else a resumed training needs, into a checkpoint."""
+        save_adapter(self.model, folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        self.model.load_adapter(str(folder), ADAPTER, is_trainable=True)
+
+
+class Method(Block):
+    """Base of all methods: the modules they adapt, under PEFT's name.
+
+    A method that `moves_base` subtracts the product of its first factors from the base weights; it is saved as the
+    difference from the untouched base. Fields in `steering` may differ between an adapter and a training that carries
+    it on. `kind` says what stock PEFT loads the adapter as; None means that PEFT needs hiplora to load it.
+    """
+
+    title: ClassVar[str]
+    summary: ClassVar[str]
+    kind: ClassVar[str | None] = "a plain LoRA adapter"
+    moves_base: ClassVar[bool] = False
+    steering: ClassVar[tuple[str, ...]] = ()
+    not_of_peft: ClassVar[tuple[str, ...]] = ("name",)
+
+    target_modules: list[str] | str = Field(
+        default=list(ATTENTION_PROJECTIONS),
+        min_length=1,
+        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that PEFT's configuration has too."""
+        return self.model_dump(exclude={*self.not_of_peft})
+
+    def peft_config(self, steps: int | None = None) -> "PeftConfig":
+        """Return the PEFT configuration for a training of so many steps.
+
+        Raises:
+            ConfigError: the method needs to know the steps.
+        """
+        raise NotImplementedError
+
+    def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
+        """Return the configuration of a training that carries on an adapter, whose own configuration is `given`."""
+        return self.peft_config()
+
+    def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin | None:
+        """Measure on the bare model what the adapter needs; `config` may be changed. Return how it begins.
+
+        Raises:
+            ConfigError: the settings do not fit the model.
+            DataError: the calibration text cannot be used.
+            FactorError: a layer saw no calibration text, or a weight cannot be decomposed.
+        """
+        return None
+
+    def load_tensors(self, model: "PeftModel", tensors: dict[str, "Tensor"], given: Mapping[str, Any]) -> Any:
+        """Put a finished adapter's tensors on a new one; return what PEFT says is missing or unexpected."""
+        import peft
+
+        return peft.set_peft_model_state_dict(model, tensors, ADAPTER)
+
+    def session(self, model: "PeftModel", sequences: int, carries_on: bool) -> Session:
+        """Return what the method does while it trains on so many sequences."""
+        return Session(model)
+
+    def batches(self, sequences: int, batch_size: int) -> int:
+        """Return the number of batches in an epoch."""
+        return math.ceil(sequences / batch_size)
+
+    def check_training(self, train: "TrainSettings") -> None:
+        """Check that the training settings fit the method; raises ValueError."""
+
+    def warnings(self, train: "TrainSettings") -> list[str]:
+        """Return what the user should know about these settings."""
+        return []
+
+    def describe(self) -> str:
+        """Return a sentence for the model card."""
+        return self.summary
+
+
+class LowRank(Method):
+    """Base of the methods with low-rank factors, under PEFT's names."""
+
+    steering: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+
+    r: int = Field(
+        default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
+    )
+    lora_alpha: int | float = Field(
+        default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r."
+    )
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update."
+    )
+    exclude_modules: list[str] | str | None = Field(
+        default=None, description="Modules to leave alone, although target_modules names them."
+    )
+    layers_to_transform: list[int] | int | None = Field(
+        default=None, description="Indices of the layers to adapt; all if empty."
+    )
+    layers_pattern: list[str] | str | None = Field(
+        default=None, description="Name of the model's list of layers, where layers_to_transform needs it."
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="Module name or pattern → its own r."
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Module name or pattern → its own lora_alpha."
+    )
+    modules_to_save: list[str] | None = Field(
+        default=None, description="Modules to train in full and save with the adapter."
+    )
+
+    def peft_config(self, steps: int | None = None) -> "PeftConfig":
+        """Return a LoRA configuration."""
+        from peft import LoraConfig
+
+        return LoraConfig(task_type="CAUSAL_LM", **self.settings())
+
+
+class FromInputs(Block):
+    """The calibration text of methods that measure a layer's inputs."""
+
+    calibration_text: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file, training data or hub data set to measure the layers' inputs on, instead of text "
+        "sampled from the model. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    calibration_tokens: int = Field(
+        default=10_000, ge=2, description="Tokens to sample, or to read of `calibration_text`."
+    )
+
+    def calibration_rows(self, tokenizer: Any) -> "list[Tensor] | None":
+        """Return the rows of the calibration text; None for text sampled from the model.
+
+        Raises:
+            DataError: the text cannot be used.
+        """
+        from hiplora.data.texts import calibration_rows
+
+        if self.calibration_text is None:
+            return None
+        return calibration_rows(tokenizer, self.calibration_text, self.calibration_tokens)
+
+
+def save_adapter(model: "PeftModel", folder: Path) -> None:
+    """Save an adapter's own tensors and its configuration, never the base model's embeddings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Adapter .* have invalid shape")  # AdaLoRA's modules of rank 0
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@contextlib.contextmanager
+def replaced(config: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of a configuration inside the block; restore them on exit."""
+    before = {name: getattr(config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)

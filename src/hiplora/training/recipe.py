@@ -1,0 +1,401 @@
+"""The training recipe: a YAML file that says what to train, on what and how, checked before a model is loaded.
+
+The defaults of `train` are the paper's (Appendix B), those of the method the function-aware preset's. Nothing here
+imports torch.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from hiplora.data.examples import Block, DataSettings, PathText
+from hiplora.data.rows import check_rows, is_hub_name, read_rows
+from hiplora.errors import ConfigError, DataError
+from hiplora.training.methods import METHODS, AnyMethod
+
+Loc = tuple[str | int, ...]  # place in a recipe: ("train", "lr")
+
+# Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
+PATHS: tuple[Loc, ...] = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
+TEXTS: tuple[Loc, ...] = (("method", "calibration_text"), ("train", "kl_text"))
+
+
+class TrainSettings(Block):
+    """How to train: AdamW, a linear warm-up, then a learning rate that stays or falls."""
+
+    lr: float = Field(
+        default=2e-4,
+        gt=0,
+        description="Peak learning rate. The paper's value is missing from its text; 2e-4 is usual for LoRA.",
+    )
+    steps: int | None = Field(
+        default=2000,
+        ge=1,
+        description="Optimizer steps; 2000 unless `epochs` is given. Give one of the two.",
+    )
+    epochs: float | None = Field(default=None, gt=0, description="Passes over the data, instead of `steps`.")
+    batch_size: int = Field(default=4, ge=1, description="Sequences in one forward pass.")
+    gradient_accumulation: int = Field(
+        default=32,
+        ge=1,
+        description="Forward passes per optimizer step, shared between the processes of a distributed run: "
+        "batch_size × gradient_accumulation is the global batch (128).",
+    )
+    max_length: int = Field(
+        default=2048,
+        ge=2,
+        description="Tokens in a sequence. Longer responses are cut at the end, rows whose prompt alone fills it are "
+        "left out, both are counted. Plain text is cut into pieces of this length.",
+    )
+    packing: bool = Field(
+        default=True,
+        description="Put several rows into one sequence of max_length; rows never attend to each other.",
+    )
+    lr_scheduler: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="What follows the warm-up: `constant` stays at the peak, `cosine` falls to 0 at the last step.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises."
+    )
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="AdamW's weight decay; only the adapter is trained."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Clip the gradient to this norm; 0 switches clipping off."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Precision of the base model and of the computation; the adapter stays in fp32. `auto` is bf16, "
+        "the paper's, on a GPU that has it, and fp32 elsewhere. fp16 needs a GPU.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, more time."
+    )
+    log_every: int = Field(default=1, ge=1, description="Steps between two rows of metrics.jsonl.")
+    report_to: str | list[str] = Field(
+        default="none",
+        description="Where the Trainer reports the metrics too: `tensorboard`, `wandb`, `mlflow`, …, or a list.",
+    )
+    save_every: int = Field(
+        default=100, ge=1, description="Steps between two checkpoints; the last step always has one."
+    )
+    keep_checkpoints: int = Field(default=1, ge=1, description="Number of checkpoints to keep, the newest.")
+    eval_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between measurements of the held-out loss, besides before and after.",
+    )
+    kl_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Price of a nat of KL(base ‖ adapted) per token, measured once a step on other text and added to "
+        "the loss; 0 adds nothing. Not for methods that move the base weights.",
+    )
+    kl_text: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Text file or training data to measure it on, instead of text sampled from the base model. In a "
+        "recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    kl_tokens: int = Field(default=256, ge=2, description="Tokens of that text in each step.")
+    kl_pool: int = Field(
+        default=10_000,
+        ge=2,
+        description="Tokens to sample, or to read of `kl_text`; steps go through them in an order drawn by `seed`.",
+    )
+    start_from: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of a finished adapter, made with the same method and settings, that the training carries "
+        "on from. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("epochs") is None:
+            return value
+        if value.get("steps") is not None:
+            raise ValueError("give either `steps` or `epochs`, not both")
+        return {**value, "steps": None}
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSettings":
+        for name in ("kl_text", "kl_tokens", "kl_pool"):
+            if not self.kl_weight and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` has no use with `kl_weight: 0`; remove it, or set a price")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give `steps` or `epochs`")
+        return self
+
+
+class TrainRecipe(Block):
+    """One training run, in full: a model, data, a method, how to train, a seed."""
+
+    model: PathText = Field(
+        min_length=1,
+        description="Base model: `smollm2-135m` (fetched without a hub), a folder, or a name on the Hugging Face hub.",
+    )
+    data: DataSettings = Field(description="What to train on; a bare string is short for {path: …}.")
+    method: AnyMethod = Field(
+        default=METHODS["hiplora"](),
+        description=f"{', '.join(METHODS)}: one of them, alone or as {{name: …}} with its settings.",
+    )
+    train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="Seed of the adapter's start, the order of the rows and dropout.",
+    )
+    out: PathText | None = Field(
+        default=None, min_length=1, description="Output folder, where the command line names none."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return expand_short_forms(value) if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainRecipe":
+        if self.train.eval_every is not None and not self.data.has_held_out:
+            raise ValueError("`train.eval_every` needs `data.held_out` or `data.held_out_fraction`")
+        if self.train.kl_weight and self.method.moves_base:
+            raise ValueError(
+                f"`train.kl_weight` compares with the base model, whose weights {self.method.name} moves; remove it, "
+                "or use another method"
+            )
+        self.method.check_training(self.train)
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """Return the recipe as plain values, every default filled in, without its output folder."""
+        values = self.model_dump(mode="json", exclude={"out"})
+        values["method"] = {"name": self.method.name, **values["method"]}
+        return values
+
+
+def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `method: lora` and `data: rows.jsonl` out as blocks; a method without a name is HiP-LoRA."""
+    value = dict(value)
+    if isinstance(value.get("data"), (str, os.PathLike)):
+        value["data"] = {"path": os.fspath(value["data"])}
+    if isinstance(value.get("method"), str):
+        value["method"] = {"name": value["method"]}
+    if isinstance(value.get("method"), dict):
+        value["method"] = {"name": "hiplora", **value["method"]}
+    return value
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> TrainRecipe:
+    """Read a training recipe from YAML, put `overrides` (`train.lr=1e-4`) over it, and check all of it.
+
+    Relative paths in the file are relative to the file, those in overrides to the current folder. Data files are read
+    to the end, so that a malformed row is found before a model is loaded.
+
+    Raises:
+        ConfigError: something is wrong; the message lists everything that is, with the way out.
+    """
+    path = Path(path)
+    value = _absolute_paths(expand_short_forms(read_yaml(path)), path.resolve().parent)
+    for override in overrides:
+        put_over(value, override)
+    value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
+    problems = [f"model: {text}" for text in model_problems(value.get("model"))]
+    try:
+        recipe = TrainRecipe.model_validate(value)
+    except ValidationError as error:
+        raise refusal(path, problems + described(error, TrainRecipe)) from None
+    if problems := problems + _file_problems(recipe):
+        raise refusal(path, problems)
+    return recipe
+
+
+def model_problems(model: Any) -> list[str]:
+    """Say what is wrong with a model's folder; a name on the hub is trusted until it is loaded."""
+    if not isinstance(model, str) or not _is_path(model):
+        return []
+    folder = Path(model)
+    if not folder.is_dir():
+        return [f"no such folder: {folder}; check the path, or give a name on the hub (owner/name)"]
+    if not (folder / "config.json").is_file():
+        return [f"{folder} has no config.json; name a folder that `save_pretrained` wrote"]
+    return []
+
+
+def _file_problems(recipe: TrainRecipe) -> list[str]:
+    """Say what is wrong with the files that a recipe names."""
+    from hiplora.training.start_from import start_problems
+
+    problems = []
+    for name in ("path", "held_out"):
+        if (source := getattr(recipe.data, name)) is not None:
+            try:
+                check_rows(read_rows(Path(source)), recipe.data.format, source)
+            except (DataError, OSError) as error:
+                problems.append(f"data.{name}: {error}")
+    for block, name in TEXTS:
+        text = getattr(getattr(recipe, str(block)), str(name), None)
+        if text is not None and not Path(text).is_file() and not is_hub_name(text):
+            problems.append(f"{block}.{name}: no such file: {text}; correct the path")
+    if recipe.train.start_from is not None:
+        found = start_problems(recipe.method, recipe.train.start_from)
+        problems += [f"train.start_from: {text}" for text in found]
+    return problems
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~", os.sep)) or os.path.isdir(name) or name.count("/") > 1
+
+
+def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make a recipe's paths absolute; a text may be a data set on the hub instead."""
+    value = {key: dict(block) if isinstance(block, dict) else block for key, block in value.items()}
+    for loc in (("model",), *PATHS, *TEXTS):
+        block = value if len(loc) == 1 else value.get(str(loc[0]))
+        name = str(loc[-1])
+        if not isinstance(block, dict) or not isinstance(given := block.get(name), str) or not given:
+            continue
+        path = os.path.normpath(folder / Path(given).expanduser())
+        on_the_hub = (
+            not _is_path(given) and not os.path.isdir(path) if name == "model" else is_hub_name(given)
+        )
+        if loc in PATHS or not on_the_hub or Path(path).exists():
+            block[name] = path
+    return value
+
+
+# For recipes of any kind: reading YAML, overrides, and what pydantic found in the words of a user.
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or is not a YAML mapping.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a mapping (`model: …`), found {type(value).__name__}")
+    return value or {}
+
+
+def put_over(value: dict[str, Any], override: str) -> None:
+    """Put one `a.b=value` over a recipe, in place; the value is read as YAML.
+
+    Raises:
+        ConfigError: the override is malformed, or `a` is not a block.
+    """
+    key, equals, raw = override.partition("=")
+    *parents, last = key.strip().split(".")
+    if not equals or not all((*parents, last)):
+        raise ConfigError(f"--set {override}: expected key=value, for example --set train.lr=1e-4")
+    for part in parents:
+        if value.get(part) is None:
+            value[part] = {}
+        value = value[part]
+        if not isinstance(value, dict):
+            raise ConfigError(f"--set {override}: {part} is not a block but {value!r}")
+    try:
+        value[last] = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
+
+
+def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
+    """Return the error that lists all problems of the recipe at `path`."""
+    count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+    lines = [text.replace("\n", "\n    ") for text in problems]
+    return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in lines))
+
+
+def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """Return a line for everything that pydantic found in a recipe of the model `root`."""
+    found: dict[str, str] = {}
+    for details in error.errors():
+        loc, block = _located(details["loc"], root)
+        name = ".".join(map(str, loc))
+        found.setdefault(name, f"{name + ': ' if name else ''}{_message(details, loc, block)}")
+    return list(found.values())
+
+
+def _message(details: Any, loc: Loc, block: type[BaseModel]) -> str:
+    kind, given, last = details["type"], details.get("input"), str(loc[-1]) if loc else ""
+    if kind == "extra_forbidden":
+        owners = [name for name, method in METHODS.items() if last in method.model_fields]
+        if loc[0] == "method" and owners:
+            return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
+        near = difflib.get_close_matches(last, block.model_fields, n=1, cutoff=0.6)
+        meant = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(block.model_fields)}"
+        return f"unknown field; {meant}"
+    if kind == "union_tag_invalid":
+        tag = given.get("name") if isinstance(given, dict) else given
+        near = difflib.get_close_matches(str(tag), METHODS, n=1)
+        meant = f"; did you mean `{near[0]}`?" if near else ""
+        return f"unknown method {tag!r}; expected one of {', '.join(METHODS)}{meant}"
+    if kind == "value_error":
+        return str(details["ctx"]["error"])
+    field = block.model_fields.get(last)
+    purpose = (field.description or "").split(". ")[0].rstrip(".") if field else ""
+    if kind == "missing":
+        return f"is missing; add `{last}:` ({purpose})"
+    message = details["msg"].replace("Input should", "should", 1)
+    return f"{message}, found {given!r}" + (f" ({purpose})" if purpose else "")
+
+
+def _located(loc: Loc, root: type[BaseModel]) -> tuple[Loc, type[BaseModel]]:
+    """Return an error's place without pydantic's labels of union members, and the block that it lies in."""
+    annotation: Any = root
+    block: type[BaseModel] = root
+    kept: list[str | int] = []
+    for part in loc:
+        leaves = list(_leaves(annotation))
+        models = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
+        containers = [leaf for leaf in leaves if get_origin(leaf) in (dict, list)]
+        if len(models) > 1 and part in METHODS:
+            models, annotation = [METHODS[part]], METHODS[part]
+            continue
+        if models:
+            block = models[0]
+            field = block.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif containers and (isinstance(part, int) or get_origin(containers[0]) is dict):
+            annotation = get_args(containers[0])[-1]
+        else:
+            continue
+        kept.append(part)
+    return tuple(kept), block
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the members of nested unions."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        for member in get_args(annotation):
+            yield from _leaves(member)
+    else:
+        yield annotation

@@ -1,0 +1,403 @@
+"""Supervised fine-tuning of an adapter: from a recipe to a finished output folder.
+
+recipe.yaml           the resolved recipe; written first
+metrics.jsonl         one row per logged step
+checkpoints/          checkpoint-<step>; run.json, the hashes of the data; start/, of a method that moves the base
+adapter_model.safetensors, README.md, provenance.json
+adapter_config.json   written last: without it the run is not complete, and nothing loads
+
+Under torchrun or `accelerate launch` every process runs all of this; the first one writes. torch and its relatives
+are imported in functions, so that a recipe is checked first.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hiplora.data.examples import TrainingData, load_data
+from hiplora.errors import ConfigError, DivergedError, HipLoraError, first_line
+from hiplora.files import write_atomic
+from hiplora.provenance import json_sha256, provenance
+from hiplora.run_folder import RunFolder
+from hiplora.training.card import model_card
+from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
+from hiplora.training.recipe import TrainRecipe, TrainSettings, model_problems
+from hiplora.training.result import PROVENANCE_FILE, TrainResult, held_out_losses
+from hiplora.training.start_from import Start
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig
+
+    from hiplora.training.trainer import AdapterTrainer
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine"}  # recipes' names → transformers'
+FULL = 2**20  # bytes free below which a failed write needs no other explanation
+log = logging.getLogger("hiplora.training")
+
+
+def train(
+    recipe: TrainRecipe,
+    out: str | os.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: "Sequence[TrainerCallback]" = (),
+    description: str = "train",
+) -> TrainResult:
+    """Train an adapter and write it, its card, recipe, metrics and provenance to `out`.
+
+    Everything in the recipe is checked, the data to the last row, before the model is loaded. An unfinished run of the
+    same recipe in `out` goes on from its last checkpoint, step for step as if it had not been stopped.
+
+    Args:
+        recipe: what to train.
+        out: the output folder.
+        resume: return the result if the run in `out` is finished already, instead of refusing.
+        overwrite: replace what is in `out`.
+        callbacks: more callbacks for the Trainer.
+        description: name of the progress bar, which is shown on a terminal's stderr.
+
+    Raises:
+        ConfigError: the recipe, the model or the output folder cannot be used.
+        DataError: the data cannot be used; names rows with their lines.
+        DivergedError: the loss or the adapter is not finite.
+        OSError: a checkpoint or the result cannot be written; the run can be carried on.
+    """
+    import torch
+    from accelerate import PartialState
+
+    recipe, run = _for_this_machine(recipe), RunFolder(Path(out), "recipe.yaml", CONFIG_FILE)
+    run.check(recipe.values(), resume=resume, overwrite=overwrite)
+    if run.complete and not overwrite:
+        log.warning("%s holds this run already, finished; nothing to do", run.path)
+        return TrainResult.read(run.path)
+    data, start = load_data(recipe.data), Start.of(recipe, run.path)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes.wait_for_everyone()  # all have looked at the folder before the first one writes
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disk_full_explained(run.path))
+        stack.enter_context(_quiet())
+        if processes.is_main_process:
+            stack.enter_context(run.claimed(recipe.values(), overwrite=overwrite))
+            _check_inputs(run.path / "checkpoints", _sources(data, start))
+        processes.wait_for_everyone()
+        result = _run(recipe, run.path, data, start, callbacks, description)
+        processes.wait_for_everyone()
+    return result
+
+
+def _run(
+    recipe: TrainRecipe,
+    out: Path,
+    data: TrainingData,
+    start: Start | None,
+    callbacks: "Sequence[TrainerCallback]",
+    description: str,
+) -> TrainResult:
+    """Train in a folder that is held."""
+    import torch
+    from accelerate import PartialState
+
+    from hiplora.models import load
+    from hiplora.training.adapt import put_on
+    from hiplora.training.kl import kl_penalty
+    from hiplora.training.memory import reset_peak
+    from hiplora.training.residual_init import split_difference, write_start
+    from hiplora.training.trainer import AdapterTrainer, Record, checkpoints, step_of
+
+    method, settings = recipe.method, recipe.train
+    processes = PartialState()
+    model, tokenizer = load(recipe.model, torch_dtype(settings.dtype))
+    if torch.cuda.is_available():
+        model.to(processes.device)
+    rows, held_out, notes, encoding = _encode(recipe, data, tokenizer)
+    if start is not None and Path(start.base).name != Path(recipe.model).name:
+        notes.append(
+            f"train.start_from was trained on {Path(start.base).name}, this model is {Path(recipe.model).name}"
+        )
+    if processes.is_main_process:
+        for note in notes:
+            log.warning("%s", note)
+
+    steps = settings.steps or math.ceil(
+        (settings.epochs or 1)
+        * math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
+    )
+    with processes.main_process_first():  # which calibrates; the others read its results from the cache
+        penalty = kl_penalty(recipe, model, tokenizer)
+        origin = out / "checkpoints" / "start" if method.moves_base else None
+        if origin is not None and start is not None and not origin.is_dir():
+            write_start(split_difference(start.tensors())[1], origin)
+        config = None if start is None else start.config
+        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, config=config)
+    if start is not None:
+        start.put_on(adapted)
+    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    session = method.session(adapted, len(rows), carries_on=start is not None)
+    record = Record(out, settings, description)
+    trainer = AdapterTrainer(
+        model=adapted,
+        args=_arguments(recipe, out / "checkpoints", steps, adapted),
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        session=session,
+        record=record,
+        penalties=[*([penalty] if penalty else []), *session.penalties],
+    )
+
+    session.begin()
+    reset_peak()
+    last = next(reversed(checkpoints(out / "checkpoints")), None)
+    if last is None:
+        trainer.train()
+    else:
+        record.restore(last)
+        log.warning("carrying on from step %s of %s", step_of(last), steps)
+        trainer.carry_on(last)
+    if not processes.is_main_process:
+        processes.wait_for_everyone()
+        return TrainResult.read(out)
+    result = TrainResult(
+        adapter=out,
+        metrics=record.rows,
+        steps=steps,
+        tokens=record.tokens,
+        seconds=record.seconds,
+        trainable_parameters=trainable,
+        peak_memory_bytes=record.peak_memory,
+        held_out=held_out_losses(record.rows),
+        data={"shape": data.shape, "sources": data.sources, "encoding": encoding},
+        warnings=notes,
+    )
+    _assemble(recipe, out, trainer, result, start, origin)
+    processes.wait_for_everyone()
+    return result
+
+
+def _assemble(
+    recipe: TrainRecipe,
+    out: Path,
+    trainer: "AdapterTrainer",
+    result: TrainResult,
+    start: Start | None,
+    origin: Path | None,
+) -> None:
+    """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
+    from hiplora.training.adapt import save_trained
+
+    values = recipe.values()
+    made = provenance(
+        recipe=values,
+        recipe_sha256=json_sha256(values),
+        seed=recipe.seed,
+        data=result.data["sources"],
+        **({"start": start.record()} if start else {}),
+        device=str(trainer.args.device),
+        result=result.summary(),
+    )
+    aside = out / ".final.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    save_trained(recipe.method, trainer.model, aside, origin)
+    _check_finite(aside / WEIGHTS_FILE)
+    write_atomic(aside / "README.md", model_card(recipe, result))
+    write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
+    os.sync()
+    for path in sorted(aside.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name)):
+        path.replace(out / path.name)
+    aside.rmdir()
+
+
+def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
+    """Replace `dtype: auto` by what this machine has; refuse what cannot run here."""
+    import torch
+
+    if problems := model_problems(recipe.model):
+        raise ConfigError("\n".join(f"model: {text}" for text in problems))
+    processes, passes = int(os.environ.get("WORLD_SIZE", "1")), recipe.train.gradient_accumulation
+    if passes % processes:
+        raise ConfigError(
+            f"train.gradient_accumulation {passes} is no multiple of the {processes} processes that share it; change "
+            "one of them"
+        )
+    if processes > 1 and getattr(recipe.method, "clients", 1) > 1:
+        raise ConfigError(
+            "method split_lora simulates its clients in one process; start it without a launcher"
+        )
+    dtype = recipe.train.dtype
+    if dtype == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
+    settings = recipe.train.model_copy(update={"dtype": machine_dtype() if dtype == "auto" else dtype})
+    return recipe.model_copy(update={"train": settings})
+
+
+def machine_dtype() -> str:
+    """Return the precision of `train.dtype: auto` on this machine: "bf16" or "fp32"."""
+    import torch
+
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "fp32"
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """Return torch's type for a recipe's `dtype`, which is not "auto"."""
+    import torch
+
+    return getattr(torch, DTYPES[name])
+
+
+def _sources(data: TrainingData, start: Start | None) -> dict[str, Any]:
+    return {**data.sources, **({"start": start.record()} if start else {})}
+
+
+def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
+    """Check that what a run reads is what it read when it began."""
+    file = folder / "run.json"
+    if file.is_file() and any(folder.glob("checkpoint-*")):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in {**stored, **sources} if stored.get(name) != sources.get(name)]
+        if changed:
+            what = "the adapter that it started from" if changed == ["start"] else "the data"
+            raise ConfigError(
+                f"--out {folder.parent}: {what} changed since this run began; put back what was there to carry on, or "
+                "pass --overwrite to start anew"
+            )
+    write_atomic(file, json.dumps(sources, indent=2))
+
+
+def _encode(
+    recipe: TrainRecipe, data: TrainingData, tokenizer: Any
+) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
+    """Return the training and held-out sequences, what the user should know about them, and counts."""
+    from hiplora.data.encoding import encode_examples
+
+    settings = recipe.train
+    rows, report = encode_examples(tokenizer, data.train, settings.max_length)
+    held_out = None
+    if data.held_out:
+        held_out = _sequences(encode_examples(tokenizer, data.held_out, settings.max_length)[0], settings)
+    notes = report.warnings(settings.max_length) + recipe.method.warnings(settings)
+    text = getattr(recipe.method, "calibration_text", None)
+    if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
+        notes.append(
+            "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
+            "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
+        )
+    return _sequences(rows, settings), held_out, notes, report.as_dict()
+
+
+def _sequences(rows: list[dict[str, list[int]]], settings: TrainSettings) -> "Dataset":
+    """Return rows as a data set, packed into sequences of `max_length` if the recipe says so."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    data = Dataset.from_list(rows)
+    return pack_dataset(data, settings.max_length, "bfd") if settings.packing else data
+
+
+def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SFTConfig":
+    import torch
+    from accelerate import PartialState
+    from trl import SFTConfig
+
+    settings, gpu = recipe.train, torch.cuda.is_available()
+    checkpointing = settings.gradient_checkpointing
+    # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
+    flat = settings.packing or (
+        not gpu and getattr(model.get_base_model(), "_supports_attention_backend", False)
+    )
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation // PartialState().num_processes,
+        max_steps=steps,
+        learning_rate=settings.lr,
+        lr_scheduler_type=SCHEDULERS[settings.lr_scheduler],
+        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        use_cpu=not gpu,
+        bf16=settings.dtype == "bf16",
+        fp16=settings.dtype == "fp16",
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        seed=recipe.seed,
+        # The rows come tokenized, cut and packed.
+        padding_free=flat,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="steps",
+        save_steps=settings.save_every,
+        logging_strategy="no",  # the record logs
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        dataloader_pin_memory=gpu,
+        ddp_broadcast_buffers=False,  # HiP-LoRA's buffers are frozen and equal already
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process uses one GPU; the Trainer would wrap the model in DataParallel
+    return arguments
+
+
+def _check_finite(weights: Path) -> None:
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(weights, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if not torch.isfinite(file.get_tensor(name)).all():
+                raise DivergedError(
+                    f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
+                )
+
+
+@contextlib.contextmanager
+def _disk_full_explained(out: Path) -> Iterator[None]:
+    """Turn whatever a writer raises on a full disk into an OSError with the way out."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = shutil.disk_usage(out if out.exists() else out.absolute().parent).free < FULL
+        if isinstance(error, HipLoraError) or not (full or isinstance(error, (OSError, SafetensorError))):
+            raise
+        reason = "the disk is full" if full else first_line(error)
+        raise OSError(
+            f"{out} cannot be written ({reason}); make room and run the same command again: it carries on from the "
+            "last checkpoint"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' own bars and advice off the terminal."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = not datasets.are_progress_bars_disabled(), transformers_logging.get_verbosity()
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
