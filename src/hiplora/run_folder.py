@@ -90,6 +90,8 @@ class RunFolder:
             yield
         finally:
             lock.release()
+            if self.complete:  # nobody will work here again
+                (self.path / LOCK).unlink(missing_ok=True)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work, time it and store it if there is none."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from hiplora.cli.common import JSON, OVERWRITE, emit_json, print_table
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
 from hiplora.errors import ConfigError
 
 
@@ -25,8 +25,8 @@ def command(
         "--resume",
         help="Carry on an unfinished run in the output folder; a finished one is left as it is.",
     ),
-    overwrite: bool = OVERWRITE,
-    as_json: bool = JSON,
+    overwrite: bool = OVERWRITE_OPTION,
+    as_json: bool = JSON_OPTION,
 ) -> None:
     """Fine-tune an adapter (HiP-LoRA, LoRA, PiSSA, MiLoRA, CorDA, LoRA-Null …) on your data.
 

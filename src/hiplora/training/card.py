@@ -91,7 +91,7 @@ def _data(result: TrainResult) -> list[str]:
         lines.append(f"- {use.replace('_', '-')}: {name}, {source['rows']:,} rows{digest}")
     counts = result.data["encoding"]
     lines.append(
-        f"- {counts['sequences']:,} sequences, {counts['tokens']:,} tokens, {counts["learned_tokens"]:,} learned"
+        f"- {counts['sequences']:,} sequences, {counts['tokens']:,} tokens, {counts['learned_tokens']:,} learned"
     )
     return [*lines, *(f"- {warning}" for warning in result.warnings)]
 

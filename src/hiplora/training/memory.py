@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+CLEAR = Path("/proc/self/clear_refs")  # writing "5" resets Linux's high-water mark
+
 
 def reset_peak() -> None:
     """Start measuring anew: CUDA's peak, and on Linux the process's high-water mark."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        CLEAR.write_text("5")
 
 
 def peak_bytes() -> int:

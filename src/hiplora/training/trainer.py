@@ -71,14 +71,13 @@ class AdapterTrainer(SFTTrainer):
         Not the Trainer's eval_loss, which is a mean of batch means and repeats rows to fill the processes' last batch:
         every process measures all rows.
         """
-        model, rows, size = self.model, self.eval_dataset, self.args.per_device_eval_batch_size
+        model, size = self.model, self.args.per_device_eval_batch_size
         training = model.training
         model.eval()
         total, count = 0.0, 0
         with self.session.measuring():
-            for first in range(0, len(rows), size):
-                batch = [rows[i] for i in range(first, min(first + size, len(rows)))]
-                inputs = self._prepare_inputs(self.data_collator(batch))
+            for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
+                inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs, num_items_in_batch=1)
                 total += float(loss) / self.accelerator.num_processes  # TRL multiplies by it
