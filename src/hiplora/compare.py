@@ -18,8 +18,8 @@ from hiplora.provenance import file_sha256, folder_identity, json_sha256, proven
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hiplora.recipes import TrainRecipe
-    from hiplora.training.data import Example
+    from hiplora.data.examples import Example
+    from hiplora.training.recipe import TrainRecipe
 
 HELDOUT_LIMIT = 256  # held-out rows at most: enough for a mean, cheap to measure
 DRIFT_TOKENS = 2048  # of each text
@@ -74,9 +74,9 @@ def compare(
         ConfigError, DataError: settings, model, data or output folder cannot be used; found before a model loads.
         HipLoraError: training failed.
     """
-    from hiplora.evaluation.texts import drift_texts
+    from hiplora.data.examples import load_data
+    from hiplora.data.texts import drift_texts
     from hiplora.study.folder import claimed
-    from hiplora.training.data import load_data
 
     settings = settings or CompareSettings()
     targets = check_model(model, settings.principal_rank)
@@ -175,9 +175,9 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
 
     from hiplora.models import resolve
     from hiplora.models.quiet import quiet_transformers
-    from hiplora.recipes import model_problems
-    from hiplora.recipes.low_rank import ATTENTION_PROJECTIONS
-    from hiplora.recipes.methods import MLP_PROJECTIONS
+    from hiplora.training.baselines.hiplora import MLP_PROJECTIONS
+    from hiplora.training.method import ATTENTION_PROJECTIONS
+    from hiplora.training.recipe import model_problems
     from hiplora.tuner import HipLoraConfig
     from hiplora.tuner.targets import survey as find_targets
 
@@ -212,7 +212,7 @@ def mean_kl(drift: Mapping[str, Mapping[str, float]]) -> float:
 def _recipes(
     model: str, data: str | os.PathLike, settings: CompareSettings, targets: Mapping[str, Sequence[str]]
 ) -> "dict[str, TrainRecipe]":
-    from hiplora.recipes import TrainRecipe
+    from hiplora.training.recipe import TrainRecipe
 
     shared = {
         "model": model,
@@ -239,10 +239,8 @@ def _recipes(
 
 def _train(recipe: "TrainRecipe", name: str, out: Path) -> Results:
     from hiplora.training import train
-    from hiplora.training.progress import TrainingBar
 
-    with TrainingBar(name) as bar:
-        result = train(recipe, out, resume=True, on_step=bar, on_phase=bar.phase)
+    result = train(recipe, out, resume=True, description=name)
     return {
         "trainable_parameters": result.trainable_parameters,
         "seconds": result.seconds,
@@ -305,7 +303,7 @@ def _side_by_side(held_out: "Sequence[Example]", answers: Mapping[str, Sequence[
 
 
 def _overlaps(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
-    from hiplora.evaluation.texts import overlap
+    from hiplora.data.texts import overlap
 
     shares = overlap(texts, [example.prompt + example.response for example in train])
     return [

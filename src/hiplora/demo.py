@@ -59,7 +59,7 @@ def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwr
         ConfigError, DataError: model, edits or output folder cannot be used.
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
-    from hiplora.evaluation.texts import drift_texts
+    from hiplora.data.texts import drift_texts
     from hiplora.study.folder import claimed
 
     settings = settings or DemoSettings()
@@ -153,8 +153,8 @@ class _Base:
     """The base model, loaded once and bare between stages, and what each adapter is measured on."""
 
     def __init__(self, settings: DemoSettings, sets: Sequence[EditSet]):
+        from hiplora.data.texts import drift_texts
         from hiplora.evaluation import BaseReference
-        from hiplora.evaluation.texts import drift_texts
         from hiplora.models import load
 
         self.settings, self.sets = settings, sets
@@ -195,12 +195,12 @@ def _edit(base: Any, method: Mapping[str, Any], part: EditSet, adapter: Path) ->
     from peft import get_peft_model
 
     from hiplora.editing import EditTraining, train_edits
-    from hiplora.recipes.methods import METHODS
-    from hiplora.training.adapters import adapter_config, save_adapter
+    from hiplora.training.method import save_adapter
+    from hiplora.training.methods import METHODS
     from hiplora.tuner import calibrate
 
     bench, settings = base(), base().settings
-    config = adapter_config(METHODS[method["name"]].model_validate(method))
+    config = METHODS[method["name"]].model_validate(method).peft_config()
     if getattr(config, "basis", None) == "activation":
         calibrate(bench.model, config, tokens=CALIBRATION_TOKENS)
     torch.manual_seed(settings.seed)

@@ -17,15 +17,14 @@ from hiplora.adapters.dense import check_base
 from hiplora.adapters.folder import check_out
 from hiplora.adapters.lora import write_lora
 from hiplora.adapters.protection import check_projection, check_widths, totals
+from hiplora.data.encoding import encode_examples
+from hiplora.data.examples import load_examples
+from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
 from hiplora.evaluation import Encoded, heldout_loss, measure_drift
 from hiplora.evaluation.drift import cut_windows
-from hiplora.evaluation.texts import drift_texts, overlap, text_source
 from hiplora.spectral import MomentBasis, RankSpec
 from hiplora.study.measure import base_reference
 from hiplora.study.preflight import load_tokenizer
-from hiplora.training.calibration import calibration_rows, describe_source
-from hiplora.training.data import load_examples
-from hiplora.training.encoding import encode_examples
 from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, input_bases
 
 DRIFT_TOKENS = 1024  # of each text

@@ -73,7 +73,7 @@ def loss_by_hand(model, rows):
 def test_every_method_learns_the_rows_and_the_held_out_loss_is_that_of_its_adapter(done, job):
     results, out = done
     data = module._recipes(*job, check_model(job[0], 8))["LoRA"].data
-    from hiplora.training.data import load_data
+    from hiplora.data.examples import load_data
 
     rows = [{"prompt": row.prompt, "completion": row.response} for row in load_data(data).held_out]
     assert len(rows) == results["data"]["held_out_rows"] == 6

@@ -11,11 +11,11 @@ from hiplora import demo as module
 from hiplora.adapters import read_update
 from hiplora.cli import demo as command
 from hiplora.compare import slug
+from hiplora.data.texts import drift_texts
 from hiplora.demo import DemoSettings, demo, summary, survival
 from hiplora.editing import evaluate_edits, load_edit_sets
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.drift import cut_windows
-from hiplora.evaluation.texts import drift_texts
 from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 

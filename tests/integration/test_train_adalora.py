@@ -13,7 +13,6 @@ from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import mounted
 from hiplora.merging import merge
 from hiplora.training import train, trainer
-from hiplora.training.adapters import adapter_config
 from hiplora.training.methods import METHODS
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import read_metrics
@@ -147,7 +146,7 @@ def test_the_steps_are_those_of_peft_s_own_loop(recipe, tmp_path, tiny_model_dir
     set_seed(made.seed)
     model = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir),
-        adapter_config(made.method, made.method.schedule(6)),
+        made.method.peft_config(6),
     )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=made.train.lr, weight_decay=0.1)
@@ -226,4 +225,4 @@ def test_a_schedule_that_epochs_leave_no_room_for_is_an_error(recipe, tmp_path):
 
 def test_whoever_does_not_prune_is_refused():
     with pytest.raises(ConfigError, match="only `hiplora train` does"):
-        adapter_config(METHODS["adalora"]())
+        METHODS["adalora"]().peft_config()

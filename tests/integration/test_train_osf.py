@@ -14,7 +14,6 @@ from hiplora.evaluation.mounting import applied, mounted
 from hiplora.merging import merge
 from hiplora.models.shapes import shape_of
 from hiplora.training import train
-from hiplora.training.adapters import adapter_config
 from hiplora.training.methods import METHODS
 from hiplora.training.recipe import TrainRecipe
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
@@ -128,7 +127,7 @@ def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_carries_on_fro
 def test_gradients_keep_out_of_the_protected_directions_of_the_base(base):
     """Gradients, not steps: AdamW scales each entry by itself, and so leaves the complement somewhat."""
     method = METHODS["osf"](effective_rank=0.25)
-    model = get_peft_model(base, adapter_config(method))
+    model = get_peft_model(base, method.peft_config())
     model(torch.arange(30)[None], labels=torch.arange(30)[None]).loss.backward()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     U, _, _ = torch.linalg.svd(layer.base_layer.weight)
@@ -152,7 +151,7 @@ def test_the_shape_of_a_model_tells_how_many_parameters_are_trained(values):
     if values.get("effective_rank") == 100:
         assert shape.trainable(method.model_dump()) == 0
         return
-    adapted = get_peft_model(model, adapter_config(method))
+    adapted = get_peft_model(model, method.peft_config())
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert shape.trainable(method.model_dump()) == trained
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from hiplora.data.texts import drift_texts, text_source
 from hiplora.errors import ConfigError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.mounting import holding
-from hiplora.evaluation.texts import drift_texts, text_source
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.models import load, resolve
 from hiplora.probing import (

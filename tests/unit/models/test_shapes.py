@@ -9,7 +9,6 @@ from hiplora.errors import ConfigError
 from hiplora.models import shapes
 from hiplora.models.shapes import model_shape, shape_of
 from hiplora.spectral import resolve_rank
-from hiplora.training.adapters import adapter_config
 from hiplora.training.methods import METHODS
 from tests.tiny import tiny_llama
 
@@ -112,15 +111,14 @@ CASES = [
 @pytest.mark.parametrize(("name", "values"), CASES)
 def test_trainable_parameters_are_those_of_the_adapter_itself(tiny, name, values):
     method = METHODS[name](**values)
-    schedule = method.schedule(100) if name == "adalora" else None
-    model = get_peft_model(tiny_llama(), adapter_config(method, schedule))
+    model = get_peft_model(tiny_llama(), method.peft_config(40))
     real = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert tiny.trainable(settings(name, **values)) == real
 
 
 def test_factor_scalars_are_those_of_the_factors_themselves(tiny):
     method = METHODS["hiplora"](preset="paper", principal_rank=5, principal_rank_pattern={"k_proj": 7})
-    model = get_peft_model(tiny_llama(), adapter_config(method))
+    model = get_peft_model(tiny_llama(), method.peft_config())
     real = sum(buffer.numel() for name, buffer in model.named_buffers() if "hiplora_" in name)
     assert tiny.factor_scalars(method.model_dump()) == real
 

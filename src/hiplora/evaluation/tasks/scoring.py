@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from hiplora.recipes.wording import final_number, lettered, letters, normal_number, step_by_step
+from hiplora.data.prompts import final_number, lettered, letters, normal_number, step_by_step
 
 __all__ = [
     "all_responses",
