@@ -1,6 +1,6 @@
 """Memory and time of merging adapters in the shapes of Llama-3.1-8B, rule by rule.
 
-    python benchmarks/merge.py [--adapters 4] [--rank 16] [--targets attention] [--modules 2] [--write] [--json FILE]
+    python benchmarks/merge.py [--adapters 4] [--rank 16] [--targets attention] [--modules 2] [--json FILE]
 
 The adapters are stock LoRA folders with random factors; there is no base model, and no more than one dense update is
 formed at a time. Every rule runs in a process of its own. What is measured:
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,51 +61,17 @@ def write_adapter(folder: Path, shapes: dict[str, tuple[int, int]], rank: int, s
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-class MadeUpWeights:
-    """A checkpoint that is nowhere: bf16 weights made up a block of rows at a time (`export.streaming.Checkpoint`)."""
-
-    model = "made-up weights"
-    tied_head = None
-
-    def __init__(self, shapes: dict[str, tuple[int, int]]):
-        import torch
-
-        from hiplora.adapters.shards import TensorSpec
-
-        self.stored = {
-            f"{module}.weight": TensorSpec(shape, torch.bfloat16) for module, shape in shapes.items()
-        }
-        self._noise = (0.02 * torch.randn(1 << 20)).bfloat16()
-
-    def source_of(self, parameter: str) -> str:
-        return parameter
-
-    def blocks(self, name: str) -> Iterator[Any]:
-        from hiplora.adapters.shards import row_blocks
-
-        shape = self.stored[name].shape
-        for rows in row_blocks(shape):
-            size = rows.stop - rows.start, shape[1]
-            yield self._noise[: size[0] * size[1]].reshape(size)
-
-    def is_transposed(self, module: str) -> bool:
-        return False
-
-    def fitting_weight(self, name: str, update: Any) -> Any:
-        raise NotImplementedError("random adapters have no fingerprints")
-
-
 def resident(what: str) -> int:
     """Bytes of this process: VmRSS, what is resident now, or VmHWM, the most there ever was."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
 
 
-def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads: int) -> dict:
+def measure(rule: str, folders: list[str], per_shape: int, threads: int) -> dict:
     """Merge by one rule in this process; seconds, and bytes beyond those after the imports."""
     import torch
 
-    import hiplora.adapters.streaming  # noqa: F401 - imported before memory is first read
+    import hiplora.adapters  # noqa: F401 - imported before memory is first read
     from hiplora.merging import RULES, merge
 
     home = RULES[rule]
@@ -118,7 +84,7 @@ def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads:
     shapes = {module: tuple(update.shape(module)) for module in update.modules}
     if home.kind == "dense":
         found["factors_bytes"] = resident("VmRSS") - before
-        found |= measure_dense(update, shapes, per_shape, write)
+        found |= measure_dense(update, shapes, per_shape)
         found["total"] = {key: spent[key] + found["all_updates"][key] for key in spent}
     largest = 4 * max(m * n for m, n in shapes.values())
     found |= {"peak_bytes": resident("VmHWM") - before, "bound_bytes": 2 * largest * len(folders)}
@@ -129,7 +95,7 @@ def measure(rule: str, folders: list[str], per_shape: int, write: bool, threads:
     return found
 
 
-def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: int, write: bool) -> dict:
+def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: int) -> dict:
     """Compute the updates of a few modules of each shape, and scale their time to all modules."""
     groups: dict[tuple[int, int], list[str]] = {}
     for module, shape in shapes.items():
@@ -141,31 +107,13 @@ def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: in
         for key in scaled:
             scaled[key] += statistics.mean(row[key] for row in spent) * len(modules)
         rows.append({"shape": shape, "modules": len(modules), "measured": spent})
-    found = {"shapes": rows, "all_updates": scaled}
-    if write:
-        sample = [module for modules in groups.values() for module in modules[:per_shape]]
-        found["write"] = write_sample(update, shapes, sample)
-    return found
+    return {"shapes": rows, "all_updates": scaled}
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     start = time.perf_counter(), time.process_time()
     result = work()
     return result, {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-
-
-def write_sample(update: Any, shapes: dict[str, tuple[int, int]], sample: list[str]) -> dict:
-    """Stream a few modules, merged into made-up weights, to a temporary folder."""
-    from hiplora.adapters.shards import write_shards
-    from hiplora.adapters.streaming import MergedTensors
-
-    merged = MergedTensors(MadeUpWeights(shapes), update)
-    specs = {f"{module}.weight": merged.specs[f"{module}.weight"] for module in sample}
-    with tempfile.TemporaryDirectory() as folder:
-        files, spent = timed(lambda: write_shards(Path(folder), specs, merged.blocks, "50MB"))
-    size = sum(spec.nbytes for spec in specs.values())
-    worst = max(merged.differences.values())
-    return {"modules": len(sample), "files": len(files), "bytes": size, "largest_difference": worst, **spent}
 
 
 def in_own_process(*arguments: Any) -> dict:
@@ -189,9 +137,6 @@ def show(found: dict) -> None:
         print(f"{'':10}{in_words(took)}   measured, on {len(measured)} of {modules} modules", flush=True)
         held, beyond = found["factors_bytes"] / MIB, found["peak_beyond_factors_over_bound"]
         print(f"{'':29}{held:.0f} MiB of these are the adapters; {beyond:.2f} of the bound beyond them")
-    if write := found.get("write"):
-        size = f"{write['modules']} modules, {write['bytes'] / MIB:.0f} MiB in {write['files']} file(s)"
-        print(f"{'':10}{in_words(write)}   written: {size}", flush=True)
 
 
 def in_words(spent: dict[str, float]) -> str:
@@ -211,7 +156,6 @@ def main() -> None:
     parser.add_argument("--targets", choices=list(TARGETS), default="attention")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--modules", type=int, default=2, help="of each shape, for dense rules")
-    parser.add_argument("--write", action="store_true", help="also write what dense rules give")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -228,7 +172,7 @@ def main() -> None:
         for seed, adapter in enumerate(folders):
             write_adapter(Path(adapter), shapes, args.rank, seed)
         for rule in args.rules:
-            results.append(in_own_process(rule, folders, args.modules, args.write, args.threads))
+            results.append(in_own_process(rule, folders, args.modules, args.threads))
             show(results[-1])
     if args.json:
         from hiplora.files import write_atomic

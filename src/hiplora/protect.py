@@ -1,4 +1,4 @@
-"""An adapter projected off its layers' inputs, and what that did: drift and loss before and after."""
+"""Project a trained adapter off its layers' inputs, and measure drift and loss before and after."""
 
 import contextlib
 import os
@@ -9,25 +9,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
-from hiplora.adapters import AdapterUpdate, base_facts, protect, read_update, remaining, save_as_lora
-from hiplora.adapters.base_weights import BaseWeights, load_base
-from hiplora.adapters.check import quiet_loading
-from hiplora.adapters.dense import check_base
-from hiplora.adapters.folder import check_out
-from hiplora.adapters.lora import write_lora
-from hiplora.adapters.protection import check_projection, check_widths, totals
+from hiplora.adapters import (
+    AdapterUpdate,
+    BaseWeights,
+    check_base,
+    check_out,
+    check_projection,
+    check_widths,
+    load_base,
+    protect,
+    quiet_loading,
+    read_update,
+    remaining,
+    save_as_lora,
+    totals,
+    write_lora,
+)
+from hiplora.adapters.base import is_transposed
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import load_examples
 from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
-from hiplora.evaluation import Encoded, heldout_loss, measure_drift
+from hiplora.errors import ConfigError, first_line
+from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
 from hiplora.evaluation.drift import cut_windows
+from hiplora.models import resolve
 from hiplora.spectral import MomentBasis, RankSpec
-from hiplora.study.measure import base_reference
-from hiplora.study.preflight import load_tokenizer
 from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, input_bases
 
 DRIFT_TOKENS = 1024  # of each text
+DRIFT_WINDOW = 512
 DATA_ROWS = 256  # of the task data at most
 DATA_LENGTH = 1024  # tokens of a row at most
 
@@ -38,8 +50,8 @@ Wrap = Callable[[Sequence[str], str], Iterable[str]]
 class ProtectSettings:
     """How an update is projected (`hiplora.adapters.protect`), and what it is measured on.
 
-    `text` (a file, or a data set on the hub) is what the layers' inputs are measured on, else text sampled from the
-    base model with `seed`; `tokens` are sampled, or read of it. `data` is a file with rows of the adapter's task,
+    `text` (a file, or a data set on the hub) is what the layers' inputs are measured on; None samples text from the
+    base model with `seed`. `tokens` are sampled or read. `data` is a file with rows of the adapter's task,
     `drift_text` one with text to measure drift on.
     """
 
@@ -53,7 +65,7 @@ class ProtectSettings:
     drift_text: str | Path | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
+        """Check the projection."""
         check_projection(self.principal_rank, self.strength, self.projection)
 
 
@@ -69,10 +81,10 @@ def protect_adapter(
     """Project a trained adapter off its layers' inputs, measure that, and write the result as a plain LoRA folder.
 
     Args:
-        adapter_dir: an adapter folder, HiP-LoRA, Proj-LoRA or LoRA, or an update.
+        adapter_dir: an adapter folder that `read_update` reads, or an update.
         path: output folder.
-        settings: how; the defaults if None.
-        base: base model, path or name, where the one in the adapter's configuration is not to be used.
+        settings: None takes the defaults.
+        base: base model, path or name, instead of the one in the adapter's configuration.
         overwrite: replace `path` if it exists.
         wrap: called with a sequence and what is done with it, yields its items; for a progress bar.
 
@@ -99,120 +111,113 @@ def protect_update(
     """Project an update off its layers' inputs; return it, and a JSON-ready record of what that took and cost.
 
     The record has `modules` and `summary` (what is left of the update, and of what it does to the layers' outputs on
-    the calibration text), `drift` before and after, `loss` on the task data where there is any, and `notes`.
+    the calibration text), `drift` before and after, `loss` on the task data, if any, and `notes`.
 
     Raises:
-        AdapterError, ConfigError, DataError: as `protect_adapter`; all that can be is found before a model loads.
+        AdapterError, ConfigError, DataError: as `protect_adapter`; whatever can be is found before a model loads.
     """
     chosen, wrap = settings or ProtectSettings(), wrap or (lambda items, what: items)
     update.check_leak()
     check_widths(update, chosen.principal_rank)
-    ground = _Ground.prepare(update.base, chosen)
-    model = load_base(update.base, torch.float32)
+    texts = drift_texts(chosen.drift_text)
+    tokenizer = _tokenizer(update.base)
+    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
+    rows, notes = _calibration(tokenizer, texts, chosen)
+    context = getattr(BaseWeights(update.base).config, "max_position_embeddings", None) or DATA_LENGTH
+    examples, more = _task_rows(tokenizer, chosen.data, min(context, DATA_LENGTH))
+    model: Any = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
-    modules = list(update.factors)
-    bases = input_bases(model, modules, rows=ground.rows, tokens=chosen.tokens, seed=chosen.seed)
+    bases = input_bases(model, list(update.factors), rows=rows, tokens=chosen.tokens, seed=chosen.seed)
     how = chosen.principal_rank, chosen.strength, chosen.projection
     projected = protect(update, bases, *how, wrap=lambda names: wrap(list(names), "projecting modules"))
     left = remaining(update, projected, bases, chosen.principal_rank)
-    measured = _measured(model, ground, {"before": update, "after": projected}, wrap)
+    updates = {"before": update, "after": projected}
+    drift, loss = _measured(model, tokenizer, texts, examples, updates, wrap)
+    data = {"file": Path(chosen.data).name, "rows": len(examples)} if chosen.data is not None else {}
     return projected, {
-        **_header(update, chosen, bases),
-        "modules": [row.as_dict() for row in left],
-        "summary": totals(left),
-        **measured,
-        "notes": [*ground.notes, *_notes(update, projected, bases, measured["drift"]["after"])],
-    }
-
-
-def _header(
-    update: AdapterUpdate, settings: ProtectSettings, bases: Mapping[str, MomentBasis]
-) -> dict[str, Any]:
-    text = settings.text
-    return {
         "schema": 1,
         "kind": "protection",
         "adapter": update.source,
         "base": update.base,
         "method": update.kind,
-        "principal_rank": settings.principal_rank,
-        "projection": settings.projection,
-        "strength": settings.strength,
+        "principal_rank": chosen.principal_rank,
+        "projection": chosen.projection,
+        "strength": chosen.strength,
         "calibration": {
-            "source": SELF if text is None else describe_source(text),
+            "source": SELF if chosen.text is None else describe_source(chosen.text),
             "tokens": min(inputs.tokens for inputs in bases.values()),
         },
+        "modules": left,
+        "summary": totals(left),
+        "drift": drift,
+        "drift_text": text_source(chosen.drift_text),
+        "loss": data | loss if loss else None,
+        "notes": [*notes, *more, *_notes(update, projected, bases, drift["after"])],
     }
 
 
-@dataclass(frozen=True)
-class _Ground:
-    """What an update is measured on: tokenizer, drift texts, calibration rows and task examples, all checked."""
-
-    tokenizer: Any
-    texts: Mapping[str, str]
-    rows: list[Any] | None
-    examples: list[Encoded]
-    sources: dict[str, str]
-    notes: list[str]
-
-    @classmethod
-    def prepare(cls, base: str, settings: ProtectSettings) -> "_Ground":
-        texts = drift_texts(settings.drift_text)
-        context = getattr(BaseWeights(base).config, "max_position_embeddings", None) or DATA_LENGTH
-        tokenizer = load_tokenizer(base)
-        cut_windows(tokenizer, texts, 512, DRIFT_TOKENS)
-        rows: list[Any] | None = None
-        examples: list[Encoded] = []
-        notes, sources = [], {"drift": text_source(settings.drift_text)}
-        if settings.text is not None:
-            rows = calibration_rows(tokenizer, settings.text, settings.tokens)
-            seen = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-            notes += [
-                f"{share:.0%} of the drift text “{name}” stands in the calibration text too: its drift says little"
-                for name, share in overlap(texts, seen).items()
-                if share
-            ]
-        if settings.data is not None:
-            examples, said = _task_rows(tokenizer, Path(settings.data), min(context, DATA_LENGTH))
-            notes, sources = notes + said, sources | {"data": Path(settings.data).name}
-        return cls(tokenizer, texts, rows, examples, sources, notes)
+def _tokenizer(base: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(resolve(base))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
-def _task_rows(tokenizer: Any, path: Path, max_length: int) -> tuple[list[Encoded], list[str]]:
-    """Tokenise the first rows of a data file as training does; return them with notes on what was left out."""
+def _calibration(
+    tokenizer: Any, texts: Mapping[str, str], settings: ProtectSettings
+) -> tuple[list[Any] | None, list[str]]:
+    """Return the rows that the inputs are measured on, None for sampled text, and notes."""
+    if settings.text is None:
+        return None, []
+    rows = calibration_rows(tokenizer, settings.text, settings.tokens)
+    shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+    return rows, [
+        f"{share:.0%} of the drift text “{name}” is in the calibration text too: its drift says little"
+        for name, share in shares.items()
+        if share
+    ]
+
+
+def _task_rows(tokenizer: Any, data: str | Path | None, length: int) -> tuple[list[Encoded], list[str]]:
+    """Tokenise the first rows of a data file, if any, as training does; return them with notes on what is left out."""
+    if data is None:
+        return [], []
+    path = Path(data)
     examples = load_examples(path)
-    rows, report = encode_examples(tokenizer, examples[:DATA_ROWS], max_length)
+    rows, report = encode_examples(tokenizer, examples[:DATA_ROWS], length)
     notes = []
     if len(examples) > DATA_ROWS:
         notes.append(f"the loss is of the first {DATA_ROWS} of the {len(examples)} rows of {path.name}")
-    for count, what in ((report.truncated, "cut at"), (report.left_out, "left out: their prompts fill")):
-        if count:
-            notes.append(f"{count} of {report.examples} rows of {path.name} are {what} {max_length} tokens")
+    if changed := report.truncated + report.left_out:
+        notes.append(
+            f"{changed} of {report.examples} rows of {path.name} exceed {length} tokens: cut or left out"
+        )
     return [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows], notes
 
 
 def _measured(
-    model: Any, ground: _Ground, updates: Mapping[str, AdapterUpdate], wrap: Wrap
-) -> dict[str, Any]:
-    """Measure drift and loss of a bare model and of updates on it; the model is taken apart by that."""
-    steps = iter(wrap(["base", *updates], "measuring drift and loss"))
-    next(steps)
-    reference = base_reference(model, ground.tokenizer, ground.texts, DRIFT_TOKENS)
-    loss: dict[str, Any] | None = None
-    if ground.examples:
-        tokens = sum(len(example.scored) for example in ground.examples)
-        loss = {"file": ground.sources["data"], "rows": len(ground.examples), "tokens": tokens}
-        loss["base"] = heldout_loss(model, ground.examples)
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    examples: Sequence[Encoded],
+    updates: Mapping[str, AdapterUpdate],
+    wrap: Wrap,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return drift and loss by update, and the loss of the bare model as "base"; the model is taken apart."""
+    reference = BaseReference.build(model, tokenizer, texts, window=DRIFT_WINDOW, max_tokens=DRIFT_TOKENS)
+    loss: dict[str, Any] = {}
+    if examples:
+        loss["tokens"] = sum(len(example.scored) for example in examples)
+        loss["base"] = heldout_loss(model, examples)
     drift: dict[str, Any] = {}
     with _carrying(model, updates) as adapted:
-        for name in steps:
+        for name in wrap(list(updates), "measuring drift and loss"):
             adapted.set_adapter(name)
             found = measure_drift(adapted, reference, may_be_nothing=name == "after")
             drift[name] = {text: value.as_dict() for text, value in found.items()}
-            if loss is not None:
-                loss[name] = heldout_loss(adapted, ground.examples)
-    return {"drift": drift, "drift_text": ground.sources["drift"], "loss": loss}
+            if examples:
+                loss[name] = heldout_loss(adapted, examples)
+    return drift, loss
 
 
 @contextlib.contextmanager
@@ -221,18 +226,16 @@ def _carrying(model: Any, updates: Mapping[str, AdapterUpdate]) -> Iterator[Any]
     from peft import PeftModel
 
     adapted: Any = None
-    with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary, quiet_loading():
         for name, update in updates.items():
-            facts, folder = base_facts(update, model), Path(temporary) / name
+            folder = Path(temporary) / name
             folder.mkdir()
             # Without the base's name, which PEFT would look up.
-            plain = replace(update, base="")
-            write_lora(plain, folder, transposed=facts is not None and facts.transposed)
-            with quiet_loading():
-                if adapted is None:
-                    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-                else:
-                    adapted.load_adapter(str(folder), adapter_name=name)
+            write_lora(replace(update, base=""), folder, transposed=is_transposed(update, model))
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                adapted.load_adapter(str(folder), adapter_name=name)
         yield adapted.eval()
 
 
@@ -242,17 +245,15 @@ def _notes(
     bases: Mapping[str, MomentBasis],
     drift: Mapping[str, Mapping[str, float]],
 ) -> Iterator[str]:
-    """Say what a reader of the numbers should know."""
+    """Yield caveats on the numbers."""
     if before.extras:
-        names = ", ".join(sorted(before.extras))
-        yield f"modules_to_save ({names}) are kept as they are: only low-rank updates are projected"
+        yield f"modules_to_save ({', '.join(sorted(before.extras))}) are kept: only low-rank updates are projected"
     widest = max(inputs.vectors.shape[0] for inputs in bases.values())
     tokens = min(inputs.tokens for inputs in bases.values())
     if tokens < (needed := TOKENS_PER_INPUT * widest):
         yield f"calibrated on {tokens} tokens, few for inputs {widest} wide: give at least {needed}"
     if not any(A.any() and B.any() for A, B in after.factors.values()):
-        yield "nothing of the low-rank update is left" + (
-            "" if before.extras else ": the result is the base model"
-        )
+        end = "" if before.extras else ": the result is the base model"
+        yield f"nothing of the low-rank update is left{end}"
     elif not any(found["kl"] for found in drift.values()):
         yield "what is left of the update changes no logit on the drift text"

@@ -366,13 +366,13 @@ def test_a_module_that_is_missing_is_named(adapters, tiny_model_dir, tmp_path, c
     edit_tensors(deep, move)
     how = ["--method", "ties", "--base", tiny_model_dir]
     code, err = refused(capsys, tmp_path, adapters["one"], deep, "--out", tmp_path / "out", *how)
-    assert (code, "has no layer model.layers.7.self_attn" in err) == (1, True)
+    assert (code, "has no linear layer model.layers.7.self_attn" in err) == (1, True)
 
 
 def test_what_is_no_adapter_is_refused(adapters, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     code, err = refused(capsys, tmp_path, adapters["one"], tmp_path / "empty", "--out", tmp_path / "out")
-    assert (code, "no adapter_config.json here" in err) == (1, True)
+    assert (code, "no adapter_config.json" in err) == (2, True)
 
 
 def test_hiplora_names_the_module_that_has_no_channels(adapters, tmp_path, capsys):

@@ -1,35 +1,31 @@
-import inspect
 import json
-import shlex
-import weakref
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer
 
 from hiplora import protect as protection
 from hiplora.adapters import read_update
-from hiplora.adapters.base_weights import load_base
-from hiplora.cli import protect as command
-from hiplora.data.texts import calibration_rows
 from tests.commands import run
-from tests.tiny import tiny_tokenizer, write_jsonl
+from tests.tiny import save_tiny, tiny_tokenizer, write_jsonl
 from tests.unit.adapters.samples import (
     ATTENTION,
     base_model,
-    deltas,
+    edit_tensors,
     hip_config,
+    leaky,
     logits,
     product,
     save_tiny_gpt2,
     saved,
 )
 
-TASK = [{"prompt": f"What is {i} plus {i}?", "completion": f" It is {2 * i}."} for i in range(6)]
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 12
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def adapters(tiny_model_dir, tmp_path_factory):
     """Folders of trained adapters of one base model."""
     root = tmp_path_factory.mktemp("protected")
@@ -46,70 +42,21 @@ def files(tmp_path):
     """Text to calibrate on, text to measure drift on, and rows of a task."""
     (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
     (tmp_path / "drift.txt").write_text(PROSE)
-    write_jsonl(tmp_path / "task.jsonl", TASK)
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f" It is {2 * i}."} for i in range(6)]
+    write_jsonl(tmp_path / "task.jsonl", rows)
     return tmp_path
 
 
-def options(files):
-    return [
-        "--text",
-        files / "text.txt",
-        "--tokens",
-        600,
-        "--drift-text",
-        files / "drift.txt",
-        "--principal-rank",
-        8,
-    ]
+def protect(capsys, files, adapter, *more, tokens=600, rank=8):
+    texts = ["--text", files / "text.txt", "--drift-text", files / "drift.txt", "--tokens", tokens]
+    out = ["--out", files / "out", "--principal-rank", rank]
+    return run(capsys, "protect", adapter, *out, *texts, *more)
 
 
-def protected(capsys, files, adapter, *more):
-    code, out, err = run(capsys, "protect", adapter, "--out", files / "out", *options(files), *more, "--json")
+def protected(*arguments, **options):
+    code, out, err = protect(*arguments, "--overwrite", "--json", **options)
     assert (code, err) == (0, "")
     return json.loads(out)
-
-
-def read_directions(base_dir, rows, module, k):
-    """The k leading directions of what a layer is fed, from a bare forward pass."""
-    model, seen = load_base(str(base_dir), "auto"), []
-    model.get_submodule(module).register_forward_pre_hook(lambda _, x: seen.append(x[0].detach()))
-    with torch.no_grad():
-        for row in rows:
-            model(input_ids=row[None])
-    x = torch.cat([part.flatten(0, 1) for part in seen]).double()
-    return torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :k]
-
-
-def test_the_example_of_the_help_runs(adapters, files, monkeypatch, capsys):
-    lines = inspect.getdoc(command.command).splitlines()
-    assert lines[-3] == "Example:"
-    example = shlex.split(lines[-1])
-    assert example[:2] == ["hiplora", "protect"]
-    monkeypatch.chdir(files)
-    (files / "runs").mkdir()
-    (files / "runs" / "medicine").symlink_to(adapters["lora"])
-    (files / "task.jsonl").rename(files / "medicine.jsonl")
-    code, out, err = run(capsys, *example[1:], "--tokens", 500)
-    assert (code, err) == (0, "")
-    assert (files / "runs" / "medicine-protected" / "adapter_model.safetensors").exists()
-    for said in ("output energy left", "prose", "python code", "Loss on medicine.jsonl (6 rows)", "rank 4"):
-        assert said in out
-
-
-@pytest.mark.parametrize("name", ["lora", "hiplora"])
-def test_the_result_reads_nothing_of_what_the_layers_are_fed_most(
-    adapters, files, capsys, tiny_model_dir, name
-):
-    record = protected(capsys, files, adapters[name])
-    before, after = read_update(adapters[name]), read_update(files / "out")
-    rows = calibration_rows(tiny_tokenizer(), files / "text.txt", 600)
-    assert record["calibration"] == {"source": "file text.txt", "tokens": sum(map(len, rows))}
-    for module in list(before.factors)[:4]:
-        E = read_directions(tiny_model_dir, rows, module, 8)
-        old, new = product(before, module).double(), product(after, module).double()
-        assert (old @ E).norm() > 0.1 * old.norm()
-        assert (new @ E).norm() < 1e-4 * old.norm()
-        torch.testing.assert_close(new, old - (old @ E) @ E.T, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -124,152 +71,151 @@ def dense_drift(base_dir, folder):
     return total / (len(ids) - 2)
 
 
-def test_the_drift_is_that_of_the_adapter_and_of_what_was_written(adapters, files, capsys, tiny_model_dir):
-    drift = protected(capsys, files, adapters["lora"])["drift"]
-    before, after = (drift[state]["drift.txt"] for state in ("before", "after"))
-    assert before["tokens"] == after["tokens"] == 1022
-    assert before["kl"] == pytest.approx(dense_drift(tiny_model_dir, adapters["lora"]), rel=1e-3)
-    assert after["kl"] == pytest.approx(dense_drift(tiny_model_dir, files / "out"), rel=1e-3)
-    assert after["kl"] < 0.7 * before["kl"]
-
-
-def test_the_record_has_the_cost_and_every_module(adapters, files, capsys):
+def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(
+    adapters, files, capsys, tiny_model_dir
+):
     record = protected(capsys, files, adapters["lora"], "--data", files / "task.jsonl")
+    before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
+    assert before == pytest.approx(dense_drift(tiny_model_dir, adapters["lora"]), rel=1e-3)
+    assert after == pytest.approx(dense_drift(tiny_model_dir, files / "out"), rel=1e-3)
+    assert after < 0.7 * before
     loss = record["loss"]
-    assert loss.keys() == {"file", "rows", "tokens", "base", "before", "after"}
-    assert (loss["file"], loss["rows"]) == ("task.jsonl", 6)
+    assert (loss["file"], loss["rows"], loss["tokens"] > 0) == ("task.jsonl", 6, True)
     assert len({loss[state] for state in ("base", "before", "after")}) == 3
     assert record["summary"]["energy_share"] < record["summary"]["norm_share"] < 1
     assert [row["module"] for row in record["modules"]] == list(read_update(adapters["lora"]).factors)
-    assert {row["width"] for row in record["modules"]} == {64, 96}
+    assert record["calibration"]["source"] == "file text.txt"
+    written = json.loads((files / "out" / "export.json").read_text())
+    assert written["protection"] == {key: value for key, value in record.items() if key != "export"}
+    assert record["export"]["logit_difference"] < 1e-5
 
 
-def test_strength_zero_leaves_the_adapter_as_it_is(adapters, files, capsys):
-    record = protected(capsys, files, adapters["lora"], "--strength", 0)
-    before, after = read_update(adapters["lora"]), read_update(files / "out")
-    for module, pair in before.factors.items():
-        assert all(torch.equal(a, b) for a, b in zip(pair, after.factors[module], strict=True))
-    assert record["drift"]["before"] == record["drift"]["after"]
-    assert record["summary"] == {"norm_share": 1.0, "energy_share": 1.0}
+def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapters, files, capsys):
+    arguments = ["--out", files / "out", "--tokens", 300, "--data", files / "task.jsonl"]
+    code, out, err = run(capsys, "protect", adapters["hiplora"], *arguments)
+    assert (code, err) == (0, "")
+    for said in ("output energy left", "prose", "Loss on task.jsonl (6 rows)", "rank 10"):
+        assert said in out
 
 
-def test_a_soft_or_weaker_projection_stays_between_nothing_and_all(adapters, files, capsys):
-    shares = [
-        protected(capsys, files, adapters["lora"], "--overwrite", *more)["summary"]["energy_share"]
-        for more in ([], ["--strength", 0.5], ["--projection", "soft"])
-    ]
-    assert shares[0] < shares[1] < 1
-    assert 0 < shares[2] < 1
-    assert shares[2] != pytest.approx(shares[0], rel=1e-3)
+def test_a_weaker_or_soft_projection_or_a_rank_by_energy_leaves_more(adapters, files, capsys):
+    hard, weak, soft, energy, nothing = (
+        protected(capsys, files, adapters["lora"], *more, rank=rank)
+        for more, rank in (
+            ([], 8),
+            (["--strength", 0.5], 8),
+            (["--projection", "soft"], 8),
+            ([], "energy:0.9"),
+            (["--strength", 0], 8),
+        )
+    )
+    shares = [record["summary"]["energy_share"] for record in (hard, weak, soft, nothing)]
+    assert 0 < shares[0] < shares[1] < shares[3] == 1
+    assert shares[0] != pytest.approx(shares[2], rel=1e-3)
+    assert len({row["k"] for row in energy["modules"]}) > 1
+    assert nothing["drift"]["before"] == nothing["drift"]["after"]
 
 
-def test_a_rank_by_energy_is_each_layers_own(adapters, files, capsys):
-    record = protected(capsys, files, adapters["lora"], "--principal-rank", "energy:0.9")
-    assert record["principal_rank"] == "energy:0.9"
-    assert len({row["k"] for row in record["modules"]}) > 1
-    assert all(row["energy_share"] < 1 for row in record["modules"])
-
-
-def test_everything_taken_away_is_a_drift_of_zero_and_said(adapters, files, tiny_model_dir, capsys):
-    record = protected(capsys, files, adapters["hiplora"], "--principal-rank", 64)
+def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):
+    record = protected(capsys, files, adapters["hiplora"], rank=64)
     assert {found["kl"] for found in record["drift"]["after"].values()} == {0.0}
-    assert record["drift"]["before"]["drift.txt"]["kl"] > 0
-    assert "nothing of the low-rank update is left: the result is the base model" in record["notes"]
+    assert any("the result is the base model" in note for note in record["notes"])
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), files / "out").eval()
     assert torch.equal(logits(model), logits(base_model(tiny_model_dir)))
 
 
-def test_modules_saved_whole_are_kept_and_the_report_says_so(adapters, files, tiny_model_dir, capsys):
-    record = protected(capsys, files, adapters["whole"], "--data", files / "task.jsonl")
-    assert any(
-        note.startswith("modules_to_save (lm_head.weight) are kept as they are") for note in record["notes"]
-    )
-    stored, original = read_update(files / "out"), read_update(adapters["whole"])
-    assert torch.equal(stored.extras["lm_head.weight"], original.extras["lm_head.weight"])
-    before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
-    assert 0 < after < before
+def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_know(adapters, files, capsys):
+    rows = [{"text": f"row {i} of many"} for i in range(300)]
+    write_jsonl(files / "many.jsonl", rows)
+    more = ["--data", files / "many.jsonl", "--drift-text", files / "text.txt"]
+    notes = " ".join(protected(capsys, files, adapters["whole"], *more, tokens=100)["notes"])
+    for said in (
+        "modules_to_save (lm_head.weight) are kept",
+        "in the calibration text too",
+        "few for inputs",
+    ):
+        assert said in notes
+    assert "the first 256 of the 300 rows" in notes
+    stored, original = (read_update(folder).extras for folder in (files / "out", adapters["whole"]))
+    assert torch.equal(stored["lm_head.weight"], original["lm_head.weight"])
 
 
-def test_the_folder_is_a_stock_adapter_with_the_record_in_it(adapters, files, tiny_model_dir, capsys):
-    record = protected(capsys, files, adapters["hiplora"])
-    config = json.loads((files / "out" / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == (
-        "LORA",
-        10,
-        str(tiny_model_dir),
-    )
-    written = json.loads((files / "out" / "export.json").read_text())
-    assert written["method"] == "projected"
-    assert written["protection"] == {key: value for key, value in record.items() if key != "export"}
-    assert "projected off the directions of its layers' inputs" in (files / "out" / "README.md").read_text()
-    assert record["export"]["logit_difference"] < 1e-5
-
-
-@pytest.mark.filterwarnings("error:fan_in_fan_out")
 def test_transposed_layers_are_projected_on_their_inputs(files, capsys):
     base = save_tiny_gpt2(files / "gpt2")
     tiny_tokenizer().save_pretrained(base)
-    folder, _ = saved(
-        base, files / "a", LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    )
-    short = ["--text", files / "text.txt", "--tokens", 60, "--drift-text", files / "drift.txt"]
-    code, out, err = run(
-        capsys, "protect", folder, "--out", files / "out", *short, "--principal-rank", 4, "--json"
-    )
-    assert code == 0, err
-    record = json.loads(out)
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    folder, _ = saved(base, files / "a", config)
+    record = protected(capsys, files, folder, tokens=60, rank=4)
     assert record["drift"]["after"]["drift.txt"]["kl"] < record["drift"]["before"]["drift.txt"]["kl"]
-    model = PeftModel.from_pretrained(base_model(base), files / "out").eval()
-    for module, delta in deltas(model).items():
-        torch.testing.assert_close(delta, product(read_update(files / "out"), module), rtol=1e-5, atol=1e-6)
+    before, after = read_update(folder), read_update(files / "out")
+    assert all(product(after, m).norm() < product(before, m).norm() for m in before.factors)
 
 
-def test_what_a_reader_should_know_is_said(adapters, files, capsys):
-    write_jsonl(
-        files / "many.jsonl", [{"text": f"row {i} of many"} for i in range(300)] + [{"text": "x" * 3000}]
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--strength", "nan"], "strength"),
+        (["--principal-rank", "many"], "principal_rank is 'many'"),
+        (["--principal-rank", "100"], "layers.0.mlp.down_proj: principal_rank 100 exceeds the 96"),
+        (["--text", "none.txt"], "none.txt: cannot be read"),
+        (["--drift-text", "empty.txt"], "empty.txt: is empty"),
+        (["--data", "wrong.jsonl"], "wrong.jsonl"),
+        (["--tokens", "1"], "tokens"),
+        (["--out", "there"], "--overwrite"),
+    ],
+)
+def test_wrong_usage_is_status_2_before_the_model_loads(adapters, files, monkeypatch, capsys, arguments, why):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(protection, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    (files / "there").mkdir()
+    (files / "empty.txt").touch()
+    write_jsonl(files / "wrong.jsonl", [{"nothing": "useful"}])
+    code, out, err = run(capsys, "protect", adapters["lora"], "--out", "out", *arguments)
+    assert (code, out, "Traceback" in err) == (2, "", False)
+    assert why in " ".join(err.split())
+    assert not (files / "out").exists()
+
+
+def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny_model_dir, files, capsys):
+    leaking, module = leaky(tiny_model_dir, files / "leaky")
+    idle, _ = saved(tiny_model_dir, files / "idle", LoraConfig(target_modules=["q_proj"]))
+    edit_tensors(idle, lambda tensors: [t.zero_() for name, t in tensors.items() if "lora_B" in name])
+    other = save_tiny(files / "other", seed=1)
+    for folder, more, expected, why in (
+        (files, [], 1, "no adapter_config.json"),
+        (leaking, [], 1, f"{module} leaks"),
+        (idle, [], 1, "changes no logit on any text"),
+        (adapters["hiplora"], ["--base", other], 1, "not the one that this adapter was made for"),
+        (adapters["lora"], ["--out", adapters["lora"], "--overwrite"], 2, "delete the adapter"),
+        (adapters["lora"], ["--base", other, "--out", other, "--overwrite"], 2, "delete its base model"),
+    ):
+        code, out, err = protect(capsys, files, folder, *more)
+        assert (code, out, "Traceback" in err) == (expected, "", False)
+        assert why in err
+        assert not (files / "out").exists()
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_drift_of_a_real_models_adapter_falls_on_text_that_it_never_saw(smollm2, files, capsys):
+    """A LoRA adapter of three layers, trained on a few lines about ships; drift on a text about something else."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    lines = [f"Ship {i} comes in on day {3 * i % 7} with {5 * i % 11} crates of oranges." for i in range(8)]
+    write_jsonl(files / "task.jsonl", [{"text": line} for line in lines])
+    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 14, 29]}
+    adapted = peft.get_peft_model(base_model(smollm2), LoraConfig(r=8, lora_alpha=16, **targets))
+    ids = tokenizer(lines, return_tensors="pt", padding=True)["input_ids"]
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(files / "ships")
+    (files / "drift.txt").write_text(
+        "Bread rises because yeast turns sugar into gas, held by the dough. " * 5
     )
-    same = ["--drift-text", files / "text.txt", "--tokens", 100, "--data", files / "many.jsonl"]
-    notes = protected(capsys, files, adapters["lora"], *same)["notes"]
-    assert any("of the drift text “text.txt” stands in the calibration text too" in note for note in notes)
-    assert "the loss is of the first 256 of the 301 rows of many.jsonl" in notes
-    assert any(
-        "calibrated on 100 tokens, few for inputs 96 wide: give at least 192" in note for note in notes
-    )
-
-
-def test_another_base_model_can_be_named(adapters, files, tiny_model_dir, capsys):
-    folder = files / "renamed"
-    folder.mkdir()
-    for file in adapters["lora"].iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config | {"base_model_name_or_path": "nobody/nothing"})
-    )
-    record = protected(capsys, files, folder, "--base", tiny_model_dir)
-    assert record["base"] == str(tiny_model_dir)
-    code, out, err = run(capsys, "protect", folder, "--out", files / "other", *options(files))
-    assert (code, out) == (1, "")
-    assert "nobody/nothing: cannot be read" in err
-    assert "--base" in err
-    assert not (files / "other").exists()
-
-
-def test_the_base_model_is_let_go_before_the_result_is_written(adapters, files, monkeypatch, capsys):
-    """Writing loads it again to compare logits; two of a large one would not fit."""
-    loaded, alive = [], []
-
-    def load(*arguments):
-        model = load_base(*arguments)
-        loaded.append(weakref.ref(model))
-        return model
-
-    def save(*arguments, **options):
-        alive.extend(model() for model in loaded)
-        return write(*arguments, **options)
-
-    write = protection.save_as_lora
-    monkeypatch.setattr(protection, "load_base", load)
-    monkeypatch.setattr(protection, "save_as_lora", save)
-    protected(capsys, files, adapters["lora"])
-    assert alive == [None]
+    record = protected(capsys, files, files / "ships", "--data", files / "task.jsonl", tokens=400, rank=32)
+    before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
+    assert 0 < after < 0.5 * before
+    assert max(record["loss"]["before"], record["loss"]["after"]) < record["loss"]["base"]
+    assert record["summary"]["energy_share"] < 0.3

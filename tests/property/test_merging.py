@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters import AdapterUpdate
 from hiplora.merging import RULES, DenseMerge, merge
 from tests.unit.merging.terms import dense, make
 

@@ -1,61 +1,52 @@
-"""Adapters as plain updates: read them, inspect them, write them as stock LoRA or as a dense model."""
+"""Adapters as plain updates: read, inspect, project and export them."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-_LAZY = {
-    "AdapterUpdate": "hiplora.adapters.adapter",
-    "Channels": "hiplora.adapters.adapter",
-    "read_update": "hiplora.adapters.update",
-    "update_from_model": "hiplora.adapters.update",
-    "ExportReport": "hiplora.adapters.lora",
-    "save_as_lora": "hiplora.adapters.lora",
-    "DenseReport": "hiplora.adapters.dense",
-    "save_dense": "hiplora.adapters.dense",
-    "Finding": "hiplora.adapters.preflight",
-    "base_facts": "hiplora.adapters.preflight",
-    "server_findings": "hiplora.adapters.preflight",
-    "allocation_rows": "hiplora.adapters.inspection",
-    "inspect_adapter": "hiplora.adapters.inspection",
-    "Remaining": "hiplora.adapters.protection",
-    "protect": "hiplora.adapters.protection",
-    "remaining": "hiplora.adapters.protection",
-    "save_as_hiplora": "hiplora.adapters.native",
-}
-
-if TYPE_CHECKING:
-    from hiplora.adapters.adapter import AdapterUpdate, Channels
-    from hiplora.adapters.dense import DenseReport, save_dense
-    from hiplora.adapters.inspection import allocation_rows, inspect_adapter
-    from hiplora.adapters.lora import ExportReport, save_as_lora
-    from hiplora.adapters.native import save_as_hiplora
-    from hiplora.adapters.preflight import Finding, base_facts, server_findings
-    from hiplora.adapters.protection import Remaining, protect, remaining
-    from hiplora.adapters.update import read_update, update_from_model
+from hiplora.adapters.base import BaseWeights, check_base, check_fit, load_base, quiet_loading
+from hiplora.adapters.check import compare_logits, compare_modules, logits_of, refuse_over
+from hiplora.adapters.dense import merge_into, save_dense
+from hiplora.adapters.inspection import allocation_rows, energy_shares, inspect_adapter, summarise
+from hiplora.adapters.lora import SELECTION, save_as_lora, write_lora
+from hiplora.adapters.native import save_as_hiplora
+from hiplora.adapters.output import ExportReport, check_out
+from hiplora.adapters.protection import check_projection, check_widths, protect, remaining, totals
+from hiplora.adapters.read import WEIGHTS, read_update, update_from_model
+from hiplora.adapters.servers import Finding, server_findings
+from hiplora.adapters.update import AdapterUpdate, Channels, Pair, Update, product_norm
 
 __all__ = [
+    "SELECTION",
+    "WEIGHTS",
     "AdapterUpdate",
+    "BaseWeights",
     "Channels",
-    "DenseReport",
     "ExportReport",
     "Finding",
-    "Remaining",
+    "Pair",
+    "Update",
     "allocation_rows",
-    "base_facts",
+    "check_base",
+    "check_fit",
+    "check_out",
+    "check_projection",
+    "check_widths",
+    "compare_logits",
+    "compare_modules",
+    "energy_shares",
     "inspect_adapter",
+    "load_base",
+    "logits_of",
+    "merge_into",
+    "product_norm",
     "protect",
+    "quiet_loading",
     "read_update",
+    "refuse_over",
     "remaining",
     "save_as_hiplora",
     "save_as_lora",
     "save_dense",
     "server_findings",
+    "summarise",
+    "totals",
     "update_from_model",
+    "write_lora",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use: reading an adapter should not import the dense exporter."""
-    if name not in _LAZY:
-        raise AttributeError(f"module 'hiplora.adapters' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)

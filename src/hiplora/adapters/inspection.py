@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.base_weights import BaseWeights
-from hiplora.adapters.update import read_update
+from hiplora.adapters.base import BaseWeights
+from hiplora.adapters.read import read_update
+from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors, allocate
 
 DEFAULT_RANK = 32
-_LAYER = re.compile(r"\.(\d+)\.")
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 
 
@@ -29,8 +28,8 @@ def inspect_adapter(
     """Measure how an adapter's update lies on the singular directions of its base weights.
 
     Args:
-        adapter_dir: a HiP-LoRA or stock LoRA adapter folder, or an update.
-        base: base model, path or name, where the one in the configuration is not to be used.
+        adapter_dir: an adapter folder that `read_update` reads, or an update.
+        base: base model, path or name, instead of the one in the configuration.
         rank: number of leading directions to look at; None takes the adapter's own principal rank, or 32. A
             smaller weight is looked at in full.
         wrap: called with the module names, yields them; for a progress bar.
@@ -43,15 +42,14 @@ def inspect_adapter(
         ConfigError: `rank` is not positive.
     """
     update = read_update(adapter_dir, base)
-    chosen = _rank(update, rank)
-    rows = allocation_rows(update, base, chosen, wrap=wrap)
+    rows = allocation_rows(update, base, rank, wrap=wrap)
     return {
         "schema": 1,
         "kind": "inspection",
         "adapter": update.source,
         "base": base or update.base,
         "method": update.kind,
-        "principal_rank": chosen,
+        "principal_rank": _rank(update, rank),
         "modules": rows,
         "summary": summarise(rows),
     }
@@ -64,40 +62,36 @@ def allocation_rows(
     *,
     wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
 ) -> list[dict[str, Any]]:
-    """Return one row per adapted module, in the model's order.
+    """Return one row per adapted module, in the model's order; arguments and errors are those of `inspect_adapter`.
 
     A row has: module, layer (index or None), type, rank (of the directions looked at), norm (‖ΔW‖_F), left, right,
     both (fractions of ‖ΔW‖_F² inside span(U), span(V), both), sigma, gains (diag(UᵀΔWV), the change of each σ) and
-    leak (of a HiP-LoRA residual channel into its own protected directions; None where there is no such promise).
-
-    Args:
-        adapter_dir: as for `inspect_adapter`.
-        base: as for `inspect_adapter`.
-        rank: as for `inspect_adapter`.
-        wrap: as for `inspect_adapter`.
-
-    Raises:
-        AdapterError, ConfigError: as `inspect_adapter`.
+    leak (of a HiP-LoRA residual channel into its own protected directions; None without such a promise).
     """
     update = read_update(adapter_dir, base)
-    chosen = _rank(update, rank)
-    factors_of = _Spectrum(update, base or update.base, chosen)
-    return [_row(update, module, factors_of(module)) for module in wrap(sorted(update.factors, key=_natural))]
+    spectrum = _Spectrum(update, base or update.base, _rank(update, rank))
+    return [_row(update, module, spectrum(module)) for module in wrap(sorted(update.factors, key=_natural))]
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return energy-weighted fractions over all modules and per module type, norms, and the largest leak."""
     leaks = [row["leak"] for row in rows if row["leak"] is not None]
-    types = {
-        kind: [row for row in rows if row["type"] == kind] for kind in sorted({row["type"] for row in rows})
-    }
+    types = sorted({row["type"] for row in rows})
     return {
         **energy_shares(rows),
         "modules": len(rows),
-        "max_leak": max(leaks) if leaks else None,
+        "max_leak": max(leaks, default=None),
         "largest_gain": max((abs(gain) for row in rows for gain in row["gains"]), default=0.0),
-        "by_type": {kind: energy_shares(members) for kind, members in types.items()},
+        "by_type": {kind: energy_shares([row for row in rows if row["type"] == kind]) for kind in types},
     }
+
+
+def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the fractions left, right and both of some rows, weighted by energy, and the norm of them all."""
+    energy = sum(row["norm"] ** 2 for row in rows)
+    sums = {side: sum(row[side] * row["norm"] ** 2 for row in rows) for side in ("left", "right", "both")}
+    shares = {side: total / energy if energy else 0.0 for side, total in sums.items()}
+    return {**shares, "norm": math.sqrt(energy)}
 
 
 class _Spectrum:
@@ -133,8 +127,7 @@ def _row(update: AdapterUpdate, module: str, factors: SpectralFactors) -> dict[s
     A, B = update.factors[module]
     found = allocate(B, A, factors.U, factors.V)
     channels = update.channels.get(module)
-    promised = channels is not None and channels.leak_limit is not None
-    layer = _LAYER.search(f".{module}.")
+    layer = re.search(r"\.(\d+)\.", f".{module}.")
     return {
         "module": module,
         "layer": int(layer[1]) if layer else None,
@@ -146,18 +139,8 @@ def _row(update: AdapterUpdate, module: str, factors: SpectralFactors) -> dict[s
         "both": found.both,
         "sigma": factors.sigma.tolist(),
         "gains": found.gains.tolist(),
-        "leak": channels.leak() if channels is not None and promised else None,
+        "leak": channels.leak() if channels is not None and channels.leak_limit is not None else None,
     }
-
-
-def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the fractions left, right and both of some rows, weighted by energy, and the norm of them all."""
-    energy = sum(row["norm"] ** 2 for row in rows)
-    shares = {
-        side: sum(row[side] * row["norm"] ** 2 for row in rows) / energy if energy else 0.0
-        for side in ("left", "right", "both")
-    }
-    return {**shares, "norm": math.sqrt(energy)}
 
 
 def _natural(module: str) -> list[tuple[int, int | str]]:

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.card import write_card
+from hiplora.adapters.base import is_transposed
 from hiplora.adapters.check import compare_logits, compare_modules, refuse_over
-from hiplora.adapters.folder import PREFIX, WEIGHTS, check_finite, check_out
-from hiplora.adapters.preflight import base_facts
-from hiplora.adapters.update import read_update, update_from_model
+from hiplora.adapters.output import ExportReport, check_out, write_card
+from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
+from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import staged_dir
 
@@ -26,51 +25,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What else of an adapter's configuration a stock one has too.
 CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written and how far it is from the adapter.
-
-    `modules` is ‖B'A' − ΔW‖/‖ΔW‖ per module (Frobenius) of the tensors as written; `logits` is the largest
-    difference of a logit in units of the largest logit, None if no base model was at hand (`note` says why).
-    """
-
-    path: str
-    base: str
-    dtype: str
-    ranks: Mapping[str, int]
-    modules: Mapping[str, float]
-    logits: float | None
-    tolerance: float
-    note: str = ""
-    to: str = "lora"
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The module that differs most, and by how much."""
-        return max(self.modules.items(), key=lambda item: item[1])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready record."""
-        module, difference = self.worst
-        return {
-            "schema": 1,
-            "kind": "export",
-            "to": self.to,
-            "path": self.path,
-            "base": self.base,
-            "dtype": self.dtype,
-            "rank": max(self.ranks.values()),
-            "tolerance": self.tolerance,
-            "largest_difference": {"module": module, "relative": difference},
-            "logit_difference": self.logits,
-            "note": self.note,
-            "modules": [
-                {"module": name, "rank": self.ranks[name], "difference": d}
-                for name, d in self.modules.items()
-            ],
-        }
 
 
 def save_as_lora(
@@ -92,34 +46,96 @@ def save_as_lora(
     card and the report. It is read back and compared before it appears under `path`.
 
     Args:
-        model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, Proj-LoRA, LoRA or AdaLoRA.
+        model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, LoRA, AdaLoRA or OSF.
         path: output folder.
         adapter: name of the adapter in a model.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.
         tolerance: largest accepted relative difference of a module's update, before rounding to `dtype`.
-        base: base model, path or name, where the one in the configuration is not to be used.
+        base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the report says how much.
         overwrite: replace `path` if it exists.
         check_logits: also compare logits, where the base model is at hand and fits into memory.
-        details: what else `export.json` should say, for JSON.
+        details: more fields of `export.json`, for JSON.
 
     Raises:
         AdapterError: the adapter cannot be read, left its complement, needs a higher rank than `pad_rank`, or the
             result differs by more than the tolerance; nothing is written then.
         ConfigError: `path` exists, or `dtype` is unknown.
     """
-    check_out(path, overwrite, _source(model_or_dir))
+    check_dtype(dtype)
+    model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
+    update = open_update(model_or_dir, path, overwrite, adapter, base)
+    exact = dtype == "float32"
+    with staged_dir(path, overwrite) as staged:
+        write_lora(update, staged, pad_rank, DTYPES[dtype], is_transposed(update, model))
+        report = verified(update, staged, tolerance, exact, check_logits, model, adapter)
+        report = replace(report, path=str(path), dtype=dtype)
+        write_card(update, report, staged, details)
+    return report
+
+
+def check_dtype(dtype: str) -> None:
+    """Check that a number format may be written.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    update = _read(model_or_dir, adapter, base)
+
+
+def open_update(
+    model_or_dir: Any,
+    path: str | os.PathLike,
+    overwrite: bool,
+    adapter: str = "default",
+    base: str | None = None,
+) -> Any:
+    """Return the update to export to `path`, after checking the folder and the update's complement.
+
+    Raises:
+        AdapterError: it cannot be read, or leaks.
+        ConfigError: `path` exists, or replacing it would delete the adapter or its base model.
+    """
+    if isinstance(model_or_dir, nn.Module):
+        check_out(path, overwrite, "")
+        update: Any = update_from_model(model_or_dir, adapter)
+    elif isinstance(model_or_dir, (str, os.PathLike)):
+        check_out(path, overwrite, str(model_or_dir))
+        update = read_update(model_or_dir, base)
+    else:
+        update = model_or_dir
+        check_out(path, overwrite, update.source)
+    update = replace(update, base=base) if base else update
     check_out(path, overwrite, update.base, "its base model")
     update.check_leak()
-    with staged_dir(path, overwrite) as staged:
-        write_lora(update, staged, pad_rank, DTYPES[dtype], _transposed(model_or_dir, update))
-        report = _verify(model_or_dir, update, staged, adapter, DTYPES[dtype], tolerance, check_logits)
-        report = replace(report, path=str(path), dtype=dtype)
-        write_card(update, report.to_json(), staged, details)
-    return report
+    return update
+
+
+def verified(
+    update: AdapterUpdate,
+    folder: Path,
+    tolerance: float,
+    exact: bool = True,
+    check_logits: bool = True,
+    model: nn.Module | None = None,
+    adapter: str = "default",
+) -> ExportReport:
+    """Read a written adapter back, compare it with the update and return the report.
+
+    Raises:
+        AdapterError: it differs by more than the tolerance, unless `exact` is False: rounding is only reported.
+    """
+    written = read_update(folder)
+    modules = compare_modules(update, written)
+    if exact:
+        refuse_over(modules, tolerance)
+    logits, note = None, "logits not compared: switched off"
+    if check_logits:
+        logits, note = compare_logits(update, folder, tolerance if exact else None, model, adapter)
+    return ExportReport(
+        "lora", str(folder), update.base, "float32", modules, tolerance, logits, note, written.ranks
+    )
 
 
 def write_lora(
@@ -139,25 +155,25 @@ def write_lora(
     tensors = {}
     for module, (A, B) in update.factors.items():
         for name, tensor in zip(("lora_A", "lora_B"), _padded(A, B, pad_rank, module), strict=True):
-            rounded = tensor.to(dtype).contiguous()
+            rounded = tensor.to(dtype)
             check_finite(rounded, f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
-            tensors[f"{PREFIX}{module}.{name}.weight"] = rounded
-    tensors |= {PREFIX + name: tensor.contiguous() for name, tensor in update.extras.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            tensors[f"{module}.{name}.weight"] = rounded
+    save_tensors(tensors | dict(update.extras), folder)
     lora_config(update, pad_rank, transposed).save_pretrained(str(folder))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write an adapter's tensors under PEFT's names."""
+    contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def lora_config(update: AdapterUpdate, pad_rank: int | None = None, transposed: bool = False) -> LoraConfig:
     """Return the stock `peft.LoraConfig` of an update: scaling 1 everywhere, patterns where ranks differ."""
     usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
-    return LoraConfig(
-        r=usual,
-        lora_alpha=usual,
-        rank_pattern=unusual,
-        alpha_pattern=dict(unusual),
-        fan_in_fan_out=transposed,
-        **shared_fields(update),
-    )
+    ranks: dict[str, Any] = {"r": usual, "rank_pattern": unusual}
+    alphas = {"lora_alpha": usual, "alpha_pattern": dict(unusual)}
+    return LoraConfig(**ranks, **alphas, fan_in_fan_out=transposed, **shared_fields(update))
 
 
 def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -174,29 +190,8 @@ def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
     if not selection["target_modules"]:
         selection = {"target_modules": sorted(update.factors)}
     carried = {key: update.config.get(key) for key in CARRIED}
-    return {
-        "inference_mode": True,
-        "base_model_name_or_path": update.base or None,
-        **selection,
-        **carried,
-    }
-
-
-def _source(model_or_dir: Any) -> str:
-    if isinstance(model_or_dir, nn.Module):
-        return ""
-    return model_or_dir.source if isinstance(model_or_dir, AdapterUpdate) else str(model_or_dir)
-
-
-def _read(model_or_dir: Any, adapter: str, base: str | None) -> AdapterUpdate:
-    live = isinstance(model_or_dir, nn.Module)
-    update = update_from_model(model_or_dir, adapter) if live else read_update(model_or_dir, base)
-    return replace(update, base=base or update.base)
-
-
-def _transposed(model_or_dir: Any, update: AdapterUpdate) -> bool:
-    facts = base_facts(update, model_or_dir if isinstance(model_or_dir, nn.Module) else None)
-    return facts.transposed if facts is not None else bool(update.config.get("fan_in_fan_out"))
+    base = update.base or None
+    return {"inference_mode": True, "base_model_name_or_path": base, **selection, **carried}
 
 
 def _padded(A: Tensor, B: Tensor, rank: int | None, module: str) -> tuple[Tensor, Tensor]:
@@ -206,29 +201,4 @@ def _padded(A: Tensor, B: Tensor, rank: int | None, module: str) -> tuple[Tensor
             f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {rank}; "
             f"pass at least {A.shape[0]}"
         )
-    return torch.cat([A, A.new_zeros(missing, A.shape[1])]), torch.cat(
-        [B, B.new_zeros(B.shape[0], missing)], dim=1
-    )
-
-
-def _verify(
-    model_or_dir: Any,
-    update: AdapterUpdate,
-    folder: Path,
-    adapter: str,
-    dtype: torch.dtype,
-    tolerance: float,
-    check_logits: bool,
-) -> ExportReport:
-    written = read_update(folder)
-    modules = compare_modules(update, written)
-    exact = dtype == torch.float32
-    if exact:
-        refuse_over(modules, tolerance)
-    note, logits = "", None
-    if check_logits:
-        model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
-        logits, note = compare_logits(update, folder, model, adapter, tolerance if exact else None)
-    else:
-        note = "logits not compared: switched off"
-    return ExportReport(str(folder), update.base, "", written.ranks, modules, logits, tolerance, note)
+    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))

@@ -1,19 +1,16 @@
-"""An update whose channels were kept apart, a merge above all, as a HiP-LoRA adapter that PEFT loads with hiplora."""
+"""Export of an update whose channels were kept apart, as a merge may be, to a HiP-LoRA adapter."""
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hiplora.adapters.adapter import AdapterUpdate, Channels
-from hiplora.adapters.card import write_card
-from hiplora.adapters.check import compare_logits, compare_modules, refuse_over
-from hiplora.adapters.folder import PREFIX, WEIGHTS, check_out
-from hiplora.adapters.lora import ExportReport, pattern, shared_fields
-from hiplora.adapters.update import read_update
+from hiplora.adapters.lora import open_update, pattern, save_tensors, shared_fields, verified
+from hiplora.adapters.output import ExportReport, write_card
+from hiplora.adapters.update import AdapterUpdate, Channels
 from hiplora.errors import AdapterError
 from hiplora.files import staged_dir
 from hiplora.tuner import HipLoraConfig
@@ -34,32 +31,26 @@ def save_as_hiplora(
         path: output folder.
         overwrite: replace `path` if it exists.
         tolerance: largest accepted relative difference of a module's update.
-        details: what else `export.json` should say, for JSON.
+        details: more fields of `export.json`, for JSON.
 
     Raises:
         AdapterError: a module has no channels of one basis, left its complement, or protects other sides than the
             rest; or the result differs. Nothing is written then.
         ConfigError: `path` exists.
     """
-    check_out(path, overwrite, update.source)
-    check_out(path, overwrite, update.base, "its base model")
-    update.check_leak()
-    config, channels = _config(update), _channels(update)
+    update = open_update(update, path, overwrite)
+    channels = _channels(update)
+    config = _config(update, channels)
     with staged_dir(path, overwrite) as staged:
-        tensors = {f"{m}.{name}": t for m, c in channels.items() for name, t in _parts(c, config).items()}
-        tensors |= update.extras
-        contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        save_file(contiguous, staged / WEIGHTS, metadata={"format": "pt"})
+        tensors = {
+            f"{module}.hiplora_{part}": tensor
+            for module, found in channels.items()
+            for part, tensor in _parts(found, config).items()
+        }
+        save_tensors(tensors | dict(update.extras), staged)
         config.save_pretrained(str(staged))
-        written = read_update(staged)
-        modules = compare_modules(update, written)
-        refuse_over(modules, tolerance)
-        logits, note = compare_logits(update, staged, None, "default", tolerance)
-        ranks, dtype = written.ranks, "float32"
-        report = ExportReport(
-            str(path), update.base, dtype, ranks, modules, logits, tolerance, note, "hiplora"
-        )
-        write_card(update, report.to_json(), staged, details)
+        report = replace(verified(update, staged, tolerance), to="hiplora", path=str(path))
+        write_card(update, report, staged, details)
     return report
 
 
@@ -81,8 +72,7 @@ def _channels(update: AdapterUpdate) -> dict[str, Channels]:
     return {module: update.channels[module] for module in update.factors}
 
 
-def _config(update: AdapterUpdate) -> HipLoraConfig:
-    channels = _channels(update)
+def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraConfig:
     r, rank_pattern = pattern({module: c.A.shape[0] for module, c in channels.items()})
     alpha, alpha_pattern = pattern({module: c.scaling * c.A.shape[0] for module, c in channels.items()})
     k, principal_rank_pattern = pattern({module: len(c.sigma) for module, c in channels.items()})
@@ -108,9 +98,8 @@ def _config(update: AdapterUpdate) -> HipLoraConfig:
 
 
 def _parts(channels: Channels, config: HipLoraConfig) -> dict[str, Tensor]:
-    names = ("A", "B", "U", "sigma", "V")
-    parts: dict[str, Tensor] = {f"hiplora_{name}": getattr(channels, name) for name in names}
-    if config.principal_channel:  # the gains of a Proj-LoRA module among others are zero
+    parts = {name: getattr(channels, name) for name in ("A", "B", "U", "sigma", "V")}
+    if config.principal_channel:  # the gains of a module without them are zero
         delta = channels.delta
-        parts["hiplora_delta"] = torch.zeros_like(channels.sigma) if delta is None else delta
+        parts["delta"] = torch.zeros_like(channels.sigma) if delta is None else delta
     return parts

@@ -1,17 +1,16 @@
 """Projection of a trained update off the directions of the inputs that its layers really get."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.check import product_norm
 from hiplora.adapters.lora import CARRIED, SELECTION
+from hiplora.adapters.update import AdapterUpdate, product_norm
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.spectral.moments import MAX_VECTORS
@@ -22,36 +21,8 @@ _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 
 
-@dataclass(frozen=True)
-class Remaining:
-    """What a projection left of one module's update, for inputs of `width` numbers and `k` directions.
-
-    `norm` is ‖ΔW‖_F, `output_energy` is `E‖ΔWx‖² = tr(ΔW C ΔWᵀ)` over the calibration text, each before and after.
-    """
-
-    module: str
-    width: int
-    k: int
-    norm: tuple[float, float]
-    output_energy: tuple[float, float]
-
-    @property
-    def norm_share(self) -> float:
-        """Share of ‖ΔW‖_F² that is left, 0 to 1; 0 of nothing."""
-        return _share(*(value**2 for value in self.norm))
-
-    @property
-    def energy_share(self) -> float:
-        """Share of the output energy on the calibration text that is left, 0 to 1; 0 of nothing."""
-        return _share(*self.output_energy)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready record."""
-        return asdict(self) | {"norm_share": self.norm_share, "energy_share": self.energy_share}
-
-
 def check_projection(principal_rank: RankSpec, strength: float, projection: str) -> None:
-    """Refuse a projection that makes no sense for any layer.
+    """Check the settings of a projection.
 
     Raises:
         ConfigError: naming the value, and what was expected.
@@ -66,17 +37,14 @@ def check_projection(principal_rank: RankSpec, strength: float, projection: str)
 
 
 def check_widths(update: AdapterUpdate, principal_rank: RankSpec) -> None:
-    """Refuse a rank that a layer cannot have, where that can be told before its inputs are measured.
+    """Check that every layer can have the rank, as far as that is known before its inputs are measured.
 
     Raises:
         ConfigError: naming the layer.
     """
-    if isinstance(principal_rank, str):
-        return
     for module, (A, _) in update.factors.items():
-        width = A.shape[1]
-        k = _given_rank(principal_rank, width)
-        _check_kept(module, k, principal_rank, width, min(width, MAX_VECTORS))
+        if not isinstance(principal_rank, str):
+            _given_rank(principal_rank, A.shape[1], min(A.shape[1], MAX_VECTORS), module)
 
 
 def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "input") -> int:
@@ -86,12 +54,11 @@ def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "in
         ConfigError: more than the eigenvectors that are kept.
     """
     width, kept = inputs.vectors.shape
-    if isinstance(principal_rank, str):  # nothing is to be learned beside: no cap, as training has
-        k = inputs.rank_for(float(principal_rank.partition(":")[2]))
-    else:
-        k = _given_rank(principal_rank, width)
-    _check_kept(module, k, principal_rank, width, kept)
-    return k
+    if isinstance(principal_rank, str):  # nothing is to be learned beside, so no cap, unlike in training
+        return _checked(
+            inputs.rank_for(float(principal_rank.partition(":")[2])), principal_rank, width, kept, module
+        )
+    return _given_rank(principal_rank, width, kept, module)
 
 
 def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tensor, " p"]:
@@ -139,7 +106,7 @@ def protect(
 ) -> AdapterUpdate:
     """Project every module of an update off the directions of its layer's inputs; nothing is trained.
 
-    The result is a plain update of the same ranks: what was in HiP-LoRA's two channels is in its factors. Tensors of
+    The result is a plain update of the same ranks: HiP-LoRA's two channels are in its factors. Tensors of
     `modules_to_save` are not projected.
 
     Args:
@@ -159,16 +126,10 @@ def protect(
         A, B = factors[module]
         k = module_rank(principal_rank, bases[module], module)
         factors[module] = project(A, bases[module], k, strength, projection), B
-    config = {key: update.config.get(key) for key in _KEPT_CONFIG}
+    config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in _KEPT_CONFIG}
     done = f"principal_rank={principal_rank}, projection={projection}, strength={strength:g}"
-    return replace(
-        update,
-        kind="projected",
-        config={"peft_type": "LORA", **config},
-        factors=factors,
-        channels={},
-        source=f"{update.source} projected off its layers' inputs ({done})",
-    )
+    source = f"{update.source} projected off its layers' inputs ({done})"
+    return replace(update, kind="projected", config=config, factors=factors, channels={}, source=source)
 
 
 def remaining(
@@ -176,17 +137,32 @@ def remaining(
     after: AdapterUpdate,
     bases: Mapping[str, MomentBasis],
     principal_rank: RankSpec = 32,
-) -> list[Remaining]:
-    """Return, module by module, how much a projection left of an update and of what it does on the text."""
+) -> list[dict[str, Any]]:
+    """Return, module by module, how much a projection left of an update and of what it does on the text.
+
+    A row has: module, width (of the inputs), k, norm (‖ΔW‖_F) and output_energy (`E‖ΔWx‖²` over the calibration
+    text), each before and after, norm_share and energy_share, the shares of ‖ΔW‖_F² and of the energy that are left.
+    """
     rows = []
-    for module, inputs in ((module, bases[module]) for module in before.factors):
-        pairs = before.factors[module], after.factors[module]
-        norms = [product_norm(B, A) for A, B in pairs]
-        energies = [output_energy(A, B, inputs) for A, B in pairs]
-        k = module_rank(principal_rank, inputs, module)
-        width = inputs.vectors.shape[0]
-        rows.append(Remaining(module, width, k, (norms[0], norms[1]), (energies[0], energies[1])))
+    for module in before.factors:
+        inputs, pairs = bases[module], (before.factors[module], after.factors[module])
+        row = {
+            "module": module,
+            "width": inputs.vectors.shape[0],
+            "k": module_rank(principal_rank, inputs, module),
+            "norm": [product_norm(B, A) for A, B in pairs],
+            "output_energy": [output_energy(A, B, inputs) for A, B in pairs],
+        }
+        rows.append(row | totals([row]))
     return rows
+
+
+def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return `norm_share` and `energy_share` of some rows of `remaining` together; 0 where there was nothing."""
+    norms = [math.fsum(row["norm"][i] ** 2 for row in rows) for i in (0, 1)]
+    energies = [math.fsum(row["output_energy"][i] for row in rows) for i in (0, 1)]
+    shares = {"norm_share": norms, "energy_share": energies}
+    return {name: after / before if before else 0.0 for name, (before, after) in shares.items()}
 
 
 def output_energy(A: Float[Tensor, "q n"], B: Float[Tensor, "m q"], inputs: MomentBasis) -> float:
@@ -205,26 +181,16 @@ def output_energy(A: Float[Tensor, "q n"], B: Float[Tensor, "m q"], inputs: Mome
     return energy.item()
 
 
-def totals(rows: Iterable[Remaining]) -> dict[str, float]:
-    """Return `norm_share` and `energy_share` of all modules together."""
-    rows = list(rows)
-    norms = [math.fsum(row.norm[i] ** 2 for row in rows) for i in (0, 1)]
-    energies = [math.fsum(row.output_energy[i] for row in rows) for i in (0, 1)]
-    return {"norm_share": _share(*norms), "energy_share": _share(*energies)}
+def _given_rank(spec: int | float, width: int, kept: int, module: str) -> int:
+    k = spec if isinstance(spec, int) else min(max(round(spec * width), 1), width)
+    return _checked(k, spec, width, kept, module)
 
 
-def _share(before: float, after: float) -> float:
-    return after / before if before else 0.0
-
-
-def _given_rank(spec: int | float, width: int) -> int:
-    return spec if isinstance(spec, int) else min(max(round(spec * width), 1), width)
-
-
-def _check_kept(module: str, k: int, spec: RankSpec, width: int, kept: int) -> None:
+def _checked(k: int, spec: RankSpec, width: int, kept: int, module: str) -> int:
     if k > kept:
         asked = f"principal_rank {spec}" + ("" if k == spec else f", which is {k} here,")
         raise ConfigError(
             f"layer {module}: {asked} exceeds the {kept} eigenvectors that are kept of its inputs, {width} wide; "
             "lower principal_rank, or give it as a fraction of the width (0.05) or a share of the energy (energy:0.9)"
         )
+    return k

@@ -1,95 +1,174 @@
-"""Read any adapter that is a sum of low-rank updates: HiP-LoRA, Proj-LoRA, AdaLoRA, OSF, LoRA and what saves so."""
+"""An adapter as what it does to the base weights: one pair of thin factors a module, scaling included."""
 
-import os
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from hiplora.adapters.adalora import adalora_update, kept_pattern
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.folder import PREFIX, check_finite, read_folder
-from hiplora.adapters.hip import hip_update, live_hip_update
-from hiplora.adapters.osf import live_osf_update, osf_update
-from hiplora.adapters.stock import stock_update
 from hiplora.errors import AdapterError
+from hiplora.spectral import fused_factors, leak, protected
+from hiplora.spectral.precision import full_precision
+
+Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
 
 
-def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None) -> AdapterUpdate:
-    """Read an adapter folder as the update it makes to its base model.
+class Update(Protocol):
+    """What is added to some linear layers of a base model, of low rank or not: an `AdapterUpdate` or a merge."""
 
-    Args:
-        adapter_dir: a folder written by `save_pretrained`, HiP-LoRA, AdaLoRA, OSF or stock LoRA (PiSSA and the like as
-            the difference that PEFT saves); an `AdapterUpdate` is returned as it is.
-        base: base model, path or name, where the one in the configuration is not to be used. Only read for
-            HiP-LoRA adapters saved without their factors, and for OSF.
+    @property
+    def base(self) -> str:
+        """Base model, path or name."""
+        ...
 
-    Raises:
-        AdapterError: the folder is damaged, its method is not a plain update, or a weight of the base model is
-            not the one that the adapter was made for; the message names the file and tensor, and the way out.
+    @property
+    def kind(self) -> str:
+        """Name of the method, or "merged"."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the adapter."""
+        ...
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """Fingerprints of the base weights, by module."""
+        ...
+
+    @property
+    def extras(self) -> Mapping[str, Tensor]:
+        """Tensors that replace parameters of the base model, by parameter name."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Name for messages."""
+        ...
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the layers that it changes."""
+        ...
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return (m, n) of a module's update: outputs, inputs."""
+        ...
+
+    def delta(self, module: str) -> Float[Tensor, "m n"]:
+        """Compute the update of a module in fp32; it may cost a merge, so ask once."""
+        ...
+
+    def check_leak(self) -> None:
+        """Raise AdapterError if the adapter broke the complement that it promises."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The two channels of one HiP-LoRA module, kept apart; `delta` is None without gains.
+
+    A (r, n), B (m, r), U (m, k), sigma (k,), V (n, k), delta (k,), all fp32. `leak_limit` is how far rounding may
+    take A and B out of the complement of U and V, None where the adapter promises no complement; `sides` says on
+    which sides it does: "both", "input" or "output".
     """
-    if isinstance(adapter_dir, AdapterUpdate):
-        return adapter_dir
-    config, tensors = read_folder(adapter_dir)
-    source = str(adapter_dir)
-    name = base or config.get("base_model_name_or_path") or ""
-    kind = config["peft_type"]
-    if kind == "HIPLORA":
-        return hip_update(config, tensors, source, name)
-    if kind == "LORA":
-        return stock_update(config, tensors, source, name)
-    if kind == "ADALORA":
-        return adalora_update(config, tensors, source, name)
-    if kind == "OSF":
-        return osf_update(config, tensors, source, name)
-    raise AdapterError(
-        f"{source}: an adapter of type {kind} is not read as a plain update; "
-        "train it as LoRA, AdaLoRA, OSF or HiP-LoRA, or convert it first with peft.save_as_lora"
-    )
+
+    A: Float[Tensor, "r n"]
+    B: Float[Tensor, "m r"]
+    U: Float[Tensor, "m k"]
+    sigma: Float[Tensor, " k"]
+    V: Float[Tensor, "n k"]
+    delta: Float[Tensor, " k"] | None
+    scaling: float
+    leak_limit: float | None = None
+    sides: str = "both"
+
+    def factors(self) -> Pair:
+        """Return `(A', B')` with `B'A' = ΔW`, of rank r + k; of rank r without a principal channel."""
+        if self.delta is None:
+            return self.A, self.scaling * self.B
+        return fused_factors(self.A, self.B, self.delta, self.U, self.V, self.scaling)
+
+    def leak(self) -> float:
+        """Return how far A and B lie outside the complement, 0 to 1 (relative Frobenius norms)."""
+        return leak(self.A, self.B, *protected(self.U, self.V, self.sides))
 
 
-def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpdate:
-    """Read a live PEFT model's adapter as the update it makes; the model is left as it is.
+@dataclass(frozen=True, eq=False)
+class AdapterUpdate:
+    """What an adapter adds to its base model, independent of the method that trained it.
 
-    Raises:
-        AdapterError: there is no such adapter, it is not a plain update, or it has NaN or Inf.
+    `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
+    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora", "adalora", "osf", "merged" or
+    "projected"; `config` is the adapter's own configuration; `fingerprints` name the base weights where the adapter
+    recorded them; `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules
+    apart; `source` is the folder or model, for messages.
     """
-    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
-    if adapter not in configs:
-        known = ", ".join(map(repr, configs)) or "none"
-        raise AdapterError(f"the model has no adapter named {adapter!r} (it has: {known}); pass adapter=…")
-    config = configs[adapter]
-    source, name = f"adapter {adapter!r}", config.base_model_name_or_path or ""
-    state = _live_state(model, adapter)
-    if config.peft_type == "HIPLORA":
-        return live_hip_update(model, adapter, _plain(config.to_dict()), state, source, name)
-    if config.peft_type == "LORA":
-        return stock_update(_plain(config.to_dict()), state, source, name)
-    if config.peft_type == "ADALORA":
-        return adalora_update(_plain(config.to_dict()), state, source, name)
-    if config.peft_type == "OSF":
-        return live_osf_update(model, adapter, _plain(config.to_dict()), state, source, name)
-    raise AdapterError(
-        f"{source}: a {config.peft_type} adapter is not read as a plain update; convert it to LoRA first"
-    )
+
+    base: str
+    kind: str
+    config: Mapping[str, Any]
+    factors: Mapping[str, Pair]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, Channels] = field(default_factory=dict)
+    source: str = "adapter"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted modules."""
+        return tuple(self.factors)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank q of every module."""
+        return {module: A.shape[0] for module, (A, _) in self.factors.items()}
+
+    def rank(self, module: str) -> int:
+        """Return the rank q of a module's factors."""
+        return self.factors[module][0].shape[0]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """Return (m, n) of a module's update: outputs, inputs."""
+        A, B = self.factors[module]
+        return B.shape[0], A.shape[1]
+
+    def delta(self, module: str) -> Float[Tensor, "m n"]:
+        """Compute ΔW = B'A' of a module in fp32."""
+        A, B = self.factors[module]
+        with full_precision(A.device):
+            return B @ A
+
+    def exact_factors(self, module: str) -> tuple[Float[Tensor, "m q"], Float[Tensor, "q n"]]:
+        """Return (P, Q) in float64 with ΔW = PQ, from the channels (Eq. 1, 2, 5) where the adapter has them."""
+        channels = self.channels.get(module)
+        if channels is None:
+            A, B = self.factors[module]
+            return B.double(), A.double()
+        A, B, U, V = (getattr(channels, name).double() for name in ("A", "B", "U", "V"))
+        if channels.delta is None:
+            return channels.scaling * B, A
+        return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
+
+    def check_leak(self) -> None:
+        """Check that the residual channel of a HiP-LoRA adapter is in the complement that it promises.
+
+        Raises:
+            AdapterError: names the first module that leaks, its leak and the remedy.
+        """
+        for module, channels in self.channels.items():
+            if channels.leak_limit is not None and not channels.leak() <= channels.leak_limit:
+                raise AdapterError(
+                    f"{self.source}: layer {module} leaks {channels.leak():.2e} into the protected subspace (limit "
+                    f"{channels.leak_limit:.0e}): the complement was never enforced; load it as a model, call "
+                    "hiplora.retract_(model), evaluate it again and save it"
+                )
 
 
-def _live_state(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    for name, value in model.named_parameters():
-        if adapter in name.split("."):
-            check_finite(value.detach(), f"adapter {adapter!r}: tensor {name}")
-    with kept_pattern(model, adapter):
-        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {name.removeprefix(PREFIX): value.detach().cpu() for name, value in state.items()}
-
-
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as it would be read back from JSON: sets become sorted lists, enums strings."""
-    plain: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, (set, frozenset)):
-            value = sorted(value)
-        plain[key] = getattr(value, "value", value)
-    return plain
+def product_norm(P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"]) -> float:
+    """Return ‖PQ‖_F from triangular factors in float64, accurate even where columns of `P` nearly cancel."""
+    R_P = torch.linalg.qr(P.double(), mode="r").R
+    R_Q = torch.linalg.qr(Q.double().T, mode="r").R
+    return torch.linalg.vector_norm(R_P @ R_Q.T).item()

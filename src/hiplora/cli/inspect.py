@@ -7,14 +7,14 @@ import typer
 
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table, progress
 
+COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "largest |δ|/σ", "leak")
+
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, Proj-LoRA, LoRA or AdaLoRA."),
-    base: str | None = typer.Option(
-        None, "--base", help="Base model, if not the one that the adapter names."
-    ),
+    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
+    base: str | None = typer.Option(None, "--base", help="Base model, instead of the adapter's own."),
     rank: int | None = typer.Option(
-        None, "--rank", min=1, help="Leading directions to look at; else the adapter's own k, or 32."
+        None, "--rank", min=1, help="Leading directions to look at; default the adapter's own k, or 32."
     ),
     as_json: bool = JSON_OPTION,
     html: Path | None = typer.Option(None, "--html", help="Also write a report page to this file."),
@@ -30,7 +30,7 @@ def command(
         hiplora inspect runs/medicine --rank 16
     """
     from hiplora.adapters import inspect_adapter
-    from hiplora.files import check_output_file, write_atomic
+    from hiplora.files import check_output_file
 
     if html is not None:
         check_output_file(html, overwrite, "--html")
@@ -38,40 +38,64 @@ def command(
         adapter, base, rank, wrap=lambda names: progress(list(names), "inspecting modules")
     )
     if html is not None:
-        from hiplora.reporting.page import render_inspection_html
-
-        write_atomic(html, render_inspection_html(record))
+        _save_page(html, record)
     if as_json:
         emit_json(record)
         return
-    _print(record)
+    print_table(_title(record), COLUMNS, _rows(record))
     if html is not None:
         typer.echo(f"report: {html}")
 
 
-def _print(record: dict[str, Any]) -> None:
-    columns = ("Module", "‖ΔW‖", "written into", "read from", "both", "largest |δ|/σ", "leak")
-    title = (
-        f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the top "
-        f"{record['principal_rank']} singular directions"
-    )
-    rows = [
-        (row["module"], f"{row['norm']:.3g}", *_percents(row), _gain(row), _leak(row["leak"]))
-        for row in record["modules"]
-    ]
+def _title(record: dict[str, Any]) -> str:
+    where = f"{record['adapter']} ({record['method']}) over {record['base']}"
+    return f"{where}: energy in the top {record['principal_rank']} singular directions"
+
+
+def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     summary = record["summary"]
-    rows.append(("all", f"{summary['norm']:.3g}", *_percents(summary), "", _leak(summary["max_leak"])))
-    print_table(title, columns, rows)
+    total = summary | {"module": "all", "gains": [], "sigma": [], "leak": summary["max_leak"]}
+    return [_row(row) for row in [*record["modules"], total]]
 
 
-def _percents(row: dict[str, Any]) -> list[str]:
-    return [f"{100 * row[side]:.2f} %" for side in ("left", "right", "both")]
-
-
-def _gain(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any]) -> tuple[str, ...]:
     ratios = [abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0]
-    return f"{max(ratios):.1e}" if ratios else ""
+    return (
+        row["module"],
+        f"{row['norm']:.3g}",
+        *(f"{100 * row[side]:.2f} %" for side in ("left", "right", "both")),
+        f"{max(ratios):.1e}" if ratios else "",
+        "" if row["leak"] is None else f"{row['leak']:.0e}",
+    )
 
 
-def _leak(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}"
+def _save_page(path: Path, record: dict[str, Any]) -> None:
+    import pandas
+
+    from hiplora.reporting import Section, plots, save_page
+
+    points = pandas.DataFrame(
+        {"sigma": sigma, "gain": abs(gain), "type": row["type"]}
+        for row in record["modules"]
+        for sigma, gain in zip(row["sigma"], row["gains"], strict=True)
+        if sigma > 0 and gain
+    )
+    figures = {}
+    if len(points):
+        axes: dict[str, Any] = {
+            "xlabel": "σ",
+            "ylabel": "|δ|",
+            "logx": True,
+            "logy": True,
+            "guides": (0.01, 0.1),
+        }
+        figures["Change of each leading singular value"] = plots.facets(
+            points, "type", plots.scatter, x="sigma", y="gain", **axes
+        )
+    table = pandas.DataFrame(_rows(record), columns=list(COLUMNS))
+    text = (
+        "Shares of each update's energy ‖ΔW‖² that is written into the leading output directions of the weight, read "
+        "from its leading input directions, or both."
+    )
+    section = Section("Spectrum", text, tables={"Modules": table}, figures=figures)
+    save_page(path, f"Inspection of {record['adapter']}", [section], subtitle=_title(record))

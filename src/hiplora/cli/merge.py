@@ -18,6 +18,7 @@ from hiplora.cli.common import (
     progress,
 )
 from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
+from hiplora.cli.export import print_report
 from hiplora.cli.protect import (
     PROJECTION_HELP,
     RANK_HELP,
@@ -133,8 +134,7 @@ def command(
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
-    from hiplora.adapters import read_update
-    from hiplora.adapters.folder import check_out
+    from hiplora.adapters import check_out, read_update
     from hiplora.evaluation.evaluate import EvalSettings
     from hiplora.evaluation.mounting import name_adapters
     from hiplora.files import check_output_file
@@ -329,23 +329,7 @@ def _print(record: dict[str, Any]) -> None:
         _print_truncation(record["truncation"])
     if "protection" in record:
         print_protection(record["protection"])
-    written = record["export"]
-    dense = written["to"] == "dense"
-    worst, logits = written["largest_difference"], written["logits" if dense else "logit_difference"]
-    rows: list[tuple[str, Any]] = [
-        ("Written to", written["path"]),
-        ("Format", f"{written['to']}, {written['dtype']}"),
-        *([] if dense else [("Rank", written["rank"])]),
-        ("Modules", written["modules"] if dense else len(written["modules"])),
-        (
-            f"Largest difference of a module's {'weight' if dense else 'update'}",
-            f"{worst['relative']:.1e}  ({worst['module']})",
-        ),
-        ("Largest difference of a logit", written["note"] if logits is None else f"{logits:.1e}"),
-    ]
-    print_table(
-        f"{record['method']} of {len(record['adapters'])} adapters (differences are relative)", ("", ""), rows
-    )
+    print_report(record["export"], f"{record['method']} of {len(record['adapters'])} adapters")
 
 
 def _print_truncation(truncation: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ class Projection(str, Enum):
 
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: LoRA, HiP-LoRA or Proj-LoRA."),
+    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     strength: float = typer.Option(1.0, "--strength", min=0.0, max=1.0, help=STRENGTH_HELP),
     principal_rank: str = typer.Option("32", "--principal-rank", help=RANK_HELP),
@@ -86,7 +86,7 @@ def print_protection(record: dict[str, Any]) -> None:
         f"measured on {calibration['tokens']:,} tokens, {source})"
     )
     columns = ("Modules", "layers", "inputs", "protected", "‖ΔW‖² left", "output energy left")
-    print_table(title, columns, [*_kinds(record["modules"]), _total(record)])
+    print_table(title, columns, _kinds(record))
     before, after = record["drift"]["before"], record["drift"]["after"]
     rows = [(name, f"{before[name]['kl']:.4f}", f"{after[name]['kl']:.4f}") for name in before]
     print_table("Drift from the base model, KL in nats per token", ("Text", "before", "after"), rows)
@@ -98,31 +98,24 @@ def print_protection(record: dict[str, Any]) -> None:
         typer.echo(f"note: {note}")
 
 
-def _kinds(modules: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return one row for each kind of module: ranges over its layers."""
-    rows = []
-    for kind in dict.fromkeys(row["module"].rpartition(".")[2] for row in modules):
-        members = [row for row in modules if row["module"].rpartition(".")[2] == kind]
-        ranks, widths = ([row[key] for row in members] for key in ("k", "width"))
-        shares = (_span([100 * row[key] for row in members]) for key in ("norm_share", "energy_share"))
-        rows.append((kind, len(members), _range(widths), _range(ranks), *shares))
-    return rows
+def _kinds(record: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Return one row for each kind of module, and one for all: ranges over its layers."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for row in record["modules"]:
+        kinds.setdefault(row["module"].rpartition(".")[2], []).append(row)
+    rows: list[tuple[Any, ...]] = [
+        (
+            kind,
+            len(members),
+            *(_span([row[key] for row in members], "d") for key in ("width", "k")),
+            *(_span([row[key] for row in members], ".3%") for key in ("norm_share", "energy_share")),
+        )
+        for kind, members in kinds.items()
+    ]
+    shares = [f"{record['summary'][key]:.3%}" for key in ("norm_share", "energy_share")]
+    return [*rows, ("all", len(record["modules"]), "", "", *shares)]
 
 
-def _total(record: dict[str, Any]) -> tuple[Any, ...]:
-    summary = record["summary"]
-    shares = (_span([100 * summary[key]]) for key in ("norm_share", "energy_share"))
-    return ("all", len(record["modules"]), "", "", *shares)
-
-
-def _range(values: list[int]) -> str:
+def _span(values: list[Any], form: str) -> str:
     low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} – {high}"
-
-
-def _span(percents: list[float]) -> str:
-    """Return the median of some percentages, and their range."""
-    import statistics
-
-    middle, low, high = (f"{v:.3g} %" for v in (statistics.median(percents), min(percents), max(percents)))
-    return middle if low == high else f"{middle} ({low} – {high})"
+    return f"{low:{form}}" if low == high else f"{low:{form}} – {high:{form}}"

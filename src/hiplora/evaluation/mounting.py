@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters.adapter import Update
-from hiplora.adapters.check import quiet_loading
+from hiplora.adapters import Update, quiet_loading
 from hiplora.errors import AdapterError, ConfigError, first_line
 
 BASE = "base"  # the base model's name in results, which no adapter gets

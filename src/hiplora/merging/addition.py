@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hiplora.adapters.adapter import Channels, Pair
+    from hiplora.adapters import Channels, Pair
     from hiplora.merging.term import Term
 
 
@@ -59,7 +59,7 @@ def _share_basis(one: "Term", other: "Term") -> bool:
 def _merge_channels(group: "Sequence[Term]") -> "Channels":
     import torch
 
-    from hiplora.adapters.adapter import Channels
+    from hiplora.adapters import Channels
 
     parts = [(term.weight, term.channels) for term in group if term.channels is not None]
     first = parts[0][1]

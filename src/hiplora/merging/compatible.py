@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.base_weights import BaseWeights
-from hiplora.adapters.lora import SELECTION
+from hiplora.adapters import SELECTION, AdapterUpdate, BaseWeights
 from hiplora.errors import AdapterError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hiplora.adapters.adapter import AdapterUpdate, Pair
+from hiplora.adapters import AdapterUpdate, Pair
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.subspaces import (
     Overlap,

@@ -50,7 +50,7 @@ def _drop(term: "DenseTerm", options: Options) -> "Tensor":
     import torch
     from peft.utils.merge_utils import prune
 
-    from hiplora.adapters.shards import row_blocks
+    from hiplora.merging.entries import row_blocks
 
     delta = term.delta
     if options.density == 1:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.adapter import AdapterUpdate, Pair
+from hiplora.adapters import AdapterUpdate, Pair
 from hiplora.merging.options import check_count
 from hiplora.merging.registry import Rule
 from hiplora.merging.term import DenseTerm, Term

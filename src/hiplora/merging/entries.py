@@ -1,14 +1,20 @@
 """Entries of dense updates, in place and a few rows at a time: a merge must not need many copies of a module."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.shards import row_blocks
+_BLOCK, _HALF = 1 << 20, 1 << 16
 
-_HALF = 1 << 16
+
+def row_blocks(shape: Sequence[int], copies: int = 1) -> Iterator[slice]:
+    """Yield slices of a tensor's first dimension so that `copies` of each hold 2²⁰ numbers at most, or one row each."""
+    step = max(1, _BLOCK // max(1, copies * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def keep_largest_(delta: Float[Tensor, "m n"], density: float) -> Float[Tensor, "m n"]:

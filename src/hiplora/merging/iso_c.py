@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hiplora.merging.options import check_number
 
 if TYPE_CHECKING:
-    from hiplora.adapters.adapter import Channels, Pair
+    from hiplora.adapters import Channels, Pair
     from hiplora.merging.term import Term
 
 

@@ -8,7 +8,7 @@ from hiplora.merging import ties
 from hiplora.merging.options import check_number, check_share
 
 if TYPE_CHECKING:
-    from hiplora.adapters.adapter import Channels, Pair
+    from hiplora.adapters import Channels, Pair
     from hiplora.merging.term import Term
 
 

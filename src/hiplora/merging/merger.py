@@ -6,9 +6,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from hiplora.adapters.adapter import AdapterUpdate, Channels, Pair
-from hiplora.adapters.lora import ExportReport, save_as_lora
-from hiplora.adapters.update import read_update
+from hiplora.adapters import AdapterUpdate, Channels, ExportReport, Pair, read_update, save_as_lora
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.compatible import check_compatible, merged_config
 from hiplora.merging.dense_merge import DenseMerge

@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hiplora.adapters.adapter import AdapterUpdate
-from hiplora.adapters.folder import WEIGHTS
+from hiplora.adapters import WEIGHTS, AdapterUpdate
 from hiplora.merging.conflict import ModuleConflict, PairConflict, conflicts
 from hiplora.merging.subspaces import RANK_TOLERANCE
 from hiplora.provenance import file_sha256, provenance

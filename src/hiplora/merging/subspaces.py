@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.adapter import Pair
+from hiplora.adapters import Pair
 
 # A direction with less than this share of the largest singular value is not counted: a millionth of its energy.
 RANK_TOLERANCE = 1e-3

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.adapter import Channels, Pair
+from hiplora.adapters import Channels, Pair
 
 
 @dataclass(frozen=True, eq=False)

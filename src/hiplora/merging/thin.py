@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.adapter import Pair
+from hiplora.adapters import Pair
 
 # Singular values below this share of the largest are what rounding to fp32 leaves of directions that are not there.
 _ROUNDING = 1e-6

@@ -38,8 +38,7 @@ def combine(terms: "Iterable[DenseTerm]", options: Options) -> "Tensor":
     import torch
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-    from hiplora.adapters.shards import row_blocks
-    from hiplora.merging.entries import keep_largest_
+    from hiplora.merging.entries import keep_largest_, row_blocks
 
     trimmed, weights = [], []
     for term in terms:

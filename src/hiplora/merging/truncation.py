@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from hiplora.adapters.adapter import AdapterUpdate, Channels, Pair
-from hiplora.adapters.check import product_norm
+from hiplora.adapters import AdapterUpdate, Channels, Pair, product_norm
 from hiplora.merging.options import check_count
 from hiplora.merging.thin import balanced, thin_svd
 from hiplora.spectral.precision import full_precision

@@ -10,7 +10,7 @@ from hiplora.merging.options import check_number, check_share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hiplora.adapters.adapter import Channels, Pair
+    from hiplora.adapters import Channels, Pair
     from hiplora.merging.term import Term
 
 

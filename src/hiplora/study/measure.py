@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from hiplora.adapters import AdapterUpdate, allocation_rows
-from hiplora.adapters.inspection import energy_shares
+from hiplora.adapters import AdapterUpdate, allocation_rows, energy_shares
 from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
 from hiplora.evaluation.drift import AdapterOff, Texts
 from hiplora.evaluation.mounting import mounted

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hiplora import __version__
-from hiplora.adapters import read_update
-from hiplora.adapters.adapter import Update
-from hiplora.adapters.folder import check_out
+from hiplora.adapters import Update, check_out, read_update
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import EvalSettings, Partial, collect
 from hiplora.evaluation.mounting import (

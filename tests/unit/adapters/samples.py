@@ -1,5 +1,6 @@
 """Adapters that were really trained for a few steps, on tiny models made on the spot."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def hip_config(**changes):
         "r": 4,
         "lora_alpha": 12,
         "principal_rank": 6,
+        "basis": "weight",
+        "principal_channel": True,
         "target_modules": ATTENTION,
         "lora_dropout": 0.0,
     }
@@ -103,6 +106,12 @@ def product(update, module):
     return B @ A
 
 
+def edit_config(folder, **changes):
+    """Rewrite settings of an adapter's configuration."""
+    file = Path(folder) / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def edit_tensors(folder, change):
     """Rewrite an adapter's tensors: `change` gets and alters the dictionary."""
     file = Path(folder) / "adapter_model.safetensors"
@@ -139,3 +148,27 @@ def leaky(base_dir, path):
 
     edit_tensors(folder, push)
     return folder, name
+
+
+def adalora(base_dir, seed=0, **changes):
+    """A PEFT model whose AdaLoRA adapter was pruned from rank 6 to 3 on average, unevenly."""
+    settings = {
+        "init_r": 6,
+        "target_r": 3,
+        "tinit": 1,
+        "tfinal": 2,
+        "deltaT": 1,
+        "total_step": 8,
+        "lora_alpha": 9,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+    }
+    torch.manual_seed(seed)
+    model = peft.get_peft_model(base_model(base_dir), peft.AdaLoraConfig(**settings | changes))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    for step in range(8):
+        batch = torch.randint(0, model.config.vocab_size, (2, 16))
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model.eval()

@@ -2,8 +2,7 @@ import peft
 import pytest
 from peft import LoraConfig
 
-from tests.unit.adapters.adalora_samples import adalora
-from tests.unit.adapters.samples import ATTENTION, base_model, hip_config, saved, train
+from tests.unit.adapters.samples import ATTENTION, adalora, base_model, hip_config, saved, train
 
 
 @pytest.fixture(scope="session")

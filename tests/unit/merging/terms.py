@@ -2,7 +2,7 @@
 
 import torch
 
-from hiplora.adapters.adapter import Channels
+from hiplora.adapters import Channels
 from hiplora.merging.term import DenseTerm, Term
 from hiplora.spectral import retract
 

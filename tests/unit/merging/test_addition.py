@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiplora.adapters.adapter import Channels
+from hiplora.adapters import Channels
 from hiplora.merging.addition import Options, combine
 from hiplora.merging.term import Term
 from tests.unit.merging.terms import K, dense, expected_sum, hip_term, lora_term, make

@@ -7,8 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hiplora.adapters import read_update
-from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters import AdapterUpdate, read_update
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.conflict import conflicts
 from hiplora.merging.subspaces import RANK_TOLERANCE

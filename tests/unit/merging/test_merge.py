@@ -194,7 +194,7 @@ def test_a_module_that_the_base_model_lacks_is_named(adapters, tiny_model_dir, t
 
     folder = shutil.copytree(adapters["lora"], tmp_path / "deeper")
     edit_tensors(folder, move)
-    with pytest.raises(AdapterError, match=r"has no layer model\.layers\.7\.self_attn"):
+    with pytest.raises(AdapterError, match=r"has no linear layer model\.layers\.7\.self_attn"):
         merge([adapters["one"], folder], base=str(tiny_model_dir))
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiplora.adapters import read_update
-from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters import AdapterUpdate, read_update
 from hiplora.errors import ConfigError
 from hiplora.merging.conflict import conflicts
 from hiplora.merging.report import adapter_names, merge_report, most_conflicting, totals

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from hiplora.adapters import read_update
-from hiplora.adapters.adapter import AdapterUpdate
+from hiplora.adapters import AdapterUpdate, read_update
 from hiplora.errors import ConfigError
 from hiplora.merging import DenseMerge, TruncatedUpdate, merge, truncate
 from tests import reference

@@ -8,9 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters import AdapterUpdate, read_update
-from hiplora.adapters.check import compare_modules, refuse_over
-from hiplora.adapters.lora import write_lora
+from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
 from hiplora.errors import AdapterError
 
 _LOST = 1e-6  # share of an update's norm that its factors may lack

@@ -1,0 +1,263 @@
+import dataclasses
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+
+from hiplora.adapters import read_update, update_from_model
+from hiplora.errors import AdapterError
+from hiplora.spectral import FactorStore
+from tests.tiny import save_tiny
+from tests.unit.adapters.samples import (
+    ATTENTION,
+    adalora,
+    base_model,
+    deltas,
+    edit_config,
+    edit_tensors,
+    hip_config,
+    product,
+    save_tiny_gpt2,
+    saved,
+    train,
+    trained,
+)
+
+Q0 = "model.layers.0.self_attn.q_proj"
+PREFIX = "base_model.model."
+
+
+def assert_update_is(update, expected):
+    assert set(update.factors) == set(expected)
+    for module, delta in expected.items():
+        torch.testing.assert_close(product(update, module), delta, rtol=1e-5, atol=1e-6)
+    assert max(delta.norm() for delta in expected.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "ranks"),
+    [
+        ({}, "hiplora", {10}),
+        ({"principal_channel": False}, "proj-lora", {4}),
+        ({"residual_projection": False}, "hiplora", {10}),
+        (
+            {
+                "rank_pattern": {"q_proj": 7},
+                "alpha_pattern": {"k_proj": 2},
+                "principal_rank_pattern": {"o_proj": 3},
+            },
+            "hiplora",
+            {13, 10, 7},
+        ),
+    ],
+)
+def test_a_hiplora_adapter_is_read_as_the_update_that_its_model_makes(
+    tiny_model_dir, tmp_path, changes, kind, ranks
+):
+    folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(**changes))
+    stored, live = read_update(folder), update_from_model(model)
+    assert (stored.kind, set(stored.ranks.values())) == (kind, ranks)
+    assert_update_is(stored, deltas(model))
+    assert live.fingerprints == stored.fingerprints
+    for module, pair in stored.factors.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, live.factors[module], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_were_not_saved_come_from_the_base_model_in_its_precision(
+    tiny_model_dir, tmp_path, dtype
+):
+    folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(save_factors=False), dtype=dtype)
+    assert_update_is(read_update(folder), deltas(model))
+    other = save_tiny(tmp_path / "other", seed=1)
+    with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.k_proj.*not the one.*--base"):
+        read_update(folder, base=str(other))
+    edit_config(folder, basis="activation")
+    with pytest.raises(AdapterError, match=r"basis 'activation' cannot be recomputed.*save_factors=True"):
+        read_update(folder)
+
+
+def test_recomputed_factors_that_differ_by_rounding_leave_no_leak(tiny_model_dir, tmp_path, monkeypatch):
+    """Another machine's decomposition differs within the tolerance; the layer retracts on load, and so does this."""
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(save_factors=False))
+    exact = FactorStore.get_or_compute
+
+    def rounded(self, weight, *arguments, **options):
+        factors = exact(self, weight, *arguments, **options)
+        U = torch.linalg.qr(factors.U + 1e-3 * torch.randn_like(factors.U)).Q
+        return dataclasses.replace(factors, U=U)
+
+    monkeypatch.setattr(FactorStore, "get_or_compute", rounded)
+    assert max(channels.leak() for channels in read_update(folder).channels.values()) < 1e-5
+
+
+def test_transposed_layers_are_read_as_out_by_in(tmp_path):
+    base = save_tiny_gpt2(tmp_path / "gpt2")
+    folder, model = saved(base, tmp_path / "a", hip_config(target_modules=["c_attn", "c_proj"]))
+    assert read_update(folder).shape("transformer.h.0.attn.c_attn") == (96, 32)
+    assert_update_is(read_update(folder), deltas(model))
+
+
+def test_modules_saved_whole_are_kept_beside_the_factors(tiny_model_dir, tmp_path):
+    folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(modules_to_save=["lm_head"]))
+    weight = model.base_model.model.lm_head.modules_to_save["default"].weight
+    for update in (read_update(folder), update_from_model(model)):
+        assert update.extras.keys() == {"lm_head.weight"}
+        assert torch.equal(update.extras["lm_head.weight"], weight)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": 3},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.v_proj": 5}},
+        {"target_modules": ["q_proj", "lm_head"]},  # PEFT saves a copy of the head's frozen weight
+    ],
+)
+def test_a_lora_adapter_is_read_as_the_update_that_peft_makes(tiny_model_dir, tmp_path, changes):
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION} | changes)
+    folder, model = saved(tiny_model_dir, tmp_path / "a", config)
+    assert (read_update(folder).kind, read_update(folder).extras) == ("lora", {})
+    assert_update_is(read_update(folder), deltas(model))
+    assert_update_is(update_from_model(model), deltas(model))
+
+
+def test_pissa_is_read_as_the_difference_that_peft_saves_and_refused_without(tiny_model_dir, tmp_path):
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION, init_lora_weights="pissa")
+    model = peft.get_peft_model(base_model(tiny_model_dir), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    train(model)
+    model.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=tmp_path / "start")
+    model.save_pretrained(tmp_path / "raw")
+    with pytest.raises(AdapterError, match=r"'pissa'.*path_initial_model_for_weight_conversion"):
+        read_update(tmp_path / "raw")
+    update = read_update(tmp_path / "a")
+    merged, original = model.merge_and_unload().state_dict(), base_model(tiny_model_dir).state_dict()
+    assert_update_is(update, {m: merged[f"{m}.weight"] - original[f"{m}.weight"] for m in update.factors})
+
+
+def test_an_adalora_adapter_is_read_without_the_ranks_that_were_pruned(tiny_model_dir, tmp_path):
+    model = adalora(tiny_model_dir)
+    before = {name: list(kept) for name, kept in model.peft_config["default"].rank_pattern.items()}
+    assert_update_is(update_from_model(model), deltas(model))
+    assert model.peft_config["default"].rank_pattern == before
+    model.save_pretrained(tmp_path / "a")
+    update = read_update(tmp_path / "a")
+    assert (update.kind, len(set(update.ranks.values())) > 1) == ("adalora", True)
+    assert_update_is(update, deltas(model))
+    edit_config(tmp_path / "a", rank_pattern=None)
+    with pytest.raises(AdapterError, match=r"rank .*, but the configuration says 6"):
+        read_update(tmp_path / "a")
+
+
+def test_an_adalora_module_without_any_rank_left_has_a_zero_update(tiny_model_dir, tmp_path):
+    adalora(tiny_model_dir, tinit=7, tfinal=0).save_pretrained(tmp_path / "a")
+
+    def empty(tensors):
+        for part, shape in (("A", (0, 64)), ("B", (64, 0)), ("E", (0, 1))):
+            tensors[f"{PREFIX}{Q0}.lora_{part}"] = torch.zeros(shape)
+
+    edit_tensors(tmp_path / "a", empty)
+    edit_config(tmp_path / "a", rank_pattern={f"{Q0}.lora_E": [False] * 6})
+    assert not product(read_update(tmp_path / "a"), Q0).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LoraConfig(target_modules=ATTENTION, use_dora=True), "DoRA"),
+        (LoraConfig(target_modules=ATTENTION, trainable_token_indices=[1, 2]), "token"),
+        (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens"),
+        (LoraConfig(target_modules=ATTENTION, bias="all"), "bias"),
+        (LoraConfig(target_modules=[], target_parameters=[f"{Q0}.weight"]), "parameters"),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
+    ],
+)
+def test_what_is_not_a_plain_update_is_refused_and_named(tiny_model_dir, tmp_path, config, reason):
+    peft.get_peft_model(base_model(tiny_model_dir), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(AdapterError, match=reason):
+        read_update(tmp_path / "a")
+
+
+# Damage
+
+
+@pytest.fixture(params=["hiplora", "lora"])
+def folder(request, tiny_model_dir, tmp_path):
+    config = hip_config() if request.param == "hiplora" else LoraConfig(r=4, target_modules=ATTENTION)
+    return saved(tiny_model_dir, tmp_path / request.param, config)[0]
+
+
+def refused(folder, why):
+    with pytest.raises(AdapterError, match=why):
+        read_update(folder)
+
+
+def names_of(folder, tensors):
+    return sorted(name.removeprefix(PREFIX) for name in tensors if Q0 in name)
+
+
+def test_every_missing_tensor_is_named(folder):
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    names = []
+    edit_tensors(folder, lambda tensors: names.extend(names_of(folder, tensors)))
+    for name in names:
+        edit_tensors(folder, lambda tensors, name=name: tensors.pop(PREFIX + name))
+        refused(folder, f"tensor {name} is missing")
+        (folder / "adapter_model.safetensors").write_bytes(whole)
+
+
+def test_every_tensor_of_the_wrong_shape_is_refused_with_its_layer(folder):
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    names = []
+    edit_tensors(folder, lambda tensors: names.extend(names_of(folder, tensors)))
+    for name in names:
+
+        def cut(tensors, name=PREFIX + name):
+            tensors[name] = tensors[name][..., :-1] if "_A" not in name else tensors[name][:-1]
+
+        edit_tensors(folder, cut)
+        refused(folder, Q0)
+        (folder / "adapter_model.safetensors").write_bytes(whole)
+
+
+def test_nan_is_named_with_file_and_tensor(folder):
+    def spoil(tensors):
+        next(tensors[name] for name in sorted(tensors) if Q0 in name).view(-1)[0] = float("nan")
+
+    edit_tensors(folder, spoil)
+    refused(folder, rf"adapter_model\.safetensors: tensor {Q0}.*: 1 of \d+ values")
+
+
+def test_a_cut_off_file_a_broken_configuration_and_an_empty_folder_are_named(folder, tmp_path):
+    edit_config(folder, r=5)
+    refused(folder, "rank 4, but the configuration says 5")
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(folder, r"adapter_model\.safetensors: damaged or cut off")
+    (folder / "adapter_config.json").write_text('{"peft_type": ')
+    refused(folder, r"adapter_config\.json: not valid JSON")
+    refused(tmp_path, r"no adapter_config\.json")
+
+
+def test_a_module_that_the_configuration_lists_and_the_file_lacks_is_named(tiny_model_dir, tmp_path):
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config())
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if Q0 in name])
+    refused(folder, f"{Q0}.hiplora_A is missing")
+    edit_tensors(folder, lambda tensors: tensors.clear())
+    edit_config(folder, fingerprints={})
+    refused(folder, "nothing was adapted or saved")
+
+
+def test_a_live_model_that_diverged_or_lacks_the_adapter_is_refused(tiny_model_dir):
+    model = trained(tiny_model_dir, hip_config())
+    with pytest.raises(AdapterError, match=r"'other'.*'default'"):
+        update_from_model(model, "other")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "hiplora_B" in n).fill_(float("nan"))
+    with pytest.raises(AdapterError, match="NaN"):
+        update_from_model(model)
