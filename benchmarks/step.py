@@ -35,7 +35,9 @@ def make_step(method: str, dropout: float, model_name: str, batch: int, length: 
     if method == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(**shared, task_type="CAUSAL_LM"))
     elif method == "hiplora":
-        model = peft.get_peft_model(model, HipLoraConfig(**shared, principal_rank=32, task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(
+            model, HipLoraConfig(preset="paper", **shared, principal_rank=32, task_type="CAUSAL_LM")
+        )
     else:
         model.requires_grad_(False)
     # Gradients flow down to the first adapter in the adapted models; the floor lets them flow as far.

@@ -59,7 +59,7 @@ def make_config(recipe: dict[str, Any], variant: str) -> tuple[Any, dict[str, An
     shared = {"lora_alpha": 2 * settings["r"], "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
     if settings.pop("method", None) == "lora":
         return peft.LoraConfig(**shared, **settings), {}
-    return HipLoraConfig(**{"principal_rank": 32, **shared, **settings}), calibration
+    return HipLoraConfig(**{"preset": "paper", "principal_rank": 32, **shared, **settings}), calibration
 
 
 class Bench:

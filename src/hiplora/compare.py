@@ -173,13 +173,11 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from hiplora.models import resolve
-    from hiplora.models.quiet import quiet_transformers
+    from hiplora.models import quiet_transformers, resolve
     from hiplora.training.baselines.hiplora import MLP_PROJECTIONS
     from hiplora.training.method import ATTENTION_PROJECTIONS
     from hiplora.training.recipe import model_problems
-    from hiplora.tuner import HipLoraConfig
-    from hiplora.tuner.targets import survey as find_targets
+    from hiplora.tuner import HipLoraConfig, find_targets
 
     if problems := model_problems(model):
         raise ConfigError("\n".join(problems))

@@ -31,7 +31,9 @@ class Base:
         if self.folder is not None:  # two of the thirty layers are enough, and quick to factor
             changes.setdefault("layers_to_transform", [0, 29])
         kind = ACTIVATION.get(self.kind, {})
-        return HipLoraConfig(**{"r": 4, "principal_rank": 8, "lora_dropout": 0.0, **kind, **changes})
+        return HipLoraConfig(
+            **{"preset": "paper", "r": 4, "principal_rank": 8, "lora_dropout": 0.0, **kind, **changes}
+        )
 
     def adapted(self, **changes):
         return peft.get_peft_model(self.make(), self.config(**changes))

@@ -11,10 +11,9 @@ import torch
 import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
-from hiplora.tuner import gradients
-from hiplora.tuner.gradients import _score as score
-from hiplora.tuner.moments import CalibrationStore
-from hiplora.tuner.sampling import sample_rows
+from hiplora.tuner import CalibrationStore, moments
+from hiplora.tuner.moments import score
+from hiplora.tuner.text import sample_rows
 from tests.commands import run
 from tests.contract.conftest import logits, train
 from tests.tiny import tiny_llama
@@ -24,7 +23,7 @@ ATTENTION = 8  # modules of the tiny Llama that are adapted by default
 
 
 def config(**changes):
-    return HipLoraConfig(**{"basis": "activation", "r": 4, "principal_rank": 8, **changes})
+    return HipLoraConfig(**{"preset": "paper", "basis": "activation", "r": 4, "principal_rank": 8, **changes})
 
 
 def rows(count=12, length=40, seed=0):
@@ -59,7 +58,7 @@ def test_v_spans_what_the_layer_is_fed(tiny, tmp_path):
 def test_u_spans_the_outputs_that_the_predictions_depend_on(tiny, tmp_path, monkeypatch):
     """Against gradients taken one row at a time, of the same draws of next tokens."""
     drawn = []
-    monkeypatch.setattr(gradients, "_score", lambda *a: drawn.append(score(*a)) or drawn[-1])
+    monkeypatch.setattr(moments, "score", lambda *a: drawn.append(score(*a)) or drawn[-1])
     found = calibrated(tiny.make(), tmp_path).factors[Q]
     model, total = tiny.make(), torch.zeros(64, 64, dtype=torch.float64)
     kept = []
@@ -75,11 +74,11 @@ def test_u_spans_the_outputs_that_the_predictions_depend_on(tiny, tmp_path, monk
 def test_the_draws_follow_the_models_own_distribution():
     logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]]).expand(20_000, 4)
     p = logits[0].softmax(-1)
-    scores = score(logits, 3, len(logits))
+    scores = score(logits, 3)
     torch.testing.assert_close(scores.mean(0), torch.zeros(4), rtol=0, atol=0.02)
     torch.testing.assert_close(scores.T @ scores / len(scores), p.diag() - p.outer(p), rtol=0, atol=0.02)
-    assert torch.equal(scores, score(logits, 3, len(logits)))
-    assert not torch.equal(scores, score(logits, 4, len(logits)))
+    assert torch.equal(scores, score(logits, 3))
+    assert not torch.equal(scores, score(logits, 4))
 
 
 @pytest.mark.parametrize("limit", [100, 130])
@@ -186,7 +185,7 @@ def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
     sampled = []
     monkeypatch.setattr(
-        "hiplora.tuner.inputs.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
+        "hiplora.tuner.text.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
     )
     make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
     one = make()
@@ -235,7 +234,7 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
             raise KeyboardInterrupt
         return sample_rows(model, part, *rest)
 
-    monkeypatch.setattr("hiplora.tuner.inputs.sample_rows", sample)
+    monkeypatch.setattr("hiplora.tuner.text.sample_rows", sample)
     stop = True
     options = {"tokens": 256 * 45}
     with pytest.raises(KeyboardInterrupt):
@@ -277,7 +276,7 @@ def test_a_damaged_file_is_said_and_measured_again(tiny, tmp_path):
         raw = bytearray(file.read_bytes())
         raw[-5] ^= 1
         file.write_bytes(raw)
-        with pytest.warns(UserWarning, match="is damaged .*measuring again"):
+        with pytest.warns(UserWarning, match="cannot be read .*computing it again"):
             again = calibrated(tiny.make(), tmp_path)
         assert_equal_factors(whole, again, 1e-6)
         assert file.read_bytes() != bytes(raw)
@@ -376,9 +375,7 @@ def test_a_text_that_is_not_there_is_named(tiny_model_dir, tmp_path, capsys):
 
 
 def test_one_side_needs_half_of_the_work(tiny_model_dir, capsys, monkeypatch):
-    monkeypatch.setattr(
-        gradients.GradientCollector, "watching", lambda self: pytest.fail("measured gradients")
-    )
+    monkeypatch.setattr(moments.GradientCollector, "watching", lambda self: pytest.fail("measured gradients"))
     code, _, _ = calibrate_command(capsys, str(tiny_model_dir), "--sides", "input", "--tokens", "300")
     assert code == 0
 

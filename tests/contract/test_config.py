@@ -38,6 +38,10 @@ def differs(tiny, ids, one, other):
 
 # One demonstration per field that the field has an effect; `test_every_field_is_shown_to_matter` walks them all.
 EFFECTS = {
+    "preset": lambda t, i: (
+        {name.rpartition(".")[2] for name in modules(t.adapted(preset="function-aware"))}
+        == {"gate_proj", "up_proj", "down_proj"}
+    ),
     "r": lambda t, i: layer(t.adapted(r=3)).hiplora_A["default"].shape[0] == 3,
     "lora_alpha": lambda t, i: layer(t.adapted(r=4, lora_alpha=6)).scaling["default"] == 1.5,
     "lora_dropout": lambda t, i: differs(t, i, {"lora_dropout": 0.0}, {"lora_dropout": 0.5}),
@@ -105,7 +109,7 @@ EFFECTS = {
         _raw_leak(t.adapted(basis_sides="output")) > 0.05 > 1e-5 > _raw_leak(t.adapted(basis_sides="input"))
     ),
     "projection": lambda t, i: (
-        _refused(projection="soft")
+        _refused(projection="soft", basis="weight")
         and _raw_leak(t.adapted(basis="activation", projection="soft"))
         > 0.05
         > 1e-5
@@ -177,6 +181,7 @@ def test_every_field_is_shown_to_matter():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("preset", "best"),
         ("r", 0),
         ("r", 2.5),
         ("r", True),
@@ -291,6 +296,24 @@ def test_a_model_without_usual_projections_asks_for_targets():
 
     with pytest.raises(ConfigError, match="target_modules"):
         peft.get_peft_model(Odd(), HipLoraConfig(r=2, principal_rank=2))
+
+
+def test_a_given_field_wins_over_the_preset():
+    assert (HipLoraConfig().basis, HipLoraConfig().principal_channel) == ("activation", False)
+    paper = HipLoraConfig(preset="paper")
+    assert (paper.basis, paper.principal_channel) == ("weight", True)
+    mixed = HipLoraConfig(preset="paper", basis="activation", principal_channel=False)
+    assert (mixed.basis, mixed.principal_channel) == ("activation", False)
+
+
+@pytest.mark.parametrize("old", [{}, {"basis": "weight", "principal_channel": False}])
+def test_a_config_saved_before_there_were_presets_keeps_its_meaning(old):
+    loaded = HipLoraConfig(**{"fingerprints": {Q0: "0" * 64}, **old})
+    assert loaded.preset == "paper"
+    assert loaded.basis == "weight"
+    assert loaded.principal_channel is old.get("principal_channel", True)
+    activation = HipLoraConfig(fingerprints={Q0: "0" * 64}, basis="activation", principal_channel=True)
+    assert (activation.preset, activation.principal_channel) == ("function-aware", True)
 
 
 def test_the_config_survives_saving(tiny, tmp_path):

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hiplora.tuner import hip_layers
-from hiplora.tuner import layer as layer_module
-from hiplora.tuner.functional import add_channels, folded_linear, keep_mask
+from hiplora.tuner.functional import add_channels, keep_mask
 from tests.contract.conftest import logits, train
 
 
@@ -178,7 +177,7 @@ def test_gpt2s_transposed_layers_are_adapted_merged_and_restored(ids):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=259)).eval()
     reference = logits(model, ids)
-    model = peft.get_peft_model(model, HipLoraConfig(r=4, principal_rank=6, lora_dropout=0.0))
+    model = peft.get_peft_model(model, HipLoraConfig(preset="paper", r=4, principal_rank=6, lora_dropout=0.0))
     assert torch.equal(logits(model, ids), reference)
     train(model, ids)
     expected = logits(model, ids)
@@ -240,65 +239,7 @@ def test_four_bit_like_bases_go_through_their_own_forward(tiny, ids):
     assert Odd.calls == 1
 
 
-@pytest.mark.parametrize("principal", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_folded_pass_equals_the_dense_formula(principal, bias):
-    case = layer_case()
-    weight = torch.randn(6, 9, dtype=torch.float64)
-    offset = torch.randn(6, dtype=torch.float64) if bias else None
-    case["base_out"] = F.linear(case["x"].requires_grad_(), weight, offset)
-    if not principal:
-        case["delta"] = None
-    leaves = [case["x"]] + [case[n].requires_grad_() for n in ("A", "B", "delta") if case[n] is not None]
-    expected = dense(**case, scaling=2.0)
-    factors = [case[name] for name in ("A", "B", "delta", "U", "V")]
-    found = folded_linear(case["x"], weight, offset, *factors, scaling=2.0)
-    torch.testing.assert_close(found, expected)
-    scale = torch.randn_like(expected)
-    wanted = torch.autograd.grad((expected * scale).sum(), leaves)
-    for g, w in zip(torch.autograd.grad((found * scale).sum(), leaves), wanted, strict=True):
-        torch.testing.assert_close(g, w)
-
-
-def test_a_long_training_step_folds_and_agrees_with_the_thin_products(tiny, monkeypatch):
-    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(3))
-    folded = []
-    monkeypatch.setattr(layer_module, "folded_linear", lambda *a: folded.append(1) or folded_linear(*a))
-
-    def gradients():
-        torch.manual_seed(0)
-        model = tiny.adapted(init_weights=False).train()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-    fast = gradients()
-    assert len(folded) == 8
-    monkeypatch.setattr(layer_module, "folding_pays", lambda *_: False)
-    thin = gradients()
-    assert len(folded) == 8
-    for name, gradient in thin.items():
-        assert (fast[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
-
-
 def test_a_new_adapter_changes_nothing_in_a_long_training_step_either(tiny):
     ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(3))
     model = tiny.adapted().train()
     assert torch.equal(model(input_ids=ids).logits.detach(), logits(tiny.make(), ids))
-
-
-@pytest.mark.parametrize("why", ["hook", "dropout", "evaluation", "half"])
-def test_where_folding_would_be_wrong_or_slow_the_base_layer_is_called(tiny, why):
-    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(3))
-    base = tiny.make(torch.bfloat16 if why == "half" else torch.float32)
-    config = tiny.config(init_weights=False, lora_dropout=0.1 if why == "dropout" else 0.0)
-    model = peft.get_peft_model(base, config).train()
-    _, layer = next(iter(hip_layers(model)))
-    calls = []
-    forward = layer.base_layer.forward
-    layer.base_layer.forward = lambda *a: calls.append(1) or forward(*a)
-    if why == "hook":
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    if why == "evaluation":
-        model.eval()
-    model(input_ids=ids)
-    assert calls == [1]

@@ -10,8 +10,7 @@ import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import squared_singular_values
-from hiplora.tuner import hip_layers
-from hiplora.tuner.moments import CalibrationStore
+from hiplora.tuner import CalibrationStore, hip_layers
 from tests.contract.conftest import logits, train
 from tests.contract.test_calibrate import config, rows
 

@@ -5,7 +5,7 @@ import torch
 
 import hiplora
 from hiplora import HipLoraConfig
-from hiplora.tuner.moments import CalibrationStore
+from hiplora.tuner import CalibrationStore
 from tests.contract.conftest import Base, logits, train
 from tests.tiny import tiny_llama
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2
 from hiplora import HipLoraConfig
 from hiplora.cli import main as cli
 from hiplora.errors import FactorError
-from hiplora.spectral import FactorStore, store, weight_fingerprint
+from hiplora.spectral import FactorStore, cache, weight_fingerprint
 from hiplora.tuner import hip_layers
-from hiplora.tuner.factorize import Checkpoint, factorize, find_targets
+from hiplora.tuner.factorize import Checkpoint, factorize
 from tests.tiny import save_tiny, tiny_llama
 
 
@@ -48,7 +48,7 @@ def no_decomposition(monkeypatch):
     def forbidden(*args, name, **kwargs):
         raise AssertionError(f"{name} was decomposed again")
 
-    return lambda: monkeypatch.setattr(store, "truncated_svd", forbidden)
+    return lambda: monkeypatch.setattr(cache, "truncated_svd", forbidden)
 
 
 def gpt2(cls=GPT2LMHeadModel):
@@ -58,16 +58,14 @@ def gpt2(cls=GPT2LMHeadModel):
 
 def fill(model, config, **options):
     checkpoint = Checkpoint(str(model))
-    return list(
-        factorize(checkpoint, find_targets(checkpoint, config), FactorStore(must_write=True), **options)
-    )
+    return list(factorize(checkpoint, checkpoint.targets(config), FactorStore(must_write=True), **options))
 
 
 def test_training_finds_every_factor_in_the_store(tiny_model_dir, run, no_decomposition):
     assert run("factorize", tiny_model_dir, "--rank", 8)[0] == 0
     no_decomposition()
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    model = peft.get_peft_model(base, HipLoraConfig(principal_rank=8))
+    model = peft.get_peft_model(base, HipLoraConfig(preset="paper", principal_rank=8))
     assert len(list(hip_layers(model))) == 8
 
 
@@ -97,9 +95,9 @@ def test_it_factors_what_the_tuner_adapts_and_nothing_else(tmp_path, root, famil
     model = tiny_llama() if family == "llama" else gpt2()
     model.save_pretrained(tmp_path / "model")
     config = {"principal_rank": 8, **options}
-    done = fill(tmp_path / "model", HipLoraConfig(**config))
+    done = fill(tmp_path / "model", HipLoraConfig(preset="paper", **config))
     no_decomposition()
-    layers = dict(hip_layers(peft.get_peft_model(model, HipLoraConfig(**config))))
+    layers = dict(hip_layers(peft.get_peft_model(model, HipLoraConfig(preset="paper", **config))))
     assert sorted(layer.name for layer in done) == sorted(layer.name for layer in layers.values())
     ranks = {layer.name: layer.hiplora_sigma["default"].shape[0] for layer in layers.values()}
     assert {layer.name: layer.k for layer in done} == ranks
@@ -113,7 +111,7 @@ def test_the_model_is_never_loaded(tiny_model_dir, root, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", forbidden)
     checkpoint = Checkpoint(str(tiny_model_dir))
     assert all(parameter.is_meta for parameter in checkpoint.skeleton.parameters())
-    assert len(find_targets(checkpoint, HipLoraConfig(principal_rank=4))) == 8
+    assert len(checkpoint.targets(HipLoraConfig(preset="paper", principal_rank=4))) == 8
 
 
 def test_a_second_run_verifies_and_keeps_everything(tiny_model_dir, run, root):
@@ -168,17 +166,17 @@ def test_a_damaged_entry_is_named_and_made_anew(tiny_model_dir, run, root):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_checkpoint_serves_a_float32_model(tmp_path, root, dtype, no_decomposition):
     save_tiny(tmp_path / "model", dtype=dtype)
-    fill(tmp_path / "model", HipLoraConfig(principal_rank=8))
+    fill(tmp_path / "model", HipLoraConfig(preset="paper", principal_rank=8))
     no_decomposition()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    peft.get_peft_model(base, HipLoraConfig(principal_rank=8))
+    peft.get_peft_model(base, HipLoraConfig(preset="paper", principal_rank=8))
 
 
 def test_dtype_serves_a_model_that_is_trained_in_another_precision(tiny_model_dir, run, no_decomposition):
     assert run("factorize", tiny_model_dir, "--rank", 8, "--dtype", "bfloat16")[0] == 0
     no_decomposition()
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
-    peft.get_peft_model(base, HipLoraConfig(principal_rank=8))
+    peft.get_peft_model(base, HipLoraConfig(preset="paper", principal_rank=8))
 
 
 def test_a_sharded_checkpoint_is_read_shard_by_shard(tmp_path, root):
@@ -186,17 +184,22 @@ def test_a_sharded_checkpoint_is_read_shard_by_shard(tmp_path, root):
     model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
     checkpoint = Checkpoint(str(tmp_path / "model"))
-    for target in find_targets(checkpoint, HipLoraConfig(principal_rank=8, target_modules="all-linear")):
+    for target in checkpoint.targets(
+        HipLoraConfig(preset="paper", principal_rank=8, target_modules="all-linear")
+    ):
         assert torch.equal(checkpoint.read(target), model.get_submodule(target.name).weight)
 
 
 def test_conv1d_weights_are_read_as_out_by_in(tmp_path, root):
     model = gpt2()
     model.save_pretrained(tmp_path / "model")
-    done = {layer.name: layer for layer in fill(tmp_path / "model", HipLoraConfig(principal_rank=4))}
+    done = {
+        layer.name: layer
+        for layer in fill(tmp_path / "model", HipLoraConfig(preset="paper", principal_rank=4))
+    }
     assert done["transformer.h.0.attn.c_attn"].shape == (96, 32)
     checkpoint = Checkpoint(str(tmp_path / "model"))
-    for target in find_targets(checkpoint, HipLoraConfig(principal_rank=4)):
+    for target in checkpoint.targets(HipLoraConfig(preset="paper", principal_rank=4)):
         expected = model.get_submodule(target.name).weight.T
         assert weight_fingerprint(checkpoint.read(target)) == weight_fingerprint(expected)
 
@@ -204,16 +207,7 @@ def test_conv1d_weights_are_read_as_out_by_in(tmp_path, root):
 def test_a_checkpoint_of_the_bare_backbone_is_understood(tmp_path, root):
     gpt2(GPT2Model).save_pretrained(tmp_path / "model")
     assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "model" / "model.safetensors")
-    assert len(fill(tmp_path / "model", HipLoraConfig(principal_rank=4))) == 6
-
-
-@pytest.mark.parametrize("method", ["exact", "krylov", "randomized"])
-def test_other_methods_are_reported_and_kept_apart(tiny_model_dir, run, root, method):
-    run("factorize", tiny_model_dir, "--rank", 4)
-    record = json.loads(run("factorize", tiny_model_dir, "--rank", 4, "--method", method, "--json")[1])
-    assert record["total"]["reused"] == 0
-    # These matrices are too small for the iteration, and the report says so.
-    assert record["total"]["methods"] == ["randomized" if method == "randomized" else "exact"]
+    assert len(fill(tmp_path / "model", HipLoraConfig(preset="paper", principal_rank=4))) == 6
 
 
 class TestErrors:
@@ -295,7 +289,7 @@ class TestErrors:
         tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = float("nan")
         save_file(tensors, copy / "model.safetensors", {"format": "pt"})
         with pytest.raises(FactorError, match=r"layer model\.layers\.1\.self_attn\.o_proj: 1 of 4096 values"):
-            fill(copy, HipLoraConfig(principal_rank=4))
+            fill(copy, HipLoraConfig(preset="paper", principal_rank=4))
 
 
 @pytest.mark.real_model

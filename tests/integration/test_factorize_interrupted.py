@@ -11,16 +11,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load as _decode
 
 from hiplora.cli import main as cli
-from hiplora.spectral.store import _decode
 
 # Stops at a chosen moment and says so, for as long as the parent needs to send a signal.
 STOP = """
 import os, sys, time
 from hiplora import files
 from hiplora.cli.main import main
-from hiplora.spectral import store
+from hiplora.spectral import cache as store
 calls = 0
 def stopping(function, when):
     def wrapper(*args, **kwargs):
@@ -119,7 +119,7 @@ def assert_full(child, cache):
     said, errors = child.communicate(timeout=120)
     assert child.returncode == 1
     assert said == ""
-    assert errors.splitlines()[-1].startswith(f"error: factor store {Path(cache) / 'factors'}: cannot write")
+    assert errors.splitlines()[-1].startswith(f"error: cache {Path(cache) / 'factors'}: cannot write")
     assert "HIPLORA_CACHE" in errors
     assert "Traceback" not in errors
     assert leftovers(cache) == []
@@ -175,7 +175,7 @@ def test_training_goes_on_where_the_disk_is_full(tiny_model_dir, tmp_path):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             model = peft.get_peft_model(model, HipLoraConfig(principal_rank=8))
-        print(sum("going on without storing it" in str(warning.message) for warning in said))
+        print(sum("continuing without it" in str(warning.message) for warning in said))
     """
     with small_disk(tmp_path / "disk", "16k") as disk:
         child = start(script, tiny_model_dir, disk)

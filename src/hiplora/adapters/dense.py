@@ -19,8 +19,7 @@ from hiplora.adapters.output import ExportReport, write_card
 from hiplora.adapters.update import AdapterUpdate, Update
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import staged_dir
-from hiplora.models import resolve
-from hiplora.models.quiet import quiet_transformers
+from hiplora.models import quiet_transformers, resolve
 
 _SUM_LIMIT = 1e-5  # what an fp32 sum may be off from what is known in float64
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter

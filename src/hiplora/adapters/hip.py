@@ -8,7 +8,7 @@ from hiplora.adapters.base import BaseWeights, in_precision
 from hiplora.adapters.formats import Parts, Saved
 from hiplora.adapters.update import AdapterUpdate, Channels
 from hiplora.spectral import FactorStore, SpectralFactors, protected, retract, soften
-from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF
+from hiplora.tuner import LEAK_LIMIT, LEAK_LIMIT_HALF
 
 
 def hip_update(saved: Saved) -> AdapterUpdate:

@@ -12,9 +12,8 @@ from torch import Tensor
 from hiplora.adapters.lora import CARRIED, SELECTION
 from hiplora.adapters.update import AdapterUpdate, product_norm
 from hiplora.errors import ConfigError
-from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
-from hiplora.spectral.moments import MAX_VECTORS
-from hiplora.tuner.config import PROJECTIONS
+from hiplora.spectral import EXPECTED_RANK, MAX_VECTORS, MomentBasis, RankSpec, is_rank
+from hiplora.tuner import PROJECTIONS
 
 _KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
 _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has nothing left but rounding

@@ -56,15 +56,14 @@ def command(
     """
     import hiplora.models
     from hiplora.cli.factorize import check_device, parse_targets
-    from hiplora.models.quiet import quiet_transformers
+    from hiplora.models import quiet_transformers
     from hiplora.spectral import parse_rank
-    from hiplora.training.baselines.hiplora import MLP_PROJECTIONS
     from hiplora.training.memory import peak_bytes
     from hiplora.tuner import HipLoraConfig, calibrate
 
     check_device(device)
     config = HipLoraConfig(
-        target_modules=parse_targets(target_modules) or list(MLP_PROJECTIONS),
+        target_modules=parse_targets(target_modules),
         principal_rank=parse_rank(rank),
         basis="activation",
         basis_sides=sides.value,

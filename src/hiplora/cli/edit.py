@@ -86,7 +86,7 @@ def command(
     import warnings
 
     from hiplora.cli.factorize import check_device
-    from hiplora.models.quiet import quiet_transformers
+    from hiplora.models import quiet_transformers
     from hiplora.study.edit import EditJob, edit
     from hiplora.training.progress import TrainingBar
 

@@ -13,15 +13,6 @@ if TYPE_CHECKING:
     from hiplora.tuner.factorize import Factored
 
 
-class Method(str, Enum):
-    """How weights are decomposed."""
-
-    auto = "auto"
-    exact = "exact"
-    krylov = "krylov"
-    randomized = "randomized"
-
-
 class Dtype(str, Enum):
     """Number format in which a model is loaded for training."""
 
@@ -42,9 +33,6 @@ def command(
     tolerance: float = typer.Option(
         1e-4, "--tolerance", help="Largest accepted residual, as a share of the largest singular value."
     ),
-    method: Method = typer.Option(
-        Method.auto, "--method", help="Training looks for auto; the others are kept apart."
-    ),
     dtype: Dtype | None = typer.Option(
         None, "--dtype", help="Dtype that the model will be trained in, if not the checkpoint's."
     ),
@@ -62,26 +50,28 @@ def command(
     """
     import torch
 
-    from hiplora.models.quiet import quiet_transformers
+    from hiplora.models import quiet_transformers
     from hiplora.spectral import FactorStore
     from hiplora.tuner.config import HipLoraConfig
-    from hiplora.tuner.factorize import Checkpoint, factorize, find_targets
+    from hiplora.tuner.factorize import Checkpoint, factorize
 
     start = time.perf_counter()
     config = HipLoraConfig(
-        target_modules=parse_targets(target_modules), principal_rank=rank, svd_tolerance=tolerance
+        preset="paper",
+        target_modules=parse_targets(target_modules),
+        principal_rank=rank,
+        svd_tolerance=tolerance,
     )
     check_device(device)
     store = FactorStore(must_write=True)
     with quiet_transformers(always=False):
         checkpoint = Checkpoint(model)
-        targets = find_targets(checkpoint, config)
+        targets = checkpoint.targets(config)
     steps = factorize(
         checkpoint,
         targets,
         store,
         tol=tolerance,
-        method=method.value,
         dtype=getattr(torch, dtype.value) if dtype else None,
         device=device,
     )

@@ -81,7 +81,7 @@ def command(
         hiplora probe smollm2-135m --layers 0,15 --modules q_proj,v_proj --directions 6 --out runs/probe
     """
     from hiplora.cli.factorize import check_device, parse_targets
-    from hiplora.models.quiet import quiet_transformers
+    from hiplora.models import quiet_transformers
     from hiplora.study.probe import ProbeSettings, run_probe
 
     check_device(device)

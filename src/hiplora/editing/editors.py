@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hiplora.editing.edits import Edit
 from hiplora.editing.train import EditTraining, train_edits
 from hiplora.errors import AdapterError
-from hiplora.tuner.moments import model_fingerprint
+from hiplora.tuner import model_fingerprint
 
 Adapt = Callable[[Any], PeftModel]
 OnStep = Callable[[dict[str, float]], None]

@@ -12,7 +12,7 @@ from hiplora.editing.edits import Edit, Question
 from hiplora.editing.success import begins_with, normalise
 from hiplora.errors import AdapterError, DataError
 from hiplora.metrics import locality
-from hiplora.tuner.moments import model_fingerprint
+from hiplora.tuner import model_fingerprint
 
 
 @dataclass(frozen=True)

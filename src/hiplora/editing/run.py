@@ -17,7 +17,7 @@ from hiplora.editing.locality import LocalityOutcome, Reference, measure_localit
 from hiplora.editing.measure import EditRecord, measure_edits, summarise
 from hiplora.editing.train import EditTraining
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.tuner.moments import model_fingerprint
+from hiplora.tuner import model_fingerprint
 
 Mode = Literal["single", "batch", "sequential"]
 MODES = ("single", "batch", "sequential")
@@ -138,7 +138,7 @@ def run_edits(
     done: Sequence[EditStage] = (),
     state: Mapping[str, Tensor] | None = None,
 ) -> EditRun:
-    """Edit a bare model, measure after every stage, and leave the model behind bit for bit as it was.
+    """Edit a bare model, measure after every stage, and leave the model behind bit for bit was.
 
     Modes: "single" teaches each edit alone and takes it back before the next; "batch" does so with batches of edits;
     "sequential" teaches batch after batch on top of each other, and measures the newest and all so far.

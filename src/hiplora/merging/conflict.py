@@ -21,7 +21,7 @@ from hiplora.merging.subspaces import (
     overlap,
     spaces,
 )
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 

@@ -14,8 +14,7 @@ from hiplora.merging.registry import Rule
 from hiplora.merging.term import DenseTerm, Term
 from hiplora.merging.thin import balanced, zero_pair
 from hiplora.merging.truncation import TruncatedUpdate
-from hiplora.spectral import truncated_svd, weight_fingerprint
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision, truncated_svd, weight_fingerprint
 
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 

@@ -14,7 +14,7 @@ from hiplora.merging.options import check_count, is_number
 from hiplora.merging.registry import Rule, rule
 from hiplora.merging.term import Term
 from hiplora.merging.truncation import truncate
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 Adapter = str | os.PathLike | AdapterUpdate
 Wrap = Callable[[Iterable[str]], Iterable[str]]

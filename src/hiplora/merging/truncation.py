@@ -9,7 +9,7 @@ import torch
 from hiplora.adapters import AdapterUpdate, Channels, Pair, product_norm
 from hiplora.merging.options import check_count
 from hiplora.merging.thin import balanced, thin_svd
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 _NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 

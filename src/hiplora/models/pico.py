@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hiplora.models.quiet import quiet_transformers
+from hiplora.models import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from hiplora.errors import ConfigError, first_line
+from hiplora.models import quiet_transformers
 from hiplora.models.pico import CONFIG as PICO_CONFIG
-from hiplora.models.quiet import quiet_transformers
 
 FACTORED = ("hiplora", "proj_lora")  # methods that keep spectral factors
 WITHOUT_GAINS = (

@@ -88,7 +88,7 @@ def directions_of(
     """Yield the chosen directions of each module's weight, module by module, from an exact decomposition.
 
     They are chosen among the leading `rank` directions, or as many as a weight has; None is all of them. With `bases`
-    (`hiplora.tuner.inputs.input_bases`) they are those of the activation basis (`spectral.activation_factors`), of
+    (`hiplora.tuner.input_bases`) they are those of the activation basis (`spectral.activation_factors`), of
     which there are only as many as are protected: `rank`, or 32. Removing one silences the layer's answer to one input.
 
     A module's weight is decomposed when its first direction is asked for; only the chosen vectors are kept.

@@ -8,8 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.tuner import HipLoraConfig
-from hiplora.tuner.targets import survey
+from hiplora.tuner import HipLoraConfig, find_targets
 
 
 def find_modules(
@@ -25,7 +24,8 @@ def find_modules(
     Raises:
         ConfigError: nothing matches, or a layer has no match.
     """
-    found = [target.name for target in survey(model, HipLoraConfig(target_modules=target_modules))]
+    config = HipLoraConfig(preset="paper", target_modules=target_modules)
+    found = [target.name for target in find_targets(model, config)]
     return found if layers is None else of_layers(found, layers)
 
 

@@ -1,10 +1,20 @@
-"""The two channels of an update and the retraction that keeps them apart (Eq. 1-5)."""
+"""The two channels of an update, the retraction that keeps them apart (Eq. 1-5), and where an update's energy lies."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+SIDES = ("both", "input", "output")
+
+
+def protected(
+    U: Float[Tensor, "m k"], V: Float[Tensor, "n k"], sides: str
+) -> tuple[Float[Tensor, "m p"], Float[Tensor, "n q"]]:
+    """Return the parts of U and V that the residual channel must keep out of; a free side has no column."""
+    return U if sides != "input" else U[:, :0], V if sides != "output" else V[:, :0]
 
 
 def retract(
@@ -52,30 +62,6 @@ def leak(
     return max(_ratio(U.T @ B, B), _ratio(A @ V, A))
 
 
-def residual_delta(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], scaling: float) -> Float[Tensor, "m n"]:
-    """Return the dense residual channel `s·BA` of retracted factors, with `s = alpha / r` (Eq. 5)."""
-    return scaling * (B @ A)
-
-
-def principal_delta(
-    U: Float[Tensor, "m k"], delta: Float[Tensor, " k"], V: Float[Tensor, "n k"]
-) -> Float[Tensor, "m n"]:
-    """Return the dense principal channel `U diag(δ) Vᵀ` (Eq. 2)."""
-    return (U * delta) @ V.T
-
-
-def total_delta(
-    A: Float[Tensor, "r n"],
-    B: Float[Tensor, "m r"],
-    delta: Float[Tensor, " k"],
-    U: Float[Tensor, "m k"],
-    V: Float[Tensor, "n k"],
-    scaling: float,
-) -> Float[Tensor, "m n"]:
-    """Return the dense update `U diag(δ) Vᵀ + s·BA` of retracted factors (Eq. 1)."""
-    return principal_delta(U, delta, V) + residual_delta(A, B, scaling)
-
-
 def fused_factors(
     A: Float[Tensor, "r n"],
     B: Float[Tensor, "m r"],
@@ -89,6 +75,44 @@ def fused_factors(
     `A' = [A; Vᵀ]` and `B' = [s·B | U diag(δ)]`, so that `B'A'` is the update of Eq. 1 with scaling 1.
     """
     return torch.cat([A, V.T]), torch.cat([scaling * B, U * delta], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """Where the energy `‖Δ‖_F²` of an update lies; the fractions are in [0, 1], and 0 for a zero update.
+
+    `left` is the share whose output is in span(U), `right` the share that reads span(V), `both` the share
+    that does both; hence `1 - left - right + both` lies wholly in the complement. `gains` is
+    `diag(UᵀΔV)`, the change of each protected gain, float64.
+    """
+
+    left: float
+    right: float
+    both: float
+    norm: float
+    gains: Float[Tensor, " k"]
+
+
+def allocate(
+    P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
+) -> Allocation:
+    """Measure the update `Δ = PQ` against orthonormal bases `U`, `V`, in factor space, in float64.
+
+    Δ is never formed: the norms come from the triangular factors of `P` and `Qᵀ`, which (unlike products
+    of Gram matrices) stay accurate when the columns of `P` nearly cancel.
+    """
+    P, Q, U, V = (tensor.detach().double() for tensor in (P, Q, U, V))
+    R_P = torch.linalg.qr(P, mode="r").R
+    R_Q = torch.linalg.qr(Q.T, mode="r").R
+    UP, QV = U.T @ P, Q @ V
+    norm = _norm(R_P @ R_Q.T)
+    parts = (UP @ R_Q.T, R_P @ QV, UP @ QV)
+    left, right, both = (min(1.0, (_norm(part) / norm) ** 2) if norm else 0.0 for part in parts)
+    return Allocation(left, right, both, norm, (UP * QV.T).sum(dim=1))
+
+
+def _norm(matrix: Tensor) -> float:
+    return torch.linalg.vector_norm(matrix).item()
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The certified factors of one weight matrix, and the fingerprint that says which weight it was."""
+"""The certified factors of one weight matrix, and the fingerprint that identifies the weight."""
 
 import dataclasses
 import hashlib
@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32 at a time: peak memory stays flat whatever the weight
+_CHUNK_ELEMENTS = 1 << 22  # copies in another dtype are made a few MiB at a time, whatever the weight's size
 
 
 class Triplets(NamedTuple):
-    """Singular triplets before they are certified: U (m, k), sigma (k,) descending, V (n, k)."""
+    """Uncertified singular triplets: U (m, k), sigma (k,) descending, V (n, k)."""
 
     U: Tensor
     sigma: Tensor
@@ -25,11 +25,10 @@ class SpectralFactors:
     """Truncated singular value decomposition `W ≈ U diag(σ) Vᵀ` with its certificate.
 
     U (m, k) and V (n, k) have orthonormal columns, σ (k,) is descending; all are fp32. `residual` is
-    `max_i max(‖Wv_i − σ_i u_i‖, ‖Wᵀu_i − σ_i v_i‖) / σ_1`, measured on these very tensors in float64
-    (0 for an all-zero weight); `orthogonality` is `max |UᵀU − I|, |VᵀV − I|`. `method` is the one that
-    was really used. `fingerprint` names the factored weight (see `weight_fingerprint`). `shrink_U` and `shrink_V`
-    (k, k), symmetric, are the soft projection's inside the two subspaces (`spectral.soften`); a basis without
-    energies of its directions has none.
+    `max_i max(‖Wv_i − σ_i u_i‖, ‖Wᵀu_i − σ_i v_i‖) / σ_1`, measured on these very tensors in float64 (0 for an
+    all-zero weight); `orthogonality` is `max |UᵀU − I|, |VᵀV − I|`. `method` is the one that was used in the end.
+    `fingerprint` identifies the factored weight (`weight_fingerprint`). `shrink_U` and `shrink_V` (k, k), symmetric,
+    are the soft projection's filters inside the two subspaces (`soften`); only the activation basis has them.
     """
 
     U: Float[Tensor, "m k"]
@@ -55,22 +54,20 @@ class SpectralFactors:
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """Return the SHA-256, in hexadecimal, of a weight's shape and values.
+    """Return the SHA-256, in hexadecimal, of a tensor's shape and values.
 
-    Values are hashed row by row as little-endian float32, so the fingerprint does not depend on dtype
-    (a bf16 weight and its exact fp32 copy agree), memory layout, device or machine.
+    Values are hashed row by row as little-endian float32, so the fingerprint does not depend on dtype (a bf16 weight
+    and its exact fp32 copy agree), memory layout, device or machine.
     """
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
-    for chunk in _row_chunks(weight.detach()):
-        values = chunk.to(device="cpu", dtype=torch.float32).contiguous().numpy()
+    weight = weight.detach()
+    for rows in row_chunks(weight if weight.dim() else weight.reshape(1)):
+        values = rows.to(device="cpu", dtype=torch.float32).contiguous().numpy()
         digest.update(values.astype("<f4", copy=False).data)
     return digest.hexdigest()
 
 
-def _row_chunks(weight: Tensor) -> Iterator[Tensor]:
-    if weight.numel() == 0:
-        return
-    rows = weight if weight.dim() else weight.reshape(1)
-    step = max(1, _CHUNK_ELEMENTS * rows.shape[0] // rows.numel())
-    for start in range(0, rows.shape[0], step):
-        yield rows[start : start + step]
+def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor along its first dimension into blocks small enough to copy; an empty one has none."""
+    if tensor.numel():
+        yield from tensor.split(max(1, _CHUNK_ELEMENTS * tensor.shape[0] // tensor.numel()))

@@ -34,7 +34,7 @@ from hiplora.provenance import folder_identity, json_sha256, provenance
 from hiplora.study.folder import check_claim, claimed
 from hiplora.study.measure import base_reference
 from hiplora.study.probe_figures import figure
-from hiplora.tuner.inputs import input_bases
+from hiplora.tuner import input_bases
 
 RECORD, RECORDS = "probe.json", "records.jsonl"
 METRICS = ("kl", "log_perplexity")  # nats per token; lower is better, 0 is the base model's
@@ -195,7 +195,7 @@ def probe_model(
     on_record: OnRecord | None = None,
     scores: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> list[ProbeRecord]:
-    """Probe a bare model, going on from what is in the journal, and leave it as it was, bit for bit.
+    """Probe a bare model, going on from what is in the journal, and leave it was, bit for bit.
 
     Besides the drift from `reference` each intervention costs something of `scores`, in per cent, higher is better.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hiplora.data.texts import calibration_rows
 from hiplora.training.recipe import TrainRecipe
-from hiplora.tuner.inputs import sampled_rows
+from hiplora.tuner import sampled_rows
 
 
 class KlPenalty:

@@ -57,14 +57,10 @@ def layer_ranks(config: Any, model: Any) -> dict[str, int]:
     """
     import torch
 
-    from hiplora.tuner import HipLoraConfig
-    from hiplora.tuner.model import for_module
-    from hiplora.tuner.targets import survey
+    from hiplora.tuner import find_targets, for_module
 
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-    chosen: dict[str, Any] = {name: getattr(config, name) for name in names}
     ranks = {}
-    for target in survey(model, HipLoraConfig(**chosen)):
+    for target in find_targets(model, config):
         r = ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
         dtype = model.get_submodule(target.name).weight.dtype
         if r > min(target.shape):

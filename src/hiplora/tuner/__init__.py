@@ -1,25 +1,29 @@
 """HiP-LoRA as a PEFT tuner."""
 
-import peft as _peft  # noqa: F401 - whole before any module here uses a part of it: its import registers the tuner
+import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
 from hiplora.tuner.api import check_leak, hip_layers, max_leak, retract_, stability_penalty
-from hiplora.tuner.calibration import Calibration, calibrate
-from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.calibration import (
+    SELF,
+    TOKENS_PER_INPUT,
+    Calibration,
+    calibrate,
+    input_bases,
+    trailing_inputs,
+)
+from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
+from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, frozen_weight
 from hiplora.tuner.model import HipLoraModel
+from hiplora.tuner.moments import base_only
 from hiplora.tuner.registration import register
+from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, linear_target
+from hiplora.tuner.text import (
+    ROW_LENGTH,
+    CalibrationStore,
+    CalibrationText,
+    model_fingerprint,
+    sampled_rows,
+)
+from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
 
 register()
-
-__all__ = [
-    "Calibration",
-    "HipLoraConfig",
-    "HipLoraLinear",
-    "HipLoraModel",
-    "calibrate",
-    "check_leak",
-    "hip_layers",
-    "max_leak",
-    "retract_",
-    "stability_penalty",
-]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 from hiplora.tuner.layer import HipLoraLinear
 
 

@@ -1,40 +1,30 @@
-"""Calibration: what the layers of a model are fed, and the protected directions that follow from it."""
+"""Calibration: measure a model's layers on text, and give a configuration the activation basis that follows."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import MomentBasis, SpectralFactors, activation_factors, resolve_rank
+from hiplora.spectral import SpectralFactors, activation_factors, resolve_rank
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.inputs import (
-    ROW_LENGTH,
-    CalibrationText,
-    UsersLoop,
-    check_counts,
-    input_bases,
-    module_names,
-    target_groups,
-)
-from hiplora.tuner.model import as_layer
-from hiplora.tuner.moments import Bases, CalibrationStore
-from hiplora.tuner.targets import Target, survey
+from hiplora.tuner.layer import frozen_weight
+from hiplora.tuner.moments import Bases
+from hiplora.tuner.targets import Target, find_targets, linear_target
+from hiplora.tuner.text import CalibrationStore, CalibrationText, CustomCalibration, Ranks, Rows
 
-__all__ = ["ROW_LENGTH", "SELF", "CalibratedLayer", "Calibration", "calibrate", "input_bases"]
 SELF = "self"  # the source: text sampled from the model itself
-TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give an unsteady moment
+TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy moment
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What was found about one layer: its width n, k, and the share of its inputs' energy in the k directions."""
+    """One layer's shape, k, effective rank of its inputs, and the share of their energy in the k directions."""
 
     name: str
     shape: tuple[int, int]
@@ -48,8 +38,7 @@ class CalibratedLayer:
 class Calibration:
     """The protected directions of a model's layers, and what they were measured on.
 
-    `source` is "self", or says in words where the text came from; `tokens` were seen by each layer; `key` names
-    model and text; `bytes` is the memory of all factors.
+    `source` is "self", or describes the text; `tokens` were seen by each layer; `key` identifies model and text.
     """
 
     source: str
@@ -62,8 +51,7 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """Return the memory that the factors of all layers take."""
-        parts = {id(t): t.nbytes for f in self.factors.values() for t in (f.U, f.sigma, f.V)}
-        return sum(parts.values())
+        return sum({id(t): t.nbytes for f in self.factors.values() for t in (f.U, f.sigma, f.V)}.values())
 
     def record(self) -> dict[str, Any]:
         """Return what an adapter's configuration keeps of it."""
@@ -80,7 +68,7 @@ def calibrate(
     config: HipLoraConfig,
     run_model: Callable[[], Any] | None = None,
     *,
-    rows: Sequence[Sequence[int] | Tensor] | Tensor | None = None,
+    rows: Rows = None,
     source: str = "",
     tokens: int = 10_000,
     batch_size: int = 8,
@@ -90,11 +78,10 @@ def calibrate(
     max_factor_bytes: int = 4 << 30,
     store: CalibrationStore | None = None,
 ) -> Calibration:
-    """Measure what the target layers of `config` are fed, and give `config` the activation basis that follows.
+    """Measure the layers that `config` targets, and give `config` the activation basis that follows.
 
-    Call it before `peft.get_peft_model(model, config)`, as PEFT's own preprocessing steps are called; without it
-    `get_peft_model` does so by itself, with text sampled from the model. Model, gradients and training mode are
-    left as they were.
+    Call it before `peft.get_peft_model(model, config)`, like PEFT's own preprocessing steps; without it,
+    `get_peft_model` calls it with text sampled from the model. Model, gradients and training mode are restored.
 
     Args:
         model: the base model; a causal language model where neither `run_model` nor `rows` is given.
@@ -120,87 +107,136 @@ def calibrate(
         raise ConfigError(f"basis is {config.basis!r}, which needs no calibration; set basis='activation'")
     if run_model is not None and rows is not None:
         raise ConfigError("calibrate got both run_model and rows; pass the one that holds your data")
-    check_counts(
-        tokens=tokens,
-        batch_size=batch_size,
-        gradient_tokens=gradient_tokens,
-        max_bytes=max_bytes,
-        max_factor_bytes=max_factor_bytes,
-    )
+    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    _check_counts(gradient_tokens=gradient_tokens, max_factor_bytes=max_factor_bytes)
     start = time.perf_counter()
-    targets = survey(model, config)
-    text: UsersLoop | CalibrationText
+    targets = find_targets(model, config)
+    text: CustomCalibration | CalibrationText
     if run_model is not None:
-        source, text = source or "run_model", UsersLoop(model, run_model)
+        source, text = source or "run_model", CustomCalibration(model, run_model)
     else:
         source = source or "rows" if rows is not None else SELF
         text = CalibrationText(model, rows, tokens, batch_size, seed, store)
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
     seen = held = 0
-    for group in target_groups(targets, config.basis_sides, max_bytes):
-        bases = text.inputs(module_names(group))
-        seen = min(bases[target.name].tokens for target in group)
-        group = [_with_rank(target, bases[target.name]) for target in group]
-        held = _bounded(group, held, max_factor_bytes)
-        layers += _described(group, bases)
-        outputs = text.outputs(group, gradient_tokens) if config.basis_sides != "input" else {}
+    for group in _groups(targets, config.basis_sides, max_bytes):
+        inputs = text.inputs([target.name for target in group])
+        seen = min(basis.tokens for basis in inputs.values())
+        ranks: Ranks = {}
         for target in group:
-            factors[target.name] = _factors(
-                model, target, bases[target.name], outputs.get(target.name), config.basis_sides
+            values = inputs[target.name].values
+            ranks[target.name] = resolve_rank(target.k, target.shape, lambda values=values: values)  # type: ignore[misc]
+            held += 4 * ranks[target.name] * (sum(target.shape) + 1)
+            if held > max_factor_bytes:
+                raise ConfigError(
+                    f"layer {target.name}: with its principal_rank of {ranks[target.name]} the factors of all layers "
+                    f"so far take {held:,} bytes, more than the limit of {max_factor_bytes:,}; lower principal_rank, "
+                    "adapt fewer modules, or raise max_factor_bytes"
+                )
+        layers += _described(group, ranks, inputs)
+        outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
+        for name, k in ranks.items():
+            weight = frozen_weight(model.get_submodule(name))
+            factors[name] = activation_factors(
+                weight, inputs[name], k, config.basis_sides, outputs.get(name), name=name
             )
+    widest = max(target.shape[1] for target in targets)
+    if seen < TOKENS_PER_INPUT * widest:
+        warnings.warn(
+            f"calibrated on {seen} tokens, few for inputs {widest} wide: the protected directions are noisy; give at "
+            f"least {TOKENS_PER_INPUT * widest} tokens",
+            stacklevel=2,
+        )
     calibration = Calibration(source, seen, text.key[:16], time.perf_counter() - start, layers, factors)
-    _warn_of_few(calibration)
     config.calibration, config.calibrated = calibration.record(), factors
     return calibration
 
 
-def _factors(
-    model: nn.Module, target: Target, inputs: MomentBasis, outputs: MomentBasis | None, sides: str
-) -> SpectralFactors:
-    weight = as_layer(model.get_submodule(target.name), target.name).frozen_weight()
-    return activation_factors(weight, inputs, int(target.k), sides, outputs, name=target.name)
+def input_bases(
+    model: nn.Module,
+    modules: Sequence[str],
+    *,
+    rows: Rows = None,
+    tokens: int = 10_000,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_bytes: int = 4 << 30,
+    store: CalibrationStore | None = None,
+) -> Bases:
+    """Measure the inputs of some linear layers of a base model: module name → eigenvectors of their second moment.
+
+    Arguments and errors are those of `calibrate`.
+    """
+    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    targets = [linear_target(model.get_submodule(name), name) for name in modules]
+    text = CalibrationText(model, rows, tokens, batch_size, seed, store)
+    bases: Bases = {}
+    for group in _groups(targets, "input", max_bytes):
+        bases |= text.inputs([target.name for target in group])
+    return bases
 
 
-def _with_rank(target: Target, inputs: MomentBasis) -> Target:
-    """Settle how many directions a layer protects, now that its inputs are known."""
-    return dataclasses.replace(target, k=resolve_rank(target.k, target.shape, lambda: inputs.values))
+def trailing_inputs(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    rows: Rows = None,
+    tokens: int = 10_000,
+    batch_size: int = 8,
+    seed: int = 0,
+    max_bytes: int = 4 << 30,
+    store: CalibrationStore | None = None,
+) -> Bases:
+    """Measure the directions in which the inputs of some linear layers have least energy: module name → r of them.
+
+    `ranks` says how many of each module. Arguments and errors are those of `calibrate`.
+    """
+    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    targets = [linear_target(model.get_submodule(name), name) for name in ranks]
+    text = CalibrationText(model, rows, tokens, batch_size, seed, store)
+    bases: Bases = {}
+    for group in _groups(targets, "input", max_bytes):
+        bases |= text.trailing({target.name: ranks[target.name] for target in group})
+    return bases
 
 
-def _bounded(group: Sequence[Target], held: int, limit: int) -> int:
-    """Return the bytes of all factors once those of a group are made; an error before they are, if it is too many."""
-    for target in group:
-        held += 4 * int(target.k) * (sum(target.shape) + 1)
-        if held > limit:
-            raise ConfigError(
-                f"layer {target.name}: with its principal_rank of {target.k} the factors of all layers so far take "
-                f"{held:,} bytes, more than the limit of {limit:,}; lower principal_rank, adapt fewer modules, or "
-                "raise max_factor_bytes"
-            )
-    return held
+def _check_counts(**counts: Any) -> None:
+    """Check that numbers of tokens, rows or bytes are positive integers (ConfigError)."""
+    for name, value in counts.items():
+        least = 2 if name == "tokens" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
-def _described(group: Sequence[Target], bases: Bases) -> Iterator[CalibratedLayer]:
+def _groups(targets: Sequence[Target], sides: str, max_bytes: int) -> Iterator[list[Target]]:
+    """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
+    group: list[Target] = []
+    held = 0
+    for target in targets:
+        m, n = target.shape
+        size = 8 * max(
+            n**2, m**2 if sides != "input" else 0
+        )  # the two sides are measured one after the other
+        if group and held + size > max_bytes:
+            yield group
+            group, held = [], 0
+        group.append(target)
+        held += size
+    if group:
+        yield group
+
+
+def _described(group: Sequence[Target], ranks: Ranks, bases: Bases) -> Iterator[CalibratedLayer]:
     first: dict[int, str] = {}
     for target in group:
-        inputs = bases[target.name]
+        k, inputs = ranks[target.name], bases[target.name]
         leader = first.setdefault(id(inputs), target.name)
         yield CalibratedLayer(
             target.name,
             target.shape,
-            int(target.k),
+            k,
             inputs.effective_rank,
-            inputs.energy(int(target.k)),
+            inputs.energy(k),
             leader if leader != target.name else None,
-        )
-
-
-def _warn_of_few(calibration: Calibration) -> None:
-    """Say where there were too few tokens, and how many are needed."""
-    widest = max(layer.shape[1] for layer in calibration.layers)
-    if calibration.tokens < (needed := TOKENS_PER_INPUT * widest):
-        warnings.warn(
-            f"calibrated on {calibration.tokens} tokens, few for inputs {widest} wide: the protected directions "
-            f"are unsteady; give at least {needed} tokens",
-            stacklevel=3,
         )

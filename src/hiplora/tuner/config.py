@@ -11,23 +11,41 @@ from peft import PeftConfig
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, is_rank
 
-PROJECTIONS = ("hard", "soft")
 PEFT_TYPE = "HIPLORA"
+PRESETS: dict[str, dict[str, Any]] = {
+    "function-aware": {"basis": "activation", "principal_channel": False},
+    "paper": {"basis": "weight", "principal_channel": True},
+}
+PROJECTIONS = ("hard", "soft")
 STABILITY_MODES = ("gradient", "proximal", "none")
 BASES = ("weight", "activation")
-INITIALISATIONS = (True, False, "zero")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "preset": tuple(PRESETS),
+    "basis": BASES,
+    "basis_sides": SIDES,
+    "projection": PROJECTIONS,
+    "stability_mode": STABILITY_MODES,
+    "init_weights": (True, False, "zero"),
+    "principal_channel": (True, False),
+    "residual_projection": (True, False),
+    "relative_gains": (True, False),
+    "save_factors": (True, False),
+}
 
 
 @dataclass
 class HipLoraConfig(PeftConfig):
-    """Configuration of a HiP-LoRA adapter; the defaults are the paper's (Appendix B).
+    """Configuration of a HiP-LoRA adapter.
 
     Args:
+        preset: what the fields that are not given default to. "function-aware", the default: `basis="activation"`,
+            `principal_channel=False`, on the MLP projections. "paper": `basis="weight"`, `principal_channel=True`, on
+            the attention projections, as in the paper (Appendix B). All other defaults are the paper's.
         r: rank of the residual channel, ≥ 1.
         lora_alpha: the residual channel is scaled by `lora_alpha / r` (Eq. 3); the gains never are.
         lora_dropout: dropout on the residual channel's input, in [0, 1).
-        target_modules: names, a regular expression, or "all-linear"; None takes the paper's q, k, v and o
-            projections.
+        target_modules: names, a regular expression, or "all-linear"; None takes the preset's, found by their role in
+            the architecture.
         exclude_modules: names or a regular expression of modules to leave alone.
         layers_to_transform: indices of the layers to adapt; all if None.
         layers_pattern: name of the layer list, where `layers_to_transform` needs it.
@@ -46,19 +64,19 @@ class HipLoraConfig(PeftConfig):
         stability_mode: "gradient" adds Eq. 7's gradient once per optimizer step; "proximal" shrinks the gains
             after the step; "none" leaves it to the caller (`hiplora.stability_penalty`).
         gain_lr_ratio: learning rate of the gains, in units of the optimizer's.
-        relative_gains: step on the relative gains ρ = δ/σ rather than on δ: strong directions move by more.
+        relative_gains: step on the relative gains ρ = δ/σ instead of δ: strong directions move by more.
         residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
-        principal_channel: learn gains; False is Proj-LoRA.
-        basis: where the protected directions come from. "weight": the weight's own SVD, the paper's. "activation":
-            the inputs that the layer really gets, and the outputs that the model's predictions depend on
-            (`hiplora.calibrate`; without it, measured on text sampled from the model).
+        principal_channel: learn gains δ on the protected directions (Eq. 2).
+        basis: where the protected directions come from. "weight": the weight's own SVD. "activation": the inputs that
+            the layer gets, and the outputs that the model's predictions depend on (`hiplora.calibrate`; without it,
+            measured on text sampled from the model).
         basis_sides: which sides the residual channel keeps out of: "both", "input" or "output".
         svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
         projection: "hard" keeps the residual channel out of the protected directions altogether (Eq. 4); "soft" (with
-            the activation basis) lets each pass the less, the more energy it has: a fixed filter inside the factors.
+            the activation basis) attenuates each by its energy: a fixed filter inside the factors.
         save_factors: save U, σ and V with the adapter; False recomputes them from the base model on load.
         fingerprints: filled in by the tuner: module → value hash of the weight that the adapter was made for.
-        principal_ranks: filled in by the tuner: module → k, where `principal_rank` leaves it to the layer.
+        principal_ranks: filled in by the tuner: module → k, where `principal_rank` depends on the layer.
         base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
         calibration: filled in by the calibration: source and number of its tokens, and a key of model and text.
 
@@ -66,6 +84,7 @@ class HipLoraConfig(PeftConfig):
         ConfigError: a value is out of range, of the wrong type, or contradicts another; it names the field.
     """
 
+    preset: str = None  # type: ignore[assignment]  # "function-aware"
     r: int = 16
     lora_alpha: int | float = 32
     lora_dropout: float = 0.05
@@ -85,8 +104,8 @@ class HipLoraConfig(PeftConfig):
     gain_lr_ratio: float = 1.0
     relative_gains: bool = False
     residual_projection: bool = True
-    principal_channel: bool = True
-    basis: str = "weight"
+    principal_channel: bool = None  # type: ignore[assignment]  # the preset's
+    basis: str = None  # type: ignore[assignment]  # the preset's
     basis_sides: str = "both"
     projection: str = "hard"
     svd_tolerance: float = 1e-4
@@ -97,100 +116,89 @@ class HipLoraConfig(PeftConfig):
     calibration: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Set the type and refuse values that make no sense."""
+        """Take the preset's values for what is not given, and refuse values that make no sense."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]  # a string where PEFT has an enum
         # Only a config read from an adapter folder is born with fingerprints: its base is then verified.
         self.from_checkpoint = bool(self.fingerprints)
-        self.unverified: set[str] = (
-            set()
-        )  # modules whose saved factors must vouch for a base in another precision
+        # Modules whose saved factors must vouch for a base in another precision.
+        self.unverified: set[str] = set()
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        _check_ranks(self)
-        _check_numbers(self)
-        _check_choices(self)
-        _check_layers(self)
+        if self.preset is None:
+            # A saved configuration from before there were presets: its defaults were the paper's.
+            old = self.from_checkpoint and self.basis != "activation"
+            self.preset = "paper" if old else "function-aware"
+        self._check_choice("preset")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self._check_values()
+        self._check_combinations()
+
+    def _check_choice(self, name: str) -> None:
+        value = getattr(self, name)
+        if not any(type(value) is type(option) and value == option for option in CHOICES[name]):
+            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}")
+
+    def _check_values(self) -> None:
+        for name in CHOICES:
+            self._check_choice(name)
+        for name, value in self._with_patterns("r", "rank_pattern"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+        for name, value in self._with_patterns("principal_rank", "principal_rank_pattern"):
+            if not is_rank(value):
+                raise ConfigError(f"{name} is {value!r}; expected {EXPECTED_RANK}")
+        for name, value in self._with_patterns("lora_alpha", "alpha_pattern"):
+            _check_number(name, value, lambda v: v > 0, "a number above 0")
+        _check_number("lora_dropout", self.lora_dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
+        for name in ("stability_weight", "stability_gamma"):
+            _check_number(name, getattr(self, name), lambda v: v >= 0, "a number of at least 0")
+        _check_number("gain_lr_ratio", self.gain_lr_ratio, lambda v: v > 0, "a number above 0")
+        _check_number("svd_tolerance", self.svd_tolerance, lambda v: 0 < v <= 1e-2, "a number in (0, 0.01]")
+
+    def _with_patterns(self, name: str, pattern: str) -> list[tuple[str, Any]]:
+        """Return a field and each of its exceptions as (name for messages, value)."""
+        exceptions = getattr(self, pattern).items()
+        return [(name, getattr(self, name)), *((f"{pattern}[{key!r}]", value) for key, value in exceptions)]
+
+    def _check_combinations(self) -> None:
+        if self.projection == "soft" and (self.basis != "activation" or not self.residual_projection):
+            raise ConfigError(
+                "projection is 'soft', which goes by the energy of the inputs and needs basis='activation' and "
+                "residual_projection=True; set them, or use 'hard'"
+            )
+        if self.basis == "activation" and not self.save_factors:
+            raise ConfigError(
+                "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
+                "leave it True, or set basis='weight'"
+            )
+        if not self.principal_channel and (self.relative_gains or self.gain_lr_ratio != 1):
+            raise ConfigError(
+                "gain_lr_ratio and relative_gains have no use with principal_channel=False; remove them, or set it to "
+                "True"
+            )
+        if not self.residual_projection and not self.principal_channel:
+            raise ConfigError(
+                "residual_projection and principal_channel are both False, which is plain LoRA; "
+                "use peft.LoraConfig, or set one of them to True"
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} cannot be combined with target_modules as a regular expression "
+                        f"({self.target_modules!r}); put the layer into the expression or list the names"
+                    )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform; set both or neither")
 
 
-def _check_ranks(config: HipLoraConfig) -> None:
-    named = {"r": config.r}
-    named.update({f"rank_pattern[{key!r}]": value for key, value in config.rank_pattern.items()})
-    for name, value in named.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
-    specs: dict[str, Any] = {"principal_rank": config.principal_rank}
-    specs.update(
-        {f"principal_rank_pattern[{key!r}]": value for key, value in config.principal_rank_pattern.items()}
-    )
-    for name, value in specs.items():
-        if not is_rank(value):
-            raise ConfigError(f"{name} is {value!r}; expected {EXPECTED_RANK}")
-
-
-def _check_numbers(config: HipLoraConfig) -> None:
-    _number("lora_alpha", config.lora_alpha, lambda v: v > 0, "a number above 0")
-    for key, value in config.alpha_pattern.items():
-        _number(f"alpha_pattern[{key!r}]", value, lambda v: v > 0, "a number above 0")
-    _number("lora_dropout", config.lora_dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
-    _number("stability_weight", config.stability_weight, lambda v: v >= 0, "a number of at least 0")
-    _number("stability_gamma", config.stability_gamma, lambda v: v >= 0, "a number of at least 0")
-    _number("gain_lr_ratio", config.gain_lr_ratio, lambda v: v > 0, "a number above 0")
-    _number("svd_tolerance", config.svd_tolerance, lambda v: 0 < v <= 1e-2, "a number in (0, 0.01]")
-
-
-def _number(name: str, value: Any, accept: Any, expected: str) -> None:
+def _check_number(name: str, value: Any, accept: Any, expected: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not accept(value):
         raise ConfigError(f"{name} is {value!r}; expected {expected}")
-
-
-def _check_choices(config: HipLoraConfig) -> None:
-    choices = {
-        "stability_mode": STABILITY_MODES,
-        "basis": BASES,
-        "projection": PROJECTIONS,
-        "basis_sides": SIDES,
-        "init_weights": INITIALISATIONS,
-    }
-    for name, allowed in choices.items():
-        value = getattr(config, name)
-        if not any(value is option or (isinstance(option, str) and value == option) for option in allowed):
-            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
-    for name in ("residual_projection", "principal_channel", "relative_gains", "save_factors"):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name} is {getattr(config, name)!r}; expected True or False")
-    if config.projection == "soft" and (config.basis != "activation" or not config.residual_projection):
-        raise ConfigError(
-            "projection is 'soft', which goes by the energy of the inputs and needs basis='activation' and "
-            "residual_projection=True; set them, or use 'hard'"
-        )
-    if config.basis == "activation" and not config.save_factors:
-        raise ConfigError(
-            "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
-            "leave it True"
-        )
-    if not config.principal_channel and (config.relative_gains or config.gain_lr_ratio != 1):
-        raise ConfigError(
-            "gain_lr_ratio and relative_gains have no use with principal_channel=False; remove them or switch it on"
-        )
-    if not config.residual_projection and not config.principal_channel:
-        raise ConfigError(
-            "residual_projection and principal_channel are both False, which is plain LoRA; "
-            "use peft.LoraConfig, or switch one of them on"
-        )
-
-
-def _check_layers(config: HipLoraConfig) -> None:
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(config, name) is not None:
-                raise ConfigError(
-                    f"{name} cannot be combined with target_modules as a regular expression "
-                    f"({config.target_modules!r}); put the layer into the expression or list the names"
-                )
-    if config.layers_pattern is not None and config.layers_to_transform is None:
-        raise ConfigError("layers_pattern needs layers_to_transform; set both or neither")

@@ -22,7 +22,7 @@ from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError, fi
 from hiplora.models import resolve
 from hiplora.spectral import FactorStore, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.targets import Target, survey
+from hiplora.tuner.targets import Target, find_targets
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,24 @@ class Checkpoint:
                 "call peft.get_peft_model, which dequantises them and fills the same store"
             )
 
+    def targets(self, config: HipLoraConfig) -> list[Target]:
+        """Return the weights that an adapter of this configuration would factor, in the model's order.
+
+        Raises:
+            ConfigError: no module matches, one that does is not a linear layer, or its weight is not in the files.
+            FactorError: a principal rank exceeds a weight's smaller side.
+            DataError: a file is damaged.
+        """
+        targets = find_targets(self.skeleton, config)
+        for target in targets:
+            if isinstance(target.k, int) and target.k > min(target.shape):
+                raise FactorError(
+                    f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
+                    "lower it or set principal_rank_pattern"
+                )
+            self.check(target)
+        return targets
+
     def check(self, target: Target) -> None:
         """Make sure that a target can be read, from the header of its file alone.
 
@@ -118,32 +136,12 @@ class Checkpoint:
         )
 
 
-def find_targets(checkpoint: Checkpoint, config: HipLoraConfig) -> list[Target]:
-    """Return the weights that an adapter of this configuration would factor, in the model's order.
-
-    Raises:
-        ConfigError: no module matches, one that does is not a linear layer, or its weight is not in the files.
-        FactorError: a principal rank exceeds a weight's smaller side.
-        DataError: a file is damaged.
-    """
-    targets = survey(checkpoint.skeleton, config)
-    for target in targets:
-        if isinstance(target.k, int) and target.k > min(target.shape):
-            raise FactorError(
-                f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
-                "lower it or set principal_rank_pattern"
-            )
-        checkpoint.check(target)
-    return targets
-
-
 def factorize(
     checkpoint: Checkpoint,
     targets: list[Target],
     store: FactorStore,
     *,
     tol: float = 1e-4,
-    method: str = "auto",
     dtype: torch.dtype | None = None,
     device: str = "cpu",
 ) -> Iterator[Factored]:
@@ -151,16 +149,16 @@ def factorize(
 
     What is in the store already is verified and left alone, so a run that was interrupted is carried on by
     running it again. `dtype` is that in which the model will be trained, where it is not the checkpoint's:
-    rounded weights are other weights. Adapters look for `method="auto"`.
+    rounded weights are other weights.
 
     Raises:
         FactorError, StoreError, ConfigError, DataError: as `FactorStore` and `Checkpoint`.
     """
     for target in targets:
-        start, computed = time.perf_counter(), store.computed
+        start, made = time.perf_counter(), store.made
         weight = checkpoint.read(target).to(device=device, dtype=dtype)
         k = resolve_rank(target.k, target.shape, functools.partial(squared_singular_values, weight))
-        factors = store.get_or_compute(weight, k, tol, method, name=target.name)
+        factors = store.get_or_compute(weight, k, tol, name=target.name)
         yield Factored(
             name=target.name,
             kind=target.kind,
@@ -170,8 +168,8 @@ def factorize(
             residual=factors.residual,
             orthogonality=factors.orthogonality,
             seconds=time.perf_counter() - start,
-            size=store.path(factors.fingerprint, k, tol, method).stat().st_size,
-            reused=store.computed == computed,
+            size=store.factor_path(factors.fingerprint, k, tol).stat().st_size,
+            reused=store.made == made,
         )
 
 

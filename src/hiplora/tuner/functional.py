@@ -2,8 +2,7 @@
 
 `y = base_out + [s·B | U diag(δ)] ([A; Vᵀ] x)`: both channels go through one pair of thin products of width r + k.
 The hand-written backward keeps only the layer's input and the thin activation (and, with dropout, one byte an
-element). Where a step has many tokens, `folded_linear` is cheaper still: it multiplies by W + ΔW, made for the
-moment and never kept, so that only the gradients of the factors need thin products.
+element).
 """
 
 import contextlib
@@ -52,45 +51,6 @@ def add_channels(
         return _AddChannels.apply(base_out, x, A, B, delta, U, V, scaling, dropout, compute)
 
 
-def folding_pays(tokens: int, weight: Tensor) -> bool:
-    """Tell whether `folded_linear` is cheaper than `add_channels` for this many rows of input.
-
-    Making W + ΔW, once forward and once backward, costs 2mn(r + k) products; it saves (m + n)(r + k) of them per
-    token and two passes over the activations. Below half that break-even the thin way is kept.
-    """
-    m, n = weight.shape
-    return tokens * (m + n) >= 2 * m * n
-
-
-def folded_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    delta: Tensor | None,
-    U: Tensor | None,
-    V: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    """Return `x (W + ΔW)ᵀ + bias`, for training without dropout; all tensors of one dtype, shapes as above.
-
-    Args:
-        x: inputs, (..., n).
-        weight: frozen weight (m, n); read, never written.
-        bias: frozen bias (m,) or None.
-        A: residual factor (r, n).
-        B: residual factor (m, r).
-        delta: gain deviations (k,), or None for an adapter without principal channel.
-        U: left protected directions (m, k).
-        V: right protected directions (n, k).
-        scaling: α/r, applied to the residual channel only.
-    """
-    if delta is None:
-        U = V = None
-    return _FoldedLinear.apply(x, weight, bias, A, B, delta, U, V, scaling)
-
-
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
     """Return a boolean mask of kept elements and the exact probability of keeping one.
 
@@ -99,7 +59,7 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout), 1 - dropout
-    dropped = round(dropout * _DRAWS)
+    dropped = min(round(dropout * _DRAWS), _DRAWS - 1)
     count = shape.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[:count].view(shape)
@@ -168,80 +128,26 @@ class _AddChannels(torch.autograd.Function):
             return grad_out, *_gradients(ctx, grad_out), None, None, None, None, None
 
 
-class _FoldedLinear(torch.autograd.Function):
-    """Custom pass of `folded_linear`; only x, A, B and δ have gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        delta: Tensor | None,
-        U: Tensor | None,
-        V: Tensor | None,
-        scaling: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B, delta, U, V)
-        ctx.scaling = scaling
-        effective = torch.addmm(weight, _up(B, U, delta, scaling, A.dtype), _down(A, V, A.dtype))
-        return F.linear(x, effective, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, delta, U, V = ctx.saved_tensors
-        need_x, _, _, *needs = ctx.needs_input_grad[:6]
-        inputs, g = x.reshape(-1, x.shape[-1]), grad_out.reshape(-1, grad_out.shape[-1])
-        down = _down(A, V, A.dtype)
-        back = g @ _up(B, U, None, ctx.scaling, A.dtype)
-        factors = _factor_gradients(inputs, g, inputs @ down.T, back, delta, A.shape[0], ctx.scaling, needs)
-        dx = None
-        if need_x:
-            effective = torch.addmm(weight, _up(B, U, delta, ctx.scaling, A.dtype), down)
-            dx = (g @ effective).view(x.shape)
-        return dx, None, None, *factors, None, None, None
-
-
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, A, B and δ; each None where nothing asks for it."""
     x, A, B, delta, U, V, thin, mask = ctx.saved_tensors
     r, compute = A.shape[0], ctx.compute
-    _, need_x, *needs = ctx.needs_input_grad[:5]
+    _, need_x, need_A, need_B, need_delta = ctx.needs_input_grad[:5]
     g = grad_out.reshape(-1, grad_out.shape[-1]).to(compute)
-    back = g @ _up(B, U, None, ctx.scaling, compute)
-    inputs = x.reshape(-1, x.shape[-1]).to(compute)
-    masked = inputs if mask is None or not needs[0] else inputs * mask
-    found = _factor_gradients(masked, g, thin, back, delta, r, ctx.scaling, needs)
-    d_A, d_B, d_delta = (d if d is None else d.to(p.dtype) for d, p in zip(found, (A, B, delta), strict=True))
-    dx = None
+    back = g @ _up(B, U, None, ctx.scaling, compute)  # g [s·B | U], (N, r + k)
+    dx = d_A = d_B = d_delta = None
+    if need_A:
+        inputs = x.reshape(-1, x.shape[-1]).to(compute)
+        d_A = (back[:, :r].T @ (inputs if mask is None else inputs * mask)).to(A.dtype)
+    if need_B:
+        d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(B.dtype)
+    if need_delta and delta is not None:
+        d_delta = torch.linalg.vecdot(back[:, r:], thin[:, r:], dim=0).to(delta.dtype)
     if need_x:
         if delta is not None:
             back[:, r:].mul_(delta)
         dx = _input_gradient(back, _down(A, V, compute), mask, r).view(x.shape).to(x.dtype)
     return dx, d_A, d_B, d_delta
-
-
-def _factor_gradients(
-    inputs: Tensor,
-    g: Tensor,
-    thin: Tensor,
-    back: Tensor,
-    delta: Tensor | None,
-    r: int,
-    scaling: float,
-    needs: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of A, B and δ from the thin activation and `back` = g [s·B | U], both (N, r + k)."""
-    need_A, need_B, need_delta = needs
-    d_A = back[:, :r].T @ inputs if need_A else None
-    d_B = (g.T @ thin[:, :r]).mul_(scaling) if need_B else None
-    d_delta = (
-        torch.linalg.vecdot(back[:, r:], thin[:, r:], dim=0) if need_delta and delta is not None else None
-    )
-    return d_A, d_B, d_delta
 
 
 def _input_gradient(back: Tensor, down: Tensor, mask: Tensor | None, r: int) -> Tensor:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import AdapterError, ConfigError
+from hiplora.errors import AdapterError
 from hiplora.spectral import (
     SpectralFactors,
     budget_weights,
@@ -27,7 +26,8 @@ from hiplora.spectral import (
 )
 from hiplora.tuner.buffers import SHRINK_NAMES, FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.functional import add_channels, folded_linear, folding_pays
+from hiplora.tuner.functional import add_channels
+from hiplora.tuner.targets import linear_target
 
 # Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
 LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
@@ -45,6 +45,12 @@ def soft_sides(config: HipLoraConfig) -> list[str]:
     ]
 
 
+def frozen_weight(module: nn.Module) -> Tensor:
+    """Return the base weight of a linear layer, adapted or not, as (m, n), dequantised where needed."""
+    layer = module if isinstance(module, HipLoraLinear) else HipLoraLinear(module, "")
+    return layer.frozen_weight()
+
+
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     """HiP-LoRA around a frozen `nn.Linear`, `Conv1D` or quantised linear layer of shape (m, n) = (out, in).
 
@@ -59,6 +65,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        target = linear_target(base_layer, name)
+        (self.out_features, self.in_features), self.transposed = target.shape, target.transposed
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.hiplora_A = nn.ParameterDict()
         self.hiplora_B = nn.ParameterDict()
@@ -74,22 +82,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = []
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise ConfigError(f"layer {name}: its shape cannot be told from {type(base_layer).__name__}")
-        self.in_features, self.out_features = in_features, out_features
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the base layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight as (m, n), dequantised where needed."""
         weight = self.get_base_weight()
         return weight.T if self.transposed else weight
-
-    # Making an adapter -----------------------------------------------------------------------------------------
 
     def add_adapter(
         self,
@@ -161,8 +158,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _base_device(self) -> torch.device | None:
         return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-
-    # The method ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
@@ -258,8 +253,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Tell PEFT that the update is additive."""
         return True
 
-    # The forward pass and merging ------------------------------------------------------------------------------
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output plus both channels of every active adapter."""
         if self._disable_adapters and self.merged:
@@ -269,41 +262,21 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         adapters = [adapter for adapter in self.active_adapters if adapter in self.hiplora_A]
         for adapter in adapters if self._pending else ():
             self.ensure_factors(adapter)
-        if len(adapters) == 1 and self._may_fold(x, adapters[0]):
-            base: Any = self.base_layer
-            return folded_linear(x, base.weight, base.bias, *self._channels(adapters[0]))
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in adapters:
-            dropout = self.hiplora_dropout[adapter] if self.training else 0.0
-            result = add_channels(result, x, *self._channels(adapter), dropout)
+            result = add_channels(
+                result,
+                x,
+                *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
+                self.hiplora_delta.get(adapter),
+                self.hiplora_U[adapter],
+                self.hiplora_V[adapter],
+                self.scaling[adapter],
+                self.hiplora_dropout[adapter] if self.training else 0.0,
+            )
         return result
-
-    def _channels(self, adapter: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, float]:
-        """Return (A, B, δ, U, V, α/r), as the fused passes take them."""
-        return (
-            *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
-            self.hiplora_delta.get(adapter),
-            self.hiplora_U[adapter],
-            self.hiplora_V[adapter],
-            self.scaling[adapter],
-        )
-
-    def _may_fold(self, x: Tensor, adapter: str) -> bool:
-        """Whether this pass is a training step on a plain fp32 layer with tokens enough for `folded_linear`."""
-        base = self.base_layer
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and self.hiplora_dropout[adapter] == 0
-            and type(base) is nn.Linear
-            and not (base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"))
-            and x.dtype == base.weight.dtype == self.hiplora_A[adapter].dtype == torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and folding_pays(x.numel() // x.shape[-1], base.weight)
-        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.

@@ -10,7 +10,6 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import (
@@ -22,20 +21,11 @@ from hiplora.spectral import (
 )
 from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
+from hiplora.tuner.calibration import calibrate
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.targets import default_targets, for_module
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
-
-# The paper's targets (Appendix B), then their counterparts in models that fuse or rename them.
-ATTENTION_TARGETS = (
-    {"q_proj", "k_proj", "v_proj", "o_proj"},
-    {"q_proj", "k_proj", "v_proj", "out_proj"},
-    {"qkv_proj", "o_proj"},
-    {"query_key_value", "dense"},
-    {"c_attn", "c_proj"},
-    {"query", "key", "value"},
-    {"q", "k", "v", "o"},
-)
 
 
 class HipLoraModel(BaseTuner):
@@ -46,16 +36,9 @@ class HipLoraModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Choose the attention projections where no target is given."""
+        """Choose the preset's modules where no target is given."""
         if peft_config.target_modules is None:
-            names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-            targets = next((option for option in ATTENTION_TARGETS if option <= names), None)
-            if targets is None:
-                raise ConfigError(
-                    f"target_modules is not set and {type(self.model).__name__} has none of the usual attention "
-                    "projections; set it to a list of module names, a regular expression or 'all-linear'"
-                )
-            peft_config.target_modules = set(targets)
+            peft_config.target_modules = set(default_targets(self.model, peft_config.preset))
         return peft_config
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
@@ -69,10 +52,6 @@ class HipLoraModel(BaseTuner):
         if not config.from_checkpoint:
             config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
             if config.basis == "activation" and not config.calibrated:
-                from hiplora.tuner.calibration import (
-                    calibrate,  # it asks this very class what the targets are
-                )
-
                 calibrate(model, config)
         # Silent without a terminal, and for the first two seconds.
         self._progress = tqdm(desc="factoring weights", unit=" modules", delay=2, leave=False, disable=None)
@@ -118,7 +97,9 @@ class HipLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = as_layer(target, current_key)
+        layer = target
+        if not isinstance(layer, HipLoraLinear):
+            layer = HipLoraLinear(target, current_key).train(target.training)
         r = for_module(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = for_module(peft_config.alpha_pattern, current_key, peft_config.lora_alpha)
         k = self._principal_rank(layer, peft_config)
@@ -224,25 +205,3 @@ class HipLoraModel(BaseTuner):
         for layer in layers.values():
             layer.unshare_factors(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def as_layer(target: nn.Module, name: str) -> HipLoraLinear:
-    """Return a module as an adapted layer: itself if it is one, else a new layer around it.
-
-    Raises:
-        ConfigError: it is not a linear layer.
-    """
-    if isinstance(target, HipLoraLinear):
-        return target
-    layer = HipLoraLinear(target, name).train(target.training)
-    if not isinstance(target, (nn.Linear, Conv1D)) and layer.quantization_backend is None:
-        raise ConfigError(
-            f"layer {name}: HiP-LoRA adapts linear layers, and this is a {type(target).__name__}; "
-            "leave it out with exclude_modules, or train it whole with modules_to_save"
-        )
-    return layer
-
-
-def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """Return a module's own value from a pattern of PEFT's kind, else the default."""
-    return pattern.get(get_pattern_key(list(pattern), name), default)

@@ -1,94 +1,25 @@
-"""Second moments of the inputs of a model's layers, and the store that keeps their eigenvectors."""
+"""Collect second moments of layers' inputs and of the gradients at their outputs, while the base model runs."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import filelock
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from hiplora.files import cache_dir, write_atomic
-from hiplora.spectral import MomentBasis, SecondMoment, weight_fingerprint
+from hiplora.errors import ConfigError
+from hiplora.spectral import MomentBasis, SecondMoment
 
-FORMAT = 1
 Bases = dict[str, MomentBasis]
-
-
-class MomentCollector:
-    """Sums up the second moments of the inputs of some layers while the model runs; padding does not count.
-
-    Layers that are called in a row with the very same tensor (q, k and v; gate and up) share one moment.
-    """
-
-    def __init__(self, model: nn.Module, modules: Sequence[str]):
-        self.moments: dict[str, SecondMoment] = {}
-        self.leader: dict[str, str] = {}  # layer → the layer whose moment it shares
-        self._model, self._modules = model, modules
-        self._mask: Tensor | None = None
-        self._last: tuple[str, Tensor] | None = None
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Listen inside the block, to the bare base model."""
-        with bare(self._model), torch.no_grad():
-            handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-            for name in self._modules:
-                handles.append(self._model.get_submodule(name).register_forward_pre_hook(self._hook(name)))
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                self._last = self._mask = None
-
-    def bases(self) -> Bases:
-        """Return the eigenvectors of each layer's moment, shared where the moment is."""
-        led = {name: self.moments.pop(name).eigen(name) for name in list(self.moments)}
-        missing = [name for name in self._modules if name not in self.leader]
-        if missing:
-            SecondMoment(1).eigen(missing[0])  # says that no token reached it
-        return {name: led[self.leader[name]] for name in self._modules}
-
-    def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._mask = token_mask(args, kwargs)
-        self._last = None
-
-    def _hook(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple) -> None:
-            x = args[0]
-            if (
-                self._last is not None
-                and x is self._last[1]
-                and self.leader.get(name, self._last[0]) == self._last[0]
-            ):
-                self.leader[name] = self._last[0]
-                return
-            if self.leader.setdefault(name, name) != name:
-                return  # its leader has been summed up already, in this very pass
-            self._last = (name, x)
-            flat = x.reshape(-1, x.shape[-1])
-            if self._mask is not None and self._mask.shape == x.shape[:-1]:
-                flat = flat[self._mask.to(x.device).flatten()]
-            if name not in self.moments:
-                self.moments[name] = SecondMoment(x.shape[-1], x.device)
-            self.moments[name].add(flat)
-
-        return hook
+_INPUT_SIDE = "set basis_sides='input', which needs no gradients"
 
 
 @contextlib.contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """Have the base alone, inside the block: adapters off, evaluation mode; all is as it was afterwards."""
+def base_only(model: nn.Module) -> Iterator[None]:
+    """Disable adapters and switch to eval mode inside the block; restore both, and `requires_grad`, on exit."""
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
     training = {module: module.training for module in model.modules()}
     gradients = {p: p.requires_grad for p in model.parameters()}
@@ -106,96 +37,167 @@ def bare(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+class MomentCollector:
+    """Sums up the second moments of the inputs of some layers while the model runs; padding does not count.
+
+    Layers that are called in a row with the very same tensor (q, k and v; gate and up) share one moment.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str]):
+        self.leader: dict[str, str] = {}  # layer → the layer whose moment it shares
+        self._moments: dict[str, SecondMoment] = {}
+        self._model, self._modules = model, modules
+        self._mask: Tensor | None = None
+        self._last: tuple[str, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect inside the block, from the base model without its adapters."""
+        with base_only(self._model), torch.no_grad(), contextlib.ExitStack() as handles:
+            handles.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            for name in self._modules:
+                hook = self._model.get_submodule(name).register_forward_pre_hook(self._hook(name))
+                handles.callback(hook.remove)
+            try:
+                yield
+            finally:
+                self._last = self._mask = None
+
+    def moment(self, name: str) -> SecondMoment:
+        """Return a layer's moment; an empty one, whose use is an error, where no token reached it."""
+        return self._moments.get(self.leader.get(name, name)) or SecondMoment(1)
+
+    def bases(self) -> Bases:
+        """Return the eigenvectors of each layer's moment, one object for the layers that share it."""
+        found: Bases = {}
+        for name in self._modules:
+            leader = self.leader.get(name, name)
+            if leader not in found:
+                found[leader] = self.moment(leader).eigen(leader)
+                self._moments.pop(leader)
+            found[name] = found[leader]
+        return {name: found[name] for name in self._modules}
+
+    def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._mask, self._last = token_mask(args, kwargs), None
+
+    def _hook(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple) -> None:
+            x, last = args[0], self._last
+            if last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
+                self.leader[name] = last[0]
+                return
+            if self.leader.setdefault(name, name) != name:
+                return  # its leader has been summed up already, in this very pass
+            self._last = (name, x)
+            flat = x.reshape(-1, x.shape[-1])
+            if self._mask is not None and self._mask.shape == x.shape[:-1]:
+                flat = flat[self._mask.to(x.device).flatten()]
+            if name not in self._moments:
+                self._moments[name] = SecondMoment(x.shape[-1], x.device)
+            self._moments[name].add(flat)
+
+        return hook
+
+
+class GradientCollector:
+    """Sums up the second moments of the gradients at the outputs of some layers, while the model runs.
+
+    The gradient is of `−log p(y)` with y drawn from the model's own next-token distribution at every position, so
+    that the moment is the layer's factor of the Fisher information. A draw depends on the number of its row only. The
+    first `limit` tokens are used, to the end of their row; padding does not count.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[str], limit: int):
+        self.moments: dict[str, SecondMoment] = {}
+        self._model, self._modules, self._limit = model, modules, limit
+        self._rows = self._tokens = 0
+        self._mask: Tensor | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect inside the block, from the base model; it is differentiated whether or not gradients are on."""
+        model: Any = self._model
+        with base_only(model), torch.no_grad(), contextlib.ExitStack() as handles:
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+            for handle in (
+                model.register_forward_pre_hook(self._begin, with_kwargs=True),
+                model.register_forward_hook(self._end, with_kwargs=True),
+                model.get_input_embeddings().register_forward_hook(self._start_graph),
+                *(model.get_submodule(n).register_forward_hook(self._hook(n)) for n in self._modules),
+            ):
+                handles.callback(handle.remove)
+            yield
+
+    @property
+    def done(self) -> bool:
+        """Whether as many tokens as were requested have been used."""
+        return self._tokens >= self._limit
+
+    def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                "run_model runs under torch.inference_mode(), which allows no gradients; use torch.no_grad(), or "
+                f"{_INPUT_SIDE}"
+            )
+        self._mask = token_mask(args, kwargs)
+        torch.set_grad_enabled(not self.done)
+
+    def _start_graph(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self._add(name, gradient))
+
+        return hook
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        if name not in self.moments:
+            self.moments[name] = SecondMoment(gradient.shape[-1], gradient.device)
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        assert self._mask is not None
+        self.moments[name].add(flat[self._mask.to(flat.device).flatten()])
+
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self.done:
+            return
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.requires_grad:
+            raise ConfigError(
+                f"{type(model).__name__} gives no logits that depend on its input embeddings, and the output side of "
+                f"the activation basis comes from their gradients; {_INPUT_SIDE}"
+            )
+        if self._mask is None or self._mask.shape != logits.shape[:2]:
+            self._mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+        mask = self._mask.cpu()
+        gradient = torch.zeros_like(logits)
+        for index in range(len(mask)):
+            if self.done:  # the rest of this batch is left out, so that the batch size changes nothing
+                mask[index] = False
+            elif (count := int(mask[index].sum())) > 0:
+                at = mask[index].to(logits.device)
+                gradient[index, at] = score(logits[index, at].detach(), self._rows).to(logits.dtype)
+                self._tokens += count
+            self._rows += 1
+        self._mask = mask
+        torch.autograd.backward(logits, gradient)
+        torch.set_grad_enabled(False)
+
+
+def score(logits: Tensor, row: int) -> Tensor:
+    """Return `p − e_y`, the gradient of −log p(y) in the logits (tokens, vocabulary), for y drawn from p."""
+    probabilities = logits.float().softmax(-1)
+    generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
+    uniform = torch.rand(len(logits), generator=generator).double()[:, None].to(logits.device)
+    drawn = torch.searchsorted(probabilities.double().cumsum(-1), uniform)
+    drawn.clamp_(max=logits.shape[-1] - 1)
+    return probabilities.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=probabilities.dtype))
+
+
 def token_mask(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return which tokens of a model's call are text and not padding, (rows, length); None where it does not say."""
+    """Return which tokens of a model's call are not padding, (rows, length); None where it does not say."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-class CalibrationStore:
-    """Sampled text and eigenvectors on disk, by what they were made from; whole or absent, verified on read."""
-
-    def __init__(self, root: Path | None = None):
-        self.root = root if root is not None else cache_dir() / "calibration"
-        self.written = 0  # files that this object has made, rather than read
-
-    def path(self, *key: Any) -> Path:
-        """Return the file for something made from `key`."""
-        digest = hashlib.sha256(json.dumps([FORMAT, *key], sort_keys=True).encode()).hexdigest()
-        return self.root / digest[:2] / f"{digest}.safetensors"
-
-    def read(self, path: Path) -> tuple[dict[str, Tensor], Any] | None:
-        """Return the tensors and the record of a file; None where it is absent or (with a warning) damaged."""
-        try:
-            raw = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            warnings.warn(
-                f"calibration {path}: cannot be read ({error.strerror}); measuring again", stacklevel=3
-            )
-            return None
-        try:
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            entry = json.loads(header["__metadata__"]["hiplora"])
-            tensors = load_tensors(raw)
-            if entry["checksum"] != _checksum(tensors, entry["record"]):
-                raise ValueError("checksum mismatch")
-        except Exception as error:  # every way in which bytes can be wrong
-            warnings.warn(f"calibration {path}: is damaged ({error}); measuring again", stacklevel=3)
-            return None
-        return tensors, entry["record"]
-
-    def write(self, path: Path, tensors: dict[str, Tensor], record: Any) -> None:
-        """Write a file; where that fails a warning says so, and the work goes on without it."""
-        entry = json.dumps({"record": record, "checksum": _checksum(tensors, record)}, sort_keys=True)
-        self.written += 1
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(path.parent / ".lock", timeout=600):
-                for leftover in path.parent.glob(f".{path.name}.*.part"):
-                    leftover.unlink(missing_ok=True)
-                write_atomic(path, save_tensors(tensors, {"hiplora": entry}))
-        except OSError as error:
-            reason = error.strerror or error
-            warnings.warn(
-                f"calibration {path}: cannot be written ({reason}); going on without it", stacklevel=3
-            )
-
-    def read_bases(self, path: Path, modules: Sequence[str]) -> Bases | None:
-        """Return the stored eigenvectors of these layers."""
-        found = self.read(path)
-        if found is None:
-            return None
-        tensors, record = found
-        led = {
-            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
-            for name in set(record["leader"].values())
-        }
-        return {name: led[record["leader"][name]] for name in modules}
-
-    def write_bases(self, path: Path, bases: Bases, leader: dict[str, str]) -> None:
-        """Write the eigenvectors of some layers, each shared one once."""
-        tensors = {}
-        for name in set(leader.values()):
-            tensors[f"{name}.values"], tensors[f"{name}.vectors"] = bases[name].values, bases[name].vectors
-        self.write(path, tensors, {"leader": leader, "tokens": next(iter(bases.values())).tokens})
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
-    digest, seen = hashlib.sha256(), set()
-    for name, parameter in model.named_parameters():
-        if any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split(".")):
-            continue
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(parameter)}\n".encode())
-    return digest.hexdigest()
-
-
-def _checksum(tensors: dict[str, Tensor], record: Any) -> str:
-    parts = [json.dumps(record, sort_keys=True)]
-    parts += [f"{name} {weight_fingerprint(tensors[name])}" for name in sorted(tensors)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import leak, misfit, protected, weight_fingerprint
+from hiplora.spectral import factor_mismatch, leak, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, soft_sides
@@ -127,7 +127,7 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
     if layer.name in config.unverified:
-        off = misfit(layer.frozen_weight().float().cpu(), U, sigma, V, config.basis)
+        off = factor_mismatch(layer.frozen_weight().float().cpu(), U, sigma, V, config.basis)
         if not off <= OTHER_PRECISION_LIMIT:
             raise AdapterError(_other_weights([layer.name], config))
 

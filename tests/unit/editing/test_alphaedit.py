@@ -13,7 +13,7 @@ from hiplora.editing.alphaedit.settings import default_layers
 from hiplora.editing.alphaedit.values import search_values, subject_states
 from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
-from hiplora.tuner.calibration import input_bases
+from hiplora.tuner import input_bases
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, lively, writer
 

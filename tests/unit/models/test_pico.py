@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from hiplora.errors import ConfigError
+from hiplora.models import KNOWN, MANIFEST, MadeModel, fetch, load, model_dir, resolve
 from hiplora.models import __main__ as command
-from hiplora.models import fetch, load, model_dir, resolve
-from hiplora.models.known import KNOWN, MadeModel
-from hiplora.models.manifest import MANIFEST
 from hiplora.models.pico import CONTEXT, make_pico
 from hiplora.models.shapes import model_shape, shape_of
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 
 @pytest.mark.parametrize("chosen", ["highest", "high", "medium"])

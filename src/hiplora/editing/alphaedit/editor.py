@@ -15,7 +15,7 @@ from hiplora.editing.alphaedit.update import null_space, null_space_update
 from hiplora.editing.alphaedit.values import search_values, subject_states
 from hiplora.editing.editors import Untouched
 from hiplora.editing.edits import Edit
-from hiplora.tuner.calibration import input_bases
+from hiplora.tuner import input_bases
 
 
 class AlphaEditor:

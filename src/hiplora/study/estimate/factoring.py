@@ -12,7 +12,7 @@ from hiplora.models.shapes import FACTORED, ModelShape
 from hiplora.spectral.krylov import MAX_BLOCKS, block_size
 from hiplora.study.estimate.load import Load
 from hiplora.training.methods import METHODS, AnyMethod
-from hiplora.tuner.calibration import ROW_LENGTH
+from hiplora.tuner import ROW_LENGTH
 
 EIGH = (
     9.0  # n³: reduction to tridiagonal form, divide and conquer, back-transformation (Golub & Van Loan, 8.3)

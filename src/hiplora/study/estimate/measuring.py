@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hiplora.files import cache_dir, write_atomic
-from hiplora.models.quiet import quiet_transformers
+from hiplora.models import quiet_transformers
 from hiplora.models.shapes import ModelShape, model_config, shape_of
 from hiplora.provenance import json_sha256, provenance
 from hiplora.spectral import truncated_svd

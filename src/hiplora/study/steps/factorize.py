@@ -20,10 +20,7 @@ from hiplora.study.steps.methods import method_at
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.methods import AnyMethod
 from hiplora.training.train import machine_dtype, torch_dtype
-from hiplora.tuner import HipLoraConfig
-from hiplora.tuner.model import as_layer
-from hiplora.tuner.moments import CalibrationStore
-from hiplora.tuner.targets import survey
+from hiplora.tuner import CalibrationStore, HipLoraConfig, find_targets, frozen_weight
 
 if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
@@ -82,15 +79,15 @@ def _as_trained(bench: "Bench") -> tuple[Any, Any]:
 
 def _by_weights(model: Any, config: HipLoraConfig) -> _Factored:
     store, factors = FactorStore(), []
-    for target in survey(model, config):
-        weight = as_layer(model.get_submodule(target.name), target.name).frozen_weight()
+    for target in find_targets(model, config):
+        weight = frozen_weight(model.get_submodule(target.name))
         k = resolve_rank(target.k, target.shape, functools.partial(squared_singular_values, weight))
         factors.append(store.get_or_compute(weight, k, config.svd_tolerance, name=target.name))
-    return _Factored(factors, None, reused=store.computed == 0)
+    return _Factored(factors, None, reused=store.made == 0)
 
 
 def _by_inputs(model: Any, tokenizer: Any, method: Spectral, config: HipLoraConfig) -> _Factored:
     store = CalibrationStore()
     found = method.calibrate(config, model, tokenizer, store)
     energy = sum(layer.energy for layer in found.layers) / len(found.layers)
-    return _Factored(list(found.factors.values()), energy, reused=store.written == 0)
+    return _Factored(list(found.factors.values()), energy, reused=store.made == 0)

@@ -20,7 +20,7 @@ from hiplora.study.steps.lengths import OTHER_TASK, TASKS
 from hiplora.study.steps.measured import DataLengths, data_of, edits_at, items_of
 from hiplora.training.baselines.split_lora import check_cut
 from hiplora.training.recipe import TrainSettings
-from hiplora.tuner.calibration import ROW_LENGTH
+from hiplora.tuner import ROW_LENGTH
 
 Settings = Mapping[str, Any]
 BATCH = 8  # texts that are scored, and written, at a time

@@ -29,13 +29,12 @@ class CordaMethod(ResidualInit, FromInputs):
         """Measure the covariances and start where PEFT does."""
         from peft.tuners.lora.corda import preprocess_corda
 
-        from hiplora.tuner.inputs import CalibrationText
-        from hiplora.tuner.moments import bare
+        from hiplora.tuner import CalibrationText, base_only
 
         ranks = layer_ranks(config, model)
         if config.target_modules == "all-linear":  # PEFT's preprocessing takes it for a regular expression
             config.target_modules = list(ranks)
         text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, 1, 0, None)
-        with bare(model):
+        with base_only(model):
             preprocess_corda(model, config, text.run)
         return begin_as_peft(model, ranks)

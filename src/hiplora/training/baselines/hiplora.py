@@ -109,10 +109,10 @@ class Spectral(FromInputs, LowRank):
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
         """Measure the activation basis into the configuration."""
-        from hiplora.tuner.targets import survey
+        from hiplora.tuner import find_targets
 
         if config.basis == "activation":
-            survey(model, config)  # the settings are checked before any text is sampled
+            find_targets(model, config)  # the settings are checked before any text is sampled
             self.calibrate(config, model, tokenizer)
 
     def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> Any:

@@ -24,10 +24,10 @@ class LoraNullMethod(ResidualInit, FromInputs):
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
         """Measure the inputs and start at the factors of W N Nᵀ."""
-        from hiplora.spectral import restricted_part
-        from hiplora.tuner.inputs import least_inputs
+        from hiplora.spectral import projected_factors
+        from hiplora.tuner import trailing_inputs
 
         ranks = layer_ranks(config, model)
         rows = self.calibration_rows(tokenizer)
-        least = least_inputs(model, ranks, rows=rows, tokens=self.calibration_tokens)
-        return begin_at(lambda name, weight: restricted_part(weight, least[name].vectors))
+        least = trailing_inputs(model, ranks, rows=rows, tokens=self.calibration_tokens)
+        return begin_at(lambda name, weight: projected_factors(weight, least[name].vectors))

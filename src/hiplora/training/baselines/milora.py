@@ -18,7 +18,7 @@ class MiloraMethod(ResidualInit):
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
         """Start at the factors of the r smallest singular values."""
-        from hiplora.spectral import minor_part
+        from hiplora.spectral import minor_svd_factors
 
         ranks = layer_ranks(config, model)
-        return begin_at(lambda name, weight: minor_part(weight, ranks[name]))
+        return begin_at(lambda name, weight: minor_svd_factors(weight, ranks[name]))

@@ -10,8 +10,8 @@ from hiplora.spectral import (
     MomentBasis,
     SecondMoment,
     activation_factors,
+    factor_mismatch,
     leak,
-    misfit,
     protected,
     retract,
     truncated_svd,
@@ -212,6 +212,6 @@ def test_factors_fit_their_weight_also_when_it_was_rounded_and_no_other(basis):
     else:
         factors = activation_factors(weight, basis_of(inputs_of()), 4, basis, outputs_of(16, 4))
     parts = factors.U, factors.sigma, factors.V, factors.basis
-    assert misfit(weight, *parts) < 1e-5
-    assert misfit(weight + 0.02 * torch.randn(16, 24), *parts) < 0.1
-    assert misfit(weight_of(seed=9), *parts) > 0.3
+    assert factor_mismatch(weight, *parts) < 1e-5
+    assert factor_mismatch(weight + 0.02 * torch.randn(16, 24), *parts) < 0.1
+    assert factor_mismatch(weight_of(seed=9), *parts) > 0.3

@@ -1,0 +1,204 @@
+"""The activation basis: second moments of a layer's inputs and output gradients, and the factors made from them."""
+
+import dataclasses
+import math
+
+import numpy
+import scipy.linalg
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hiplora.errors import FactorError
+from hiplora.spectral.factors import SpectralFactors, Triplets, weight_fingerprint
+from hiplora.spectral.precision import full_precision, widest
+from hiplora.spectral.rank import rank_for_energy
+from hiplora.spectral.svd import as_matrix, certify
+
+_CHUNK = 4096  # tokens that are held in float64 at a time
+MAX_VECTORS = 2048  # leading eigenvectors kept of a wide input
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MomentBasis:
+    """Eigenvalues of a second moment, descending, float64, and the leading eigenvectors (n, q), fp32.
+
+    All n eigenvalues, or the q that belong to the vectors; `tokens` is how many vectors were summed up. Energy and
+    effective rank are over the eigenvalues given. `SecondMoment.trailing` returns the last ones instead.
+    """
+
+    values: Float[Tensor, " p"]
+    vectors: Float[Tensor, "n q"]
+    tokens: int
+
+    @property
+    def effective_rank(self) -> float:
+        """Return exp of the entropy of the eigenvalues as shares of their sum; 1 to n, 0 for inputs all zero."""
+        total = self.values.sum()
+        if total == 0:
+            return 0.0
+        shares = self.values / total
+        return math.exp(-torch.xlogy(shares, shares).sum().item())
+
+    def energy(self, k: int) -> float:
+        """Return the share of the inputs' energy `E‖x‖²` in the first k directions, in [0, 1]."""
+        total = self.values.sum().item()
+        return self.values[:k].sum().item() / total if total else 0.0
+
+    def soft_shares(self, k: int) -> Float[Tensor, " p"]:
+        """Return `λ_i / (λ_i + λ_k)`, what the filter `(I + C/λ_k)⁻¹` takes of each direction; 0 where λ_i = 0."""
+        values = self.values.double()
+        return torch.where(values > 0, values / (values + values[k - 1]), 0.0)
+
+    def rank_for(self, energy: float) -> int:
+        """Return the smallest k whose directions hold this share of the energy, at least 1."""
+        return rank_for_energy(self.values, energy)
+
+
+class SecondMoment:
+    """Running sum of `xxᵀ` over vectors x (n,), one a token, in float64 (fp32 on devices that have none)."""
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        device = torch.device(device)
+        self._sum = torch.zeros(width, width, dtype=widest(device), device=device)
+        self._half = device.type == "cpu"  # only the lower triangle is summed up: half the work
+        self.tokens = 0
+
+    @property
+    def total(self) -> Float[Tensor, "n n"]:
+        """Return the sum, symmetric."""
+        return self._sum.tril() + self._sum.tril(-1).T if self._half else self._sum
+
+    def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
+        """Add tokens; how they are split over calls changes the sum by rounding only."""
+        with full_precision(self._sum.device):
+            for chunk in inputs.detach().split(_CHUNK):
+                wide = chunk.to(self._sum)
+                if not len(wide):
+                    continue
+                if self._half:
+                    self._add_half(wide.contiguous().numpy())
+                else:
+                    self._sum.addmm_(wide.T, wide)
+        self.tokens += len(inputs)
+
+    def _add_half(self, wide: numpy.ndarray) -> None:
+        """BLAS' symmetric update, in place; its upper triangle, by columns, is the lower one here."""
+        held = self._sum.numpy().T
+        result = scipy.linalg.blas.dsyrk(1.0, wide.T, beta=1.0, c=held, overwrite_c=1)
+        if not numpy.shares_memory(result, held):
+            held[...] = result
+
+    def eigen(self, name: str = "input") -> MomentBasis:
+        """Return all eigenvalues and the leading eigenvectors, at most `MAX_VECTORS`, of the mean `C = E[xxᵀ]`.
+
+        Raises:
+            FactorError: no token was seen, or a value was NaN or Inf; the message names the layer.
+        """
+        basis = self._eigen(name, "inputs", None)
+        return dataclasses.replace(basis, vectors=basis.vectors[:, :MAX_VECTORS].contiguous())
+
+    def leading(self, k: int, name: str = "output") -> MomentBasis:
+        """Return the k leading eigenvalues and eigenvectors, at most n; errors as `eigen`."""
+        n = len(self._sum)
+        return self._eigen(name, "gradients", (n - min(k, n), n - 1))
+
+    def trailing(self, k: int, name: str = "input") -> MomentBasis:
+        """Return the k smallest eigenvalues, at most n, and their eigenvectors, descending; errors as `eigen`.
+
+        Where the tokens do not span the space, the last of them lie in its null space.
+        """
+        return self._eigen(name, "inputs", (0, min(k, len(self._sum)) - 1))
+
+    def _eigen(self, name: str, what: str, subset: tuple[int, int] | None) -> MomentBasis:
+        """Return the eigenpairs of the mean, descending: all, or those of the ascending indices `subset`."""
+        if not self.tokens:
+            raise FactorError(
+                f"layer {name}: no token reached it while calibrating; use text that runs through it, or leave it out"
+            )
+        mean = self.total / self.tokens
+        if not torch.isfinite(mean).all():
+            raise FactorError(
+                f"layer {name}: its {what} have NaN or Inf on the calibration text; calibrate in float32"
+            )
+        if self._half:
+            options = {"driver": "evd"} if subset is None else {"subset_by_index": subset}
+            values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), **options))
+        else:
+            values, vectors = torch.linalg.eigh(mean)
+            if subset is not None:
+                values, vectors = values[subset[0] : subset[1] + 1], vectors[:, subset[0] : subset[1] + 1]
+            values, vectors = values.cpu(), vectors.cpu()
+        return MomentBasis(values.flip(0).clamp_min(0.0), vectors.flip(1).float().contiguous(), self.tokens)
+
+
+def activation_factors(
+    weight: Float[Tensor, "m n"],
+    inputs: MomentBasis,
+    k: int,
+    sides: str = "input",
+    outputs: MomentBasis | None = None,
+    *,
+    name: str = "weight",
+    fingerprint: str | None = None,
+) -> SpectralFactors:
+    """Return the factors of a weight in the basis of what the layer computes.
+
+    V spans the k leading eigenvectors of the input second moment C. U spans the images of V where only the input side
+    is protected, so that `Wv_i = σ_i u_i` exactly; else the k leading eigenvectors of `outputs`, the second moment G
+    of the gradients at the layer's output: to second order the KL divergence that an update ΔW causes is
+    `½ E[(gᵀΔWx)²]`, which K-FAC's assumption makes `½ tr(GΔWCΔWᵀ)`, so these are the outputs that the model's
+    predictions depend on. Both are rotated inside their subspaces so that `UᵀWV` is diagonal, with `σ_i ≥ 0` in
+    descending order: a gain δ_i is the change of one number, as in Eq. 2.
+
+    Raises:
+        FactorError: shapes do not fit, k exceeds min(m, n) or the eigenvectors given, or a value is not finite.
+    """
+    matrix = as_matrix(weight, k, name)
+    m, n = matrix.shape
+    if inputs.vectors.shape[0] != n:
+        raise FactorError(
+            f"layer {name}: the weight takes {n} inputs, the calibration has {inputs.vectors.shape[0]}; "
+            "calibrate on this very model"
+        )
+    if k > inputs.vectors.shape[1]:
+        raise FactorError(
+            f"layer {name}: principal_rank {k} exceeds the {inputs.vectors.shape[1]} eigenvectors that are kept; "
+            "lower it"
+        )
+    if sides != "input" and (
+        outputs is None or outputs.vectors.shape[0] != m or outputs.vectors.shape[1] < k
+    ):
+        given = (
+            "none" if outputs is None else f"{outputs.vectors.shape[1]} of {outputs.vectors.shape[0]} numbers"
+        )
+        raise FactorError(
+            f"layer {name}: protecting {sides} sides takes {k} directions of its {m} outputs, and there are {given}; "
+            "calibrate on this very model"
+        )
+    with full_precision(matrix.device):
+        wide = matrix.to(widest(matrix.device))
+        V = inputs.vectors[:, :k].to(wide)
+        if sides == "input" or outputs is None:
+            U = torch.linalg.svd(wide @ V, full_matrices=False).U
+        else:
+            U = outputs.vectors[:, :k].to(wide)
+        P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
+        factors = certify(matrix, Triplets(U @ P, sigma, V @ Qt.T), "eigen")
+        shrink_U = _shrink(outputs, factors.U) if sides != "input" and outputs is not None else None
+        shrink_V = _shrink(inputs, factors.V) if sides != "output" else None
+    return dataclasses.replace(
+        factors,
+        basis=f"activation:{sides}",
+        fingerprint=fingerprint or weight_fingerprint(weight),
+        shrink_U=shrink_U,
+        shrink_V=shrink_V,
+    )
+
+
+def _shrink(moment: MomentBasis, directions: Float[Tensor, "n k"]) -> Float[Tensor, "k k"]:
+    """Return the soft projection's `Qᵀ diag(λ_i/(λ_i + λ_k)) Q` in a basis rotated by Q; λ_i = 0 is no filter."""
+    k = directions.shape[1]
+    wide = directions.to(widest(directions.device))
+    rotation = moment.vectors[:, :k].to(wide).T @ wide
+    return (rotation.T * moment.soft_shares(k)[:k].to(wide) @ rotation).float()

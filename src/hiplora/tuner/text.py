@@ -1,0 +1,250 @@
+"""The text that a model is calibrated on: given, or sampled from the model itself; and what was measured on it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hiplora.errors import ConfigError
+from hiplora.files import cache_dir
+from hiplora.spectral import MomentBasis, SecondMoment, TensorStore, weight_fingerprint
+from hiplora.tuner.moments import Bases, GradientCollector, MomentCollector, base_only
+
+ROW_LENGTH = 256  # tokens of one calibration row
+_SAMPLED_AT_ONCE = 40
+_FORMAT = 1  # raised when a measurement changes: old entries are then not found
+Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
+Ranks = dict[str, int]  # module → number of directions
+
+
+class CalibrationStore(TensorStore):
+    """Sampled text and measured eigenvectors, by the model, the text and the modules; in the user's cache."""
+
+    def __init__(self, root: Path | None = None):
+        super().__init__(cache_dir() / "calibration" if root is None else root)
+
+    def path(self, *key: Any) -> Path:
+        """Return the file of the entry that is made from `key`."""
+        return super().path(_FORMAT, *key)
+
+
+class CustomCalibration:
+    """Calibration by a loop of the user's own; nothing of it is stored."""
+
+    key = ""
+
+    def __init__(self, model: nn.Module, run_model: Callable[[], Any]):
+        self._model, self._run = model, run_model
+
+    def inputs(self, modules: Sequence[str]) -> Bases:
+        """Measure the inputs of some layers."""
+        return _measure_inputs(self._model, modules, self._run)
+
+    def outputs(self, ranks: Ranks, limit: int) -> Bases:
+        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
+        return _measure_outputs(self._model, ranks, self._run, limit)
+
+
+class CalibrationText:
+    """The rows of tokens that a model is calibrated on, and the store of what is measured on them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows = None,
+        tokens: int = 10_000,
+        batch_size: int = 8,
+        seed: int = 0,
+        store: CalibrationStore | None = None,
+    ):
+        self._model, self._store = model, store or CalibrationStore()
+        identity = model_fingerprint(model)
+        if rows is None:
+            self.rows = _sampled(model, self._store, identity, tokens, seed)
+        else:
+            self.rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        if not self.rows:
+            raise ConfigError("rows is empty; calibration needs token ids")
+        digest = hashlib.sha256(identity.encode())
+        for index, row in enumerate(self.rows):
+            if row.dim() != 1 or len(row) == 0:
+                raise ConfigError(f"rows[{index}] has shape {tuple(row.shape)}; expected a list of token ids")
+            digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
+        self.key = digest.hexdigest()
+        self._batch_size = batch_size
+
+    def run(self) -> None:
+        """Run the model over the text once, for measurements of another kind; padding is on the right."""
+        _run(self._model, self.rows, self._batch_size, "inputs")
+
+    def inputs(self, modules: Sequence[str]) -> Bases:
+        """Measure the inputs of some layers."""
+        measure = functools.partial(_measure_inputs, self._model, modules, self.run)
+        return self._stored(["moments", self.key, list(modules)], measure)
+
+    def trailing(self, ranks: Ranks) -> Bases:
+        """Measure the directions in which the inputs of some layers have least energy, k of each."""
+        measure = functools.partial(_measure_trailing, self._model, ranks, self.run)
+        return self._stored(["trailing", self.key, list(ranks.items())], measure)
+
+    def outputs(self, ranks: Ranks, limit: int) -> Bases:
+        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
+        before = itertools.accumulate((len(row) for row in self.rows), initial=0)
+        rows = [row for row, total in zip(self.rows, before, strict=False) if total < limit]
+        few = -(-self._batch_size // 2)  # a backward pass holds all activations
+        run = functools.partial(_run, self._model, rows, few, "gradients")
+        measure = functools.partial(_measure_outputs, self._model, ranks, run, limit)
+        return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
+
+    def _stored(self, key: list[Any], measure: Callable[[], Bases]) -> Bases:
+        """Return the stored measurement, or measure and store it; a basis that layers share is stored once."""
+
+        def make() -> tuple[dict[str, Tensor], Any]:
+            bases, first = measure(), {}
+            leader = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
+            parts = ("values", "vectors")
+            tensors = {f"{n}.{part}": getattr(bases[n], part) for n in first.values() for part in parts}
+            return tensors, {"leader": leader, "tokens": min(basis.tokens for basis in bases.values())}
+
+        tensors, record = self._store.get_or_make(self._store.path(*key), make)
+        led = {
+            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
+            for name in set(record["leader"].values())
+        }
+        return {name: led[leader] for name, leader in record["leader"].items()}
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
+    digest, seen = hashlib.sha256(), set()
+    for name, parameter in model.named_parameters():
+        if any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split(".")):
+            continue
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(parameter)}\n".encode())
+    return digest.hexdigest()
+
+
+def sampled_rows(
+    model: nn.Module, tokens: int, seed: int = 0, store: CalibrationStore | None = None
+) -> list[Tensor]:
+    """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on."""
+    return _sampled(model, store or CalibrationStore(), model_fingerprint(model), tokens, seed)
+
+
+@torch.no_grad()
+def sample_rows(model: nn.Module, rows: range, length: int, seed: int = 0) -> Int[Tensor, "rows length"]:
+    """Sample rows of token ids from a causal language model, at temperature 1, each begun by a random token.
+
+    A row depends on the model, the seed and its own number only, not on the rows sampled with it or on the device: its
+    random numbers are its own (Gumbel-max sampling). Tokens that end a text are not drawn, so every row has `length`
+    tokens.
+    """
+    text_config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    vocabulary, begin = text_config.vocab_size, text_config.bos_token_id
+    allowed = torch.ones(vocabulary, dtype=torch.bool)
+    allowed[[token for token in special_tokens(model) if token < vocabulary]] = False
+    # torch's generator takes 32 bits of a seed; the multiplier is odd, so seeds share no run of rows.
+    generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + row) % 2**32) for row in rows]
+    choices = allowed.nonzero().flatten()
+    first = torch.stack([choices[torch.randint(len(choices), (1,), generator=g)] for g in generators])
+    ids = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)
+    device = next(model.parameters()).device
+    step, cache = ids, None
+    for _ in tqdm(range(ids.shape[1], length), desc="sampling", delay=2, leave=False, disable=None):
+        output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits = output.logits[:, -1, :vocabulary].float().cpu()
+        noise = torch.stack([torch.empty(vocabulary).exponential_(generator=g) for g in generators])
+        step = (logits - noise.log()).masked_fill(~allowed, -torch.inf).argmax(-1, keepdim=True)
+        ids = torch.cat([ids, step], dim=1)
+    return ids[:, :length]
+
+
+def special_tokens(model: Any) -> list[int]:
+    """Return the ids of the tokens that begin, end or pad a text, as the model's configurations name them."""
+    found: set[int] = set()
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
+    return sorted(found)
+
+
+def _sampled(model: Any, store: CalibrationStore, identity: str, tokens: int, seed: int) -> list[Tensor]:
+    """Return rows sampled from the model, about `tokens` in all; what was sampled before is read."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__} is not a causal language model, so no calibration text can be sampled from it; "
+            "call hiplora.calibrate(model, config, run_model=...) on data of yours, or set basis='weight'"
+        )
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
+    count = -(-tokens // length)
+    rows: list[Tensor] = []
+    with base_only(model):
+        for first in range(0, count, _SAMPLED_AT_ONCE):
+            part = range(first, min(first + _SAMPLED_AT_ONCE, count))
+            path = store.path("sample", identity, length, seed, part.start, part.stop)
+            made, _ = store.get_or_make(
+                path,
+                lambda part=part: ({"rows": sample_rows(model, part, length, seed).int()}, {}),  # type: ignore[misc]
+            )
+            rows.extend(made["rows"].long())
+    return rows
+
+
+def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -> None:
+    """Run the model over rows of token ids, padded on the right where they differ in length."""
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    few = {"logits_to_keep": 1} if what == "inputs" and "logits_to_keep" in accepted else {}
+    starts = range(0, len(rows), batch_size)
+    for first in tqdm(
+        starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None
+    ):
+        batch = rows[first : first + batch_size]
+        ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in batch], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few)
+
+
+def _measure_inputs(model: nn.Module, modules: Sequence[str], run: Callable[[], Any]) -> Bases:
+    collector = MomentCollector(model, modules)
+    with collector.watching():
+        run()
+    return collector.bases()
+
+
+def _measure_trailing(model: nn.Module, ranks: Ranks, run: Callable[[], Any]) -> Bases:
+    collector = MomentCollector(model, list(ranks))
+    with collector.watching():
+        run()
+    found: dict[tuple[str, int], MomentBasis] = {}
+    for name, k in ranks.items():
+        shared = (collector.leader.get(name, name), k)
+        if shared not in found:
+            found[shared] = collector.moment(name).trailing(k, name)
+    return {name: found[collector.leader[name], k] for name, k in ranks.items()}
+
+
+def _measure_outputs(model: nn.Module, ranks: Ranks, run: Callable[[], Any], limit: int) -> Bases:
+    collector = GradientCollector(model, list(ranks), limit)
+    with collector.watching():
+        run()
+    nothing = SecondMoment(1)  # its use is an error that names the layer
+    return {name: collector.moments.pop(name, nothing).leading(k, name) for name, k in ranks.items()}
