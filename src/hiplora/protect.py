@@ -36,7 +36,7 @@ from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_dri
 from hiplora.evaluation.drift import cut_windows
 from hiplora.models import resolve
 from hiplora.spectral import MomentBasis, RankSpec
-from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, input_bases
+from hiplora.tuner import SELF, TOKENS_PER_INPUT, input_bases
 
 DRIFT_TOKENS = 1024  # of each text
 DRIFT_WINDOW = 512

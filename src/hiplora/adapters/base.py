@@ -17,10 +17,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from hiplora.adapters.update import AdapterUpdate, Update
 from hiplora.errors import AdapterError, HipLoraError, first_line
-from hiplora.models import resolve
-from hiplora.models.quiet import quiet_transformers
-from hiplora.spectral import misfit, weight_fingerprint
-from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
+from hiplora.models import quiet_transformers, resolve
+from hiplora.spectral import factor_mismatch, weight_fingerprint
+from hiplora.tuner import OTHER_PRECISION_LIMIT
 
 
 def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -220,7 +219,10 @@ def _same_but_for_precision(weight: Tensor, update: Update, module: str, precisi
     if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
         return False
     basis = update.config.get("basis", "weight")
-    return misfit(weight.float(), channels.U, channels.sigma, channels.V, basis) <= OTHER_PRECISION_LIMIT
+    return (
+        factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
+        <= OTHER_PRECISION_LIMIT
+    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hiplora.adapters.base import BaseWeights
 from hiplora.adapters.update import AdapterUpdate, Channels, Pair
 from hiplora.errors import AdapterError
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 _NOT_PLAIN = {
     "use_dora": "DoRA rescales the merged weight",

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import fused_factors, leak, protected
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision, fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
 
