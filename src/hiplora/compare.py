@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,7 @@ def compare(
     """
     from hiplora.data.examples import load_data
     from hiplora.data.texts import drift_texts
-    from hiplora.study.folder import claimed
+    from hiplora.run_folder import RunFolder
 
     settings = settings or CompareSettings()
     targets = check_model(model, settings.principal_rank)
@@ -90,20 +90,26 @@ def compare(
         "drift_texts_sha256": json_sha256(texts),
         "model_sha256": folder_identity(model),
     }
-    with claimed(Path(out), plan, overwrite) as folder:
-        trained = {
-            name: folder.run(
-                f"train-{slug(name)}", functools.partial(_train, recipe, name, folder.adapter(slug(name)))
-            )
-            for name, recipe in recipes.items()
-        }
-        base = functools.cache(lambda: _Base(model, texts, rows.held_out))
-        answers = {"base": folder.run("measure-base", lambda: {"answers": base().answers()})["answers"]}
+    folder = RunFolder(Path(out), "plan.json", "results.json")
+    folder.check(plan, overwrite=overwrite)
+    with folder.claimed(plan, overwrite=overwrite):
+        adapters = folder.path / "adapters"
+        base = functools.cache(lambda: Base(model, texts, DRIFT_TOKENS))
+
+        def answers(network: Any) -> Results:
+            return _answers(network, base().tokenizer, rows.held_out)
+
+        def measured(adapter: Path) -> Results:
+            return base().measure(adapter, answers)
+
+        trained, written = {}, {}
+        for name, recipe in recipes.items():
+            train = functools.partial(_train, recipe, name, adapters / slug(name))
+            trained[name] = folder.stage(f"train-{slug(name)}", train)
+        written["base"] = folder.stage("measure-base", lambda: answers(base().model))["answers"]
         for name, record in trained.items():
-            adapter = folder.adapter(slug(name))
-            found = folder.run(f"measure-{slug(name)}", lambda adapter=adapter: base().measure(adapter))
-            answers[name] = found["answers"]
-            record["drift"] = found["drift"]
+            found = folder.stage(f"measure-{slug(name)}", functools.partial(measured, adapters / slug(name)))
+            written[name], record["drift"] = found["answers"], found["drift"]
         results = {
             "schema": 2,
             "kind": "compare",
@@ -116,9 +122,9 @@ def compare(
             },
             "base": {"held_out_loss": next(iter(trained.values()))["held_out"]["before"]},
             "methods": trained,
-            "answers": _side_by_side(rows.held_out, answers),
+            "answers": _side_by_side(rows.held_out, written),
             "notes": [*_overlaps(texts, rows.train), ONE_RUN],
-            "provenance": provenance(plan_sha256=json_sha256(plan), seconds=folder.seconds()),
+            "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
         _write_report(results, folder.path / "report.html")
         write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
@@ -248,34 +254,31 @@ def _train(recipe: "TrainRecipe", name: str, out: Path) -> Results:
     }
 
 
-class _Base:
-    """The base model, loaded once, and what each adapter is measured on."""
+class Base:
+    """The base model, loaded once and bare between measurements, with its predictions on the drift texts."""
 
-    def __init__(self, model: str, texts: Mapping[str, str], held_out: "Sequence[Example]"):
+    def __init__(self, model: str, texts: Mapping[str, str], tokens: int):
         from hiplora.evaluation import BaseReference
         from hiplora.models import load
 
         self.model, self.tokenizer = load(model)
-        self.prompts = [_prompt(self.tokenizer, example) for example in _asked(held_out)]
-        self.reference = BaseReference.build(self.model, self.tokenizer, texts, max_tokens=DRIFT_TOKENS)
+        self.reference = BaseReference.build(self.model, self.tokenizer, texts, max_tokens=tokens)
 
-    def answers(self, model: Any = None) -> list[str]:
-        """Return what the base model, or `model`, writes after each prompt."""
-        from hiplora.evaluation.answers import continuations
-
-        return continuations(model or self.model, self.tokenizer, self.prompts, ANSWER_TOKENS)
-
-    def measure(self, adapter: Path) -> Results:
-        """Return an adapter's drift and answers."""
+    def measure(self, adapter: Path, also: Callable[[Any], Results]) -> Results:
+        """Return an adapter's drift, and what `also` measures on the model with the adapter."""
         from hiplora.evaluation import measure_drift
         from hiplora.evaluation.mounting import mounted
 
         with mounted(self.model, adapter) as adapted:
             drift = measure_drift(adapted, self.reference)
-            return {
-                "drift": {text: d.as_dict() for text, d in drift.items()},
-                "answers": self.answers(adapted),
-            }
+            return {"drift": {text: found.as_dict() for text, found in drift.items()}, **also(adapted)}
+
+
+def _answers(model: Any, tokenizer: Any, held_out: "Sequence[Example]") -> Results:
+    from hiplora.evaluation.answers import continuations
+
+    prompts = [_prompt(tokenizer, example) for example in _asked(held_out)]
+    return {"answers": continuations(model, tokenizer, prompts, ANSWER_TOKENS)}
 
 
 def _asked(held_out: "Sequence[Example]") -> "list[Example]":

@@ -3,13 +3,13 @@
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora import __version__
-from hiplora.compare import ONE_RUN, Results, check_model, mean_kl, method_settings, slug
+from hiplora.compare import ONE_RUN, Base, Results, check_model, mean_kl, method_settings, slug
 from hiplora.editing.edits import EditSet, load_edit_sets
 from hiplora.errors import DataError
 from hiplora.files import staged_dir, write_atomic
@@ -60,33 +60,38 @@ def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwr
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
     from hiplora.data.texts import drift_texts
-    from hiplora.study.folder import claimed
+    from hiplora.run_folder import RunFolder
 
     settings = settings or DemoSettings()
-    sets, targets = settings.sets(), check_model(settings.model, settings.principal_rank)
+    sets, texts = settings.sets(), drift_texts()
+    targets = check_model(settings.model, settings.principal_rank)
     methods = method_settings(settings.rank, settings.principal_rank, targets, lora_dropout=0.0)
     plan = {
         "kind": "demo",
         "hiplora": __version__,
         "settings": {name: value for name, value in asdict(settings).items() if name != "edits"},
         "edits_sha256": json_sha256([asdict(part) for part in sets]),
-        "drift_texts_sha256": json_sha256(drift_texts()),
+        "drift_texts_sha256": json_sha256(texts),
         "model_sha256": folder_identity(settings.model),
     }
-    with claimed(Path(out), plan, overwrite) as folder:
-        base = functools.cache(lambda: _Base(settings, sets))
-        success = folder.run("base", lambda: base().success())
+    folder = RunFolder(Path(out), "plan.json", "results.json")
+    folder.check(plan, overwrite=overwrite)
+    with folder.claimed(plan, overwrite=overwrite):
+        adapters = folder.path / "adapters"
+        base = functools.cache(lambda: Base(settings.model, texts, settings.drift_tokens))
+        bare = folder.stage("base", lambda: _success(base().model, base().tokenizer, sets))
         records = {}
         for name, method in methods.items():
-            parts = [folder.adapter(f"{slug(name)}-{slug(part.name)}") for part in sets]
-            merged = folder.adapter(f"{slug(name)}-merged")
+            parts = [adapters / f"{slug(name)}-{slug(part.name)}" for part in sets]
+            merged = adapters / f"{slug(name)}-merged"
             alone = [
-                folder.run(
-                    f"{slug(name)}-{slug(part.name)}", functools.partial(_edit, base, method, part, adapter)
+                folder.stage(
+                    f"{slug(name)}-{slug(part.name)}",
+                    functools.partial(_edit, base, settings, method, part, adapter),
                 )
                 for part, adapter in zip(sets, parts, strict=True)
             ]
-            after = folder.run(f"{slug(name)}-merged", functools.partial(_merge, base, parts, merged))
+            after = folder.stage(f"{slug(name)}-merged", functools.partial(_merge, base, sets, parts, merged))
             records[name] = {"settings": method, "alone": alone, "merged": after}
         results = {
             "schema": 2,
@@ -94,13 +99,13 @@ def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwr
             "title": f"{sum(len(part) for part in sets)} facts edited in two sets, trained apart and added together",
             "model": settings.model,
             "settings": asdict(settings),
-            "base": success,
+            "base": bare["success"],
             "methods": records,
             "notes": [
                 "An edit works if the new answer is more probable than the old one; reworded: asked in other words.",
                 ONE_RUN,
             ],
-            "provenance": provenance(plan_sha256=json_sha256(plan), seconds=folder.seconds()),
+            "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
         _write_report(results, folder.path / "report.html")
         write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
@@ -149,87 +154,52 @@ def survival(before: Mapping[str, Results], after: Mapping[str, Results]) -> flo
     return sum(kept) / len(kept) if kept else float("nan")
 
 
-class _Base:
-    """The base model, loaded once and bare between stages, and what each adapter is measured on."""
+def _success(model: Any, tokenizer: Any, sets: Sequence[EditSet]) -> Results:
+    """Return which edits of which set a model makes: as trained on, and reworded."""
+    from hiplora.editing import evaluate_edits
 
-    def __init__(self, settings: DemoSettings, sets: Sequence[EditSet]):
-        from hiplora.data.texts import drift_texts
-        from hiplora.evaluation import BaseReference
-        from hiplora.models import load
+    def works(part: EditSet, paraphrase: bool) -> list[bool]:
+        found = evaluate_edits(model, tokenizer, part.edits, paraphrase=paraphrase)
+        return [outcome.preferred for outcome in found]
 
-        self.settings, self.sets = settings, sets
-        self.model, self.tokenizer = load(settings.model)
-        self.reference = BaseReference.build(
-            self.model, self.tokenizer, drift_texts(), max_tokens=settings.drift_tokens
-        )
-
-    def success(self, model: Any = None, sets: Sequence[EditSet] | None = None) -> Results:
-        """Return which edits of which set the base model, or `model`, makes: as trained on, and reworded."""
-        from hiplora.editing import evaluate_edits
-
-        def works(part: EditSet, paraphrase: bool) -> list[bool]:
-            found = evaluate_edits(model or self.model, self.tokenizer, part.edits, paraphrase=paraphrase)
-            return [outcome.preferred for outcome in found]
-
-        return {
-            part.name: {"works": works(part, False), "reworded": works(part, True)}
-            for part in sets or self.sets
-        }
-
-    def measure(self, adapter: Path, sets: Sequence[EditSet]) -> Results:
-        """Return which edits work with an adapter, and its drift."""
-        from hiplora.evaluation import measure_drift
-        from hiplora.evaluation.mounting import mounted
-
-        with mounted(self.model, adapter) as adapted:
-            drift = measure_drift(adapted, self.reference)
-            return {
-                "success": self.success(adapted, sets),
-                "drift": {text: found.as_dict() for text, found in drift.items()},
-            }
+    return {
+        "success": {part.name: {"works": works(part, False), "reworded": works(part, True)} for part in sets}
+    }
 
 
-def _edit(base: Any, method: Mapping[str, Any], part: EditSet, adapter: Path) -> Results:
+def _edit(
+    base: Callable[[], Base], settings: DemoSettings, method: Mapping[str, Any], part: EditSet, adapter: Path
+) -> Results:
     """Train one set with one method, save the adapter and measure it."""
-    import torch
-    from peft import get_peft_model
-
     from hiplora.editing import EditTraining, train_edits
-    from hiplora.training.method import save_adapter
+    from hiplora.training.adapt import put_on, save_trained
     from hiplora.training.methods import METHODS
-    from hiplora.tuner import calibrate
 
-    bench, settings = base(), base().settings
-    config = METHODS[method["name"]].model_validate(method).peft_config()
-    if getattr(config, "basis", None) == "activation":
-        calibrate(bench.model, config, tokens=CALIBRATION_TOKENS)
-    torch.manual_seed(settings.seed)
-    adapted = get_peft_model(bench.model, config)
+    model, tokenizer = base().model, base().tokenizer
+    calibration = {"calibration_tokens": CALIBRATION_TOKENS} if method["name"] == "hiplora" else {}
+    chosen = METHODS[method["name"]].model_validate({**method, **calibration})
+    adapted = put_on(chosen, model, tokenizer, seed=settings.seed)
     training = EditTraining(settings.steps, settings.lr, settings.batch_size, seed=settings.seed)
-    result = train_edits(adapted, bench.tokenizer, part.edits, training)
+    result = train_edits(adapted, tokenizer, part.edits, training)
     parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     with staged_dir(adapter, overwrite=True) as staged:
-        save_adapter(adapted, staged)
-    bench.model = adapted.unload()
+        save_trained(chosen, adapted, staged)
+    base().model = adapted.unload()
     return {
         "trainable_parameters": parameters,
         "seconds": result.seconds,
         "curve": list(result.curve),
-        **bench.measure(adapter, [part]),
+        **base().measure(adapter, lambda adapted: _success(adapted, tokenizer, [part])),
     }
 
 
-def _merge(base: Any, parts: Sequence[Path], merged: Path) -> Results:
+def _merge(base: Callable[[], Base], sets: Sequence[EditSet], parts: Sequence[Path], merged: Path) -> Results:
     """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure it."""
     from hiplora.merging import merge, save_merged
 
     report = save_merged(merge(parts, "addition"), merged, overwrite=True)
-    bench = base()
-    return {
-        "rank": max(report.ranks.values()),
-        "export_error": report.worst[1],
-        **bench.measure(merged, bench.sets),
-    }
+    measured = base().measure(merged, lambda adapted: _success(adapted, base().tokenizer, sets))
+    return {"rank": max(report.ranks.values()), "export_error": report.worst[1], **measured}
 
 
 def _share(success: Mapping[str, Results], which: str) -> str:

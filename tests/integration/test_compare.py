@@ -164,7 +164,7 @@ def test_a_finished_comparison_is_not_touched_without_overwrite(done, job):
     [
         ({"model": "/no/such/model"}, ConfigError, "no such folder"),
         ({"data": "/no/such/rows.jsonl"}, DataError, "no such file"),
-        ({"drift_text": "/no/such.txt"}, DataError, "--drift-text"),
+        ({"drift_text": "/no/such.txt"}, DataError, "/no/such.txt"),
         (
             {"principal_rank": 32},
             ConfigError,
