@@ -19,11 +19,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"demo"}),
     frozenset({"compare", "protect"}),
     frozenset({"study"}),
+    frozenset({"recipes"}),
     frozenset({"training", "evaluation", "merging", "editing", "probing", "reporting", "export"}),
-    frozenset({"adapters", "metrics"}),
-    frozenset({"tuner", "recipes"}),
+    frozenset({"adapters", "data", "metrics"}),
+    frozenset({"tuner"}),
     frozenset({"spectral", "models"}),
-    frozenset({"errors", "files", "provenance"}),
+    frozenset({"errors", "files", "provenance", "run_folder"}),
 )
 BOTTOM = LAYERS[-1]  # small modules that may use each other
 

@@ -180,10 +180,8 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hiplora.models import quiet_transformers, resolve
-    from hiplora.training.baselines.hiplora import MLP_PROJECTIONS
-    from hiplora.training.method import ATTENTION_PROJECTIONS
     from hiplora.training.recipe import model_problems
-    from hiplora.tuner import HipLoraConfig, find_targets
+    from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
 
     if problems := model_problems(model):
         raise ConfigError("\n".join(problems))
@@ -192,7 +190,7 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
             skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model}: its configuration cannot be read ({first_line(error)})") from error
-    targets = {"function-aware": list(MLP_PROJECTIONS), "paper": list(ATTENTION_PROJECTIONS)}
+    targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}
     for names in targets.values():
         for found in find_targets(skeleton, HipLoraConfig(target_modules=names)):
             if min(found.shape) <= principal_rank:
