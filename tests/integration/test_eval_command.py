@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hiplora.cli.main import app, main
+from hiplora.evaluation.evaluate import records
 from hiplora.evaluation.suite import TASKS
 from tiny import save_tiny, tiny_llama, write_jsonl
 
@@ -101,6 +102,7 @@ def items(results, name, task, form="score"):
     return results["runs"][name][task][form]["items"]
 
 
+@pytest.mark.slow
 def test_lm_eval_itself_gives_the_same_numbers(place, scored, tmp_path):
     """An adapter's, by lm-eval's command line with the project's task files."""
     tasks, out = KINDS.split(","), tmp_path / "theirs"
@@ -153,6 +155,19 @@ def test_differences_are_of_the_same_items(scored):
     differences = [one - other for one, other in pairs]
     assert rows[0]["estimate"] == pytest.approx(sum(differences) / len(differences))
     assert rows[0]["low"] <= rows[0]["estimate"] <= rows[0]["high"]
+
+
+def test_the_scores_are_one_tidy_table(scored):
+    table = records(scored, domain="maths", seed=3)
+    assert list(table) == ["run", "method", "domain", "seed", "task", "item", "metric", "value"]
+    means = table.groupby(["run", "task", "metric"]).value.mean()
+    assert means["second", "mmlu", "score"] == pytest.approx(
+        scored["runs"]["second"]["mmlu"]["score"]["estimate"]
+    )
+    assert set(table.query("task == 'wikitext'").metric) == {"likelihood"}  # no score per item
+    assert table.query("run == 'base' and task == 'mmlu' and metric == 'score'").item.tolist() == list(
+        range(7)
+    )
 
 
 def test_a_limit_draws_items_by_the_seed_and_lm_eval_scores_those(place, scored, tmp_path):
@@ -215,7 +230,9 @@ def test_code_runs_only_where_that_is_allowed(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--suite", "nonsense"], "'nonsense' is not known; expected one of"),
+        pytest.param(
+            ["--suite", "nonsense"], "'nonsense' is not known; expected one of", marks=pytest.mark.slow
+        ),
         (["--suite", "nothere.yaml"], "no such file"),
         (["--suite", "piqa"], "has no piqa"),
         (["--data", "/nowhere"], "no such folder"),

