@@ -123,12 +123,6 @@ def test_lm_eval_itself_gives_the_same_numbers(place, scored, tmp_path):
             assert value == pytest.approx(other[f"{extra},none"], rel=1e-4)
 
 
-def test_every_item_is_kept_once_for_all_models(scored):
-    for task, described in scored["tasks"].items():
-        for name in ("base", "adapter1", "second"):
-            assert len(items(scored, name, task, "likelihood")) == len(described["items"])
-
-
 def test_each_score_has_its_likelihood_beside_it(scored):
     assert scored["tasks"]["mmlu"]["metrics"] == {
         "score": "acc",
@@ -260,12 +254,3 @@ def test_an_adapter_that_was_never_trained_is_refused(place, tmp_path, capsys):
         main([*command_line(place, out, "lambada"), "--adapter", str(tmp_path / "idle")])
     assert "changes no logit" in capsys.readouterr().err
     assert not out.exists()
-
-
-def test_an_output_that_exists_is_kept(place, tmp_path, capsys):
-    out = tmp_path / "scores.json"
-    out.write_text("mine")
-    with pytest.raises(SystemExit):
-        main(command_line(place, out, "lambada"))
-    assert "exists already" in capsys.readouterr().err
-    assert out.read_text() == "mine"

@@ -3,7 +3,7 @@ import torch
 
 from hiplora.errors import DataError
 from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
-from hiplora.evaluation.likelihood import IGNORED, pad_left
+from hiplora.evaluation.likelihood import IGNORED
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -81,16 +81,6 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
     assert example.scored == [3, 4]
 
 
-def test_a_token_that_spans_the_boundary_is_scored_with_the_answer():
-    class Pairs:
-        eos_token_id, eos_token = None, "<|eos|>"
-
-        def __call__(self, text):
-            return {"input_ids": [hash(text[i : i + 2]) % 1000 for i in range(0, len(text), 2)]}
-
-    assert encode(Pairs(), "abc", "de").scored == [1, 2]  # ab|cd|e against ab|c
-
-
 @pytest.mark.parametrize(
     ("ids", "labels"),
     [
@@ -125,15 +115,3 @@ def test_heldout_loss_switches_dropout_off_and_puts_the_mode_back(tokenizer):
     first, again = (heldout_loss(model, examples(tokenizer)) for _ in range(2))
     assert first == again
     assert model.training
-
-
-def test_heldout_loss_of_nothing_is_an_error(model):
-    with pytest.raises(DataError, match="held-out"):
-        heldout_loss(model, [])
-
-
-def test_padding_stands_on_the_left_and_positions_start_at_the_first_token():
-    ids, mask, positions = pad_left([[5, 6, 7], [8]], token=9)
-    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert positions.tolist() == [[0, 1, 2], [0, 0, 0]]

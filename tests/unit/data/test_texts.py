@@ -35,7 +35,7 @@ def test_a_file_without_text_is_an_error_that_names_it(tmp_path, content, said):
     file = tmp_path / "bad.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(DataError, match=rf"--drift-text .*bad\.txt.*{said}"):
+    with pytest.raises(DataError, match=rf"bad\.txt.*{said}"):
         drift_texts(file)
 
 
