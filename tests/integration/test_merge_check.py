@@ -106,14 +106,11 @@ def test_a_merge_of_two_is_scored_on_their_tasks_only(checked):
     assert set(record["runs"]["addition: mmlu + arc_easy"]) == {"mmlu", "arc_easy"}
 
 
-def test_each_rule_gets_a_page(checked):
+def test_the_page_judges_every_rule(checked):
     out, _ = checked
-    assert sorted(path.name for path in out.iterdir()) == [
-        "merge-check.json",
-        "report-addition.html",
-        "report-ties.html",
-    ]
-    assert "MMLU" in (out / "report-ties.html").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["merge-check.json", "report.html"]
+    page = (out / "report.html").read_text()
+    assert all(word in page for word in ("MMLU", "addition", "ties", "MergeFail"))
 
 
 def test_a_merge_in_the_check_scores_as_the_one_that_is_written(place, checked, tmp_path):
@@ -175,9 +172,6 @@ def test_a_merge_can_be_evaluated_as_it_is_written(place, tmp_path):
     judged = record["evaluation"]["verdicts"]["knots"]["score"]
     assert set(judged["tasks"]) == {"mmlu", "scienceqa"}
     assert "MergeFail" in page.read_text()
-    assert (
-        "mmlu" in json.loads((out / "merge-report.json").read_text())["evaluation"]["tasks"].__str__().lower()
-    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "page.html"]
 
 

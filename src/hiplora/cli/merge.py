@@ -2,23 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from hiplora.cli.common import (
     JSON_OPTION,
+    OUT_OPTION,
     OVERWRITE_OPTION,
-    counted,
     emit_json,
+    print_frame,
     print_table,
     progress,
 )
 from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
-from hiplora.cli.export import print_report
 from hiplora.cli.protect import (
     PROJECTION_HELP,
     RANK_HELP,
@@ -28,36 +28,19 @@ from hiplora.cli.protect import (
     Projection,
     print_protection,
 )
-from hiplora.cli.verdicts import print_verdicts
 from hiplora.errors import ConfigError
-from hiplora.merging.options import parse_option
-from hiplora.merging.registry import RULES, Rule
-from hiplora.merging.registry import rule as find_rule
+from hiplora.merging.rules import RULES, Rule, find_rule
 
-if TYPE_CHECKING:
-    from hiplora.adapters import AdapterUpdate
-
-_WITH_PROTECT = " Only with --protect; "
-_WITH_EVALUATE = " Only with --evaluate."
 _FACTOR_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "factors")
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
-_LISTED_LOSSES = 10
-
-
-def _shown_options(rule: Rule) -> str:
-    values = {
-        name: json.dumps(value) if value is not None else "none" for name, value in rule.defaults.items()
-    }
-    return f"{rule.name}: " + ", ".join(f"{name}={value}" for name, value in values.items())
-
-
 METHOD_HELP = "Merge rule. " + "; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()) + "."
-WEIGHTS_HELP = "One number for each adapter, with commas between, as 1,0.5; else 1 for each."
-SET_HELP = (
-    "Option of the rule, as density=0.3; may be repeated. With their defaults, "
-    + "; ".join(_shown_options(rule) for rule in RULES.values() if rule.defaults)
-    + "."
+WEIGHTS_HELP = "One number per adapter, separated by commas, for example 1,0.5. Default: 1 each."
+SET_HELP = "Option of the rule, for example density=0.3; may be repeated. Defaults: " + "; ".join(
+    f"{name}: " + ", ".join(f"{key}={json.dumps(value)}" for key, value in rule.defaults.items())
+    for name, rule in RULES.items()
+    if rule.defaults
 )
+BASE_OPTION = typer.Option(None, "--base", help="Base model, if not the one that the adapters name.")
 
 
 class Format(str, Enum):
@@ -74,7 +57,7 @@ def command(
         help="Adapter folders, of any methods and ranks, over one base; for --evaluate as TASK=FOLDER, the task that "
         "each was trained for.",
     ),
-    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    out: Path = OUT_OPTION,
     method: str = typer.Option("addition", "--method", help=METHOD_HELP),
     weights: str | None = typer.Option(None, "--weights", help=WEIGHTS_HELP),
     set_: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help=SET_HELP),
@@ -87,48 +70,42 @@ def command(
         None,
         "--format",
         help="lora: a plain LoRA adapter; dense: a standalone model; hiplora: a HiP-LoRA adapter, where all share a "
-        f"basis. If not given: dense for {_DENSE_RULES} without --rank, else lora.",
+        f"basis. Default: dense for {_DENSE_RULES} without --rank, else lora.",
     ),
-    base: str | None = typer.Option(
-        None, "--base", help="Base model, if not the one that the adapters name."
-    ),
+    base: str | None = BASE_OPTION,
     protect: bool = typer.Option(
         False, "--protect", help="Project the merge off its layers' inputs, as hiplora protect does."
     ),
-    principal_rank: str | None = typer.Option(
-        None, "--principal-rank", help=f"{RANK_HELP}{_WITH_PROTECT}else 32."
-    ),
+    principal_rank: str | None = typer.Option(None, "--principal-rank", help=f"{RANK_HELP} With --protect."),
     projection: Projection | None = typer.Option(
-        None, "--projection", help=f"{PROJECTION_HELP}{_WITH_PROTECT}else hard."
+        None, "--projection", help=f"{PROJECTION_HELP} With --protect."
     ),
     strength: float | None = typer.Option(
-        None, "--strength", min=0.0, max=1.0, help=f"{STRENGTH_HELP}{_WITH_PROTECT}else 1."
+        None, "--strength", min=0.0, max=1.0, help=f"{STRENGTH_HELP} With --protect."
     ),
-    text: str | None = typer.Option(None, "--text", help=f"{TEXT_HELP} Only with --protect."),
-    tokens: int | None = typer.Option(
-        None, "--tokens", min=2, help=f"{TOKENS_HELP}{_WITH_PROTECT}else 10000."
-    ),
+    text: str | None = typer.Option(None, "--text", help=f"{TEXT_HELP} With --protect."),
+    tokens: int | None = typer.Option(None, "--tokens", min=2, help=f"{TOKENS_HELP} With --protect."),
     html: Path | None = typer.Option(None, "--html", help="Also write the report as a page to this file."),
     evaluate: str | None = typer.Option(
         None,
         "--evaluate",
         help=f"Score the adapters alone and the merge, as hiplora merge-check does. {SUITE_HELP}",
     ),
-    data: Path | None = typer.Option(None, "--data", help=f"{DATA_HELP}{_WITH_EVALUATE}"),
-    limit: int | None = typer.Option(None, "--limit", min=1, help=f"{LIMIT_HELP}{_WITH_EVALUATE}"),
-    seed: int = typer.Option(0, "--seed", min=0, help=f"Seed of the choice of items.{_WITH_EVALUATE}"),
-    batch_size: int = typer.Option(8, "--batch-size", min=1, help=f"Rows of a batch.{_WITH_EVALUATE}"),
-    allow_code: bool = typer.Option(False, "--allow-code-execution", help=f"{CODE_HELP}{_WITH_EVALUATE}"),
+    data: Path | None = typer.Option(None, "--data", help=f"{DATA_HELP} With --evaluate."),
+    limit: int | None = typer.Option(None, "--limit", min=1, help=f"{LIMIT_HELP} With --evaluate."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the choice of items. With --evaluate."),
+    batch_size: int = typer.Option(8, "--batch-size", min=1, help="Rows per batch. With --evaluate."),
+    allow_code: bool = typer.Option(False, "--allow-code-execution", help=f"{CODE_HELP} With --evaluate."),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Merge adapters of one base model into one, and check what is written.
 
     Adapters of different base weights are refused. With --protect, the merge is projected off the strongest
-    directions of what its layers are fed, and its drift from the base model before and after is reported.
+    directions of its layers' inputs, and its drift from the base model before and after is reported.
 
     Each merge comes with a report of where the adapters conflict (merge-report.json in the folder; --html makes a
-    page of it). With --evaluate it also says what the merge broke: each task before and after, and MergeFail.
+    page of it). With --evaluate it also reports what the merge broke: each task before and after, and MergeFail.
 
     Example:
 
@@ -137,13 +114,22 @@ def command(
     from hiplora.adapters import check_out, read_update
     from hiplora.evaluation.evaluate import EvalSettings
     from hiplora.evaluation.mounting import name_adapters
-    from hiplora.files import check_output_file
-    from hiplora.merging import merge
+    from hiplora.files import check_output_file, write_atomic
+    from hiplora.merge_check import (
+        MergeSettings,
+        conflict_table,
+        merge_check,
+        save_merge_page,
+        verdict_tables,
+    )
+    from hiplora.merging.conflict import merge_report
+    from hiplora.merging.merger import merge
 
-    how = {"strength": strength, "text": text, "tokens": tokens}
-    how |= {"principal_rank": principal_rank, "projection": projection.value if projection else None}
+    how = {"strength": strength, "text": text, "tokens": tokens, "principal_rank": principal_rank}
+    how |= {"projection": projection.value if projection else None}
     how = {name: value for name, value in how.items() if value is not None}
-    rule, options = find_rule(method), parse_options(method, set_)
+    rule = find_rule(method)
+    options = rule.options(dict(map(parse_option, set_)))
     form = _chosen_format(format, rule, rank)
     _check_protect(protect, how, form, rule, rank)
     named = name_adapters(adapters)
@@ -175,69 +161,64 @@ def command(
         record["truncation"] = update.to_json()
     if protect:
         update, record["protection"] = _protected(update, how)
-    report = _report(updates, record)
-    if evaluate is not None:
-        settings = EvalSettings(evaluate, data, limit, seed, batch_size, allow_code)
-        checked = _evaluated(adapters, settings, update, record, base, out)
-        record["evaluation"], report["evaluation"] = checked
-    record["export"] = _write(update, out, form, overwrite, record)
-    record["report"] = str(_write_report(report, out, html))
-    if as_json:
-        emit_json(record | {"conflicts": report})
-        return
-    _print(record)
-    print_table(*_conflict_table(report))
-    if evaluate is not None:
-        print_verdicts(record["evaluation"])
-
-
-def _report(updates: "dict[str, AdapterUpdate]", record: dict[str, Any]) -> dict[str, Any]:
-    """Measure where the adapters conflict, under the names that they were given."""
-    from hiplora.merging.report import merge_report
-
-    return merge_report(
-        [replace(update, source=name) for name, update in updates.items()],
+    report = merge_report(
+        [replace(one, source=name) for name, one in updates.items()],
         record["weights"],
         record,
         wrap=lambda modules: progress(list(modules), "how the adapters conflict"),
     )
-
-
-def _evaluated(
-    adapters: list[str], settings: Any, update: Any, record: dict[str, Any], base: str | None, out: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Score the adapters alone and the merge as it is going to be written; for the record, and for the page."""
-    from hiplora.study.merge_check import MergeSettings, merge_check
-    from hiplora.study.merge_verdict import page_evaluation
-
-    method = record["method"]
-    how = MergeSettings((method,), record["weights"], record["options"], base=base)
-    with counted() as bars:
-        checked = merge_check(adapters, settings, how, merged=update, partial=out, progress=bars)
-    return checked, page_evaluation(checked, method)
-
-
-def _write_report(report: dict[str, Any], out: Path, html: Path | None) -> Path:
-    from hiplora.files import write_atomic
-    from hiplora.reporting.merge_page import save_merge_html
-
+    if evaluate is not None:
+        settings = EvalSettings(evaluate, data, limit, seed, batch_size, allow_code)
+        judged = MergeSettings((method,), record["weights"], options, base=base)
+        record["evaluation"] = merge_check(
+            adapters, settings, judged, merged=update, partial=out, progress=True
+        )
+    record["export"] = _write(update, out, form, overwrite, record)
+    record["report"] = str(write_atomic(out / "merge-report.json", json.dumps(report, indent=1)))
     if html is not None:
-        save_merge_html(report, html)
-    return write_atomic(out / "merge-report.json", json.dumps(report, indent=1))
+        save_merge_page(html, report, record.get("evaluation"))
+    if as_json:
+        emit_json(record | {"conflicts": report})
+        return
+    _print(record)
+    print_frame("Modules that conflict most", conflict_table(report))
+    if evaluate is not None:
+        for caption, table in verdict_tables(record["evaluation"]).items():
+            print_frame(caption, table)
 
 
-def _conflict_table(report: dict[str, Any]) -> tuple[str, Sequence[str], list[tuple[str, ...]]]:
-    from hiplora.reporting.merge_summary import conflict_table
+def parse_option(text: str) -> tuple[str, Any]:
+    """Read `name=value`, the value as JSON where it is JSON; else as text, which the rule refuses.
 
-    return conflict_table(report)
+    Raises:
+        ConfigError: there is no name or no equals sign.
+    """
+    name, equals, raw = (part.strip() for part in text.partition("="))
+    if not name or not equals:
+        raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
+    try:
+        return name, json.loads("null" if raw == "none" else raw)
+    except json.JSONDecodeError:
+        return name, raw
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """Read numbers separated by commas; None stays None.
+
+    Raises:
+        ConfigError: one of them is not a number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--weights {text}: expected numbers separated by commas, for example 1,0.5"
+        ) from None
 
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:
-    """Return the format to write, or say why the one that was asked for cannot be.
-
-    Raises:
-        ConfigError: naming both ways out.
-    """
     full = rule.kind == "dense" and rank is None
     if format is Format.hiplora and rule.name != "addition":
         raise ConfigError(
@@ -245,8 +226,8 @@ def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Forma
         )
     if format is Format.lora and full:
         raise ConfigError(
-            f"--format lora: {rule.name} gives updates of full rank, which no LoRA adapter holds; pass --rank, as "
-            "--rank 64, to keep the strongest directions of each module, or --format dense"
+            f"--format lora: {rule.name} gives updates of full rank, which no LoRA adapter holds; pass --rank, for "
+            "example --rank 64, to keep the strongest directions of each module, or --format dense"
         )
     return format or (Format.dense if full else Format.lora)
 
@@ -257,7 +238,7 @@ def _check_protect(protect: bool, how: dict[str, Any], form: Format, rule: Rule,
         raise ConfigError(f"--{option}: only with --protect; leave it out or pass --protect")
     if protect and form is Format.hiplora:
         raise ConfigError(
-            "--protect: its result is no HiP-LoRA adapter; write it with --format lora or dense"
+            "--protect: its result is not a HiP-LoRA adapter; write it with --format lora or dense"
         )
     if protect and rule.kind == "dense" and rank is None:
         raise ConfigError(
@@ -266,35 +247,7 @@ def _check_protect(protect: bool, how: dict[str, Any], form: Format, rule: Rule,
         )
 
 
-def parse_options(method: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Return all options of a rule, those set by `name=value` among them.
-
-    Raises:
-        ConfigError: there is no such rule or option, or a value makes no sense.
-    """
-    return asdict(find_rule(method).make_options(dict(map(parse_option, settings))))
-
-
-def parse_weights(text: str | None) -> list[float] | None:
-    """Read numbers with commas between; None stays None.
-
-    Raises:
-        ConfigError: one of them is no number.
-    """
-    if text is None:
-        return None
-    numbers = []
-    for part in text.split(","):
-        try:
-            numbers.append(float(part))
-        except ValueError:
-            raise ConfigError(
-                f"--weights: {part.strip()!r} is not a number; pass numbers with commas between, as 1,0.5"
-            ) from None
-    return numbers
-
-
-def _protected(update: "AdapterUpdate", given: dict[str, Any]) -> "tuple[AdapterUpdate, dict[str, Any]]":
+def _protected(update: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from hiplora.protect import ProtectSettings, protect_update
     from hiplora.spectral import parse_rank
 
@@ -305,37 +258,31 @@ def _protected(update: "AdapterUpdate", given: dict[str, Any]) -> "tuple[Adapter
 
 def _write(update: Any, out: Path, form: Format, overwrite: bool, record: dict[str, Any]) -> dict[str, Any]:
     from hiplora.adapters import save_as_hiplora, save_dense
-    from hiplora.merging import save_merged
+    from hiplora.merging.merger import save_merged
 
-    details = {
-        "merge": {key: value for key, value in record.items() if key not in ("schema", "kind", "protection")}
-    }
+    apart = ("schema", "kind", "protection")
+    details = {"merge": {key: value for key, value in record.items() if key not in apart}}
     details |= {key: record[key] for key in ("protection",) if key in record}
-    if form is Format.hiplora:
-        return save_as_hiplora(update, out, overwrite=overwrite, details=details).to_json()
-    if form is Format.lora:
-        return save_merged(update, out, overwrite=overwrite, details=details).to_json()
-    return save_dense(
-        update,
-        out,
-        overwrite=overwrite,
-        details=details,
-        wrap=lambda names: progress(list(names), "writing tensors"),
-    ).to_json()
+    save = {Format.hiplora: save_as_hiplora, Format.lora: save_merged, Format.dense: save_dense}[form]
+    return save(update, out, overwrite=overwrite, details=details).to_json()
 
 
 def _print(record: dict[str, Any]) -> None:
     if "truncation" in record:
-        _print_truncation(record["truncation"])
+        modules: Sequence[dict[str, Any]] = record["truncation"]["modules"]
+        rows = [(one["module"], f"{one['relative_error']:.2e}") for one in modules[:10]]
+        title = f"Cut down to rank {record['truncation']['rank']} (the ten modules that lost most)"
+        print_table(title, ("Module", "Lost of ‖ΔW‖"), rows)
     if "protection" in record:
         print_protection(record["protection"])
-    print_report(record["export"], f"{record['method']} of {len(record['adapters'])} adapters")
-
-
-def _print_truncation(truncation: dict[str, Any]) -> None:
-    modules = truncation["modules"]
-    rest = len(modules) - _LISTED_LOSSES
-    rows = [(entry["module"], f"{entry['relative_error']:.2e}") for entry in modules[:_LISTED_LOSSES]]
-    if rest > 0:
-        rows.append((f"{rest} more, each of them less (--json lists all)", ""))
-    print_table(f"Cut down to rank {truncation['rank']}", ("Module", "Lost of ‖ΔW‖"), rows)
+    written = record["export"]
+    worst = written["largest_difference"]
+    print_table(
+        f"{record['method']} of {len(record['adapters'])} adapters",
+        ("", ""),
+        [
+            ("Written to", written["path"]),
+            ("Format", f"{written['to']}, {written['dtype']}"),
+            ("Largest relative difference of a module", f"{worst['relative']:.1e}  ({worst['module']})"),
+        ],
+    )

@@ -4,19 +4,10 @@ from pathlib import Path
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json
-from hiplora.cli.eval import (
-    BATCH_OPTION,
-    CODE_OPTION,
-    DATA_OPTION,
-    LIMIT_OPTION,
-    SEED_OPTION,
-    SUITE_OPTION,
-)
-from hiplora.cli.merge import METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_weights
-from hiplora.cli.verdicts import print_verdicts
+from hiplora.cli.common import JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame, progress
+from hiplora.cli.eval import BATCH_OPTION, CODE_OPTION, DATA_OPTION, LIMIT_OPTION, SEED_OPTION, SUITE_OPTION
+from hiplora.cli.merge import BASE_OPTION, METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_option, parse_weights
 from hiplora.errors import ConfigError
-from hiplora.merging.options import parse_option
 
 
 def command(
@@ -24,7 +15,7 @@ def command(
         ..., help="Adapter folders over one base; as TASK=FOLDER, the task that each was trained for."
     ),
     suite: str = SUITE_OPTION,
-    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    out: Path = OUT_OPTION,
     method: list[str] = typer.Option(
         ["addition"], "--method", help=f"{METHOD_HELP} May be repeated: the rules are judged side by side."
     ),
@@ -34,11 +25,9 @@ def command(
     sizes: str | None = typer.Option(
         None,
         "--sizes",
-        help="Also check every merge of so many of the adapters, as 2,3: what MergeFail is counted over.",
+        help="Also check every merge of so many of the adapters, for example 2,3: what MergeFail is counted over.",
     ),
-    base: str | None = typer.Option(
-        None, "--base", help="Base model, if not the one that the adapters name."
-    ),
+    base: str | None = BASE_OPTION,
     data: Path | None = DATA_OPTION,
     limit: int | None = LIMIT_OPTION,
     seed: int = SEED_OPTION,
@@ -47,7 +36,7 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Score adapters alone and merged on the same items, and say what the merge broke.
+    """Score adapters alone and merged on the same items, and report what the merge broke.
 
     For each task: the score before the merge (of the adapter that was trained for it), after it, the difference
     with its 95 % interval; MergeFail, the share of merges in which a task falls below τ of its score before, over a
@@ -60,17 +49,25 @@ def command(
         hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --out runs/check
     """
     from hiplora.evaluation.evaluate import EvalSettings
-    from hiplora.study.merge_check import MergeSettings, write_merge_check
+    from hiplora.merge_check import MergeSettings, verdict_tables, write_merge_check
 
     settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
-    options = dict(parse_option(text) for text in set_)
+    options = dict(map(parse_option, set_))
     how = MergeSettings(tuple(method), parse_weights(weights), options, rank, base, _sizes(sizes))
-    with counted() as progress:
-        record = write_merge_check(adapters, settings, how, out, overwrite=overwrite, progress=progress)
+    record = write_merge_check(
+        adapters,
+        settings,
+        how,
+        out,
+        overwrite=overwrite,
+        progress=True,
+        wrap=lambda modules: progress(list(modules), "how the adapters conflict"),
+    )
     if as_json:
         emit_json(record)
         return
-    print_verdicts(record)
+    for caption, table in verdict_tables(record).items():
+        print_frame(caption, table)
     typer.echo(f"\nWritten: {out}")
 
 
@@ -78,4 +75,6 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ConfigError(f"--sizes {text}: expected whole numbers with commas between, as 2,3") from None
+        raise ConfigError(
+            f"--sizes {text}: expected whole numbers separated by commas, for example 2,3"
+        ) from None

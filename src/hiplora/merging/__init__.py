@@ -1,28 +1,22 @@
-"""Several adapters of one base model as one: a rule a file, one registry, exact products."""
+"""Several adapters of one base model as one: decorated rules in one registry, exact products in factor space.
+
+`RULES` needs no torch, so that the command line can list the rules; everything else is loaded on first use.
+"""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hiplora.merging.registry import RULES, Rule
+from hiplora.merging.rules import RULES, Rule, find_rule
 
-if TYPE_CHECKING:
-    from hiplora.merging.dense_merge import DenseMerge
-    from hiplora.merging.merger import merge, save_merged
-    from hiplora.merging.truncation import TruncatedUpdate, truncate
+_HOMES = {"merge_report": "conflict"}  # everything else comes from merger.py
 
-_LAZY = {
-    "DenseMerge": "hiplora.merging.dense_merge",
-    "TruncatedUpdate": "hiplora.merging.truncation",
-    "merge": "hiplora.merging.merger",
-    "save_merged": "hiplora.merging.merger",
-    "truncate": "hiplora.merging.truncation",
-}
-
-__all__ = ["RULES", "DenseMerge", "Rule", "TruncatedUpdate", "merge", "save_merged", "truncate"]
+__all__ = ["RULES", "Rule", "find_rule"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load merging itself on first use: naming the rules needs no torch."""
-    if name not in _LAZY:
+    if name.startswith("_"):
+        raise AttributeError(name)
+    home = importlib.import_module(f"hiplora.merging.{_HOMES.get(name, 'merger')}")
+    if not hasattr(home, name):
         raise AttributeError(f"module 'hiplora.merging' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(home, name)

@@ -1,157 +1,123 @@
-"""Where adapters that are merged meet: shared directions, cancelled norm and opposite signs, module by module."""
+"""Where merged adapters conflict: shared directions, cancelled norm and opposite signs, module by module.
+
+All but the signs is computed in factor space, in float64, on the weighted updates `w_t ΔW_t` as they come, before a
+merge rule drops anything from them.
+"""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from hiplora.adapters import AdapterUpdate, Pair
+from hiplora.adapters import WEIGHTS, AdapterUpdate, Pair
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.merging.subspaces import (
-    Overlap,
-    Spaces,
-    cancelled,
-    compress,
-    inner_product,
-    norm_of_sum,
-    overlap,
-    spaces,
-)
-from hiplora.spectral import full_precision
+from hiplora.provenance import file_sha256, provenance
+from hiplora.spectral.precision import full_precision
 
-_NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
+# A direction with less than this share of the largest singular value is not counted: a millionth of its energy.
+RANK_TOLERANCE = 1e-3
+# An update this far below its factors is what rounding left of terms that cancel: zero, as with B = 0.
+_ROUNDING = torch.finfo(torch.float32).eps
+_CHUNK = 1 << 18  # entries of a dense update that are held at a time
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class PairConflict:
-    """How the weighted updates of two adapters lie to each other in one module.
+class Overlap:
+    """How much two subspaces of dimensions p and q share, in a space of n dimensions.
 
-    `adapters` are their places in the merge, from 0. `left` compares what they write (column spaces, outputs), `right`
-    what they read (row spaces, inputs), `cosine` is `⟨ΔW_a, ΔW_b⟩ / (‖ΔW_a‖ ‖ΔW_b‖)`. All are None where one of the two
-    is zero.
+    `mean` is the mean squared cosine of their principal angles, `Σ_i cos²θ_i / min(p, q)` (the angles: Björck and
+    Golub 1973; the mean: LoRA's subspace similarity, Hu et al. 2021, Eq. 4): 0 where they are orthogonal, 1 where the
+    smaller one lies in the other. `largest_cosine` is that of the smallest angle. `chance` is the mean that random
+    subspaces have: `max(p, q) / n`.
     """
 
-    adapters: tuple[int, int]
-    left: Overlap | None
-    right: Overlap | None
-    cosine: float | None
-
-    @property
-    def score(self) -> float | None:
-        """How much they conflict: `√(left · right) · (1 − cosine) / 2`, of the mean overlaps, from 0 to 1.
-
-        Updates that write to or read from other directions do not meet: 0. Where they meet, what counts is whether
-        they agree: 0 for the same update up to its size, 1/2 for unrelated ones, 1 for opposites.
-        """
-        if self.left is None or self.right is None or self.cosine is None:
-            return None
-        return math.sqrt(self.left.mean * self.right.mean) * (1 - self.cosine) / 2
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready record."""
-        return {
-            "adapters": list(self.adapters),
-            "left": asdict(self.left) if self.left else None,
-            "right": asdict(self.right) if self.right else None,
-            "cosine": self.cosine,
-            "score": self.score,
-        }
+    mean: float
+    largest_cosine: float
+    chance: float
 
 
-@dataclass(frozen=True)
-class ModuleConflict:
-    """How the weighted updates `w_t ΔW_t` of one module, m outputs and n inputs, go together.
+def compress(factors: Sequence[Pair]) -> list[Pair]:
+    """Return the updates in coordinates of what they span together: small factors with the same geometry, float64.
 
-    `adapters` are the places in the merge of those that adapt it, from 0, and `ranks` and `norms` (Frobenius) are
-    theirs. `sum_norm` is `‖Σ_t w_t ΔW_t‖_F`. `magnitude` is `Σ_t ‖w_t ΔW_t‖₁`, `cancelled` what of it the sum loses to
-    opposite signs. `pairs` are those of `adapters`.
+    `ΔW_t = Q_L (B'_t A'_t) Q_Rᵀ` with orthonormal `Q_L`, `Q_R` that are never formed: `B'_t` and `A'_tᵀ` are blocks of
+    the triangular factors of all `B_t` side by side and all `A_tᵀ` side by side. Norms, inner products, singular values
+    and principal angles of the small updates are those of the updates.
     """
+    ranks = [A.shape[0] for A, _ in factors]
+    left = torch.linalg.qr(torch.cat([B for _, B in factors], dim=1).double(), mode="r").R
+    right = torch.linalg.qr(torch.cat([A for A, _ in factors]).double().T, mode="r").R
+    return [(R.T, L) for L, R in zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True)]
 
-    module: str
-    outputs: int
-    inputs: int
-    adapters: tuple[int, ...]
-    ranks: tuple[int, ...]
-    norms: tuple[float, ...]
-    sum_norm: float
-    magnitude: float
-    cancelled: float
-    pairs: tuple[PairConflict, ...]
 
-    @property
-    def layer(self) -> int | None:
-        """The first number in the module's name, or None."""
-        found = re.search(r"\.(\d+)\.", f".{self.module}.")
-        return int(found[1]) if found else None
+def spaces(factors: Pair) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], float]:
+    """Return orthonormal bases of an update's column space (outputs) and row space (inputs), and ‖ΔW‖_F; float64.
 
-    @property
-    def norm_ratio(self) -> float | None:
-        """The norm of the sum over the sum of the norms: 1 where all agree, 0 where all is lost; None of zeros."""
-        total = sum(self.norms)
-        return self.sum_norm / total if total else None
+    r is the numerical rank, the number of singular values above `RANK_TOLERANCE` of the largest; 0 for a zero update.
+    """
+    A, B = factors
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    P, sigma, Ot = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    sigma = sigma * (sigma[:1] > _ROUNDING * R_B.norm() * R_A.norm())
+    rank = int((sigma > RANK_TOLERANCE * sigma[:1]).sum())
+    return Q_B @ P[:, :rank], Q_A @ Ot[:rank].T, sigma.norm().item()
 
-    @property
-    def unrelated(self) -> float | None:
-        """The norm ratio of orthogonal updates of these norms, `√(Σ‖·‖²) / Σ‖·‖`: 1/√T for T equal ones."""
-        total = sum(self.norms)
-        return math.hypot(*self.norms) / total if total else None
 
-    @property
-    def sign_conflict(self) -> float | None:
-        """The share of the magnitude that meets its like of the other sign, 0 to 1; None of zeros.
+def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -> Overlap | None:
+    """Return how much the spans of two orthonormal bases share, or None where one of them is empty.
 
-        `1 − ‖Σ_t w_t ΔW_t‖₁ / Σ_t ‖w_t ΔW_t‖₁`; of unrelated updates with normal entries it is `1 − unrelated`.
-        """
-        return self.cancelled / self.magnitude if self.magnitude else None
+    `dimensions` is n; the s rows are fewer where the bases are in coordinates of a part of the space.
+    """
+    if not P.shape[1] or not Q.shape[1]:
+        return None
+    cosines = torch.linalg.svdvals(P.T @ Q).clamp_max(1.0)
+    larger = max(P.shape[1], Q.shape[1])
+    return Overlap(cosines.square().mean().item(), cosines[0].item(), larger / dimensions)
 
-    @property
-    def worst(self) -> PairConflict | None:
-        """The pair that conflicts most, or None where no two adapters change the module."""
-        known = [pair for pair in self.pairs if pair.score is not None]
-        return max(known, key=lambda pair: pair.score or 0.0, default=None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready record, with `score` and `worst` (adapters) of the pair that conflicts most."""
-        worst = self.worst
-        return {
-            "module": self.module,
-            "layer": self.layer,
-            "type": self.module.rpartition(".")[2],
-            "outputs": self.outputs,
-            "inputs": self.inputs,
-            "adapters": list(self.adapters),
-            "ranks": list(self.ranks),
-            "norms": list(self.norms),
-            "sum_norm": self.sum_norm,
-            "norm_ratio": self.norm_ratio,
-            "unrelated": self.unrelated,
-            "magnitude": self.magnitude,
-            "sign_conflict": self.sign_conflict,
-            "pairs": [pair.to_json() for pair in self.pairs],
-            "score": worst.score if worst else None,
-            "worst": list(worst.adapters) if worst else None,
-        }
+def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
+    """Return how much magnitude cancels in the sum, entry by entry, and how much there is before it.
+
+    These are `Σ_t ‖ΔW_t‖₁ − ‖Σ_t ΔW_t‖₁` and `Σ_t ‖ΔW_t‖₁`. An entry with the magnitude P of one sign and N of the
+    other loses `2 min(P, N)`: twice what opposes the sign that TIES-Merging would elect there (Yadav et al. 2023).
+    """
+    rows = max(1, _CHUNK // factors[0][0].shape[1])
+    before = after = 0.0
+    for start in range(0, factors[0][1].shape[0], rows):
+        total = torch.zeros(())
+        for A, B in factors:
+            part = B[start : start + rows] @ A
+            total = total + part
+            before += part.abs_().sum(dtype=torch.float64).item()
+        after += total.abs_().sum(dtype=torch.float64).item()
+    return max(0.0, before - after), before
 
 
 def conflicts(
     updates: Sequence[AdapterUpdate],
     weights: Sequence[float],
     *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
-) -> list[ModuleConflict]:
-    """Measure how the weighted updates of several adapters go together, in the model's order of modules.
+    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> list[Record]:
+    """Measure how the weighted updates of several adapters go together: a record a module, in the model's order.
 
-    One row for each module that any adapter adapts, compared among those that do. Everything is measured on
-    `w_t ΔW_t`: a negative weight turns a cosine's sign, a weight of 0 makes a zero update.
-
-    Args:
-        updates: the adapters' updates, at least one.
-        weights: one finite number each.
-        wrap: called with the module names, yields them; for a progress bar.
+    A record compares the adapters (`adapters`, their places from 0) that adapt the module: their `ranks` and `norms`;
+    `sum_norm` = ‖Σ_t w_t ΔW_t‖_F; `norm_ratio`, the norm of the sum over the sum of the norms (1 where all agree, 0
+    where all is lost), beside `unrelated`, what orthogonal updates of these norms have; `sign_conflict`, the share of
+    the magnitude that cancels entry by entry; `pairs`, each with the overlap of what they write (`left`) and read
+    (`right`), `cosine` and `score` = `√(left · right) · (1 − cosine) / 2` (0: they do not meet or agree, 1/2: unrelated
+    in the same directions, 1: opposites); `score` and `worst`, those of the pair that conflicts most. A value is None
+    where it is not defined, as for zero updates.
 
     Raises:
         ConfigError: no updates, or weights of the wrong number or not finite.
@@ -164,67 +130,189 @@ def conflicts(
     if not all(map(math.isfinite, weights)):
         raise ConfigError(f"weights: {list(weights)} are not all finite numbers")
     modules = sorted({module for update in updates for module in update.factors}, key=_natural)
-    return [_measure(module, updates, weights) for module in wrap(modules)]
+    with full_precision(torch.device("cpu")):
+        return [_module(module, updates, weights) for module in wrap(modules)]
 
 
-def _measure(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> ModuleConflict:
+def _module(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Record:
     places = [place for place, update in enumerate(updates) if module in update.factors]
     outputs, inputs = _shape(module, [updates[place] for place in places])
-    factors = [_weighted(updates[place].factors[module], weights[place]) for place in places]
-    with full_precision(torch.device("cpu")):
-        small = compress(factors)
-        spans = [spaces(pair) for pair in small]
-        lost, magnitude = cancelled(factors)
-        return ModuleConflict(
-            module=module,
-            outputs=outputs,
-            inputs=inputs,
-            adapters=tuple(places),
-            ranks=tuple(span.rank for span in spans),
-            norms=tuple(span.norm for span in spans),
-            sum_norm=norm_of_sum(small),
-            magnitude=magnitude,
-            cancelled=lost,
-            pairs=tuple(
-                _pair((places[i], places[j]), (small[i], small[j]), (spans[i], spans[j]), (outputs, inputs))
-                for i, j in combinations(range(len(places)), 2)
-            ),
-        )
-
-
-def _pair(
-    places: tuple[int, int], factors: tuple[Pair, Pair], spans: tuple[Spaces, Spaces], shape: tuple[int, int]
-) -> PairConflict:
-    one, other = spans
-    if not one.rank or not other.rank:
-        return PairConflict(places, None, None, None)
-    cosine = inner_product(*factors) / (one.norm * other.norm)
-    return PairConflict(
-        places,
-        overlap(one.outputs, other.outputs, shape[0]),
-        overlap(one.inputs, other.inputs, shape[1]),
-        max(-1.0, min(1.0, cosine)),
+    pairs = [(updates[place].factors[module], weights[place]) for place in places]
+    factors = [(A.detach().float(), weight * B.detach().float()) for (A, B), weight in pairs]
+    small = compress(factors)
+    spans = [spaces(pair) for pair in small]
+    norms = [norm for _, _, norm in spans]
+    total = sum(norms)
+    lost, magnitude = cancelled(factors)
+    sum_norm = (torch.cat([B for _, B in small], dim=1) @ torch.cat([A for A, _ in small])).norm().item()
+    found = [
+        _pair([places[i], places[j]], (small[i], small[j]), (spans[i], spans[j]), (outputs, inputs))
+        for i, j in combinations(range(len(places)), 2)
+    ]
+    worst = max(
+        (pair for pair in found if pair["score"] is not None), key=lambda pair: pair["score"], default=None
     )
+    layer = re.search(r"\.(\d+)\.", f".{module}.")
+    return {
+        "module": module,
+        "layer": int(layer[1]) if layer else None,
+        "type": module.rpartition(".")[2],
+        "outputs": outputs,
+        "inputs": inputs,
+        "adapters": places,
+        "ranks": [U.shape[1] for U, _, _ in spans],
+        "norms": norms,
+        "sum_norm": sum_norm,
+        "norm_ratio": sum_norm / total if total else None,
+        "unrelated": math.hypot(*norms) / total if total else None,
+        "magnitude": magnitude,
+        "sign_conflict": lost / magnitude if magnitude else None,
+        "pairs": found,
+        "score": worst["score"] if worst else None,
+        "worst": worst["adapters"] if worst else None,
+    }
+
+
+def _pair(places: list[int], factors: tuple[Pair, Pair], spans: tuple, shape: tuple[int, int]) -> Record:
+    (U, V, norm), (U_other, V_other, norm_other) = spans
+    left, right = overlap(U, U_other, shape[0]), overlap(V, V_other, shape[1])
+    if left is None or right is None:
+        return {"adapters": places, "left": None, "right": None, "cosine": None, "score": None}
+    (A, B), (A_other, B_other) = factors
+    inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
+    cosine = max(-1.0, min(1.0, inner / (norm * norm_other)))
+    score = math.sqrt(left.mean * right.mean) * (1 - cosine) / 2
+    return {
+        "adapters": places,
+        "left": asdict(left),
+        "right": asdict(right),
+        "cosine": cosine,
+        "score": score,
+    }
 
 
 def _shape(module: str, updates: Sequence[AdapterUpdate]) -> tuple[int, int]:
-    shapes = []
-    for update in updates:
-        A, B = update.factors[module]
-        shapes.append((B.shape[0], A.shape[1]))
-        if shapes[-1] != shapes[0]:
+    shapes = [(update.factors[module][1].shape[0], update.factors[module][0].shape[1]) for update in updates]
+    for update, shape in zip(updates, shapes, strict=True):
+        if shape != shapes[0]:
             raise AdapterError(
                 f"layer {module}: {updates[0].source} has it with (outputs, inputs) {shapes[0]}, {update.source} "
-                f"with {shapes[-1]}; only adapters of one base model can be compared"
+                f"with {shape}; only adapters of one base model can be compared"
             )
     return shapes[0]
-
-
-def _weighted(pair: Pair, weight: float) -> Pair:
-    A, B = pair
-    return A.detach().float(), weight * B.detach().float()
 
 
 def _natural(module: str) -> list[str | int]:
     """Sort key that puts layer 10 after layer 9."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", module))]
+
+
+# The report of a merge -----------------------------------------------------------------------------------------
+
+
+def merge_report(
+    updates: Sequence[AdapterUpdate],
+    weights: Sequence[float],
+    merged: Mapping[str, Any],
+    *,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Record:
+    """Measure how adapters go together, and return the report as a JSON-ready record, schema 1.
+
+    Returns:
+        `adapters` (name, weight, method, modules, source, sha256 of the weights where it is a folder), `modules` (see
+        `conflicts`), `most_conflicting` (up to ten module names, worst first), `pairs` (matrices of the means over the
+        modules that both change: left, right, cosine, and `modules`, their number), `totals`, `settings`, `merge` (the
+        record of the merge, as given), `provenance`.
+
+    Raises:
+        ConfigError, AdapterError: as `conflicts`.
+    """
+    rows = conflicts(updates, weights, wrap=wrap)
+    scored = sorted((row for row in rows if row["score"]), key=lambda row: -row["score"])
+    return {
+        "schema": 1,
+        "kind": "merge-report",
+        "base": updates[0].base,
+        "adapters": [
+            {
+                "name": name,
+                "weight": float(weight),
+                "method": update.kind,
+                "modules": len(update.factors),
+                "source": update.source,
+                "sha256": file_sha256(file) if (file := Path(update.source) / WEIGHTS).is_file() else None,
+            }
+            for name, weight, update in zip(adapter_names(updates), weights, updates, strict=True)
+        ],
+        "modules": rows,
+        "most_conflicting": [row["module"] for row in scored[:10]],
+        "pairs": _matrices([pair for row in rows for pair in row["pairs"]], len(updates)),
+        "totals": totals(rows),
+        "settings": {"rank_tolerance": RANK_TOLERANCE},
+        "merge": dict(merged),
+        "provenance": provenance(),
+    }
+
+
+def totals(rows: Sequence[Record]) -> Record:
+    """Return the numbers of all modules together.
+
+    Overlaps (`left`, `right`, beside what chance gives) and `cosine` are means over all pairs of all modules. Norms are
+    of all modules as one long vector; `unrelated` and `unrelated_sign_conflict` are what unrelated updates of these
+    sizes would give. `shared` counts the modules that two or more adapters change.
+    """
+    pairs = [pair for row in rows for pair in row["pairs"] if pair["cosine"] is not None]
+    squares: Counter[int] = Counter()
+    for row in rows:
+        for place, norm in zip(row["adapters"], row["norms"], strict=True):
+            squares[place] += norm**2  # type: ignore[assignment]
+    norms = [math.sqrt(square) for square in squares.values()]
+    total, magnitude = sum(norms), sum(row["magnitude"] for row in rows)
+    clash = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
+    expected = sum(row["magnitude"] * (1 - row["unrelated"]) for row in rows if row["unrelated"] is not None)
+    return {
+        "modules": len(rows),
+        "shared": sum(row["worst"] is not None for row in rows),
+        **{side: _mean(pair[side]["mean"] for pair in pairs) for side in ("left", "right")},
+        **{f"{side}_chance": _mean(pair[side]["chance"] for pair in pairs) for side in ("left", "right")},
+        "cosine": _mean(pair["cosine"] for pair in pairs),
+        "norm_ratio": math.hypot(*(row["sum_norm"] for row in rows)) / total if total else None,
+        "unrelated": math.hypot(*norms) / total if total else None,
+        "sign_conflict": clash / magnitude if magnitude else None,
+        "unrelated_sign_conflict": expected / magnitude if magnitude else None,
+    }
+
+
+def adapter_names(updates: Sequence[AdapterUpdate]) -> list[str]:
+    """Return a distinct name for each adapter: its folder's own name, the whole source, or either with a number."""
+    sources = [update.source for update in updates]
+    short = [Path(source).resolve().name if Path(source).is_dir() else source for source in sources]
+    chosen = short if len(set(short)) == len(set(sources)) else sources
+    counts = Counter(chosen)
+    return [
+        f"{name} ({chosen[: place + 1].count(name)})" if counts[name] > 1 else name
+        for place, name in enumerate(chosen)
+    ]
+
+
+def _matrices(pairs: Sequence[Record], count: int) -> dict[str, list[list[float | None]]]:
+    found: dict[str, list[list[float | None]]] = {
+        name: [[None] * count for _ in range(count)] for name in ("left", "right", "cosine", "modules")
+    }
+    for i, j in combinations(range(count), 2):
+        known = [pair for pair in pairs if pair["adapters"] == [i, j] and pair["cosine"] is not None]
+        values = {
+            "left": _mean(pair["left"]["mean"] for pair in known),
+            "right": _mean(pair["right"]["mean"] for pair in known),
+            "cosine": _mean(pair["cosine"] for pair in known),
+            "modules": len(known),
+        }
+        for name, value in values.items():
+            found[name][i][j] = found[name][j][i] = value
+    return found
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    present = list(values)
+    return fmean(present) if present else None

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hiplora.errors import ConfigError, DataError, first_problem
 from hiplora.evaluation.suite import own_tasks, runs_code
-from hiplora.merging.registry import rule as merge_rule
+from hiplora.merging.rules import find_rule as merge_rule
 from hiplora.models.shapes import model_shape
 from hiplora.recipes.study import StudyRecipe
 from hiplora.study.builder import Study
@@ -153,7 +153,7 @@ def _check_rules(recipe: StudyRecipe) -> None:
     for name, settings in recipe.protocols:
         for rule, options in getattr(settings, "rules", {}).items():
             try:
-                merge_rule(rule).make_options(options)
+                merge_rule(rule).options(options)
             except ConfigError as error:
                 raise ConfigError(f"protocols.{name}.rules.{rule}: {error}") from None
 

@@ -3,7 +3,7 @@
 import torch
 
 from hiplora.adapters import Channels
-from hiplora.merging.term import DenseTerm, Term
+from hiplora.merging.rules import DenseTerm, Term
 from hiplora.spectral import retract
 
 M, N, K = 7, 9, 3

@@ -1,0 +1,290 @@
+"""Each rule against a dense reference or PEFT's own function, and the cases that the papers define."""
+
+import hashlib
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from peft.utils import merge_utils
+
+from hiplora.adapters import Channels
+from hiplora.cli.merge import parse_option
+from hiplora.errors import ConfigError
+from hiplora.merging.rules import (
+    RULES,
+    DenseTerm,
+    Term,
+    addition,
+    dare,
+    find_rule,
+    iso_c,
+    knots,
+    magnitude,
+    ties,
+    tsv,
+)
+from tests import reference
+from tests.unit.merging.terms import (
+    K,
+    M,
+    N,
+    dense,
+    expected_sum,
+    hip_term,
+    lora_term,
+    make,
+    matrices,
+    weights,
+)
+
+few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+kinds = st.sampled_from(["shared", "elsewhere", "proj", "lora"])
+numbers = st.floats(-2, 2).filter(lambda value: abs(value) > 0.1)
+several = st.lists(
+    st.tuples(kinds, st.integers(0, 20), numbers), min_size=1, max_size=4, unique_by=lambda s: s[1]
+)
+
+
+def updates(count, seed=0, shape=(11, 13)):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def dense_terms(parts, factors=None, keys="abcd"):
+    """Fresh terms: a dense rule overwrites them."""
+    factors = factors or [1.0] * len(parts)
+    return [
+        DenseTerm(part.clone(), weight, key) for part, weight, key in zip(parts, factors, keys, strict=False)
+    ]
+
+
+def close(found, expected, tolerance=1e-4):
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+# Addition
+
+
+@few
+@given(several)
+def test_addition_is_the_weighted_sum_and_its_channels_are_the_same_update(specs):
+    terms = [make(*spec) for spec in specs]
+    factors, channels = addition(terms)
+    close(dense(factors), expected_sum(terms), 1e-5)
+    if channels is not None:
+        close(dense(channels.factors()), dense(factors), 1e-5)
+
+
+def test_in_a_shared_basis_gains_add_and_ranks_are_the_sum_plus_k():
+    one, other = hip_term(1, 2.0), hip_term(2, -0.5)
+    factors, channels = addition([one, other])
+    assert factors[0].shape[0] == 2 + 3 + K
+    torch.testing.assert_close(channels.delta, 2.0 * one.channels.delta - 0.5 * other.channels.delta)
+    assert channels.leak() < 1e-5
+
+
+def test_gains_of_another_basis_or_of_a_rotated_one_do_not_add():
+    one, other = hip_term(1), hip_term(2)
+    assert addition([one, hip_term(2, basis_seed=1)])[1] is None
+    turn = torch.linalg.qr(torch.randn(K, K)).Q
+    parts = other.channels
+    rotated = Channels(parts.A, parts.B, parts.U @ turn, parts.sigma, parts.V @ turn, parts.delta, 1.5, 1e-4)
+    terms = [one, Term(rotated.factors(), 1.0, rotated)]
+    close(dense(addition(terms)[0]), expected_sum(terms), 1e-5)
+
+
+@pytest.mark.parametrize("make_term", [hip_term, lora_term])
+def test_weight_one_and_weight_zero_keep_an_update_bit_for_bit(make_term):
+    term = make_term(2, 1.0)
+    for terms in ([term], [term, hip_term(3, 0.0), lora_term(3, 0.0)]):
+        assert all(torch.equal(one, two) for one, two in zip(addition(terms)[0], term.factors, strict=True))
+    assert dense(addition([hip_term(1, 0.0), lora_term(1, 0.0)])[0]).abs().max() == 0
+
+
+# Rules on factors: what they are on dense updates
+
+
+@few
+@given(several, st.sampled_from([0.2, 0.6, 1.0]))
+def test_knots_in_factor_space_is_knots_on_dense_updates(specs, density):
+    terms = [make(*spec) for spec in specs]
+    factors, channels = knots(terms, density=density, scale=0.5)
+    close(dense(factors), reference.knots(matrices(terms), weights(terms), density, 0.5))
+    assert channels is None
+
+
+@few
+@given(several, st.sampled_from([None, 0.3, 1.0]))
+def test_tsv_in_factor_space_is_tsv_on_dense_updates(specs, share):
+    terms = [make(*spec) for spec in specs]
+    ranks = [len(reference.nonzero_svd(update)[1]) for update in matrices(terms)]
+    counts = [max(1, M // len(terms)) if share is None else math.ceil(share * rank) for rank in ranks]
+    close(
+        dense(tsv(terms, sv_reduction=share)[0]), reference.tsv(matrices(terms), weights(terms), counts), 1e-3
+    )
+
+
+@few
+@given(several)
+def test_iso_c_in_factor_space_is_iso_c_on_dense_updates(specs):
+    terms = [make(*spec) for spec in specs]
+    sigma = reference.nonzero_svd(expected_sum(terms))[1]
+    assume(sigma[-1] > 1e-3 * sigma[0])  # else rounding decides which directions there are
+    close(dense(iso_c(terms)[0]), reference.iso_c(matrices(terms), weights(terms)))
+
+
+@pytest.mark.parametrize("rule", [knots, tsv, iso_c])
+def test_a_zero_update_stays_zero(rule):
+    A, B = lora_term(1).factors
+    assert dense(rule([Term((A, torch.zeros_like(B)))])[0]).abs().max() == 0
+
+
+def test_knots_has_the_rank_of_all_outputs_at_most_and_shares_those_of_one_basis():
+    assert knots([lora_term(1, rank=2), lora_term(2, rank=3)])[0][0].shape == (5, N)
+    assert knots([hip_term(1, rank=1), hip_term(4, rank=1)])[0][0].shape[0] == 3 + 1 + 1
+
+
+def test_tsv_keeps_thin_updates_whole_and_makes_no_direction_up():
+    assert tsv([lora_term(seed, m=40, n=60, rank=4) for seed in (1, 2)])[0][0].shape[0] == 8
+    term = lora_term(1, m=40, n=60, rank=3)
+    close(dense(tsv([term, term])[0]), dense(term.factors), 1e-5)
+    eye = torch.eye(8)
+    one, other = Term((eye[:2], 2 * eye[:, :2])), Term((eye[2:4], 3 * eye[:, 4:6]), -1.0)
+    close(dense(tsv([one, other])[0]), dense(one.factors) - dense(other.factors), 1e-6)
+
+
+def test_iso_c_makes_all_directions_equal_and_keeps_their_sum():
+    terms = [lora_term(1, rank=2), lora_term(2, -0.5, rank=2)]
+    found, before = (torch.linalg.svdvals(update) for update in (dense(iso_c(terms)[0]), expected_sum(terms)))
+    close(found[:4], found[0].expand(4), 1e-5)
+    assert found[4:].max() < 1e-5
+    close(found.sum(), before.sum(), 1e-5)
+    one = lora_term(3)
+    assert dense(iso_c([one, Term(one.factors, -1.0)])[0]).abs().max() == 0
+
+
+# Rules on entries: what PEFT computes
+
+
+@few
+@given(st.integers(1, 4), st.integers(0, 1000), st.sampled_from([0.05, 0.2, 0.7, 0.999]), st.data())
+def test_ties_and_magnitude_are_what_peft_computes(count, seed, density, data):
+    factors = data.draw(st.lists(st.floats(-2, 2), min_size=count, max_size=count))
+    parts = updates(count, seed)
+    expected = merge_utils.ties(parts, torch.tensor(factors), density)
+    close(ties(dense_terms(parts, factors), density=density), expected, 1e-5)
+    expected = merge_utils.magnitude_prune(parts, torch.tensor(factors), density)
+    close(magnitude(dense_terms(parts, factors), density=density), expected, 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_ties_is_the_paper_entry_by_entry(count, density):
+    parts, factors = updates(count), [1.0, 0.5, -2.0][:count]
+    expected = reference.ties(parts, factors, density, scale=0.7)
+    close(ties(dense_terms(parts, factors), density=density, scale=0.7), expected, 1e-5)
+
+
+def test_ties_weights_scale_the_mean_and_not_the_vote():
+    parts = [torch.tensor([[3.0, 1.0]]), torch.tensor([[-1.0, 1.0]]), torch.tensor([[1.0, -5.0]])]
+    assert ties(dense_terms(parts), density=1.0).tolist() == [[2.0, -5.0]]
+    parts = [torch.tensor([[3.0]]), torch.tensor([[-2.0]])]
+    assert ties(dense_terms(parts, [0.1, 10.0]), density=1.0).item() == pytest.approx(0.3)
+
+
+def test_entries_of_just_the_last_magnitude_all_stay():
+    assert magnitude(dense_terms([torch.tensor([[3.0, -2.0, 2.0, 1.0]])]), density=0.5).tolist() == [
+        [3, -2, 2, 0]
+    ]
+    assert magnitude(dense_terms([torch.ones(2, 2)]), density=0.2).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_dare_prunes_each_update_as_peft_does_by_seed_and_key(rescale):
+    parts, factors = updates(3, shape=(20, 30)), [1.0, -0.5, 2.0]
+    expected = torch.zeros(20, 30)
+    before = torch.random.get_rng_state()
+    for part, weight, key in zip(parts, factors, "abc", strict=True):
+        digest = hashlib.blake2b(f"7 {key}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(digest))
+        expected += weight * merge_utils.prune(part, 0.3, method="random", rescale=rescale)
+    torch.random.set_rng_state(before)
+    close(dare(dense_terms(parts, factors), density=0.3, rescale=rescale, seed=7), expected, 1e-5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_dare_is_the_sum_on_average_and_at_density_one():
+    parts, factors = updates(2, shape=(30, 40)), [1.0, -0.5]
+    expected = parts[0] - 0.5 * parts[1]
+    found = sum(dare(dense_terms(parts, factors), seed=seed) for seed in range(200)) / 200
+    assert (found - expected).abs().mean() < 0.09
+    assert (dare(dense_terms(parts, factors)) - expected).abs().mean() > 0.4
+    close(dare(dense_terms(parts, factors), density=1.0), expected, 1e-6)
+
+
+# The registry
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_states_what_it_does_its_source_and_its_defaults(name):
+    rule = find_rule(name)
+    assert rule.summary
+    assert rule.source
+    assert rule.options() == rule.defaults == rule.options(rule.defaults)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "why"),
+    [
+        ("ties", {"density": 0}, r"density is 0; expected a number above 0 and up to 1"),
+        ("knots", {"density": True}, "density is True"),
+        ("tsv", {"sv_reduction": 1.5}, "sv_reduction is 1.5"),
+        ("iso-c", {"scale": float("nan")}, "scale is nan; expected a finite number"),
+        ("dare", {"rescale": 1}, "rescale is 1; expected true or false"),
+        ("dare", {"seed": -1}, "seed is -1; expected a whole number of 0 or more"),
+        ("ties", {"scale": None}, "scale is None"),
+        ("ties", {"seed": 1}, "'ties' has no option 'seed'; its options: density, scale"),
+        ("addition", {"density": 1}, "'addition' has no option 'density'; its options: none"),
+    ],
+)
+def test_an_option_out_of_range_or_unknown_is_refused(name, given, why):
+    with pytest.raises(ConfigError, match=why):
+        find_rule(name).options(given)
+
+
+def test_an_unknown_rule_is_refused_and_the_known_ones_are_named():
+    with pytest.raises(ConfigError, match="'average' is not known; expected one of addition"):
+        find_rule("average")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("density=0.3", 0.3),
+        (" seed = 7 ", 7),
+        ("rescale=false", False),
+        ("x=none", None),
+        ("density=much", "much"),
+    ],
+)
+def test_an_option_is_read_from_text(text, value):
+    assert parse_option(text) == (text.partition("=")[0].strip(), value)
+
+
+@pytest.mark.parametrize("text", ["density", "=0.3", ""])
+def test_text_without_name_and_value_is_refused(text):
+    with pytest.raises(ConfigError, match="expected name=value"):
+        parse_option(text)
+
+
+def test_the_rules_are_listed_without_torch():
+    code = (
+        "import sys; from hiplora.merging import RULES\n"
+        "assert [rule.options() for rule in RULES.values()]\n"
+        "assert not {'torch', 'peft', 'numpy'} & set(sys.modules), 'heavy'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
