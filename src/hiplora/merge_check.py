@@ -331,6 +331,12 @@ def _change(found: Mapping[str, Any], task: str, form: str, before: str, after: 
     }
 
 
+def verdict_notes(record: Mapping[str, Any]) -> list[str]:
+    """Return the notes of a check's verdicts, each once."""
+    judged = [one for forms in record["verdicts"].values() for one in forms.values()]
+    return list(dict.fromkeys(note for one in judged for note in one["notes"]))
+
+
 def verdict_tables(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a check's verdicts as DataFrames, caption → table: scores before and after, and MergeFail, per rule."""
     import pandas as pd

@@ -15,9 +15,7 @@ from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
     ATTENTION,
     base_model,
-    edit_tensors,
     hip_config,
-    leaky,
     logits,
     product,
     saved,
@@ -215,7 +213,7 @@ def refused(capsys, folder, *arguments):
         (["--weights", "1"], "1 given for 2 adapters"),
         (["--weights", "1,2,3"], "3 given for 2 adapters"),
         (["--weights", "1,x"], "--weights 1,x: expected numbers"),
-                (["--weights", "1,nan"], "not a finite number"),
+        (["--weights", "1,nan"], "not a finite number"),
         (["--format", "gguf"], "gguf"),
         (["--strength", "0.5"], "--strength: only with --protect"),
         (["--principal-rank", "8"], "--principal-rank: only with --protect"),

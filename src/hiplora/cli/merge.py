@@ -19,6 +19,7 @@ from hiplora.cli.common import (
     progress,
 )
 from hiplora.cli.eval import CODE_HELP, DATA_HELP, LIMIT_HELP, SUITE_HELP
+from hiplora.cli.export import print_report
 from hiplora.cli.protect import (
     PROJECTION_HELP,
     RANK_HELP,
@@ -120,7 +121,6 @@ def command(
         conflict_table,
         merge_check,
         save_merge_page,
-        verdict_tables,
     )
     from hiplora.merging.conflict import merge_report
     from hiplora.merging.merger import merge
@@ -183,8 +183,9 @@ def command(
     _print(record)
     print_frame("Modules that conflict most", conflict_table(report))
     if evaluate is not None:
-        for caption, table in verdict_tables(record["evaluation"]).items():
-            print_frame(caption, table)
+        from hiplora.cli.merge_check import print_verdicts  # which imports this module
+
+        print_verdicts(record["evaluation"])
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -275,14 +276,4 @@ def _print(record: dict[str, Any]) -> None:
         print_table(title, ("Module", "Lost of ‖ΔW‖"), rows)
     if "protection" in record:
         print_protection(record["protection"])
-    written = record["export"]
-    worst = written["largest_difference"]
-    print_table(
-        f"{record['method']} of {len(record['adapters'])} adapters",
-        ("", ""),
-        [
-            ("Written to", written["path"]),
-            ("Format", f"{written['to']}, {written['dtype']}"),
-            ("Largest relative difference of a module", f"{worst['relative']:.1e}  ({worst['module']})"),
-        ],
-    )
+    print_report(record["export"], f"{record['method']} of {len(record['adapters'])} adapters")

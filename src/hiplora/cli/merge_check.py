@@ -1,6 +1,7 @@
 """`hiplora merge-check`: what a merge of adapters breaks, before it is written."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -49,7 +50,7 @@ def command(
         hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --out runs/check
     """
     from hiplora.evaluation.evaluate import EvalSettings
-    from hiplora.merge_check import MergeSettings, verdict_tables, write_merge_check
+    from hiplora.merge_check import MergeSettings, write_merge_check
 
     settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
     options = dict(map(parse_option, set_))
@@ -66,9 +67,18 @@ def command(
     if as_json:
         emit_json(record)
         return
+    print_verdicts(record)
+    typer.echo(f"\nWritten: {out}")
+
+
+def print_verdicts(record: dict[str, Any]) -> None:
+    """Print what each rule broke, and the notes."""
+    from hiplora.merge_check import verdict_notes, verdict_tables
+
     for caption, table in verdict_tables(record).items():
         print_frame(caption, table)
-    typer.echo(f"\nWritten: {out}")
+    for note in verdict_notes(record):
+        typer.echo(note)
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

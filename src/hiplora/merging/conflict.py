@@ -21,7 +21,7 @@ from torch import Tensor
 from hiplora.adapters import WEIGHTS, AdapterUpdate, Pair
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.provenance import file_sha256, provenance
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision
 
 # A direction with less than this share of the largest singular value is not counted: a millionth of its energy.
 RANK_TOLERANCE = 1e-3

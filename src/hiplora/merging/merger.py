@@ -23,8 +23,7 @@ from hiplora.adapters import (
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import DenseTerm, Rule, Term, find_rule, is_count, is_number
 from hiplora.merging.thin import balanced, thin_svd, zero_pair
-from hiplora.spectral import truncated_svd, weight_fingerprint
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral import full_precision, truncated_svd, weight_fingerprint
 
 Adapter = str | os.PathLike | AdapterUpdate
 Wrap = Callable[[Iterable[str]], Iterable[str]]
