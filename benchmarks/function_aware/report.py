@@ -25,6 +25,7 @@ from scipy import stats
 
 from hiplora.files import write_atomic
 from hiplora.provenance import json_sha256, provenance
+from hiplora.reporting import save_figure
 
 OUT = HERE.parents[1] / "docs" / "results" / "function-aware"
 ANSWERS = ("success", "paraphrase", "neighbours_kept")
@@ -181,8 +182,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "runs.json", json.dumps({"runs": runs, "provenance": origin}, indent=1) + "\n")
     write_atomic(args.out / "summary.json", json.dumps(summary, indent=1) + "\n")
-    for name, content in figures(trained, summary).items():
-        write_atomic(args.out / name, content)
+    for name, figure in figures(trained, summary).items():
+        save_figure(figure, args.out / name)
     print(f"{len(runs)} runs in {args.out}")
 
 

@@ -11,19 +11,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 from hiplora.files import write_atomic
 from hiplora.metrics import retain
-from hiplora.reporting.canvas import Panel, Plate, axes, plate_files
-from hiplora.reporting.palette import LOOKS
+from hiplora.reporting import plots, save_figure
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "merge-check"
 NAMES = {
-    "lora": "LoRA, attention",
-    "lora-mlp": "LoRA, MLP",
-    "hiplora-paper": "HiP-LoRA, the paper's, attention",
-    "hiplora": "HiP-LoRA, function-aware, MLP",
+    "lora": "LoRA",
+    "lora-mlp": "LoRA on the MLPs",
+    "hiplora-paper": "HiP-LoRA (paper)",
+    "hiplora": "HiP-LoRA",
 }
-_LOOK = {"lora": LOOKS[1], "lora-mlp": LOOKS[4], "hiplora-paper": LOOKS[3], "hiplora": LOOKS[0]}
 TASKS = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
 RULES = {"addition": "All four added", "ties": "All four by TIES"}
 
@@ -50,7 +51,7 @@ def main() -> None:
     write_atomic(
         OUT / "summary.json", json.dumps({"methods": summary, "provenance": origin}, indent=1) + "\n"
     )
-    write_atomic(OUT / "likelihoods.svg", plate_files(figure(summary))["svg"])
+    save_figure(figure(summary), OUT / "likelihoods")
     print(f"{len(records)} methods in {OUT}")
 
 
@@ -88,40 +89,20 @@ def _form(tasks: dict[str, dict[str, float]], form: str) -> dict[str, float]:
     return {task: found[form] for task, found in tasks.items()}
 
 
-def figure(summary: dict[str, Any]) -> Plate:
-    """Return the likelihoods before and after, a panel a rule."""
-    shown = [method for method in NAMES if method in summary]
-    panels = [_panel(rule, title, summary, shown) for rule, title in RULES.items()]
-    legend = {NAMES[method]: _LOOK[method] for method in shown}
-    return Plate(
-        "likelihoods", "Four adapters merged: each task's likelihood before and after", "", panels, legend
-    )
-
-
-def _panel(rule: str, title: str, summary: dict[str, Any], shown: list[str]) -> Panel:
-    def draw(container: Any) -> None:
-        ax = axes(container, "likelihood of the right answer, %", "", "x")
-        place, ticks = 0.0, []
-        for task in TASKS:
-            first = place
-            for method in shown:
-                row, look = summary[method]["verdicts"][rule]["likelihood"]["tasks"][task], _LOOK[method]
-                ax.plot([row["before"], row["after"]], [place, place], color=look.colour, linewidth=1.6)
-                ax.plot(
-                    [row["before"]], [place], "o", color=look.colour, markersize=6, markerfacecolor="white"
-                )
-                ax.plot([row["after"]], [place], look.marker, color=look.colour, markersize=7)
-                place += 1
-            ax.plot([summary[shown[0]]["means"]["base"][task]["likelihood"]] * 2, [first - 0.5, place - 0.5],
-                    color="#5a6373", linewidth=1.2, dashes=(2, 2))  # fmt: skip
-            ticks.append((first + place - 1) / 2)
-            place += 1
-        ax.set_yticks(ticks, list(TASKS.values()))
-        ax.set_ylim(place - 1, -1)
-        ax.set_xlim(0, 52)  # the same in both panels
-
-    words = "hollow: the task's own adapter alone; filled: the merge; dashed: the base model; further right is better"
-    return Panel(f"likelihood-{rule}", title, words, draw, 460, 420)
+def figure(summary: dict[str, Any]) -> Figure:
+    """Draw each task's likelihood with its own adapter and after the merge, a panel a rule."""
+    rows = [
+        {"rule": title, "method": NAMES[method], "task": f"{task}, {name}", "likelihood": row[stage]}
+        for rule, title in RULES.items()
+        for key, task in TASKS.items()
+        for stage, name in (("before", "alone"), ("after", "merged"))
+        for method in NAMES
+        if method in summary
+        for row in [summary[method]["verdicts"][rule]["likelihood"]["tasks"][key]]
+    ]
+    columns = {"value": "likelihood", "label": "task", "group": "method"}
+    label = "likelihood of the right answer, %"
+    return plots.facets(pd.DataFrame(rows), "rule", plots.bars, height=7, xlabel=label, **columns)
 
 
 if __name__ == "__main__":

@@ -248,14 +248,21 @@ def heatmap(
 
 
 def facets(
-    df: pd.DataFrame, by: str, plot: Draw, *, columns: int = 3, share: bool = True, **options: Any
+    df: pd.DataFrame,
+    by: str,
+    plot: Draw,
+    *,
+    columns: int = 3,
+    share: bool = True,
+    height: float = 2.9,
+    **options: Any,
 ) -> Figure:
     """Return one figure with a panel for each value of `by`, drawn by one of this module's plots."""
     names = list(dict.fromkeys(df[by]))
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     with styled():
-        figure = Figure(figsize=(3.4 * columns + 0.6, 2.9 * rows))
+        figure = Figure(figsize=(3.4 * columns + 0.6, height * rows + 0.5))
         grid = figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False)
     for place, ax in enumerate(grid.flat):
         if place >= len(names):
