@@ -378,8 +378,6 @@ def metrics():
         "answer_likelihood": [m.answer_likelihood(-3.5, 4), m.answer_likelihood(0.0005, 1)],
         "average_accuracy": [m.average_accuracy(accuracies), m.average_accuracy(full)],
         "backward_transfer": [m.backward_transfer(accuracies), m.backward_transfer(full)],
-        "edit_preferred": m.edit_preferred([-1.0, -2.0, -3.0], [-1.5, -2.0, -1.0]).tolist(),
-        "edit_success": m.edit_success(yes),
         "forgetting": [m.forgetting(accuracies), m.forgetting(full)],
         "gold_probability": [m.gold_probability([-4.0, -2.5, -3.0, -900.0], gold) for gold in range(4)],
         "learned_accuracy": [m.learned_accuracy(accuracies), m.learned_accuracy(full)],
@@ -389,8 +387,6 @@ def metrics():
             m.mean_post_merge_drop(merged[0], single[0]),
         ],
         "merge_fail": [m.merge_fail(merged, single, tau) for tau in (0.8, 0.9, 1.0)],
-        "merge_fail_table": m.merge_fail_table(merged, single, (0.5, 0.9, 0.95, 1.0)),
-        "merge_failures": m.merge_failures(merged, single, 0.9).tolist(),
         "merge_instances": [
             m.merge_instances(["a", "b", "c", "d"], [2, 3], [1, 2], 5, 0),
             m.merge_instances(["a", "b", "c"], [2], [1], 5, 4),

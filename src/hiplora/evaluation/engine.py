@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,6 @@ from lm_eval.tasks import TaskManager
 
 from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
 from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest
-from hiplora.evaluation.tasks.rows import DATA_VARIABLE
 from hiplora.metrics import answer_likelihood, gold_probability
 
 T = TypeVar("T")
@@ -193,7 +192,7 @@ class Engine:
         form, likelihood = _likelihoods(task, rows, lm)
         metric = _main_metric(task, rows[0])
         score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
-        others = {}
+        others: dict[str, float] = {}
         for result, value in found["results"][key].items():
             other, _, filtered = result.partition(",")
             if filtered == first and not other.endswith("_stderr") and other != metric and _is_number(value):
@@ -208,10 +207,12 @@ def foreign_tasks() -> frozenset[str]:
 
 def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
     own = all(request.lm_eval.startswith(PREFIX) for request in suite.tasks)
+    if data is not None and not data.is_dir():
+        raise DataError(f"--data {data}: no such folder")
     paths = [str(TASKS), *map(str, suite.include)]
-    with _data_folder(data):
-        manager = _quietly(lambda: TaskManager(include_path=paths, include_defaults=not own))
-        return {request.name: _load_one(manager, request) for request in suite.tasks}
+    folder = {"data": str(data)} if data is not None else {}  # reaches the tasks' own loaders
+    manager = _quietly(lambda: TaskManager(include_path=paths, include_defaults=not own, metadata=folder))
+    return {request.name: _load_one(manager, request) for request in suite.tasks}
 
 
 def _load_one(manager: TaskManager, request: TaskRequest) -> Any:
@@ -233,24 +234,6 @@ def _load_one(manager: TaskManager, request: TaskRequest) -> Any:
             f"{', '.join(sorted(loaded)[:6])}{', …' if len(loaded) > 6 else ''}"
         )
     return next(iter(loaded.values()))
-
-
-@contextlib.contextmanager
-def _data_folder(data: Path | None) -> Iterator[None]:
-    """Name the folder to the tasks' loaders, which lm-eval calls, through the environment."""
-    if data is None:
-        yield
-        return
-    if not data.is_dir():
-        raise DataError(f"--data {data}: no such folder")
-    before = os.environ.get(DATA_VARIABLE)
-    os.environ[DATA_VARIABLE] = str(data)
-    try:
-        yield
-    finally:
-        os.environ.pop(DATA_VARIABLE)
-        if before is not None:
-            os.environ[DATA_VARIABLE] = before
 
 
 def _choose(count: int, limit: int | None, seed: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hiplora.metrics import DEFAULT_TAUS, Resampler, fails, percentile_interval
+from hiplora.metrics import DEFAULT_TAUS, fails, percentile_interval, resampled_means
 
 Items = Sequence[float]
 
@@ -25,14 +25,13 @@ def judge(instances: Sequence[Instance], seed: int = 0) -> dict[str, Any]:
     Each of 10,000 replicates draws every task's items with replacement, the same for all scores on them. A single
     merge either fails or does not: its estimate is 0 or 1, and `share` is the share of replicates in which it fails.
     """
-    resampler = Resampler(seed)
-    draws = [
-        tuple(
-            {task: resampler.mean(task, items) for task, items in side.items()}
-            for side in (one.before, one.after)
-        )
-        for one in instances
-    ]
+    draws: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}) for _ in instances]
+    for place, task in enumerate(dict.fromkeys(task for one in instances for task in one.before)):
+        having = [index for index, one in enumerate(instances) if task in one.before]
+        sides = [side[task] for index in having for side in (instances[index].before, instances[index].after)]
+        means = resampled_means(np.transpose(sides), seed=[seed, place]).T
+        for index, before, after in zip(having, means[::2], means[1::2], strict=True):
+            draws[index][0][task], draws[index][1][task] = before, after
     failing = {}
     for tau in DEFAULT_TAUS:
         failed = np.mean([fails(after, before, tau) for before, after in draws], axis=0)

@@ -1,7 +1,6 @@
 """Intervals and tests: the hierarchical bootstrap of the paper, a plain one over items, sign flips, Student's t."""
 
 import itertools
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hiplora.errors import ConfigError, DataError
-from hiplora.metrics.scores import Floats, _finite, whole_number
+from hiplora.metrics.scores import Floats, _finite, _numbers, whole_number
 
 Pair = tuple[str, str]
 _CHUNK = 1 << 20  # draws in memory at once
@@ -132,22 +131,14 @@ def resample_counts(
         yield counts
 
 
-class Resampler:
-    """A bootstrap over items: the items of one name share their draws, whatever is computed from them."""
+def resampled_means(columns: ArrayLike, replicates: int = 10_000, seed: int | Sequence[int] = 0) -> Floats:
+    """Return the means of columns (items, columns) and of every replicate over items: (1 + replicates, columns).
 
-    def __init__(self, seed: int = 0, replicates: int = 10_000) -> None:
-        self._seed, self._replicates = seed, replicates
-        self._counts: dict[tuple[str, int], list[NDArray[np.uint8]]] = {}
-
-    def mean(self, name: str, items: ArrayLike) -> Floats:
-        """Return the mean of the items of a task, followed by that of every replicate: (1 + replicates,)."""
-        values = _finite(items, name)
-        if (name, len(values)) not in self._counts:
-            generator = np.random.default_rng([self._seed, zlib.crc32(name.encode()), len(values)])
-            counts = resample_counts(len(values), self._replicates, generator)
-            self._counts[name, len(values)] = [np.minimum(part, 255).astype(np.uint8) for part in counts]
-        drawn = [part @ values / len(values) for part in self._counts[name, len(values)]]
-        return np.concatenate([[values.mean()], *drawn])
+    The columns share their draws, so that scores on the same items stay paired.
+    """
+    values = _numbers(columns, "columns", axes=2)
+    counts = resample_counts(len(values), replicates, np.random.default_rng(seed))
+    return np.concatenate([values.mean(axis=0)[None], *(part @ values / len(values) for part in counts)])
 
 
 def percentile_interval(draws: ArrayLike, level: float = 0.95) -> Interval:

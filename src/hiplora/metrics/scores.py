@@ -55,21 +55,9 @@ def merge_fail(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -
 
     Source: HiP-LoRA, appendix C.3.
     """
-    return float(merge_failures(merged, single, tau).mean())
-
-
-def merge_failures(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -> NDArray[np.bool_]:
-    """Return whether each merge fails, shape (merges,); arguments as `merge_fail`."""
     if not 0 < tau <= 1:
         raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
-    return np.array([fails(after, before, tau) for after, before in _pairs(merged, single)])
-
-
-def merge_fail_table(
-    merged: Sequence[Scores], single: Sequence[Scores], taus: Sequence[float] = DEFAULT_TAUS
-) -> dict[float, float]:
-    """Return MergeFail at each threshold, in the order of `taus`."""
-    return {tau: merge_fail(merged, single, tau) for tau in taus}
+    return float(np.mean([fails(after, before, tau) for after, before in _pairs(merged, single)]))
 
 
 def fails(merged: Mapping[str, ArrayLike], single: Mapping[str, ArrayLike], tau: float) -> NDArray[np.bool_]:
@@ -230,23 +218,6 @@ class Locality:
 
     accuracy_change: float
     log_prob_change: float | None = None
-
-
-def edit_preferred(log_prob_new: ArrayLike, log_prob_old: ArrayLike) -> NDArray[np.bool_]:
-    """Return, per edit, whether `log p(new) > log p(old)`, each summed over the answer's tokens; a tie is no success.
-
-    Source: HiP-LoRA, appendix C.4.
-    """
-    new, old = _same_length(log_prob_new, log_prob_old, "log_prob_new", "log_prob_old")
-    return new > old
-
-
-def edit_success(successes: ArrayLike) -> float:
-    """Return the share of successful edits, in per cent, from one True or False per edit.
-
-    Source: HiP-LoRA, appendix C.4.
-    """
-    return float(100 * _booleans(successes, "successes").mean())
 
 
 def locality(

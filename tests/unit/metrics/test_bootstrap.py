@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hiplora.errors import ConfigError, DataError
 from hiplora.metrics import (
     Interval,
-    Resampler,
     paired_bootstrap,
     percentile_interval,
     resample_counts,
+    resampled_means,
     sign_flip_p_value,
     student_margin,
 )
@@ -158,20 +158,12 @@ def test_options_out_of_range_are_refused(options, message):
         paired_bootstrap({"a": [[1.0]]}, **options)
 
 
-def test_items_of_one_name_share_their_draws():
-    draw = Resampler(replicates=2000)
-    items = np.random.default_rng(0).normal(50, 10, 40)
-    one, other = draw.mean("mmlu", items), draw.mean("mmlu", items + 2)
-    assert other - one == pytest.approx(np.full(2001, 2.0))
-    assert one[0] == pytest.approx(items.mean())
-    apart = draw.mean("gsm8k", items)
-    assert abs(np.corrcoef(one[1:], apart[1:])[0, 1]) < 0.1
-
-
-def test_the_plain_interval_is_that_of_the_mean():
-    items = np.arange(100.0)
-    found = percentile_interval(Resampler().mean("a", items))
-    assert found.estimate == 49.5
+def test_columns_of_the_plain_bootstrap_share_their_draws():
+    items = np.random.default_rng(0).normal(50, 10, 100)
+    means = resampled_means(np.stack([items, items + 2], axis=1))
+    assert means[:, 1] - means[:, 0] == pytest.approx(np.full(10_001, 2.0))
+    found = percentile_interval(means[:, 0])
+    assert found.estimate == pytest.approx(items.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
 
 

@@ -37,15 +37,15 @@ def test_retain_is_the_mean_drop_on_the_other_benchmarks():
 
 
 def test_a_merge_fails_if_any_task_falls_below_the_threshold():
-    assert m.merge_failures(MERGED, SINGLE, m.DEFAULT_TAU).tolist() == [False, True, False, True]
-    assert m.merge_fail(MERGED, SINGLE, 0.9) == 0.5
-    assert m.merge_fail_table(MERGED, SINGLE, (0.4, 0.5, 1.0)) == {0.4: 0.0, 0.5: 0.25, 1.0: 1.0}
+    # Smallest merged/single of each: 0.9, 0.895, 0.925, 0.4.
+    found = [m.merge_fail(MERGED, SINGLE, tau) for tau in (0.4, 0.5, m.DEFAULT_TAU, 0.91, 1.0)]
+    assert found == [0, 0.25, 0.5, 0.75, 1]
 
 
 @few
 @given(merges())
 def test_a_stricter_threshold_never_fails_fewer(case):
-    shares = list(m.merge_fail_table(*case).values())
+    shares = [m.merge_fail(*case, tau) for tau in m.DEFAULT_TAUS]
     assert shares == sorted(shares)
 
 
@@ -102,11 +102,6 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, data):
     assert m.pass_at_k(n, c, 1) == pytest.approx(c / n)
 
 
-def test_edits_are_preferred_by_log_probability_and_a_tie_is_no_success():
-    assert m.edit_preferred([-1.0, -2.0, -3.0], [-1.5, -2.0, -1.0]).tolist() == [True, False, False]
-    assert m.edit_success([True, False, True, True]) == 75
-
-
 def test_locality_is_the_change_on_unrelated_prompts():
     found = m.locality([1, 1, 1, 0], [1, 0, 0, 0], [-1.0, -2.0], [-1.5, -3.0])
     assert (found.accuracy_change, found.log_prob_change) == (-50, -0.75)
@@ -130,8 +125,8 @@ def test_locality_is_the_change_on_unrelated_prompts():
         (lambda: m.answer_likelihood(0.1, 1), "at most 0"),
         (lambda: m.gold_probability([1.0], 1), "gold is 1"),
         (lambda: m.pass_at_k(3, 4, 1), "c is 4"),
-        (lambda: m.edit_success([0.5]), r"successes\[0\] is 0.5; expected True or False"),
-        (lambda: m.edit_preferred([], []), "not empty"),
+        (lambda: m.locality([0.5], [1]), r"base_correct\[0\] is 0.5; expected True or False"),
+        (lambda: m.locality([], []), "not empty"),
         (lambda: m.locality([1], [1, 0]), "base_correct has 1 values"),
         (lambda: m.locality([1], [1], [-1.0]), "of one model only"),
     ],

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hiplora.metrics import merge_fail_table, merge_instances
+from hiplora import metrics
+from hiplora.metrics import merge_instances
 from hiplora.reporting.study.write import write_report
 from hiplora.study.protocols import merge_fail
 from hiplora.study.statistics import hierarchical
@@ -52,7 +53,9 @@ def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(study):
     section = merge_fail.section(found, settings, results(store))
     rows = table(section, "merge-fail-thresholds-accuracy")
     means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in AFTER["lora"].values()]
-    expected = merge_fail_table(means, [{"sums": 90, "facts": 90}] * 4, [0.5, 0.9, 1.0])
+    expected = {
+        tau: metrics.merge_fail(means, [{"sums": 90, "facts": 90}] * 4, tau) for tau in (0.5, 0.9, 1.0)
+    }
     assert list(expected.values()) == [0.25, 0.5, 0.75]
     assert [rows["LoRA, addition"][f"τ = {tau:g}"].value for tau in expected] == [25, 50, 75]
     assert [cell.value for cell in rows["LoRA on the MLPs, addition"].values()] == [0, 0, 0]
