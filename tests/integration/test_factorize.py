@@ -118,35 +118,32 @@ def test_a_second_run_verifies_and_keeps_everything(tiny_model_dir, run, root):
     code, said, _ = run("factorize", tiny_model_dir, "--rank", 8, "--json")
     first = json.loads(said)
     assert code == 0
-    assert first["total"]["reused"] == 0
+    assert not any(layer["reused"] for layer in first["layers"])
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     second = json.loads(run("factorize", tiny_model_dir, "--rank", 8, "--json")[1])
-    assert second["total"]["reused"] == second["total"]["layers"] == 8
+    assert [layer["reused"] for layer in second["layers"]] == [True] * 8
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
 
 
-def test_the_table_adds_up(tiny_model_dir, run, root):
+def test_the_table_has_a_row_a_kind(tiny_model_dir, run, root):
     code, said, errors = run("factorize", tiny_model_dir, "--rank", 8)
     assert (code, errors) == (0, "")
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")
     ]
-    assert [row[:4] for row in rows] == [
-        ["q_proj", "64×64", "2", "0"],
-        ["k_proj", "32×64", "2", "0"],
-        ["v_proj", "32×64", "2", "0"],
-        ["o_proj", "64×64", "2", "0"],
-        ["all", "", "8", "0"],
+    assert [row[:3] for row in rows] == [
+        ["q_proj", "2", "64×64"],
+        ["k_proj", "2", "32×64"],
+        ["v_proj", "2", "32×64"],
+        ["o_proj", "2", "64×64"],
     ]
-    assert str(root) in "".join(said.split("\n"))
 
 
 def test_the_json_says_what_is_on_disk(tiny_model_dir, run, root):
     record = json.loads(run("factorize", tiny_model_dir, "--rank", 8, "--tolerance", "1e-5", "--json")[1])
     files = list(root.rglob("*.safetensors"))
-    assert record["total"]["size"] == sum(file.stat().st_size for file in files)
-    assert record["total"]["worst_residual"] == max(layer["residual"] for layer in record["layers"]) <= 1e-5
-    assert [kind["layers"] for kind in record["kinds"]] == [2, 2, 2, 2]
+    assert sum(layer["size"] for layer in record["layers"]) == sum(file.stat().st_size for file in files)
+    assert max(layer["residual"] for layer in record["layers"]) <= 1e-5
     assert record["provenance"]["libraries"]["torch"] == importlib.metadata.version("torch")
 
 
@@ -155,11 +152,9 @@ def test_a_damaged_entry_is_named_and_made_anew(tiny_model_dir, run, root):
     victim = sorted(root.rglob("*.safetensors"))[0]
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-3] + b"xyz")
-    with pytest.warns(
-        UserWarning, match=r"layer model\.layers\.\d\.self_attn\.\w+: the stored factors .* damaged"
-    ):
+    with pytest.warns(UserWarning, match="cannot be read .* computing it again"):
         record = json.loads(run("factorize", tiny_model_dir, "--rank", 8, "--json")[1])
-    assert record["total"]["reused"] == 7
+    assert sum(layer["reused"] for layer in record["layers"]) == 7
     assert victim.read_bytes() == whole
 
 
@@ -207,7 +202,7 @@ def test_conv1d_weights_are_read_as_out_by_in(tmp_path, root):
 def test_a_checkpoint_of_the_bare_backbone_is_understood(tmp_path, root):
     gpt2(GPT2Model).save_pretrained(tmp_path / "model")
     assert "h.0.attn.c_attn.weight" in load_file(tmp_path / "model" / "model.safetensors")
-    assert len(fill(tmp_path / "model", HipLoraConfig(preset="paper", principal_rank=4))) == 6
+    assert len(fill(tmp_path / "model", HipLoraConfig(preset="paper", principal_rank=4))) == 4
 
 
 class TestErrors:
@@ -231,7 +226,7 @@ class TestErrors:
     def test_no_safetensors(self, run, root, copy):
         torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
         (copy / "model.safetensors").unlink()
-        self.check(run, root, 2, "no model.safetensors there", copy)
+        self.check(run, root, 2, "no model.safetensors in it", copy)
 
     def test_a_truncated_checkpoint(self, run, root, copy):
         raw = (copy / "model.safetensors").read_bytes()
@@ -265,7 +260,7 @@ class TestErrors:
         config = json.loads((copy / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
         (copy / "config.json").write_text(json.dumps(config))
-        self.check(run, root, 2, "its weights are quantised (bitsandbytes)", copy)
+        self.check(run, root, 2, "its weights are quantised", copy)
 
     def test_a_rank_beyond_a_weight(self, run, root, tiny_model_dir):
         message = "layer model.layers.0.self_attn.k_proj: principal_rank 33 exceeds min(out, in) = 32"
@@ -288,7 +283,7 @@ class TestErrors:
         tensors = load_file(copy / "model.safetensors")
         tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = float("nan")
         save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-        with pytest.raises(FactorError, match=r"layer model\.layers\.1\.self_attn\.o_proj: 1 of 4096 values"):
+        with pytest.raises(FactorError, match=r"layer model\.layers\.1\.self_attn\.o_proj: the weight has NaN"):
             fill(copy, HipLoraConfig(preset="paper", principal_rank=4))
 
 
@@ -302,5 +297,5 @@ def test_the_example_of_the_help_page_runs(smollm2, run, root):
     assert example[0] == "hiplora"
     code, said, _ = run(*example[1:], "--json")
     assert code == 0
-    assert json.loads(said)["total"]["layers"] == 120
-    assert json.loads(said)["total"]["worst_residual"] <= 1e-4
+    assert len(json.loads(said)["layers"]) == 120
+    assert max(layer["residual"] for layer in json.loads(said)["layers"]) <= 1e-4

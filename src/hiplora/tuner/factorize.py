@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from hiplora.errors import ConfigError, DataError, FactorError, HipLoraError, first_line
+from hiplora.errors import ConfigError, DataError, FactorError, first_line
 from hiplora.models import resolve
 from hiplora.spectral import FactorStore, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
@@ -27,7 +27,7 @@ from hiplora.tuner.targets import Target, find_targets
 
 @dataclass(frozen=True)
 class Factored:
-    """What became of one target; `size` is its entry in the store in bytes, `reused` that it was there already."""
+    """The factors of one target; `size` is its entry in the store in bytes, `reused` that it was stored before."""
 
     name: str
     kind: str
@@ -58,20 +58,17 @@ class Checkpoint:
             with torch.device("meta"):
                 self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
             self._files = _tensor_files(path)
-        except HipLoraError:
+        except DataError:
             raise
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model {model}: cannot be read ({first_line(error)}); expected the folder or hub name of a "
                 "causal language model with safetensors weights (`save_pretrained` writes them)"
             ) from error
-        if (quantised := getattr(config, "quantization_config", None)) is not None:
-            method = (
-                quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised.quant_method
-            )
+        if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(
-                f"model {model}: its weights are quantised ({method}) and cannot be read one by one; load it and "
-                "call peft.get_peft_model, which dequantises them and fills the same store"
+                f"model {model}: its weights are quantised and cannot be read one by one; load it and call "
+                "peft.get_peft_model, which dequantises them and fills the same store"
             )
 
     def targets(self, config: HipLoraConfig) -> list[Target]:
@@ -80,7 +77,7 @@ class Checkpoint:
         Raises:
             ConfigError: no module matches, one that does is not a linear layer, or its weight is not in the files.
             FactorError: a principal rank exceeds a weight's smaller side.
-            DataError: a file is damaged.
+            DataError: a file is damaged, or a weight does not have the shape that config.json implies.
         """
         targets = find_targets(self.skeleton, config)
         for target in targets:
@@ -89,51 +86,36 @@ class Checkpoint:
                     f"layer {target.name}: principal_rank {target.k} exceeds min(out, in) = {min(target.shape)}; "
                     "lower it or set principal_rank_pattern"
                 )
-            self.check(target)
+            with self._opened(target) as (tensors, key):
+                shape = tuple(tensors.get_slice(key).get_shape())
+            expected = target.shape[::-1] if target.transposed else target.shape
+            if shape != expected:
+                raise DataError(
+                    f"{self._files[key]}: {key} has shape {shape}, expected {expected} from config.json; "
+                    "the folder mixes two models"
+                )
         return targets
 
-    def check(self, target: Target) -> None:
-        """Make sure that a target can be read, from the header of its file alone.
-
-        Raises:
-            ConfigError: the checkpoint keeps the weight under another name, or fused with others.
-            DataError: the file is damaged, or the weight has not the shape that config.json says.
-        """
-        key = self._key(target)
-        with self._opened(key) as tensors:
-            shape = tuple(tensors.get_slice(key).get_shape())
-        expected = target.shape[::-1] if target.transposed else target.shape
-        if shape != expected:
-            raise DataError(
-                f"{self._files[key]}: {key} has shape {shape}, expected {expected} from config.json; "
-                "the folder mixes two models"
-            )
-
     def read(self, target: Target) -> Tensor:
-        """Return a target's weight as (out, in), in the checkpoint's dtype; raises as `check`."""
-        key = self._key(target)
-        with self._opened(key) as tensors:
+        """Return a target's weight as (out, in), in the checkpoint's dtype."""
+        with self._opened(target) as (tensors, key):
             weight = tensors.get_tensor(key)
         return weight.T if target.transposed else weight
 
     @contextlib.contextmanager
-    def _opened(self, key: str) -> Iterator[Any]:
-        try:
-            with safe_open(self._files[key], framework="pt") as tensors:
-                yield tensors
-        except (OSError, SafetensorError) as error:
-            raise _damaged(self._files[key], error) from error
-
-    def _key(self, target: Target) -> str:
-        """Return the tensor's name on file; a checkpoint of the bare backbone leaves out the model's prefix."""
+    def _opened(self, target: Target) -> Iterator[tuple[Any, str]]:
+        """Open the file of a target's weight; yield it and the tensor's name."""
         full = f"{target.name}.weight"
-        for key in (full, full.removeprefix(f"{self.skeleton.base_model_prefix}.")):
-            if key in self._files:
-                return key
-        raise ConfigError(
-            f"layer {target.name}: model {self.model} keeps no tensor {full}; its checkpoint is laid out "
-            "differently: load the model and call peft.get_peft_model, which fills the same store"
-        )
+        # A checkpoint of the bare backbone leaves out the model's prefix.
+        names = (full, full.removeprefix(f"{self.skeleton.base_model_prefix}."))
+        key = next((name for name in names if name in self._files), None)
+        if key is None:
+            raise ConfigError(
+                f"layer {target.name}: model {self.model} keeps no tensor {full}; its checkpoint is laid out "
+                "differently: load the model and call peft.get_peft_model, which fills the same store"
+            )
+        with _readable(self._files[key]), safe_open(self._files[key], framework="pt") as tensors:
+            yield tensors, key
 
 
 def factorize(
@@ -147,9 +129,8 @@ def factorize(
 ) -> Iterator[Factored]:
     """Fill a store with the factors of some weights, yielding after each; memory holds one weight at a time.
 
-    What is in the store already is verified and left alone, so a run that was interrupted is carried on by
-    running it again. `dtype` is that in which the model will be trained, where it is not the checkpoint's:
-    rounded weights are other weights.
+    Stored factors are verified and kept, so an interrupted run goes on when it is started again. `dtype` is that in
+    which the model will be trained, where it is not the checkpoint's: rounded weights are other weights.
 
     Raises:
         FactorError, StoreError, ConfigError, DataError: as `FactorStore` and `Checkpoint`.
@@ -176,26 +157,30 @@ def factorize(
 def _tensor_files(path: str) -> dict[str, str]:
     """Return tensor name → file of a folder or hub name, whole or in shards."""
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        folder = Path(index).parent
-        try:
-            get_checkpoint_shard_files(path, index)  # fetches the shards of a hub model
-            names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise _damaged(index, error) from error
-        for file in sorted(set(names.values())):
-            if not (folder / file).is_file():
-                raise DataError(f"{folder / file}: is missing, and {index} names it; fetch the model again")
-        return {name: str(folder / file) for name, file in names.items()}
-    single = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if single is None:
-        raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} there")
-    try:
-        with safe_open(single, framework="pt") as tensors:
+    if index is None:
+        single = cached_file(path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+        if single is None:
+            raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} in it")
+        with _readable(single), safe_open(single, framework="pt") as tensors:
             return dict.fromkeys(tensors.keys(), single)
-    except SafetensorError as error:
-        raise _damaged(single, error) from error
+    with _readable(index):
+        get_checkpoint_shard_files(path, index)  # downloads the shards of a hub model
+        names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    files = {name: Path(index).parent / file for name, file in names.items()}
+    for file in sorted(set(files.values())):
+        if not file.is_file():
+            raise DataError(f"{file}: is missing, and {index} names it; fetch the model again")
+    return {name: str(file) for name, file in files.items()}
 
 
-def _damaged(file: str, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read ({first_line(error)}); fetch or save the model again")
+@contextlib.contextmanager
+def _readable(file: str) -> Iterator[None]:
+    """Turn what a damaged file raises into an error that names it."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, (ConfigError, DataError)):
+            raise
+        raise DataError(
+            f"{file}: cannot be read ({first_line(error)}); fetch or save the model again"
+        ) from error
