@@ -283,7 +283,9 @@ class TestErrors:
         tensors = load_file(copy / "model.safetensors")
         tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = float("nan")
         save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-        with pytest.raises(FactorError, match=r"layer model\.layers\.1\.self_attn\.o_proj: the weight has NaN"):
+        with pytest.raises(
+            FactorError, match=r"layer model\.layers\.1\.self_attn\.o_proj: the weight has NaN"
+        ):
             fill(copy, HipLoraConfig(preset="paper", principal_rank=4))
 
 
