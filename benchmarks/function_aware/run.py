@@ -204,12 +204,13 @@ class Bench:
 
         edits = [edit for part in sets for edit in part.edits]
         near = [edit for part in sets for edit in neighbours[part.name]]
+        asked = evaluate_edits(adapted, self.tokenizer, edits)
+        again = evaluate_edits(adapted, self.tokenizer, edits, paraphrase=True)
+        kept = evaluate_edits(adapted, self.tokenizer, near)
         return {
-            "success": [o.preferred for o in evaluate_edits(adapted, self.tokenizer, edits)],
-            "paraphrase": [
-                o.preferred for o in evaluate_edits(adapted, self.tokenizer, edits, paraphrase=True)
-            ],
-            "neighbours_kept": [not o.preferred for o in evaluate_edits(adapted, self.tokenizer, near)],
+            "success": (asked["preferred"] == 1).tolist(),
+            "paraphrase": (again["preferred"] == 1).tolist(),
+            "neighbours_kept": (kept["preferred"] == 0).tolist(),
         }
 
     def adapter(self, job: Job) -> Path:

@@ -160,7 +160,7 @@ def _success(model: Any, tokenizer: Any, sets: Sequence[EditSet]) -> Results:
 
     def works(part: EditSet, paraphrase: bool) -> list[bool]:
         found = evaluate_edits(model, tokenizer, part.edits, paraphrase=paraphrase)
-        return [outcome.preferred for outcome in found]
+        return (found["preferred"] == 1).tolist()
 
     return {
         "success": {part.name: {"works": works(part, False), "reworded": works(part, True)} for part in sets}

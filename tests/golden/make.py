@@ -337,7 +337,7 @@ def _editing():
     ]
     questions = [Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(WORDS[:3])]
     training = EditTraining(steps=20, lr=2e-2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
-    settings = EditSettings(training, edits_per_batch=2, batch_size=4)
+    settings = EditSettings(training, edits_per_batch=2)
     found = {}
     for name, config in {
         "lora": lora_config(target_modules="all-linear"),
@@ -345,11 +345,11 @@ def _editing():
     }.items():
         model = tiny_llama()
         model.generation_config.eos_token_id = None
-        reference = Reference.freeze(model, tiny_tokenizer(), questions, edits, batch_size=4)
+        reference = Reference.freeze(model, tiny_tokenizer(), questions, edits)
         run = run_edits(model, tiny_tokenizer(), config, edits, "sequential", settings, reference)
         found[name] = run.summary() | {
-            "log_probs": [[r.asked.log_prob_new, r.asked.log_prob_old] for r in run.after],
-            "elsewhere": list(run.stages[-1].locality.log_probs),
+            "log_probs": run.after[["log_prob_new", "log_prob_old"]].to_numpy().tolist(),
+            "elsewhere": run.stages[-1].locality["log_prob"].tolist(),
         }
     return found
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from hiplora.adapters import read_update
 from hiplora.cli.main import app, main
+from hiplora.editing import AdapterEditor
 from hiplora.models import load
 from tests.tiny import write_jsonl
 
@@ -83,9 +84,9 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, t
     from hiplora.editing import evaluate_edits, load_edits
 
     again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4).edits)
-    measured = [item["asked"]["log_prob_new"] for item in record["stages"][0]["records"]]
-    assert [outcome.log_prob_new for outcome in again] == pytest.approx(measured, abs=1e-3)
-    assert measured != pytest.approx([item["asked"]["log_prob_new"] for item in record["before"]], abs=1e-2)
+    measured = record["stages"][0]["records"]["log_prob_new"]
+    assert again["log_prob_new"].tolist() == pytest.approx(measured, abs=1e-3)
+    assert measured != pytest.approx(record["before"]["log_prob_new"], abs=1e-2)
 
 
 def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(tiny_model_dir, tmp_path):
@@ -97,7 +98,8 @@ def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(tiny_model_dir, 
         )
         record = json.loads((out / "edit.json").read_text())
         assert record["adapters"] == adapters
-        assert sorted(path.name for path in out.iterdir()) == [*adapters, "edit.json"]
+        assert {path.name for path in out.iterdir()} >= {*adapters, "edit.json", "report.html"}
+        assert not (out / "stages").exists()
         assert len(record["stages"]) == 2
 
 
@@ -109,11 +111,11 @@ def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_me
         *(tiny_model_dir, file, "--method", "lora", "--mode", "single", "--out", tmp_path / "out"),
         *("--steps", "3", "--locality", "5"),
     )
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["edit.json"]
+    assert not list((tmp_path / "out").glob("adapter*"))
     for text in (
         "4 edits by lora, single",
         "questions near it kept",
-        "5 unrelated questions",
+        "unrelated questions",
         "Entity/Attribute",
     ):
         assert text in said
@@ -126,7 +128,7 @@ def test_without_locality_nothing_unrelated_is_asked(tiny_model_dir, tmp_path):
         *("--steps", "1", "--locality", "0"),
     )
     record = json.loads((tmp_path / "out" / "edit.json").read_text())
-    assert record["reference"] is None
+    assert record["questions"] is None
     assert "locality" not in record["summary"]
 
 
@@ -140,8 +142,35 @@ def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path):
         *(tiny_model_dir, file, "--method", "lora", "--out", tmp_path / "out", "--steps", "1"),
         *("--locality", "3"),
     )
-    asked = json.loads((tmp_path / "out" / "edit.json").read_text())["reference"]["questions"]
-    assert first.subject not in {item["subject"] for item in asked}
+    asked = json.loads((tmp_path / "out" / "edit.json").read_text())["questions"]
+    assert first.subject not in asked["subject"]
+    assert len(asked["prompt"]) == 3
+
+
+def test_an_interrupted_command_continues_after_the_last_finished_batch(
+    tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    options = ("--method", "lora", "--edits-per-batch", "2", *FAST)
+    run(tiny_model_dir, "builtin", "--out", tmp_path / "whole", *options)
+    teach, taught = AdapterEditor.teach, []
+
+    def stopped(self, edits):
+        taught.append(len(edits))
+        if len(taught) == 2:
+            raise KeyboardInterrupt
+        return teach(self, edits)
+
+    monkeypatch.setattr(AdapterEditor, "teach", stopped)
+    assert failed(capsys, tiny_model_dir, "builtin", "--out", tmp_path / "out", *options)[0] == 130
+    code, message = failed(
+        capsys, tiny_model_dir, "builtin", "--out", tmp_path / "out", *options, "--seed", "1"
+    )
+    assert (code, "settings.seed: 42 there, 1 here" in message) == (2, True)
+    run(tiny_model_dir, "builtin", "--out", tmp_path / "out", *options)
+    assert len(taught) == 3
+    whole, again = (json.loads((tmp_path / name / "edit.json").read_text()) for name in ("whole", "out"))
+    for name in ("summary", "stages", "questions", "adapters"):
+        assert again[name] == whole[name]
 
 
 @pytest.mark.parametrize(
@@ -149,11 +178,11 @@ def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path):
     [
         (["--method", "rome"], "method is 'rome'; expected one of adalora, corda, hiplora"),
         (["--method", "alphaedit", "--steps", "3"], "steps has no use with alphaedit"),
-        (["--method", "alphaedit", "--set", "rank=3"], "alphaedit has no setting 'rank'"),
+        (["--method", "alphaedit", "--set", "rank=3"], "--set rank: "),
         (["--method", "lora", "--set", "k=3"], "--set k: "),
         (["--set", "r"], "expected KEY=VALUE"),
         (["--mode", "single", "--edits-per-batch", "2", "--method", "lora"], "no use in the mode single"),
-        (["--method", "lora", "--lr", "0"], "lr is 0.0"),
+        (["--method", "lora", "--lr", "0"], "--lr: "),
         (["--method", "lora", "--set", "target_modules=[nope]", "--limit", "2"], "does not fit the model"),
         (["--limit", "100000"], "100000 are asked for"),
     ],
@@ -168,6 +197,7 @@ def test_wrong_usage_is_one_line_and_leaves_no_folder(tiny_model_dir, tmp_path, 
 
 
 def test_the_output_folder_must_be_new(tiny_model_dir, tmp_path, capsys):
-    code, message = failed(capsys, tiny_model_dir, "builtin", "--out", tmp_path)
+    (tmp_path / "mine.txt").write_text("kept")
+    code, message = failed(capsys, tiny_model_dir, "builtin", "--limit", "1", "--out", tmp_path)
     assert code == 2
     assert "exists already" in message

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from hiplora.editing.alphaedit import AlphaEditor
-from hiplora.editing.editors import AdapterEditor
+from hiplora.editing import AdapterEditor, AlphaEditor
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.study import probe as study_probe
+from hiplora.probing import run as probe_run
 from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.jobs import Job
 from hiplora.study.engine.store import Store
@@ -172,7 +171,7 @@ def test_edits_that_are_not_there_or_a_setting_without_use_are_told(bench):
 def probing(**more):
     settings = {"modules": ["q_proj", "v_proj"], "layers": [1], "directions": 3, "choice": "log"}
     settings |= {"basis": "weight", "principal_rank": None, "kinds": ["zero", "noise_0.1"], "draws": 2}
-    settings |= {"texts": DRIFT["texts"], "tokens": 64, "resample": "directions", "seed": 1, "scores": {}}
+    settings |= {"texts": DRIFT["texts"], "tokens": 64, "seed": 1, "scores": {}}
     return job("probe", {**settings, **more})
 
 
@@ -201,7 +200,7 @@ def test_a_probe_scores_tasks_too(bench):
 def test_a_killed_probe_goes_on_with_the_next_intervention(bench, tmp_path, monkeypatch):
     expected = found(bench, probing())["result"]
     bench.store = Store(tmp_path / "killed")
-    calls, real = [], study_probe.measure_drift
+    calls, real = [], probe_run.measure_drift
 
     def stopped(*arguments, **named):
         calls.append(1)
@@ -209,7 +208,7 @@ def test_a_killed_probe_goes_on_with_the_next_intervention(bench, tmp_path, monk
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr(study_probe, "measure_drift", stopped)
+    monkeypatch.setattr(probe_run, "measure_drift", stopped)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             do(probing(), bench.store, bench)

@@ -1,70 +1,138 @@
-"""Ways to put edits into a model and to take them out again."""
+"""Put edits into a model and take them out again: the interface, and training them into an adapter of PEFT."""
 
 import contextlib
+import math
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass as plain_dataclass
+from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from hiplora.editing.edits import Edit
-from hiplora.editing.train import EditTraining, train_edits
 from hiplora.errors import AdapterError
+from hiplora.evaluation.likelihood import encode, response_log_probs
 from hiplora.tuner import model_fingerprint
 
 Adapt = Callable[[Any], PeftModel]
 OnStep = Callable[[dict[str, float]], None]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Editor(Protocol):
-    """A way to edit one model. `teach` adds to what was taught before, `reset` takes all of it back."""
+@dataclass(frozen=True)
+class EditTraining:
+    """How edits are trained: AdamW at a constant rate on the new answers' mean NLL per token, in nats."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model as it is edited now."""
-        ...
-
-    def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Put edits in, and return what that took, for JSON."""
-        ...
-
-    def reset(self) -> None:
-        """Make the model answer as the base again."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of all that was taught so far, which `restore` takes."""
-        ...
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where another editor, made in the same way, was when it gave this state."""
-        ...
-
-    def off(self) -> contextlib.AbstractContextManager[None]:
-        """Have the model answer as the base, bit for bit, inside the block."""
-        ...
-
-    def close(self) -> None:
-        """Leave the base behind as it was found."""
-        ...
+    steps: PositiveInt = 20
+    lr: PositiveFloat = 2e-3
+    batch_size: PositiveInt = 16
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 42
 
 
-class Untouched:
-    """The weights, gradient flags and modes of a base model, kept by reference, to be put back and compared.
+@plain_dataclass(frozen=True)
+class EditTrainingResult:
+    """The loss of each step before its update, seconds, and how many tokens the model read."""
 
-    A method that gives a layer other weights (PiSSA) is undone; one that writes into them is found out.
+    curve: tuple[float, ...]
+    seconds: float
+    tokens: int
+
+
+def train_edits(
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    training: EditTraining,
+    on_step: OnStep | None = None,
+) -> EditTrainingResult:
+    """Train the parameters of `model` that require gradients on `prompt → new` of each edit.
+
+    The order of the edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets
+    a row per step: step, steps, loss, tokens_per_second.
+
+    Raises:
+        AdapterError: nothing is trainable, or the loss is not finite.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise AdapterError("the model has no trainable parameter; wrap it with peft.get_peft_model first")
+    optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
+    examples = [encode(tokenizer, edit.prompt, f" {edit.new}") for edit in edits]
+    batches = _batches(len(examples), training.batch_size, training.seed)
+    torch.manual_seed(training.seed)
+    curve: list[float] = []
+    tokens, began = 0, time.perf_counter()
+    model.train()
+    for step in range(1, training.steps + 1):
+        batch = [examples[index] for index in next(batches)]
+        loss = -torch.cat(response_log_probs(model, batch)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        optimizer.step()
+        curve.append(loss.item())
+        tokens += sum(len(example.ids) for example in batch)
+        if not math.isfinite(curve[-1]):
+            raise AdapterError(f"the loss became {curve[-1]} at step {step}; lower the learning rate")
+        if on_step:
+            speed = tokens / (time.perf_counter() - began)
+            on_step({"step": step, "steps": training.steps, "loss": curve[-1], "tokens_per_second": speed})
+    model.eval()
+    return EditTrainingResult(tuple(curve), time.perf_counter() - began, tokens)
+
+
+def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Yield batches of indices without end: a fresh permutation an epoch, batches across the seam of two epochs."""
+    generator, waiting = torch.Generator().manual_seed(seed), []
+    size = min(batch_size, count)
+    while True:
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+class Editor(ABC):
+    """A way to edit one model. `teach` adds to what was taught before, `reset` takes all of it back.
+
+    `model` is the model as it is edited now. The base's weights, gradient flags and modes are kept by reference:
+    `close` puts them back and checks them.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._modes = {module: module.training for module in model.modules()}
-        self._kept = {name: (p, p.data, p.requires_grad) for name, p in model.named_parameters()}
-        self.fingerprint = model_fingerprint(model)
+    model: nn.Module
+
+    def __init__(self, base: nn.Module):
+        self._base = base
+        self._modes = {module: module.training for module in base.modules()}
+        self._kept = {name: (p, p.data, p.requires_grad) for name, p in base.named_parameters()}
+        self._fingerprint = model_fingerprint(base)
+
+    @abstractmethod
+    def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Put edits in; return what that took, for JSON: `seconds` and the method's own numbers."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Make the model answer as the base again."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of all that was taught so far, for `restore`."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from the state of another editor that was made in the same way."""
 
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Have the base's own values in its parameters for a while; then those that they had."""
+    def off(self) -> Iterator[None]:
+        """Have the model answer as the base, bit for bit, inside the block."""
         edited = [(parameter, parameter.data) for parameter, _, _ in self._kept.values()]
         try:
             for parameter, values, _ in self._kept.values():
@@ -74,15 +142,14 @@ class Untouched:
             for parameter, values in edited:
                 parameter.data = values
 
-    def restore(self) -> None:
-        """Put everything back.
+    def close(self) -> None:
+        """Leave the base as it was found.
 
         Raises:
-            AdapterError: the model has other parameters than before, or their values changed in place.
+            AdapterError: it has other parameters than before, or their values changed in place.
         """
-        if {name: id(p) for name, p in self._model.named_parameters()} != {
-            name: id(kept[0]) for name, kept in self._kept.items()
-        }:
+        left = {name: id(parameter) for name, parameter in self._base.named_parameters()}
+        if left != {name: id(kept[0]) for name, kept in self._kept.items()}:
             raise AdapterError(
                 "editing left other parameters on the base model than it had; load the model again"
             )
@@ -92,16 +159,18 @@ class Untouched:
             parameter.grad = None
         for module, mode in self._modes.items():
             module.training = mode
-        if model_fingerprint(self._model) != self.fingerprint:
+        if model_fingerprint(self._base) != self._fingerprint:
             raise AdapterError("editing changed weights of the base model in place; load the model again")
 
 
-class AdapterEditor:
+class AdapterEditor(Editor):
     """Edits trained into an adapter of PEFT.
 
-    `adapt` is a configuration, or a function that puts an adapter on the bare model. The adapter's start is drawn with
-    the training's seed, and `reset` brings back that start.
+    `adapt` is a configuration, or a function that puts an adapter on the bare model. The adapter's initial values are
+    drawn with the training's seed, and `reset` restores them.
     """
+
+    model: PeftModel
 
     def __init__(
         self,
@@ -111,12 +180,10 @@ class AdapterEditor:
         training: EditTraining,
         on_step: OnStep | None = None,
     ):
-        self._base, self._tokenizer = Untouched(model), tokenizer
-        self._training, self._on_step = training, on_step
+        super().__init__(model)
+        self._tokenizer, self._training, self._on_step = tokenizer, training, on_step
         torch.manual_seed(training.seed)
-        self.model: PeftModel = (
-            get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
-        )
+        self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
         self._start = self.state()
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
@@ -125,7 +192,7 @@ class AdapterEditor:
         return {"loss": list(result.curve), "seconds": result.seconds, "tokens": result.tokens}
 
     def reset(self) -> None:
-        """Put the adapter's start back."""
+        """Put the adapter's initial values back."""
         self.restore(self._start)
 
     def state(self) -> dict[str, Tensor]:
@@ -140,11 +207,11 @@ class AdapterEditor:
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Have the base answer: without the adapter, and with its own weights where the method changed them."""
-        with self.model.disable_adapter(), self._base.shown():
+        """Disable the adapter, and put the base's own weights back where the method changed them."""
+        with self.model.disable_adapter(), super().off():
             yield
 
     def close(self) -> None:
-        """Take the adapter off."""
+        """Unload the adapter."""
         self.model.unload()  # type: ignore[operator]
-        self._base.restore()
+        super().close()

@@ -1,19 +1,33 @@
-"""Edit sets: facts that a model should state differently from now on."""
+"""Edit sets: facts that a model should state differently from now on, built in or from files of JSON lines."""
 
 import gzip
 import importlib.resources
 import json
 import os
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypeVar
 
-from hiplora.errors import DataError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-CATEGORIES = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
-FIELDS = ("prompt", "old", "new", "subject", "category", "paraphrase")
+from hiplora.errors import ConfigError, DataError, first_problem
+
+BUILT_IN = "builtin"
+ENTITY, RELATION, NUMERIC = CATEGORIES = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
+
+# CounterFact's Wikidata relations. Attributes: continent, languages, position, field, occupation, genre, religion,
+# sport, instrument; a tie to another thing (a place, a person, a company) is a relation. None is about numbers.
+_ATTRIBUTES = re.findall(r"P\d+", "P30 P37 P39 P101 P103 P106 P136 P140 P364 P407 P413 P641 P1303 P1412")
+_RELATIONS = re.findall(
+    r"P\d+", "P17 P19 P20 P27 P36 P108 P127 P131 P138 P159 P176 P178 P190 P264 P276 P449 P463 P495 P740 P937"
+)
+RELATION_CATEGORIES = dict.fromkeys(_ATTRIBUTES, ENTITY) | dict.fromkeys(_RELATIONS, RELATION)
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class EditSet:
-    """A named collection of edits that are trained together."""
+    """A named collection of edits."""
 
     name: str
     edits: tuple[Edit, ...]
@@ -54,40 +68,127 @@ class EditSet:
         return len(self.edits)
 
 
-def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
-    """Read edit sets from JSON lines with the fields in `FIELDS` and `set`, the set's name.
+class _OwnRow(BaseModel):
+    """A row of the project's own format."""
 
-    None is the small built-in file. Sets come in the order of their first row.
+    model_config = ConfigDict(extra="forbid")
+    set: Text
+    prompt: Text
+    old: Text
+    new: Text
+    subject: Text
+    category: Text
+    paraphrase: Text
+
+    @model_validator(mode="after")
+    def _is_an_edit(self) -> "_OwnRow":
+        if self.category not in CATEGORIES:
+            raise ValueError(f"category is {self.category!r}; expected one of {', '.join(CATEGORIES)}")
+        if self.old == self.new:
+            raise ValueError(f"old and new are both {self.new!r}; an edit must change the answer")
+        return self
+
+
+class _CounterFactRow(BaseModel):
+    """A row of CounterFact or zsRE; `relation` is a Wikidata property, or "unlabelled" in zsRE."""
+
+    prompt: Text
+    subject: Text
+    target_true: Text
+    target_new: Text
+    relation: Text
+    paraphrase_prompts: Annotated[list[Text], Field(min_length=1)]
+    neighborhood_prompts: list[Text]
+    neighborhood_answers: list[Text]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "_CounterFactRow":
+        prompts, answers = len(self.neighborhood_prompts), len(self.neighborhood_answers)
+        if prompts != answers:
+            raise ValueError(
+                f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many"
+            )
+        if self.relation != "unlabelled" and self.relation not in RELATION_CATEGORIES:
+            raise ValueError(
+                f"relation is {self.relation!r}; expected one of {', '.join(RELATION_CATEGORIES)} or unlabelled"
+            )
+        return self
+
+    @property
+    def category(self) -> str:
+        """The category of the relation; unlabelled answers with a digit are numeric, all others relations."""
+        numeric = re.search(r"\d", self.target_true + self.target_new)
+        return RELATION_CATEGORIES.get(self.relation, NUMERIC if numeric else RELATION)
+
+
+def load_edits(
+    source: str | os.PathLike = BUILT_IN,
+    limit: int | None = None,
+    *,
+    neighbours: int | None = None,
+    category: str | None = None,
+) -> EditSet:
+    """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
+
+    Built-in are over a thousand edits of the project's own, at least 300 a category, in mixed order; their subjects do
+    not occur in `load_questions`. Files hold one JSON object a line, `.gz` is unpacked. Rows of CounterFact and zsRE
+    whose two answers are the same, or that repeat a prompt, are left out.
+
+    Args:
+        source: where from.
+        limit: the first so many edits (of the category); None is all.
+        neighbours: of each CounterFact edit, the first so many questions near it; None is all.
+        category: one of `CATEGORIES` alone; None is all.
 
     Raises:
-        DataError: the file cannot be read, or a row is not such an edit; it names file, line and remedy.
+        ConfigError: a number is out of range, or there is no such category.
+        DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`.
+    """
+    for name, value, least in (("limit", limit, 1), ("neighbours", neighbours, 0)):
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; expected at least {least}")
+    if category is not None and category not in CATEGORIES:
+        raise ConfigError(f"category is {category!r}; expected one of {', '.join(CATEGORIES)}")
+    if str(source) == BUILT_IN and not Path(source).exists():
+        where = "built-in edits"
+        (whole,) = _own_sets(_built_in("editset.jsonl"), where)
+        name, found = whole.name, list(whole.edits)
+    else:
+        name, where, text = Path(source).name.split(".")[0], str(source), _read(source)
+        if '"target_new"' in next((line for line in text.splitlines() if line.strip()), ""):
+            found = _counterfact(text, where, neighbours)
+        else:
+            found = [edit for part in _own_sets(text, where) for edit in part.edits]
+    found = [edit for edit in found if category is None or edit.category == category]
+    if not found or len(found) < (limit or 0):
+        of_it = f" of the category {category}" if category else ""
+        raise DataError(
+            f"{where}: has {len(found)} edits{of_it}, {limit or 'at least one'} are asked for; lower the limit"
+        )
+    return EditSet(name, tuple(found[:limit]))
+
+
+def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
+    """Read named edit sets in the project's own format, in the order of their first rows; None is the demo's.
+
+    Raises:
+        DataError: the file cannot be read, or a row is not an edit; it names file, line and remedy.
     """
     if path is None:
-        return _parse(_built_in("edits.jsonl"), "built-in edits")
-    return _parse(read_lines(path), str(path))
+        return _own_sets(_built_in("edits.jsonl"), "built-in edits")
+    return _own_sets(_read(path), str(path))
 
 
-def load_edit_set() -> EditSet:
-    """Return the large built-in set: over a thousand edits of the project's own, every category at least 300 times.
-
-    Its subjects are none of `load_questions`; the categories are mixed, so that its first n edits are a sample of all.
-    """
-    (whole,) = _parse(_built_in("editset.jsonl"), "built-in edits")
-    return whole
+def load_questions() -> list[Question]:
+    """Return the built-in unrelated questions: at least 500, with true answers, about subjects no edit touches."""
+    return [Question(**json.loads(line)) for line in _built_in("locality.jsonl").splitlines()]
 
 
-def load_questions() -> tuple[Question, ...]:
-    """Return the built-in unrelated questions: at least 500, with true answers, about subjects that no edit touches."""
-    rows = (json.loads(line) for line in _built_in("locality.jsonl").splitlines())
-    return tuple(Question(**row) for row in rows)
+def _built_in(name: str) -> str:
+    return importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
 
 
-def read_lines(path: str | os.PathLike) -> str:
-    """Return the text of a file of JSON lines, gzipped or not.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+def _read(path: str | os.PathLike) -> str:
     try:
         raw = Path(path).read_bytes()
         return (gzip.decompress(raw) if Path(path).suffix == ".gz" else raw).decode("utf-8")
@@ -95,58 +196,45 @@ def read_lines(path: str | os.PathLike) -> str:
         raise DataError(f"edits {path}: cannot be read ({error}); name a UTF-8 file of JSON lines") from None
 
 
-def json_line(line: str, where: str) -> Any:
-    """Return the value of a line of JSON; `where` is its file and number, for the message.
-
-    Raises:
-        DataError: it is no JSON.
-    """
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); give one JSON object a line") from None
-
-
-def _built_in(name: str) -> str:
-    return importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
+def _rows(text: str, where: str, kind: type[Kind]) -> Iterator[tuple[int, Kind]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield number, kind.model_validate_json(line, strict=True)
+            except ValidationError as error:
+                raise DataError(
+                    f"{where}, line {number}: {first_problem(error)}; expected a JSON object with "
+                    f"{', '.join(kind.model_fields)}"
+                ) from None
 
 
-def _parse(text: str, where: str) -> list[EditSet]:
+def _own_sets(text: str, where: str) -> list[EditSet]:
     sets: dict[str, list[Edit]] = {}
     seen: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        name, edit = _row(line, f"{where}, line {number}")
-        if edit.prompt in seen:
+    for number, row in _rows(text, where, _OwnRow):
+        if (first := seen.setdefault(row.prompt, number)) != number:
             raise DataError(
-                f"{where}, line {number}: prompt {edit.prompt!r} stands in line {seen[edit.prompt]} already; "
-                "keep one of the two"
+                f"{where}, line {number}: prompt {row.prompt!r} is in line {first} already; keep one of the two"
             )
-        seen[edit.prompt] = number
-        sets.setdefault(name, []).append(edit)
+        sets.setdefault(row.set, []).append(Edit(**row.model_dump(exclude={"set"})))
     if not sets:
         raise DataError(f"{where}: has no edits; give one JSON object a line")
     return [EditSet(name, tuple(edits)) for name, edits in sets.items()]
 
 
-def _row(line: str, where: str) -> tuple[str, Edit]:
-    row = json_line(line, where)
-    names = ["set", *FIELDS]
-    if not isinstance(row, Mapping) or set(row) != set(names):
-        found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"{where}: expected exactly the fields {', '.join(names)}; found {found}")
-    _check(row, names, where)
-    return row["set"], Edit(**{name: row[name] for name in names[1:]})
-
-
-def _check(row: Mapping[str, Any], names: Sequence[str], where: str) -> None:
-    for name in names:
-        if not isinstance(row[name], str) or not row[name].strip() or row[name] != row[name].strip():
-            raise DataError(
-                f"{where}: {name} is {row[name]!r}; expected text that is not empty and has no outer spaces"
-            )
-    if row["category"] not in CATEGORIES:
-        raise DataError(f"{where}: category is {row['category']!r}; expected one of {', '.join(CATEGORIES)}")
-    if row["old"] == row["new"]:
-        raise DataError(f"{where}: old and new are both {row['new']!r}; an edit must change the answer")
+def _counterfact(text: str, where: str, neighbours: int | None) -> list[Edit]:
+    edits: dict[str, Edit] = {}
+    for _, row in _rows(text, where, _CounterFactRow):
+        near = zip(row.neighborhood_prompts, row.neighborhood_answers, strict=True)
+        edit = Edit(
+            prompt=row.prompt,
+            old=row.target_true,
+            new=row.target_new,
+            subject=row.subject,
+            category=row.category,
+            paraphrase=row.paraphrase_prompts[0],
+            neighbours=tuple(Question(*pair) for pair in near)[:neighbours],
+        )
+        if edit.old != edit.new:
+            edits.setdefault(edit.prompt, edit)
+    return list(edits.values())

@@ -1,125 +1,159 @@
 """Edits one by one, in batches, or in batches one after the other, with what each stage did."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 from peft import PeftConfig
-from torch import Tensor, nn
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save
+from torch import nn
 
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
-from hiplora.editing.asking import BATCH_SIZE
-from hiplora.editing.editors import Adapt, AdapterEditor, Editor, OnStep
+from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining, OnStep
 from hiplora.editing.edits import Edit
-from hiplora.editing.locality import LocalityOutcome, Reference, measure_locality
-from hiplora.editing.measure import EditRecord, measure_edits, summarise
-from hiplora.editing.train import EditTraining
+from hiplora.editing.measure import (
+    Reference,
+    measure_edits,
+    measure_locality,
+    summarise,
+    summarise_locality,
+)
 from hiplora.errors import AdapterError, ConfigError
+from hiplora.files import write_atomic
 from hiplora.tuner import model_fingerprint
 
 Mode = Literal["single", "batch", "sequential"]
-MODES = ("single", "batch", "sequential")
+_VARYING = ("seconds", "tokens_per_second")  # of what a stage took: they differ from run to run
 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How a run edits and measures.
+    """How a run edits.
 
     `training` is how adapters are trained on a batch of edits (AlphaEdit has its own settings); `edits_per_batch` is
-    for the modes with batches, None is all edits in one; `sample` is for the mode "single", how many edits to draw by
-    the training's seed, None is all; `batch_size` is how many prompts are asked at once.
+    for the modes with batches, None is all edits in one; `sample` is for the mode "single": how many edits to draw by
+    the training's seed, None is all.
     """
 
-    training: EditTraining = field(default_factory=lambda: EditTraining(steps=500))
-    edits_per_batch: int | None = None
-    sample: int | None = None
-    batch_size: int = BATCH_SIZE
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        for name in ("edits_per_batch", "sample", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected at least 1")
+    training: EditTraining = EditTraining(steps=500)
+    edits_per_batch: PositiveInt | None = None
+    sample: PositiveInt | None = None
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class EditStage:
     """One stage: the edits taught in it (by index), what that took, and what the model then says.
 
-    `records` are of the edits that were taught by then and not taken back: in the mode "sequential" those of all stages
-    so far, else those of this one. `locality` is None without a reference.
+    `records` (`measure_edits`) are for the edits in the model: in the mode "sequential" those of all stages so far,
+    else those of this one. `locality` (`measure_locality`) is None without a reference; `extra` comes from `on_edited`.
     """
 
     number: int
-    taught: tuple[int, ...]
+    taught: list[int]
     took: Mapping[str, Any]
-    records: tuple[EditRecord, ...]
-    locality: LocalityOutcome | None = None
+    records: pd.DataFrame
+    locality: pd.DataFrame | None
+    extra: Mapping[str, Any]
 
-    @property
-    def newest(self) -> tuple[EditRecord, ...]:
-        """The records of the edits that were taught in this stage."""
-        return tuple(record for record in self.records if record.index in self.taught)
-
-    def as_dict(self, reference: Reference | None) -> dict[str, Any]:
-        """Return the record for a JSON file, with its summaries."""
-        found: dict[str, Any] = {
-            "stage": self.number,
-            "taught": list(self.taught),
-            "took": dict(self.took),
-            "newest": summarise(self.newest),
-            "so_far": summarise(self.records),
-            "records": [record.as_dict() for record in self.records],
+    def to_json(self) -> str:
+        """Return the stage as text for `from_json`."""
+        frames = {
+            name: frame.to_dict("list")
+            for name in ("records", "locality")
+            if (frame := getattr(self, name)) is not None
         }
-        if self.locality is not None and reference is not None:
-            found["locality"] = {**self.locality.summary(reference), "items": asdict(self.locality)}
-        return found
+        return json.dumps(
+            {"number": self.number, "taught": self.taught, "took": self.took, "extra": self.extra, **frames}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "EditStage":
+        """Read a stage back."""
+        kept = json.loads(text)
+        locality = pd.DataFrame(kept["locality"]) if "locality" in kept else None
+        return cls(**{**kept, "records": pd.DataFrame(kept["records"]), "locality": locality})
 
 
-@dataclass(frozen=True)
+@plain_dataclass(frozen=True)
 class EditRun:
-    """A whole run: the bare base's own outcome on the edits (`before`), the stages, the frozen reference, seconds."""
+    """A whole run: what the bare base says about the edits (`before`), the stages, the reference, seconds."""
 
     mode: str
     method: str
-    before: tuple[EditRecord, ...]
-    stages: tuple[EditStage, ...]
+    before: pd.DataFrame
+    stages: list[EditStage]
     reference: Reference | None
     seconds: float
 
     @property
-    def after(self) -> tuple[EditRecord, ...]:
-        """What became of every edit: in the mode "sequential" after the last stage, else right after its own."""
-        stages = self.stages[-1:] if self.mode == "sequential" else self.stages
-        return tuple(record for stage in stages for record in stage.records)
+    def final(self) -> list[EditStage]:
+        """The stages that count: in the mode "sequential" the last one, else all."""
+        return self.stages[-1:] if self.mode == "sequential" else self.stages
+
+    @property
+    def after(self) -> pd.DataFrame:
+        """What became of every edit."""
+        return pd.concat([stage.records for stage in self.final], ignore_index=True)
 
     def summary(self) -> dict[str, Any]:
-        """Return success before and after, in all and by category, and the locality (the mean over the stages).
-
-        In the mode "sequential" the locality is that after the last stage.
-        """
+        """Return shares before and after, in all and by category, and the locality (the mean over the final stages)."""
         found: dict[str, Any] = {"before": summarise(self.before), "after": summarise(self.after)}
-        stages = self.stages[-1:] if self.mode == "sequential" else self.stages
-        measured = [stage.locality for stage in stages if stage.locality is not None]
-        if measured and self.reference is not None:
-            parts = [outcome.summary(self.reference) for outcome in measured]
-            found["locality"] = {key: sum(part[key] for part in parts) / len(parts) for key in parts[0]}
+        if self.reference is not None:
+            parts = [
+                summarise_locality(self.reference, one.locality)
+                for one in self.final
+                if one.locality is not None
+            ]
+            found["locality"] = pd.DataFrame(parts).mean().to_dict()
         return found
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the record for a JSON file."""
+    def as_dict(self, texts: bool = False) -> dict[str, Any]:
+        """Return the results for JSON, without times; with `texts` also what the model wrote.
+
+        `before` and each stage's `records` are columns with a value an edit (`measure_edits`); `stages` have further
+        the indices `taught`, what that `took`, and the summaries `newest`, `so_far` and `locality`; `questions` are
+        columns with a value an unrelated question: the frozen base's, and the mean over the final stages.
+        """
         return {
             "mode": self.mode,
             "method": self.method,
-            "seconds": self.seconds,
+            "edits": len(self.before),
             "summary": self.summary(),
-            "before": [record.as_dict() for record in self.before],
-            "stages": [stage.as_dict(self.reference) for stage in self.stages],
-            "reference": self.reference.as_dict() if self.reference else None,
+            "before": _columns(self.before, texts),
+            "stages": [self._stage(stage, texts) for stage in self.stages],
+            "questions": self._questions(texts),
         }
+
+    def _stage(self, stage: EditStage, texts: bool) -> dict[str, Any]:
+        newest = stage.records[stage.records["index"].isin(stage.taught)]
+        measured = self.reference is not None and stage.locality is not None
+        return {
+            "taught": stage.taught,
+            "took": {key: value for key, value in stage.took.items() if key not in _VARYING},
+            "newest": summarise(newest),
+            "so_far": summarise(stage.records),
+            "records": _columns(stage.records, texts),
+            "locality": summarise_locality(self.reference, stage.locality) if measured else None,
+        }
+
+    def _questions(self, texts: bool) -> dict[str, list[Any]] | None:
+        if self.reference is None:
+            return None
+        before = self.reference.answers.add_suffix("_before")
+        after = sum(stage.locality.drop(columns="written") for stage in self.final) / len(self.final)
+        columns = pd.concat([before, after], axis=1)
+        if not texts:
+            return columns.drop(columns="written_before").to_dict("list")
+        asked = pd.DataFrame([asdict(question) for question in self.reference.questions])
+        return pd.concat([asked, columns], axis=1).to_dict("list")
 
 
 def run_edits(
@@ -132,13 +166,11 @@ def run_edits(
     reference: Reference | None = None,
     *,
     name: str = "",
-    on_stage: Callable[[EditStage], None] | None = None,
-    on_edited: Callable[[int, Editor], None] | None = None,
+    folder: Path | None = None,
+    on_edited: Callable[[int, Editor], Mapping[str, Any] | None] | None = None,
     on_step: OnStep | None = None,
-    done: Sequence[EditStage] = (),
-    state: Mapping[str, Tensor] | None = None,
 ) -> EditRun:
-    """Edit a bare model, measure after every stage, and leave the model behind bit for bit was.
+    """Edit a bare model, measure after every stage, and leave the model behind bit for bit as it was.
 
     Modes: "single" teaches each edit alone and takes it back before the next; "batch" does so with batches of edits;
     "sequential" teaches batch after batch on top of each other, and measures the newest and all so far.
@@ -152,59 +184,59 @@ def run_edits(
         settings: training and batches; the defaults are the paper's 500 steps on all edits at once.
         reference: the base's answers to unrelated questions (`Reference.freeze`); None measures no locality.
         name: what to call the method in the record.
-        on_stage: is given each stage when it is measured, so that a long run's results can be kept.
-        on_edited: is given a stage's number and its editor while its edits are in the model, to save them.
+        folder: where to keep finished stages. A later call with the same arguments continues after them.
+        on_edited: is given a stage's number and its editor while its edits are in the model; the stage keeps what it
+            returns as `extra`.
         on_step: is given the rows of `train_edits`; not with AlphaEdit.
-        done: the first stages of an interrupted run; they are taken over. What comes is what would have come.
-        state: `Editor.state` after the last of them; the mode "sequential" alone needs it.
 
     Raises:
-        ConfigError: an unknown mode, a setting that this mode or method has no use for, or `done` of another run.
+        ConfigError: a setting that this mode has no use for, or `folder` holds the stages of another run.
         AdapterError: `reference` is of another model, the loss is not finite, or the base cannot be restored.
-        DataError: there are no edits, or AlphaEdit does not find an edit's subject in its prompt.
+        DataError: AlphaEdit does not find an edit's subject in its prompt.
     """
-    settings = settings or EditSettings()
+    settings, began = settings or EditSettings(), time.perf_counter()
     groups = edit_groups(len(edits), mode, settings)
-    _check_reference(model, reference)
-    _check_done(done, groups, needs_state=mode == "sequential" and state is None)
-    began, size = time.perf_counter(), settings.batch_size
-    wanted = {index: edits[index] for group in groups for index in group}
-    before = measure_edits(model, tokenizer, wanted, size)
-    editor: Editor = (
-        AlphaEditor(model, tokenizer, method)
-        if isinstance(method, AlphaEdit)
-        else AdapterEditor(model, tokenizer, method, settings.training, on_step)
-    )
-    stages = list(done)
+    if reference is not None and reference.base != model_fingerprint(model):
+        raise AdapterError(
+            "the reference was frozen with other weights than the model has now; freeze it with the bare base model "
+            "that is edited"
+        )
+    journal = _Journal(folder, mode == "sequential")
+    stages = journal.stages
+    if [stage.taught for stage in stages] != groups[: len(stages)]:
+        raise ConfigError(
+            f"{folder}: holds stages that taught other edits than this run; remove it to start anew"
+        )
+    before = measure_edits(model, tokenizer, {index: edits[index] for group in groups for index in group})
+    if isinstance(method, AlphaEdit):
+        editor: Editor = AlphaEditor(model, tokenizer, method)
+    else:
+        editor = AdapterEditor(model, tokenizer, method, settings.training, on_step)
     try:
-        if mode == "sequential" and state is not None:
-            editor.restore(state)
-        for number, group in enumerate(groups[len(done) :], start=len(done) + 1):
+        if mode == "sequential" and stages:
+            editor.restore(journal.state())
+        for number, group in enumerate(groups[len(stages) :], start=len(stages) + 1):
             if mode != "sequential" and stages:
                 editor.reset()
             took = editor.teach([edits[index] for index in group])
             seen = [index for part in groups[:number] for index in part] if mode == "sequential" else group
-            records = measure_edits(editor.model, tokenizer, {index: edits[index] for index in seen}, size)
+            records = measure_edits(editor.model, tokenizer, {index: edits[index] for index in seen})
             said = measure_locality(editor.model, tokenizer, reference) if reference else None
-            stages.append(EditStage(number, tuple(group), took, tuple(records), said))
-            if on_stage:
-                on_stage(stages[-1])
-            if on_edited:
-                on_edited(number, editor)
+            extra = on_edited(number, editor) if on_edited else None
+            stages.append(EditStage(number, group, took, records, said, extra or {}))
+            journal.keep(stages[-1], editor)
     finally:
         editor.close()
     name = name or type(method).__name__
-    return EditRun(mode, name, tuple(before), tuple(stages), reference, time.perf_counter() - began)
+    return EditRun(mode, name, before, stages, reference, time.perf_counter() - began)
 
 
 def edit_groups(count: int, mode: str, settings: EditSettings) -> list[list[int]]:
     """Return the indices of the edits that are taught together, group after group.
 
     Raises:
-        ConfigError: there are no edits, an unknown mode, or a setting that it has no use for.
+        ConfigError: there are no edits, or a setting that the mode has no use for.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
     if not count:
         raise ConfigError("there are no edits; give at least one")
     if mode != "single":
@@ -214,25 +246,38 @@ def edit_groups(count: int, mode: str, settings: EditSettings) -> list[list[int]
         return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
     if settings.edits_per_batch is not None:
         raise ConfigError("edits_per_batch has no use in the mode single; use batch or sequential")
-    chosen = list(range(count))
-    if settings.sample is not None and settings.sample < count:
-        chosen = sorted(random.Random(settings.training.seed).sample(chosen, settings.sample))
-    return [[index] for index in chosen]
+    chosen = random.Random(settings.training.seed).sample(range(count), min(settings.sample or count, count))
+    return [[index] for index in sorted(chosen)]
 
 
-def _check_done(done: Sequence[EditStage], groups: Sequence[Sequence[int]], needs_state: bool) -> None:
-    taught = [list(stage.taught) for stage in done]
-    if taught != [list(group) for group in groups[: len(taught)]]:
-        raise ConfigError(
-            "the stages that are done taught other edits than this run's first ones; start anew"
-        )
-    if done and needs_state:
-        raise ConfigError("a sequence of edits goes on from the editor's state; give it with the stages")
+class _Journal:
+    """The finished stages of a run on the disk, and in a sequence what the editor held after the last of them."""
+
+    def __init__(self, folder: Path | None, sequential: bool):
+        self._folder, self._sequential = folder, sequential
+        kept = sorted(folder.glob("stage-*.json")) if folder else []
+        self.stages = [EditStage.from_json(path.read_text(encoding="utf-8")) for path in kept]
+
+    def state(self) -> dict[str, Any]:
+        return load_file(self._state(len(self.stages)))
+
+    def keep(self, stage: EditStage, editor: Editor) -> None:
+        if self._folder is None:
+            return
+        if self._sequential:
+            state = {name: tensor.contiguous().cpu() for name, tensor in editor.state().items()}
+            write_atomic(self._state(stage.number), save(state))
+        write_atomic(self._folder / f"stage-{stage.number:05d}.json", stage.to_json())
+        self._state(stage.number - 1).unlink(missing_ok=True)
+
+    def _state(self, number: int) -> Path:
+        return self._folder / f"state-{number:05d}.safetensors"  # type: ignore[operator]
 
 
-def _check_reference(model: nn.Module, reference: Reference | None) -> None:
-    if reference is not None and reference.base != model_fingerprint(model):
-        raise AdapterError(
-            "the reference was frozen with other weights than the model has now; freeze it with the bare base model "
-            "that is edited"
-        )
+def _columns(records: pd.DataFrame, texts: bool) -> dict[str, list[Any] | None]:
+    columns = records.to_dict("list")
+    if not texts:
+        del columns["written"], columns["paraphrase_written"]
+    if not any(columns["neighbours_kept"]):
+        columns["neighbours_kept"] = None
+    return columns

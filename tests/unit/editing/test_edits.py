@@ -1,13 +1,18 @@
+"""Edit sets: the built-in ones, files of the project's format, CounterFact and zsRE."""
+
+import gzip
 import json
 from collections import Counter
 
 import pytest
 
-from hiplora.editing import load_edit_sets
-from hiplora.errors import DataError
+from hiplora.editing import CATEGORIES, load_edit_sets, load_edits, load_questions
+from hiplora.editing.measure import normalise
+from hiplora.errors import ConfigError, DataError
 from tests.tiny import write_jsonl
+from tools import make_edit_set
 
-GOOD = {
+OWN = {
     "set": "one",
     "category": "Relation/Fact",
     "subject": "tea",
@@ -16,87 +21,150 @@ GOOD = {
     "old": "cup",
     "new": "bowl",
 }
+COUNTERFACT = {
+    "prompt": "The sea around Skye is the",
+    "subject": "Skye",
+    "target_true": "Minch",
+    "target_new": "Baltic",
+    "relation": "P276",
+    "paraphrase_prompts": ["Boats to Skye cross the", "From Skye one sees the"],
+    "neighborhood_prompts": ["The sea around Lewis is the", "The sea around Rona is the"],
+    "neighborhood_answers": ["Minch", "Minch"],
+}
 
 
-def test_the_built_in_edits_are_two_sets_of_sixteen_with_every_category_in_both():
-    sets = load_edit_sets()
-    assert [(part.name, len(part)) for part in sets] == [("places", 16), ("knowledge", 16)]
-    for part in sets:
-        assert min(Counter(edit.category for edit in part.edits).values()) >= 4
-        assert len({edit.category for edit in part.edits}) == 3
-
-
-def test_no_built_in_prompt_gives_an_answer_away_or_stands_twice():
-    edits = [edit for part in load_edit_sets() for edit in part.edits]
-    prompts = [text for edit in edits for text in (edit.prompt, edit.paraphrase)]
-    assert len(set(prompts)) == 64
-    for edit in edits:
-        for prompt in (edit.prompt, edit.paraphrase):
-            assert edit.old not in prompt
-            assert edit.new not in prompt
-    answers = Counter(edit.new for edit in edits)
-    assert max(answers.values()) <= 2  # no single token to learn instead of the facts
-
-
-@pytest.mark.real_model
-def test_the_real_model_prefers_every_old_answer_of_the_built_in_edits(smollm2):
-    from hiplora.editing import evaluate_edits
-    from hiplora.models import load
-
-    model, tokenizer = load(str(smollm2))
-    for part in load_edit_sets():
-        assert not any(outcome.preferred for outcome in evaluate_edits(model, tokenizer, part.edits))
-
-
-def test_a_file_of_edits_is_read_in_the_order_of_its_sets(tmp_path):
-    rows = [{**GOOD, "set": name, "prompt": f"{i} is"} for i, name in enumerate(("b", "a", "b"))]
-    sets = load_edit_sets(write_jsonl(tmp_path / "edits.jsonl", rows))
-    assert [(part.name, [edit.prompt for edit in part.edits]) for part in sets] == [
-        ("b", ["0 is", "2 is"]),
-        ("a", ["1 is"]),
+def rows(*changes):
+    return [
+        {**COUNTERFACT, "prompt": f"{COUNTERFACT['prompt']} {i}", **change}
+        for i, change in enumerate(changes)
     ]
 
 
+def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_beginning():
+    edits = load_edits().edits
+    assert len(edits) >= 1000
+    counts = Counter(edit.category for edit in edits)
+    assert set(counts) == set(CATEGORIES)
+    assert min(counts.values()) >= 300
+    assert min(Counter(edit.category for edit in edits[:60]).values()) >= 10
+    texts = [text for edit in edits for text in (edit.prompt, edit.paraphrase)]
+    assert len(set(texts)) == len(texts)
+    for edit in edits:
+        assert normalise(edit.old) != normalise(edit.new)
+        for text in (edit.prompt, edit.paraphrase):
+            assert edit.subject.casefold() in text.casefold()
+            assert f" {normalise(edit.new)} " not in f" {normalise(text)} "
+
+
+def test_the_unrelated_questions_share_no_subject_with_the_edits():
+    questions, edits = load_questions(), load_edits().edits
+    assert len({item.prompt for item in questions}) == len(questions) >= 500
+    assert not {item.subject.casefold() for item in questions} & {edit.subject.casefold() for edit in edits}
+
+
+def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
+    made = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
+    assert made == tuple(
+        path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS)
+    )
+
+
+def test_the_demo_has_two_sets_of_sixteen():
+    sets = load_edit_sets()
+    assert [(part.name, len(part)) for part in sets] == [("places", 16), ("knowledge", 16)]
+    assert all({edit.category for edit in part.edits} == set(CATEGORIES) for part in sets)
+
+
+def test_a_file_of_edits_is_read_in_the_order_of_its_sets(tmp_path):
+    path = write_jsonl(
+        tmp_path / "x.jsonl", [{**OWN, "set": name, "prompt": f"{i} is"} for i, name in enumerate("bab")]
+    )
+    assert [(part.name, [edit.prompt for edit in part.edits]) for part in load_edit_sets(path)] == [
+        ("b", ["0 is", "2 is"]),
+        ("a", ["1 is"]),
+    ]
+    assert [edit.prompt for edit in load_edits(path, 2).edits] == ["0 is", "2 is"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neighbours(tmp_path, packed):
+    path = write_jsonl(tmp_path / "counterfact.jsonl", [COUNTERFACT])
+    if packed:
+        path = tmp_path / "counterfact.jsonl.gz"
+        path.write_bytes(gzip.compress(json.dumps(COUNTERFACT).encode()))
+    (edit,) = load_edits(path).edits
+    assert (edit.prompt, edit.old, edit.new, edit.subject) == (
+        COUNTERFACT["prompt"],
+        "Minch",
+        "Baltic",
+        "Skye",
+    )
+    assert edit.category == "Relation/Fact"
+    assert edit.paraphrase == "Boats to Skye cross the"
+    assert [near.prompt for near in edit.neighbours] == COUNTERFACT["neighborhood_prompts"]
+    assert [len(load_edits(path, neighbours=n).edits[0].neighbours) for n in (0, 1)] == [0, 1]
+
+
+def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(tmp_path):
+    again = {"prompt": f"{COUNTERFACT['prompt']} 0", "target_new": "Arctic"}
+    found = load_edits(write_jsonl(tmp_path / "x.jsonl", rows({}, {"target_new": "Minch"}, again, {}))).edits
+    assert [(edit.prompt[-1], edit.new) for edit in found] == [("0", "Baltic"), ("3", "Baltic")]
+
+
+def test_without_a_relation_answers_with_digits_are_numeric(tmp_path):
+    dates = {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"}
+    file = write_jsonl(tmp_path / "zsre.jsonl", rows({"relation": "unlabelled"}, dates))
+    assert [edit.category for edit in load_edits(file).edits] == ["Relation/Fact", "Temporal/Numeric"]
+
+
+def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
+    whole = load_edits().edits
+    for category in CATEGORIES:
+        found = load_edits("builtin", 40, category=category).edits
+        assert list(found) == [edit for edit in whole if edit.category == category][:40]
+    with pytest.raises(ConfigError, match="category is 'Colours'"):
+        load_edits(category="Colours")
+    with pytest.raises(DataError, match="has 0 edits of the category Temporal/Numeric"):
+        load_edits(write_jsonl(tmp_path / "x.jsonl", rows({})), category="Temporal/Numeric")
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("row", "change", "said"),
     [
-        ({"new": "cup"}, "old and new are both 'cup'"),
-        ({"category": "Other"}, "category is 'Other'; expected one of Entity/Attribute"),
-        ({"prompt": " "}, "prompt is ' '"),
-        ({"new": " bowl"}, "new is ' bowl'.*no outer spaces"),
-        ({"old": 3}, "old is 3; expected text"),
-        ({"extra": 1}, "expected exactly the fields .*found .*extra"),
+        (OWN, {"new": "cup"}, "old and new are both 'cup'"),
+        (OWN, {"category": "Other"}, "category is 'Other'"),
+        (OWN, {"prompt": " "}, "prompt: "),
+        (OWN, {"old": 3}, "old: "),
+        (OWN, {"extra": 1}, "extra: "),
+        (COUNTERFACT, {"relation": "P9999"}, "relation is 'P9999'"),
+        (COUNTERFACT, {"target_new": " "}, "target_new: "),
+        (COUNTERFACT, {"paraphrase_prompts": []}, "paraphrase_prompts: "),
+        (
+            COUNTERFACT,
+            {"neighborhood_answers": ["Minch"]},
+            "2 neighborhood_prompts and 1 neighborhood_answers",
+        ),
     ],
 )
-def test_a_row_that_is_no_edit_is_named_with_its_line(tmp_path, change, said):
-    file = write_jsonl(tmp_path / "edits.jsonl", [GOOD, {**GOOD, "prompt": "Another is", **change}])
-    with pytest.raises(DataError, match=rf"edits\.jsonl, line 2: {said}"):
-        load_edit_sets(file)
+def test_a_row_that_is_not_an_edit_is_named_with_file_line_and_field(tmp_path, row, change, said):
+    file = write_jsonl(tmp_path / "x.jsonl", [row, {**row, "prompt": "Another is", **change}])
+    with pytest.raises(DataError, match=rf"x\.jsonl, line 2: .*{said}"):
+        load_edits(file)
 
 
-def test_a_prompt_that_stands_twice_is_an_error(tmp_path):
-    file = write_jsonl(tmp_path / "edits.jsonl", [GOOD, {**GOOD, "new": "glass"}])
-    with pytest.raises(DataError, match=r"line 2: prompt 'Tea is drunk from a' stands in line 1 already"):
-        load_edit_sets(file)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("", "has no edits"), ("{}\n", "expected exactly"), ("[1]\n", "found list"), ("{\n", "not JSON")],
-)
-def test_a_file_that_holds_no_edits_is_an_error(tmp_path, text, said):
-    file = tmp_path / "edits.jsonl"
-    file.write_text(text)
-    with pytest.raises(DataError, match=said):
-        load_edit_sets(file)
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        load_edit_sets(tmp_path / "none.jsonl")
-
-
-def test_the_built_in_file_is_one_object_a_line_with_sorted_out_spaces():
-    for part in load_edit_sets():
-        for edit in part.edits:
-            assert "  " not in json.dumps(edit.__dict__)
+def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path):
+    twice = write_jsonl(tmp_path / "x.jsonl", [OWN, {**OWN, "new": "glass"}])
+    for path, text, said in (
+        (twice, None, r"line 2: prompt 'Tea is drunk from a' is in line 1 already"),
+        (tmp_path / "empty.jsonl", "", "has no edits"),
+        (tmp_path / "broken.jsonl", "{\n", "line 1: "),
+        (tmp_path / "none.jsonl", None, "cannot be read"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(DataError, match=said):
+            load_edits(path)
+    with pytest.raises(DataError, match="has 2 edits, 3 are asked for"):
+        load_edits(write_jsonl(tmp_path / "few.jsonl", rows({}, {})), 3)
+    with pytest.raises(ConfigError, match="limit is 0"):
+        load_edits(limit=0)

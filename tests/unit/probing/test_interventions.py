@@ -1,11 +1,25 @@
+"""Directions of a weight, interventions on them, and what each costs."""
+
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.probing import Intervention, directions_of, intervened
-from tiny import tiny_llama
+from hiplora.probing import (
+    CHOICES,
+    choose_directions,
+    directions_of,
+    find_modules,
+    intervened,
+    intervention_factor,
+    probe,
+)
+from hiplora.spectral import SecondMoment
+from tests.tiny import tiny_llama
 
 NAME = "model.layers.1.self_attn.k_proj"
 
@@ -24,7 +38,7 @@ def test_an_intervention_adds_its_multiple_of_one_singular_component(name, facto
     model = tiny_llama()
     weight = model.get_submodule(NAME).weight
     expected = weight.detach().double() + factor * component(weight, 3)
-    with intervened(model, one(model), Intervention.parse(name).factor(1.5)) as changed:
+    with intervened(model, one(model), intervention_factor(name, 1.5)) as changed:
         torch.testing.assert_close(
             changed.get_submodule(NAME).weight.detach().double(), expected, atol=1e-7, rtol=0
         )
@@ -78,58 +92,172 @@ def test_a_transposed_layer_is_changed_the_same_way():
     assert not torch.allclose(outputs["linear"], linear(inputs))
 
 
-def test_a_half_precision_weight_is_rounded_once():
-    model = tiny_llama(dtype=torch.bfloat16)
-    module, direction = model.get_submodule(NAME), one(model)
-    wide = module.weight.detach().float() - direction.sigma * torch.outer(direction.u, direction.v)
-    with intervened(model, direction, -1.0):
-        assert module.weight.dtype == torch.bfloat16
-        assert (module.weight.float() - wide).abs().max() <= wide.abs().max() * 2**-8
+@pytest.mark.parametrize("name", ["zap", "noise", "noise_0", "noise_-1", "noise_inf", "zero_0.1", "noise_x"])
+def test_an_unknown_intervention_is_refused(name):
+    with pytest.raises(ConfigError, match=f"intervention '{name}': expected zero, flip, or noise_S"):
+        intervention_factor(name)
 
 
-def test_names_go_there_and_back():
-    assert [Intervention.parse(name).name for name in ("zero", "flip", "noise_0.1", "noise_0.25")] == [
-        "zero",
-        "flip",
-        "noise_0.1",
-        "noise_0.25",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("drop", "'drop': expected zero, flip"),
-        ("noise", "scale 0.0: expected a number > 0"),
-        ("noise_-1", "expected a number > 0"),
-        ("noise_inf", "expected a number > 0"),
-        ("noise_x", "noise_S as noise_0.1"),
-        ("zero_2", "takes no scale"),
-    ],
-)
-def test_what_is_no_intervention_is_refused(name, said):
-    with pytest.raises(ConfigError, match=said):
-        Intervention.parse(name)
-
-
-def test_a_direction_of_another_model_is_refused_before_anything_is_changed():
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_changed():
     model = tiny_llama()
     weight = model.get_submodule(NAME).weight
-    other = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([nn.Identity(), nn.Module()])})})
-    other["model"]["layers"][1].self_attn = nn.ModuleDict({"k_proj": nn.Linear(7, 5)})
-    (direction,) = directions_of(other, [NAME], 1)
+    direction = replace(one(model), u=torch.ones(5))
     with (
-        pytest.raises(ConfigError, match=rf"{NAME}: the weight is \(32, 64\), the direction is for \(5, 7\)"),
+        pytest.raises(
+            ConfigError, match=rf"{NAME}: the weight is \(32, 64\), the direction is for \(5, 64\)"
+        ),
         intervened(model, direction, -1.0),
     ):
         pass
     assert model.get_submodule(NAME).weight is weight
+    for name, said in (("model.layers.9.x", "no layer"), ("model.norm", "is a LlamaRMSNorm; probing takes")):
+        with pytest.raises(ConfigError, match=said):
+            list(directions_of(model, [name], 1))
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("model.layers.9.x", "no layer"), ("model.norm", "is a LlamaRMSNorm; directions are of linear")],
-)
-def test_what_is_no_linear_layer_is_refused(name, said):
-    with pytest.raises(ConfigError, match=said):
-        list(directions_of(tiny_llama(), [name], 1))
+@pytest.mark.parametrize("how", CHOICES)
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (1, 40), (7, 40), (39, 40), (40, 40)])
+def test_so_many_different_indices_come_in_order(how, count, size):
+    chosen = choose_directions(size, count, how)
+    assert len(set(chosen)) == count
+    assert chosen == sorted(chosen)
+    assert 0 <= min(chosen) <= max(chosen) < size
+
+
+def test_log_places_are_dense_among_the_strong_even_ones_are_not_and_random_ones_depend_on_the_seed():
+    assert choose_directions(1001, 4, "log") == [0, 9, 99, 1000]
+    assert choose_directions(1001, 5, "even") == [0, 250, 500, 750, 1000]
+    assert choose_directions(40, 8, "random", 1) == choose_directions(40, 8, "random", 1)
+    assert choose_directions(40, 8, "random", 1) != choose_directions(40, 8, "random", 2)
+    for count, how, said in (
+        (1, "best", "expected one of"),
+        (2, "log", "2 directions of 1"),
+        (0, "log", "0 dir"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            choose_directions(1, count, how)
+
+
+def test_directions_are_the_exact_singular_triplets_to_the_last():
+    model = tiny_llama()
+    weight = model.get_submodule(NAME).weight.detach().double()
+    found = list(directions_of(model, [NAME], 32))
+    assert [d.index for d in found] == list(range(32))
+    sigma = torch.linalg.svdvals(weight)
+    for d in found:
+        assert d.sigma == pytest.approx(sigma[d.index].item(), rel=1e-5)
+        assert d.relative == pytest.approx((sigma[d.index] / sigma[0]).item(), rel=1e-5)
+        torch.testing.assert_close(weight @ d.v.double(), d.sigma * d.u.double(), atol=1e-6, rtol=0)
+    leading = list(directions_of(model, [NAME], 3, "even", rank=9))
+    assert [(d.index, d.rank) for d in leading] == [(0, 9), (4, 9), (8, 9)]
+
+
+def test_in_the_activation_basis_zeroing_silences_the_answer_to_one_of_the_leading_inputs():
+    model = nn.ModuleDict({"a": nn.Linear(16, 12, bias=False)})
+    moment = SecondMoment(16)
+    moment.add(torch.randn(200, 16) * torch.linspace(3, 0.1, 16))
+    weight, bases = model["a"].weight.detach(), {"a": moment.eigen()}
+    leading = bases["a"].vectors[:, :4]
+    for d in directions_of(model, ["a"], 4, rank=4, bases=bases):
+        torch.testing.assert_close(leading @ (leading.T @ d.v), d.v, atol=1e-5, rtol=0)
+        torch.testing.assert_close(weight @ d.v, d.sigma * d.u, atol=1e-5, rtol=0)
+        with intervened(model, d, -1.0):
+            assert model["a"](d.v).norm() < 1e-5
+
+
+def test_modules_are_chosen_as_an_adapters_and_by_layer():
+    model = tiny_llama()
+    assert find_modules(model, ["q_proj"], [1]) == ["model.layers.1.self_attn.q_proj"]
+    assert len(find_modules(model)) == 8  # the attention projections of two layers
+    with pytest.raises(
+        ConfigError, match="layer 9 has none of the requested modules; they are in layers 0, 1"
+    ):
+        find_modules(model, ["q_proj"], [0, 9])
+    first, second = find_modules(model, ["q_proj"])
+    places = [[d.index for d in directions_of(model, [name], 10, "random")] for name in (first, second)]
+    assert places[0] != places[1]
+
+
+def planted(important=2, size=6):
+    """A layer with a known spectrum, and a score that only one of its directions gives."""
+    U, V = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
+    sigma = torch.arange(size, 0, -1.0)
+    model = nn.ModuleDict({"a": nn.Linear(size, size, bias=False)})
+    model["a"].weight = nn.Parameter(U @ sigma.diag() @ V.T)
+
+    def measure(model):
+        gain = U[:, important] @ model["a"](V[:, important])
+        return {"score": 100 * (gain / sigma[important]).item(), "kl": 0.0}
+
+    return model, measure
+
+
+def test_the_direction_that_matters_is_found_with_what_it_is_worth():
+    model, measure = planted()
+    rows = probe(model, directions_of(model, ["a"], 6), ["zero", "flip", "noise_0.1"], measure)
+    for row in rows:
+        expected = -100 * row["factor"] if row["index"] == 2 else 0.0
+        assert row["drop"]["score"] == pytest.approx(expected, abs=1e-3), row
+    rows = probe(model, directions_of(model, ["a"], 6), ["zero"], measure, lower_is_better=("score",))
+    assert rows[2]["drop"]["score"] == pytest.approx(-100.0, abs=1e-3)
+    (known,) = probe(
+        model, directions_of(model, ["a"], 1), ["zero"], measure, base={"score": 150.0, "kl": 0.0}
+    )
+    assert known["drop"]["score"] == pytest.approx(50.0, abs=1e-3)
+
+
+def test_noise_depends_on_seed_direction_and_draw_and_scales():
+    model, measure = planted()
+
+    def factors(kind, seed=0):
+        rows = probe(model, directions_of(model, ["a"], 6), [kind], measure, draws=3, seed=seed)
+        return torch.tensor([row["factor"] for row in rows])
+
+    small = factors("noise_0.1")
+    assert len(small.unique()) == 18
+    torch.testing.assert_close(factors("noise_0.1"), small)
+    torch.testing.assert_close(factors("noise_0.2"), 2 * small)
+    assert not torch.allclose(factors("noise_0.1", seed=1), small)
+
+
+def test_an_interrupted_probe_leaves_the_model_and_continues_with_the_same_result():
+    model, kept = tiny_llama(), []
+    before = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
+    calls = []
+
+    @torch.no_grad()
+    def measure(model):
+        calls.append(1)
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        return {"score": float(model(input_ids=torch.arange(1, 9)[None]).logits.square().mean())}
+
+    def run(**more):
+        directions = directions_of(model, find_modules(model, ["q_proj"]), 3)
+        return probe(model, directions, ["zero", "noise_0.1"], measure, draws=2, **more)
+
+    fail_at = 0
+    whole, fail_at = run(), len(calls) + 8
+    with pytest.raises(KeyboardInterrupt):
+        run(on_row=kept.append)
+    assert len(kept) == 6  # one call is the base's, one failed
+    count = len(calls)
+    assert run(done=json.loads(json.dumps(kept))) == whole
+    assert len(calls) == count + 1 + len(whole) - len(kept)
+    for name, weight in model.named_parameters():
+        assert weight is before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+def test_a_score_that_is_not_finite_is_none_and_one_of_the_base_an_error():
+    model, measure = planted()
+    scores = iter([50.0, float("nan"), float("inf"), 40.0])
+    rows = probe(model, directions_of(model, ["a"], 3), ["zero"], lambda _: {"score": next(scores)})
+    assert [row["drop"]["score"] for row in rows] == [None, None, 10.0]
+    for kinds, base, said in (
+        (["zero", "zero"], None, "named twice"),
+        (["zero"], {"score": float("nan")}, "score of the base model is nan"),
+        (["zero"], {"other": 1.0}, "measured kl, score; expected"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            probe(model, directions_of(model, ["a"], 1), kinds, measure, base=base)

@@ -1,12 +1,11 @@
 """Rank-1 interventions on the base: what single directions are worth, and how that goes with σ (Tables 3 and 6)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from hiplora.probing import Correlation, ProbeRecord, contrasts, findings
+from hiplora.probing import contrasts, findings
 from hiplora.recipes.protocols import RankOne
 from hiplora.reporting.numbers import signed
 from hiplora.reporting.study.paper import paper_value
@@ -42,7 +41,7 @@ def section(study: Study, settings: RankOne, results: Results) -> Section:
         tables += [_table(found["correlations"], metric, basis) for metric in METRICS]
         figures.append(_scatter(found["records"], settings, basis))
         measurements += _measurements(found["correlations"], basis, job)
-        records = [ProbeRecord(**record) for record in found["records"]]
+        records = found["records"]
         apart, without = _apart(records, basis, job), _without_strongest(records, basis, job)
         measurements += [*apart, *without]
         texts += [
@@ -138,27 +137,27 @@ def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Jo
             )
 
 
-def _without_strongest(records: Sequence[ProbeRecord], basis: str, job: Job) -> list[Measurement]:
+def _without_strongest(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
     """Pearson's correlations over all directions but that of the largest σ, which may make them alone."""
-    strongest = max(records, key=lambda record: record.sigma)
+    strongest = max(records, key=lambda record: record["sigma"])
     left = [  # as of one type: no type is looked at alone
-        replace(one, type=ALL)
+        {**one, "type": ALL}
         for one in records
-        if (one.module, one.index) != (strongest.module, strongest.index)
+        if (one["module"], one["index"]) != (strongest["module"], strongest["index"])
     ]
     found = []
     for one in findings(left):
-        pearson = one.association.pearson
-        if pearson.estimate is None:
+        pearson = one["pearson"]
+        if pearson["estimate"] is None:
             continue
         told = {
-            "metric": one.metric,
+            "metric": one["metric"],
             "basis": basis,
-            "without": f"{strongest.module}, σ = {strongest.sigma:.1f}",
+            "without": f"{strongest['module']}, σ = {strongest['sigma']:.1f}",
         }
-        value, points = Estimate(pearson.estimate, pearson.low, pearson.high), one.association.points
+        value, points = Estimate(pearson["estimate"], pearson["low"], pearson["high"]), one["points"]
         name = "pearson without the strongest"
-        found.append(measurement(NAME, _named(one.kind), name, value, [job], items=points, setting=told))
+        found.append(measurement(NAME, _named(one["kind"]), name, value, [job], items=points, setting=told))
     return found
 
 
@@ -176,19 +175,21 @@ def _texts_without(without: Sequence[Measurement], basis: str) -> Iterator[str]:
         )
 
 
-def _apart(records: Sequence[ProbeRecord], basis: str, job: Job) -> list[Measurement]:
+def _apart(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
     """How far apart the correlations of each two interventions are, over the same directions."""
     found = []
     for one in contrasts(records):
         for coefficient in COEFFICIENTS:
-            apart: Correlation = getattr(one, coefficient)
-            if apart.estimate is None:
+            apart = one[coefficient]
+            if apart["estimate"] is None:
                 continue
-            setting = {"minus": _named(one.minus), "metric": one.metric, "basis": basis}
-            value = Estimate(apart.estimate, apart.low, apart.high)
+            setting = {"minus": _named(one["minus"]), "metric": one["metric"], "basis": basis}
+            value = Estimate(apart["estimate"], apart["low"], apart["high"])
             name = f"{coefficient} difference"
             found.append(
-                measurement(NAME, _named(one.kind), name, value, [job], items=one.points, setting=setting)
+                measurement(
+                    NAME, _named(one["kind"]), name, value, [job], items=one["points"], setting=setting
+                )
             )
     return found
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hiplora.editing import AlphaEdit
+from hiplora.editing.job import ALPHAEDIT, DEFAULT_STEPS
 from hiplora.models.shapes import ModelShape
-from hiplora.study.edit_job import ALPHAEDIT, DEFAULT_STEPS, alphaedit_settings
 from hiplora.study.estimate import Load, adapter_elements, calibration_load, full_settings, svd_load
 from hiplora.study.steps.lengths import QUESTION, EditLengths
 
@@ -96,8 +97,7 @@ def _training(settings: Mapping[str, Any], each: EditLengths, stages: Stages, sh
 
 def _searching(settings: Mapping[str, Any], each: EditLengths, stages: Stages, shape: ModelShape) -> Load:
     """AlphaEdit: text for the null space, and a search for each edit's value on its prompts."""
-    chosen = alphaedit_settings({name: value for name, value in settings["method"].items() if name != "name"})
-    chosen.blocks(shape.layers)
+    chosen = AlphaEdit(**{name: value for name, value in settings["method"].items() if name != "name"})
     prompts = 1 + chosen.prefixes
     length = math.ceil(each.tokens) + chosen.prefix_tokens
     edits = stages.count * stages.edits

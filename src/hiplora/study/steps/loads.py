@@ -82,11 +82,13 @@ def edit(settings: Settings, shape: ModelShape, data: Path | None = None) -> Loa
 
 def probe(settings: Settings, shape: ModelShape, data: Path | None = None) -> Load:
     """All of each module's directions, and the texts and tasks under every intervention."""
-    from hiplora.probing.modules import of_layers
-    from hiplora.study.probe import CALIBRATION_TOKENS, ProbeSettings
-    from hiplora.study.steps.probe import OF_THE_PROBE
+    from hiplora.probing.interventions import layer_of
+    from hiplora.probing.run import CALIBRATION_TOKENS, ProbeSettings
+    from hiplora.study.steps.probe import NOT_OF_THE_PROBE
 
-    asked = ProbeSettings(model="", **{name: settings[name] for name in OF_THE_PROBE if name in settings})
+    asked = ProbeSettings(
+        model="", **{name: value for name, value in settings.items() if name not in NOT_OF_THE_PROBE}
+    )
     method: dict[str, Any] = {
         "name": "proj_lora",
         "preset": "paper",
@@ -95,7 +97,7 @@ def probe(settings: Settings, shape: ModelShape, data: Path | None = None) -> Lo
     modules, layers = shape.targets(full_settings(method)), _probed_layers(asked.layers, shape.layers)
     if layers is not None:
         method["layers_to_transform"] = layers
-        modules = {name: modules[name] for name in of_layers(modules, layers)}
+        modules = {name: size for name, size in modules.items() if layer_of(name) in layers}
     count = asked.count(len(modules))
     texts = {"texts": settings["texts"], "tokens": asked.tokens, "window": asked.tokens}
     found = drift_load(texts).times(count) + score_load(settings.get("scores") or {}, data).times(count + 1)

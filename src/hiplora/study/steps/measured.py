@@ -14,7 +14,7 @@ import numpy as np
 
 from hiplora.data.examples import DataSettings
 from hiplora.data.rows import read_rows
-from hiplora.editing.counterfact import BUILT_IN
+from hiplora.editing.edits import BUILT_IN
 from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.study.engine.bench import located
@@ -129,8 +129,8 @@ def _count(path: Path, changed: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _edits(source: str, limit: int | None, category: str | None, changed: int) -> EditLengths:
-    from hiplora.editing.asking import EXTRA_TOKENS
-    from hiplora.editing.counterfact import load_edits
+    from hiplora.editing import load_edits
+    from hiplora.editing.measure import EXTRA_TOKENS
 
     edits = load_edits(source, limit, category=category).edits
     answers = [len(answer) / CHARACTERS for edit in edits for answer in (edit.new, edit.old)]

@@ -1,16 +1,16 @@
 """Probe the base direction by direction: what single directions of its weights are worth on texts and tasks.
 
-Settings: `modules`, `layers`, `directions`, `choice`, `basis`, `principal_rank`, `kinds`, `draws`, `tokens`,
-`resample`, `seed` as of `ProbeSettings`; `texts`, name to source; `scores`, tasks that are scored too, each with its
-number of items (None: all); `files`, hashes of what is read.
+Settings: `modules`, `layers`, `directions`, `choice`, `basis`, `principal_rank`, `kinds`, `draws`, `tokens`, `seed` as
+of `ProbeSettings`; `texts`, name to source; `scores`, tasks that are scored too, each with its number of items (None:
+all); `files`, hashes of what is read.
 """
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hiplora.probing import findings
+from hiplora.probing.run import ROWS, ProbeSettings, chosen_modules, probe_model
 from hiplora.study.engine.jobs import Job
-from hiplora.study.probe import RECORDS, Journal, ProbeSettings, chosen_modules, probe_model
 from hiplora.study.steps.evaluate import score
 from hiplora.study.steps.numbers import rounded
 
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
 
 WINDOW = 512
-OF_THE_PROBE = (
-    *("modules", "layers", "directions", "choice", "basis", "principal_rank"),
-    *("kinds", "draws", "tokens", "resample", "seed"),
-)
+NOT_OF_THE_PROBE = ("texts", "scores", "files")
 
 
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -29,19 +26,14 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
 
     Of a task there are two metrics, in per cent: its name, the score, and NAME likelihood.
     """
-    given = {name: settings[name] for name in OF_THE_PROBE if name in settings}
+    given = {name: value for name, value in settings.items() if name not in NOT_OF_THE_PROBE}
     asked = ProbeSettings(model=bench.name, **given)
     model, _ = bench.model()
     reference = bench.reference(settings["texts"], asked.tokens, WINDOW)
-    journal = Journal(bench.store.work(job) / RECORDS)
     modules = chosen_modules(model, asked)
-    records = probe_model(model, modules, reference, asked, journal, scores=_scores(bench, settings))
-    found = findings(records, asked.resample, seed=asked.seed)
-    return {
-        "modules": modules,
-        "records": rounded([record.as_dict() for record in records]),
-        "correlations": [finding.as_dict() for finding in found],
-    }, {}
+    journal = bench.store.work(job) / ROWS
+    rows = probe_model(model, modules, reference, asked, journal, scores=_scores(bench, settings))
+    return {"modules": modules, "records": rounded(rows), "correlations": findings(rows, asked.seed)}, {}
 
 
 def _scores(bench: "Bench", settings: Mapping[str, Any]) -> Callable[[Any], dict[str, float]] | None:

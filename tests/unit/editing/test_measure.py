@@ -1,0 +1,152 @@
+"""Success and locality: likelihoods by hand, matches of whole words, and the frozen reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hiplora.editing import (
+    EditSettings,
+    EditTraining,
+    Question,
+    Reference,
+    evaluate_edits,
+    measure_edits,
+    measure_locality,
+    run_edits,
+    summarise,
+    summarise_locality,
+)
+from hiplora.editing.measure import answer_log_probs, begins_with, normalise
+from hiplora.errors import AdapterError, DataError
+from hiplora.evaluation.answers import continuations
+from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.unit.editing.samples import EDITS, QUESTIONS, writer
+
+
+def by_hand(model, tokenizer, prompt, answer):
+    """log p(answer | prompt), one token after the other, each from its own forward pass."""
+    ids, total = tokenizer(prompt)["input_ids"], 0.0
+    for token in tokenizer(answer)["input_ids"]:
+        total += model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token].item()
+        ids = [*ids, token]
+    return total
+
+
+def greedy(model, tokenizer, prompt, count):
+    ids = tokenizer(prompt)["input_ids"]
+    for _ in range(count):
+        ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+    return tokenizer.decode(ids[-count:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("paraphrase", [False, True])
+def test_likelihoods_and_continuations_equal_the_token_by_token_ones(paraphrase):
+    model, tokenizer = writer(), tiny_tokenizer()
+    edits = [EDITS[0], replace(EDITS[1], new="eight", prompt="One and one and one make")]
+    found = evaluate_edits(model, tokenizer, edits, paraphrase=paraphrase)
+    for edit, row in zip(edits, found.itertuples(), strict=True):
+        prompt = edit.paraphrase if paraphrase else edit.prompt
+        new, old = (by_hand(model, tokenizer, prompt, f" {answer}") for answer in (edit.new, edit.old))
+        assert (row.log_prob_new, row.log_prob_old) == pytest.approx((new, old), abs=1e-4)
+        assert row.written == greedy(model, tokenizer, prompt, 9)  # " eight", longest of all, and 3 more
+        assert (row.preferred, row.success) == (new > old, new > old or row.exact)
+
+
+@pytest.mark.parametrize(
+    ("written", "exact"),
+    [
+        (" Green.", True),
+        (" the green one", True),
+        (" GREEN\n", True),
+        (" greenish", False),
+        (" not green", False),
+        ("", False),
+    ],
+)
+def test_an_exact_match_is_of_whole_words_at_the_beginning(written, exact):
+    assert begins_with(written, "green") is exact
+
+
+def test_normalising_drops_case_punctuation_spaces_and_a_leading_article():
+    assert normalise("  The  White-House, D.C. ") == "white house d c"
+    assert normalise("Ａ") == ""  # a full-width article
+    assert normalise("under_score") == "under score"
+    assert normalise("Thebes") == "thebes"
+
+
+def test_the_mode_of_the_model_is_restored():
+    model = tiny_llama().train()
+    evaluate_edits(model, tiny_tokenizer(), EDITS)
+    assert model.training
+
+
+def test_neighbours_are_kept_if_their_answer_is_likelier_than_the_new_one_and_shares_are_per_cent():
+    model, tokenizer = writer(), tiny_tokenizer()
+    records = measure_edits(model, tokenizer, {4: EDITS[0], 7: EDITS[1]})
+    near, new = EDITS[1].neighbours[0], EDITS[1].new
+    true, wrong = answer_log_probs(model, tokenizer, [(near.prompt, near.answer), (near.prompt, new)])
+    assert records["index"].tolist() == [4, 7]
+    assert records["neighbours_kept"].tolist() == [[], [int(true > wrong)]]
+    records["preferred"] = [1, 0]
+    found = summarise(records)
+    assert list(found) == ["all", EDITS[0].category, EDITS[1].category]
+    assert [found[name]["preferred"] for name in found] == [50, 100, 0]
+    assert found["all"]["neighbours_kept"] == 100 * (true > wrong)
+    assert "neighbours_kept" not in found[EDITS[0].category]
+
+
+def freeze(model, questions=QUESTIONS):
+    return Reference.freeze(model, tiny_tokenizer(), questions, EDITS)
+
+
+def test_the_reference_holds_what_the_bare_base_says_and_the_base_shows_no_change():
+    model, tokenizer = writer(), tiny_tokenizer()
+    reference = freeze(model)
+    prompts = [item.prompt for item in QUESTIONS]
+    assert reference.answers["written"].tolist() == continuations(model, tokenizer, prompts, reference.length)
+    assert reference.targets == ("blue", "pink", "grey")
+    for column, answers in (
+        ("log_prob", [item.answer for item in QUESTIONS]),
+        ("edited_log_prob", reference.targets),
+    ):
+        pairs = list(zip(prompts, answers, strict=True))
+        assert reference.answers[column].tolist() == pytest.approx(answer_log_probs(model, tokenizer, pairs))
+    summary = summarise_locality(reference, measure_locality(model, tokenizer, reference))
+    assert summary["unchanged"] == 100
+    assert summary["accuracy_change"] == summary["log_prob_change"] == summary["edited_log_prob_change"] == 0
+    reference.answers["correct"] = [1, 1, 0]
+    summary = summarise_locality(reference, measure_locality(model, tokenizer, reference))
+    assert summary["accuracy_change"] == pytest.approx(-200 / 3)
+
+
+def test_an_edited_model_is_compared_with_the_base_and_not_with_itself():
+    model = writer()
+    reference = freeze(model)
+    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
+    settings = EditSettings(EditTraining(steps=40, lr=2e-2))
+    found = run_edits(model, tiny_tokenizer(), config, EDITS, "batch", settings, reference).summary()[
+        "locality"
+    ]
+    assert found["unchanged"] < 100
+    assert abs(found["log_prob_change"]) > 0.5
+    assert found["edited_log_prob_change"] > 0.5  # the new answers leak into prompts where they do not belong
+
+
+def test_a_reference_is_of_the_bare_base_with_the_same_weights_and_of_other_subjects():
+    adapted = get_peft_model(writer(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="freeze the reference on the bare base"):
+        freeze(adapted)
+    with pytest.raises(DataError, match="about Thing 0, which is edited"):
+        freeze(writer(), [Question("Thing 0 has a", "lid", "Thing 0")])
+    with pytest.raises(DataError, match="0 questions"):
+        freeze(writer(), [])
+    model = writer()
+    reference = freeze(model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(AdapterError, match="frozen with other weights"):
+        run_edits(model, tiny_tokenizer(), config, EDITS, "batch", None, reference)
