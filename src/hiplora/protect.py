@@ -120,11 +120,7 @@ def protect_update(
     update.check_leak()
     check_widths(update, chosen.principal_rank)
     texts = drift_texts(chosen.drift_text)
-    tokenizer = _tokenizer(update.base)
-    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
-    rows, notes = _calibration(tokenizer, texts, chosen)
-    context = getattr(BaseWeights(update.base).config, "max_position_embeddings", None) or DATA_LENGTH
-    examples, more = _task_rows(tokenizer, chosen.data, min(context, DATA_LENGTH))
+    tokenizer, rows, examples, notes = _inputs(update.base, chosen, texts)
     model: Any = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
     bases = input_bases(model, list(update.factors), rows=rows, tokens=chosen.tokens, seed=chosen.seed)
@@ -152,47 +148,38 @@ def protect_update(
         "drift": drift,
         "drift_text": text_source(chosen.drift_text),
         "loss": data | loss if loss else None,
-        "notes": [*notes, *more, *_notes(update, projected, bases, drift["after"])],
+        "notes": [*notes, *_notes(update, projected, bases, drift["after"])],
     }
 
 
-def _tokenizer(base: str) -> Any:
+def _inputs(
+    base: str, settings: ProtectSettings, texts: Mapping[str, str]
+) -> tuple[Any, list[Any] | None, list[Encoded], list[str]]:
+    """Return tokenizer, calibration rows (None samples them), task examples and notes; no model is loaded."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(base))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error
-
-
-def _calibration(
-    tokenizer: Any, texts: Mapping[str, str], settings: ProtectSettings
-) -> tuple[list[Any] | None, list[str]]:
-    """Return the rows that the inputs are measured on, None for sampled text, and notes."""
-    if settings.text is None:
-        return None, []
-    rows = calibration_rows(tokenizer, settings.text, settings.tokens)
-    shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-    return rows, [
-        f"{share:.0%} of the drift text “{name}” is in the calibration text too: its drift says little"
-        for name, share in shares.items()
-        if share
-    ]
-
-
-def _task_rows(tokenizer: Any, data: str | Path | None, length: int) -> tuple[list[Encoded], list[str]]:
-    """Tokenise the first rows of a data file, if any, as training does; return them with notes on what is left out."""
-    if data is None:
-        return [], []
-    path = Path(data)
-    examples = load_examples(path)
-    rows, report = encode_examples(tokenizer, examples[:DATA_ROWS], length)
-    notes = []
-    if len(examples) > DATA_ROWS:
-        notes.append(f"the loss is of the first {DATA_ROWS} of the {len(examples)} rows of {path.name}")
-    if changed := report.truncated + report.left_out:
-        notes.append(
-            f"{changed} of {report.examples} rows of {path.name} exceed {length} tokens: cut or left out"
-        )
-    return [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows], notes
+    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
+    rows, examples, notes = None, [], []
+    if settings.text is not None:
+        rows = calibration_rows(tokenizer, settings.text, settings.tokens)
+        shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+        notes += [
+            f"{share:.0%} of the drift text “{name}” is in the calibration text too"
+            for name, share in shares.items()
+            if share
+        ]
+    if settings.data is not None:
+        context = getattr(BaseWeights(base).config, "max_position_embeddings", None) or DATA_LENGTH
+        found = load_examples(Path(settings.data))
+        encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], min(context, DATA_LENGTH))
+        examples = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
+        if len(found) > DATA_ROWS:
+            notes.append(f"the loss is of the first {DATA_ROWS} of the {len(found)} rows")
+        if changed := report.truncated + report.left_out:
+            notes.append(f"{changed} of {report.examples} rows are too long: cut or left out")
+    return tokenizer, rows, examples, notes
 
 
 def _measured(

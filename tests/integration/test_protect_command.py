@@ -131,7 +131,7 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
     notes = " ".join(protected(capsys, files, adapters["whole"], *more, tokens=100)["notes"])
     for said in (
         "modules_to_save (lm_head.weight) are kept",
-        "in the calibration text too",
+        "holds drift text too",
         "few for inputs",
     ):
         assert said in notes

@@ -34,7 +34,7 @@ def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence library warnings about each other while an adapter is loaded, and about a base model that has no hub."""
+    """Silence library warnings about each other, and about a base model that is not on the hub, inside the block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
@@ -49,11 +49,7 @@ class BaseWeights:
     """
 
     def __init__(self, model: str):
-        """Open a model folder or hub name (or one of hiplora's own names).
-
-        Raises:
-            AdapterError: there is no such model, or it cannot be read.
-        """
+        """Open a model folder or hub name; AdapterError if it cannot be read."""
         self.model = model
         with _readable(model), torch.device("meta"):
             self._path = resolve(model)
@@ -66,18 +62,14 @@ class BaseWeights:
         return sum(parameter.numel() for parameter in self.skeleton.parameters())
 
     def is_transposed(self, module: str) -> bool:
-        """Return whether a layer stores its weight as (in, out), as GPT-2's `Conv1D` does.
-
-        Raises:
-            AdapterError: there is no such linear layer.
-        """
+        """Return whether a layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
         return isinstance(linear_layer(self.skeleton, module, self.model), Conv1D)
 
     def weight(self, module: str) -> Float[Tensor, "m n"]:
         """Return a linear layer's weight as (out, in), as stored, on the CPU.
 
         Raises:
-            AdapterError: there is no such layer, or its weight is not a matrix.
+            AdapterError: there is no such layer, or its weight is not a matrix of floats.
         """
         transposed, weight = self.is_transposed(module), self._read(module)
         if weight.dim() != 2 or not weight.is_floating_point():
@@ -88,18 +80,15 @@ class BaseWeights:
         return weight.T if transposed else weight
 
     def fitting_weight(self, module: str, update: Update) -> Tensor:
-        """Return a layer's weight as `check_fit` does.
-
-        Raises:
-            AdapterError: as `weight` and `check_fit`.
-        """
+        """Return a layer's weight after `check_fit`."""
         return check_fit(self.weight(module), update, module, self.model)
 
     def _read(self, module: str) -> Tensor:
-        head, embeddings = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
-        tied = (head, embeddings) if is_tied(self.skeleton) else ()
-        alike = tied if self.skeleton.get_submodule(module) in tied else ()
-        names = [module, *(name for name, found in self.skeleton.named_modules() if found in alike)]
+        names = [module]
+        if is_tied(self.skeleton):
+            tied = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
+            found = [name for name, layer in self.skeleton.named_modules() if layer in tied]
+            names += found if module in found else []
         stored = next((f"{name}.weight" for name in names if f"{name}.weight" in self._files), None)
         if stored is None:
             return self._whole.get_parameter(f"{module}.weight").detach()
@@ -113,27 +102,22 @@ class BaseWeights:
     @cached_property
     def _files(self) -> dict[str, str]:
         """Stored tensor → file; empty where the model is not in safetensors files."""
-        if index := self._file(SAFE_WEIGHTS_INDEX_NAME):
-            names = json.loads(Path(index).read_text())["weight_map"]
-            paths = {file: self._file(file) for file in set(names.values())}
-            return {name: path for name, file in names.items() if (path := paths[file])}
-        single = self._file(SAFE_WEIGHTS_NAME)
-        if single is None:
+        with _readable(self.model):
+            if index := self._file(SAFE_WEIGHTS_INDEX_NAME):
+                names = json.loads(Path(index).read_text())["weight_map"]
+                paths = {file: self._file(file) for file in set(names.values())}
+                return {name: path for name, file in names.items() if (path := paths[file])}
+            if single := self._file(SAFE_WEIGHTS_NAME):
+                with safe_open(single, framework="pt") as tensors:
+                    return dict.fromkeys(tensors.keys(), single)
             return {}
-        with _readable(self.model), safe_open(single, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), single)
 
     def _file(self, name: str) -> str | None:
-        with _readable(self.model):
-            return cached_file(self._path, name, _raise_exceptions_for_missing_entries=False)
+        return cached_file(self._path, name, _raise_exceptions_for_missing_entries=False)
 
 
 def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
-    """Return a linear layer of the model that messages call `name`.
-
-    Raises:
-        AdapterError: the model has no such layer, or it is not linear.
-    """
+    """Return a linear layer of the model that messages call `name`; AdapterError if it has none of that name."""
     layer = dict(model.named_modules()).get(module)
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise AdapterError(
@@ -150,7 +134,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def is_transposed(update: Update, model: nn.Module | None = None) -> bool:
-    """Return whether the adapted layers store their weights as (in, out); False if the base model is not at hand."""
+    """Return whether the adapted layers store their weights as (in, out), as far as the base model is at hand."""
     if model is not None:
         layers = (getattr(module, "base_layer", module) for module in model.modules())
         return any(isinstance(layer, Conv1D) for layer in layers)
@@ -162,11 +146,7 @@ def is_transposed(update: Update, model: nn.Module | None = None) -> bool:
 
 
 def check_base(model: nn.Module, update: Update, name: str) -> None:
-    """Check that a bare model, called `name` in messages, has every adapted layer, with the adapter's base weight.
-
-    Raises:
-        AdapterError: a layer is missing, or as `check_fit`.
-    """
+    """Check that a bare model, called `name` in messages, has every adapted layer, as `check_fit` does."""
     for module in update.modules:
         layer = linear_layer(model, module, name)
         weight = layer.get_parameter("weight").detach()
@@ -219,10 +199,8 @@ def _same_but_for_precision(weight: Tensor, update: Update, module: str, precisi
     if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
         return False
     basis = update.config.get("basis", "weight")
-    return (
-        factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
-        <= OTHER_PRECISION_LIMIT
-    )
+    mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
+    return mismatch <= OTHER_PRECISION_LIMIT
 
 
 @contextmanager

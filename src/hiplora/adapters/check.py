@@ -18,7 +18,6 @@ from hiplora.adapters.update import AdapterUpdate, Pair, product_norm
 from hiplora.errors import AdapterError
 from hiplora.models import resolve
 
-_PROMPTS, _LENGTH = 4, 16
 # Logits pass through every layer: they may differ by this many times what one module's update may.
 _LOGIT_FACTOR = 100.0
 
@@ -44,11 +43,7 @@ def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, 
 
 
 def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
-    """Check that no module's difference is over the tolerance.
-
-    Raises:
-        AdapterError: names the module that differs most, by how much, and the remedy.
-    """
+    """Raise AdapterError, naming the module that differs most, if it differs by more than the tolerance."""
     module, worst = max(differences.items(), key=lambda item: item[1])
     if not worst <= tolerance:
         raise AdapterError(
@@ -64,46 +59,39 @@ def compare_logits(
     model: nn.Module | None = None,
     adapter: str = "default",
 ) -> tuple[float | None, str]:
-    """Compare the logits of an adapter and of its export, loaded by stock PEFT, on a fixed set of prompts.
+    """Compare the logits of an adapter and of its export, loaded by stock PEFT, on fixed tokens.
 
-    Args:
-        update: the adapter that was read; its base and source are loaded where no `model` is given.
-        folder: the written export.
-        tolerance: raise on a larger difference than a hundred times this; None only reports it. Models in half
-            precision are only reported as well.
-        model: the live model that carries the adapter; it is left as it is.
-        adapter: its name there.
+    The adapter is that of the live `model`, which is left as it is, or else loaded from disk with its base.
 
     Returns:
         the largest difference in units of the largest logit, or None and the reason why it was not compared.
 
     Raises:
-        AdapterError: over the tolerance.
+        AdapterError: the models are fp32 and differ by more than a hundred times the tolerance, unless that is None.
     """
     carrier, why = _loaded(update) if model is None else _shared_copy(model, adapter)
     if carrier is None:
         return None, f"logits not compared: {why}"
     flags = [(p, p.requires_grad) for p in model.parameters()] if model is not None else []
+    bare: Any = carrier.eval()
     try:
-        expected, bare = _take_apart(carrier, update)
+        with added(bare, {} if isinstance(carrier, PeftModel) else update.factors):
+            expected = logits_of(bare)
+        if isinstance(carrier, PeftModel):
+            bare = carrier.unload()
         with quiet_loading():
             stock = PeftModel.from_pretrained(bare, str(folder)).eval()
         difference = relative_difference(logits_of(stock), expected)
     finally:  # PEFT sets requires_grad on the shared base weights when it loads an adapter
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    exact = all(p.dtype == torch.float32 for p in stock.parameters())
-    if tolerance is not None and exact:
+    if tolerance is not None and all(p.dtype == torch.float32 for p in stock.parameters()):
         refuse_logits(update.source, difference, _LOGIT_FACTOR * tolerance)
     return difference, ""
 
 
 def refuse_logits(source: str, difference: float, limit: float) -> None:
-    """Check a difference of logits.
-
-    Raises:
-        AdapterError: over the limit.
-    """
+    """Raise AdapterError if a difference of logits is over the limit."""
     if not difference <= limit:
         raise AdapterError(
             f"{source}: the exported logits differ by {difference:.1e} of the largest one, more than {limit:.0e}; "
@@ -113,10 +101,10 @@ def refuse_logits(source: str, difference: float, limit: float) -> None:
 
 @torch.no_grad()
 def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
-    """Return a causal language model's logits on the same random tokens, always, fp32, on the CPU."""
+    """Return a causal language model's logits on four rows of random tokens, the same each time, in fp32."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(20240131)
-    ids = torch.randint(0, config.get_text_config().vocab_size, (_PROMPTS, _LENGTH), generator=generator)
+    ids = torch.randint(0, config.get_text_config().vocab_size, (4, 16), generator=generator)
     return model(input_ids=ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
@@ -147,15 +135,6 @@ def no_room(weights: BaseWeights, itemsize: int) -> str:
     return f"base model {weights.model} needs {needed / 2**30:.0f} GiB, more than is free"
 
 
-def _take_apart(carrier: nn.Module, update: AdapterUpdate) -> tuple[Tensor, nn.Module]:
-    """Return the logits with the adapter, and the bare model."""
-    model: Any = carrier.eval()
-    if isinstance(model, PeftModel):
-        return logits_of(model), model.unload()
-    with added(model, update.factors):
-        return logits_of(model), model
-
-
 def _shared_copy(model: nn.Module, adapter: str) -> tuple[nn.Module | None, str]:
     """Return a copy of a PEFT model that shares its base weights, with the adapter active."""
     if not isinstance(model, PeftModel):
@@ -163,13 +142,13 @@ def _shared_copy(model: nn.Module, adapter: str) -> tuple[nn.Module | None, str]
     if any(getattr(module, "merged", False) for module in model.modules()):
         return None, "an adapter is merged into the model; call unmerge_adapter() first"
     own = ("hiplora_", "lora_", "modules_to_save")
-    base = {
+    shared = {
         id(p): p
         for name, p in model.named_parameters()
         if not any(part.startswith(own) for part in name.split("."))
     }
     try:
-        carrier = copy.deepcopy(model, base)
+        carrier = copy.deepcopy(model, shared)
     except Exception as error:  # a wrapped or dispatched model may hold anything; it still gets its export
         return None, f"the model cannot be copied ({error})"
     carrier.set_adapter(adapter)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -22,7 +22,7 @@ from hiplora.files import staged_dir
 from hiplora.models import quiet_transformers, resolve
 
 _SUM_LIMIT = 1e-5  # what an fp32 sum may be off from what is known in float64
-_NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
+Wrap = Callable[[Iterable[str]], Iterable[str]]
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def save_dense(
     tolerance: float = 1e-3,
     check_logits: bool = True,
     details: Mapping[str, Any] | None = None,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+    wrap: Wrap = iter,
 ) -> ExportReport:
     """Write the base model with the adapter merged into it, as a folder that `from_pretrained` loads.
 
@@ -65,51 +65,36 @@ def save_dense(
             is written then.
         ConfigError: `path` exists, or `dtype` or `max_shard_size` is unusable.
     """
-    if dtype is not None:
-        check_dtype(dtype)
+    check_dtype(dtype)
     _check_size(max_shard_size)
     update = open_update(model_or_dir, path, overwrite, adapter, base)
     model: Any = _load_whole(update.base)
     check_base(model, update, update.base)
     exact, untied = model.dtype == torch.float32, untie(model, update)
     replace_extras(model, update)
-    expected: Tensor | None = None
-    note = "logits not compared: switched off"
+    expected, note = None, "logits not compared: switched off or not of low rank"
     if check_logits and isinstance(update, AdapterUpdate):
         with added(model, update.factors):
-            expected = logits_of(model)
-    elif check_logits:
-        note = "logits not compared: the merged updates are not of low rank"
+            expected, note = logits_of(model), ""
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None, wrap)
+    written, logits = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
         _save(model, update.base, staged, max_shard_size)
-        written, logits = str(model.dtype).removeprefix("torch."), None
         del model
         if expected is not None:
-            logits, note = relative_difference(logits_of(load_base(str(staged), "auto")), expected), ""
+            logits = relative_difference(logits_of(load_base(str(staged), "auto")), expected)
             if exact and written == "float32":
                 refuse_logits(update.source, logits, tolerance)
+        files = tuple(sorted(file.name for file in staged.glob("*.safetensors")))
         report = ExportReport(
-            "dense",
-            str(path),
-            update.base,
-            written,
-            differences,
-            tolerance,
-            logits,
-            note,
-            files=tuple(sorted(file.name for file in staged.glob("*.safetensors"))),
-            untied=untied,
+            "dense", str(path), update.base, written, differences, logits, note, files=files, untied=untied
         )
         write_card(update, report, staged, details)
     return report
 
 
 def merge_into(
-    model: nn.Module,
-    update: Update,
-    dtype: torch.dtype | None = None,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+    model: nn.Module, update: Update, dtype: torch.dtype | None = None, wrap: Wrap = iter
 ) -> dict[str, float]:
     """Add an update to a bare model's weights, in fp32, rounded once; other weights are cast to `dtype` too.
 
@@ -122,27 +107,31 @@ def merge_into(
     differences = {}
     for module in wrap(list(update.modules)):
         layer: Any = model.get_submodule(module)
-        before, transposed = layer.weight.detach(), isinstance(layer, Conv1D)
+        weight = layer.weight.detach()
+        before = weight.T if isinstance(layer, Conv1D) else weight
         delta = update.delta(module).to(before.device)
-        merged = before.float() + (delta.T if transposed else delta)
+        merged = before.float() + delta
         written = merged.to(dtype or before.dtype)
         if not torch.isfinite(written).all() and torch.isfinite(merged).all():
-            name = str(written.dtype).removeprefix("torch.")
-            raise AdapterError(f"layer {module}: the merged weight overflows {name}; pass --dtype float32")
+            number = str(written.dtype).removeprefix("torch.")
+            raise AdapterError(f"layer {module}: the merged weight overflows {number}; pass --dtype float32")
         if isinstance(update, AdapterUpdate):
             P, Q = (factor.to(before.device) for factor in update.exact_factors(module))
             delta = P @ Q
-        delta = delta.T if transposed else delta
-        exact = before.double() + delta
-        scale = float((before.double().square().sum() + delta.double().square().sum()).sqrt()) or 1.0
-        off = float((merged.double() - exact).norm()) / scale
+        exact, scale = (
+            before.double() + delta,
+            (before.norm() ** 2 + delta.norm() ** 2).sqrt().clamp_min(1e-30),
+        )
+        off, differences[module] = (
+            float((found.double() - exact).norm() / scale) for found in (merged, written)
+        )
         if not off <= _SUM_LIMIT:
             raise AdapterError(
                 f"layer {module}: the merged weight differs by {off:.1e} from the base weight plus the update, more "
                 f"than {_SUM_LIMIT:.0e}; nothing was written"
             )
-        differences[module] = float((written.double() - exact).norm()) / scale
-        layer.weight = nn.Parameter(written, requires_grad=False)
+        final = written.T.contiguous() if isinstance(layer, Conv1D) else written
+        layer.weight = nn.Parameter(final, requires_grad=False)
     if dtype is not None:
         model.to(dtype)
     return differences
@@ -152,43 +141,31 @@ def untie(model: Any, update: Update) -> bool:
     """Give the output head a weight of its own where the adapter changes one of two tied weights."""
     if not is_tied(model):
         return False
-    head = model.get_output_embeddings()
-    changed = {id(model.get_submodule(module).weight) for module in update.modules}
-    changed |= {id(dict(model.named_parameters(remove_duplicate=False)).get(name)) for name in update.extras}
-    if id(head.weight) not in changed:
+    head, parameters = model.get_output_embeddings(), dict(model.named_parameters(remove_duplicate=False))
+    changed = [*(f"{module}.weight" for module in update.modules), *update.extras]
+    if not any(parameters.get(name) is head.weight for name in changed):
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.get_text_config().tie_word_embeddings = False
-    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     return True
 
 
 @torch.no_grad()
 def replace_extras(model: nn.Module, update: Update) -> None:
-    """Copy the tensors of `modules_to_save` into the model's own parameters.
-
-    Raises:
-        AdapterError: the model has no such parameter, or it has another shape.
-    """
+    """Copy the tensors of `modules_to_save` into the model; AdapterError if one does not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in update.extras.items():
-        if name not in parameters:
-            raise AdapterError(f"{update.source}: tensor {name} is for no parameter of the base model")
-        if tensor.shape != parameters[name].shape:
+        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        if tuple(tensor.shape) != shape:
             raise AdapterError(
-                f"{update.source}: tensor {name} is {tuple(tensor.shape)}, the base model's "
-                f"{tuple(parameters[name].shape)}; a vocabulary that was resized for training must be resized in the "
-                "base model first"
+                f"{update.source}: tensor {name} is {tuple(tensor.shape)}, the base model's {shape}; a vocabulary "
+                "that was resized for training must be resized in the base model first"
             )
         parameters[name].copy_(tensor)
 
 
 def _load_whole(name: str) -> nn.Module:
-    """Load the base model in its own precision.
-
-    Raises:
-        AdapterError: it cannot be read, is quantised, or does not fit into memory.
-    """
+    """Load the base model in its own precision; AdapterError if it is quantised or does not fit into memory."""
     weights = BaseWeights(name)
     configs = weights.config, weights.config.get_text_config()
     if any(getattr(config, "quantization_config", None) for config in configs):
@@ -205,9 +182,8 @@ def _check_size(size: int | str) -> None:
     try:
         split_torch_state_dict_into_shards({"probe": torch.zeros(1)}, max_shard_size=size)
     except ValueError as error:
-        raise ConfigError(
-            f"max_shard_size is {size!r}; expected a size, as 5GB or 500MB (--max-shard-size)"
-        ) from error
+        wanted = "expected a size, as 5GB or 500MB (--max-shard-size)"
+        raise ConfigError(f"max_shard_size is {size!r}; {wanted}") from error
 
 
 def _save(model: Any, base: str, folder: Path, max_shard_size: int | str) -> None:

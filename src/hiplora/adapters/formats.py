@@ -15,19 +15,11 @@ from hiplora.adapters.update import AdapterUpdate, Channels, Pair
 from hiplora.errors import AdapterError
 from hiplora.spectral import full_precision
 
-_NOT_PLAIN = {
-    "use_dora": "DoRA rescales the merged weight",
-    "lora_bias": "its LoRA layers have biases",
-    "target_parameters": "it adapts bare parameters",
-    "trainable_token_indices": "it trains single token embeddings",
-    "alora_invocation_tokens": "aLoRA acts on some tokens only",
-    "use_qalora": "QALoRA pools its inputs",
-    "use_bdlora": "BD-LoRA has block-diagonal factors",
-    "arrow_config": "Arrow routes between adapters",
-    "kasa_config": "KaSA changes the base weights",
-    "monteclora_config": "MonteCLoRA samples its factors",
-    "layer_replication": "it repeats layers of the base model",
-}
+# Settings under which a LoRA-like adapter does more than add `B'A'` to linear layers.
+_NOT_PLAIN = (
+    *("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
+)
 # These initialisations subtract B₀A₀ from the base weights: the saved factors alone are no update of them.
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ADALORA_RANK = 12  # init_r of peft.AdaLoraConfig
@@ -55,9 +47,6 @@ class Saved:
         """Sort the tensors into those of adapted modules, by module and part, and those of `modules_to_save`.
 
         `pattern` matches what follows the module's name and has the group `part`.
-
-        Raises:
-            AdapterError: a tensor is neither.
         """
         modules: dict[str, dict[str, Tensor]] = {}
         extras: dict[str, Tensor] = {}
@@ -76,6 +65,8 @@ class Saved:
                     f"({', '.join(whole) or 'none'}); adapters of embeddings, biases or a resized vocabulary are not "
                     "plain updates: merge it with PEFT instead"
                 )
+        if not modules:
+            raise self.error(f"no {self.config['peft_type']} tensors in it; nothing was adapted or saved")
         return dict(sorted(modules.items())), extras
 
     def update(
@@ -85,13 +76,7 @@ class Saved:
         extras: Mapping[str, Tensor],
         channels: Mapping[str, Channels] | None = None,
     ) -> AdapterUpdate:
-        """Return the update that was read.
-
-        Raises:
-            AdapterError: it has no modules.
-        """
-        if not factors:
-            raise self.error(f"no {kind} tensors in it; nothing was adapted or saved")
+        """Return the update that was read."""
         prints = dict(self.config.get("fingerprints") or {})
         return AdapterUpdate(
             self.base, kind, dict(self.config), factors, prints, extras, channels or {}, self.source
@@ -123,13 +108,13 @@ class Saved:
                 )
 
     def check_plain(self) -> None:
-        """Refuse configurations under which a LoRA-like adapter does more than add `B'A'` to linear layers."""
-        reasons = [reason for key, reason in _NOT_PLAIN.items() if self.config.get(key)]
+        """Raise AdapterError if the configuration makes it more than a sum of low-rank updates."""
+        reasons = [key for key in _NOT_PLAIN if self.config.get(key)]
         if self.config.get("bias", "none") != "none":
-            reasons.append(f"bias={self.config['bias']!r} trains biases of the base model")
+            reasons.append("bias")
         if reasons:
             raise self.error(
-                f"not a plain low-rank update: {'; '.join(reasons)}. Merge it into the base model with PEFT "
+                f"not a plain low-rank update: {', '.join(reasons)} is set. Merge it into the base model with PEFT "
                 "(merge_and_unload), or train it as plain LoRA"
             )
         start = self.config.get("init_lora_weights")
@@ -151,11 +136,7 @@ class Saved:
 
 
 def lora_update(saved: Saved) -> AdapterUpdate:
-    """Return a LoRA adapter as an update, its scaling baked into `B'`.
-
-    Raises:
-        AdapterError: not a plain low-rank update, or a tensor is missing or has the wrong shape.
-    """
+    """Return a LoRA adapter as an update, its scaling baked into `B'`."""
     saved.check_plain()
     modules, extras = saved.sort(r"(?P<part>lora_[AB])\.weight")
     return saved.update("lora", {m: _lora_pair(saved, m, parts) for m, parts in modules.items()}, extras)
@@ -177,9 +158,6 @@ def adalora_update(saved: Saved) -> AdapterUpdate:
 
     PEFT scales by `lora_alpha / (init_r + 1e-5)`, whatever is left of the rank after pruning. A module that lost all
     of its rank gets a zero update of rank 1.
-
-    Raises:
-        AdapterError: as `lora_update`.
     """
     saved.check_plain()
     modules, extras = saved.sort(r"(?P<part>lora_[ABE])")
@@ -207,9 +185,6 @@ def osf_update(saved: Saved) -> AdapterUpdate:
 
     The adapter holds what the q smallest singular triplets of each weight became. What they were is in the live
     model's layers, or computed from the base weights on disk as PEFT computes it.
-
-    Raises:
-        AdapterError: a tensor is missing or misshapen, or the base model cannot be read or has other layers.
     """
     modules, extras = saved.sort(r"osf_svd_params\.(?P<part>[USV]_low)")
     weights = BaseWeights(saved.base) if saved.model is None else None

@@ -15,9 +15,6 @@ def hip_update(saved: Saved) -> AdapterUpdate:
     """Return a HiP-LoRA adapter as an update of kind "hiplora", or "proj-lora" without a principal channel.
 
     Factors that were not saved are taken from the live model's layers, or computed from the base weights.
-
-    Raises:
-        AdapterError: a tensor is missing or has the wrong shape, or the base weight is not the adapter's.
     """
     modules, extras = saved.sort(r"hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)")
     source = None

@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors, allocate
 
 DEFAULT_RANK = 32
-_NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 
 
 def inspect_adapter(
@@ -23,15 +23,14 @@ def inspect_adapter(
     base: str | None = None,
     rank: int | None = None,
     *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, Any]:
     """Measure how an adapter's update lies on the singular directions of its base weights.
 
     Args:
         adapter_dir: an adapter folder that `read_update` reads, or an update.
         base: base model, path or name, instead of the one in the configuration.
-        rank: number of leading directions to look at; None takes the adapter's own principal rank, or 32. A
-            smaller weight is looked at in full.
+        rank: number of leading directions, at most all of a weight; None takes the adapter's principal rank, or 32.
         wrap: called with the module names, yields them; for a progress bar.
 
     Returns:
@@ -60,7 +59,7 @@ def allocation_rows(
     base: str | None = None,
     rank: int | None = None,
     *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> list[dict[str, Any]]:
     """Return one row per adapted module, in the model's order; arguments and errors are those of `inspect_adapter`.
 
@@ -69,7 +68,7 @@ def allocation_rows(
     leak (of a HiP-LoRA residual channel into its own protected directions; None without such a promise).
     """
     update = read_update(adapter_dir, base)
-    spectrum = _Spectrum(update, base or update.base, _rank(update, rank))
+    spectrum = _spectrum(update, base or update.base, _rank(update, rank))
     return [_row(update, module, spectrum(module)) for module in wrap(sorted(update.factors, key=_natural))]
 
 
@@ -94,23 +93,19 @@ def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {**shares, "norm": math.sqrt(energy)}
 
 
-class _Spectrum:
-    """Leading singular triplets of the base weights, from the adapter itself where it has just these."""
+def _spectrum(update: AdapterUpdate, base: str, rank: int) -> Callable[[str], SpectralFactors]:
+    """Return a function for the leading singular triplets of a base weight, the adapter's own if it has just these."""
+    weights, store = cache(lambda: BaseWeights(base)), FactorStore()
+    own_basis = update.config.get("basis", "weight") == "weight"
 
-    def __init__(self, update: AdapterUpdate, base: str, rank: int):
-        self._update, self._base, self._rank = update, base, rank
-        self._store = FactorStore()
-        self._weights: BaseWeights | None = None
-
-    def __call__(self, module: str) -> SpectralFactors:
-        channels = self._update.channels.get(module)
-        own_basis = self._update.config.get("basis", "weight") == "weight"
-        if channels is not None and own_basis and channels.sigma.shape[0] == self._rank:
+    def factors(module: str) -> SpectralFactors:
+        channels = update.channels.get(module)
+        if channels is not None and own_basis and channels.sigma.shape[0] == rank:
             return SpectralFactors(channels.U, channels.sigma, channels.V, math.nan, math.nan, "adapter")
-        if self._weights is None:
-            self._weights = BaseWeights(self._base)
-        weight = self._weights.fitting_weight(module, self._update)
-        return self._store.get_or_compute(weight, min(self._rank, *weight.shape), name=module)
+        weight = weights().fitting_weight(module, update)
+        return store.get_or_compute(weight, min(rank, *weight.shape), name=module)
+
+    return factors
 
 
 def _rank(update: AdapterUpdate, rank: int | None) -> int:

@@ -65,22 +65,18 @@ def save_as_lora(
     check_dtype(dtype)
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     update = open_update(model_or_dir, path, overwrite, adapter, base)
-    exact = dtype == "float32"
     with staged_dir(path, overwrite) as staged:
         write_lora(update, staged, pad_rank, DTYPES[dtype], is_transposed(update, model))
-        report = verified(update, staged, tolerance, exact, check_logits, model, adapter)
+        limit = tolerance if dtype == "float32" else None
+        report = verified(update, staged, limit, check_logits, model, adapter)
         report = replace(report, path=str(path), dtype=dtype)
         write_card(update, report, staged, details)
     return report
 
 
-def check_dtype(dtype: str) -> None:
-    """Check that a number format may be written.
-
-    Raises:
-        ConfigError: it is unknown.
-    """
-    if dtype not in DTYPES:
+def check_dtype(dtype: str | None) -> None:
+    """Raise ConfigError if a number format cannot be written."""
+    if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
@@ -97,15 +93,12 @@ def open_update(
         AdapterError: it cannot be read, or leaks.
         ConfigError: `path` exists, or replacing it would delete the adapter or its base model.
     """
-    if isinstance(model_or_dir, nn.Module):
-        check_out(path, overwrite, "")
-        update: Any = update_from_model(model_or_dir, adapter)
-    elif isinstance(model_or_dir, (str, os.PathLike)):
-        check_out(path, overwrite, str(model_or_dir))
-        update = read_update(model_or_dir, base)
-    else:
-        update = model_or_dir
-        check_out(path, overwrite, update.source)
+    live, stored = isinstance(model_or_dir, nn.Module), isinstance(model_or_dir, (str, os.PathLike))
+    source = "" if live else str(model_or_dir) if stored else model_or_dir.source
+    check_out(path, overwrite, source)
+    update: Any = model_or_dir
+    if live or stored:
+        update = update_from_model(model_or_dir, adapter) if live else read_update(model_or_dir, base)
     update = replace(update, base=base) if base else update
     check_out(path, overwrite, update.base, "its base model")
     update.check_leak()
@@ -115,8 +108,7 @@ def open_update(
 def verified(
     update: AdapterUpdate,
     folder: Path,
-    tolerance: float,
-    exact: bool = True,
+    tolerance: float | None,
     check_logits: bool = True,
     model: nn.Module | None = None,
     adapter: str = "default",
@@ -124,18 +116,16 @@ def verified(
     """Read a written adapter back, compare it with the update and return the report.
 
     Raises:
-        AdapterError: it differs by more than the tolerance, unless `exact` is False: rounding is only reported.
+        AdapterError: it differs by more than the tolerance; None only reports, for formats that round.
     """
     written = read_update(folder)
     modules = compare_modules(update, written)
-    if exact:
+    if tolerance is not None:
         refuse_over(modules, tolerance)
     logits, note = None, "logits not compared: switched off"
     if check_logits:
-        logits, note = compare_logits(update, folder, tolerance if exact else None, model, adapter)
-    return ExportReport(
-        "lora", str(folder), update.base, "float32", modules, tolerance, logits, note, written.ranks
-    )
+        logits, note = compare_logits(update, folder, tolerance, model, adapter)
+    return ExportReport("lora", str(folder), update.base, "float32", modules, logits, note, written.ranks)
 
 
 def write_lora(
@@ -154,26 +144,31 @@ def write_lora(
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
-        for name, tensor in zip(("lora_A", "lora_B"), _padded(A, B, pad_rank, module), strict=True):
-            rounded = tensor.to(dtype)
-            check_finite(rounded, f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
-            tensors[f"{module}.{name}.weight"] = rounded
+        missing = 0 if pad_rank is None else pad_rank - A.shape[0]
+        if missing < 0:
+            raise AdapterError(
+                f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {pad_rank}; pass at "
+                f"least {A.shape[0]}"
+            )
+        padded = {
+            "lora_A": nn.functional.pad(A, (0, 0, 0, missing)),
+            "lora_B": nn.functional.pad(B, (0, missing)),
+        }
+        for name, tensor in padded.items():
+            tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
+            check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
     save_tensors(tensors | dict(update.extras), folder)
-    lora_config(update, pad_rank, transposed).save_pretrained(str(folder))
+    usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
+    ranks: dict[str, Any] = {"r": usual, "rank_pattern": unusual}
+    alphas = {"lora_alpha": usual, "alpha_pattern": dict(unusual)}  # scaling 1 everywhere
+    config = LoraConfig(**ranks, **alphas, fan_in_fan_out=transposed, **shared_fields(update))
+    config.save_pretrained(str(folder))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter's tensors under PEFT's names."""
     contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def lora_config(update: AdapterUpdate, pad_rank: int | None = None, transposed: bool = False) -> LoraConfig:
-    """Return the stock `peft.LoraConfig` of an update: scaling 1 everywhere, patterns where ranks differ."""
-    usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
-    ranks: dict[str, Any] = {"r": usual, "rank_pattern": unusual}
-    alphas = {"lora_alpha": usual, "alpha_pattern": dict(unusual)}
-    return LoraConfig(**ranks, **alphas, fan_in_fan_out=transposed, **shared_fields(update))
 
 
 def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -192,13 +187,3 @@ def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
     carried = {key: update.config.get(key) for key in CARRIED}
     base = update.base or None
     return {"inference_mode": True, "base_model_name_or_path": base, **selection, **carried}
-
-
-def _padded(A: Tensor, B: Tensor, rank: int | None, module: str) -> tuple[Tensor, Tensor]:
-    missing = 0 if rank is None else rank - A.shape[0]
-    if missing < 0:
-        raise AdapterError(
-            f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {rank}; "
-            f"pass at least {A.shape[0]}"
-        )
-    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))

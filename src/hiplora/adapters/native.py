@@ -78,7 +78,6 @@ def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraC
     k, principal_rank_pattern = pattern({module: len(c.sigma) for module, c in channels.items()})
     projected = all(c.leak_limit is not None for c in channels.values())
     gains = any(c.delta is not None for c in channels.values())
-    shared: dict[str, Any] = shared_fields(update)
     return HipLoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -93,7 +92,7 @@ def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraC
         fingerprints=dict(update.fingerprints),
         base_precision=update.config.get("base_precision") or "",
         calibration=dict(update.config.get("calibration") or {}),
-        **shared,
+        **shared_fields(update),
     )
 
 

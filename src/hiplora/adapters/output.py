@@ -36,7 +36,6 @@ class ExportReport:
     base: str
     dtype: str
     modules: Mapping[str, float]
-    tolerance: float
     logits: float | None = None
     note: str = ""
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -60,7 +59,6 @@ class ExportReport:
             "base": self.base,
             "dtype": self.dtype,
             "rank": max(self.ranks.values(), default=None),
-            "tolerance": self.tolerance,
             "largest_difference": {"module": module, "relative": difference},
             "logit_difference": self.logits,
             "note": self.note,
@@ -73,11 +71,7 @@ class ExportReport:
 
 
 def check_out(path: str | os.PathLike, overwrite: bool, source: str, what: str = "the adapter") -> None:
-    """Check that a folder may be written: it does not exist, or replacing it does not delete `source`.
-
-    Raises:
-        ConfigError: naming the folder and the remedy.
-    """
+    """Raise ConfigError unless a folder may be written: it is new, or replacing it does not delete `source`."""
     final = check_output_dir(path, overwrite).resolve()
     if os.path.isdir(source) and (Path(source).resolve() == final or final in Path(source).resolve().parents):
         raise ConfigError(f"--out {path}: replacing it would delete {what}; name another folder")

@@ -17,15 +17,10 @@ from hiplora.tuner import PROJECTIONS
 
 _KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
 _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has nothing left but rounding
-_NO_WRAP: Callable[[Iterable[str]], Iterable[str]] = iter
 
 
 def check_projection(principal_rank: RankSpec, strength: float, projection: str) -> None:
-    """Check the settings of a projection.
-
-    Raises:
-        ConfigError: naming the value, and what was expected.
-    """
+    """Raise ConfigError if a setting of a projection makes no sense, naming the value and what was expected."""
     if not is_rank(principal_rank):
         raise ConfigError(f"principal_rank is {principal_rank!r}; expected {EXPECTED_RANK}")
     number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
@@ -36,14 +31,10 @@ def check_projection(principal_rank: RankSpec, strength: float, projection: str)
 
 
 def check_widths(update: AdapterUpdate, principal_rank: RankSpec) -> None:
-    """Check that every layer can have the rank, as far as that is known before its inputs are measured.
-
-    Raises:
-        ConfigError: naming the layer.
-    """
+    """Raise ConfigError if a layer cannot have the rank, as far as that is known before its inputs are measured."""
     for module, (A, _) in update.factors.items():
-        if not isinstance(principal_rank, str):
-            _given_rank(principal_rank, A.shape[1], min(A.shape[1], MAX_VECTORS), module)
+        if isinstance(principal_rank, int) and principal_rank > min(A.shape[1], MAX_VECTORS):
+            raise _too_many(module, principal_rank, principal_rank, A.shape[1], min(A.shape[1], MAX_VECTORS))
 
 
 def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "input") -> int:
@@ -54,10 +45,22 @@ def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "in
     """
     width, kept = inputs.vectors.shape
     if isinstance(principal_rank, str):  # nothing is to be learned beside, so no cap, unlike in training
-        return _checked(
-            inputs.rank_for(float(principal_rank.partition(":")[2])), principal_rank, width, kept, module
-        )
-    return _given_rank(principal_rank, width, kept, module)
+        k = inputs.rank_for(float(principal_rank.partition(":")[2]))
+    elif isinstance(principal_rank, float):
+        k = min(max(round(principal_rank * width), 1), width)
+    else:
+        k = principal_rank
+    if k > kept:
+        raise _too_many(module, principal_rank, k, width, kept)
+    return k
+
+
+def _too_many(module: str, spec: RankSpec, k: int, width: int, kept: int) -> ConfigError:
+    asked = f"principal_rank {spec}" + ("" if k == spec else f", which is {k} here,")
+    return ConfigError(
+        f"layer {module}: {asked} exceeds the {kept} eigenvectors that are kept of its inputs, {width} wide; lower "
+        "principal_rank, or give it as a fraction of the width (0.05) or a share of the energy (energy:0.9)"
+    )
 
 
 def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tensor, " p"]:
@@ -76,15 +79,9 @@ def project(
 ) -> Float[Tensor, "q n"]:
     """Project the input side of an update off its layer's inputs: `A(I − s·E diag(c) Eᵀ)`, a new tensor.
 
-    E (n, p) are the leading eigenvectors of the inputs' second moment C, c is `removal`, s the strength. Computed
-    in float64 in 4qnp flops, without forming the projector. What is rounding only becomes zero.
-
-    Args:
-        A: the factor of the update `BA` that reads the layer's inputs.
-        inputs: the eigenvectors of C.
-        k: number of protected directions.
-        strength: from 0, which returns equal values, to 1.
-        projection: "hard" or "soft".
+    E (n, p) are the leading eigenvectors of the inputs' second moment C, c is `removal` with k directions, s the
+    strength; s = 0 returns equal values. Computed in float64 in 4qnp flops, without forming the projector. What is
+    rounding only becomes zero.
     """
     taken = strength * removal(inputs, k, projection)
     E, wide = inputs.vectors[:, : len(taken)].double(), A.double()
@@ -101,7 +98,7 @@ def protect(
     strength: float = 1.0,
     projection: str = "hard",
     *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = _NO_WRAP,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> AdapterUpdate:
     """Project every module of an update off the directions of its layer's inputs; nothing is trained.
 
@@ -178,18 +175,3 @@ def output_energy(A: Float[Tensor, "q n"], B: Float[Tensor, "m q"], inputs: Mome
     if kept < len(values):
         energy = energy + values[kept:].mean() * (R @ (wide - seen @ E.T)).square().sum()
     return energy.item()
-
-
-def _given_rank(spec: int | float, width: int, kept: int, module: str) -> int:
-    k = spec if isinstance(spec, int) else min(max(round(spec * width), 1), width)
-    return _checked(k, spec, width, kept, module)
-
-
-def _checked(k: int, spec: RankSpec, width: int, kept: int, module: str) -> int:
-    if k > kept:
-        asked = f"principal_rank {spec}" + ("" if k == spec else f", which is {k} here,")
-        raise ConfigError(
-            f"layer {module}: {asked} exceeds the {kept} eigenvectors that are kept of its inputs, {width} wide; "
-            "lower principal_rank, or give it as a fraction of the width (0.05) or a share of the energy (energy:0.9)"
-        )
-    return k

@@ -76,11 +76,7 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Check that a tensor has neither NaN nor Inf.
-
-    Raises:
-        AdapterError: naming `what` and the count of bad values.
-    """
+    """Raise AdapterError if a tensor has NaN or Inf, naming `what` and their count."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise AdapterError(

@@ -1,8 +1,4 @@
-"""What a server would reject or misread in an exported adapter, found before it is written.
-
-Checked against vLLM 0.26 (vllm/config/lora.py, vllm/lora/peft_helper.py, vllm/lora/lora_model.py) and llama.cpp b9496
-(convert_lora_to_gguf.py, src/llama-adapter.h).
-"""
+"""What vLLM (0.26) and llama.cpp's converter (b9496) reject or misread in an exported adapter, found before writing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +14,7 @@ _DENSE = "export with --to dense"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a server does not take.
-
-    `blocks` says that it refuses the adapter or reads it wrongly whatever its options; otherwise it works once
-    `remedy` is followed.
-    """
+    """One thing that a server does not take; `blocks` says that no option of the server helps."""
 
     server: str
     blocks: bool

@@ -20,49 +20,39 @@ class Update(Protocol):
     @property
     def base(self) -> str:
         """Base model, path or name."""
-        ...
 
     @property
     def kind(self) -> str:
         """Name of the method, or "merged"."""
-        ...
 
     @property
     def config(self) -> Mapping[str, Any]:
         """Configuration of the adapter."""
-        ...
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """Fingerprints of the base weights, by module."""
-        ...
 
     @property
     def extras(self) -> Mapping[str, Tensor]:
         """Tensors that replace parameters of the base model, by parameter name."""
-        ...
 
     @property
     def source(self) -> str:
         """Name for messages."""
-        ...
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the layers that it changes."""
-        ...
 
     def shape(self, module: str) -> tuple[int, int]:
         """Return (m, n) of a module's update: outputs, inputs."""
-        ...
 
     def delta(self, module: str) -> Float[Tensor, "m n"]:
         """Compute the update of a module in fp32; it may cost a merge, so ask once."""
-        ...
 
     def check_leak(self) -> None:
         """Raise AdapterError if the adapter broke the complement that it promises."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,11 +142,7 @@ class AdapterUpdate:
         return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
 
     def check_leak(self) -> None:
-        """Check that the residual channel of a HiP-LoRA adapter is in the complement that it promises.
-
-        Raises:
-            AdapterError: names the first module that leaks, its leak and the remedy.
-        """
+        """Raise AdapterError if a HiP-LoRA adapter's residual channel is outside the complement that it promises."""
         for module, channels in self.channels.items():
             if channels.leak_limit is not None and not channels.leak() <= channels.leak_limit:
                 raise AdapterError(

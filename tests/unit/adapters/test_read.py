@@ -169,7 +169,7 @@ def test_an_adalora_module_without_any_rank_left_has_a_zero_update(tiny_model_di
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LoraConfig(target_modules=ATTENTION, use_dora=True), "DoRA"),
+        (LoraConfig(target_modules=ATTENTION, use_dora=True), "use_dora"),
         (LoraConfig(target_modules=ATTENTION, trainable_token_indices=[1, 2]), "token"),
         (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens"),
         (LoraConfig(target_modules=ATTENTION, bias="all"), "bias"),
