@@ -15,19 +15,18 @@ from hiplora.adapters import (
     AdapterUpdate,
     BaseWeights,
     check_base,
-    check_out,
     check_projection,
     check_widths,
+    is_transposed,
     load_base,
+    open_update,
     protect,
     quiet_loading,
-    read_update,
     remaining,
     save_as_lora,
     totals,
     write_lora,
 )
-from hiplora.adapters.base import is_transposed
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import load_examples
 from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
@@ -82,10 +81,9 @@ def protect_adapter(
 
     Args:
         adapter_dir: an adapter folder that `read_update` reads, or an update.
-        path: output folder.
+        path: output folder; `overwrite` replaces one that exists.
         settings: None takes the defaults.
         base: base model, path or name, instead of the one in the adapter's configuration.
-        overwrite: replace `path` if it exists.
         wrap: called with a sequence and what is done with it, yields its items; for a progress bar.
 
     Returns:
@@ -95,11 +93,7 @@ def protect_adapter(
         AdapterError: the adapter cannot be read, does not fit the base model, or changes nothing.
         ConfigError, DataError: `path` exists, or a setting, text or data cannot be used. Nothing is written then.
     """
-    source = adapter_dir.source if isinstance(adapter_dir, AdapterUpdate) else str(adapter_dir)
-    check_out(path, overwrite, source)
-    update = read_update(adapter_dir, base)
-    update = replace(update, base=base or update.base)
-    check_out(path, overwrite, update.base, "its base model")
+    update = open_update(adapter_dir, path, overwrite, base=base)
     projected, record = protect_update(update, settings, wrap=wrap)
     report = save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})
     return record | {"export": report.to_json()}
@@ -148,7 +142,7 @@ def protect_update(
         "drift": drift,
         "drift_text": text_source(chosen.drift_text),
         "loss": data | loss if loss else None,
-        "notes": [*notes, *_notes(update, projected, bases, drift["after"])],
+        "notes": [*notes, *_notes(update, projected, bases)],
     }
 
 
@@ -165,11 +159,8 @@ def _inputs(
     if settings.text is not None:
         rows = calibration_rows(tokenizer, settings.text, settings.tokens)
         shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-        notes += [
-            f"{share:.0%} of the drift text “{name}” is in the calibration text too"
-            for name, share in shares.items()
-            if share
-        ]
+        seen = [f"{share:.0%} of “{name}”" for name, share in shares.items() if share]
+        notes += [f"the calibration text holds drift text too: {', '.join(seen)}"] if seen else []
     if settings.data is not None:
         context = getattr(BaseWeights(base).config, "max_position_embeddings", None) or DATA_LENGTH
         found = load_examples(Path(settings.data))
@@ -226,12 +217,7 @@ def _carrying(model: Any, updates: Mapping[str, AdapterUpdate]) -> Iterator[Any]
         yield adapted.eval()
 
 
-def _notes(
-    before: AdapterUpdate,
-    after: AdapterUpdate,
-    bases: Mapping[str, MomentBasis],
-    drift: Mapping[str, Mapping[str, float]],
-) -> Iterator[str]:
+def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Mapping[str, MomentBasis]) -> Iterator[str]:
     """Yield caveats on the numbers."""
     if before.extras:
         yield f"modules_to_save ({', '.join(sorted(before.extras))}) are kept: only low-rank updates are projected"
@@ -240,7 +226,6 @@ def _notes(
     if tokens < (needed := TOKENS_PER_INPUT * widest):
         yield f"calibrated on {tokens} tokens, few for inputs {widest} wide: give at least {needed}"
     if not any(A.any() and B.any() for A, B in after.factors.values()):
-        end = "" if before.extras else ": the result is the base model"
-        yield f"nothing of the low-rank update is left{end}"
-    elif not any(found["kl"] for found in drift.values()):
-        yield "what is left of the update changes no logit on the drift text"
+        yield "nothing of the low-rank update is left" + (
+            "" if before.extras else ": the result is the base model"
+        )

@@ -94,7 +94,7 @@ def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapte
     arguments = ["--out", files / "out", "--tokens", 300, "--data", files / "task.jsonl"]
     code, out, err = run(capsys, "protect", adapters["hiplora"], *arguments)
     assert (code, err) == (0, "")
-    for said in ("output energy left", "prose", "Loss on task.jsonl (6 rows)", "rank 10"):
+    for said in ("output energy", "prose", "loss on task.jsonl (6 rows)", "rank 10"):
         assert said in out
 
 

@@ -1,10 +1,10 @@
 """Adapters as plain updates: read, inspect, project and export them."""
 
-from hiplora.adapters.base import BaseWeights, check_base, check_fit, load_base, quiet_loading
-from hiplora.adapters.check import compare_logits, compare_modules, logits_of, refuse_over
+from hiplora.adapters.base import BaseWeights, check_base, is_transposed, load_base, quiet_loading
+from hiplora.adapters.check import compare_modules, refuse_over
 from hiplora.adapters.dense import merge_into, save_dense
 from hiplora.adapters.inspection import allocation_rows, energy_shares, inspect_adapter, summarise
-from hiplora.adapters.lora import SELECTION, save_as_lora, write_lora
+from hiplora.adapters.lora import SELECTION, open_update, save_as_lora, write_lora
 from hiplora.adapters.native import save_as_hiplora
 from hiplora.adapters.output import ExportReport, check_out
 from hiplora.adapters.protection import check_projection, check_widths, protect, remaining, totals
@@ -24,17 +24,16 @@ __all__ = [
     "Update",
     "allocation_rows",
     "check_base",
-    "check_fit",
     "check_out",
     "check_projection",
     "check_widths",
-    "compare_logits",
     "compare_modules",
     "energy_shares",
     "inspect_adapter",
+    "is_transposed",
     "load_base",
-    "logits_of",
     "merge_into",
+    "open_update",
     "product_norm",
     "protect",
     "quiet_loading",

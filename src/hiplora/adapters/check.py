@@ -63,8 +63,7 @@ def compare_logits(
 
     The adapter is that of the live `model`, which is left as it is, or else loaded from disk with its base.
 
-    Returns:
-        the largest difference in units of the largest logit, or None and the reason why it was not compared.
+    Returns the largest difference in units of the largest logit, or None and the reason why it was not compared.
 
     Raises:
         AdapterError: the models are fp32 and differ by more than a hundred times the tolerance, unless that is None.

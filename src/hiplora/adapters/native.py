@@ -26,12 +26,8 @@ def save_as_hiplora(
 ) -> ExportReport:
     """Write an update with all its channels as a HiP-LoRA adapter, and verify what was written.
 
-    Args:
-        update: every module of it must have its channels, as a merge of adapters that share a basis has.
-        path: output folder.
-        overwrite: replace `path` if it exists.
-        tolerance: largest accepted relative difference of a module's update.
-        details: more fields of `export.json`, for JSON.
+    Every module of the update must have its channels, as a merge of adapters that share a basis has. The other
+    arguments are those of `save_as_lora`.
 
     Raises:
         AdapterError: a module has no channels of one basis, left its complement, or protects other sides than the
@@ -55,19 +51,18 @@ def save_as_hiplora(
 
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:
-    sides: tuple[str, str] | None = None
+    first = next(iter(update.factors))
     for module in update.factors:
         found = update.channels.get(module)
+        why = None
         if found is None:
+            why = "has no two channels in one basis there"
+        elif found.sides != (sides := update.channels[first].sides):
+            why = f"protects the sides {found.sides!r} there, but {sides!r} of {first}"
+        if why:
             raise AdapterError(
-                f"layer {module}: {update.source} has no two channels in one basis there, so it is no HiP-LoRA "
-                "adapter; save it as plain LoRA, which is as exact"
-            )
-        sides = sides or (found.sides, module)
-        if found.sides != sides[0]:
-            raise AdapterError(
-                f"layer {module}: {update.source} protects the sides {found.sides!r} there, but {sides[0]!r} of "
-                f"{sides[1]}, and a HiP-LoRA adapter has one setting; save it as plain LoRA, which is as exact"
+                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which "
+                "is as exact"
             )
     return {module: update.channels[module] for module in update.factors}
 

@@ -24,42 +24,38 @@ class Finding:
 
 def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[Finding]:
     """Return what vLLM and llama.cpp's converter would reject or misread of an adapter padded to `pad_rank`."""
-    ranks = [pad_rank or rank for rank in update.ranks.values()]
-    return [*_both(update), *_vllm(ranks), *_llama_cpp(update, ranks)]
+    ranks = {pad_rank or rank for rank in update.ranks.values()}
+    return [*_vllm(update, ranks), *_llama_cpp(update, ranks)]
 
 
-def _both(update: AdapterUpdate) -> Iterator[Finding]:
-    for server in ("vLLM", "llama.cpp"):
-        if update.extras:
-            yield Finding(server, True, "it replaces whole modules (modules_to_save)", _DENSE)
-        if is_transposed(update):
-            problem = "the base model stores transposed weights (Conv1D, as in GPT-2)"
-            yield Finding(server, server == "llama.cpp", problem, _DENSE)
-
-
-def _vllm(ranks: list[int]) -> Iterator[Finding]:
+def _vllm(update: AdapterUpdate, ranks: set[int]) -> Iterator[Finding]:
     rank = max(ranks)
     allowed = next((value for value in VLLM_RANKS if value >= rank), None)
-    if allowed is None:
-        yield Finding("vLLM", True, f"rank {rank} is above its largest, {VLLM_RANKS[-1]}", _DENSE)
-        return
-    if rank > VLLM_DEFAULT_RANK:
-        problem = f"rank {rank} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
-        yield Finding("vLLM", False, problem, f"start it with --max-lora-rank {allowed}")
-    if len(set(ranks)) > 1:
+    if update.extras or allowed is None:
+        problem = f"rank above {VLLM_RANKS[-1]}" if allowed is None else "it replaces whole modules"
+        yield Finding("vLLM", True, problem, _DENSE)
+    elif len(ranks) > 1:
         problem = "ranks differ between modules and it ignores rank_pattern and alpha_pattern"
         yield Finding("vLLM", True, problem, f"export with --pad-rank {allowed}")
+    elif rank > VLLM_DEFAULT_RANK:
+        problem = f"rank {rank} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
+        yield Finding("vLLM", False, problem, f"start it with --max-lora-rank {allowed}")
 
 
-def _llama_cpp(update: AdapterUpdate, ranks: list[int]) -> Iterator[Finding]:
-    if len(set(ranks)) > 1:
+def _llama_cpp(update: AdapterUpdate, ranks: set[int]) -> Iterator[Finding]:
+    if len(ranks) > 1:
         problem = (
             "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         )
         yield Finding("llama.cpp", True, problem, f"export with --pad-rank {max(ranks)}")
-    if any(name.rpartition(".")[2] == "lm_head" for name in update.factors) and _tied(update.base):
-        problem = "lm_head is adapted, but tied to the embeddings in the base model"
-        yield Finding("llama.cpp", True, problem, f"{_DENSE}, which unties them")
+    head = any(name.rpartition(".")[2] == "lm_head" for name in update.factors)
+    for problem, found in (
+        ("it replaces whole modules", bool(update.extras)),
+        ("the base model stores transposed weights (Conv1D, as in GPT-2)", is_transposed(update)),
+        ("lm_head is adapted, but tied to the embeddings in the base model", head and _tied(update.base)),
+    ):
+        if found:
+            yield Finding("llama.cpp", True, problem, _DENSE)
 
 
 def _tied(base: str) -> bool:

@@ -78,44 +78,25 @@ def command(
 
 
 def print_protection(record: dict[str, Any]) -> None:
-    """Print what a projection left of an update, and what that did to the model."""
-    calibration = record["calibration"]
+    """Print how much of an update a projection left, and what that did to the model."""
+    calibration, summary, loss = record["calibration"], record["summary"], record["loss"]
     source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]
-    title = (
-        f"What is left of {record['adapter']} ({record['projection']}, strength {record['strength']:g}; inputs "
-        f"measured on {calibration['tokens']:,} tokens, {source})"
-    )
-    columns = ("Modules", "layers", "inputs", "protected", "‖ΔW‖² left", "output energy left")
-    print_table(title, columns, _kinds(record))
-    before, after = record["drift"]["before"], record["drift"]["after"]
-    rows = [(name, f"{before[name]['kl']:.4f}", f"{after[name]['kl']:.4f}") for name in before]
-    print_table("Drift from the base model, KL in nats per token", ("Text", "before", "after"), rows)
-    if loss := record["loss"]:
-        title = f"Loss on {loss['file']} ({loss['rows']} rows), nats per token"
+    rows: list[tuple[str, ...]] = [
+        ("‖ΔW‖² of the update", "", "100 %", f"{summary['norm_share']:.3%}"),
+        ("its output energy on the text", "", "100 %", f"{summary['energy_share']:.3%}"),
+    ]
+    drift = record["drift"]
+    for text, found in drift["before"].items():
+        rows.append(
+            (f"drift on {text} (KL, nats)", "0", f"{found['kl']:.4f}", f"{drift['after'][text]['kl']:.4f}")
+        )
+    if loss:
         cells = [f"{loss[state]:.4f}" for state in ("base", "before", "after")]
-        print_table(title, ("", "base model", "before", "after"), [("loss", *cells)])
+        rows.append((f"loss on {loss['file']} ({loss['rows']} rows)", *cells))
+    title = (
+        f"{record['adapter']} ({record['projection']}, strength {record['strength']:g}; inputs of "
+        f"{len(record['modules'])} modules measured on {calibration['tokens']:,} tokens, {source})"
+    )
+    print_table(title, ("", "base model", "before", "after"), rows)
     for note in record["notes"]:
         typer.echo(f"note: {note}")
-
-
-def _kinds(record: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """Return one row for each kind of module, and one for all: ranges over its layers."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for row in record["modules"]:
-        kinds.setdefault(row["module"].rpartition(".")[2], []).append(row)
-    rows: list[tuple[Any, ...]] = [
-        (
-            kind,
-            len(members),
-            *(_span([row[key] for row in members], "d") for key in ("width", "k")),
-            *(_span([row[key] for row in members], ".3%") for key in ("norm_share", "energy_share")),
-        )
-        for kind, members in kinds.items()
-    ]
-    shares = [f"{record['summary'][key]:.3%}" for key in ("norm_share", "energy_share")]
-    return [*rows, ("all", len(record["modules"]), "", "", *shares)]
-
-
-def _span(values: list[Any], form: str) -> str:
-    low, high = min(values), max(values)
-    return f"{low:{form}}" if low == high else f"{low:{form}} – {high:{form}}"
