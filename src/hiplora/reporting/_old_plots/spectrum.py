@@ -8,18 +8,18 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hiplora.reporting.canvas import Panel, Plate, dress
 from hiplora.reporting.numbers import median, percent, power_of_ten, shorten
 from hiplora.reporting.palette import INK, MUTED, PAPER, Look, is_hiplora
-from hiplora.reporting.results import ModuleUpdate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import FigureBase
 
+ModuleUpdate = Any
 Point = tuple[float, float]
 TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
 # Beyond this the points of one panel are thinned evenly along the spectrum, to keep the page small.

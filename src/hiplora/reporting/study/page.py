@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hiplora.reporting.canvas import Plate
-from hiplora.reporting.numbers import count, number, printable, significant
-from hiplora.reporting.page import flatten
+from hiplora.reporting.numbers import MISSING, count, number, printable, significant
 from hiplora.reporting.study.checks import check_names
 from hiplora.reporting.study.describe import Value, data_rows
 from hiplora.reporting.study.figures import Styles, plate
@@ -159,3 +158,17 @@ def _plots(sections: Sequence[Section]) -> Iterator[Plot]:
         for figure in section.figures:
             parts = figure.parts if isinstance(figure, Grid) else [figure]
             yield from (part for part in parts if isinstance(part, Plot))
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested settings into (dotted name, text) pairs, in their order; nothing is shortened."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{printable(key)}"
+        if isinstance(item, Mapping):
+            rows += flatten(item, f"{name}.") if item else [(name, "none")]
+        elif isinstance(item, Sequence) and not isinstance(item, str | bytes):
+            rows.append((name, ", ".join(printable(part) for part in item) or "none"))
+        else:
+            rows.append((name, MISSING if item is None else printable(item)))
+    return rows
