@@ -8,7 +8,7 @@ from hiplora.adapters.base import BaseWeights, in_precision
 from hiplora.adapters.formats import Parts, Saved
 from hiplora.adapters.update import AdapterUpdate, Channels
 from hiplora.spectral import FactorStore, SpectralFactors, protected, retract, soften
-from hiplora.tuner import LEAK_LIMIT, LEAK_LIMIT_HALF
+from hiplora.tuner import leak_limit
 
 
 def hip_update(saved: Saved) -> AdapterUpdate:
@@ -63,7 +63,7 @@ def _channels(saved: Saved, module: str, tensors: Parts, source: "_Recomputed | 
         shrinks = parts.get("shrink_U"), parts.get("shrink_V")
         parts["A"], parts["B"] = soften(parts["A"], parts["B"], parts["U"], parts["V"], *shrinks)
     alpha = saved.setting("alpha_pattern", module, config.get("lora_alpha", r))
-    limit = LEAK_LIMIT.get(tensors["A"].dtype, LEAK_LIMIT_HALF) if projected else None
+    limit = leak_limit(tensors["A"].dtype) if projected else None
     A, B, U, sigma, V = (parts[part] for part in ("A", "B", "U", "sigma", "V"))
     return Channels(A, B, U, sigma, V, parts["delta"] if gains else None, alpha / r, limit, sides)
 

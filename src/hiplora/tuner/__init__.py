@@ -2,7 +2,7 @@
 
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
-from hiplora.tuner.api import check_leak, hip_layers, max_leak, retract_, stability_penalty
+from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
 from hiplora.tuner.calibration import (
     SELF,
     TOKENS_PER_INPUT,
@@ -12,10 +12,9 @@ from hiplora.tuner.calibration import (
     trailing_inputs,
 )
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
-from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, frozen_weight
-from hiplora.tuner.model import HipLoraModel
+from hiplora.tuner.layer import HipLoraLinear, frozen_weight, leak_limit
+from hiplora.tuner.model import HipLoraModel, register
 from hiplora.tuner.moments import base_only
-from hiplora.tuner.registration import register
 from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, linear_target
 from hiplora.tuner.text import (
     ROW_LENGTH,

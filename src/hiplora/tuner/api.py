@@ -65,13 +65,3 @@ def retract_(model: nn.Module) -> None:
 def max_leak(model: nn.Module) -> float:
     """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
     return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
-
-
-def check_leak(model: nn.Module, adapter: str = "default") -> None:
-    """Refuse an adapter whose residual channel left the complement.
-
-    Raises:
-        AdapterError: names the first module whose leak is beyond rounding, and the remedy.
-    """
-    for _, layer in hip_layers(model, adapter):
-        layer.check_leak(adapter)

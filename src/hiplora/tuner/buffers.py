@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +11,20 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from hiplora.spectral import SpectralFactors
+from hiplora.tuner.config import HipLoraConfig
 
 FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
-SHRINK_NAMES = (
-    "hiplora_shrink_U",
-    "hiplora_shrink_V",
-)  # of a soft projection, each where its side is protected
-_ALL = (*FACTOR_NAMES, *SHRINK_NAMES)
+_ALL = (*FACTOR_NAMES, "hiplora_shrink_U", "hiplora_shrink_V")
 Compute = Callable[[], SpectralFactors]
+
+
+def factor_names(config: HipLoraConfig) -> list[str]:
+    """Return the buffers that an adapter has: the factors, and a soft projection's filters of the protected sides."""
+    names = list(FACTOR_NAMES)
+    if config.projection == "soft":
+        names += ["hiplora_shrink_U"] if config.basis_sides != "input" else []
+        names += ["hiplora_shrink_V"] if config.basis_sides != "output" else []
+    return names
 
 
 class FactorBuffers(nn.Module):
@@ -40,33 +46,22 @@ class FactorBuffers(nn.Module):
             setattr(self, name, BufferDict(persistent=True))
         self._pending = {}
 
-    def set_factors(
-        self, adapter: str, factors: SpectralFactors, device: torch.device | None, soft: bool = False
-    ) -> None:
-        """Register computed factors; those that another adapter has already are shared with it."""
-        for name in _ALL if soft else FACTOR_NAMES:
-            value = getattr(factors, name.removeprefix("hiplora_"))
-            if value is not None:
-                getattr(self, name)[adapter] = value.to(device)
+    def set_factors(self, adapter: str, config: HipLoraConfig, factors: SpectralFactors) -> None:
+        """Register computed factors; those that another adapter already has are shared with it."""
+        for name in factor_names(config):
+            getattr(self, name)[adapter] = getattr(factors, name.removeprefix("hiplora_"))
         self._share(adapter)
 
     def expect_factors(
-        self,
-        adapter: str,
-        shape: tuple[int, int],
-        k: int,
-        compute: Compute,
-        device: torch.device | None,
-        shrinks: Sequence[str] = (),
+        self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int, compute: Compute
     ) -> None:
         """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n).
 
-        `compute` is called by `ensure_factors` if they are needed and were never loaded; `shrinks` names those of a
-        soft projection.
+        `compute` is called by `ensure_factors` if they are needed and were never loaded.
         """
-        shapes = ((shape[0], k), (k,), (shape[1], k), *((k, k) for _ in shrinks))
-        for name, size in zip((*FACTOR_NAMES, *shrinks), shapes, strict=True):
-            getattr(self, name)[adapter] = torch.full(size, math.nan, device=device)
+        sizes = {"hiplora_U": (shape[0], k), "hiplora_sigma": (k,), "hiplora_V": (shape[1], k)}
+        for name in factor_names(config):
+            getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
         self._pending[adapter] = compute
 
     def ensure_factors(self, adapter: str) -> bool:
@@ -78,39 +73,35 @@ class FactorBuffers(nn.Module):
         if missing and compute is not None:
             factors = compute()
             for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
-                getattr(self, name)[adapter].copy_(
-                    value
-                )  # in place: a state dict may hold the buffer already
+                getattr(self, name)[adapter].copy_(value)  # in place: a state dict may hold the buffer
         self._share(adapter)
         return missing
 
     def unshare_factors(self, adapter: str) -> None:
         """Give an adapter buffers of its own before a file is loaded into them; equal ones are shared again after."""
-        for name in self._held(adapter):
-            buffers = getattr(self, name)
+        for buffers in self._held(adapter):
             if any(other is buffers[adapter] for key, other in buffers.items() if key != adapter):
                 buffers[adapter] = buffers[adapter].clone()
         self._pending.setdefault(adapter, None)
 
     def move_factors(self, adapter: str, device: torch.device | None) -> None:
         """Move an adapter's factors to a device, if one is named."""
-        for name in self._held(adapter) if device is not None else ():
-            buffers = getattr(self, name)
-            if buffers[adapter].device != device:
+        for buffers in self._held(adapter):
+            if device is not None and buffers[adapter].device != device:
                 buffers[adapter] = buffers[adapter].to(device)
 
     def delete_factors(self, adapter: str) -> None:
-        """Forget an adapter's factors."""
+        """Remove an adapter's factors."""
         self._pending.pop(adapter, None)
-        for name in self._held(adapter):
-            del getattr(self, name)[adapter]
+        for buffers in self._held(adapter):
+            del buffers[adapter]
 
-    def _held(self, adapter: str) -> list[str]:
-        return [name for name in _ALL if adapter in getattr(self, name)]
+    def _held(self, adapter: str) -> Iterator[Any]:
+        """Yield the buffers in which an adapter has an entry."""
+        return iter([buffers for name in _ALL if adapter in (buffers := getattr(self, name))])
 
     def _share(self, adapter: str) -> None:
-        for name in self._held(adapter):
-            buffers = getattr(self, name)
+        for buffers in self._held(adapter):
             own = buffers[adapter]
             for key, other in buffers.items():
                 if key != adapter and other.shape == own.shape and torch.equal(other, own):
@@ -119,7 +110,7 @@ class FactorBuffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
-        before = {(n, a): b for n in _ALL for a, b in getattr(self, n).items()}
+        before = {(name, adapter): b for name in _ALL for adapter, b in getattr(self, name).items()}
         super()._apply(fn, recurse)
         moved: dict[int, Tensor] = {}
         for (name, adapter), old in before.items():

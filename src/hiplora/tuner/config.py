@@ -11,7 +11,16 @@ from peft import PeftConfig
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, is_rank
 
-PEFT_TYPE = "HIPLORA"
+
+class _PeftType(str):
+    """A string that also has `.value`, because transformers expects a member of PEFT's enum."""
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+PEFT_TYPE = _PeftType("HIPLORA")
 PRESETS: dict[str, dict[str, Any]] = {
     "function-aware": {"basis": "activation", "principal_channel": False},
     "paper": {"basis": "weight", "principal_channel": True},
@@ -138,6 +147,11 @@ class HipLoraConfig(PeftConfig):
                 setattr(self, name, value)
         self._check_values()
         self._check_combinations()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the residual channel promises to keep out of the protected directions altogether."""
+        return self.residual_projection and self.projection == "hard"
 
     def _check_choice(self, name: str) -> None:
         value = getattr(self, name)

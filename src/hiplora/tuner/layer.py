@@ -24,25 +24,27 @@ from hiplora.spectral import (
     retract,
     soften,
 )
-from hiplora.tuner.buffers import SHRINK_NAMES, FactorBuffers
+from hiplora.tuner.buffers import FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels
 from hiplora.tuner.targets import linear_target
 
-# Rounding leaves a leak of about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
-LEAK_LIMIT = {torch.float64: 1e-4, torch.float32: 1e-4}
-LEAK_LIMIT_HALF = 2e-2
+
+def leak_limit(dtype: torch.dtype) -> float:
+    """Return the largest leak that rounding explains, for factors of a dtype.
+
+    Rounding leaves about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
+    """
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
 
 
-def soft_sides(config: HipLoraConfig) -> list[str]:
-    """Return the names of the buffers that a soft projection needs, one a protected side."""
-    if config.projection == "hard":
-        return []
-    return [
-        name
-        for name, free in zip(SHRINK_NAMES, ("input", "output"), strict=True)
-        if config.basis_sides != free
-    ]
+def leak_error(layer: str, adapter: str, leak: float, limit: float) -> AdapterError:
+    """Return the error for an adapter that left the complement."""
+    return AdapterError(
+        f"layer {layer}: adapter '{adapter}' leaks {leak:.2e} into the protected subspace (limit {limit:.0e}): its "
+        "optimizer's steps were not followed by retraction; train with a torch.optim.Optimizer that holds the "
+        "adapter's parameters, or call hiplora.retract_(model)"
+    )
 
 
 def frozen_weight(module: nn.Module) -> Tensor:
@@ -119,10 +121,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             self.hiplora_delta[adapter] = nn.Parameter(torch.zeros(k))
         self._initialise(adapter, config.init_weights)
         if deferred:
-            shape = (self.out_features, self.in_features)
-            self.expect_factors(adapter, shape, k, factors, self._base_device(), soft_sides(config))
+            self.expect_factors(adapter, config, (self.out_features, self.in_features), k, factors)
         else:
-            self.set_factors(adapter, factors(), self._base_device(), config.projection == "soft")
+            self.set_factors(adapter, config, factors())
         self._move_adapter_to_device_of_base_layer(adapter)
         if not deferred:
             self.retract_(adapter)
@@ -154,16 +155,14 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     ) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        self.move_factors(adapter_name, device or self._base_device())
-
-    def _base_device(self) -> torch.device | None:
-        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        base = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        self.move_factors(adapter_name, device or base)
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
         """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off or soft."""
         A, B = self.hiplora_A[adapter], self.hiplora_B[adapter]
-        if not self._closed(adapter) or A.device.type == "meta":
+        if not self.configs[adapter].is_closed or A.device.type == "meta":
             return
         self.ensure_factors(adapter)
         A_wide, B_wide, U, V = self._residual(adapter)
@@ -173,16 +172,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
-        if not self._closed(adapter):
+        if not self.configs[adapter].is_closed:
             return 0.0
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
-
-    def _closed(self, adapter: str) -> bool:
-        """Whether the residual channel promises to keep out of the protected directions altogether."""
-        config = self.configs[adapter]
-        return config.residual_projection and config.projection == "hard"
 
     def _softened(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B as they act: through the soft projection where there is one."""
@@ -210,14 +204,10 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         Raises:
             AdapterError: the leak is beyond rounding: the optimizer's steps were not followed by retraction.
         """
-        limit = LEAK_LIMIT.get(self.hiplora_A[adapter].dtype, LEAK_LIMIT_HALF)
+        limit = leak_limit(self.hiplora_A[adapter].dtype)
         found = self.leak(adapter)
         if not found <= limit:
-            raise AdapterError(
-                f"layer {self.name}: adapter '{adapter}' leaks {found:.2e} into the protected subspace "
-                f"(limit {limit:.0e}): its optimizer's steps were not followed by retraction; train with a "
-                "torch.optim.Optimizer that holds the adapter's parameters, or call hiplora.retract_(model)"
-            )
+            raise leak_error(self.name, adapter, found, limit)
 
     def budget(self, adapter: str) -> Tensor:
         """Return the weights w_i of Eq. 6, (k,)."""

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from hiplora.spectral import (
 from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.calibration import calibrate
-from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.targets import default_targets, for_module
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
@@ -205,3 +206,13 @@ class HipLoraModel(BaseTuner):
         for layer in layers.values():
             layer.unshare_factors(adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def register() -> None:
+    """Make PEFT know HiP-LoRA; calling it again changes nothing.
+
+    The type is a plain string: PEFT's own register function accepts only names of its enum.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix  # type: ignore[index]

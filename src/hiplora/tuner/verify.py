@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
 from hiplora.spectral import factor_mismatch, leak, protected, weight_fingerprint
-from hiplora.tuner.buffers import FACTOR_NAMES
+from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import LEAK_LIMIT, LEAK_LIMIT_HALF, HipLoraLinear, soft_sides
+from hiplora.tuner.layer import HipLoraLinear, leak_error, leak_limit
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
 # of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
@@ -115,7 +115,7 @@ def check_checkpoint(
 def _expected(layer: HipLoraLinear, config: HipLoraConfig, adapter: str) -> list[str]:
     kinds = ["hiplora_A", "hiplora_B"]
     kinds += ["hiplora_delta"] if adapter in layer.hiplora_delta else []
-    return kinds + ([*FACTOR_NAMES, *soft_sides(config)] if config.save_factors else [])
+    return kinds + (factor_names(config) if config.save_factors else [])
 
 
 def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:
@@ -144,20 +144,13 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
                 f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
                 "diverged; lower the learning rate and train again"
             )
-    closed = config.residual_projection and config.projection == "hard"
-    for key, A in state.items() if closed else ():
+    for key, A in state.items() if config.is_closed else ():
         module, found, _ = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
         B, U, V = (
             state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V")
         )
-        limit = LEAK_LIMIT.get(A.dtype, LEAK_LIMIT_HALF)
-        off = leak(A.float(), B, *protected(U, V, config.basis_sides))
+        off, limit = leak(A.float(), B, *protected(U, V, config.basis_sides)), leak_limit(A.dtype)
         if not off <= limit:
-            raise AdapterError(
-                f"layer {module.removeprefix('base_model.model.')}: adapter '{adapter}' leaks {off:.2e} into the "
-                f"protected subspace (limit {limit:.0e}), so it is not saved: its optimizer's steps were not followed "
-                "by retraction; train with a torch.optim.Optimizer that holds its parameters, or call "
-                "hiplora.retract_(model) first"
-            )
+            raise leak_error(module.removeprefix("base_model.model."), adapter, off, limit)
