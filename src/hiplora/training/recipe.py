@@ -351,6 +351,8 @@ def _message(details: Any, loc: Loc, block: type[BaseModel]) -> str:
         if loc[0] == "method" and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
         near = difflib.get_close_matches(last, block.model_fields, n=1, cutoff=0.6)
+        blocks = {"data": DataSettings, "train": TrainSettings}
+        near += [f"{name}.{last}" for name, model in blocks.items() if last in model.model_fields]
         meant = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(block.model_fields)}"
         return f"unknown field; {meant}"
     if kind == "union_tag_invalid":

@@ -375,7 +375,10 @@ def _disk_full_explained(out: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = shutil.disk_usage(out if out.exists() else out.absolute().parent).free < FULL
-        if isinstance(error, HipLoraError) or not (full or isinstance(error, (OSError, SafetensorError))):
+        of_a_writer = isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(
+            error
+        )  # torch.save
+        if isinstance(error, HipLoraError) or not (full or of_a_writer):
             raise
         reason = "the disk is full" if full else first_line(error)
         raise OSError(

@@ -25,6 +25,12 @@ from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
 
+TRLS = (
+    "entropy",
+    "mean_token_accuracy",
+    "num_tokens",
+    "aux_loss",
+)  # for report_to; a resumed run counts them anew
 PROGRESS_FILE = "progress.json"  # written last into a checkpoint: one without it is not whole
 
 
@@ -117,8 +123,8 @@ class Record(TrainerCallback):
 
     A row of metrics.jsonl has `step`, `loss` (mean over the steps since the last row), each penalty's mean under its
     name, `lr`, `tokens` (read so far, without padding), `tokens_per_second` (since the last row), `seconds` (of
-    training, over all sessions) and what TRL logs. Where it was measured it has `held_out_loss`, the row of step 0
-    little else. The rows are the Trainer's `log_history`, so `report_to` gets the same numbers.
+    training, over all sessions). Where it was measured it has `held_out_loss`, the row of step 0 little else. The rows
+    are the Trainer's `log_history`, so `report_to` gets the same numbers, and TRL's besides.
     """
 
     trainer: AdapterTrainer
@@ -137,8 +143,8 @@ class Record(TrainerCallback):
     @property
     def rows(self) -> list[Row]:
         """The rows so far."""
-        history = self.trainer.state.log_history
-        return [row for row in history if "loss" in row or "held_out_loss" in row]
+        rows = [row for row in self.trainer.state.log_history if "loss" in row or "held_out_loss" in row]
+        return [{name: value for name, value in row.items() if name not in TRLS} for row in rows]
 
     def add(self, loss: Tensor, tokens: int) -> None:
         """Add a micro-batch: its share of the step's loss, and its tokens."""
@@ -239,10 +245,10 @@ class Record(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Append the row to the file."""
-        row = state.log_history[-1]
-        if self.trainer.is_world_process_zero() and row in self.rows[-1:]:
+        new = state.log_history[-1]
+        if self.trainer.is_world_process_zero() and ("loss" in new or "held_out_loss" in new):
             with open(self._folder / METRICS_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(self.rows[-1]) + "\n")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

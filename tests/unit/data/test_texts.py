@@ -1,10 +1,15 @@
+"""Texts to measure drift on, and to calibrate a basis on."""
+
 import textwrap
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 
-from hiplora.data.texts import drift_texts, overlap, text_source
+from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
 from hiplora.errors import DataError
+from tests.tiny import tiny_tokenizer, write_jsonl
 
 
 def test_the_built_in_texts_are_prose_and_code_of_this_python_and_always_the_same():
@@ -45,3 +50,69 @@ def test_overlap_is_the_share_of_passages_that_were_trained_on():
     assert overlap({"t": text}, ["before " + text + " after"]) == {"t": 1.0}
     assert 0.3 < overlap({"t": text}, [text[: len(text) // 2]])["t"] < 0.6
     assert overlap({"t": "short"}, ["a short one"]) == {"t": 1.0}
+
+
+BOS = 256
+
+
+def text_of(rows):
+    return tiny_tokenizer().decode(torch.cat([row[1:] if row[0] == BOS else row for row in rows]))
+
+
+def test_a_text_is_cut_into_rows_of_256(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("The tide comes in. " * 60)
+    rows = calibration_rows(tiny_tokenizer(), file, 600)
+    assert [len(row) for row in rows] == [256, 256, 88]
+    assert text_of(rows) == file.read_text()[:600]
+    assert describe_source(file) == "file a.txt"
+
+
+def test_of_training_rows_prompt_and_response_stand_together(tmp_path):
+    file = write_jsonl(
+        tmp_path / "a.jsonl",
+        [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}],
+    )
+    assert text_of(calibration_rows(tiny_tokenizer(), file, 50)) == "One? Two.\n\nA? B."
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one data set of many rows; it counts what is read and knows what was asked for."""
+    asked = {"rows": 0}
+
+    def load_dataset(name, config, split, streaming):
+        asked.update(name=name, config=config, split=split, streaming=streaming)
+        if name != "harbour/logs":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+
+        def rows():
+            for index in range(10_000):
+                asked["rows"] += 1
+                yield {"text": f"Ship {index} came in.", "id": index}
+
+        return rows()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
+    rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100)
+    assert text_of(rows).startswith("Ship 0 came in.\n\nShip 1 came in.")
+    assert sum(map(len, rows)) == 100
+    assert (hub["name"], hub["config"], hub["split"], hub["streaming"]) == (
+        "harbour/logs",
+        "long",
+        "train",
+        True,
+    )
+    assert hub["rows"] < 100
+    assert describe_source("harbour/logs:long") == "data set harbour/logs:long"
+
+
+def test_a_name_that_is_nowhere_is_said_to_be_neither_file_nor_data_set(hub):
+    with pytest.raises(
+        DataError, match=r"harbour/lost: no such file, and no readable data set on the hub .*doesn't exist"
+    ):
+        calibration_rows(tiny_tokenizer(), "harbour/lost", 100)

@@ -1,0 +1,171 @@
+"""Rows become prompts and responses; which ones are held out depends on the data alone."""
+
+import pytest
+
+from hiplora.data.examples import DataSettings, Example, load_data, load_examples
+from hiplora.data.prompts import instruction_prompt, normal_number
+from hiplora.errors import DataError
+from hiplora.provenance import file_sha256
+from tests.tiny import write_jsonl
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+]
+CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea", "snow"], "answer": 1}
+SUM = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
+METAMATH = {"query": "What is 2 + 3?", "response": "2 + 3 = 5.\nThe answer is: 5"}  # fields as on the hub
+STEPS = "Question: What is 2 + 3? Think step by step.\nAnswer:"
+ALPACA = {"instruction": "Sort.", "input": "b a", "output": "a b"}
+
+
+def examples(tmp_path, *rows, **options):
+    return load_examples(write_jsonl(tmp_path / "rows.jsonl", list(rows)), **options)
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "expected"),
+    [
+        (ALPACA, None, Example(instruction_prompt("Sort.", "b a"), "a b")),
+        (ALPACA, "verbatim", Example("Sort.\n\nb a", "a b")),
+        ({"prompt": "2+2=", "completion": "4"}, None, Example("2+2=", "4")),
+        ({"prompt": "2+2=", "response": "4"}, None, Example("2+2=", "4")),
+        ({"prompt": "Sing.", "completion": "la"}, "instruction", Example(instruction_prompt("Sing."), "la")),
+        ({"text": "a b"}, None, Example("", "a b")),
+        (SUM, None, Example(instruction_prompt(SUM["question"]), SUM["answer"])),
+        (SUM, "direct", Example("Question: What is 2 + 3?\nAnswer:", " 1005")),
+        (SUM, "step_by_step", Example(STEPS, SUM["answer"])),
+        (METAMATH, None, Example(instruction_prompt(METAMATH["query"]), METAMATH["response"])),
+        (METAMATH, "step_by_step", Example(STEPS, METAMATH["response"])),
+        (CHOICE, None, Example("Question: Which is warm?\nA. ice\nB. tea\nC. snow\nAnswer:", " B")),
+    ],
+)
+def test_a_row_becomes_a_prompt_and_a_response(tmp_path, row, template, expected):
+    assert examples(tmp_path, row, template=template) == [expected]
+
+
+def test_the_instruction_prompt_ends_where_the_answer_begins():
+    prompt = instruction_prompt("Sort.", "b a")
+    assert prompt.index("Sort.") < prompt.index("b a")
+    assert prompt.endswith("## Answer\n")
+    assert "Material" not in instruction_prompt("Sing.")
+
+
+def test_a_conversation_keeps_its_roles(tmp_path):
+    (made,) = examples(tmp_path, {"messages": TALK})
+    assert list(made.messages) == TALK
+    assert (made.prompt, made.response) == ("Be brief.\n\nHi", "Hello")
+    (chat,) = examples(tmp_path, ALPACA, template="chat")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "said"),
+    [
+        ({"text": "a"}, "chat", "does not apply to text rows"),
+        (
+            {"prompt": "2+2=", "completion": "4"},
+            "direct",
+            "applies to multiple_choice and question_answer rows",
+        ),
+        (
+            {"prompt": "2+2=", "completion": "4"},
+            "step_by_step",
+            "applies to question_answer and query_response",
+        ),
+        (METAMATH, "direct", "not to query_response"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(tmp_path, row, template, said):
+    with pytest.raises(DataError, match=said):
+        examples(tmp_path, row, template=template)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("$1,005.50 a year", "1005.5"), ("-0.0", "0"), ("007", "7"), (" none ", "none"), ("-.5", "-0.5")],
+)
+def test_a_number_has_one_plain_form(text, number):
+    assert normal_number(text) == number
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", [{"text": str(number)} for number in range(50)])
+
+
+def test_a_share_is_held_out_the_same_each_time_spread_over_the_file(numbers):
+    first, again = (load_data(DataSettings(path=numbers, held_out_fraction=0.2)) for _ in range(2))
+    assert first == again
+    assert (len(first.train), len(first.held_out)) == (40, 10)
+    assert {e.response for e in first.train + first.held_out} == {str(number) for number in range(50)}
+    held_out = [int(example.response) for example in first.held_out]
+    assert max(held_out) - min(held_out) > 10
+
+
+def test_the_held_out_rows_are_those_of_version_0_1(numbers):
+    data = load_data(DataSettings(path=numbers, held_out_fraction=0.1))
+    assert [example.response for example in data.held_out] == ["2", "16", "24", "26", "48"]
+
+
+def test_a_held_out_file_limits_and_sources(numbers, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"o{number}"} for number in range(4)])
+    data = load_data(DataSettings(path=numbers, held_out=other, held_out_limit=3, limit=5))
+    assert [example.response for example in data.held_out] == ["o0", "o1", "o2"]
+    assert [example.response for example in data.train] == ["0", "1", "2", "3", "4"]
+    assert data.sources == {
+        "train": {"file": "rows.jsonl", "sha256": file_sha256(numbers), "rows": 5},
+        "held_out": {"file": "other.jsonl", "sha256": file_sha256(other), "rows": 3},
+    }
+
+
+def test_long_rows_are_left_out_before_they_are_counted(tmp_path):
+    rows = [{"query": "x" * n, "response": "y" * 10} for n in (5, 9, 10, 6)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    data = load_data(DataSettings(path=path, max_characters=20, limit=2, template="verbatim"))
+    assert [len(example.prompt) for example in data.train] == [5, 9]
+    assert (data.sources["train"]["rows"], data.sources["train"]["too_long"]) == (2, 1)
+    with pytest.raises(DataError, match="all 4 rows have more than 3 characters"):
+        load_data(DataSettings(path=path, max_characters=3))
+
+
+def test_prompts_are_learned_on_demand_and_never_those_of_conversations(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [METAMATH] * 4)
+    data = load_data(DataSettings(path=path, learn_prompt=True, held_out_fraction=0.25))
+    assert all(example.learn_prompt for example in [*data.train, *data.held_out])
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": TALK}] * 2)
+    for setting in ({"learn_prompt": True}, {"max_characters": 10}):
+        with pytest.raises(DataError, match="does not apply to conversations"):
+            load_data(DataSettings(path=path, **setting))
+
+
+def test_holding_everything_out_is_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "only"}])
+    with pytest.raises(DataError, match="leaves none to train on"):
+        load_data(DataSettings(path=path, held_out_fraction=0.5))
+
+
+def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monkeypatch):
+    """Rows by the fields that the hub documents for ScienceQA."""
+    import datasets
+
+    asked = []
+    row = {**CHOICE, "image": None, "hint": ""}
+    rows = [row, {**row, "hint": "Look at the steam. "}, {**row, "image": "a picture"}]
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_data(DataSettings(hub="derek-thomas/ScienceQA", split="validation"))
+    assert asked == [("derek-thomas/ScienceQA", None, "validation")]
+    assert "Look at the steam.\nWhich is warm?" in data.train[1].prompt
+    assert "steam" not in data.train[0].prompt
+    assert len(data.train) == 2
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_named():
+    with pytest.raises(DataError, match=r"data\.hub: nobody/nothing cannot be loaded"):
+        load_data(DataSettings(hub="nobody/nothing"))

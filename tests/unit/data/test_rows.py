@@ -1,0 +1,120 @@
+"""Rows are read with their places; what is wrong with a file or a row is said with the way out."""
+
+import gzip
+import json
+
+import pytest
+
+from hiplora.data.rows import check_rows, detect_format, is_hub_name, read_rows
+from hiplora.errors import DataError
+from tests.tiny import write_jsonl
+
+ROWS = [{"text": "ä"}, {"text": "b"}]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", "-lines.json"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".parquet":
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(ROWS), path)
+    else:
+        lines = "jsonl" in suffix or "lines" in suffix
+        text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS)
+        path.write_bytes(
+            gzip.compress(text.encode()) if suffix.endswith(".gz") else b"\xef\xbb\xbf" + text.encode()
+        )
+    assert [row for _, row in read_rows(path)] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("rows.csv", b"a,b", "not a data file"),
+        ("rows.jsonl", b"", "is empty"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text"', r"line 2: not valid JSON"),
+        ("rows.json", b'{"text": "a"', r"line 1: not valid JSON"),
+        ("rows.json", b'"a"', "expected a list of rows"),
+        ("rows.jsonl", b"\xff\xfe", "not readable as UTF-8"),
+        ("rows.jsonl.gz", b"plain", "not readable as UTF-8 or gzip"),
+        ("rows.parquet", b"plain", "not a readable parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        list(read_rows(path))
+
+
+def test_a_missing_file_names_its_neighbours(tmp_path):
+    write_jsonl(tmp_path / "trian.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"data files in that folder: trian\.jsonl"):
+        list(read_rows(tmp_path / "train.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"messages": [], "text": ""}, "messages"),
+        ({"instruction": "", "input": "", "output": ""}, "alpaca"),
+        ({"prompt": "", "completion": ""}, "prompt_completion"),
+        ({"prompt": "", "response": ""}, "prompt_completion"),
+        ({"question": "", "choices": [], "answer": 0}, "multiple_choice"),
+        ({"question": "", "answer": ""}, "question_answer"),
+        ({"query": "", "response": ""}, "query_response"),
+        ({"text": ""}, "text"),
+        ({"label": 1}, None),
+        ("text", None),
+    ],
+)
+def test_the_format_is_read_off_the_fields(row, format):
+    assert detect_format(row) == format
+
+
+CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "said"),
+    [
+        ("text", {"txt": "a"}, r"field `text` is missing \(found txt\)"),
+        ("text", {"text": 3}, "field `text` is int"),
+        ("question_answer", {"question": "a", "answer": " "}, "field `answer` is empty"),
+        ("text", ["a"], "expected an object with fields, found list"),
+        ("messages", {"messages": []}, "not a list of messages"),
+        ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "message 1 has role 'bot'"),
+        ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
+        ("multiple_choice", {**CHOICE, "answer": 2}, "field `answer` is 2, expected the index"),
+        ("multiple_choice", {**CHOICE, "choices": ["one"]}, "not a list of 2 to 26 texts"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_its_place(format, row, said):
+    with pytest.raises(DataError, match=f"rows.jsonl, line 4: .*{said}"):
+        check_rows([("line 4", row)], format, "rows.jsonl")
+
+
+def test_many_problems_are_counted_and_no_rows_are_an_error():
+    with pytest.raises(DataError, match="and 5 more"):
+        check_rows([(f"line {n}", {}) for n in range(15)], "text", "rows.jsonl")
+    with pytest.raises(DataError, match="has no rows"):
+        check_rows([], "auto", "rows.jsonl")
+    with pytest.raises(DataError, match="unknown format, found the fields label"):
+        check_rows([("line 1", {"label": 1})], "auto", "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "data/notes.txt", "data/rows.jsonl", "/a/b", "one", "a/b/c"])
+def test_what_looks_like_a_path_is_not_a_name_on_the_hub(name):
+    assert not is_hub_name(name)
+
+
+def test_a_file_goes_before_a_data_set_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_name("harbour/logs:long")
+    (tmp_path / "harbour").mkdir()
+    assert is_hub_name("harbour/logs")
+    (tmp_path / "harbour" / "logs").write_text("Low water.")
+    assert not is_hub_name("harbour/logs")

@@ -1,0 +1,149 @@
+"""A method is one file: every setting reaches PEFT's configuration, and methods are what they are called."""
+
+import sys
+import textwrap
+
+import pytest
+from peft import get_peft_model
+
+from hiplora.errors import ConfigError
+from hiplora.training import baselines, methods
+from hiplora.training.adapt import put_on
+from hiplora.training.methods import METHODS
+from hiplora.tuner import HipLoraConfig
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+CHANGED = {
+    "r": 3,
+    "lora_alpha": 7,
+    "lora_dropout": 0.25,
+    "target_modules": ["up_proj"],
+    "exclude_modules": ["down_proj"],
+    "layers_to_transform": [1],
+    "layers_pattern": "layers",
+    "rank_pattern": {"up_proj": 2},
+    "alpha_pattern": {"up_proj": 5.0},
+    "modules_to_save": ["lm_head"],
+    "principal_rank": 9,
+    "principal_rank_pattern": {"up_proj": 4},
+    "basis": "weight",
+    "svd_tolerance": 1e-3,
+    "basis_sides": "input",
+    "save_factors": False,
+    "projection": "hard",
+    "gain_lr_ratio": 3.0,
+    "relative_gains": True,
+    "stability_weight": 0.5,
+    "stability_gamma": 0.0,
+    "stability_mode": "proximal",
+    "residual_projection": False,
+    "init_weights": "zero",
+    "principal_channel": True,
+    "effective_rank": 5,
+    "init_r": 9,
+    "tinit": 3,
+    "tfinal": 4,
+    "deltaT": 2,
+    "beta1": 0.5,
+    "beta2": 0.75,
+    "orth_reg_weight": 0.25,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_reaches_the_adapter(name):
+    own = {
+        "name",
+        "preset",
+        "calibration_text",
+        "calibration_tokens",
+        "clients",
+        "cut_layer",
+        "average_every",
+    }
+    wanted = {key: CHANGED[key] for key in METHODS[name].model_fields.keys() - own}
+    if name == "adalora":
+        wanted = {key: value for key, value in wanted.items() if not key.endswith("_pattern")}
+    config = METHODS[name](**wanted).peft_config(100)
+    if name == "adalora":
+        wanted["target_r"] = wanted.pop("r")
+    for key, value in wanted.items():
+        given = getattr(config, key)
+        assert (sorted(given) if isinstance(given, set) else given) == value, key
+
+
+def test_the_methods_become_what_they_are_called():
+    made = {name: method().peft_config(100) for name, method in METHODS.items()}
+    assert (made["adalora"].peft_type, made["adalora"].init_r, made["adalora"].target_r) == (
+        "ADALORA",
+        24,
+        16,
+    )
+    assert (made["adalora"].tinit, made["adalora"].tfinal, made["adalora"].deltaT) == (10, 20, 1)
+    assert made["osf"].peft_type == "OSF"
+    assert not made["hiplora"].principal_channel
+    assert METHODS["hiplora"](preset="paper").peft_config().principal_channel
+    assert not made["proj_lora"].principal_channel
+    assert (made["lora"].peft_type, made["lora"].init_lora_weights) == ("LORA", True)
+    assert made["pissa"].init_lora_weights == "pissa"
+    assert (made["corda"].init_lora_weights, made["corda"].corda_config.corda_method) == ("corda", "kpm")
+    assert {name for name, method in METHODS.items() if method.moves_base} == {
+        *("pissa", "milora", "corda", "lora_null")
+    }
+
+
+def test_adalora_needs_to_know_its_steps():
+    with pytest.raises(ConfigError, match="prunes its ranks while it trains"):
+        METHODS["adalora"]().peft_config()
+
+
+def test_a_new_file_is_a_new_method(tmp_path, monkeypatch):
+    (tmp_path / "ia.py").write_text(
+        textwrap.dedent("""
+        from typing import ClassVar, Literal
+        from hiplora.training.method import LowRank
+
+        class IaMethod(LowRank):
+            title: ClassVar[str] = "IA"
+            summary: ClassVar[str] = "Another."
+            name: Literal["ia"] = "ia"
+        """)
+    )
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
+    try:
+        found = methods._found()
+    finally:
+        sys.modules.pop("hiplora.training.baselines.ia", None)
+    assert found.keys() == {*METHODS, "ia"}
+
+
+def test_the_activation_basis_is_measured_and_the_model_keeps_its_modes():
+    model = tiny_llama().train()
+    method = METHODS["hiplora"](principal_rank=4, calibration_tokens=600)
+    adapted = put_on(method, model, tiny_tokenizer(), seed=0)
+    config = adapted.peft_config["default"]
+    assert isinstance(config, HipLoraConfig)
+    assert config.calibration
+    assert all(module.training for module in model.modules())
+
+
+def test_the_start_depends_on_the_seed_alone():
+    weights = [
+        put_on(METHODS["lora"](), tiny_llama(), tiny_tokenizer(), seed=seed)
+        .get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+        .sum()
+        .item()
+        for seed in (1, 1, 2)
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_modules_that_the_model_does_not_have_are_named():
+    for name in ("lora", "hiplora", "milora"):
+        with pytest.raises(ConfigError, match=r"check method\.target_modules"):
+            put_on(METHODS[name](target_modules=["nowhere"]), tiny_llama(), tiny_tokenizer(), seed=0)
+
+
+def test_every_method_describes_itself():
+    assert all(method().describe() and method.title for method in METHODS.values())
+    assert get_peft_model(tiny_llama(), METHODS["lora"]().peft_config())

@@ -1,0 +1,260 @@
+"""The recipe: defaults, checks, everything wrong at once with the way out, and dumps that keep the keys of jobs."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from hiplora.data.examples import DataSettings
+from hiplora.errors import ConfigError
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe, TrainSettings, load_recipe
+from tests.tiny import write_jsonl
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
+BLOCKS = [TrainRecipe, DataSettings, TrainSettings, *METHODS.values()]
+GOOD = "model: some/model\ndata: rows.jsonl\n"
+
+
+def recipe(**blocks):
+    return TrainRecipe.model_validate({"model": "some/model", "data": "rows.jsonl", **blocks})
+
+
+def problems(**blocks):
+    with pytest.raises(ValidationError) as caught:
+        recipe(**blocks)
+    return [(error["loc"], error["type"]) for error in caught.value.errors()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}] * 3)
+    return tmp_path
+
+
+def write(folder, text, name="recipe.yaml"):
+    path = folder / name
+    path.write_text(textwrap.dedent(text), encoding="utf-8")
+    return path
+
+
+def complaints(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_field_is_documented(block):
+    assert [name for name, field in block.model_fields.items() if not field.description] == []
+
+
+def test_the_defaults_are_the_papers_training_and_the_function_aware_method():
+    made = recipe()
+    train, method = made.train, made.method
+    assert (train.steps, train.epochs, train.max_length, train.packing) == (2000, None, 2048, True)
+    assert train.batch_size * train.gradient_accumulation == 128
+    assert (train.lr, train.warmup_ratio, train.weight_decay, train.max_grad_norm) == (2e-4, 0.03, 0.01, 1.0)
+    assert (method.name, method.preset, method.basis) == ("hiplora", "function-aware", "activation")
+    assert (method.principal_rank, method.r, method.lora_alpha, method.lora_dropout) == (32, 16, 32, 0.05)
+    assert (made.seed, train.report_to) == (42, "none")
+
+
+def test_the_paper_is_a_preset_and_a_given_field_wins_over_it():
+    method = recipe(method={"name": "hiplora", "preset": "paper"}).method
+    assert (method.basis, method.principal_channel) == ("weight", True)
+    assert method.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    method = recipe(method={"preset": "paper", "basis": "activation"}).method
+    assert (method.basis, method.target_modules[0]) == ("activation", "q_proj")
+
+
+def test_keys_of_jobs_are_made_of_what_differs_from_the_defaults():
+    """A study's job is named by the hash of this dump: a new default or field name would lose its records."""
+    made = recipe(
+        data={"path": "a.jsonl", "held_out_fraction": 0.1, "template": "direct"},
+        method={"name": "hiplora", "preset": "paper", "principal_rank": 8, "stability_weight": 0.5},
+        train={"epochs": 2.0, "lr": 1e-3, "packing": False, "kl_weight": 0.1},
+        seed=7,
+    )
+    assert json.loads(json.dumps(made.model_dump(mode="json", exclude_defaults=True))) == {
+        "model": "some/model",
+        "data": {"path": "a.jsonl", "held_out_fraction": 0.1, "template": "direct"},
+        "method": {
+            "preset": "paper",
+            "principal_rank": 8,
+            "stability_weight": 0.5,
+            "basis": "weight",
+            "principal_channel": True,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        },
+        "train": {"steps": None, "epochs": 2.0, "lr": 1e-3, "packing": False, "kl_weight": 0.1},
+        "seed": 7,
+    }
+    for name, method in METHODS.items():
+        assert recipe(method=name).model_dump(exclude_defaults=True, exclude={"model", "data"}) == (
+            {} if name == "hiplora" else {"method": {}}
+        ), method
+
+
+def test_values_are_not_coerced_and_must_be_finite():
+    found = problems(train={"steps": "10", "batch_size": True, "lr": float("nan"), "packing": 1}, seed=1.5)
+    assert {loc[-1] for loc, _ in found} == {"steps", "batch_size", "lr", "packing", "seed"}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"data": {}},
+        {"data": {"path": "a.jsonl", "hub": "b"}},
+        {"data": {"path": "a.jsonl", "split": "train"}},
+        {"data": {"path": "a.jsonl", "held_out": "b.jsonl", "held_out_fraction": 0.1}},
+        {"data": {"path": "a.jsonl", "held_out_limit": 3}},
+        {"data": {"path": "a.jsonl", "format": "text", "template": "chat"}},
+        {"train": {"epochs": 2.0, "steps": 10}},
+        {"train": {"steps": None}},
+        {"train": {"eval_every": 5}},
+        {"train": {"kl_tokens": 7}},
+        {"train": {"kl_weight": 0.1}, "method": "pissa"},
+        {"method": {"name": "proj_lora", "projection": "soft", "basis": "weight"}},
+        {"method": {"name": "hiplora", "stability_weight": 0.5}},
+        {"method": {"name": "hiplora", "residual_projection": False}},
+        {"method": {"name": "split_lora", "clients": 3}, "train": {"gradient_accumulation": 4}},
+        {"method": {"name": "adalora", "tinit": 5}, "train": {"steps": 6}},
+        {"method": {"name": "adalora", "r": 8, "init_r": 8}},
+    ],
+)
+def test_contradictions_are_refused(blocks):
+    assert {kind for _, kind in problems(**blocks)} == {"value_error"}
+
+
+@pytest.mark.parametrize("rank", [0, 1.0, "energy:1", "energy:0.0", "32", "all"])
+def test_a_principal_rank_is_a_number_a_fraction_or_a_share_of_energy(rank):
+    assert problems(method={"name": "hiplora", "principal_rank": rank})
+    assert recipe(method={"principal_rank": "energy:.9"}).method.principal_rank == "energy:.9"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_written_out_reads_back_the_same(name):
+    made = recipe(method=name, train={"epochs": 1.5}, data={"path": "a.jsonl", "held_out_fraction": 0.5})
+    assert TrainRecipe.model_validate(made.values()) == made
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_are_recipes(path):
+    load_recipe(path)
+
+
+def test_paths_are_relative_to_the_recipe(folder, monkeypatch):
+    path = write(folder, GOOD + "method: lora\nout: run\ntrain: {lr: 1e-3, steps: 7}\n")
+    monkeypatch.chdir("/")
+    made = load_recipe(path)
+    assert (made.data.path, made.out) == (str(folder / "rows.jsonl"), str(folder / "run"))
+    assert (made.model, made.method.name, made.train.lr, made.train.steps) == ("some/model", "lora", 1e-3, 7)
+
+
+def test_everything_wrong_is_listed_at_once(folder):
+    path = write(
+        folder,
+        """\
+        model: ./nowhere
+        data: {path: rows.jsonl, fromat: alpaca}
+        method: {name: lora, principal_rank: 3}
+        lr: 1e-4
+        train: {lr: fast, stepz: 4, dtype: fp8}
+        sede: 3
+        """,
+    )
+    message = complaints(path)
+    assert message.startswith(f"{path}: 8 problems\n")
+    for said in (
+        "model: no such folder",
+        "data.fromat: unknown field; did you mean `format`?",
+        "method.principal_rank: not a field of this method but of hiplora, proj_lora",
+        "train.lr: should be a valid number, found 'fast' (Peak learning rate)",
+        "train.stepz: unknown field; did you mean `steps`?",
+        "'auto', 'fp32', 'bf16' or 'fp16', found 'fp8'",
+        "sede: unknown field; did you mean `seed`?",
+        "lr: unknown field; did you mean `train.lr`?",
+    ):
+        assert said in message
+
+
+def test_a_missing_field_and_an_unknown_method_say_what_to_write(folder):
+    message = complaints(write(folder, "data: rows.jsonl\nmethod: hiplroa\n"))
+    assert "model: is missing; add `model:`" in message
+    assert "unknown method 'hiplroa'" in message
+    assert "did you mean `hiplora`?" in message
+
+
+@pytest.mark.parametrize("field", ["path", "held_out"])
+def test_rows_are_checked_to_the_last(folder, field):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a"}]
+    bad = write_jsonl(folder / "bad.jsonl", rows)
+    data = {"path": "rows.jsonl", field: "bad.jsonl"}
+    path = write(folder, f"model: x/y\ndata: {json.dumps(data)}\n")
+    assert f"data.{field}: {bad}, line 2: field `output` is missing" in complaints(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: [a\nb: c\n", "not valid YAML"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("model: !!python/name:os.system x\n", "not valid YAML"),
+        ("", "model: is missing"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused(folder, text, said):
+    assert said in complaints(write(folder, text))
+
+
+def test_a_missing_recipe_is_an_error(folder):
+    assert "no such recipe" in complaints(folder / "none.yaml")
+
+
+def test_overrides_win_are_read_as_yaml_and_relative_to_the_current_folder(folder, monkeypatch):
+    path = write(folder, GOOD + "method: hiplora\ntrain: {lr: 1e-3, steps: 9}\n")
+    made = load_recipe(
+        path, ["train.lr=2e-5", "method.principal_rank=4", "train.packing=false", "data.limit=2"]
+    )
+    assert (made.train.lr, made.train.packing, made.train.steps) == (2e-5, False, 9)
+    assert (made.method.principal_rank, made.data.limit) == (4, 2)
+    assert load_recipe(path, ["method=lora", "train.steps=", "train.epochs=1"]).train.epochs == 1
+    (folder / "elsewhere").mkdir()
+    mine = write_jsonl(folder / "elsewhere" / "mine.jsonl", [{"text": "a"}])
+    monkeypatch.chdir(folder / "elsewhere")
+    assert load_recipe(path, ["data.path=mine.jsonl"]).data.path == str(mine)
+    assert load_recipe(path, ["data=mine.jsonl"]).data.path == str(mine)
+    assert "expected key=value" in complaints(path, "train.lr")
+    assert "is not a block" in complaints(path, "seed=3", "seed.x=4")
+
+
+def test_an_adapter_to_start_from_must_be_of_the_same_method(folder):
+    path = write(folder, GOOD + "method: {name: lora, r: 4}\ntrain: {start_from: first}\n")
+    given = folder / "first"
+    given.mkdir()
+    assert "first has no adapter_config.json" in complaints(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (given / name).touch()
+    write(given, "method: {name: lora, r: 8}\n")
+    assert "holds another adapter (method.r: 8 there, 4 here)" in complaints(path)
+    write(given, "method: {name: osf}\n")
+    assert "method osf there, lora here" in complaints(path)
+    write(given, "method: {name: lora, r: 4, rankk: 2}\n")
+    assert "is not a recipe of this version" in complaints(path)
+    write(given, "method: {name: lora, r: 4, lora_dropout: 0.0}\n")
+    assert load_recipe(path).train.start_from == str(given)
+
+
+def test_checking_a_recipe_loads_no_heavy_library(folder):
+    script = (
+        "import sys\nfrom hiplora.training import load_recipe\n"
+        f"load_recipe({str(write(folder, GOOD))!r})\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

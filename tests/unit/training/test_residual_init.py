@@ -1,0 +1,204 @@
+"""Methods that move the base: nothing changes at the start, and what is saved is right on the untouched base."""
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.corda import preprocess_corda
+from safetensors.torch import load_file
+
+from hiplora.errors import ConfigError
+from hiplora.training.adapt import put_on, save_trained
+from hiplora.training.methods import METHODS
+from hiplora.training.residual_init import _layers, _move, save_difference, save_start, split_difference
+from hiplora.tuner.inputs import sampled_rows
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+MOVED = [name for name, method in METHODS.items() if method.moves_base]
+PLAIN = {"r": 4}
+PATTERNS = {
+    "r": 4,
+    "lora_alpha": 12,
+    "target_modules": "all-linear",
+    "exclude_modules": ["up_proj"],
+    "rank_pattern": {"k_proj": 2, "layers.1.mlp.down_proj": 3},
+    "alpha_pattern": {"q_proj": 3.0},
+    "modules_to_save": ["lm_head"],
+}
+
+
+def made(name, settings=PLAIN):
+    calibration = {"calibration_tokens": 1024} if name in ("corda", "lora_null") else {}
+    return METHODS[name](**{**calibration, **settings})
+
+
+def started(name, settings=PLAIN, model=None, start=None):
+    return put_on(made(name, settings), model or tiny_llama(), tiny_tokenizer(), seed=0, start=start)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None] * 5 % 250).logits
+
+
+def trained(adapted):
+    """As after a training: every trainable parameter has moved."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return adapted
+
+
+def start_of(layer):
+    return layer.get_delta_weight("default").detach()
+
+
+@pytest.mark.parametrize("settings", [PLAIN, PATTERNS], ids=["plain", "patterns"])
+@pytest.mark.parametrize("name", MOVED)
+def test_the_model_starts_as_the_base_its_weights_do_not(name, settings):
+    base, adapted = tiny_llama(), started(name, settings)
+    torch.testing.assert_close(logits(adapted), logits(base), rtol=0, atol=2e-6)
+    assert list(_layers(adapted))
+    for path, layer in _layers(adapted):
+        before, after = base.get_submodule(path).weight, layer.get_base_layer().weight
+        torch.testing.assert_close(after + start_of(layer), before, rtol=0, atol=1e-6)
+        assert (after - before).norm() > 1e-3 * before.norm()
+
+
+def test_milora_starts_at_the_minor_part_at_every_scaling():
+    base = tiny_llama()
+    for path, layer in _layers(started("milora", PATTERNS)):
+        U, sigma, Vt = torch.linalg.svd(base.get_submodule(path).weight.detach(), full_matrices=False)
+        r = layer.r["default"]
+        torch.testing.assert_close(start_of(layer), U[:, -r:] * sigma[-r:] @ Vt[-r:], rtol=0, atol=1e-6)
+
+
+def test_lora_null_starts_where_the_calibration_text_has_no_energy():
+    """64 inputs have more directions than 40 tokens."""
+    base, seen = tiny_llama(), {}
+    adapted = started("lora_null", {"r": 4, "calibration_tokens": 40})
+    for path, layer in _layers(adapted):
+        layer.register_forward_pre_hook(lambda _, args, path=path: seen.setdefault(path, []).append(args[0]))
+    for row in sampled_rows(base, 40):
+        with torch.no_grad():
+            adapted(row[None])
+    for path, layer in _layers(adapted):
+        x = torch.cat([part.flatten(0, 1) for part in seen[path]]).double()
+        N = torch.linalg.qr(layer.lora_A["default"].weight.detach().double().T).Q
+        weight = base.get_submodule(path).weight.detach()
+        torch.testing.assert_close(start_of(layer), weight @ (N @ N.T).float(), rtol=0, atol=1e-5)
+        assert (x @ N).square().sum() < 1e-4 * x.square().sum()
+
+
+def test_corda_is_pefts_own_on_the_rows_of_the_activation_basis():
+    model = tiny_llama()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=32,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        init_lora_weights="corda",
+        corda_config={"corda_method": "kpm"},
+    )
+    rows = sampled_rows(model, 1024)
+    preprocess_corda(model, config, lambda: [model(row[None]) for row in rows])
+    reference = get_peft_model(model, config)
+    for (path, one), (_, other) in zip(_layers(started("corda")), _layers(reference), strict=True):
+        torch.testing.assert_close(start_of(one), start_of(other), rtol=0, atol=1e-6, msg=path)
+
+
+@pytest.mark.parametrize("settings", [PLAIN, PATTERNS], ids=["plain", "patterns"])
+@pytest.mark.parametrize("name", MOVED)
+def test_stock_peft_brings_the_untouched_base_to_the_trained_model(tmp_path, name, settings):
+    adapted = started(name, settings, start=tmp_path / "start")
+    expected = logits(trained(adapted))
+    save_trained(made(name, settings), adapted, tmp_path / "out", tmp_path / "start")
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
+    assert (logits(tiny_llama()) - expected).abs().max() > 0.05
+    ends, start = split_difference(load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    stored = load_file(tmp_path / "start" / "adapter_model.safetensors")
+    assert all(torch.equal(start[key], stored[key]) for key in stored)
+    assert start.keys() == stored.keys() <= ends.keys()
+
+
+def test_the_scaling_is_kept_with_rslora_and_patterns(tmp_path):
+    """PEFT's own conversion refuses these together."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "down_proj"],
+        use_rslora=True,
+        rank_pattern={"k_proj": 2},
+        alpha_pattern={"q_proj": 3.0},
+    )
+    adapted = get_peft_model(tiny_llama(), config)
+    for path, layer in _layers(adapted):
+        A, B = (getattr(layer, f"lora_{kind}")["default"].weight for kind in "AB")
+        generator = torch.Generator().manual_seed(len(path))
+        _move(layer, 0.1 * torch.randn(B.shape, generator=generator), A.detach().clone())
+    torch.testing.assert_close(logits(adapted), logits(tiny_llama()), rtol=0, atol=2e-6)
+    save_start(adapted, tmp_path / "start")
+    expected = logits(trained(adapted))
+    save_difference(adapted, tmp_path / "out", tmp_path / "start")
+    plain = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
+    torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
+    stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (stored["r"], stored["rank_pattern"], stored["init_lora_weights"]) == (8, {"k_proj": 4}, True)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_start_that_was_kept_is_restored_without_computing_it(tmp_path, monkeypatch, name):
+    adapted = started(name, start=tmp_path / "start")
+    for kind in ("svd", "eigh"):
+        monkeypatch.setattr(torch.linalg, kind, lambda *args, **kwargs: pytest.fail("decomposed again"))
+    again = started(name, start=tmp_path / "start")
+    for (path, one), (_, other) in zip(_layers(again), _layers(adapted), strict=True):
+        assert torch.equal(one.get_base_layer().weight, other.get_base_layer().weight), path
+        for kind in ("lora_A", "lora_B"):
+            assert torch.equal(getattr(one, kind)["default"].weight, getattr(other, kind)["default"].weight)
+
+
+def test_a_start_of_another_rank_or_of_other_modules_is_named(tmp_path):
+    started("milora", {"r": 4, "target_modules": ["q_proj"]}, start=tmp_path)
+    for settings, said in (
+        ({"r": 3, "target_modules": ["q_proj"]}, r"has \(4, 64\) for .*q_proj\.lora_A.* needs \(3, 64\)"),
+        ({"r": 4, "target_modules": ["v_proj"]}, r"has None for .*v_proj\.lora_A"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            started("milora", settings, start=tmp_path)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_in_bf16_the_start_is_exact_to_the_weights_own_rounding(name):
+    adapted, base = (started(name, model=tiny_llama(dtype=torch.bfloat16)), tiny_llama(dtype=torch.bfloat16))
+    for path, layer in _layers(adapted):
+        weight, rest = base.get_submodule(path).weight.float(), layer.get_base_layer().weight
+        assert (rest.dtype, layer.lora_A["default"].weight.dtype) == (torch.bfloat16, torch.float32)
+        rounding = (rest.float() + start_of(layer).float() - weight).abs()
+        assert (rounding <= 2**-8 * rest.float().abs() + 1e-7).all(), path
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_does_not_fit_the_weights_is_refused(name):
+    with pytest.raises(
+        ConfigError, match=r"q_proj: nothing can be subtracted from a weight of type torch\.float64"
+    ):
+        started(name, model=tiny_llama().double())
+    with pytest.raises(ConfigError, match=r"k_proj: r 33 exceeds min\(out, in\) = 32"):
+        started(name, {"r": 33})
+
+
+def test_weights_stored_as_in_by_out_start_right():
+    """As GPT-2's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 300, "n_positions": 64}
+    base = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=1)).eval()
+    before = logits(base)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        adapted = started("milora", {"r": 3, "target_modules": ["c_attn"]}, model=base)
+    torch.testing.assert_close(logits(adapted), before, rtol=0, atol=2e-6)
