@@ -8,7 +8,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.training import residual_init
-from hiplora.training.method import WEIGHTS_FILE, Method, save_adapter
+from hiplora.training.method import ATTENTION_PROJECTIONS, WEIGHTS_FILE, Method, save_adapter
+from hiplora.tuner import default_targets
 
 
 def put_on(
@@ -40,6 +41,8 @@ def put_on(
     try:
         prepare = config is None
         config = config or method.peft_config(steps)
+        if prepare and method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
+            config.target_modules = {*default_targets(model, "paper")}  # type: ignore[attr-defined]
         begin = None
         if kept:
             begin = residual_init.restored(config, start)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from hiplora.errors import ConfigError
 from hiplora.training.adapt import put_on, save_trained
 from hiplora.training.methods import METHODS
 from hiplora.training.residual_init import _layers, _move, save_difference, save_start, split_difference
-from hiplora.tuner.inputs import sampled_rows
+from hiplora.tuner import sampled_rows
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 MOVED = [name for name, method in METHODS.items() if method.moves_base]

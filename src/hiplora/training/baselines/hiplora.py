@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROLES = {"function-aware": MLP_PROJECTIONS, "paper": ATTENTION_PROJECTIONS}
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
 OF_THE_FACTORS = ("fingerprints", "principal_ranks", "base_precision", "calibration")
@@ -30,7 +31,7 @@ class Spectral(FromInputs, LowRank):
 
     kind: ClassVar[str | None] = None
     steering: ClassVar[tuple[str, ...]] = ("preset", "lora_dropout", *OF_THE_GAINS)
-    not_of_peft: ClassVar[tuple[str, ...]] = ("name", "preset", "calibration_text", "calibration_tokens")
+    not_of_peft: ClassVar[tuple[str, ...]] = ("name", "calibration_text", "calibration_tokens")
 
     preset: Literal["function-aware", "paper"] = Field(
         default="function-aware",
@@ -95,10 +96,13 @@ class Spectral(FromInputs, LowRank):
         return self
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
-        """Return a HiP-LoRA configuration."""
+        """Return a HiP-LoRA configuration; the preset's own modules are found by their role in the model."""
         from hiplora.tuner import HipLoraConfig
 
-        return HipLoraConfig(task_type="CAUSAL_LM", **{"principal_channel": False, **self.settings()})
+        settings = {"principal_channel": False, **self.settings()}
+        if settings["target_modules"] == list(ROLES[self.preset]):
+            settings["target_modules"] = None
+        return HipLoraConfig(task_type="CAUSAL_LM", **settings)
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
         """Return the configuration with the factors of the given adapter."""
