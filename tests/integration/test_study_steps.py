@@ -77,6 +77,7 @@ def found(bench, one):
 
 def editing(method="lora", mode="batch", **more):
     settings = {
+        "model": "m",
         "method": METHODS[method],
         "edits": "counterfact.jsonl",
         "limit": 4,
@@ -169,7 +170,13 @@ def test_edits_that_are_not_there_or_a_setting_without_use_are_told(bench):
 
 
 def probing(**more):
-    settings = {"modules": ["q_proj", "v_proj"], "layers": [1], "directions": 3, "choice": "log"}
+    settings = {
+        "model": "m",
+        "modules": ["q_proj", "v_proj"],
+        "layers": [1],
+        "directions": 3,
+        "choice": "log",
+    }
     settings |= {"basis": "weight", "principal_rank": None, "kinds": ["zero", "noise_0.1"], "draws": 2}
     settings |= {"texts": DRIFT["texts"], "tokens": 64, "seed": 1, "scores": {}}
     return job("probe", {**settings, **more})

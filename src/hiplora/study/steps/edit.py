@@ -22,7 +22,7 @@ from hiplora.study.steps.numbers import rounded
 if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
 
-NOT_OF_THE_JOB = ("method", "edits", "drift", "files")
+NOT_OF_THE_JOB = ("model", "method", "edits", "drift", "files")
 
 
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hiplora.study.engine.bench import Bench
 
 WINDOW = 512
-NOT_OF_THE_PROBE = ("texts", "scores", "files")
+NOT_OF_THE_PROBE = ("model", "texts", "scores", "files")
 
 
 def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
