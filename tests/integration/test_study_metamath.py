@@ -10,7 +10,7 @@ from hiplora.study.engine.bench import Bench, Place
 from hiplora.study.engine.store import Store
 from hiplora.study.engine.worker import work
 from hiplora.study.pico_data import write_pico_data
-from hiplora.study.protocols import files, graph, sections
+from hiplora.study.protocols import graph, sections
 from hiplora.study.results import Results
 from tests.tiny import write_jsonl
 
@@ -55,7 +55,7 @@ def test_the_comparison_runs_on_local_files_and_writes_its_results(tmp_path):
     assert section.missing == []
     (drift,) = [store.result(job)["drift"] for job in jobs if store.result(job).get("drift")]
     assert drift["wiki"]["tokens"] == 2 * 47
-    (text,) = files(study, results, ()).values()
+    (text,) = section.files.values()
     record = json.loads(text)
     *_, last = record["train_info"]["metrics"]
     assert last["forgetting"] == math.log(drift["wiki"]["perplexity_ratio"]) != 0

@@ -14,7 +14,6 @@ from hiplora.study.builder import Study
 from hiplora.study.engine.jobs import Graph, Job
 from hiplora.study.engine.todo import todo as find_todo
 from hiplora.study.estimate import Cost, Machine, cost, full_settings
-from hiplora.study.protocols.aims_values import exact
 from hiplora.study.protocols.merge_fail import different_merges
 from hiplora.study.steps.lengths import EDITS, ROWS, TASKS
 from hiplora.study.steps.loads import known, load_of
@@ -174,4 +173,4 @@ def _merges(study: Study) -> dict[str, Any] | None:
     if settings is None:
         return None
     count = different_merges(study, settings).total()
-    return {"different": count, "may_fail_unseen": exact(0, count)[1]}
+    return {"different": count, "may_fail_unseen": 100 * (1 - 0.025 ** (1 / count))}

@@ -2,71 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
-from hiplora.reporting.study.write import write_report
+from hiplora.reporting import Section, save_figure, save_page, save_table
 from hiplora.study.engine.store import export
-from hiplora.study.plan import open_jobs
-from hiplora.study.protocols import files, sections
+from hiplora.study.protocols import sections
+from hiplora.study.records import Findings, paper
 from hiplora.study.results import Results
-from hiplora.study.running import Opened
+from hiplora.study.statistics import detectable
+
+if TYPE_CHECKING:
+    from hiplora.study.running import Opened
 
 RECORDS = "records.jsonl.gz"
+_FIRST = [
+    "protocol",
+    "method",
+    "metric",
+    "domain",
+    "form",
+    "estimate",
+    "low",
+    "high",
+    "sd",
+    "seeds",
+    "items",
+    "unit",
+]
+_NAMED = 5  # jobs that a section names as missing
 
 
 def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write what a study found so far into the folder `out`; return the page's place and what is still missing.
 
-    Beside what `write_report` and the protocols write there is `records.jsonl.gz`, every job's record: `Store.take`
-    reads it, and the study goes on from it on another machine.
+    The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (every number, a row
+    each), what protocols write themselves (claims.json, metamath/), and records.jsonl.gz, every job's record:
+    `hiplora study run --reuse` reads it, and the study goes on from it on another machine.
 
     Raises:
         ConfigError: `out` exists and `overwrite` is False.
     """
+    check_output_dir(out, overwrite)
     graph, store, recipe = opened.graph, opened.store, opened.study.recipe
     found = sections(opened.study, Results(store))
-    left = open_jobs(graph, store)
     records = [record for job in graph if (record := store.record(job)) is not None]
-    summary: dict[str, Any] = {
-        "headline": f"{len(records):,} of {len(graph):,} jobs are done."
-        if left
-        else f"All {len(graph):,} jobs are done.",
-        "model": recipe.model,
-        "seeds": ", ".join(map(str, recipe.seeds)),
-        "tokens trained on": f"{sum(r['result'].get('tokens') or 0 for r in records if r['kind'] == 'train'):,}",
-        "hours of work": f"{sum(r['timing'].get('seconds') or 0 for r in records) / 3600:.1f}",
-    }
-    page = write_report(
-        out,
-        recipe.title or recipe.study,
-        summary,
-        found,
-        _origin(opened, records),
-        overwrite,
-        files=files(opened.study, Results(store), found),
+    numbers = measurements(found)
+    seconds = sum(record["timing"].get("seconds") or 0 for record in records)
+    tokens = sum(record["result"].get("tokens") or 0 for record in records if record["kind"] == "train")
+    subtitle = (
+        f"{len(records):,} of {len(graph):,} jobs are done. Model {recipe.model}, seeds "
+        f"{', '.join(map(str, recipe.seeds))}; {tokens:,} tokens trained on in {seconds / 3600:.1f} hours of work. "
+        f"Values marked as the paper's are of {paper()['model']}."
     )
-    export(store, graph, Path(out) / RECORDS)
+    with staged_dir(out, overwrite) as folder:
+        for one in found:
+            for stem, (_, frame) in one.tables.items():
+                save_table(frame, _made(folder / "tables") / stem)
+            for stem, (_, figure) in one.figures.items():
+                save_figure(figure, _made(folder / "figures") / stem)
+            for name, text in one.files.items():
+                write_atomic(folder / name, text)
+        write_atomic(folder / "measurements.csv", numbers.to_csv(index=False, float_format="%.6g"))
+        export(store, graph, folder / RECORDS)
+        title = recipe.title or recipe.study
+        save_page(
+            folder / "report.html",
+            title,
+            [_section(one) for one in found],
+            subtitle,
+            _origin(opened, records),
+        )
     return {
-        "page": str(page),
-        "sections": {section.name: len(section.missing) for section in found},
+        "page": str(Path(out) / "report.html"),
+        "sections": {one.name: len(one.missing) for one in found},
         "jobs": len(graph),
-        "left": len(left),
-        "measurements": sum(len(section.measurements) for section in found),
+        "left": len(graph) - len(records),
+        "measurements": len(numbers),
     }
+
+
+def measurements(found: Sequence[Findings]) -> pd.DataFrame:
+    """Return every measured number as one table; labels that only some protocols have come last."""
+    parts = [one.measured.assign(protocol=one.name) for one in found if len(one.measured)]
+    numbers = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_FIRST)
+    labels = [name for name in numbers if name not in (*_FIRST, "jobs")]
+    return numbers.reindex(columns=[*_FIRST, *labels, "jobs"])
+
+
+def _section(one: Findings) -> Section:
+    text = one.text
+    if one.missing:
+        named = "; ".join(one.missing[:_NAMED]) + (" …" if len(one.missing) > _NAMED else "")
+        text += f"\n\n{len(one.missing)} jobs are not done yet: {named}"
+    tables = dict(one.tables.values())
+    if len(one.measured):
+        smallest = detectable(one.measured)
+        if len(smallest):
+            caption = "Smallest difference between two methods that can be told from none (median half width)"
+            tables[caption] = smallest
+    return Section(one.title, text, tables=tables, figures=dict(one.figures.values()))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _origin(opened: Opened, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the numbers come from: the recipe, its data, and whatever commits and machines did the jobs."""
-    recipe = opened.study.recipe.model_dump(mode="json", exclude_defaults=True)
-    files = {name: value for job in opened.graph for name, value in _files(job.settings)}
+    """Where the numbers come from: the recipe, its data, and the commits and machines that did the jobs."""
+    files = {
+        name: digest
+        for job in opened.graph
+        for name, digest in (job.settings.get("files") or {}).items()
+        if digest is not None
+    }
     origins = [record["provenance"] for record in records]
+    libraries = {name for origin in origins for name in origin["libraries"]}
     return {
         "report": provenance(),
-        "recipe_sha256": json_sha256(recipe),
-        "data": {name: files[name] for name in sorted(files)},
+        "recipe_sha256": json_sha256(opened.study.recipe.model_dump(mode="json", exclude_defaults=True)),
+        "data": dict(sorted(files.items())),
         "jobs": {
             "commits": sorted({str(origin["commit"]) for origin in origins}),
             "machines": sorted(
@@ -74,15 +135,9 @@ def _origin(opened: Opened, records: list[dict[str, Any]]) -> dict[str, Any]:
             ),
             "libraries": {
                 name: ", ".join(sorted({str(origin["libraries"].get(name)) for origin in origins}))
-                for name in sorted({name for origin in origins for name in origin["libraries"]})
+                for name in sorted(libraries)
             },
             "first": min((origin["time"] for origin in origins), default=None),
             "last": max((origin["time"] for origin in origins), default=None),
         },
     }
-
-
-def _files(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, digest in (settings.get("files") or {}).items():
-        if digest is not None:
-            yield name, digest

@@ -1,138 +1,201 @@
-"""Estimates with intervals, for whatever is computed from scores item by item.
+"""Intervals of a study's numbers: over the items of its tasks, and over its training seeds.
 
-Every number is computed once from the items as they are, and again in each of 10,000 replicates, in which a task's
-items are drawn with replacement, the same for all methods, seeds and merges: what was scored on the same items stays
-paired. An item counts with its mean over the seeds, so that seeds that share their items do not make intervals too
-narrow (docs/metrics.md). `hierarchical` is the paper's own interval beside it.
+Replicates are a wide table: a row a score, column 0 its value, the further ones its value in each of 10,000 bootstrap
+replicates. In a replicate a task's items are drawn with replacement, the same for all rows, so that differences between
+methods stay paired; whatever pandas computes from the rows has its interval in `summary`.
 """
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import pandas as pd
+from numpy.typing import NDArray
 
-from hiplora.metrics import paired_bootstrap, student_margin
+from hiplora.metrics import paired_bootstrap
+from hiplora.metrics.bootstrap import resample_counts
 
 REPLICATES = 10_000
-FAR = 1e6  # a ratio beyond which a side of an interval counts as open
-Draws = NDArray[np.float64]  # (1 + replicates,): the value itself, then the replicates'
+FAR = 1e6  # beyond this a side of a ratio's interval counts as open
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the bounds of its 95 % interval; `sd` is the standard deviation over seeds, where there are some."""
+def replicates(
+    records: pd.DataFrame, by: Sequence[str], seed: int = 0, count: int = REPLICATES
+) -> pd.DataFrame:
+    """Return the mean over the items of each task with its replicates, a row for each value of `by`.
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    sd: float | None = None
-
-    @property
-    def half(self) -> float | None:
-        """Half the width of the interval: of a difference, the smallest that it can tell from none."""
-        return None if self.low is None or self.high is None else (self.high - self.low) / 2
-
-
-class Resampler:
-    """Draws the items of each task, once for everything that is computed from them."""
-
-    def __init__(self, seed: int = 0, replicates: int = REPLICATES):
-        """Take the seed of the draws and their number."""
-        self._seed, self._replicates = seed, replicates
-        self._counts: dict[tuple[str, int], NDArray[np.float32]] = {}
-
-    def mean(self, task: str, items: ArrayLike) -> Draws:
-        """Return the mean over a task's items and, behind it, that of every replicate."""
-        values = np.asarray(items, dtype=np.float32)
-        # Divided in double precision: sums of right answers are exact, and so is then a score that equals a threshold.
-        drawn = (self._drawn(task, len(values)) @ values).astype(float) / len(values)
-        return np.concatenate([[float(np.mean(np.asarray(items, dtype=float)))], drawn])
-
-    def _drawn(self, task: str, count: int) -> NDArray[np.float32]:
-        if (task, count) not in self._counts:
-            generator = np.random.default_rng([self._seed, zlib.crc32(task.encode()), count])
-            drawn = generator.multinomial(count, np.full(count, 1 / count), size=self._replicates)
-            self._counts[task, count] = drawn.astype(np.float32)
-        return self._counts[task, count]
-
-
-def estimate(draws: Draws, by_seed: Sequence[float] = ()) -> Estimate:
-    """Return a value with the interval of its replicates, and the spread of its values by seed."""
-    low, high = np.quantile(draws[1:], (0.025, 0.975))
-    return Estimate(float(draws[0]), float(low), float(high), spread(by_seed))
-
-
-def ratio(here: Draws, there: Draws) -> Estimate:
-    """Return one value over another with the interval of the ratios r that here − r·there may be none at (Fieller).
-
-    Where the other's replicates are all positive these are the quantiles of the ratio; where some are not, a side may
-    be open (None). Where the value itself is not positive, the ratio is infinite and has no interval.
+    `records` have the columns `by`, task, item and value; an item that comes twice counts with its mean. Rows that were
+    scored on other items of a task than most (another number of them) have draws of their own.
     """
+    names = pd.MultiIndex.from_tuples([], names=by)
+    parts = [pd.DataFrame(np.zeros((0, count + 1)), names)]
+    for task, rows in records.groupby("task", sort=False):
+        wide = rows.pivot_table(index="item", columns=list(by), values="value", sort=False)
+        kept = wide.notna().T
+        for _, columns in kept.groupby(
+            [kept.apply(lambda row: row.to_numpy().tobytes(), axis=1)], sort=False
+        ):
+            items = wide[columns.index].dropna().sort_index()
+            drawn = _drawn_means(items.to_numpy(), str(task), seed, count)
+            parts.append(pd.DataFrame(drawn, index=items.columns))
+    return pd.concat(parts[1:] or parts)
+
+
+def _drawn_means(items: NDArray[np.float64], task: str, seed: int, count: int) -> NDArray[np.float64]:
+    """The columns' means and, behind each, its replicates: (columns, 1 + count)."""
+    size = len(items)
+    generator = np.random.default_rng([seed, zlib.crc32(task.encode()), size])
+    means = np.empty((items.shape[1], count + 1))
+    means[:, 0] = items.mean(axis=0)
+    first = 1
+    for times in resample_counts(size, count, generator):
+        means[:, first : first + len(times)] = (times.astype(float) @ items).T / size
+        first += len(times)
+    return means
+
+
+def averaged(draws: pd.DataFrame, over: Sequence[str]) -> pd.DataFrame:
+    """Return the means of replicates over levels of their index."""
+    kept = [name for name in draws.index.names if name not in over]
+    return draws.groupby(level=kept, sort=False).mean()
+
+
+def summary(draws: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
+    """Return estimate, low and high (95 %, over items) of the means over the seeds, their sd over seeds and number."""
+    kept = [name for name in draws.index.names if name != over]
+    means = averaged(draws, [over])
+    low, high = np.quantile(means.to_numpy()[:, 1:], (0.025, 0.975), axis=1) if len(means) else ((), ())
+    seeds = draws[0].groupby(level=kept, sort=False)
+    found = {"estimate": means[0], "low": low, "high": high, "sd": seeds.std(), "seeds": seeds.size()}
+    return pd.DataFrame(found, index=means.index)
+
+
+def with_spread(found: pd.DataFrame, seeds: pd.DataFrame) -> pd.DataFrame:
+    """Return summaries with the spread of each seed's own values, where seeds were not scored on equal items."""
+    groups = seeds[0].groupby(level=found.index.names, sort=False)
+    return found.assign(sd=groups.std(), seeds=groups.size())
+
+
+def differences(draws: pd.DataFrame, first: bool = False, level: str = "method") -> pd.DataFrame:
+    """Return the paired differences of each method's replicates to every one before it, or to the first alone."""
+    names = list(draws.index.unique(level))
+    parts = {
+        (here, there): draws.xs(here, level=level) - draws.xs(there, level=level)
+        for place, here in enumerate(names)
+        for there in names[: 1 if first and place else place]
+    }
+    if not parts:
+        return draws.iloc[:0].assign(minus="").set_index("minus", append=True)
+    found = pd.concat(parts, names=[level, "minus"])
+    return found[found[0].notna()]
+
+
+def ratios(draws: pd.DataFrame, level: str = "method") -> pd.DataFrame:
+    """Return the ratios of each method to every one before it, index as of `differences`, `minus` called `over`.
+
+    Fieller's interval, of the ratios r at which here − r·there may be 0, stays right where the denominator's replicates
+    reach 0: a side of it may be open then (inf). Where the denominator itself is not positive, the ratio is inf.
+    """
+    pairs = differences(draws, level=level).rename_axis(index={"minus": "over"})
+    rows = []
+    for label in pairs.index:
+        names = dict(zip(pairs.index.names, label, strict=True))
+        over = names.pop("over")
+        there = tuple(over if name == level else names[name] for name in draws.index.names)
+        here = tuple(names[name] for name in draws.index.names)
+        rows.append(_ratio(draws.loc[here].to_numpy(), draws.loc[there].to_numpy()))
+    return pd.DataFrame(rows, index=pairs.index, columns=["estimate", "low", "high"])
+
+
+def _ratio(here: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float, float]:
     if not there[0] > 0:
-        return Estimate(math.inf)
-    if bool((there > 0).all()):
-        return estimate(here / there)
-    value = float(here[0] / there[0])
-    return Estimate(value, _last(here, there, value, -1), _last(here, there, value, 1))
+        return math.inf, math.nan, math.nan
+    if (there > 0).all():
+        low, high = np.quantile(here[1:] / there[1:], (0.025, 0.975))
+        return here[0] / there[0], low, high
+    return here[0] / there[0], _edge(here, there, -1), _edge(here, there, 1)
 
 
-def _last(here: Draws, there: Draws, value: float, side: int) -> float | None:
-    """The last ratio on a side of `value` that the replicates allow, None where they allow every one."""
+def _edge(here: NDArray[np.float64], there: NDArray[np.float64], side: int) -> float:
+    """The last ratio on a side of the estimate that 2.5 % of the replicates still allow."""
 
     def allowed(r: float) -> bool:
         return bool(np.mean(side * (here[1:] - r * there[1:]) >= 0) >= 0.025)
 
-    inside, outside = value, value + side * max(1.0, abs(value))
+    inside = here[0] / there[0]
+    outside = inside + side * max(1.0, abs(inside))
     while allowed(outside):
-        inside, outside = outside, value + 2 * (outside - value)
+        inside, outside = outside, outside + 2 * (outside - inside)
         if abs(outside) > FAR:
-            return None
+            return side * math.inf
     for _ in range(60):
         middle = (inside + outside) / 2
         inside, outside = (middle, outside) if allowed(middle) else (inside, middle)
-    return round(inside, 6)  # replicates are exact to about 1e-7
+    return inside
 
 
-def spread(by_seed: Sequence[float]) -> float | None:
-    """Return the standard deviation over seeds, None for fewer than two."""
-    return float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+def student(values: pd.Series, over: str = "seed") -> pd.DataFrame:
+    """Return the means of values over a level of their index with Student's 95 % interval; none of a single value."""
+    from scipy import stats
+
+    groups = values.groupby(level=[name for name in values.index.names if name != over], sort=False)
+    found = pd.DataFrame({"estimate": groups.mean(), "sd": groups.std(), "seeds": groups.size()})
+    margin = stats.t.ppf(0.975, found.seeds - 1) * found.sd / np.sqrt(found.seeds)
+    return found.assign(low=found.estimate - margin, high=found.estimate + margin)
 
 
-def over_seeds(items: Sequence[Sequence[float]]) -> list[float]:
-    """Return each item's mean over the seeds: `items[seed][item]`."""
-    return np.mean(np.asarray(items, dtype=float), axis=0).tolist()
+def geometric(values: pd.Series, over: str = "seed") -> pd.DataFrame:
+    """Return the geometric means of values over a level with Student's interval of their logarithms."""
+    found = student(np.log(values), over)
+    return found.assign(**{name: np.exp(found[name]) for name in ("estimate", "low", "high")}).drop(
+        columns="sd"
+    )
 
 
-def by_seed(values: Sequence[float], seeds: int) -> NDArray[np.float64]:
-    """Return values that stand seed after seed, equally many of each, as (seeds, values a seed)."""
-    return np.reshape(np.asarray(values, dtype=float), (seeds, -1))
+def hierarchical(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Return the paper's interval of the means for each value of `by`: seeds are drawn, then items within each seed."""
+    found = {}
+    for label, rows in records.groupby(list(by), sort=False):
+        seeds = [one.to_numpy() for _, one in rows.groupby("seed", sort=False)["value"]]
+        interval = paired_bootstrap({"": seeds}).mean[""]
+        found[label] = (interval.low, interval.high)
+    columns = ["hierarchical_low", "hierarchical_high"]
+    index = pd.MultiIndex.from_tuples(found, names=by)
+    return pd.DataFrame(list(found.values()), index, columns)
 
 
-def hierarchical(values: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Estimate]:
-    """Return the paper's interval of each method's mean, of `values[method][seed][instance]`: seeds are drawn, then
-    instances within each.
+def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -> pd.DataFrame:
+    """Return each method's mean drift by text, and its ratio to every method before it, as measurements.
+
+    Ratios are geometric means over paired runs, with Student's interval over the seeds; without one where runs of
+    different seeds are of `shared` adapters.
     """
-    if not values:
-        return {}
-    found = paired_bootstrap(values)
-    return {name: Estimate(one.estimate, one.low, one.high) for name, one in found.mean.items()}
+    kl = records[records.metric == "kl"].rename(columns={"task": "text"})
+    if kl.empty:
+        return pd.DataFrame()
+    pairing = [name for name in ("domain", "merge") if name in kl]
+    values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
+    seeds = values.groupby(level=[*by, "method", "text", "seed"], sort=False).mean()
+    means = student(seeds)[["estimate", "sd", "seeds"]].assign(low=np.nan, high=np.nan)
+    logs = np.log(values.where(values > 0)).to_frame(0)
+    apart = differences(logs).rename_axis(index={"minus": "over"})[0]
+    levels = [name for name in apart.index.names if name not in pairing]
+    over = geometric(np.exp(apart.groupby(level=levels, sort=False).mean(numeric_only=True)))
+    if shared:
+        means["sd"] = over["low"] = over["high"] = np.nan
+    told = means.reset_index().assign(metric="drift", unit="nats/token")
+    return pd.concat([told, over.reset_index().assign(metric="drift ratio", unit="ratio")])
 
 
-def student(values: Sequence[float]) -> Estimate:
-    """Return the mean of values, one a seed, with the interval of Student's t over them; of one value there is none."""
-    middle, sd = float(np.mean(values)), spread(values)
-    if sd is None:
-        return Estimate(middle)
-    margin = student_margin(sd, len(values))
-    return Estimate(middle, middle - margin, middle + margin, sd)
+def detectable(measured: pd.DataFrame) -> pd.DataFrame:
+    """Return the smallest difference that can be told from none: the median half width of the intervals of each metric.
 
-
-def geometric(values: Sequence[float]) -> Estimate:
-    """Return the geometric mean of positive values, with the interval of Student's t over them (their logarithms)."""
-    logs = student(np.log(np.asarray(values, dtype=float)).tolist())
-    if logs.low is None or logs.high is None:
-        return Estimate(math.exp(logs.value))
-    return Estimate(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high))
+    A row a metric, and form or rule where there are several.
+    """
+    if not {"low", "high"} <= set(measured):
+        return pd.DataFrame()
+    found = measured[measured.metric.str.endswith("difference") & measured.low.notna()]
+    by = [name for name in ("metric", "form", "rule", "set", "mode", "domain", "unit") if name in found]
+    half = ((found.high - found.low) / 2).rename("smallest detectable")
+    return half.groupby([found[name].fillna("") for name in by], sort=False).median().reset_index()

@@ -1,101 +1,132 @@
-"""Estimates with intervals from scores item by item."""
-
-import math
+"""Intervals over items and seeds."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
+from hiplora.study import statistics
 from hiplora.study.statistics import (
-    Estimate,
-    Resampler,
-    estimate,
+    detectable,
+    differences,
+    drift,
     geometric,
     hierarchical,
-    over_seeds,
-    ratio,
-    spread,
+    ratios,
+    replicates,
+    student,
+    summary,
 )
 
-ITEMS = np.random.default_rng(0).normal(50, 10, 200).tolist()
+
+def records(values, task="gsm8k"):
+    """Tidy rows of values[method][seed] = items."""
+    return pd.DataFrame(
+        [
+            {"method": method, "seed": seed, "task": task, "item": item, "value": value}
+            for method, seeds in values.items()
+            for seed, items in enumerate(seeds)
+            for item, value in enumerate(items)
+        ]
+    )
 
 
-def test_the_first_draw_is_the_mean_itself():
-    draws = Resampler().mean("task", ITEMS)
-    assert draws[0] == pytest.approx(np.mean(ITEMS))
-    assert len(draws) == 10_001
+RANDOM = np.random.default_rng(0).uniform(0, 100, size=(2, 3, 40))
+VALUES = {"a": RANDOM[0], "b": RANDOM[1]}
+BY = ["method", "seed"]
 
 
-def test_an_interval_is_that_of_the_mean():
-    found = estimate(Resampler().mean("task", ITEMS))
-    expected = 1.96 * np.std(ITEMS) / np.sqrt(len(ITEMS))
-    assert found.half == pytest.approx(expected, rel=0.05)
-    assert found.low < found.value < found.high
+def test_the_first_column_is_the_mean_and_the_interval_that_of_the_mean_over_the_seeds():
+    found = summary(replicates(records(VALUES), BY))
+    items = RANDOM[0].mean(axis=0)
+    expected = stats.bootstrap([items], np.mean, method="percentile", n_resamples=20_000, rng=1)
+    assert found.estimate["a"] == pytest.approx(RANDOM[0].mean())
+    assert (found.low["a"], found.high["a"]) == pytest.approx(expected.confidence_interval, abs=0.4)
+    assert (found.sd["a"], found.seeds["a"]) == (pytest.approx(RANDOM[0].mean(axis=1).std(ddof=1)), 3)
 
 
-def test_what_is_scored_on_the_same_items_stays_paired():
-    draws = Resampler()
-    better = [value + 1 for value in ITEMS]
-    difference = estimate(draws.mean("task", better) - draws.mean("task", ITEMS))
-    assert difference.value == pytest.approx(1)
-    assert difference.half == pytest.approx(0, abs=1e-3)
-    apart = estimate(draws.mean("other", better) - draws.mean("task", ITEMS))
-    assert apart.half > 1
+def test_methods_share_their_draws_so_that_a_constant_difference_has_no_width():
+    shifted = {"a": VALUES["a"], "b": VALUES["a"] + 5}
+    found = summary(differences(replicates(records(shifted), BY))).loc[("b", "a")]
+    assert tuple(found[["estimate", "low", "high"]]) == pytest.approx((5, 5, 5))
+    assert found.sd == pytest.approx(0)
 
 
-def test_the_same_seed_gives_the_same_draws():
-    assert np.array_equal(Resampler(3).mean("a", ITEMS), Resampler(3).mean("a", ITEMS))
-    assert not np.array_equal(Resampler(3).mean("a", ITEMS), Resampler(4).mean("a", ITEMS))
+def test_every_method_is_compared_with_all_before_it_or_with_the_first():
+    draws = replicates(records({name: [[1.0, 2.0]] for name in "abc"}), BY)
+    assert list(differences(draws).index.droplevel("seed")) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert list(differences(draws, first=True).index.droplevel("seed")) == [("b", "a"), ("c", "a")]
 
 
-def test_items_are_averaged_over_seeds():
-    assert over_seeds([[0, 100], [100, 100]]) == [50, 100]
+def test_chunks_of_draws_change_nothing(monkeypatch):
+    whole = replicates(records(VALUES), BY)
+    monkeypatch.setattr("hiplora.metrics.bootstrap._CHUNK", 40 * 7)
+    assert np.array_equal(whole, replicates(records(VALUES), BY))
 
 
-def test_the_spread_needs_two_seeds():
-    assert spread([1.0]) is None
-    assert spread([1.0, 3.0]) == pytest.approx(np.sqrt(2))
+def test_rows_of_other_items_have_draws_of_their_own():
+    rows = pd.concat([records({"a": [[0.0, 100.0]]}), records({"b": [[0.0, 100.0, 50.0]]})])
+    found = replicates(rows, BY)
+    assert found[0].tolist() == [50, 50]
+    assert set(np.unique(found.loc["a"].to_numpy())) == {0, 50, 100}
 
 
-def test_the_papers_interval_draws_seeds_too():
-    seeds = [[10.0] * 50, [20.0] * 50, [30.0] * 50]
-    found = hierarchical({"method": seeds})["method"]
-    assert found.value == pytest.approx(20)
-    assert (found.low, found.high) == (pytest.approx(40 / 3, abs=4), pytest.approx(80 / 3, abs=4))
-    assert hierarchical({}) == {}
+@pytest.mark.parametrize(
+    "low", [1.0, -20.0]
+)  # a denominator that is positive in all replicates, and one that is not
+def test_the_interval_of_a_ratio_is_fiellers(low):
+    there, here = np.random.default_rng(1).uniform(low, 30, size=(2, 40))
+    draws = replicates(records({"a": [there], "b": [here]}), BY)
+    found = ratios(draws).loc[("b", "a", 0)]
+    assert found.estimate == pytest.approx(np.mean(here) / np.mean(there))
+    x, y = draws.to_numpy()[1, 1:], draws.to_numpy()[0, 1:]
+    for bound, side in ((found.low, -1), (found.high, 1)):
+        assert np.mean(side * (x - bound * y) >= 0) == pytest.approx(0.025, abs=0.005)
 
 
-def test_ratios_have_a_geometric_mean_and_the_interval_of_their_logarithms():
-    found = geometric([2.0, 8.0])
-    assert found.value == pytest.approx(4)
-    assert found.low * found.high == pytest.approx(16)
-    # two values: t with one degree of freedom, 12.706 · sd / √2 of the logarithms
-    assert np.log(found.high / 4) == pytest.approx(12.706 * np.log(4) / np.sqrt(2) / np.sqrt(2), rel=1e-3)
-    assert geometric([3.0]).low is None
+def test_a_ratio_whose_denominator_may_be_none_is_open_and_one_over_nothing_infinite():
+    draws = replicates(records({"a": [[-3.0, 3.5]], "b": [[1.0, 1.0]], "c": [[0.0, 0.0]]}), BY)
+    found = ratios(draws)
+    assert np.isinf(found.high[("b", "a", 0)])
+    assert found.estimate[("c", "b", 0)] == 0
+    nothing = ratios(draws.iloc[::-1])
+    assert np.isinf(nothing.estimate[("b", "c", 0)])
+    assert np.isnan(nothing.low[("b", "c", 0)])
 
 
-def test_a_ratio_over_what_is_positive_throughout_has_the_quantiles_of_the_ratio():
-    here, there = np.array([2.0, 1.0, 3.0]), np.array([4.0, 4.0, 4.0])
-    assert ratio(here, there) == estimate(here / there)
-    assert ratio(here, np.array([0.0, 4.0, 4.0])) == Estimate(math.inf)
+def test_the_interval_over_seeds_is_students():
+    values = pd.Series([1.0, 2.0, 4.0], pd.MultiIndex.from_product([["a"], range(3)], names=BY))
+    expected = stats.ttest_1samp(values, 0).confidence_interval()
+    found = student(values).loc["a"]
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert np.isnan(student(values.iloc[:1]).low["a"])
+    logs = geometric(np.exp(values)).loc["a"]
+    assert (np.log(logs.low), np.log(logs.high)) == pytest.approx((expected.low, expected.high))
 
 
-def test_a_ratio_over_what_is_seldom_none_is_bounded_and_agrees_with_the_contrast():
-    """Fieller: r is allowed where here − r·there is none within its own interval."""
-    generator = np.random.default_rng(0)
-    here, there = generator.normal(1, 0.3, 20_001), generator.normal(4, 1.5, 20_001)
-    here[0], there[0] = 1, 4
-    assert (there <= 0).any()
-    found = ratio(here, there)
-    assert found.low < found.value == 0.25 < found.high
-    for bound in (found.low, found.high):
-        low, high = np.quantile((here - bound * there)[1:], (0.025, 0.975))
-        assert min(abs(low), abs(high)) < 0.01
+def test_the_papers_interval_draws_seeds_and_then_items():
+    found = hierarchical(records(VALUES), ["method"]).iloc[0]
+    assert found.hierarchical_low < summary(replicates(records(VALUES), BY)).low["a"]
+    assert found.hierarchical_high - found.hierarchical_low < 60
 
 
-def test_a_ratio_over_what_is_often_none_has_an_open_side():
-    generator = np.random.default_rng(0)
-    here, there = generator.normal(3, 0.3, 20_001), generator.normal(1, 1, 20_001)
-    here[0], there[0] = 3, 1
-    found = ratio(here, there)
-    assert found.low < 3
-    assert found.high is None
+def test_drift_is_compared_run_by_run_with_an_interval_over_seeds():
+    rows = [
+        {"method": method, "seed": seed, "domain": domain, "task": "prose", "metric": "kl", "value": kl}
+        for method, by_seed in {"a": [(1, 2), (1, 2)], "b": [(0.1, 0.4), (0.2, 0.3)]}.items()
+        for seed, pair in enumerate(by_seed)
+        for domain, kl in zip(("x", "y"), pair, strict=True)
+    ]
+    found = drift(pd.DataFrame(rows)).set_index(["metric", "method"])
+    assert found.estimate[("drift", "a")] == 1.5
+    ratio = found.loc[("drift ratio", "b")]
+    assert ratio.estimate == pytest.approx((0.1 * 0.2 * 0.2 * 0.15) ** 0.25)
+    assert ratio.low < ratio.estimate < ratio.high
+    assert drift(pd.DataFrame(rows), shared=True).low.isna().all()
+
+
+def test_the_smallest_detectable_difference_is_the_median_half_width():
+    rows = {"metric": ["retain difference"] * 3 + ["retain"], "low": [0, 1, 2, 0], "high": [2, 5, 8, 100]}
+    assert detectable(pd.DataFrame(rows))["smallest detectable"].tolist() == [2]
+    assert detectable(pd.DataFrame({"metric": ["loss"]})).empty
+    assert statistics.REPLICATES == 10_000

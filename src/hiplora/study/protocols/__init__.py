@@ -1,85 +1,133 @@
-"""The protocols of a study, one a file: the jobs that each asks for, and the section that it makes of their results."""
+"""The protocols of a study, one a file: settings, the jobs that each asks for, and the tables of their results."""
 
-import importlib
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Protocol
+from __future__ import annotations
 
-from hiplora.recipes.protocols import Protocols
-from hiplora.reporting.study.spec import Section
-from hiplora.study.builder import Study
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
 from hiplora.study.engine.jobs import Graph, Job
-from hiplora.study.results import Results
+from hiplora.study.protocols import (
+    ablations,
+    allocation,
+    claims,
+    continual,
+    cost,
+    editing,
+    frontier,
+    lambda_curve,
+    merge_fail,
+    merging,
+    metamath,
+    rank_one,
+    selection,
+    single_task,
+)
+from hiplora.study.protocols.ablations import Ablations
+from hiplora.study.protocols.allocation import Allocation
+from hiplora.study.protocols.claims import Claims
+from hiplora.study.protocols.continual import Continual
+from hiplora.study.protocols.cost import CostTable
+from hiplora.study.protocols.editing import Editing
+from hiplora.study.protocols.frontier import FrontierSettings
+from hiplora.study.protocols.lambda_curve import LambdaCurve
+from hiplora.study.protocols.merge_fail import MergeFail
+from hiplora.study.protocols.merging import Merging
+from hiplora.study.protocols.metamath import MetaMath
+from hiplora.study.protocols.rank_one import RankOne
+from hiplora.study.protocols.selection import Selection
+from hiplora.study.protocols.settings import Settings
+from hiplora.study.protocols.single_task import AdaLora, SingleTask
+from hiplora.study.records import Findings
 
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.results import Results
 
-class ProtocolModule(Protocol):
-    """What each file of this package has.
-
-    One that judges what the others found, and stands after them in `Protocols`, has `section_after(study, settings,
-    results, sections)` instead of `section`. One that writes files of its own into the report's folder also has
-    `files(study, settings, results, sections)`, which returns name → text.
-    """
-
-    def jobs(self, study: Study, settings: Any) -> list[Job]:
-        """Return the jobs whose results the section reads; what they need comes with them."""
-
-    def section(self, study: Study, settings: Any, results: Results) -> Section:
-        """Return what the results say, as far as they are there."""
-
-
+MODULES: dict[str, Any] = {
+    "single_task": single_task,
+    "merging": merging,
+    "merge_fail": merge_fail,
+    "adalora": single_task,
+    "lambda_curve": lambda_curve,
+    "allocation": allocation,
+    "ablations": ablations,
+    "continual": continual,
+    "editing": editing,
+    "rank_one": rank_one,
+    "selection": selection,
+    "cost": cost,
+    "frontier": frontier,
+    "metamath": metamath,
+    "claims": claims,
+}
 _NAMED = 12  # jobs that a section lists
 
 
-def protocol(name: str) -> ProtocolModule:
-    """Return the protocol of a field of `Protocols`."""
-    module: Any = importlib.import_module(f"hiplora.study.protocols.{name}")
-    return module
+class Protocols(Settings):
+    """Which protocols a study runs."""
+
+    single_task: SingleTask | None = Field(default=None, description="Single-task table with Retain.")
+    merging: Merging | None = Field(default=None, description="Merging: before, after, difference.")
+    merge_fail: MergeFail | None = Field(default=None, description="MergeFail over sizes and thresholds.")
+    adalora: AdaLora | None = Field(default=None, description="Comparison with AdaLoRA.")
+    lambda_curve: LambdaCurve | None = Field(default=None, description="Trade-off over λ.")
+    allocation: Allocation | None = Field(default=None, description="Spectral allocation.")
+    ablations: Ablations | None = Field(default=None, description="Ablations and their dynamics.")
+    continual: Continual | None = Field(default=None, description="Continual tuning.")
+    editing: Editing | None = Field(default=None, description="Knowledge editing.")
+    rank_one: RankOne | None = Field(default=None, description="Rank-1 interventions.")
+    selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
+    cost: CostTable | None = Field(default=None, description="Cost table.")
+    frontier: FrontierSettings | None = Field(
+        default=None, description="Frontiers of learning against drift."
+    )
+    metamath: MetaMath | None = Field(default=None, description="PEFT's own comparison of methods.")
+    claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_aims(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "aims" in value:
+            logging.getLogger(__name__).info("protocols.aims is ignored: hiplora 0.2 has no such protocol")
+            value = {name: settings for name, settings in value.items() if name != "aims"}
+        return value
 
 
-def asked(protocols: Protocols) -> dict[str, Any]:
-    """Return the protocols that a recipe asks for, with their settings, in the order of the report."""
-    return {name: settings for name, settings in protocols if settings is not None}
+def asked(protocols: Protocols) -> Iterator[tuple[Any, Any]]:
+    """Yield the module and settings of each protocol that a recipe asks for, in the order of the report."""
+    for name, module in MODULES.items():
+        settings = getattr(protocols, name)
+        if settings is not None:
+            yield module, settings
+
+
+def all_jobs(study: Study) -> list[Job]:
+    """Return the jobs that a study's protocols want; what those need comes with them."""
+    return [job for module, settings in asked(study.recipe.protocols) for job in module.jobs(study, settings)]
 
 
 def graph(study: Study) -> Graph:
     """Return all jobs of a study."""
-    wanted: list[Job] = []
-    for name, settings in asked(study.recipe.protocols).items():
-        wanted += protocol(name).jobs(study, settings)
-    return Graph(wanted)
+    return Graph(all_jobs(study))
 
 
-def files(study: Study, results: Results, sections: Sequence[Section]) -> dict[str, str]:
-    """Return what protocols put into the report's folder beside its own files: name → text."""
-    found: dict[str, str] = {}
-    for name, settings in asked(study.recipe.protocols).items():
-        write = getattr(protocol(name), "files", None)
-        if write is not None:
-            found |= write(study, settings, results, sections)
-    return found
-
-
-def sections(study: Study, results: Results) -> list[Section]:
-    """Return the sections of all protocols that are asked for; those that judge the others see them, and come first."""
-    verdicts: list[Section] = []
-    found: list[Section] = []
-    for name, settings in asked(study.recipe.protocols).items():
+def sections(study: Study, results: Results) -> list[Findings]:
+    """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
+    verdicts, found = [], []
+    for module, settings in asked(study.recipe.protocols):
         results.missing.clear()
         results.lost.clear()
-        module = protocol(name)
-        judge = getattr(module, "section_after", None)
-        if judge is None:
-            section = module.section(study, settings, results)
-            found.append(replace(section, text=[*section.text, *_lost(results)]))
-        else:
-            verdicts.append(judge(study, settings, results, tuple(found)))
+        if isinstance(settings, Claims):
+            verdicts.append(module.judge(study, settings, found))
+            continue
+        one = module.tables(study, settings, results)
+        one.missing = list(results.missing)
+        if results.lost:
+            named = "; ".join(list(results.lost)[:_NAMED])
+            more = f" and {len(results.lost) - _NAMED} more" if len(results.lost) > _NAMED else ""
+            one.text += f"\n\nDiverged in training, so that there are no results: {named}{more}."
+        found.append(one)
     return [*verdicts, *found]
-
-
-def _lost(results: Results) -> Iterator[str]:
-    """Name the jobs that a section has no results of, since a training diverged."""
-    if results.lost:
-        named = list(itertools.islice(results.lost, _NAMED))
-        more = f" and {len(results.lost) - _NAMED:,} more" if len(results.lost) > _NAMED else ""
-        yield f"Diverged in training, so that there is nothing to show of them: {'; '.join(named)}{more}."

@@ -1,189 +1,157 @@
 """Where the updates lie on the spectrum of the base weights: gains against σ, and energy inside the principal part."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import pandas as pd
+from pydantic import Field
 
-from hiplora.recipes.protocols import Allocation
-from hiplora.reporting._old_plots.spectrum import TYPE_ORDER
-from hiplora.reporting.study.spec import Cell, Figure, Grid, Measurement, Plot, Section, Series, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.show import cell, measurement
-from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate, hierarchical
+from hiplora.reporting import plots
+from hiplora.study.protocols.settings import OfMethods, Positive
+from hiplora.study.records import Findings, joined, table, with_jobs
+from hiplora.study.statistics import hierarchical
 
-NAME, TITLE = "allocation", "Where the updates lie"
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
+
 ALL = "all"
-Found = Mapping[str, Sequence[Mapping[str, Any]]]  # title → what was found of its adapters, one a domain
+
+
+class Allocation(OfMethods):
+    """Where the updates lie on the spectrum of the base weights."""
+
+    name: ClassVar[str] = "allocation"
+    title: ClassVar[str] = "Where the updates lie"
+    rank: Positive = Field(default=32, description="Leading directions that count as principal.")
+    domains: list[str] | None = Field(default=None, description="Domains of the adapters; all, if empty.")
 
 
 def jobs(study: Study, settings: Allocation) -> list[Job]:
     """Look at the adapters of every method and domain, of the first seed."""
-    return [job for method in settings.methods for job in _inspections(study, settings, method)]
+    return [job for job, _ in _runs(study, settings)]
 
 
-def section(study: Study, settings: Allocation, results: Results) -> Section:
-    """Tables of the energy inside and of how gains follow σ; the gains over σ and over its rank, by module type."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    used: dict[str, list[Job]] = {}
+def tables(study: Study, settings: Allocation, results: Results) -> Findings:
+    """Return the energy inside and how gains follow σ; the gains over σ and over its rank, by module type."""
+    runs = list(_runs(study, settings))
+    energies, gains, lost = [], [], set()
+    for job, labels in runs:
+        inspected = results.get(job)
+        if inspected is None:
+            lost.add(labels["method"])
+            continue
+        for kind, share in inspected["energy_inside"].items():
+            energies.append({**labels, "type": kind, "value": 100 * share})
+        for one in inspected["modules"] if labels["gains"] else ():
+            rank = np.arange(1, len(one["gains"]) + 1)
+            columns = {
+                "type": one["type"],
+                "module": one["module"],
+                "sigma": one["sigma"],
+                "gain": np.abs(one["gains"]),
+            }
+            gains.append(pd.DataFrame({**columns, "place": rank}).assign(**labels))
+    found = Findings(settings.name, settings.title)
+    if energies:
+        energy = pd.DataFrame(energies)
+        energy = energy[~energy.method.isin(lost)].groupby(["method", "type"], sort=False)["value"].mean()
+        parts = [
+            energy.rename("estimate")
+            .reset_index()
+            .assign(metric="energy inside", unit="%", low=np.nan, high=np.nan)
+        ]
+        moved = pd.concat(gains) if gains else pd.DataFrame()
+        moved = moved[~moved.method.isin(lost)] if gains else moved
+        parts += [_follows(moved), _relative(moved)] if len(moved) else []
+        found.measured = with_jobs(joined(*parts).assign(rank=settings.rank), runs)
+        found.tables[f"{settings.name}-energy"] = (
+            "Energy inside the principal subspaces, %",
+            _table(parts[0], 2),
+        )
+        if len(moved):
+            shown = joined(*parts[1:])
+            shown["method"] += ", " + shown.metric
+            found.tables[f"{settings.name}-gains"] = "How gains follow the spectrum", _table(shown, 3)
+            found.figures = _figures(settings.name, moved)
+    found.text = (
+        f"Energy: share of ‖ΔW‖² that reads and writes the {settings.rank} leading singular directions of the base "
+        "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "
+        "of a module, mean over modules and domains with a 95 % interval over both. Median relative gain: median "
+        "of |δ| / σ, in per cent."
+    )
+    return found
+
+
+def _runs(study: Study, settings: Allocation) -> Iterator[tuple[Job, dict]]:
     for method in settings.methods:
-        title, asked = study.row(method).title, _inspections(study, settings, method)
-        done = [one for job in asked if (one := results.get(job)) is not None]
-        if len(done) == len(asked):
-            found[title], used[title] = done, asked
-    gains = {
-        title: found[title]
-        for method in settings.methods
-        if (title := study.row(method).title) in found
-        and getattr(study.row(method).method, "principal_channel", False)
-    }
-    measurements = [*_energy_measurements(settings, found, used), *_gain_measurements(settings, gains, used)]
-    tables = [_energy_table(settings, found)]
-    figures: list[Figure] = []
-    if gains:
-        tables.append(_gains_table(gains))
-        figures = [_grid(gains, over_rank=False), _grid(gains, over_rank=True)]
-    texts = [_told(settings, found)] if found else []
-    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
+        row = study.row(method)
+        for domain in settings.domains or study.recipe.domains:
+            job = study.inspect(study.adapter(row, domain, study.seeds(settings)[0]), settings.rank)
+            yield (
+                job,
+                {
+                    "method": row.title,
+                    "domain": domain,
+                    "gains": bool(getattr(row.method, "principal_channel", False)),
+                },
+            )
 
 
-def _inspections(study: Study, settings: Allocation, method: str) -> list[Job]:
-    row, seed = study.row(method), study.seeds(settings)[0]
-    domains = settings.domains or list(study.recipe.domains)
-    return [study.inspect(study.adapter(row, domain, seed), settings.rank) for domain in domains]
+def _with_all(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each type, and once more as of all types."""
+    return pd.concat([rows.assign(type=ALL), rows], ignore_index=True)
 
 
-def _types(found: Found) -> list[str]:
-    """The types of the modules, known ones in the order of a layer."""
-    types = dict.fromkeys(row["type"] for some in found.values() for one in some for row in one["modules"])
-    return [kind for kind in TYPE_ORDER if kind in types] + [kind for kind in types if kind not in TYPE_ORDER]
-
-
-def _modules(found: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    """The modules of a type, or all."""
-    return [row for one in found for row in one["modules"] if kind in (row["type"], ALL)]
-
-
-def _inside(found: Sequence[Mapping[str, Any]], kind: str) -> float | None:
-    """The mean over domains of the share of the energy inside in per cent, None where no such module is adapted."""
-    shares = [one["energy_inside"][kind] for one in found if kind in one["energy_inside"]]
-    return 100 * float(np.mean(shares)) if shares else None
-
-
-def _energy_table(settings: Allocation, found: Found) -> Table:
-    types = _types(found)
-    lines = []
-    for title, some in found.items():
-        shares = [_inside(some, kind) for kind in (*types, ALL)]
-        lines.append((title, [Cell(share, digits=2) for share in shares]))
-    note = (
-        f"Share of the update's energy ‖ΔW‖² that reads and writes the {settings.rank} leading singular directions of "
-        "the base weight, in per cent: the mean over domains, first seed. An update that knows nothing of the spectrum "
-        "has about (k / m)(k / n) there. A dash: the method does not adapt such modules."
+def _follows(gains: pd.DataFrame) -> pd.DataFrame:
+    """The mean over modules and domains of Spearman's correlation of |δ| with σ, where neither is constant."""
+    groups = gains.groupby(["method", "type", "module", "domain"], sort=False)[["gain", "sigma"]]
+    values = groups.apply(
+        lambda one: one.gain.corr(one.sigma, "spearman") if one.nunique().min() > 1 else np.nan
     )
-    columns = ["Method", *types, "All modules"]
-    return Table(f"{NAME}-energy", "Energy inside the principal subspaces", columns, lines, note)
+    values = _with_all(values.dropna().rename("value").reset_index()).assign(seed=0)
+    if values.empty:
+        return pd.DataFrame()
+    by = ["method", "type"]
+    bounds = hierarchical(values, by).set_axis(["low", "high"], axis=1)
+    means = values.groupby(by, sort=False)["value"].mean().rename("estimate")
+    return bounds.join(means).reset_index().assign(metric="gain correlation", unit="")
 
 
-def _energy_measurements(
-    settings: Allocation, found: Found, used: Mapping[str, Sequence[Job]]
-) -> Iterator[Measurement]:
-    for title, some in found.items():
-        for kind in (*_types({title: some}), ALL):
-            share = _inside(some, kind)
-            if share is not None:
-                setting = {"type": kind, "rank": settings.rank}
-                yield measurement(
-                    NAME, title, "energy inside", Estimate(share), used[title], unit="%", setting=setting
-                )
-
-
-def _follows(found: Sequence[Mapping[str, Any]], kind: str) -> Estimate | None:
-    """The mean over modules and domains of Spearman's correlation of |δ| with σ, its interval over these; None where it
-    has no meaning.
-    """
-    from scipy.stats import spearmanr
-
-    values = []
-    for row in _modules(found, kind):
-        sizes = np.abs(row["gains"])
-        if len(set(sizes)) > 1 and len(set(row["sigma"])) > 1:
-            values.append(float(spearmanr(sizes, row["sigma"]).statistic))
-    return hierarchical({kind: [values]})[kind] if values else None
-
-
-def _relative(found: Sequence[Mapping[str, Any]], kind: str) -> Estimate | None:
+def _relative(gains: pd.DataFrame) -> pd.DataFrame:
     """The median of |δ| / σ in per cent."""
-    shares = [
-        abs(gain) / sigma
-        for row in _modules(found, kind)
-        for gain, sigma in zip(row["gains"], row["sigma"], strict=True)
-        if sigma > 0
-    ]
-    return Estimate(100 * float(np.median(shares))) if shares else None
-
-
-def _gains_table(gains: Found) -> Table:
-    types, lines = [*_types(gains), ALL], []
-    for title, some in gains.items():
-        follows = [_follows(some, kind) for kind in types]
-        relative = [_relative(some, kind) for kind in types]
-        lines.append((f"{title}, correlation", [cell(found, digits=2) for found in follows]))
-        lines.append((f"{title}, median |δ| / σ in %", [cell(found, digits=3) for found in relative]))
-    note = (
-        "Correlation: Spearman's, of |δ| with σ among the directions of a module, mean over modules and domains. Above "
-        "0, strong directions move more; below it, less, as a price that grows with σ makes them. Brackets: 95 % "
-        "intervals over modules and domains."
-    )
-    return Table(
-        f"{NAME}-gains", "How gains follow the spectrum", ["Method", *types[:-1], "All modules"], lines, note
-    )
-
-
-def _gain_measurements(
-    settings: Allocation, gains: Found, used: Mapping[str, Sequence[Job]]
-) -> Iterator[Measurement]:
-    for title, some in gains.items():
-        for kind in (ALL, *_types({title: some})):
-            for metric, value, unit in (
-                ("gain correlation", _follows(some, kind), ""),
-                ("median relative gain", _relative(some, kind), "%"),
-            ):
-                if value is not None:
-                    setting = {"type": kind, "rank": settings.rank}
-                    yield measurement(NAME, title, metric, value, used[title], unit=unit, setting=setting)
-
-
-def _grid(gains: Found, over_rank: bool) -> Grid:
-    """|δ| of every direction, one plot a module type: over σ, or over the direction's place by σ."""
-    plots = []
-    for kind in _types(gains):
-        series = []
-        for title, some in gains.items():
-            points = [
-                (place if over_rank else sigma, abs(gain))
-                for row in _modules(some, kind)
-                for place, (sigma, gain) in enumerate(zip(row["sigma"], row["gains"], strict=True), 1)
-            ]
-            series.append(Series(title, [float(x) for x, _ in points], [y for _, y in points]))
-        label = "direction, by σ" if over_rank else "σ of the base weight"
-        name = f"{NAME}-{kind.replace('_', '-').lower()}"
-        plots.append(Plot(name, kind, label, "|δ|", series, "points", x_log=not over_rank, y_log=True))
-    what = "place" if over_rank else "strength"
-    note = "A dot is a protected direction of one module after training on one domain; first seed."
-    name = f"{NAME}-{'rank' if over_rank else 'sigma'}"
-    return Grid(name, f"How far each gain moved, by the {what} of its direction", plots, note)
-
-
-def _told(settings: Allocation, found: Found) -> str:
-    shares = ", ".join(
-        f"{share:.2f} % with {title}"
-        for title, some in found.items()
-        if (share := _inside(some, ALL)) is not None
-    )
+    rows = _with_all(gains[gains.sigma > 0])
+    medians = (100 * rows.gain / rows.sigma).groupby([rows["method"], rows["type"]], sort=False).median()
     return (
-        f"Of the update's energy, this much reads and writes the {settings.rank} leading directions of the base "
-        f"weights: {shares}."
+        medians.rename("estimate")
+        .reset_index()
+        .assign(metric="median relative gain", unit="%", low=np.nan, high=np.nan)
     )
+
+
+def _table(numbers: pd.DataFrame, digits: int) -> pd.DataFrame:
+    wide = table(numbers, "type", digits=digits)
+    order = [kind for kind in plots.TYPE_ORDER if kind in wide]
+    order += [kind for kind in wide if kind not in (*order, ALL)]
+    return wide[[*order, ALL]].rename(columns={ALL: "All modules"})
+
+
+def _figures(name: str, gains: pd.DataFrame) -> dict:
+    """|δ| of every direction, a panel a module type: over σ, and over the direction's place by σ."""
+    look = {"y": "gain", "group": "method", "ylabel": "|δ|", "logy": True}
+    moved = gains[gains.gain > 0]
+    if moved.empty:
+        return {}
+    over_sigma = plots.facets(
+        moved, "type", plots.scatter, x="sigma", xlabel="σ of the base weight", logx=True, **look
+    )
+    over_rank = plots.facets(moved, "type", plots.scatter, x="place", xlabel="direction, by σ", **look)
+    caption = "How far each gain moved, by the {} of its direction; first seed"
+    return {
+        f"{name}-sigma": (caption.format("strength"), over_sigma),
+        f"{name}-rank": (caption.format("place"), over_rank),
+    }

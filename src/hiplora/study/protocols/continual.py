@@ -1,206 +1,161 @@
 """One adapter trained on one domain after the other: the whole matrix of scores, AvgAcc and Forgetting (C.4)."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
 
-from hiplora.recipes.protocols import Continual
-from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Figure, Grid, Matrix, Measurement, Section, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.continual_runs import (
-    METRICS,
-    Learner,
-    Scores,
-    base_scores,
-    learners_of,
-    order_of,
-    stages_of,
-    tasks_of,
-    titles_of,
-)
-from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
-from hiplora.study.protocols.show import (
-    NONE,
-    cell,
-    difference,
-    form_told,
-    marked,
-    measurement,
-    paper_column,
-    smallest_told,
-)
-from hiplora.study.results import FORMS, Results
-from hiplora.study.statistics import Resampler, estimate, ratio
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
-NAME, TITLE, BASE = "continual", "Continual tuning", "Base model"
+import pandas as pd
+from pydantic import Field
+
+from hiplora.metrics import CONTINUAL
+from hiplora.reporting import plots
+from hiplora.study.protocols.settings import OfMethods
+from hiplora.study.protocols.single_task import PAPER_COLUMNS, drift_table
+from hiplora.study.records import (
+    BASE,
+    Findings,
+    joined,
+    measured,
+    paper_value,
+    scored,
+    table,
+    tidy,
+    with_jobs,
+)
+from hiplora.study.statistics import averaged, differences, drift, ratios, replicates, summary
+
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
+
+COLUMNS = {
+    "average accuracy": "AvgAcc",
+    "forgetting": "Forgetting",
+    "backward transfer": "Backward transfer",
+    "learned accuracy": "Just after training",
+}
+
+
+class Continual(OfMethods):
+    """One adapter trained on one domain after the other."""
+
+    name: ClassVar[str] = "continual"
+    title: ClassVar[str] = "Continual tuning"
+    order: list[str] | None = Field(
+        default=None, min_length=2, description="Domains in order; as they stand."
+    )
 
 
 def jobs(study: Study, settings: Continual) -> list[Job]:
     """Score the base, and every stage of every method and seed on the tasks of all domains."""
-    stages = [
-        job for method in settings.methods for jobs in stages_of(study, settings, method) for job in jobs
-    ]
-    return [study.score(), *stages]
+    return [job for job, _ in _runs(study, settings)]
 
 
-def section(study: Study, settings: Continual, results: Results) -> Section:
-    """Tables of the paper's two numbers in both forms, every task after every stage, the drift after the last stage."""
-    draws = Resampler()
-    tables: list[Table] = []
-    figures: list[Figure] = []
-    measurements: list[Measurement] = []
-    texts: list[str] = []
-    for form in FORMS:
-        base = base_scores(study, settings, results, form, draws)
-        found = learners_of(study, settings, results, form, draws)
-        tables += [_table(base, found, form), _stage_table(study, settings, base, found, form)]
-        measurements += _measurements(study, settings, base, found, form)
-        figures += [_matrices(study, settings, base, found, form)] if found else []
-        texts += _texts(base, found, form)
-    runs = {
-        study.row(method).title: [stages[-1] for stages in stages_of(study, settings, method)]
-        for method in settings.methods
-    }
-    moved = drifts(runs, results)
-    if any(moved.values()):
-        tables.append(drift_table(moved, f"{NAME}-drift", "Drift after all stages", "seeds"))
-        measurements += drift_measurements(moved, runs, NAME, len(study.seeds(settings)))
-    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
-
-
-def _table(base: Scores | None, learners: Sequence[Learner], form: str) -> Table:
-    rows = []
-    for one in learners:
-        cells = []
-        for name, (column, _) in METRICS.items():
-            paper = (
-                paper_value("continual", one.title, column)
-                if form == "accuracy" and column in ("AvgAcc", "Forgetting")
-                else None
+def tables(study: Study, settings: Continual, results: Results) -> Findings:
+    """Return the paper's numbers in both forms, every task after every stage, and the drift after the last stage."""
+    runs = list(_runs(study, settings))
+    records = tidy(results, runs)
+    found = Findings(settings.name, settings.title)
+    order = _order(study, settings)
+    last = records[(records.stage == len(order)) & (records.method != BASE)]
+    moved = drift(last)
+    numbers = _measured(study, settings, records)
+    found.measured = with_jobs(joined(numbers, moved), runs)
+    titles = {domain: study.recipe.domains[domain].title for domain in order}
+    for form in ("accuracy", "likelihood"):
+        rows = numbers[numbers.form == form]
+        shown = rows[rows.metric.isin(COLUMNS)].assign(column=rows.metric.map(COLUMNS))
+        found.tables[f"{settings.name}-{form}"] = (
+            f"{settings.title}: {form}",
+            table(shown, "column", paper=_paper),
+        )
+        scores = rows[rows.metric == "score"]
+        after = ["" if not stage else f", after {titles[order[int(stage) - 1]]}" for stage in scores.stage]
+        scores = scores.assign(row=scores.method + after, column=scores.domain.map(titles))
+        caption = f"Every task after every stage: {form}, %"
+        found.tables[f"{settings.name}-stages-{form}"] = (
+            caption,
+            table(scores, "column", "row", paper=lambda r: _cell(study, r)),
+        )
+        for place, (method, one) in enumerate(scores[scores.method != BASE].groupby("method", sort=False)):
+            name = f"{settings.name}-matrix-{form}-{place}"
+            wide = one.pivot(index="stage", columns="column", values="estimate")[list(titles.values())]
+            wide.index = [f"after {titles[order[int(stage) - 1]]}" for stage in wide.index]
+            found.figures[name] = (
+                f"{method}: every task after every stage, {form}",
+                plots.heatmap(wide, fmt=".1f", colorbar="%"),
             )
-            cells.append(cell(estimate(one.metric(name), one.seeds(name)), paper))
-        rows.append((one.title, cells))
-    rows = marked(rows, {place: prefer for place, (_, prefer) in enumerate(METRICS.values())})
-    if base is not None:
-        rows.insert(0, (BASE, [cell(estimate(base.mean(axis=0))), *[NONE] * (len(METRICS) - 1)]))
-    columns = ["Method", *(column for column, _ in METRICS.values())]
-    note = (
-        f"{form_told(form)}. AvgAcc: mean over the tasks after the last stage; Forgetting: mean fall from the best "
-        "earlier stage, lower is better; backward transfer: mean change since a task's own stage; ±: standard "
-        "deviation over seeds; brackets: 95 % intervals over items, each with its mean over the seeds."
+    if not moved.empty:
+        found.tables[f"{settings.name}-drift"] = drift_table(moved, "Drift after all stages")
+    found.text = (
+        "AvgAcc: mean over the tasks after the last stage; Forgetting: mean fall from the best earlier stage, lower is "
+        "better; backward transfer: mean change since a task's own stage. Intervals: 95 % over items."
     )
-    return Table(f"{NAME}-{form}", f"{TITLE}: {form}", columns, rows, note)
+    return found
 
 
-def _stage_table(
-    study: Study,
-    settings: Continual,
-    base: Scores | None,
-    learners: Sequence[Learner],
-    form: str,
-) -> Table:
-    """Every task after every stage with its interval: Table 9."""
-    titles = titles_of(study, settings)
-    papers = [paper_column(task) for task in tasks_of(study, settings)]
-    rows = [] if base is None else [(BASE, [cell(estimate(draws)) for draws in base])]
-    for one in learners:
-        for title, scores in zip(titles, one.matrix, strict=True):
-            name = f"{one.title}, after {title}"
-            given = [paper_value("continual-matrix", name, column) for column in papers]
-            shown = given if form == "accuracy" else [None] * len(given)
-            rows.append((name, [cell(estimate(d), paper) for d, paper in zip(scores, shown, strict=True)]))
-    note = (
-        f"{form_told(form)}, mean over the seeds; the stages in order. Brackets: 95 % intervals over items."
+def _order(study: Study, settings: Continual) -> list[str]:
+    return list(settings.order or study.recipe.domains)
+
+
+def _runs(study: Study, settings: Continual) -> Iterator[tuple[Job, dict]]:
+    yield study.score(), {"method": BASE, "stage": 0}
+    for method in settings.methods:
+        row = study.row(method)
+        for seed in study.seeds(settings):
+            adapter = None
+            for stage, domain in enumerate(_order(study, settings), 1):
+                adapter = study.adapter(row, domain, seed, start=adapter)
+                yield study.score(adapter), {"method": row.title, "seed": seed, "stage": stage}
+
+
+def _measured(study: Study, settings: Continual, records: pd.DataFrame) -> pd.DataFrame:
+    domains = {study.recipe.domains[domain].task: domain for domain in _order(study, settings)}
+    items = scored(records)
+    items = items[items.task.isin(domains)].assign(domain=items.task.map(domains))
+    draws = replicates(items, ["form", "method", "seed", "stage", "domain"])
+    columns = ["form", "method", "metric", "stage", "domain", "estimate"]
+    if draws.empty:
+        return joined(columns=columns)
+    parts = [measured(summary(draws), "score", "%")]
+    is_base = draws.index.get_level_values("method") == BASE
+    parts.append(measured(summary(averaged(draws[is_base], ["domain", "stage"])), "average accuracy", "%"))
+    learned = draws[~is_base]
+    for metric, function in CONTINUAL.items() if len(learned) else ():
+        values = {
+            label: function(_matrix(rows, list(domains.values())))
+            for label, rows in learned.groupby(level=["form", "method", "seed"], sort=False)
+        }
+        found = pd.DataFrame(
+            values.values(), pd.MultiIndex.from_tuples(values, names=["form", "method", "seed"])
+        )
+        unit = "%" if "accuracy" in metric else "pp"
+        parts.append(measured(summary(found), metric, unit))
+        parts.append(measured(summary(differences(found)), f"{metric} difference", "pp"))
+        if metric == "forgetting":
+            over = ratios(averaged(found, ["seed"]))
+            parts.append(measured(over, "forgetting ratio", "ratio", seeds=len(study.seeds(settings))))
+    return joined(*parts, columns=columns)
+
+
+def _matrix(rows: pd.DataFrame, domains: list[str]) -> Any:
+    """A run's scores as (stages, tasks, 1 + replicates)."""
+    stages = rows.droplevel(["form", "method", "seed"])
+    return (
+        stages.reindex(pd.MultiIndex.from_product([range(1, len(domains) + 1), domains]))
+        .to_numpy()
+        .reshape(len(domains), len(domains), -1)
     )
-    title = f"Every task after every stage: {form}"
-    return Table(f"{NAME}-stages-{form}", title, ["After", *titles], rows, note)
 
 
-def _measurements(
-    study: Study,
-    settings: Continual,
-    base: Scores | None,
-    learners: Sequence[Learner],
-    form: str,
-) -> Iterator[Measurement]:
-    if base is not None:
-        yield measurement(
-            NAME, BASE, "average accuracy", estimate(base.mean(axis=0)), [study.score()], form=form, unit="%"
-        )
-        for domain, draws in zip(order_of(study, settings), base, strict=True):
-            yield measurement(
-                NAME, BASE, "score", estimate(draws), [study.score()], domain=domain, form=form, unit="%",
-                setting={"stage": 0},
-            )  # fmt: skip
-    for place, one in enumerate(learners):
-        seeds = len(one.by_seed)
-        for name in METRICS:
-            unit = "%" if "accuracy" in name else "pp"
-            found = estimate(one.metric(name), one.seeds(name))
-            yield measurement(NAME, one.title, name, found, one.jobs, form=form, unit=unit, seeds=seeds)
-        yield from _scores(study, settings, one, form)
-        for against in learners[:place]:
-            for name in METRICS:
-                sides = (
-                    (one.title, one.metric(name), one.jobs),
-                    (against.title, against.metric(name), against.jobs),
-                )
-                by_seed = one.seeds(name), against.seeds(name)
-                yield difference(NAME, name, *sides, by_seed=by_seed, form=form, seeds=seeds)
-            yield _ratio(one, against, form)
+def _paper(row: Any) -> float | None:
+    shown = row.form == "accuracy" and row.metric in ("average accuracy", "forgetting")
+    return paper_value("continual", row.method, row.column) if shown else None
 
 
-def _scores(study: Study, settings: Continual, one: Learner, form: str) -> Iterator[Measurement]:
-    """Every cell of the matrix; stages and tasks count from 1."""
-    for stage, row in enumerate(one.matrix):
-        for task, (domain, draws) in enumerate(zip(order_of(study, settings), row, strict=True)):
-            yield measurement(
-                NAME, one.title, "score", estimate(draws, one.by_seed[:, stage, task, 0].tolist()), one.stages[stage],
-                domain=domain, form=form, unit="%", seeds=len(one.by_seed),
-                setting={"stage": stage + 1, "task": task + 1},
-            )  # fmt: skip
-
-
-def _ratio(one: Learner, against: Learner, form: str) -> Measurement:
-    """Forgetting over another method's; where that may forget nothing, its interval may be open."""
-    found = ratio(one.metric("forgetting"), against.metric("forgetting"))
-    return measurement(
-        NAME, one.title, "forgetting ratio", found, [*one.jobs, *against.jobs], form=form, unit="ratio",
-        setting={"over": against.title}, seeds=len(one.by_seed),
-    )  # fmt: skip
-
-
-def _matrices(
-    study: Study,
-    settings: Continual,
-    base: Scores | None,
-    learners: Sequence[Learner],
-    form: str,
-) -> Figure:
-    titles = titles_of(study, settings)
-    names = [*(["base"] if base is not None else []), *(f"after {title}" for title in titles)]
-    before = [] if base is None else [base[:, 0].tolist()]
-    parts = [
-        Matrix(
-            f"{NAME}-matrix-{form}-{place}",
-            one.title,
-            names,
-            titles,
-            [*before, *one.matrix[:, :, 0].tolist()],
-            "%",
-        )
-        for place, one in enumerate(learners)
-    ]
-    note = f"{form_told(form)}, mean over the seeds: a row a stage, a column a task."
-    return Grid(f"{NAME}-matrix-{form}", f"Every task after every stage: {form}", parts, note)
-
-
-def _texts(base: Scores | None, learners: Sequence[Learner], form: str) -> Iterator[str]:
-    if not learners:
-        return
-    kept = ", ".join(f"{one.title} {one.metric('average accuracy')[0]:.1f}" for one in learners)
-    lost = ", ".join(f"{one.title} {one.metric('forgetting')[0]:.1f}" for one in learners)
-    start = "" if base is None else f" (the base: {base[:, 0].mean():.1f})"
-    told = f"By {form}, the mean score after the last stage, in per cent: {kept}{start}. Forgetting, in pp: {lost}."
-    least = smallest_told([one.metric("forgetting") for one in learners])
-    yield f"{told} {least}".strip()
+def _cell(study: Study, row: Any) -> float | None:
+    task = study.recipe.domains[row.domain].task
+    known = row.form == "accuracy" and row.stage
+    return paper_value("continual-matrix", row.row, PAPER_COLUMNS.get(task, task)) if known else None

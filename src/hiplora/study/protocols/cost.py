@@ -1,89 +1,72 @@
 """What each method costs: throughput over steady steps, peak memory, and the one-time cost of its factors (Table 5)."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pandas as pd
+from pydantic import Field
 
-from hiplora.recipes.protocols import CostTable
-from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Cell, Measurement, Section, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.show import NONE, measurement
-from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate, student
+from hiplora.reporting import interval
+from hiplora.study.protocols.settings import OfMethods, Positive
+from hiplora.study.records import Findings, paper_value
+from hiplora.study.statistics import student
 
-NAME, TITLE = "cost", "Cost"
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What was timed of a method, once or in turn with the others; `factors` None for methods without."""
+class CostTable(OfMethods):
+    """Throughput, memory, the one-time cost of the factors."""
 
-    title: str
-    jobs: list[Job]
-    speeds: list[float]  # tokens per second, each time
-    peak_memory: float | None  # bytes
-    factors: tuple[Job, float, float, bool] | None  # job, seconds, bytes, whether they were there already
-    machine: str
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The mean over the times."""
-        return sum(self.speeds) / len(self.speeds)
+    name: ClassVar[str] = "cost"
+    title: ClassVar[str] = "Cost"
+    domain: str = Field(description="Domain whose rows are trained on.")
+    warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
+    steps: Positive = Field(default=200, description="Measured steps.")
+    repeats: Positive = Field(
+        default=1,
+        description="Times that each method is timed, in turn with the others; of one there is no interval.",
+    )
 
 
 def jobs(study: Study, settings: CostTable) -> list[Job]:
     """Time every method, all of them as often as is asked for in turn, and compute the factors of those with some."""
-    found = [
+    timed = [
         _speed(study, settings, method, n) for n in range(settings.repeats) for method in settings.methods
     ]
     factors = [study.factors(study.row(method)) for method in settings.methods]
-    return [*found, *(job for job in factors if job is not None)]
+    return [*timed, *(job for job in factors if job is not None)]
 
 
-def section(study: Study, settings: CostTable, results: Results) -> Section:
-    """The table of Table 5, with ratios to the first method that is named, measured on one machine."""
+def tables(study: Study, settings: CostTable, results: Results) -> Findings:
+    """Return throughput and memory, with ratios to the first method that is named, and the cost of the factors."""
+    found = Findings(settings.name, settings.title)
     costs = {method: _cost(study, settings, results, method) for method in settings.methods}
-    found = [cost for cost in costs.values() if cost is not None]
+    known = [cost for cost in costs.values() if cost is not None]
     first = costs[settings.methods[0]]
-    measurements = [one for cost in found for one in _measurements(cost, first)]
-    table = _table(found, first, study.row(settings.methods[0]).title)
-    return Section(
-        NAME, TITLE, list(_texts(settings, found, first)), [table], (), measurements, list(results.missing)
-    )
-
-
-def _texts(settings: CostTable, found: Sequence[Cost], first: Cost | None) -> Iterator[str]:
-    machines = sorted({cost.machine for cost in found})
-    if machines:
-        yield (
-            f"Measured on {'; '.join(machines)}, each method in a process of its own while nothing else of the study "
-            f"ran, over {settings.steps} steps after {settings.warmup} to warm up, {_times(settings.repeats)} "
-            "Decompositions were timed as jobs among others."
+    if known:
+        found.measured = pd.DataFrame([row for cost in known for row in _measured(cost, first)])
+        found.tables[f"{settings.name}-table"] = (
+            settings.title,
+            _table(found.measured, study.row(settings.methods[0]).title),
         )
-    if len(machines) > 1:
-        yield "Methods were timed on different machines: the ratios below compare those, too."
-    if first is not None and len(found) > 1:
-        others = [(cost.title, _speed_ratio(cost, first)) for cost in found if cost is not first]
-        told = ", ".join(f"{title} {speed.value:.3f}" for title, speed in others)
-        yield f"Tokens per second, as a share of {first.title}'s: {told}.{_told_from_none(others)}"
-
-
-def _times(repeats: int) -> str:
-    if repeats == 1:
-        return "once: there are no intervals."
-    return f"{repeats} times in turn with the others; intervals are Student's t over the times."
-
-
-def _told_from_none(ratios: Sequence[tuple[str, Estimate]]) -> str:
-    """The smallest difference that can be told; nothing where nothing was timed twice."""
-    halves = [ratio.half for _, ratio in ratios if ratio.half is not None]
-    if not halves:
-        return ""
-    return f" A difference to it can be told if it is larger than about {float(np.median(halves)):.3f}."
+    machines = sorted({cost["machine"] for cost in known})
+    times = (
+        "once"
+        if settings.repeats == 1
+        else f"{settings.repeats} times in turn; intervals are Student's t over the times"
+    )
+    found.text = (
+        f"Measured on {'; '.join(machines) or '–'}, each method in a process of its own while nothing else of the "
+        f"study ran, over {settings.steps} steps after {settings.warmup} to warm up, {times}. Factors: computing "
+        "the protected directions once for a base model, calibration included, or verifying them where they were "
+        "cached. Cache: k(m + n + 1) numbers a matrix."
+    )
+    return found
 
 
 def _speed(study: Study, settings: CostTable, method: str, time: int) -> Job:
@@ -102,100 +85,69 @@ def _speed(study: Study, settings: CostTable, method: str, time: int) -> Job:
     return study.job("speed", f"time {row.title}{again}", asked, **needs)
 
 
-def _cost(study: Study, settings: CostTable, results: Results, method: str) -> Cost | None:
+def _cost(study: Study, settings: CostTable, results: Results, method: str) -> dict[str, Any] | None:
+    """What was timed of a method: speeds in tokens per second, peak memory in bytes, and its factors."""
     row, timed = study.row(method), [_speed(study, settings, method, n) for n in range(settings.repeats)]
     if None in [results.get(job) for job in timed]:
         return None
     timings, factors = [results.timing(job) or {} for job in timed], study.factors(row)
-    once = None
-    if factors is not None:
-        made, took = results.get(factors), results.timing(factors)
-        if made is not None and took is not None:
-            once = (factors, took["factorize_seconds"], made["bytes"], took["reused"])
-    memory = [found["peak_memory_bytes"] for found in timings if found["peak_memory_bytes"] is not None]
-    return Cost(
-        row.title,
-        timed,
-        [found["tokens_per_second"] for found in timings],
-        max(memory, default=None),
-        once,
-        ", ".join(filter(None, (timings[0].get("gpu"), results.machine(timed[0])))),
-    )
+    memory = [one["peak_memory_bytes"] for one in timings if one["peak_memory_bytes"] is not None]
+    made = None if factors is None else results.get(factors)
+    return {
+        "title": row.title,
+        "jobs": " ".join(job.key[:8] for job in timed),
+        "speeds": [one["tokens_per_second"] for one in timings],
+        "memory": max(memory, default=None),
+        "factors": None
+        if made is None
+        else {**(results.timing(factors) or {}), "bytes": made["bytes"], "job": factors.key[:8]},
+        "machine": ", ".join(filter(None, (timings[0].get("gpu"), results.machine(timed[0])))),
+    }
 
 
-def _table(found: Sequence[Cost], first: Cost | None, first_title: str) -> Table:
-    columns = [
-        *("Method", "Tokens per second", f"Of {first_title}'s"),
-        *("Peak memory, GB", f"Of {first_title}'s memory", "SVD minutes", "Cache size, GB"),
-    ]
-    rows = [(cost.title, _cells(cost, first)) for cost in found]
-    note = (
-        "SVD minutes: computing the protected directions once for a base model, calibration included; where they were "
-        "in the cache already, the time to verify them, marked as cached; the decomposition is this "
-        "project's certified one, the paper's a randomized one. Cache: k(m + n + 1) numbers a matrix."
-    )
-    return Table(f"{NAME}-table", TITLE, columns, rows, note)
+def _measured(cost: dict[str, Any], first: dict[str, Any] | None) -> list[dict[str, Any]]:
+    label = {"method": cost["title"], "machine": cost["machine"], "jobs": cost["jobs"]}
+    rows = [{"metric": "throughput", "estimate": float(np.mean(cost["speeds"])), "unit": "tokens/s"}]
+    if cost["memory"] is not None:
+        rows.append({"metric": "peak memory", "estimate": cost["memory"], "unit": "bytes"})
+    if first is not None:
+        # The methods were timed in turn: the n-th times are compared with each other.
+        speeds = pd.Series(np.divide(cost["speeds"], first["speeds"]))
+        ratio = student(pd.concat({0: speeds}, names=["of", "seed"])).iloc[0]
+        told = {"unit": "ratio", "over": first["title"]}
+        rows.append({"metric": "throughput ratio", **ratio[["estimate", "low", "high"]], **told})
+        if cost["memory"] and first["memory"]:
+            rows.append({"metric": "peak memory ratio", "estimate": cost["memory"] / first["memory"], **told})
+    if (factors := cost["factors"]) is not None:
+        of = {"jobs": factors["job"]}
+        rows.append(
+            {
+                "metric": "factors",
+                "estimate": factors["factorize_seconds"],
+                "unit": "seconds",
+                "reused": factors["reused"],
+                **of,
+            }
+        )
+        rows.append({"metric": "cache", "estimate": factors["bytes"], "unit": "bytes", **of})
+    return [{**label, **row} for row in rows]
 
 
-def _cells(cost: Cost, first: Cost | None) -> list[Cell]:
-    def paper(column: str) -> float | None:
-        return paper_value("cost", cost.title, column)
-
-    memory, speed_ratio, memory_ratio = cost.peak_memory, *_ratios(cost, first)
-    speed = (
-        Cell()
-        if speed_ratio is None
-        else Cell(speed_ratio.value, speed_ratio.low, speed_ratio.high, digits=3)
-    )
-    shown = [
-        Cell(cost.tokens_per_second, paper=paper("Tokens per second"), digits=0),
-        speed,
-        Cell(None if memory is None else memory / 1e9, paper=paper("Peak memory"), digits=2),
-        Cell(None if memory_ratio is None else memory_ratio.value, digits=3),
-    ]
-    if cost.factors is None:
-        return [*shown, NONE, NONE]
-    _, seconds, size, reused = cost.factors
-    told = "(cached)" if reused else ""
-    return [
-        *shown,
-        Cell(seconds / 60, paper=paper("SVD minutes"), digits=2, text=told),
-        Cell(size / 1e9, paper=paper("Cache size"), digits=4),
-    ]
-
-
-def _ratios(cost: Cost, first: Cost | None) -> tuple[Estimate | None, Estimate | None]:
-    """Throughput and peak memory over the first method's; None while that is missing, or memory unknown."""
-    if first is None:
-        return None, None
-    memory = (
-        Estimate(cost.peak_memory / first.peak_memory) if cost.peak_memory and first.peak_memory else None
-    )
-    return _speed_ratio(cost, first), memory
-
-
-def _speed_ratio(cost: Cost, first: Cost) -> Estimate:
-    """Throughput over the first method's, mean over the times that they were timed in turn."""
-    ratios = [here / there for here, there in zip(cost.speeds, first.speeds, strict=True)]
-    found = student(ratios)
-    return Estimate(found.value, found.low, found.high)
-
-
-def _measurements(cost: Cost, first: Cost | None) -> Iterator[Measurement]:
-    def one(metric: str, value: float, unit: str, used: list[Job], **setting: Any) -> Measurement:
-        told = {"machine": cost.machine, **setting}
-        return measurement(NAME, cost.title, metric, Estimate(value), used, unit=unit, setting=told)
-
-    speed_ratio, memory_ratio = _ratios(cost, first)
-    yield one("throughput", cost.tokens_per_second, "tokens/s", cost.jobs)
-    if cost.peak_memory is not None:
-        yield one("peak memory", cost.peak_memory, "bytes", cost.jobs)
-    for metric, ratio in (("throughput ratio", speed_ratio), ("peak memory ratio", memory_ratio)):
-        if first is not None and ratio is not None:
-            told = {"machine": cost.machine, "over": first.title}
-            used = [*cost.jobs, *first.jobs]
-            yield measurement(NAME, cost.title, metric, ratio, used, unit="ratio", setting=told)
-    if cost.factors is not None:
-        job, seconds, size, reused = cost.factors
-        yield one("factors", seconds, "seconds", [job], reused=reused)
-        yield one("cache", size, "bytes", [job])
+def _table(numbers: pd.DataFrame, first: str) -> pd.DataFrame:
+    columns = {  # metric → heading, scale, digits, the paper's column
+        "throughput": ("Tokens per second", 1.0, 0, "Tokens per second"),
+        "throughput ratio": (f"Of {first}'s", 1.0, 3, None),
+        "peak memory": ("Peak memory, GB", 1e9, 2, "Peak memory"),
+        "peak memory ratio": (f"Of {first}'s memory", 1.0, 3, None),
+        "factors": ("SVD minutes", 60.0, 2, "SVD minutes"),
+        "cache": ("Cache size, GB", 1e9, 4, "Cache size"),
+    }
+    found: dict[str, dict[str, str]] = {}
+    for row in numbers.to_dict("records"):
+        heading, scale, digits, theirs = columns[row["metric"]]
+        text = interval(row["estimate"] / scale, row.get("low"), row.get("high"), digits)
+        text += " (cached)" if row["metric"] == "factors" and row["reused"] else ""
+        paper = None if theirs is None else paper_value("cost", row["method"], theirs)
+        found.setdefault(row["method"], {})[heading] = text if paper is None else f"{text} (paper: {paper:g})"
+    wide = pd.DataFrame.from_dict(found, orient="index").rename_axis("Method")
+    return wide[[one[0] for one in columns.values() if one[0] in wide]].fillna("–")

@@ -1,59 +1,110 @@
 """How many merges fail, over their size, the rule and the threshold τ: MergeFail, as in appendix C.3 of the paper."""
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hiplora.metrics import MergeInstance, merge_instances
-from hiplora.recipes.protocols import MergeFail
-from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Figure, Grid, Measurement, Plot, Section, Series, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
-from hiplora.study.protocols.merges import Judged, MergeScores, merge_of, needed, rule_title
-from hiplora.study.protocols.show import cell, difference, form_told, marked, measurement, smallest_told
-from hiplora.study.results import FORMS, Results
-from hiplora.study.statistics import Resampler, by_seed, estimate, hierarchical
+import pandas as pd
+from pydantic import Field
 
-NAME, TITLE = "merge-fail", "Merges that fail"
+from hiplora.metrics import falls_below
+from hiplora.reporting import plots
+from hiplora.study.protocols.merging import merge_of, rule_title
+from hiplora.study.protocols.settings import OfMethods, Positive, Rules, Share
+from hiplora.study.protocols.single_task import drift_table
+from hiplora.study.records import Findings, joined, measured, paper_value, scored, table, tidy, with_jobs
+from hiplora.study.statistics import averaged, differences, drift, hierarchical, replicates, summary
+
+if TYPE_CHECKING:
+    from hiplora.metrics import MergeInstance
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
+
+PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
+
+
+class MergeFail(OfMethods):
+    """Merges of several adapters drawn from all seeds: how many fail, over the threshold τ."""
+
+    name: ClassVar[str] = "merge-fail"
+    title: ClassVar[str] = "Merges that fail"
+    rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options.")
+    sizes: list[Annotated[int, Field(ge=2)]] = Field(
+        default=[2, 3, 4], min_length=1, description="How many adapters are merged."
+    )
+    instances: Positive = Field(
+        default=20, description="Merges of each size drawn for each seed; all, where there are fewer."
+    )
+    taus: list[Share] = Field(default=PROJECT_TAUS, min_length=1, description="Thresholds.")
+    tau: Share = Field(default=0.9, description="The one that is reported first.")
+    seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")
+    drift: bool = Field(default=False, description="Measure the drift of every merged model too.")
 
 
 def jobs(study: Study, settings: MergeFail) -> list[Job]:
     """Merge the drawn tuples of every method by every rule; score each on its own tasks, and its adapters."""
-    return [
-        job
-        for method in settings.methods
-        for rule in settings.rules
-        for job in needed(study, study.row(method), _merges(study, settings, method, rule))
+    return [job for job, _ in _runs(study, settings)]
+
+
+def tables(study: Study, settings: MergeFail, results: Results) -> Findings:
+    """Return MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
+    runs = list(_runs(study, settings))
+    records = tidy(results, runs, ("rule", "method"))
+    found = Findings(settings.name, settings.title)
+    taus = [settings.tau, *(tau for tau in sorted(settings.taus) if tau != settings.tau)]
+    drawn, seeds = instances(study, settings), len(study.seeds(settings))
+    parts = [
+        failures(study, rows, drawn, taus).assign(rule=rule, seeds=seeds)
+        for rule, rows in records.groupby("rule", sort=False)
     ]
+    moved = (
+        drift(records[records["merge"] != ""], ["rule"], shared=True) if settings.drift else pd.DataFrame()
+    )
+    numbers = joined(*parts, columns=["metric", "form", "rule", "method", "tau", "estimate", "size"])
+    different = {str(size): count for size, count in different_merges(study, settings).items()}
+    numbers["merges"] = numbers["size"].map(different).fillna(sum(different.values()))
+    found.measured = with_jobs(joined(numbers, moved), runs, ("rule", "method"))
+    fails = numbers[numbers.metric == "merge fail"]
+    fails = fails.assign(row=fails.method + ", " + fails.rule.map(rule_title))
+    for form in ("accuracy", "likelihood"):
+        rows = fails[fails.form == form]
+        sizes = rows[rows.tau == settings.tau]
+        sizes = sizes.assign(
+            column=[f"{n} adapters ({different[n]})" if n != "all" else "All" for n in sizes["size"]]
+        )
+        caption = f"MergeFail at τ = {settings.tau:g}: {form}, % of merges (different ones)"
+        found.tables[f"{settings.name}-{form}"] = caption, table(sizes, "column", "row", paper=_paper)
+        taus = rows[rows["size"] == "all"].sort_values("tau", kind="stable")
+        taus = taus.assign(column=[f"τ = {tau:g}" for tau in taus.tau])
+        wide = table(taus, "column", "row").reindex(rows.row.unique())
+        found.tables[f"{settings.name}-thresholds-{form}"] = f"MergeFail over the threshold: {form}, %", wide
+        if form == "likelihood" and not taus.empty:
+            figure = plots.facets(
+                taus, "rule", plots.lines, x="tau", y="estimate", line="method", low="low", high="high",
+                xlabel="threshold τ", ylabel="MergeFail by likelihood (%)",
+            )  # fmt: skip
+            found.figures[f"{settings.name}-thresholds"] = "How many merges fail, over the threshold", figure
+    for rule in settings.rules if not moved.empty else ():
+        caption = f"Drift of the models merged by {rule_title(rule)}"
+        found.tables[f"{settings.name}-drift-{rule}"] = drift_table(moved[moved.rule == rule], caption)
+    found.text = (
+        "A merge fails if some task keeps less than τ of the score of its adapter alone; a task whose score alone is 0 "
+        "cannot fail. Intervals: 95 % over items; the paper's, over draws and merges, are in measurements.csv as "
+        "hierarchical_low and _high. Where none of n merges failed, a share up to 3/n is compatible with that."
+    )
+    return found
 
 
-def section(study: Study, settings: MergeFail, results: Results) -> Section:
-    """Tables of MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
-    tables: list[Table] = []
-    measurements: list[Measurement] = []
-    texts: list[str] = []
-    figures: list[Figure] = []
-    for form in FORMS:
-        judged = _judged(study, settings, results, form)
-        tables += [_sizes_table(study, settings, judged, form), _taus_table(settings, judged, form)]
-        measurements += _measurements(study, settings, judged, form)
-        texts += _texts(study, settings, judged, form)
-        if judged and form == "likelihood":
-            figures.append(_figure(settings, judged))
-    if settings.drift:
-        more, rows = _drifts(study, settings, results)
-        tables += more
-        measurements += rows
-    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
+def instances(study: Study, settings: MergeFail) -> list[tuple[int, MergeInstance]]:
+    """Return the drawn merges, equally many for each seed: (seed, merge); two seeds may draw the same."""
+    from hiplora.metrics import merge_instances
 
-
-def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
-    """The drawn merges, equally many for each seed, seed after seed; two seeds may draw the same."""
     domains, seeds = list(study.recipe.domains), study.seeds(settings)
     return [
-        instance
+        (seed, instance)
         for seed in seeds
         for found in merge_instances(
             domains, settings.sizes, seeds, settings.instances, settings.seed + seed
@@ -63,148 +114,96 @@ def _instances(study: Study, settings: MergeFail) -> list[MergeInstance]:
 
 
 def different_merges(study: Study, settings: MergeFail) -> Counter[int]:
-    """Size → how many different merges were drawn."""
-    return Counter(len(instance) for instance in set(_instances(study, settings)))
+    """Return size → how many different merges were drawn."""
+    return Counter(len(merge) for merge in {merge for _, merge in instances(study, settings)})
 
 
-def _merges(study: Study, settings: MergeFail, method: str, rule: str) -> dict[MergeInstance, Job]:
-    row, options = study.row(method), settings.rules[rule]
-    return {
-        instance: merge_of(study, row, instance, rule, options, settings.drift)
-        for instance in _instances(study, settings)
-    }
-
-
-def _taus(settings: MergeFail) -> list[float]:
-    return sorted({*settings.taus, settings.tau})
-
-
-def _judged(study: Study, settings: MergeFail, results: Results, form: str) -> list[Judged]:
-    """The verdicts by rule, then method, of those all of whose merges are there; a merge for each time it was drawn."""
-    draws, found, drawn = Resampler(), [], _instances(study, settings)
-    places = {instance: place for place, instance in enumerate(dict.fromkeys(drawn))}
-    which = [places[instance] for instance in drawn]
-    for method in settings.methods:
-        scores = MergeScores(study, results, form, draws)
-        for rule in settings.rules:
-            merges = _merges(study, settings, method, rule)
-            found.append(scores.judged(study.row(method), merges, rule, _taus(settings)))
-    known = [replace(one, failed=one.failed[:, which]) for one in found if one is not None]
-    return [one for rule in settings.rules for one in known if one.rule == rule]
-
-
-def _sizes(study: Study, settings: MergeFail) -> dict[int | None, list[int]]:
-    """Size → places of its merges; all of them under None."""
-    lengths = [len(instance) for instance in _instances(study, settings)]
-    found: dict[int | None, list[int]] = {
-        size: [place for place, length in enumerate(lengths) if length == size]
-        for size in dict.fromkeys(lengths)
-    }
-    return {**found, None: list(range(len(lengths)))}
-
-
-def _sizes_table(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
-    sizes, tau = _sizes(study, settings), _taus(settings).index(settings.tau)
-    different = different_merges(study, settings)
-    lines = []
-    for one in judged:
-        cells = [cell(estimate(one.share(tau, which))) for size, which in sizes.items() if size is not None]
-        paper = paper_value("merge-rules", one.name, "MergeFail") if form == "accuracy" else None
-        lines.append((one.name, [*cells, cell(estimate(one.share(tau)), paper)]))
-    columns = ["Merged", *(f"{n} adapters ({different[n]})" for n in sizes if n), "All"]
-    note = (
-        "Per cent of the merges that were drawn (in brackets: how many different ones) in which some task keeps less "
-        f"than τ = {settings.tau:g} of the score of its adapter alone. {form_told(form)}. Brackets: 95 % intervals "
-        "over items; the paper's, over merges, stand among the measurements. A task whose score alone is 0 cannot fail."
-        " Where none of n merges failed, a share up to 3/n is compatible with that."
-    )
-    best = dict.fromkeys(range(len(sizes)), "low")
-    return Table(f"{NAME}-{form}", f"MergeFail: {form}", columns, marked(lines, best), note)
-
-
-def _taus_table(settings: MergeFail, judged: Sequence[Judged], form: str) -> Table:
-    taus = _taus(settings)
-    lines = [(one.name, [cell(estimate(one.share(place))) for place in range(len(taus))]) for one in judged]
-    note = "MergeFail in per cent over all merges at each threshold τ; brackets: 95 % intervals over items."
-    columns = ["Merged", *(f"τ = {tau:g}" for tau in taus)]
-    rows = marked(lines, dict.fromkeys(range(len(taus)), "low"))
-    return Table(f"{NAME}-thresholds-{form}", f"MergeFail over the threshold: {form}", columns, rows, note)
-
-
-def _measurements(
-    study: Study, settings: MergeFail, judged: Sequence[Judged], form: str
-) -> Iterator[Measurement]:
-    """MergeFail and its differences, at the threshold that is reported first before the others."""
-    sizes, taus, seeds = _sizes(study, settings), _taus(settings), len(study.seeds(settings))
-    different = different_merges(study, settings)
-    first = {one.rule: one for one in reversed(judged)}
-    for one in judged:
-        for place, tau in sorted(enumerate(taus), key=lambda found: found[1] != settings.tau):
-            wide = hierarchical({one.title: by_seed(one.verdicts(place), seeds).tolist()})[one.title]
-            for size, which in sizes.items():
-                merges = different.total() if size is None else different[size]
-                setting = {"rule": one.rule, "tau": tau, "size": size or "all", "merges": merges}
-                yield measurement(
-                    NAME, one.title, "merge fail", estimate(one.share(place, which)), one.jobs, form=form, unit="%",
-                    setting=setting, seeds=seeds, wide=wide if size is None else None,
-                )  # fmt: skip
-            against = first[one.rule]
-            if one is not against:
-                setting = {"rule": one.rule, "tau": tau, "merges": different.total()}
-                setting |= _paired_over_merges(one, against, place, seeds)
-                here, there = ((x.title, x.share(place), x.jobs) for x in (one, against))
-                yield difference(NAME, "merge fail", here, there, form=form, setting=setting, seeds=seeds)
-
-
-def _paired_over_merges(one: Judged, other: Judged, tau: int, seeds: int) -> dict[str, float | None]:
-    """The paper's interval of a difference: seeds are drawn, then the merges that were drawn for each."""
-    apart = [a - b for a, b in zip(one.verdicts(tau), other.verdicts(tau), strict=True)]
-    found = hierarchical({one.title: by_seed(apart, seeds).tolist()})[one.title]
-    return {"hierarchical_low": found.low, "hierarchical_high": found.high}
-
-
-def _texts(study: Study, settings: MergeFail, judged: Sequence[Judged], form: str) -> Iterator[str]:
-    tau = _taus(settings).index(settings.tau)
-    count, drawn = different_merges(study, settings).total(), len(_instances(study, settings))
-    those = f"{count} merges" if count == drawn else f"{drawn} drawn merges ({count} different ones)"
-    for rule in settings.rules:
-        found = [one for one in judged if one.rule == rule]
-        if not found:
-            continue
-        shares = ", ".join(f"{one.share(tau)[0]:.1f} % of {one.title}" for one in found)
-        told = smallest_told([one.share(tau) for one in found])
-        yield (
-            f"By {form}, of {those} by {rule_title(rule)} these fail at τ = {settings.tau:g}: {shares}. {told}"
-        ).strip()
-
-
-def _figure(settings: MergeFail, judged: Sequence[Judged]) -> Figure:
-    taus = _taus(settings)
-    plots = []
-    for rule in dict.fromkeys(one.rule for one in judged):
-        series = []
-        for one in (one for one in judged if one.rule == rule):
-            found = [estimate(one.share(place)) for place in range(len(taus))]
-            lows, highs = [x.low or 0.0 for x in found], [x.high or 0.0 for x in found]
-            series.append(Series(one.title, taus, [x.value for x in found], lows, highs))
-        name, title = f"{NAME}-{rule}", f"Merged by {rule_title(rule)}"
-        plots.append(Plot(name, title, "threshold τ", "MergeFail by likelihood (%)", series))
-    return Grid(f"{NAME}-thresholds", "How many merges fail, over the threshold", plots)
-
-
-def _drifts(study: Study, settings: MergeFail, results: Results) -> tuple[list[Table], list[Measurement]]:
-    tables: list[Table] = []
-    measurements: list[Measurement] = []
-    drawn = _instances(study, settings)
-    for rule in settings.rules:
-        runs: dict[str, list[Job]] = {}
+def _runs(study: Study, settings: MergeFail) -> Iterator[tuple[Job, dict]]:
+    drawn = instances(study, settings)
+    for rule, options in settings.rules.items():
         for method in settings.methods:
-            merges = _merges(study, settings, method, rule)
-            runs[study.row(method).title] = [merges[instance] for instance in drawn]
-        found = drifts(runs, results)
-        if any(found.values()):
-            title = f"Drift of the models merged by {rule_title(rule)}"
-            tables.append(drift_table(found, f"{NAME}-drift-{rule}", title, "all merges"))
-            seeds = len(study.seeds(settings))
-            measurements += drift_measurements(found, runs, NAME, seeds, shared=True, rule=rule)
-    return tables, measurements
+            row = study.row(method)
+            merges = [merge_of(study, row, merge, rule, options, settings.drift) for _, merge in drawn]
+            yield from labelled(study, row, rule, drawn, merges)
+
+
+def labelled(
+    study: Study,
+    row: Any,
+    rule: str,
+    drawn: list[tuple[int, MergeInstance]],
+    merges: list[Job],
+    like: Any = None,
+) -> Iterator[tuple[Job, dict]]:
+    """Yield the jobs that judging a method's merges reads, with labels: the adapters' own scores, and the merges."""
+    label = {"rule": rule, "method": row.title}
+    for domain, seed in dict.fromkeys(one for _, merge in drawn for one in merge):
+        alone = study.score(study.adapter(row, domain, seed, like=like))
+        yield alone, {**label, "alone": (domain, seed)}
+    for place, ((seed, _), job) in enumerate(zip(drawn, merges, strict=True)):
+        yield job, {**label, "seed": seed, "merge": place}
+
+
+def failures(
+    study: Study,
+    records: pd.DataFrame,
+    drawn: list[tuple[int, MergeInstance]],
+    taus: list[float],
+    shared: bool = True,
+) -> pd.DataFrame:
+    """Return the MergeFail of one rule in per cent by size and threshold, and the differences to the first method.
+
+    Of adapters that merges share there is no spread over seeds.
+    """
+    domains = {domain.task: name for name, domain in study.recipe.domains.items()}
+    items = scored(records)
+    own = [alone[:1] == (domains.get(task),) for alone, task in zip(items.alone, items.task, strict=True)]
+    after = replicates(items[items["merge"] != ""], ["form", "method", "seed", "merge", "task"])
+    if after.empty:
+        return pd.DataFrame()
+    members = after.index.to_frame(index=False)
+    members["alone"] = [
+        (domains[task], dict(drawn[merge][1])[domains[task]])
+        for task, merge in zip(members.task, members["merge"], strict=True)
+    ]
+    single = replicates(items[own], ["form", "method", "alone"])
+    before = single.reindex(pd.MultiIndex.from_frame(members[["form", "method", "alone"]]))
+    sizes = [str(len(drawn[merge][1])) for merge in members["merge"]]
+    index = pd.MultiIndex.from_frame(members[["form", "method", "seed", "merge"]].assign(size=sizes))
+    return pd.concat(
+        [_at(tau, before.to_numpy(), pd.DataFrame(after.to_numpy(), index), shared) for tau in taus],
+        ignore_index=True,
+    )
+
+
+def _at(tau: float, before: Any, after: pd.DataFrame, shared: bool) -> pd.DataFrame:
+    """MergeFail at one threshold."""
+    below = pd.DataFrame(falls_below(after.to_numpy(), before, tau), after.index)
+    failed = 100.0 * below.groupby(level=after.index.names, sort=False).any()
+    apart = differences(failed, first=True)
+    among = ["merge", "seed"] if shared else ["merge"]
+    wide, wide_apart = (
+        hierarchical(
+            one[0].rename("value").reset_index(),
+            [n for n in one.index.names if n not in ("seed", "merge", "size")],
+        )
+        for one in (failed, apart)
+    )
+    whole = summary(averaged(failed, [*among, "size"])).join(wide)
+    parts = [
+        measured(whole, "merge fail", "%", size="all"),
+        measured(summary(averaged(failed, among)), "merge fail", "%"),
+        measured(
+            summary(averaged(apart, [*among, "size"])).join(wide_apart),
+            "merge fail difference",
+            "pp",
+            size="all",
+        ),
+    ]
+    return pd.concat(parts, ignore_index=True).assign(tau=tau)
+
+
+def _paper(row: Any) -> float | None:
+    if row.form != "accuracy" or row.size != "all":
+        return None
+    return paper_value("merge-rules", f"{row.method}, {rule_title(row.rule)}", "MergeFail")

@@ -4,24 +4,25 @@ Source of the fields: github.com/huggingface/peft, method_comparison/MetaMathQA,
 of them, results/supertuning--llama-3.2-3B-s974-topk.json at db7d68a.
 """
 
+from __future__ import annotations
+
 import enum
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hiplora.data.prompts import STEP_BY_STEP
-from hiplora.errors import ConfigError
-from hiplora.models.shapes import model_shape
-from hiplora.recipes.protocols import MetaMath
-from hiplora.study.builder import Study
-from hiplora.study.protocols.metamath_rows import Run
-from hiplora.study.results import Results
-from hiplora.training.recipe import TrainSettings
+
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
 
 EVERY = 250  # steps between two rows of the benchmark's metrics
 NEW_TOKENS = 300
+BATCH = 8  # texts scored at a time
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ROW = (
     *("step", "valid accuracy", "train loss", "train samples", "train time", "eval time", "tokens / sec"),
@@ -29,26 +30,39 @@ ROW = (
 )
 
 
-def result_file(study: Study, settings: MetaMath, run: Run, results: Results) -> tuple[str, str] | None:
+def result_file(
+    study: Study, settings: Any, method: str, seed: int, train: Job, score: Job, results: Results
+) -> tuple[str, str] | None:
     """Return a run's file by the benchmark's rules (name, text), None where it is not done.
 
     The name is METHOD--MODEL-ROW.json; every seed of the study but the first adds its own.
     """
-    trained, scored = results.get(run.train), results.get(run.score)
+    trained, scored = results.get(train), results.get(score)
     if trained is None or scored is None:
         return None
-    name = experiment(study, run.method)
-    seeds = study.seeds(settings)
-    label = name if run.seed == seeds[0] else f"{name}-seed{run.seed}"
+    name, first = experiment(study, method), study.seeds(settings)[0]
+    label = name if seed == first else f"{name}-seed{seed}"
     (task,) = study.tasks_of([settings.domain])
+    items = scored["tasks"][task]["score"]
     final = {
-        "test accuracy": sum(scored["tasks"][task]["score"]) / len(scored["tasks"][task]["score"]) / 100,
+        "test accuracy": sum(items) / len(items) / 100,
         "forgetting": math.log(scored["drift"][settings.text]["perplexity_ratio"]),
     }
+    origin = results.provenance(train) or {}
+    spent = [job for job in (train.needs.get("factors"), train, score) if job is not None]
     record = {
-        "run_info": _run_info(study, settings, run, results, label),
-        "train_info": _train_info(study, run, results, trained, final),
-        "meta_info": _meta_info(results.provenance(run.train) or {}),
+        "run_info": {
+            "created_at": origin.get("time"),
+            "total_time": sum((results.timing(job) or {}).get("seconds") or 0.0 for job in spent),
+            "experiment_name": label,
+            "peft_branch": None,
+            "peft_worktree_is_dirty": None,
+            "train_config": _train_config(study, settings, method, seed, results),
+            "peft_config": _peft_config(study, method),
+            "error_msg": "",
+        },
+        "train_info": _train_info(study, method, results.timing(train) or {}, trained, final),
+        "meta_info": _meta_info(origin),
     }
     return f"{label.replace('/', '--')}.json", json.dumps(record, indent=2) + "\n"
 
@@ -56,8 +70,7 @@ def result_file(study: Study, settings: MetaMath, run: Run, results: Results) ->
 def experiment(study: Study, method: str) -> str:
     """Return the name of a method's experiment: METHOD/MODEL-ROW, as the benchmark's folders are called."""
     kind = study.row(method).method.name
-    row = method.removeprefix(f"{kind}-")
-    return f"{kind}/{_model(study).rpartition('/')[2]}-{row}"
+    return f"{kind}/{_model(study).rpartition('/')[2]}-{method.removeprefix(f'{kind}-')}"
 
 
 def _model(study: Study) -> str:
@@ -66,25 +79,8 @@ def _model(study: Study) -> str:
     return Path(name).name if Path(name).is_absolute() else name
 
 
-def _run_info(study: Study, settings: MetaMath, run: Run, results: Results, label: str) -> dict[str, Any]:
-    jobs = [run.train.needs.get("factors"), run.train, run.score]
-    timings = [results.timing(job) or {} for job in jobs if job is not None]
-    return {
-        "created_at": (results.provenance(run.train) or {}).get("time"),
-        "total_time": sum(timing.get("seconds") or 0.0 for timing in timings),
-        "experiment_name": label,
-        "peft_branch": None,
-        "peft_worktree_is_dirty": None,
-        "train_config": _train_config(study, settings, run, results),
-        "peft_config": _peft_config(study, run),
-        "error_msg": "",
-    }
-
-
-def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) -> dict[str, Any]:
-    from hiplora.study.steps.evaluate import BATCH
-
-    row = study.row(run.method)
+def _train_config(study: Study, settings: Any, method: str, seed: int, results: Results) -> dict[str, Any]:
+    row = study.row(method)
     train = study.recipe.training(row)
     choice = study.rate(row)
     rate = study.recipe.given_rate(row)
@@ -102,7 +98,7 @@ def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) 
         "compile": False,
         "use_gc": train.gradient_checkpointing,
         "query_template": STEP_BY_STEP.format(question="{query}") if asked else None,
-        "seed": run.seed,
+        "seed": seed,
         "grad_norm_clip": train.max_grad_norm,
         "optimizer_type": "AdamW",
         "optimizer_kwargs": {"lr": rate, "weight_decay": train.weight_decay},
@@ -115,57 +111,28 @@ def _train_config(study: Study, settings: MetaMath, run: Run, results: Results) 
     }
 
 
-def _peft_config(study: Study, run: Run) -> dict[str, Any]:
-    row = study.row(run.method)
-    steps = study.recipe.training(row).steps
-    config = {**row.method.peft_config(steps).to_dict(), "base_model_name_or_path": _model(study)}
-    return {key: _plain(value) for key, value in config.items()}
+def _peft_config(study: Study, method: str) -> dict[str, Any]:
+    row = study.row(method)
+    config = row.method.peft_config(study.recipe.training(row).steps).to_dict()
+    return json.loads(json.dumps({**config, "base_model_name_or_path": _model(study)}, default=_plain))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _train_info(
-    study: Study, run: Run, results: Results, trained: Mapping[str, Any], final: Mapping[str, float]
+    study: Study,
+    method: str,
+    timing: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    final: Mapping[str, float],
 ) -> dict[str, Any]:
-    timing, train = results.timing(run.train) or {}, study.recipe.training(study.row(run.method))
-    count = trained["trainable_parameters"]
-    return {
-        # Whole numbers, as the benchmark's own tables want them: 0 without an accelerator.
-        "accelerator_memory_reserved_avg": round(timing.get("reserved_bytes_mean") or 0),
-        "accelerator_memory_max": round(timing.get("peak_reserved_bytes") or 0),
-        "accelerator_memory_reserved_99th": round(timing.get("reserved_bytes_99th") or 0),
-        "train_time": timing.get("training_seconds"),
-        "file_size": trained.get("adapter_bytes"),
-        "num_trainable_params": count,
-        "num_total_params": _total(study, count),
-        "status": "success",
-        "metrics": _metrics(trained, train, final),
-    }
-
-
-def _total(study: Study, trainable: int) -> int | None:
-    try:
-        return model_shape(study.recipe.model).parameters + trainable
-    except ConfigError:
-        return None
-
-
-def _metrics(
-    trained: Mapping[str, Any], train: TrainSettings, final: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Rows of so many steps each, and the last one with what was measured in the end."""
+    train = study.recipe.training(study.row(method))
     samples, steps = train.batch_size * train.gradient_accumulation, trained["steps"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in range(EVERY, steps + 1, EVERY):
         known = {"step": step, "train loss": _loss(trained["curve"], step), "train samples": step * samples}
         rows.append({**dict.fromkeys(ROW), **known})
@@ -177,7 +144,31 @@ def _metrics(
         "train total tokens": trained["tokens"],
         "forgetting": final["forgetting"],
     }
-    return [*rows, last]
+    return {
+        # Whole numbers, as the benchmark's own tables want them: 0 without an accelerator.
+        "accelerator_memory_reserved_avg": round(timing.get("reserved_bytes_mean") or 0),
+        "accelerator_memory_max": round(timing.get("peak_reserved_bytes") or 0),
+        "accelerator_memory_reserved_99th": round(timing.get("reserved_bytes_99th") or 0),
+        "train_time": timing.get("training_seconds"),
+        "file_size": trained.get("adapter_bytes"),
+        "num_trainable_params": trained["trainable_parameters"],
+        "num_total_params": _total(study, trained["trainable_parameters"]),
+        "status": "success",
+        "metrics": [*rows, last],
+    }
+
+
+def _total(study: Study, trainable: int) -> int | None:
+    """The base model's parameters and the trained ones; None where its configuration is not on this machine."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(study.recipe.model, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters() + trainable
 
 
 def _loss(curve: Sequence[Sequence[float]], step: int) -> float | None:

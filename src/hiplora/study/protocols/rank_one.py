@@ -1,25 +1,43 @@
 """Rank-1 interventions on the base: what single directions are worth, and how that goes with σ (Tables 3 and 6)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hiplora.probing import contrasts, findings
-from hiplora.recipes.protocols import RankOne
-from hiplora.reporting.numbers import signed
-from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Cell, Grid, Measurement, Plot, Section, Series, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.show import measurement
-from hiplora.study.results import Results
-from hiplora.study.statistics import Estimate
+import pandas as pd
+from pydantic import Field
 
-NAME, TITLE = "rank-one", "Rank-1 interventions"
+from hiplora.reporting import plots
+from hiplora.study.protocols.settings import Positive, Protocol
+from hiplora.study.records import Findings, joined, paper_value, table
+
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
+
 METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
 COEFFICIENTS = ("pearson", "spearman")
 ALL = "all"  # the type that stands for all modules
+
+
+class RankOne(Protocol):
+    """Single directions of single weights removed, flipped or shaken."""
+
+    name: ClassVar[str] = "rank-one"
+    title: ClassVar[str] = "Rank-1 interventions"
+    modules: list[str] | str | None = Field(default=None, description="Modules; the attention projections.")
+    layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
+    directions: Positive = Field(default=8, description="Directions of each module.")
+    choice: Literal["log", "even", "energy", "random"] = Field(default="log", description="How chosen.")
+    bases: list[Literal["weight", "activation"]] = Field(
+        default=["weight"], min_length=1, description="Whose directions."
+    )
+    kinds: list[str] = Field(
+        default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions."
+    )
+    draws: Positive = Field(default=1, description="Draws of the noise.")
+    tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
 
 
 def jobs(study: Study, settings: RankOne) -> list[Job]:
@@ -27,47 +45,55 @@ def jobs(study: Study, settings: RankOne) -> list[Job]:
     return [_probe(study, settings, basis) for basis in settings.bases]
 
 
-def section(study: Study, settings: RankOne, results: Results) -> Section:
-    """Correlations of the loss with σ for every intervention, and the losses over σ."""
-    tables: list[Table] = []
-    figures = []
-    measurements: list[Measurement] = []
-    texts: list[str] = []
+def tables(study: Study, settings: RankOne, results: Results) -> Findings:
+    """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
+    found = Findings(settings.name, settings.title)
+    parts = []
     for basis in settings.bases:
         job = _probe(study, settings, basis)
-        found = results.get(job)
-        if found is None:
+        probed = results.get(job)
+        if probed is None:
             continue
-        tables += [_table(found["correlations"], metric, basis) for metric in METRICS]
-        figures.append(_scatter(found["records"], settings, basis))
-        measurements += _measurements(found["correlations"], basis, job)
-        records = found["records"]
-        apart, without = _apart(records, basis, job), _without_strongest(records, basis, job)
-        measurements += [*apart, *without]
-        texts += [
-            *_texts(found["correlations"], basis),
-            *_texts_without(without, basis),
-            *_texts_apart(apart, basis),
-        ]
-    return Section(NAME, TITLE, texts, tables, figures, measurements, list(results.missing))
+        told = _correlations(probed["correlations"])
+        numbers = joined(told, _contrasts(probed["records"]), _without_strongest(probed["records"]))
+        parts.append(
+            numbers.assign(basis=basis, method=numbers.kind.map(_named), jobs=job.key[:8]).drop(
+                columns="kind"
+            )
+        )
+        for metric, title in METRICS.items():
+            stem = f"{settings.name}-{basis}-{metric.replace('_', '-')}"
+            caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
+            found.tables[stem] = caption, _table(parts[-1], metric, basis)
+        points = pd.DataFrame(probed["records"])
+        points["kl"] = [drop["kl"] for drop in points["drop"]]
+        points = points[(points.kl > 0) & (points.sigma > 0)].assign(
+            module=points.module.str.rpartition(".")[2], intervention=points.kind.map(_named)
+        )
+        if not points.empty:
+            figure = plots.facets(
+                points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
+                xlabel="σ", ylabel="KL (nats a token)",
+            )  # fmt: skip
+            found.figures[f"{settings.name}-{basis}"] = (
+                f"What single directions are worth, {basis} basis",
+                figure,
+            )
+    found.measured = joined(*parts)
+    found.text = (
+        "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
+    )
+    return found
 
 
 def _probe(study: Study, settings: RankOne, basis: str) -> Job:
     evaluation = study.recipe.evaluation.drift
     texts = dict(evaluation.texts) if evaluation is not None else {}
-    asked = {
-        "modules": settings.modules,
-        "layers": settings.layers,
-        "directions": settings.directions,
-        "choice": settings.choice,
-        "basis": basis,
-        "kinds": settings.kinds,
-        "draws": settings.draws,
-        "tokens": settings.tokens,
-        "texts": texts,
-        "seed": study.recipe.evaluation.seed,
-        "files": study.hashes([source.partition(":")[0] for source in texts.values()]),
-    }
+    given = settings.model_dump(
+        include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"}
+    )
+    files = study.hashes([source.partition(":")[0] for source in texts.values()])
+    asked = {**given, "basis": basis, "texts": texts, "seed": study.recipe.evaluation.seed, "files": files}
     return study.job("probe", f"probe the base, {basis} basis", asked)
 
 
@@ -76,157 +102,65 @@ def _named(kind: str) -> str:
     return kind.replace("_", " ").capitalize()
 
 
-def _overall(correlations: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
-    return [one for one in correlations if one["metric"] == metric and one["type"] == ALL]
-
-
-def _table(correlations: Sequence[Mapping[str, Any]], metric: str, basis: str) -> Table:
-    columns = ["Intervention", "Directions", "Pearson", "Pearson p", "Spearman", "Spearman p"]
-    rows = []
-    for one in _overall(correlations, metric):
-        name = _named(one["kind"])
-        of_paper = basis == "weight" and metric == "log_perplexity"
-        papers = {
-            column: paper_value("rank-one", name, column) if of_paper else None for column in columns[1:]
+def _correlations(
+    correlations: list[dict[str, Any]], names: tuple[str, ...] = COEFFICIENTS, **labels: str
+) -> pd.DataFrame:
+    """A row a correlation that has a value."""
+    rows = [
+        {
+            **{key: one[key] for key in ("kind", "type", "minus") if key in one},
+            "of": one["metric"],
+            "items": one["points"],
+            "metric": name,
+            "p": one[name]["p_value"],
+            **{key: one[name][key] for key in ("estimate", "low", "high")},
+            **labels,
         }
-        cells = [Cell(one["points"], paper=papers["Directions"], digits=0)]
-        for coefficient in COEFFICIENTS:
-            found, column = one[coefficient], coefficient.capitalize()
-            cells.append(Cell(found["estimate"], found["low"], found["high"], paper=papers[column], digits=2))
-            cells.append(Cell(found["p_value"], paper=papers[f"{column} p"], digits=4))
-        rows.append((name, cells))
-    note = f"{METRICS[metric]}, in nats a token, against σ of the direction, {basis} basis; 95 % bootstrap intervals."
-    return Table(
-        f"{NAME}-{basis}-{metric.replace('_', '-')}",
-        f"Correlation with σ, {basis} basis: {METRICS[metric]}",
-        columns,
-        rows,
-        note,
-    )
+        for one in correlations
+        for name in names
+        if one[name]["estimate"] is not None
+    ]
+    columns = ["kind", "metric", "of", "type", "estimate", "low", "high", "items", "p"]
+    return pd.DataFrame(rows, columns=None if rows else columns)
 
 
-def _texts(correlations: Sequence[Mapping[str, Any]], basis: str) -> Iterator[str]:
-    """Pearson's correlations of KL with σ, which of them are told from none, and what could have been."""
-    known = [one for one in _overall(correlations, "kl") if one["pearson"]["estimate"] is not None]
-    if not known:
-        return
-    told = ", ".join(f"{_named(one['kind'])} {one['pearson']['estimate']:.2f}" for one in known)
-    bounds = [(one, one["pearson"]["low"], one["pearson"]["high"]) for one in known]
-    with_interval = [(one, low, high) for one, low, high in bounds if low is not None and high is not None]
-    text = f"{basis.capitalize()} basis, Pearson's correlation of KL with σ: {told}."
-    if with_interval:
-        apart = [_named(one["kind"]) for one, low, high in with_interval if low > 0 or high < 0]
-        least = float(np.median([(high - low) / 2 for _, low, high in with_interval]))
-        text += (
-            f" Told from none: {', '.join(apart) or 'no intervention'}; a correlation can be if it is larger than "
-            f"about {least:.2f} (median half width of the 95 % intervals)."
-        )
-    yield text
-
-
-def _measurements(correlations: Sequence[Mapping[str, Any]], basis: str, job: Job) -> Iterator[Measurement]:
-    for one in correlations:
-        for coefficient in COEFFICIENTS:
-            found = one[coefficient]
-            if found["estimate"] is None:
-                continue
-            setting = {"metric": one["metric"], "basis": basis, "type": one["type"], "p": found["p_value"]}
-            value = Estimate(found["estimate"], found["low"], found["high"])
-            yield measurement(
-                NAME, _named(one["kind"]), coefficient, value, [job], items=one["points"], setting=setting
-            )
-
-
-def _without_strongest(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
+def _without_strongest(records: list[dict[str, Any]]) -> pd.DataFrame:
     """Pearson's correlations over all directions but that of the largest σ, which may make them alone."""
-    strongest = max(records, key=lambda record: record["sigma"])
-    left = [  # as of one type: no type is looked at alone
+    from hiplora.probing import findings
+
+    strongest = max(records, key=lambda one: one["sigma"])
+    left = [
         {**one, "type": ALL}
         for one in records
         if (one["module"], one["index"]) != (strongest["module"], strongest["index"])
     ]
-    found = []
-    for one in findings(left):
-        pearson = one["pearson"]
-        if pearson["estimate"] is None:
-            continue
-        told = {
-            "metric": one["metric"],
-            "basis": basis,
-            "without": f"{strongest['module']}, σ = {strongest['sigma']:.1f}",
-        }
-        value, points = Estimate(pearson["estimate"], pearson["low"], pearson["high"]), one["points"]
-        name = "pearson without the strongest"
-        found.append(measurement(NAME, _named(one["kind"]), name, value, [job], items=points, setting=told))
-    return found
+    told = f"{strongest['module']}, σ = {strongest['sigma']:.1f}"
+    found = _correlations(findings(left), ("pearson",), without=told).drop(columns=["type", "p"])
+    return found.assign(metric="pearson without the strongest")
 
 
-def _texts_without(without: Sequence[Measurement], basis: str) -> Iterator[str]:
-    """What is left of the correlations of the lost performance with σ without the strongest direction."""
-    told = [
-        f"{one.method} {signed(one.value)} [{signed(one.low)}, {signed(one.high)}]"
-        for one in without
-        if one.setting["metric"] == "log_perplexity" and one.low is not None
-    ]
-    if told:
-        yield (
-            f"{basis.capitalize()} basis, without its strongest direction ({without[0].setting['without']}): Pearson's "
-            f"correlation of the perplexity's log with σ is {', '.join(told)}."
-        )
-
-
-def _apart(records: Sequence[Mapping[str, Any]], basis: str, job: Job) -> list[Measurement]:
+def _contrasts(records: list[dict[str, Any]]) -> pd.DataFrame:
     """How far apart the correlations of each two interventions are, over the same directions."""
-    found = []
-    for one in contrasts(records):
-        for coefficient in COEFFICIENTS:
-            apart = one[coefficient]
-            if apart["estimate"] is None:
-                continue
-            setting = {"minus": _named(one["minus"]), "metric": one["metric"], "basis": basis}
-            value = Estimate(apart["estimate"], apart["low"], apart["high"])
-            name = f"{coefficient} difference"
-            found.append(
-                measurement(
-                    NAME, _named(one["kind"]), name, value, [job], items=one["points"], setting=setting
-                )
-            )
-    return found
+    from hiplora.probing import contrasts
+
+    found = _correlations(contrasts(records))
+    if "minus" not in found:
+        return found
+    return found.assign(metric=found.metric + " difference", minus=found.minus.map(_named)).drop(columns="p")
 
 
-def _texts_apart(apart: Sequence[Measurement], basis: str) -> Iterator[str]:
-    """Differences of Pearson's correlation of the lost performance with σ, as of the paper's own ordering."""
-    told = [
-        f"{one.method} over {one.setting['minus']} {signed(one.value)} [{signed(one.low)}, {signed(one.high)}]"
-        for one in apart
-        if one.metric == "pearson difference" and one.setting["metric"] == "log_perplexity"
-        if one.low is not None and one.high is not None
-    ]
-    if told:
-        yield (
-            f"{basis.capitalize()} basis, how far apart Pearson's correlations of the perplexity's log with σ are, "
-            f"over the same directions: {', '.join(told)}."
-        )
-
-
-def _scatter(records: Sequence[Mapping[str, Any]], settings: RankOne, basis: str) -> Grid:
-    """KL over σ, a plot an intervention, a series a module type; what has no logarithm is counted in the note."""
-    plots, left_out = [], 0
-    for kind in settings.kinds:
-        points: dict[str, list[tuple[float, float]]] = {}
-        for record in (record for record in records if record["kind"] == kind):
-            kl = record["drop"]["kl"]
-            if kl is None or kl <= 0 or record["sigma"] <= 0:
-                left_out += 1
-                continue
-            module = str(record["module"]).rpartition(".")[2]
-            points.setdefault(module, []).append((record["sigma"], kl))
-        series = [Series(name, [x for x, _ in some], [y for _, y in some]) for name, some in points.items()]
-        name = f"{NAME}-{basis}-{kind.replace('_', '-')}"
-        plots.append(
-            Plot(name, _named(kind), "σ", "KL (nats a token)", series, "points", x_log=True, y_log=True)
-        )
-    note = "A dot is one direction of one module, changed alone."
-    if left_out:
-        note += f" Not drawn, for a KL or σ that is not above 0: {left_out}."
-    return Grid(f"{NAME}-{basis}", f"What single directions are worth, {basis} basis", plots, note)
+def _table(numbers: pd.DataFrame, metric: str, basis: str) -> pd.DataFrame:
+    rows = numbers[(numbers.of == metric) & (numbers.type == ALL) & numbers.metric.isin(COEFFICIENTS)]
+    rows = rows.assign(column=rows.metric.str.capitalize())
+    p = rows.assign(column=rows.column + " p", estimate=rows.p, low=None, high=None)
+    points = rows[rows.metric == "pearson"].assign(
+        column="Directions", estimate=lambda one: one["items"], low=None, high=None
+    )
+    places = {"Directions": 0, "Pearson": 2, "Spearman": 2}
+    of_paper = basis == "weight" and metric == "log_perplexity"
+    wide = table(
+        pd.concat([points, rows, p], ignore_index=True), "column", digits=lambda row: places.get(row.column, 4),
+        paper=(lambda row: paper_value("rank-one", row.method, row.column)) if of_paper else None,
+    )  # fmt: skip
+    order = ["Directions", "Pearson", "Pearson p", "Spearman", "Spearman p"]
+    return wide[[name for name in order if name in wide]].rename_axis("Intervention")

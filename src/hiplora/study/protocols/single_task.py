@@ -1,210 +1,217 @@
-"""Each method trained on each domain alone and scored on all of them: Table 1 of the paper, with Retain (Eq. 11)."""
+"""Each method trained on each domain alone and scored on all of them: Table 1 of the paper, with Retain (Eq. 11).
 
-from typing import Any
+The comparison with AdaLoRA (Table 12) is the same table of other methods.
+"""
 
-from hiplora.recipes.protocols import OfMethods
-from hiplora.recipes.study import StudyMethod
-from hiplora.reporting.study.paper import paper_value
-from hiplora.reporting.study.spec import Cell, Measurement, Plot, Section, Series, Table
-from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Job
-from hiplora.study.protocols.drifts import drift_measurements, drift_table, drifts
-from hiplora.study.protocols.rows import (
-    Row,
-    base_row,
-    held_out,
-    method_row,
-    row_differences,
-    row_measurements,
-    score_runs,
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from hiplora.reporting import plots
+from hiplora.study.protocols.settings import OfMethods
+from hiplora.study.records import (
+    BASE,
+    Findings,
+    joined,
+    measured,
+    paper_value,
+    scored,
+    table,
+    tidy,
+    with_jobs,
 )
-from hiplora.study.protocols.show import NONE, cell, form_told, marked, paper_column, smallest
-from hiplora.study.results import FORMS, Results
-from hiplora.study.statistics import Resampler, estimate
+from hiplora.study.statistics import averaged, differences, drift, hierarchical, replicates, summary
 
-NAME, TITLE, PAPER = "single-task", "Single tasks", "single-task"
+if TYPE_CHECKING:
+    from hiplora.study.builder import Study
+    from hiplora.study.engine.jobs import Job
+    from hiplora.study.results import Results
+
+PAPER_COLUMNS = {
+    "mmlu": "MMLU",
+    "scienceqa": "ScienceQA",
+    "gsm8k": "GSM8K",
+    "gsm8k_solution": "GSM8K",
+    "humaneval": "HumanEval",
+    "humaneval_10": "HumanEval",
+}
 
 
-def jobs(study: Study, settings: OfMethods) -> list[Job]:
+class SingleTask(OfMethods):
+    """Each method trained on each domain alone, scored on all: the paper's single-task table with Retain."""
+
+    name: ClassVar[str] = "single-task"
+    title: ClassVar[str] = "Single tasks"
+
+
+class AdaLora(SingleTask):
+    """The same table for the comparison with AdaLoRA."""
+
+    name: ClassVar[str] = "adalora"
+    title: ClassVar[str] = "Comparison with AdaLoRA"
+
+
+def jobs(study: Study, settings: SingleTask) -> list[Job]:
     """Score the base, and the adapter of every method, domain and seed."""
-    return [study.score(), *(job for found in _runs(study, settings).values() for job in found)]
+    return [job for job, _ in _runs(study, settings)]
 
 
-def section(study: Study, settings: OfMethods, results: Results) -> Section:
-    """Tables of the domains' scores and Retain in both forms, of the drift, and of what was trained."""
-    return single_task_section(study, settings, results, NAME, TITLE, PAPER)
-
-
-def single_task_section(
-    study: Study, settings: OfMethods, results: Results, name: str, title: str, paper: str
-) -> Section:
-    """The section under another name: the comparison with AdaLoRA is the same table of other methods."""
-    rows = {form: _rows(study, settings, results, form) for form in FORMS}
-    measurements: list[Measurement] = []
-    tables: list[Table] = []
-    for form, found in rows.items():
-        tables.append(_table(study, found, form, name, title, paper))
-        for row in found:
-            measurements += row_measurements(name, row, form, is_base=row is found[0])
-        measurements += row_differences(name, found[1:], form)
+def tables(study: Study, settings: SingleTask, results: Results) -> Findings:
+    """Return the domains' scores and Retain in both forms, the drift, and what was trained."""
     runs = _runs(study, settings)
-    moved = drifts(runs, results)
-    if any(moved.values()):
-        over = "domains and seeds"
-        tables.append(drift_table(moved, f"{name}-drift", "Drift from the base model", over))
-        measurements += drift_measurements(moved, runs, name, len(study.seeds(settings)))
-    tables.append(_trained(study, settings, results, name))
-    texts = [text for form in FORMS if (text := _power(rows[form], form))]
-    figures = [_figure(rows["likelihood"], name)] if len(rows["likelihood"]) > 1 else []
-    return Section(name, title, texts, tables, figures, measurements, list(results.missing))
+    records = tidy(results, runs)
+    found = Findings(settings.name, settings.title)
+    numbers = with_jobs(scores_and_retain(study, records), runs)
+    moved = with_jobs(drift(records[records.method != BASE]), runs)
+    found.measured = joined(numbers, moved)
+    for form in ("accuracy", "likelihood"):
+        shown = score_columns(study, numbers[numbers.form == form])
+        found.tables[f"{settings.name}-{form}"] = (
+            f"{settings.title}: {form}, %",
+            table(shown, "column", paper=lambda row: _paper(study, settings.name, row)),
+        )
+    found.tables[f"{settings.name}-drift"] = drift_table(moved)
+    found.tables[f"{settings.name}-training"] = "What was trained", _trained(study, settings, results)
+    found.text = (
+        "Each domain is scored by the adapter that was trained on it. Retain: mean drop on the other domains' tasks "
+        "against the base model, in percentage points; lower is better. Intervals: 95 % over items."
+    )
+    figure = retain_figure(numbers)
+    if figure is not None:
+        found.figures[f"{settings.name}-retain"] = "What was learned, and what it cost elsewhere", figure
+    return found
 
 
-def _runs(study: Study, settings: OfMethods) -> dict[str, list[Job]]:
-    """Title → the scores of a method's adapters, of all domains, seed after seed."""
-    seeds = study.seeds(settings)
-    return {
-        study.row(method).title: [
-            job
-            for of_seed in zip(*score_runs(study, study.row(method), seeds).values(), strict=True)
-            for job in of_seed
-        ]
-        for method in settings.methods
-    }
+def _runs(study: Study, settings: SingleTask) -> list[tuple[Job, dict]]:
+    titles = {method: study.row(method) for method in settings.methods}
+    return score_runs(study, titles.values(), study.seeds(settings), study.recipe.domains)
 
 
-def _rows(study: Study, settings: OfMethods, results: Results, form: str) -> list[Row]:
-    """The base first, then every method all of whose runs are there."""
-    draws = Resampler()
-    if (base := base_row(study, results, form, draws)) is None:
-        return []
-    rows: list[Row] = [base]
-    for method in settings.methods:
-        row = study.row(method)
-        runs = score_runs(study, row, study.seeds(settings))
-        found = method_row(study, row.title, runs, results, form, draws)
-        rows += [found] if found is not None else []
-    return rows
+def score_runs(
+    study: Study, rows: Any, seeds: Sequence[int], domains: Any, like: Any = None
+) -> list[tuple[Job, dict]]:
+    """Return the jobs that score the base, and the adapters of methods on domains, with their labels.
 
-
-def _table(study: Study, rows: list[Row], form: str, name: str, title: str, paper: str) -> Table:
-    domains = study.recipe.domains
-    columns = ["Method", *(d.title for d in domains.values()), "Mean", "Retain"]
-    lines = []
+    `like` is the method whose learning rate all of them take.
+    """
+    found = [(study.score(), {"method": BASE})]
     for row in rows:
-        cells = [
-            cell(estimate(row.domains[d], row.by_seed.get(d, ())), _paper(paper, row.title, d, study, form))
-            for d in domains
-        ]
-        cells.append(cell(estimate(row.mean, row.mean_by_seed)))
-        is_base = row is rows[0]
-        cells.append(
-            NONE
-            if is_base
-            else cell(
-                estimate(row.retain, row.retain_by_seed), _paper(paper, row.title, "Retain", study, form)
-            )
-        )
-        lines.append((row.title, cells))
-    places = dict.fromkeys(range(len(domains) + 1), "high") | {len(domains) + 1: "low"}
-    note = (
-        f"{form_told(form)}: each domain by the adapter that was trained on it. Retain: mean drop on the other "
-        "domains' tasks against the base model, in percentage points; lower is better, a gain counts as negative. "
-        "±: standard deviation over seeds. Brackets: 95 % intervals over items, each with its mean over the seeds."
+        for seed in seeds:
+            for domain in domains:
+                job = study.score(study.adapter(row, domain, seed, like=like))
+                found.append((job, {"method": row.title, "domain": domain, "seed": seed}))
+    return found
+
+
+def scores_and_retain(study: Study, records: pd.DataFrame) -> pd.DataFrame:
+    """Return each method's scores on its own domains, their mean, Retain, and paired differences, as measurements."""
+    domains = {domain.task: name for name, domain in study.recipe.domains.items()}
+    records = scored(records)
+    records = records[records.task.isin(domains)]
+    if BASE not in set(records.method):
+        return pd.DataFrame(columns=["method", "form", "metric", "estimate", "low", "high", "domain"])
+    draws = replicates(records, ["form", "method", "domain", "seed", "task"])
+    scored_on = draws.index.get_level_values("task").map(domains)
+    is_base = draws.index.get_level_values("method") == BASE
+    base, adapted = draws[is_base], draws[~is_base]
+    own = adapted[scored_on[~is_base] == adapted.index.get_level_values("domain")]
+    own = own.droplevel("task")
+    alone = base.droplevel(["domain", "task"])
+    alone = alone.set_index(pd.Index(scored_on[is_base], name="domain"), append=True).reorder_levels(
+        own.index.names
     )
-    return Table(f"{name}-{form}", f"{title}: {form}", columns, marked(lines, places) if lines else [], note)
+    apart = adapted[scored_on[~is_base] != adapted.index.get_level_values("domain")]
+    before = base.droplevel(["method", "domain", "seed"]).reindex(
+        apart.index.droplevel(["method", "domain", "seed"])
+    )
+    retain = averaged(pd.DataFrame(before.to_numpy() - apart.to_numpy(), apart.index), ["domain", "task"])
+    mean, every = averaged(own, ["domain"]), averaged(alone, ["domain"])
+    trained = records[records.task.map(domains) == records.domain]
+    counts = records.groupby(records.task.map(domains))["item"].nunique()
+    scores = summary(own).join(hierarchical(trained, ["form", "method", "domain"]))
+    return pd.concat(
+        [
+            measured(pd.concat([summary(alone), scores]), "score", "%").assign(
+                items=lambda one: one.domain.map(counts)
+            ),
+            measured(summary(pd.concat([every, mean])), "mean score", "%"),
+            measured(summary(retain), "retain", "pp"),
+            measured(summary(differences(mean)), "mean score difference", "pp"),
+            measured(summary(differences(retain)), "retain difference", "pp"),
+        ],
+        ignore_index=True,
+    )
 
 
-def _paper(table: str, method: str, column: str, study: Study, form: str) -> float | None:
-    """The paper's value, beside scores of the form that it gives: accuracy."""
-    if form != "accuracy":
+def score_columns(study: Study, numbers: pd.DataFrame, mean: str = "Mean") -> pd.DataFrame:
+    """Return the measurements that a table of scores and Retain shows, with their column."""
+    shown = numbers[numbers.metric.isin(("score", "mean score", "retain"))]
+    titles = {name: domain.title for name, domain in study.recipe.domains.items()}
+    headings = shown.metric.map({"mean score": mean, "retain": "Retain"})
+    return shown.assign(column=headings.fillna(shown.domain.map(titles)))
+
+
+def drift_table(moved: pd.DataFrame, title: str = "Drift from the base model") -> tuple[str, pd.DataFrame]:
+    """Return the table of mean drifts, in thousandths of a nat a token."""
+    if moved.empty:
+        return title, pd.DataFrame()
+    shown = moved[moved.metric == "drift"]
+    wide = 1000 * shown.pivot(index="method", columns="text", values="estimate")
+    wide = wide.reindex(index=shown.method.unique(), columns=shown.text.unique()).rename_axis(None, axis=1)
+    return f"{title}: KL in thousandths of a nat a token", wide.rename_axis("Method").round(2)
+
+
+def retain_figure(numbers: pd.DataFrame, label: str | None = None, title: str = "") -> Any:
+    """Return the figure of Retain over the mean likelihood; None without adapters."""
+    shown = numbers[(numbers.form == "likelihood") & (numbers.method != BASE)]
+    if shown.empty:
         return None
-    if column in study.recipe.domains:
-        column = paper_column(study.recipe.domains[column].task)
-    return paper_value(table, method, column)
+    mean, retain = (shown[shown.metric == metric].set_index("method") for metric in ("mean score", "retain"))
+    points = retain.join(mean[["estimate", "low", "high"]].add_prefix("x_")).reset_index()
+    points["line"] = title or points.method
+    return plots.frontier(
+        points, "x_estimate", "estimate", "line", low="low", high="high", x_low="x_low", x_high="x_high",
+        label="method" if label else None, xlabel="mean likelihood, own domain (%)",
+        ylabel="Retain (pp, lower is better)",
+    )  # fmt: skip
 
 
-def _power(rows: list[Row], form: str) -> str:
-    """The smallest differences between two methods that these items can tell."""
-    mean, retain = smallest([row.mean for row in rows[1:]]), smallest([row.retain for row in rows[1:]])
-    if mean is None or retain is None:
-        return ""
-    return (
-        f"By {form}, a difference between two methods can be told from none if it is larger than about {mean:.1f} pp "
-        f"in the mean score and {retain:.1f} pp in Retain (median half width of the 95 % intervals of the paired "
-        "differences)."
-    )
+def _paper(study: Study, name: str, row: Any) -> float | None:
+    if row.form != "accuracy":
+        return None
+    domain = study.recipe.domains.get(row.domain) if isinstance(row.domain, str) else None
+    column = "Retain" if domain is None else PAPER_COLUMNS.get(domain.task, domain.task)
+    return paper_value(name, row.method, column) if row.metric != "mean score" else None
 
 
-def _trained(study: Study, settings: OfMethods, results: Results, name: str) -> Table:
-    """What each method trained: parameters against the first method's, rate, held-out loss."""
-    lines, first = [], None
+def _trained(study: Study, settings: SingleTask, results: Results) -> pd.DataFrame:
+    """What each method trained: parameters, learning rate, held-out loss before and after."""
+    rows = []
     for method in settings.methods:
         row = study.row(method)
-        runs = [study.adapter(row, d, s) for d in study.recipe.domains for s in study.seeds(settings)]
-        found = [result for job in runs if (result := results.get(job)) is not None]
+        runs = [
+            study.adapter(row, domain, seed)
+            for domain in study.recipe.domains
+            for seed in study.seeds(settings)
+        ]
+        found = [one for job in runs if (one := results.get(job)) is not None]
         choice = study.rate(row)
-        rate = results.get(choice) if choice is not None else None
-        told = _rate_told(row, rate, study)
-        if not found:
-            lines.append((row.title, [NONE, NONE, Cell(text=told), NONE, NONE]))
-            continue
-        count = found[0]["trainable_parameters"]
-        first = first or count
-        losses = held_out(found) if len(found) == len(runs) else (None, None)  # of some runs: another mean
-        lines.append(
-            (
-                row.title,
-                [
-                    Cell(text=f"{count:,}"),
-                    Cell(100 * (count / first - 1), digits=1),
-                    Cell(text=told),
-                    *(Cell(loss, digits=3) for loss in losses),
-                ],
-            )
-        )
-    columns = [
-        "Method",
-        "Trainable parameters",
-        "Mismatch, %",
-        "Learning rate",
-        "Held-out loss before",
-        "After",
-    ]
-    note = (
-        "Mismatch against the first method. Losses: mean over domains and seeds, nats a learned token, on rows that "
-        "were held back."
-    )
-    return Table(f"{name}-training", "What was trained", columns, lines, note)
+        chosen = None if choice is None else results.get(choice)
+        rate = study.recipe.given_rate(row) if choice is None else (chosen or {}).get("value")
+        edge = "at the edge of the grid" if (chosen or {}).get("at_the_edge") else ""
+        before, after = held_out(found) if len(found) == len(runs) else (None, None)
+        parameters = found[0]["trainable_parameters"] if found else None
+        rows.append((row.title, parameters, rate, edge, before, after))
+    columns = ["Method", "Trainable parameters", "Learning rate", "", "Held-out loss before", "After"]
+    return pd.DataFrame(rows, columns=columns).set_index("Method")
 
 
-def _rate_told(row: StudyMethod, chosen: dict[str, Any] | None, study: Study) -> str:
-    if isinstance(row.lr, float):
-        return f"{row.lr:g}, given"
-    if study.recipe.rates is None:
-        return f"{study.recipe.given_rate(row):g}"
-    if chosen is None:
-        return ""
-    return f"{chosen['value']:g}" + (", at the edge of the grid" if chosen["at_the_edge"] else "")
-
-
-def _figure(rows: list[Row], name: str) -> Plot:
-    series = [
-        Series(
-            row.title,
-            [float(row.mean[0])],
-            [float(row.retain[0])],
-            low=[estimate(row.retain).low or 0.0],
-            high=[estimate(row.retain).high or 0.0],
-            x_low=[estimate(row.mean).low or 0.0],
-            x_high=[estimate(row.mean).high or 0.0],
-        )
-        for row in rows[1:]
-    ]
-    return Plot(
-        f"{name}-retain",
-        "What was learned, and what it cost elsewhere",
-        "mean likelihood of the right answer, own domain (%)",
-        "Retain (pp, lower is better)",
-        series,
-        kind="points",
-    )
+def held_out(trained: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Return the mean losses on held-out rows before and after some trainings; None where none were held out."""
+    losses = [(one["held_out_before"], one["held_out_after"]) for one in trained]
+    known = [pair for pair in losses if pair[1] is not None]
+    return tuple(np.mean(known, axis=0).tolist()) if known else (None, None)  # type: ignore[return-value]

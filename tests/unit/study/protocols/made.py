@@ -6,39 +6,35 @@ from hiplora.study.engine.store import Store
 from hiplora.study.pico_data import write_pico_data
 from hiplora.study.results import Results
 
+TWO_DOMAINS = (
+    "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "
+    "facts: {title: Facts, train: {path: alpaca.jsonl, held_out_fraction: 0.1}, tasks: {mmlu: 2}}}",
+    "rates=null",
+)
 
-def made_study(folder, *changes, recipe="pico"):
-    """The study of a recipe over its own data, and an empty store."""
+
+def made_study(folder, protocols, *changes):
+    """A study over pico's data with some protocols, and an empty store."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     write_pico_data(data)
-    return Study(load_study(recipe, changes), data), Store(folder / "store")
+    changes = (*(changes or TWO_DOMAINS), f"protocols={{{protocols}}}")
+    return Study(load_study("pico", changes), data), Store(folder / "store")
 
 
 def finish(store, job, found, **timing):
-    """Say that a job found something."""
+    """Store what a job found."""
     store.finish(job, found, {"seconds": 1.0, **timing}, artifact=False)
 
 
 def scored(tasks, drift=None):
-    """What `evaluate` and `merge` find: task → items (both forms alike) or (scores, likelihoods); text → KL."""
-    found = {}
-    for task, items in tasks.items():
-        scores, likelihoods = items if isinstance(items, tuple) else (items, items)
-        found[task] = {
-            "metric": "acc",
-            "form": "likelihood",
-            "score": scores,
-            "likelihood": likelihoods,
-            "others": {},
-        }
-    drifts = (
-        None if drift is None else {text: {"kl": kl, "perplexity_ratio": 1.0} for text, kl in drift.items()}
-    )
+    """What `evaluate` and `merge` find: task → items (the same in both forms), text → KL."""
+    found = {task: {"score": items, "likelihood": items} for task, items in tasks.items()}
+    drifts = drift and {text: {"kl": kl, "perplexity_ratio": 1 + kl} for text, kl in drift.items()}
     return {"tasks": found, "drift": drifts}
 
 
-def trained(parameters=100, before=2.0, after=1.0, curve=()):
+def trained(parameters=100, before=2.0, after=1.0, curve=((1, 2.0), (2, 1.0))):
     """What `train` finds."""
     return {
         "steps": 6,
@@ -47,29 +43,24 @@ def trained(parameters=100, before=2.0, after=1.0, curve=()):
         "held_out_before": before,
         "held_out_after": after,
         "curve": [list(point) for point in curve],
-        "warnings": [],
     }
 
 
-def results(store):
-    """The results of a store, read anew."""
-    return Results(Store(store.path))
+def tables(module, study, settings, store):
+    """What a protocol makes of a store's results, read anew."""
+    return module.tables(study, settings, Results(Store(store.path)))
 
 
-def table(section, name):
-    """A section's table as row → column → cell."""
-    found = next(one for one in section.tables if one.name == name)
-    return {row: dict(zip(found.columns[1:], cells, strict=True)) for row, cells in found.rows}
-
-
-def measured(section, metric, method, **fields):
+def row(found, metric, method, **labels):
     """The one measurement that fits."""
-    found = [
-        one
-        for one in section.measurements
-        if one.metric == metric
-        and one.method == method
-        and all(getattr(one, k) == v for k, v in fields.items())
-    ]
-    assert len(found) == 1, found
-    return found[0]
+    numbers = found.measured
+    fits = (numbers.metric == metric) & (numbers.method == method)
+    for name, value in labels.items():
+        fits &= numbers[name] == value
+    assert fits.sum() == 1, numbers[fits]
+    return numbers[fits].iloc[0]
+
+
+def table(found, name):
+    """One of the tables."""
+    return found.tables[name][1]

@@ -5,6 +5,7 @@ learned at least as much. Between points that are neighbours on the grid (the ne
 the drift is interpolated, linear in the loss and logarithmic in the divergence; never beyond them.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,14 +27,10 @@ class Mark:
     x: NDArray[np.float64]
     y: NDArray[np.float64]
 
-    @property
+    @functools.cached_property
     def middle(self) -> tuple[float, float]:
         """The means over the seeds."""
         return float(self.x.mean()), float(self.y.mean())
-
-    def of_seed(self, seed: int) -> "Mark":
-        """Return the point of one seed alone, by its place."""
-        return Mark(self.rate, self.steps, self.x[[seed]], self.y[[seed]])
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,7 @@ class Spot:
         """Return each seed's log drift at its own x, (seeds,), along the same points and never beyond them."""
         one, two = self.first, self.second
         apart = one.x - two.x
-        share = np.where(apart > 0, (one.x - x) / np.where(apart > 0, apart, 1.0), one.x > x)
-        share = np.clip(share, 0.0, 1.0)
+        share = np.where(apart > 0, (one.x - x) / np.where(apart > 0, apart, 1.0), one.x > x).clip(0.0, 1.0)
         return np.asarray((1 - share) * one.y + share * two.y)
 
 
@@ -64,23 +60,18 @@ class Frontier:
     def __init__(self, marks: Sequence[Mark]):
         """Take its points, at least one."""
         self.marks = list(marks)
-        middles = [mark.middle for mark in marks]
         self.best = min(self.marks, key=lambda mark: mark.middle[0])  # learned most
-        self.least, self.most = self.best.middle[0], max(x for x, _ in middles)
-        self._points = [(*middle, mark) for middle, mark in zip(middles, marks, strict=True)]
-        self._edges = [
-            (*one.middle, *two.middle, one, two) if one.middle[0] > two.middle[0] else
-            (*two.middle, *one.middle, two, one)
-            for one, two in _neighbours(marks)
-        ]  # fmt: skip
+        self.least, self.most = self.best.middle[0], max(mark.middle[0] for mark in marks)
 
     def at(self, x: float) -> Spot:
         """Return the frontier's spot at a mean x."""
         if x < self.least:
             return Spot(self.best.middle[1], self.best, self.best, NOT_REACHED)
         state = REACHED if x <= self.most else PASSED
-        spots = [Spot(y, mark, mark, state) for here, y, mark in self._points if here <= x]
-        for high, start, low, end, one, two in self._edges:
+        spots = [Spot(mark.middle[1], mark, mark, state) for mark in self.marks if mark.middle[0] <= x]
+        for pair in _neighbours(self.marks):
+            one, two = sorted(pair, key=lambda mark: -mark.middle[0])
+            (high, start), (low, end) = one.middle, two.middle
             if low < x < high:
                 share = (high - x) / (high - low)
                 spots.append(Spot((1 - share) * start + share * end, one, two, state))
@@ -88,7 +79,22 @@ class Frontier:
 
     def of_seed(self, seed: int) -> "Frontier":
         """Return the frontier of one seed's points, by its place."""
-        return Frontier([mark.of_seed(seed) for mark in self.marks])
+        return Frontier([Mark(mark.rate, mark.steps, mark.x[[seed]], mark.y[[seed]]) for mark in self.marks])
+
+
+def compared(here: Frontier, there: Frontier, at: Mark | None) -> tuple[NDArray[np.float64], float, str]:
+    """Return by seed the log of how many times as far `here` drifts as `there`, at what x, and the state of that.
+
+    Compared at what a point `at` of the other learned or, where that is None, at the most that both learned.
+    """
+    if at is None and here.least > there.least:
+        # The other learned more. If all its points did, it may drift less than the least of them at this loss.
+        mark, spot = here.best, there.at(here.least)
+        state = NOT_REACHED if spot.state == PASSED else REACHED
+        return mark.y - spot.by_seed(mark.x), mark.middle[0], state
+    mark = there.best if at is None else at
+    spot = here.at(mark.middle[0])
+    return spot.by_seed(mark.x) - mark.y, mark.middle[0], spot.state
 
 
 def share_below(one: Frontier, other: Frontier) -> float | None:

@@ -1,1 +1,0 @@
-"""A study's tables, figures and page: from plain specifications to files."""

@@ -1,0 +1,56 @@
+"""What the settings of all protocols share."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+Names = Annotated[list[str], Field(min_length=1)]
+
+# The fields that name methods, domains or drift texts of the study; the study checks that it has them.
+NAMING = {
+    "texts": ("text",),
+    "methods": (
+        *("methods", "method", "reference", "plain", "attention", "early"),
+        *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
+    ),
+    "domains": ("domains", "domain", "early_domains", "order"),
+}
+
+
+class Settings(BaseModel):
+    """A block of a study's recipe: unknown fields are errors, values keep their type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Protocol(Settings):
+    """Settings that every protocol has."""
+
+    seeds: list[Seed] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "Protocol":
+        for name in ("seeds", "methods", "values", "rates", "domains", "sizes", "modes"):
+            values = getattr(self, name, None)
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"`{name}` lists a value twice: {values}; name each once")
+        return self
+
+    def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield the fields that name `methods`, `domains` or drift `texts` of the study, with the names."""
+        for field in NAMING[kind]:
+            value = getattr(self, field, None)
+            if value is not None:
+                yield field, [value] if isinstance(value, str) else list(value)
+
+
+class OfMethods(Protocol):
+    """A protocol that compares methods."""
+
+    methods: Names = Field(description="Methods to compare, in the order of the table.")

@@ -1,0 +1,167 @@
+"""Job results as one tidy table, and what a protocol returns: measurements, and the tables and figures made of them."""
+
+import functools
+import importlib.resources
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from hiplora.study.engine.jobs import Job
+from hiplora.study.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMS = {"score": "accuracy", "likelihood": "likelihood"}  # a task's items as stored → the form of the score
+BASE = "Base model"
+Runs = Iterable[tuple[Job, Mapping[str, Any]]]  # jobs with what tells their rows apart
+
+
+@dataclass
+class Findings:
+    """What a protocol found, as far as its jobs are done.
+
+    `measured` has a row a number: method, metric, estimate, low, high, sd over seeds, seeds, unit, and whatever else
+    tells it apart. `tables` are file name → (caption, table), `figures` file name → (caption, figure), `files` name →
+    text of what else goes into the report's folder. `missing` names the jobs that are not done.
+    """
+
+    name: str
+    title: str
+    measured: pd.DataFrame = field(default_factory=pd.DataFrame)
+    tables: dict[str, tuple[str, pd.DataFrame]] = field(default_factory=dict)
+    figures: dict[str, "tuple[str, Figure]"] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    missing: list[str] = field(default_factory=list)
+
+
+def tidy(results: Results, runs: Runs, whole: Sequence[str] = ("method",)) -> pd.DataFrame:
+    """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
+
+    Of a task, `metric` is `accuracy` or `likelihood` with a row an item, in per cent; of a drift text `kl` and
+    `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`. Rows that
+    are equal in the labels `whole` belong together: where a job of them is not done, all are left out.
+    """
+    runs = [(job, dict(labels)) for job, labels in runs]
+    names = list(dict.fromkeys(name for _, labels in runs for name in labels))
+    heads, values, lost = [], [], set()
+    for job, labels in runs:
+        label = tuple(labels.get(name, "") for name in names)
+        found = results.get(job)
+        if found is None:
+            lost.add(tuple(labels.get(name, "") for name in whole))
+            continue
+        for task, metric, numbers in _numbers(found):
+            heads.append((*label, job.key, task, metric))
+            values.append(np.asarray(numbers, dtype=float))
+    frame = pd.DataFrame(heads, columns=[*names, "run", "task", "metric"])
+    if lost:
+        kept = [tuple(row) not in lost for row in frame[list(whole)].itertuples(index=False)]
+        frame, values = frame[kept], [value for value, keep in zip(values, kept, strict=True) if keep]
+    counts = [len(value) for value in values]
+    frame = frame.loc[frame.index.repeat(counts)].reset_index(drop=True)
+    frame["item"] = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, int)])
+    frame["value"] = np.concatenate(values or [np.zeros(0)])
+    return frame
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[float]]]:
+    for task, scores in found.get("tasks", {}).items():
+        for stored, form in FORMS.items():
+            yield task, form, scores[stored]
+    for text, drift in (found.get("drift") or {}).items():
+        for metric in ("kl", "perplexity_ratio"):
+            yield text, metric, [drift[metric]]
+    if "curve" in found:
+        losses = dict(found["curve"])
+        yield "training", "loss", [losses.get(step, np.nan) for step in range(max(losses, default=-1) + 1)]
+        yield "training", "parameters", [found["trainable_parameters"]]
+        for metric in ("held_out_before", "held_out_after"):
+            if found[metric] is not None:
+                yield "training", metric, [found[metric]]
+
+
+def scored(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a tidy table that are scores of tasks; their metric is the column `form` then."""
+    return frame[frame.metric.isin(FORMS.values())].rename(columns={"metric": "form"})
+
+
+def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) -> pd.DataFrame:
+    """Return summaries as measurements: their index as columns, with the metric's name, its unit and more labels."""
+    return frame.reset_index().assign(metric=metric, unit=unit, **labels)
+
+
+def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Return measurements below each other, with at least some columns."""
+    known = [part for part in parts if len(part)]
+    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=list(columns))
+    return found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
+
+
+def with_jobs(frame: pd.DataFrame, runs: Runs, by: Sequence[str] = ("method",)) -> pd.DataFrame:
+    """Return measurements with the short keys of the jobs that have their labels `by`."""
+    keys: dict[tuple, dict[str, None]] = {}
+    for job, labels in runs:
+        keys.setdefault(tuple(labels.get(name, "") for name in by), {})[job.key[:8]] = None
+    told = [" ".join(keys.get(tuple(row), ())) for row in frame[list(by)].itertuples(index=False)]
+    return frame.assign(jobs=told)
+
+
+def table(
+    frame: pd.DataFrame,
+    columns: str,
+    rows: str = "method",
+    digits: Callable[[Any], int] | int = 1,
+    paper: Callable[[Any], float | None] | None = None,
+) -> pd.DataFrame:
+    """Return measurements as a table of "estimate [low, high]", rows and columns in the order that they come in.
+
+    `paper` returns the paper's value of a measurement (a row of the frame); it stands behind ours, marked as such.
+    """
+    from hiplora.reporting import interval
+
+    texts = []
+    for row in frame.itertuples():
+        places = digits if isinstance(digits, int) else digits(row)
+        text = interval(row.estimate, row.low, row.high, places)
+        theirs = None if paper is None else paper(row)
+        texts.append(text if theirs is None else f"{text} (paper: {theirs:g})")
+    wide = frame.assign(text=texts).pivot(index=rows, columns=columns, values="text")
+    found = wide.reindex(index=frame[rows].unique(), columns=frame[columns].unique()).fillna("–")
+    return found.rename_axis(index=rows.capitalize(), columns=None)
+
+
+def paper_value(name: str, row: str, column: str) -> float | None:
+    """Return the paper's number of a table's row and column, None where the paper, or what is left of it, has none."""
+    value = _paper_rows()[name].get(_plain(row), {}).get(_plain(column))
+    return value["value"] if isinstance(value, Mapping) else value
+
+
+@functools.cache
+def paper() -> dict[str, Any]:
+    """Return what the paper reports: its model, tables and claims, as `paper.yaml` has them."""
+    import yaml
+
+    text = importlib.resources.files("hiplora.study").joinpath("paper.yaml").read_text("utf-8")
+    return yaml.safe_load(text)
+
+
+@functools.cache
+def _paper_rows() -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        name: {
+            _plain(row): {_plain(column): value for column, value in values.items()}
+            for row, values in one["rows"].items()
+        }
+        for name, one in paper()["tables"].items()
+    }
+
+
+def _plain(name: str) -> str:
+    """A name without case and punctuation: `HiP-LoRA` and `hiplora` are one."""
+    return re.sub(r"[^a-z0-9@]", "", name.lower())

@@ -1,0 +1,150 @@
+"""Protocols that compare scores, from results made by hand: single tasks, λ, ablations, continual tuning."""
+
+import pandas as pd
+import pytest
+
+from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
+from hiplora.study.engine.store import Store
+from hiplora.study.protocols import ablations, continual, lambda_curve, sections, single_task
+from hiplora.study.results import Results
+from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
+
+BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}
+# method → domain of the adapter → (items of gsm8k, items of mmlu, KL), one a seed
+FOUND = {
+    "lora": {
+        "sums": [([60, 80], [10, 30], 0.1), ([80, 100], [30, 30], 0.3)],
+        "facts": [([20, 20], [50, 70], 0.1), ([40, 40], [70, 90], 0.2)],
+    },
+    "lora-mlp": {
+        "sums": [([60, 80], [40, 40], 0.005), ([80, 100], [40, 40], 0.015)],
+        "facts": [([40, 60], [50, 70], 0.02), ([40, 60], [70, 90], 0.04)],
+    },
+}
+
+
+@pytest.fixture
+def single(tmp_path):
+    study, store = made_study(tmp_path, "single_task: {methods: [lora, lora-mlp]}")
+    finish(store, study.score(), scored(BASE))
+    for method, domains in FOUND.items():
+        for domain, seeds in domains.items():
+            for seed, (sums, facts, kl) in zip(study.recipe.seeds, seeds, strict=True):
+                adapter = study.adapter(study.row(method), domain, seed)
+                finish(store, adapter, trained(100 if method == "lora" else 96))
+                finish(store, study.score(adapter), scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
+    return study, study.recipe.protocols.single_task, store
+
+
+def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(single):
+    found = tables(single_task, *single)
+    assert row(found, "score", "Base model", domain="sums", form="accuracy").estimate == 50
+    assert row(found, "score", "LoRA", domain="sums", form="accuracy").estimate == pytest.approx(80)
+    assert row(found, "mean score", "LoRA", form="accuracy").estimate == pytest.approx(75)
+    # sums: mmlu falls from 40 to 20 and 30; facts: gsm8k from 50 to 20 and 40
+    retain = row(found, "retain", "LoRA", form="likelihood")
+    assert (retain.estimate, retain.unit, retain.seeds) == (pytest.approx(17.5), "pp", 2)
+    assert retain.sd == pytest.approx(pd.Series([25, 10]).std())
+    assert len(retain.jobs.split()) == 4
+    apart = row(found, "retain difference", "LoRA on the MLPs", form="accuracy", minus="LoRA")
+    assert apart.estimate == pytest.approx(-17.5)
+    shown = table(found, "single-task-accuracy")
+    assert shown["Retain"]["LoRA"].endswith("(paper: 12.3)")
+    assert table(found, "single-task-training")["Trainable parameters"].tolist() == [100, 96]
+
+
+def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
+    study, _, store = single
+    missing = study.score(study.adapter(study.row("lora-mlp"), "facts", 42))
+    (store.path / "results" / f"{missing.key}.json").unlink()
+    (found,) = sections(study, Results(Store(store.path)))
+    assert set(found.measured.method) == {"Base model", "LoRA"}
+    assert found.missing == [missing.name]
+
+
+def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
+    study, store = made_study(
+        tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}"
+    )
+    settings = study.recipe.protocols.lambda_curve
+    finish(store, study.score(), scored(BASE))
+    for job in lambda_curve.jobs(study, settings)[1:]:
+        facts = 10 if "λ = 0 " in job.name else 30
+        finish(store, job.needs["adapter"], trained())
+        finish(store, job, scored({"gsm8k": [60, 80], "mmlu": [facts, facts]}))
+    found = tables(lambda_curve, study, settings, store)
+    change = row(found, "retain change", "HiP-LoRA", form="accuracy")
+    assert (change.estimate, change["from"], change.to) == (pytest.approx(10 - 30), 0, 10)
+    assert list(table(found, "lambda-curve-accuracy").index) == ["0", "10"]
+
+
+def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path):
+    study, store = made_study(tmp_path, "ablations: {method: hiplora}")
+    settings = study.recipe.protocols.ablations
+    full, without, *_ = ablations.variants(study, settings)
+    for job in ablations.jobs(study, settings):
+        worse = full.title not in job.name.split(" on ")[0] or without.title in job.name
+        if job.kind == "evaluate" and "adapter" in job.needs:
+            loss = 2.0 if worse else 1.0
+            finish(store, job.needs["adapter"], trained(after=loss, curve=((1, loss),)))
+        if job.kind == "inspect":
+            module = {"norm": 2.0, "left": 0.5, "right": 0.25, "both": 0.25}
+            finish(store, job, {"modules": [module], "energy_inside": {}})
+        elif job.kind == "merge":
+            finish(
+                store,
+                job,
+                scored(
+                    {"gsm8k": [0, 0], "mmlu": [80, 80]} if worse else {"gsm8k": [80, 80], "mmlu": [80, 80]}
+                ),
+            )
+        else:
+            base = "adapter" not in job.needs
+            finish(store, job, scored(BASE if base else {"gsm8k": [80, 80], "mmlu": [80, 80]}))
+    found = tables(ablations, study, settings, store)
+    assert row(found, "merge fail", full.title, form="accuracy").estimate == 0
+    assert row(found, "merge fail", without.title, form="accuracy").estimate == 100
+    assert row(found, "merge fail difference", without.title, form="accuracy").minus == full.title
+    assert row(found, "leak", without.title).estimate == pytest.approx(0.25)
+    assert row(found, "training loss difference", without.title).estimate == pytest.approx(1.0)
+    assert row(found, "retain p", without.title, form="accuracy").estimate == 1
+    assert "MergeFail" in table(found, "ablations-accuracy")
+
+
+def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(tmp_path):
+    study, store = made_study(tmp_path, "continual: {methods: [lora, hiplora], order: [facts, sums]}")
+    settings = study.recipe.protocols.continual
+    # method → seed → stage → (items of mmlu, items of gsm8k)
+    made = {
+        "lora": {
+            42: [([80, 90], [10, 10]), ([40, 60], [70, 90])],
+            100: [([80, 90], [10, 30]), ([60, 60], [70, 70])],
+        },
+        "hiplora": {seed: [([80, 80], [10, 10]), ([70, 80], [60, 70])] for seed in (42, 100)},
+    }
+    finish(store, study.score(), scored({"mmlu": [20, 40], "gsm8k": [0, 20]}))
+    for method, seeds in made.items():
+        for seed, stages in seeds.items():
+            adapter = None
+            for domain, (facts, sums) in zip(("facts", "sums"), stages, strict=True):
+                adapter = study.adapter(study.row(method), domain, seed, start=adapter)
+                finish(store, study.score(adapter), scored({"mmlu": facts, "gsm8k": sums}, {"prose": 0.1}))
+    found = tables(continual, study, settings, store)
+    matrix = [[85, 15], [55, 75]]  # LoRA's mean over the seeds
+    for metric, function in (
+        ("average accuracy", average_accuracy), ("forgetting", forgetting),
+        ("backward transfer", backward_transfer), ("learned accuracy", learned_accuracy),
+    ):  # fmt: skip
+        assert row(found, metric, "LoRA", form="accuracy").estimate == pytest.approx(function(matrix))
+    fall = row(found, "forgetting", "LoRA", form="accuracy")
+    # Items of mmlu, mean over the seeds: 80, 90 fall to 50, 60. Whichever are drawn, the fall is 30.
+    assert (fall.low, fall.high) == pytest.approx((30, 30))
+    assert row(found, "score", "LoRA", form="accuracy", stage=2, domain="facts").estimate == 55
+    assert row(found, "average accuracy", "Base model", form="accuracy").estimate == 20
+    ratio = row(found, "forgetting ratio", "HiP-LoRA", form="accuracy", over="LoRA")
+    assert ratio.estimate == pytest.approx(5 / 30)
+    assert list(table(found, "continual-stages-accuracy").index[:3]) == [
+        "Base model",
+        "LoRA, after Facts",
+        "LoRA, after Sums",
+    ]

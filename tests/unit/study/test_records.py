@@ -1,0 +1,64 @@
+"""Tidy records, tables made of measurements, and the paper's values beside them."""
+
+import pandas as pd
+import pytest
+
+from hiplora.study.records import paper, paper_value, scored, table, tidy
+from hiplora.study.results import Results
+from tests.unit.study.protocols.made import finish, made_study, trained
+from tests.unit.study.protocols.made import scored as made_scores
+
+
+@pytest.fixture
+def study(tmp_path):
+    return made_study(tmp_path, "single_task: {methods: [lora]}")
+
+
+def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(study):
+    found, store = study
+    adapter = found.adapter(found.row("lora"), "sums", 42)
+    finish(store, adapter, trained())
+    score = found.score(adapter)
+    finish(store, score, made_scores({"gsm8k": [10, 20]}, {"prose": 0.1}))
+    rows = tidy(Results(store), [(adapter, {"method": "LoRA"}), (score, {"method": "LoRA", "seed": 42})])
+    items = scored(rows)
+    assert items[["form", "task", "item", "value", "seed"]].to_numpy().tolist() == [
+        [form, "gsm8k", item, value, 42]
+        for form in ("accuracy", "likelihood")
+        for item, value in ((0, 10.0), (1, 20.0))
+    ]
+    assert rows[rows.metric == "kl"].value.tolist() == [0.1]
+    assert rows[rows.metric == "loss"].dropna().set_index("item")["value"].to_dict() == {1: 2.0, 2: 1.0}
+    assert set(rows.run) == {adapter.key, score.key}
+
+
+def test_rows_that_belong_together_are_left_out_where_one_of_them_is_not_done(study):
+    found, store = study
+    jobs = [found.score(found.adapter(found.row(name), "sums", 42)) for name in ("lora", "pissa")]
+    finish(store, jobs[0], made_scores({"gsm8k": [10]}))
+    results = Results(store)
+    runs = [(jobs[0], {"method": "a"}), (jobs[0], {"method": "b"}), (jobs[1], {"method": "b"})]
+    assert set(tidy(results, runs).method) == {"a"}
+    assert list(results.missing) == [jobs[1].name]
+
+
+def test_a_table_shows_intervals_and_the_papers_value_as_such_in_the_order_of_the_rows():
+    rows = pd.DataFrame(
+        [("LoRA", "Retain", 1.25, 0.5, 2.0), ("A", "Retain", 3.0, None, None)],
+        columns=["method", "column", "estimate", "low", "high"],
+    )
+    found = table(rows, "column", paper=lambda row: paper_value("single-task", row.method, row.column))
+    assert found["Retain"].to_dict() == {"LoRA": "1.2 [0.5, 2.0] (paper: 12.3)", "A": "3.0"}
+
+
+def test_the_papers_names_match_whatever_their_case_and_punctuation():
+    assert paper_value("single-task", "hip-lora", "RETAIN") == 4.9
+    assert paper_value("single-task", "HiP-LoRA", "MMLU") is None
+    with pytest.raises(KeyError):
+        paper_value("table 1", "LoRA", "Retain")
+
+
+def test_the_papers_claims_name_protocols_and_sides():
+    for claim in paper()["claims"].values():
+        assert claim["claimed"] in ("above", "below")
+        assert {"says", "paper", "section", "metric", "method"} <= claim.keys()
