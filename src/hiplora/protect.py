@@ -1,6 +1,5 @@
 """Project a trained adapter off its layers' inputs, and measure drift and loss before and after."""
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from hiplora.adapters import (
     load_base,
     open_update,
     protect,
-    quiet_loading,
     remaining,
     save_as_lora,
     totals,
@@ -33,6 +31,7 @@ from hiplora.data.texts import calibration_rows, describe_source, drift_texts, o
 from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
 from hiplora.evaluation.drift import cut_windows
+from hiplora.evaluation.mounting import mounted
 from hiplora.models import resolve
 from hiplora.spectral import MomentBasis, RankSpec
 from hiplora.tuner import SELF, TOKENS_PER_INPUT, input_bases
@@ -181,40 +180,23 @@ def _measured(
     updates: Mapping[str, AdapterUpdate],
     wrap: Wrap,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return drift and loss by update, and the loss of the bare model as "base"; the model is taken apart."""
+    """Return drift and loss of each update as a plain LoRA adapter on the model, and the loss of the base."""
     reference = BaseReference.build(model, tokenizer, texts, window=DRIFT_WINDOW, max_tokens=DRIFT_TOKENS)
+    drift: dict[str, Any] = {}
     loss: dict[str, Any] = {}
     if examples:
         loss["tokens"] = sum(len(example.scored) for example in examples)
         loss["base"] = heldout_loss(model, examples)
-    drift: dict[str, Any] = {}
-    with _carrying(model, updates) as adapted:
-        for name in wrap(list(updates), "measuring drift and loss"):
-            adapted.set_adapter(name)
-            found = measure_drift(adapted, reference, may_be_nothing=name == "after")
-            drift[name] = {text: value.as_dict() for text, value in found.items()}
-            if examples:
-                loss[name] = heldout_loss(adapted, examples)
+    for name in wrap(list(updates), "measuring drift and loss"):
+        nameless = replace(updates[name], base="")  # PEFT would look up the base's name
+        with tempfile.TemporaryDirectory(prefix="hiplora-") as folder:
+            write_lora(nameless, Path(folder), transposed=is_transposed(nameless, model))
+            with mounted(model, folder) as adapted:
+                found = measure_drift(adapted, reference, may_be_nothing=name == "after")
+                drift[name] = {text: value.as_dict() for text, value in found.items()}
+                if examples:
+                    loss[name] = heldout_loss(adapted, examples)
     return drift, loss
-
-
-@contextlib.contextmanager
-def _carrying(model: Any, updates: Mapping[str, AdapterUpdate]) -> Iterator[Any]:
-    """Yield a PEFT model with all of the updates as plain LoRA adapters, by name, none of them merged."""
-    from peft import PeftModel
-
-    adapted: Any = None
-    with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary, quiet_loading():
-        for name, update in updates.items():
-            folder = Path(temporary) / name
-            folder.mkdir()
-            # Without the base's name, which PEFT would look up.
-            write_lora(replace(update, base=""), folder, transposed=is_transposed(update, model))
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
-            else:
-                adapted.load_adapter(str(folder), adapter_name=name)
-        yield adapted.eval()
 
 
 def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Mapping[str, MomentBasis]) -> Iterator[str]:

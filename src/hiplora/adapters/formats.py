@@ -100,7 +100,7 @@ class Saved:
     def check_complete(
         self, module: str, parts: Iterable[str], names: Iterable[str], prefix: str = ""
     ) -> None:
-        """Check that a module has every tensor that its method saves."""
+        """Check that a module has the named tensors."""
         for name in names:
             if name not in parts:
                 raise self.error(

@@ -54,6 +54,7 @@ def inspect_adapter(
     }
 
 
+@torch.no_grad()
 def allocation_rows(
     adapter_dir: str | os.PathLike | AdapterUpdate,
     base: str | None = None,
@@ -69,7 +70,23 @@ def allocation_rows(
     """
     update = read_update(adapter_dir, base)
     spectrum = _spectrum(update, base or update.base, _rank(update, rank))
-    return [_row(update, module, spectrum(module)) for module in wrap(sorted(update.factors, key=_natural))]
+    rows = []
+    for module in wrap(sorted(update.factors, key=_natural)):
+        (A, B), channels, factors = update.factors[module], update.channels.get(module), spectrum(module)
+        found = allocate(B, A, factors.U, factors.V)
+        layer = re.search(r"\.(\d+)\.", f".{module}.")
+        row = {
+            "module": module,
+            "layer": int(layer[1]) if layer else None,
+            "type": module.rpartition(".")[2],
+            "rank": factors.rank,
+            **{name: getattr(found, name) for name in ("norm", "left", "right", "both")},
+            "sigma": factors.sigma.tolist(),
+            "gains": found.gains.tolist(),
+            "leak": channels.leak() if channels is not None and channels.leak_limit is not None else None,
+        }
+        rows.append(row)
+    return rows
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -115,27 +132,6 @@ def _rank(update: AdapterUpdate, rank: int | None) -> int:
     if rank < 1:
         raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
     return rank
-
-
-@torch.no_grad()
-def _row(update: AdapterUpdate, module: str, factors: SpectralFactors) -> dict[str, Any]:
-    A, B = update.factors[module]
-    found = allocate(B, A, factors.U, factors.V)
-    channels = update.channels.get(module)
-    layer = re.search(r"\.(\d+)\.", f".{module}.")
-    return {
-        "module": module,
-        "layer": int(layer[1]) if layer else None,
-        "type": module.rpartition(".")[2],
-        "rank": factors.rank,
-        "norm": found.norm,
-        "left": found.left,
-        "right": found.right,
-        "both": found.both,
-        "sigma": factors.sigma.tolist(),
-        "gains": found.gains.tolist(),
-        "leak": channels.leak() if channels is not None and channels.leak_limit is not None else None,
-    }
 
 
 def _natural(module: str) -> list[tuple[int, int | str]]:

@@ -37,39 +37,37 @@ def command(
     record = inspect_adapter(
         adapter, base, rank, wrap=lambda names: progress(list(names), "inspecting modules")
     )
+    title = (
+        f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the top "
+        f"{record['principal_rank']} singular directions"
+    )
     if html is not None:
-        _save_page(html, record)
+        _save_page(html, record, title)
     if as_json:
         emit_json(record)
         return
-    print_table(_title(record), COLUMNS, _rows(record))
+    print_table(title, COLUMNS, _rows(record))
     if html is not None:
         typer.echo(f"report: {html}")
 
 
-def _title(record: dict[str, Any]) -> str:
-    where = f"{record['adapter']} ({record['method']}) over {record['base']}"
-    return f"{where}: energy in the top {record['principal_rank']} singular directions"
-
-
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    summary = record["summary"]
-    total = summary | {"module": "all", "gains": [], "sigma": [], "leak": summary["max_leak"]}
-    return [_row(row) for row in [*record["modules"], total]]
+    """Return the table's cells: a row for each module, and one for all."""
+    total = {"module": "all", "gains": [], "sigma": [], "leak": record["summary"]["max_leak"]}
+    rows = []
+    for row in [*record["modules"], record["summary"] | total]:
+        ratios = [
+            abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0
+        ]
+        shares = (f"{100 * row[side]:.2f} %" for side in ("left", "right", "both"))
+        gain, leak = f"{max(ratios):.1e}" if ratios else "", row["leak"]
+        rows.append(
+            (row["module"], f"{row['norm']:.3g}", *shares, gain, "" if leak is None else f"{leak:.0e}")
+        )
+    return rows
 
 
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    ratios = [abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0]
-    return (
-        row["module"],
-        f"{row['norm']:.3g}",
-        *(f"{100 * row[side]:.2f} %" for side in ("left", "right", "both")),
-        f"{max(ratios):.1e}" if ratios else "",
-        "" if row["leak"] is None else f"{row['leak']:.0e}",
-    )
-
-
-def _save_page(path: Path, record: dict[str, Any]) -> None:
+def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
     import pandas
 
     from hiplora.reporting import Section, plots, save_page
@@ -98,4 +96,4 @@ def _save_page(path: Path, record: dict[str, Any]) -> None:
         "from its leading input directions, or both."
     )
     section = Section("Spectrum", text, tables={"Modules": table}, figures=figures)
-    save_page(path, f"Inspection of {record['adapter']}", [section], subtitle=_title(record))
+    save_page(path, f"Inspection of {record['adapter']}", [section], subtitle=title)

@@ -65,6 +65,7 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
         AdapterError: PEFT cannot load the adapter over this model.
     """
     from peft import PeftModel
+    from peft.utils import ModulesToSaveWrapper
 
     try:
         with quiet_loading():
@@ -78,6 +79,9 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
     try:
         yield adapted
     finally:
+        for module in list(adapted.modules()):  # `unload` would leave the adapter's copies of whole modules behind
+            if isinstance(module, ModulesToSaveWrapper):
+                module.modules_to_save.update(dict.fromkeys(module.modules_to_save, module.original_module))
         adapted.unload()
 
 
