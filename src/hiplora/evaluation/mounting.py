@@ -79,7 +79,8 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
     try:
         yield adapted
     finally:
-        for module in list(adapted.modules()):  # `unload` would leave the adapter's copies of whole modules behind
+        # `unload` would leave the adapter's copies of whole modules behind.
+        for module in list(adapted.modules()):
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.update(dict.fromkeys(module.modules_to_save, module.original_module))
         adapted.unload()
