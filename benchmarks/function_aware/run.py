@@ -218,8 +218,8 @@ class Bench:
 
     def merge(self, job: Job, count: int) -> dict[str, Any]:
         """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
+        from hiplora.evaluation.mounting import mounted
         from hiplora.merging import merge, save_merged
-        from hiplora.study.measure import mounted
 
         sets, neighbours = self._edit_sets()
         parts = [self.adapter(job._replace(task=f"edits{index + 1}")) for index in range(count)]

@@ -4,14 +4,14 @@ import json
 import math
 
 from hiplora.data.rows import read_rows
-from hiplora.recipes.load_study import load_study
 from hiplora.study.builder import Study
-from hiplora.study.engine.bench import Bench, Place
-from hiplora.study.engine.store import Store
-from hiplora.study.engine.worker import work
-from hiplora.study.pico_data import write_pico_data
-from hiplora.study.protocols import graph, sections
-from hiplora.study.results import Results
+from hiplora.study.context import Context, Place
+from hiplora.study.execute import run_job
+from hiplora.study.jobs import Graph
+from hiplora.study.pico import write_pico_data
+from hiplora.study.protocols import all_jobs, sections
+from hiplora.study.recipe import load_study
+from hiplora.study.store import Results, Store
 from tests.tiny import write_jsonl
 
 SETTINGS = (
@@ -47,9 +47,10 @@ def write_data(folder):
 def test_the_comparison_runs_on_local_files_and_writes_its_results(tmp_path):
     write_data(tmp_path)
     study, store = Study(load_study("peft-metamath", SETTINGS), tmp_path), Store(tmp_path / "store")
-    jobs = graph(study)
+    jobs = Graph(all_jobs(study))
     assert (jobs.counts(), study.missing) == ({"evaluate": 2, "train": 1}, {})
-    work(jobs, store, Bench(store, Place("pico", tmp_path)), "run", lambda event: None)
+    context = Context(store, Place("pico", tmp_path))
+    assert [run_job(job, context, "run") for job in jobs] == ["done"] * 3
     results = Results(Store(store.path))
     (section,) = sections(study, results)
     assert section.missing == []

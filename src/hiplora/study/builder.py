@@ -1,4 +1,4 @@
-"""From a study's recipe to its jobs: the same call twice is one job, whichever protocol makes it."""
+"""From a study's recipe to its jobs: the same call twice gives the same job, whichever protocol makes it."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from hiplora.data.rows import is_hub_name
 from hiplora.evaluation.suite import task_settings
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
-from hiplora.recipes.study import CHOSEN, StudyMethod, StudyRecipe
-from hiplora.study.engine.bench import located
-from hiplora.study.engine.jobs import Job, result
-from hiplora.study.steps.registry import step
+from hiplora.study.context import located
+from hiplora.study.jobs import Job, result
+from hiplora.study.recipe import CHOSEN, StudyMethod, StudyRecipe
+from hiplora.study.steps import step
+from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
-from hiplora.training.recipe import TrainRecipe
 
-# What of a method's settings its factors depend on; the rest may differ between jobs that share them.
+# The settings of a method that its factors depend on; the others may differ between jobs that share them.
 OF_THE_FACTORS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("principal_rank", "principal_rank_pattern", "basis", "basis_sides", "projection"),
@@ -28,21 +28,19 @@ OF_THE_FACTORS = (
 class Study:
     """A study's recipe at a data folder, and the jobs that follow from both.
 
-    `missing` lists the files that the recipe names and the folder lacks, as far as jobs were made that read them.
+    `missing` collects the files that jobs read and the folder lacks.
     """
 
     def __init__(self, recipe: StudyRecipe, data: Path | None):
         """Take a recipe, its file names relative to the data folder; nothing is read yet."""
         self.recipe, self.data = recipe, data
         self.missing: dict[str, None] = {}
-        # What was asked for → the job: protocols ask again and again.
-        self._made: dict[tuple[Any, ...], Job] = {}
+        self._made: dict[tuple[Any, ...], Job] = {}  # protocols ask for the same jobs again and again
 
     @functools.cached_property
     def identity(self) -> str:
-        """What the base model is, in every job's key: its name, or the hash of a folder's files."""
-        name = self.recipe.model
-        return folder_identity(name) or name
+        """The base model in every job's key: its name, or the hash of a folder's files."""
+        return folder_identity(self.recipe.model) or self.recipe.model
 
     def seeds(self, settings: Any = None) -> list[int]:
         """Return the seeds of a protocol: its own, else the study's."""
@@ -53,9 +51,7 @@ class Study:
         return self.recipe.methods[method]
 
     def variant(self, method: str, title: str | None = None, **settings: Any) -> StudyMethod:
-        """Return a method with some of its settings changed, by fields of its `method` block, under its title or
-        another.
-        """
+        """Return a method with some fields of its `method` block changed, under its title or another."""
         row = self.row(method)
         changed = {**as_written(row.method), **settings}
         given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
@@ -64,7 +60,7 @@ class Study:
     # Jobs.
 
     def rate(self, row: StudyMethod, steps: int | None = None) -> Job | None:
-        """Return the job that chooses a method's learning rate on held-out rows; None where it is given."""
+        """Return the job that chooses a method's learning rate on held-out rows; None if it is given."""
         search = self.recipe.rates
         if row.lr != CHOSEN or search is None:
             return None
@@ -83,7 +79,7 @@ class Study:
     def choice(self, name: str, candidates: Mapping[float, Mapping[str, Job]]) -> Job:
         """Return the job that chooses the value whose trainings have the lowest mean loss on held-out rows.
 
-        `candidates`: value → its trainings by names, none of which two values share.
+        `candidates`: value → its trainings by name; no two values share a name.
         """
         listed = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
         settings = {"field": "held_out_after", "prefer": "low", "candidates": listed}
@@ -104,42 +100,32 @@ class Study:
     ) -> Job:
         """Return the job that trains a method on a domain.
 
-        Its learning rate is `lr`, else the method's own, else the chosen one; that of `like`, if given (a variant
-        takes its parent's). `steps` cuts the training short, `start` is a training to carry on from. `chosen` has
-        the jobs that choose settings of the method, by their fields; none that its factors depend on.
+        Its learning rate is `lr`, else that of `like` or of the method itself, given or chosen (a variant takes its
+        parent's). `steps` cuts the training short; `start` is a training to carry on from. `chosen` maps fields of the
+        method, which its factors do not depend on, to the jobs that choose them.
         """
-        by = like or row
-        others = (start and start.key, *((field, job.key) for field, job in (chosen or {}).items()))
+        by, chosen = like or row, chosen or {}
+        others = (start and start.key, *((field, job.key) for field, job in chosen.items()))
         key = ("adapter", row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, *others)
         if key not in self._made:
-            self._made[key] = self._adapter(row, by, domain, seed, lr, steps, start, chosen or {})
+            optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row)}
+            optional |= {"start": start, **chosen}
+            needs = {name: job for name, job in optional.items() if job is not None}
+            rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
+            name = f"train {row.title} on {domain}, seed {seed}"
+            name += f", rate {lr:g}" if lr is not None else ""
+            name += f", {steps} steps" if steps is not None else ""
+            name += f" after {start.name.partition(' ')[2]}" if start is not None else ""
+            recipe, files = self._training(row, domain, seed, steps)
+            recipe["train"] = {**recipe.get("train", {}), "lr": rate}
+            recipe["method"] |= {field: result(field, "value") for field in chosen}
+            self._made[key] = self.job("train", name, {"recipe": recipe, "files": files}, **needs)
         return self._made[key]
 
-    def _adapter(
-        self,
-        row: StudyMethod,
-        like: StudyMethod,
-        domain: str,
-        seed: int,
-        lr: float | None,
-        steps: int | None,
-        start: Job | None,
-        chosen: Mapping[str, Job],
-    ) -> Job:
-        needs: dict[str, Job] = {}
-        rate: Any = lr
-        if rate is None:
-            choice = self.rate(like)
-            if choice is not None:
-                needs["rate"] = choice
-                rate = result("rate", "value")
-            else:
-                rate = self.recipe.given_rate(like)
-        if (factors := self.factors(row)) is not None:
-            needs["factors"] = factors
-        if start is not None:
-            needs["start"] = start
-        needs |= chosen
+    def _training(
+        self, row: StudyMethod, domain: str, seed: int, steps: int | None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return a training's recipe as a job's settings hold it, and the hashes of its files."""
         changes = {} if steps is None else {"steps": steps}
         recipe = TrainRecipe.model_validate(
             {
@@ -150,33 +136,24 @@ class Study:
                 "seed": seed,
             }
         )
-        written = _recipe_settings(recipe)
-        written["train"] = {**written.get("train", {}), "lr": rate}
-        written["method"] |= {field: result(field, "value") for field in chosen}
-        files = self.hashes([recipe.data.path, recipe.data.held_out, *_texts(recipe)])
-        rate_told = f", rate {lr:g}" if lr is not None else ""
-        steps_told = f", {steps} steps" if steps is not None else ""
-        after = f" after {start.name.partition(' ')[2]}" if start is not None else ""
-        name = f"train {row.title} on {domain}, seed {seed}{rate_told}{steps_told}{after}"
-        return self.job("train", name, {"recipe": written, "files": files}, **needs)
+        files = [recipe.data.path, recipe.data.held_out]
+        files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
+        written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
+        return {**written, "method": as_written(recipe.method), "seed": seed}, self.hashes(files)
 
     def factors(self, row: StudyMethod) -> Job | None:
         """Return the job that computes a method's protected factors; None for methods without."""
         if not isinstance(row.method, Spectral):
             return None
         written = row.method.model_dump(exclude_defaults=True, mode="json")
-        method = {
-            "name": "proj_lora",
-            **{key: written[key] for key in OF_THE_FACTORS if key in written},
-        }
-        files = self.hashes([getattr(row.method, "calibration_text", None)])
-        settings = {"method": method, "files": files}
+        method = {"name": "proj_lora", **{key: written[key] for key in OF_THE_FACTORS if key in written}}
+        settings = {"method": method, "files": self.hashes([row.method.calibration_text])}
         return self.job("factorize", f"factors of {row.title}", settings)
 
     def score(
         self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None, drift: bool = True
     ) -> Job:
-        """Return the job that scores an adapter, or the base, on tasks (all of the domains', if None)."""
+        """Return the job that scores an adapter, or the base, on tasks (None: all of the domains')."""
         name = f"score {adapter.name.partition(' ')[2] if adapter else 'the base'}"
         needs = {"adapter": adapter} if adapter else {}
         return self.job("evaluate", name, self.scoring(tasks, drift and adapter is not None), **needs)
@@ -195,27 +172,27 @@ class Study:
         return self.job("merge", f"merge by {rule}: {name or ' + '.join(adapters)}", settings, **adapters)
 
     def inspect(self, adapter: Job, rank: int) -> Job:
-        """Return the job that tells where an adapter's update lies on the spectrum of the base weights."""
+        """Return the job that locates an adapter's update on the spectrum of the base weights."""
         return self.job(
             "inspect", f"inspect {adapter.name.partition(' ')[2]}", {"rank": rank}, adapter=adapter
         )
+
+    def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
+        """Return a job of any kind, with the base model in its settings."""
+        return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
 
     # What jobs are made of.
 
     @property
     def tasks(self) -> dict[str, int | None]:
         """The tasks of all domains with their numbers of items."""
-        return {
-            task: items for domain in self.recipe.domains.values() for task, items in domain.tasks.items()
-        }
+        domains = self.recipe.domains.values()
+        return {task: items for domain in domains for task, items in domain.tasks.items()}
 
     def tasks_of(self, domains: Sequence[str]) -> dict[str, int | None]:
         """Return the tasks whose scores are those of some domains."""
-        found = {}
-        for name in domains:
-            domain = self.recipe.domains[name]
-            found[domain.task] = domain.tasks[domain.task]
-        return found
+        found = [self.recipe.domains[name] for name in domains]
+        return {domain.task: domain.tasks[domain.task] for domain in found}
 
     def scoring(self, tasks: Mapping[str, int | None] | None, drift: bool) -> dict[str, Any]:
         """Return the settings of jobs that score a model."""
@@ -233,21 +210,19 @@ class Study:
         }
 
     def source(self, domain: str) -> DataSettings:
-        """Return a domain's rows: the file, or the hub's where the data folder has no such file."""
+        """Return a domain's rows: the file, or the hub's if the data folder has no such file."""
         found = self.recipe.domains[domain]
         here = self.data is not None and found.train.path and (self.data / found.train.path).is_file()
         return found.hub if found.hub is not None and not here else found.train
 
     def hashes(self, names: Sequence[str | None]) -> dict[str, str | None]:
-        """Return name → hash of files of the data folder; None for data sets of the hub, and for what is missing."""
+        """Return name → hash for files of the data folder; None for hub data sets and missing files."""
         found: dict[str, str | None] = {}
         for name in names:
-            if name is None:
-                continue
-            path = Path(located(name, self.data))
-            found[name] = _hash(path)
-            if found[name] is None and not is_hub_name(name):
-                self.missing[name] = None
+            if name is not None:
+                found[name] = _hash(Path(located(name, self.data)))
+                if found[name] is None and not is_hub_name(name):
+                    self.missing[name] = None
         return found
 
     def _task_files(self, tasks: Mapping[str, int | None]) -> dict[str, str | None]:
@@ -261,16 +236,12 @@ class Study:
             found[stem] = None if path is None else _hash(path)
         return found
 
-    def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
-        """Return a job of any kind, with the base model in its settings."""
-        return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
-
 
 def as_written(block: Any) -> dict[str, Any]:
     """Return a block as a recipe writes it: what differs from the defaults, and a method's name.
 
-    Keys of jobs are made of this, so that a setting that is added to the program changes no key. A preset has defaults
-    of its own: what it would change is written too.
+    Keys of jobs are made of this, so that a new setting changes no key. The preset "paper" has defaults of its own;
+    fields that differ from those are written too.
     """
     written = block.model_dump(mode="json", exclude_defaults=True)
     if not hasattr(block, "name"):
@@ -281,17 +252,8 @@ def as_written(block: Any) -> dict[str, Any]:
     return {"name": block.name, **written}
 
 
-def _recipe_settings(recipe: TrainRecipe) -> dict[str, Any]:
-    written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
-    return {**written, "method": as_written(recipe.method), "seed": recipe.seed}
-
-
-def _texts(recipe: TrainRecipe) -> list[str | None]:
-    return [getattr(recipe.method, "calibration_text", None), getattr(recipe.train, "kl_text", None)]
-
-
 def _hash(path: Path) -> str | None:
-    """The hash of a file's bytes, read again only where it has changed; None where there is no such file."""
+    """Return the hash of a file, read again only if it has changed; None if there is no such file."""
     return _read_hash(path, path.stat().st_mtime_ns) if path.is_file() else None
 
 

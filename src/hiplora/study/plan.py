@@ -1,176 +1,209 @@
-"""What a study will cost before anything runs: jobs, tokens, operations, memory, disk, time; no weight is loaded."""
+"""A study at its folder: open it, check it before it runs, how far it is, and how long the rest will take."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hiplora.errors import ConfigError
-from hiplora.models.shapes import ModelShape, model_shape
-from hiplora.provenance import provenance
+from pydantic import ValidationError
+
+from hiplora.data.rows import read_rows
+from hiplora.errors import ConfigError, DataError, first_problem
+from hiplora.evaluation.suite import own_tasks, runs_code, task_settings
+from hiplora.evaluation.tasks.rows import data_file
+from hiplora.merging import find_rule
 from hiplora.study.builder import Study
-from hiplora.study.engine.jobs import Graph, Job
-from hiplora.study.engine.todo import todo as find_todo
-from hiplora.study.estimate import Cost, Machine, cost, full_settings
-from hiplora.study.protocols.merge_fail import different_merges
-from hiplora.study.steps.lengths import EDITS, ROWS, TASKS
-from hiplora.study.steps.loads import known, load_of
-from hiplora.study.steps.measured import edits_at, is_assumed, items_of
+from hiplora.study.context import Context, Place
+from hiplora.study.jobs import Graph, Job, is_result
+from hiplora.study.pico import PICO, write_pico_data
+from hiplora.study.protocols import all_jobs
+from hiplora.study.recipe import StudyRecipe
+from hiplora.study.store import Store, todo
 
-if TYPE_CHECKING:
-    from hiplora.study.engine.store import Store
-
-ASSUMED_SPREAD = (
-    25.0  # pp: standard deviation of an item's difference between two methods, before any is measured
-)
+ONE_BATCH = 8  # items that are scored to measure an item's time
 
 
-def job_costs(graph: Graph, model: str, machine: Machine, data: Path | None = None) -> dict[str, Cost]:
-    """Return, a job's key, what it will cost on one device of a machine, with the study's files in the folder `data`.
+@dataclass(frozen=True)
+class Opened:
+    """A study at its folder: the recipe's jobs, the store, and where its jobs find model and data."""
+
+    study: Study
+    graph: Graph
+    store: Store
+    place: Place
+
+
+def open_study(
+    recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False
+) -> Opened:
+    """Return a study's jobs and its store in `folder`; only the data of the model `pico` are written.
 
     Raises:
-        DataError: one of them cannot be used.
-        ConfigError: the model's shape cannot be had, or a method does not fit it.
+        DataError: there is no such data folder.
+        ConfigError: `folder` is a file, or the recipe's parts do not fit each other or the merge rules.
     """
-    shape = model_shape(model)
-    return {job.key: _cost(job, shape, machine, data) for job in graph}
+    if Path(folder).is_file():
+        raise ConfigError(f"--out {folder}: is a file; name the folder of the study's results")
+    for name, settings in recipe.protocols:
+        for rule, options in getattr(settings, "rules", {}).items():
+            try:
+                find_rule(rule).options(options)
+            except ConfigError as error:
+                raise ConfigError(f"protocols.{name}.rules.{rule}: {error}") from None
+    place = Path(data) if data is not None else None
+    if place is None and recipe.model == PICO:
+        place = Path(folder) / "data"
+        write_pico_data(place)
+    if place is not None and not place.is_dir():
+        raise DataError(f"--data {place}: no such folder; name the one with the study's files")
+    study = Study(recipe, place)
+    try:
+        graph = Graph(all_jobs(study))
+    except ValidationError as error:  # settings that are valid alone but not together
+        raise ConfigError(f"study {recipe.study}: {first_problem(error)}") from None
+    return Opened(study, graph, Store(folder), Place(recipe.model, place, allow_code))
 
 
-def _cost(job: Job, shape: ModelShape, machine: Machine, data: Path | None) -> Cost:
-    method = _method(job)
-    trainable = 0 if method is None else shape.trainable(full_settings(known(method)))
-    return cost(load_of(job, shape, data), shape, machine, trainable)
+def check(opened: Opened) -> None:
+    """Check, before anything runs, that the files exist, the tasks are known, and code may run if a task needs it.
 
-
-def _method(job: Job) -> Mapping[str, Any] | None:
-    """The method that a job trains, if it trains one that recipes know."""
-    method = job.settings.get("recipe", {}).get("method") if "recipe" in job.settings else None
-    if job.kind == "edit" and job.settings["method"]["name"] != "alphaedit":
-        method = job.settings["method"]
-    return method
-
-
-def plan(study: Study, graph: Graph, machines: Mapping[str, Machine], store: Store | None) -> dict[str, Any]:
-    """Return what a study has to do and what that costs, as JSON values.
-
-    `machines` are where it could run, by names to show. `store` tells what is done already; memory is that of the
-    largest job, time that of one device after another job, divided among the devices.
+    Raises:
+        DataError: files are missing.
+        ConfigError: tasks are unknown, or run code that the model writes, and that was not allowed.
     """
-    todo = open_jobs(graph, store)
-    shape = model_shape(study.recipe.model)
-    found: dict[str, Any] = {
-        "study": study.recipe.study,
-        "model": study.recipe.model,
-        "parameters": shape.parameters,
-        "jobs": len(graph),
-        "left": len(todo),
-        "missing": list(study.missing),
-        "assumed": _assumed(study, graph),
-        "machines": {},
-        "methods": methods_of(study),
-        "power": _power(study),
-        "merges": _merges(study),
-        "provenance": provenance(),
-    }
-    for name, machine in machines.items():
-        costs = job_costs(graph, study.recipe.model, machine, study.data)
-        kinds = {kind: [job for job in todo if job.kind == kind] for kind in graph.counts()}
-        found["machines"][name] = {
-            "basis": machine.basis,
-            "devices": machine.devices,
-            "kinds": {kind: _sum(jobs, costs) for kind, jobs in kinds.items()},
-            "total": _sum(todo, costs),
-            "fits": all(costs[job.key].memory_bytes <= machine.memory_bytes for job in todo),
-            "memory_available": machine.memory_bytes,
-            "hours": sum(costs[job.key].seconds for job in todo) / machine.devices / 3600,
-        }
-    return found
+    if missing := list(opened.study.missing):
+        where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
+        raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
+    check_tasks(opened.graph)
+    risky = sorted(task for task in _tasks(opened.graph) if runs_code(task))
+    if risky and not opened.place.allow_code:
+        raise ConfigError(
+            f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
+            "(docs/code-sandbox.md), or remove them from the recipe"
+        )
 
 
-def open_jobs(graph: Graph, store: Store | None) -> list[Job]:
-    """Return the jobs that still have to be done: those that a missing result hangs on."""
-    if store is None:
-        return list(graph)
-    left = find_todo(graph, store, run="")
-    return [*left.ready, *left.waiting]
+def check_tasks(graph: Graph) -> None:
+    """Check that every task is hiplora's or lm-eval's; raises ConfigError with the unknown ones."""
+    foreign = _tasks(graph) - set(own_tasks())
+    if not foreign:
+        return
+    from hiplora.evaluation.engine import foreign_tasks
+
+    if unknown := sorted(foreign - foreign_tasks()):
+        raise ConfigError(
+            f"unknown tasks: {', '.join(unknown)}; expected one of {', '.join(own_tasks())}, or one of lm-eval's "
+            "(lm_eval ls tasks)"
+        )
 
 
-def _sum(jobs: list[Job], costs: Mapping[str, Cost]) -> dict[str, Any]:
-    total = Cost()
-    for job in jobs:
-        total += costs[job.key]
+def _tasks(graph: Graph) -> set[str]:
+    return {task for job in graph for task in job.settings.get("tasks") or ()}
+
+
+def status(opened: Opened) -> dict[str, Any]:
+    """Return how far a study is, as JSON values: counts by kind, running, failed and diverged jobs, time left."""
+    graph, store = opened.graph, opened.store
+    left = set(todo(graph, store).open)
+    failures = {job.name: store.failure(job) for job in left}
+    diverged = {job.name: store.diverged(job) for job in graph if job.kind == "train"}
     return {
-        "jobs": len(jobs),
-        "tokens": total.tokens,
-        "flops": total.flops,
-        "seconds": total.seconds,
-        "hours": total.seconds / 3600,
-        "memory_bytes": total.memory_bytes,
-        "memory_gib": total.memory_bytes / 2**30,
-        "disk_bytes": total.disk_bytes,
-        "disk_gib": total.disk_bytes / 2**30,
+        **_remaining(opened, left, {}),
+        "at_work": [job.name for job in graph if job in left and store.at_work(job)],
+        "failed": {name: failure["error"] for name, failure in failures.items() if failure},
+        "diverged": {name: reason for name, reason in diverged.items() if reason},
     }
 
 
-def methods_of(study: Study) -> dict[str, dict[str, Any]]:
-    """Return every method's trainable parameters, with the mismatch to the first one in per cent.
+def plan(opened: Opened, measure: bool = False) -> dict[str, Any]:
+    """Return what a study has to do, as JSON values: jobs by kind, and the time and memory of what is left.
 
-    Raises:
-        ConfigError: a method does not fit the model; it is named.
+    Times come from the jobs done in the study's folder and, with `measure`, from one training step and one evaluation
+    batch on this machine; those of other kinds are unknown until one is done.
     """
-    shape, found = model_shape(study.recipe.model), dict[str, dict[str, Any]]()
-    for name, row in study.recipe.methods.items():
-        try:
-            count = shape.trainable(full_settings(row.method.model_dump()))
-        except ConfigError as error:
-            raise ConfigError(f"method {row.title}: {error}") from error
-        first = next(iter(found.values()), {"trainable": count})["trainable"]
-        found[name] = {"title": row.title, "trainable": count, "mismatch": 100 * (count / first - 1)}
+    check_tasks(opened.graph)
+    measured = measure_machine(opened) if measure else {}
+    peaks = [
+        (opened.store.record(job) or {"timing": {}})["timing"].get("peak_memory_bytes")
+        for job in opened.graph
+        if job.kind == "train"
+    ]
+    return {
+        **_remaining(opened, set(todo(opened.graph, opened.store).open), measured),
+        "model": opened.study.recipe.model,
+        "measured": measured,
+        "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
+    }
+
+
+def _remaining(opened: Opened, left: set[Job], measured: dict[str, float]) -> dict[str, Any]:
+    """Count jobs by kind and estimate the seconds that one worker needs for those left; None where unknown."""
+    rates = {"train": measured.get("step_seconds")}
+    rates |= dict.fromkeys(("evaluate", "merge"), measured.get("item_seconds"))
+    kinds: dict[str, dict[str, Any]] = {}
+    for kind, count in opened.graph.counts().items():
+        jobs = [job for job in opened.graph if job.kind == kind]
+        units = {job: _units(job, opened.study) for job in jobs}
+        counted = all(units.values())
+        done = [job for job in jobs if job not in left and opened.store.finished(job)]
+        took = sum((opened.store.record(job) or {"timing": {}})["timing"].get("seconds", 0.0) for job in done)
+        size = {job: units[job] if counted else 1 for job in jobs}
+        rate = took / sum(size[job] for job in done) if done else rates.get(kind) if counted else None
+        open_jobs = [job for job in jobs if job in left]
+        seconds = None if rate is None else rate * sum(size[job] for job in open_jobs)
+        kinds[kind] = {"jobs": count, "left": len(open_jobs), "seconds": seconds if open_jobs else 0.0}
+    known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
+    return {
+        "study": opened.study.recipe.study,
+        "jobs": len(opened.graph),
+        "left": len(left),
+        "kinds": kinds,
+        "seconds_left": sum(known) if known or not left else None,
+        "without_estimate": [kind for kind, one in kinds.items() if one["seconds"] is None],
+        "missing_files": list(opened.study.missing),
+    }
+
+
+def _units(job: Job, study: Study) -> int:
+    """Return the size of a job: its steps or items; 0 if that is not known before it runs."""
+    if job.kind == "train":
+        trained = job.settings["recipe"].get("train", {})
+        return 0 if "epochs" in trained else trained.get("steps", 2000)
+    if job.kind in ("evaluate", "merge"):
+        counts = [items or _rows(task, study.data) for task, items in job.settings["tasks"].items()]
+        return sum(counts) if all(counts) else 0
+    return 1
+
+
+def _rows(task: str, data: Path | None) -> int:
+    try:
+        path = data_file(data, task_settings(task)["file"]) if data is not None else None
+    except FileNotFoundError:  # one of lm-eval's own
+        return 0
+    return 0 if path is None else sum(1 for _ in read_rows(path))
+
+
+def measure_machine(opened: Opened) -> dict[str, float]:
+    """Time one training step and one evaluation batch of a study on this machine; needs its model and data."""
+    from hiplora.study.steps.measure import score
+    from hiplora.study.steps.train import placed_recipe, timed
+
+    context, found = Context(opened.store, opened.place), dict[str, float]()
+    trained = next((job for job in opened.graph if job.kind == "train"), None)
+    if trained is not None:
+        recipe = placed_recipe(context, trained.settings["recipe"])
+        if is_result(recipe["train"]["lr"]):
+            recipe["train"]["lr"] = 1e-4
+        took = timed(recipe, warmup=1, steps=1)
+        found["step_seconds"] = took["step_seconds_median"]
+        found["peak_memory_bytes"] = took["peak_memory_bytes"]
+    scored = next((job for job in opened.graph if job.kind == "evaluate"), None)
+    if scored is not None:
+        tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in scored.settings["tasks"].items()}
+        model, _ = context.model()
+        began = time.perf_counter()
+        score(context, model, {**scored.settings, "tasks": tasks})
+        found["item_seconds"] = (time.perf_counter() - began) / sum(tasks.values())
     return found
-
-
-def _assumed(study: Study, graph: Graph) -> list[str]:
-    """Return the data and tasks that are neither here nor known: what they take is assumed."""
-    data = [job.settings["recipe"]["data"] for job in graph if job.kind == "train"]
-    names = [block.get("path") or block.get("hub") for block in data]
-    edits = [job.settings["edits"] for job in graph if job.kind == "edit"]
-    found = [name for name in names if is_assumed(name, ROWS, study.data)]
-    found += [name for name in edits if is_assumed(name, EDITS, study.data)]
-    found += [task for task in study.tasks if task not in TASKS]
-    return list(dict.fromkeys(found))
-
-
-def _power(study: Study) -> dict[str, dict[str, Any]]:
-    """The smallest difference between two methods that a task's items can tell, under an assumed spread; of edits too.
-
-    Of lm-eval's own tasks asked whole the number of items is not known, and there is none.
-    """
-    protocols, found = study.recipe.protocols, {}
-    asked = [(task, task, items) for task, items in study.tasks.items()]
-    if protocols.frontier is not None:
-        asked += [(f"{task}, frontier", task, items) for task, items in protocols.frontier.tasks.items()]
-    for name, task, wanted in asked:
-        found[name] = _told(wanted or items_of(task, study.data))
-    if protocols.editing is not None:
-        for name, facts in protocols.editing.sets.items():
-            found[f"edits of {name}"] = _told(
-                edits_at(facts.edits, study.data, facts.limit, facts.category).rows
-            )
-        found["questions after edits"] = _told(protocols.editing.questions)
-    return found
-
-
-def _told(items: int | None) -> dict[str, Any]:
-    least = None if not items else 1.96 * ASSUMED_SPREAD / math.sqrt(items)
-    return {"items": items, "smallest_difference": least}
-
-
-def _merges(study: Study) -> dict[str, Any] | None:
-    """How many different merges are drawn for MergeFail, and what share may fail unseen if none of them does."""
-    settings = study.recipe.protocols.merge_fail
-    if settings is None:
-        return None
-    count = different_merges(study, settings).total()
-    return {"different": count, "may_fail_unseen": 100 * (1 - 0.025 ** (1 / count))}

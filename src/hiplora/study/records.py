@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from hiplora.study.engine.jobs import Job
-from hiplora.study.results import Results
+from hiplora.study.jobs import Job
+from hiplora.study.store import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

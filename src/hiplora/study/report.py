@@ -11,14 +11,13 @@ import pandas as pd
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
-from hiplora.study.engine.store import export
 from hiplora.study.protocols import sections
 from hiplora.study.records import Findings, paper
-from hiplora.study.results import Results
 from hiplora.study.statistics import detectable
+from hiplora.study.store import Results, export
 
 if TYPE_CHECKING:
-    from hiplora.study.running import Opened
+    from hiplora.study.plan import Opened
 
 RECORDS = "records.jsonl.gz"
 _FIRST = [

@@ -6,35 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hiplora.data.examples import DataSettings, load_examples
+from hiplora.data.examples import load_examples
 from hiplora.data.prompts import instruction_prompt
 from hiplora.errors import ConfigError
-from hiplora.recipes.reference import REFERENCES, insert, reference
-from hiplora.training.methods import METHODS
-from hiplora.training.recipe import TrainRecipe, TrainSettings, load_recipe
+from hiplora.training.recipe import TrainRecipe, load_recipe
 from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", REFERENCES)
-def test_the_reference_in_the_documentation_is_the_schemas(name):
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    assert insert(page, REFERENCES[name]()) == page, f"run: python -m hiplora.recipes.reference docs/{name}"
-
-
-def test_the_reference_has_every_field_once_in_its_table():
-    tables = reference()
-    models = [TrainRecipe, DataSettings, TrainSettings, *METHODS.values()]
-    names = {name for model in models for name in model.model_fields if name != "name"}
-    assert set(re.findall(r"^\| `(\w+)` \|", tables, re.MULTILINE)) == names
-
-
-def test_a_page_without_a_place_for_the_reference_is_an_error():
-    with pytest.raises(ValueError, match="has no place for the reference"):
-        insert("# Training")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -1,104 +1,100 @@
-"""What a study will cost, told before anything is loaded."""
+"""Opening a study, what must be there before it runs, and how long the rest will take."""
 
 import pytest
 
-from hiplora.errors import ConfigError
-from hiplora.recipes.load_study import load_study, own_studies
-from hiplora.study.builder import Study
-from hiplora.study.estimate import gpu
-from hiplora.study.plan import job_costs, open_jobs, plan
-from hiplora.study.protocols import graph
-from tests.unit.study.protocols.made import finish, made_study
+from hiplora.errors import ConfigError, DataError
+from hiplora.study.plan import check, open_study, plan, status
+from hiplora.study.recipe import load_study
 
-ONE = "protocols={single_task: {methods: [lora]}}"
-H100 = gpu("h100")
+TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
 
 
-def planned(recipe, *changes):
-    study = Study(load_study(recipe, changes), None)
-    jobs = graph(study)
-    return plan(study, jobs, {"gpu": H100}, None), jobs
+def opened(folder, *changes, data=None, allow_code=False):
+    return open_study(load_study("pico", (TWO, *changes)), folder / "study", data, allow_code)
 
 
-def test_a_model_of_eight_billion_parameters_is_planned_without_its_weights():
-    found, _ = planned("paper", ONE)
-    machine = found["machines"]["gpu"]
-    assert found["parameters"] == pytest.approx(8.03e9, rel=0.01)
-    assert machine["fits"]
-    # 12 adapters of 2,000 steps of 128 sequences of 2,048 tokens, and 4 rates in one domain
-    tokens = machine["kinds"]["train"]["tokens"]
-    assert tokens == pytest.approx(16 * 2000 * 128 * 2048, rel=0.02)
-    assert machine["kinds"]["train"]["flops"] > 4 * 8e9 * tokens
-    assert machine["hours"] > 100
-    assert machine["total"]["memory_bytes"] > 2 * 8e9
+def finish(opened, job, result, seconds=1.0):
+    opened.store.finish(job, result, {"seconds": seconds}, artifact=False)
 
 
-def test_the_sums_are_those_of_the_jobs():
-    found, jobs = planned("pico", ONE)
-    costs = job_costs(jobs, "pico", H100)
-    total = found["machines"]["gpu"]["total"]
-    assert total["jobs"] == len(jobs) == found["left"]
-    assert total["flops"] == pytest.approx(sum(cost.flops for cost in costs.values()))
-    assert total["memory_bytes"] == max(cost.memory_bytes for cost in costs.values())
-    kinds = found["machines"]["gpu"]["kinds"].values()
-    assert sum(kind["seconds"] for kind in kinds) == pytest.approx(total["seconds"])
+def test_the_pico_study_brings_its_data(tmp_path):
+    found = opened(tmp_path, allow_code=True)
+    assert (tmp_path / "study" / "data" / "gsm8k_train.jsonl").is_file()
+    check(found)
 
 
-def test_more_steps_cost_more():
-    few, many = (planned("pico", ONE, f"train.steps={steps}")[0]["machines"]["gpu"] for steps in (6, 60))
-    assert many["kinds"]["train"]["tokens"] > 5 * few["kinds"]["train"]["tokens"]
+def test_a_missing_folder_or_a_file_for_one_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        opened(tmp_path, data=tmp_path / "nowhere")
+    (tmp_path / "study").write_text("")
+    with pytest.raises(ConfigError, match="study: is a file"):
+        opened(tmp_path)
 
 
-def test_the_mismatch_of_the_methods_is_told():
-    methods = planned("pico")[0]["methods"]
-    assert methods["lora"]["mismatch"] == 0
-    assert methods["lora-mlp"]["mismatch"] == pytest.approx(100 * (3456 / 3584 - 1))
+def test_missing_files_are_named_before_anything_runs(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"files of the study are missing in .*empty: .*gsm8k_train\.jsonl"):
+        check(opened(tmp_path, data=tmp_path / "empty", allow_code=True))
 
 
-def test_the_smallest_difference_shrinks_with_the_items():
-    few = planned("pico", ONE, "domains.code.tasks.humaneval=4")[0]["power"]["humaneval"]
-    many = planned("pico", ONE, "domains.code.tasks.humaneval=16")[0]["power"]["humaneval"]
-    assert few["smallest_difference"] == pytest.approx(2 * many["smallest_difference"])
+@pytest.mark.parametrize("rules", ["{additon: {}}", "{ties: {density: 7}}", "{ties: {none: 1}}"])
+def test_a_wrong_merge_rule_is_named_before_anything_runs(tmp_path, rules):
+    with pytest.raises(ConfigError, match=rf"merge_fail\.rules\.{rules[1:4]}"):
+        opened(tmp_path, f"protocols.merge_fail={{methods: [lora], rules: {rules}}}")
 
 
-def test_a_task_that_is_asked_whole_has_all_its_items():
-    power = planned("pico", ONE, "domains.code.tasks={humaneval: null, lm_evals_own: null}")[0]["power"]
-    assert power["humaneval"] == {"items": 164, "smallest_difference": pytest.approx(1.96 * 25 / 164**0.5)}
-    assert power["lm_evals_own"]["smallest_difference"] is None
+def test_settings_that_do_not_fit_each_other_are_refused(tmp_path):
+    split = "methods.lora={title: Split, method: {name: split_lora, clients: 3, cut_layer: 0}}"
+    with pytest.raises(ConfigError, match=r"study pico: .*client"):
+        opened(tmp_path, split, "train.gradient_accumulation=1")
 
 
-def test_what_is_done_is_not_planned(tmp_path):
-    study, store = made_study(tmp_path, ONE)
-    jobs = graph(study)
-    finish(store, study.score(), {})
-    left = open_jobs(jobs, store)
-    assert len(left) == len(jobs) - 1
-    assert study.score() not in left
+def test_an_unknown_task_is_named_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("hiplora.evaluation.engine.foreign_tasks", lambda: frozenset({"lm_evals_own"}))
+    found = opened(tmp_path, "domains.code.tasks={lm_evals_own: 2, gsm9k: 2}", allow_code=True)
+    with pytest.raises(ConfigError, match=r"unknown tasks: gsm9k; expected one of .*gsm8k"):
+        check(found)
 
 
-@pytest.mark.parametrize("name", own_studies())
-def test_every_job_of_the_own_studies_fits_its_model(name):
-    found, jobs = planned(name)
-    assert found["left"] == len(jobs) > 10
+def test_running_code_needs_permission(tmp_path):
+    with pytest.raises(ConfigError, match="humaneval run code that the model writes; allow it with"):
+        check(opened(tmp_path, "domains.code.tasks={humaneval: 2}"))
+    check(opened(tmp_path))
 
 
-def test_a_probe_of_a_layer_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="layer 9 has none of the modules asked for; they are in 0"):
-        planned("pico", "protocols.rank_one.layers=[0, 9]")
+def test_the_status_counts_kinds_and_names_failures_and_divergences(tmp_path):
+    found = opened(tmp_path)
+    finish(found, found.study.score(), {"tasks": {}})
+    bad, failed = [job for job in found.graph if job.kind == "train"][:2]
+    finish(found, bad, {"diverged": "the loss is nan at step 2"})
+    found.store.fail(failed, ValueError("no luck"), "run")
+    told = status(found)
+    assert (told["jobs"], told["left"]) == (len(found.graph), len(found.graph) - 2)
+    assert told["kinds"]["evaluate"]["left"] == told["kinds"]["evaluate"]["jobs"] - 1
+    assert told["failed"] == {failed.name: "no luck"}
+    assert told["diverged"] == {bad.name: "the loss is nan at step 2"}
+    assert told["at_work"] == []
 
 
-def test_files_that_are_not_there_are_named():
-    assert "alpaca.jsonl" in planned("pico", ONE)[0]["missing"]
+def test_time_is_estimated_from_the_jobs_of_a_kind_by_their_size(tmp_path):
+    found = opened(tmp_path, "rates=null", "methods.lora.train={steps: 12}")
+    told = plan(found)
+    assert (told["seconds_left"], sorted(told["without_estimate"])) == (None, ["evaluate", "train"])
+    trainings = [job for job in found.graph if job.kind == "train"]
+    short = next(job for job in trainings if job.settings["recipe"]["train"]["steps"] == 6)
+    found.store.finish(short, {}, {"seconds": 3.0, "peak_memory_bytes": 7}, artifact=True)
+    told = plan(found)
+    steps = sum(job.settings["recipe"]["train"]["steps"] for job in trainings if job != short)
+    assert told["kinds"]["train"]["seconds"] == pytest.approx(0.5 * steps)
+    assert told["without_estimate"] == ["evaluate"]
+    assert told["peak_memory_bytes"] == 7
 
 
-def test_edits_the_frontiers_tasks_and_merges_say_what_they_can_tell():
-    found, _ = planned("frontier")
-    power = found["power"]
-    assert (power["edits of edit-set"]["items"], power["questions after edits"]["items"]) == (120, 100)
-    assert power["arc_easy, frontier"] == {
-        "items": 20,
-        "smallest_difference": pytest.approx(1.96 * 25 / 20**0.5),
-    }
-    merges = found["merges"]
-    assert (1 - merges["may_fail_unseen"] / 100) ** merges["different"] == pytest.approx(0.025)
-    assert planned("pico", ONE)[0]["merges"] is None
+@pytest.mark.slow
+def test_a_measurement_gives_the_time_of_a_step_and_of_an_item(tmp_path):
+    told = plan(opened(tmp_path, "rates=null"), measure=True)
+    assert told["measured"]["step_seconds"] > 0
+    assert told["measured"]["item_seconds"] > 0
+    assert told["seconds_left"] > 0
+    assert told["without_estimate"] == []
+    assert told["peak_memory_bytes"] > 2**20

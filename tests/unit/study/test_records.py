@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from hiplora.study.records import paper, paper_value, scored, table, tidy
-from hiplora.study.results import Results
+from hiplora.study.store import Results
 from tests.unit.study.protocols.made import finish, made_study, trained
 from tests.unit.study.protocols.made import scored as made_scores
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from hiplora.study.engine.jobs import Graph, Job
+from hiplora.study.jobs import Job
 from hiplora.study.protocols import (
     ablations,
     allocation,
@@ -44,7 +44,7 @@ from hiplora.study.records import Findings
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.results import Results
+    from hiplora.study.store import Results
 
 MODULES: dict[str, Any] = {
     "single_task": single_task,
@@ -107,11 +107,6 @@ def asked(protocols: Protocols) -> Iterator[tuple[Any, Any]]:
 def all_jobs(study: Study) -> list[Job]:
     """Return the jobs that a study's protocols want; what those need comes with them."""
     return [job for module, settings in asked(study.recipe.protocols) for job in module.jobs(study, settings)]
-
-
-def graph(study: Study) -> Graph:
-    """Return all jobs of a study."""
-    return Graph(all_jobs(study))
 
 
 def sections(study: Study, results: Results) -> list[Findings]:

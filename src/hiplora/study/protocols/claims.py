@@ -23,7 +23,7 @@ from hiplora.study.records import Findings, paper
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
+    from hiplora.study.jobs import Job
 
 SUPPORTED, AGAINST, UNCLEAR, OPEN = "supported", "not supported", "cannot tell", "not measured"
 Bounds = tuple[float, float] | tuple[None, None]

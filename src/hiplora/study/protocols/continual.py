@@ -27,8 +27,8 @@ from hiplora.study.statistics import averaged, differences, drift, ratios, repli
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 COLUMNS = {
     "average accuracy": "AvgAcc",

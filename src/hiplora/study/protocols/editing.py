@@ -16,8 +16,8 @@ from hiplora.study.statistics import differences, drift, ratios, replicates, sum
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 ALPHAEDIT = "alphaedit"  # the editor that trains nothing
 BUILT_IN = "builtin"

@@ -22,8 +22,8 @@ from hiplora.study.statistics import averaged, geometric, replicates, student, s
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 OVER = "all texts"  # the geometric mean over the texts unlike the reference's calibration text
 LOSS, LIKELIHOOD = "loss", "likelihood"

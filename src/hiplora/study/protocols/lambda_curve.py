@@ -12,8 +12,8 @@ from hiplora.study.records import BASE, Findings, joined, table, tidy, with_jobs
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 
 class LambdaCurve(Protocol):

@@ -20,8 +20,8 @@ from hiplora.study.statistics import averaged, differences, drift, hierarchical,
 if TYPE_CHECKING:
     from hiplora.metrics import MergeInstance
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 

@@ -18,8 +18,8 @@ from hiplora.study.statistics import averaged, differences, drift, replicates, s
 if TYPE_CHECKING:
     from hiplora.metrics import MergeInstance
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 PASSES = (1, 5, 10)
 _TITLES = {"ties": "TIES", "dare": "DARE", "knots": "KnOTS", "tsv": "TSV", "iso-c": "Iso-C"}

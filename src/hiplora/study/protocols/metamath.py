@@ -22,8 +22,8 @@ from hiplora.study.statistics import differences, hierarchical, replicates, stud
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 THEIRS = "PEFT's benchmark, not measured here"
 

@@ -17,8 +17,8 @@ from hiplora.data.prompts import STEP_BY_STEP
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 EVERY = 250  # steps between two rows of the benchmark's metrics
 NEW_TOKENS = 300

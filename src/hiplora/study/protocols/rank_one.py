@@ -13,8 +13,8 @@ from hiplora.study.records import Findings, joined, paper_value, table
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
 COEFFICIENTS = ("pearson", "spearman")

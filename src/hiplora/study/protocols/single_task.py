@@ -28,8 +28,8 @@ from hiplora.study.statistics import averaged, differences, drift, hierarchical,
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
-    from hiplora.study.engine.jobs import Job
-    from hiplora.study.results import Results
+    from hiplora.study.jobs import Job
+    from hiplora.study.store import Results
 
 PAPER_COLUMNS = {
     "mmlu": "MMLU",

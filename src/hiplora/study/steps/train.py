@@ -1,40 +1,52 @@
-"""Train an adapter from a recipe, as `hiplora train` does; the artifact is the adapter's folder.
-
-Settings: `recipe`, a training recipe whose files are named as the study's are; `files`, their hashes. Needs: `start`,
-the adapter to carry on from, if any.
-"""
+"""Jobs that train: an adapter, the factors that trainings share, and how fast a recipe trains."""
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import functools
+import itertools
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from pydantic import TypeAdapter
 
-from hiplora.errors import DivergedError
-from hiplora.study.engine.jobs import DIVERGED, Job
-from hiplora.study.steps.methods import method_at
-from hiplora.training import train
+from hiplora.errors import ConfigError, DivergedError
+from hiplora.models import load
+from hiplora.spectral import FactorStore, SpectralFactors, resolve_rank, squared_singular_values
+from hiplora.study.context import Context
+from hiplora.study.execute import exit_with_parent
+from hiplora.study.jobs import DIVERGED, Job
+from hiplora.study.steps import Found
+from hiplora.training import TrainRecipe, TrainResult, train
+from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.memory import peak_reserved_bytes
 from hiplora.training.method import WEIGHTS_FILE
-from hiplora.training.recipe import TrainRecipe
-from hiplora.training.result import TrainResult
+from hiplora.training.methods import AnyMethod
+from hiplora.training.train import machine_dtype, torch_dtype
+from hiplora.tuner import CalibrationStore, find_targets, frozen_weight
 
-if TYPE_CHECKING:
-    from hiplora.study.engine.bench import Bench
+HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 
 
-def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train, or go on from the last checkpoint of an interrupted call."""
-    placed = recipe_at(bench, settings["recipe"])
+def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Train an adapter, continuing from the last checkpoint of an interrupted call; the artifact is its folder.
+
+    Settings: `recipe`, a training recipe with the study's file names; `files`, their hashes. Needs: `start`, an
+    adapter to carry on from, if any. A training that diverges is a result: no adapter, and the reason.
+    """
+    recipe = placed_recipe(context, settings["recipe"])
     if "start" in job.needs:
-        placed["train"] = {
-            **placed.get("train", {}),
-            "start_from": str(bench.artifact(job.needs["start"]).resolve()),
-        }
-    recipe = TrainRecipe.model_validate(placed)
+        start = str(context.artifact(job.needs["start"]).resolve())
+        recipe["train"] = {**recipe.get("train", {}), "start_from": start}
     try:
-        result = train(recipe, bench.artifact(job), resume=True)
-    except DivergedError as error:  # found out about this rate and seed: there is no adapter
+        result = train(TrainRecipe.model_validate(recipe), context.artifact(job), resume=True)
+    except DivergedError as error:
         return {DIVERGED: f"{job.name}: {error}"}, {}
     return _found(result), {
         "training_seconds": result.seconds,
@@ -45,21 +57,32 @@ def work(bench: "Bench", job: Job, settings: Mapping[str, Any]) -> tuple[dict[st
     }
 
 
-def recipe_at(bench: "Bench", recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with the study's file names turned into this machine's paths, for the base model at hand."""
-    placed = {**copy.deepcopy(dict(recipe)), "model": bench.name}
-    if "method" in placed:
-        placed["method"] = method_at(bench, placed["method"])
-    for key, names in (("data", ("path", "held_out")), ("train", ("kl_text",))):
-        block = placed.get(key, {})
+def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the base model at hand and this machine's paths for the study's file names."""
+    placed = {**copy.deepcopy(dict(recipe)), "model": context.name}
+    files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
+    for block, names in files.items():
         for name in names:
-            if block.get(name) is not None:
-                block[name] = bench.path(block[name])
+            if placed.get(block, {}).get(name) is not None:
+                placed[block][name] = context.path(placed[block][name])
     return placed
 
 
+def _found(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "trainable_parameters": result.trainable_parameters,
+        "adapter_bytes": (result.adapter / WEIGHTS_FILE).stat().st_size,
+        "held_out_before": result.held_out["before"] if result.held_out else None,
+        "held_out_after": result.held_out["after"] if result.held_out else None,
+        "curve": [[row["step"], row["loss"]] for row in result.metrics if "loss" in row],
+        "warnings": result.warnings,
+    }
+
+
 def _reserved(result: TrainResult) -> dict[str, float]:
-    """What the CUDA allocator held after the steps: mean and 99th percentile; nothing without a GPU."""
+    """Return what the CUDA allocator held after the steps: mean and 99th percentile; empty without a GPU."""
     held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]
     if not held:
         return {}
@@ -69,15 +92,105 @@ def _reserved(result: TrainResult) -> dict[str, float]:
     }
 
 
-def _found(result: TrainResult) -> dict[str, Any]:
-    learned = [row for row in result.metrics if "loss" in row]
+def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Compute a method's protected factors on the base, so that the trainings that share them find them in the cache.
+
+    Settings: `method`, a recipe's method with factors; `files`, hashes of what is read. The factors are those of the
+    weights in the precision of a training with `dtype: auto` on this machine. The result has the `basis`; `layers`,
+    the number of matrices; `k`, the common one or a list; `bytes` of all factors; `residual`, the largest (weight
+    basis); `energy`, the mean share of the inputs' energy in the basis (activation basis).
+
+    Raises:
+        ConfigError: the method has no factors, or does not fit the model.
+        FactorError: a weight cannot be decomposed.
+    """
+    method = placed_recipe(context, {"method": settings["method"]})["method"]
+    method = TypeAdapter(AnyMethod).validate_python(method)
+    if not isinstance(method, Spectral):
+        raise ConfigError(f"{job.name}: method {method.name} has no factors")
+    model, tokenizer = _as_trained(context)
+    began = time.perf_counter()
+    factors: Sequence[SpectralFactors]
+    config: Any = method.peft_config()
+    if method.basis == "activation":
+        kept = CalibrationStore()
+        measured = method.calibrate(config, model, tokenizer, kept)
+        factors, reused = list(measured.factors.values()), kept.made == 0
+        residual, energy = None, sum(layer.energy for layer in measured.layers) / len(measured.layers)
+    else:
+        factors, reused = _weight_factors(model, config)
+        residual, energy = max(one.residual for one in factors), None
+    ranks = [one.rank for one in factors]
     return {
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "trainable_parameters": result.trainable_parameters,
-        "adapter_bytes": (result.adapter / WEIGHTS_FILE).stat().st_size,
-        "held_out_before": result.held_out["before"] if result.held_out else None,
-        "held_out_after": result.held_out["after"] if result.held_out else None,
-        "curve": [[row["step"], row["loss"]] for row in learned],
-        "warnings": result.warnings,
+        "basis": method.basis,
+        "layers": len(ranks),
+        "k": ranks[0] if len(set(ranks)) == 1 else ranks,
+        "residual": residual,
+        "bytes": sum(part.nbytes for one in factors for part in (one.U, one.sigma, one.V)),
+        "energy": energy,
+    }, {"factorize_seconds": time.perf_counter() - began, "reused": reused}
+
+
+def _as_trained(context: Context) -> tuple[Any, Any]:
+    """Return the base in the precision of trainings, which on a GPU need not be the one it is scored in."""
+    model, tokenizer = context.model()
+    dtype = torch_dtype(machine_dtype())
+    if model.dtype == dtype:
+        return model, tokenizer
+    model, tokenizer = load(context.name, dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _weight_factors(model: Any, config: Any) -> tuple[list[SpectralFactors], bool]:
+    store, factors = FactorStore(), []
+    for target in find_targets(model, config):
+        weight = frozen_weight(model.get_submodule(target.name))
+        k = resolve_rank(target.k, target.shape, functools.partial(squared_singular_values, weight))
+        factors.append(store.get_or_compute(weight, k, config.svd_tolerance, name=target.name))
+    return factors, store.made == 0
+
+
+def speed(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Measure how fast a recipe trains and its peak memory, in a process of its own and alone on the machine.
+
+    Settings: `recipe` as of `train`; `warmup`, steps before the measured ones; `steps`, how many are measured;
+    `files`, hashes of what is read. The result has `tokens`, the mean number in a step, and the trained `parameters`.
+    """
+    context.reset()  # its model would lie in memory beside the one that is measured
+    measured = timed(placed_recipe(context, settings["recipe"]), settings["warmup"], settings["steps"])
+    found = {name: measured.pop(name) for name in ("tokens", "parameters")}
+    return found, measured
+
+
+def timed(recipe: Mapping[str, Any], warmup: int, steps: int) -> dict[str, Any]:
+    """Train a recipe for `warmup` + `steps` steps in a new process and return what the last `steps` took."""
+    data = {name: value for name, value in recipe["data"].items() if name not in HELD_OUT}
+    told = {k: v for k, v in recipe.get("train", {}).items() if k not in ("epochs", "eval_every")}
+    told |= {"steps": warmup + steps, "log_every": 1, "save_every": warmup + steps}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_timing) as pool:
+        return pool.submit(_measure, {**recipe, "data": data, "train": told}, warmup).result()
+
+
+def _start_timing() -> None:
+    import os
+    import threading
+
+    os.environ["TQDM_DISABLE"] = "1"
+    os.dup2(2, 1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _measure(recipe: dict[str, Any], warmup: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary:
+        result = train(TrainRecipe.model_validate(recipe), Path(temporary) / "run")
+    steady = [{"step": 0, "tokens": 0, "seconds": 0.0}, *result.metrics][warmup:]
+    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(steady)]
+    tokens = steady[-1]["tokens"] - steady[0]["tokens"]
+    return {
+        "tokens": tokens / len(seconds),
+        "parameters": result.trainable_parameters,
+        "tokens_per_second": tokens / sum(seconds),
+        "step_seconds_median": statistics.median(seconds),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

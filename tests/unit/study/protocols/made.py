@@ -1,10 +1,9 @@
 """Results made by hand, put into a store as if jobs had found them."""
 
-from hiplora.recipes.load_study import load_study
 from hiplora.study.builder import Study
-from hiplora.study.engine.store import Store
-from hiplora.study.pico_data import write_pico_data
-from hiplora.study.results import Results
+from hiplora.study.pico import write_pico_data
+from hiplora.study.recipe import load_study
+from hiplora.study.store import Results, Store
 
 TWO_DOMAINS = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "

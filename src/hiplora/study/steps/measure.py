@@ -1,0 +1,198 @@
+"""Jobs that measure: scores, merges, choices, where updates lie, edits, probes."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hiplora.adapters import allocation_rows, energy_shares
+from hiplora.editing import Editor
+from hiplora.editing.edits import BUILT_IN
+from hiplora.editing.job import EditJob, PreparedEdits
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.evaluation import measure_drift
+from hiplora.evaluation.mounting import applied, holding, mounted
+from hiplora.merging import merge
+from hiplora.probing.correlation import findings
+from hiplora.probing.run import ROWS, ProbeSettings, chosen_modules, probe_model
+from hiplora.study.context import Context
+from hiplora.study.jobs import DIVERGED, Job
+from hiplora.study.steps import Found, rounded
+from hiplora.study.steps.train import placed_recipe
+
+BATCH = 8  # texts scored or generated per batch
+WINDOW = 512  # tokens of a window of a probe's texts
+OF_EDITS = ("limit", "category", "edits_per_batch", "sample", "steps", "lr", "rows")
+OF_PROBES = (
+    *("modules", "layers", "directions", "choice", "basis"),
+    *("principal_rank", "kinds", "draws", "tokens", "seed"),
+)
+OF_MODULES = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
+
+
+def evaluate(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Score the base or an adapter on tasks, item by item, and measure the adapter's drift from the base on texts.
+
+    Settings: `tasks`, name to number of items (None: all); `seed`, which chooses the items; `drift`, None or
+    {texts: name to source, tokens, window, perhaps documents}; `files`, hashes of what is read. Needs: `adapter`, or
+    nothing for the base.
+    """
+    network, _ = context.model()
+    if "adapter" not in job.needs:
+        return {"tasks": score(context, network, settings), "drift": None}, {}
+    reference = drift_reference(context, settings)
+    with mounted(network, context.artifact(job.needs["adapter"])) as adapted:
+        tasks = score(context, adapted, settings)
+        return {"tasks": tasks, "drift": drift_of(adapted, reference)}, {}
+
+
+def score(context: Context, model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, for each task, its metric's name and the items' scores, and both for the likelihood form."""
+    if not settings["tasks"]:
+        return {}
+    engine = context.engine(settings["tasks"], settings["seed"])
+    scores = engine.score(model, context.model()[1], BATCH)
+    return {
+        task: {"metric": found.name, "form": found.form, **found.to_json()} for task, found in scores.items()
+    }
+
+
+def drift_reference(context: Context, settings: Mapping[str, Any]) -> Any:
+    """Return the base's predictions on the drift texts; None if no drift is asked for."""
+    return context.reference(**settings["drift"]) if settings.get("drift") else None
+
+
+def drift_of(model: Any, reference: Any, adapter_off: Any = None) -> dict[str, dict[str, float]] | None:
+    """Return text → drift from the reference as JSON; None without a reference."""
+    if reference is None:
+        return None
+    return {name: one.as_dict() for name, one in measure_drift(model, reference, adapter_off).items()}
+
+
+def merge_adapters(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Merge adapters by a rule, and score the merged model as `evaluate` does.
+
+    Settings: `rule` and `options` as in `hiplora.merging.merge`; the rest as in `evaluate`. Needs: the adapters, merged
+    in the order of their names.
+    """
+    network, _ = context.model()
+    reference = drift_reference(context, settings)
+    adapters = [context.artifact(job.needs[name]) for name in sorted(job.needs)]
+    merged = merge(adapters, settings["rule"], base=context.name, options=settings["options"])
+    weights = {name: network.get_submodule(name).weight for name in merged.modules}
+    with applied(network, merged) as changed:
+        tasks = score(context, changed, settings)
+        return {"tasks": tasks, "drift": drift_of(changed, reference, lambda: holding(changed, weights))}, {}
+
+
+def collect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Choose among candidates by what their jobs found: a learning rate by the loss on held-out rows, for instance.
+
+    Settings: `field` of the results, averaged over a candidate's jobs; `prefer`, `low` or `high`; `candidates`, a list
+    of {value, needs: names of its jobs}. The first of equal candidates wins; one that diverged is not chosen.
+    """
+    field, candidates = settings["field"], settings["candidates"]
+    means = [_mean(context, job, field, candidate["needs"]) for candidate in candidates]
+    sign = 1 if settings["prefer"] == "low" else -1
+    usable = {index: sign * mean for index, mean in enumerate(means) if mean is not None}
+    if not usable:
+        raise HipLoraError(f"{job.name}: no candidate has a finite {field}; give lower rates")
+    best = min(usable, key=lambda index: usable[index])
+    values = [candidate["value"] for candidate in candidates]
+    tried = [{"value": value, "mean": mean} for value, mean in zip(values, means, strict=True)]
+    return {"value": values[best], "tried": tried, "at_the_edge": best in (0, len(values) - 1)}, {}
+
+
+def _mean(context: Context, job: Job, field: str, needs: list[str]) -> float | None:
+    found = [context.result(job.needs[name]) for name in needs]
+    if any(DIVERGED in one for one in found):
+        return None
+    mean = sum(float(one[field]) for one in found) / len(found)
+    return mean if math.isfinite(mean) else None
+
+
+def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Locate an adapter's update on the spectrum of the base weights.
+
+    Settings: `rank`, the number of leading directions of each weight that count as principal. Needs: `adapter`. The
+    result has a row for each module, and the share of the update's energy ‖ΔW‖² in the principal subspaces.
+    """
+    rows = allocation_rows(context.artifact(job.needs["adapter"]), context.name, settings["rank"])
+    rows = [{key: row[key] for key in OF_MODULES} for row in rows]
+    inside = {"all": energy_shares(rows)["both"]}
+    for kind in sorted({row["type"] for row in rows}):
+        inside[kind] = energy_shares([row for row in rows if row["type"] == kind])["both"]
+    return rounded({"modules": rows, "energy_inside": inside}), {}
+
+
+def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Edit facts in the base by a method, measure the effect, and take them out again.
+
+    Settings: `method`, a recipe's method or {name: alphaedit, …its settings}; `edits`, "builtin" or a file of the
+    study; `limit`, `category`, `mode`, `edits_per_batch`, `sample`, `steps`, `lr`, `rows`, `questions`, `seed` as in
+    `EditJob`; `neighbours`, whether the questions near each edit are asked; `drift` as in `evaluate`, measured after
+    the last edit; `files`, hashes of what is read. An interrupted job continues after its last finished stage.
+    """
+    method = placed_recipe(context, {"method": settings["method"]})["method"]
+    edits, mode = settings["edits"], settings["mode"]
+    if settings.get("drift") and mode == "single":
+        raise ConfigError(f"{job.name}: no edit stays in the mode single, so there is no drift; leave it out")
+    given: dict[str, Any] = {name: settings.get(name) for name in OF_EDITS}
+    prepared = PreparedEdits(
+        EditJob(
+            model=context.name,
+            edits=edits if edits == BUILT_IN else context.path(edits),
+            method=method.pop("name"),
+            method_settings=method,
+            mode=mode,
+            questions=settings["questions"],
+            neighbours=settings["neighbours"],
+            seed=settings["seed"],
+            **given,
+        )
+    )
+    reference = drift_reference(context, settings)
+
+    def edited(number: int, editor: Editor) -> Mapping[str, Any] | None:
+        last = number == prepared.stages
+        return {"drift": drift_of(editor.model, reference, editor.off)} if last else None
+
+    folder = context.store.work(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = prepared.run(*context.model(), folder, on_edited=edited)
+    found = {**run.as_dict(), "drift": run.stages[-1].extra["drift"]}
+    return rounded(found), {"edit_seconds": sum(stage.took["seconds"] for stage in run.stages)}
+
+
+def probe(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
+    """Probe the base direction by direction: the effect of single directions of its weights on texts and tasks.
+
+    Settings: those of `ProbeSettings`; `texts`, name to source; `scores`, tasks that are scored too, each with its
+    number of items (None: all); `files`, hashes of what is read. A task has two metrics, in per cent: its name, the
+    score, and NAME likelihood. An interrupted job continues after the last intervention it measured.
+    """
+    asked = ProbeSettings(
+        model=context.name, **{name: settings[name] for name in OF_PROBES if name in settings}
+    )
+    model, _ = context.model()
+    reference = context.reference(settings["texts"], asked.tokens, WINDOW)
+    folder = context.store.work(job)
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = chosen_modules(model, asked)
+    scores = _task_scores(context, settings) if settings.get("scores") else None
+    rows = probe_model(model, modules, reference, asked, folder / ROWS, scores=scores)
+    found = {"modules": modules, "records": rounded(rows), "correlations": findings(rows, asked.seed)}
+    return found, {}
+
+
+def _task_scores(context: Context, settings: Mapping[str, Any]) -> Callable[[Any], dict[str, float]]:
+    asked = {"tasks": settings["scores"], "seed": settings["seed"]}
+
+    def measure(model: Any) -> dict[str, float]:
+        found = {}
+        for task, scored in score(context, model, asked).items():
+            for name, field in ((task, "score"), (f"{task} likelihood", "likelihood")):
+                if scored[field] is not None:
+                    found[name] = sum(scored[field]) / len(scored[field])
+        return found
+
+    return measure

@@ -1,0 +1,288 @@
+"""Where a study keeps its results: one JSON file a job, named by its key, and a lock for each job that is running.
+
+results/KEY.json     a finished job's record
+artifacts/KEY/       what later jobs read (an adapter), complete if it has the file .complete
+work/KEY/            an unfinished job's own files, from which it continues
+failures/KEY.json    why a job failed, until it succeeds
+locks/KEY.lock       held while a job runs; the system drops it when the process dies
+"""
+
+import contextlib
+import fcntl
+import gzip
+import json
+import os
+import shutil
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.files import write_atomic
+from hiplora.provenance import provenance
+from hiplora.study.jobs import DIVERGED, Graph, Job, key_of
+from hiplora.study.steps import step
+
+
+class Store:
+    """The folder of a study's results. Any number of processes may use it at once."""
+
+    def __init__(self, path: str | os.PathLike):
+        """Open the folder, which need not exist; nothing is written."""
+        self.path = Path(path)
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    def record(self, job: Job) -> dict[str, Any] | None:
+        """Return a finished job's record; None if it is not finished."""
+        if job.key not in self._kept:
+            try:
+                self._kept[job.key] = json.loads(self._result(job).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
+            except ValueError as error:
+                raise HipLoraError(
+                    f"{self._result(job)}: not valid JSON ({error}); remove the file to run the job again"
+                ) from None
+        return self._kept[job.key]
+
+    def result(self, job: Job) -> dict[str, Any] | None:
+        """Return a finished job's result; None if it is not finished."""
+        record = self.record(job)
+        return None if record is None else record["result"]
+
+    def diverged(self, job: Job) -> str | None:
+        """Return why a finished job has no numbers: its training, or one it needs, diverged; else None."""
+        return (self.result(job) or {}).get(DIVERGED)
+
+    def finished(self, job: Job) -> bool:
+        """Whether a job's result is stored."""
+        return job.key in self._kept or self._result(job).is_file()
+
+    def artifact(self, job: Job) -> Path:
+        """Return the folder with what a job makes for others."""
+        return self.path / "artifacts" / job.key
+
+    def has_artifact(self, job: Job) -> bool:
+        """Whether a job's artifact is complete."""
+        return (self.artifact(job) / ".complete").is_file()
+
+    def work(self, job: Job) -> Path:
+        """Return the folder a job may use while it runs; it survives an interruption."""
+        return self.path / "work" / job.key
+
+    def finish(self, job: Job, found: Mapping[str, Any], timing: Mapping[str, Any], artifact: bool) -> None:
+        """Write a job's record, unless there is one, and remove its working folder."""
+        if artifact:
+            self.artifact(job).mkdir(parents=True, exist_ok=True)
+            write_atomic(self.artifact(job) / ".complete", "")
+        if not self.finished(job):
+            record = {
+                **job.to_json(),
+                "result": dict(found),
+                "timing": dict(timing),
+                "provenance": provenance(),
+            }
+            write_atomic(self._result(job), json.dumps(record))
+        shutil.rmtree(self.work(job), ignore_errors=True)
+        self._failure(job).unlink(missing_ok=True)
+
+    def fail(self, job: Job, error: BaseException, run: str) -> None:
+        """Store why a job failed in the run named `run`."""
+        failure = {
+            "name": job.name,
+            "kind": job.kind,
+            "error": str(error) or type(error).__name__,
+            "type": type(error).__name__,
+            "traceback": "".join(traceback.format_exception(error)),
+            "runs": sorted({run, *(self.failure(job) or {}).get("runs", ())}),
+        }
+        write_atomic(self._failure(job), json.dumps(failure, indent=1))
+
+    def failure(self, job: Job, run: str | None = None) -> dict[str, Any] | None:
+        """Return why a job failed, in the run named `run` or in any; None if it did not."""
+        try:
+            failure = json.loads(self._failure(job).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return failure if run is None or run in failure.get("runs", ()) else None
+
+    @contextlib.contextmanager
+    def claimed(self, job: Job) -> Iterator[bool]:
+        """Hold a job's lock inside the block; yields False, at once, if another process holds it."""
+        folder = self.path / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{job.key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def at_work(self, job: Job) -> bool:
+        """Whether a process holds a job's lock now."""
+        if not (self.path / "locks" / f"{job.key}.lock").exists():
+            return False
+        with self.claimed(job) as mine:
+            return not mine
+
+    @contextlib.contextmanager
+    def slot(self, exclusive: bool) -> Iterator[None]:
+        """Hold a shared lock on the machine inside the block; with `exclusive`, run while no other job does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path / ".turn.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(handle)
+
+    def take(self, records: str | os.PathLike) -> int:
+        """Add the records of a file that `export` wrote; return how many were new.
+
+        Raises:
+            ConfigError: the file does not exist or holds no records.
+        """
+        path, new = Path(records), 0
+        try:
+            raw = path.read_bytes()
+            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+            lines = [json.loads(line) for line in text.splitlines() if line]
+            named = [(_checked_key(line), json.dumps(line)) for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
+            ) from None
+        for key, line in named:
+            place = self.path / "results" / f"{key}.json"
+            if not place.exists():
+                write_atomic(place, line)
+                new += 1
+        return new
+
+    def _result(self, job: Job) -> Path:
+        return self.path / "results" / f"{job.key}.json"
+
+    def _failure(self, job: Job) -> Path:
+        return self.path / "failures" / f"{job.key}.json"
+
+
+def _checked_key(record: Mapping[str, Any]) -> str:
+    parts = {name: record[name] for name in ("kind", "version", "settings", "needs")}
+    if record["key"] != key_of(**parts) or not {"result", "timing", "provenance"} <= record.keys():
+        raise ValueError(f"record {record['key']!r} does not match its key")
+    return str(record["key"])
+
+
+def export(store: Store, jobs: Iterable[Job], path: str | os.PathLike) -> int:
+    """Write the records of the finished jobs to one file, gzipped if it ends in .gz; return their number.
+
+    `Store.take` reads it: the study continues from it on another machine.
+    """
+    records = sorted((r for job in jobs if (r := store.record(job)) is not None), key=lambda r: r["key"])
+    text = "".join(json.dumps(record) + "\n" for record in records).encode()
+    write_atomic(path, gzip.compress(text, mtime=0) if str(path).endswith(".gz") else text)
+    return len(records)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is left of a graph: jobs that can run, jobs that wait for others, failed ones, and jobs behind those."""
+
+    ready: list[Job] = field(default_factory=list)
+    waiting: list[Job] = field(default_factory=list)
+    failed: list[Job] = field(default_factory=list)
+    blocked: list[Job] = field(default_factory=list)
+
+    @property
+    def open(self) -> list[Job]:
+        """Jobs that can still be done."""
+        return [*self.ready, *self.waiting]
+
+
+def todo(graph: Graph, store: Store, run: str = "") -> Todo:
+    """Return what is left to do in the run named `run`, in the graph's order.
+
+    A finished job is done again only if an unfinished one needs its artifact and that is missing (records that were
+    reused). Jobs no wanted result depends on are not done.
+    """
+    wanted = _wanted(graph, store)
+    found, bad = Todo(), set()
+    for job in graph:
+        if job not in wanted:
+            continue
+        if store.failure(job, run) is not None:
+            found.failed.append(job)
+            bad.add(job)
+        elif any(need in bad for need in job.needs.values()):
+            found.blocked.append(job)
+            bad.add(job)
+        elif any(need in wanted for need in job.needs.values()):
+            found.waiting.append(job)
+        else:
+            found.ready.append(job)
+    return found
+
+
+def done(job: Job, store: Store, for_artifact: bool) -> bool:
+    """Whether a job is done; with `for_artifact`, whether a later job can read its artifact too."""
+    if not store.finished(job):
+        return False
+    lacks = for_artifact and step(job.kind).makes and not store.has_artifact(job)
+    return not lacks or store.diverged(job) is not None
+
+
+def _wanted(graph: Graph, store: Store) -> set[Job]:
+    left = [job for job in graph.wanted if not store.finished(job)]
+    wanted: set[Job] = set()
+    while left:
+        job = left.pop()
+        if job not in wanted:
+            wanted.add(job)
+            left += [need for need in job.needs.values() if not done(need, store, step(job.kind).reads)]
+    return wanted
+
+
+class Results:
+    """The results in a store, for protocols.
+
+    `missing` and `lost` collect the names of the jobs that were asked for and are not done, or whose training diverged.
+    """
+
+    def __init__(self, store: Store):
+        """Take a store; records are read when they are asked for."""
+        self._store = store
+        self.missing: dict[str, None] = {}
+        self.lost: dict[str, None] = {}
+
+    def get(self, job: Job) -> dict[str, Any] | None:
+        """Return a job's result; None, with a note of it, if it is not done or its training diverged."""
+        found = self._store.result(job)
+        if found is None:
+            self.missing[job.name] = None
+        elif self._store.diverged(job) is not None:
+            self.lost[job.name] = None
+            return None
+        return found
+
+    def timing(self, job: Job) -> dict[str, Any] | None:
+        """Return a job's times and memory; None if it is not done."""
+        record = self._store.record(job)
+        return None if record is None else record["timing"]
+
+    def provenance(self, job: Job) -> dict[str, Any] | None:
+        """Return the commit, machine and versions of a job's run; None if it is not done."""
+        record = self._store.record(job)
+        return None if record is None else record["provenance"]
+
+    def machine(self, job: Job) -> str:
+        """Name the machine that ran a job: its processor and cores."""
+        machine = (self.provenance(job) or {}).get("machine", {})
+        return f"{machine.get('processor')}, {machine.get('cores')} cores"

@@ -1,0 +1,57 @@
+"""A job's key covers everything its result depends on, and nothing else; a graph has each job once."""
+
+import pytest
+
+from hiplora.errors import HipLoraError
+from hiplora.study.jobs import Graph, Job, result
+
+
+def job(name="a job", kind="collect", version=1, settings=None, **needs):
+    return Job(kind, version, name, settings or {}, needs)
+
+
+def test_the_key_does_not_depend_on_the_name_or_the_order_of_settings():
+    one = job("one", settings={"a": 1, "b": {"c": 2, "d": 3}})
+    other = job("other", settings={"b": {"d": 3, "c": 2}, "a": 1})
+    assert one == other
+    assert len({one, other}) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        job(kind="train", settings={"a": 1}),
+        job(version=2, settings={"a": 1}),
+        job(settings={"a": 2}),
+        job(settings={"a": 1}, up=job()),
+    ],
+)
+def test_the_key_depends_on_kind_version_settings_and_needs(other):
+    assert other.key != job(settings={"a": 1}).key
+
+
+def test_the_key_depends_on_needs_of_needs():
+    def chain(seed):
+        return job(up=job(up=job(settings={"seed": seed})))
+
+    assert chain(1).key != chain(2).key
+    assert chain(1).key == chain(1).key
+
+
+def test_results_of_other_jobs_are_filled_in_at_any_depth():
+    asked = job(
+        settings={"train": {"lr": result("rate", "value")}, "list": [result("rate", "value"), 3]}, rate=job()
+    )
+    assert asked.resolved({"rate": {"value": 0.5}}) == {"train": {"lr": 0.5}, "list": [0.5, 3]}
+    with pytest.raises(HipLoraError, match=r"rate\.values"):
+        job(settings={"lr": result("rate", "values")}, rate=job()).resolved({"rate": {"value": 0.5}})
+
+
+def test_a_graph_has_each_job_once_and_needs_first():
+    base = job(settings={"n": 0})
+    left, right = job(settings={"n": 1}, up=base), job(settings={"n": 2}, up=base)
+    top = job(settings={"n": 3}, left=left, right=right)
+    order = list(Graph([top, left]))
+    assert len(order) == 4
+    assert order.index(base) < order.index(left) < order.index(top)
+    assert Graph([top]).counts() == {"collect": 4}

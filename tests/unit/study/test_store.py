@@ -1,0 +1,173 @@
+"""Records are whole and final, a lock has one holder, and a study continues elsewhere from its records alone."""
+
+import gzip
+import json
+import multiprocessing
+
+import pytest
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.study.jobs import Graph, Job
+from hiplora.study.store import Results, Store, done, export, todo
+
+
+def job(kind, number, **needs):
+    return Job(kind, 1, f"{kind} {number}", {"number": number}, needs)
+
+
+def collect(number, **needs):
+    return job("collect", number, **needs)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "study")
+
+
+def names(jobs):
+    return [job.name for job in jobs]
+
+
+def test_a_finished_job_has_its_result_and_provenance(store):
+    one = collect(1, up=collect(0))
+    assert store.result(one) is None
+    store.finish(one, {"value": 3}, {"seconds": 1.5}, artifact=False)
+    record = Store(store.path).record(one)
+    assert (record["result"], record["timing"]) == ({"value": 3}, {"seconds": 1.5})
+    assert record["needs"] == {"up": collect(0).key}
+    assert record["provenance"]["libraries"]["torch"]
+
+
+def test_the_first_record_of_a_job_stays(store):
+    store.finish(collect(1), {"value": 1}, {}, artifact=False)
+    Store(store.path).finish(collect(1), {"value": 2}, {}, artifact=False)
+    assert Store(store.path).result(collect(1)) == {"value": 1}
+
+
+def test_a_damaged_record_is_named_with_the_way_out(store):
+    store.finish(collect(1), {}, {}, artifact=False)
+    (store.path / "results" / f"{collect(1).key}.json").write_text("{")
+    with pytest.raises(HipLoraError, match="remove the file"):
+        Store(store.path).record(collect(1))
+
+
+def hold(path, held, end):
+    with Store(path).claimed(collect(1)) as mine:
+        assert mine
+        held.set()
+        end.wait()
+
+
+@pytest.mark.slow
+def test_a_claim_ends_with_its_process(store):
+    context = multiprocessing.get_context("spawn")
+    held, end = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(store.path, held, end))
+    other.start()
+    assert held.wait(60)
+    with store.claimed(collect(1)) as mine:
+        assert not mine
+    assert store.at_work(collect(1))
+    other.kill()
+    other.join()
+    assert not store.at_work(collect(1))
+    with store.claimed(collect(1)) as mine:
+        assert mine
+
+
+def test_jobs_become_ready_when_their_needs_are_done(store):
+    graph = Graph([collect(2, up=collect(1)), collect(3)])
+    left = todo(graph, store)
+    assert (names(left.ready), names(left.waiting)) == (["collect 1", "collect 3"], ["collect 2"])
+    store.finish(collect(1), {}, {}, artifact=False)
+    left = todo(graph, store)
+    assert (names(left.ready), names(left.waiting)) == (["collect 2", "collect 3"], [])
+
+
+def test_jobs_behind_a_failed_one_are_blocked_and_the_rest_continues(store):
+    graph = Graph([collect(4, up=collect(2, up=collect(1))), collect(3)])
+    store.fail(collect(1), ValueError("no luck"), "run")
+    left = todo(graph, store, "run")
+    assert names(left.failed) == ["collect 1"]
+    assert names(left.blocked) == ["collect 2", "collect 4"]
+    assert names(left.ready) == ["collect 3"]
+    assert "no luck" in store.failure(collect(1))["error"]
+
+
+def test_every_run_tries_a_failed_job_once(store):
+    graph = Graph([collect(1)])
+    for run in ("one", "other"):
+        assert names(todo(graph, store, run).ready) == ["collect 1"]
+        store.fail(collect(1), ValueError(f"no luck in {run}"), run)
+    for run in ("one", "other"):
+        assert names(todo(graph, store, run).failed) == ["collect 1"]
+    store.finish(collect(1), {}, {}, artifact=False)
+    assert store.failure(collect(1)) is None
+
+
+def test_reused_records_are_enough_but_for_adapters_that_are_still_read(store):
+    adapter = job("train", 1)
+    first, second = (job("evaluate", n, adapter=adapter) for n in range(2))
+    choice = collect(1, a=adapter)
+    for one in (adapter, first):
+        store.finish(one, {}, {}, artifact=False)
+    assert todo(Graph([first]), store).open == []
+    assert names(todo(Graph([choice]), store).ready) == ["collect 1"]  # it reads the result alone
+    left = todo(Graph([first, second]), store)
+    assert (names(left.ready), names(left.waiting)) == (["train 1"], ["evaluate 1"])
+    assert not done(adapter, store, for_artifact=True)
+    store.finish(adapter, {}, {}, artifact=True)
+    assert names(todo(Graph([first, second]), store).ready) == ["evaluate 1"]
+
+
+def test_a_training_that_diverged_elsewhere_is_not_repeated_for_its_adapter(store):
+    bad = job("train", 1)
+    store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
+    assert done(bad, store, for_artifact=True)
+
+
+def test_results_note_what_is_missing_and_what_diverged(store):
+    scored, bad, open_job = (job("evaluate", n) for n in range(3))
+    store.finish(scored, {"tasks": {}}, {"seconds": 1.0}, artifact=False)
+    store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
+    results = Results(store)
+    assert results.get(scored) == {"tasks": {}}
+    assert results.get(bad) is results.get(open_job) is None
+    assert (list(results.missing), list(results.lost)) == (["evaluate 2"], ["evaluate 1"])
+    assert results.timing(scored) == {"seconds": 1.0}
+    assert results.timing(open_job) is None
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz"])
+def test_exported_records_are_taken_by_another_store(store, tmp_path, name):
+    jobs = [collect(number) for number in range(3)]
+    for one in jobs[:2]:
+        store.finish(one, {"value": one.settings["number"]}, {}, artifact=False)
+    assert export(store, jobs, tmp_path / name) == 2
+    other = Store(tmp_path / "other")
+    assert (other.take(tmp_path / name), other.take(tmp_path / name)) == (2, 0)
+    assert [other.result(one) for one in jobs] == [{"value": 0}, {"value": 1}, None]
+    export(other, reversed(jobs), tmp_path / f"again-{name}")
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"again-{name}").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text", [b"{}", b"no json", gzip.compress(b"[1]", mtime=0)], ids=["{}", "no JSON", "gzip"]
+)
+def test_a_file_without_records_is_refused(store, tmp_path, text):
+    (tmp_path / "records.jsonl").write_bytes(text)
+    for name in ("records", "missing"):
+        with pytest.raises(ConfigError, match=rf"{name}\.jsonl: cannot be read"):
+            store.take(tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize(
+    "change", [{"key": "../../evil"}, {"key": "0" * 20}, {"settings": {"number": 7}}, {"result": None}]
+)
+def test_a_record_that_does_not_match_its_key_is_refused(store, tmp_path, change):
+    store.finish(collect(1), {"value": 1}, {}, artifact=False)
+    record = {**store.record(collect(1)), **change}
+    (tmp_path / "records.jsonl").write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+    with pytest.raises(ConfigError, match="does not match its key"):
+        Store(tmp_path / "other" / "deep").take(tmp_path / "records.jsonl")
+    assert not list(tmp_path.rglob("evil*"))
