@@ -156,14 +156,23 @@ def survival(before: Mapping[str, Results], after: Mapping[str, Results]) -> flo
 
 def _success(model: Any, tokenizer: Any, sets: Sequence[EditSet]) -> Results:
     """Return which edits of which set a model makes: as trained on, and reworded."""
-    from hiplora.editing import evaluate_edits
+    from hiplora.editing.measure import answer_log_probs
 
-    def works(part: EditSet, paraphrase: bool) -> list[bool]:
-        found = evaluate_edits(model, tokenizer, part.edits, paraphrase=paraphrase)
-        return (found["preferred"] == 1).tolist()
+    def works(prompts: Sequence[str], part: EditSet) -> list[bool]:
+        asked = zip(prompts, part.edits, strict=True)
+        sums = answer_log_probs(
+            model, tokenizer, [(prompt, answer) for prompt, edit in asked for answer in (edit.new, edit.old)]
+        )
+        return [new > old for new, old in zip(sums[::2], sums[1::2], strict=True)]
 
     return {
-        "success": {part.name: {"works": works(part, False), "reworded": works(part, True)} for part in sets}
+        "success": {
+            part.name: {
+                "works": works([edit.prompt for edit in part.edits], part),
+                "reworded": works([edit.paraphrase for edit in part.edits], part),
+            }
+            for part in sets
+        }
     }
 
 
