@@ -1,1 +1,0 @@
-"""What a report shows: each module turns a part of the results into plates, drawn by `reporting.canvas`."""
