@@ -15,8 +15,16 @@ from hiplora.spectral import SpectralFactors, activation_factors, resolve_rank
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import frozen_weight
 from hiplora.tuner.moments import Bases
-from hiplora.tuner.targets import Target, find_targets, linear_target
-from hiplora.tuner.text import CalibrationStore, CalibrationText, CustomCalibration, Ranks, Rows
+from hiplora.tuner.targets import Target, find_targets
+from hiplora.tuner.text import (
+    CalibrationStore,
+    CalibrationText,
+    CustomCalibration,
+    Ranks,
+    Rows,
+    check_counts,
+    memory_groups,
+)
 
 SELF = "self"  # the source: text sampled from the model itself
 TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy moment
@@ -107,8 +115,8 @@ def calibrate(
         raise ConfigError(f"basis is {config.basis!r}, which needs no calibration; set basis='activation'")
     if run_model is not None and rows is not None:
         raise ConfigError("calibrate got both run_model and rows; pass the one that holds your data")
-    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
-    _check_counts(gradient_tokens=gradient_tokens, max_factor_bytes=max_factor_bytes)
+    check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+    check_counts(gradient_tokens=gradient_tokens, max_factor_bytes=max_factor_bytes)
     start = time.perf_counter()
     targets = find_targets(model, config)
     text: CustomCalibration | CalibrationText
@@ -116,11 +124,11 @@ def calibrate(
         source, text = source or "run_model", CustomCalibration(model, run_model)
     else:
         source = source or "rows" if rows is not None else SELF
-        text = CalibrationText(model, rows, tokens, batch_size, seed, store)
+        text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes)
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
     seen = held = 0
-    for group in _groups(targets, config.basis_sides, max_bytes):
+    for group in memory_groups(targets, config.basis_sides, max_bytes):
         inputs = text.inputs([target.name for target in group])
         seen = min(basis.tokens for basis in inputs.values())
         ranks: Ranks = {}
@@ -153,78 +161,20 @@ def calibrate(
     return calibration
 
 
-def input_bases(
-    model: nn.Module,
-    modules: Sequence[str],
-    *,
-    rows: Rows = None,
-    tokens: int = 10_000,
-    batch_size: int = 8,
-    seed: int = 0,
-    max_bytes: int = 4 << 30,
-    store: CalibrationStore | None = None,
-) -> Bases:
+def input_bases(model: nn.Module, modules: Sequence[str], **options: Any) -> Bases:
     """Measure the inputs of some linear layers of a base model: module name → eigenvectors of their second moment.
 
-    Arguments and errors are those of `calibrate`.
+    Options are `CalibrationText`'s: `rows`, `tokens`, `batch_size`, `seed`, `max_bytes`, `store`.
     """
-    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
-    targets = [linear_target(model.get_submodule(name), name) for name in modules]
-    text = CalibrationText(model, rows, tokens, batch_size, seed, store)
-    bases: Bases = {}
-    for group in _groups(targets, "input", max_bytes):
-        bases |= text.inputs([target.name for target in group])
-    return bases
+    return CalibrationText(model, **options).inputs(modules)
 
 
-def trailing_inputs(
-    model: nn.Module,
-    ranks: Mapping[str, int],
-    *,
-    rows: Rows = None,
-    tokens: int = 10_000,
-    batch_size: int = 8,
-    seed: int = 0,
-    max_bytes: int = 4 << 30,
-    store: CalibrationStore | None = None,
-) -> Bases:
+def trailing_inputs(model: nn.Module, ranks: Mapping[str, int], **options: Any) -> Bases:
     """Measure the directions in which the inputs of some linear layers have least energy: module name → r of them.
 
-    `ranks` says how many of each module. Arguments and errors are those of `calibrate`.
+    `ranks` says how many of each module. Options are those of `input_bases`.
     """
-    _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
-    targets = [linear_target(model.get_submodule(name), name) for name in ranks]
-    text = CalibrationText(model, rows, tokens, batch_size, seed, store)
-    bases: Bases = {}
-    for group in _groups(targets, "input", max_bytes):
-        bases |= text.trailing({target.name: ranks[target.name] for target in group})
-    return bases
-
-
-def _check_counts(**counts: Any) -> None:
-    """Check that numbers of tokens, rows or bytes are positive integers (ConfigError)."""
-    for name, value in counts.items():
-        least = 2 if name == "tokens" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
-
-
-def _groups(targets: Sequence[Target], sides: str, max_bytes: int) -> Iterator[list[Target]]:
-    """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
-    group: list[Target] = []
-    held = 0
-    for target in targets:
-        m, n = target.shape
-        size = 8 * max(
-            n**2, m**2 if sides != "input" else 0
-        )  # the two sides are measured one after the other
-        if group and held + size > max_bytes:
-            yield group
-            group, held = [], 0
-        group.append(target)
-        held += size
-    if group:
-        yield group
+    return CalibrationText(model, **options).trailing(ranks)
 
 
 def _described(group: Sequence[Target], ranks: Ranks, bases: Bases) -> Iterator[CalibratedLayer]:

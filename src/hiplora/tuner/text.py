@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
 from hiplora.spectral import MomentBasis, SecondMoment, TensorStore, weight_fingerprint
 from hiplora.tuner.moments import Bases, GradientCollector, MomentCollector, base_only
+from hiplora.tuner.targets import Target, linear_target
 
 ROW_LENGTH = 256  # tokens of one calibration row
 _SAMPLED_AT_ONCE = 40
@@ -36,6 +37,32 @@ class CalibrationStore(TensorStore):
     def path(self, *key: Any) -> Path:
         """Return the file of the entry that is made from `key`."""
         return super().path(_FORMAT, *key)
+
+
+def check_counts(**counts: Any) -> None:
+    """Check that numbers of tokens, rows or bytes are positive integers (ConfigError)."""
+    for name, value in counts.items():
+        least = 2 if name == "tokens" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
+
+
+def memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iterator[list[Target]]:
+    """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
+    group: list[Target] = []
+    held = 0
+    for target in targets:
+        m, n = target.shape
+        size = 8 * max(
+            n**2, m**2 if sides != "input" else 0
+        )  # the two sides are measured one after the other
+        if group and held + size > max_bytes:
+            yield group
+            group, held = [], 0
+        group.append(target)
+        held += size
+    if group:
+        yield group
 
 
 class CustomCalibration:
@@ -66,8 +93,18 @@ class CalibrationText:
         batch_size: int = 8,
         seed: int = 0,
         store: CalibrationStore | None = None,
+        max_bytes: int = 4 << 30,
     ):
-        self._model, self._store = model, store or CalibrationStore()
+        """Take `rows` of token ids, of any length, or sample about `tokens` from the model.
+
+        `batch_size` rows are run at a time; `seed` is the sampling's; layers whose moments exceed `max_bytes` together
+        are measured in several passes; `store` keeps sampled text and measurements, by default in the cache.
+
+        Raises:
+            ConfigError: an argument makes no sense, or text cannot be sampled from this model.
+        """
+        check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+        self._model, self._store, self._max_bytes = model, store or CalibrationStore(), max_bytes
         identity = model_fingerprint(model)
         if rows is None:
             self.rows = _sampled(model, self._store, identity, tokens, seed)
@@ -89,13 +126,25 @@ class CalibrationText:
 
     def inputs(self, modules: Sequence[str]) -> Bases:
         """Measure the inputs of some layers."""
-        measure = functools.partial(_measure_inputs, self._model, modules, self.run)
-        return self._stored(["moments", self.key, list(modules)], measure)
+        bases: Bases = {}
+        for names in self._grouped(modules):
+            measure = functools.partial(_measure_inputs, self._model, names, self.run)
+            bases |= self._stored(["moments", self.key, names], measure)
+        return bases
 
-    def trailing(self, ranks: Ranks) -> Bases:
+    def trailing(self, ranks: Mapping[str, int]) -> Bases:
         """Measure the directions in which the inputs of some layers have least energy, k of each."""
-        measure = functools.partial(_measure_trailing, self._model, ranks, self.run)
-        return self._stored(["trailing", self.key, list(ranks.items())], measure)
+        bases: Bases = {}
+        for names in self._grouped(ranks):
+            group = {name: ranks[name] for name in names}
+            measure = functools.partial(_measure_trailing, self._model, group, self.run)
+            bases |= self._stored(["trailing", self.key, list(group.items())], measure)
+        return bases
+
+    def _grouped(self, modules: Iterable[str]) -> Iterator[list[str]]:
+        targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
+        for group in memory_groups(targets, "input", self._max_bytes):
+            yield [target.name for target in group]
 
     def outputs(self, ranks: Ranks, limit: int) -> Bases:
         """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
