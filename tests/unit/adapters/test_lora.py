@@ -43,6 +43,7 @@ def config_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+@pytest.mark.slow
 def test_stock_peft_in_a_process_without_hiplora_gives_the_same_logits(hip, tiny_model_dir, tmp_path):
     folder, model = hip
     save_as_lora(folder, tmp_path / "out")

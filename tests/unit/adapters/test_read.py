@@ -166,6 +166,20 @@ def test_an_adalora_module_without_any_rank_left_has_a_zero_update(tiny_model_di
     assert not product(read_update(tmp_path / "a"), Q0).any()
 
 
+def test_an_osf_adapter_is_read_as_the_change_of_its_weights(tiny_model_dir, tmp_path):
+    config = peft.OSFConfig(target_modules=["q_proj", "v_proj"], effective_rank=8)
+    folder, model = saved(tiny_model_dir, tmp_path / "a", config)
+    original = base_model(tiny_model_dir).state_dict()
+    live, stored = update_from_model(model), read_update(folder)
+    merged = model.merge_and_unload().state_dict()
+    expected = {m: merged[f"{m}.weight"] - original[f"{m}.weight"] for m in stored.factors}
+    assert stored.kind == "osf"
+    for update in (live, stored):
+        for module, delta in expected.items():
+            torch.testing.assert_close(product(update, module), delta, rtol=1e-3, atol=1e-4)
+            assert delta.norm() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
