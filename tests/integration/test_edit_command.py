@@ -61,10 +61,7 @@ def counterfact(path, count=4):
     ("method", "options"),
     [
         ("lora", FAST),
-        ("pissa", FAST),
         ("milora", [*FAST, "--set", "rank_pattern={k_proj: 3}"]),
-        ("corda", [*FAST, "--set", "calibration_tokens=600", "--set", "r=4"]),
-        ("lora_null", [*FAST, "--set", "calibration_tokens=600", "--set", "r=4"]),
         ("hiplora", FAST + CALIBRATION),
         ("alphaedit", [*ALPHA, "--limit", "4"]),
     ],
@@ -120,16 +117,6 @@ def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_me
     ):
         assert text in said
     assert str(tmp_path) not in (tmp_path / "out" / "edit.json").read_text().replace(str(tiny_model_dir), "")
-
-
-def test_without_locality_nothing_unrelated_is_asked(tiny_model_dir, tmp_path):
-    run(
-        *(tiny_model_dir, "builtin", "--method", "lora", "--out", tmp_path / "out", "--limit", "2"),
-        *("--steps", "1", "--locality", "0"),
-    )
-    record = json.loads((tmp_path / "out" / "edit.json").read_text())
-    assert record["questions"] is None
-    assert "locality" not in record["summary"]
 
 
 def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path):

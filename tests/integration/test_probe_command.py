@@ -1,6 +1,5 @@
 """`hiplora probe` on tiny models: what it measures, resumes and refuses."""
 
-import inspect
 import json
 
 import pytest
@@ -126,14 +125,6 @@ def test_an_unfinished_probe_of_something_else_is_not_mixed_in(
     )
 
 
-def test_an_output_folder_that_is_there_is_kept(tiny_model_dir, prose, tmp_path, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("kept")
-    code, _, err = run(capsys, "probe", tiny_model_dir, "--out", out, *options(prose))
-    assert (code, "exists already" in err) == (2, True)
-
-
 def test_directions_of_the_activation_basis_and_a_transposed_model(prose, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe_run, "CALIBRATION_TOKENS", 300)
     model = save_tiny_gpt2(tmp_path / "gpt2")
@@ -166,6 +157,7 @@ def test_the_table_says_why_a_correlation_is_missing(tiny_model_dir, prose, tmp_
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--tokens", "40", "--out", "."], "exists already"),
         (["--kinds", "zero", "--noise", "0.2"], "--noise 0.2: --kinds zero has no noise"),
         (["--kinds", "zap"], "intervention 'zap': expected zero, flip"),
         (["--layers", "3-1"], "--layers 3-1: 3-1 goes backwards"),
@@ -193,14 +185,3 @@ def test_layers_that_are_not_named_are_spread_over_the_model(tiny_model_dir, pro
     arguments = ["--text", prose, "--tokens", 40, "--directions", 1, "--modules", "q_proj", "--kinds", "zero"]
     record = probed(capsys, tiny_model_dir, tmp_path / "out", *arguments)
     assert [row["layer"] for row in record["records"]] == [0, 1]
-
-
-def test_the_commands_defaults_are_those_of_the_settings():
-    settings = probe_run.ProbeSettings("model")
-    given = {
-        name: parameter.default.default
-        for name, parameter in inspect.signature(command.command).parameters.items()
-    }
-    for name in ("directions", "choice", "basis", "draws", "tokens", "seed", "device"):
-        assert given[name] == getattr(settings, name)
-    assert command.intervention_names(given["kinds"], given["noise"]) == settings.kinds

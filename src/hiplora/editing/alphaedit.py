@@ -153,7 +153,6 @@ class AlphaEditor(Editor):
         self.modules, self._block = settings.modules(model)
         super().__init__(model)
         model.eval().requires_grad_(False)
-        self._start = {name: self._weight(name).data for name in self.modules}
         bases = input_bases(model, self.modules, tokens=settings.calibration_tokens, seed=settings.seed)
         self._projectors = {
             name: null_space(basis, settings.threshold, name).to(self._weight(name).device)
@@ -161,6 +160,7 @@ class AlphaEditor(Editor):
         }
         self._prefixes = write_prefixes(model, tokenizer, settings.prefixes, settings.prefix_tokens)
         self._keys: dict[str, list[Float[Tensor, "n edits"]]] = {name: [] for name in self.modules}
+        self._initial = self.state()
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Write some edits in together; the record has each edit's last loss of the search, ranks and seconds.
@@ -207,13 +207,10 @@ class AlphaEditor(Editor):
 
     def updates(self) -> dict[str, Float[Tensor, "m n"]]:
         """Return what the edits so far added to each weight, in fp32."""
-        return {name: self._weight(name).data.float() - start.float() for name, start in self._start.items()}
-
-    def reset(self) -> None:
-        """Put the base's own weights back and forget the keys of all edits."""
-        for name, start in self._start.items():
-            self._weight(name).data = start
-        self._keys = {name: [] for name in self.modules}
+        return {
+            name: self._weight(name).data.float() - self._initial[f"weight.{name}"].float()
+            for name in self.modules
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Return the edited weights, and the keys of every batch of edits."""
@@ -231,11 +228,6 @@ class AlphaEditor(Editor):
             weight = self._weight(name)
             weight.data = state[f"weight.{name}"].to(weight.device)
             self._keys[name] = [state[f"keys.{number}.{name}"].to(weight.device) for number in range(batches)]
-
-    def close(self) -> None:
-        """Leave the base as it was found."""
-        self.reset()
-        super().close()
 
     def _weight(self, name: str) -> nn.Parameter:
         return self.model.get_submodule(name).get_parameter("weight")

@@ -100,13 +100,14 @@ def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
 
 
 class Editor(ABC):
-    """A way to edit one model. `teach` adds to what was taught before, `reset` takes all of it back.
+    """A way to edit one model; `teach` adds to what was taught before.
 
     `model` is the model as it is edited now. The base's weights, gradient flags and modes are kept by reference:
     `close` puts them back and checks them.
     """
 
     model: nn.Module
+    _initial: Mapping[str, Tensor]  # set by the subclass
 
     def __init__(self, base: nn.Module):
         self._base = base
@@ -119,16 +120,16 @@ class Editor(ABC):
         """Put edits in; return what that took, for JSON: `seconds` and the method's own numbers."""
 
     @abstractmethod
-    def reset(self) -> None:
-        """Make the model answer as the base again."""
-
-    @abstractmethod
     def state(self) -> dict[str, Tensor]:
         """Return copies of all that was taught so far, for `restore`."""
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the state of another editor that was made in the same way."""
+
+    def reset(self) -> None:
+        """Take back all that was taught."""
+        self.restore(self._initial)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -184,16 +185,12 @@ class AdapterEditor(Editor):
         self._tokenizer, self._training, self._on_step = tokenizer, training, on_step
         torch.manual_seed(training.seed)
         self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
-        self._start = self.state()
+        self._initial = self.state()
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the adapter on some edits; the record has each step's loss, seconds and tokens."""
         result = train_edits(self.model, self._tokenizer, edits, self._training, self._on_step)
         return {"loss": list(result.curve), "seconds": result.seconds, "tokens": result.tokens}
-
-    def reset(self) -> None:
-        """Put the adapter's initial values back."""
-        self.restore(self._start)
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the adapter's parameters."""

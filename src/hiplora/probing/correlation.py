@@ -140,32 +140,20 @@ def _exact_rank_p(x: Floats, y: Floats) -> float:
 def _sampled(x: Floats, y: Floats, seed: int) -> Floats:
     """Return the Pearson and Spearman correlations of bootstrap samples, (REPLICATES, 2); NaN where undefined.
 
-    A sample is kept as how often each point was drawn: the correlations are then weighted ones, and those of all
-    samples come from a few matrix operations. The draws depend on the number of points and the seed alone.
+    The draws depend on the number of points and the seed alone.
     """
     parts = []
-    for times in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
-        ranks_x, values_x = _ranks(x, times)
-        ranks_y, values_y = _ranks(y, times)
-        pairs = np.stack([_weighted(x, y, times), _weighted(ranks_x, ranks_y, times)], axis=1)
-        parts.append(np.where(((values_x < 2) | (values_y < 2))[:, None], np.nan, pairs))
+    for counts in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
+        drawn = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)
+        ranks = (stats.rankdata(values[drawn], axis=1) for values in (x, y))
+        parts.append(np.stack([_pearson(x[drawn], y[drawn]), _pearson(*ranks)], axis=1))
     return np.concatenate(parts)
 
 
-def _weighted(x: Floats, y: Floats, times: NDArray) -> Floats:
-    """Pearson's r of points that count `times` (samples, points); x and y are (points,) or (samples, points)."""
-    total = times.sum(axis=1, keepdims=True)
-    x = x - (times * x).sum(axis=1, keepdims=True) / total
-    y = y - (times * y).sum(axis=1, keepdims=True) / total
-    spread = np.sqrt((times * x**2).sum(axis=1)) * np.sqrt((times * y**2).sum(axis=1))
+def _pearson(x: Floats, y: Floats) -> Floats:
+    """Pearson's r of each row of x and y, (samples, points); NaN where one of them has one value throughout."""
+    constant = (np.ptp(x, axis=1) == 0) | (np.ptp(y, axis=1) == 0)
+    x, y = (values - values.mean(axis=1, keepdims=True) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.clip((times * x * y).sum(axis=1) / spread, -1.0, 1.0)
-
-
-def _ranks(values: Floats, times: NDArray) -> tuple[Floats, NDArray[np.int64]]:
-    """Return the mid-ranks of the points in each sample (samples, points), and how many values each sample has."""
-    distinct, place = np.unique(values, return_inverse=True)
-    counts = np.zeros((len(times), len(distinct)))
-    np.add.at(counts.T, place, times.T)
-    ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2
-    return ranks[:, place], (counts > 0).sum(axis=1)
+        r = (x * y).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return np.where(constant, np.nan, np.clip(r, -1.0, 1.0))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -24,9 +25,9 @@ from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, bits, writer
 
-TRAINING = EditTraining(steps=25, lr=2e-2, batch_size=4)
+TRAINING = EditTraining(steps=4, lr=2e-2, batch_size=4)
 ALPHA = AlphaEdit(
-    threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=8, prefixes=2, prefix_tokens=3
+    threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=3, prefixes=1, prefix_tokens=3
 )
 METHODS = {
     "lora": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
@@ -83,11 +84,13 @@ def test_a_training_that_cannot_work_is_an_error():
             EditTraining(**wrong)
 
 
-def run(mode, method="lora", edits=EDITS, model=None, reference=True, settings=None, **kwargs):
+def run(
+    mode, method="lora", edits=EDITS, model=None, reference=True, settings=None, training=TRAINING, **kwargs
+):
     model, tokenizer = model or writer(), tiny_tokenizer()
     frozen = Reference.freeze(model, tokenizer, QUESTIONS, EDITS) if reference else None
     chosen = METHODS[method] if callable(METHODS[method]) else copy.deepcopy(METHODS[method])
-    how = EditSettings(TRAINING, **(settings or {}))
+    how = EditSettings(training, **(settings or {}))
     return run_edits(model, tokenizer, chosen, edits, mode, how, frozen, name=method, **kwargs)
 
 
@@ -95,8 +98,9 @@ def likelihoods(records):
     return pytest.approx(records["log_prob_new"].tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("mode", ["single", "sequential"])
+@pytest.mark.parametrize(
+    ("mode", "method"), [("single", "lora"), *(("sequential", name) for name in METHODS)]
+)
 def test_the_base_is_bit_identical_afterwards(mode, method):
     model = writer()
     parameters, before = dict(model.named_parameters()), bits(model)
@@ -146,7 +150,7 @@ def test_a_method_that_writes_into_the_base_is_found_out_and_a_failure_leaves_th
 
 @pytest.mark.parametrize("method", ["lora", "hiplora", "pissa"])
 def test_a_batch_teaches_all_edits(method):
-    found = run("batch", method)
+    found = run("batch", method, training=replace(TRAINING, steps=25))
     assert found.summary()["after"]["all"]["success"] > found.summary()["before"]["all"]["success"]
     assert found.summary()["after"]["all"]["preferred"] == 100
     (stage,) = found.stages
@@ -182,10 +186,9 @@ def test_a_sequence_goes_on_from_the_stage_before_and_measures_the_newest_and_al
     assert told["stages"][1]["records"]["log_prob_new"][2:] != likelihoods(second)
 
 
-@pytest.mark.parametrize("mode", ["batch", "sequential"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize(("mode", "method"), [("batch", "lora"), *(("sequential", name) for name in METHODS)])
 def test_an_interrupted_run_continues_after_the_finished_stages_as_if_it_had_not_stopped(
-    tmp_path, method, mode
+    tmp_path, mode, method
 ):
     how = {"settings": {"edits_per_batch": 2}, "folder": tmp_path}
     whole = run(mode, method, settings={"edits_per_batch": 2}, on_edited=lambda number, _: {"n": number})
