@@ -8,11 +8,17 @@ release = importlib.metadata.version("hiplora")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+highlight_language = "none"
 exclude_patterns = ["results/**/tables/*.md"]
 html_theme = "furo"
 html_title = "hiplora"
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["phone.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 nitpicky = False
-suppress_warnings = ["myst.xref_missing"]  # links to files outside docs/, which exist in the repository
+suppress_warnings = [
+    "myst.xref_missing",  # links to files outside docs/, which exist in the repository
+    "toc.not_included",  # decisions, which decisions/README lists
+]

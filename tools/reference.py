@@ -19,6 +19,7 @@ def pages() -> dict[str, str]:
         "reference/commands.md": commands_page(),
         "reference/config.md": config_page(),
         "reference/recipes.md": recipes_page(),
+        "reference/tasks.md": tasks_page(),
     }
 
 
@@ -126,10 +127,15 @@ def config_page() -> str:
 
     texts = described_fields(HipLoraConfig)
     rows = [
-        (f"`{one.name}`", _field_default(one), texts.get(one.name, "")) for one in own_fields(HipLoraConfig)
+        (f"`{one.name}`", _field_default(one), _sentence(texts.get(one.name, "")))
+        for one in own_fields(HipLoraConfig)
     ]
     intro = "# HipLoraConfig\n\nUse it where you would use `peft.LoraConfig`, after `import hiplora`."
     return "\n\n".join([NOTE + intro, table(("field", "default", ""), rows)]) + "\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _field_default(field: dataclasses.Field) -> str:
@@ -143,25 +149,65 @@ def _field_default(field: dataclasses.Field) -> str:
 
 
 def recipes_page() -> str:
-    """Return the page of every block of training and study recipes."""
-    from hiplora.study.recipe import StudyRecipe
+    """Return the page of training recipes, methods and study recipes."""
+    try:
+        from hiplora.study.recipe import StudyRecipe
+    except ModuleNotFoundError:
+        from hiplora.recipes.study import StudyRecipe
+    from hiplora.training.methods import METHODS, LowRank
     from hiplora.training.recipe import TrainRecipe
 
-    parts = [
-        NOTE + "# Recipes",
-        *_blocks("Training recipe", TrainRecipe),
-        *_blocks("Study recipe", StudyRecipe),
-    ]
-    return "\n\n".join(parts) + "\n"
+    seen = {method.__name__ for method in METHODS.values()}
+    shared = LowRank.model_json_schema()
+    parts = [NOTE + "# Recipes", *_blocks("Training recipe", TrainRecipe, seen)]
+    parts += ["## Methods", "Fields of every method but `osf`:", _block(shared)]
+    for name, method in METHODS.items():
+        own = method.model_json_schema()
+        own["properties"] = {
+            field: value
+            for field, value in own["properties"].items()
+            if field != "name" and value != shared["properties"].get(field)
+        }
+        parts += [f"### `method: {name}`", _flat(own["description"])]
+        parts += [_block(own)] if own["properties"] else []
+    return "\n\n".join([*parts, *_blocks("Study recipe", StudyRecipe, seen)]) + "\n"
 
 
-def _blocks(title: str, model: type[BaseModel]) -> Iterator[str]:
-    """Yield a heading and a table for a model, then for every block that it refers to."""
+def _blocks(title: str, model: type[BaseModel], seen: set[str]) -> Iterator[str]:
+    """Yield headings and tables for a model and for every block inside it that is not in `seen` yet."""
     schema = model.model_json_schema()
-    yield f"## {title}\n\n{_flat(schema.get('description'))}\n\n{_block(schema)}"
-    for name, block in schema.get("$defs", {}).items():
-        if "properties" in block:
-            yield f"### {title}: {name}\n\n{_flat(block.get('description'))}\n\n{_block(block)}"
+
+    def walk(block: dict[str, Any], path: str) -> Iterator[str]:
+        yield f"### `{path}`" if path else f"## {title}"
+        yield _flat(block["description"])
+        yield _block(block)
+        for name, field in block["properties"].items():
+            for ref, below in _references(field):
+                child = schema["$defs"][ref]
+                if ref not in seen and "properties" in child:
+                    seen.add(ref)
+                    yield from walk(child, f"{path}.{name}{below}".lstrip("."))
+
+    yield from walk(schema, "")
+
+
+def _references(field: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the blocks that a field refers to, each with what follows the field's name in its path."""
+    if "$ref" in field:
+        yield field["$ref"].rpartition("/")[2], ""
+    for key in ("anyOf", "oneOf", "allOf"):
+        for one in field.get(key, ()):
+            yield from _references(one)
+    if "items" in field:
+        yield from _references(field["items"])
+    for values in _map_values(field):
+        yield from ((ref, f".NAME{below}") for ref, below in _references(values))
+
+
+def _map_values(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schema of a map's values, as a list that is empty for other fields."""
+    found = [*field.get("patternProperties", {}).values(), field.get("additionalProperties")]
+    return [values for values in found if isinstance(values, dict)]
 
 
 def _block(schema: dict[str, Any]) -> str:
@@ -187,18 +233,44 @@ def _json_default(field: dict[str, Any]) -> str:
 
 def _values(field: dict[str, Any]) -> str:
     """Describe the values that a field takes, with its bounds."""
+    if "discriminator" in field:
+        return "a [method](#methods)"
     for key in ("anyOf", "oneOf", "allOf"):
         if key in field:
             kinds = [_values(one) for one in field[key] if one.get("type") != "null"]
             return " or ".join(dict.fromkeys(kinds))
     if "$ref" in field:
-        return f"block `{field['$ref'].rpartition('/')[2]}`"
+        return "block"
     if "enum" in field or "const" in field:
         return " or ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field.get("type") == "array":
         return f"list of {_values(field.get('items', {}))}"
-    if field.get("type") == "object" and isinstance(field.get("additionalProperties"), dict):
-        return f"map of name to {_values(field['additionalProperties'])}"
+    if values := _map_values(field):
+        return f"map of name to {_values(values[0])}"
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[key]}" for key, sign in signs.items() if key in field]
     return ", ".join([field.get("type", "any"), *bounds])
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------
+
+
+def tasks_page() -> str:
+    """Return the page of evaluation suites and tasks."""
+    from hiplora.evaluation.suite import own_suites, own_tasks, read_suite, task_settings
+
+    suites = [
+        (f"`{name}`", ", ".join(f"`{one.name}`" for one in read_suite(name).tasks)) for name in own_suites()
+    ]
+    tasks = []
+    for name in own_tasks():
+        one = task_settings(name)
+        hub = f"`{one['hub']}`" if one.get("hub") else "files only"
+        tasks.append((f"`{name}`", one["title"], f"`{one['file']}`", hub, one["score"]))
+    intro = (
+        "# Evaluation tasks\n\n"
+        "`hiplora eval --suite` takes the name of a suite or of tasks. A task's rows come from its file in the data "
+        "folder, else from the Hub. In the suites, `openbookqa` stands in for `scienceqa` if only its file is there."
+    )
+    header = ("task", "title", "file", "Hub", "score")
+    return "\n\n".join([NOTE + intro, table(("suite", "tasks"), suites), table(header, tasks)]) + "\n"

@@ -10,7 +10,7 @@ from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
     "What to edit: builtin, a file of JSON lines in the project's own form, or one of CounterFact or zsRE "
-    "(docs/editing.md)."
+    "(docs/howto/edit.md)."
 )
 METHOD_HELP = (
     "A method of the recipes, trained on the edits (hiplora, lora, pissa, milora, corda, lora_null, …), or alphaedit, "

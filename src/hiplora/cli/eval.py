@@ -9,11 +9,11 @@ from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
 SUITE_HELP = (
     "What to score on: paper, retention or quick; a YAML file; or comma-separated tasks, such as gsm8k,arc_easy "
-    "(docs/evaluation.md lists them; lm-eval's own names work too)."
+    "(docs/reference/tasks.md lists them; lm-eval's own names work too)."
 )
 DATA_HELP = "Folder with the tasks' files, such as gsm8k_test.jsonl.gz. Default: $HIPLORA_DATA, else the hub."
 LIMIT_HELP = "Items of each task, drawn by --seed. Default: all."
-CODE_HELP = "Run code that the model writes, in a sandbox (docs/code-sandbox.md)."
+CODE_HELP = "Run code that the model writes, in a sandbox (docs/howto/code-execution.md)."
 SUITE_OPTION = typer.Option(..., "--suite", help=SUITE_HELP)
 DATA_OPTION = typer.Option(None, "--data", help=DATA_HELP)
 LIMIT_OPTION = typer.Option(None, "--limit", min=1, help=LIMIT_HELP)

@@ -11,7 +11,7 @@ from hiplora.errors import ConfigError
 
 def command(
     recipe: Path = typer.Argument(
-        help="YAML file that says what to train (docs/training.md lists every field)."
+        help="YAML file that says what to train (docs/reference/recipes.md lists every field)."
     ),
     settings: list[str] = typer.Option(
         [],

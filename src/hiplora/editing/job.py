@@ -255,4 +255,6 @@ def _method(job: EditJob) -> Method | AlphaEdit:
     try:
         return kind(**settings)
     except ValidationError as error:
-        raise ConfigError(f"--set {first_problem(error)}; docs/training.md lists the settings") from error
+        raise ConfigError(
+            f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings"
+        ) from error

@@ -1,6 +1,6 @@
 """Run programs that a model wrote: in bubblewrap where it is installed, else in a subprocess with resource limits.
 
-`python -m hiplora.evaluation.sandbox` prints which of the two this machine offers. See docs/code-sandbox.md.
+`python -m hiplora.evaluation.sandbox` prints which of the two this machine offers. See docs/howto/code-execution.md.
 """
 
 import contextlib

@@ -56,7 +56,7 @@ def paired_bootstrap(
         DataError: there are no methods, seeds or instances, their numbers differ between methods, or a value is not
             finite; the error names the method and the seed.
 
-    Source: HiP-LoRA, appendix C.3. What the interval covers, and what it does not: docs/metrics.md.
+    Source: HiP-LoRA, appendix C.3. What the interval covers, and what it does not: docs/explanation/metrics.md.
     """
     whole_number(replicates, "replicates", 1)
     whole_number(seed, "seed", 0)
@@ -153,7 +153,7 @@ def sign_flip_p_value(
 ) -> float:
     """Return the two-sided p-value, in (0, 1], of "neither method is better", from sign flips of paired differences.
 
-    The share of sign patterns whose |mean over seeds of the mean over instances| is at least the observed one: all
+    The share of sign patterns whose `|mean over seeds of the mean over instances|` is at least the observed one: all
     patterns for up to 16 instances that differ, else `permutations` random ones and (1 + hits) / (1 + permutations).
     Instances count as independent given the seeds; to test over training seeds, pass one list with a mean per seed.
 
