@@ -9,6 +9,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 highlight_language = "none"
+smartquotes = False  # they turn --option into –option
 exclude_patterns = ["results/**/tables/*.md"]
 html_theme = "furo"
 html_title = "hiplora"

@@ -150,10 +150,7 @@ def _field_default(field: dataclasses.Field) -> str:
 
 def recipes_page() -> str:
     """Return the page of training recipes, methods and study recipes."""
-    try:
-        from hiplora.study.recipe import StudyRecipe
-    except ModuleNotFoundError:
-        from hiplora.recipes.study import StudyRecipe
+    from hiplora.study.recipe import StudyRecipe
     from hiplora.training.methods import METHODS, LowRank
     from hiplora.training.recipe import TrainRecipe
 

@@ -81,7 +81,7 @@ def check(opened: Opened) -> None:
     if risky and not opened.place.allow_code:
         raise ConfigError(
             f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
-            "(docs/code-sandbox.md), or remove them from the recipe"
+            "(docs/howto/code-execution.md), or remove them from the recipe"
         )
 
 
