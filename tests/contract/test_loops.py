@@ -357,6 +357,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_two_gloo_processes_under_accelerate_agree_with_one(tmp_path):
     (tmp_path / "run.py").write_text(ACCELERATE)
     results = []

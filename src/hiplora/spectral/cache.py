@@ -153,7 +153,8 @@ class FactorStore(TensorStore):
             }
 
         tensors, record = self.get_or_make(self.factor_path(known, k, tol), make)
-        return SpectralFactors(*(tensors[key] for key in _TENSORS), **record).to(weight.device)
+        factors = SpectralFactors(tensors["U"], tensors["sigma"], tensors["V"], **record)
+        return factors.to(weight.device)
 
 
 def _checksum(tensors: dict[str, Tensor], record: Any) -> str:

@@ -159,7 +159,8 @@ class CalibrationText:
         """Return the stored measurement, or measure and store it; a basis that layers share is stored once."""
 
         def make() -> tuple[dict[str, Tensor], Any]:
-            bases, first = measure(), {}
+            bases = measure()
+            first: dict[int, str] = {}
             leader = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
             parts = ("values", "vectors")
             tensors = {f"{n}.{part}": getattr(bases[n], part) for n in first.values() for part in parts}
