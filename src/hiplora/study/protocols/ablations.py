@@ -145,23 +145,21 @@ def _runs(study: Study, settings: Ablations) -> tuple[list, list, list]:
 def _p_values(study: Study, records: pd.DataFrame, full: str) -> pd.DataFrame:
     """P-values of "neither retains more": sign flips of the items' differences, each item with its mean over seeds."""
     domains = {domain.task: name for name, domain in study.recipe.domains.items()}
-    items = scored(records)
+    items = scored(records[records.method != BASE])  # the base's own scores cancel in the differences
     items = items[items.task.isin(domains) & (items.domain != items.task.map(domains))]
-    sizes = items.groupby("task")["item"].transform("nunique")
-    lost = items.assign(value=-items.value / sizes).pivot_table(
-        index=["form", "method"], columns=["task", "item"], values="value", aggfunc="mean", sort=False
-    )
-    counts = items[items.method != BASE].groupby("task")["domain"].nunique()
-    weights = lost.columns.get_level_values("task").map(counts)
+    sizes, counts = (items.groupby("task")[name].transform("nunique") for name in ("item", "domain"))
+    by = {"index": ["form", "method"], "columns": ["task", "item"], "values": "value", "sort": False}
+    lost = items.assign(value=-items.value / sizes * counts).pivot_table(aggfunc="mean", **by)
+    lost = lost.reindex(columns=list(domains), level="task")
     rows = [
         {
             "form": form,
             "method": method,
             "minus": full,
-            "estimate": sign_flip_p_value([row * weights], [lost.loc[form, full] * weights]),
+            "estimate": sign_flip_p_value([row], [lost.loc[form, full]]),
         }
         for (form, method), row in lost.iterrows()
-        if method not in (BASE, full) and (form, full) in lost.index
+        if method != full and (form, full) in lost.index
     ]
     return pd.DataFrame(rows).assign(metric="retain p")
 

@@ -261,39 +261,31 @@ def _measured(items: pd.DataFrame) -> pd.DataFrame:
     by = ["set", "mode", "metric", "method"]
     columns = [*by, "category", "unit", "estimate", "low", "high"]
     parts = []
-    units = {metric: unit for metric, (_, unit) in SHOWN.items()}
     for further in (["category"], ["stage", "edits"]):
         rows = items[items[further[0]].notna()]
         if not rows.empty:
-            found = _summary(rows, [*by, *further])[0].reset_index()
-            parts.append(found.assign(unit="%"))
+            parts.append(_summary(rows, [*by, *further])[0].reset_index().assign(unit="%"))
     rows = items[items.metric.isin(SHOWN)]
     if rows.empty:
         return joined(columns=columns)
     whole, draws, seeds = _summary(rows, by)
-    parts.append(whole.reset_index())
+    units = {metric: unit for metric, (_, unit) in SHOWN.items()}
+    parts.append(whole.reset_index().assign(unit=lambda one: one.metric.map(units)))
     apart = with_spread(summary(differences(draws)), differences(seeds)).reset_index()
-    parts.append(
-        apart.assign(unit=apart.metric.map(units).replace("%", "pp"), metric=apart.metric + " difference")
-    )
+    apart = apart.join(whole["items"], on=by).assign(unit=apart.metric.map(units).replace("%", "pp"))
+    parts.append(apart.assign(metric=apart.metric + " difference"))
     for metric, (name, sign) in LOST.items():
         if metric in draws.index.unique("metric"):
             parts.append(measured(ratios(sign * draws.xs(metric, level="metric")), name, "ratio"))
-    found = joined(*parts, columns=columns)
-    found["unit"] = found.unit.fillna(found.metric.map(units))
-    counts = rows.groupby(by)["item"].nunique().rename("items").reset_index()
-    return (
-        found.assign(of=found.metric.str.removesuffix(" difference"))
-        .merge(counts.rename(columns={"metric": "of"}), on=["set", "mode", "of", "method"], how="left")
-        .drop(columns="of")
-    )
+    return joined(*parts, columns=columns)
 
 
 def _summary(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Summaries, replicates and each seed's own value: an edit counts with its mean over the seeds that made it."""
     draws = replicates(rows, by)
     seeds = rows.astype({"value": float}).groupby([*by, "seed"], sort=False)["value"].mean().to_frame(0)
-    return with_spread(summary(draws), seeds), draws, seeds
+    found = with_spread(summary(draws), seeds)
+    return found.assign(items=rows.groupby(by)["item"].nunique()), draws, seeds
 
 
 def _digits(row: Any) -> int:
