@@ -427,13 +427,15 @@ LEFT_OUT = {
 }  # the last is new
 SCORED = {"evaluate", "merge"}  # jobs scored by lm-eval: rounding reaches digits that a digest would hold
 MACHINES = {"throughput", "throughput ratio", "peak memory", "peak memory ratio", "factors"}
-MEASURED = ("value", "low", "high", "sd", "seeds", "items")
-MEASURED_SETTINGS = ("p", "hierarchical_low", "hierarchical_high", "likelihood", "loss")
+MEASURED = (
+    *("estimate", "low", "high", "sd", "seeds", "items"),
+    *("p", "hierarchical_low", "hierarchical_high", "likelihood", "loss"),
+)
 LABELS = ("protocol", "method", "domain", "form", "metric", "unit")
 
 
 def pico():
-    """The whole pico study: what each job found, and the report's measurements, aims and claims.
+    """The whole pico study: what each job found, and the report's measurements and claims.
 
     A list's numbers are their count and mean, and part of the result's digest. Left out: timings, throughput, memory,
     residuals of decompositions, tables and figures; edits by category and texts in lists are in the digest alone.
@@ -449,15 +451,15 @@ def pico():
         records = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
         report = folder / "report"
         rows = list(csv.DictReader((report / "measurements.csv").read_text().splitlines()))
-        verdicts = {name: json.loads((report / f"{name}.json").read_text()) for name in ("aims", "claims")}
+        claims = json.loads((report / "claims.json").read_text())
     jobs = [{"kind": job["kind"], "name": job["name"], **_summary(job["result"])} for job in records]
-    for job in jobs:
-        if job["kind"] in SCORED:
-            del job["sha256"]
+    claims = _summary(claims)
+    for one in (claims, *(job for job in jobs if job["kind"] in SCORED)):
+        del one["sha256"]
     return {
         "jobs": sorted(jobs, key=lambda job: (job["kind"], job["name"], len(job), json.dumps(job))),
         "measurements": dict(sorted(_measurement(row) for row in rows if row["metric"] not in MACHINES)),
-        **{name: _summary(found) for name, found in verdicts.items()},
+        "claims": claims,
     }
 
 
@@ -490,12 +492,9 @@ def _summary(result):
 
 def _measurement(row):
     """A row of the measurements: its label, and its numbers to five digits."""
-    measured = [*MEASURED, *(f"setting.{name}" for name in MEASURED_SETTINGS)]
-    settings = [
-        key for key in row if key.startswith("setting.") and key not in (*measured, "setting.machine")
-    ]
-    label = [row[key] for key in LABELS] + [f"{key[8:]} {row[key]}" for key in sorted(settings) if row[key]]
-    numbers = [rounded(float(row[key]), 5) if row[key] else None for key in measured]
+    others = sorted(key for key in row if key not in (*MEASURED, *LABELS, "jobs", "machine"))
+    label = [row[key] for key in LABELS] + [f"{key} {row[key]}" for key in others if row[key]]
+    numbers = [rounded(float(row[key]), 5) if row[key] else None for key in MEASURED]
     while numbers[-1] is None:
         numbers.pop()
     return " | ".join(filter(None, label)), numbers
