@@ -14,8 +14,6 @@ from matplotlib.figure import Figure
 
 from hiplora.reporting.figures import styled
 
-TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj")
-
 # Methods that most figures show keep one look; the others take what is left, in the order of the rows.
 _LOOKS = {
     "HiP-LoRA": ("#0b63a5", "o"),
@@ -180,29 +178,6 @@ def bars(
     if ax.get_xscale() == "linear":
         ax.margins(x=0.15)
         ax.locator_params(axis="x", nbins=6)
-    if reference is not None:
-        ax.axvline(reference, color="#5a6373", linewidth=1, linestyle="--")
-    ax.grid(False, axis="y")
-    _finish(ax, value, "", group)
-
-
-@_plot
-def intervals(
-    ax: Axes,
-    df: pd.DataFrame,
-    value: str,
-    low: str,
-    high: str,
-    label: str,
-    group: str | None = None,
-    *,
-    reference: float | None = 0,
-) -> None:
-    """Draw a forest plot: an estimate with its interval for each row, against a `reference` line."""
-    places, _ = _places(ax, df, label, group)
-    for name, rows, style in _groups(df, group):
-        margins = _margins(rows, value, low, high)
-        ax.errorbar(rows[value], places.loc[rows.index], xerr=margins, label=name, linestyle="none", **style)
     if reference is not None:
         ax.axvline(reference, color="#5a6373", linewidth=1, linestyle="--")
     ax.grid(False, axis="y")

@@ -37,7 +37,6 @@ CALLS = {
         df, "loss", "drift", "method", guides=(0.01, 0.1), logx=True, logy=True
     ),
     "bars": lambda df: plots.bars(df, "drift", "task", "method", low="low", high="high", reference=0.2),
-    "intervals": lambda df: plots.intervals(df, "drift", "low", "high", "task", "method"),
     "heatmap": lambda df: plots.heatmap(df.pivot(index="method", columns="task", values="drift"), center=0),
     "facets": lambda df: plots.facets(df, "task", plots.scatter, x="loss", y="drift", group="method"),
 }
