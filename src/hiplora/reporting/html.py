@@ -18,7 +18,7 @@ from hiplora.reporting.figures import svg
 from hiplora.reporting.tables import MISSING, formatted
 
 _LONG = 25  # rows above which a table starts folded
-_NUMBER = re.compile(r"[-+−]?[\d,.]+(e[-+]?\d+)?\s?(%|s|GB|MB|pp)?( \[.*\])?")
+_NUMBER = re.compile(r"[-+−]?[\d,.]+(e[-+]?\d+)?( of \d+)?\s?(%|s|GB|MB|pp)?( \[.*\])?")
 
 
 @dataclass(frozen=True)
