@@ -1,0 +1,163 @@
+"""AdaLoRA and OSF: PEFT's own methods, trained as PEFT would and read as the updates that they are."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+
+from hiplora.adapters import read_update, save_as_lora
+from hiplora.evaluation.mounting import mounted
+from hiplora.training import train
+from hiplora.training.methods import METHODS
+from hiplora.training.recipe import TrainRecipe
+from hiplora.training.trainer import AdapterTrainer
+from tests.tiny import write_jsonl
+
+METHOD = {
+    "adalora": {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "deltaT": 1},
+    "osf": {"name": "osf", "effective_rank": 0.25, "rank_pattern": {"layers.1.*k_proj": 30}},
+}
+SETTINGS = {
+    "steps": 8,
+    "batch_size": 2,
+    "gradient_accumulation": 1,
+    "max_length": 96,
+    "lr": 1e-2,
+    "weight_decay": 0.0,
+    "dtype": "fp32",
+    "save_every": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    write_jsonl(path, [{"prompt": f"Say {n}: ", "completion": f"{n} it is"} for n in range(24)])
+
+    def make(method, **settings):
+        return TrainRecipe.model_validate(
+            {
+                "model": str(tiny_model_dir),
+                "data": {"path": path, "held_out_fraction": 0.2},
+                "method": METHOD[method],
+                "train": {**SETTINGS, **settings},
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    return {name: train(recipe(name), tmp_path_factory.mktemp(name) / "out") for name in METHOD}
+
+
+def tensors(out):
+    return load_file(out / "adapter_model.safetensors")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None] * 5 % 250).logits
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_exported_it_has_the_logits_of_the_mounted_adapter(trained, tmp_path, tiny_model_dir, method):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with mounted(base, trained[method].adapter) as model:
+        expected = logits(model)
+    assert (expected - logits(base)).abs().max() > 1e-2
+    assert read_update(trained[method].adapter).kind == method
+    save_as_lora(trained[method].adapter, tmp_path / "lora")
+    with mounted(base, tmp_path / "lora") as model:
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHOD)
+def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_carries_on_from(
+    recipe, trained, tmp_path, method
+):
+    given = trained[method].adapter
+    result = train(recipe(method, start_from=given, lr=1e-12, steps=2), tmp_path / "out")
+    old, new = read_update(given), read_update(result.adapter)
+    for name in old.modules:
+        torch.testing.assert_close(new.delta(name), old.delta(name), atol=1e-6, rtol=0)
+    shapes = [{name: value.shape for name, value in tensors(out).items()} for out in (given, result.adapter)]
+    assert shapes[0] == shapes[1]
+    assert result.trainable_parameters == sum(value.numel() for value in tensors(given).values())
+
+
+def test_adaloras_ranks_are_pruned_to_r_on_average(trained):
+    adapter = trained["adalora"].adapter
+    ranks = [value.shape[0] for name, value in tensors(adapter).items() if "lora_A" in name]
+    assert sum(ranks) == 2 * len(ranks)
+    assert len(set(ranks)) > 1
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["init_r"], config["target_r"], config["total_step"]) == (6, 2, 8)
+
+
+def test_adaloras_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir):
+    """One batch a step: PEFT's forward adds its price to the loss of every batch."""
+    made = recipe("adalora", batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
+    seen, keep = [], AdapterTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        seen.append({name: inputs[name].clone() for name in ("input_ids", "labels")})
+        return keep(self, model, inputs, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", training_step)
+        patch.setitem(METHOD["adalora"], "lora_dropout", 0.0)
+        made = recipe("adalora", batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
+        result = train(made, tmp_path / "out")
+    set_seed(made.seed)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    set_seed(made.seed)
+    model = peft.get_peft_model(model, made.method.peft_config(6))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=made.train.lr, weight_decay=0.1)
+    losses = []
+    for step, inputs in enumerate(seen):
+        loss = model(**inputs).loss
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    rows = [row for row in result.metrics if "loss" in row]
+    assert [row["loss"] + 0.5 * row["orthogonality"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    expected = peft.get_peft_model_state_dict(model)
+    for name, value in tensors(result.adapter).items():
+        torch.testing.assert_close(value, expected[name].detach(), atol=2e-4, rtol=2e-3)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def test_what_adalora_masks_for_now_is_in_its_checkpoints(recipe, trained, tmp_path):
+    """Masked at step 3, it may come back later; so its values are needed."""
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe("adalora"), tmp_path / "out", callbacks=[Stop()])
+    saved = tensors(tmp_path / "out" / "checkpoints" / "checkpoint-3")
+    assert {value.shape[0] for name, value in saved.items() if "lora_A" in name} == {6}
+    parts = train(recipe("adalora"), tmp_path / "out")
+    whole = tensors(trained["adalora"].adapter)
+    assert all(torch.equal(whole[name], value) for name, value in tensors(parts.adapter).items())
+
+
+def test_osfs_gradients_keep_out_of_the_protected_directions(tiny_model_dir):
+    """Gradients, not steps: AdamW scales each entry by itself, and so leaves the complement somewhat."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model = peft.get_peft_model(model, METHODS["osf"](effective_rank=0.25).peft_config())
+    model(torch.arange(30)[None], labels=torch.arange(30)[None]).loss.backward()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    U, _, _ = torch.linalg.svd(layer.base_layer.weight)
+    gradient = layer.osf_svd_params["default"]["U_low"].grad
+    assert (U[:, :16].T @ gradient).norm() < 1e-4 * gradient.norm()
