@@ -81,8 +81,7 @@ class TrainSettings(Block):
     )
     log_every: int = Field(default=1, ge=1, description="Steps between two rows of metrics.jsonl.")
     report_to: str | list[str] = Field(
-        default="none",
-        description="Where the Trainer reports the metrics too: `tensorboard`, `wandb`, `mlflow`, …, or a list.",
+        default="none", description="Trackers of the Trainer: `tensorboard`, `wandb`, `mlflow`, …, or a list."
     )
     save_every: int = Field(
         default=100, ge=1, description="Steps between two checkpoints; the last step always has one."
@@ -102,8 +101,7 @@ class TrainSettings(Block):
     kl_text: PathText | None = Field(
         default=None,
         min_length=1,
-        description="Text file or training data to measure it on, instead of text sampled from the base model. In a "
-        "recipe, relative to the recipe's folder; with --set, to the current folder.",
+        description="Text file or training data to measure it on, instead of text sampled from the base model.",
     )
     kl_tokens: int = Field(default=256, ge=2, description="Tokens of that text in each step.")
     kl_pool: int = Field(
@@ -114,8 +112,7 @@ class TrainSettings(Block):
     start_from: PathText | None = Field(
         default=None,
         min_length=1,
-        description="Folder of a finished adapter, made with the same method and settings, that the training carries "
-        "on from. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
+        description="Folder of a finished adapter, with the same method and settings, that the training carries on.",
     )
 
     @model_validator(mode="before")
@@ -213,9 +210,10 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     problems = [f"model: {text}" for text in model_problems(value.get("model"))]
     try:
         recipe = TrainRecipe.model_validate(value)
+        problems += _file_problems(recipe)
     except ValidationError as error:
-        raise refusal(path, problems + described(error, TrainRecipe)) from None
-    if problems := problems + _file_problems(recipe):
+        problems += described(error, TrainRecipe)
+    if problems:
         raise refusal(path, problems)
     return recipe
 
@@ -274,9 +272,6 @@ def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     return value
 
 
-# For recipes of any kind: reading YAML, overrides, and what pydantic found in the words of a user.
-
-
 class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
 
@@ -330,8 +325,8 @@ def put_over(value: dict[str, Any], override: str) -> None:
 def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
     """Return the error that lists all problems of the recipe at `path`."""
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    lines = [text.replace("\n", "\n    ") for text in problems]
-    return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {text}" for text in lines))
+    lines = ["  " + text.replace("\n", "\n    ") for text in problems]
+    return ConfigError("\n".join([f"{path}: {count}", *lines]))
 
 
 def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -345,10 +340,11 @@ def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _message(details: Any, loc: Loc, block: type[BaseModel]) -> str:
-    kind, given, last = details["type"], details.get("input"), str(loc[-1]) if loc else ""
+    kind, given = details["type"], details.get("input")
+    last = next((part for part in reversed(loc) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
         owners = [name for name, method in METHODS.items() if last in method.model_fields]
-        if loc[0] == "method" and owners:
+        if "method" in loc and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
         near = difflib.get_close_matches(last, block.model_fields, n=1, cutoff=0.6)
         blocks = {"data": DataSettings, "train": TrainSettings}

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hiplora.training.trainer import AdapterTrainer
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine"}  # recipes' names → transformers'
 FULL = 2**20  # bytes free below which a failed write needs no other explanation
 log = logging.getLogger("hiplora.training")
 
@@ -90,7 +89,8 @@ def train(
         stack.enter_context(_quiet())
         if processes.is_main_process:
             stack.enter_context(run.claimed(recipe.values(), overwrite=overwrite))
-            _check_inputs(run.path / "checkpoints", _sources(data, start))
+            sources = {**data.sources, **({"start": start.record()} if start else {})}
+            _check_inputs(run.path / "checkpoints", sources)
         processes.wait_for_everyone()
         result = _run(recipe, run.path, data, start, callbacks, description)
         processes.wait_for_everyone()
@@ -233,10 +233,8 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
             f"train.gradient_accumulation {passes} is no multiple of the {processes} processes that share it; change "
             "one of them"
         )
-    if processes > 1 and getattr(recipe.method, "clients", 1) > 1:
-        raise ConfigError(
-            "method split_lora simulates its clients in one process; start it without a launcher"
-        )
+    if processes > 1 and recipe.method.name == "split_lora":
+        raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
     dtype = recipe.train.dtype
     if dtype == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
@@ -257,10 +255,6 @@ def torch_dtype(name: str) -> "torch.dtype":
     import torch
 
     return getattr(torch, DTYPES[name])
-
-
-def _sources(data: TrainingData, start: Start | None) -> dict[str, Any]:
-    return {**data.sources, **({"start": start.record()} if start else {})}
 
 
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
@@ -314,7 +308,6 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
     from trl import SFTConfig
 
     settings, gpu = recipe.train, torch.cuda.is_available()
-    checkpointing = settings.gradient_checkpointing
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
     flat = settings.packing or (
         not gpu and getattr(model.get_base_model(), "_supports_attention_backend", False)
@@ -326,7 +319,7 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
         gradient_accumulation_steps=settings.gradient_accumulation // PartialState().num_processes,
         max_steps=steps,
         learning_rate=settings.lr,
-        lr_scheduler_type=SCHEDULERS[settings.lr_scheduler],
+        lr_scheduler_type="cosine" if settings.lr_scheduler == "cosine" else "constant_with_warmup",
         warmup_steps=math.ceil(settings.warmup_ratio * steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -334,8 +327,8 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
         use_cpu=not gpu,
         bf16=settings.dtype == "bf16",
         fp16=settings.dtype == "fp16",
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         seed=recipe.seed,
         # The rows come tokenized, cut and packed.
         padding_free=flat,
