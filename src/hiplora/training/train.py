@@ -11,6 +11,7 @@ are imported in functions, so that a recipe is checked first.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -368,10 +369,10 @@ def _disk_full_explained(out: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = shutil.disk_usage(out if out.exists() else out.absolute().parent).free < FULL
-        of_a_writer = isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(
-            error
-        )  # torch.save
-        if isinstance(error, HipLoraError) or not (full or of_a_writer):
+        number = error.errno if isinstance(error, OSError) else None
+        failed = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
+        failed |= isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch.save
+        if isinstance(error, HipLoraError) or not (full or failed):
             raise
         reason = "the disk is full" if full else first_line(error)
         raise OSError(
