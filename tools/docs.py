@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 _NAME = re.compile(r"`(hiplora(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
+_AUTODOC = re.compile(r"^\.\. (?:(currentmodule)|auto\w+):: (\S+)", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _TABLE = re.compile(r"(<!-- table: (?P<file>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _FENCE = re.compile(r"^(```|~~~).*?^\1\s*$", re.DOTALL | re.MULTILINE)
@@ -72,11 +73,21 @@ def check_generated(root: Path) -> Iterator[str]:
 
 
 def check_names(root: Path) -> Iterator[str]:
-    """Yield every dotted hiplora name in backticks that cannot be imported."""
+    """Yield every dotted hiplora name, in backticks or documented by Sphinx, that cannot be imported."""
     for path in tracked(root, "*.md"):
-        for name in sorted(set(_NAME.findall(path.read_text(encoding="utf-8")))):
+        text = path.read_text(encoding="utf-8")
+        for name in sorted({*_NAME.findall(text), *documented(text)}):
             if not name_exists(name):
                 yield f"{path.relative_to(root)}: `{name}` does not exist"
+
+
+def documented(text: str) -> Iterator[str]:
+    """Yield the names that a page has Sphinx document."""
+    module = ""
+    for current, name in _AUTODOC.findall(text):
+        if current:
+            module = name
+        yield name if current else f"{module}.{name}"
 
 
 @functools.cache

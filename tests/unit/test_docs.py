@@ -58,6 +58,14 @@ def test_a_name_that_does_not_exist_is_found(repo):
     ]
 
 
+def test_a_name_that_sphinx_is_to_document_must_exist(repo):
+    root = repo(
+        "docs/x.md",
+        ".. currentmodule:: hiplora.spectral\n\n.. autofunction:: retract\n.. autoclass:: Nowhere\n",
+    )
+    assert list(docs.check_names(root)) == ["docs/x.md: `hiplora.spectral.Nowhere` does not exist"]
+
+
 def test_a_broken_link_is_found(repo):
     repo("docs/y.md", "# The *first* `x` heading\n\n```\n# no heading\n```\n")
     root = repo(
