@@ -1,0 +1,65 @@
+"""Knowledge editing from results made by hand."""
+
+import pytest
+
+from hiplora.study.protocols import editing
+from tests.unit.study.protocols.made import finish, made_study, row, table, tables
+
+EDITING = (
+    "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, "
+    "sets: {facts: {title: Facts}}, questions: 2, lr: {hiplora: 0.5}}"
+)
+CATEGORIES = ("Relation/Fact", "Entity/Attribute", "Entity/Attribute", "Temporal/Numeric")
+
+
+def stage(index, success):
+    """A stage's records of some edits."""
+    columns = dict.fromkeys(("success", "preferred", "exact", "paraphrase_success"), success)
+    kinds = [CATEGORIES[place] for place in index]
+    return {"records": {"index": index, "category": kinds, **columns, "neighbours_kept": None}}
+
+
+def edits(mode, correct, *stages):
+    """What `edit` finds: the base answers both questions right."""
+    before = {"correct_before": [1, 1], "log_prob_before": [-1, -1], "edited_log_prob_before": [-6, -6]}
+    after = {"correct": correct, "unchanged": correct, "log_prob": [-2, -3], "edited_log_prob": [-5, -5]}
+    drift = {"prose": {"kl": 0.1, "perplexity_ratio": 1.0}}
+    return {"mode": mode, "stages": list(stages), "questions": {**before, **after}, "drift": drift}
+
+
+def filled(tmp_path, mode, lora, others):
+    study, store = made_study(tmp_path, EDITING.replace("MODE", mode))
+    settings = study.recipe.protocols.editing
+    for job in editing.jobs(study, settings):
+        seed = job.settings["seed"]
+        finish(store, job, lora[seed] if " by LoRA," in job.name else others)
+    return study, settings, store
+
+
+def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_questions(tmp_path):
+    lora = {
+        42: edits("batch", [1, 0], stage([0, 1], [1, 1]), stage([2, 3], [1, 0])),
+        100: edits("batch", [1, 1], stage([0, 1], [1, 1]), stage([2, 3], [0, 0])),
+    }
+    others = edits("batch", [0, 0], stage([0, 1], [1, 1]), stage([2, 3], [1, 1]))
+    found = tables(editing, *filled(tmp_path, "batch", lora, others))
+    success = row(found, "edit success", "LoRA", set="facts", mode="batch")
+    assert (success.estimate, success["items"], success.seeds) == (pytest.approx(100 * 2.5 / 4), 4, 2)
+    assert row(found, "locality", "LoRA").estimate == pytest.approx(25)
+    assert row(found, "locality damage ratio", "HiP-LoRA", over="LoRA").estimate == pytest.approx(4)
+    assert row(found, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
+    kind = row(found, "edit success by category", "LoRA", category="Entity/Attribute")
+    assert kind.estimate == pytest.approx(75)
+    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA", "AlphaEdit"]
+    assert "HiP-LoRA 0.5" in found.text
+
+
+def test_of_a_sequence_all_edits_so_far_count_after_each_stage(tmp_path):
+    run = edits("sequential", [1, 1], stage([0, 1], [1, 1]), stage([0, 1, 2, 3], [1, 0, 0, 0]))
+    found = tables(editing, *filled(tmp_path, "sequential", {42: run, 100: run}, run))
+    assert row(found, "edit success", "LoRA").estimate == 25
+    course = found.measured[
+        (found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")
+    ]
+    assert course.set_index("edits").estimate.to_dict() == {2: 100, 4: 25}
+    assert "editing-facts-sequence" in found.figures

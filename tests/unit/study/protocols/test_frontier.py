@@ -1,0 +1,79 @@
+"""The frontiers of learning against drift from results made by hand."""
+
+import numpy as np
+import pytest
+
+from hiplora.study.protocols import frontier
+from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
+
+FRONTIER = (
+    "frontier: {domains: {sums: [lora, lora-mlp, hiplora]}, rates: [0.001, 0.01], plain: [lora, lora-mlp], "
+    "attention: lora, reference: hiplora}"
+)
+# (method, rate) → a seed each: loss, KL on prose (four times that on code), likelihood of the own task
+FOUND = {
+    ("hiplora", 1e-3): [(2.0, 0.001, 40), (2.0, 0.001, 40)],
+    ("hiplora", 1e-2): [(1.5, 0.01, 50), (1.5, 0.01, 50)],
+    ("lora", 1e-3): [(2.0, 0.1, 40), (2.0, 0.1, 40)],
+    ("lora", 1e-2): [(1.0, 10.0, 60), (1.0, 40.0, 60)],
+    ("lora-mlp", 1e-3): [(2.2, 0.05, 30), (2.2, 0.05, 30)],
+    ("lora-mlp", 1e-2): [(1.6, 0.1, 45), (1.6, 0.1, 45)],
+}
+AFTER = {"hiplora": [60, 70], "lora": [40, 60], "lora-mlp": [60, 80]}  # of mmlu; the base: 60, 80
+EQUAL = {"metric": "drift ratio at equal loss", "text": "all texts"}
+
+
+@pytest.fixture
+def found(tmp_path):
+    study, store = made_study(tmp_path, FRONTIER)
+    settings = study.recipe.protocols.frontier
+    finish(store, study.score(), scored({"gsm8k": [20, 40], "mmlu": [60, 80]}))
+    for (method, rate), seeds in FOUND.items():
+        for seed, (loss, kl, own) in zip(study.seeds(settings), seeds, strict=True):
+            adapter = study.adapter(study.row(method), "sums", seed, lr=rate)
+            finish(store, adapter, trained(before=2.5, after=loss))
+            drift = {"prose": kl, "code": 4 * kl}
+            finish(store, study.score(adapter), scored({"gsm8k": [own, own], "mmlu": AFTER[method]}, drift))
+    return tables(frontier, study, settings, store)
+
+
+def test_drift_at_equal_loss_is_paired_by_seed(found):
+    # Half-way between LoRA's points the KL is √(0.1 · 10) = 1 and √(0.1 · 40) = 2, against 0.01.
+    one = row(found, **EQUAL, method="LoRA", operating=True)
+    assert (one.estimate, one.loss, one.state) == (pytest.approx(np.sqrt(100 * 200)), 1.5, "reached")
+    assert one.low < one.estimate < one.high
+
+
+def test_a_method_that_learned_less_is_compared_at_its_own_best_and_bounds_the_ratio_beyond(found):
+    # At 1.6 the reference is four fifths of the way from 0.001 to 0.01.
+    one = row(found, **EQUAL, method="LoRA on the MLPs", operating=True)
+    assert (one.estimate, one.loss) == pytest.approx((0.1 / 10**-2.2, 1.6))
+    bound = row(found, **EQUAL, method="LoRA on the MLPs", operating=False, lr=0.01)
+    assert (bound.estimate, bound.state) == (pytest.approx(10), "not reached")
+    assert np.isnan(bound.high)
+    shown = table(found, "frontier-sums-rates")["0.01 (loss 1.500)"]
+    assert shown["LoRA on the MLPs"] == "≥ 10 (not reached)"
+
+
+def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_much(found):
+    one = row(found, **EQUAL, method="Best plain LoRA", operating=True)
+    assert one.which == "LoRA on the MLPs"
+    assert "Best plain LoRA (LoRA on the MLPs)" in table(found, "frontier-sums-equal").index
+
+
+def test_what_other_tasks_lose_is_the_fall_of_their_likelihoods(found):
+    assert row(found, "likelihood drop", "LoRA", lr=0.01).estimate == pytest.approx(20)
+    apart = row(found, "likelihood drop difference", "LoRA", minus="HiP-LoRA")
+    assert apart.estimate == pytest.approx(20 - 5)
+
+
+def test_no_method_lies_below_the_reference(found):
+    share = row(found, "share of losses below", "LoRA")
+    assert (share.estimate, share.nowhere, share.everywhere) == (0, 2, 0)
+
+
+def test_a_domain_without_the_reference_is_refused(tmp_path):
+    from hiplora.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="lacks the `reference` 'hiplora'"):
+        made_study(tmp_path, FRONTIER.replace("lora-mlp, hiplora]", "lora-mlp]"))
