@@ -17,9 +17,8 @@ PACKAGE = "hiplora"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"demo"}),
-    frozenset({"compare", "merge_check", "protect"}),
-    frozenset({"study"}),
-    frozenset({"editing", "probing"}),
+    frozenset({"compare", "study"}),
+    frozenset({"merge_check", "protect", "editing", "probing"}),
     frozenset({"training", "evaluation", "merging", "reporting", "export"}),
     frozenset({"adapters", "data", "metrics"}),
     frozenset({"tuner"}),
@@ -29,9 +28,6 @@ LAYERS: tuple[frozenset[str], ...] = (
 BOTTOM = LAYERS[-1]  # small modules that may use each other
 
 _DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
-
-# Imports that the layers forbid but the project allows, each with its reason.
-ALLOWED: dict[tuple[str, str], str] = {}
 
 # Libraries that a room must not know, wherever the import stands.
 UNKNOWN = {
@@ -48,6 +44,7 @@ HEAVY = frozenset(
         "accelerate",
         "datasets",
         "numpy",
+        "pandas",
         "scipy",
         "matplotlib",
         "safetensors",
@@ -124,7 +121,7 @@ def _judge(room: str, item: Import) -> str | None:
 
 def _judge_direction(room: str, target: str) -> str | None:
     # The package's own __init__ and __main__ stand above all rooms; `import hiplora` alone names none.
-    if not target or room == target or room in ("__init__", "__main__") or (room, target) in ALLOWED:
+    if not target or room == target or room in ("__init__", "__main__"):
         return None
     if unknown := [name for name in (room, target) if name not in _DEPTH]:
         return f"{unknown[0]} is in no layer; give it one in tools/check_imports.py"
