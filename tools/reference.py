@@ -92,6 +92,8 @@ def _cli_default(parameter: Any) -> str:
         return "required"
     if value is None or value is False or value in ((), []) or callable(value):
         return ""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
     return "`on`" if value is True else f"`{getattr(value, 'value', value)}`"
 
 

@@ -40,7 +40,7 @@ def command(
     """Measure the activation basis of a model's layers, and show how much of their inputs' energy k directions hold.
 
     Training with `basis: activation` reads these measurements from the cache. They are stored as they are finished:
-    after an interruption, run it again and it goes on where it stopped.
+    after an interruption, run the same command again to continue.
 
     Example:
 

@@ -36,8 +36,8 @@ def command(
     before and after, drift from the base model on other text, answers to held-out prompts. The folder gets
     results.json, report.html and all adapters.
 
-    Interrupted, it goes on when the same command is run again. A folder with a finished run, or with one of other
-    settings, needs --overwrite, which starts anew.
+    After an interruption, the same command continues. A folder with a finished run, or with one of other
+    settings, needs --overwrite, which starts again.
 
     Example:
 

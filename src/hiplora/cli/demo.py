@@ -19,8 +19,8 @@ def command(
     Two sets of 16 edits are trained apart with each of four methods: LoRA on the attention projections, LoRA on the
     MLPs, HiP-LoRA (on the MLPs, its default), and HiP-LoRA as in the paper. Then each method's two adapters are added
     together. Measured: which edits work alone and after the addition, and drift from the base model on prose and on
-    code. The folder gets results.json, report.html and all adapters, the merged ones as plain LoRA. Interrupted, it
-    goes on when it is run again.
+    code. The folder gets results.json, report.html and all adapters, the merged ones as plain LoRA. After an
+    interruption, run it again to continue.
 
     Example:
 

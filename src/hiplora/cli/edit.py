@@ -9,7 +9,7 @@ from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json
 from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
-    "What to edit: builtin, a file of JSON lines in the project's own form, or one of CounterFact or zsRE "
+    "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE "
     "(docs/howto/edit.md)."
 )
 METHOD_HELP = (
@@ -17,8 +17,8 @@ METHOD_HELP = (
     "which computes its update."
 )
 MODE_HELP = (
-    "batch: all edits together, or batches apart from each other; sequential: batch after batch into one adapter; "
-    "single: each edit alone, taken back before the next."
+    "batch: all edits together, or separate batches on the bare model; sequential: batch after batch into one adapter; "
+    "single: each edit alone, undone before the next."
 )
 CATEGORY_HELP = "Only edits of one category: Entity/Attribute, Relation/Fact, Temporal/Numeric."
 
@@ -32,30 +32,32 @@ def command(
         [], "--set", metavar="KEY=VALUE", help="A setting of the method, such as r=8; may be repeated."
     ),
     mode: Literal["batch", "sequential", "single"] = typer.Option("batch", "--mode", help=MODE_HELP),
-    limit: int | None = typer.Option(None, "--limit", min=1, help="The first so many edits. Default: all."),
+    limit: int | None = typer.Option(
+        None, "--limit", min=1, help="Number of edits to take from the start. Default: all."
+    ),
     category: str | None = typer.Option(None, "--category", help=CATEGORY_HELP),
     edits_per_batch: int | None = typer.Option(
         None, "--edits-per-batch", min=1, help="Edits in a batch. Default: all."
     ),
     sample: int | None = typer.Option(
-        None, "--sample", min=1, help="In the mode single: draw so many of the edits, by --seed."
+        None, "--sample", min=1, help="In mode single: number of edits to draw, by --seed."
     ),
     steps: int | None = typer.Option(
-        None, "--steps", min=1, help="Training steps of each batch. Default: 500, or 20 in the mode single."
+        None, "--steps", min=1, help="Training steps of each batch. Default: 500, or 20 in mode single."
     ),
     lr: float | None = typer.Option(
-        None, "--lr", help="Learning rate. Default: 2e-4, or 2e-3 in the mode single."
+        None, "--lr", help="Learning rate. Default: 2e-4, or 2e-3 in mode single."
     ),
     batch_size: int | None = typer.Option(None, "--batch-size", min=1, help="Edits in a training step: 16."),
     locality: int = typer.Option(
-        500, "--locality", min=0, help="Unrelated questions asked before and after every stage; 0 is none."
+        500, "--locality", min=0, help="Unrelated questions to ask before and after every stage; 0 asks none."
     ),
     seed: int = typer.Option(42, "--seed", min=0, help="Seed of the adapter and of the order of the edits."),
     device: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, …"),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Change facts that a model states, and measure what became of them and of everything else.
+    """Edit facts that a model states, and measure the effect on them and on everything else.
 
     For each edit: whether the new answer is now likelier than the old one, and generated; the same on a paraphrase; and
     whether questions near it keep their answers. On unrelated questions: accuracy, unchanged answers and likelihood

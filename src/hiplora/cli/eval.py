@@ -44,7 +44,7 @@ def command(
     every difference of two models has a 95 % interval. Each score has a second form, its likelihood: a small model is
     often at chance in accuracy while its likelihood still moves.
 
-    Given again after an interruption, the same command continues: models that are scored are kept.
+    After an interruption, the same command continues; scored models are kept.
 
     Example:
 

@@ -40,9 +40,13 @@ def command(
         False, "--strict", help="Fail if a server would reject or misread the result (lora)."
     ),
     max_shard_size: str | None = typer.Option(
-        None, "--max-shard-size", help="Largest size of a file of weights, as 500MB; default 5GB (dense)."
+        None,
+        "--max-shard-size",
+        help="Largest size of a file of weights, for example 500MB; default 5GB (dense).",
     ),
-    logits: bool = typer.Option(True, help="Compare logits too, if the base model is here and fits."),
+    logits: bool = typer.Option(
+        True, help="Compare logits too, if the base model is available and fits into memory."
+    ),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Export an adapter to a format that other software loads, and verify the result.

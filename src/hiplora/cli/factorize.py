@@ -20,7 +20,7 @@ class Dtype(str, Enum):
 
 
 TARGETS_HELP = (
-    "Module names with commas between, a regular expression, or all-linear; else the {} projections."
+    "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
 )
 
 
@@ -42,7 +42,7 @@ def command(
     """Factor the weights of a model once, ahead of training with the weight basis (preset paper).
 
     Reads one weight at a time, so it needs little memory whatever the model. Stored factors are verified and kept:
-    after an interruption, run it again and it goes on where it stopped.
+    after an interruption, run the same command again to continue.
 
     Example:
 

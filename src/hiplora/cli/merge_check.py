@@ -26,7 +26,7 @@ def command(
     sizes: str | None = typer.Option(
         None,
         "--sizes",
-        help="Also check every merge of so many of the adapters, for example 2,3: what MergeFail is counted over.",
+        help="Also check every merge of this many adapters, for example 2,3; MergeFail counts over all of them.",
     ),
     base: str | None = BASE_OPTION,
     data: Path | None = DATA_OPTION,
@@ -43,7 +43,7 @@ def command(
     with its 95 % interval; MergeFail, the share of merges in which a task falls below τ of its score before, over a
     table of τ; and how the adapters conflict, module by module. The folder gets merge-check.json and report.html.
 
-    Interrupted, it goes on when the same command is given again.
+    After an interruption, the same command continues.
 
     Example:
 

@@ -14,7 +14,7 @@ MODULES_HELP = (
 LAYERS_HELP = "Numbers of layers, such as 0,4-7; or all. Default: the first, a middle and the last one."
 CHOICE_HELP = "Which directions: log, dense among the strong ones; even, at equal distances; random."
 BASIS_HELP = "Directions of the weight alone, or of the layers' inputs (on text sampled from the model)."
-RANK_HELP = "Choose among the first so many directions. Default: all, or 32 of the activation basis."
+RANK_HELP = "Choose among the leading N directions. Default: all, or 32 for the activation basis."
 NOISE_HELP = "Standard deviation of the noise, as a share of σ; may be repeated. Default: 0.1."
 
 
@@ -39,11 +39,11 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Change one direction of one weight at a time, and measure how far the model moves by it.
+    """Change one direction of one weight at a time, and measure how far that moves the model.
 
-    For each chosen singular direction: zero takes it out of the weight, flip turns its sign, noise changes its gain at
-    random. Each time the KL divergence from the base model and the change of perplexity are measured on text, and the
-    weight is put back. The folder gets probe.json, with every measurement and the correlations of the losses with the
+    For each chosen singular direction: zero removes it from the weight, flip flips its sign, noise perturbs its gain.
+    Each time the KL divergence from the base model and the change of perplexity are measured on text, and the weight
+    is put back. The folder gets probe.json, with every measurement and the correlations of the losses with the
     singular values, and a report with scatter plots. After an interruption, the same command continues.
 
     Example:

@@ -9,8 +9,8 @@ import typer
 from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
 
 RANK_HELP = "Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95."
-STRENGTH_HELP = "How much of them is taken away: 0 nothing, 1 everything."
-PROJECTION_HELP = "hard: the first k alike; soft: each direction by how strong it is."
+STRENGTH_HELP = "How much of these directions to remove: 0 nothing, 1 everything."
+PROJECTION_HELP = "hard: the first k fully; soft: each direction by its strength."
 TEXT_HELP = (
     "What the layers' inputs are measured on: a text file, training data, or a data set on the hub (owner/name or "
     "owner/name:config); else text sampled from the base model itself."
@@ -46,10 +46,10 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Take out of a trained adapter what disturbs the base model most, without training.
+    """Remove from a trained adapter what disturbs the base model most, without training.
 
-    Measures what the adapter's layers are fed, on text that the base model writes itself or on yours, and projects
-    the adapter off the strongest directions of it. Writes a plain LoRA adapter, and reports the drift from the base
+    Measures the inputs of the adapter's layers, on text that the base model writes itself or on yours, and projects
+    the adapter off their strongest directions. Writes a plain LoRA adapter, and reports the drift from the base
     model before and after; with --data, also the loss of base model, adapter and result on the adapter's task.
 
     Example:

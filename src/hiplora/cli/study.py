@@ -34,7 +34,9 @@ DATA = typer.Option(
     help="Folder with the study's files, default $HIPLORA_DATA. Missing files come from the hub where the recipe "
     "names a data set.",
 )
-SET = typer.Option([], "--set", help="Override a field of the recipe, as train.steps=20; repeatable.")
+SET = typer.Option(
+    [], "--set", help="Override a field of the recipe, for example train.steps=20; repeatable."
+)
 CODE = typer.Option(False, "--allow-code-execution", help="Run code that the model writes, in a sandbox.")
 REUSE = typer.Option(
     [], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable."
@@ -99,7 +101,7 @@ def run(
     verbose: bool = typer.Option(False, "--verbose", help="Print a line to standard error for every job."),
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Do everything that is missing of a study. It may be interrupted at any moment; the same command continues.
+    """Run all jobs of a study that are not done. Interrupt it at any time; the same command continues.
 
     A failed job does not stop the others: it is reported at the end, and the exit status is 1.
 

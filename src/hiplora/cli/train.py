@@ -17,21 +17,21 @@ def command(
         [],
         "--set",
         metavar="KEY=VALUE",
-        help="Override a value of the recipe, as train.lr=1e-4; may be repeated.",
+        help="Override a value of the recipe, for example train.lr=1e-4; may be repeated.",
     ),
     out: Path | None = typer.Option(None, "--out", help="Output folder; the recipe's `out`, if not given."),
     resume: bool = typer.Option(
         False,
         "--resume",
-        help="Carry on an unfinished run in the output folder; a finished one is left as it is.",
+        help="Continue an unfinished run in the output folder; leave a finished one as it is.",
     ),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Fine-tune an adapter (HiP-LoRA, LoRA, PiSSA, MiLoRA, CorDA, LoRA-Null …) on your data.
 
-    The recipe and the data are checked to the last row before the model is loaded. A run that was stopped carries on
-    from its last checkpoint when the same command is given again. `torchrun` and `accelerate launch` train on several
+    The recipe and the data are checked to the last row before the model is loaded. A stopped run continues from
+    its last checkpoint when the same command is repeated. `torchrun` and `accelerate launch` train on several
     devices, which share the recipe's gradient accumulation.
 
     Example:
