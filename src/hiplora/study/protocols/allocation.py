@@ -135,9 +135,7 @@ def _relative(gains: pd.DataFrame) -> pd.DataFrame:
 
 def _table(numbers: pd.DataFrame, digits: int) -> pd.DataFrame:
     wide = table(numbers, "type", digits=digits)
-    order = [kind for kind in plots.TYPE_ORDER if kind in wide]
-    order += [kind for kind in wide if kind not in (*order, ALL)]
-    return wide[[*order, ALL]].rename(columns={ALL: "All modules"})
+    return wide[[*(kind for kind in wide if kind != ALL), ALL]].rename(columns={ALL: "All modules"})
 
 
 def _figures(name: str, gains: pd.DataFrame) -> dict:
