@@ -130,16 +130,24 @@ def anchors(text: str) -> set[str]:
 def check_numbers(root: Path) -> Iterator[str]:
     """Yield every number of docs/numbers.csv that differs from its result, or that the page does not show.
 
-    Columns: page; text around the number with `{}` in its place; JSON file; path in it, keys joined by `/`; format.
+    Columns: page; text with `{}` in place of each number; JSON file; path of each number in it, keys joined by `/`;
+    format of each number, or one for all. Several paths or formats are joined by `; `.
     """
     with (root / "docs/numbers.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            value = json.loads((root / row["file"]).read_text(encoding="utf-8"))
-            for key in row["path"].split("/"):
-                value = value[int(key)] if isinstance(value, list) else value[key]
-            shown = row["text"].format(format(value, row["format"]))
+            record = json.loads((root / row["file"]).read_text(encoding="utf-8"))
+            values = [_value(record, path) for path in row["path"].split("; ")]
+            formats = row["format"].split("; ")
+            formats *= len(values) if len(formats) == 1 else 1
+            shown = row["text"].format(*map(format, values, formats))
             if shown not in " ".join((root / row["page"]).read_text(encoding="utf-8").split()):
                 yield f"{row['page']}: expected “{shown}” ({row['file']}: {row['path']})"
+
+
+def _value(record: Any, path: str) -> Any:
+    for key in path.split("/"):
+        record = record[int(key)] if isinstance(record, list) else record[key]
+    return record
 
 
 def check_private(root: Path) -> Iterator[str]:
