@@ -214,7 +214,7 @@ class _Ray:
 
     def __init__(self, store: Store, place: Place, run: str, executor: Executor):
         if importlib.util.find_spec("ray") is None:
-            raise ConfigError("--executor ray needs Ray, which is not installed: pip install 'hiplora[grid]'")
+            raise ConfigError("--executor ray needs Ray, which is not installed: pip install 'hiplora[ray]'")
         import ray
 
         self.died, self._ray = ray.exceptions.RayError, ray
