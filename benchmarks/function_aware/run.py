@@ -170,9 +170,9 @@ class Bench:
         part = sets[int(job.task.removeprefix("edits")) - 1]
         points: list[dict[str, Any]] = []
 
-        def on_step(row: dict[str, float]) -> None:
-            if row["step"] in self.recipe["edits"]["steps"]:
-                points.append({"step": row["step"], **self.measure_edits(adapted, [part], neighbours)})
+        def on_step(step: int) -> None:
+            if step in self.recipe["edits"]["steps"]:
+                points.append({"step": step, **self.measure_edits(adapted, [part], neighbours)})
                 adapted.train()
 
         steps = max(self.recipe["edits"]["steps"])
@@ -180,7 +180,7 @@ class Bench:
         result = train_edits(adapted, self.tokenizer, part.edits, training, on_step)
         with staged_dir(self.adapter(job), overwrite=True) as staged:
             save_adapter(adapted, staged)
-        return {"points": points, "tokens": result.tokens}
+        return {"points": points, "tokens": result["tokens"]}
 
     def _edit_sets(self) -> Any:
         from benchmarks.function_aware.data import edit_sets

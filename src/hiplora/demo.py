@@ -196,8 +196,8 @@ def _edit(
     base().model = adapted.unload()
     return {
         "trainable_parameters": parameters,
-        "seconds": result.seconds,
-        "curve": list(result.curve),
+        "seconds": result["seconds"],
+        "curve": result["loss"],
         **base().measure(adapter, lambda adapted: _success(adapted, tokenizer, [part])),
     }
 

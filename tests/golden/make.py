@@ -320,7 +320,7 @@ def _drift(base, folder):
 
 def _editing():
     """Edits of a tiny model, one after the other in batches: success, preference, locality."""
-    from hiplora.editing import Edit, EditSettings, EditTraining, Question, Reference, run_edits
+    from hiplora.editing import Edit, EditTraining, Question, run_edits
 
     kinds = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
     edits = [
@@ -337,7 +337,7 @@ def _editing():
     ]
     questions = [Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(WORDS[:3])]
     training = EditTraining(steps=20, lr=2e-2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
-    settings = EditSettings(training, edits_per_batch=2)
+    groups = [[0, 1], [2, 3]]
     found = {}
     for name, config in {
         "lora": lora_config(target_modules="all-linear"),
@@ -345,11 +345,13 @@ def _editing():
     }.items():
         model = tiny_llama()
         model.generation_config.eos_token_id = None
-        reference = Reference.freeze(model, tiny_tokenizer(), questions, edits)
-        run = run_edits(model, tiny_tokenizer(), config, edits, "sequential", settings, reference)
-        found[name] = run.summary() | {
-            "log_probs": run.after[["log_prob_new", "log_prob_old"]].to_numpy().tolist(),
-            "elsewhere": run.stages[-1].locality["log_prob"].tolist(),
+        run = run_edits(
+            model, tiny_tokenizer(), config, edits, training, questions, groups=groups, sequential=True
+        )
+        last = run["stages"][-1]["records"]
+        found[name] = run["summary"] | {
+            "log_probs": list(map(list, zip(last["log_prob_new"], last["log_prob_old"], strict=True))),
+            "elsewhere": run["questions"]["log_prob"],
         }
     return found
 

@@ -5,7 +5,14 @@ from typing import Any, Literal
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json, print_table
+from hiplora.cli.common import (
+    DEVICE_OPTION,
+    JSON_OPTION,
+    OUT_OPTION,
+    OVERWRITE_OPTION,
+    emit_json,
+    print_table,
+)
 from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
@@ -26,7 +33,7 @@ CATEGORY_HELP = "Only edits of one category: Entity/Attribute, Relation/Fact, Te
 def command(
     model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
     edits: str = typer.Argument(..., help=EDITS_HELP),
-    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    out: Path = OUT_OPTION,
     method: str = typer.Option("hiplora", "--method", help=METHOD_HELP),
     settings: list[str] = typer.Option(
         [], "--set", metavar="KEY=VALUE", help="A setting of the method, such as r=8; may be repeated."
@@ -53,7 +60,7 @@ def command(
         500, "--locality", min=0, help="Unrelated questions to ask before and after every stage; 0 asks none."
     ),
     seed: int = typer.Option(42, "--seed", min=0, help="Seed of the adapter and of the order of the edits."),
-    device: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, …"),
+    device: str = DEVICE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -62,7 +69,7 @@ def command(
     For each edit: whether the new answer is now likelier than the old one, and generated; the same on a paraphrase; and
     whether questions near it keep their answers. On unrelated questions: accuracy, unchanged answers and likelihood
     against the bare model's, which are taken before the first edit. The folder gets edit.json, with every edit's
-    values, a report, and the adapter. After an interruption, the same command continues after the last finished batch.
+    values, and the adapter.
 
     Example:
 
@@ -71,7 +78,7 @@ def command(
     from pydantic import ValidationError
 
     from hiplora.cli.factorize import check_device
-    from hiplora.editing.job import EditJob, change_table, edit, locality_table
+    from hiplora.editing.job import EditJob, edit, summary_tables
     from hiplora.models import quiet_transformers
 
     check_device(device)
@@ -95,20 +102,16 @@ def command(
         )
     except ValidationError as error:
         raise ConfigError(f"--{first_problem(error)}") from None
-    with quiet_transformers(always=False), counted() as start:
-        record = edit(job, out, overwrite=overwrite, on_start=start)
+    with quiet_transformers(always=False):
+        record = edit(job, out, overwrite=overwrite)
     if as_json:
         shown = {key: record[key] for key in ("method", "mode", "edits", "adapters", "summary")}
         emit_json({"out": str(out), **shown})
         return
-    summary, count = record["summary"], record["edits"]["count"]
-    table = change_table(summary)
-    title = f"{count} edits by {method}, {mode}; per cent, before → after"
-    print_table(title, ["", *table.columns], table.reset_index().itertuples(index=False))
-    if "locality" in summary:
-        table = locality_table(summary)
-        print_table("", table.columns, table.itertuples(index=False))
-    typer.echo(f"Written to {out}: {', '.join([*record['adapters'], 'edit.json', 'report.html'])}")
+    typer.echo(f"{record['edits']} edits by {method}, {mode}")
+    for title, table in summary_tables(record["summary"]).items():
+        print_table(title, table.columns, table.itertuples(index=False))
+    typer.echo(f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}")
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -5,14 +5,21 @@ from typing import Literal
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, counted, emit_json, print_table
+from hiplora.cli.common import (
+    DEVICE_OPTION,
+    JSON_OPTION,
+    OUT_OPTION,
+    OVERWRITE_OPTION,
+    emit_json,
+    print_table,
+)
 from hiplora.errors import ConfigError, first_problem
 
 MODULES_HELP = (
     "Module names separated by commas, a regular expression, or all-linear. Default: attention projections."
 )
 LAYERS_HELP = "Numbers of layers, such as 0,4-7; or all. Default: the first, a middle and the last one."
-CHOICE_HELP = "Which directions: log, dense among the strong ones; even, at equal distances; random."
+CHOICE_HELP = "Which directions: log, dense among the strong ones, or even, at equal distances."
 BASIS_HELP = "Directions of the weight alone, or of the layers' inputs (on text sampled from the model)."
 RANK_HELP = "Choose among the leading N directions. Default: all, or 32 for the activation basis."
 NOISE_HELP = "Standard deviation of the noise, as a share of σ; may be repeated. Default: 0.1."
@@ -20,11 +27,11 @@ NOISE_HELP = "Standard deviation of the noise, as a share of σ; may be repeated
 
 def command(
     model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
-    out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
+    out: Path = OUT_OPTION,
     modules: str | None = typer.Option(None, "--modules", help=MODULES_HELP),
     layers: str | None = typer.Option(None, "--layers", help=LAYERS_HELP),
     directions: int = typer.Option(8, "--directions", min=1, help="Directions of each module."),
-    choice: Literal["log", "even", "random"] = typer.Option("log", "--choice", help=CHOICE_HELP),
+    choice: Literal["log", "even"] = typer.Option("log", "--choice", help=CHOICE_HELP),
     basis: Literal["weight", "activation"] = typer.Option("weight", "--basis", help=BASIS_HELP),
     principal_rank: int | None = typer.Option(None, "--principal-rank", min=1, help=RANK_HELP),
     kinds: str = typer.Option("zero,flip,noise", "--kinds", help="Interventions, separated by commas."),
@@ -34,8 +41,8 @@ def command(
         None, "--text", "--drift-text", help="Text to measure on. Default: prose and code of Python's own."
     ),
     tokens: int = typer.Option(512, "--tokens", min=2, help="Tokens of each text."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of noise, random choices and the bootstrap."),
-    device: str = typer.Option("cpu", "--device", help="Where to compute: cpu, cuda, …"),
+    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the noise and the bootstrap."),
+    device: str = DEVICE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -44,7 +51,7 @@ def command(
     For each chosen singular direction: zero removes it from the weight, flip flips its sign, noise perturbs its gain.
     Each time the KL divergence from the base model and the change of perplexity are measured on text, and the weight
     is put back. The folder gets probe.json, with every measurement and the correlations of the losses with the
-    singular values, and a report with scatter plots. After an interruption, the same command continues.
+    singular values, and a report with scatter plots.
 
     Example:
 
@@ -54,7 +61,7 @@ def command(
 
     from hiplora.cli.factorize import check_device, parse_targets
     from hiplora.models import quiet_transformers
-    from hiplora.probing.run import ProbeSettings, correlation_table, run_probe
+    from hiplora.probing.run import METRICS, ProbeSettings, correlation_table, run_probe
 
     check_device(device)
     try:
@@ -75,17 +82,15 @@ def command(
         )
     except ValidationError as error:
         raise ConfigError(f"--{first_problem(error)}") from None
-    with quiet_transformers(always=False), counted() as start:
-        record = run_probe(settings, out, overwrite=overwrite, on_start=start)
+    with quiet_transformers(always=False):
+        record = run_probe(settings, out, overwrite=overwrite)
     if as_json:
         emit_json({"out": str(out), **{key: value for key, value in record.items() if key != "records"}})
         return
-    for metric, unit in record["unit"].items():
-        table, missing = correlation_table(record["correlations"], metric)
-        title = f"{metric} ({unit}) against σ, {len(record['modules'])} modules"
-        print_table(title, table.columns, table.itertuples(index=False))
-        for reason in missing:
-            typer.echo(reason)
+    for metric, title in METRICS.items():
+        table = correlation_table(record["correlations"], metric)
+        heading = f"{title} (nats per token) against σ, {len(record['modules'])} modules"
+        print_table(heading, table.columns, table.itertuples(index=False))
     typer.echo(f"Written to {out}: probe.json, report.html")
 
 

@@ -1,9 +1,8 @@
 """AlphaEdit (Fang et al. 2024): edits written into MLP weights, kept out of the directions that other text uses."""
 
-import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +15,19 @@ from torch import Tensor, nn
 from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
 from hiplora.editing.editors import Editor, PositiveFloat
 from hiplora.editing.edits import Edit
-from hiplora.editing.subjects import Located, locate, search_values, subject_states, write_prefixes
+from hiplora.editing.subjects import (
+    BEGINNINGS,
+    Located,
+    locate,
+    search_values,
+    subject_states,
+    write_prefixes,
+)
 from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import input_bases
 
-_BLOCK = re.compile(r"^(?P<blocks>.*\.)?(?P<index>\d+)\.mlp\.down_proj$")
-_LOST = 1e-6  # share of an update's norm that its factors may lack
-_WRITTEN = 1e-5  # the same of the factors as written
+_WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -50,21 +54,19 @@ class AlphaEdit:
     value_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     value_kl: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0625
     value_clamp: PositiveFloat = 0.75
-    prefixes: Annotated[int, Field(ge=0)] = 5
+    prefixes: Annotated[int, Field(ge=0, le=len(BEGINNINGS))] = 5
     prefix_tokens: PositiveInt = 10
     edits_at_once: PositiveInt = 8
     seed: int = 0
 
-    def modules(self, model: nn.Module) -> tuple[list[str], str]:
-        """Return the names of the edited weights' modules, in order, and of the block that the last one is in.
+    def modules(self, model: nn.Module) -> list[str]:
+        """Return the names of the edited weights' modules, in order.
 
         Raises:
             ConfigError: the model is not built like a Llama, or has no block of a chosen index.
         """
-        found: dict[int, str] = {}
-        for name, module in model.named_modules():
-            if (match := _BLOCK.match(name)) and isinstance(module, nn.Linear):
-                found[int(match["index"])] = name
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        found = [name for name in names if re.search(r"\.\d+\.mlp\.down_proj$", name)]
         depth = len(found)
         if depth < 2:
             raise ConfigError(
@@ -76,8 +78,7 @@ class AlphaEdit:
                 f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
                 f"{depth} blocks, and something must come after the last that is edited"
             )
-        names = [found[index] for index in layers]
-        return names, names[-1].removesuffix(".mlp.down_proj")
+        return [found[index] for index in layers]
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
@@ -116,8 +117,8 @@ def null_space_update(
     P: Float[Tensor, "n n"],
     former: Float[Tensor, "n n"] | None = None,
     ridge: float = 1.0,
-) -> Float[Tensor, "m n"]:
-    """Return `Δ = R K₁ᵀ P (Kₚ Kₚᵀ P + K₁ K₁ᵀ P + ridge I)⁻¹`, in float64.
+) -> tuple[Float[Tensor, "e n"], Float[Tensor, "m e"]]:
+    """Return `(A, B)` with `BA = Δ = R K₁ᵀ P (Kₚ Kₚᵀ P + K₁ K₁ᵀ P + ridge I)⁻¹`, in float64.
 
     Δ is the change that brings the values of the keys K₁ nearest to their targets (R is what is missing), stays
     small, moves the keys of former edits little, and leaves every key x with P x = 0 exactly where it was.
@@ -131,16 +132,14 @@ def null_space_update(
 
     Source: AlphaEdit, Eq. 14.
     """
-    K, R = keys.double(), residual.double()
+    K = keys.double()
     moment = K @ K.T if former is None else K @ K.T + former.double()
     system = P @ moment + ridge * torch.eye(len(P), dtype=torch.float64, device=P.device)
-    return torch.linalg.solve(system, P @ K @ R.T).T
+    return torch.linalg.solve(system, P @ K).T, residual.double()
 
 
 class AlphaEditor(Editor):
     """Search values, spread what is missing over a few `mlp.down_proj`, update each in its null space.
-
-    The keys of all edits so far are kept.
 
     Raises (on construction):
         ConfigError: the settings do not fit the model.
@@ -150,7 +149,8 @@ class AlphaEditor(Editor):
     def __init__(self, model: Any, tokenizer: Any, settings: AlphaEdit):
         self.model: nn.Module = model
         self._tokenizer, self._settings = tokenizer, settings
-        self.modules, self._block = settings.modules(model)
+        self.modules = settings.modules(model)
+        self._block = self.modules[-1].removesuffix(".mlp.down_proj")
         super().__init__(model)
         model.eval().requires_grad_(False)
         bases = input_bases(model, self.modules, tokens=settings.calibration_tokens, seed=settings.seed)
@@ -159,44 +159,43 @@ class AlphaEditor(Editor):
             for name, basis in bases.items()
         }
         self._prefixes = write_prefixes(model, tokenizer, settings.prefixes, settings.prefix_tokens)
-        self._keys: dict[str, list[Float[Tensor, "n edits"]]] = {name: [] for name in self.modules}
-        self._initial = self.state()
+        self.reset()
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Write some edits in together; the record has each edit's last loss of the search, ranks and seconds.
+        """Write some edits in together; returns each edit's last loss of the search, ranks and seconds.
 
         Raises:
             DataError: an edit's subject does not stand in its prompt.
         """
         began, settings = time.perf_counter(), self._settings
+        texts = ["", *self._prefixes]
         prompts = [
-            [
-                locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new)
-                for text in ("", *self._prefixes)
-            ]
+            [locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new) for text in texts]
             for edit in edits
         ]
+        essences = [locate(self._tokenizer, edit.subject, f"{edit.subject} is", "a") for edit in edits]
         found: list[Tensor] = []
         losses: list[float] = []
         for first in range(0, len(edits), settings.edits_at_once):
             part = slice(first, first + settings.edits_at_once)
-            essences = [locate(self._tokenizer, one.subject, f"{one.subject} is", "a") for one in edits[part]]
-            searched, last = search_values(self.model, self._block, prompts[part], essences, settings)
+            searched, last = search_values(self.model, self._block, prompts[part], essences[part], settings)
             found.append(searched)
             losses += last
         values = torch.cat(found, dim=1)
         for done, name in enumerate(self.modules):
             keys, outputs = self._states(prompts)
             missing = (values - outputs) / (len(self.modules) - done)
-            earlier = [K.double() @ K.double().T for K in self._keys[name]]
-            former = torch.stack(earlier).sum(0) if earlier else None
-            delta = null_space_update(keys[name], missing, self._projectors[name], former, settings.ridge)
+            P, former = self._projectors[name], self._former.get(name)
+            A, B = null_space_update(keys[name], missing, P, former, settings.ridge)
+            if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+                raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
+            self.updates.setdefault(name, []).append((A, B))
             weight = self._weight(name)
             # A tensor of its own: the base's stays as it is, to be put back.
-            weight.data = (weight.data.double() + delta).to(weight.dtype)
+            weight.data = (weight.data.double() + B @ A).to(weight.dtype)
         keys, outputs = self._states(prompts)
-        for name in self.modules:
-            self._keys[name].append(keys[name])
+        for name, K in keys.items():
+            self._former[name] = self._former.get(name, 0) + K.double() @ K.double().T
         left = (values - outputs).norm(dim=0) / values.norm(dim=0)
         return {
             "search_loss": losses,
@@ -205,29 +204,31 @@ class AlphaEditor(Editor):
             "seconds": time.perf_counter() - began,
         }
 
-    def updates(self) -> dict[str, Float[Tensor, "m n"]]:
-        """Return what the edits so far added to each weight, in fp32."""
-        return {
-            name: self._weight(name).data.float() - self._initial[f"weight.{name}"].float()
-            for name in self.modules
-        }
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the edited weights, and the keys of every batch of edits."""
-        found = {f"weight.{name}": self._weight(name).data.clone() for name in self.modules}
-        return found | {
-            f"keys.{number}.{name}": keys.clone()
-            for name in self.modules
-            for number, keys in enumerate(self._keys[name])
-        }
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take edited weights and keys, batch after batch as they came."""
-        batches = sum(name.startswith("keys.") for name in state) // len(self.modules)
+    def reset(self) -> None:
+        """Put the base's weights back, and forget the keys and updates of all edits so far."""
         for name in self.modules:
-            weight = self._weight(name)
-            weight.data = state[f"weight.{name}"].to(weight.device)
-            self._keys[name] = [state[f"keys.{number}.{name}"].to(weight.device) for number in range(batches)]
+            self._weight(name).data = self._kept[f"{name}.weight"][1]
+        self._former: dict[str, Float[Tensor, "n n"]] = {}  # moments of the keys
+        self.updates: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `(A, B)` of each batch, with Δ = BA
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write the edits so far as a plain LoRA adapter of at most a rank an edit; `base` names the model.
+
+        Raises:
+            AdapterError: what was written differs from the update.
+        """
+        factors = {
+            name: (
+                torch.cat([A for A, _ in parts]).float().cpu(),
+                torch.cat([B for _, B in parts], 1).float().cpu(),
+            )
+            for name, parts in self.updates.items()
+        }
+        config = {"target_modules": sorted(factors), "task_type": "CAUSAL_LM"}
+        update = AdapterUpdate(base, "lora", config, factors, source="AlphaEdit's updates")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lora(update, folder)
+        refuse_over(compare_modules(update, read_update(folder)), _WRITTEN)
 
     def _weight(self, name: str) -> nn.Parameter:
         return self.model.get_submodule(name).get_parameter("weight")
@@ -237,7 +238,7 @@ class AlphaEditor(Editor):
     ) -> tuple[dict[str, Float[Tensor, "n edits"]], Float[Tensor, "d edits"]]:
         """Each edit's keys, half the bare prompt's and half the mean of the prefixed ones, and its current value."""
         each = len(self._prefixes) + 1
-        rows = [list(item.encoded.ids[: item.subject + 1]) for group in prompts for item in group]
+        rows = [item.ids for group in prompts for item in group]
         inputs, outputs = subject_states(self.model, self.modules, self._block, rows)
         share = torch.full((each,), 0.5 / max(each - 1, 1))
         share[0] = 0.5 if each > 1 else 1.0
@@ -246,35 +247,3 @@ class AlphaEditor(Editor):
             for name, states in inputs.items()
         }
         return keys, outputs[:, ::each]
-
-
-def save_update(updates: Mapping[str, Float[Tensor, "m n"]], folder: str | os.PathLike, base: str) -> None:
-    """Write weight updates as a plain LoRA adapter, exact to fp32 rounding: a sum of e edits has rank e at most.
-
-    Args:
-        updates: what is added to the weight of each module, by module name.
-        folder: where to write; made if need be.
-        base: name or folder of the base model.
-
-    Raises:
-        AdapterError: there is no update, one is zero or not finite, or what was written differs from it.
-    """
-    if not updates:
-        raise AdapterError("there is no update to save; edit the model first")
-    factors = {name: _factors(delta, name) for name, delta in updates.items()}
-    config = {"target_modules": sorted(updates), "task_type": "CAUSAL_LM"}
-    update = AdapterUpdate(base, "lora", config, factors, source="AlphaEdit's updates")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_lora(update, Path(folder))
-    refuse_over(compare_modules(update, read_update(folder)), _WRITTEN)
-
-
-def _factors(delta: Float[Tensor, "m n"], name: str) -> tuple[Tensor, Tensor]:
-    """`(A, B)` with BA = Δ, of the least rank that loses no more than rounding does."""
-    if not torch.isfinite(delta).all() or not delta.any():
-        raise AdapterError(f"layer {name}: its update is zero or not finite; nothing can be saved")
-    U, sigma, Vh = torch.linalg.svd(delta.double().cpu(), full_matrices=False)
-    lost = sigma.square().flip(0).cumsum(0).flip(0).sqrt() / sigma.norm()
-    rank = max(1, int((lost > _LOST).sum()))
-    root = sigma[:rank].sqrt()
-    return (root[:, None] * Vh[:rank]).float(), (U[:, :rank] * root).float()

@@ -4,15 +4,15 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass as plain_dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
 from hiplora.editing.edits import Edit
 from hiplora.errors import AdapterError
@@ -20,7 +20,6 @@ from hiplora.evaluation.likelihood import encode, response_log_probs
 from hiplora.tuner import model_fingerprint
 
 Adapt = Callable[[Any], PeftModel]
-OnStep = Callable[[dict[str, float]], None]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -36,26 +35,19 @@ class EditTraining:
     seed: int = 42
 
 
-@plain_dataclass(frozen=True)
-class EditTrainingResult:
-    """The loss of each step before its update, seconds, and how many tokens the model read."""
-
-    curve: tuple[float, ...]
-    seconds: float
-    tokens: int
-
-
 def train_edits(
     model: nn.Module,
     tokenizer: Any,
     edits: Sequence[Edit],
     training: EditTraining,
-    on_step: OnStep | None = None,
-) -> EditTrainingResult:
+    on_step: Callable[[int], None] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients on `prompt → new` of each edit.
 
-    The order of the edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets
-    a row per step: step, steps, loss, tokens_per_second.
+    Returns the `loss` of each step before its update, `seconds`, and how many `tokens` the model read. The order of the
+    edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets the number of each
+    finished step.
 
     Raises:
         AdapterError: nothing is trainable, or the loss is not finite.
@@ -67,25 +59,26 @@ def train_edits(
     examples = [encode(tokenizer, edit.prompt, f" {edit.new}") for edit in edits]
     batches = _batches(len(examples), training.batch_size, training.seed)
     torch.manual_seed(training.seed)
-    curve: list[float] = []
+    losses: list[float] = []
     tokens, began = 0, time.perf_counter()
     model.train()
-    for step in range(1, training.steps + 1):
+    for step in tqdm(
+        range(1, training.steps + 1), "editing", leave=False, disable=None if progress else True
+    ):
         batch = [examples[index] for index in next(batches)]
         loss = -torch.cat(response_log_probs(model, batch)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         optimizer.step()
-        curve.append(loss.item())
+        losses.append(loss.item())
         tokens += sum(len(example.ids) for example in batch)
-        if not math.isfinite(curve[-1]):
-            raise AdapterError(f"the loss became {curve[-1]} at step {step}; lower the learning rate")
+        if not math.isfinite(losses[-1]):
+            raise AdapterError(f"the loss became {losses[-1]} at step {step}; lower the learning rate")
         if on_step:
-            speed = tokens / (time.perf_counter() - began)
-            on_step({"step": step, "steps": training.steps, "loss": curve[-1], "tokens_per_second": speed})
+            on_step(step)
     model.eval()
-    return EditTrainingResult(tuple(curve), time.perf_counter() - began, tokens)
+    return {"loss": losses, "seconds": time.perf_counter() - began, "tokens": tokens}
 
 
 def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -107,7 +100,6 @@ class Editor(ABC):
     """
 
     model: nn.Module
-    _initial: Mapping[str, Tensor]  # set by the subclass
 
     def __init__(self, base: nn.Module):
         self._base = base
@@ -120,16 +112,8 @@ class Editor(ABC):
         """Put edits in; return what that took, for JSON: `seconds` and the method's own numbers."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of all that was taught so far, for `restore`."""
-
-    @abstractmethod
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from the state of another editor that was made in the same way."""
-
     def reset(self) -> None:
         """Take back all that was taught."""
-        self.restore(self._initial)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -165,11 +149,7 @@ class Editor(ABC):
 
 
 class AdapterEditor(Editor):
-    """Edits trained into an adapter of PEFT.
-
-    `adapt` is a configuration, or a function that puts an adapter on the bare model. The adapter's initial values are
-    drawn with the training's seed, and `reset` restores them.
-    """
+    """Edits trained into an adapter of PEFT: `adapt` is a configuration, or puts an adapter on the bare model."""
 
     model: PeftModel
 
@@ -179,27 +159,23 @@ class AdapterEditor(Editor):
         tokenizer: Any,
         adapt: PeftConfig | Adapt,
         training: EditTraining,
-        on_step: OnStep | None = None,
+        progress: bool = False,
     ):
         super().__init__(model)
-        self._tokenizer, self._training, self._on_step = tokenizer, training, on_step
+        self._tokenizer, self._training, self._progress = tokenizer, training, progress
         torch.manual_seed(training.seed)
         self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
-        self._initial = self.state()
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self._initial = {name: p.detach().clone() for name, p in trained}
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Train the adapter on some edits; the record has each step's loss, seconds and tokens."""
-        result = train_edits(self.model, self._tokenizer, edits, self._training, self._on_step)
-        return {"loss": list(result.curve), "seconds": result.seconds, "tokens": result.tokens}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of the adapter's parameters."""
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+        """Train the adapter on some edits; returns what `train_edits` does."""
+        return train_edits(self.model, self._tokenizer, edits, self._training, progress=self._progress)
 
     @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give the adapter these parameters."""
-        for name, values in state.items():
+    def reset(self) -> None:
+        """Give the adapter its initial parameters."""
+        for name, values in self._initial.items():
             self.model.get_parameter(name).copy_(values)
 
     @contextlib.contextmanager

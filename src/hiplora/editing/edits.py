@@ -9,13 +9,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from hiplora.errors import ConfigError, DataError, first_problem
+from hiplora.errors import DataError, first_problem
 
 BUILT_IN = "builtin"
+Category = Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"]
 ENTITY, RELATION, NUMERIC = CATEGORIES = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
 
 # CounterFact's Wikidata relations. Attributes: continent, languages, position, field, occupation, genre, religion,
@@ -43,9 +44,8 @@ class Question:
 class Edit:
     """One edit: after it, `prompt` should be completed by `new` and no longer by `old`.
 
-    `subject` is what the fact is about, `category` one of the paper's three (Sect. 5), `paraphrase` another
-    prompt that the edit should carry over to; it is never trained on. `neighbours` are questions near the edit whose
-    answers should stay, where a data set has them.
+    `category` is one of the paper's three (Sect. 5); `paraphrase` is another prompt that the edit should carry over
+    to, never trained on; `neighbours` are questions near the edit whose answers should stay, where a data set has them.
     """
 
     prompt: str
@@ -77,13 +77,11 @@ class _OwnRow(BaseModel):
     old: Text
     new: Text
     subject: Text
-    category: Text
+    category: Category
     paraphrase: Text
 
     @model_validator(mode="after")
-    def _is_an_edit(self) -> "_OwnRow":
-        if self.category not in CATEGORIES:
-            raise ValueError(f"category is {self.category!r}; expected one of {', '.join(CATEGORIES)}")
+    def _changes_the_answer(self) -> "_OwnRow":
         if self.old == self.new:
             raise ValueError(f"old and new are both {self.new!r}; an edit must change the answer")
         return self
@@ -96,76 +94,68 @@ class _CounterFactRow(BaseModel):
     subject: Text
     target_true: Text
     target_new: Text
-    relation: Text
+    relation: Literal[("unlabelled", *RELATION_CATEGORIES)]  # type: ignore[valid-type]
     paraphrase_prompts: Annotated[list[Text], Field(min_length=1)]
     neighborhood_prompts: list[Text]
     neighborhood_answers: list[Text]
 
     @model_validator(mode="after")
-    def _fits(self) -> "_CounterFactRow":
+    def _has_an_answer_for_each_prompt(self) -> "_CounterFactRow":
         prompts, answers = len(self.neighborhood_prompts), len(self.neighborhood_answers)
         if prompts != answers:
             raise ValueError(
                 f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many"
             )
-        if self.relation != "unlabelled" and self.relation not in RELATION_CATEGORIES:
-            raise ValueError(
-                f"relation is {self.relation!r}; expected one of {', '.join(RELATION_CATEGORIES)} or unlabelled"
-            )
         return self
 
-    @property
-    def category(self) -> str:
-        """The category of the relation; unlabelled answers with a digit are numeric, all others relations."""
+    def edit(self) -> Edit:
+        """Return the edit; without a relation, answers with a digit are numeric, all others relations."""
         numeric = re.search(r"\d", self.target_true + self.target_new)
-        return RELATION_CATEGORIES.get(self.relation, NUMERIC if numeric else RELATION)
+        near = zip(self.neighborhood_prompts, self.neighborhood_answers, strict=True)
+        return Edit(
+            prompt=self.prompt,
+            old=self.target_true,
+            new=self.target_new,
+            subject=self.subject,
+            category=RELATION_CATEGORIES.get(self.relation, NUMERIC if numeric else RELATION),
+            paraphrase=self.paraphrase_prompts[0],
+            neighbours=tuple(Question(*pair) for pair in near),
+        )
 
 
 def load_edits(
-    source: str | os.PathLike = BUILT_IN,
-    limit: int | None = None,
-    *,
-    neighbours: int | None = None,
-    category: str | None = None,
+    source: str | os.PathLike = BUILT_IN, limit: int | None = None, *, category: str | None = None
 ) -> EditSet:
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
 
     Built-in are over a thousand edits of the project's own, at least 300 a category, in mixed order; their subjects do
     not occur in `load_questions`. Files hold one JSON object a line, `.gz` is unpacked. Rows of CounterFact and zsRE
-    whose two answers are the same, or that repeat a prompt, are left out.
-
-    Args:
-        source: where from.
-        limit: the first so many edits (of the category); None is all.
-        neighbours: of each CounterFact edit, the first so many questions near it; None is all.
-        category: one of `CATEGORIES` alone; None is all.
+    whose two answers are the same, or that repeat a prompt, are left out. The first `limit` edits are taken, of one
+    of the `CATEGORIES` alone if it is given.
 
     Raises:
-        ConfigError: a number is out of range, or there is no such category.
         DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`.
     """
-    for name, value, least in (("limit", limit, 1), ("neighbours", neighbours, 0)):
-        if value is not None and value < least:
-            raise ConfigError(f"{name} is {value}; expected at least {least}")
-    if category is not None and category not in CATEGORIES:
-        raise ConfigError(f"category is {category!r}; expected one of {', '.join(CATEGORIES)}")
-    if str(source) == BUILT_IN and not Path(source).exists():
-        where = "built-in edits"
-        (whole,) = _own_sets(_built_in("editset.jsonl"), where)
-        name, found = whole.name, list(whole.edits)
+    if str(source) == BUILT_IN:
+        (found,) = _own_sets(_built_in("editset.jsonl"), "built-in edits")
+        name, edits = found.name, list(found.edits)
     else:
         name, where, text = Path(source).name.split(".")[0], str(source), _read(source)
-        if '"target_new"' in next((line for line in text.splitlines() if line.strip()), ""):
-            found = _counterfact(text, where, neighbours)
+        if '"target_new"' in text.lstrip().partition("\n")[0]:
+            of_prompt: dict[str, Edit] = {}
+            for _, row in _rows(text, where, _CounterFactRow):
+                if row.target_true != row.target_new:
+                    of_prompt.setdefault(row.prompt, row.edit())
+            edits = list(of_prompt.values())
         else:
-            found = [edit for part in _own_sets(text, where) for edit in part.edits]
-    found = [edit for edit in found if category is None or edit.category == category]
-    if not found or len(found) < (limit or 0):
+            edits = [edit for part in _own_sets(text, where) for edit in part.edits]
+    edits = [edit for edit in edits if category in (None, edit.category)]
+    if len(edits) < (limit or 1):
         of_it = f" of the category {category}" if category else ""
         raise DataError(
-            f"{where}: has {len(found)} edits{of_it}, {limit or 'at least one'} are asked for; lower the limit"
+            f"{source}: has {len(edits)} edits{of_it}, {limit or 1} are asked for; lower the limit"
         )
-    return EditSet(name, tuple(found[:limit]))
+    return EditSet(name, tuple(edits[:limit]))
 
 
 def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
@@ -220,21 +210,3 @@ def _own_sets(text: str, where: str) -> list[EditSet]:
     if not sets:
         raise DataError(f"{where}: has no edits; give one JSON object a line")
     return [EditSet(name, tuple(edits)) for name, edits in sets.items()]
-
-
-def _counterfact(text: str, where: str, neighbours: int | None) -> list[Edit]:
-    edits: dict[str, Edit] = {}
-    for _, row in _rows(text, where, _CounterFactRow):
-        near = zip(row.neighborhood_prompts, row.neighborhood_answers, strict=True)
-        edit = Edit(
-            prompt=row.prompt,
-            old=row.target_true,
-            new=row.target_new,
-            subject=row.subject,
-            category=row.category,
-            paraphrase=row.paraphrase_prompts[0],
-            neighbours=tuple(Question(*pair) for pair in near)[:neighbours],
-        )
-        if edit.old != edit.new:
-            edits.setdefault(edit.prompt, edit)
-    return list(edits.values())

@@ -3,20 +3,16 @@
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hiplora.editing.edits import CATEGORIES, Edit, Question
-from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.likelihood import by_length, encode, response_log_probs
 from hiplora.metrics import locality
-from hiplora.tuner import model_fingerprint
 
 BATCH_SIZE = 64  # prompts at once
 EXTRA_TOKENS = 3  # generated beyond the longest answer, to see whether a match ends there
@@ -35,20 +31,14 @@ def evaluate_edits(
     1; `log_prob_new` and `log_prob_old`, sums over the answer's tokens in nats; `written`, the continuation.
     """
     prompts = [edit.paraphrase if paraphrase else edit.prompt for edit in edits]
-    pairs = [
-        (prompt, answer)
-        for prompt, edit in zip(prompts, edits, strict=True)
-        for answer in (edit.new, edit.old)
-    ]
+    asked = zip(prompts, edits, strict=True)
+    pairs = [(prompt, answer) for prompt, edit in asked for answer in (edit.new, edit.old)]
     sums = answer_log_probs(model, tokenizer, pairs)
-    written = continuations(model, tokenizer, prompts, answer_length(tokenizer, pairs))
-    found = pd.DataFrame({"log_prob_new": sums[::2], "log_prob_old": sums[1::2], "written": written})
-    preferred = (found["log_prob_new"] > found["log_prob_old"]).astype(int)
-    exact = [int(begins_with(text, edit.new)) for text, edit in zip(written, edits, strict=True)]
-    found.insert(0, "exact", exact)
-    found.insert(0, "preferred", preferred)
-    found.insert(0, "success", preferred | found["exact"])
-    return found
+    written = continuations(model, tokenizer, prompts, _answer_length(tokenizer, pairs))
+    new, old = pd.Series(sums[::2]), pd.Series(sums[1::2])
+    preferred, exact = (new > old).astype(int), _right(written, [edit.new for edit in edits])
+    columns = {"success": preferred | exact, "preferred": preferred, "exact": exact}
+    return pd.DataFrame({**columns, "log_prob_new": new, "log_prob_old": old, "written": written})
 
 
 def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -> pd.DataFrame:
@@ -84,83 +74,59 @@ def summarise(records: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def _shares(records: pd.DataFrame) -> dict[str, float]:
     columns = [prefix + name for prefix in ("", "paraphrase_") for name in SHARES]
-    shares: dict[str, float] = {"edits": len(records)}
-    shares |= {name: float(100 * records[name].mean()) for name in columns}
+    shares = {"edits": len(records), **(100.0 * records[columns].mean()).to_dict()}
     near = [100 * sum(kept) / len(kept) for kept in records["neighbours_kept"] if kept]
     return shares | ({"neighbours_kept": sum(near) / len(near)} if near else {})
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the bare base says to unrelated questions, frozen before any edit.
+class Locality:
+    """Unrelated questions, with what the bare base says to them: to be made before the first edit.
 
-    `answers` has a row a question: `written` (greedy, `length` tokens), `correct` (begins with the true answer), and
-    the log-probabilities in nats of the true answer (`log_prob`) and of `targets` (`edited_log_prob`), new answers of
-    edits that have nothing to do with the question. `base` is the fingerprint of the model's weights.
+    `before` has a row a question: `written` (greedy), `correct` (begins with the true answer), and log-probabilities in
+    nats: `log_prob` of the true answer, `edited_log_prob` of a new answer of an edit, where it does not belong.
     """
 
-    questions: tuple[Question, ...]
-    targets: tuple[str, ...]
-    answers: pd.DataFrame
-    base: str
-    length: int
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, questions: Sequence[Question], edits: Sequence[Edit]
+    ):
+        self.questions, self._tokenizer = questions, tokenizer
+        self.targets = [_target(question, index, edits) for index, question in enumerate(questions)]
+        self._length = _answer_length(tokenizer, [(item.prompt, item.answer) for item in questions])
+        self.before = self._ask(model)
 
-    @classmethod
-    def freeze(
-        cls, model: nn.Module, tokenizer: Any, questions: Sequence[Question], edits: Sequence[Edit]
-    ) -> "Reference":
-        """Ask the bare base; to be called before the first edit.
+    def measure(self, model: nn.Module) -> pd.DataFrame:
+        """Ask an edited model: the columns of `before`, and `unchanged`, 1 if it writes what the base did."""
+        found = self._ask(model)
+        return found.assign(unchanged=(found["written"] == self.before["written"]).astype(int))
 
-        Raises:
-            AdapterError: the model has an adapter on it.
-            DataError: there are no questions or no edits, or a question is about the subject of an edit.
+    def summarise(self, answers: pd.DataFrame) -> dict[str, float]:
+        """Return accuracy before and after, its change in points, and the share of unchanged answers, in per cent.
+
+        `log_prob_change` is the mean change of the true answers' log-probability in nats, `edited_log_prob_change` of
+        the edits' new answers.
         """
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise AdapterError(
-                "the model has an adapter on it; freeze the reference on the bare base, before editing"
-            )
-        if not questions or not edits:
-            raise DataError(
-                f"{len(questions)} questions and {len(edits)} edits; locality needs at least one of each"
-            )
-        edited = {edit.subject.casefold() for edit in edits}
-        for question in questions:
-            if question.subject.casefold() in edited:
-                raise DataError(
-                    f"question {question.prompt!r} is about {question.subject}, which is edited; leave one of them out"
-                )
-        targets = _targets(questions, edits)
-        length = answer_length(tokenizer, [(item.prompt, item.answer) for item in questions])
-        answers = _ask(model, tokenizer, questions, targets, length)
-        return cls(tuple(questions), targets, answers, model_fingerprint(model), length)
+        before = self.before
+        true, edited = (
+            locality(before["correct"], answers["correct"], before[name], answers[name])
+            for name in ("log_prob", "edited_log_prob")
+        )
+        return {
+            "questions": len(answers),
+            "accuracy_before": float(100 * before["correct"].mean()),
+            "accuracy": float(100 * answers["correct"].mean()),
+            "accuracy_change": true.accuracy_change,
+            "unchanged": float(100 * answers["unchanged"].mean()),
+            "log_prob_change": true.log_prob_change,
+            "edited_log_prob_change": edited.log_prob_change,
+        }
 
-
-def measure_locality(model: nn.Module, tokenizer: Any, reference: Reference) -> pd.DataFrame:
-    """Ask an edited model the questions: the reference's columns, and `unchanged`, if it writes what the base did."""
-    found = _ask(model, tokenizer, reference.questions, reference.targets, reference.length)
-    found["unchanged"] = (found["written"] == reference.answers["written"]).astype(int)
-    return found
-
-
-def summarise_locality(reference: Reference, answers: pd.DataFrame) -> dict[str, float]:
-    """Return accuracy before and after and the share of unchanged answers in per cent, the accuracy change in points.
-
-    `log_prob_change` is the mean change of the true answers' log-probability in nats, `edited_log_prob_change` of
-    the edits' new answers, where they do not belong.
-    """
-    before = reference.answers
-    changes = {
-        name: locality(before["correct"], answers["correct"], before[column], answers[column])
-        for name, column in (("log_prob_change", "log_prob"), ("edited_log_prob_change", "edited_log_prob"))
-    }
-    return {
-        "questions": len(answers),
-        "accuracy_before": float(100 * before["correct"].mean()),
-        "accuracy": float(100 * answers["correct"].mean()),
-        "accuracy_change": changes["log_prob_change"].accuracy_change,
-        "unchanged": float(100 * answers["unchanged"].mean()),
-        **{name: found.log_prob_change for name, found in changes.items()},
-    }
+    def _ask(self, model: nn.Module) -> pd.DataFrame:
+        prompts, answers = [item.prompt for item in self.questions], [item.answer for item in self.questions]
+        written = continuations(model, self._tokenizer, prompts, self._length)
+        pairs = list(zip(prompts * 2, answers + self.targets, strict=True))
+        sums = answer_log_probs(model, self._tokenizer, pairs)
+        columns = {"correct": _right(written, answers), "log_prob": sums[: len(prompts)]}
+        return pd.DataFrame({**columns, "edited_log_prob": sums[len(prompts) :], "written": written})
 
 
 @torch.no_grad()
@@ -185,47 +151,26 @@ def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> list[flo
     return values
 
 
-def answer_length(tokenizer: Any, pairs: Pairs) -> int:
-    """Return how many tokens to generate so that each of these answers, and a little more, has room."""
-    return max(len(encode(tokenizer, prompt, f" {answer}").scored) for prompt, answer in pairs) + EXTRA_TOKENS
-
-
-def begins_with(written: str, answer: str) -> bool:
-    """Whether a text begins with an answer, as whole words, after `normalise`."""
-    found, wanted = normalise(written), normalise(answer)
-    return found == wanted or found.startswith(f"{wanted} ")
-
-
 def normalise(text: str) -> str:
     """Lower case, no punctuation, no leading article, single spaces: the form in which answers are compared."""
     words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold()).split()
     return " ".join(words[1:] if words and words[0] in ("the", "a", "an") else words)
 
 
-def _ask(
-    model: nn.Module, tokenizer: Any, questions: Sequence[Question], targets: Sequence[str], length: int
-) -> pd.DataFrame:
-    prompts = [item.prompt for item in questions]
-    written = continuations(model, tokenizer, prompts, length)
-    pairs = [(item.prompt, item.answer) for item in questions] + list(zip(prompts, targets, strict=True))
-    sums = answer_log_probs(model, tokenizer, pairs)
-    return pd.DataFrame(
-        {
-            "correct": [
-                int(begins_with(text, item.answer)) for text, item in zip(written, questions, strict=True)
-            ],
-            "log_prob": sums[: len(questions)],
-            "edited_log_prob": sums[len(questions) :],
-            "written": written,
-        }
+def _right(written: Sequence[str], answers: Sequence[str]) -> pd.Series:
+    """Whether each text begins with its answer, as whole words, 0 or 1."""
+    pairs = zip(written, answers, strict=True)
+    return pd.Series(
+        [int(f"{normalise(text)} ".startswith(f"{normalise(answer)} ")) for text, answer in pairs]
     )
 
 
-def _targets(questions: Sequence[Question], edits: Sequence[Edit]) -> tuple[str, ...]:
-    """For each question a new answer of an edit, in turn, that is not the question's own answer."""
-    news = [edit.new for edit in edits]
-    chosen = []
-    for index, question in enumerate(questions):
-        turn = (news[(index + step) % len(news)] for step in range(len(news)))
-        chosen.append(next((new for new in turn if normalise(new) != normalise(question.answer)), news[0]))
-    return tuple(chosen)
+def _answer_length(tokenizer: Any, pairs: Pairs) -> int:
+    """How many tokens to generate so that each of these answers, and a little more, has room."""
+    return max(len(encode(tokenizer, prompt, f" {answer}").scored) for prompt, answer in pairs) + EXTRA_TOKENS
+
+
+def _target(question: Question, index: int, edits: Sequence[Edit]) -> str:
+    """A new answer of an edit, each in turn, that is not the question's own answer."""
+    news = [edit.new for edit in (*edits[index % len(edits) :], *edits)]
+    return next((new for new in news if normalise(new) != normalise(question.answer)), edits[0].new)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hiplora.editing.measure import BATCH_SIZE
@@ -17,16 +17,16 @@ from hiplora.evaluation.likelihood import Encoded, encode, pad_left
 if TYPE_CHECKING:
     from hiplora.editing.alphaedit import AlphaEdit
 
-_BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
+BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 _ENOUGH = 5e-2  # mean negative log-likelihood of an answer, in nats, at which its search ends
 
 
 @dataclass(frozen=True)
 class Located:
-    """A prompt with an answer as tokens, and the position of the subject's last token."""
+    """A prompt with an answer as tokens, and the tokens up to the subject's last one."""
 
     encoded: Encoded
-    subject: int
+    ids: list[int]
 
 
 def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
@@ -37,7 +37,7 @@ def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
         DataError: the prompt does not contain the subject.
     """
     start = prompt.casefold().rfind(subject.casefold())
-    if not subject or start < 0:
+    if start < 0:
         raise DataError(
             f"edit {prompt!r}: its subject {subject!r} is not in the prompt, where AlphaEdit looks for it; "
             "reword the prompt, or use another method"
@@ -47,19 +47,14 @@ def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
     encoded, end = encode(tokenizer, prompt, f" {answer}"), start + len(subject)
     spans = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)["offset_mapping"]
     last = max(i for i, (a, b) in enumerate(spans[: len(encoded.ids)]) if a < end and b > a)
-    return Located(encoded, last)
+    return Located(encoded, list(encoded.ids[: last + 1]))
 
 
 def write_prefixes(model: nn.Module, tokenizer: Any, count: int, tokens: int) -> list[str]:
     """Return texts to put before a prompt: what the model generates after a few common words."""
-    texts = []
-    for index in range(count):
-        # A word that is used again goes on a little longer, so that no two texts are the same.
-        again, place = divmod(index, len(_BEGINNINGS))
-        word = _BEGINNINGS[place]
-        (written,) = continuations(model, tokenizer, [word], tokens + again)
-        texts.append(" ".join(f"{word}{written}".split()) + ". ")
-    return texts
+    words = BEGINNINGS[:count]
+    written = [continuations(model, tokenizer, [word], tokens)[0] for word in words]
+    return [" ".join(f"{word}{text}".split()) + ". " for word, text in zip(words, written, strict=True)]
 
 
 @torch.no_grad()
@@ -91,7 +86,7 @@ def search_values(
     """Find, for each edit, the output of `block` at the subject's last token under which the new answer is likely.
 
     A shift of that output is optimised with Adam: mean negative log-likelihood of the answer over the edit's
-    prompts, plus the divergence of what follows "<subject> is a" from what followed before, plus a decay; the shift
+    prompts, plus the divergence of what follows the subject from what followed before, plus a decay; the shift
     is clamped to a share of the output's norm.
 
     Args:
@@ -106,14 +101,55 @@ def search_values(
 
     Source: ROME (Meng et al. 2022), Sect. 3.1, as AlphaEdit and MEMIT use it.
     """
-    batch = _Batch.of(model, prompts, essences)
-    start, base_next = batch.at_rest(model, block)
+    items = [*(item for group in prompts for item in group), *essences]
+    edits, count = len(prompts), len(items) - len(prompts)
+    rows = [list(item.encoded.ids) for item in items]
+    inputs = _padded(model, rows)
+    width, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
+    owner = torch.tensor(
+        [i for i, group in enumerate(prompts) for _ in group] + list(range(edits)), device=device
+    )
+    subject = torch.tensor(
+        [width - len(item.encoded.ids) + len(item.ids) - 1 for item in items], device=device
+    )
+    labels = torch.full((count, width), -100, device=device)  # of the logits that predict them
+    for row, item in enumerate(items[:count]):
+        for position in item.encoded.scored:
+            labels[row, width - len(item.encoded.ids) + position - 1] = item.encoded.ids[position]
+    first = min(int((labels != -100).nonzero()[:, 1].min()), int(subject[count:].min()))
+    inputs["logits_to_keep"], labels = width - first, labels[:, first:]
+    scored = labels != -100
+
+    def after_subject(logits: Tensor) -> Float[Tensor, "edits v"]:
+        return logits[torch.arange(count, len(items)), subject[count:] - first].float().log_softmax(-1)
+
+    def losses_at(shift: Tensor) -> tuple[Float[Tensor, " edits"], Float[Tensor, " edits"]]:
+        """Each edit's mean negative log-likelihood a token over its prompts, and the divergence of its essence."""
+
+        def shifted(hidden: Tensor) -> Tensor:
+            moved = hidden.clone()
+            moved[torch.arange(len(items)), subject] += shift[owner].to(hidden.dtype)
+            return moved
+
+        with _output(model, block, shifted):
+            logits = model(**inputs).logits
+        picked = logits[:count].float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+        each = -(picked * scored).sum(1) / scored.sum(1)
+        total = torch.zeros(edits, device=device).index_add(0, owner[:count], each)
+        now = after_subject(logits)
+        return total / torch.bincount(owner[:count]), (now.exp() * (now - before)).sum(1)
+
+    seen: list[Tensor] = []
+    with torch.no_grad(), _output(model, block, seen.append):
+        before = after_subject(model(**inputs).logits)
+    bare = torch.tensor([owner.tolist().index(edit) for edit in range(edits)], device=device)
+    start = seen[0][bare, subject[bare]].float()
     shift = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([shift], lr=settings.value_lr)
-    found, losses = torch.zeros_like(start), torch.full((len(start),), torch.inf, device=start.device)
-    running = torch.ones(len(start), dtype=torch.bool, device=start.device)
+    found, losses = torch.zeros_like(start), torch.full((edits,), torch.inf, device=device)
+    running = torch.ones(edits, dtype=torch.bool, device=device)
     for step in range(settings.value_steps):
-        nll, divergence = batch.losses(model, block, shift, base_next)
+        nll, divergence = losses_at(shift)
         losses = torch.where(running, nll.detach(), losses)
         found[running] = shift.detach()[running]
         running = running & (nll.detach() >= _ENOUGH)
@@ -127,82 +163,6 @@ def search_values(
             most = settings.value_clamp * start.norm(dim=1, keepdim=True)
             shift *= (most / shift.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return (start + found).T, losses.tolist()
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """All prompts of some edits, then their essences, as one padded batch.
-
-    `owner` is each row's edit, `subject` the position of its subject's end, `bare` the row of each edit's bare prompt;
-    `labels` (prompts, kept logits) is -100 where nothing is scored; `essence_end` are positions among the kept logits.
-    """
-
-    inputs: dict[str, Any]
-    owner: Int[Tensor, " rows"]
-    subject: Int[Tensor, " rows"]
-    bare: Int[Tensor, " edits"]
-    labels: Int[Tensor, "prompts keep"]
-    essence_end: Int[Tensor, " edits"]
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, prompts: Sequence[Sequence[Located]], essences: Sequence[Located]
-    ) -> "_Batch":
-        items = [item for group in prompts for item in group]
-        inputs = _padded(model, [list(item.encoded.ids) for item in (*items, *essences)])
-        width, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
-        owner = [index for index, group in enumerate(prompts) for _ in group] + list(range(len(prompts)))
-        subject = [width - len(item.encoded.ids) + item.subject for item in (*items, *essences)]
-        labels = torch.full((len(items), width), -100)
-        for row, item in enumerate(items):
-            for position in item.encoded.scored:
-                at = width - len(item.encoded.ids) + position
-                labels[row, at - 1] = item.encoded.ids[position]  # of the logits that predict it
-        first = min(int((labels != -100).nonzero()[:, 1].min()), *subject[len(items) :])
-        bare = [owner.index(edit) for edit in range(len(prompts))]
-        return cls(
-            {**inputs, "logits_to_keep": width - first},
-            torch.tensor(owner, device=device),
-            torch.tensor(subject, device=device),
-            torch.tensor(bare, device=device),
-            labels[:, first:].to(device),
-            torch.tensor(subject[len(items) :], device=device) - first,
-        )
-
-    @torch.no_grad()
-    def at_rest(
-        self, model: nn.Module, block: str
-    ) -> tuple[Float[Tensor, "edits d"], Float[Tensor, "edits v"]]:
-        """The block's output at the subject of each bare prompt, and the log-probabilities after "<subject> is a"."""
-        seen: list[Tensor] = []
-        with _output(model, block, seen.append):
-            logits = model(**self.inputs).logits
-        return seen[0][self.bare, self.subject[self.bare]].float(), self._essence_log_probs(logits)
-
-    def losses(
-        self, model: nn.Module, block: str, shift: Tensor, base_next: Tensor
-    ) -> tuple[Float[Tensor, " edits"], Float[Tensor, " edits"]]:
-        """Each edit's mean negative log-likelihood a token over its prompts, and the divergence of its essence."""
-
-        def shifted(hidden: Tensor) -> Tensor:
-            rows, moved = torch.arange(len(self.owner), device=hidden.device), hidden.clone()
-            moved[rows, self.subject] += shift[self.owner].to(hidden.dtype)
-            return moved
-
-        with _output(model, block, shifted):
-            logits = model(**self.inputs).logits
-        scored, owner = self.labels != -100, self.owner[: len(self.labels)]
-        log_probs = logits[: len(self.labels)].float().log_softmax(-1)
-        picked = log_probs.gather(2, self.labels.clamp(min=0)[..., None]).squeeze(2)
-        rows = -(picked * scored).sum(1) / scored.sum(1)
-        count = torch.bincount(owner, minlength=len(shift))
-        nll = torch.zeros(len(shift), device=rows.device).index_add(0, owner, rows) / count
-        now = self._essence_log_probs(logits)
-        return nll, (now.exp() * (now - base_next)).sum(1)
-
-    def _essence_log_probs(self, logits: Tensor) -> Float[Tensor, "edits v"]:
-        rows = torch.arange(len(self.labels), len(self.owner), device=logits.device)
-        return logits[rows, self.essence_end].float().log_softmax(-1)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from hiplora.probing.correlation import contrasts, correlate, findings
 from hiplora.probing.interventions import (
-    CHOICES,
     Direction,
     choose_directions,
     directions_of,
@@ -13,7 +12,6 @@ from hiplora.probing.interventions import (
 )
 
 __all__ = [
-    "CHOICES",
     "Direction",
     "choose_directions",
     "contrasts",

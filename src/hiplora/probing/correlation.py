@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from hiplora.metrics import resample_counts
 
 Floats = NDArray[np.float64]
+Rows = Sequence[Mapping[str, Any]]
 
+COEFFICIENTS = ("pearson", "spearman")
 LEAST = 3  # points; of two, every correlation is perfect
 _EXACT = 8  # points up to which all pairings are tried
 REPLICATES = 10_000
@@ -27,7 +30,7 @@ def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if reason := _undefined(x, y):
-        return {"points": len(x), **dict.fromkeys(("pearson", "spearman"), _coefficient(reason=reason))}
+        return {"points": len(x), **dict.fromkeys(COEFFICIENTS, _coefficient(reason=reason))}
     sampled = _sampled(x, y, seed)
     linear, ranked = stats.pearsonr(x, y), stats.spearmanr(x, y)
     # The t distribution of scipy's p-value is for many points; of few it makes 0 where 1 in n!/2 is true.
@@ -39,7 +42,7 @@ def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def findings(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+def findings(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     """Return the correlation of σ with every metric's drop, for each `kind` of intervention, in all and by type.
 
     `rows` as from `probe`. A point is a direction, the drops under several draws of noise are averaged; `type` is a
@@ -47,58 +50,47 @@ def findings(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str,
     """
     types = list(dict.fromkeys(row["type"] for row in rows))
     found = []
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        for metric in rows[0]["drop"]:
-            for name in ("all", *(types if len(types) > 1 else ())):
-                some = [row for row in rows if name in ("all", row["type"])]
-                points = _points(some, kind, metric)
-                known = [(key[2], drop) for key, drop in points.items() if drop is not None]
-                x, y = np.array(known).reshape(-1, 2).T
-                named = {"kind": kind, "metric": metric, "type": name, "left_out": len(points) - len(known)}
-                found.append(named | correlate(x, y, seed))
+    for kind, metric in itertools.product(dict.fromkeys(row["kind"] for row in rows), rows[0]["drop"]):
+        for name in ("all", *(types if len(types) > 1 else ())):
+            points = _points([row for row in rows if name in ("all", row["type"])], kind, metric)
+            known = points.dropna()
+            named = {"kind": kind, "metric": metric, "type": name, "left_out": len(points) - len(known)}
+            found.append(named | correlate(known.index.get_level_values("sigma"), known, seed))
     return found
 
 
-def contrasts(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     """Return, for each `metric` and each two interventions, how far apart their correlations with σ are.
 
     `kind` less `minus`, over the directions whose drop is finite under both, which each bootstrap sample shares;
     `points`, `pearson` and `spearman` as of `correlate`, without p-values.
     """
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    kinds = dict.fromkeys(row["kind"] for row in rows)
     found = []
     for metric, (kind, minus) in itertools.product(rows[0]["drop"], itertools.combinations(kinds, 2)):
-        here, there = (_points(rows, name, metric) for name in (kind, minus))
-        both = [
-            (key[2], drop, there[key])
-            for key, drop in here.items()
-            if drop is not None and there.get(key) is not None
-        ]
-        x, first, second = np.array(both, dtype=np.float64).reshape(-1, 3).T
-        if reason := _undefined(x, first) or _undefined(x, second):
-            apart = dict.fromkeys(("pearson", "spearman"), _coefficient(reason=reason))
-        else:
-            ours, theirs = correlate(x, first, seed), correlate(x, second, seed)
-            sampled = _sampled(x, first, seed) - _sampled(x, second, seed)
+        both = pd.concat([_points(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
+        x = both.index.get_level_values("sigma").to_numpy(dtype=np.float64)
+        pair = both.to_numpy(dtype=np.float64).T
+        apart = dict.fromkeys(
+            COEFFICIENTS, _coefficient(reason=_undefined(x, pair[0]) or _undefined(x, pair[1]))
+        )
+        if not apart["pearson"]["reason"]:
+            ours, theirs = (correlate(x, y, seed) for y in pair)
+            sampled = _sampled(x, pair[0], seed) - _sampled(x, pair[1], seed)
             apart = {
-                name: _coefficient(
-                    ours[name]["estimate"] - theirs[name]["estimate"], None, sampled[:, column]
-                )
-                for column, name in enumerate(("pearson", "spearman"))
+                name: _coefficient(ours[name]["estimate"] - theirs[name]["estimate"], None, values)
+                for name, values in zip(COEFFICIENTS, sampled.T, strict=True)
             }
         found.append({"kind": kind, "minus": minus, "metric": metric, "points": len(both), **apart})
     return found
 
 
-def _points(
-    rows: Sequence[Mapping[str, Any]], kind: str, metric: str
-) -> dict[tuple[str, int, float], float | None]:
-    """The mean drop of each direction (module, index, σ); None if a drop is not finite."""
-    drops: dict[tuple[str, int, float], list[float | None]] = {}
-    for row in rows:
-        if row["kind"] == kind:
-            drops.setdefault((row["module"], row["index"], row["sigma"]), []).append(row["drop"][metric])
-    return {key: None if None in some else math.fsum(some) / len(some) for key, some in drops.items()}  # type: ignore[arg-type]
+def _points(rows: Rows, kind: str, metric: str) -> pd.Series:
+    """The mean drop of each direction (module, index, σ); NaN if a drop is not finite."""
+    direction = ["module", "index", "sigma"]
+    some = [[*(row[name] for name in direction), row["drop"][metric]] for row in rows if row["kind"] == kind]
+    drops = pd.DataFrame(some, columns=[*direction, "drop"]).astype({"drop": float})
+    return drops.groupby(direction, sort=False)["drop"].agg(lambda drawn: drawn.mean(skipna=False))
 
 
 def _undefined(x: Floats, y: Floats) -> str:
@@ -124,8 +116,9 @@ def _coefficient(
         else:
             reason = "no interval: most bootstrap samples have no correlation"
     values = {"estimate": estimate, "p_value": p_value, "low": low, "high": high}
-    return {name: None if value is None else float(value) for name, value in values.items()} | {
-        "reason": reason
+    return {
+        **{name: None if value is None else float(value) for name, value in values.items()},
+        "reason": reason,
     }
 
 
@@ -138,10 +131,7 @@ def _exact_rank_p(x: Floats, y: Floats) -> float:
 
 
 def _sampled(x: Floats, y: Floats, seed: int) -> Floats:
-    """Return the Pearson and Spearman correlations of bootstrap samples, (REPLICATES, 2); NaN where undefined.
-
-    The draws depend on the number of points and the seed alone.
-    """
+    """Both correlations of bootstrap samples, (REPLICATES, 2), NaN where undefined; draws depend on the seed alone."""
     parts = []
     for counts in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
         drawn = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)

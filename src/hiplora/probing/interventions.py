@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import ConfigError, DataError
+from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis, activation_factors, truncated_svd
 from hiplora.tuner import HipLoraConfig, find_targets
 
-CHOICES = ("log", "even", "random")
 PROTECTED = 32  # directions of the activation basis; the default of HipLoraConfig.principal_rank
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +37,7 @@ class Direction:
 
 
 def find_modules(
-    model: nn.Module,
-    target_modules: str | list[str] | None = None,
-    layers: Collection[int] | None = None,
+    model: nn.Module, target_modules: str | list[str] | None = None, layers: Collection[int] | None = None
 ) -> list[str]:
     """Return the names of the layers that an adapter with these target modules would be on, in the model's order.
 
@@ -54,55 +48,31 @@ def find_modules(
         ConfigError: nothing matches, or a layer has no match.
     """
     config = HipLoraConfig(preset="paper", target_modules=target_modules)
-    found = [target.name for target in find_targets(model, config)]
-    numbers = {layer_of(name) for name in found}
-    if missing := sorted(set(layers or ()) - numbers):
-        known = ", ".join(str(number) for number in sorted(n for n in numbers if n is not None))
+    found = {target.name: layer_of(target.name) for target in find_targets(model, config)}
+    if missing := sorted(set(layers or ()) - set(found.values())):
+        known = ", ".join(map(str, sorted({number for number in found.values() if number is not None})))
         raise ConfigError(
             f"layer {missing[0]} has none of the requested modules; they are in layers {known or 'without a number'}"
         )
-    return [name for name in found if layers is None or layer_of(name) in layers]
+    return [name for name, number in found.items() if layers is None or number in layers]
 
 
 def layer_of(module: str) -> int | None:
     """Return the first number in a module's name, which is that of its layer; None if it has none."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    return int(found.group(1)) if found else None
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
-def linear_weight(model: nn.Module, name: str) -> tuple[Any, nn.Parameter]:
-    """Return a linear layer of a bare model and its weight as it is stored.
-
-    Raises:
-        ConfigError: the model has no such layer, or its weight does not hold floats.
-    """
-    try:
-        module: Any = model.get_submodule(name)
-    except AttributeError:
-        raise ConfigError(f"the model has no layer {name}; name one that it has") from None
-    if not isinstance(module, (nn.Linear, Conv1D)) or not module.weight.is_floating_point():
-        raise ConfigError(
-            f"layer {name}: is a {type(module).__name__}; probing takes linear layers of a bare model, without "
-            "adapters and quantisation"
-        )
-    return module, module.weight
-
-
-def choose_directions(size: int, count: int, how: str = "log", seed: int = 0) -> list[int]:
+def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
     """Return the indices, ascending, of `count` different directions among `size`, sorted by descending σ.
 
-    `how` is `"log"` (from the first to the last, evenly in the logarithm of the place: dense among the strong ones),
-    `"even"` (from the first to the last at equal distances) or `"random"` (without replacement, by `seed`).
+    `how` is `"log"` (from the first to the last, evenly in the logarithm of the place: dense among the strong ones), or
+    `"even"` (from the first to the last at equal distances).
 
     Raises:
-        ConfigError: `how` is unknown, or `count` is not in 1…size.
+        ConfigError: `count` is not in 1…size.
     """
-    if how not in CHOICES:
-        raise ConfigError(f"choice of directions {how!r}: expected one of {', '.join(CHOICES)}")
     if not 1 <= count <= size:
         raise ConfigError(f"{count} directions of {size}: expected 1 to {size}; give another number")
-    if how == "random":
-        return sorted(np.random.default_rng(seed).choice(size, count, replace=False).tolist())
     spaced = np.geomspace(1, size, count) - 1 if how == "log" else np.linspace(0, size - 1, count)
     places = np.rint(spaced).astype(int).tolist()
     for at in range(1, count):  # move apart those that round to the same place
@@ -116,7 +86,6 @@ def directions_of(
     count: int,
     how: str = "log",
     *,
-    seed: int = 0,
     rank: int | None = None,
     bases: Mapping[str, MomentBasis] | None = None,
 ) -> Iterator[Direction]:
@@ -127,20 +96,20 @@ def directions_of(
     silences the layer's answer to one input.
 
     Raises:
-        ConfigError: a module is missing or not a linear layer with a weight of floats; or as `choose_directions`.
+        ConfigError: as `choose_directions`.
         FactorError: a weight cannot be decomposed.
     """
     for name in modules:
-        layer, weight = linear_weight(model, name)
-        matrix = weight.detach().T if isinstance(layer, Conv1D) else weight.detach()
+        layer: Any = model.get_submodule(name)
+        matrix = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
         size = min(matrix.shape)
         if bases is None:
             factors = truncated_svd(matrix, min(rank or size, size), method="exact", name=name)
         else:  # in the span of all inputs it would be the weight's own basis
             k = min(rank or PROTECTED, size)
             factors = activation_factors(matrix.cpu(), bases[name], k, name=name).to(matrix.device)
-        try:  # each module has random places of its own
-            chosen = choose_directions(factors.rank, count, how, seed + zlib.crc32(name.encode()))
+        try:
+            chosen = choose_directions(factors.rank, count, how)
         except ConfigError as error:
             raise ConfigError(f"layer {name}: {error}") from None
         sigma = factors.sigma.tolist()
@@ -171,19 +140,11 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
 
     The sum is made in fp32 and rounded to the weight's own precision. The changed weight is a parameter of its own:
     one that is tied to another leaves that alone. Works for `nn.Linear` and for GPT-2's `Conv1D`.
-
-    Raises:
-        ConfigError: the model has no such linear layer, or its weight has another shape.
     """
-    module, weight = linear_weight(model, direction.module)
-    left, right = direction.u, direction.v
+    module: Any = model.get_submodule(direction.module)
+    weight, left, right = module.weight, direction.u, direction.v
     if isinstance(module, Conv1D):  # stored as (in, out)
         left, right = right, left
-    if weight.shape != (len(left), len(right)):
-        raise ConfigError(
-            f"layer {direction.module}: the weight is {tuple(weight.shape)}, the direction is for "
-            f"{(len(left), len(right))}; it is of another model"
-        )
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
@@ -200,76 +161,38 @@ def probe(
     kinds: Sequence[str],
     measure: Callable[[nn.Module], Mapping[str, float]],
     *,
-    base: Mapping[str, float] | None = None,
-    lower_is_better: Collection[str] = (),
     draws: int = 1,
     seed: int = 0,
-    done: Iterable[Row] = (),
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Apply each intervention to each direction, one at a time, and return a row for each, in that order.
 
     A row has `module`, `layer`, `type` (the last part of the module's name), `index`, `rank`, `sigma`, `relative`; the
-    intervention's `kind`, the number of the noise's `draw`, its `factor`; and `drop`, for each metric how much worse it
-    became, None if the model gave no finite number.
+    intervention's `kind`, the number of the noise's `draw`, its `factor`; and `drop`, what was measured, None where it
+    is not a finite number. The model is left as it was, bit for bit, also after an error.
 
     Args:
-        model: a bare model; it is left as it was, bit for bit, also after an error.
+        model: a bare model.
         directions: of `directions_of`.
         kinds: zero, flip, noise_S.
-        measure: called with the intervened model, returns named scores. The drop is base − intervened; for the metrics
-            in `lower_is_better` (a KL divergence) it is intervened − base: a positive drop is always a loss.
-        base: the scores of the model without intervention, if they are known.
-        lower_is_better: names of metrics.
+        measure: called with the intervened model, returns by name how much worse it became: base − intervened of a
+            score, intervened − base of a loss.
         draws: how often noise is drawn for each direction. A draw depends on `seed`, module, index and its number
             alone: noises of two scales are the same but for the scale.
         seed: of the noise.
-        done: rows of an interrupted probe, which are not measured again.
-        on_row: called with each new row.
 
     Raises:
-        ConfigError: an intervention is unknown or named twice, or a direction does not fit the model.
-        DataError: `measure` gives other metrics than for the base, or a base score is not finite.
+        ConfigError: an intervention is unknown.
     """
-    if len(set(kinds)) < len(kinds):
-        raise ConfigError(f"interventions {', '.join(kinds)}: one is named twice; name each once")
-    kept = {_key(row): row for row in done}
-    scores = dict(measure(model) if base is None else base)
-    if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
-        raise DataError(f"metric {bad[0]} of the base model is {scores[bad[0]]}; expected a finite number")
     rows = []
-    for direction in directions:
+    for one in directions:
+        named = {"module": one.module, "layer": layer_of(one.module), "type": one.module.rpartition(".")[2]}
+        named |= {name: getattr(one, name) for name in ("index", "rank", "sigma", "relative")}
         for kind in kinds:
             for draw in range(draws if kind.startswith("noise") else 1):
-                entropy = [seed, zlib.crc32(direction.module.encode()), direction.index, draw]
+                entropy = [seed, zlib.crc32(one.module.encode()), one.index, draw]
                 factor = float(intervention_factor(kind, np.random.default_rng(entropy).standard_normal()))
-                row = {
-                    "module": direction.module,
-                    "layer": layer_of(direction.module),
-                    "type": direction.module.rpartition(".")[2],
-                    **{name: getattr(direction, name) for name in ("index", "rank", "sigma", "relative")},
-                    "kind": kind,
-                    "draw": draw,
-                    "factor": factor,
-                }
-                if (key := _key(row)) not in kept:
-                    with intervened(model, direction, factor):
-                        found = measure(model)
-                    kept[key] = {**row, "drop": _drop(scores, found, lower_is_better)}
-                    if on_row is not None:
-                        on_row(kept[key])
-                rows.append(kept[key])
+                with intervened(model, one, factor):
+                    found = measure(model)
+                drop = {name: float(loss) if math.isfinite(loss) else None for name, loss in found.items()}
+                rows.append({**named, "kind": kind, "draw": draw, "factor": factor, "drop": drop})
     return rows
-
-
-def _key(row: Row) -> tuple:
-    return row["module"], row["index"], row["kind"], row["draw"]
-
-
-def _drop(
-    base: Mapping[str, float], found: Mapping[str, float], lower_is_better: Collection[str]
-) -> dict[str, float | None]:
-    if set(base) != set(found):
-        raise DataError(f"measured {', '.join(sorted(found))}; expected the base's {', '.join(sorted(base))}")
-    losses = {name: (found[name] - base[name]) * (1 if name in lower_is_better else -1) for name in base}
-    return {name: float(loss) if math.isfinite(loss) else None for name, loss in losses.items()}

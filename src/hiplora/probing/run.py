@@ -1,10 +1,8 @@
 """`hiplora probe`: how far an intervention on single directions moves a model on text, with correlations and report."""
 
-import contextlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,31 +11,20 @@ import pandas as pd
 from pydantic import Field, PositiveInt, field_validator
 from pydantic.dataclasses import dataclass
 from torch import nn
+from tqdm import tqdm
 
 from hiplora.data.texts import drift_texts, text_source
-from hiplora.errors import ConfigError, HipLoraError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.mounting import holding
-from hiplora.files import write_atomic
+from hiplora.files import staged_dir, write_atomic
 from hiplora.models import load, resolve
-from hiplora.probing.correlation import findings
-from hiplora.probing.interventions import (
-    Row,
-    directions_of,
-    find_modules,
-    intervention_factor,
-    linear_weight,
-    probe,
-)
+from hiplora.probing.correlation import COEFFICIENTS, findings
+from hiplora.probing.interventions import directions_of, find_modules, intervention_factor, probe
 from hiplora.provenance import folder_identity, json_sha256, provenance
-from hiplora.run_folder import RunFolder
 from hiplora.tuner import input_bases
 
-RECORD, REPORT, ROWS = "probe.json", "report.html", "records.jsonl"
-UNITS = {"kl": "nats per token", "log_perplexity": "nats per token"}  # lower is better, 0 is the base's
-TITLES = {"kl": "KL from the base", "log_perplexity": "change of the log perplexity"}
+METRICS = {"kl": "KL from the base", "log_perplexity": "change of the log perplexity"}  # nats per token
 CALIBRATION_TOKENS = 10_000  # sampled from the model for the activation basis
-Scores = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ class ProbeSettings:
     modules: str | list[str] | None = None
     layers: tuple[int, ...] | None = None
     directions: PositiveInt = 8
-    choice: Literal["log", "even", "random"] = "log"
+    choice: Literal["log", "even"] = "log"
     basis: Literal["weight", "activation"] = "weight"
     principal_rank: PositiveInt | None = None
     kinds: Annotated[tuple[str, ...], Field(min_length=1)] = ("zero", "flip", "noise_0.1")
@@ -70,175 +57,92 @@ class ProbeSettings:
     def _known(cls, kinds: tuple[str, ...]) -> tuple[str, ...]:
         for kind in kinds:
             intervention_factor(kind)
-        return kinds
-
-    def count(self, modules: int) -> int:
-        """Return the number of interventions on so many modules."""
-        each = sum(self.draws if kind.startswith("noise") else 1 for kind in self.kinds)
-        return modules * self.directions * each
+        return tuple(dict.fromkeys(kinds))
 
 
-def run_probe(
-    settings: ProbeSettings,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    on_start: Callable[[str, int], Callable[[int], None]] | None = None,
-) -> dict[str, Any]:
+def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
 
-    What is measured is kept at once: after an interruption, the same settings continue. `on_start(what, total)`
-    returns what is given each advance.
-
     Raises:
-        ConfigError: `out` holds something else, or a setting does not fit the model.
+        ConfigError: `out` exists, or a setting does not fit the model.
         DataError: the text cannot be used.
         FactorError: a weight cannot be decomposed.
     """
-    out, texts = Path(out), drift_texts(settings.text)
-    sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
-    folder, plan = RunFolder(out, "plan.json", RECORD), {"settings": asdict(settings), **sources}
-    folder.check(plan, overwrite=overwrite)
-    model, tokenizer = load(settings.model)
-    model.to(settings.device)
-    modules = chosen_modules(model, settings)
-    with folder.claimed(plan, overwrite=overwrite):
-        reference = BaseReference.build(model, tokenizer, texts, max_tokens=settings.tokens)
-        tick = on_start("probing directions", settings.count(len(modules))) if on_start else None
-        try:
-            rows = probe_model(model, modules, reference, settings, out / ROWS, tick)
-        except HipLoraError:
-            if not (out / ROWS).stat().st_size:
-                shutil.rmtree(out)
-            raise
-        windows = reference.windows.items()
+    with staged_dir(out, overwrite) as folder:
+        texts = drift_texts(settings.text)
+        model, tokenizer = load(settings.model)
+        reference = BaseReference.build(
+            model.to(settings.device), tokenizer, texts, max_tokens=settings.tokens
+        )
+        rows = probe_model(model, reference, settings, progress=True)
+        sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
         record = {
-            "schema": 2,
+            "schema": 3,
             "kind": "probe",
-            "model": settings.model,
             "settings": asdict(settings),
-            "modules": modules,
-            "text": {
-                "source": text_source(settings.text),
-                "tokens": {name: sum(len(ids) - 1 for ids in some) for name, some in windows},
-            },
-            "unit": UNITS,
+            "modules": list(dict.fromkeys(row["module"] for row in rows)),
+            "text": text_source(settings.text),
             "correlations": findings(rows, settings.seed),
             "records": rows,
             "provenance": provenance(seed=settings.seed, **sources),
         }
-        _write_report(out / REPORT, record)
-        write_atomic(out / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
-        (out / ROWS).unlink()
+        _write_report(folder / "report.html", record)
+        write_atomic(folder / "probe.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 
 def probe_model(
-    model: Any,
-    modules: Sequence[str],
-    reference: BaseReference,
-    settings: ProbeSettings,
-    journal: Path,
-    tick: Callable[[int], None] | None = None,
-    scores: Scores | None = None,
-) -> list[Row]:
-    """Probe a bare model, continuing from the rows in `journal`, and leave it as it was, bit for bit.
+    model: Any, reference: BaseReference, settings: ProbeSettings, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Probe a bare model, and leave it as it was, bit for bit; rows as of `probe`.
 
-    Besides the drift from `reference` each intervention costs something of `scores`, in per cent, higher is better.
+    A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. At every
+    measurement the base's weights are put back for a while, and the base must then be itself bit for bit.
 
     Raises:
-        ConfigError, DataError: as `hiplora.probing.probe`.
+        ConfigError: a setting does not fit the model.
         FactorError: a weight cannot be decomposed.
-    """
-    done: list[Row] = []
-    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
-        with contextlib.suppress(ValueError):  # cut off when the process was killed: it is measured again
-            done.append(json.loads(line))
-    write_atomic(journal, "".join(json.dumps(row) + "\n" for row in done))
-    tick = tick or (lambda _: None)
-    tick(len(done))
-
-    def keep(row: Row) -> None:
-        with journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        tick(1)
-
-    bases, seed = None, settings.seed
-    if settings.basis == "activation":
-        bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=seed)
-    drift = drift_measure(model, modules, reference)
-    how, rank = settings.choice, settings.principal_rank
-    return probe(
-        model,
-        directions_of(model, modules, settings.directions, how, seed=seed, rank=rank, bases=bases),
-        settings.kinds,
-        lambda intervened: {**drift(intervened), **(scores(intervened) if scores else {})},
-        base={**dict.fromkeys(UNITS, 0.0), **(scores(model) if scores else {})},
-        lower_is_better=UNITS,
-        draws=settings.draws,
-        seed=seed,
-        done=done,
-        on_row=keep,
-    )
-
-
-def drift_measure(model: nn.Module, modules: Sequence[str], reference: BaseReference) -> Scores:
-    """Return what measures an intervened model: KL from the base and the log of the perplexity's ratio.
-
-    Both are means over the tokens of all texts, in nats per token. At every call the weights of `modules` are put back
-    for a while, and the base must then be itself bit for bit.
-    """
-    weights = {name: linear_weight(model, name)[1] for name in modules}
-
-    def measure(intervened: nn.Module) -> Mapping[str, float]:
-        found = measure_drift(
-            intervened, reference, lambda: holding(intervened, weights), may_be_nothing=True
-        ).values()
-        tokens = sum(drift.tokens for drift in found)
-        return {
-            "kl": sum(drift.kl * drift.tokens for drift in found) / tokens,
-            "log_perplexity": sum(math.log(drift.perplexity_ratio) * drift.tokens for drift in found)
-            / tokens,
-        }
-
-    return measure
-
-
-def chosen_modules(model: Any, settings: ProbeSettings) -> list[str]:
-    """Return the names of the modules that are probed.
-
-    Raises:
-        ConfigError: as `find_modules`, or no layers are named and the model does not say how many it has.
     """
     layers: Sequence[int] | None = settings.layers
     if layers is None:
-        last = getattr(model.config.get_text_config(), "num_hidden_layers", 0) - 1
-        if last < 0:
-            raise ConfigError(
-                f"model {settings.model}: its configuration has no number of layers; name the layers"
-            )
+        last = model.config.get_text_config().num_hidden_layers - 1
         layers = sorted({0, last // 2, last})
-    return find_modules(model, settings.modules, layers or None)
+    modules = find_modules(model, settings.modules, layers or None)
+    weights = {name: model.get_submodule(name).weight for name in modules}
+
+    def measure(changed: nn.Module) -> Mapping[str, float]:
+        drifts = measure_drift(
+            changed, reference, lambda: holding(changed, weights), may_be_nothing=True
+        ).values()
+        tokens = sum(drift.tokens for drift in drifts)
+        kl = sum(drift.kl * drift.tokens for drift in drifts)
+        log_ratio = sum(math.log(drift.perplexity_ratio) * drift.tokens for drift in drifts)
+        return {"kl": kl / tokens, "log_perplexity": log_ratio / tokens}
+
+    bases = None
+    if settings.basis == "activation":
+        bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
+    count, rank = settings.directions, settings.principal_rank
+    directions = directions_of(model, modules, count, settings.choice, rank=rank, bases=bases)
+    quiet = None if progress else True
+    shown = tqdm(directions, "probing directions", total=len(modules) * count, leave=False, disable=quiet)
+    return probe(model, shown, settings.kinds, measure, draws=settings.draws, seed=settings.seed)
 
 
-def correlation_table(
-    correlations: Sequence[Mapping[str, Any]], metric: str
-) -> tuple[pd.DataFrame, list[str]]:
-    """Return one metric's correlations with σ, a row an intervention and type of module, and why some are missing."""
+def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) -> pd.DataFrame:
+    """Return one metric's correlations with σ, and why some are missing: a row an intervention and type of module."""
     from hiplora.reporting import interval
 
-    rows, missing = [], []
+    rows = []
     for found in correlations:
         if found["metric"] == metric:
             row = {"intervention": f"{found['kind']}, {found['type']}", "directions": found["points"]}
-            for name in ("pearson", "spearman"):
+            for name in COEFFICIENTS:
                 one, p_value = found[name], found[name]["p_value"]
                 row[name.capitalize()] = interval(one["estimate"], one["low"], one["high"], 2)
                 row[f"{name.capitalize()} p"] = "–" if p_value is None else f"{p_value:.2g}"
-            rows.append(row)
-            if reason := found["pearson"]["reason"]:
-                missing.append(f"{row['intervention']}: {reason}")
-    return pd.DataFrame(rows), missing
+            rows.append(row | {"note": found["pearson"]["reason"]})
+    return pd.DataFrame(rows)
 
 
 def _write_report(path: Path, record: Mapping[str, Any]) -> None:
@@ -246,21 +150,14 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
 
     rows = pd.DataFrame([{**row, **row["drop"]} for row in record["records"]])
     sections = []
-    for metric, unit in UNITS.items():
-        table, missing = correlation_table(record["correlations"], metric)
+    for metric, title in METRICS.items():
+        some = rows[rows[metric] > 0] if metric == "kl" else rows.dropna(subset=metric)
+        axes = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logy": metric == "kl"}
         figure = plots.facets(
-            rows[rows[metric] > 0] if metric == "kl" else rows.dropna(subset=metric),
-            "kind",
-            plots.scatter,
-            x="sigma",
-            y=metric,
-            group="type",
-            logx=True,
-            logy=metric == "kl",
-            xlabel="singular value σ",
-            ylabel=f"{TITLES[metric]} ({unit})",
+            some, "kind", plots.scatter, x="sigma", y=metric, group="type", logx=True, **axes
         )
+        table = correlation_table(record["correlations"], metric)
         tables, figures = {"Correlation with σ, 95 % intervals": table}, {"A dot is a direction.": figure}
-        sections.append(Section(TITLES[metric], "\n\n".join(missing), tables, figures))
-    title = f"What single directions of {record['model']} are worth"
+        sections.append(Section(title, tables=tables, figures=figures))
+    title = f"What single directions of {record['settings']['model']} are worth"
     save_page(path, title, sections, provenance=record["provenance"])

@@ -4,22 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 
-from hiplora.editing import (
-    EditSettings,
-    EditTraining,
-    Question,
-    Reference,
-    evaluate_edits,
-    measure_edits,
-    measure_locality,
-    run_edits,
-    summarise,
-    summarise_locality,
-)
-from hiplora.editing.measure import answer_log_probs, begins_with, normalise
-from hiplora.errors import AdapterError, DataError
+from hiplora.editing import EditTraining, evaluate_edits, run_edits
+from hiplora.editing.measure import Locality, _right, answer_log_probs, measure_edits, normalise, summarise
 from hiplora.evaluation.answers import continuations
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
@@ -67,7 +55,7 @@ def test_likelihoods_and_continuations_equal_the_token_by_token_ones(paraphrase)
     ],
 )
 def test_an_exact_match_is_of_whole_words_at_the_beginning(written, exact):
-    assert begins_with(written, "green") is exact
+    assert _right([written], ["green"]).tolist() == [exact]
 
 
 def test_normalising_drops_case_punctuation_spaces_and_a_leading_article():
@@ -98,55 +86,31 @@ def test_neighbours_are_kept_if_their_answer_is_likelier_than_the_new_one_and_sh
     assert "neighbours_kept" not in found[EDITS[0].category]
 
 
-def freeze(model, questions=QUESTIONS):
-    return Reference.freeze(model, tiny_tokenizer(), questions, EDITS)
-
-
-def test_the_reference_holds_what_the_bare_base_says_and_the_base_shows_no_change():
+def test_the_bare_base_shows_no_change_elsewhere():
     model, tokenizer = writer(), tiny_tokenizer()
-    reference = freeze(model)
+    elsewhere = Locality(model, tokenizer, QUESTIONS, EDITS)
     prompts = [item.prompt for item in QUESTIONS]
-    assert reference.answers["written"].tolist() == continuations(model, tokenizer, prompts, reference.length)
-    assert reference.targets == ("blue", "pink", "grey")
+    written = continuations(model, tokenizer, prompts, 8)  # " roof" and 3 more
+    assert elsewhere.before["written"].tolist() == written
+    assert elsewhere.targets == ["blue", "pink", "grey"]
     for column, answers in (
         ("log_prob", [item.answer for item in QUESTIONS]),
-        ("edited_log_prob", reference.targets),
+        ("edited_log_prob", elsewhere.targets),
     ):
         pairs = list(zip(prompts, answers, strict=True))
-        assert reference.answers[column].tolist() == pytest.approx(answer_log_probs(model, tokenizer, pairs))
-    summary = summarise_locality(reference, measure_locality(model, tokenizer, reference))
+        assert elsewhere.before[column].tolist() == pytest.approx(answer_log_probs(model, tokenizer, pairs))
+    summary = elsewhere.summarise(elsewhere.measure(model))
     assert summary["unchanged"] == 100
     assert summary["accuracy_change"] == summary["log_prob_change"] == summary["edited_log_prob_change"] == 0
-    reference.answers["correct"] = [1, 1, 0]
-    summary = summarise_locality(reference, measure_locality(model, tokenizer, reference))
+    elsewhere.before["correct"] = [1, 1, 0]
+    summary = elsewhere.summarise(elsewhere.measure(model))
     assert summary["accuracy_change"] == pytest.approx(-200 / 3)
 
 
 def test_an_edited_model_is_compared_with_the_base_and_not_with_itself():
-    model = writer()
-    reference = freeze(model)
     config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
-    settings = EditSettings(EditTraining(steps=40, lr=2e-2))
-    found = run_edits(model, tiny_tokenizer(), config, EDITS, "batch", settings, reference).summary()[
-        "locality"
-    ]
+    training = EditTraining(steps=40, lr=2e-2)
+    found = run_edits(writer(), tiny_tokenizer(), config, EDITS, training, QUESTIONS)["summary"]["locality"]
     assert found["unchanged"] < 100
     assert abs(found["log_prob_change"]) > 0.5
     assert found["edited_log_prob_change"] > 0.5  # the new answers leak into prompts where they do not belong
-
-
-def test_a_reference_is_of_the_bare_base_with_the_same_weights_and_of_other_subjects():
-    adapted = get_peft_model(writer(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="freeze the reference on the bare base"):
-        freeze(adapted)
-    with pytest.raises(DataError, match="about Thing 0, which is edited"):
-        freeze(writer(), [Question("Thing 0 has a", "lid", "Thing 0")])
-    with pytest.raises(DataError, match="0 questions"):
-        freeze(writer(), [])
-    model = writer()
-    reference = freeze(model)
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] += 1
-    config = LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(AdapterError, match="frozen with other weights"):
-        run_edits(model, tiny_tokenizer(), config, EDITS, "batch", None, reference)

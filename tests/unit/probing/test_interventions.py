@@ -1,8 +1,5 @@
 """Directions of a weight, interventions on them, and what each costs."""
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,6 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
 from hiplora.probing import (
-    CHOICES,
     choose_directions,
     directions_of,
     find_modules,
@@ -98,24 +94,7 @@ def test_an_unknown_intervention_is_refused(name):
         intervention_factor(name)
 
 
-def test_what_does_not_fit_the_model_is_refused_before_anything_is_changed():
-    model = tiny_llama()
-    weight = model.get_submodule(NAME).weight
-    direction = replace(one(model), u=torch.ones(5))
-    with (
-        pytest.raises(
-            ConfigError, match=rf"{NAME}: the weight is \(32, 64\), the direction is for \(5, 64\)"
-        ),
-        intervened(model, direction, -1.0),
-    ):
-        pass
-    assert model.get_submodule(NAME).weight is weight
-    for name, said in (("model.layers.9.x", "no layer"), ("model.norm", "is a LlamaRMSNorm; probing takes")):
-        with pytest.raises(ConfigError, match=said):
-            list(directions_of(model, [name], 1))
-
-
-@pytest.mark.parametrize("how", CHOICES)
+@pytest.mark.parametrize("how", ["log", "even"])
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (1, 40), (7, 40), (39, 40), (40, 40)])
 def test_so_many_different_indices_come_in_order(how, count, size):
     chosen = choose_directions(size, count, how)
@@ -124,18 +103,12 @@ def test_so_many_different_indices_come_in_order(how, count, size):
     assert 0 <= min(chosen) <= max(chosen) < size
 
 
-def test_log_places_are_dense_among_the_strong_even_ones_are_not_and_random_ones_depend_on_the_seed():
+def test_log_places_are_dense_among_the_strong_and_even_ones_are_not():
     assert choose_directions(1001, 4, "log") == [0, 9, 99, 1000]
     assert choose_directions(1001, 5, "even") == [0, 250, 500, 750, 1000]
-    assert choose_directions(40, 8, "random", 1) == choose_directions(40, 8, "random", 1)
-    assert choose_directions(40, 8, "random", 1) != choose_directions(40, 8, "random", 2)
-    for count, how, said in (
-        (1, "best", "expected one of"),
-        (2, "log", "2 directions of 1"),
-        (0, "log", "0 dir"),
-    ):
+    for count, said in ((2, "2 directions of 1"), (0, "0 dir")):
         with pytest.raises(ConfigError, match=said):
-            choose_directions(1, count, how)
+            choose_directions(1, count)
 
 
 def test_directions_are_the_exact_singular_triplets_to_the_last():
@@ -173,9 +146,6 @@ def test_modules_are_chosen_as_an_adapters_and_by_layer():
         ConfigError, match="layer 9 has none of the requested modules; they are in layers 0, 1"
     ):
         find_modules(model, ["q_proj"], [0, 9])
-    first, second = find_modules(model, ["q_proj"])
-    places = [[d.index for d in directions_of(model, [name], 10, "random")] for name in (first, second)]
-    assert places[0] != places[1]
 
 
 def planted(important=2, size=6):
@@ -187,7 +157,7 @@ def planted(important=2, size=6):
 
     def measure(model):
         gain = U[:, important] @ model["a"](V[:, important])
-        return {"score": 100 * (gain / sigma[important]).item(), "kl": 0.0}
+        return {"score": 100 * (1 - gain / sigma[important]).item()}
 
     return model, measure
 
@@ -198,12 +168,6 @@ def test_the_direction_that_matters_is_found_with_what_it_is_worth():
     for row in rows:
         expected = -100 * row["factor"] if row["index"] == 2 else 0.0
         assert row["drop"]["score"] == pytest.approx(expected, abs=1e-3), row
-    rows = probe(model, directions_of(model, ["a"], 6), ["zero"], measure, lower_is_better=("score",))
-    assert rows[2]["drop"]["score"] == pytest.approx(-100.0, abs=1e-3)
-    (known,) = probe(
-        model, directions_of(model, ["a"], 1), ["zero"], measure, base={"score": 150.0, "kl": 0.0}
-    )
-    assert known["drop"]["score"] == pytest.approx(50.0, abs=1e-3)
 
 
 def test_noise_depends_on_seed_direction_and_draw_and_scales():
@@ -220,44 +184,20 @@ def test_noise_depends_on_seed_direction_and_draw_and_scales():
     assert not torch.allclose(factors("noise_0.1", seed=1), small)
 
 
-def test_an_interrupted_probe_leaves_the_model_and_continues_with_the_same_result():
-    model, kept = tiny_llama(), []
+def test_the_model_is_left_as_it_was_after_an_error_and_a_drop_that_is_not_finite_is_none():
+    model = tiny_llama()
     before = {name: (weight, weight.detach().clone()) for name, weight in model.named_parameters()}
-    calls = []
+    drops = iter([float("nan"), 2.0])
+    rows = []
 
-    @torch.no_grad()
-    def measure(model):
-        calls.append(1)
-        if len(calls) == fail_at:
-            raise KeyboardInterrupt
-        return {"score": float(model(input_ids=torch.arange(1, 9)[None]).logits.square().mean())}
+    def run():
+        directions = directions_of(model, find_modules(model, ["q_proj"]), 1)
+        rows.extend(probe(model, directions, ["zero"], lambda _: {"score": next(drops)}))
 
-    def run(**more):
-        directions = directions_of(model, find_modules(model, ["q_proj"]), 3)
-        return probe(model, directions, ["zero", "noise_0.1"], measure, draws=2, **more)
-
-    fail_at = 0
-    whole, fail_at = run(), len(calls) + 8
-    with pytest.raises(KeyboardInterrupt):
-        run(on_row=kept.append)
-    assert len(kept) == 6  # one call is the base's, one failed
-    count = len(calls)
-    assert run(done=json.loads(json.dumps(kept))) == whole
-    assert len(calls) == count + 1 + len(whole) - len(kept)
+    run()
+    assert [row["drop"]["score"] for row in rows] == [None, 2.0]
+    with pytest.raises(StopIteration):
+        run()
     for name, weight in model.named_parameters():
         assert weight is before[name][0]
         assert torch.equal(weight, before[name][1])
-
-
-def test_a_score_that_is_not_finite_is_none_and_one_of_the_base_an_error():
-    model, measure = planted()
-    scores = iter([50.0, float("nan"), float("inf"), 40.0])
-    rows = probe(model, directions_of(model, ["a"], 3), ["zero"], lambda _: {"score": next(scores)})
-    assert [row["drop"]["score"] for row in rows] == [None, None, 10.0]
-    for kinds, base, said in (
-        (["zero", "zero"], None, "named twice"),
-        (["zero"], {"score": float("nan")}, "score of the base model is nan"),
-        (["zero"], {"other": 1.0}, "measured kl, score; expected"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            probe(model, directions_of(model, ["a"], 1), kinds, measure, base=base)

@@ -29,7 +29,7 @@ class RankOne(Protocol):
     modules: list[str] | str | None = Field(default=None, description="Modules; the attention projections.")
     layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
     directions: Positive = Field(default=8, description="Directions of each module.")
-    choice: Literal["log", "even", "energy", "random"] = Field(default="log", description="How chosen.")
+    choice: Literal["log", "even"] = Field(default="log", description="How chosen.")
     bases: list[Literal["weight", "activation"]] = Field(
         default=["weight"], min_length=1, description="Whose directions."
     )

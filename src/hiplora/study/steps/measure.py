@@ -1,7 +1,7 @@
 """Jobs that measure: scores, merges, choices, where updates lie, edits, probes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hiplora.adapters import allocation_rows, energy_shares
@@ -13,7 +13,7 @@ from hiplora.evaluation import measure_drift
 from hiplora.evaluation.mounting import applied, holding, mounted
 from hiplora.merging import merge
 from hiplora.probing.correlation import findings
-from hiplora.probing.run import ROWS, ProbeSettings, chosen_modules, probe_model
+from hiplora.probing.run import ProbeSettings, probe_model
 from hiplora.study.context import Context
 from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found, rounded
@@ -130,7 +130,7 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     Settings: `method`, a recipe's method or {name: alphaedit, …its settings}; `edits`, "builtin" or a file of the
     study; `limit`, `category`, `mode`, `edits_per_batch`, `sample`, `steps`, `lr`, `rows`, `questions`, `seed` as in
     `EditJob`; `neighbours`, whether the questions near each edit are asked; `drift` as in `evaluate`, measured after
-    the last edit; `files`, hashes of what is read. An interrupted job continues after its last finished stage.
+    the last edit; `files`, hashes of what is read.
     """
     method = placed_recipe(context, {"method": settings["method"]})["method"]
     edits, mode = settings["edits"], settings["mode"]
@@ -150,49 +150,27 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
             **given,
         )
     )
-    reference = drift_reference(context, settings)
+    reference, drift = drift_reference(context, settings), None
 
-    def edited(number: int, editor: Editor) -> Mapping[str, Any] | None:
-        last = number == prepared.stages
-        return {"drift": drift_of(editor.model, reference, editor.off)} if last else None
+    def edited(number: int, editor: Editor) -> None:
+        nonlocal drift
+        if number == len(prepared.groups):
+            drift = drift_of(editor.model, reference, editor.off)
 
-    folder = context.store.work(job)
-    folder.mkdir(parents=True, exist_ok=True)
-    run = prepared.run(*context.model(), folder, on_edited=edited)
-    found = {**run.as_dict(), "drift": run.stages[-1].extra["drift"]}
-    return rounded(found), {"edit_seconds": sum(stage.took["seconds"] for stage in run.stages)}
+    found = prepared.run(*context.model(), texts=False, on_edited=edited)
+    seconds = found.pop("seconds")
+    return rounded({**found, "drift": drift}), {"edit_seconds": seconds}
 
 
 def probe(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Probe the base direction by direction: the effect of single directions of its weights on texts and tasks.
+    """Probe the base direction by direction: the effect of single directions of its weights on texts.
 
-    Settings: those of `ProbeSettings`; `texts`, name to source; `scores`, tasks that are scored too, each with its
-    number of items (None: all); `files`, hashes of what is read. A task has two metrics, in per cent: its name, the
-    score, and NAME likelihood. An interrupted job continues after the last intervention it measured.
+    Settings: those of `ProbeSettings`; `texts`, name to source; `files`, hashes of what is read.
     """
     asked = ProbeSettings(
         model=context.name, **{name: settings[name] for name in OF_PROBES if name in settings}
     )
-    model, _ = context.model()
     reference = context.reference(settings["texts"], asked.tokens, WINDOW)
-    folder = context.store.work(job)
-    folder.mkdir(parents=True, exist_ok=True)
-    modules = chosen_modules(model, asked)
-    scores = _task_scores(context, settings) if settings.get("scores") else None
-    rows = probe_model(model, modules, reference, asked, folder / ROWS, scores=scores)
-    found = {"modules": modules, "records": rounded(rows), "correlations": findings(rows, asked.seed)}
-    return found, {}
-
-
-def _task_scores(context: Context, settings: Mapping[str, Any]) -> Callable[[Any], dict[str, float]]:
-    asked = {"tasks": settings["scores"], "seed": settings["seed"]}
-
-    def measure(model: Any) -> dict[str, float]:
-        found = {}
-        for task, scored in score(context, model, asked).items():
-            for name, field in ((task, "score"), (f"{task} likelihood", "likelihood")):
-                if scored[field] is not None:
-                    found[name] = sum(scored[field]) / len(scored[field])
-        return found
-
-    return measure
+    rows = probe_model(context.model()[0], reference, asked)
+    modules = list(dict.fromkeys(row["module"] for row in rows))
+    return {"modules": modules, "records": rounded(rows), "correlations": findings(rows, asked.seed)}, {}
