@@ -180,11 +180,11 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hiplora.models import quiet_transformers, resolve
-    from hiplora.training.recipe import model_problems
+    from hiplora.training.recipe import model_problem
     from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
 
-    if problems := model_problems(model):
-        raise ConfigError("\n".join(problems))
+    if problem := model_problem(model):
+        raise ConfigError(problem)
     try:
         with quiet_transformers(), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))

@@ -72,17 +72,12 @@ def test_a_machine_gets_one_json_object(recipe_file, tmp_path, capsys):
     assert {key: printed[key] for key in stored} == stored
 
 
-def test_the_recipes_own_output_folder_is_the_default(recipe_file, tmp_path):
-    assert run(recipe_file) == 0
-    assert (tmp_path / "own-out" / "adapter_config.json").exists()
-    assert run(recipe_file, "--set", "out=", "--json") == 2
-
-
-def test_settings_on_the_command_line_reach_the_run(recipe_file, tmp_path):
-    assert run(recipe_file, "--set", "method=lora", "--set", "train.lr=3e-3", "--out", tmp_path / "out") == 0
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_default(recipe_file, tmp_path):
+    assert run(recipe_file, "--set", "method=lora", "--set", "train.lr=3e-3") == 0
+    config = json.loads((tmp_path / "own-out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    assert "lr: 0.003" in (tmp_path / "out" / "recipe.yaml").read_text()
+    assert "lr: 0.003" in (tmp_path / "own-out" / "recipe.yaml").read_text()
+    assert run(recipe_file, "--set", "out=", "--json") == 2
 
 
 @pytest.mark.parametrize(
@@ -103,17 +98,6 @@ def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(
     assert captured.err.startswith("error: ")
     assert re.search(said, captured.err)
     assert "Traceback" not in captured.err
-
-
-def test_a_finished_run_is_refused_resumed_or_replaced(recipe_file, tmp_path, capsys, caplog):
-    out = tmp_path / "out"
-    assert run(recipe_file, "--out", out) == 0
-    assert run(recipe_file, "--out", out) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert run(recipe_file, "--out", out, "--resume") == 0
-    assert "nothing to do" in caplog.text
-    assert run(recipe_file, "--out", out, "--overwrite", "--set", "train.steps=3") == 0
-    assert "steps: 3" in (out / "recipe.yaml").read_text()
 
 
 def test_a_run_that_stopped_says_that_it_is_carried_on(recipe_file, tmp_path, capsys, caplog, monkeypatch):

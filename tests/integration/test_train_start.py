@@ -1,6 +1,7 @@
 """`train.start_from`: every method carries on from the adapter that it is given, on a base that nobody touched."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -16,7 +17,6 @@ from tests.tiny import write_jsonl
 
 METHODS = {
     "hiplora": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
-    "recomputed": {"name": "hiplora", "preset": "paper", "principal_rank": 8, "save_factors": False},
     "activation": {"name": "hiplora", "principal_rank": 8, "calibration_tokens": 512},
     "energy": {"name": "proj_lora", "principal_rank": "energy:0.5", "basis": "weight", "projection": "hard"},
     "soft": {"name": "proj_lora", "principal_rank": 8, "projection": "soft", "calibration_tokens": 512},
@@ -25,7 +25,7 @@ METHODS = {
     "milora": {"name": "milora", "r": 4, "alpha_pattern": {"q_proj": 3.0}},
     "corda": {"name": "corda", "r": 4, "calibration_tokens": 512},
     "lora_null": {"name": "lora_null", "r": 4, "calibration_tokens": 512},
-    "adalora": {"name": "adalora", "r": 2, "init_r": 6, "tinit": 0, "tfinal": 1},
+    "osf": {"name": "osf", "effective_rank": 0.25},
     "split_lora": {"name": "split_lora", "clients": 2, "cut_layer": 1, "average_every": 2},
 }
 SETTINGS = {
@@ -114,7 +114,7 @@ def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_was_given(
     }
 
 
-@pytest.mark.parametrize("method", ["hiplora", "soft", "lora", "pissa", "adalora", "split_lora"])
+@pytest.mark.parametrize("method", ["soft", "pissa", "split_lora"])
 def test_training_on_changes_the_adapter_and_lowers_the_new_tasks_loss(
     recipe, first, tmp_path, tiny_model_dir, method
 ):
@@ -123,22 +123,16 @@ def test_training_on_changes_the_adapter_and_lowers_the_new_tasks_loss(
     result = train(recipe(method, 1, given), tmp_path / "out")
     assert result.held_out["after"] < result.held_out["before"]
     assert largest(update(result.adapter, tiny_model_dir), update(given, tiny_model_dir)) > 1e-3
-    origin = json.loads((result.adapter / "provenance.json").read_text())
+    origin = json.loads((result.adapter / "provenance.json").read_text())["data"]
     assert origin["start"] == {"folder": given.name, "sha256": before}
     assert file_sha256(given / "adapter_model.safetensors") == before
-    stored = json.loads((given / "provenance.json").read_text())["result"]
-    if method != "adalora":  # of which the first training had those that it pruned, too
-        assert result.trainable_parameters == stored["trainable_parameters"]
     assert str(given.parent) not in (result.adapter / "README.md").read_text()
 
 
-@pytest.mark.parametrize("method", ["soft", "activation"])
-def test_the_factors_are_the_given_adapters_and_are_not_measured_again(
-    recipe, first, tmp_path, monkeypatch, method
-):
-    given = first(method)
+def test_the_factors_are_the_given_adapters_and_are_not_measured_again(recipe, first, tmp_path, monkeypatch):
+    given = first("soft")
     monkeypatch.setattr("hiplora.tuner.calibrate", None)
-    result = train(recipe(method, 1, given), tmp_path / "out")
+    result = train(recipe("soft", 1, given), tmp_path / "out")
     old, new = tensors(given), tensors(result.adapter)
     kinds = ("hiplora_U", "hiplora_sigma", "hiplora_V", "hiplora_shrink_V")
     factors = [name for name in old if name.endswith(kinds)]
@@ -158,7 +152,7 @@ class Stop(TrainerCallback):
             raise Stopped
 
 
-@pytest.mark.parametrize("method", ["activation", "lora", "corda", "adalora"])
+@pytest.mark.parametrize("method", ["activation", "corda"])
 def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
     asked = recipe(method, 1, first(method))
     whole = train(asked, tmp_path / "whole")
@@ -168,29 +162,6 @@ def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
     one, other = tensors(whole.adapter), tensors(parts.adapter)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row.get("loss") for row in whole.metrics] == [row.get("loss") for row in parts.metrics]
-
-
-def test_pissa_carries_on_from_the_given_start_where_its_own_comes_out_otherwise(
-    recipe, first, tmp_path, tiny_model_dir
-):
-    """As on another machine: the given adapter's start is turned within its plane, and the update is what it was."""
-    given = tmp_path / "given"
-    given.mkdir()
-    for path in first("pissa").iterdir():
-        if path.is_file():
-            (given / path.name).write_bytes(path.read_bytes())
-    turned = tensors(given)
-    for name in [name for name in turned if "lora_A" in name]:
-        partner = name.replace("lora_A", "lora_B")
-        r = turned[name].shape[0] // 2
-        turned[name][r:] *= -1
-        turned[partner][:, r:] *= -1
-    save_file(turned, given / "adapter_model.safetensors", {"format": "pt"})
-    result = train(recipe("pissa", 1, given, lr=1e-12, weight_decay=0, steps=2), tmp_path / "out")
-    assert largest(update(result.adapter, tiny_model_dir), update(given, tiny_model_dir)) < 1e-6
-    ours = tensors(result.adapter)
-    starts = [(ours[n][4:], turned[n][4:]) for n in ours if "lora_A" in n and "q_proj" not in n]
-    assert all(torch.equal(one, other) for one, other in starts)
 
 
 def test_an_adapter_of_another_method_or_rank_is_an_error_that_says_what_differs(recipe, first, tmp_path):
@@ -206,14 +177,7 @@ def test_an_adapter_of_another_method_or_rank_is_an_error_that_says_what_differs
     assert not (tmp_path / "out").exists()
 
 
-def test_what_only_steers_the_training_may_differ(recipe, first, tmp_path):
-    method = {**METHODS["hiplora"], "stability_weight": 1.0, "lora_dropout": 0.0}
-    train(recipe(method, 1, first("hiplora"), steps=1), tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["stability_weight"], config["lora_dropout"]) == (1.0, 0.0)
-
-
-def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path, caplog):
+def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path):
     from tests.tiny import save_tiny
 
     asked = recipe("hiplora", 1, first("hiplora")).model_copy(
@@ -221,7 +185,6 @@ def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path, caplog)
     )
     with pytest.raises(HipLoraError, match="base model's weight is not the one"):
         train(asked, tmp_path / "out")
-    assert "this model is m" in caplog.text
 
 
 def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, first):
@@ -231,14 +194,10 @@ def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, 
 
 
 def test_another_adapter_under_the_same_name_is_noticed_when_a_run_is_resumed(recipe, first, tmp_path):
-    given = tmp_path / "given"
-    given.mkdir()
-    for path in first("lora").iterdir():
-        if path.is_file():
-            (given / path.name).write_bytes(path.read_bytes())
+    given = shutil.copytree(first("lora"), tmp_path / "given")
     with pytest.raises(Stopped):
         train(recipe("lora", 1, given), tmp_path / "out", callbacks=[Stop()])
     weights = tensors(given)
     save_file({name: value * 2 for name, value in weights.items()}, given / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match="the adapter that it started from changed since this run began"):
+    with pytest.raises(ConfigError, match="changed since this run began, or the adapter"):
         train(recipe("lora", 1, given), tmp_path / "out")

@@ -5,7 +5,7 @@ is prompted; whatever is cut or left out is counted.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hiplora.data.examples import Example
@@ -27,11 +27,6 @@ class EncodingReport:
     learned_tokens: int = 0
     truncated: int = 0  # responses cut at their end
     left_out: int = 0  # the prompt alone fills max_length
-    split: int = 0  # plain texts cut into several sequences
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the counts under their names."""
-        return asdict(self)
 
     def warnings(self, max_length: int) -> list[str]:
         """Say what was cut or left out; empty if nothing was."""
@@ -91,8 +86,7 @@ def _cut(example: Example, tokens: Tokens, max_length: int, report: EncodingRepo
     ids, labels = tokens
     if len(ids) <= max_length and _learned(labels):
         yield ids, labels
-    elif example.is_text:
-        report.split += len(ids) > max_length
+    elif not example.prompt and not example.messages:
         for start in range(0, len(ids), max_length):
             if len(piece := ids[start : start + max_length]) > 1:
                 yield piece, list(piece)
@@ -118,11 +112,7 @@ def _encode_chunk(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
 
 
 def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
-    """Join prompt and response into one sequence with an end.
-
-    Where a token spans the boundary, the response is tokenized by itself: at inference the model reads the prompt's
-    own tokens.
-    """
+    """Join prompt and response; a response whose first token spans the boundary is tokenized by itself."""
     spans = whole[: len(prompt)] != prompt
     response = _tokenize(tokenizer, [example.response])[0] if spans else whole[len(prompt) :]
     end = tokenizer.eos_token_id

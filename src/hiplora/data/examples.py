@@ -18,7 +18,7 @@ from hiplora.data.prompts import (
     step_by_step,
     with_hint,
 )
-from hiplora.data.rows import Row, check_rows, completion_field, detect_format, read_rows
+from hiplora.data.rows import Row, check_rows, detect_format, read_rows
 from hiplora.errors import DataError, first_line
 from hiplora.provenance import file_sha256
 
@@ -151,11 +151,6 @@ class Example:
     learn_prompt: bool = False
 
     @property
-    def is_text(self) -> bool:
-        """Whether this is plain text."""
-        return not self.prompt and not self.messages
-
-    @property
     def whole(self) -> str:
         """All of its text."""
         if self.messages:
@@ -170,7 +165,6 @@ class TrainingData:
     train: list[Example]
     held_out: list[Example]
     sources: dict[str, dict[str, Any]]
-    shape: str
 
 
 def load_examples(
@@ -207,17 +201,15 @@ def load_data(data: DataSettings) -> TrainingData:
         train, held_out = _split(train, data.held_out_fraction, name)
     held_out = held_out[: data.held_out_limit]
     if data.learn_prompt:
-        if any(example.messages for example in [*train, *held_out]):
+        if format == "messages":
             raise DataError(f"{name}: data.learn_prompt does not apply to conversations; remove it")
-        train, held_out = (
-            [replace(one, learn_prompt=True) for one in examples] for examples in (train, held_out)
-        )
+        train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
     sources = {"train": _source(data, data.path, len(train))}
     if data.max_characters is not None:
         sources["train"]["too_long"] = len(values) - len(kept)
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
-    return TrainingData(train, held_out, sources, format)
+    return TrainingData(train, held_out, sources)
 
 
 def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:
@@ -273,7 +265,7 @@ def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
     if format == "multiple_choice":
         return lettered(row), "", letters(row)[row["answer"]]
     if format == "prompt_completion":
-        return row["prompt"], "", row[completion_field(row)]
+        return row["prompt"], "", row.get("completion", row.get("response"))
     if format == "query_response":
         return row["query"], "", row["response"]
     return (row["text"], "", "") if format == "text" else (row["question"], "", row["answer"])

@@ -9,35 +9,78 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+)
 
 from hiplora.data.prompts import LETTERS
-from hiplora.errors import DataError, first_line
+from hiplora.errors import DataError, first_line, first_problem
 
 Row = tuple[str, Any]  # place, value
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
-ROLES = ("system", "user", "assistant", "tool")
-# Format -> its fields, in the order in which "auto" tries them; "completion" may be called "response".
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "multiple_choice": ("question", "choices", "answer"),
-    "question_answer": ("question", "answer"),
-    "query_response": ("query", "response"),
-    "text": ("text",),
-}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+def _not_empty(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def _says_something(messages: list[Any]) -> list[Any]:
+    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+        raise ValueError("no assistant message with text: nothing to learn")
+    return messages
+
+
+def _is_a_choice(answer: int, info: ValidationInfo) -> int:
+    if not 0 <= answer < len(choices := info.data.get("choices", ())):
+        raise ValueError(f"{answer} is not the index of a choice, 0 to {len(choices) - 1}")
+    return answer
+
+
+def _model(**fields: Any) -> type[BaseModel]:
+    return create_model("Row", __config__=ConfigDict(strict=True), **fields)
+
+
+Text = (Annotated[str, AfterValidator(_not_empty)], ...)
+Message = _model(role=(Literal["system", "user", "assistant", "tool"], ...), content=(str, ...))
+Choices = Annotated[list[str], Field(min_length=2, max_length=len(LETTERS))]
+Completion = (Text[0], Field(validation_alias=AliasChoices("completion", "response")))
+# In the order in which "auto" tries them.
+FORMATS: dict[str, type[BaseModel]] = {
+    "messages": _model(messages=(Annotated[list[Message], AfterValidator(_says_something)], ...)),  # type: ignore
+    "alpaca": _model(instruction=Text, output=Text, input=(str | None, None)),
+    "prompt_completion": _model(prompt=(str, ...), completion=Completion),
+    "multiple_choice": _model(
+        question=Text, choices=(Choices, ...), answer=(Annotated[int, AfterValidator(_is_a_choice)], ...)
+    ),
+    "question_answer": _model(question=Text, answer=Text),
+    "query_response": _model(query=Text, response=Text),
+    "text": _model(text=Text),
+}
+NEEDED = {
+    name: [field for field, info in format.model_fields.items() if info.is_required()]
+    for name, format in FORMATS.items()
+}
 
 
 def is_hub_name(source: str | Path) -> bool:
     """Return whether a source is a data set on the hub (`owner/name` or `owner/name:config`), not a file."""
     name = str(source)
-    return (
-        bool(_HUB_NAME.fullmatch(name)) and not name.endswith((*SUFFIXES, ".txt")) and not Path(name).exists()
-    )
+    is_file = name.endswith((*SUFFIXES, ".txt")) or Path(name).exists()
+    return bool(_HUB_NAME.fullmatch(name)) and not is_file
 
 
 def hub_rows(name: str) -> Iterator[Row]:
@@ -67,12 +110,18 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file is missing, empty, of an unknown kind or malformed; the message names the line.
     """
-    _check_file(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path")
+    if path.is_dir() or not path.name.endswith(SUFFIXES):
+        raise DataError(f"{path}: not a data file; expected one of {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: is empty; it must have at least one row")
+    if path.name.endswith(".parquet"):
+        yield from _parquet(path)
+        return
+    opened = gzip.open if path.name.endswith(".gz") else open
     try:
-        if path.name.endswith(".parquet"):
-            yield from _parquet(path)
-            return
-        with _open(path) as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             is_json = path.name.endswith((".json", ".json.gz"))
             yield from _json(file, path) if is_json else _json_lines(file, path)
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -90,8 +139,12 @@ def check_rows(rows: Iterable[Row], format: str, name: str | Path) -> tuple[str,
     for place, value in rows:
         if format == "auto":
             format = _first_format(value, f"{name}, {place}")
-        if problem := _problem(value, format):
-            problems.append(f"{name}, {place}: {problem}")
+        try:
+            FORMATS[format].model_validate(value)
+        except ValidationError as error:
+            missing = error.errors()[0]["type"] == "missing"
+            found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
+            problems.append(f"{name}, {place}: {first_problem(error)}{found}")
         values.append(value)
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
@@ -99,10 +152,10 @@ def check_rows(rows: Iterable[Row], format: str, name: str | Path) -> tuple[str,
         shown = problems[:MAX_SHOWN]
         if len(problems) > MAX_SHOWN:
             shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
-        shown.append(
-            f"rows of format {format} need {', '.join(FORMATS[format])}; fix the rows or set data.format"
+        needed = ", ".join(NEEDED[format])
+        raise DataError(
+            "\n".join([*shown, f"rows of format {format} need {needed}; fix the rows or set data.format"])
         )
-        raise DataError("\n".join(shown))
     return format, values
 
 
@@ -111,29 +164,15 @@ def detect_format(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return None
     fields = {*row, "completion"} if "response" in row else {*row}
-    return next((name for name, needed in FORMATS.items() if fields >= {*needed}), None)
+    return next((name for name, needed in NEEDED.items() if fields >= {*needed}), None)
 
 
-def completion_field(row: Mapping[str, Any]) -> str:
-    """Return the field with the completion of a prompt_completion row: `completion` or `response`."""
-    return "response" if "response" in row and "completion" not in row else "completion"
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.name.endswith(SUFFIXES))[:5]
-        beside = f" (data files in that folder: {', '.join(near)})" if near else ""
-        raise DataError(f"{path}: no such file; check the path{beside}")
-    if path.is_dir() or not path.name.endswith(SUFFIXES):
-        raise DataError(f"{path}: not a data file; expected one of {', '.join(SUFFIXES)}")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: is empty; it must have at least one row")
-
-
-def _open(path: Path) -> TextIO:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
+def _first_format(row: Any, where: str) -> str:
+    if (format := detect_format(row)) is not None:
+        return format
+    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
+    needs = "; ".join(f"{name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
+    raise DataError(f"{where}: unknown format, found {found}; rename the fields: {needs}")
 
 
 def _json_lines(file: TextIO, path: Path) -> Iterator[Row]:
@@ -151,7 +190,7 @@ def _json_lines(file: TextIO, path: Path) -> Iterator[Row]:
 
 def _json(file: TextIO, path: Path) -> Iterator[Row]:
     try:
-        value = json.load(file)
+        rows = json.load(file)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines named .json, as many data sets are published
             file.seek(0)
@@ -160,9 +199,8 @@ def _json(file: TextIO, path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
         ) from None
-    rows = [value] if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of rows, found {type(value).__name__}")
+        raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -171,68 +209,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+        rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
-
-
-def _first_format(row: Any, where: str) -> str:
-    if (format := detect_format(row)) is not None:
-        return format
-    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
-    needs = "; ".join(f"{name} needs {', '.join(fields)}" for name, fields in FORMATS.items())
-    raise DataError(f"{where}: unknown format, found {found}; rename the fields: {needs}")
-
-
-def _problem(row: Any, format: str) -> str | None:
-    """Say what a row lacks to be of a format; None if it fits."""
-    if not isinstance(row, Mapping):
-        return f"expected an object with fields, found {type(row).__name__}"
-    if format == "messages":
-        return _messages_problem(row.get("messages"))
-    if format == "multiple_choice":
-        return _text_problem(row, "question") or _choices_problem(row)
-    fields = FORMATS[format]
-    if format == "prompt_completion":
-        fields = ("prompt", completion_field(row))
-    if format == "alpaca" and row.get("input") is not None:
-        fields = (*fields, "input")
-    return next(filter(None, (_text_problem(row, field) for field in fields)), None)
-
-
-def _text_problem(row: Mapping[str, Any], field: str) -> str | None:
-    if field not in row:
-        return f"field `{field}` is missing (found {', '.join(map(str, row)) or 'no fields'})"
-    if not isinstance(value := row[field], str):
-        return f"field `{field}` is {type(value).__name__} ({value!r:.40}), expected text"
-    if not value.strip() and field not in ("prompt", "input"):
-        return f"field `{field}` is empty"
-    return None
-
-
-def _choices_problem(row: Mapping[str, Any]) -> str | None:
-    choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        return f"field `choices` is not a list of 2 to {len(LETTERS)} texts"
-    if not all(isinstance(choice, str) for choice in choices):
-        return "field `choices` has something that is not text"
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return (
-            f"field `answer` is {answer!r}, expected the index of the right choice, 0 to {len(choices) - 1}"
-        )
-    return None
-
-
-def _messages_problem(messages: Any) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return "field `messages` is not a list of messages"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            return f"message {number} has no text `content`"
-        if message.get("role") not in ROLES:
-            return f"message {number} has role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return "no assistant message with text: nothing to learn"
-    return None
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

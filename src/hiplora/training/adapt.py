@@ -37,15 +37,16 @@ def put_on(
         ConfigError: the method does not fit the model.
         DataError, FactorError: as `Method.prepare`.
     """
-    kept = method.moves_base and start is not None and (start / WEIGHTS_FILE).is_file()
+    keeps = start if method.moves_base else None
+    restores = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
+    begin = None
     try:
         prepare = config is None
         config = config or method.peft_config(steps)
         if prepare and method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
             config.target_modules = {*default_targets(model, "paper")}  # type: ignore[attr-defined]
-        begin = None
-        if kept:
-            begin = residual_init.restored(config, start)  # type: ignore[arg-type]
+        if restores:
+            begin = residual_init.restored(config, keeps)  # type: ignore[arg-type]
         elif prepare:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
@@ -59,15 +60,14 @@ def put_on(
             f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "  # type: ignore[attr-defined]
             "against the model's module names"
         ) from error
-    if method.moves_base and start is not None and not kept:
-        residual_init.save_start(adapted, start)
+    if keeps is not None and not restores:
+        residual_init.save_start(adapted, keeps)
     return adapted
 
 
 def save_trained(method: Method, model: PeftModel, folder: Path, start: Path | None = None) -> None:
     """Save a trained adapter for the untouched base model; `start` as in `put_on`."""
+    save_adapter(model, folder)
     if method.moves_base:
         assert start is not None, "a method that moves the base is saved relative to its start"
-        residual_init.save_difference(model, folder, start)
-    else:
-        save_adapter(model, folder)
+        residual_init.to_difference(folder, start)

@@ -5,7 +5,6 @@ disabled, so it takes no memory of its own.
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hiplora.data.texts import calibration_rows
+from hiplora.training.method import Penalty
 from hiplora.training.recipe import TrainRecipe
 from hiplora.tuner import sampled_rows
 
 
-class KlPenalty:
+class KlPenalty(Penalty):
     """KL(base ‖ adapted), mean per token in nats, on some tokens of a text, chosen by seed and step.
 
     Both models run in eval mode, so no random number is drawn that training would miss.
@@ -34,11 +34,15 @@ class KlPenalty:
         self._count = -(-tokens // length)
 
     def batch(self, step: int) -> list[Tensor]:
-        """Return the pieces of text of a step, at most `tokens` tokens."""
-        first = step * self._count
-        drawn = [self._drawn(place) for place in range(first, first + self._count)]
-        before = itertools.accumulate((len(piece) for piece in drawn), initial=0)
-        return [piece[: self._tokens - used] for piece, used in zip(drawn, before, strict=False)]
+        """Return the pieces of text of a step, at most `tokens` tokens, in an order drawn anew in each pass."""
+        pieces, left = [], self._tokens
+        for place in range(step * self._count, (step + 1) * self._count):
+            lap, index = divmod(place, len(self._pieces))
+            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + lap) % 2**32)
+            order = torch.randperm(len(self._pieces), generator=generator)
+            pieces.append(self._pieces[int(order[index])][:left])
+            left -= len(pieces[-1])
+        return pieces
 
     def __call__(self, model: Any, step: int) -> Tensor:
         """Return the divergence, with gradients to the adapter only."""
@@ -47,17 +51,14 @@ class KlPenalty:
             "input_ids": torch.cat(pieces)[None].to(model.device),
             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])[None].to(model.device),
         }
-        with _evaluating(model):
-            with torch.no_grad(), _disabled(model):
-                base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
-            adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad(), _disabled(model):
+            base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+        adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+        for module, mode in modes.items():
+            module.training = mode
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
-
-    def _drawn(self, place: int) -> Tensor:
-        """Return the piece at a place of an endless order that shuffles all pieces anew in each pass."""
-        lap, index = divmod(place, len(self._pieces))
-        generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + lap) % 2**32)
-        return self._pieces[int(torch.randperm(len(self._pieces), generator=generator)[index])]
 
 
 def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
@@ -77,23 +78,10 @@ def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenal
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
 def _disabled(model: Any) -> Iterator[None]:
     """Disable the adapter; restore what is trainable on exit, since PEFT decides that anew."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, flag in trainable.items():
-            parameter.requires_grad_(flag)
+    with model.disable_adapter():
+        yield
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)

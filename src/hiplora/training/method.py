@@ -7,9 +7,9 @@ loaded, so these files import torch and PEFT only inside functions.
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -30,15 +30,15 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 Begin = Callable[["PeftModel"], None]  # brings a new adapter to the point where training begins
 
 
-class Penalty(Protocol):
+class Penalty:
     """A term of the loss: `weight` times its value is added once a step; `name` is its column in the metrics."""
 
-    name: str
+    name: ClassVar[str]
     weight: float
 
     def __call__(self, model: Any, step: int) -> "Tensor":
         """Return the value without its weight, a scalar with gradients to the adapter."""
-        ...
+        raise NotImplementedError
 
 
 class Session:
@@ -53,9 +53,6 @@ class Session:
     def batches(self, sampler: "Sampler[int]", batch_size: int) -> "BatchSampler | None":
         """Return the batches of an epoch, where they are not simply consecutive."""
         return None
-
-    def begin(self) -> None:
-        """Begin a training, from the adapter that the model holds or from a checkpoint that is loaded next."""
 
     def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Wrap forward and backward of the micro-batch `number` of a step."""
@@ -127,13 +124,11 @@ class Method(Block):
         """
         return None
 
-    def load_tensors(self, model: "PeftModel", tensors: dict[str, "Tensor"], given: Mapping[str, Any]) -> Any:
-        """Put a finished adapter's tensors on a new one; return what PEFT says is missing or unexpected."""
-        import peft
+    def trained_tensors(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """Return, of the tensors of a finished adapter, those that a training that carries it on starts from."""
+        return tensors
 
-        return peft.set_peft_model_state_dict(model, tensors, ADAPTER)
-
-    def session(self, model: "PeftModel", sequences: int, carries_on: bool) -> Session:
+    def session(self, model: "PeftModel", sequences: int) -> Session:
         """Return what the method does while it trains on so many sequences."""
         return Session(model)
 
@@ -143,14 +138,6 @@ class Method(Block):
 
     def check_training(self, train: "TrainSettings") -> None:
         """Check that the training settings fit the method; raises ValueError."""
-
-    def warnings(self, train: "TrainSettings") -> list[str]:
-        """Return what the user should know about these settings."""
-        return []
-
-    def describe(self) -> str:
-        """Return a sentence for the model card."""
-        return self.summary
 
 
 class LowRank(Method):
@@ -224,16 +211,3 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Adapter .* have invalid shape")  # AdaLoRA's modules of rank 0
         model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-@contextlib.contextmanager
-def replaced(config: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a configuration inside the block; restore them on exit."""
-    before = {name: getattr(config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)

@@ -7,10 +7,9 @@ imports torch.
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,12 +18,13 @@ from hiplora.data.examples import Block, DataSettings, PathText
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import ConfigError, DataError
 from hiplora.training.methods import METHODS, AnyMethod
+from hiplora.training.start_from import start_problem
 
-Loc = tuple[str | int, ...]  # place in a recipe: ("train", "lr")
+Loc = tuple[str | int, ...]  # a place in a recipe
 
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
-PATHS: tuple[Loc, ...] = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
-TEXTS: tuple[Loc, ...] = (("method", "calibration_text"), ("train", "kl_text"))
+PATHS = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
+TEXTS = (("method", "calibration_text"), ("train", "kl_text"))
 
 
 class TrainSettings(Block):
@@ -207,7 +207,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     for override in overrides:
         put_over(value, override)
     value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
-    problems = [f"model: {text}" for text in model_problems(value.get("model"))]
+    problems = list(filter(None, [model_problem(value.get("model"))]))
     try:
         recipe = TrainRecipe.model_validate(value)
         problems += _file_problems(recipe)
@@ -218,22 +218,19 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     return recipe
 
 
-def model_problems(model: Any) -> list[str]:
+def model_problem(model: Any) -> str | None:
     """Say what is wrong with a model's folder; a name on the hub is trusted until it is loaded."""
     if not isinstance(model, str) or not _is_path(model):
-        return []
-    folder = Path(model)
-    if not folder.is_dir():
-        return [f"no such folder: {folder}; check the path, or give a name on the hub (owner/name)"]
-    if not (folder / "config.json").is_file():
-        return [f"{folder} has no config.json; name a folder that `save_pretrained` wrote"]
-    return []
+        return None
+    if not Path(model).is_dir():
+        return f"model: no such folder: {model}; check the path, or give a name on the hub (owner/name)"
+    if not (Path(model) / "config.json").is_file():
+        return f"model: {model} has no config.json; name a folder that `save_pretrained` wrote"
+    return None
 
 
 def _file_problems(recipe: TrainRecipe) -> list[str]:
     """Say what is wrong with the files that a recipe names."""
-    from hiplora.training.start_from import start_problems
-
     problems = []
     for name in ("path", "held_out"):
         if (source := getattr(recipe.data, name)) is not None:
@@ -242,12 +239,12 @@ def _file_problems(recipe: TrainRecipe) -> list[str]:
             except (DataError, OSError) as error:
                 problems.append(f"data.{name}: {error}")
     for block, name in TEXTS:
-        text = getattr(getattr(recipe, str(block)), str(name), None)
+        text = getattr(getattr(recipe, block), name, None)
         if text is not None and not Path(text).is_file() and not is_hub_name(text):
             problems.append(f"{block}.{name}: no such file: {text}; correct the path")
     if recipe.train.start_from is not None:
-        found = start_problems(recipe.method, recipe.train.start_from)
-        problems += [f"train.start_from: {text}" for text in found]
+        problem = start_problem(recipe.method, recipe.train.start_from)
+        problems += [f"train.start_from: {problem}"] if problem else []
     return problems
 
 
@@ -256,19 +253,17 @@ def _is_path(name: str) -> bool:
 
 
 def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make a recipe's paths absolute; a text may be a data set on the hub instead."""
+    """Make a recipe's paths absolute; a model and a text may be names on the hub instead."""
     value = {key: dict(block) if isinstance(block, dict) else block for key, block in value.items()}
     for loc in (("model",), *PATHS, *TEXTS):
-        block = value if len(loc) == 1 else value.get(str(loc[0]))
-        name = str(loc[-1])
-        if not isinstance(block, dict) or not isinstance(given := block.get(name), str) or not given:
+        block, name = value if len(loc) == 1 else value.get(loc[0]), loc[-1]
+        given = block.get(name) if isinstance(block, dict) else None
+        if not isinstance(given, str) or not given:
             continue
         path = os.path.normpath(folder / Path(given).expanduser())
-        on_the_hub = (
-            not _is_path(given) and not os.path.isdir(path) if name == "model" else is_hub_name(given)
-        )
-        if loc in PATHS or not on_the_hub or Path(path).exists():
-            block[name] = path
+        on_the_hub = not _is_path(given) if name == "model" else is_hub_name(given)
+        if loc in PATHS or not on_the_hub or os.path.exists(path):
+            block[name] = path  # type: ignore[index]
     return value
 
 
@@ -331,69 +326,44 @@ def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
 
 def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Return a line for everything that pydantic found in a recipe of the model `root`."""
+    schema = root.model_json_schema()
+    known = {name for block in (schema, *schema["$defs"].values()) for name in block.get("properties", ())}
     found: dict[str, str] = {}
     for details in error.errors():
-        loc, block = _located(details["loc"], root)
+        loc = _without_labels(details["loc"])
         name = ".".join(map(str, loc))
-        found.setdefault(name, f"{name + ': ' if name else ''}{_message(details, loc, block)}")
+        field = str(loc[-1]) if loc else ""
+        message = _message(details, field, "method" in loc, known - {field})
+        found.setdefault(name, f"{name}: {message}" if name else message)
     return list(found.values())
 
 
-def _message(details: Any, loc: Loc, block: type[BaseModel]) -> str:
+def _without_labels(loc: Loc) -> Loc:
+    """Return an error's place without pydantic's labels of union members: method names, `int`, `list[str]`."""
+    pairs = zip((None, *loc), loc, strict=False)
+    kept = [part for before, part in pairs if not (before == "method" and part in METHODS)]
+    return tuple(
+        part for part in kept if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", str(part))
+    )
+
+
+def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> str:
     kind, given = details["type"], details.get("input")
-    last = next((part for part in reversed(loc) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
-        owners = [name for name, method in METHODS.items() if last in method.model_fields]
-        if "method" in loc and owners:
+        owners = [title for title, method in METHODS.items() if name in method.model_fields]
+        if in_method and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
-        near = difflib.get_close_matches(last, block.model_fields, n=1, cutoff=0.6)
         blocks = {"data": DataSettings, "train": TrainSettings}
-        near += [f"{name}.{last}" for name, model in blocks.items() if last in model.model_fields]
-        meant = f"did you mean `{near[0]}`?" if near else f"expected one of {', '.join(block.model_fields)}"
-        return f"unknown field; {meant}"
+        near = [f"{title}.{name}" for title, model in blocks.items() if name in model.model_fields]
+        near = near or difflib.get_close_matches(name, [*known], n=1)
+        return f"unknown field; did you mean `{near[0]}`?" if near else "unknown field; remove it"
     if kind == "union_tag_invalid":
-        tag = given.get("name") if isinstance(given, dict) else given
-        near = difflib.get_close_matches(str(tag), METHODS, n=1)
+        tag = str(given.get("name") if isinstance(given, dict) else given)
+        near = difflib.get_close_matches(tag, METHODS, n=1)
         meant = f"; did you mean `{near[0]}`?" if near else ""
         return f"unknown method {tag!r}; expected one of {', '.join(METHODS)}{meant}"
     if kind == "value_error":
         return str(details["ctx"]["error"])
-    field = block.model_fields.get(last)
-    purpose = (field.description or "").split(". ")[0].rstrip(".") if field else ""
     if kind == "missing":
-        return f"is missing; add `{last}:` ({purpose})"
-    message = details["msg"].replace("Input should", "should", 1)
-    return f"{message}, found {given!r}" + (f" ({purpose})" if purpose else "")
-
-
-def _located(loc: Loc, root: type[BaseModel]) -> tuple[Loc, type[BaseModel]]:
-    """Return an error's place without pydantic's labels of union members, and the block that it lies in."""
-    annotation: Any = root
-    block: type[BaseModel] = root
-    kept: list[str | int] = []
-    for part in loc:
-        leaves = list(_leaves(annotation))
-        models = [leaf for leaf in leaves if isinstance(leaf, type) and issubclass(leaf, BaseModel)]
-        containers = [leaf for leaf in leaves if get_origin(leaf) in (dict, list)]
-        if len(models) > 1 and part in METHODS:
-            models, annotation = [METHODS[part]], METHODS[part]
-            continue
-        if models:
-            block = models[0]
-            field = block.model_fields.get(str(part))
-            annotation = field.annotation if field else None
-        elif containers and (isinstance(part, int) or get_origin(containers[0]) is dict):
-            annotation = get_args(containers[0])[-1]
-        else:
-            continue
-        kept.append(part)
-    return tuple(kept), block
-
-
-def _leaves(annotation: Any) -> Iterator[Any]:
-    """Yield the members of nested unions."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        for member in get_args(annotation):
-            yield from _leaves(member)
-    else:
-        yield annotation
+        return f"is missing; add `{name}:`"
+    return f"{details['msg'].replace('Input should', 'should', 1)}, found {given!r}"

@@ -5,8 +5,8 @@ and the adapter begins at A₀, B₀: together they are W, to rounding. The trai
 the untouched base, a plain LoRA of rank 2r with the factors [A; A₀] and [B, −B₀] at the same s.
 
 None of the papers has s in its formulas. As in PEFT's PiSSA the factors are divided by √s, so that the model begins as
-the base model at every `lora_alpha`. PEFT's own conversion is not used: it knows only its own methods, leaves out
-`modules_to_save`, and scales wrongly where rsLoRA meets a pattern of ranks or alphas.
+the base model at every `lora_alpha`. PEFT's own conversion is not used: it knows only its own methods and leaves out
+`modules_to_save`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hiplora.errors import ConfigError
-from hiplora.training.method import ADAPTER, WEIGHTS_FILE, Begin, LowRank, save_adapter
+from hiplora.files import write_atomic
+from hiplora.training.method import ADAPTER, WEIGHTS_FILE, Begin, LowRank
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -24,10 +25,9 @@ A_NAME, B_NAME = ".lora_A.weight", ".lora_B.weight"
 
 
 class ResidualInit(LowRank):
-    """Base of the methods that start at a part of the weights; `start` says which."""
+    """Base of the methods that start at a part of the weights."""
 
     moves_base: ClassVar[bool] = True
-    start: ClassVar[str]
     peft_start: ClassVar[dict[str, Any]] = {}
     not_of_peft: ClassVar[tuple[str, ...]] = ("name", "calibration_text", "calibration_tokens")
 
@@ -37,16 +37,9 @@ class ResidualInit(LowRank):
 
         return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
 
-    def load_tensors(self, model: "PeftModel", tensors: dict[str, "Tensor"], given: Mapping[str, Any]) -> Any:
-        """Put the trained half of a saved difference on; the base begins at the other half already."""
-        return super().load_tensors(model, split_difference(tensors)[0], given)
-
-    def describe(self) -> str:
-        """Say where the training started, and what is saved."""
-        return (
-            f"Trained from {self.start}; saved as the plain LoRA (of twice the rank) that brings the untouched base "
-            "model to the trained one."
-        )
+    def trained_tensors(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """Return the trained half of a saved difference; the base begins at the other half already."""
+        return split_difference(tensors)[0]
 
 
 def layer_ranks(config: Any, model: Any) -> dict[str, int]:
@@ -103,29 +96,30 @@ def begin_at(part: "Callable[[str, Tensor], tuple[Tensor, Tensor]]") -> Begin:
 
 
 def save_start(model: "PeftModel", folder: Path) -> None:
-    """Keep the factors that an adapter starts from."""
+    """Keep the factors that an adapter starts from, under their names; the file is whole or absent."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    write_start({name: value for name, value in state.items() if name.endswith((A_NAME, B_NAME))}, folder)
+    _write(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False), folder)
 
 
-def write_start(start: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Write a start under an adapter's names; the file is whole or absent."""
+def keep_start(given: Path, folder: Path) -> None:
+    """Keep the start of a saved adapter for a training that carries it on."""
+    from safetensors.torch import load_file
+
+    _write(split_difference(load_file(given / WEIGHTS_FILE))[1], folder)
+
+
+def _write(tensors: "Mapping[str, Tensor]", folder: Path) -> None:
     from safetensors.torch import save
 
-    from hiplora.files import write_atomic
-
-    write_atomic(
-        folder / WEIGHTS_FILE, save({name: value.cpu().contiguous() for name, value in start.items()})
-    )
+    kept = {
+        name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))
+    }
+    write_atomic(folder / WEIGHTS_FILE, save(kept))
 
 
 def restored(config: Any, folder: Path) -> Begin:
-    """Begin at the start in a folder; `config` is changed so that PEFT computes none.
-
-    The returned function raises ConfigError if the start belongs to other layers.
-    """
+    """Begin at the start in a folder; `config` is changed so that PEFT computes none."""
     from safetensors.torch import load_file
 
     start = load_file(folder / WEIGHTS_FILE)
@@ -133,27 +127,18 @@ def restored(config: Any, folder: Path) -> Begin:
 
     def begin(adapted: "PeftModel") -> None:
         for name, layer in _layers(adapted):
-            names = [f"base_model.model.{name}{kind}" for kind in (A_NAME, B_NAME)]
-            shapes = [layer.lora_A[ADAPTER].weight.shape, layer.lora_B[ADAPTER].weight.shape]
-            for tensor, shape in zip(names, shapes, strict=True):
-                found = start[tensor].shape if tensor in start else None
-                if found != shape:
-                    raise ConfigError(
-                        f"the adapter's start has {found and tuple(found)} for {tensor}, and the model needs "
-                        f"{tuple(shape)}; it belongs to another model or other modules"
-                    )
-            _move(layer, start[names[1]], start[names[0]])
+            A, B = (start[f"base_model.model.{name}{kind}"] for kind in (A_NAME, B_NAME))
+            _move(layer, B, A)
 
     return begin
 
 
-def save_difference(model: "PeftModel", folder: Path, start: Path) -> None:
-    """Save a trained adapter as the plain LoRA of rank 2r on the untouched base; `modules_to_save` as they are."""
+def to_difference(folder: Path, start: Path) -> None:
+    """Turn an adapter as trained into the plain LoRA of rank 2r on the untouched base; `modules_to_save` stay."""
     import torch
     from peft import PeftConfig
     from safetensors.torch import load_file, save_file
 
-    save_adapter(model, folder)
     tensors, origin = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
     for name, trained in tensors.items():
         if name.endswith(A_NAME):
@@ -162,11 +147,10 @@ def save_difference(model: "PeftModel", folder: Path, start: Path) -> None:
             tensors[name] = torch.cat([trained, -origin[name].to(trained.dtype)], dim=1)
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config: Any = PeftConfig.from_pretrained(str(folder))
-    times = 2**0.5 if config.use_rslora else 2  # twice the rank at the same scaling: α/r, or α/√r with rsLoRA
-    config.r *= 2
+    config.r *= 2  # and α with it: the scaling α/r stays
+    config.lora_alpha *= 2
     config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
-    config.lora_alpha *= times
-    config.alpha_pattern = {name: times * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    config.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     config.init_lora_weights, config.corda_config = True, None
     config.save_pretrained(str(folder))
 

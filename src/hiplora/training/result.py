@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class TrainResult:
     peak_memory_bytes: int
     held_out: dict[str, float] | None
     data: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
     @property
     def tokens_per_second(self) -> float:
@@ -43,28 +43,18 @@ class TrainResult:
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers as JSON values, without the folder and the rows."""
-        kept = {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.name not in ("adapter", "metrics")
-        }
+        kept = {name: value for name, value in vars(self).items() if name not in ("adapter", "metrics")}
         return {**kept, "tokens_per_second": self.tokens_per_second, "final_loss": self.final_loss}
 
     @classmethod
     def read(cls, folder: Path) -> "TrainResult":
         """Read the result of a finished run from its folder."""
         stored = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))["result"]
-        names = {item.name for item in fields(cls)} - {"adapter", "metrics"}
-        return cls(adapter=folder, metrics=read_metrics(folder), **{name: stored[name] for name in names})
-
-
-def held_out_losses(rows: list[Row]) -> dict[str, float] | None:
-    """Return the first and the last held-out loss of a run, or None if nothing was measured."""
-    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
-    return {"before": losses[0], "after": losses[-1]} if losses else None
+        stored |= {"adapter": folder, "metrics": read_metrics(folder)}
+        return cls(**{item.name: stored[item.name] for item in fields(cls)})
 
 
 def read_metrics(folder: str | os.PathLike) -> list[Row]:
     """Read the rows of a run's metrics.jsonl."""
     lines = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    return [json.loads(line) for line in lines]

@@ -1,58 +1,50 @@
-"""Carrying on from an adapter: its weights, and of HiP-LoRA its factors, trained further on new data."""
+"""Carrying on from a finished adapter: its weights, and of HiP-LoRA its factors, trained further on new data."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from hiplora.errors import ConfigError
-from hiplora.provenance import file_sha256
-from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE, Method
+from hiplora.errors import ConfigError, first_line
+from hiplora.training.method import ADAPTER, CONFIG_FILE, WEIGHTS_FILE, Method
 from hiplora.training.methods import AnyMethod
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
-    from torch import Tensor
-
-    from hiplora.training.recipe import TrainRecipe
-
-FILES = (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml")
+    from peft import PeftModel
 
 
-def start_problems(method: Any, start_from: str) -> list[str]:
+def start_problem(method: Method, start_from: str) -> str | None:
     """Say why a training with `method` cannot carry on from the adapter in the folder `start_from`.
 
     The adapter must be the finished result of a training with the same method and settings; those that only steer the
     training (`Method.steering`) may differ.
     """
     folder = Path(start_from)
-    if missing := [name for name in FILES if not (folder / name).is_file()]:
-        return [f"{folder} has no {missing[0]}; name the output folder of a finished `hiplora train`"]
+    for name in (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml"):
+        if not (folder / name).is_file():
+            return f"{folder} has no {name}; name the output folder of a finished `hiplora train`"
     try:
         stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         given = TypeAdapter(AnyMethod).validate_python(stored["method"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, ValidationError):
-        return [f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
     old, new = _identity(given), _identity(method)
     changes = [
-        f"method.{name}: {old.get(name)} there, {new[name]} here"
-        for name in new
-        if old.get(name) != new[name]
+        f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
     ]
-    if given.name != method.name:
-        changes = [f"method {given.name} there, {method.name} here"]
-    if changes:
-        return [
-            f"{folder} holds another adapter ({'; '.join(changes)}); give the recipe the adapter's own method and "
-            "settings, or name another folder"
-        ]
-    return []
+    if given.name != method.name:  # type: ignore[attr-defined]
+        changes = [f"method {given.name} there, {method.name} here"]  # type: ignore[attr-defined]
+    if not changes:
+        return None
+    return (
+        f"{folder} holds another adapter ({'; '.join(changes)}); give the recipe the adapter's own method and "
+        "settings, or name another folder"
+    )
 
 
-def _identity(method: Any) -> dict[str, Any]:
+def _identity(method: Method) -> dict[str, Any]:
     """Return the settings that make an adapter what it is; of a text only its name, since it may have moved."""
     values = method.model_dump(mode="json", exclude={*method.steering})
     if values.get("calibration_text") is not None:
@@ -62,81 +54,29 @@ def _identity(method: Any) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True)
-class Start:
-    """The adapter that a training carries on from."""
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a saved adapter."""
+    return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
 
-    folder: Path
-    sha256: str
-    base: str  # the model that it was trained on, as its recipe names it
-    method: Method
 
-    @classmethod
-    def of(cls, recipe: "TrainRecipe", out: Path) -> "Start | None":
-        """Return the adapter that a recipe carries on from, if any.
+def load_start(method: Method, model: "PeftModel", folder: Path) -> None:
+    """Give the model's adapter the weights of the adapter in a folder.
 
-        Raises:
-            ConfigError: as `start_problems`, or `out` is or contains the adapter's folder.
-        """
-        if recipe.train.start_from is None:
-            return None
-        if problems := start_problems(recipe.method, recipe.train.start_from):
-            raise ConfigError(f"train.start_from: {problems[0]}")
-        folder = Path(recipe.train.start_from)
-        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise ConfigError(f"--out {out}: holds the adapter of train.start_from; name another folder")
-        base = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")).get("model", "")
-        return cls(folder, file_sha256(folder / WEIGHTS_FILE), str(base), recipe.method)
+    Raises:
+        ConfigError: they do not fit the model; names the first tensor that does not.
+        AdapterError: a HiP-LoRA adapter is damaged.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """The adapter's own configuration."""
-        return json.loads((self.folder / CONFIG_FILE).read_text(encoding="utf-8"))
-
-    @property
-    def config(self) -> "PeftConfig":
-        """The configuration of the training's adapter."""
-        return self.method.continued_config(self.given)
-
-    def record(self) -> dict[str, str]:
-        """Return what the provenance keeps of it."""
-        return {"folder": self.folder.name, "sha256": self.sha256}
-
-    def tensors(self) -> "dict[str, Tensor]":
-        """Return the adapter's tensors.
-
-        Raises:
-            ConfigError: they cannot be read.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(self.folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"train.start_from: {self.folder / WEIGHTS_FILE} cannot be read ({error}); train it again"
-            ) from error
-
-    def put_on(self, model: "PeftModel") -> None:
-        """Give the model's adapter the weights of this one.
-
-        Raises:
-            ConfigError: they do not fit the model; names the first tensor that does not.
-            AdapterError: a HiP-LoRA adapter is damaged.
-        """
-        try:
-            loaded = self.method.load_tensors(model, self.tensors(), self.given)
-        except RuntimeError as error:
-            raise self._unfit(str(error).strip().splitlines()[-1].strip()) from error
+    try:
+        tensors = method.trained_tensors(load_file(folder / WEIGHTS_FILE))
+        loaded: Any = set_peft_model_state_dict(model, tensors, ADAPTER)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in sorted(trained & {*loaded.missing_keys}):
-            raise self._unfit(f"it has no {name}")
-        for name in sorted(loaded.unexpected_keys):
-            raise self._unfit(f"the model has no {name}")
-
-    def _unfit(self, reason: str) -> ConfigError:
-        return ConfigError(
-            f"train.start_from: {self.folder} does not fit this model ({reason}); it was trained on another one, or on "
-            "other modules of it"
-        )
+        if unfit := sorted((trained & {*loaded.missing_keys}) | {*loaded.unexpected_keys}):
+            raise RuntimeError(f"{unfit[0]} is on one side only")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.start_from: {folder} does not fit this model ({first_line(error)}); it was trained on another one, "
+            "or on other modules of it"
+        ) from error

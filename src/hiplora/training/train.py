@@ -11,7 +11,6 @@ are imported in functions, so that a recipe is checked first.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -23,15 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
-from hiplora.errors import ConfigError, DivergedError, HipLoraError, first_line
+from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import write_atomic
-from hiplora.provenance import json_sha256, provenance
+from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.card import model_card
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
-from hiplora.training.recipe import TrainRecipe, TrainSettings, model_problems
-from hiplora.training.result import PROVENANCE_FILE, TrainResult, held_out_losses
-from hiplora.training.start_from import Start
+from hiplora.training.recipe import TrainRecipe, TrainSettings, model_problem
+from hiplora.training.result import PROVENANCE_FILE, TrainResult
+from hiplora.training.start_from import adapter_config, load_start, start_problem
 
 if TYPE_CHECKING:
     import torch
@@ -82,18 +81,20 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    data, start = load_data(recipe.data), Start.of(recipe, run.path)
+    data = load_data(recipe.data)
+    sources = {**data.sources, **_start(recipe, run.path)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_disk_full_explained(run.path))
+        stack.enter_context(_full_disk_explained(run.path))
         stack.enter_context(_quiet())
         if processes.is_main_process:
             stack.enter_context(run.claimed(recipe.values(), overwrite=overwrite))
-            sources = {**data.sources, **({"start": start.record()} if start else {})}
             _check_inputs(run.path / "checkpoints", sources)
         processes.wait_for_everyone()
-        result = _run(recipe, run.path, data, start, callbacks, description)
+        trainer, result = _run(recipe, run.path, data, sources, callbacks, description)
+        if processes.is_main_process:
+            _assemble(recipe, run.path, trainer, result)
         processes.wait_for_everyone()
     return result
 
@@ -102,10 +103,10 @@ def _run(
     recipe: TrainRecipe,
     out: Path,
     data: TrainingData,
-    start: Start | None,
+    sources: dict[str, Any],
     callbacks: "Sequence[TrainerCallback]",
     description: str,
-) -> TrainResult:
+) -> "tuple[AdapterTrainer, TrainResult]":
     """Train in a folder that is held."""
     import torch
     from accelerate import PartialState
@@ -113,20 +114,16 @@ def _run(
     from hiplora.models import load
     from hiplora.training.adapt import put_on
     from hiplora.training.kl import kl_penalty
-    from hiplora.training.memory import reset_peak
-    from hiplora.training.residual_init import split_difference, write_start
-    from hiplora.training.trainer import AdapterTrainer, Record, checkpoints, step_of
+    from hiplora.training.memory import peak_bytes
+    from hiplora.training.residual_init import keep_start
+    from hiplora.training.trainer import AdapterTrainer, Record, last_checkpoint
 
-    method, settings = recipe.method, recipe.train
-    processes = PartialState()
+    method, settings, processes = recipe.method, recipe.train, PartialState()
     model, tokenizer = load(recipe.model, torch_dtype(settings.dtype))
     if torch.cuda.is_available():
         model.to(processes.device)
+        torch.cuda.reset_peak_memory_stats()
     rows, held_out, notes, encoding = _encode(recipe, data, tokenizer)
-    if start is not None and Path(start.base).name != Path(recipe.model).name:
-        notes.append(
-            f"train.start_from was trained on {Path(start.base).name}, this model is {Path(recipe.model).name}"
-        )
     if processes.is_main_process:
         for note in notes:
             log.warning("%s", note)
@@ -135,18 +132,18 @@ def _run(
         (settings.epochs or 1)
         * math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
     )
+    given = Path(settings.start_from) if settings.start_from else None
+    origin = out / "checkpoints" / "start"
     with processes.main_process_first():  # which calibrates; the others read its results from the cache
         penalty = kl_penalty(recipe, model, tokenizer)
-        origin = out / "checkpoints" / "start" if method.moves_base else None
-        if origin is not None and start is not None and not origin.is_dir():
-            write_start(split_difference(start.tensors())[1], origin)
-        config = None if start is None else start.config
+        if method.moves_base and given is not None and not origin.is_dir():
+            keep_start(given, origin)
+        config = method.continued_config(adapter_config(given)) if given else None
         adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, config=config)
-    if start is not None:
-        start.put_on(adapted)
+    if given is not None:
+        load_start(method, adapted, given)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    session = method.session(adapted, len(rows), carries_on=start is not None)
-    record = Record(out, settings, description)
+    session, record = method.session(adapted, len(rows)), Record(out, settings, description)
     trainer = AdapterTrainer(
         model=adapted,
         args=_arguments(recipe, out / "checkpoints", steps, adapted),
@@ -158,44 +155,27 @@ def _run(
         record=record,
         penalties=[*([penalty] if penalty else []), *session.penalties],
     )
-
-    session.begin()
-    reset_peak()
-    last = next(reversed(checkpoints(out / "checkpoints")), None)
-    if last is None:
-        trainer.train()
-    else:
-        record.restore(last)
-        log.warning("carrying on from step %s of %s", step_of(last), steps)
+    if last := last_checkpoint(out / "checkpoints"):
+        log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
         trainer.carry_on(last)
-    if not processes.is_main_process:
-        processes.wait_for_everyone()
-        return TrainResult.read(out)
-    result = TrainResult(
+    else:
+        trainer.train()
+    losses = [row["held_out_loss"] for row in record.rows if "held_out_loss" in row]
+    return trainer, TrainResult(
         adapter=out,
         metrics=record.rows,
         steps=steps,
         tokens=record.tokens,
         seconds=record.seconds,
         trainable_parameters=trainable,
-        peak_memory_bytes=record.peak_memory,
-        held_out=held_out_losses(record.rows),
-        data={"shape": data.shape, "sources": data.sources, "encoding": encoding},
+        peak_memory_bytes=peak_bytes(),
+        held_out={"before": losses[0], "after": losses[-1]} if losses else None,
+        data={"sources": sources, "encoding": encoding},
         warnings=notes,
     )
-    _assemble(recipe, out, trainer, result, start, origin)
-    processes.wait_for_everyone()
-    return result
 
 
-def _assemble(
-    recipe: TrainRecipe,
-    out: Path,
-    trainer: "AdapterTrainer",
-    result: TrainResult,
-    start: Start | None,
-    origin: Path | None,
-) -> None:
+def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult) -> None:
     """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
     from hiplora.training.adapt import save_trained
 
@@ -205,19 +185,18 @@ def _assemble(
         recipe_sha256=json_sha256(values),
         seed=recipe.seed,
         data=result.data["sources"],
-        **({"start": start.record()} if start else {}),
         device=str(trainer.args.device),
         result=result.summary(),
     )
     aside = out / ".final.part"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_trained(recipe.method, trainer.model, aside, origin)
+    save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
     _check_finite(aside / WEIGHTS_FILE)
     write_atomic(aside / "README.md", model_card(recipe, result))
     write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
     os.sync()
-    for path in sorted(aside.iterdir(), key=lambda path: (path.name == CONFIG_FILE, path.name)):
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.replace(out / path.name)
     aside.rmdir()
 
@@ -226,8 +205,8 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     """Replace `dtype: auto` by what this machine has; refuse what cannot run here."""
     import torch
 
-    if problems := model_problems(recipe.model):
-        raise ConfigError("\n".join(f"model: {text}" for text in problems))
+    if problem := model_problem(recipe.model):
+        raise ConfigError(problem)
     processes, passes = int(os.environ.get("WORLD_SIZE", "1")), recipe.train.gradient_accumulation
     if passes % processes:
         raise ConfigError(
@@ -258,18 +237,26 @@ def torch_dtype(name: str) -> "torch.dtype":
     return getattr(torch, DTYPES[name])
 
 
+def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
+    """Check the adapter that a recipe carries on from; return what the provenance keeps of it."""
+    if recipe.train.start_from is None:
+        return {}
+    if problem := start_problem(recipe.method, recipe.train.start_from):
+        raise ConfigError(f"train.start_from: {problem}")
+    folder = Path(recipe.train.start_from)
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ConfigError(f"--out {out}: holds the adapter of train.start_from; name another folder")
+    return {"start": {"folder": folder.name, "sha256": file_sha256(folder / WEIGHTS_FILE)}}
+
+
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     """Check that what a run reads is what it read when it began."""
     file = folder / "run.json"
-    if file.is_file() and any(folder.glob("checkpoint-*")):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in {**stored, **sources} if stored.get(name) != sources.get(name)]
-        if changed:
-            what = "the adapter that it started from" if changed == ["start"] else "the data"
-            raise ConfigError(
-                f"--out {folder.parent}: {what} changed since this run began; put back what was there to carry on, or "
-                "pass --overwrite to start anew"
-            )
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != sources:
+        raise ConfigError(
+            f"--out {folder.parent}: the data changed since this run began, or the adapter that it started from; put "
+            "back what was there to carry on, or pass --overwrite to start anew"
+        )
     write_atomic(file, json.dumps(sources, indent=2))
 
 
@@ -284,14 +271,14 @@ def _encode(
     held_out = None
     if data.held_out:
         held_out = _sequences(encode_examples(tokenizer, data.held_out, settings.max_length)[0], settings)
-    notes = report.warnings(settings.max_length) + recipe.method.warnings(settings)
+    notes = report.warnings(settings.max_length)
     text = getattr(recipe.method, "calibration_text", None)
     if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
         notes.append(
             "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
-    return _sequences(rows, settings), held_out, notes, report.as_dict()
+    return _sequences(rows, settings), held_out, notes, vars(report)
 
 
 def _sequences(rows: list[dict[str, list[int]]], settings: TrainSettings) -> "Dataset":
@@ -337,6 +324,7 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="steps",
         save_steps=settings.save_every,
+        save_total_limit=settings.keep_checkpoints,
         logging_strategy="no",  # the record logs
         report_to=settings.report_to,
         disable_tqdm=True,
@@ -349,35 +337,29 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
 
 
 def _check_finite(weights: Path) -> None:
-    import torch
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
-    with safe_open(weights, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a mapping
-            if not torch.isfinite(file.get_tensor(name)).all():
-                raise DivergedError(
-                    f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
-                )
+    for name, value in load_file(weights).items():
+        if not value.isfinite().all():
+            raise DivergedError(
+                f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
+            )
 
 
 @contextlib.contextmanager
-def _disk_full_explained(out: Path) -> Iterator[None]:
+def _full_disk_explained(out: Path) -> Iterator[None]:
     """Turn whatever a writer raises on a full disk into an OSError with the way out."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        full = shutil.disk_usage(out if out.exists() else out.absolute().parent).free < FULL
-        number = error.errno if isinstance(error, OSError) else None
-        failed = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
-        failed |= isinstance(error, SafetensorError) or "inline_container" in str(error)  # torch.save
-        if isinstance(error, HipLoraError) or not (full or failed):
+        place = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not isinstance(error, SafetensorError) and shutil.disk_usage(place).free >= FULL:
             raise
-        reason = "the disk is full" if full else first_line(error)
         raise OSError(
-            f"{out} cannot be written ({reason}); make room and run the same command again: it carries on from the "
-            "last checkpoint"
+            f"{out} cannot be written ({first_line(error)}); make room and run the same command again: it carries on "
+            "from the last checkpoint"
         ) from error
 
 
@@ -387,7 +369,7 @@ def _quiet() -> Iterator[None]:
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    bars, level = not datasets.are_progress_bars_disabled(), transformers_logging.get_verbosity()
+    level = transformers_logging.get_verbosity()
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     try:
@@ -396,5 +378,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +12,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import DivergedError
 from hiplora.files import write_atomic
-from hiplora.training.memory import peak_bytes, reserved_bytes
 from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
 
-TRLS = (
-    "entropy",
-    "mean_token_accuracy",
-    "num_tokens",
-    "aux_loss",
-)  # for report_to; a resumed run counts them anew
-PROGRESS_FILE = "progress.json"  # written last into a checkpoint: one without it is not whole
+# TRL's, for report_to; a resumed run counts them anew.
+TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
+PROGRESS_FILE = "progress.json"
+STATE_FILE = "trainer_state.json"  # the last file of a checkpoint: one in which it is not whole is not whole
 
 
 class AdapterTrainer(SFTTrainer):
@@ -64,10 +58,12 @@ class AdapterTrainer(SFTTrainer):
 
     def carry_on(self, checkpoint: Path) -> None:
         """Train on from a checkpoint."""
-        if step_of(checkpoint) < self.args.max_steps:
+        self.record.restore(checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        if state.global_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # stopped between the last step and the end; the Trainer would take one step more
-            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self.state = state
             self.session.load(checkpoint)
 
     @torch.no_grad()
@@ -111,8 +107,10 @@ class AdapterTrainer(SFTTrainer):
     # and would prune AdaLoRA's ranks once more.
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
         with self.session.measuring():
-            self.session.save(Path(output_dir or str(self.args.output_dir)))
+            self.session.save(folder)
+        self.record.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.session.load(Path(resume_from_checkpoint))
@@ -130,15 +128,12 @@ class Record(TrainerCallback):
     trainer: AdapterTrainer
 
     def __init__(self, folder: Path, settings: TrainSettings, description: str):
-        self.tokens, self.seconds, self.peak_memory, self.micro_batch = 0, 0.0, 0, 0
-        self._folder, self._settings = folder, settings
+        self.tokens, self.seconds, self.micro_batch = 0, 0.0, 0
+        self._folder, self._settings, self._description = folder, settings, description
         self._losses: list[float] = []  # of the steps since the last row
-        self._penalties: dict[str, list[float]] = {}
+        self._penalties: dict[str, float] = {}  # sums over these steps
         self._since = (0, 0.0)  # tokens and seconds at the last row
-        self._loss: Any = 0.0
-        self._step_tokens, self._lr, self._began = 0, 0.0, 0.0
-        self._bar: Any = None
-        self._description = description
+        self._loss, self._step_tokens, self._lr, self._began = 0.0, 0, 0.0, 0.0
 
     @property
     def rows(self) -> list[Row]:
@@ -148,34 +143,35 @@ class Record(TrainerCallback):
 
     def add(self, loss: Tensor, tokens: int) -> None:
         """Add a micro-batch: its share of the step's loss, and its tokens."""
-        self._loss = self._loss + loss.detach().double()
+        self._loss += loss.item()
         self._step_tokens += tokens
         self.micro_batch += 1
 
     def add_penalty(self, name: str, value: float) -> None:
         """Add the value of a penalty in the current step, or a share of it."""
-        steps = self._penalties.setdefault(name, [])
-        steps.extend([0.0] * (len(self._losses) + 1 - len(steps)))
-        steps[-1] += value
+        self._penalties[name] = self._penalties.get(name, 0.0) + value
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the counts into a checkpoint; the Trainer writes the rows."""
+        kept = ("tokens", "seconds", "_losses", "_penalties", "_since")
+        write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
 
     def restore(self, checkpoint: Path) -> None:
-        """Read the counts from a checkpoint; the Trainer reads the rows."""
-        for name, value in json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")).items():
-            setattr(self, name, value)
+        """Read what `save` wrote."""
+        vars(self).update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop rows that were written after the checkpoint; measure the held-out loss before the first step."""
-        main = self.trainer.is_world_process_zero()
-        if main:
+        if state.is_world_process_zero:
             write_atomic(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=self._description,
             unit=" steps",
-            disable=None if main else True,
+            disable=None if state.is_world_process_zero else True,
         )
         if self.trainer.eval_dataset is not None and not state.global_step:
             self.trainer.log({"held_out_loss": self.trainer.held_out_loss()})
@@ -205,8 +201,8 @@ class Record(TrainerCallback):
         step, last = state.global_step, state.global_step == state.max_steps
         self.trainer.session.after_step(step, last)
         accelerator = self.trainer.accelerator
-        sums = torch.tensor([float(self._loss), self._step_tokens], dtype=torch.float64)
-        loss, tokens = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+        sums = torch.tensor([self._loss, self._step_tokens], dtype=torch.float64, device=accelerator.device)
+        loss, tokens = accelerator.reduce(sums, "sum").tolist()
         loss /= accelerator.num_processes
         self._loss, self._step_tokens = 0.0, 0
         self.tokens += int(tokens)
@@ -226,17 +222,17 @@ class Record(TrainerCallback):
             self.trainer.log(row)
 
     def _row(self) -> Row:
-        tokens, seconds = self._since
+        (tokens, seconds), steps = self._since, len(self._losses)
         row = {
-            "loss": sum(self._losses) / len(self._losses),
-            **{name: sum(values) / len(self._losses) for name, values in self._penalties.items()},
+            "loss": sum(self._losses) / steps,
+            **{name: total / steps for name, total in self._penalties.items()},
             "lr": self._lr,
             "tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(self.seconds - seconds, 1e-9),
             "seconds": self.seconds,
         }
-        if (held := reserved_bytes()) is not None:
-            row["reserved_bytes"] = held
+        if torch.cuda.is_available():
+            row["reserved_bytes"] = torch.cuda.memory_reserved()
         self._losses, self._penalties, self._since = [], {}, (self.tokens, self.seconds)
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         return row
@@ -246,39 +242,23 @@ class Record(TrainerCallback):
     ) -> None:
         """Append the row to the file."""
         new = state.log_history[-1]
-        if self.trainer.is_world_process_zero() and ("loss" in new or "held_out_loss" in new):
+        if state.is_world_process_zero and ("loss" in new or "held_out_loss" in new):
             with open(self._folder / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Complete a checkpoint, then remove older ones: a kill at any moment leaves one that is whole."""
-        self.peak_memory = max(self.peak_memory, peak_bytes())
-        self.trainer.accelerator.wait_for_everyone()
-        if not self.trainer.is_world_process_zero():
-            return
-        kept = ("tokens", "seconds", "peak_memory", "_losses", "_penalties", "_since")
-        checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        os.sync()
-        write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
-        for old in checkpoints(checkpoint.parent)[: -self._settings.keep_checkpoints]:
-            shutil.rmtree(old)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
-        self.peak_memory = max(self.peak_memory, peak_bytes())
         self._bar.close()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of a folder, oldest first."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{PROGRESS_FILE}")]
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of steps that a checkpoint stands for."""
-    return int(checkpoint.name.rpartition("-")[2])
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a folder, if any: a kill at any moment leaves the one before."""
+    for path in reversed(sort_checkpoints(str(folder))):
+        try:
+            json.loads((Path(path) / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return Path(path)
+    return None

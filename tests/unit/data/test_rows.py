@@ -7,7 +7,6 @@ import pytest
 
 from hiplora.data.rows import check_rows, detect_format, is_hub_name, read_rows
 from hiplora.errors import DataError
-from tests.tiny import write_jsonl
 
 ROWS = [{"text": "ä"}, {"text": "b"}]
 
@@ -50,12 +49,6 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
         list(read_rows(path))
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path):
-    write_jsonl(tmp_path / "trian.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"data files in that folder: trian\.jsonl"):
-        list(read_rows(tmp_path / "train.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("row", "format"),
     [
@@ -81,15 +74,19 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
 @pytest.mark.parametrize(
     ("format", "row", "said"),
     [
-        ("text", {"txt": "a"}, r"field `text` is missing \(found txt\)"),
-        ("text", {"text": 3}, "field `text` is int"),
-        ("question_answer", {"question": "a", "answer": " "}, "field `answer` is empty"),
-        ("text", ["a"], "expected an object with fields, found list"),
-        ("messages", {"messages": []}, "not a list of messages"),
-        ("messages", {"messages": [{"role": "bot", "content": "a"}]}, "message 1 has role 'bot'"),
+        ("text", {"txt": "a"}, r"text: Field required \(found txt\)"),
+        ("text", {"text": 3}, "text: Input should be a valid string"),
+        ("question_answer", {"question": "a", "answer": " "}, "answer: .*is empty"),
+        ("text", ["a"], "Input should be a valid dictionary"),
+        ("messages", {"messages": []}, "nothing to learn"),
+        (
+            "messages",
+            {"messages": [{"role": "bot", "content": "a"}]},
+            "messages.0.role: Input should be 'system', 'user'",
+        ),
         ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
-        ("multiple_choice", {**CHOICE, "answer": 2}, "field `answer` is 2, expected the index"),
-        ("multiple_choice", {**CHOICE, "choices": ["one"]}, "not a list of 2 to 26 texts"),
+        ("multiple_choice", {**CHOICE, "answer": 2}, "answer: .*2 is not the index of a choice"),
+        ("multiple_choice", {**CHOICE, "choices": ["one"]}, "choices: List should have at least 2 items"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named_with_its_place(format, row, said):

@@ -1,13 +1,9 @@
 """A method is one file: every setting reaches PEFT's configuration, and methods are what they are called."""
 
-import sys
-import textwrap
-
 import pytest
 from peft import get_peft_model
 
 from hiplora.errors import ConfigError
-from hiplora.training import baselines, methods
 from hiplora.training.adapt import put_on
 from hiplora.training.methods import METHODS
 from hiplora.tuner import HipLoraConfig
@@ -97,26 +93,6 @@ def test_adalora_needs_to_know_its_steps():
         METHODS["adalora"]().peft_config()
 
 
-def test_a_new_file_is_a_new_method(tmp_path, monkeypatch):
-    (tmp_path / "ia.py").write_text(
-        textwrap.dedent("""
-        from typing import ClassVar, Literal
-        from hiplora.training.method import LowRank
-
-        class IaMethod(LowRank):
-            title: ClassVar[str] = "IA"
-            summary: ClassVar[str] = "Another."
-            name: Literal["ia"] = "ia"
-        """)
-    )
-    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
-    try:
-        found = methods._found()
-    finally:
-        sys.modules.pop("hiplora.training.baselines.ia", None)
-    assert found.keys() == {*METHODS, "ia"}
-
-
 def test_the_activation_basis_is_measured_and_the_model_keeps_its_modes():
     model = tiny_llama().train()
     method = METHODS["hiplora"](principal_rank=4, calibration_tokens=600)
@@ -145,5 +121,5 @@ def test_modules_that_the_model_does_not_have_are_named():
 
 
 def test_every_method_describes_itself():
-    assert all(method().describe() and method.title for method in METHODS.values())
+    assert all(method.summary and method.title for method in METHODS.values())
     assert get_peft_model(tiny_llama(), METHODS["lora"]().peft_config())

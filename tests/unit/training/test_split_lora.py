@@ -19,7 +19,8 @@ LR, DECAY, CLIP = 1e-2, 0.1, 0.5
 
 
 def epoch(count, batch_size, clients):
-    return list(ClientBatches(RandomSampler(range(count)), batch_size, clients))
+    method = SplitLoraMethod(clients=clients)
+    return list(ClientBatches(RandomSampler(range(count)), method, batch_size))
 
 
 def sides(model, cut_layer, shards):
@@ -35,7 +36,6 @@ def test_an_epoch_has_every_sequence_once_in_batches_of_one_client_the_clients_i
     batches = epoch(count, batch_size, clients)
     assert sorted(i for batch in batches for i in batch) == list(range(count))
     assert all({i % clients for i in batch} == {turn % clients} for turn, batch in enumerate(batches))
-    assert len(batches) == len(ClientBatches(range(count), batch_size, clients))
     assert len(batches) == SplitLoraMethod(clients=clients).batches(count, batch_size)
     assert max(map(len, batches)) <= batch_size
 
@@ -164,7 +164,7 @@ def trainer_for(tmp_path, count=8, method=None, **train):
         learned = int(torch.randint(2, 10, (), generator=generator))
         rows.append({"input_ids": ids, "labels": [-100] * learned + ids[learned:]})
     model = put_on(recipe.method, tiny_llama(), tiny_tokenizer(), seed=recipe.seed)
-    session = recipe.method.session(model, count, carries_on=False)
+    session = recipe.method.session(model, count)
     return AdapterTrainer(
         model=model,
         args=_arguments(recipe, tmp_path, 3, model),

@@ -5,14 +5,14 @@ PEFT's rank allocator is called as PEFT documents it: after the optimizer's step
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from hiplora.errors import ConfigError
-from hiplora.training.method import ADAPTER, LowRank, Session, replaced
+from hiplora.training.method import ADAPTER, LowRank, Penalty, Session
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -20,17 +20,15 @@ if TYPE_CHECKING:
 
     from hiplora.training.recipe import TrainSettings
 
-START_SHARE, FINAL_SHARE = 0.1, 0.2  # of the steps, before and after the pruning
-ALLOCATIONS, LONGEST = 100, 10  # aim at so many allocations, at most so many steps apart
 ALLOCATION_FILE = "adalora.safetensors"
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-SCHEDULE = ("total_step", "tinit", "tfinal", "deltaT")
+SCHEDULE = ("tinit", "tfinal", "deltaT")
 
 
 class AdaLoraMethod(LowRank):
     """AdaLoRA, from PEFT: starts with a higher rank and prunes what matters least, over all modules together.
 
-    `r` is the rank that is left on average; PEFT's name for it, `target_r`, is understood too.
+    `r` is the rank that is left on average (`target_r` in PEFT).
     """
 
     title: ClassVar[str] = "AdaLoRA"
@@ -38,13 +36,8 @@ class AdaLoraMethod(LowRank):
         "A low-rank update whose rank was cut, module by module, where it mattered least."
     )
     kind: ClassVar[str | None] = "an AdaLoRA adapter"
-    steering: ClassVar[tuple[str, ...]] = ("lora_dropout", "orth_reg_weight")
     not_of_peft: ClassVar[tuple[str, ...]] = (
-        "name",
-        "r",
-        "init_r",
-        "rank_pattern",
-        "alpha_pattern",
+        *("name", "r", "init_r", "rank_pattern", "alpha_pattern"),
         *SCHEDULE,
     )
 
@@ -52,8 +45,8 @@ class AdaLoraMethod(LowRank):
     init_r: int | None = Field(
         default=None,
         ge=2,
-        description="Rank of every module before the pruning, above `r`, the mean rank after it (`target_r` means the "
-        "same); 1.5·r if empty. The update is scaled by lora_alpha / init_r.",
+        description="Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The "
+        "update is scaled by lora_alpha / init_r.",
     )
     tinit: int | None = Field(
         default=None, ge=0, description="Steps before the pruning; a tenth of all if empty."
@@ -80,27 +73,14 @@ class AdaLoraMethod(LowRank):
         description="Price of factors that are not orthonormal, added to the loss once a step.",
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _target_is_r(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "target_r" not in value:
-            return value
-        rest = {name: given for name, given in value.items() if name != "target_r"}
-        if rest.setdefault("r", value["target_r"]) != value["target_r"]:
-            raise ValueError(f"`target_r` {value['target_r']} and `r` {rest['r']} mean the same; give one")
-        return rest
-
     @model_validator(mode="after")
     def _something_is_pruned(self) -> "AdaLoraMethod":
         if self.first_rank <= self.r:
             raise ValueError(
                 f"`init_r` {self.first_rank} must be above `r` {self.r}, the mean rank that is left"
             )
-        for name in ("rank_pattern", "alpha_pattern"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"`{name}` has no use with adalora, which gives modules their ranks; remove it"
-                )
+        if self.rank_pattern or self.alpha_pattern:
+            raise ValueError("adalora gives modules their ranks; remove `rank_pattern` and `alpha_pattern`")
         return self
 
     @property
@@ -114,78 +94,76 @@ class AdaLoraMethod(LowRank):
         Raises:
             ConfigError: no step is left to prune in.
         """
-        tinit = self.tinit if self.tinit is not None else round(START_SHARE * steps)
-        tfinal = self.tfinal if self.tfinal is not None else max(round(FINAL_SHARE * steps), 1)
-        every = self.deltaT if self.deltaT is not None else min(max(steps // ALLOCATIONS, 1), LONGEST)
-        if tinit + tfinal >= steps:
+        shares = {
+            "tinit": round(0.1 * steps),
+            "tfinal": max(round(0.2 * steps), 1),
+            "deltaT": min(max(steps // 100, 1), 10),
+        }
+        found = {
+            name: share if getattr(self, name) is None else getattr(self, name)
+            for name, share in shares.items()
+        }
+        if found["tinit"] + found["tfinal"] >= steps:
             raise ConfigError(
-                f"adalora: tinit {tinit} and tfinal {tfinal} leave none of {steps} steps to prune in; lower them, or "
-                "train longer"
+                f"adalora: tinit {found['tinit']} and tfinal {found['tfinal']} leave none of {steps} steps to prune "
+                "in; lower them, or train longer"
             )
-        return {"total_step": steps, "tinit": tinit, "tfinal": tfinal, "deltaT": every}
+        return {"total_step": steps, **found}
 
     def check_training(self, train: "TrainSettings") -> None:
         """Check that the ranks can be pruned in the steps of the training."""
-        if train.steps is not None and train.start_from is None:
+        if train.start_from is not None:
+            raise ValueError("`train.start_from`: ranks that adalora pruned cannot be trained on; use lora")
+        if train.steps is not None:
             self.schedule(train.steps)
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
         """Return an AdaLoRA configuration with its schedule."""
+        from peft import AdaLoraConfig
+
         if steps is None:
             raise ConfigError(
                 "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
             )
-        return self._config(self.schedule(steps))
-
-    def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
-        """Return the configuration with the schedule by which the given adapter was pruned: nothing is pruned more."""
-        return self._config({name: given[name] for name in SCHEDULE})
-
-    def load_tensors(self, model: "PeftModel", tensors: dict[str, "Tensor"], given: Mapping[str, Any]) -> Any:
-        """Give the new adapter the ranks that the given one was left with, then its tensors."""
-        if pattern := given.get("rank_pattern"):
-            _take_ranks(model, pattern)
-        with _resized(model):
-            return super().load_tensors(model, tensors, given)
-
-    def session(self, model: "PeftModel", sequences: int, carries_on: bool) -> Session:
-        """Prune, unless an adapter is carried on."""
-        return AdaLoraSession(model, self.orth_reg_weight, prunes=not carries_on)
-
-    def _config(self, schedule: Mapping[str, int]) -> "PeftConfig":
-        from peft import AdaLoraConfig
-
         return AdaLoraConfig(
-            task_type="CAUSAL_LM", init_r=self.first_rank, target_r=self.r, **schedule, **self.settings()
+            task_type="CAUSAL_LM",
+            init_r=self.first_rank,
+            target_r=self.r,
+            **self.schedule(steps),
+            **self.settings(),
         )
+
+    def session(self, model: "PeftModel", sequences: int) -> Session:
+        """Prune while training."""
+        return AdaLoraSession(model, self.orth_reg_weight)
 
 
 class AdaLoraSession(Session):
     """AdaLoRA while it trains. Checkpoints hold what is masked for now too: PEFT may bring it back."""
 
-    def __init__(self, model: "PeftModel", orthogonality: float, prunes: bool):
+    def __init__(self, model: "PeftModel", orthogonality: float):
         super().__init__(model)
+        tuner: Any = model.base_model
+        self._tuner, self._config = tuner, tuner.peft_config[ADAPTER]
         self.penalties = [Orthogonality(orthogonality)] if orthogonality else []
-        self._prunes = prunes
 
     def after_optimizer(self, step: int) -> None:
         """Let PEFT weigh and prune the ranks."""
-        if self._prunes:
-            tuner: Any = self.model.base_model
-            tuner.update_and_allocate(step)
+        self._tuner.update_and_allocate(step)
 
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
         import torch
         from safetensors.torch import save_file
 
-        with _resized(self.model):
+        with self._whole():
             super().save(folder)
-        config: Any = self.model.peft_config[ADAPTER]
-        state = {f"kept.{name}": torch.tensor(mask) for name, mask in (config.rank_pattern or {}).items()}
+        state = {
+            f"kept.{name}": torch.tensor(mask) for name, mask in (self._config.rank_pattern or {}).items()
+        }
         for kind in AVERAGES:
-            for name, value in getattr(self._allocator, kind).items():
-                state[f"{kind}.{name}"] = value.contiguous()
+            averages = getattr(self._tuner.rankallocator, kind)
+            state |= {f"{kind}.{name}": value.contiguous() for name, value in averages.items()}
         save_file(state, folder / ALLOCATION_FILE)
 
     def load(self, folder: Path) -> None:
@@ -193,25 +171,27 @@ class AdaLoraSession(Session):
         import torch
         from safetensors.torch import load_file
 
-        with _resized(self.model):
+        with self._whole():
             super().load(folder)
         stored: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("kept", *AVERAGES)}
         for key, value in load_file(folder / ALLOCATION_FILE, device=str(self.model.device)).items():
             kind, _, name = key.partition(".")
             stored[kind][name] = value
+        allocator = self._tuner.rankallocator
         for kind in AVERAGES:
-            setattr(self._allocator, kind, stored[kind])
-        self._allocator.ipt = {name: torch.zeros_like(value) for name, value in stored[AVERAGES[0]].items()}
-        config: Any = self.model.peft_config[ADAPTER]
-        config.rank_pattern = {name: mask.tolist() for name, mask in stored["kept"].items()} or None
+            setattr(allocator, kind, stored[kind])
+        allocator.ipt = {name: torch.zeros_like(value) for name, value in stored[AVERAGES[0]].items()}
+        self._config.rank_pattern = {name: mask.tolist() for name, mask in stored["kept"].items()} or None
 
-    @property
-    def _allocator(self) -> Any:
-        tuner: Any = self.model.base_model
-        return tuner.rankallocator
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Have PEFT save and load whole tensors, without pruning them."""
+        pattern, self._config.rank_pattern = self._config.rank_pattern, None
+        yield
+        self._config.rank_pattern = pattern
 
 
-class Orthogonality:
+class Orthogonality(Penalty):
     """AdaLoRA's price of factors that are not orthonormal: the mean of ‖AAᵀ − I‖ and ‖BᵀB − I‖ over the modules.
 
     PEFT adds it to the loss of every micro-batch that asks the model for its loss; TRL's trainer does not.
@@ -234,26 +214,3 @@ class Orthogonality:
                 for gram in (A @ A.T, B.T @ B):
                     terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
         return torch.stack(terms).mean()
-
-
-def _take_ranks(model: "PeftModel", pattern: Mapping[str, Any]) -> None:
-    """Give an unpruned adapter the ranks of a `rank_pattern`; its scaling stays that of its first rank."""
-    from torch import nn
-
-    ranks = {name.partition(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
-    inner: Any = model.base_model.model
-    for name, module in inner.named_modules():
-        if name in ranks:
-            rank = module.r[ADAPTER] = ranks[name]
-            for factors in (module.lora_A, module.lora_E):
-                factors[ADAPTER] = nn.Parameter(factors[ADAPTER].data[:rank].clone())
-            module.lora_B[ADAPTER] = nn.Parameter(module.lora_B[ADAPTER].data[:, :rank].clone())
-    config: Any = model.peft_config[ADAPTER]
-    config.rank_pattern = dict(pattern)
-
-
-@contextlib.contextmanager
-def _resized(model: "PeftModel") -> Iterator[None]:
-    """Have PEFT save and load tensors in the shapes that the model has: it would prune them once more."""
-    with replaced(model.peft_config[ADAPTER], rank_pattern=None):
-        yield

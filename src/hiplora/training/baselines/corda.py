@@ -15,8 +15,8 @@ class CordaMethod(ResidualInit, FromInputs):
     """CorDA, from PEFT, knowledge-preserved mode: starts from the part of the weights that the inputs use least."""
 
     title: ClassVar[str] = "CorDA"
-    start: ClassVar[str] = (
-        "the part of the base weights that the inputs use least (CorDA's knowledge-preserved mode)"
+    summary: ClassVar[str] = (
+        "Trained from the part of the base weights that the inputs use least; saved as a plain LoRA of twice the rank."
     )
     peft_start: ClassVar[dict[str, Any]] = {
         "init_lora_weights": "corda",

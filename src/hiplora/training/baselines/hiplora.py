@@ -1,6 +1,7 @@
 """HiP-LoRA in recipes, and Proj-LoRA, its form without gains under the name of the paper's rival row."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -15,10 +16,6 @@ ROLES = {"function-aware": MLP_PROJECTIONS, "paper": ATTENTION_PROJECTIONS}
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
 OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
 OF_THE_FACTORS = ("fingerprints", "principal_ranks", "base_precision", "calibration")
-DIRECTIONS = {
-    "weight": "the base weights' leading singular directions",
-    "activation": "the directions that the base model's layers are fed and its predictions depend on most",
-}
 Rank = (
     Annotated[int, Field(ge=1)]
     | Annotated[float, Field(gt=0, lt=1)]
@@ -29,6 +26,11 @@ Rank = (
 class Spectral(FromInputs, LowRank):
     """Base of the methods with protected directions."""
 
+    summary: ClassVar[str] = (
+        "A low-rank update in the complement of directions that are protected: the base weights' leading singular "
+        "directions (`basis: weight`), or those that the layers are fed and the predictions depend on most "
+        "(`basis: activation`). With `principal_channel` it learns a gain for each of these directions, at a price."
+    )
     kind: ClassVar[str | None] = None
     steering: ClassVar[tuple[str, ...]] = ("preset", "lora_dropout", *OF_THE_GAINS)
     not_of_peft: ClassVar[tuple[str, ...]] = ("name", "calibration_text", "calibration_tokens")
@@ -85,14 +87,13 @@ class Spectral(FromInputs, LowRank):
 
     @model_validator(mode="after")
     def _basis_fits(self) -> "Spectral":
-        if self.calibration_text is not None and self.basis != "activation":
-            raise ValueError(
-                f"`calibration_text` has no use with basis {self.basis}; remove it, or use activation"
-            )
-        if self.basis == "activation" and not self.save_factors:
+        if self.basis != "activation":
+            if self.calibration_text is not None or self.projection == "soft":
+                raise ValueError(
+                    "`calibration_text` and `projection: soft` need `basis: activation`; remove them, or use that"
+                )
+        elif not self.save_factors:
             raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
-        if self.projection == "soft" and self.basis != "activation":
-            raise ValueError("`projection: soft` needs basis activation; remove it, or use that")
         return self
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
@@ -106,17 +107,12 @@ class Spectral(FromInputs, LowRank):
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
         """Return the configuration with the factors of the given adapter."""
-        from dataclasses import replace
-
         factors = {name: given[name] for name in OF_THE_FACTORS if name in given}
         return replace(self.peft_config(), **factors)
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
         """Measure the activation basis into the configuration."""
-        from hiplora.tuner import find_targets
-
         if config.basis == "activation":
-            find_targets(model, config)  # the settings are checked before any text is sampled
             self.calibrate(config, model, tokenizer)
 
     def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> Any:
@@ -131,20 +127,6 @@ class Spectral(FromInputs, LowRank):
         source = "" if self.calibration_text is None else describe_source(self.calibration_text)
         rows, tokens = self.calibration_rows(tokenizer), self.calibration_tokens
         return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store)
-
-    def describe(self) -> str:
-        """Say what the update may and may not change."""
-        directions = DIRECTIONS[self.basis]
-        if not getattr(self, "residual_projection", True):
-            update = f"a low-rank update that is free to change {directions} (an ablation)"
-        elif self.projection == "soft":
-            update = f"a low-rank update that changes {directions} the less, the more energy they have"
-        else:
-            update = f"a low-rank update in the complement of {directions}"
-        gains = getattr(self, "principal_channel", False)
-        return (
-            f"It learns {'one gain for each of these directions, at a price, and ' if gains else ''}{update}."
-        )
 
 
 class ProjLoraMethod(Spectral):

@@ -16,8 +16,9 @@ class LoraNullMethod(ResidualInit, FromInputs):
     """LoRA-Null: starts from what the weights do to the r directions in which the inputs have least energy."""
 
     title: ClassVar[str] = "LoRA-Null"
-    start: ClassVar[str] = (
-        "the part of the base weights in the directions in which the inputs have least energy"
+    summary: ClassVar[str] = (
+        "Trained from the part of the base weights in the directions in which the inputs have least energy; saved as a "
+        "plain LoRA of twice the rank."
     )
 
     name: Literal["lora_null"] = Field(default="lora_null", description="The method.")

@@ -12,7 +12,9 @@ class MiloraMethod(ResidualInit):
     """MiLoRA: starts from the minor part of the weights; saved as a plain LoRA of rank 2r."""
 
     title: ClassVar[str] = "MiLoRA"
-    start: ClassVar[str] = "the minor part of the base weights"
+    summary: ClassVar[str] = (
+        "Trained from the minor part of the base weights; saved as a plain LoRA of twice the rank."
+    )
 
     name: Literal["milora"] = Field(default="milora", description="The method.")
 

@@ -9,15 +9,14 @@ from hiplora.training.method import Method
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from hiplora.training.recipe import TrainSettings
-
 EffectiveRank = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 
 class OsfMethod(Method):
     """OSF, from PEFT: keeps the leading singular directions of each weight and trains all of the rest.
 
-    For a square layer and the default rank it trains about as many parameters as the weight has.
+    For a square layer and the default rank it trains about as many parameters as the weight has. Set
+    `train.weight_decay` to 0: it would shrink what is trained, a part of the weights themselves.
     """
 
     title: ClassVar[str] = "OSF"
@@ -42,12 +41,3 @@ class OsfMethod(Method):
         from peft import OSFConfig
 
         return OSFConfig(task_type="CAUSAL_LM", **self.settings())
-
-    def warnings(self, train: "TrainSettings") -> list[str]:
-        """Warn about weight decay: what OSF trains is a part of the weights themselves."""
-        if not train.weight_decay:
-            return []
-        return [
-            f"method osf trains a part of the weights themselves, which train.weight_decay {train.weight_decay} "
-            "shrinks; set it to 0"
-        ]

@@ -12,7 +12,9 @@ class PissaMethod(ResidualInit):
     """PiSSA, from PEFT: starts from the principal part of the weights; saved as a plain LoRA of rank 2r."""
 
     title: ClassVar[str] = "PiSSA"
-    start: ClassVar[str] = "the principal part of the base weights"
+    summary: ClassVar[str] = (
+        "Trained from the principal part of the base weights; saved as a plain LoRA of twice the rank."
+    )
     peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
     name: Literal["pissa"] = Field(default="pissa", description="The method.")

@@ -72,7 +72,7 @@ class SplitLoraMethod(LowRank):
         """Return the number of batches in an epoch, none of which mixes the shards of two clients."""
         return sum(math.ceil(size / batch_size) for size in shard_sizes(sequences, self.clients))
 
-    def session(self, model: "PeftModel", sequences: int, carries_on: bool) -> Session:
+    def session(self, model: "PeftModel", sequences: int) -> Session:
         """Train every client's side on its shard."""
         return SplitSession(model, self, shard_sizes(sequences, self.clients))
 
@@ -91,15 +91,6 @@ def shard_sizes(sequences: int, clients: int) -> list[int]:
     return [len(range(client, sequences, clients)) for client in range(clients)]
 
 
-def check_cut(cut_layer: int, layers: int) -> None:
-    """Check that a model with so many layers can be cut below `cut_layer`; raises ConfigError."""
-    if cut_layer > layers:
-        raise ConfigError(
-            f"method.cut_layer {cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the number "
-            "of layers on the clients' side"
-        )
-
-
 class ClientBatches:
     """Batches of one client each, the clients in turn: batch j of an epoch is one of client j mod C.
 
@@ -109,20 +100,19 @@ class ClientBatches:
 
     drop_last = False
 
-    def __init__(self, sampler: "Sampler[int]", batch_size: int, clients: int):
-        self.sampler, self.batch_size, self.clients = sampler, batch_size, clients
+    def __init__(self, sampler: "Sampler[int]", method: SplitLoraMethod, batch_size: int):
+        self.sampler, self.method, self.batch_size = sampler, method, batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        drawn = list(self.sampler)
-        shards = [[i for i in drawn if i % self.clients == client] for client in range(self.clients)]
+        clients, drawn = self.method.clients, list(self.sampler)
+        shards = [[i for i in drawn if i % clients == client] for client in range(clients)]
         for start in range(0, len(shards[0]), self.batch_size):
             for shard in shards:
                 if batch := shard[start : start + self.batch_size]:
                     yield batch
 
     def __len__(self) -> int:
-        sizes = shard_sizes(len(self.sampler), self.clients)  # type: ignore[arg-type]
-        return sum(math.ceil(size / self.batch_size) for size in sizes)
+        return self.method.batches(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
 
 
 class SplitSession(Session):
@@ -141,16 +131,20 @@ class SplitSession(Session):
         from torch import nn
 
         super().__init__(model)
-        self.clients, self._every = method.clients, method.average_every
+        self.clients, self._method = method.clients, method
         config: Any = model.config
-        check_cut(method.cut_layer, config.get_text_config().num_hidden_layers)
+        if method.cut_layer > (layers := config.get_text_config().num_hidden_layers):
+            raise ConfigError(
+                f"method.cut_layer {method.cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the "
+                "number of layers on the clients' side"
+            )
         self._places = list(_below(model, method.cut_layer))
         if method.cut_layer and not self._places:
             raise ConfigError(
                 f"method.cut_layer {method.cut_layer}: no adapted module lies below it; raise it, set it to 0, or let "
                 "target_modules and layers_to_transform choose modules below it"
             )
-        first = [getattr(module, name) for module, name, _ in self._places]
+        first = [getattr(module, name) for module, name in self._places]
         copies = [[nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:]]
         self._sides = [first, *copies]
         self._shares = [size / sum(shards) for size in shards]
@@ -158,75 +152,54 @@ class SplitSession(Session):
 
     def batches(self, sampler: "Sampler[int]", batch_size: int) -> Any:
         """Return batches of one client each."""
-        return ClientBatches(sampler, batch_size, self.clients)
+        return ClientBatches(sampler, self._method, batch_size)
 
-    def begin(self) -> None:
-        """Give every client the adapter that the model holds now."""
-        import torch
-
-        with torch.no_grad():
-            for side in self._sides[1:]:
-                for parameter, start in zip(side, self._sides[0], strict=True):
-                    parameter.copy_(start)
-
-    @contextlib.contextmanager
-    def micro_batch(self, number: int) -> Iterator[None]:
+    def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Put the side of the client whose turn it is into the model."""
-        with self._seated(self._sides[number % self.clients]):
-            yield
+        return self._seated(self._sides[number % self.clients])
 
-    @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
         """Put the average of the clients' sides into the model."""
         from torch import nn
 
-        with self._seated([nn.Parameter(mean, requires_grad=False) for mean in self._means()]):
-            yield
+        return self._seated([nn.Parameter(mean, requires_grad=False) for mean in self._means()])
 
     def after_step(self, step: int, last: bool) -> None:
         """Give every client the average of all sides, weighted by the sizes of their shards (FedAvg), when due."""
-        import torch
-
-        if step % self._every == 0 or last:
-            with torch.no_grad():
-                for place, mean in enumerate(self._means()):
-                    for side in self._sides:
-                        side[place].copy_(mean)
+        if step % self._method.average_every == 0 or last:
+            means = self._means()
+            for side in self._sides:
+                _copy(side, means)
 
     def save(self, folder: Path) -> None:
         """Save the average, and every client's side."""
         from safetensors.torch import save_file
 
         super().save(folder)
-        sides = {name: parameter.detach().cpu().contiguous() for name, parameter in self._named()}
+        sides = {name: parameter.detach().cpu().contiguous() for name, parameter in self._named().items()}
         save_file(sides, folder / CLIENTS_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        import torch
         from safetensors.torch import load_file
 
         super().load(folder)
-        stored = load_file(folder / CLIENTS_FILE)
-        with torch.no_grad():
-            for name, parameter in self._named():
-                parameter.copy_(stored[name])
+        stored, named = load_file(folder / CLIENTS_FILE), self._named()
+        _copy(list(named.values()), [stored[name] for name in named])
 
-    def _named(self) -> "Iterator[tuple[str, nn.Parameter]]":
-        for client, side in enumerate(self._sides):
-            for (_, _, name), parameter in zip(self._places, side, strict=True):
-                yield f"{client}.{name}", parameter
+    def _named(self) -> "dict[str, nn.Parameter]":
+        return {
+            f"{c}.{i}": parameter for c, side in enumerate(self._sides) for i, parameter in enumerate(side)
+        }
 
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
         self._seat(side)
-        try:
-            yield
-        finally:
-            self._seat(self._sides[0])
+        yield
+        self._seat(self._sides[0])
 
     def _seat(self, side: "Sequence[nn.Parameter]") -> None:
-        for (module, name, _), parameter in zip(self._places, side, strict=True):
+        for (module, name), parameter in zip(self._places, side, strict=True):
             setattr(module, name, parameter)
 
     def _means(self) -> "list[Tensor]":
@@ -238,12 +211,17 @@ class SplitSession(Session):
         return means
 
 
-def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str, str]]":
-    """Yield the clients' parameters as (module, name in it, full name); a path's first number is its layer."""
+def _copy(parameters: "Sequence[nn.Parameter]", values: "Sequence[Tensor]") -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
+
+
+def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str]]":
+    """Yield the clients' parameters as (module, name in it); a path's first number is its layer."""
     embeddings = set(model.get_input_embeddings().modules()) if cut_layer else set()
     for path, module in model.named_modules():
         found = LAYER.search(path)
         if module in embeddings or (found and int(found.group(1)) < cut_layer):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.requires_grad:
-                    yield module, name, f"{path}.{name}"
+                    yield module, name
