@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"adapters", "data", "metrics"}),
     frozenset({"tuner"}),
     frozenset({"spectral", "models"}),
-    frozenset({"errors", "files", "provenance", "run_folder"}),
+    frozenset({"errors", "extras", "files", "provenance", "run_folder"}),
 )
 BOTTOM = LAYERS[-1]  # small modules that may use each other
 

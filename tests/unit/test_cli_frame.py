@@ -100,7 +100,7 @@ def test_an_explained_failure_is_one_line_and_an_exit_status(raising, capsys, er
 def test_a_missing_package_is_named_with_the_way_to_install_it(raising, capsys):
     raising["error"] = ModuleNotFoundError("No module named 'trl'", name="trl")
     assert run("boom") == 1
-    assert capsys.readouterr().err == "error: No module named 'trl'; pip install 'hiplora[all]'\n"
+    assert capsys.readouterr().err == "error: trl is not installed; run: pip install 'hiplora[train]'\n"
 
 
 @pytest.mark.parametrize("arguments", [("--debug", "boom"), ("boom", "--debug")])

@@ -11,6 +11,7 @@ import typer
 from hiplora import __version__
 from hiplora.cli.study import app as study_app
 from hiplora.errors import HipLoraError
+from hiplora.extras import missing
 
 # In the order of the help page. `hiplora.cli.<name>` holds `command`, a plain Typer function.
 COMMANDS = (
@@ -69,8 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if debug:
             traceback.print_exc()
-        hint = "; pip install 'hiplora[all]'" if isinstance(error, ModuleNotFoundError) else ""
-        typer.echo(f"error: {str(error) or type(error).__name__}{hint}", err=True)
+        if isinstance(error, ModuleNotFoundError):
+            error = missing(str(error.name))
+        typer.echo(f"error: {str(error) or type(error).__name__}", err=True)
         raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 

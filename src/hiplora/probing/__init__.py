@@ -1,5 +1,10 @@
 """Rank-1 interventions: how much a model loses by a change of one direction of one weight."""
 
+from hiplora.extras import require
+
+require("eval")
+
+
 from hiplora.probing.correlation import contrasts, correlate, findings
 from hiplora.probing.interventions import (
     Direction,

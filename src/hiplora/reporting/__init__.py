@@ -1,5 +1,10 @@
 """Reports: tables and figures from pandas DataFrames, and one self-contained HTML page that holds them."""
 
+from hiplora.extras import require
+
+require("reports")
+
+
 from hiplora.reporting import plots
 from hiplora.reporting.figures import save_figure
 from hiplora.reporting.html import Section, render_page, save_page

@@ -1,5 +1,10 @@
 """Supervised fine-tuning: from a recipe to an adapter, in runs that can be stopped and carried on."""
 
+from hiplora.extras import require
+
+require("train")
+
+
 from hiplora.training.recipe import TrainRecipe, load_recipe
 from hiplora.training.result import TrainResult
 from hiplora.training.train import train
