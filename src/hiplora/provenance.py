@@ -22,11 +22,7 @@ def provenance(**extra: Any) -> dict[str, Any]:
         "commit": _commit(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        "machine": {
-            "system": platform.system(),
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-        },
+        "machine": {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()},
         **extra,
     }
 
@@ -51,9 +47,8 @@ def folder_identity(folder: str | os.PathLike) -> str | None:
 
 def json_sha256(value: Mapping[str, Any] | list[Any]) -> str:
     """Return the SHA-256 of a JSON value in its canonical form (keys sorted, no spaces)."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
-    ).hexdigest()
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _version(name: str) -> str | None:

@@ -81,11 +81,9 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self._locked()
         try:
-            values = json.loads(json.dumps(asked))
+            text = json.dumps(asked, indent=2) + "\n"
             if Path(self.settings).suffix == ".yaml":
-                text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-            else:
-                text = json.dumps(values, indent=2) + "\n"
+                text = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True)
             write_atomic(self.path / self.settings, text)
             yield
         finally:

@@ -9,6 +9,7 @@ from peft.utils.peft_types import TaskType
 
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
+from hiplora.spectral import FactorStore
 from hiplora.tuner import HipLoraLinear, hip_layers
 from tests.contract.conftest import logits, train
 
@@ -153,16 +154,14 @@ def _refused(**changes):
 
 def _tolerance_reaches_the_decomposition(tiny):
     with pytest.MonkeyPatch.context() as patch:
-        from hiplora.tuner import model as module
-
         seen = []
-        original = module.FactorStore.get_or_compute
+        original = FactorStore.get_or_compute
 
         def spy(self, weight, k, tol, **options):
             seen.append(tol)
             return original(self, weight, k, tol, **options)
 
-        patch.setattr(module.FactorStore, "get_or_compute", spy)
+        patch.setattr(FactorStore, "get_or_compute", spy)
         tiny.adapted(svd_tolerance=3e-5)
     return set(seen) == {3e-5}
 
@@ -226,6 +225,8 @@ def test_contradictions_are_refused():
         HipLoraConfig(target_modules=".*q_proj", layers_to_transform=[0])
     with pytest.raises(ConfigError, match="layers_pattern"):
         HipLoraConfig(layers_pattern="layers")
+    with pytest.raises(ConfigError, match="no use with principal_channel=False"):
+        HipLoraConfig(principal_channel=False, gain_lr_ratio=3.0)
 
 
 def test_too_many_directions_for_a_layer_are_refused_by_name_and_leave_the_base_alone(tiny, ids):

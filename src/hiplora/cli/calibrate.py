@@ -48,7 +48,7 @@ def command(
     """
     import pandas as pd
 
-    from hiplora.models import load, quiet_transformers
+    from hiplora.models import load
     from hiplora.provenance import provenance
     from hiplora.spectral import parse_rank
     from hiplora.tuner import HipLoraConfig, calibrate
@@ -56,8 +56,7 @@ def command(
     check_device(device)
     modules = parse_targets(target_modules)
     config = HipLoraConfig(target_modules=modules, principal_rank=parse_rank(rank), basis_sides=sides.value)
-    with quiet_transformers(always=False):
-        loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model)
     loaded = loaded.to(device)
     if text is None:
         found = calibrate(loaded, config, tokens=tokens, batch_size=batch_size, seed=seed)

@@ -2,13 +2,13 @@
 
 import re
 import time
-from dataclasses import asdict
 from enum import Enum
+from typing import Any
 
 import typer
 
-from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_frame, progress
-from hiplora.errors import ConfigError
+from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_frame
+from hiplora.errors import ConfigError, first_line
 
 
 class Dtype(str, Enum):
@@ -41,21 +41,18 @@ def command(
 ) -> None:
     """Factor the weights of a model once, ahead of training with the weight basis (preset paper).
 
-    Reads one weight at a time, so it needs little memory whatever the model. Stored factors are verified and kept:
-    after an interruption, run the same command again to continue.
+    Stored factors are verified and kept: after an interruption, run the same command again to continue.
 
     Example:
 
         hiplora factorize smollm2-135m --rank 32
     """
     import pandas as pd
-    import torch
 
-    from hiplora.models import quiet_transformers
+    from hiplora.models import load
     from hiplora.provenance import provenance
     from hiplora.spectral import FactorStore
-    from hiplora.tuner import HipLoraConfig
-    from hiplora.tuner.factorize import Checkpoint, factorize
+    from hiplora.tuner import HipLoraConfig, weight_factors
 
     start = time.perf_counter()
     modules = parse_targets(target_modules)
@@ -63,39 +60,44 @@ def command(
         preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance
     )
     check_device(device)
-    store = FactorStore(must_write=True)
-    with quiet_transformers(always=False):
-        checkpoint = Checkpoint(model)
-        targets = checkpoint.targets(config)
-    number = getattr(torch, dtype.value) if dtype else None
-    steps = factorize(checkpoint, targets, store, tol=tolerance, dtype=number, device=device)
-    layers: list[dict] = []
+    loaded = load(model, dtype.value if dtype else "auto")[0].to(device)
+    store, made = FactorStore(), 0
+    layers: list[dict[str, Any]] = []
     try:
-        layers.extend(map(asdict, progress(steps, "factoring weights", total=len(targets))))
+        for target, factors in weight_factors(loaded, config, store):
+            layers.append(
+                {
+                    "name": target.name,
+                    "shape": target.shape,
+                    "k": factors.rank,
+                    "method": factors.method,
+                    "residual": factors.residual,
+                    "orthogonality": factors.orthogonality,
+                    "reused": store.made == made,
+                }
+            )
+            made = store.made
     except KeyboardInterrupt:
-        done = f"{len(layers)} of {len(targets)} weights are in the store"
-        typer.echo(f"stopped: {done}; run it again to go on", err=True)
+        typer.echo(f"stopped: {len(layers)} weights are in the store; run it again to go on", err=True)
         raise
     seconds = time.perf_counter() - start
-    record = {"model": model, "store": str(store.root), "layers": layers, "seconds": seconds}
     if as_json:
+        record = {"model": model, "store": str(store.root), "layers": layers, "seconds": seconds}
         emit_json({**record, "provenance": provenance()})
         return
     df = pd.DataFrame(layers).assign(shape=[f"{m}×{n}" for m, n in (layer["shape"] for layer in layers)])
-    groups = df.groupby("kind", sort=False)
+    groups = df.groupby(df["name"].str.rpartition(".")[2].rename("Modules"), sort=False)
     table = pd.DataFrame(
         {
             "layers": groups.size(),
             "shape": groups["shape"].first(),
             "stored before": groups["reused"].sum(),
             "method": groups["method"].agg(lambda methods: ", ".join(sorted(set(methods)))),
-            "seconds": groups["seconds"].sum(),
             "residual ≤": groups["residual"].max().map("{:.1e}".format),
-            "MB": groups["size"].sum() / 1e6,
         }
     )
-    print_frame(f"{model}: factors in {store.root}", table.reset_index(names="Modules"))
-    typer.echo(f"{len(df)} weights, {df['size'].sum() / 1e6:.2f} MB, {seconds:.1f} s")
+    print_frame(f"{model}: factors in {store.root}", table.reset_index())
+    typer.echo(f"{len(df)} weights, {seconds:.1f} s")
 
 
 def parse_targets(given: str | None) -> str | list[str] | None:
@@ -112,7 +114,6 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"--device {device}: not available here ({reason}); leave it out for the CPU"
+            f"--device {device}: not available here ({first_line(error)}); leave it out for the CPU"
         ) from None

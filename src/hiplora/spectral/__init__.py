@@ -13,8 +13,7 @@ from hiplora.spectral.channels import (
     retract,
     soften,
 )
-from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
-from hiplora.spectral.precision import full_precision
+from hiplora.spectral.factors import SpectralFactors, full_precision, weight_fingerprint
 from hiplora.spectral.rank import (
     EXPECTED_RANK,
     RankSpec,

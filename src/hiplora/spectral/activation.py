@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import FactorError
-from hiplora.spectral.factors import SpectralFactors, Triplets, weight_fingerprint
-from hiplora.spectral.precision import full_precision, widest
+from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, weight_fingerprint, widest
 from hiplora.spectral.rank import rank_for_energy
 from hiplora.spectral.svd import as_matrix, certify
 
@@ -140,7 +139,6 @@ def activation_factors(
     outputs: MomentBasis | None = None,
     *,
     name: str = "weight",
-    fingerprint: str | None = None,
 ) -> SpectralFactors:
     """Return the factors of a weight in the basis of what the layer computes.
 
@@ -156,26 +154,13 @@ def activation_factors(
     """
     matrix = as_matrix(weight, k, name)
     m, n = matrix.shape
-    if inputs.vectors.shape[0] != n:
-        raise FactorError(
-            f"layer {name}: the weight takes {n} inputs, the calibration has {inputs.vectors.shape[0]}; "
-            "calibrate on this very model"
-        )
-    if k > inputs.vectors.shape[1]:
-        raise FactorError(
-            f"layer {name}: principal_rank {k} exceeds the {inputs.vectors.shape[1]} eigenvectors that are kept; "
-            "lower it"
-        )
-    if sides != "input" and (
-        outputs is None or outputs.vectors.shape[0] != m or outputs.vectors.shape[1] < k
-    ):
-        given = (
-            "none" if outputs is None else f"{outputs.vectors.shape[1]} of {outputs.vectors.shape[0]} numbers"
-        )
-        raise FactorError(
-            f"layer {name}: protecting {sides} sides takes {k} directions of its {m} outputs, and there are {given}; "
-            "calibrate on this very model"
-        )
+    for what, moment, width in (("inputs", inputs, n), ("outputs", outputs, m)):
+        size, kept = (0, 0) if moment is None else moment.vectors.shape
+        if (what == "inputs" or sides != "input") and (size != width or kept < k):
+            raise FactorError(
+                f"layer {name}: principal_rank {k} takes as many directions of its {width} {what}, and the calibration "
+                f"has {kept} of {size} numbers; lower it, or calibrate on this very model"
+            )
     with full_precision(matrix.device):
         wide = matrix.to(widest(matrix.device))
         V = inputs.vectors[:, :k].to(wide)
@@ -190,7 +175,7 @@ def activation_factors(
     return dataclasses.replace(
         factors,
         basis=f"activation:{sides}",
-        fingerprint=fingerprint or weight_fingerprint(weight),
+        fingerprint=weight_fingerprint(weight),
         shrink_U=shrink_U,
         shrink_V=shrink_V,
     )

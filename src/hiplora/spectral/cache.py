@@ -1,11 +1,10 @@
 """Tensors on disk under the hash of what they were made from: whole or absent, and verified on every read."""
 
-import contextlib
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,11 @@ class TensorStore:
     """Content-addressed entries of named tensors with a JSON record.
 
     An entry is written to a temporary file and renamed. One process computes it while others wait. A damaged entry is
-    reported and computed again. A store that cannot be written costs a warning and the time to compute, unless
-    `must_write` is set. `made` counts the entries that this object computed instead of reading them.
+    reported and computed again. `made` counts the entries that this object computed instead of reading them.
     """
 
-    def __init__(self, root: str | os.PathLike, *, must_write: bool = False):
+    def __init__(self, root: str | os.PathLike):
         self.root = Path(root)
-        self.must_write = must_write
         self.made = 0
 
     def path(self, *key: Any) -> Path:
@@ -47,19 +44,22 @@ class TensorStore:
         """Return the entry in a file of this store; what `make` returns, stored there, if there is none.
 
         Raises:
-            StoreError: the entry cannot be written, and `must_write` is set.
+            StoreError: the entry cannot be written.
         """
-        entry = self._read(path)
-        if entry is not None:
+        if (entry := self._read(path)) is not None:
             return entry
-        with self._locked(path) as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held = filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS).acquire()
+        except (OSError, NotImplementedError) as error:
+            raise self._cannot_write(path, error) from error
+        with held:
             # Another process may have computed it while this one waited.
             entry = self._read(path, quiet=True)
             if entry is None:
                 entry = make()
                 self.made += 1
-                if held:
-                    self._write(path, *entry)
+                self._write(path, *entry)
         return entry
 
     def _read(self, path: Path, quiet: bool = False) -> Entry | None:
@@ -79,19 +79,6 @@ class TensorStore:
                 warnings.warn(f"{path}: cannot be read ({error}); computing it again", stacklevel=3)
             return None
 
-    @contextlib.contextmanager
-    def _locked(self, path: Path) -> Iterator[bool]:
-        """Hold the lock of an entry's folder; yield False where it cannot be had (a read-only store)."""
-        with contextlib.ExitStack() as stack:
-            held = True
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS))
-            except (OSError, NotImplementedError) as error:
-                held = False
-                self._cannot_write(path, error)
-            yield held
-
     def _write(self, path: Path, tensors: dict[str, Tensor], record: Any) -> None:
         """Write an entry. The lock is held, so other temporary files of it were left by a killed process."""
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -102,14 +89,14 @@ class TensorStore:
                 leftover.unlink(missing_ok=True)
             write_atomic(path, save_tensors(tensors, {"hiplora": stored}))
         except OSError as error:
-            self._cannot_write(path, error)
+            raise self._cannot_write(path, error) from error
 
-    def _cannot_write(self, path: Path, error: Exception) -> None:
+    def _cannot_write(self, path: Path, error: Exception) -> StoreError:
         reason = getattr(error, "strerror", None) or error
-        message = f"cache {self.root}: cannot write {path.name} ({reason})"
-        if self.must_write:
-            raise StoreError(f"{message}; free some space or set HIPLORA_CACHE to another folder") from error
-        warnings.warn(f"{message}; continuing without it", stacklevel=4)
+        return StoreError(
+            f"cache {self.root}: cannot write {path.name} ({reason}); free some space or set HIPLORA_CACHE to another "
+            "folder"
+        )
 
 
 class FactorStore(TensorStore):
@@ -117,42 +104,34 @@ class FactorStore(TensorStore):
 
     FORMAT = 2  # raised when the decomposition or the layout changes: old entries are then not found
 
-    def __init__(self, root: str | os.PathLike | None = None, *, must_write: bool = False):
-        super().__init__(cache_dir() / "factors" if root is None else root, must_write=must_write)
+    def __init__(self, root: str | os.PathLike | None = None):
+        super().__init__(cache_dir() / "factors" if root is None else root)
 
     def factor_path(self, fingerprint: str, k: int, tol: float = 1e-4) -> Path:
         """Return the file of a weight's factors."""
         return self.path("factors", self.FORMAT, fingerprint, k, float(tol))
 
     def get_or_compute(
-        self,
-        weight: Tensor,
-        k: int,
-        tol: float = 1e-4,
-        *,
-        name: str = "weight",
-        fingerprint: str | None = None,
+        self, weight: Tensor, k: int, tol: float = 1e-4, *, name: str = "weight"
     ) -> SpectralFactors:
         """Return the stored factors of a weight (m, n), or compute and store them; on the weight's device.
 
-        A hit and a miss give the same bits. `name` appears in messages; `fingerprint` saves hashing a weight whose
-        fingerprint is known.
+        A hit and a miss give the same bits. `name` appears in messages.
 
         Raises:
             FactorError, ConfigError: as `truncated_svd`.
-            StoreError: the entry cannot be written, and `must_write` is set.
+            StoreError: the entry cannot be written.
         """
         if weight.is_meta or weight.dim() != 2:  # nothing to hash: the decomposition says what is wrong
             return truncated_svd(weight, k, tol, name=name)
-        known = fingerprint or weight_fingerprint(weight)
+        fingerprint = weight_fingerprint(weight)
 
         def make() -> Entry:
-            factors = truncated_svd(weight, k, tol, name=name, fingerprint=known)
-            return {key: getattr(factors, key) for key in _TENSORS}, {
-                key: getattr(factors, key) for key in _RECORD
-            }
+            factors = truncated_svd(weight, k, tol, name=name, fingerprint=fingerprint)
+            tensors = {key: getattr(factors, key) for key in _TENSORS}
+            return tensors, {key: getattr(factors, key) for key in _RECORD}
 
-        tensors, record = self.get_or_make(self.factor_path(known, k, tol), make)
+        tensors, record = self.get_or_make(self.factor_path(fingerprint, k, tol), make)
         factors = SpectralFactors(tensors["U"], tensors["sigma"], tensors["V"], **record)
         return factors.to(weight.device)
 

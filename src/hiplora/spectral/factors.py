@@ -1,5 +1,6 @@
-"""The certified factors of one weight matrix, and the fingerprint that identifies the weight."""
+"""The certified factors of one weight matrix, its fingerprint, and the precision that everything is computed in."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
@@ -71,3 +72,26 @@ def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
     """Cut a tensor along its first dimension into blocks small enough to copy; an empty one has none."""
     if tensor.numel():
         yield from tensor.split(max(1, _CHUNK_ELEMENTS * tensor.shape[0] // tensor.numel()))
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute without gradients, autocast, TF32 or bf16 shortcuts inside the block.
+
+    Under any of them products have ten bits, and no decomposition could meet its tolerance.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, except on the one kind of device that has none (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64

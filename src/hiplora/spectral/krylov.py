@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hiplora.spectral.factors import Triplets
-from hiplora.spectral.precision import widest
+from hiplora.spectral.factors import Triplets, widest
 
 MAX_BLOCKS = 6  # of the basis before it is compressed
 _MAX_PRODUCTS = 150  # blocks; a flat random 4096² matrix, the hardest of practice, takes about 30

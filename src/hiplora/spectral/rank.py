@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.spectral.precision import widest
+from hiplora.spectral.factors import widest
 
 RankSpec = int | float | str
 EXPECTED_RANK = "an integer of at least 1, a fraction in (0, 1), or 'energy:x' with x in (0, 1)"

@@ -7,9 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import ConfigError, FactorError
-from hiplora.spectral.factors import SpectralFactors, Triplets, row_chunks, weight_fingerprint
+from hiplora.spectral.factors import (
+    SpectralFactors,
+    Triplets,
+    full_precision,
+    row_chunks,
+    weight_fingerprint,
+    widest,
+)
 from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
-from hiplora.spectral.precision import full_precision, widest
 
 METHODS = ("auto", "exact", "krylov")
 
@@ -26,7 +32,6 @@ def truncated_svd(
     method: str = "auto",
     *,
     name: str = "weight",
-    seed: int = 0,
     fingerprint: str | None = None,
 ) -> SpectralFactors:
     """Factor a weight (m, n) into its k leading singular triplets, with a certificate.
@@ -51,7 +56,7 @@ def truncated_svd(
     matrix = as_matrix(weight, k, name)
     with full_precision(weight.device):
         try:
-            factors = _factor(matrix, k, tol, method, torch.Generator("cpu").manual_seed(seed))
+            factors = _factor(matrix, k, tol, method, torch.Generator("cpu").manual_seed(0))
         except torch.linalg.LinAlgError as error:
             raise FactorError(f"layer {name}: LAPACK could not decompose the weight ({error})") from error
     if not factors.residual <= tol:
@@ -123,9 +128,8 @@ def factor_mismatch(
 def minor_svd_factors(
     weight: Float[Tensor, "m n"], r: int
 ) -> tuple[Float[Tensor, "m {r}"], Float[Tensor, "{r} n"]]:
-    """Return B, A with BA = Σ σᵢuᵢvᵢᵀ over the r smallest singular values; r is at most min(m, n).
+    """Return B, A with BA = Σ σᵢuᵢvᵢᵀ over the r smallest singular values, √σ to each, fp32; r is at most min(m, n).
 
-    Each factor takes √σ of every direction, by descending σ. In fp32, exact to rounding of the largest singular value.
     MiLoRA's initialisation (Wang et al. 2025, arXiv 2406.09044).
     """
     with full_precision(weight.device):
@@ -137,10 +141,9 @@ def minor_svd_factors(
 def projected_factors(
     weight: Float[Tensor, "m n"], directions: Float[Tensor, "n r"]
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """Return B, A with BA = W N Nᵀ, the weight restricted to orthonormal input directions N (n, r); r ≤ m.
+    """Return B, A with BA = W N Nᵀ, the weight restricted to orthonormal input directions N (n, r), √σ to each; r ≤ m.
 
-    The factors are those of the product's SVD, √σ to each. LoRA-Null's initialisation (Tang et al. 2025,
-    arXiv 2503.02659).
+    LoRA-Null's initialisation (Tang et al. 2025, arXiv 2503.02659).
     """
     with full_precision(weight.device):
         N = directions.to(weight.device, torch.float32)
@@ -181,19 +184,16 @@ def _factor(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Ge
     if not matrix.any():  # any orthonormal vectors do for an all-zero weight: take coordinate axes
         axes = (torch.eye(size, k, device=matrix.device) for size in matrix.shape)
         return certify(matrix, Triplets(next(axes), matrix.new_zeros(k), next(axes)), "exact")
-    if not _is_exact_cheaper(matrix, k, tol, method):
+    size = min(matrix.shape)
+    exact = method == "exact" or size <= MAX_BLOCKS * block_size(k)
+    if method == "auto":
+        exact = exact or size <= max(_EXACT_SIZE, _EXACT_SIZE_PER_RANK * k) or tol < _KRYLOV_FLOOR
+    if not exact:
         factors = certify(matrix, block_krylov(matrix, k, tol, generator), "krylov")
         if factors.residual <= tol or method == "krylov":
             return factors
     factors = certify(matrix, gram_svd(matrix, k), "exact")
     return factors if factors.residual <= tol else certify(matrix, full_svd(matrix, k), "exact")
-
-
-def _is_exact_cheaper(matrix: Tensor, k: int, tol: float, method: str) -> bool:
-    size = min(matrix.shape)
-    if method == "exact" or size <= MAX_BLOCKS * block_size(k):
-        return True
-    return method == "auto" and (size <= max(_EXACT_SIZE, _EXACT_SIZE_PER_RANK * k) or tol < _KRYLOV_FLOOR)
 
 
 def _residual(matrix: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:

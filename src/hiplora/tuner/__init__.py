@@ -12,10 +12,18 @@ from hiplora.tuner.calibration import (
     trailing_inputs,
 )
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
-from hiplora.tuner.layer import HipLoraLinear, frozen_weight, leak_limit
+from hiplora.tuner.factorize import weight_factors
+from hiplora.tuner.layer import HipLoraLinear, leak_limit
 from hiplora.tuner.model import HipLoraModel, register
 from hiplora.tuner.moments import base_only
-from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, linear_target
+from hiplora.tuner.targets import (
+    Target,
+    default_targets,
+    find_targets,
+    for_module,
+    frozen_weight,
+    linear_target,
+)
 from hiplora.tuner.text import (
     ROW_LENGTH,
     CalibrationStore,

@@ -1,9 +1,9 @@
-"""The frozen factors of a layer's adapters: fp32, shared where equal, computed when nothing was loaded."""
+"""The frozen factors of a layer's adapters: fp32, and shared where equal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from hiplora.tuner.config import HipLoraConfig
 
 FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
 _ALL = (*FACTOR_NAMES, "hiplora_shrink_U", "hiplora_shrink_V")
-Compute = Callable[[], SpectralFactors]
 
 
 def factor_names(config: HipLoraConfig) -> list[str]:
@@ -38,13 +37,11 @@ class FactorBuffers(nn.Module):
     hiplora_V: BufferDict
     hiplora_shrink_U: BufferDict
     hiplora_shrink_V: BufferDict
-    _pending: dict[str, Compute | None]
 
     def __init__(self) -> None:
         super().__init__()
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
-        self._pending = {}
 
     def set_factors(self, adapter: str, config: HipLoraConfig, factors: SpectralFactors) -> None:
         """Register computed factors; those that another adapter already has are shared with it."""
@@ -52,37 +49,18 @@ class FactorBuffers(nn.Module):
             getattr(self, name)[adapter] = getattr(factors, name.removeprefix("hiplora_"))
         self._share(adapter)
 
-    def expect_factors(
-        self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int, compute: Compute
-    ) -> None:
-        """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n).
-
-        `compute` is called by `ensure_factors` if they are needed and were never loaded.
-        """
+    def expect_factors(self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int) -> None:
+        """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n)."""
         sizes = {"hiplora_U": (shape[0], k), "hiplora_sigma": (k,), "hiplora_V": (shape[1], k)}
         for name in factor_names(config):
             getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
-        self._pending[adapter] = compute
 
-    def ensure_factors(self, adapter: str) -> bool:
-        """Settle what a load left open; True if the factors had to be computed."""
-        if adapter not in self._pending:
-            return False
-        compute = self._pending.pop(adapter)
-        missing = compute is not None and bool(torch.isnan(self.hiplora_sigma[adapter]).any())
-        if missing and compute is not None:
-            factors = compute()
-            for name, value in zip(FACTOR_NAMES, (factors.U, factors.sigma, factors.V), strict=True):
-                getattr(self, name)[adapter].copy_(value)  # in place: a state dict may hold the buffer
+    def load_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take an adapter's factors from a file: as buffers of its own, or another adapter's where they are equal."""
+        for name in set(_ALL) & tensors.keys():
+            buffers = getattr(self, name)
+            buffers[adapter] = tensors[name].to(buffers[adapter].device, torch.float32)
         self._share(adapter)
-        return missing
-
-    def unshare_factors(self, adapter: str) -> None:
-        """Give an adapter buffers of its own before a file is loaded into them; equal ones are shared again after."""
-        for buffers in self._held(adapter):
-            if any(other is buffers[adapter] for key, other in buffers.items() if key != adapter):
-                buffers[adapter] = buffers[adapter].clone()
-        self._pending.setdefault(adapter, None)
 
     def move_factors(self, adapter: str, device: torch.device | None) -> None:
         """Move an adapter's factors to a device, if one is named."""
@@ -92,19 +70,18 @@ class FactorBuffers(nn.Module):
 
     def delete_factors(self, adapter: str) -> None:
         """Remove an adapter's factors."""
-        self._pending.pop(adapter, None)
         for buffers in self._held(adapter):
             del buffers[adapter]
 
-    def _held(self, adapter: str) -> Iterator[Any]:
-        """Yield the buffers in which an adapter has an entry."""
-        return iter([buffers for name in _ALL if adapter in (buffers := getattr(self, name))])
+    def _held(self, adapter: str) -> list[Any]:
+        """Return the buffers in which an adapter has an entry."""
+        return [buffers for name in _ALL if adapter in (buffers := getattr(self, name))]
 
     def _share(self, adapter: str) -> None:
         for buffers in self._held(adapter):
             own = buffers[adapter]
             for key, other in buffers.items():
-                if key != adapter and other.shape == own.shape and torch.equal(other, own):
+                if key != adapter and other.device == own.device and torch.equal(other, own):
                     buffers[adapter] = other
                     break
 

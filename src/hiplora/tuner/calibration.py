@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,18 +13,9 @@ from torch import nn
 from hiplora.errors import ConfigError
 from hiplora.spectral import SpectralFactors, activation_factors, resolve_rank
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.layer import frozen_weight
 from hiplora.tuner.moments import Bases
-from hiplora.tuner.targets import Target, find_targets
-from hiplora.tuner.text import (
-    CalibrationStore,
-    CalibrationText,
-    CustomCalibration,
-    Ranks,
-    Rows,
-    check_counts,
-    memory_groups,
-)
+from hiplora.tuner.targets import find_targets, frozen_weight
+from hiplora.tuner.text import CalibrationStore, CalibrationText, Rows, check_counts, memory_groups
 
 SELF = "self"  # the source: text sampled from the model itself
 TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy moment
@@ -39,7 +30,6 @@ class CalibratedLayer:
     k: int
     effective_rank: float
     energy: float
-    shares_input_with: str | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,6 @@ def calibrate(
     seed: int = 0,
     gradient_tokens: int = 4096,
     max_bytes: int = 4 << 30,
-    max_factor_bytes: int = 4 << 30,
     store: CalibrationStore | None = None,
 ) -> Calibration:
     """Measure the layers that `config` targets, and give `config` the activation basis that follows.
@@ -104,45 +93,33 @@ def calibrate(
         seed: of the sampling.
         gradient_tokens: of these, how many the output side is measured on, at three times the cost a token.
         max_bytes: memory for moments; layers that do not fit together are measured in several passes.
-        max_factor_bytes: memory that the factors of all layers may take; a principal rank that needs more is an error.
         store: where sampled text and measurements are kept; an interrupted calibration goes on from there.
 
     Raises:
-        ConfigError: the basis is another one, an argument makes no sense, or the factors exceed `max_factor_bytes`.
+        ConfigError: the basis is another one, or an argument makes no sense.
         FactorError: a layer saw no token, or NaN, or has fewer directions than it is to protect.
     """
     if config.basis != "activation":
         raise ConfigError(f"basis is {config.basis!r}, which needs no calibration; set basis='activation'")
     if run_model is not None and rows is not None:
         raise ConfigError("calibrate got both run_model and rows; pass the one that holds your data")
-    check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
-    check_counts(gradient_tokens=gradient_tokens, max_factor_bytes=max_factor_bytes)
+    check_counts(gradient_tokens=gradient_tokens)
     start = time.perf_counter()
     targets = find_targets(model, config)
-    text: CustomCalibration | CalibrationText
-    if run_model is not None:
-        source, text = source or "run_model", CustomCalibration(model, run_model)
-    else:
-        source = source or "rows" if rows is not None else SELF
-        text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes)
+    text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model)
+    if run_model is None and rows is None:
+        source = SELF
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
-    seen = held = 0
+    seen = 0
     for group in memory_groups(targets, config.basis_sides, max_bytes):
         inputs = text.inputs([target.name for target in group])
         seen = min(basis.tokens for basis in inputs.values())
-        ranks: Ranks = {}
-        for target in group:
-            values = inputs[target.name].values
-            ranks[target.name] = resolve_rank(target.k, target.shape, lambda values=values: values)  # type: ignore[misc]
-            held += 4 * ranks[target.name] * (sum(target.shape) + 1)
-            if held > max_factor_bytes:
-                raise ConfigError(
-                    f"layer {target.name}: with its principal_rank of {ranks[target.name]} the factors of all layers "
-                    f"so far take {held:,} bytes, more than the limit of {max_factor_bytes:,}; lower principal_rank, "
-                    "adapt fewer modules, or raise max_factor_bytes"
-                )
-        layers += _described(group, ranks, inputs)
+        ranks: dict[str, int] = {}
+        for name, shape, k in ((target.name, target.shape, target.k) for target in group):
+            basis = inputs[name]
+            ranks[name] = k = resolve_rank(k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
+            layers.append(CalibratedLayer(name, shape, k, basis.effective_rank, basis.energy(k)))
         outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
         for name, k in ranks.items():
             weight = frozen_weight(model.get_submodule(name))
@@ -156,6 +133,7 @@ def calibrate(
             f"least {TOKENS_PER_INPUT * widest} tokens",
             stacklevel=2,
         )
+    source = source or ("rows" if run_model is None else "run_model")
     calibration = Calibration(source, seen, text.key[:16], time.perf_counter() - start, layers, factors)
     config.calibration, config.calibrated = calibration.record(), factors
     return calibration
@@ -175,18 +153,3 @@ def trailing_inputs(model: nn.Module, ranks: Mapping[str, int], **options: Any) 
     `ranks` says how many of each module. Options are those of `input_bases`.
     """
     return CalibrationText(model, **options).trailing(ranks)
-
-
-def _described(group: Sequence[Target], ranks: Ranks, bases: Bases) -> Iterator[CalibratedLayer]:
-    first: dict[int, str] = {}
-    for target in group:
-        k, inputs = ranks[target.name], bases[target.name]
-        leader = first.setdefault(id(inputs), target.name)
-        yield CalibratedLayer(
-            target.name,
-            target.shape,
-            k,
-            inputs.effective_rank,
-            inputs.energy(k),
-            leader if leader != target.name else None,
-        )

@@ -162,8 +162,7 @@ class HipLoraConfig(PeftConfig):
         for name in CHOICES:
             self._check_choice(name)
         for name, value in self._with_patterns("r", "rank_pattern"):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+            _check_number(name, value, lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
         for name, value in self._with_patterns("principal_rank", "principal_rank_pattern"):
             if not is_rank(value):
                 raise ConfigError(f"{name} is {value!r}; expected {EXPECTED_RANK}")

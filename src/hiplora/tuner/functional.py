@@ -42,11 +42,17 @@ def add_channels(
     """
     if delta is None:
         U = V = None
+    if (
+        torch.compiler.is_compiling()
+    ):  # the same in differentiable operations, to be fused as the compiler sees fit
+        inputs = x.to(A.dtype)
+        update = F.linear(F.linear(F.dropout(inputs, dropout), A), B) * scaling
+        if delta is not None and U is not None and V is not None:
+            update = update + F.linear((inputs @ V.to(A.dtype)) * delta, U.to(A.dtype))
+        return (base_out + update).to(base_out.dtype)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else A.dtype
-    if torch.compiler.is_compiling():
-        return _plain(base_out, x, A, B, delta, U, V, scaling, dropout)
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
         return _AddChannels.apply(base_out, x, A, B, delta, U, V, scaling, dropout, compute)
 
@@ -64,25 +70,6 @@ def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
     draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     lanes = draws.view(torch.int16)[:count].view(shape)
     return lanes >= dropped - _DRAWS // 2, 1 - dropped / _DRAWS
-
-
-def _plain(
-    base_out: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    delta: Tensor | None,
-    U: Tensor | None,
-    V: Tensor | None,
-    scaling: float,
-    dropout: float,
-) -> Tensor:
-    """The same in differentiable operations, for `torch.compile` to fuse as it sees fit."""
-    inputs = x.to(A.dtype)
-    update = F.linear(F.linear(F.dropout(inputs, dropout), A), B) * scaling
-    if delta is not None and U is not None and V is not None:
-        update = update + F.linear((inputs @ V.to(A.dtype)) * delta, U.to(A.dtype))
-    return (base_out + update).to(base_out.dtype)
 
 
 class _AddChannels(torch.autograd.Function):

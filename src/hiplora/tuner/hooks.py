@@ -49,7 +49,6 @@ class _OwnUnits:
             sigma = layer.hiplora_sigma[adapter]
             self.scale = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
         self.before: Tensor | None = None
-        self._entered = False
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -58,18 +57,16 @@ class _OwnUnits:
             self.delta.copy_(self.delta.float() / self.scale)
             if self.delta.grad is not None:
                 self.delta.grad.mul_(self.scale)
-            self._entered = True
         if self.before is None:
             self.before = self.delta.detach().float().clone()
 
     @torch.no_grad()
     def leave(self) -> None:
         """Turn it back into δ."""
-        if self.scale is not None and self._entered:
+        if self.scale is not None:
             self.delta.copy_(self.delta.float() * self.scale)
             if self.delta.grad is not None:
                 self.delta.grad.div_(self.scale)
-            self._entered = False
 
     @torch.no_grad()
     def scale_step(self) -> None:
@@ -83,14 +80,10 @@ def _owned(optimizer: Optimizer) -> Iterator[tuple[HipLoraLinear, str, float]]:
     rates = {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
     for layer in _layers:
         for adapter in layer.hiplora_A:
-            parameters = (
-                held[adapter]
-                for held in (layer.hiplora_delta, layer.hiplora_A, layer.hiplora_B)
-                if adapter in held
-            )
-            held_rates = [rates[id(p)] for p in parameters if id(p) in rates and p.requires_grad]
-            if held_rates:
-                yield layer, adapter, float(held_rates[0])
+            kinds = (layer.hiplora_delta, layer.hiplora_A, layer.hiplora_B)
+            parameters = [held[adapter] for held in kinds if adapter in held and held[adapter].requires_grad]
+            if found := [rates[id(p)] for p in parameters if id(p) in rates]:
+                yield layer, adapter, float(found[0])
 
 
 def _budgeted(layer: HipLoraLinear, adapter: str, mode: str) -> bool:
@@ -115,11 +108,10 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
     ]
     if closure is None:
         _add_budget_gradients(optimizer)
-        for gain in gains:
-            gain.enter()
-        return None
     for gain in gains:
         gain.enter()
+    if closure is None:
+        return None
 
     def with_budget(closure: Callable[[], Any] = closure) -> Any:
         """Re-evaluate the loss, then add the budget to the fresh gradients."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError
 from hiplora.spectral import (
+    FactorStore,
     SpectralFactors,
     budget_weights,
     fused_factors,
@@ -24,10 +26,10 @@ from hiplora.spectral import (
     retract,
     soften,
 )
-from hiplora.tuner.buffers import FactorBuffers
+from hiplora.tuner.buffers import FACTOR_NAMES, FactorBuffers
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels
-from hiplora.tuner.targets import linear_target
+from hiplora.tuner.targets import frozen_weight, linear_target
 
 
 def leak_limit(dtype: torch.dtype) -> float:
@@ -47,12 +49,6 @@ def leak_error(layer: str, adapter: str, leak: float, limit: float) -> AdapterEr
     )
 
 
-def frozen_weight(module: nn.Module) -> Tensor:
-    """Return the base weight of a linear layer, adapted or not, as (m, n), dequantised where needed."""
-    layer = module if isinstance(module, HipLoraLinear) else HipLoraLinear(module, "")
-    return layer.frozen_weight()
-
-
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     """HiP-LoRA around a frozen `nn.Linear`, `Conv1D` or quantised linear layer of shape (m, n) = (out, in).
 
@@ -67,8 +63,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        target = linear_target(base_layer, name)
-        (self.out_features, self.in_features), self.transposed = target.shape, target.transposed
+        self.out_features, self.in_features = linear_target(base_layer, name).shape
+        self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.hiplora_A = nn.ParameterDict()
         self.hiplora_B = nn.ParameterDict()
@@ -79,6 +75,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.hiplora_dropout: dict[str, float] = {}
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
+        self._pending: set[str] = set()  # adapters whose factors are to come from a file
         # The base weight while merged; in a list, so as not to be registered as this layer's own.
         self._frozen: list[nn.Parameter] = []
         self._disable_adapters = False
@@ -87,8 +84,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def frozen_weight(self) -> Tensor:
         """Return the frozen weight as (m, n), dequantised where needed."""
-        weight = self.get_base_weight()
-        return weight.T if self.transposed else weight
+        return frozen_weight(self)
 
     def add_adapter(
         self,
@@ -97,20 +93,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         r: int,
         alpha: float,
         k: int,
-        factors: Callable[[], SpectralFactors],
-        deferred: bool = False,
+        factors: SpectralFactors | None,
     ) -> None:
-        """Add an adapter of residual rank `r` and principal rank `k`.
+        """Add an adapter of residual rank `r`, scale `alpha / r` and principal rank `k`.
 
-        Args:
-            adapter: its name.
-            config: the configuration it belongs to.
-            r: residual rank.
-            alpha: residual scale, divided by `r`.
-            k: number of protected directions.
-            factors: computes the spectral factors; called now, or with `deferred` only if no saved factors have
-                been loaded by the time they are needed.
-            deferred: reserve room for factors that are about to be loaded.
+        Without `factors` room is reserved for those of a file that is about to be loaded.
         """
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, alpha / r
         self.hiplora_dropout[adapter] = config.lora_dropout
@@ -120,12 +107,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if config.principal_channel:
             self.hiplora_delta[adapter] = nn.Parameter(torch.zeros(k))
         self._initialise(adapter, config.init_weights)
-        if deferred:
-            self.expect_factors(adapter, config, (self.out_features, self.in_features), k, factors)
+        if factors is None:
+            self.expect_factors(adapter, config, (self.out_features, self.in_features), k)
+            self._pending.add(adapter)
         else:
-            self.set_factors(adapter, config, factors())
+            self.set_factors(adapter, config, factors)
         self._move_adapter_to_device_of_base_layer(adapter)
-        if not deferred:
+        if factors is not None:
             self.retract_(adapter)
 
     def _initialise(self, adapter: str, how: bool | str) -> None:
@@ -138,17 +126,39 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             if adapter in self.hiplora_delta:
                 nn.init.normal_(self.hiplora_delta[adapter], std=0.02)
 
-    def ensure_factors(self, adapter: str) -> bool:
-        """Compute the factors that were to come from a file and did not; True if that was so."""
-        computed = super().ensure_factors(adapter)
-        if computed:
-            self.retract_(adapter)
-        return computed
+    def load_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take an adapter's factors from a file."""
+        super().load_factors(adapter, tensors)
+        self._pending.discard(adapter)
+        self._budget.pop(adapter, None)
+
+    @torch.no_grad()
+    def ensure_factors(self, adapter: str) -> None:
+        """Compute the factors that were to come from a file and did not: the adapter begins anew.
+
+        Raises:
+            AdapterError: they are of the activation basis, which needs a calibration.
+        """
+        if adapter not in self._pending:
+            return
+        config = self.configs[adapter]
+        if config.basis != "weight":
+            raise AdapterError(
+                f"layer {self.name}: no factors were loaded for adapter '{adapter}'; load it with "
+                "PeftModel.from_pretrained, or make a new configuration for a new adapter"
+            )
+        self._pending.remove(adapter)
+        k = self.hiplora_sigma[adapter].shape[0]
+        factors = FactorStore().get_or_compute(self.frozen_weight(), k, config.svd_tolerance, name=self.name)
+        for name in FACTOR_NAMES:  # in place: a state dict may hold the buffer
+            getattr(self, name)[adapter].copy_(getattr(factors, name.removeprefix("hiplora_")))
+        self.retract_(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self.delete_factors(adapter_name)
+        self._pending.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -182,13 +192,10 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return A and B as they act: through the soft projection where there is one."""
         if self.configs[adapter].projection == "hard":
             return A, B
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        U, V = self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
-        shrinks = [
-            buffers[adapter].to(dtype) if adapter in buffers else None
-            for buffers in (self.hiplora_shrink_U, self.hiplora_shrink_V)
-        ]
-        soft_A, soft_B = soften(A.to(dtype), B.to(dtype), U, V, *shrinks)
+        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
+        filters = (self.hiplora_shrink_U, self.hiplora_shrink_V)
+        shrink_U, shrink_V = (held.get(adapter, None) for held in filters)
+        soft_A, soft_B = soften(A.float(), B.float(), U, V, shrink_U, shrink_V)
         return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,8 +246,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         A, B = self.lora_factors(adapter)
         return (B @ A).T if self.transposed else B @ A
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that the update is additive."""
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: D102 - PEFT asks
         return True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis, SecondMoment
 
 Bases = dict[str, MomentBasis]
+_NOTHING = SecondMoment(1)  # of a layer that no token reached: its use is an error that names the layer
 _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
 
 
@@ -45,7 +46,7 @@ class MomentCollector:
 
     def __init__(self, model: nn.Module, modules: Sequence[str]):
         self.leader: dict[str, str] = {}  # layer → the layer whose moment it shares
-        self._moments: dict[str, SecondMoment] = {}
+        self.moments: dict[str, SecondMoment] = {}
         self._model, self._modules = model, modules
         self._mask: Tensor | None = None
         self._last: tuple[str, Tensor] | None = None
@@ -63,21 +64,6 @@ class MomentCollector:
             finally:
                 self._last = self._mask = None
 
-    def moment(self, name: str) -> SecondMoment:
-        """Return a layer's moment; an empty one, whose use is an error, where no token reached it."""
-        return self._moments.get(self.leader.get(name, name)) or SecondMoment(1)
-
-    def bases(self) -> Bases:
-        """Return the eigenvectors of each layer's moment, one object for the layers that share it."""
-        found: Bases = {}
-        for name in self._modules:
-            leader = self.leader.get(name, name)
-            if leader not in found:
-                found[leader] = self.moment(leader).eigen(leader)
-                self._moments.pop(leader)
-            found[name] = found[leader]
-        return {name: found[name] for name in self._modules}
-
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._mask, self._last = token_mask(args, kwargs), None
 
@@ -93,9 +79,9 @@ class MomentCollector:
             flat = x.reshape(-1, x.shape[-1])
             if self._mask is not None and self._mask.shape == x.shape[:-1]:
                 flat = flat[self._mask.to(x.device).flatten()]
-            if name not in self._moments:
-                self._moments[name] = SecondMoment(x.shape[-1], x.device)
-            self._moments[name].add(flat)
+            if name not in self.moments:
+                self.moments[name] = SecondMoment(x.shape[-1], x.device)
+            self.moments[name].add(flat)
 
         return hook
 
@@ -185,6 +171,38 @@ class GradientCollector:
         self._mask = mask
         torch.autograd.backward(logits, gradient)
         torch.set_grad_enabled(False)
+
+
+def measure_inputs(
+    model: nn.Module,
+    modules: Sequence[str],
+    run: Callable[[], Any],
+    trailing: Mapping[str, int] | None = None,
+) -> Bases:
+    """Measure the inputs of some layers while `run` runs the model: their leading directions, or `trailing` last ones.
+
+    Layers that share an input share one object.
+    """
+    collector = MomentCollector(model, modules)
+    with collector.watching():
+        run()
+    found: dict[tuple[str, int], MomentBasis] = {}
+    bases: Bases = {}
+    for name in modules:
+        leader, k = collector.leader.get(name, name), trailing[name] if trailing else 0
+        if (leader, k) not in found:
+            moment = collector.moments.get(leader, _NOTHING)
+            found[leader, k] = moment.trailing(k, name) if trailing else moment.eigen(name)
+        bases[name] = found[leader, k]
+    return bases
+
+
+def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[], Any], limit: int) -> Bases:
+    """Measure which outputs of some layers matter: k directions of each, on the first `limit` tokens."""
+    collector = GradientCollector(model, list(ranks), limit)
+    with collector.watching():
+        run()
+    return {name: collector.moments.pop(name, _NOTHING).leading(k, name) for name, k in ranks.items()}
 
 
 def score(logits: Tensor, row: int) -> Tensor:

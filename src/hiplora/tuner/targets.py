@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
@@ -39,21 +39,11 @@ _ROUTER = re.compile(r"gate|router|.*_gate|.*router.*")
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer to adapt.
-
-    `shape` is (m, n) = (out, in), `k` the principal rank as it was requested, `transposed` says that the weight is
-    stored as (in, out).
-    """
+    """A linear layer to adapt: its `shape` (m, n) = (out, in), and the principal rank `k` as it was requested."""
 
     name: str
     shape: tuple[int, int]
     k: RankSpec
-    transposed: bool
-
-    @property
-    def kind(self) -> str:
-        """The module's own name, the same in every layer: `q_proj`."""
-        return self.name.rpartition(".")[2]
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
@@ -69,7 +59,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
     _maybe_include_all_linear_layers(chosen, model)
     try:
-        names = [name for name, _ in _base_modules(model) if check_target_module_exists(chosen, name)]
+        names = [name for name in _base_modules(model) if check_target_module_exists(chosen, name)]
     except re.error as error:
         raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error  # type: ignore[attr-defined]
     if not names:
@@ -77,11 +67,9 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
             f"target_modules {config.target_modules!r} match no module of {type(model).__name__}, or all that match "
             "are excluded; name some of its linear layers"  # type: ignore[attr-defined]
         )
-    patterns = getattr(chosen, "principal_rank_pattern", {})
-    default = getattr(chosen, "principal_rank", 0)
-    return [
-        linear_target(model.get_submodule(name), name, for_module(patterns, name, default)) for name in names
-    ]
+    patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
+    ranks = {name: for_module(patterns, name, default) for name in names}
+    return [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
 
 
 def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
@@ -97,12 +85,27 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
             f"layer {name}: HiP-LoRA adapts linear layers, and this is a {type(base).__name__}; "
             "leave it out with exclude_modules, or train it whole with modules_to_save"
         )
-    return Target(name, (m, n), k, isinstance(base, Conv1D))
+    return Target(name, (m, n), k)
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module without adapters multiplies by one weight matrix, quantised or not."""
     return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None
+
+
+def frozen_weight(module: nn.Module) -> Tensor:
+    """Return the base weight of a linear layer, adapted or not, as (m, n), dequantised where needed."""
+    base: Any = _base(module)
+    backend = resolve_quantization_backend(base)
+    weight = base.weight.data if backend is None else backend.get_base_weight(base)
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def precision(module: nn.Module) -> str:
+    """Name how the base weight of a linear layer is stored: a dtype, or the quantisation backend."""
+    base: Any = _base(module)
+    backend = resolve_quantization_backend(base)
+    return str(base.weight.dtype).removeprefix("torch.") if backend is None else backend.backend_name
 
 
 def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
@@ -119,14 +122,17 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
         ConfigError: the model has none that can be recognised.
     """
     role, belongs = _ROLES[preset]
-    candidates = {name: module for name, module in _base_modules(model) if belongs(name.lower().split("."))}
-    chosen = [name for name, module in candidates.items() if is_linear(_base(module))]
+    modules = _base_modules(model)
+    candidates = [name for name in modules if belongs(name.lower().split("."))]
+    chosen = [name for name in candidates if is_linear(_base(modules[name]))]
     if not chosen:
         raise ConfigError(
             f"target_modules is not set, and no {role} projections were recognised in {type(model).__name__}; set it "
             "to a list of module names, a regular expression or 'all-linear'"
         )
-    return _shortest(chosen, [name for name, _ in _base_modules(model)])
+    # Each by the fewest trailing parts of its name which no other module's name ends with.
+    others = {tail for name in modules.keys() - set(chosen) for tail in _tails(name)}
+    return list(dict.fromkeys(next(tail for tail in _tails(name) if tail not in others) for name in chosen))
 
 
 def _in_mlp(path: Sequence[str]) -> bool:
@@ -151,26 +157,15 @@ _ROLES: dict[str, tuple[str, Callable[[Sequence[str]], bool]]] = {
 }
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the named modules of the base model; what is inside an adapted layer is not one."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or "\0"):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        yield name, module
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the named modules of the base model; what is inside an adapted layer is not one."""
+    named = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in named.items() if isinstance(module, BaseTunerLayer))
+    return {name: module for name, module in named.items() if name and not name.startswith(inside)}
 
 
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _shortest(chosen: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return the fewest trailing parts of the chosen names which no other name ends with."""
-    wanted = set(chosen)
-    others = {tail for name in names if name not in wanted for tail in _tails(name)}
-    return list(dict.fromkeys(next(tail for tail in _tails(name) if tail not in others) for name in chosen))
 
 
 def _tails(name: str) -> list[str]:

@@ -17,15 +17,14 @@ from tqdm import tqdm
 
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
-from hiplora.spectral import MomentBasis, SecondMoment, TensorStore, weight_fingerprint
-from hiplora.tuner.moments import Bases, GradientCollector, MomentCollector, base_only
+from hiplora.spectral import MomentBasis, TensorStore, weight_fingerprint
+from hiplora.tuner.moments import Bases, base_only, measure_inputs, measure_outputs
 from hiplora.tuner.targets import Target, linear_target
 
 ROW_LENGTH = 256  # tokens of one calibration row
 _SAMPLED_AT_ONCE = 40
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
-Ranks = dict[str, int]  # module → number of directions
 
 
 class CalibrationStore(TensorStore):
@@ -53,9 +52,9 @@ def memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iter
     held = 0
     for target in targets:
         m, n = target.shape
-        size = 8 * max(
-            n**2, m**2 if sides != "input" else 0
-        )  # the two sides are measured one after the other
+        size = 8 * (
+            n**2 if sides == "input" else max(m, n) ** 2
+        )  # the sides are measured one after the other
         if group and held + size > max_bytes:
             yield group
             group, held = [], 0
@@ -65,25 +64,11 @@ def memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iter
         yield group
 
 
-class CustomCalibration:
-    """Calibration by a loop of the user's own; nothing of it is stored."""
-
-    key = ""
-
-    def __init__(self, model: nn.Module, run_model: Callable[[], Any]):
-        self._model, self._run = model, run_model
-
-    def inputs(self, modules: Sequence[str]) -> Bases:
-        """Measure the inputs of some layers."""
-        return _measure_inputs(self._model, modules, self._run)
-
-    def outputs(self, ranks: Ranks, limit: int) -> Bases:
-        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
-        return _measure_outputs(self._model, ranks, self._run, limit)
-
-
 class CalibrationText:
-    """The rows of tokens that a model is calibrated on, and the store of what is measured on them."""
+    """What a model is calibrated on, rows of tokens or a loop of the user's, and the store of what is measured on it.
+
+    `key` identifies model and rows; it is empty for a loop, of which nothing is stored.
+    """
 
     def __init__(
         self,
@@ -94,20 +79,26 @@ class CalibrationText:
         seed: int = 0,
         store: CalibrationStore | None = None,
         max_bytes: int = 4 << 30,
+        run_model: Callable[[], Any] | None = None,
     ):
         """Take `rows` of token ids, of any length, or sample about `tokens` from the model.
 
         `batch_size` rows are run at a time; `seed` is the sampling's; layers whose moments exceed `max_bytes` together
         are measured in several passes; `store` keeps sampled text and measurements, by default in the cache.
+        `run_model` runs the model over data of its own instead.
 
         Raises:
             ConfigError: an argument makes no sense, or text cannot be sampled from this model.
         """
         check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
         self._model, self._store, self._max_bytes = model, store or CalibrationStore(), max_bytes
+        self._batch_size, self._run_model, self.key = batch_size, run_model, ""
+        self.rows: list[Tensor] = []
+        if run_model is not None:
+            return
         identity = model_fingerprint(model)
         if rows is None:
-            self.rows = _sampled(model, self._store, identity, tokens, seed)
+            self.rows = sampled_rows(model, tokens, seed, self._store, identity)
         else:
             self.rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
         if not self.rows:
@@ -118,17 +109,19 @@ class CalibrationText:
                 raise ConfigError(f"rows[{index}] has shape {tuple(row.shape)}; expected a list of token ids")
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
-        self._batch_size = batch_size
 
     def run(self) -> None:
-        """Run the model over the text once, for measurements of another kind; padding is on the right."""
-        _run(self._model, self.rows, self._batch_size, "inputs")
+        """Run the model over the text once; padding is on the right."""
+        if self._run_model is not None:
+            self._run_model()
+        else:
+            _run(self._model, self.rows, self._batch_size, "inputs")
 
     def inputs(self, modules: Sequence[str]) -> Bases:
         """Measure the inputs of some layers."""
         bases: Bases = {}
         for names in self._grouped(modules):
-            measure = functools.partial(_measure_inputs, self._model, names, self.run)
+            measure = functools.partial(measure_inputs, self._model, names, self.run)
             bases |= self._stored(["moments", self.key, names], measure)
         return bases
 
@@ -137,26 +130,28 @@ class CalibrationText:
         bases: Bases = {}
         for names in self._grouped(ranks):
             group = {name: ranks[name] for name in names}
-            measure = functools.partial(_measure_trailing, self._model, group, self.run)
+            measure = functools.partial(measure_inputs, self._model, names, self.run, group)
             bases |= self._stored(["trailing", self.key, list(group.items())], measure)
         return bases
+
+    def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
+        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
+        before = itertools.accumulate((len(row) for row in self.rows), initial=0)
+        rows = [row for row, total in zip(self.rows, before, strict=False) if total < limit]
+        few = -(-self._batch_size // 2)  # a backward pass holds all activations
+        run = self._run_model or functools.partial(_run, self._model, rows, few, "gradients")
+        measure = functools.partial(measure_outputs, self._model, ranks, run, limit)
+        return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
 
     def _grouped(self, modules: Iterable[str]) -> Iterator[list[str]]:
         targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
         for group in memory_groups(targets, "input", self._max_bytes):
             yield [target.name for target in group]
 
-    def outputs(self, ranks: Ranks, limit: int) -> Bases:
-        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
-        before = itertools.accumulate((len(row) for row in self.rows), initial=0)
-        rows = [row for row, total in zip(self.rows, before, strict=False) if total < limit]
-        few = -(-self._batch_size // 2)  # a backward pass holds all activations
-        run = functools.partial(_run, self._model, rows, few, "gradients")
-        measure = functools.partial(_measure_outputs, self._model, ranks, run, limit)
-        return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
-
     def _stored(self, key: list[Any], measure: Callable[[], Bases]) -> Bases:
         """Return the stored measurement, or measure and store it; a basis that layers share is stored once."""
+        if not self.key:
+            return measure()
 
         def make() -> tuple[dict[str, Tensor], Any]:
             bases = measure()
@@ -188,10 +183,34 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def sampled_rows(
-    model: nn.Module, tokens: int, seed: int = 0, store: CalibrationStore | None = None
+    model: Any, tokens: int, seed: int = 0, store: CalibrationStore | None = None, identity: str = ""
 ) -> list[Tensor]:
-    """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on."""
-    return _sampled(model, store or CalibrationStore(), model_fingerprint(model), tokens, seed)
+    """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on.
+
+    What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known.
+
+    Raises:
+        ConfigError: the model is not a causal language model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False) or not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__} is not a causal language model, so no calibration text can be sampled from it; "
+            "call hiplora.calibrate(model, config, run_model=...) on data of yours, or set basis='weight'"
+        )
+    store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
+    count = -(-tokens // length)
+    rows: list[Tensor] = []
+    with base_only(model):
+        for first in range(0, count, _SAMPLED_AT_ONCE):
+            part = range(first, min(first + _SAMPLED_AT_ONCE, count))
+            path = store.path("sample", identity, length, seed, part.start, part.stop)
+            sample = functools.partial(sample_rows, model, part, length, seed)
+            made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
+            rows.extend(made["rows"].long())
+    return rows
 
 
 @torch.no_grad()
@@ -233,30 +252,6 @@ def special_tokens(model: Any) -> list[int]:
     return sorted(found)
 
 
-def _sampled(model: Any, store: CalibrationStore, identity: str, tokens: int, seed: int) -> list[Tensor]:
-    """Return rows sampled from the model, about `tokens` in all; what was sampled before is read."""
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False) or not model.can_generate():
-        raise ConfigError(
-            f"{type(model).__name__} is not a causal language model, so no calibration text can be sampled from it; "
-            "call hiplora.calibrate(model, config, run_model=...) on data of yours, or set basis='weight'"
-        )
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
-    count = -(-tokens // length)
-    rows: list[Tensor] = []
-    with base_only(model):
-        for first in range(0, count, _SAMPLED_AT_ONCE):
-            part = range(first, min(first + _SAMPLED_AT_ONCE, count))
-            path = store.path("sample", identity, length, seed, part.start, part.stop)
-            made, _ = store.get_or_make(
-                path,
-                lambda part=part: ({"rows": sample_rows(model, part, length, seed).int()}, {}),  # type: ignore[misc]
-            )
-            rows.extend(made["rows"].long())
-    return rows
-
-
 def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -> None:
     """Run the model over rows of token ids, padded on the right where they differ in length."""
     device = next(model.parameters()).device
@@ -271,30 +266,3 @@ def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -
         lengths = torch.tensor([len(row) for row in batch], device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few)
-
-
-def _measure_inputs(model: nn.Module, modules: Sequence[str], run: Callable[[], Any]) -> Bases:
-    collector = MomentCollector(model, modules)
-    with collector.watching():
-        run()
-    return collector.bases()
-
-
-def _measure_trailing(model: nn.Module, ranks: Ranks, run: Callable[[], Any]) -> Bases:
-    collector = MomentCollector(model, list(ranks))
-    with collector.watching():
-        run()
-    found: dict[tuple[str, int], MomentBasis] = {}
-    for name, k in ranks.items():
-        shared = (collector.leader.get(name, name), k)
-        if shared not in found:
-            found[shared] = collector.moment(name).trailing(k, name)
-    return {name: found[collector.leader[name], k] for name, k in ranks.items()}
-
-
-def _measure_outputs(model: nn.Module, ranks: Ranks, run: Callable[[], Any], limit: int) -> Bases:
-    collector = GradientCollector(model, list(ranks), limit)
-    with collector.watching():
-        run()
-    nothing = SecondMoment(1)  # its use is an error that names the layer
-    return {name: collector.moments.pop(name, nothing).leading(k, name) for name, k in ranks.items()}

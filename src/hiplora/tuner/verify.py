@@ -13,26 +13,12 @@ from hiplora.spectral import factor_mismatch, leak, protected, weight_fingerprin
 from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear, leak_error, leak_limit
+from hiplora.tuner.targets import frozen_weight, precision
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
 # of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
 OTHER_PRECISION_LIMIT = 0.1
 ORTHOGONALITY_LIMIT = 1e-3
-
-
-def precision(layer: HipLoraLinear) -> str:
-    """Name how the frozen weight is stored: a dtype, or the quantisation backend."""
-    if layer.quantization_backend is not None:
-        return layer.quantization_backend.backend_name
-    return str(layer.get_base_layer().weight.dtype).removeprefix("torch.")
-
-
-def _frozen(module: nn.Module, name: str) -> tuple[Tensor, str]:
-    """Return a module's frozen weight as (m, n) and its precision, adapted already or not."""
-    layer = module if isinstance(module, HipLoraLinear) else HipLoraLinear(module, name)
-    if layer.merged:
-        raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
-    return layer.frozen_weight(), precision(layer)
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
@@ -49,17 +35,19 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
     for name, expected in config.fingerprints.items():
         try:
             module = model.get_submodule(name)
+            found, stored = weight_fingerprint(frozen_weight(module)), precision(module)
         except AttributeError:
             raise AdapterError(
                 f"layer {name}: the adapter was made for it, but this base model has no such module; "
                 f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
             ) from None
-        weight, stored = _frozen(module, name)
-        if weight_fingerprint(weight) == expected:
-            continue
-        if stored == config.base_precision or not config.save_factors:
+        if getattr(module, "merged", False):
+            raise AdapterError(
+                f"layer {name}: another adapter is merged into it; call unmerge_adapter() first"
+            )
+        if found != expected and (stored == config.base_precision or not config.save_factors):
             wrong.append(name)
-        else:
+        elif found != expected:
             config.unverified.add(name)
     if wrong:
         raise AdapterError(_other_weights(wrong, config))
@@ -76,31 +64,32 @@ def _other_weights(names: list[str], config: HipLoraConfig) -> str:
 
 def check_checkpoint(
     layers: Mapping[str, HipLoraLinear], config: HipLoraConfig, adapter: str, state: Mapping[str, Tensor]
-) -> None:
-    """Check a loaded adapter file against the layers that it is meant for.
+) -> dict[str, dict[str, Tensor]]:
+    """Check an adapter file against the layers that it is meant for; return each layer's tensors by kind.
 
     Raises:
         AdapterError: a tensor is missing, misshapen or not finite, the factors are not orthonormal, or they do
             not belong to the base model's weight.
     """
+    factors = factor_names(config) if config.save_factors else []
+    checked: dict[str, dict[str, Tensor]] = {}
     for name, layer in layers.items():
-        tensors = {}
-        for kind in _expected(layer, config, adapter):
-            found = [
-                state[p + f"{name}.{kind}"] for p in ("base_model.model.", "") if f"{p}{name}.{kind}" in state
-            ]
-            if not found:
+        tensors = checked[name] = {}
+        gains = ["hiplora_delta"] if adapter in layer.hiplora_delta else []
+        for kind in ("hiplora_A", "hiplora_B", *gains, *factors):
+            found = state.get(f"base_model.model.{name}.{kind}", state.get(f"{name}.{kind}"))
+            if found is None:
                 raise AdapterError(
                     f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again"
                 )
-            tensors[kind] = found[0]
+            tensors[kind] = found
             wanted = getattr(layer, kind)[adapter].shape
-            if found[0].shape != wanted:
+            if found.shape != wanted:
                 raise AdapterError(
-                    f"layer {name}: {kind} in the adapter file is {tuple(found[0].shape)}, expected {tuple(wanted)}; "
+                    f"layer {name}: {kind} in the adapter file is {tuple(found.shape)}, expected {tuple(wanted)}; "
                     "the file and adapter_config.json do not belong together"
                 )
-            if not torch.isfinite(found[0]).all():
+            if not torch.isfinite(found).all():
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
             _check_factors(layer, config, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
@@ -110,12 +99,7 @@ def check_checkpoint(
             "adapter's own factors were checked against it and are used",
             stacklevel=2,
         )
-
-
-def _expected(layer: HipLoraLinear, config: HipLoraConfig, adapter: str) -> list[str]:
-    kinds = ["hiplora_A", "hiplora_B"]
-    kinds += ["hiplora_delta"] if adapter in layer.hiplora_delta else []
-    return kinds + (factor_names(config) if config.save_factors else [])
+    return checked
 
 
 def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:

@@ -139,7 +139,7 @@ def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
     [
         (weight_of(), 17, r"exceeds min\(out, in\) = 16"),
         (weight_of(), 0, "below 1"),
-        (weight_of(16, 23), 4, "takes 23 inputs, the calibration has 24"),
+        (weight_of(16, 23), 4, "23 inputs, and the calibration has 24 of 24 numbers"),
         (weight_of() * math.nan, 4, "NaN or Inf"),
     ],
 )
@@ -150,12 +150,10 @@ def test_what_does_not_fit_is_an_error_that_names_the_layer(weight, k, why):
 
 @pytest.mark.parametrize(
     ("outputs", "given"),
-    [(None, "none"), (MomentBasis(torch.ones(3), torch.eye(16)[:, :3], 1), "3 of 16")],
+    [(None, "0 of 0"), (MomentBasis(torch.ones(3), torch.eye(16)[:, :3], 1), "3 of 16")],
 )
 def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs, given):
-    with pytest.raises(
-        FactorError, match=f"layer here: protecting both sides takes 4 directions.* are {given}"
-    ):
+    with pytest.raises(FactorError, match=f"layer here: principal_rank 4 .* 16 outputs, .* has {given}"):
         activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs, name="here")
 
 
@@ -194,7 +192,7 @@ def test_the_soft_filter_of_the_factors_is_that_of_the_moments(sides):
 def test_only_so_many_directions_as_were_kept():
     kept = basis_of(inputs_of())
     fewer = MomentBasis(kept.values, kept.vectors[:, :3].contiguous(), kept.tokens)
-    with pytest.raises(FactorError, match="exceeds the 3 eigenvectors"):
+    with pytest.raises(FactorError, match="has 3 of 24 numbers"):
         activation_factors(weight_of(), fewer, 4)
 
 

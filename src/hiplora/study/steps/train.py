@@ -1,7 +1,6 @@
 """Jobs that train: an adapter, the factors that trainings share, and how fast a recipe trains."""
 
 import copy
-import functools
 import itertools
 import multiprocessing
 import statistics
@@ -18,7 +17,7 @@ from pydantic import TypeAdapter
 
 from hiplora.errors import ConfigError, DivergedError
 from hiplora.models import load
-from hiplora.spectral import FactorStore, SpectralFactors, resolve_rank, squared_singular_values
+from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.study.context import Context
 from hiplora.study.execute import exit_with_parent
 from hiplora.study.jobs import DIVERGED, Job
@@ -29,7 +28,7 @@ from hiplora.training.memory import peak_reserved_bytes
 from hiplora.training.method import WEIGHTS_FILE
 from hiplora.training.methods import AnyMethod
 from hiplora.training.train import machine_dtype, torch_dtype
-from hiplora.tuner import CalibrationStore, find_targets, frozen_weight
+from hiplora.tuner import CalibrationStore, weight_factors
 
 HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 
@@ -142,12 +141,8 @@ def _as_trained(context: Context) -> tuple[Any, Any]:
 
 
 def _weight_factors(model: Any, config: Any) -> tuple[list[SpectralFactors], bool]:
-    store, factors = FactorStore(), []
-    for target in find_targets(model, config):
-        weight = frozen_weight(model.get_submodule(target.name))
-        k = resolve_rank(target.k, target.shape, functools.partial(squared_singular_values, weight))
-        factors.append(store.get_or_compute(weight, k, config.svd_tolerance, name=target.name))
-    return factors, store.made == 0
+    store = FactorStore()
+    return [factors for _, factors in weight_factors(model, config, store)], store.made == 0
 
 
 def speed(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
