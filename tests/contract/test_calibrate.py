@@ -235,14 +235,15 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
             raise KeyboardInterrupt
         return sample_rows(model, part, *rest)
 
-    monkeypatch.setattr("hiplora.tuner.text.sample_rows", sample)
+    monkeypatch.setattr(text, "sample_rows", sample)
+    monkeypatch.setattr(text, "_SAMPLED_AT_ONCE", 2)
     stop = True
-    options = {"tokens": 256 * 45}
+    options = {"tokens": 256 * 3}
     with pytest.raises(KeyboardInterrupt):
         hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
     stop = False
     resumed = hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
-    assert asked == [0, 40, 40]
+    assert asked == [0, 2, 2]
     assert_equal_factors(
         resumed,
         hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options),
