@@ -193,8 +193,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if self.configs[adapter].projection == "hard":
             return A, B
         U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
-        filters = (self.hiplora_shrink_U, self.hiplora_shrink_V)
-        shrink_U, shrink_V = (held.get(adapter, None) for held in filters)
+        filters = [dict(held.items()) for held in (self.hiplora_shrink_U, self.hiplora_shrink_V)]
+        shrink_U, shrink_V = (held.get(adapter) for held in filters)
         soft_A, soft_B = soften(A.float(), B.float(), U, V, shrink_U, shrink_V)
         return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
