@@ -2,16 +2,17 @@
 
 import json
 import math
+import shutil
 
 from hiplora.data.rows import read_rows
 from hiplora.study.builder import Study
 from hiplora.study.context import Context, Place
 from hiplora.study.execute import run_job
 from hiplora.study.jobs import Graph
-from hiplora.study.pico import write_pico_data
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.protocols import all_jobs, sections
 from hiplora.study.recipe import load_study
-from hiplora.study.store import Results, Store
+from hiplora.study.store import Results
 from tests.tiny import write_jsonl
 
 SETTINGS = (
@@ -25,7 +26,7 @@ SETTINGS = (
 
 def write_data(folder):
     """MetaMathQA, GSM8K and finewiki by the fields that the hub documents."""
-    write_pico_data(folder)
+    shutil.copytree(PICO_DATA, folder)
     rows = [row for _, row in read_rows(folder / "gsm8k_train.jsonl")]
     metamath = [
         {
@@ -45,16 +46,16 @@ def write_data(folder):
 
 
 def test_the_comparison_runs_on_local_files_and_writes_its_results(tmp_path):
-    write_data(tmp_path)
-    study, store = Study(load_study("peft-metamath", SETTINGS), tmp_path), Store(tmp_path / "store")
+    write_data(tmp_path / "data")
+    study = Study(load_study("peft-metamath", SETTINGS), tmp_path / "data")
     jobs = Graph(all_jobs(study))
-    assert (jobs.counts(), study.missing) == ({"evaluate": 2, "train": 1}, {})
-    context = Context(store, Place("pico", tmp_path))
-    assert [run_job(job, context, "run") for job in jobs] == ["done"] * 3
-    results = Results(Store(store.path))
-    (section,) = sections(study, results)
+    assert (sorted(job.kind for job in jobs), study.missing) == (["evaluate", "evaluate", "train"], {})
+    context = Context(Place(tmp_path / "store", "pico", tmp_path / "data"))
+    assert [run_job(job, context) for job in jobs] == ["done"] * 3
+    (section,) = sections(study, Results(context.store))
     assert section.missing == []
-    (drift,) = [store.result(job)["drift"] for job in jobs if store.result(job).get("drift")]
+    results = [context.store.result(job) for job in jobs]
+    (drift,) = [result["drift"] for result in results if result.get("drift")]
     assert drift["wiki"]["tokens"] == 2 * 47
     (text,) = section.files.values()
     record = json.loads(text)

@@ -1,4 +1,4 @@
-"""Studies on the smallest model: every protocol, killed at random moments, by several runs at once, and by Ray."""
+"""Studies on the smallest model: every protocol; interrupted, killed, by several runs at once, and by Ray."""
 
 import json
 import os
@@ -13,101 +13,66 @@ import pytest
 
 from hiplora.study.plan import open_study
 from hiplora.study.recipe import load_study
-from hiplora.study.store import Store
 from tests.commands import run
 
 pytestmark = pytest.mark.slow
 
 CODE = "--allow-code-execution"
-KILLS = 3
 KINDS = {"train", "evaluate", "merge", "collect", "factorize", "inspect", "edit", "probe", "speed"}
-# One protocol of each kind of job, mostly with one method; its results are part of the whole study's.
-LEFT_OUT = ("adalora", "merge_fail", "lambda_curve", "ablations", "selection", "frontier", "aims", "claims")
-ONE_METHOD = ("merging", "allocation", "continual", "editing", "cost")
-PART = [
-    *(f"--set=protocols.{name}=null" for name in LEFT_OUT),
-    *(f"--set=protocols.{name}.methods=[hiplora]" for name in ONE_METHOD),
-    "--set=protocols.single_task.methods=[split-lora, hiplora]",
-    "--set=protocols.merging.rules={addition: {}}",
+LEFT_OUT = [name for name, _ in load_study("pico").protocols if name not in ("single_task", "merging")]
+FEW = [
+    *("rates=null", "seeds=[42]", "domains.code=null"),
+    *(f"protocols.{name}=null" for name in LEFT_OUT),
+    "protocols.single_task.methods=[split-lora, hiplora]",
+    "protocols.merging={methods: [hiplora], rules: {addition: {}}}",
 ]
-FEW = [*PART, *(f"--set=protocols.{name}=null" for name in (*ONE_METHOD[1:], "rank_one")), "--set=rates=null"]
 
 
 def command(folder, *more):
-    words = ("study", "run", "pico", "--out", str(folder), "--workers", "2", CODE, *more)
+    words = ("study", "run", "pico", "--out", str(folder), "--workers", "2", *more)
     return [sys.executable, "-m", "hiplora", *words]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The whole study, run once; test processes that run beside each other share it, as runs of a study do."""
-    shared = tmp_path_factory.getbasetemp()
-    folder = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "pico-undisturbed"
-    began = time.monotonic()
-    done = subprocess.run(command(folder, "--json"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout), time.monotonic() - began
+def few(folder, *more):
+    return command(folder, *(f"--set={change}" for change in FEW), *more)
 
 
-def results(folder, changes):
-    opened = open_study(
-        load_study("pico", [change.removeprefix("--set=") for change in changes]), folder, None
-    )
-    store = Store(folder)
-    found = {f"{job.name} {job.key}": store.result(job) for job in opened.graph}
+def results(folder):
+    opened = open_study(load_study("pico", FEW), folder, None)
+    found = {f"{job.name} {job.key}": opened.store.result(job) for job in opened.graph}
     assert None not in found.values()
     return found
 
 
-def test_the_whole_study_is_done(undisturbed):
-    _, told, _ = undisturbed
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few") / "study"
+    done = subprocess.run(few(folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return results(folder)
+
+
+def test_the_whole_study_is_done_reported_and_continued_elsewhere(tmp_path, capsys):
+    done = subprocess.run(command(tmp_path / "study", CODE, "--json"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
     assert (told["left"], told["failed"], told["missing_files"]) == (0, {}, [])
     assert set(told["kinds"]) == KINDS
-
-
-def test_every_section_of_the_report_is_complete(undisturbed, capsys):
-    folder, _, _ = undisturbed
-    code, out, _ = run(capsys, "study", "report", "pico", "--out", folder, "--json")
-    assert code == 0
-    report = json.loads(out)
-    assert set(report["sections"].values()) == {0}
-    assert (report["left"], report["measurements"] > 100) == (0, True)
-
-
-def test_the_study_continues_elsewhere_from_its_records(undisturbed, tmp_path, capsys):
-    folder, _, _ = undisturbed
-    run(capsys, "study", "report", "pico", "--out", folder, "--to", tmp_path / "report")
-    records = tmp_path / "report" / "records.jsonl.gz"
-    code, out, _ = run(
-        capsys, "study", "run", "pico", "--out", tmp_path / "new", "--reuse", records, CODE, "--json"
-    )
+    code, out, _ = run(capsys, "study", "report", "pico", "--out", tmp_path / "study", "--json")
+    assert (code, set(json.loads(out)["sections"].values())) == (0, {0})
+    assert json.loads(out)["measurements"] > 100
+    records = tmp_path / "study" / "report" / "records.jsonl.gz"
+    out = tmp_path / "new"
+    code, out, _ = run(capsys, "study", "run", "pico", "--out", out, "--reuse", records, CODE, "--json")
     told = json.loads(out)
     assert (code, told["left"], told["taken"]) == (0, 0, told["jobs"])
     assert not (tmp_path / "new" / "artifacts").exists()
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_results(undisturbed, tmp_path):
-    folder, _, took = undisturbed
-    chance, killed = random.Random(os.urandom(4)), tmp_path / "killed"
-    for _ in range(KILLS):
-        with subprocess.Popen(command(killed, *PART), stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(timeout=chance.uniform(3, 3 + max(took / 2, 60) / KILLS))
-                break
-            except subprocess.TimeoutExpired:
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                chance.choice(family).send_signal(signal.SIGKILL)
-                time.sleep(chance.uniform(0, 1))
-                process.kill()
-    done = subprocess.run(command(killed, *PART), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert results(killed, PART) == results(folder, PART)
-    assert not any((killed / "work").glob("*"))
-
-
-def test_ctrl_c_stops_the_workers_and_the_next_run_continues(tmp_path):
-    with subprocess.Popen(command(tmp_path / "study", *FEW), stderr=subprocess.PIPE, text=True) as process:
-        while not any((tmp_path / "study").glob("results/*.json")):
+def interrupt(folder):
+    """Press Ctrl-C once the first result is there."""
+    with subprocess.Popen(few(folder), stderr=subprocess.PIPE, text=True) as process:
+        while not any(folder.glob("results/*.json")):
             assert process.poll() is None
             time.sleep(0.1)
         workers = psutil.Process(process.pid).children(recursive=True)
@@ -116,16 +81,37 @@ def test_ctrl_c_stops_the_workers_and_the_next_run_continues(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert psutil.wait_procs(workers, timeout=10)[1] == []
-    assert subprocess.run(command(tmp_path / "study", *FEW), stderr=subprocess.DEVNULL).returncode == 0
-    assert results(tmp_path / "study", FEW)
 
 
-def test_two_runs_at_once_and_ray_find_the_same(tmp_path):
-    pytest.importorskip("ray")
-    both = [subprocess.Popen(command(tmp_path / "shared", *FEW), stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    done = subprocess.run(
-        command(tmp_path / "ray", *FEW, "--executor", "ray"), capture_output=True, text=True
-    )
+def kill(folder, chance):
+    """Kill a worker or the run itself at a random moment, and the run for good a moment later."""
+    with subprocess.Popen(few(folder), stderr=subprocess.DEVNULL) as process:
+        time.sleep(chance.uniform(8, 20))
+        if process.poll() is None:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            chance.choice(family).send_signal(signal.SIGKILL)
+            time.sleep(chance.uniform(0, 1))
+            process.kill()
+
+
+def test_interrupted_and_killed_it_ends_with_the_same_results(undisturbed, tmp_path):
+    chance, folder = random.Random(os.urandom(4)), tmp_path / "study"
+    interrupt(folder)
+    for _ in range(2):
+        kill(folder, chance)
+    done = subprocess.run(few(folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert results(tmp_path / "shared", FEW) == results(tmp_path / "ray", FEW)
+    assert results(folder) == undisturbed
+
+
+def test_two_runs_at_once_find_the_same(undisturbed, tmp_path):
+    both = [subprocess.Popen(few(tmp_path / "study"), stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert results(tmp_path / "study") == undisturbed
+
+
+def test_ray_finds_the_same(undisturbed, tmp_path):
+    pytest.importorskip("ray")
+    done = subprocess.run(few(tmp_path / "study", "--executor", "ray"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "study") == undisturbed

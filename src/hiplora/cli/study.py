@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from hiplora.study.jobs import Job
     from hiplora.study.plan import Opened
 
-    OnEvent = Callable[[str, Job], None]
-
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -69,9 +67,11 @@ def plan(
 
         hiplora study plan smol --data benchmarks --measure
     """
-    from hiplora.study.plan import plan as plan_study
+    from hiplora.study import plan as planning
 
-    found = plan_study(_open(recipe, out, data, changes), measure)
+    opened = _open(recipe, out, data, changes)
+    planning.check_tasks(opened.graph)
+    found = planning.status(opened, planning.measure(opened) if measure else None)
     if as_json:
         emit_json(found)
         return
@@ -88,7 +88,7 @@ def run(
     out: Path | None = OUT,
     data: Path | None = DATA,
     changes: list[str] = SET,
-    workers: int | None = typer.Option(None, "--workers", min=1, help="Jobs to run at a time; default 1."),
+    workers: int = typer.Option(1, "--workers", min=1, help="Jobs to run at a time; not for --address."),
     executor: ExecutorName = typer.Option(
         ExecutorName.local, "--executor", help="Processes of this machine, or Ray."
     ),
@@ -109,29 +109,33 @@ def run(
 
         hiplora study run smol --data benchmarks --workers 2 --allow-code-execution
     """
-    from hiplora.study.execute import Executor, run_graph
+    from hiplora.study.execute import run_graph
     from hiplora.study.plan import check, status
 
     if executor == ExecutorName.local and (address is not None or gpus_per_job):
         given = "--address" if address is not None else "--gpus-per-job"
         raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or remove it")
-    if address is not None and workers is not None:
-        raise ConfigError("--workers: a running cluster has its own; remove --workers or --address")
     opened = _open(recipe, out, data, changes, allow_code)
     check(opened)
     taken = sum(opened.store.take(path) for path in reuse)
-    where = Executor(executor.value, workers or 1, address, gpus_per_job)
-    with _progress(opened, verbose) as tell:
-        left = run_graph(opened.graph, opened.store, opened.place, where, tell)
-    found = {**status(opened), "taken": taken, "blocked": len(left.blocked)}
+    with _progress(opened, verbose) as on_event:
+        failed = run_graph(
+            opened.graph,
+            opened.place,
+            workers=workers,
+            executor=executor.value,
+            address=address,
+            gpus_per_job=gpus_per_job,
+            on_event=on_event,
+        )
+    found = {**status(opened), "taken": taken}
     if as_json:
         emit_json(found)
     else:
         _print_failures(found)
-        typer.echo(
-            f"{found['jobs'] - found['left']:,} of {found['jobs']:,} jobs are done: {opened.store.path}"
-        )
-    if left.failed:
+        done = found["jobs"] - found["left"]
+        typer.echo(f"{done:,} of {found['jobs']:,} jobs are done: {opened.store.path}")
+    if failed:
         raise SystemExit(1)
 
 
@@ -207,42 +211,36 @@ def _open(
 
 
 @contextlib.contextmanager
-def _progress(opened: "Opened", verbose: bool) -> "Iterator[OnEvent]":
+def _progress(opened: "Opened", verbose: bool) -> "Iterator[Callable[[str, Job], None]]":
     """Yield what shows a run's events: a bar on a terminal, a line for every finished job with `verbose`."""
-    from rich.console import Console
-    from rich.progress import Progress
+    from tqdm import tqdm
 
-    from hiplora.study.store import todo
+    from hiplora.study.store import unfinished
 
-    total, finished, running = len(todo(opened.graph, opened.store).open), 0, dict["Job", None]()
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task("study", total=total)
+    total = len(unfinished(opened.graph, opened.store))
+    with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
+        finished = 0
 
-        def tell(event: str, job: "Job") -> None:
+        def on_event(event: str, job: "Job") -> None:
             nonlocal finished
+            bar.set_postfix_str(job.name[:60])
             if event == "begin":
-                running[job] = None
-            else:
-                running.pop(job, None)
-                finished += 1
-                if verbose:
-                    failed = "FAILED " if event == "failed" else ""
-                    print(f"{finished}/{total}  {failed}{job.name}", file=sys.stderr, flush=True)
-            name = next((one.name for one in running), "study")
-            bars.update(bar, completed=finished, description=f"{finished}/{total} {name[:60]}")
+                return
+            finished += 1
+            bar.update()
+            if verbose:
+                failed = "FAILED " if event == "failed" else ""
+                tqdm.write(f"{finished}/{total}  {failed}{job.name}", file=sys.stderr)
 
-        yield tell
+        yield on_event
 
 
 def _print_kinds(found: dict[str, Any]) -> None:
+    every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
     rows = [
         (kind, n["jobs"], n["jobs"] - n["left"], n["left"], _duration(n["seconds"]))
-        for kind, n in found["kinds"].items()
+        for kind, n in {**found["kinds"], "all": every}.items()
     ]
-    rows.append(
-        ("all", found["jobs"], found["jobs"] - found["left"], found["left"], _duration(found["seconds_left"]))
-    )
     print_table(f"{found['study']}: jobs", ("Kind", "jobs", "done", "left", "time of one worker"), rows)
     if found["left"] and found["without_estimate"]:
         typer.echo(f"no estimate yet, and left out of the sum: {', '.join(found['without_estimate'])}")

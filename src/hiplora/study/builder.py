@@ -13,7 +13,7 @@ from hiplora.provenance import file_sha256, folder_identity
 from hiplora.study.context import located
 from hiplora.study.jobs import Job, result
 from hiplora.study.recipe import CHOSEN, StudyMethod, StudyRecipe
-from hiplora.study.steps import step
+from hiplora.study.steps import STEPS
 from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
 
@@ -35,6 +35,7 @@ class Study:
         """Take a recipe, its file names relative to the data folder; nothing is read yet."""
         self.recipe, self.data = recipe, data
         self.missing: dict[str, None] = {}
+        self._hashes: dict[Path, str | None] = {}
         self._made: dict[tuple[Any, ...], Job] = {}  # protocols ask for the same jobs again and again
 
     @functools.cached_property
@@ -113,40 +114,32 @@ class Study:
             needs = {name: job for name, job in optional.items() if job is not None}
             rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
             name = f"train {row.title} on {domain}, seed {seed}"
-            name += f", rate {lr:g}" if lr is not None else ""
-            name += f", {steps} steps" if steps is not None else ""
-            name += f" after {start.name.partition(' ')[2]}" if start is not None else ""
-            recipe, files = self._training(row, domain, seed, steps)
-            recipe["train"] = {**recipe.get("train", {}), "lr": rate}
-            recipe["method"] |= {field: result(field, "value") for field in chosen}
-            self._made[key] = self.job("train", name, {"recipe": recipe, "files": files}, **needs)
+            name += "" if lr is None else f", rate {lr:g}"
+            name += "" if steps is None else f", {steps} steps"
+            name += "" if start is None else f" after {start.name.partition(' ')[2]}"
+            recipe = TrainRecipe(
+                model=self.identity,
+                data=self.source(domain),
+                method=row.method,
+                train=self.recipe.training(row, **({} if steps is None else {"steps": steps})),
+                seed=seed,
+            )
+            files = [recipe.data.path, recipe.data.held_out]
+            files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
+            written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
+            written |= {"method": as_written(row.method), "seed": seed}
+            written["train"] = {**written.get("train", {}), "lr": rate}
+            written["method"] |= {field: result(field, "value") for field in chosen}
+            settings = {"recipe": written, "files": self.hashes(files)}
+            self._made[key] = self.job("train", name, settings, **needs)
         return self._made[key]
-
-    def _training(
-        self, row: StudyMethod, domain: str, seed: int, steps: int | None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return a training's recipe as a job's settings hold it, and the hashes of its files."""
-        changes = {} if steps is None else {"steps": steps}
-        recipe = TrainRecipe.model_validate(
-            {
-                "model": self.identity,
-                "data": as_written(self.source(domain)),
-                "method": as_written(row.method),
-                "train": self.recipe.training(row, **changes).model_dump(exclude_defaults=True),
-                "seed": seed,
-            }
-        )
-        files = [recipe.data.path, recipe.data.held_out]
-        files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
-        written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
-        return {**written, "method": as_written(recipe.method), "seed": seed}, self.hashes(files)
 
     def factors(self, row: StudyMethod) -> Job | None:
         """Return the job that computes a method's protected factors; None for methods without."""
         if not isinstance(row.method, Spectral):
             return None
-        written = row.method.model_dump(exclude_defaults=True, mode="json")
-        method = {"name": "proj_lora", **{key: written[key] for key in OF_THE_FACTORS if key in written}}
+        shared = row.method.model_dump(exclude_defaults=True, mode="json", include=set(OF_THE_FACTORS))
+        method = {"name": "proj_lora", **shared}
         settings = {"method": method, "files": self.hashes([row.method.calibration_text])}
         return self.job("factorize", f"factors of {row.title}", settings)
 
@@ -154,9 +147,10 @@ class Study:
         self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None, drift: bool = True
     ) -> Job:
         """Return the job that scores an adapter, or the base, on tasks (None: all of the domains')."""
-        name = f"score {adapter.name.partition(' ')[2] if adapter else 'the base'}"
-        needs = {"adapter": adapter} if adapter else {}
-        return self.job("evaluate", name, self.scoring(tasks, drift and adapter is not None), **needs)
+        if adapter is None:
+            return self.job("evaluate", "score the base", self.scoring(tasks, drift=False))
+        name = f"score {adapter.name.partition(' ')[2]}"
+        return self.job("evaluate", name, self.scoring(tasks, drift), adapter=adapter)
 
     def merge(
         self,
@@ -173,41 +167,31 @@ class Study:
 
     def inspect(self, adapter: Job, rank: int) -> Job:
         """Return the job that locates an adapter's update on the spectrum of the base weights."""
-        return self.job(
-            "inspect", f"inspect {adapter.name.partition(' ')[2]}", {"rank": rank}, adapter=adapter
-        )
+        name = f"inspect {adapter.name.partition(' ')[2]}"
+        return self.job("inspect", name, {"rank": rank}, adapter=adapter)
 
     def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
         """Return a job of any kind, with the base model in its settings."""
-        return Job(kind, step(kind).version, name, {"model": self.identity, **settings}, needs)
+        return Job(kind, STEPS[kind].version, name, {"model": self.identity, **settings}, needs)
 
     # What jobs are made of.
 
-    @property
-    def tasks(self) -> dict[str, int | None]:
-        """The tasks of all domains with their numbers of items."""
-        domains = self.recipe.domains.values()
-        return {task: items for domain in domains for task, items in domain.tasks.items()}
-
     def tasks_of(self, domains: Sequence[str]) -> dict[str, int | None]:
         """Return the tasks whose scores are those of some domains."""
-        found = [self.recipe.domains[name] for name in domains]
-        return {domain.task: domain.tasks[domain.task] for domain in found}
+        return {(one := self.recipe.domains[name]).task: one.tasks[one.task] for name in domains}
 
     def scoring(self, tasks: Mapping[str, int | None] | None, drift: bool) -> dict[str, Any]:
         """Return the settings of jobs that score a model."""
+        if tasks is None:
+            domains = self.recipe.domains.values()
+            tasks = {task: items for domain in domains for task, items in domain.tasks.items()}
         evaluation = self.recipe.evaluation
-        asked = dict(self.tasks if tasks is None else tasks)
         texts = evaluation.drift if drift else None
-        files = self._task_files(asked)
+        files = self._task_files(tasks)
         if texts is not None:
             files |= self.hashes([source.partition(":")[0] for source in texts.texts.values()])
-        return {
-            "tasks": asked,
-            "seed": evaluation.seed,
-            "drift": None if texts is None else texts.settings(),
-            "files": files,
-        }
+        measured = None if texts is None else texts.settings()
+        return {"tasks": dict(tasks), "seed": evaluation.seed, "drift": measured, "files": files}
 
     def source(self, domain: str) -> DataSettings:
         """Return a domain's rows: the file, or the hub's if the data folder has no such file."""
@@ -220,7 +204,7 @@ class Study:
         found: dict[str, str | None] = {}
         for name in names:
             if name is not None:
-                found[name] = _hash(Path(located(name, self.data)))
+                found[name] = self._hash(Path(located(name, self.data)))
                 if found[name] is None and not is_hub_name(name):
                     self.missing[name] = None
         return found
@@ -233,30 +217,23 @@ class Study:
             except FileNotFoundError:
                 continue  # one of lm-eval's own
             path = data_file(self.data, stem) if self.data is not None else None
-            found[stem] = None if path is None else _hash(path)
+            found[stem] = None if path is None else self._hash(path)
         return found
 
+    def _hash(self, path: Path) -> str | None:
+        if path not in self._hashes:
+            self._hashes[path] = file_sha256(path) if path.is_file() else None
+        return self._hashes[path]
 
-def as_written(block: Any) -> dict[str, Any]:
-    """Return a block as a recipe writes it: what differs from the defaults, and a method's name.
+
+def as_written(method: Any) -> dict[str, Any]:
+    """Return a method as a recipe writes it: its name, and what differs from the defaults.
 
     Keys of jobs are made of this, so that a new setting changes no key. The preset "paper" has defaults of its own;
     fields that differ from those are written too.
     """
-    written = block.model_dump(mode="json", exclude_defaults=True)
-    if not hasattr(block, "name"):
-        return written
-    if getattr(block, "preset", None) == "paper":
-        changed = {name for name in (*PAPER, "principal_channel") if hasattr(block, name)} - set(written)
-        written |= block.model_dump(mode="json", include=changed)
-    return {"name": block.name, **written}
-
-
-def _hash(path: Path) -> str | None:
-    """Return the hash of a file, read again only if it has changed; None if there is no such file."""
-    return _read_hash(path, path.stat().st_mtime_ns) if path.is_file() else None
-
-
-@functools.lru_cache(maxsize=256)
-def _read_hash(path: Path, changed: int) -> str:
-    return file_sha256(path)
+    written = method.model_dump(mode="json", exclude_defaults=True)
+    if getattr(method, "preset", None) == "paper":
+        changed = {name for name in (*PAPER, "principal_channel") if hasattr(method, name)} - set(written)
+        written |= method.model_dump(mode="json", include=changed)
+    return {"name": method.name, **written}

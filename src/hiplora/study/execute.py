@@ -1,5 +1,6 @@
 """Run a study's jobs: in processes of this machine, or as tasks of a Ray cluster; both do one job by `run_job`."""
 
+import contextlib
 import importlib.util
 import math
 import multiprocessing
@@ -8,139 +9,130 @@ import signal
 import socket
 import threading
 import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.study.context import Context, Place
-from hiplora.study.jobs import DIVERGED, Graph, Job
-from hiplora.study.steps import step
-from hiplora.study.store import Store, Todo, done, todo
+from hiplora.study.jobs import DIVERGED, Graph, Job, filled
+from hiplora.study.steps import STEPS
+from hiplora.study.store import Store, unfinished
 
 DEATHS = 2  # a job that ends its process so often has failed
 PAUSE = 0.3  # seconds between two looks at jobs that other runs hold
+LOST = (
+    f"its process died {DEATHS} times ({{}}), usually for lack of memory; use fewer --workers or a machine with more "
+    "memory, and run the study again"
+)
 OnEvent = Callable[[str, Job], None]  # "begin", "done" or "failed"
-
-
-@dataclass(frozen=True)
-class Executor:
-    """Where jobs run: `local` in `workers` processes, or on a `ray` cluster at `address` (None starts one here)."""
-
-    name: str = "local"
-    workers: int = 1
-    address: str | None = None
-    gpus_per_job: float = 0.0
-
-
-class _Workers(Protocol):
-    slots: int  # jobs that run at the same time
-    died: type[Exception]  # what a future raises when its process died
-
-    def submit(self, job: Job) -> "Future[str]": ...
-    def close(self) -> None: ...
 
 
 def run_graph(
     graph: Graph,
-    store: Store,
     place: Place,
-    executor: Executor | None = None,
+    *,
+    workers: int = 1,
+    executor: str = "local",
+    address: str | None = None,
+    gpus_per_job: float = 0.0,
     on_event: OnEvent = lambda event, job: None,
-) -> Todo:
-    """Do what is missing of a graph and return what is left: failed jobs and those behind them.
+) -> set[Job]:
+    """Do what is missing of a graph and return the jobs that failed.
 
-    The call may be killed at any moment; the next one continues. Several calls on one store share the work. A failed
+    The call may be killed at any moment; the next one continues. Several calls on one folder share the work. A failed
     job does not stop the others. A job that ends its process twice (usually for lack of memory) counts as failed.
+    `executor` is `local`, with `workers` processes, or `ray`: the cluster at `address`, None starts one here.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at the address.
-        OSError: the store cannot be written.
+        OSError: the folder cannot be written.
     """
-    run, executor, deaths = uuid.uuid4().hex, executor or Executor(), Counter[Job]()
-    left, running = todo(graph, store, run), dict["Future[str]", Job]()
-    if not left.open:
-        return left
-    workers = (_Ray if executor.name == "ray" else _Processes)(store, place, run, executor)
+    store, failed, deaths = Store(place.folder), set[Job](), Counter[Job]()
+    running: dict[Future[str], tuple[int, Job]] = {}
+    if not unfinished(graph, store):
+        return failed
+    pool = _Ray(place, workers, address, gpus_per_job) if executor == "ray" else _Processes(place, workers)
     try:
-        while left.open or running:
-            free = workers.slots - len(running)
-            for job in _startable(left, store, set(running.values()))[:free]:
-                running[workers.submit(job)] = job
+        while True:
+            taken = dict(running.values())
+            ready = [job for job, can_start in unfinished(graph, store).items() if can_start]
+            ready = [job for job in ready if job not in failed and job not in taken.values()]
+            if not ready and not running:
+                return failed
+            free = [slot for slot in range(pool.slots) if slot not in taken]
+            for slot, job in zip(free, (job for job in ready if not store.at_work(job)), strict=False):
+                running[pool.submit(slot, job)] = slot, job
                 on_event("begin", job)
             if not running:
                 time.sleep(PAUSE)  # other runs hold every job that is ready
-            pause = PAUSE if len(running) < workers.slots else None
+            pause = PAUSE if len(running) < pool.slots else None
             for future in wait(running, timeout=pause, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
+                _, job = running.pop(future)
                 try:
                     outcome = future.result()
-                except workers.died as error:
+                except pool.died as error:
                     deaths[job] += 1
                     outcome = "busy" if deaths[job] < DEATHS else "failed"
                     if outcome == "failed":
-                        store.fail(job, _lost(error), run)
+                        store.fail(job, HipLoraError(LOST.format(type(error).__name__)))
+                if outcome == "failed":
+                    failed.add(job)
                 if outcome != "busy":
                     on_event(outcome, job)
-            left = todo(graph, store, run)
-        return left
     finally:
-        workers.close()
+        pool.close()
 
 
-def _startable(left: Todo, store: Store, running: set[Job]) -> list[Job]:
-    return [job for job in left.ready if job not in running and not store.at_work(job)]
-
-
-def _lost(error: Exception) -> HipLoraError:
-    return HipLoraError(
-        f"its process died {DEATHS} times ({type(error).__name__}), usually for lack of memory; use fewer --workers or "
-        "a machine with more memory, and run the study again"
-    )
-
-
-def run_job(job: Job, context: Context, run: str) -> str:
+def run_job(job: Job, context: Context) -> str:
     """Do one job whose needs are finished; return "done", "failed", or "busy" if another process is doing it.
 
-    A failure is stored under the name of the run.
+    The reason of a failure is stored.
     """
     store = context.store
     with store.claimed(job) as mine:
         if not mine:
             return "busy"
-        if done(job, store, for_artifact=True):
+        if store.readable(job):
             return "done"
         try:
-            with store.slot(exclusive=step(job.kind).alone):
+            with store.slot(exclusive=STEPS[job.kind].alone):
                 _do(job, context)
         except Exception as error:
-            store.fail(job, error, run)
+            store.fail(job, error)
             context.reset()
             return "failed"
     return "done"
 
 
 def _do(job: Job, context: Context) -> None:
-    began, store = time.perf_counter(), context.store
-    results = {name: context.result(need) for name, need in job.needs.items()}
+    began, store, step = time.perf_counter(), context.store, STEPS[job.kind]
+    results = {name: store.result(need) or {} for name, need in job.needs.items()}
     lost = [found[DIVERGED] for found in results.values() if DIVERGED in found]
-    if lost and step(job.kind).reads:  # there is no adapter to work with
+    if lost and step.reads:  # there is no adapter to work with
         found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
     else:
-        found, timing = step(job.kind).work(context, job, job.resolved(results))
+        found, timing = step.work(context, job, filled(job.settings, results))
     if DIVERGED in found and store.finished(job) and store.diverged(job) is None:
         raise HipLoraError(
             f"{found[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
             "in a new folder without --reuse"
         )
     timing = {"seconds": time.perf_counter() - began, **timing}
-    store.finish(job, found, timing, artifact=step(job.kind).makes)
+    store.finish(job, found, timing, artifact=step.makes)
+
+
+_context: Context | None = None  # of this process, if it is a worker
+
+
+def _work(job: Job, place: Place) -> str:
+    global _context
+    if _context is None or _context.place != place:
+        _context = Context(place)
+    return run_job(job, _context)
 
 
 class _Processes:
@@ -148,43 +140,45 @@ class _Processes:
 
     died = BrokenProcessPool
 
-    def __init__(self, store: Store, place: Place, run: str, executor: Executor):
-        self.slots = executor.workers
-        self._arguments = (Context(store, place), run, executor.workers)
+    def __init__(self, place: Place, workers: int):
+        self.slots, self._place = workers, place
         self._others = set(multiprocessing.active_children())
-        self._pools: list[ProcessPoolExecutor | None] = [None] * self.slots
-        self._futures: list[Future[str] | None] = [None] * self.slots
+        self._pools: dict[int, ProcessPoolExecutor] = {}
 
-    def submit(self, job: Job) -> "Future[str]":
-        slot = next(i for i, future in enumerate(self._futures) if future is None or future.done())
-        last, pool = self._futures[slot], self._pools[slot]
-        if pool is None or (last is not None and isinstance(last.exception(), BrokenProcessPool)):
-            spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(1, spawn, _start_worker, (slot, *self._arguments))
-        future = pool.submit(_work, job)
-        self._pools[slot], self._futures[slot] = pool, future
-        return future
+    def submit(self, slot: int, job: Job) -> "Future[str]":
+        with contextlib.suppress(KeyError, BrokenProcessPool):
+            return self._pools[slot].submit(_work, job, self._place)
+        spawn = multiprocessing.get_context("spawn")
+        self._pools[slot] = ProcessPoolExecutor(1, spawn, _start_worker, (slot, self.slots))
+        return self._pools[slot].submit(_work, job, self._place)
 
     def close(self) -> None:
         for process in set(multiprocessing.active_children()) - self._others:
             process.terminate()  # files are whole or absent, so an interrupted job loses nothing it stored
-        for pool in self._pools:
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Context, str] | None = None  # of this process, if it is a worker
-
-
-def _start_worker(slot: int, context: Context, run: str, workers: int) -> None:
-    """Prepare a worker process: its threads and GPU, what it prints, and how it ends."""
-    global _worker
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // workers, 1)))  # before torch is imported
+def start_child() -> None:
+    """Prepare a process that was started for jobs: quiet, and ended when its parent ends, however that ended."""
     os.environ["TQDM_DISABLE"] = "1"  # the study has one bar
     os.dup2(2, 1)  # libraries print to standard error, which leaves standard output to --json
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _start_worker(slot: int, workers: int) -> None:
+    """Prepare a worker process: its threads and its GPU."""
+    start_child()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // workers, 1)))  # before torch is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
 
@@ -192,57 +186,32 @@ def _start_worker(slot: int, context: Context, run: str, workers: int) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else list(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = names[slot % count]
-    _worker = context, run
-
-
-def exit_with_parent() -> None:
-    """End this process when the one that started it ends, however that ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(job: Job) -> str:
-    assert _worker is not None
-    context, run = _worker
-    return run_job(job, context, run)
 
 
 class _Ray:
     """A Ray cluster. The store, the data and the model must have the same paths on all of its machines."""
 
-    def __init__(self, store: Store, place: Place, run: str, executor: Executor):
+    def __init__(self, place: Place, workers: int, address: str | None, gpus_per_job: float):
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("--executor ray needs Ray, which is not installed: pip install 'hiplora[ray]'")
         import ray
 
-        self.died, self._ray = ray.exceptions.RayError, ray
-        _connect(ray, executor)
-        self.slots = _cluster_slots(ray, executor.gpus_per_job)
-        task = ray.remote(num_cpus=1, num_gpus=executor.gpus_per_job, max_retries=0)(_ray_task)
-        self._call = lambda job: task.remote(job, str(store.path.resolve()), place.absolute(), run)
+        _connect(ray, workers, address)
+        self.died, self.slots = ray.exceptions.RayError, _cluster_slots(ray, gpus_per_job)
+        self._ray, self._place = ray, place
+        self._task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=0)(_work)
 
-    def submit(self, job: Job) -> "Future[str]":
-        return self._call(job).future()
+    def submit(self, slot: int, job: Job) -> "Future[str]":
+        return self._task.remote(job, self._place).future()
 
     def close(self) -> None:
         self._ray.shutdown()
 
 
-def _ray_task(job: Job, store: str, place: Place, run: str) -> str:
-    global _worker
-    if _worker is None or (str(_worker[0].store.path), _worker[0].place) != (store, place):
-        _worker = Context(Store(Path(store)), place), run
-    return run_job(job, _worker[0], run)
-
-
-def _connect(ray: Any, executor: Executor) -> None:
-    address, here = executor.address, dict[str, Any]()
+def _connect(ray: Any, workers: int, address: str | None) -> None:
+    here = {} if address else {"num_cpus": workers, "include_dashboard": False}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
-    if address is None:
-        here = {"num_cpus": executor.workers, "include_dashboard": False}
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves jobs beside anything else
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 starves jobs beside anything else
     try:
         host, _, port = (address or "").rpartition(":")
         if host and "/" not in host and port.isdigit():  # Ray itself would wait for minutes

@@ -1,12 +1,11 @@
 """A study's jobs: each named by the hash of everything its result depends on, and the graph they form."""
 
 import functools
-from collections import Counter
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hiplora.errors import HipLoraError
 from hiplora.provenance import json_sha256
 
 RESULT = "$result"  # {"$result": "need.field"}: a setting that is the result of another job
@@ -42,21 +41,6 @@ class Job:
     def __hash__(self) -> int:
         return hash(self.key)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the job as JSON values, with the keys of the jobs it needs."""
-        return {
-            "key": self.key,
-            "kind": self.kind,
-            "version": self.version,
-            "name": self.name,
-            "settings": dict(self.settings),
-            "needs": {name: need.key for name, need in self.needs.items()},
-        }
-
-    def resolved(self, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the settings with every `$result` filled in from `results[need]`."""
-        return _fill(self.settings, results, self.name)
-
 
 def key_of(kind: str, version: int, settings: Mapping[str, Any], needs: Mapping[str, str]) -> str:
     """Return the key of a job; `needs` maps names to the keys of the jobs it needs."""
@@ -64,28 +48,21 @@ def key_of(kind: str, version: int, settings: Mapping[str, Any], needs: Mapping[
     return json_sha256(parts)[:KEY_LENGTH]
 
 
-def is_result(value: Any) -> bool:
-    """Whether a setting stands for a result of another job."""
-    return isinstance(value, Mapping) and set(value) == {RESULT}
-
-
 def result(need: str, name: str) -> dict[str, str]:
     """Return the setting that stands for a field of a needed job's result."""
     return {RESULT: f"{need}.{name}"}
 
 
-def _fill(value: Any, results: Mapping[str, Mapping[str, Any]], job: str) -> Any:
-    if is_result(value):
+def filled(settings: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return settings with every `$result` filled in from `results[need]`."""
+
+    def fill(value: dict[str, Any]) -> Any:
+        if value.keys() != {RESULT}:
+            return value
         need, _, name = value[RESULT].partition(".")
-        try:
-            return results[need][name]
-        except KeyError:
-            raise HipLoraError(f"{job}: setting {value[RESULT]} is not in any result it needs") from None
-    if isinstance(value, Mapping):
-        return {key: _fill(inner, results, job) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_fill(inner, results, job) for inner in value]
-    return value
+        return results[need][name]
+
+    return json.loads(json.dumps(settings), object_hook=fill)
 
 
 class Graph:
@@ -94,22 +71,18 @@ class Graph:
     def __init__(self, wanted: Iterable[Job]):
         """Order the jobs; the order of `wanted` is kept as far as needs allow."""
         self.wanted: tuple[Job, ...] = tuple(dict.fromkeys(wanted))
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[Job, None] = {}
         for job in self.wanted:
             self._add(job)
 
     def _add(self, job: Job) -> None:
-        if job.key not in self._jobs:
+        if job not in self._jobs:
             for need in job.needs.values():
                 self._add(need)
-            self._jobs[job.key] = job
+            self._jobs[job] = None
 
     def __iter__(self) -> Iterator[Job]:
-        return iter(self._jobs.values())
+        return iter(self._jobs)
 
     def __len__(self) -> int:
         return len(self._jobs)
-
-    def counts(self) -> Counter[str]:
-        """Return the number of jobs of each kind."""
-        return Counter(job.kind for job in self)

@@ -1,7 +1,5 @@
 """A study at its folder: open it, check it before it runs, how far it is, and how long the rest will take."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +7,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hiplora.data.rows import read_rows
 from hiplora.errors import ConfigError, DataError, first_problem
-from hiplora.evaluation.suite import own_tasks, runs_code, task_settings
-from hiplora.evaluation.tasks.rows import data_file
+from hiplora.evaluation.suite import own_tasks, runs_code
 from hiplora.merging import find_rule
 from hiplora.study.builder import Study
 from hiplora.study.context import Context, Place
-from hiplora.study.jobs import Graph, Job, is_result
-from hiplora.study.pico import PICO, write_pico_data
+from hiplora.study.jobs import Graph, Job
+from hiplora.study.pico import PICO, PICO_DATA
 from hiplora.study.protocols import all_jobs
 from hiplora.study.recipe import StudyRecipe
-from hiplora.study.store import Store, todo
+from hiplora.study.store import Store, unfinished
 
 ONE_BATCH = 8  # items that are scored to measure an item's time
 
@@ -38,7 +34,7 @@ class Opened:
 def open_study(
     recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False
 ) -> Opened:
-    """Return a study's jobs and its store in `folder`; only the data of the model `pico` are written.
+    """Return a study's jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
 
     Raises:
         DataError: there is no such data folder.
@@ -52,18 +48,18 @@ def open_study(
                 find_rule(rule).options(options)
             except ConfigError as error:
                 raise ConfigError(f"protocols.{name}.rules.{rule}: {error}") from None
-    place = Path(data) if data is not None else None
-    if place is None and recipe.model == PICO:
-        place = Path(folder) / "data"
-        write_pico_data(place)
-    if place is not None and not place.is_dir():
-        raise DataError(f"--data {place}: no such folder; name the one with the study's files")
-    study = Study(recipe, place)
+    files = Path(data).resolve() if data is not None else PICO_DATA if recipe.model == PICO else None
+    if files is not None and not files.is_dir():
+        raise DataError(f"--data {data}: no such folder; name the one with the study's files")
+    study = Study(recipe, files)
     try:
         graph = Graph(all_jobs(study))
     except ValidationError as error:  # settings that are valid alone but not together
         raise ConfigError(f"study {recipe.study}: {first_problem(error)}") from None
-    return Opened(study, graph, Store(folder), Place(recipe.model, place, allow_code))
+    # Absolute paths, for workers that run in another folder.
+    model = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
+    place = Place(Path(folder).resolve(), model, files, allow_code)
+    return Opened(study, graph, Store(folder), place)
 
 
 def check(opened: Opened) -> None:
@@ -103,58 +99,23 @@ def _tasks(graph: Graph) -> set[str]:
     return {task for job in graph for task in job.settings.get("tasks") or ()}
 
 
-def status(opened: Opened) -> dict[str, Any]:
-    """Return how far a study is, as JSON values: counts by kind, running, failed and diverged jobs, time left."""
-    graph, store = opened.graph, opened.store
-    left = set(todo(graph, store).open)
-    failures = {job.name: store.failure(job) for job in left}
-    diverged = {job.name: store.diverged(job) for job in graph if job.kind == "train"}
-    return {
-        **_remaining(opened, left, {}),
-        "at_work": [job.name for job in graph if job in left and store.at_work(job)],
-        "failed": {name: failure["error"] for name, failure in failures.items() if failure},
-        "diverged": {name: reason for name, reason in diverged.items() if reason},
-    }
+def status(opened: Opened, measured: dict[str, float] | None = None) -> dict[str, Any]:
+    """Return how far a study is, as JSON values: counts by kind, running, failed and diverged jobs, time and memory.
 
-
-def plan(opened: Opened, measure: bool = False) -> dict[str, Any]:
-    """Return what a study has to do, as JSON values: jobs by kind, and the time and memory of what is left.
-
-    Times come from the jobs done in the study's folder and, with `measure`, from one training step and one evaluation
-    batch on this machine; those of other kinds are unknown until one is done.
+    Times come from the jobs done in the study's folder and from what `measure` found; those of other kinds are unknown
+    until one is done. Seconds are those of one worker.
     """
-    check_tasks(opened.graph)
-    measured = measure_machine(opened) if measure else {}
-    peaks = [
-        (opened.store.record(job) or {"timing": {}})["timing"].get("peak_memory_bytes")
-        for job in opened.graph
-        if job.kind == "train"
-    ]
-    return {
-        **_remaining(opened, set(todo(opened.graph, opened.store).open), measured),
-        "model": opened.study.recipe.model,
-        "measured": measured,
-        "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
-    }
-
-
-def _remaining(opened: Opened, left: set[Job], measured: dict[str, float]) -> dict[str, Any]:
-    """Count jobs by kind and estimate the seconds that one worker needs for those left; None where unknown."""
-    rates = {"train": measured.get("step_seconds")}
-    rates |= dict.fromkeys(("evaluate", "merge"), measured.get("item_seconds"))
-    kinds: dict[str, dict[str, Any]] = {}
-    for kind, count in opened.graph.counts().items():
-        jobs = [job for job in opened.graph if job.kind == kind]
-        units = {job: _units(job, opened.study) for job in jobs}
-        counted = all(units.values())
-        done = [job for job in jobs if job not in left and opened.store.finished(job)]
-        took = sum((opened.store.record(job) or {"timing": {}})["timing"].get("seconds", 0.0) for job in done)
-        size = {job: units[job] if counted else 1 for job in jobs}
-        rate = took / sum(size[job] for job in done) if done else rates.get(kind) if counted else None
-        open_jobs = [job for job in jobs if job in left]
-        seconds = None if rate is None else rate * sum(size[job] for job in open_jobs)
-        kinds[kind] = {"jobs": count, "left": len(open_jobs), "seconds": seconds if open_jobs else 0.0}
+    store, measured = opened.store, measured or {}
+    left = unfinished(opened.graph, store)
+    by_kind: dict[str, list[Job]] = {}
+    for job in opened.graph:
+        by_kind.setdefault(job.kind, []).append(job)
+    kinds = {kind: _remaining(jobs, set(left), store, measured) for kind, jobs in by_kind.items()}
     known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
+    trained = [record for job in by_kind.get("train", ()) if (record := store.record(job)) is not None]
+    peaks = [record["timing"].get("peak_memory_bytes") for record in trained]
+    failures = {job.name: store.failure(job) for job in left}
+    diverged = {job.name: store.diverged(job) for job in by_kind.get("train", ())}
     return {
         "study": opened.study.recipe.study,
         "jobs": len(opened.graph),
@@ -162,48 +123,59 @@ def _remaining(opened: Opened, left: set[Job], measured: dict[str, float]) -> di
         "kinds": kinds,
         "seconds_left": sum(known) if known or not left else None,
         "without_estimate": [kind for kind, one in kinds.items() if one["seconds"] is None],
+        "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
         "missing_files": list(opened.study.missing),
+        "at_work": [job.name for job in left if store.at_work(job)],
+        "failed": {name: failure["error"] for name, failure in failures.items() if failure},
+        "diverged": {name: reason for name, reason in diverged.items() if reason},
     }
 
 
-def _units(job: Job, study: Study) -> int:
-    """Return the size of a job: its steps or items; 0 if that is not known before it runs."""
+def _remaining(jobs: list[Job], left: set[Job], store: Store, measured: dict[str, float]) -> dict[str, Any]:
+    """Count the jobs of a kind and estimate the seconds for those left: by size, else by number; None if unknown."""
+    sizes = {job: _size(job) for job in jobs}
+    rate = measured.get(jobs[0].kind)
+    if not all(sizes.values()):
+        sizes, rate = dict.fromkeys(jobs, 1), None
+    done = {job: record for job in jobs if job not in left and (record := store.record(job)) is not None}
+    if done:
+        rate = sum(record["timing"]["seconds"] for record in done.values()) / sum(sizes[job] for job in done)
+    size_left = sum(sizes[job] for job in jobs if job in left)
+    seconds = rate * size_left if rate is not None else None if size_left else 0.0
+    return {"jobs": len(jobs), "left": len([job for job in jobs if job in left]), "seconds": seconds}
+
+
+def _size(job: Job) -> int:
+    """Return a job's steps or items; 0 if they are not known before it runs."""
     if job.kind == "train":
         trained = job.settings["recipe"].get("train", {})
         return 0 if "epochs" in trained else trained.get("steps", 2000)
     if job.kind in ("evaluate", "merge"):
-        counts = [items or _rows(task, study.data) for task, items in job.settings["tasks"].items()]
+        counts = job.settings["tasks"].values()
         return sum(counts) if all(counts) else 0
     return 1
 
 
-def _rows(task: str, data: Path | None) -> int:
-    try:
-        path = data_file(data, task_settings(task)["file"]) if data is not None else None
-    except FileNotFoundError:  # one of lm-eval's own
-        return 0
-    return 0 if path is None else sum(1 for _ in read_rows(path))
+def measure(opened: Opened) -> dict[str, float]:
+    """Time one training step and one evaluation batch of a study on this machine; needs its model and data.
 
-
-def measure_machine(opened: Opened) -> dict[str, float]:
-    """Time one training step and one evaluation batch of a study on this machine; needs its model and data."""
+    Returns the seconds of a step under `train`, those of an item under `evaluate` and `merge`, and `peak_memory_bytes`.
+    """
     from hiplora.study.steps.measure import score
     from hiplora.study.steps.train import placed_recipe, timed
 
-    context, found = Context(opened.store, opened.place), dict[str, float]()
+    context, found = Context(opened.place), dict[str, float]()
     trained = next((job for job in opened.graph if job.kind == "train"), None)
     if trained is not None:
         recipe = placed_recipe(context, trained.settings["recipe"])
-        if is_result(recipe["train"]["lr"]):
-            recipe["train"]["lr"] = 1e-4
+        recipe["train"]["lr"] = 1e-4  # may still have to be chosen
         took = timed(recipe, warmup=1, steps=1)
-        found["step_seconds"] = took["step_seconds_median"]
-        found["peak_memory_bytes"] = took["peak_memory_bytes"]
+        found |= {"train": took["step_seconds_median"], "peak_memory_bytes": took["peak_memory_bytes"]}
     scored = next((job for job in opened.graph if job.kind == "evaluate"), None)
     if scored is not None:
         tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in scored.settings["tasks"].items()}
         model, _ = context.model()
         began = time.perf_counter()
         score(context, model, {**scored.settings, "tasks": tasks})
-        found["item_seconds"] = (time.perf_counter() - began) / sum(tasks.values())
+        found["evaluate"] = found["merge"] = (time.perf_counter() - began) / sum(tasks.values())
     return found

@@ -2,7 +2,7 @@
 
 import importlib.resources
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,10 +47,9 @@ class Domain(Block):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        files = {name: {"path": value[name]} for name in ("train", "hub") if isinstance(value.get(name), str)}
-        return {**value, **files}
+        if isinstance(value, dict) and isinstance(value.get("train"), str):
+            return {**value, "train": {"path": value["train"]}}
+        return value
 
     @model_validator(mode="after")
     def _rows_are_held_out(self) -> "Domain":
@@ -117,7 +116,7 @@ class DriftTexts(Block):
 
     def settings(self) -> dict[str, Any]:
         """Return them as a job's settings, without unused fields, so that those change no key."""
-        return self.model_dump(mode="json", exclude={"documents"} if self.documents is None else None)
+        return self.model_dump(mode="json", exclude_none=True)
 
 
 class Evaluation(Block):
@@ -149,12 +148,12 @@ class StudyRecipe(Block):
     @model_validator(mode="after")
     def _names_are_known(self) -> "StudyRecipe":
         texts = self.evaluation.drift.texts if self.evaluation.drift else {}
-        known = {"methods": self.methods, "domains": self.domains, "texts": texts}
+        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains, "texts": texts}
         _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
         for protocol, settings in self.protocols:
-            for kind in known if settings is not None else ():
-                for field, names in settings.named(kind):
-                    _check(names, known[kind], f"protocols.{protocol}.{field}")
+            for kind, names in known.items() if settings is not None else ():
+                for field, given in settings.named(kind):
+                    _check(given, names, f"protocols.{protocol}.{field}")
         return self
 
     @model_validator(mode="after")
@@ -265,31 +264,21 @@ def _find(recipe: str | os.PathLike) -> Path:
     return path
 
 
-def _extended(*paths: Path) -> dict[str, Any]:
-    """Return the values of the last file over those of the recipe it extends; the others led to it."""
-    path = paths[-1]
+def _extended(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
+    """Return a recipe's values over those of the recipe it extends; `below` are those that extend this one."""
     value = read_yaml(path)
     parent = value.pop("extends", None)
     if parent is None:
         return value
-    if not isinstance(parent, str):
-        raise ConfigError(f"{path}: extends is {parent!r}; expected one recipe, a name or a file")
-    beside = path.parent / parent
-    found = beside if beside.is_file() else _find(parent)
-    if found.resolve() in {one.resolve() for one in paths}:
+    beside = path.parent / str(parent)
+    found = beside if beside.is_file() else _find(str(parent))
+    below = (path.resolve(), *below)
+    if found.resolve() in below:
         raise ConfigError(f"{path}: extends {parent}, which extends this recipe; break the circle")
-    return _over(_extended(*paths, found), value)
-
-
-def _over(below: Mapping[str, Any], above: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """Put one recipe over another: domains, methods and protocols by name, all else whole; null removes a name."""
-    merged = dict(below)
-    for key, value in above.items():
+    merged = _extended(found, below)
+    for key, new in value.items():
         old = merged.get(key)
-        if value is None and depth:
-            merged.pop(key, None)
-        elif depth < 1 and isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _over(old, value, depth + 1)
-        else:
-            merged[key] = value
+        if isinstance(new, dict) and isinstance(old, dict):
+            new = {name: one for name, one in {**old, **new}.items() if one is not None}
+        merged[key] = new
     return merged

@@ -2,7 +2,6 @@
 
 results/KEY.json     a finished job's record
 artifacts/KEY/       what later jobs read (an adapter), complete if it has the file .complete
-work/KEY/            an unfinished job's own files, from which it continues
 failures/KEY.json    why a job failed, until it succeeds
 locks/KEY.lock       held while a job runs; the system drops it when the process dies
 """
@@ -12,10 +11,8 @@ import fcntl
 import gzip
 import json
 import os
-import shutil
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
 from hiplora.provenance import provenance
 from hiplora.study.jobs import DIVERGED, Graph, Job, key_of
-from hiplora.study.steps import step
+from hiplora.study.steps import STEPS
 
 
 class Store:
@@ -40,12 +37,12 @@ class Store:
         """Return a finished job's record; None if it is not finished."""
         if job.key not in self._kept:
             try:
-                self._kept[job.key] = json.loads(self._result(job).read_text(encoding="utf-8"))
+                self._kept[job.key] = json.loads(self._result(job.key).read_text(encoding="utf-8"))
             except FileNotFoundError:
                 return None
             except ValueError as error:
                 raise HipLoraError(
-                    f"{self._result(job)}: not valid JSON ({error}); remove the file to run the job again"
+                    f"{self._result(job.key)}: not valid JSON ({error}); remove the file to run the job again"
                 ) from None
         return self._kept[job.key]
 
@@ -60,55 +57,53 @@ class Store:
 
     def finished(self, job: Job) -> bool:
         """Whether a job's result is stored."""
-        return job.key in self._kept or self._result(job).is_file()
+        return job.key in self._kept or self._result(job.key).is_file()
+
+    def readable(self, job: Job) -> bool:
+        """Whether later jobs can read all that a job leaves: its result, and its artifact if it makes one."""
+        if not self.finished(job):
+            return False
+        whole = not STEPS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
+        return whole or self.diverged(job) is not None
 
     def artifact(self, job: Job) -> Path:
         """Return the folder with what a job makes for others."""
         return self.path / "artifacts" / job.key
 
-    def has_artifact(self, job: Job) -> bool:
-        """Whether a job's artifact is complete."""
-        return (self.artifact(job) / ".complete").is_file()
-
-    def work(self, job: Job) -> Path:
-        """Return the folder a job may use while it runs; it survives an interruption."""
-        return self.path / "work" / job.key
-
-    def finish(self, job: Job, found: Mapping[str, Any], timing: Mapping[str, Any], artifact: bool) -> None:
-        """Write a job's record, unless there is one, and remove its working folder."""
+    def finish(self, job: Job, result: Mapping[str, Any], timing: Mapping[str, Any], artifact: bool) -> None:
+        """Write a job's record, unless there is one."""
         if artifact:
-            self.artifact(job).mkdir(parents=True, exist_ok=True)
             write_atomic(self.artifact(job) / ".complete", "")
         if not self.finished(job):
             record = {
-                **job.to_json(),
-                "result": dict(found),
-                "timing": dict(timing),
+                "key": job.key,
+                "kind": job.kind,
+                "version": job.version,
+                "name": job.name,
+                "settings": job.settings,
+                "needs": {name: need.key for name, need in job.needs.items()},
+                "result": result,
+                "timing": timing,
                 "provenance": provenance(),
             }
-            write_atomic(self._result(job), json.dumps(record))
-        shutil.rmtree(self.work(job), ignore_errors=True)
+            write_atomic(self._result(job.key), json.dumps(record))
         self._failure(job).unlink(missing_ok=True)
 
-    def fail(self, job: Job, error: BaseException, run: str) -> None:
-        """Store why a job failed in the run named `run`."""
+    def fail(self, job: Job, error: BaseException) -> None:
+        """Store why a job failed."""
         failure = {
             "name": job.name,
-            "kind": job.kind,
             "error": str(error) or type(error).__name__,
-            "type": type(error).__name__,
             "traceback": "".join(traceback.format_exception(error)),
-            "runs": sorted({run, *(self.failure(job) or {}).get("runs", ())}),
         }
         write_atomic(self._failure(job), json.dumps(failure, indent=1))
 
-    def failure(self, job: Job, run: str | None = None) -> dict[str, Any] | None:
-        """Return why a job failed, in the run named `run` or in any; None if it did not."""
+    def failure(self, job: Job) -> dict[str, Any] | None:
+        """Return a failed job's `error` and `traceback`; None if it did not fail."""
         try:
-            failure = json.loads(self._failure(job).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return json.loads(self._failure(job).read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return None
-        return failure if run is None or run in failure.get("runs", ()) else None
 
     @contextlib.contextmanager
     def claimed(self, job: Job) -> Iterator[bool]:
@@ -136,13 +131,9 @@ class Store:
     @contextlib.contextmanager
     def slot(self, exclusive: bool) -> Iterator[None]:
         """Hold a shared lock on the machine inside the block; with `exclusive`, run while no other job does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path / ".turn.lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with open(self.path / ".turn.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
-        finally:
-            os.close(handle)
 
     def take(self, records: str | os.PathLike) -> int:
         """Add the records of a file that `export` wrote; return how many were new.
@@ -161,14 +152,13 @@ class Store:
                 f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
             ) from None
         for key, line in named:
-            place = self.path / "results" / f"{key}.json"
-            if not place.exists():
-                write_atomic(place, line)
+            if not self._result(key).exists():
+                write_atomic(self._result(key), line)
                 new += 1
         return new
 
-    def _result(self, job: Job) -> Path:
-        return self.path / "results" / f"{job.key}.json"
+    def _result(self, key: str) -> Path:
+        return self.path / "results" / f"{key}.json"
 
     def _failure(self, job: Job) -> Path:
         return self.path / "failures" / f"{job.key}.json"
@@ -182,72 +172,31 @@ def _checked_key(record: Mapping[str, Any]) -> str:
 
 
 def export(store: Store, jobs: Iterable[Job], path: str | os.PathLike) -> int:
-    """Write the records of the finished jobs to one file, gzipped if it ends in .gz; return their number.
+    """Write the records of the finished jobs to one gzipped file; return their number.
 
     `Store.take` reads it: the study continues from it on another machine.
     """
     records = sorted((r for job in jobs if (r := store.record(job)) is not None), key=lambda r: r["key"])
-    text = "".join(json.dumps(record) + "\n" for record in records).encode()
-    write_atomic(path, gzip.compress(text, mtime=0) if str(path).endswith(".gz") else text)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomic(path, gzip.compress(text.encode(), mtime=0))
     return len(records)
 
 
-@dataclass(frozen=True)
-class Todo:
-    """What is left of a graph: jobs that can run, jobs that wait for others, failed ones, and jobs behind those."""
-
-    ready: list[Job] = field(default_factory=list)
-    waiting: list[Job] = field(default_factory=list)
-    failed: list[Job] = field(default_factory=list)
-    blocked: list[Job] = field(default_factory=list)
-
-    @property
-    def open(self) -> list[Job]:
-        """Jobs that can still be done."""
-        return [*self.ready, *self.waiting]
-
-
-def todo(graph: Graph, store: Store, run: str = "") -> Todo:
-    """Return what is left to do in the run named `run`, in the graph's order.
+def unfinished(graph: Graph, store: Store) -> dict[Job, bool]:
+    """Return the jobs that are left to do, in the graph's order, and whether each can start.
 
     A finished job is done again only if an unfinished one needs its artifact and that is missing (records that were
     reused). Jobs no wanted result depends on are not done.
     """
-    wanted = _wanted(graph, store)
-    found, bad = Todo(), set()
-    for job in graph:
-        if job not in wanted:
-            continue
-        if store.failure(job, run) is not None:
-            found.failed.append(job)
-            bad.add(job)
-        elif any(need in bad for need in job.needs.values()):
-            found.blocked.append(job)
-            bad.add(job)
-        elif any(need in wanted for need in job.needs.values()):
-            found.waiting.append(job)
-        else:
-            found.ready.append(job)
-    return found
-
-
-def done(job: Job, store: Store, for_artifact: bool) -> bool:
-    """Whether a job is done; with `for_artifact`, whether a later job can read its artifact too."""
-    if not store.finished(job):
-        return False
-    lacks = for_artifact and step(job.kind).makes and not store.has_artifact(job)
-    return not lacks or store.diverged(job) is not None
-
-
-def _wanted(graph: Graph, store: Store) -> set[Job]:
-    left = [job for job in graph.wanted if not store.finished(job)]
+    open_jobs = [job for job in graph.wanted if not store.finished(job)]
     wanted: set[Job] = set()
-    while left:
-        job = left.pop()
+    while open_jobs:
+        job = open_jobs.pop()
         if job not in wanted:
             wanted.add(job)
-            left += [need for need in job.needs.values() if not done(need, store, step(job.kind).reads)]
-    return wanted
+            present = store.readable if STEPS[job.kind].reads else store.finished
+            open_jobs += [need for need in job.needs.values() if not present(need)]
+    return {job: wanted.isdisjoint(job.needs.values()) for job in graph if job in wanted}
 
 
 class Results:
@@ -267,7 +216,7 @@ class Results:
         found = self._store.result(job)
         if found is None:
             self.missing[job.name] = None
-        elif self._store.diverged(job) is not None:
+        elif DIVERGED in found:
             self.lost[job.name] = None
             return None
         return found

@@ -6,20 +6,16 @@ import pytest
 
 from hiplora.study.builder import Study
 from hiplora.study.jobs import Graph
-from hiplora.study.pico import write_pico_data
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.plan import open_study
 from hiplora.study.recipe import load_study
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_pico_data(folder)
-    return folder
-
-
-def study(data, *changes):
+def study(*changes, data=PICO_DATA):
     return Study(load_study("pico", changes), data)
+
+
+HUB = "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}"
 
 
 def adapter(found, *given, **more):
@@ -33,7 +29,7 @@ def adapter(found, *given, **more):
         ("smol", 725, "f28f14098faeef71"),
         ("frontier", 791, "cefaba83f882ad4f"),
         ("peft-metamath", 13, "a5fc7e5816fe7459"),
-        pytest.param("paper", 2814, "bc71b323036ed64f", marks=pytest.mark.slow),
+        ("paper", 2814, "bc71b323036ed64f"),
     ],
 )
 def test_keys_stay_what_they_were_when_records_were_published(tmp_path, name, jobs, digest):
@@ -42,8 +38,8 @@ def test_keys_stay_what_they_were_when_records_were_published(tmp_path, name, jo
     assert hashlib.sha256("".join(keys).encode()).hexdigest()[:16] == digest
 
 
-def test_the_same_call_is_one_job(data):
-    one, other = study(data), study(data)
+def test_the_same_call_is_one_job():
+    one, other = study(), study()
     assert adapter(one) == adapter(other)
     assert one.score(adapter(one)) == other.score(adapter(other))
     assert len(Graph([adapter(one), adapter(other)])) == len(Graph([adapter(one)]))
@@ -60,29 +56,25 @@ def test_the_same_call_is_one_job(data):
         "methods.lora.lr=1e-3",
     ],
 )
-def test_what_a_training_depends_on_makes_another_job(data, change):
-    assert adapter(study(data)) != adapter(study(data, change))
+def test_what_a_training_depends_on_makes_another_job(change):
+    assert adapter(study()) != adapter(study(change))
 
 
 @pytest.mark.parametrize(
     "change",
     ["title=x", "methods.lora.title=y", "domains.code.tasks.mbpp=1", "protocols.adalora=null", "seeds=[1]"],
 )  # fmt: skip
-def test_what_it_does_not_depend_on_keeps_the_job(data, change):
-    assert adapter(study(data)) == adapter(study(data, change))
+def test_what_it_does_not_depend_on_keeps_the_job(change):
+    assert adapter(study()) == adapter(study(change))
 
 
-def test_changed_data_make_another_job(data, tmp_path):
-    write_pico_data(tmp_path)
-    before = adapter(study(tmp_path))
-    assert before == adapter(study(data))
-    with (tmp_path / "gsm8k_train.jsonl").open("a") as file:
-        file.write('{"question": "How many?", "answer": "#### 2"}\n')
-    assert adapter(study(tmp_path)) != before
+def test_changed_data_make_another_job(tmp_path):
+    (tmp_path / "gsm8k_train.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
+    assert adapter(study(data=tmp_path)) != adapter(study())
 
 
-def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported(data):
-    found = study(data)
+def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported():
+    found = study()
     choice = found.rate(found.row("lora"))
     trained = [job for job in Graph([choice]) if job.kind == "train"]
     assert [job.settings["recipe"]["train"]["lr"] for job in trained] == [1e-3, 1e-2]
@@ -91,19 +83,19 @@ def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported(data):
     assert adapter(found).needs["rate"] == choice
 
 
-def test_a_given_rate_is_taken_as_it_is(data):
-    found = study(data, "methods.lora.lr=3e-3")
+def test_a_given_rate_is_taken_as_it_is():
+    found = study("methods.lora.lr=3e-3")
     assert found.rate(found.row("lora")) is None
     assert adapter(found).settings["recipe"]["train"]["lr"] == 3e-3
     assert adapter(found, lr=0.5).settings["recipe"]["train"]["lr"] == 0.5
-    without = study(data, "rates=null")
+    without = study("rates=null")
     assert adapter(without).settings["recipe"]["train"]["lr"] == 1e-2
-    own = study(data, "rates=null", "methods.lora.train={lr: 5e-3}")
+    own = study("rates=null", "methods.lora.train={lr: 5e-3}")
     assert adapter(own).settings["recipe"]["train"]["lr"] == 5e-3
 
 
-def test_a_variant_changes_its_settings_and_may_take_its_parents_rate(data):
-    found = study(data)
+def test_a_variant_changes_its_settings_and_may_take_its_parents_rate():
+    found = study()
     parent, variant = found.row("hiplora"), found.variant("hiplora", stability_weight=0.5)
     assert (parent.method.stability_weight, variant.method.stability_weight) == (0.1, 0.5)
     assert variant.method.basis == "weight"
@@ -113,8 +105,8 @@ def test_a_variant_changes_its_settings_and_may_take_its_parents_rate(data):
     assert found.factors(parent) == found.factors(variant)
 
 
-def test_a_setting_may_be_what_another_job_chooses(data):
-    found = study(data)
+def test_a_setting_may_be_what_another_job_chooses():
+    found = study()
     row = found.row("hiplora")
     choice = found.choice("λ", {0.1: {"one": adapter(found)}, 1.0: {"other": adapter(found, lr=0.5)}})
     job = found.adapter(row, "code", 42, chosen={"stability_weight": choice})
@@ -126,8 +118,8 @@ def test_a_setting_may_be_what_another_job_chooses(data):
     }
 
 
-def test_factors_are_shared_by_what_they_depend_on(data):
-    found = study(data)
+def test_factors_are_shared_by_what_they_depend_on():
+    found = study()
     assert found.factors(found.row("lora")) is None
     weight = found.factors(found.row("hiplora"))
     assert weight == found.factors(found.variant("hiplora", r=2, lora_alpha=4))
@@ -135,16 +127,16 @@ def test_factors_are_shared_by_what_they_depend_on(data):
     assert weight != found.factors(found.row("hiplora-activation"))
 
 
-def test_a_training_carries_on_from_another(data):
-    found = study(data)
+def test_a_training_carries_on_from_another():
+    found = study()
     first = adapter(found)
     second = found.adapter(found.row("lora"), "code", 42, start=first)
     assert second.needs["start"] == first
     assert second != found.adapter(found.row("lora"), "code", 42)
 
 
-def test_the_base_has_no_drift_and_adapters_have(data):
-    found = study(data)
+def test_the_base_has_no_drift_and_adapters_have():
+    found = study()
     assert found.score().settings["drift"] is None
     assert found.score(adapter(found)).settings["drift"]["texts"]["prose"] == "wikitext2_raw_valid.jsonl"
     assert set(found.score().settings["tasks"]) == {
@@ -156,14 +148,12 @@ def test_the_base_has_no_drift_and_adapters_have(data):
     assert set(found.score(tasks={"gsm8k": 2}).settings["tasks"]) == {"gsm8k"}
 
 
-def test_missing_files_are_named_and_hub_data_taken_instead(data, tmp_path):
-    found = study(tmp_path)
+def test_missing_files_are_named_and_hub_data_taken_instead(tmp_path):
+    found = study(data=tmp_path)
     adapter(found)
     assert "gsm8k_train.jsonl" in found.missing
-    hub = study(tmp_path, "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}")
+    hub = study(HUB, data=tmp_path)
     job = adapter(hub)
     assert job.settings["recipe"]["data"]["hub"] == "openai/gsm8k"
     assert hub.missing == {}
-    assert adapter(study(data, "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}")) == adapter(
-        study(data)
-    )  # fmt: skip
+    assert adapter(study(HUB)) == adapter(study())

@@ -5,21 +5,20 @@ import pytest
 
 from hiplora.errors import DataError
 from hiplora.study.context import Context, Place, located
-from hiplora.study.store import Store
 from tests.tiny import write_jsonl
 
 
 @pytest.fixture
 def context(tmp_path):
     write_jsonl(tmp_path / "wiki.jsonl", [{"title": f"T{n}", "text": f"Text {n}."} for n in range(5)])
-    return Context(Store(tmp_path / "store"), Place("pico", tmp_path))
+    return Context(Place(tmp_path / "store", "pico", tmp_path))
 
 
 def test_rows_are_one_text_or_texts_of_their_own(context):
     assert context.text("wiki.jsonl") == "Text 0.Text 1.Text 2.Text 3.Text 4."
-    assert context.documents("wiki.jsonl", 2) == ["Text 0.", "Text 1."]
-    assert context.documents("wiki.jsonl:title+text", 1) == ["T0Text 0."]
-    assert len(context.documents("wiki.jsonl", 100)) == 5
+    assert context.text("wiki.jsonl:title") == "T0\nT1\nT2\nT3\nT4"
+    assert context.text("wiki.jsonl", 2) == ["Text 0.", "Text 1."]
+    assert context.text("wiki.jsonl:title+text", 1) == ["T0Text 0."]
 
 
 def test_files_of_the_data_folder_win_over_hub_names(context, tmp_path):
@@ -37,7 +36,7 @@ def test_only_the_rows_that_are_read_are_fetched_from_the_hub(context, monkeypat
             yield {"text": f"Article {number}", "id": f"enwiki/{number}"}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert context.documents("HuggingFaceFW/finewiki", 3) == ["Article 0", "Article 1", "Article 2"]
+    assert context.text("HuggingFaceFW/finewiki", 3) == ["Article 0", "Article 1", "Article 2"]
     assert fetched == [("HuggingFaceFW/finewiki", None, "train", True)] * 3
 
 
@@ -47,4 +46,4 @@ def test_a_data_set_that_cannot_be_fetched_is_named(context, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match=r"owner/name: no such file, and no .*data set on the hub"):
-        context.documents("owner/name:title", 3)
+        context.text("owner/name:title", 3)

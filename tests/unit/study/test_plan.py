@@ -3,7 +3,7 @@
 import pytest
 
 from hiplora.errors import ConfigError, DataError
-from hiplora.study.plan import check, open_study, plan, status
+from hiplora.study.plan import check, measure, open_study, status
 from hiplora.study.recipe import load_study
 
 TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
@@ -11,16 +11,6 @@ TWO = "protocols={single_task: {methods: [lora, lora-mlp]}}"
 
 def opened(folder, *changes, data=None, allow_code=False):
     return open_study(load_study("pico", (TWO, *changes)), folder / "study", data, allow_code)
-
-
-def finish(opened, job, result, seconds=1.0):
-    opened.store.finish(job, result, {"seconds": seconds}, artifact=False)
-
-
-def test_the_pico_study_brings_its_data(tmp_path):
-    found = opened(tmp_path, allow_code=True)
-    assert (tmp_path / "study" / "data" / "gsm8k_train.jsonl").is_file()
-    check(found)
 
 
 def test_a_missing_folder_or_a_file_for_one_is_refused(tmp_path):
@@ -32,9 +22,8 @@ def test_a_missing_folder_or_a_file_for_one_is_refused(tmp_path):
 
 
 def test_missing_files_are_named_before_anything_runs(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"files of the study are missing in .*empty: .*gsm8k_train\.jsonl"):
-        check(opened(tmp_path, data=tmp_path / "empty", allow_code=True))
+    with pytest.raises(DataError, match=r"files of the study are missing in .*: .*gsm8k_train\.jsonl"):
+        check(opened(tmp_path, data=tmp_path, allow_code=True))
 
 
 @pytest.mark.parametrize("rules", ["{additon: {}}", "{ties: {density: 7}}", "{ties: {none: 1}}"])
@@ -59,31 +48,32 @@ def test_an_unknown_task_is_named_before_anything_runs(tmp_path, monkeypatch):
 def test_running_code_needs_permission(tmp_path):
     with pytest.raises(ConfigError, match="humaneval run code that the model writes; allow it with"):
         check(opened(tmp_path, "domains.code.tasks={humaneval: 2}"))
+    check(opened(tmp_path, "domains.code.tasks={humaneval: 2}", allow_code=True))
     check(opened(tmp_path))
 
 
 def test_the_status_counts_kinds_and_names_failures_and_divergences(tmp_path):
     found = opened(tmp_path)
-    finish(found, found.study.score(), {"tasks": {}})
     bad, failed = [job for job in found.graph if job.kind == "train"][:2]
-    finish(found, bad, {"diverged": "the loss is nan at step 2"})
-    found.store.fail(failed, ValueError("no luck"), "run")
+    for job, result in ((found.study.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
+        found.store.finish(job, result, {"seconds": 1.0}, artifact=False)
+    found.store.fail(failed, ValueError("no luck"))
     told = status(found)
     assert (told["jobs"], told["left"]) == (len(found.graph), len(found.graph) - 2)
     assert told["kinds"]["evaluate"]["left"] == told["kinds"]["evaluate"]["jobs"] - 1
     assert told["failed"] == {failed.name: "no luck"}
-    assert told["diverged"] == {bad.name: "the loss is nan at step 2"}
+    assert told["diverged"] == {bad.name: "the loss is nan"}
     assert told["at_work"] == []
 
 
 def test_time_is_estimated_from_the_jobs_of_a_kind_by_their_size(tmp_path):
     found = opened(tmp_path, "rates=null", "methods.lora.train={steps: 12}")
-    told = plan(found)
+    told = status(found)
     assert (told["seconds_left"], sorted(told["without_estimate"])) == (None, ["evaluate", "train"])
     trainings = [job for job in found.graph if job.kind == "train"]
     short = next(job for job in trainings if job.settings["recipe"]["train"]["steps"] == 6)
     found.store.finish(short, {}, {"seconds": 3.0, "peak_memory_bytes": 7}, artifact=True)
-    told = plan(found)
+    told = status(found)
     steps = sum(job.settings["recipe"]["train"]["steps"] for job in trainings if job != short)
     assert told["kinds"]["train"]["seconds"] == pytest.approx(0.5 * steps)
     assert told["without_estimate"] == ["evaluate"]
@@ -92,9 +82,8 @@ def test_time_is_estimated_from_the_jobs_of_a_kind_by_their_size(tmp_path):
 
 @pytest.mark.slow
 def test_a_measurement_gives_the_time_of_a_step_and_of_an_item(tmp_path):
-    told = plan(opened(tmp_path, "rates=null"), measure=True)
-    assert told["measured"]["step_seconds"] > 0
-    assert told["measured"]["item_seconds"] > 0
+    found = opened(tmp_path, "rates=null")
+    told = status(found, measure(found))
     assert told["seconds_left"] > 0
     assert told["without_estimate"] == []
     assert told["peak_memory_bytes"] > 2**20

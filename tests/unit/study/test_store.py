@@ -8,7 +8,7 @@ import pytest
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.study.jobs import Graph, Job
-from hiplora.study.store import Results, Store, done, export, todo
+from hiplora.study.store import Results, Store, export, unfinished
 
 
 def job(kind, number, **needs):
@@ -75,32 +75,21 @@ def test_a_claim_ends_with_its_process(store):
         assert mine
 
 
+def ready(graph, store):
+    left = unfinished(graph, store)
+    return names(job for job in left if left[job]), names(job for job in left if not left[job])
+
+
 def test_jobs_become_ready_when_their_needs_are_done(store):
     graph = Graph([collect(2, up=collect(1)), collect(3)])
-    left = todo(graph, store)
-    assert (names(left.ready), names(left.waiting)) == (["collect 1", "collect 3"], ["collect 2"])
+    assert ready(graph, store) == (["collect 1", "collect 3"], ["collect 2"])
     store.finish(collect(1), {}, {}, artifact=False)
-    left = todo(graph, store)
-    assert (names(left.ready), names(left.waiting)) == (["collect 2", "collect 3"], [])
+    assert ready(graph, store) == (["collect 2", "collect 3"], [])
 
 
-def test_jobs_behind_a_failed_one_are_blocked_and_the_rest_continues(store):
-    graph = Graph([collect(4, up=collect(2, up=collect(1))), collect(3)])
-    store.fail(collect(1), ValueError("no luck"), "run")
-    left = todo(graph, store, "run")
-    assert names(left.failed) == ["collect 1"]
-    assert names(left.blocked) == ["collect 2", "collect 4"]
-    assert names(left.ready) == ["collect 3"]
-    assert "no luck" in store.failure(collect(1))["error"]
-
-
-def test_every_run_tries_a_failed_job_once(store):
-    graph = Graph([collect(1)])
-    for run in ("one", "other"):
-        assert names(todo(graph, store, run).ready) == ["collect 1"]
-        store.fail(collect(1), ValueError(f"no luck in {run}"), run)
-    for run in ("one", "other"):
-        assert names(todo(graph, store, run).failed) == ["collect 1"]
+def test_a_failure_is_kept_until_the_job_succeeds(store):
+    store.fail(collect(1), ValueError("no luck"))
+    assert store.failure(collect(1))["error"] == "no luck"
     store.finish(collect(1), {}, {}, artifact=False)
     assert store.failure(collect(1)) is None
 
@@ -111,19 +100,18 @@ def test_reused_records_are_enough_but_for_adapters_that_are_still_read(store):
     choice = collect(1, a=adapter)
     for one in (adapter, first):
         store.finish(one, {}, {}, artifact=False)
-    assert todo(Graph([first]), store).open == []
-    assert names(todo(Graph([choice]), store).ready) == ["collect 1"]  # it reads the result alone
-    left = todo(Graph([first, second]), store)
-    assert (names(left.ready), names(left.waiting)) == (["train 1"], ["evaluate 1"])
-    assert not done(adapter, store, for_artifact=True)
+    assert ready(Graph([first]), store) == ([], [])
+    assert ready(Graph([choice]), store) == (["collect 1"], [])  # it reads the result alone
+    assert ready(Graph([first, second]), store) == (["train 1"], ["evaluate 1"])
+    assert not store.readable(adapter)
     store.finish(adapter, {}, {}, artifact=True)
-    assert names(todo(Graph([first, second]), store).ready) == ["evaluate 1"]
+    assert ready(Graph([first, second]), store) == (["evaluate 1"], [])
 
 
 def test_a_training_that_diverged_elsewhere_is_not_repeated_for_its_adapter(store):
     bad = job("train", 1)
     store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
-    assert done(bad, store, for_artifact=True)
+    assert store.readable(bad)
 
 
 def test_results_note_what_is_missing_and_what_diverged(store):
@@ -138,17 +126,17 @@ def test_results_note_what_is_missing_and_what_diverged(store):
     assert results.timing(open_job) is None
 
 
-@pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz"])
-def test_exported_records_are_taken_by_another_store(store, tmp_path, name):
+def test_exported_records_are_taken_by_another_store(store, tmp_path):
+    path, again = tmp_path / "records.jsonl.gz", tmp_path / "again.jsonl.gz"
     jobs = [collect(number) for number in range(3)]
     for one in jobs[:2]:
         store.finish(one, {"value": one.settings["number"]}, {}, artifact=False)
-    assert export(store, jobs, tmp_path / name) == 2
+    assert export(store, jobs, path) == 2
     other = Store(tmp_path / "other")
-    assert (other.take(tmp_path / name), other.take(tmp_path / name)) == (2, 0)
+    assert (other.take(path), other.take(path)) == (2, 0)
     assert [other.result(one) for one in jobs] == [{"value": 0}, {"value": 1}, None]
-    export(other, reversed(jobs), tmp_path / f"again-{name}")
-    assert (tmp_path / name).read_bytes() == (tmp_path / f"again-{name}").read_bytes()
+    export(other, reversed(jobs), again)
+    assert path.read_bytes() == again.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from hiplora.adapters import allocation_rows, energy_shares
 from hiplora.editing import Editor
 from hiplora.editing.edits import BUILT_IN
 from hiplora.editing.job import EditJob, PreparedEdits
-from hiplora.errors import ConfigError, HipLoraError
+from hiplora.errors import HipLoraError
 from hiplora.evaluation import measure_drift
 from hiplora.evaluation.mounting import applied, holding, mounted
 from hiplora.merging import merge
@@ -21,11 +22,6 @@ from hiplora.study.steps.train import placed_recipe
 
 BATCH = 8  # texts scored or generated per batch
 WINDOW = 512  # tokens of a window of a probe's texts
-OF_EDITS = ("limit", "category", "edits_per_batch", "sample", "steps", "lr", "rows")
-OF_PROBES = (
-    *("modules", "layers", "directions", "choice", "basis"),
-    *("principal_rank", "kinds", "draws", "tokens", "seed"),
-)
 OF_MODULES = ("module", "layer", "type", "norm", "left", "right", "both", "sigma", "gains")
 
 
@@ -37,12 +33,11 @@ def evaluate(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     nothing for the base.
     """
     network, _ = context.model()
+    reference = drift_reference(context, settings)
     if "adapter" not in job.needs:
         return {"tasks": score(context, network, settings), "drift": None}, {}
-    reference = drift_reference(context, settings)
-    with mounted(network, context.artifact(job.needs["adapter"])) as adapted:
-        tasks = score(context, adapted, settings)
-        return {"tasks": tasks, "drift": drift_of(adapted, reference)}, {}
+    with mounted(network, context.store.artifact(job.needs["adapter"])) as adapted:
+        return {"tasks": score(context, adapted, settings), "drift": drift_of(adapted, reference)}, {}
 
 
 def score(context: Context, model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,38 +71,31 @@ def merge_adapters(context: Context, job: Job, settings: Mapping[str, Any]) -> F
     """
     network, _ = context.model()
     reference = drift_reference(context, settings)
-    adapters = [context.artifact(job.needs[name]) for name in sorted(job.needs)]
-    merged = merge(adapters, settings["rule"], base=context.name, options=settings["options"])
+    adapters = [context.store.artifact(job.needs[name]) for name in sorted(job.needs)]
+    merged = merge(adapters, settings["rule"], base=context.place.model, options=settings["options"])
     weights = {name: network.get_submodule(name).weight for name in merged.modules}
     with applied(network, merged) as changed:
-        tasks = score(context, changed, settings)
-        return {"tasks": tasks, "drift": drift_of(changed, reference, lambda: holding(changed, weights))}, {}
+        drift = drift_of(changed, reference, lambda: holding(changed, weights))
+        return {"tasks": score(context, changed, settings), "drift": drift}, {}
 
 
 def collect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     """Choose among candidates by what their jobs found: a learning rate by the loss on held-out rows, for instance.
 
-    Settings: `field` of the results, averaged over a candidate's jobs; `prefer`, `low` or `high`; `candidates`, a list
-    of {value, needs: names of its jobs}. The first of equal candidates wins; one that diverged is not chosen.
+    Settings: `field` of the results, of which the lowest mean over a candidate's jobs wins; `candidates`, a list of
+    {value, needs: names of its jobs}. The first of equal candidates wins; one that diverged is not chosen.
     """
-    field, candidates = settings["field"], settings["candidates"]
-    means = [_mean(context, job, field, candidate["needs"]) for candidate in candidates]
-    sign = 1 if settings["prefer"] == "low" else -1
-    usable = {index: sign * mean for index, mean in enumerate(means) if mean is not None}
+    tried = []
+    for candidate in settings["candidates"]:
+        found = [context.store.result(job.needs[name]) or {} for name in candidate["needs"]]
+        values = [float(one[settings["field"]]) for one in found if DIVERGED not in one]
+        mean = sum(values) / len(found) if len(values) == len(found) else math.nan
+        tried.append({"value": candidate["value"], "mean": mean if math.isfinite(mean) else None})
+    usable = [one for one in tried if one["mean"] is not None]
     if not usable:
-        raise HipLoraError(f"{job.name}: no candidate has a finite {field}; give lower rates")
-    best = min(usable, key=lambda index: usable[index])
-    values = [candidate["value"] for candidate in candidates]
-    tried = [{"value": value, "mean": mean} for value, mean in zip(values, means, strict=True)]
-    return {"value": values[best], "tried": tried, "at_the_edge": best in (0, len(values) - 1)}, {}
-
-
-def _mean(context: Context, job: Job, field: str, needs: list[str]) -> float | None:
-    found = [context.result(job.needs[name]) for name in needs]
-    if any(DIVERGED in one for one in found):
-        return None
-    mean = sum(float(one[field]) for one in found) / len(found)
-    return mean if math.isfinite(mean) else None
+        raise HipLoraError(f"{job.name}: no candidate has a finite {settings['field']}; give lower rates")
+    best = min(usable, key=lambda one: one["mean"])
+    return {"value": best["value"], "tried": tried, "at_the_edge": best in (tried[0], tried[-1])}, {}
 
 
 def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
@@ -116,7 +104,9 @@ def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     Settings: `rank`, the number of leading directions of each weight that count as principal. Needs: `adapter`. The
     result has a row for each module, and the share of the update's energy ‖ΔW‖² in the principal subspaces.
     """
-    rows = allocation_rows(context.artifact(job.needs["adapter"]), context.name, settings["rank"])
+    rows = allocation_rows(
+        context.store.artifact(job.needs["adapter"]), context.place.model, settings["rank"]
+    )
     rows = [{key: row[key] for key in OF_MODULES} for row in rows]
     inside = {"all": energy_shares(rows)["both"]}
     for kind in sorted({row["type"] for row in rows}):
@@ -133,23 +123,11 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     the last edit; `files`, hashes of what is read.
     """
     method = placed_recipe(context, {"method": settings["method"]})["method"]
-    edits, mode = settings["edits"], settings["mode"]
-    if settings.get("drift") and mode == "single":
-        raise ConfigError(f"{job.name}: no edit stays in the mode single, so there is no drift; leave it out")
-    given: dict[str, Any] = {name: settings.get(name) for name in OF_EDITS}
-    prepared = PreparedEdits(
-        EditJob(
-            model=context.name,
-            edits=edits if edits == BUILT_IN else context.path(edits),
-            method=method.pop("name"),
-            method_settings=method,
-            mode=mode,
-            questions=settings["questions"],
-            neighbours=settings["neighbours"],
-            seed=settings["seed"],
-            **given,
-        )
-    )
+    given = _given(EditJob, settings)
+    given |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
+    if given["edits"] != BUILT_IN:
+        given["edits"] = context.path(given["edits"])
+    prepared = PreparedEdits(EditJob(**given))
     reference, drift = drift_reference(context, settings), None
 
     def edited(number: int, editor: Editor) -> None:
@@ -167,10 +145,13 @@ def probe(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
 
     Settings: those of `ProbeSettings`; `texts`, name to source; `files`, hashes of what is read.
     """
-    asked = ProbeSettings(
-        model=context.name, **{name: settings[name] for name in OF_PROBES if name in settings}
-    )
+    asked = ProbeSettings(**{**_given(ProbeSettings, settings), "model": context.place.model})
     reference = context.reference(settings["texts"], asked.tokens, WINDOW)
     rows = probe_model(context.model()[0], reference, asked)
     modules = list(dict.fromkeys(row["module"] for row in rows))
     return {"modules": modules, "records": rounded(rows), "correlations": findings(rows, asked.seed)}, {}
+
+
+def _given(block: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a job's settings that are fields of a dataclass."""
+    return {field.name: settings[field.name] for field in fields(block) if field.name in settings}

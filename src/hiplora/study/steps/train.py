@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from hiplora.errors import ConfigError, DivergedError
+from hiplora.errors import DivergedError
 from hiplora.models import load
 from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.study.context import Context
-from hiplora.study.execute import exit_with_parent
+from hiplora.study.execute import start_child
 from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found
-from hiplora.training import TrainRecipe, TrainResult, train
+from hiplora.training import TrainRecipe, train
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.memory import peak_reserved_bytes
 from hiplora.training.method import WEIGHTS_FILE
@@ -41,33 +41,22 @@ def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Fo
     """
     recipe = placed_recipe(context, settings["recipe"])
     if "start" in job.needs:
-        start = str(context.artifact(job.needs["start"]).resolve())
+        start = str(context.store.artifact(job.needs["start"]))
         recipe["train"] = {**recipe.get("train", {}), "start_from": start}
     try:
-        result = train(TrainRecipe.model_validate(recipe), context.artifact(job), resume=True)
+        result = train(TrainRecipe.model_validate(recipe), context.store.artifact(job), resume=True)
     except DivergedError as error:
         return {DIVERGED: f"{job.name}: {error}"}, {}
-    return _found(result), {
+    timing = {
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
         "peak_reserved_bytes": peak_reserved_bytes(),
-        **_reserved(result),
     }
-
-
-def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe with the base model at hand and this machine's paths for the study's file names."""
-    placed = {**copy.deepcopy(dict(recipe)), "model": context.name}
-    files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
-    for block, names in files.items():
-        for name in names:
-            if placed.get(block, {}).get(name) is not None:
-                placed[block][name] = context.path(placed[block][name])
-    return placed
-
-
-def _found(result: TrainResult) -> dict[str, Any]:
+    held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]  # empty without a GPU
+    if held:
+        timing["reserved_bytes_mean"] = float(np.mean(held))
+        timing["reserved_bytes_99th"] = float(np.percentile(held, 99))
     return {
         "steps": result.steps,
         "tokens": result.tokens,
@@ -77,18 +66,18 @@ def _found(result: TrainResult) -> dict[str, Any]:
         "held_out_after": result.held_out["after"] if result.held_out else None,
         "curve": [[row["step"], row["loss"]] for row in result.metrics if "loss" in row],
         "warnings": result.warnings,
-    }
+    }, timing
 
 
-def _reserved(result: TrainResult) -> dict[str, float]:
-    """Return what the CUDA allocator held after the steps: mean and 99th percentile; empty without a GPU."""
-    held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]
-    if not held:
-        return {}
-    return {
-        "reserved_bytes_mean": float(np.mean(held)),
-        "reserved_bytes_99th": float(np.percentile(held, 99)),
-    }
+def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe with the base model at hand and this machine's paths for the study's file names."""
+    placed = {**copy.deepcopy(dict(recipe)), "model": context.place.model}
+    files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
+    for block, names in files.items():
+        for name in names:
+            if placed.get(block, {}).get(name) is not None:
+                placed[block][name] = context.path(placed[block][name])
+    return placed
 
 
 def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
@@ -98,15 +87,9 @@ def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     weights in the precision of a training with `dtype: auto` on this machine. The result has the `basis`; `layers`,
     the number of matrices; `k`, the common one or a list; `bytes` of all factors; `residual`, the largest (weight
     basis); `energy`, the mean share of the inputs' energy in the basis (activation basis).
-
-    Raises:
-        ConfigError: the method has no factors, or does not fit the model.
-        FactorError: a weight cannot be decomposed.
     """
-    method = placed_recipe(context, {"method": settings["method"]})["method"]
-    method = TypeAdapter(AnyMethod).validate_python(method)
-    if not isinstance(method, Spectral):
-        raise ConfigError(f"{job.name}: method {method.name} has no factors")
+    placed = placed_recipe(context, {"method": settings["method"]})["method"]
+    method: Spectral = TypeAdapter(AnyMethod).validate_python(placed)
     model, tokenizer = _as_trained(context)
     began = time.perf_counter()
     factors: Sequence[SpectralFactors]
@@ -136,7 +119,7 @@ def _as_trained(context: Context) -> tuple[Any, Any]:
     dtype = torch_dtype(machine_dtype())
     if model.dtype == dtype:
         return model, tokenizer
-    model, tokenizer = load(context.name, dtype)
+    model, tokenizer = load(context.place.model, dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
@@ -160,19 +143,10 @@ def speed(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
 def timed(recipe: Mapping[str, Any], warmup: int, steps: int) -> dict[str, Any]:
     """Train a recipe for `warmup` + `steps` steps in a new process and return what the last `steps` took."""
     data = {name: value for name, value in recipe["data"].items() if name not in HELD_OUT}
-    told = {k: v for k, v in recipe.get("train", {}).items() if k not in ("epochs", "eval_every")}
-    told |= {"steps": warmup + steps, "log_every": 1, "save_every": warmup + steps}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start_timing) as pool:
-        return pool.submit(_measure, {**recipe, "data": data, "train": told}, warmup).result()
-
-
-def _start_timing() -> None:
-    import os
-    import threading
-
-    os.environ["TQDM_DISABLE"] = "1"
-    os.dup2(2, 1)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    settings = {k: v for k, v in recipe.get("train", {}).items() if k not in ("epochs", "eval_every")}
+    settings |= {"steps": warmup + steps, "log_every": 1, "save_every": warmup + steps}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_child) as pool:
+        return pool.submit(_measure, {**recipe, "data": data, "train": settings}, warmup).result()
 
 
 def _measure(recipe: dict[str, Any], warmup: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Results made by hand, put into a store as if jobs had found them."""
 
 from hiplora.study.builder import Study
-from hiplora.study.pico import write_pico_data
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.recipe import load_study
 from hiplora.study.store import Results, Store
 
@@ -14,11 +14,8 @@ TWO_DOMAINS = (
 
 def made_study(folder, protocols, *changes):
     """A study over pico's data with some protocols, and an empty store."""
-    data = folder / "data"
-    data.mkdir(exist_ok=True)
-    write_pico_data(data)
     changes = (*(changes or TWO_DOMAINS), f"protocols={{{protocols}}}")
-    return Study(load_study("pico", changes), data), Store(folder / "store")
+    return Study(load_study("pico", changes), PICO_DATA), Store(folder / "store")
 
 
 def finish(store, job, found, **timing):
