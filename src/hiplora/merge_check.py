@@ -4,18 +4,17 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hiplora import __version__
-from hiplora.adapters import Update, check_out, read_update
+from hiplora.adapters import AdapterUpdate, check_out, read_update
 from hiplora.errors import ConfigError
-from hiplora.evaluation.evaluate import EvalSettings, Partial, collect
-from hiplora.evaluation.judgement import Instance, judge
+from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
 from hiplora.evaluation.mounting import (
     BASE,
     applied,
@@ -26,28 +25,19 @@ from hiplora.evaluation.mounting import (
     name_adapters,
     probe,
 )
-from hiplora.evaluation.suite import Suite
-from hiplora.files import check_output_dir, staged_dir
+from hiplora.evaluation.suite import Suite, read_suite
+from hiplora.files import staged_dir
 from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
-from hiplora.merging.merger import merge
+from hiplora.merging.merger import check_weights, merge
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
-FORMS = ("score", "likelihood")
 _NO_OWNERS = (
     "No adapter was given as TASK=FOLDER: each task counts for the adapter that is best at it, which makes the scores "
     "before the merge look slightly better than they are."
 )
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
-
-
-@dataclass(frozen=True)
-class Group:
-    """Adapters that are merged by a rule; `whole` where it is all of them."""
-
-    method: str
-    names: tuple[str, ...]
-    whole: bool
+Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,12 @@ class MergeSettings:
     sizes: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        """Check the rules and their options."""
         rules = [find_rule(method) for method in self.methods]
-        if not rules:
-            raise ConfigError("--method: names no rule; pass at least one")
-        for name in self.options:
-            if not any(name in rule.defaults for rule in rules):
-                rules[0].options({name: self.options[name]})  # says which options there are
+        known = {name for rule in rules for name in rule.defaults}
+        rules[0].options(
+            {name: self.options[name] for name in self.options if name not in known}
+        )  # refuses them
         for rule in rules:
             rule.options(self.options_of(rule.name))
 
@@ -79,37 +69,26 @@ class MergeSettings:
         """Return the given options that a rule has."""
         return {name: value for name, value in self.options.items() if name in find_rule(method).defaults}
 
-    def merge(self, updates: Mapping[str, Any], group: Group) -> Any:
-        """Merge a group's adapters, each with its own weight."""
-        weights = dict(zip(updates, self.weights, strict=True)) if self.weights else None
-        return merge(
-            [updates[name] for name in group.names],
-            group.method,
-            [weights[name] for name in group.names] if weights else None,
-            base=self.base,
-            rank=self.rank,
-            options=self.options_of(group.method),
-        )
-
 
 def merge_check(
     adapters: Sequence[str | os.PathLike],
     settings: EvalSettings,
-    how: MergeSettings | None = None,
+    how: MergeSettings,
+    out: str | os.PathLike,
     *,
-    merged: Update | None = None,
-    partial: str | os.PathLike | None = None,
-    progress: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Score adapters alone and merged on the same items, and judge what the merge broke.
+
+    Writes the folder `out`: merge-check.json and report.html, with where the adapters conflict. The scores so far are
+    kept beside it, so that the same call goes on where it stopped.
 
     Args:
         adapters: folders over one base, each alone or as TASK=FOLDER, which names the task that it was trained for.
         settings: suite and items.
         how: the merge.
-        merged: the merge of all, where it is not what `how` makes of them.
-        partial: file beside which the scores so far are kept, so that the same call goes on where it stopped.
-        progress: whether to show progress bars.
+        out: output folder.
+        overwrite: replace it if it exists.
 
     Returns:
         a JSON-ready record (schema 1, kind `merge-check`): `tasks`, `runs` and `differences` as in a results file of
@@ -119,29 +98,36 @@ def merge_check(
     Raises:
         ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
     """
-    how = how or MergeSettings()
-    named, suite = name_adapters(adapters), settings.read_suite()
-    owners = {task.name: task.name for task in suite.tasks if task.name in named}
-    updates = {name: read_update(folder, how.base) for name, folder in named.items()}
-    if how.weights and len(how.weights) != len(named):
-        raise ConfigError(f"weights: {len(how.weights)} given for {len(named)} adapters; pass one each")
+    named, suite = name_adapters(adapters), read_suite(settings.suite, settings.folder)
+    for folder in named.values():
+        check_out(out, overwrite, str(folder))
+    weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
-    given = {how.methods[0]: merged} if merged is not None else {}
-    merges = {label: given.get(label) or how.merge(updates, group) for label, group in groups.items()}
+    updates = {name: read_update(folder, how.base) for name, folder in named.items()}
+    merges = {label: _merged(updates, weights, how, *group) for label, group in groups.items()}
     engine = settings.engine(suite)
-    model = how.base or updates[next(iter(named))].base
+    model = how.base or next(iter(updates.values())).base
     network, tokenizer = load_model(model)
     check_adapters(network, tokenizer, engine.prompts(), named)
-    _check_merges(network, tokenizer, engine.prompts(), merges)
-    plan = _plan(model, named, how, settings, engine.describe(), merged)
-    store = Partial(Path(partial) if partial else None, plan)
+    _check_merge(network, tokenizer, engine.prompts(), merges[how.methods[0]])
+    plan = {
+        "kind": "merge-check",
+        "hiplora": __version__,
+        "model": [model, folder_identity(model)],
+        "adapters": {name: folder_identity(folder) for name, folder in named.items()},
+        "merge": [weights, dict(how.options), how.rank, how.base],
+        "tasks": engine.describe(),
+        "seed": settings.seed,
+    }
+    store = Partial(Path(out), plan)
     for label in (BASE, *named, *groups):
         if label not in store.runs:
-            part = label in groups and not groups[label].whole
-            tasks = list(groups[label].names) if part else None
+            # The merge of a part of the adapters is scored on their tasks only.
+            tasks = list(groups[label][1]) if label in groups and label not in how.methods else None
             with _present(network, label, named, merges) as there:
-                store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress))
+                store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
     found = collect(engine.describe(), store.runs, store.names)
+    owners = {task.name: task.name for task in suite.tasks if task.name in named}
     record = {
         "schema": 1,
         "kind": "merge-check",
@@ -150,12 +136,7 @@ def merge_check(
         "limit": settings.limit,
         "seed": settings.seed,
         "adapters": {name: str(folder) for name, folder in named.items()},
-        "merge": {
-            "methods": list(how.methods),
-            "weights": list(how.weights) if how.weights else None,
-            "options": dict(how.options),
-            "rank": how.rank,
-        },
+        "merge": {name: value for name, value in asdict(how).items() if name not in ("base", "sizes")},
         **found,
         "verdicts": {
             method: {form: verdict(found, owners, groups, method, form, settings.seed) for form in FORMS}
@@ -163,37 +144,11 @@ def merge_check(
         },
         "provenance": provenance(plan_sha256=json_sha256(plan)),
     }
-    store.remove()
-    return record
-
-
-def write_merge_check(
-    adapters: Sequence[str | os.PathLike],
-    settings: EvalSettings,
-    how: MergeSettings,
-    out: str | os.PathLike,
-    *,
-    overwrite: bool = False,
-    progress: bool = False,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> dict[str, Any]:
-    """Check a merge and write the folder: merge-check.json and report.html, with where the adapters conflict.
-
-    Returns the record.
-
-    Raises:
-        ConfigError, DataError, AdapterError: as `merge_check`, or `out` exists. Nothing is written then.
-    """
-    path = check_output_dir(out, overwrite)
-    named = name_adapters(adapters)
-    for folder in named.values():
-        check_out(path, overwrite, str(folder))
-    record = merge_check(adapters, settings, how, partial=path, progress=progress)
-    updates = [replace(read_update(folder, how.base), source=name) for name, folder in named.items()]
-    report = merge_report(updates, how.weights or [1.0] * len(updates), record["merge"], wrap=wrap)
-    with staged_dir(path, overwrite) as folder:
+    report = merge_report(updates, list(weights.values()), record["merge"])
+    with staged_dir(out, overwrite) as folder:
         (folder / "merge-check.json").write_text(json.dumps(record, indent=1))
         save_merge_page(folder / "report.html", report, record)
+    store.remove()
     return record
 
 
@@ -211,19 +166,30 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
             f"--sizes: needs every adapter as TASK=FOLDER with a task of the suite ({', '.join(sorted(known))}); "
             f"{strangers[0]} is none"
         )
-    groups = {method: Group(method, tuple(names), True) for method in how.methods}
+    groups: dict[str, Group] = {method: (method, tuple(names)) for method in how.methods}
     for method, size in itertools.product(how.methods, how.sizes):
         if not 2 <= size <= len(names):
             raise ConfigError(f"--sizes: {size} of {len(names)} adapters; expected 2 to {len(names)}")
         for chosen in itertools.combinations(names, size):
             if size < len(names):
-                groups[f"{method}: {' + '.join(chosen)}"] = Group(method, chosen, False)
+                groups[f"{method}: {' + '.join(chosen)}"] = method, chosen
     return groups
+
+
+def _merged(
+    updates: Mapping[str, AdapterUpdate],
+    weights: Mapping[str, float],
+    how: MergeSettings,
+    method: str,
+    names: Sequence[str],
+) -> AdapterUpdate:
+    parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
+    return merge(parts, method, numbers, base=how.base, rank=how.rank, options=how.options_of(method))
 
 
 @contextlib.contextmanager
 def _present(
-    network: Any, label: str, named: Mapping[str, Path], merges: Mapping[str, Update]
+    network: Any, label: str, named: Mapping[str, Path], merges: Mapping[str, AdapterUpdate]
 ) -> Iterator[Any]:
     """Yield the model of a run: bare, with an adapter, or with a merge added to its weights."""
     if label == BASE:
@@ -236,36 +202,11 @@ def _present(
             yield changed
 
 
-def _check_merges(network: Any, tokenizer: Any, prompts: Sequence[str], merges: Mapping[str, Update]) -> None:
+def _check_merge(network: Any, tokenizer: Any, prompts: Sequence[str], update: AdapterUpdate) -> None:
     base = probe(network, tokenizer, prompts)
-    label, update = next(iter(merges.items()))
     with applied(network, update) as changed:
         on = probe(changed, tokenizer, prompts)
-    check_acts(base, on, probe(network, tokenizer, prompts), label)
-
-
-def _plan(
-    model: str,
-    named: Mapping[str, Path],
-    how: MergeSettings,
-    settings: EvalSettings,
-    tasks: Mapping[str, Any],
-    merged: Update | None,
-) -> dict[str, Any]:
-    """Return what makes two calls the same check."""
-    return {
-        "kind": "merge-check",
-        "hiplora": __version__,
-        "model": [model, folder_identity(model)],
-        "adapters": {name: folder_identity(folder) for name, folder in named.items()},
-        "merge": [how.weights, dict(how.options), how.rank, how.base],
-        "merged": merged.source if merged is not None else None,
-        "tasks": dict(tasks),
-        "seed": settings.seed,
-    }
-
-
-# Verdicts ------------------------------------------------------------------------------------------------------
+    check_acts(base, on, probe(network, tokenizer, prompts), update.source)
 
 
 def verdict(
@@ -291,7 +232,6 @@ def verdict(
         tasks of no adapter, before being the base's), `merge_fail` over τ and `mean_drop` over the rule's merges, with
         intervals, `instances` (how many merges those are) and `notes`.
     """
-    mine = {label: group for label, group in groups.items() if group.method == method}
     scored = [task for task in found["tasks"] if form in found["runs"][method].get(task, {})]
 
     def items(run: str, task: str) -> list[float]:
@@ -299,24 +239,26 @@ def verdict(
 
     notes = []
     if not owners:
-        names = mine[method].names
+        names = groups[method][1]
         owners = {task: max(names, key=lambda name: float(np.mean(items(name, task)))) for task in scored}
         notes.append(_NO_OWNERS)
-    tasks: dict[str, Any] = {}
-    kept: dict[str, Any] = {}
-    for task in scored:
-        before = owners.get(task, BASE)
-        (tasks if task in owners else kept)[task] = _change(found, task, form, before, method)
-    instances = []
-    for label, group in mine.items():
-        own = [task for task in scored if owners.get(task) in group.names]
-        if own:
-            before_items = {task: items(owners[task], task) for task in own}
-            instances.append(Instance(before_items, {task: items(label, task) for task in own}))
-    judged = judge(instances, seed) if instances else {"merge_fail": {}, "mean_drop": None}
-    if len(instances) == 1:
+    rows = {task: _change(found, task, form, owners.get(task, BASE), method) for task in scored}
+    merges = []
+    for label, (rule, names) in groups.items():
+        own = [task for task in scored if owners.get(task) in names]
+        if rule == method and own:
+            before = {task: items(owners[task], task) for task in own}
+            merges.append((before, {task: items(label, task) for task in own}))
+    judged = judge(merges, seed) if merges else {"merge_fail": {}, "mean_drop": None}
+    if len(merges) == 1:
         notes.append(_ONE_MERGE)
-    return {"tasks": tasks, "kept": kept, **judged, "instances": len(instances), "notes": notes}
+    return {
+        "tasks": {task: row for task, row in rows.items() if task in owners},
+        "kept": {task: row for task, row in rows.items() if task not in owners},
+        **judged,
+        "instances": len(merges),
+        "notes": notes,
+    }
 
 
 def _change(found: Mapping[str, Any], task: str, form: str, before: str, after: str) -> dict[str, Any]:
@@ -343,46 +285,41 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, Any]:
 
     from hiplora.reporting import interval
 
+    def shown(found: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
+        return interval(*(scale * found[key] for key in ("estimate", "low", "high")), digits=digits)
+
     tables = {}
     for method, forms in record["verdicts"].items():
-        rows = [
-            {
-                "task": record["tasks"][task]["title"],
-                "metric": row["metric"],
-                "before, of": row["before_of"],
-                "before": f"{row['before']:.1f}",
-                "after": f"{row['after']:.1f}",
-                "difference": interval(*(row["difference"][key] for key in ("estimate", "low", "high"))),
-            }
-            for judged in forms.values()
-            for task, row in {**judged["tasks"], **judged["kept"]}.items()
-        ]
-        tables[f"{method}: scores before and after, per cent, 95 % intervals"] = pd.DataFrame(rows)
-        fails: list[dict[str, Any]] = []
+        scores, failing = [], []
         for form, judged in forms.items():
+            for task, row in {**judged["tasks"], **judged["kept"]}.items():
+                scores.append(
+                    {
+                        "task": record["tasks"][task]["title"],
+                        "metric": row["metric"],
+                        "before, of": row["before_of"],
+                        "before": f"{row['before']:.1f}",
+                        "after": f"{row['after']:.1f}",
+                        "difference": shown(row["difference"]),
+                    }
+                )
             for tau, row in judged["merge_fail"].items():
-                shown = interval(*(100 * row[key] for key in ("estimate", "low", "high")), digits=0)
-                fails.append({"form": form, "measure": f"MergeFail at τ = {tau}, %", "value": shown})
-            if (drop := judged["mean_drop"]) is not None:
-                shown = interval(*(drop[key] for key in ("estimate", "low", "high")))
-                fails.append({"form": form, "measure": "mean |drop|, pp", "value": shown})
-        tables[f"{method}: {forms['score']['instances'] or forms['likelihood']['instances']} merges"] = (
-            pd.DataFrame(fails)
-        )
+                failing.append((form, f"MergeFail at τ = {tau}, %", shown(row, 100, 0)))
+            if judged["mean_drop"] is not None:
+                failing.append((form, "mean |drop|, pp", shown(judged["mean_drop"])))
+        tables[f"{method}: scores before and after, per cent, 95 % intervals"] = pd.DataFrame(scores)
+        merges = max(judged["instances"] for judged in forms.values())
+        tables[f"{method}: {merges} merges"] = pd.DataFrame(failing, columns=["form", "measure", "value"])
     return tables
-
-
-# The page ------------------------------------------------------------------------------------------------------
 
 
 def conflict_table(report: Mapping[str, Any]) -> Any:
     """Return the modules that conflict most as a DataFrame, worst first."""
     import pandas as pd
 
-    by_name = {row["module"]: row for row in report["modules"]}
-    columns = ("score", "norm_ratio", "unrelated", "sign_conflict")
-    rows = [by_name[name] for name in report["most_conflicting"]]
-    return pd.DataFrame([{"module": row["module"], **{key: row[key] for key in columns}} for row in rows])
+    columns = ["module", "score", "norm_ratio", "unrelated", "sign_conflict"]
+    modules = pd.DataFrame(report["modules"], columns=columns).set_index("module", drop=False)
+    return modules.loc[report["most_conflicting"]].reset_index(drop=True)
 
 
 def save_merge_page(
@@ -393,27 +330,19 @@ def save_merge_page(
 
     from hiplora.reporting import Section, plots, save_page
 
-    names = [adapter["name"] for adapter in report["adapters"]]
     sections = []
     if check is not None:
-        notes = [
-            note
-            for forms in check["verdicts"].values()
-            for judged in forms.values()
-            for note in judged["notes"]
-        ]
-        sections.append(
-            Section("What the merge broke", "\n\n".join(dict.fromkeys(notes)), verdict_tables(check))
-        )
-    modules = pd.DataFrame(report["modules"])
-    scores = modules.dropna(subset=["score", "layer"])
+        notes = "\n\n".join(verdict_notes(check))
+        sections.append(Section("What the merge broke", notes, verdict_tables(check)))
+    names = [adapter["name"] for adapter in report["adapters"]]
+    scores = pd.DataFrame(report["modules"]).dropna(subset=["score", "layer"])
     figures = {}
     if len(scores):
         grid = scores.pivot_table(index="layer", columns="type", values="score", aggfunc="max")
         figures["Conflict of the worst pair, by layer and module"] = plots.heatmap(grid, vmin=0, vmax=1)
     tables = {"Adapters": pd.DataFrame(report["adapters"]).drop(columns=["sha256"])}
     if len(names) > 1:
-        cosines = pd.DataFrame(report["pairs"]["cosine"], index=names, columns=names)
+        cosines = pd.DataFrame(report["cosine"], index=names, columns=names)
         tables["Mean cosine of two adapters' updates"] = cosines.astype(float)
         tables["Modules that conflict most"] = conflict_table(report)
         tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame(

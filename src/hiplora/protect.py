@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,8 @@ from transformers import AutoTokenizer
 
 from hiplora.adapters import (
     AdapterUpdate,
-    BaseWeights,
     check_base,
     check_projection,
-    check_widths,
     is_transposed,
     load_base,
     open_update,
@@ -40,8 +38,6 @@ DRIFT_TOKENS = 1024  # of each text
 DRIFT_WINDOW = 512
 DATA_ROWS = 256  # of the task data at most
 DATA_LENGTH = 1024  # tokens of a row at most
-
-Wrap = Callable[[Sequence[str], str], Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,6 @@ def protect_adapter(
     *,
     base: str | None = None,
     overwrite: bool = False,
-    wrap: Wrap | None = None,
 ) -> dict[str, Any]:
     """Project a trained adapter off its layers' inputs, measure that, and write the result as a plain LoRA folder.
 
@@ -83,47 +78,29 @@ def protect_adapter(
         path: output folder; `overwrite` replaces one that exists.
         settings: None takes the defaults.
         base: base model, path or name, instead of the one in the adapter's configuration.
-        wrap: called with a sequence and what is done with it, yields its items; for a progress bar.
 
     Returns:
-        the record of `protect_update`, with the export's under `export`.
+        a JSON-ready record: `modules` and `summary` (what is left of the update, and of what it does to the layers'
+        outputs on the calibration text), `drift` before and after, `loss` on the task data, if any, `notes`, and the
+        `export`'s own record.
 
     Raises:
         AdapterError: the adapter cannot be read, does not fit the base model, or changes nothing.
         ConfigError, DataError: `path` exists, or a setting, text or data cannot be used. Nothing is written then.
     """
+    chosen = settings or ProtectSettings()
     update = open_update(adapter_dir, path, overwrite, base=base)
-    projected, record = protect_update(update, settings, wrap=wrap)
-    report = save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})
-    return record | {"export": report.to_json()}
-
-
-def protect_update(
-    update: AdapterUpdate, settings: ProtectSettings | None = None, *, wrap: Wrap | None = None
-) -> tuple[AdapterUpdate, dict[str, Any]]:
-    """Project an update off its layers' inputs; return it, and a JSON-ready record of what that took and cost.
-
-    The record has `modules` and `summary` (what is left of the update, and of what it does to the layers' outputs on
-    the calibration text), `drift` before and after, `loss` on the task data, if any, and `notes`.
-
-    Raises:
-        AdapterError, ConfigError, DataError: as `protect_adapter`; whatever can be is found before a model loads.
-    """
-    chosen, wrap = settings or ProtectSettings(), wrap or (lambda items, what: items)
-    update.check_leak()
-    check_widths(update, chosen.principal_rank)
     texts = drift_texts(chosen.drift_text)
     tokenizer, rows, examples, notes = _inputs(update.base, chosen, texts)
     model: Any = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
     bases = input_bases(model, list(update.factors), rows=rows, tokens=chosen.tokens, seed=chosen.seed)
-    how = chosen.principal_rank, chosen.strength, chosen.projection
-    projected = protect(update, bases, *how, wrap=lambda names: wrap(list(names), "projecting modules"))
+    projected = protect(update, bases, chosen.principal_rank, chosen.strength, chosen.projection)
     left = remaining(update, projected, bases, chosen.principal_rank)
-    updates = {"before": update, "after": projected}
-    drift, loss = _measured(model, tokenizer, texts, examples, updates, wrap)
-    data = {"file": Path(chosen.data).name, "rows": len(examples)} if chosen.data is not None else {}
-    return projected, {
+    drift, loss = _measured(model, tokenizer, texts, examples, {"before": update, "after": projected})
+    if loss:
+        loss |= {"file": Path(str(chosen.data)).name, "rows": len(examples)}
+    record = {
         "schema": 1,
         "kind": "protection",
         "adapter": update.source,
@@ -140,9 +117,11 @@ def protect_update(
         "summary": totals(left),
         "drift": drift,
         "drift_text": text_source(chosen.drift_text),
-        "loss": data | loss if loss else None,
+        "loss": loss or None,
         "notes": [*notes, *_notes(update, projected, bases)],
     }
+    report = save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})
+    return record | {"export": report.to_json()}
 
 
 def _inputs(
@@ -161,9 +140,8 @@ def _inputs(
         seen = [f"{share:.0%} of “{name}”" for name, share in shares.items() if share]
         notes += [f"the calibration text holds drift text too: {', '.join(seen)}"] if seen else []
     if settings.data is not None:
-        context = getattr(BaseWeights(base).config, "max_position_embeddings", None) or DATA_LENGTH
-        found = load_examples(Path(settings.data))
-        encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], min(context, DATA_LENGTH))
+        found, length = load_examples(Path(settings.data)), min(tokenizer.model_max_length, DATA_LENGTH)
+        encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
         examples = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
         if len(found) > DATA_ROWS:
             notes.append(f"the loss is of the first {DATA_ROWS} of the {len(found)} rows")
@@ -178,7 +156,6 @@ def _measured(
     texts: Mapping[str, str],
     examples: Sequence[Encoded],
     updates: Mapping[str, AdapterUpdate],
-    wrap: Wrap,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return drift and loss of each update as a plain LoRA adapter on the model, and the loss of the base."""
     reference = BaseReference.build(model, tokenizer, texts, window=DRIFT_WINDOW, max_tokens=DRIFT_TOKENS)
@@ -187,8 +164,8 @@ def _measured(
     if examples:
         loss["tokens"] = sum(len(example.scored) for example in examples)
         loss["base"] = heldout_loss(model, examples)
-    for name in wrap(list(updates), "measuring drift and loss"):
-        nameless = replace(updates[name], base="")  # PEFT would look up the base's name
+    for name, update in updates.items():
+        nameless = replace(update, base="")  # PEFT would look up the base's name
         with tempfile.TemporaryDirectory(prefix="hiplora-") as folder:
             write_lora(nameless, Path(folder), transposed=is_transposed(nameless, model))
             with mounted(model, folder) as adapted:

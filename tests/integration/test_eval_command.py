@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hiplora.cli.main import app, main
-from hiplora.evaluation.evaluate import records
 from hiplora.evaluation.suite import TASKS
 from tiny import save_tiny, tiny_llama, write_jsonl
 
@@ -151,19 +150,6 @@ def test_differences_are_of_the_same_items(scored):
     assert rows[0]["low"] <= rows[0]["estimate"] <= rows[0]["high"]
 
 
-def test_the_scores_are_one_tidy_table(scored):
-    table = records(scored, domain="maths", seed=3)
-    assert list(table) == ["run", "method", "domain", "seed", "task", "item", "metric", "value"]
-    means = table.groupby(["run", "task", "metric"]).value.mean()
-    assert means["second", "mmlu", "score"] == pytest.approx(
-        scored["runs"]["second"]["mmlu"]["score"]["estimate"]
-    )
-    assert set(table.query("task == 'wikitext'").metric) == {"likelihood"}  # no score per item
-    assert table.query("run == 'base' and task == 'mmlu' and metric == 'score'").item.tolist() == list(
-        range(7)
-    )
-
-
 def test_a_limit_draws_items_by_the_seed_and_lm_eval_scores_those(place, scored, tmp_path):
     found = []
     for seed in (5, 5, 6):
@@ -203,18 +189,7 @@ def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
 def test_code_runs_only_where_that_is_allowed(place, tmp_path, capsys):
     out = tmp_path / "scores.json"
     with pytest.raises(SystemExit):
-        main(
-            [
-                "eval",
-                str(place / "base"),
-                "--suite",
-                "humaneval",
-                "--data",
-                str(place / "data"),
-                "--out",
-                str(out),
-            ]
-        )
+        main(command_line(place, out, "humaneval"))
     assert "--allow-code-execution" in capsys.readouterr().err
     assert not out.exists()
     assert run(place, out, "--allow-code-execution", suite="humaneval").exit_code == 0

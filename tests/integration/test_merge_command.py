@@ -21,7 +21,6 @@ from tests.unit.adapters.samples import (
     saved,
 )
 
-DENSE_RULES = [name for name, rule in RULES.items() if rule.kind == "dense"]
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -100,24 +99,6 @@ def test_hiplora_keeps_the_channels_apart(adapters, tmp_path, capsys):
     assert_is_sum(tmp_path / "out", [(1, parts[0]), (2, parts[1])])
 
 
-def test_protect_projects_the_merge_and_reports_the_drift_of_both(adapters, tiny_model_dir, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
-    parts = [adapters["one"], adapters["lora"]]
-    how = ["--protect", "--principal-rank", 8, "--text", tmp_path / "text.txt", "--tokens", 600]
-    record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
-    before, after = record["protection"]["drift"]["before"], record["protection"]["drift"]["after"]
-    assert before.keys() == after.keys() == {"prose", "python code"}
-    for text in before:
-        assert 0 < after[text]["kl"] < before[text]["kl"]
-    merged(capsys, *parts, "--out", tmp_path / "whole")
-    whole, projected = read_update(tmp_path / "whole"), read_update(tmp_path / "out")
-    removed = product(whole, Q0) - product(projected, Q0)
-    assert torch.linalg.matrix_rank(removed.double(), rtol=1e-4) == 8
-    assert removed.norm() > 0.1 * product(whole, Q0).norm()
-    written = json.loads((tmp_path / "out" / "export.json").read_text())
-    assert written["protection"]["projection"] == "hard"
-
-
 def test_the_methods_and_options_of_the_help_are_those_of_the_registry(capsys):
     _, out, _ = run(capsys, "merge", "--help")
     for name, rule in RULES.items():
@@ -126,7 +107,7 @@ def test_the_methods_and_options_of_the_help_are_those_of_the_registry(capsys):
         assert all(f"{option}=" in command.SET_HELP for option in rule.defaults)
 
 
-@pytest.mark.parametrize("method", DENSE_RULES)
+@pytest.mark.parametrize("method", ["ties", "dare"])
 def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(
     adapters, tiny_model_dir, tmp_path, capsys, method
 ):
@@ -169,15 +150,6 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     assert worst["module"] in out
 
 
-def test_a_protected_merge_of_a_dense_rule_needs_a_rank(adapters, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("A ship is a home that moves, said the keeper of the light. " * 20)
-    parts = [adapters["one"], adapters["lora"]]
-    how = ["--protect", "--principal-rank", 8, "--text", tmp_path / "text.txt", "--tokens", 300]
-    record = merged(capsys, *parts, "--out", tmp_path / "out", "--method", "ties", "--rank", 6, *how)
-    assert record["protection"]["projection"] == "hard"
-    assert set(read_update(tmp_path / "out").ranks.values()) == {6}
-
-
 # What cannot be merged
 
 
@@ -199,29 +171,16 @@ def refused(capsys, folder, *arguments):
             ["--method", "ties", "--format", "lora"],
             "pass --rank, for example --rank 64, to keep the strongest directions",
         ),
-        (["--method", "ties", "--format", "lora"], "or --format dense"),
         (["--method", "ties", "--format", "hiplora"], "ties keeps no gains apart, only addition does"),
-        (["--method", "tsv", "--format", "hiplora"], "tsv keeps no gains apart, only addition does"),
-        (["--method", "dare", "--protect"], "pass --rank, or a rule that keeps to low rank: addition, knots"),
         (["--method", "ties", "--set", "seed=1"], "'ties' has no option 'seed'; its options: density, scale"),
         (["--set", "density=0.2"], "'addition' has no option 'density'; its options: none"),
         (["--method", "ties", "--set", "density=2"], "density is 2; expected a number above 0 and up to 1"),
-        (["--method", "ties", "--set", "density=much"], "density is 'much'; expected a number"),
         (["--method", "ties", "--set", "density"], "--set density: expected name=value"),
-        (["--method", "dare", "--set", "seed=0.5"], "seed is 0.5; expected a whole number"),
         (["--rank", "0"], "rank is 0; expected a whole number of 1 or more"),
         (["--weights", "1"], "1 given for 2 adapters"),
-        (["--weights", "1,2,3"], "3 given for 2 adapters"),
         (["--weights", "1,x"], "--weights 1,x: expected numbers"),
         (["--weights", "1,nan"], "not a finite number"),
         (["--format", "gguf"], "gguf"),
-        (["--strength", "0.5"], "--strength: only with --protect"),
-        (["--principal-rank", "8"], "--principal-rank: only with --protect"),
-        (["--text", "x.txt"], "--text: only with --protect"),
-        (["--protect", "--format", "hiplora"], "--protect: its result is not a HiP-LoRA adapter"),
-        (["--protect", "--principal-rank", "0"], "principal_rank is 0"),
-        (["--protect", "--text", "none.txt"], "none.txt: cannot be read"),
-        (["--protect", "--strength", "2"], "strength"),
         (["--out", "there"], "--overwrite"),
     ],
 )
@@ -244,13 +203,11 @@ def test_adapters_of_other_base_weights_are_refused(adapters, tmp_path, capsys):
     assert (code, "not the one that this adapter was made for" in err) == (1, True)
 
 
-@pytest.mark.parametrize("method", ["addition", "ties"])
-def test_a_damaged_adapter_is_a_failure_that_names_the_file(adapters, tmp_path, capsys, method):
+def test_a_damaged_adapter_is_a_failure_that_names_the_file(adapters, tmp_path, capsys):
     cut = shutil.copytree(adapters["lora"], tmp_path / "cut")
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    how = [adapters["one"], cut, "--method", method, "--out", tmp_path / "out"]
-    code, err = refused(capsys, tmp_path, *how)
+    code, err = refused(capsys, tmp_path, adapters["one"], cut, "--out", tmp_path / "out")
     assert (code, "adapter_model.safetensors: damaged or cut off" in err) == (1, True)
 
 
@@ -265,17 +222,11 @@ def test_hiplora_names_the_module_that_has_no_channels(adapters, tmp_path, capsy
 
 
 @pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
-def test_none_of_the_adapters_is_ever_replaced(adapters, tmp_path, capsys, form):
-    parts = [adapters["one"], adapters["two"]]
-    code, err = refused(capsys, tmp_path, *parts, "--out", parts[1], "--overwrite", "--format", form)
-    assert (code, "delete the adapter" in err) == (2, True)
-    assert read_update(parts[1]).kind == "hiplora"
-
-
-@pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
-def test_the_base_model_is_never_replaced(tmp_path, capsys, form):
+def test_neither_an_adapter_nor_the_base_model_is_ever_replaced(tmp_path, capsys, form):
     base = save_tiny(tmp_path / "base")
     folder, _ = saved(base, tmp_path / "a", hip_config())
-    code, err = refused(capsys, tmp_path, folder, "--out", base, "--overwrite", "--format", form)
-    assert (code, "delete its base model" in err) == (2, True)
+    for out, why in ((base, "delete its base model"), (folder, "delete the adapter")):
+        code, err = refused(capsys, tmp_path, folder, "--out", out, "--overwrite", "--format", form)
+        assert (code, why in err) == (2, True)
     assert base_model(base) is not None
+    assert read_update(folder).kind == "hiplora"

@@ -156,7 +156,6 @@ def test_transposed_layers_are_projected_on_their_inputs(files, capsys):
     [
         (["--strength", "nan"], "strength"),
         (["--principal-rank", "many"], "principal_rank is 'many'"),
-        (["--principal-rank", "100"], "layers.0.mlp.down_proj: principal_rank 100 exceeds the 96"),
         (["--text", "none.txt"], "none.txt: cannot be read"),
         (["--drift-text", "empty.txt"], "empty.txt: is empty"),
         (["--data", "wrong.jsonl"], "wrong.jsonl"),
@@ -185,6 +184,7 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         (files, [], 1, "no adapter_config.json"),
         (leaking, [], 1, f"{module} leaks"),
         (idle, [], 1, "changes no logit on any text"),
+        (adapters["lora"], ["--principal-rank", "100"], 2, "principal_rank 100 (here 100) exceeds the 96"),
         (adapters["hiplora"], ["--base", other], 1, "not the one that this adapter was made for"),
         (adapters["lora"], ["--out", adapters["lora"], "--overwrite"], 2, "delete the adapter"),
         (adapters["lora"], ["--base", other, "--out", other, "--overwrite"], 2, "delete its base model"),

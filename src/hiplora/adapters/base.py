@@ -1,21 +1,19 @@
-"""The base model of an adapter: weights read one at a time, the model as a whole, and whether the adapter fits."""
+"""The base model of an adapter: its configuration and weights, and whether the adapter fits."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 
+import psutil
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from hiplora.adapters.update import AdapterUpdate, Update
+from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, HipLoraError, first_line
 from hiplora.models import quiet_transformers, resolve
 from hiplora.spectral import factor_mismatch, weight_fingerprint
@@ -42,78 +40,48 @@ def quiet_loading() -> Iterator[None]:
 
 
 class BaseWeights:
-    """Weights of a causal language model on disk, by module name, each read from its file when asked for.
-
-    A weight that is not under its own name in a safetensors file (a converted checkpoint), nor under the one that it
-    is tied to, is taken from the model loaded as a whole, once.
-    """
+    """Configuration and weights of a causal language model on disk; the weights are loaded when first asked for."""
 
     def __init__(self, model: str):
         """Open a model folder or hub name; AdapterError if it cannot be read."""
         self.model = model
         with _readable(model), torch.device("meta"):
-            self._path = resolve(model)
-            self.config = AutoConfig.from_pretrained(self._path)
+            self.config = AutoConfig.from_pretrained(resolve(model))
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
 
-    @property
-    def parameters(self) -> int:
-        """Number of parameters of the model."""
-        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+    def no_room(self, itemsize: int) -> str:
+        """Return why the model is not loaded at `itemsize` bytes a parameter; empty if it fits into memory."""
+        needed = itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
+        if needed <= psutil.virtual_memory().available:
+            return ""
+        return f"base model {self.model} needs {needed / 2**30:.0f} GiB, more than is free"
+
+    @cached_property
+    def whole(self) -> PreTrainedModel:
+        """The model, loaded in its own precision; AdapterError if it is quantised or does not fit into memory."""
+        configs = self.config, self.config.get_text_config()
+        if any(getattr(config, "quantization_config", None) for config in configs):
+            raise AdapterError(
+                f"base model {self.model}: is quantised, and its weights cannot be read or changed without loss; name "
+                "the unquantised model as base=… (--base)"
+            )
+        if why := self.no_room((self.config.dtype or torch.float32).itemsize):
+            raise AdapterError(f"{why}; use a machine with more memory")
+        return load_base(self.model, "auto")
 
     def is_transposed(self, module: str) -> bool:
         """Return whether a layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
         return isinstance(linear_layer(self.skeleton, module, self.model), Conv1D)
 
     def weight(self, module: str) -> Float[Tensor, "m n"]:
-        """Return a linear layer's weight as (out, in), as stored, on the CPU.
-
-        Raises:
-            AdapterError: there is no such layer, or its weight is not a matrix of floats.
-        """
-        transposed, weight = self.is_transposed(module), self._read(module)
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise AdapterError(
-                f"base model {self.model}: the weight of {module} is {weight.dtype} of shape {tuple(weight.shape)}, "
-                "not a matrix of floats; name the unquantised model as base=… (--base)"
-            )
+        """Return a linear layer's weight as (out, in), as stored; AdapterError if there is no such layer."""
+        transposed = self.is_transposed(module)
+        weight = self.whole.get_parameter(f"{module}.weight").detach()
         return weight.T if transposed else weight
 
-    def fitting_weight(self, module: str, update: Update) -> Tensor:
+    def fitting_weight(self, module: str, update: AdapterUpdate) -> Tensor:
         """Return a layer's weight after `check_fit`."""
         return check_fit(self.weight(module), update, module, self.model)
-
-    def _read(self, module: str) -> Tensor:
-        names = [module]
-        if is_tied(self.skeleton):
-            tied = self.skeleton.get_output_embeddings(), self.skeleton.get_input_embeddings()
-            found = [name for name, layer in self.skeleton.named_modules() if layer in tied]
-            names += found if module in found else []
-        stored = next((f"{name}.weight" for name in names if f"{name}.weight" in self._files), None)
-        if stored is None:
-            return self._whole.get_parameter(f"{module}.weight").detach()
-        with _readable(self.model), safe_open(self._files[stored], framework="pt") as tensors:
-            return tensors.get_tensor(stored)
-
-    @cached_property
-    def _whole(self) -> nn.Module:
-        return load_base(self.model, "auto")
-
-    @cached_property
-    def _files(self) -> dict[str, str]:
-        """Stored tensor → file; empty where the model is not in safetensors files."""
-        with _readable(self.model):
-            if index := self._file(SAFE_WEIGHTS_INDEX_NAME):
-                names = json.loads(Path(index).read_text())["weight_map"]
-                paths = {file: self._file(file) for file in set(names.values())}
-                return {name: path for name, file in names.items() if (path := paths[file])}
-            if single := self._file(SAFE_WEIGHTS_NAME):
-                with safe_open(single, framework="pt") as tensors:
-                    return dict.fromkeys(tensors.keys(), single)
-            return {}
-
-    def _file(self, name: str) -> str | None:
-        return cached_file(self._path, name, _raise_exceptions_for_missing_entries=False)
 
 
 def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
@@ -133,7 +101,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     return head is not None and embeddings is not None and head.weight is embeddings.weight
 
 
-def is_transposed(update: Update, model: nn.Module | None = None) -> bool:
+def is_transposed(update: AdapterUpdate, model: nn.Module | None = None) -> bool:
     """Return whether the adapted layers store their weights as (in, out), as far as the base model is at hand."""
     if model is not None:
         layers = (getattr(module, "base_layer", module) for module in model.modules())
@@ -145,7 +113,7 @@ def is_transposed(update: Update, model: nn.Module | None = None) -> bool:
         return bool(update.config.get("fan_in_fan_out"))
 
 
-def check_base(model: nn.Module, update: Update, name: str) -> None:
+def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
     """Check that a bare model, called `name` in messages, has every adapted layer, as `check_fit` does."""
     for module in update.modules:
         layer = linear_layer(model, module, name)
@@ -153,7 +121,7 @@ def check_base(model: nn.Module, update: Update, name: str) -> None:
         check_fit(weight.T if isinstance(layer, Conv1D) else weight, update, module, name)
 
 
-def check_fit(weight: Tensor, update: Update, module: str, base: str) -> Tensor:
+def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> Tensor:
     """Return a weight (out, in) as the adapter saw it, after checking that it is the one it was made for.
 
     A weight that was quantised or rounded for training is recognised by the adapter's own singular triplets; it is
@@ -194,8 +162,8 @@ def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | N
     return rounded if weight_fingerprint(rounded) == fingerprint else None
 
 
-def _same_but_for_precision(weight: Tensor, update: Update, module: str, precision: str) -> bool:
-    channels = update.channels.get(module) if isinstance(update, AdapterUpdate) else None
+def _same_but_for_precision(weight: Tensor, update: AdapterUpdate, module: str, precision: str) -> bool:
+    channels = update.channels.get(module)
     if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
         return False
     basis = update.config.get("basis", "weight")

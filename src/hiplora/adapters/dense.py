@@ -1,44 +1,41 @@
 """Export to a standalone model folder: the adapter added to its base weights once and for all."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters.base import BaseWeights, check_base, is_tied, load_base
-from hiplora.adapters.check import added, logits_of, no_room, refuse_logits, relative_difference
+from hiplora.adapters.check import added, logit_difference, logits_of
 from hiplora.adapters.lora import DTYPES, check_dtype, open_update
 from hiplora.adapters.output import ExportReport, write_card
-from hiplora.adapters.update import AdapterUpdate, Update
-from hiplora.errors import AdapterError, ConfigError
+from hiplora.adapters.update import AdapterUpdate
+from hiplora.errors import AdapterError
 from hiplora.files import staged_dir
 from hiplora.models import quiet_transformers, resolve
 
 _SUM_LIMIT = 1e-5  # what an fp32 sum may be off from what is known in float64
-Wrap = Callable[[Iterable[str]], Iterable[str]]
 
 
 @torch.no_grad()
 def save_dense(
-    model_or_dir: nn.Module | str | os.PathLike | Update,
+    model_or_dir: nn.Module | str | os.PathLike | AdapterUpdate,
     path: str | os.PathLike,
     base: str | None = None,
     dtype: str | None = None,
     *,
     adapter: str = "default",
     overwrite: bool = False,
-    max_shard_size: int | str = "5GB",
     tolerance: float = 1e-3,
     check_logits: bool = True,
     details: Mapping[str, Any] | None = None,
-    wrap: Wrap = iter,
 ) -> ExportReport:
     """Write the base model with the adapter merged into it, as a folder that `from_pretrained` loads.
 
@@ -53,49 +50,43 @@ def save_dense(
         dtype: "float32", "bfloat16" or "float16"; None keeps the base model's own.
         adapter: name of the adapter in a model.
         overwrite: replace `path` if it exists.
-        max_shard_size: largest size of one file of weights, in bytes or as "5GB".
         tolerance: largest accepted difference of a logit, in units of the largest one, for fp32 models; half
             precision rounds the merged weights, and the report says how much that changes.
         check_logits: also load what was written and compare logits, for updates of low rank.
         details: more fields of `export.json`, for JSON.
-        wrap: called with the module names, yields them; for a progress bar.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit the base model, or the merged model differs; nothing
             is written then.
-        ConfigError: `path` exists, or `dtype` or `max_shard_size` is unusable.
+        ConfigError: `path` exists, or `dtype` is unknown.
     """
     check_dtype(dtype)
-    _check_size(max_shard_size)
     update = open_update(model_or_dir, path, overwrite, adapter, base)
-    model: Any = _load_whole(update.base)
+    model: Any = BaseWeights(update.base).whole
     check_base(model, update, update.base)
     exact, untied = model.dtype == torch.float32, untie(model, update)
     replace_extras(model, update)
     expected, note = None, "logits not compared: switched off or not of low rank"
-    if check_logits and isinstance(update, AdapterUpdate):
+    if check_logits and update.factors:
         with added(model, update.factors):
             expected, note = logits_of(model), ""
-    differences = merge_into(model, update, DTYPES[dtype] if dtype else None, wrap)
+    differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
     written, logits = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
-        _save(model, update.base, staged, max_shard_size)
+        _save(model, update.base, staged)
         del model
         if expected is not None:
-            logits = relative_difference(logits_of(load_base(str(staged), "auto")), expected)
-            if exact and written == "float32":
-                refuse_logits(update.source, logits, tolerance)
-        files = tuple(sorted(file.name for file in staged.glob("*.safetensors")))
+            limit = tolerance if exact and written == "float32" else None
+            found = logits_of(load_base(str(staged), "auto"))
+            logits = logit_difference(found, expected, update.source, limit)
         report = ExportReport(
-            "dense", str(path), update.base, written, differences, logits, note, files=files, untied=untied
+            "dense", str(path), update.base, written, differences, logits, note, untied=untied
         )
         write_card(update, report, staged, details)
     return report
 
 
-def merge_into(
-    model: nn.Module, update: Update, dtype: torch.dtype | None = None, wrap: Wrap = iter
-) -> dict[str, float]:
+def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | None) -> dict[str, float]:
     """Add an update to a bare model's weights, in fp32, rounded once; other weights are cast to `dtype` too.
 
     Returns:
@@ -105,7 +96,7 @@ def merge_into(
         AdapterError: a value overflows the number format, or a sum is wrong by more than rounding.
     """
     differences = {}
-    for module in wrap(list(update.modules)):
+    for module in tqdm(update.modules, "merging modules", disable=None, delay=2):
         layer: Any = model.get_submodule(module)
         weight = layer.weight.detach()
         before = weight.T if isinstance(layer, Conv1D) else weight
@@ -115,21 +106,18 @@ def merge_into(
         if not torch.isfinite(written).all() and torch.isfinite(merged).all():
             number = str(written.dtype).removeprefix("torch.")
             raise AdapterError(f"layer {module}: the merged weight overflows {number}; pass --dtype float32")
-        if isinstance(update, AdapterUpdate):
+        if module in update.factors:
             P, Q = (factor.to(before.device) for factor in update.exact_factors(module))
             delta = P @ Q
-        exact, scale = (
-            before.double() + delta,
-            (before.norm() ** 2 + delta.norm() ** 2).sqrt().clamp_min(1e-30),
-        )
-        off, differences[module] = (
-            float((found.double() - exact).norm() / scale) for found in (merged, written)
-        )
+        exact = before.double() + delta
+        scale = (before.norm() ** 2 + delta.norm() ** 2).sqrt().clamp_min(1e-30)
+        off = float((merged.double() - exact).norm() / scale)
         if not off <= _SUM_LIMIT:
             raise AdapterError(
                 f"layer {module}: the merged weight differs by {off:.1e} from the base weight plus the update, more "
                 f"than {_SUM_LIMIT:.0e}; nothing was written"
             )
+        differences[module] = float((written.double() - exact).norm() / scale)
         final = written.T.contiguous() if isinstance(layer, Conv1D) else written
         layer.weight = nn.Parameter(final, requires_grad=False)
     if dtype is not None:
@@ -137,7 +125,7 @@ def merge_into(
     return differences
 
 
-def untie(model: Any, update: Update) -> bool:
+def untie(model: Any, update: AdapterUpdate) -> bool:
     """Give the output head a weight of its own where the adapter changes one of two tied weights."""
     if not is_tied(model):
         return False
@@ -151,7 +139,7 @@ def untie(model: Any, update: Update) -> bool:
 
 
 @torch.no_grad()
-def replace_extras(model: nn.Module, update: Update) -> None:
+def replace_extras(model: nn.Module, update: AdapterUpdate) -> None:
     """Copy the tensors of `modules_to_save` into the model; AdapterError if one does not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in update.extras.items():
@@ -164,30 +152,8 @@ def replace_extras(model: nn.Module, update: Update) -> None:
         parameters[name].copy_(tensor)
 
 
-def _load_whole(name: str) -> nn.Module:
-    """Load the base model in its own precision; AdapterError if it is quantised or does not fit into memory."""
-    weights = BaseWeights(name)
-    configs = weights.config, weights.config.get_text_config()
-    if any(getattr(config, "quantization_config", None) for config in configs):
-        raise AdapterError(
-            f"base model {name}: is quantised, and an update cannot be added to quantised weights without loss; name "
-            "the unquantised model as base=… (--base)"
-        )
-    if why := no_room(weights, (weights.config.dtype or torch.float32).itemsize):
-        raise AdapterError(f"{why}; export to plain LoRA instead, or on a machine with more memory")
-    return load_base(name, "auto")
-
-
-def _check_size(size: int | str) -> None:
-    try:
-        split_torch_state_dict_into_shards({"probe": torch.zeros(1)}, max_shard_size=size)
-    except ValueError as error:
-        wanted = "expected a size, as 5GB or 500MB (--max-shard-size)"
-        raise ConfigError(f"max_shard_size is {size!r}; {wanted}") from error
-
-
-def _save(model: Any, base: str, folder: Path, max_shard_size: int | str) -> None:
+def _save(model: Any, base: str, folder: Path) -> None:
     with quiet_transformers(always=False):
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder)
     with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
         AutoTokenizer.from_pretrained(resolve(base)).save_pretrained(folder)

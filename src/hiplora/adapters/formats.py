@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from hiplora.adapters.base import BaseWeights
-from hiplora.adapters.update import AdapterUpdate, Channels, Pair
+from hiplora.adapters.update import AdapterUpdate, Pair
 from hiplora.errors import AdapterError
 from hiplora.spectral import full_precision
 
@@ -43,6 +43,11 @@ class Saved:
     model: nn.Module | None = None
     adapter: str = "default"
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the base weights, by module, where the adapter recorded them."""
+        return dict(self.config.get("fingerprints") or {})
+
     def sort(self, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Sort the tensors into those of adapted modules, by module and part, and those of `modules_to_save`.
 
@@ -69,19 +74,6 @@ class Saved:
             raise self.error(f"no {self.config['peft_type']} tensors in it; nothing was adapted or saved")
         return dict(sorted(modules.items())), extras
 
-    def update(
-        self,
-        kind: str,
-        factors: Mapping[str, Pair],
-        extras: Mapping[str, Tensor],
-        channels: Mapping[str, Channels] | None = None,
-    ) -> AdapterUpdate:
-        """Return the update that was read."""
-        prints = dict(self.config.get("fingerprints") or {})
-        return AdapterUpdate(
-            self.base, kind, dict(self.config), factors, prints, extras, channels or {}, self.source
-        )
-
     def setting(self, pattern: str, module: str, default: Any) -> Any:
         """Return what a PEFT pattern (`rank_pattern`, `alpha_pattern`, …) says for a module."""
         found = self.config.get(pattern) or {}
@@ -98,13 +90,13 @@ class Saved:
             )
 
     def check_complete(
-        self, module: str, parts: Iterable[str], names: Iterable[str], prefix: str = ""
+        self, module: str, parts: Parts, names: Iterable[str], prefix: str = "", end: str = ""
     ) -> None:
         """Check that a module has the named tensors."""
         for name in names:
             if name not in parts:
                 raise self.error(
-                    f"tensor {module}.{prefix}{name} is missing; the adapter was not saved completely"
+                    f"tensor {module}.{prefix}{name}{end} is missing; the adapter was not saved completely"
                 )
 
     def check_plain(self) -> None:
@@ -125,10 +117,11 @@ class Saved:
                 "the difference as plain LoRA"
             )
 
-    def shapes_error(self, module: str, parts: Parts) -> AdapterError:
-        """Return the error for tensors that do not fit together."""
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items())
-        return self.error(f"layer {module}: {shapes} are not factors of a linear layer")
+    def check_factors(self, fit: bool, module: str, parts: Parts) -> None:
+        """Check that a module's tensors fit together."""
+        if not fit:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in parts.items())
+            raise self.error(f"layer {module}: {shapes} are not factors of a linear layer")
 
     def error(self, message: str) -> AdapterError:
         """Return an error that names the adapter."""
@@ -138,15 +131,23 @@ class Saved:
 def lora_update(saved: Saved) -> AdapterUpdate:
     """Return a LoRA adapter as an update, its scaling baked into `B'`."""
     saved.check_plain()
-    modules, extras = saved.sort(r"(?P<part>lora_[AB])\.weight")
-    return saved.update("lora", {m: _lora_pair(saved, m, parts) for m, parts in modules.items()}, extras)
+    return _update(saved, "lora", r"(?P<part>lora_[AB])\.weight", _lora_pair)
+
+
+def _update(
+    saved: Saved, kind: str, pattern: str, read: Callable[[Saved, str, Parts], Pair]
+) -> AdapterUpdate:
+    modules, extras = saved.sort(pattern)
+    factors = {module: read(saved, module, parts) for module, parts in modules.items()}
+    return AdapterUpdate(
+        saved.base, kind, dict(saved.config), factors, saved.fingerprints, extras, source=saved.source
+    )
 
 
 def _lora_pair(saved: Saved, module: str, parts: Parts) -> Pair:
-    saved.check_complete(module, [f"{part}.weight" for part in parts], ["lora_A.weight", "lora_B.weight"])
+    saved.check_complete(module, parts, ["lora_A", "lora_B"], end=".weight")
     A, B = parts["lora_A"].float(), parts["lora_B"].float()
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-        raise saved.shapes_error(module, parts)
+    saved.check_factors(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1], module, parts)
     r = A.shape[0]
     saved.check_rank(module, r)
     alpha = saved.setting("alpha_pattern", module, saved.config.get("lora_alpha", r))
@@ -160,17 +161,14 @@ def adalora_update(saved: Saved) -> AdapterUpdate:
     of its rank gets a zero update of rank 1.
     """
     saved.check_plain()
-    modules, extras = saved.sort(r"(?P<part>lora_[ABE])")
-    factors = {module: _adalora_pair(saved, module, parts) for module, parts in modules.items()}
-    return saved.update("adalora", factors, extras)
+    return _update(saved, "adalora", r"(?P<part>lora_[ABE])", _adalora_pair)
 
 
 def _adalora_pair(saved: Saved, module: str, parts: Parts) -> Pair:
     saved.check_complete(module, parts, ["lora_A", "lora_B", "lora_E"])
     A, B, E = (parts[f"lora_{part}"].float() for part in "ABE")
     E = E.reshape(-1, 1)
-    if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == E.shape[0]:
-        raise saved.shapes_error(module, parts)
+    saved.check_factors(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == len(E), module, parts)
     r, started = A.shape[0], saved.config.get("init_r", _ADALORA_RANK)
     kept = {n.partition(".lora_E")[0]: sum(on) for n, on in (saved.config.get("rank_pattern") or {}).items()}
     saved.check_rank(module, r, kept.get(module, started))
@@ -186,17 +184,16 @@ def osf_update(saved: Saved) -> AdapterUpdate:
     The adapter holds what the q smallest singular triplets of each weight became. What they were is in the live
     model's layers, or computed from the base weights on disk as PEFT computes it.
     """
-    modules, extras = saved.sort(r"osf_svd_params\.(?P<part>[USV]_low)")
     weights = BaseWeights(saved.base) if saved.model is None else None
-    factors = {module: _osf_pair(saved, module, parts, weights) for module, parts in modules.items()}
-    return saved.update("osf", factors, extras)
+    pattern = r"osf_svd_params\.(?P<part>[USV]_low)"
+    return _update(saved, "osf", pattern, lambda *found: _osf_pair(*found, weights))
 
 
 def _osf_pair(saved: Saved, module: str, parts: Parts, weights: BaseWeights | None) -> Pair:
     saved.check_complete(module, parts, ["U_low", "S_low", "V_low"], "osf_svd_params.")
     U, S, V = (parts[f"{part}_low"].float() for part in "USV")
-    if U.dim() != 2 or V.dim() != 2 or not U.shape[1] == V.shape[0] == len(S) <= min(len(U), V.shape[1]):
-        raise saved.shapes_error(module, parts)
+    fit = U.dim() == V.dim() == 2 and U.shape[1] == len(V) == len(S) <= min(len(U), V.shape[1])
+    saved.check_factors(fit, module, parts)
     if weights is None:
         layer: Any = saved.model.get_submodule(f"base_model.model.{module}")  # type: ignore[union-attr]
         U0, S0, V0 = (getattr(layer, f"_osf_{part}_low_init")[saved.adapter].float().cpu() for part in "USV")

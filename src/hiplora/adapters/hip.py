@@ -1,5 +1,6 @@
 """HiP-LoRA adapters as plain updates, with their two channels kept apart beside."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -17,17 +18,22 @@ def hip_update(saved: Saved) -> AdapterUpdate:
     Factors that were not saved are taken from the live model's layers, or computed from the base weights.
     """
     modules, extras = saved.sort(r"hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)")
-    source = None
+    recomputed = None
     if saved.model is not None:
         _add_factors(saved, modules)
     else:
-        for module in saved.config.get("fingerprints") or {}:
+        for module in saved.fingerprints:
             saved.check_complete(module, modules.get(module, {}), ["A"], "hiplora_")
-        source = None if saved.config.get("save_factors", True) else _Recomputed(saved)
-    channels = {module: _channels(saved, module, parts, source) for module, parts in sorted(modules.items())}
+        recomputed = None if saved.config.get("save_factors", True) else _recomputed(saved)
+    channels = {
+        module: _channels(saved, module, parts, recomputed) for module, parts in sorted(modules.items())
+    }
     factors = {module: parts.factors() for module, parts in channels.items()}
     kind = "hiplora" if saved.config.get("principal_channel", True) else "proj-lora"
-    return saved.update(kind, factors, extras, channels)
+    config = dict(saved.config)
+    return AdapterUpdate(
+        saved.base, kind, config, factors, saved.fingerprints, extras, channels, saved.source
+    )
 
 
 def _add_factors(saved: Saved, modules: dict[str, dict[str, Tensor]]) -> None:
@@ -41,21 +47,31 @@ def _add_factors(saved: Saved, modules: dict[str, dict[str, Tensor]]) -> None:
                 modules.setdefault(name, {})[part] = held[saved.adapter].detach().cpu()
 
 
-def _channels(saved: Saved, module: str, tensors: Parts, source: "_Recomputed | None") -> Channels:
+def _channels(
+    saved: Saved, module: str, tensors: Parts, recomputed: Callable[[str, int], SpectralFactors] | None
+) -> Channels:
     config, gains = saved.config, saved.config.get("principal_channel", True)
-    needed = ["A", "B", *(["delta"] if gains else []), *(["U", "sigma", "V"] if source is None else [])]
+    needed = ["A", "B", *(["delta"] if gains else []), *([] if recomputed else ["U", "sigma", "V"])]
     saved.check_complete(module, tensors, needed, "hiplora_")
     parts = {part: tensor.float() for part, tensor in tensors.items()}
     k = saved.setting("principal_rank_pattern", module, config.get("principal_rank"))
     if not isinstance(k, int):
         k = (config.get("principal_ranks") or {}).get(module)
-    if source is not None:
-        found = source.factors(module, k)
+    if recomputed is not None:
+        found = recomputed(module, k)
         parts |= {"U": found.U, "sigma": found.sigma, "V": found.V}
-    r = _check_shapes(saved, module, parts, k)
+    A, B = parts["A"], parts["B"]
+    (r, n), m = A.shape if A.dim() == 2 else (0, 0), B.shape[0] if B.dim() == 2 else 0
+    expected = {"A": (r, n), "B": (m, r), "delta": (k,), "U": (m, k), "sigma": (k,), "V": (n, k)}
+    for part, tensor in parts.items():
+        if tensor.shape != (shape := expected.get(part, (k, k))):  # shrink_U and shrink_V
+            raise saved.error(
+                f"tensor {module}.hiplora_{part} is {tuple(tensor.shape)}, expected {shape}; the configuration and "
+                "the weights are of different adapters"
+            )
     saved.check_rank(module, r)
     projected, sides = config.get("residual_projection", True), config.get("basis_sides", "both")
-    if source is not None and projected:  # as the layer does: recomputed factors may differ by rounding
+    if recomputed is not None and projected:  # as the layer does: recomputed factors may differ by rounding
         kept_out = protected(parts["U"], parts["V"], sides)
         parts["A"], parts["B"] = retract(parts["A"], parts["B"], *kept_out)
     if config.get("projection", "hard") == "soft":
@@ -68,40 +84,25 @@ def _channels(saved: Saved, module: str, tensors: Parts, source: "_Recomputed | 
     return Channels(A, B, U, sigma, V, parts["delta"] if gains else None, alpha / r, limit, sides)
 
 
-def _check_shapes(saved: Saved, module: str, parts: Parts, k: int) -> int:
-    """Check the shapes of a module's tensors; return the rank r."""
-    A, B = parts["A"], parts["B"]
-    (r, n), m = A.shape if A.dim() == 2 else (0, 0), B.shape[0] if B.dim() == 2 else 0
-    expected = {"A": (r, n), "B": (m, r), "delta": (k,), "U": (m, k), "sigma": (k,), "V": (n, k)}
-    expected |= {"shrink_U": (k, k), "shrink_V": (k, k)}
-    for part, tensor in parts.items():
-        if tensor.shape != expected[part]:
-            raise saved.error(
-                f"tensor {module}.hiplora_{part} is {tuple(tensor.shape)}, expected {expected[part]}; the "
-                "configuration and the weights are of different adapters"
-            )
-    return r
+def _recomputed(saved: Saved) -> Callable[[str, int], SpectralFactors]:
+    """Return a function for the factors of the base weights as the adapter had them, through the cache."""
+    config: Any = saved.config
+    basis = config.get("basis", "weight")
+    if basis != "weight":
+        raise saved.error(
+            f"was saved without its factors, and basis {basis!r} cannot be recomputed from the base weights "
+            "alone; save it with save_factors=True"
+        )
+    weights, store = BaseWeights(saved.base), FactorStore()
 
-
-class _Recomputed:
-    """Factors of the base weights as the adapter had them, through the cache."""
-
-    def __init__(self, saved: Saved):
-        basis = saved.config.get("basis", "weight")
-        if basis != "weight":
-            raise saved.error(
-                f"was saved without its factors, and basis {basis!r} cannot be recomputed from the base weights "
-                "alone; save it with save_factors=True"
-            )
-        self._saved, self._weights, self._store = saved, BaseWeights(saved.base), FactorStore()
-
-    def factors(self, module: str, k: int) -> SpectralFactors:
-        config: Any = self._saved.config
-        fingerprint = (config.get("fingerprints") or {}).get(module, "")
-        weight = in_precision(self._weights.weight(module), fingerprint, config.get("base_precision") or "")
+    def factors(module: str, k: int) -> SpectralFactors:
+        fingerprint, precision = saved.fingerprints.get(module, ""), config.get("base_precision") or ""
+        weight = in_precision(weights.weight(module), fingerprint, precision)
         if weight is None:
-            raise self._saved.error(
-                f"layer {module}: the weight in {self._saved.base} is not the one this adapter was made for; saved "
+            raise saved.error(
+                f"layer {module}: the weight in {saved.base} is not the one this adapter was made for; saved "
                 "without its factors, the adapter needs the very same values: pass the right one as base=… (--base)"
             )
-        return self._store.get_or_compute(weight, k, float(config.get("svd_tolerance", 1e-4)), name=module)
+        return store.get_or_compute(weight, k, float(config.get("svd_tolerance", 1e-4)), name=module)
+
+    return factors

@@ -2,16 +2,16 @@
 
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
 from hiplora.adapters.base import BaseWeights
 from hiplora.adapters.read import read_update
-from hiplora.adapters.update import AdapterUpdate
+from hiplora.adapters.update import AdapterUpdate, model_order, module_place
 from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors, allocate
 
@@ -19,11 +19,7 @@ DEFAULT_RANK = 32
 
 
 def inspect_adapter(
-    adapter_dir: str | os.PathLike | AdapterUpdate,
-    base: str | None = None,
-    rank: int | None = None,
-    *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+    adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None, rank: int | None = None
 ) -> dict[str, Any]:
     """Measure how an adapter's update lies on the singular directions of its base weights.
 
@@ -31,17 +27,18 @@ def inspect_adapter(
         adapter_dir: an adapter folder that `read_update` reads, or an update.
         base: base model, path or name, instead of the one in the configuration.
         rank: number of leading directions, at most all of a weight; None takes the adapter's principal rank, or 32.
-        wrap: called with the module names, yields them; for a progress bar.
 
     Returns:
-        the inspection record, schema 1: adapter, base, method, rows per module (see `allocation_rows`), summary.
+        the inspection record, schema 1: adapter, base, method, rows per module (see `allocation_rows`), and a summary
+        of all modules (`energy_shares`, and the largest leak).
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit the base model.
         ConfigError: `rank` is not positive.
     """
     update = read_update(adapter_dir, base)
-    rows = allocation_rows(update, base, rank, wrap=wrap)
+    rows = allocation_rows(update, base, rank)
+    leaks = [row["leak"] for row in rows if row["leak"] is not None]
     return {
         "schema": 1,
         "kind": "inspection",
@@ -50,17 +47,13 @@ def inspect_adapter(
         "method": update.kind,
         "principal_rank": _rank(update, rank),
         "modules": rows,
-        "summary": summarise(rows),
+        "summary": {**energy_shares(rows), "max_leak": max(leaks, default=None)},
     }
 
 
 @torch.no_grad()
 def allocation_rows(
-    adapter_dir: str | os.PathLike | AdapterUpdate,
-    base: str | None = None,
-    rank: int | None = None,
-    *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+    adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None, rank: int | None = None
 ) -> list[dict[str, Any]]:
     """Return one row per adapted module, in the model's order; arguments and errors are those of `inspect_adapter`.
 
@@ -71,14 +64,11 @@ def allocation_rows(
     update = read_update(adapter_dir, base)
     spectrum = _spectrum(update, base or update.base, _rank(update, rank))
     rows = []
-    for module in wrap(sorted(update.factors, key=_natural)):
+    for module in tqdm(sorted(update.factors, key=model_order), "inspecting modules", disable=None, delay=2):
         (A, B), channels, factors = update.factors[module], update.channels.get(module), spectrum(module)
         found = allocate(B, A, factors.U, factors.V)
-        layer = re.search(r"\.(\d+)\.", f".{module}.")
         row = {
-            "module": module,
-            "layer": int(layer[1]) if layer else None,
-            "type": module.rpartition(".")[2],
+            **module_place(module),
             "rank": factors.rank,
             **{name: getattr(found, name) for name in ("norm", "left", "right", "both")},
             "sigma": factors.sigma.tolist(),
@@ -87,19 +77,6 @@ def allocation_rows(
         }
         rows.append(row)
     return rows
-
-
-def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return energy-weighted fractions over all modules and per module type, norms, and the largest leak."""
-    leaks = [row["leak"] for row in rows if row["leak"] is not None]
-    types = sorted({row["type"] for row in rows})
-    return {
-        **energy_shares(rows),
-        "modules": len(rows),
-        "max_leak": max(leaks, default=None),
-        "largest_gain": max((abs(gain) for row in rows for gain in row["gains"]), default=0.0),
-        "by_type": {kind: energy_shares([row for row in rows if row["type"] == kind]) for kind in types},
-    }
 
 
 def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -132,8 +109,3 @@ def _rank(update: AdapterUpdate, rank: int | None) -> int:
     if rank < 1:
         raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
     return rank
-
-
-def _natural(module: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layer 10 after layer 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in module.split(".")]

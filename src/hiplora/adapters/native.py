@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hiplora.adapters.lora import open_update, pattern, save_tensors, shared_fields, verified
 from hiplora.adapters.output import ExportReport, write_card
@@ -38,11 +37,12 @@ def save_as_hiplora(
     channels = _channels(update)
     config = _config(update, channels)
     with staged_dir(path, overwrite) as staged:
-        tensors = {
-            f"{module}.hiplora_{part}": tensor
-            for module, found in channels.items()
-            for part, tensor in _parts(found, config).items()
-        }
+        tensors = {}
+        for module, found in channels.items():
+            parts = {name: getattr(found, name) for name in ("A", "B", "U", "sigma", "V")}
+            if config.principal_channel:  # the gains of a module without them are zero
+                parts["delta"] = torch.zeros_like(found.sigma) if found.delta is None else found.delta
+            tensors |= {f"{module}.hiplora_{part}": tensor for part, tensor in parts.items()}
         save_tensors(tensors | dict(update.extras), staged)
         config.save_pretrained(str(staged))
         report = replace(verified(update, staged, tolerance), to="hiplora", path=str(path))
@@ -51,20 +51,21 @@ def save_as_hiplora(
 
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:
-    first = next(iter(update.factors))
+    kept = {}
     for module in update.factors:
-        found = update.channels.get(module)
-        why = None
-        if found is None:
+        channels = update.channels.get(module)
+        if channels is None:
             why = "has no two channels in one basis there"
-        elif found.sides != (sides := update.channels[first].sides):
-            why = f"protects the sides {found.sides!r} there, but {sides!r} of {first}"
-        if why:
-            raise AdapterError(
-                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which "
-                "is as exact"
-            )
-    return {module: update.channels[module] for module in update.factors}
+        elif kept and channels.sides != (sides := next(iter(kept.values())).sides):
+            why = f"protects the sides {channels.sides!r} there, but {sides!r} of {next(iter(kept))}"
+        else:
+            kept[module] = channels
+            continue
+        raise AdapterError(
+            f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is as "
+            "exact"
+        )
+    return kept
 
 
 def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraConfig:
@@ -89,11 +90,3 @@ def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraC
         calibration=dict(update.config.get("calibration") or {}),
         **shared_fields(update),
     )
-
-
-def _parts(channels: Channels, config: HipLoraConfig) -> dict[str, Tensor]:
-    parts = {name: getattr(channels, name) for name in ("A", "B", "U", "sigma", "V")}
-    if config.principal_channel:  # the gains of a module without them are zero
-        delta = channels.delta
-        parts["delta"] = torch.zeros_like(channels.sigma) if delta is None else delta
-    return parts

@@ -7,16 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hiplora.adapters.update import Update
+from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import ConfigError
-from hiplora.files import check_output_dir, write_atomic
+from hiplora.files import check_output_dir
 from hiplora.provenance import provenance
 
-_TITLES = {"lora": "Plain LoRA adapter", "hiplora": "HiP-LoRA adapter", "dense": "Standalone model"}
-_LOAD = {
-    "lora": 'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-    "hiplora": 'import hiplora\nmodel = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-    "dense": 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
+# What was written → the card's title and the code that loads it.
+_CARDS = {
+    "lora": (
+        "Plain LoRA adapter",
+        'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+    ),
+    "hiplora": (
+        "HiP-LoRA adapter",
+        'import hiplora\nmodel = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+    ),
+    "dense": (
+        "Standalone model",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
+    ),
 }
 
 
@@ -27,8 +36,8 @@ class ExportReport:
     `to` is "lora", "hiplora" or "dense". `modules` has one relative difference (Frobenius) per module, of the tensors
     as written: of an adapter ‖B'A' − ΔW‖/‖ΔW‖, of a dense model ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖
     together. `logits` is the largest difference of a logit in units of the largest logit; None if logits were not
-    compared, `note` says why. `ranks` is empty for a dense model; `files` are its weights, `untied` says that its
-    output head got a weight of its own.
+    compared, `note` says why. `ranks` is empty for a dense model; `untied` says that its output head got a weight of
+    its own.
     """
 
     to: str
@@ -39,7 +48,6 @@ class ExportReport:
     logits: float | None = None
     note: str = ""
     ranks: Mapping[str, int] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
     untied: bool = False
 
     @property
@@ -49,8 +57,6 @@ class ExportReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready record."""
-        module, difference = self.worst
-        dense = {"files": list(self.files), "untied": self.untied} if self.to == "dense" else {}
         return {
             "schema": 1,
             "kind": "export",
@@ -59,10 +65,10 @@ class ExportReport:
             "base": self.base,
             "dtype": self.dtype,
             "rank": max(self.ranks.values(), default=None),
-            "largest_difference": {"module": module, "relative": difference},
+            "largest_difference": dict(zip(("module", "relative"), self.worst, strict=True)),
             "logit_difference": self.logits,
             "note": self.note,
-            **dense,
+            "untied": self.untied,
             "modules": [
                 {"module": name, "rank": self.ranks.get(name), "difference": difference}
                 for name, difference in self.modules.items()
@@ -78,31 +84,30 @@ def check_out(path: str | os.PathLike, overwrite: bool, source: str, what: str =
 
 
 def write_card(
-    update: Update, report: ExportReport, folder: Path, details: Mapping[str, Any] | None = None
+    update: AdapterUpdate, report: ExportReport, folder: Path, details: Mapping[str, Any] | None = None
 ) -> None:
     """Write an export's model card, and `export.json`: report, origin, `details` and provenance."""
     record = report.to_json() | {"source": update.source, "method": update.kind, **(details or {})}
-    write_atomic(folder / "export.json", json.dumps(record | {"provenance": provenance()}, indent=2) + "\n")
+    record["provenance"] = provenance()
+    (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n")
     module, difference = report.worst
+    title, code = _CARDS[report.to]
     rank = f" Rank {record['rank']}, scaling 1." if report.ranks else ""
     logits = "were not compared" if report.logits is None else f"differ by {report.logits:.1e} of the largest"
-    write_atomic(
-        folder / "README.md",
-        f"""---
+    (folder / "README.md").write_text(f"""---
 base_model: {report.base or "unknown"}
 library_name: {"transformers" if report.to == "dense" else "peft"}
 tags: [lora, hiplora]
 ---
 
-# {_TITLES[report.to]}
+# {title}
 
 Exported by hiplora from an adapter (`{update.kind}`) of `{report.base or "unknown"}`.{rank} {report.dtype}.
 
 ```python
-{_LOAD[report.to]}
+{code}
 ```
 
 Verified on writing: the largest relative difference of a module is {difference:.1e} (`{module}`); logits {logits}.
 `export.json` has every module, the origin and the provenance.
-""",
-    )
+""")

@@ -1,7 +1,7 @@
 """Projection of a trained update off the directions of the inputs that its layers really get."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hiplora.adapters.lora import CARRIED, SELECTION
 from hiplora.adapters.update import AdapterUpdate, product_norm
 from hiplora.errors import ConfigError
-from hiplora.spectral import EXPECTED_RANK, MAX_VECTORS, MomentBasis, RankSpec, is_rank
+from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.tuner import PROJECTIONS
 
 _KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
@@ -23,18 +23,10 @@ def check_projection(principal_rank: RankSpec, strength: float, projection: str)
     """Raise ConfigError if a setting of a projection makes no sense, naming the value and what was expected."""
     if not is_rank(principal_rank):
         raise ConfigError(f"principal_rank is {principal_rank!r}; expected {EXPECTED_RANK}")
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
-    if not number or not 0 <= strength <= 1:
+    if not 0 <= strength <= 1:
         raise ConfigError(f"strength is {strength!r}; expected a number from 0 (nothing) to 1 (everything)")
     if projection not in PROJECTIONS:
         raise ConfigError(f"projection is {projection!r}; expected one of {', '.join(PROJECTIONS)}")
-
-
-def check_widths(update: AdapterUpdate, principal_rank: RankSpec) -> None:
-    """Raise ConfigError if a layer cannot have the rank, as far as that is known before its inputs are measured."""
-    for module, (A, _) in update.factors.items():
-        if isinstance(principal_rank, int) and principal_rank > min(A.shape[1], MAX_VECTORS):
-            raise _too_many(module, principal_rank, principal_rank, A.shape[1], min(A.shape[1], MAX_VECTORS))
 
 
 def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "input") -> int:
@@ -51,16 +43,12 @@ def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "in
     else:
         k = principal_rank
     if k > kept:
-        raise _too_many(module, principal_rank, k, width, kept)
+        raise ConfigError(
+            f"layer {module}: principal_rank {principal_rank} (here {k}) exceeds the {kept} eigenvectors that are kept "
+            f"of its inputs, {width} wide; lower principal_rank, or give it as a fraction of the width (0.05) or a "
+            "share of the energy (energy:0.9)"
+        )
     return k
-
-
-def _too_many(module: str, spec: RankSpec, k: int, width: int, kept: int) -> ConfigError:
-    asked = f"principal_rank {spec}" + ("" if k == spec else f", which is {k} here,")
-    return ConfigError(
-        f"layer {module}: {asked} exceeds the {kept} eigenvectors that are kept of its inputs, {width} wide; lower "
-        "principal_rank, or give it as a fraction of the width (0.05) or a share of the energy (energy:0.9)"
-    )
 
 
 def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tensor, " p"]:
@@ -97,8 +85,6 @@ def protect(
     principal_rank: RankSpec = 32,
     strength: float = 1.0,
     projection: str = "hard",
-    *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> AdapterUpdate:
     """Project every module of an update off the directions of its layer's inputs; nothing is trained.
 
@@ -111,15 +97,13 @@ def protect(
         principal_rank: k: a number, a fraction of the layer's width, or "energy:0.95".
         strength: s from 0, which leaves the update as it is, to 1, which takes the directions away altogether.
         projection: "hard" takes the first k alike; "soft" takes each direction by how strong it is.
-        wrap: called with the module names, yields them; for a progress bar.
 
     Raises:
         ConfigError: a value makes no sense, or a layer has fewer directions than it is to protect.
     """
     check_projection(principal_rank, strength, projection)
-    factors = dict(update.factors)
-    for module in wrap(list(factors)):
-        A, B = factors[module]
+    factors = {}
+    for module, (A, B) in update.factors.items():
         k = module_rank(principal_rank, bases[module], module)
         factors[module] = project(A, bases[module], k, strength, projection), B
     config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in _KEPT_CONFIG}

@@ -42,6 +42,7 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
             not the one that the adapter was made for; the message names the file and tensor, and the way out.
     """
     if isinstance(adapter_dir, AdapterUpdate):
+        adapter_dir.check_low_rank()
         return adapter_dir
     config, tensors = _read_folder(Path(adapter_dir))
     return _read(

@@ -1,8 +1,5 @@
 """What vLLM (0.26) and llama.cpp's converter (b9496) reject or misread in an exported adapter, found before writing."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError
@@ -12,50 +9,33 @@ VLLM_DEFAULT_RANK = 16
 _DENSE = "export with --to dense"
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a server does not take; `blocks` says that no option of the server helps."""
-
-    server: str
-    blocks: bool
-    problem: str
-    remedy: str
-
-
-def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[Finding]:
-    """Return what vLLM and llama.cpp's converter would reject or misread of an adapter padded to `pad_rank`."""
+def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[tuple[str, str, str]]:
+    """Return what servers reject or misread of an adapter padded to `pad_rank`: (server, problem, remedy) each."""
     ranks = {pad_rank or rank for rank in update.ranks.values()}
-    return [*_vllm(update, ranks), *_llama_cpp(update, ranks)]
-
-
-def _vllm(update: AdapterUpdate, ranks: set[int]) -> Iterator[Finding]:
-    rank = max(ranks)
-    allowed = next((value for value in VLLM_RANKS if value >= rank), None)
-    if update.extras or allowed is None:
-        problem = f"rank above {VLLM_RANKS[-1]}" if allowed is None else "it replaces whole modules"
-        yield Finding("vLLM", True, problem, _DENSE)
+    largest = max(ranks)
+    allowed = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    if update.extras:
+        found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
+    elif allowed is None:
+        found = [("vLLM", f"rank above {VLLM_RANKS[-1]}", _DENSE)]
     elif len(ranks) > 1:
-        problem = "ranks differ between modules and it ignores rank_pattern and alpha_pattern"
-        yield Finding("vLLM", True, problem, f"export with --pad-rank {allowed}")
-    elif rank > VLLM_DEFAULT_RANK:
-        problem = f"rank {rank} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
-        yield Finding("vLLM", False, problem, f"start it with --max-lora-rank {allowed}")
-
-
-def _llama_cpp(update: AdapterUpdate, ranks: set[int]) -> Iterator[Finding]:
+        vllm = "ranks differ between modules and it ignores rank_pattern and alpha_pattern"
+        found = [("vLLM", vllm, f"export with --pad-rank {allowed}")]
+    elif largest > VLLM_DEFAULT_RANK:
+        vllm = f"rank {largest} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
+        found = [("vLLM", vllm, f"start it with --max-lora-rank {allowed}")]
+    else:
+        found = []
     if len(ranks) > 1:
         problem = (
             "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         )
-        yield Finding("llama.cpp", True, problem, f"export with --pad-rank {max(ranks)}")
-    head = any(name.rpartition(".")[2] == "lm_head" for name in update.factors)
-    for problem, found in (
-        ("it replaces whole modules", bool(update.extras)),
-        ("the base model stores transposed weights (Conv1D, as in GPT-2)", is_transposed(update)),
-        ("lm_head is adapted, but tied to the embeddings in the base model", head and _tied(update.base)),
-    ):
-        if found:
-            yield Finding("llama.cpp", True, problem, _DENSE)
+        found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
+    if is_transposed(update):
+        found.append(("llama.cpp", "the base model stores transposed weights (as GPT-2)", _DENSE))
+    if any(name.rpartition(".")[2] == "lm_head" for name in update.factors) and _tied(update.base):
+        found.append(("llama.cpp", "lm_head is adapted, but tied to the embeddings", _DENSE))
+    return found
 
 
 def _tied(base: str) -> bool:

@@ -1,8 +1,9 @@
 """An adapter as what it does to the base weights: one pair of thin factors a module, scaling included."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,47 +13,6 @@ from hiplora.errors import AdapterError
 from hiplora.spectral import full_precision, fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
-
-
-class Update(Protocol):
-    """What is added to some linear layers of a base model, of low rank or not: an `AdapterUpdate` or a merge."""
-
-    @property
-    def base(self) -> str:
-        """Base model, path or name."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the method, or "merged"."""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Configuration of the adapter."""
-
-    @property
-    def fingerprints(self) -> Mapping[str, str]:
-        """Fingerprints of the base weights, by module."""
-
-    @property
-    def extras(self) -> Mapping[str, Tensor]:
-        """Tensors that replace parameters of the base model, by parameter name."""
-
-    @property
-    def source(self) -> str:
-        """Name for messages."""
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the layers that it changes."""
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """Return (m, n) of a module's update: outputs, inputs."""
-
-    def delta(self, module: str) -> Float[Tensor, "m n"]:
-        """Compute the update of a module in fp32; it may cost a merge, so ask once."""
-
-    def check_leak(self) -> None:
-        """Raise AdapterError if the adapter broke the complement that it promises."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +53,8 @@ class AdapterUpdate:
     whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora", "adalora", "osf", "merged" or
     "projected"; `config` is the adapter's own configuration; `fingerprints` name the base weights where the adapter
     recorded them; `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules
-    apart; `source` is the folder or model, for messages.
+    apart; `source` is the folder or model, for messages; `errors` has ‖ΔW − ΔW_full‖/‖ΔW_full‖ (Frobenius) of modules
+    that a merge cut down to a lower rank.
     """
 
     base: str
@@ -104,6 +65,7 @@ class AdapterUpdate:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     channels: Mapping[str, Channels] = field(default_factory=dict)
     source: str = "adapter"
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -141,6 +103,14 @@ class AdapterUpdate:
             return channels.scaling * B, A
         return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
 
+    def check_low_rank(self) -> None:
+        """Raise AdapterError if the update is of full rank, and so has no thin factors."""
+        if not self.factors:
+            raise AdapterError(
+                f"{self.source}: the update is of full rank, which no LoRA adapter holds; cut it down with "
+                "merge(..., rank=...), or write a model with hiplora.adapters.save_dense"
+            )
+
     def check_leak(self) -> None:
         """Raise AdapterError if a HiP-LoRA adapter's residual channel is outside the complement that it promises."""
         for module, channels in self.channels.items():
@@ -157,3 +127,14 @@ def product_norm(P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"]) -> float:
     R_P = torch.linalg.qr(P.double(), mode="r").R
     R_Q = torch.linalg.qr(Q.double().T, mode="r").R
     return torch.linalg.vector_norm(R_P @ R_Q.T).item()
+
+
+def module_place(module: str) -> dict[str, Any]:
+    """Return a module's name, its layer's index (None outside the layers) and its type, the name's last part."""
+    layer = re.search(r"\.(\d+)\.", f".{module}.")
+    return {"module": module, "layer": int(layer[1]) if layer else None, "type": module.rpartition(".")[2]}
+
+
+def model_order(module: str) -> list[str | int]:
+    """Sort key of module names that puts layer 10 after layer 9."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", module))]

@@ -7,19 +7,25 @@ import typer
 
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
-SUITE_HELP = (
-    "What to score on: paper, retention or quick; a YAML file; or comma-separated tasks, such as gsm8k,arc_easy "
-    "(docs/reference/tasks.md lists them; lm-eval's own names work too)."
+SUITE_OPTION = typer.Option(
+    ...,
+    "--suite",
+    help="What to score on: paper, retention or quick; a YAML file; or comma-separated tasks, such as gsm8k,arc_easy "
+    "(docs/reference/tasks.md lists them; lm-eval's own names work too).",
 )
-DATA_HELP = "Folder with the tasks' files, such as gsm8k_test.jsonl.gz. Default: $HIPLORA_DATA, else the hub."
-LIMIT_HELP = "Items of each task, drawn by --seed. Default: all."
-CODE_HELP = "Run code that the model writes, in a sandbox (docs/howto/code-execution.md)."
-SUITE_OPTION = typer.Option(..., "--suite", help=SUITE_HELP)
-DATA_OPTION = typer.Option(None, "--data", help=DATA_HELP)
-LIMIT_OPTION = typer.Option(None, "--limit", min=1, help=LIMIT_HELP)
+DATA_OPTION = typer.Option(
+    None,
+    "--data",
+    help="Folder with the tasks' files, such as gsm8k_test.jsonl.gz. Default: $HIPLORA_DATA, else the hub.",
+)
+LIMIT_OPTION = typer.Option(None, "--limit", min=1, help="Items of each task, drawn by --seed. Default: all.")
 SEED_OPTION = typer.Option(0, "--seed", min=0, help="Seed of the choice of items and of sampled responses.")
 BATCH_OPTION = typer.Option(8, "--batch-size", min=1, help="Rows per batch.")
-CODE_OPTION = typer.Option(False, "--allow-code-execution", help=CODE_HELP)
+CODE_OPTION = typer.Option(
+    False,
+    "--allow-code-execution",
+    help="Run code that the model writes, in a sandbox (docs/howto/code-execution.md).",
+)
 
 
 def command(
@@ -53,16 +59,15 @@ def command(
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 
     settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
-    results = evaluate(model, adapter, settings, out, overwrite=overwrite, progress=True)
+    results = evaluate(model, adapter, settings, out, overwrite=overwrite)
     if as_json:
         emit_json(results)
         return
-    print_scores(results)
+    _print_scores(results)
     typer.echo(f"\nWritten: {out}")
 
 
-def print_scores(results: dict[str, Any]) -> None:
-    """Print the scores of a results file: a row per task and form, a column per model."""
+def _print_scores(results: dict[str, Any]) -> None:
     rows: list[list[str]] = []
     for task, described in results["tasks"].items():
         found = [run.get(task, {}) for run in results["runs"].values()]

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
 
 
 class Target(str, Enum):
@@ -36,14 +36,6 @@ def command(
         None, "--dtype", help="Of the written tensors; default float32 (lora), the base model's (dense)."
     ),
     base: str | None = typer.Option(None, "--base", help="Base model, instead of the adapter's own."),
-    strict: bool = typer.Option(
-        False, "--strict", help="Fail if a server would reject or misread the result (lora)."
-    ),
-    max_shard_size: str | None = typer.Option(
-        None,
-        "--max-shard-size",
-        help="Largest size of a file of weights, for example 500MB; default 5GB (dense).",
-    ),
     logits: bool = typer.Option(
         True, help="Compare logits too, if the base model is available and fits into memory."
     ),
@@ -59,33 +51,14 @@ def command(
         hiplora export runs/medicine --to lora --out runs/medicine-lora
     """
     from hiplora.adapters import read_update, save_as_lora, save_dense, server_findings
-    from hiplora.errors import AdapterError, ConfigError
-    from hiplora.files import check_output_dir
+    from hiplora.errors import ConfigError
 
-    if to is Target.dense and (pad_rank or strict):
-        raise ConfigError("--pad-rank and --strict: only with --to lora; leave them out or export to lora")
-    if to is Target.lora and max_shard_size:
-        raise ConfigError("--max-shard-size: only with --to dense; leave it out or export to dense")
-    check_output_dir(out, overwrite)
+    if to is Target.dense and pad_rank:
+        raise ConfigError("--pad-rank: only with --to lora; leave it out or export to lora")
     number, findings = dtype.value if dtype else None, []
     if to is Target.dense:
-        report = save_dense(
-            adapter,
-            out,
-            base,
-            number,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size or "5GB",
-            check_logits=logits,
-            wrap=lambda names: progress(names, "merging modules"),
-        )
+        report = save_dense(adapter, out, base, number, overwrite=overwrite, check_logits=logits)
     else:
-        findings = server_findings(read_update(adapter, base), pad_rank)
-        blocking = [f"{f.server}: {f.problem} ({f.remedy})" for f in findings if f.blocks]
-        if strict and blocking:
-            raise AdapterError(
-                f"{'; '.join(blocking)}: nothing was written; leave out --strict to export anyway"
-            )
         report = save_as_lora(
             adapter,
             out,
@@ -95,14 +68,12 @@ def command(
             overwrite=overwrite,
             check_logits=logits,
         )
+        findings = server_findings(read_update(adapter, base), pad_rank)
     if as_json:
-        emit_json(report.to_json() | {"preflight": [vars(finding) for finding in findings]})
+        emit_json(report.to_json() | {"preflight": findings})
         return
     if findings:
-        rows = [
-            (f.server, "rejects it" if f.blocks else "takes it if", f.problem, f.remedy) for f in findings
-        ]
-        print_table("Before you serve it", ("Server", "", "Problem", "Remedy"), rows)
+        print_table("Before you serve it", ("Server", "Problem", "Remedy"), findings)
     print_report(report.to_json())
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, emit_json, print_table, progress
+from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
 COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "largest |δ|/σ", "leak")
 
@@ -34,9 +34,7 @@ def command(
 
     if html is not None:
         check_output_file(html, overwrite, "--html")
-    record = inspect_adapter(
-        adapter, base, rank, wrap=lambda names: progress(list(names), "inspecting modules")
-    )
+    record = inspect_adapter(adapter, base, rank)
     title = (
         f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the top "
         f"{record['principal_rank']} singular directions"
@@ -80,15 +78,9 @@ def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
     )
     figures = {}
     if len(points):
-        axes: dict[str, Any] = {
-            "xlabel": "σ",
-            "ylabel": "|δ|",
-            "logx": True,
-            "logy": True,
-            "guides": (0.01, 0.1),
-        }
+        axes: dict[str, Any] = {"xlabel": "σ", "ylabel": "|δ|", "logx": True, "logy": True}
         figures["Change of each leading singular value"] = plots.facets(
-            points, "type", plots.scatter, x="sigma", y="gain", **axes
+            points, "type", plots.scatter, x="sigma", y="gain", guides=(0.01, 0.1), **axes
         )
     table = pandas.DataFrame(_rows(record), columns=list(COLUMNS))
     text = (

@@ -1,11 +1,10 @@
 """`hiplora merge-check`: what a merge of adapters breaks, before it is written."""
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame, progress
+from hiplora.cli.common import JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 from hiplora.cli.eval import BATCH_OPTION, CODE_OPTION, DATA_OPTION, LIMIT_OPTION, SEED_OPTION, SUITE_OPTION
 from hiplora.cli.merge import BASE_OPTION, METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_option, parse_weights
 from hiplora.errors import ConfigError
@@ -50,35 +49,20 @@ def command(
         hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval --out runs/check
     """
     from hiplora.evaluation.evaluate import EvalSettings
-    from hiplora.merge_check import MergeSettings, write_merge_check
+    from hiplora.merge_check import MergeSettings, merge_check, verdict_notes, verdict_tables
 
     settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
     options = dict(map(parse_option, set_))
     how = MergeSettings(tuple(method), parse_weights(weights), options, rank, base, _sizes(sizes))
-    record = write_merge_check(
-        adapters,
-        settings,
-        how,
-        out,
-        overwrite=overwrite,
-        progress=True,
-        wrap=lambda modules: progress(list(modules), "how the adapters conflict"),
-    )
+    record = merge_check(adapters, settings, how, out, overwrite=overwrite)
     if as_json:
         emit_json(record)
         return
-    print_verdicts(record)
-    typer.echo(f"\nWritten: {out}")
-
-
-def print_verdicts(record: dict[str, Any]) -> None:
-    """Print what each rule broke, and the notes."""
-    from hiplora.merge_check import verdict_notes, verdict_tables
-
     for caption, table in verdict_tables(record).items():
         print_frame(caption, table)
     for note in verdict_notes(record):
         typer.echo(note)
+    typer.echo(f"\nWritten: {out}")
 
 
 def _sizes(text: str | None) -> tuple[int, ...]:

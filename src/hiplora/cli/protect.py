@@ -6,16 +6,7 @@ from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table, progress
-
-RANK_HELP = "Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95."
-STRENGTH_HELP = "How much of these directions to remove: 0 nothing, 1 everything."
-PROJECTION_HELP = "hard: the first k fully; soft: each direction by its strength."
-TEXT_HELP = (
-    "What the layers' inputs are measured on: a text file, training data, or a data set on the hub (owner/name or "
-    "owner/name:config); else text sampled from the base model itself."
-)
-TOKENS_HELP = "Tokens to sample, or to read of the text."
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
 
 
 class Projection(str, Enum):
@@ -28,14 +19,29 @@ class Projection(str, Enum):
 def command(
     adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
-    strength: float = typer.Option(1.0, "--strength", min=0.0, max=1.0, help=STRENGTH_HELP),
-    principal_rank: str = typer.Option("32", "--principal-rank", help=RANK_HELP),
-    projection: Projection = typer.Option(Projection.hard, "--projection", help=PROJECTION_HELP),
+    strength: float = typer.Option(
+        1.0, "--strength", min=0.0, max=1.0, help="How much of these directions to remove: 0 nothing, 1 everything."
+    ),
+    principal_rank: str = typer.Option(
+        "32",
+        "--principal-rank",
+        help="Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95.",
+    ),
+    projection: Projection = typer.Option(
+        Projection.hard,
+        "--projection",
+        help="hard: the first k fully; soft: each direction by its strength.",
+    ),
     base: str | None = typer.Option(
         None, "--base", help="Base model, if not the one that the adapter names."
     ),
-    text: str | None = typer.Option(None, "--text", help=TEXT_HELP),
-    tokens: int = typer.Option(10_000, "--tokens", min=2, help=TOKENS_HELP),
+    text: str | None = typer.Option(
+        None,
+        "--text",
+        help="What the layers' inputs are measured on: a text file, training data, or a data set on the hub "
+        "(owner/name or owner/name:config); else text sampled from the base model itself.",
+    ),
+    tokens: int = typer.Option(10_000, "--tokens", min=2, help="Tokens to sample, or to read of the text."),
     seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sampling."),
     data: Path | None = typer.Option(
         None, "--data", help="Rows of the adapter's task that it was not trained on, to show what this costs."
@@ -69,16 +75,15 @@ def command(
         data=data,
         drift_text=drift_text,
     )
-    record = protect_adapter(adapter, out, settings, base=base, overwrite=overwrite, wrap=progress)
+    record = protect_adapter(adapter, out, settings, base=base, overwrite=overwrite)
     if as_json:
         emit_json(record)
         return
-    print_protection(record)
+    _print(record)
     typer.echo(f"written to {out}: plain LoRA of rank {record['export']['rank']}")
 
 
-def print_protection(record: dict[str, Any]) -> None:
-    """Print how much of an update a projection left, and what that did to the model."""
+def _print(record: dict[str, Any]) -> None:
     calibration, summary, loss = record["calibration"], record["summary"], record["loss"]
     source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]
     rows: list[tuple[str, ...]] = [

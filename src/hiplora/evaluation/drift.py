@@ -15,6 +15,7 @@ from hiplora.errors import AdapterError, DataError
 AdapterOff = Callable[[], contextlib.AbstractContextManager]
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
 
+_KEPT = 1 << 30  # bytes of the base's log-probabilities in memory
 _CHUNK = 128  # positions whose whole distributions are in memory at once
 
 
@@ -41,23 +42,15 @@ class Drift:
 class BaseReference:
     """Windows of named texts and the bare base model's predictions on them, to compare several adapters with.
 
-    Log-probabilities are kept up to `cache_bytes` and computed again, with the adapter off, beyond that.
+    Log-probabilities are kept up to 1 GiB and computed again, with the adapter off, beyond that.
     """
 
     windows: dict[str, list[Int[Tensor, " length"]]]
-    cache_bytes: int = 1 << 30
     _kept: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
 
     @classmethod
     def build(
-        cls,
-        model: nn.Module,
-        tokenizer: Any,
-        texts: Texts,
-        *,
-        window: int = 512,
-        max_tokens: int = 1024,
-        cache_bytes: int = 1 << 30,
+        cls, model: nn.Module, tokenizer: Any, texts: Texts, *, window: int = 512, max_tokens: int = 1024
     ) -> "BaseReference":
         """Run the bare `model` over `texts`: `max_tokens` of each in windows of `window` tokens, or the first window
         of each document. Windows are at most as long as the model's context.
@@ -66,14 +59,13 @@ class BaseReference:
             DataError: a text has fewer than two tokens, or `window` or `max_tokens` is below 2.
         """
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or window
-        windows = cut_windows(tokenizer, texts, min(window, context), max_tokens)
-        reference = cls(windows, cache_bytes)
+        reference = cls(cut_windows(tokenizer, texts, min(window, context), max_tokens))
         held = 0
-        for name, parts in windows.items():
+        for name, parts in reference.windows.items():
             for index, ids in enumerate(parts):
                 log_probs = _log_probs(model, ids)
                 # The first window of each text is always kept: the check that the base comes back needs it.
-                if index == 0 or held + log_probs.nbytes <= cache_bytes:
+                if index == 0 or held + log_probs.nbytes <= _KEPT:
                     reference._kept[name, index] = log_probs
                     held += log_probs.nbytes
         return reference
@@ -100,7 +92,14 @@ def measure_drift(
             every text: the measurement would mean nothing.
     """
     off: AdapterOff = adapter_off or model.disable_adapter  # type: ignore[assignment]
-    _check_base_restored(model, reference, off)
+    first, windows = next(iter(reference.windows.items()))
+    with off():
+        restored = _log_probs(model, windows[0])
+    if not torch.equal(restored, reference._kept[first, 0]):
+        raise AdapterError(
+            f"with the adapter off the model is not the base bit for bit (text {first!r}); "
+            "the base weights were changed, or another base was loaded"
+        )
     results, moved = {}, False
     for name, windows in reference.windows.items():
         sums, tokens = torch.zeros(3, dtype=torch.float64), 0
@@ -177,15 +176,3 @@ def _sums(base: Tensor, adapted: Tensor, ids: Tensor) -> Float[Tensor, " three"]
         sums[1] += (p.gather(1, to) - q.gather(1, to)).sum(dtype=torch.float64).item()
         sums[2] += (p.argmax(-1) != q.argmax(-1)).sum().item()
     return sums
-
-
-def _check_base_restored(model: nn.Module, reference: BaseReference, off: AdapterOff) -> None:
-    name, windows = next(iter(reference.windows.items()))
-    with off():
-        restored = _log_probs(model, windows[0])
-    base = reference.get(name, 0)
-    if base is None or not torch.equal(restored, base):
-        raise AdapterError(
-            f"with the adapter off the model is not the base bit for bit (text {name!r}); "
-            "the base weights were changed, or another base was loaded"
-        )

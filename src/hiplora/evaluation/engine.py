@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +47,7 @@ class TaskScores:
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores, without their names, as JSON values."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "form")}
+        return {"score": self.score, "likelihood": self.likelihood, "others": self.others}
 
 
 class ScoringLM(HFLM):

@@ -9,21 +9,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hiplora import __version__
 from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import BASE, check_adapters, load_model, mounted, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.files import check_output_file, write_atomic
-from hiplora.metrics import paired_bootstrap, sign_flip_p_value
+from hiplora.metrics import DEFAULT_TAUS, paired_bootstrap, sign_flip_p_value
+from hiplora.metrics.bootstrap import percentile_interval, resampled_means
+from hiplora.metrics.scores import fails
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from hiplora.evaluation.engine import Engine, TaskScores
 
 FORMS = ("score", "likelihood")
-COLUMNS = ("run", "method", "domain", "seed", "task", "item", "metric", "value")
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,11 @@ class EvalSettings:
     batch_size: int = 8
     allow_code: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the ranges of the options."""
-        for name, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; expected at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"--seed is {self.seed}; expected 0 or more")
-
     @property
     def folder(self) -> Path | None:
         """Folder with the data, if there is one."""
         named = self.data or os.environ.get("HIPLORA_DATA")
         return Path(named) if named else None
-
-    def read_suite(self) -> Suite:
-        """Return the suite."""
-        return read_suite(self.suite, self.folder)
 
     def engine(self, suite: Suite) -> "Engine":
         """Load the suite's tasks.
@@ -79,7 +68,6 @@ def evaluate(
     out: str | os.PathLike,
     *,
     overwrite: bool = False,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Score a base model and adapters on the same items, write the results and return them.
 
@@ -93,7 +81,6 @@ def evaluate(
         settings: suite and items.
         out: JSON file to write.
         overwrite: replace it if it exists.
-        progress: show progress bars on a terminal.
 
     Raises:
         ConfigError, DataError: settings, suite, data or `out` cannot be used.
@@ -101,7 +88,7 @@ def evaluate(
     """
     path = check_output_file(out, overwrite)
     named = name_adapters(adapters)
-    suite = settings.read_suite()
+    suite = read_suite(settings.suite, settings.folder)
     engine = settings.engine(suite)
     network, tokenizer = load_model(model)
     check_adapters(network, tokenizer, engine.prompts(), named)
@@ -115,11 +102,11 @@ def evaluate(
     }
     store = Partial(path, plan)
     if BASE not in store.runs:
-        store.add(BASE, engine.score(network, tokenizer, settings.batch_size, progress=progress))
+        store.add(BASE, engine.score(network, tokenizer, settings.batch_size, progress=True))
     for name, folder in named.items():
         if name not in store.runs:
             with mounted(network, folder) as adapted:
-                store.add(name, engine.score(adapted, tokenizer, settings.batch_size, progress=progress))
+                store.add(name, engine.score(adapted, tokenizer, settings.batch_size, progress=True))
     results = {
         "schema": 1,
         "kind": "evaluation",
@@ -139,13 +126,12 @@ def evaluate(
 class Partial:
     """The scores so far, in a file beside the final one; those of another plan are ignored."""
 
-    def __init__(self, out: Path | None, plan: Mapping[str, Any]):
-        """Read what an unfinished call with the same plan left; without a path nothing is kept."""
-        self._path = out.with_name(f".{out.name}.partial") if out else None
-        self._plan = json_sha256(dict(plan))
+    def __init__(self, out: Path, plan: Mapping[str, Any]):
+        """Read what an unfinished call with the same plan left."""
+        self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
         self.runs: dict[str, dict[str, Any]] = {}
         self.names: dict[str, dict[str, Any]] = {}
-        if self._path and self._path.is_file():
+        if self._path.is_file():
             found = json.loads(self._path.read_text())
             if found.get("plan") == self._plan:
                 self.runs, self.names = found["runs"], found["names"]
@@ -155,14 +141,11 @@ class Partial:
         self.runs[name] = {task: found.to_json() for task, found in scores.items()}
         for task, found in scores.items():
             self.names.setdefault(task, {"score": found.name, "likelihood": found.form})
-        if self._path:
-            kept = {"plan": self._plan, "runs": self.runs, "names": self.names}
-            write_atomic(self._path, json.dumps(kept))
+        write_atomic(self._path, json.dumps({"plan": self._plan, "runs": self.runs, "names": self.names}))
 
     def remove(self) -> None:
         """Remove the file once the results are written."""
-        if self._path:
-            self._path.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
 
 
 def collect(
@@ -212,27 +195,25 @@ def intervals(
     return means, differences
 
 
-def records(
-    results: Mapping[str, Any],
-    *,
-    method: str | None = None,
-    domain: str | None = None,
-    seed: int | None = None,
-) -> "pd.DataFrame":
-    """Return a results file as one tidy table: run, method, domain, seed, task, item, metric, value.
+def judge(
+    merges: Sequence[tuple[Mapping[str, Sequence[float]], Mapping[str, Sequence[float]]]], seed: int = 0
+) -> dict[str, Any]:
+    """Return MergeFail over the τ table and the mean absolute drop of some merges, with 95 % intervals.
 
-    A row is one item's value in one form, `metric` being `score` or `likelihood`, in per cent; `item` is the item's
-    place in the data. `method` is the run's name unless given; `domain` and `seed`, of the adapters' training, are
-    as given.
+    A merge is a pair: each task's scores before it (its adapter alone) and after it, item by item. Each of 10,000
+    replicates draws every task's items with replacement, the same for all scores on them. A single merge either fails
+    or does not: its estimate is 0 or 1, and `share` is the share of replicates in which it fails.
     """
-    import pandas as pd
-
-    rows = [
-        (run, method or run, domain, seed, task, item, form, value)
-        for run, scored in results["runs"].items()
-        for task, forms in scored.items()
-        for form in FORMS
-        if form in forms
-        for item, value in zip(results["tasks"][task]["items"], forms[form]["items"], strict=True)
-    ]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    draws: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}) for _ in merges]
+    for place, task in enumerate(dict.fromkeys(task for before, _ in merges for task in before)):
+        having = [index for index, (before, _) in enumerate(merges) if task in before]
+        sides = [side[task] for index in having for side in merges[index]]
+        means = resampled_means(np.transpose(sides), seed=[seed, place]).T
+        for index, before, after in zip(having, means[::2], means[1::2], strict=True):
+            draws[index][0][task], draws[index][1][task] = before, after
+    failing = {}
+    for tau in DEFAULT_TAUS:
+        failed = np.mean([fails(after, before, tau) for before, after in draws], axis=0)
+        failing[f"{tau:g}"] = asdict(percentile_interval(failed)) | {"share": float(failed[1:].mean())}
+    drops = [np.abs(before[task] - after[task]) for before, after in draws for task in before]
+    return {"merge_fail": failing, "mean_drop": asdict(percentile_interval(np.mean(drops, axis=0)))}

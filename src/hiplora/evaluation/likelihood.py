@@ -1,6 +1,6 @@
 """How likely a model finds the responses of examples, with logits computed only where a response is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,15 +75,10 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
 
 
 @torch.no_grad()
-def heldout_loss(
-    model: nn.Module,
-    examples: Sequence[Encoded],
-    batch_size: int = 8,
-    on_batch: Callable[[int], None] | None = None,
-) -> float:
+def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8) -> float:
     """Return the mean negative log-likelihood per response token, in nats, over all `examples` together, in eval mode.
 
-    Every token weighs the same, whichever example it is from. `on_batch` receives the number of examples done.
+    Every token weighs the same, whichever example it is from.
 
     Raises:
         DataError: there are no examples.
@@ -95,14 +90,11 @@ def heldout_loss(
     training = model.training
     model.eval()
     try:
-        total, tokens, done = 0.0, 0, 0
+        total, tokens = 0.0, 0
         for batch in by_length(examples, [len(example.ids) for example in examples], batch_size):
             rows = response_log_probs(model, batch)
             total -= sum(row.double().sum().item() for row in rows)
             tokens += sum(len(row) for row in rows)
-            done += len(batch)
-            if on_batch:
-                on_batch(done)
     finally:
         model.train(training)
     return total / tokens

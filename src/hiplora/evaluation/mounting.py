@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters import Update, quiet_loading
+from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading
 from hiplora.errors import AdapterError, ConfigError, first_line
 
 BASE = "base"  # the base model's name in results, which no adapter gets
@@ -30,29 +30,22 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 
 def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
-    """Return name → folder of adapters given as FOLDER or NAME=FOLDER.
-
-    A folder is called by its own name; where that is taken, by its parent's and its own, or with a number.
+    """Return name → folder of adapters given as FOLDER or NAME=FOLDER; a folder is called by its own name.
 
     Raises:
-        ConfigError: a given name is taken, or a folder holds no adapter.
+        ConfigError: a name is taken, or a folder holds no adapter.
     """
     named: dict[str, Path] = {}
     for given in adapters:
-        text = os.fspath(given)
-        name, equals, rest = text.partition("=")
-        if not equals or Path(text).exists():
-            folder, name = Path(text), Path(text).resolve().name
-            options = [name, f"{Path(text).resolve().parent.name}/{name}"]
-            options += [f"{name} ({number})" for number in range(2, len(named) + 3)]
-            name = next(option for option in options if option not in {BASE, *named})
-        else:
-            folder = Path(rest)
-        if name in {BASE, *named}:
-            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another")
+        name, equals, rest = os.fspath(given).partition("=")
+        explicit = bool(equals) and not Path(given).exists()
+        folder = Path(rest if explicit else given)
+        name = name if explicit else folder.resolve().name
         if not (folder / "adapter_config.json").is_file():
             what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
             raise ConfigError(f"adapter {folder}: {what}; expected an adapter folder, or NAME=FOLDER")
+        if name in {BASE, *named}:
+            raise ConfigError(f"adapter {given}: the name {name!r} is taken; give it another, as NAME=FOLDER")
         named[name] = folder
     return named
 
@@ -87,8 +80,7 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-@torch.no_grad()
-def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
+def applied(model: nn.Module, update: AdapterUpdate) -> Iterator[nn.Module]:
     """Add an update to the weights of a bare model inside the block; restore the very same weights on exit.
 
     The sum is made in fp32 and rounded to the weights' precision, as in a dense export.
@@ -96,24 +88,20 @@ def applied(model: nn.Module, update: Update) -> Iterator[nn.Module]:
     Raises:
         AdapterError: the model lacks a module of the update, or its weight has another shape.
     """
-    before: dict[str, nn.Parameter] = {}
-    try:
-        for name in update.modules:
-            module, weight = _weight(model, name, update.source)
-            delta = update.delta(name).to(weight.device)
-            delta = delta.T if isinstance(module, Conv1D) else delta
-            if delta.shape != weight.shape:
-                raise AdapterError(
-                    f"{update.source}: layer {name}: the update is {tuple(delta.shape)}, the weight "
-                    f"{tuple(weight.shape)}; it is for another base model"
-                )
-            before[name] = weight
-            # A new parameter: a weight that is tied to this one stays as it is.
-            module.weight = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+    changed: dict[str, nn.Parameter] = {}
+    for name in update.modules:
+        layer: Any = linear_layer(model, name, update.base)
+        weight, delta = layer.weight.detach(), update.delta(name)
+        delta = (delta.T if isinstance(layer, Conv1D) else delta).to(weight.device)
+        if delta.shape != weight.shape:
+            raise AdapterError(
+                f"{update.source}: layer {name}: the update is {tuple(delta.shape)}, the weight "
+                f"{tuple(weight.shape)}; it is for another base model"
+            )
+        # A new parameter: a weight that is tied to this one stays as it is.
+        changed[name] = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+    with holding(model, changed):
         yield model
-    finally:
-        for name, weight in before.items():
-            model.get_submodule(name).weight = weight
 
 
 @contextlib.contextmanager
@@ -173,14 +161,3 @@ def check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
             f"{name}: changes no logit: it is not active or was never trained, and its scores would be the "
             "base's; check that it is for this model and that training took steps"
         )
-
-
-def _weight(model: nn.Module, name: str, source: str) -> tuple[Any, nn.Parameter]:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise AdapterError(f"{source}: the model has no layer {name}; it is for another base model") from None
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        raise AdapterError(f"{source}: the weight of layer {name} is not a matrix of floats")
-    return module, weight

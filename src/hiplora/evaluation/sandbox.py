@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,12 +47,6 @@ class Limits:
     file_bytes: int = 16 << 20
     processes: int = 16
 
-    def __post_init__(self) -> None:
-        """Check that all limits are positive."""
-        for name, value in asdict(self).items():
-            if not value > 0:
-                raise ConfigError(f"sandbox limit {name} is {value}; it must be positive")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -69,11 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Isolation:
-    """How programs run on this machine; `user` is the account they get, None for the caller's own.
-
-    `processes` says whether the number of processes is bounded: the kernel does not bound those of root, and
-    without bubblewrap it would count all of the user's.
-    """
+    """How programs run on this machine; `user` is the account they get, None for the caller's own."""
 
     bubblewrap: bool
     user: int | None
@@ -81,7 +71,10 @@ class Isolation:
 
     @property
     def processes(self) -> bool:
-        """Whether the number of a program's processes is limited."""
+        """Whether the number of a program's processes is limited.
+
+        The kernel does not limit those of root, and without bubblewrap it would count all of the user's.
+        """
         return self.user is not None or (self.bubblewrap and os.geteuid() != 0)
 
     def __str__(self) -> str:
@@ -104,15 +97,13 @@ def isolation() -> Isolation:
         raise HipLoraError("the code sandbox needs Linux or macOS; on Windows use WSL 2")
     users = [_NOBODY, None] if os.geteuid() == 0 else [None]
     reason = "bwrap is not on PATH: install the package bubblewrap"
-    for user in users if shutil.which("bwrap") else []:
-        outcome = _run("", Limits(), Isolation(True, user))
-        if outcome.passed:
-            return Isolation(True, user)
+    for bubblewrap in (True, False) if shutil.which("bwrap") else (False,):
+        for user in users:
+            how = Isolation(bubblewrap, user, "" if bubblewrap else reason)
+            outcome = _run("", Limits(), how)
+            if outcome.passed:
+                return how
         reason = f"it does not work here: {outcome.output.strip()}"
-    for user in users:
-        outcome = _run("", Limits(), Isolation(False, user, reason))
-        if outcome.passed:
-            return Isolation(False, user, reason)
     raise HipLoraError(f"the code sandbox cannot run Python: {outcome.output}")
 
 
@@ -141,7 +132,7 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
 
 def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
     token = secrets.token_hex(16)
-    job = {"source": source, "token": token, "limits": _rlimits(limits, how)}
+    job = json.dumps({"source": source, "token": token, "limits": _rlimits(limits, how)})
     with tempfile.TemporaryDirectory(prefix="hiplora-sandbox-") as folder, tempfile.TemporaryFile() as output:
         account: dict[str, Any] = {}
         if how.user is not None:
@@ -162,7 +153,7 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
             return Outcome("failed", str(error))
         timed_out = False
         try:
-            process.communicate(json.dumps(job).encode(), timeout=limits.seconds)
+            process.communicate(job.encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
@@ -171,18 +162,14 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
             process.wait()
         output.seek(max(0, output.seek(0, os.SEEK_END) - _SHOWN))
         text = output.read().decode(errors="replace")
-        if not timed_out and text.endswith(token):
-            return Outcome("passed", text.removesuffix(token))
-        cpu_time = process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the latter from bwrap
-        return Outcome("timed out" if timed_out or cpu_time else "failed", text)
+    if not timed_out and text.endswith(token):
+        return Outcome("passed", text.removesuffix(token))
+    cpu_time = process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU)  # the latter from bwrap
+    return Outcome("timed out" if timed_out or cpu_time else "failed", text)
 
 
 def _rlimits(limits: Limits, how: Isolation) -> dict[str, int]:
-    found = {
-        "RLIMIT_CPU": limits.cpu_seconds,
-        "RLIMIT_FSIZE": limits.file_bytes,
-        "RLIMIT_CORE": 0,
-    }
+    found = {"RLIMIT_CPU": limits.cpu_seconds, "RLIMIT_FSIZE": limits.file_bytes, "RLIMIT_CORE": 0}
     if sys.platform == "linux":  # macOS does not enforce it, and refuses to set it
         found["RLIMIT_AS"] = limits.memory_bytes
     return found | ({"RLIMIT_NPROC": limits.processes} if how.processes else {})
@@ -194,17 +181,8 @@ def _bubblewrap(limits: Limits) -> list[str]:
     for path in dict.fromkeys(("/usr", "/lib", "/lib64", "/bin", str(Path(_python()[0]).parents[1]))):
         command += ["--ro-bind-try", path, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    return [
-        *command,
-        "--size",
-        str(limits.file_bytes),
-        "--tmpfs",
-        "/tmp",
-        "--chdir",
-        "/tmp",
-        "--remount-ro",
-        "/",
-    ]
+    command += ["--size", str(limits.file_bytes), "--tmpfs", "/tmp"]
+    return [*command, "--chdir", "/tmp", "--remount-ro", "/"]
 
 
 def _python() -> list[str]:

@@ -67,18 +67,9 @@ def task_settings(name: str) -> Mapping[str, Any]:
     return _own_task(name)["metadata"]
 
 
-def most_written(task: str) -> tuple[int, int]:
-    """Return how many tokens one of the project's tasks generates per item at most, and how many samples.
-
-    (0, 1) for tasks answered by likelihood and for lm-eval's own, of which nothing is known here.
-    """
-    settings = _own_task(task) if task in own_tasks() else {}
-    return settings.get("generation_kwargs", {}).get("max_gen_toks", 0), settings.get("repeats", 1)
-
-
 def task_samples(name: str) -> int:
     """Return how many responses per item one of the project's tasks samples; 1 for lm-eval's own."""
-    return most_written(name)[1]
+    return _own_task(name).get("repeats", 1) if name in own_tasks() else 1
 
 
 def runs_code(task: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hiplora.merging.rules import RULES, Rule, find_rule
 
-_HOMES = {"merge_report": "conflict"}  # everything else comes from merger.py
+_HOMES = {"merge_report": "conflict"}  # everything else is in merger.py
 
 __all__ = ["RULES", "Rule", "find_rule"]
 

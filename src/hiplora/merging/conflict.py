@@ -5,10 +5,7 @@ merge rule drops anything from them.
 """
 
 import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -17,9 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hiplora.adapters import WEIGHTS, AdapterUpdate, Pair
-from hiplora.errors import AdapterError, ConfigError
+from hiplora.adapters import WEIGHTS, AdapterUpdate, Pair, model_order, module_place
 from hiplora.provenance import file_sha256, provenance
 from hiplora.spectral import full_precision
 
@@ -29,21 +26,6 @@ RANK_TOLERANCE = 1e-3
 _ROUNDING = torch.finfo(torch.float32).eps
 _CHUNK = 1 << 18  # entries of a dense update that are held at a time
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How much two subspaces of dimensions p and q share, in a space of n dimensions.
-
-    `mean` is the mean squared cosine of their principal angles, `Σ_i cos²θ_i / min(p, q)` (the angles: Björck and
-    Golub 1973; the mean: LoRA's subspace similarity, Hu et al. 2021, Eq. 4): 0 where they are orthogonal, 1 where the
-    smaller one lies in the other. `largest_cosine` is that of the smallest angle. `chance` is the mean that random
-    subspaces have: `max(p, q) / n`.
-    """
-
-    mean: float
-    largest_cosine: float
-    chance: float
 
 
 def compress(factors: Sequence[Pair]) -> list[Pair]:
@@ -73,16 +55,15 @@ def spaces(factors: Pair) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], f
     return Q_B @ P[:, :rank], Q_A @ Ot[:rank].T, sigma.norm().item()
 
 
-def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -> Overlap | None:
-    """Return how much the spans of two orthonormal bases share, or None where one of them is empty.
+def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -> dict[str, float]:
+    """Return how much the spans of two orthonormal bases share, in a space of n `dimensions`.
 
-    `dimensions` is n; the s rows are fewer where the bases are in coordinates of a part of the space.
+    `mean` is the mean squared cosine of their principal angles, `Σ_i cos²θ_i / min(p, q)` (the angles: Björck and
+    Golub 1973; the mean: LoRA's subspace similarity, Hu et al. 2021, Eq. 4): 0 where they are orthogonal, 1 where the
+    smaller one lies in the other. `chance` is the mean that random subspaces have: `max(p, q) / n`.
     """
-    if not P.shape[1] or not Q.shape[1]:
-        return None
     cosines = torch.linalg.svdvals(P.T @ Q).clamp_max(1.0)
-    larger = max(P.shape[1], Q.shape[1])
-    return Overlap(cosines.square().mean().item(), cosines[0].item(), larger / dimensions)
+    return {"mean": cosines.square().mean().item(), "chance": max(P.shape[1], Q.shape[1]) / dimensions}
 
 
 def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
@@ -103,40 +84,27 @@ def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
     return max(0.0, before - after), before
 
 
-def conflicts(
-    updates: Sequence[AdapterUpdate],
-    weights: Sequence[float],
-    *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> list[Record]:
+def conflicts(updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> list[Record]:
     """Measure how the weighted updates of several adapters go together: a record a module, in the model's order.
 
-    A record compares the adapters (`adapters`, their places from 0) that adapt the module: their `ranks` and `norms`;
-    `sum_norm` = ‖Σ_t w_t ΔW_t‖_F; `norm_ratio`, the norm of the sum over the sum of the norms (1 where all agree, 0
-    where all is lost), beside `unrelated`, what orthogonal updates of these norms have; `sign_conflict`, the share of
-    the magnitude that cancels entry by entry; `pairs`, each with the overlap of what they write (`left`) and read
-    (`right`), `cosine` and `score` = `√(left · right) · (1 − cosine) / 2` (0: they do not meet or agree, 1/2: unrelated
-    in the same directions, 1: opposites); `score` and `worst`, those of the pair that conflicts most. A value is None
-    where it is not defined, as for zero updates.
-
-    Raises:
-        ConfigError: no updates, or weights of the wrong number or not finite.
-        AdapterError: two adapters have a module of that name in different shapes.
+    The adapters must fit together, as `merge` checks. A record compares those (`adapters`, their places from 0) that
+    adapt the module: their `norms`; `sum_norm` = ‖Σ_t w_t ΔW_t‖_F; `norm_ratio`, the norm of the sum over the sum of
+    the norms (1 where all agree, 0 where all is lost), beside `unrelated`, what orthogonal updates of these norms have;
+    `magnitude` and `sign_conflict`, the share of it that cancels entry by entry; `pairs`, each with the overlap of what
+    they write (`left`) and read (`right`), `cosine` and `score` = `√(left · right) · (1 − cosine) / 2` (0: they do not
+    meet or agree, 1/2: unrelated in the same directions, 1: opposites), pairs with a zero update left out; `score`, the
+    largest of the pairs. A value is None where it is not defined, as for zero updates.
     """
-    if not updates or len(updates) != len(weights):
-        raise ConfigError(
-            f"weights: {len(weights)} given for {len(updates)} adapters; pass one each, at least one"
-        )
-    if not all(map(math.isfinite, weights)):
-        raise ConfigError(f"weights: {list(weights)} are not all finite numbers")
-    modules = sorted({module for update in updates for module in update.factors}, key=_natural)
+    modules = sorted({module for update in updates for module in update.factors}, key=model_order)
     with full_precision(torch.device("cpu")):
-        return [_module(module, updates, weights) for module in wrap(modules)]
+        return [
+            _module(module, updates, weights)
+            for module in tqdm(modules, "how the adapters conflict", disable=None, delay=2)
+        ]
 
 
 def _module(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Record:
     places = [place for place, update in enumerate(updates) if module in update.factors]
-    outputs, inputs = _shape(module, [updates[place] for place in places])
     pairs = [(updates[place].factors[module], weights[place]) for place in places]
     factors = [(A.detach().float(), weight * B.detach().float()) for (A, B), weight in pairs]
     small = compress(factors)
@@ -145,22 +113,15 @@ def _module(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[flo
     total = sum(norms)
     lost, magnitude = cancelled(factors)
     sum_norm = (torch.cat([B for _, B in small], dim=1) @ torch.cat([A for A, _ in small])).norm().item()
+    shape = updates[places[0]].shape(module)
     found = [
-        _pair([places[i], places[j]], (small[i], small[j]), (spans[i], spans[j]), (outputs, inputs))
+        {"adapters": [places[i], places[j]], **_pair((small[i], small[j]), (spans[i], spans[j]), shape)}
         for i, j in combinations(range(len(places)), 2)
+        if norms[i] and norms[j]
     ]
-    worst = max(
-        (pair for pair in found if pair["score"] is not None), key=lambda pair: pair["score"], default=None
-    )
-    layer = re.search(r"\.(\d+)\.", f".{module}.")
     return {
-        "module": module,
-        "layer": int(layer[1]) if layer else None,
-        "type": module.rpartition(".")[2],
-        "outputs": outputs,
-        "inputs": inputs,
+        **module_place(module),
         "adapters": places,
-        "ranks": [U.shape[1] for U, _, _ in spans],
         "norms": norms,
         "sum_norm": sum_norm,
         "norm_ratio": sum_norm / total if total else None,
@@ -168,72 +129,37 @@ def _module(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[flo
         "magnitude": magnitude,
         "sign_conflict": lost / magnitude if magnitude else None,
         "pairs": found,
-        "score": worst["score"] if worst else None,
-        "worst": worst["adapters"] if worst else None,
+        "score": max((pair["score"] for pair in found), default=None),
     }
 
 
-def _pair(places: list[int], factors: tuple[Pair, Pair], spans: tuple, shape: tuple[int, int]) -> Record:
+def _pair(factors: tuple[Pair, Pair], spans: tuple, shape: tuple[int, int]) -> Record:
     (U, V, norm), (U_other, V_other, norm_other) = spans
-    left, right = overlap(U, U_other, shape[0]), overlap(V, V_other, shape[1])
-    if left is None or right is None:
-        return {"adapters": places, "left": None, "right": None, "cosine": None, "score": None}
     (A, B), (A_other, B_other) = factors
+    left, right = overlap(U, U_other, shape[0]), overlap(V, V_other, shape[1])
     inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
     cosine = max(-1.0, min(1.0, inner / (norm * norm_other)))
-    score = math.sqrt(left.mean * right.mean) * (1 - cosine) / 2
-    return {
-        "adapters": places,
-        "left": asdict(left),
-        "right": asdict(right),
-        "cosine": cosine,
-        "score": score,
-    }
-
-
-def _shape(module: str, updates: Sequence[AdapterUpdate]) -> tuple[int, int]:
-    shapes = [(update.factors[module][1].shape[0], update.factors[module][0].shape[1]) for update in updates]
-    for update, shape in zip(updates, shapes, strict=True):
-        if shape != shapes[0]:
-            raise AdapterError(
-                f"layer {module}: {updates[0].source} has it with (outputs, inputs) {shapes[0]}, {update.source} "
-                f"with {shape}; only adapters of one base model can be compared"
-            )
-    return shapes[0]
-
-
-def _natural(module: str) -> list[str | int]:
-    """Sort key that puts layer 10 after layer 9."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", module))]
-
-
-# The report of a merge -----------------------------------------------------------------------------------------
+    score = math.sqrt(left["mean"] * right["mean"]) * (1 - cosine) / 2
+    return {"left": left, "right": right, "cosine": cosine, "score": score}
 
 
 def merge_report(
-    updates: Sequence[AdapterUpdate],
-    weights: Sequence[float],
-    merged: Mapping[str, Any],
-    *,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = iter,
+    updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: Mapping[str, Any]
 ) -> Record:
-    """Measure how adapters go together, and return the report as a JSON-ready record, schema 1.
+    """Measure how adapters, by name, go together, and return the report as a JSON-ready record, schema 1.
 
     Returns:
         `adapters` (name, weight, method, modules, source, sha256 of the weights where it is a folder), `modules` (see
-        `conflicts`), `most_conflicting` (up to ten module names, worst first), `pairs` (matrices of the means over the
-        modules that both change: left, right, cosine, and `modules`, their number), `totals`, `settings`, `merge` (the
-        record of the merge, as given), `provenance`.
-
-    Raises:
-        ConfigError, AdapterError: as `conflicts`.
+        `conflicts`), `most_conflicting` (up to ten module names, worst first), `cosine` (the matrix of the means over
+        the modules that both change), `totals`, `merge` (the record of the merge, as given), `provenance`.
     """
-    rows = conflicts(updates, weights, wrap=wrap)
+    rows = conflicts(list(updates.values()), weights)
     scored = sorted((row for row in rows if row["score"]), key=lambda row: -row["score"])
+    pairs = [pair for row in rows for pair in row["pairs"]]
     return {
         "schema": 1,
         "kind": "merge-report",
-        "base": updates[0].base,
+        "base": next(iter(updates.values())).base,
         "adapters": [
             {
                 "name": name,
@@ -243,13 +169,18 @@ def merge_report(
                 "source": update.source,
                 "sha256": file_sha256(file) if (file := Path(update.source) / WEIGHTS).is_file() else None,
             }
-            for name, weight, update in zip(adapter_names(updates), weights, updates, strict=True)
+            for weight, (name, update) in zip(weights, updates.items(), strict=True)
         ],
         "modules": rows,
         "most_conflicting": [row["module"] for row in scored[:10]],
-        "pairs": _matrices([pair for row in rows for pair in row["pairs"]], len(updates)),
+        "cosine": [
+            [
+                _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted((i, j)))
+                for j in range(len(updates))
+            ]
+            for i in range(len(updates))
+        ],
         "totals": totals(rows),
-        "settings": {"rank_tolerance": RANK_TOLERANCE},
         "merge": dict(merged),
         "provenance": provenance(),
     }
@@ -262,18 +193,18 @@ def totals(rows: Sequence[Record]) -> Record:
     of all modules as one long vector; `unrelated` and `unrelated_sign_conflict` are what unrelated updates of these
     sizes would give. `shared` counts the modules that two or more adapters change.
     """
-    pairs = [pair for row in rows for pair in row["pairs"] if pair["cosine"] is not None]
-    squares: Counter[int] = Counter()
+    pairs = [pair for row in rows for pair in row["pairs"]]
+    squares: dict[int, float] = {}
     for row in rows:
         for place, norm in zip(row["adapters"], row["norms"], strict=True):
-            squares[place] += norm**2  # type: ignore[assignment]
+            squares[place] = squares.get(place, 0.0) + norm**2
     norms = [math.sqrt(square) for square in squares.values()]
     total, magnitude = sum(norms), sum(row["magnitude"] for row in rows)
     clash = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
     expected = sum(row["magnitude"] * (1 - row["unrelated"]) for row in rows if row["unrelated"] is not None)
     return {
         "modules": len(rows),
-        "shared": sum(row["worst"] is not None for row in rows),
+        "shared": sum(bool(row["pairs"]) for row in rows),
         **{side: _mean(pair[side]["mean"] for pair in pairs) for side in ("left", "right")},
         **{f"{side}_chance": _mean(pair[side]["chance"] for pair in pairs) for side in ("left", "right")},
         "cosine": _mean(pair["cosine"] for pair in pairs),
@@ -282,35 +213,6 @@ def totals(rows: Sequence[Record]) -> Record:
         "sign_conflict": clash / magnitude if magnitude else None,
         "unrelated_sign_conflict": expected / magnitude if magnitude else None,
     }
-
-
-def adapter_names(updates: Sequence[AdapterUpdate]) -> list[str]:
-    """Return a distinct name for each adapter: its folder's own name, the whole source, or either with a number."""
-    sources = [update.source for update in updates]
-    short = [Path(source).resolve().name if Path(source).is_dir() else source for source in sources]
-    chosen = short if len(set(short)) == len(set(sources)) else sources
-    counts = Counter(chosen)
-    return [
-        f"{name} ({chosen[: place + 1].count(name)})" if counts[name] > 1 else name
-        for place, name in enumerate(chosen)
-    ]
-
-
-def _matrices(pairs: Sequence[Record], count: int) -> dict[str, list[list[float | None]]]:
-    found: dict[str, list[list[float | None]]] = {
-        name: [[None] * count for _ in range(count)] for name in ("left", "right", "cosine", "modules")
-    }
-    for i, j in combinations(range(count), 2):
-        known = [pair for pair in pairs if pair["adapters"] == [i, j] and pair["cosine"] is not None]
-        values = {
-            "left": _mean(pair["left"]["mean"] for pair in known),
-            "right": _mean(pair["right"]["mean"] for pair in known),
-            "cosine": _mean(pair["cosine"] for pair in known),
-            "modules": len(known),
-        }
-        for name, value in values.items():
-            found[name][i][j] = found[name][j][i] = value
-    return found
 
 
 def _mean(values: Iterable[float]) -> float | None:

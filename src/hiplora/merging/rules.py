@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hiplora.adapters import Channels, Pair
 
 RULES: dict[str, Rule] = {}
+_ENTRIES = 1 << 22  # of a matrix whose float64 copies are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +129,6 @@ def merge_rule(name: str, kind: Literal["factors", "dense"], source: str) -> Cal
         return function
 
     return register
-
-
-# Rules on factors ----------------------------------------------------------------------------------------------
 
 
 @merge_rule("addition", "factors", "Ilharco et al. 2023, Editing models with task arithmetic")
@@ -251,9 +249,6 @@ def iso_c(terms: Sequence[Term], *, scale: float = 1.0) -> tuple[Pair, None]:
     return balanced(U, scale * sigma.mean().expand_as(sigma), V), None
 
 
-# Rules on entries ----------------------------------------------------------------------------------------------
-
-
 @merge_rule("ties", "dense", "Yadav et al. 2023, TIES-Merging")
 def ties(terms: Iterable[DenseTerm], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """The largest entries of each update; where signs differ, the mean of those that agree with their sum.
@@ -268,7 +263,8 @@ def ties(terms: Iterable[DenseTerm], *, density: float = 0.2, scale: float = 1.0
     trimmed = [keep_largest_(term.delta, density) for term in terms]
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64).view(-1, 1, 1)
     merged = trimmed[0]
-    for rows in _row_blocks(*merged.shape):
+    step = max(1, _ENTRIES // merged.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(merged), step)):
         # In float64 the sum of a few fp32 numbers has its true sign, whatever their order.
         stacked = torch.stack([delta[rows] for delta in trimmed]).double()
         agreeing = calculate_majority_sign_mask(stacked)
@@ -319,16 +315,8 @@ def keep_largest_(delta: Tensor, density: float) -> Tensor:
 
 def _weighted_sum_(terms: Iterable[tuple[Tensor, float]]) -> Tensor:
     """Return `Σ w_t ΔW_t` in the memory of the first update; the others are overwritten, one at a time."""
-    total: Tensor | None = None
-    for delta, weight in terms:
-        delta.mul_(weight)
-        total = delta if total is None else total.add_(delta)
-    if total is None:
-        raise ValueError("no terms to add")
+    parts = (delta.mul_(weight) for delta, weight in terms)
+    total = next(parts)
+    for part in parts:
+        total.add_(part)
     return total
-
-
-def _row_blocks(m: int, n: int, entries: int = 1 << 22) -> Iterator[slice]:
-    """Yield slices of rows of at most so many entries, so that float64 copies stay small."""
-    step = max(1, entries // n)
-    yield from (slice(start, start + step) for start in range(0, m, step))

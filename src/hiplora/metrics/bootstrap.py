@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hiplora.errors import ConfigError, DataError
-from hiplora.metrics.scores import Floats, _finite, _numbers, whole_number
+from hiplora.metrics.scores import Floats, finite, whole_number
 
 Pair = tuple[str, str]
 _CHUNK = 1 << 20  # draws in memory at once
@@ -82,19 +82,21 @@ def paired_bootstrap(
 
 def _blocks(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Floats]:
     """Return, per seed, the values as (instances, methods)."""
-    if not values:
-        raise DataError("values: has no method; expected values[method][seed][instance]")
-    shapes: dict[str, list[int]] = {}
-    for method, seeds in values.items():
-        columns = [_finite(column, f"values[{method!r}][{index}]") for index, column in enumerate(seeds)]
-        shapes[method] = [len(column) for column in columns]
-        first = next(iter(shapes))
-        if shapes[method] != shapes[first] or not columns:
+    columns = {
+        method: [finite(column, f"values[{method!r}][{index}]") for index, column in enumerate(seeds)]
+        for method, seeds in values.items()
+    }
+    shapes = {method: [len(column) for column in seeds] for method, seeds in columns.items()}
+    first = next(iter(shapes), "")
+    for method, shape in shapes.items():
+        if shape != shapes[first] or not shape:
             raise DataError(
-                f"method {method!r} has {shapes[method]} instances per seed, {first!r} has {shapes[first]}; "
+                f"method {method!r} has {shape} instances per seed, {first!r} has {shapes[first]}; "
                 "expected the same instances for every method, and at least one seed"
             )
-    return [np.stack([seeds[i] for seeds in values.values()], axis=1) for i in range(len(shapes[first]))]
+    if not columns:
+        raise DataError("values: has no method; expected values[method][seed][instance]")
+    return [np.stack(blocks, axis=1) for blocks in zip(*columns.values(), strict=True)]
 
 
 def _chunks(rows: int, size: int) -> Iterator[int]:
@@ -112,23 +114,11 @@ def _drawn_counts(size: int, replicates: int, generator: np.random.Generator) ->
 
 
 def resample_counts(
-    size: int, replicates: int, generator: np.random.Generator, groups: Sequence[str] | None = None
+    size: int, replicates: int, generator: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield how often each of `size` points is drawn in each replicate, in chunks of shape (rows, size).
-
-    With `groups`, a label per point, groups are drawn first and then points within each drawn group.
-    """
-    labels = np.zeros(size) if groups is None else np.asarray(groups)
-    members = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
+    """Yield how often each of `size` points is drawn in each replicate, in chunks of shape (rows, size)."""
     for rows in _chunks(replicates, size):
-        drawn = np.ones((rows, 1), dtype=np.int64)
-        if groups is not None:
-            drawn = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), size=rows)
-        counts = np.zeros((rows, size), dtype=np.int64)
-        for place, points in enumerate(members):  # n draws of each of t copies of a group: t·n draws of it
-            share = np.full(len(points), 1 / len(points))
-            counts[:, points] = generator.multinomial(drawn[:, place] * len(points), share)
-        yield counts
+        yield generator.multinomial(size, np.full(size, 1 / size), size=rows)
 
 
 def resampled_means(columns: ArrayLike, replicates: int = 10_000, seed: int | Sequence[int] = 0) -> Floats:
@@ -136,7 +126,7 @@ def resampled_means(columns: ArrayLike, replicates: int = 10_000, seed: int | Se
 
     The columns share their draws, so that scores on the same items stay paired.
     """
-    values = _numbers(columns, "columns", axes=2)
+    values = finite(columns, "columns", axes=2)
     counts = resample_counts(len(values), replicates, np.random.default_rng(seed))
     return np.concatenate([values.mean(axis=0)[None], *(part @ values / len(values) for part in counts)])
 
@@ -159,8 +149,6 @@ def sign_flip_p_value(
 
     `one[seed][instance]` and `other` are as a method's values in `paired_bootstrap`, and so are the errors.
     """
-    whole_number(permutations, "permutations", 1)
-    whole_number(seed, "seed", 0)
     blocks = _blocks({"one": one, "other": other})  # type: ignore[dict-item]
     parts = np.concatenate([(block[:, 0] - block[:, 1]) / len(block) / len(blocks) for block in blocks])
     parts = parts[parts != 0]

@@ -22,14 +22,10 @@ def merge_instances(
     same merges for every method.
 
     Raises:
-        ConfigError: tasks, sizes or seeds are missing or repeated, a size is not in 2 … len(tasks), or `count` or
-            `seed` is out of range.
+        ConfigError: a size is not in 2 … len(tasks), or `count` or `seed` is out of range.
 
     Source: HiP-LoRA, appendix C.3.
     """
-    for name, given in (("tasks", tasks), ("sizes", sizes), ("seeds", seeds)):
-        if not len(given) or len(set(given)) < len(given):
-            raise ConfigError(f"{name} are {list(given)}; expected at least one, and none twice")
     whole_number(count, "count", 1)
     whole_number(seed, "seed", 0)
     for size in sizes:

@@ -32,16 +32,12 @@ def retain(base: Scores, adapted: Scores, domain: str) -> float:
 
     Source: HiP-LoRA, appendix C.2, Eq. 11.
     """
-    before, after = _table(base, "base"), _table(adapted, "adapted")
-    if domain not in before:
-        raise ConfigError(
-            f"domain {domain!r} is not among the benchmarks; expected one of {', '.join(before)}"
-        )
-    del before[domain]
-    after.pop(domain, None)
+    if domain not in base:
+        raise ConfigError(f"domain {domain!r} is not among the benchmarks; expected one of {', '.join(base)}")
+    before, after = ({name: one[name] for name in one if name != domain} for one in (base, adapted))
     if not before:
         raise DataError(f"base: has no benchmark but the domain {domain!r}; Retain needs others")
-    _same_names(after, before, "adapted", "base", "benchmark")
+    _check_tables(after, before, "adapted", "base", "benchmark")
     return sum(before[name] - after[name] for name in before) / len(before)
 
 
@@ -57,7 +53,8 @@ def merge_fail(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -
     """
     if not 0 < tau <= 1:
         raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
-    return float(np.mean([fails(after, before, tau) for after, before in _pairs(merged, single)]))
+    _check_merges(merged, single)
+    return float(np.mean([fails(after, before, tau) for after, before in zip(merged, single, strict=True)]))
 
 
 def fails(merged: Mapping[str, ArrayLike], single: Mapping[str, ArrayLike], tau: float) -> NDArray[np.bool_]:
@@ -79,22 +76,9 @@ def mean_post_merge_drop(merged: Scores | Sequence[Scores], single: Scores | Seq
     """
     after = [merged] if isinstance(merged, Mapping) else merged
     before = [single] if isinstance(single, Mapping) else single
-    return float(np.mean([abs(old[task] - new[task]) for new, old in _pairs(after, before) for task in old]))
-
-
-def _pairs(
-    merged: Sequence[Scores], single: Sequence[Scores]
-) -> list[tuple[dict[str, float], dict[str, float]]]:
-    if len(merged) != len(single) or not len(merged):
-        raise DataError(
-            f"merged has {len(merged)} merges, single has {len(single)}; expected the same number, at least 1"
-        )
-    found = []
-    for index, tables in enumerate(zip(merged, single, strict=True)):
-        after, before = _table(tables[0], f"merged[{index}]"), _table(tables[1], f"single[{index}]")
-        _same_names(after, before, f"merged[{index}]", f"single[{index}]", "task")
-        found.append((after, before))
-    return found
+    _check_merges(after, before)
+    pairs = zip(after, before, strict=True)
+    return float(np.mean([abs(old[task] - new[task]) for new, old in pairs for task in old]))
 
 
 # Continual learning: `matrix[t][i]` is the score on task i after stage t, shape (T, T); above the diagonal (tasks not
@@ -106,7 +90,7 @@ def average_accuracy(matrix: ArrayLike) -> float:
 
     Source: HiP-LoRA, appendix C.4.
     """
-    return float(_average(_accuracies(matrix)))
+    return float(CONTINUAL["average accuracy"](_accuracies(matrix)))
 
 
 def forgetting(matrix: ArrayLike) -> float:
@@ -116,7 +100,7 @@ def forgetting(matrix: ArrayLike) -> float:
 
     Source: HiP-LoRA, appendix C.4; Chaudhry et al. 2018.
     """
-    return float(_fall_from_best(_accuracies(matrix, stages=2)))
+    return float(CONTINUAL["forgetting"](_accuracies(matrix, stages=2)))
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
@@ -124,7 +108,7 @@ def backward_transfer(matrix: ArrayLike) -> float:
 
     Source: Lopez-Paz and Ranzato 2017 (GEM).
     """
-    return float(_since_trained(_accuracies(matrix, stages=2)))
+    return float(CONTINUAL["backward transfer"](_accuracies(matrix, stages=2)))
 
 
 def learned_accuracy(matrix: ArrayLike) -> float:
@@ -132,11 +116,19 @@ def learned_accuracy(matrix: ArrayLike) -> float:
 
     Source: Riemer et al. 2019 (MER), "learning accuracy".
     """
-    return float(_just_trained(_accuracies(matrix)).mean())
+    return float(CONTINUAL["learned accuracy"](_accuracies(matrix)))
+
+
+CONTINUAL: Mapping[str, Callable[[Floats], Floats]] = {
+    "average accuracy": lambda a: a[-1].mean(axis=0),
+    "forgetting": lambda a: (np.nanmax(a[:-1, :-1], axis=0) - a[-1, :-1]).mean(axis=0),
+    "backward transfer": lambda a: (a[-1] - np.moveaxis(a.diagonal(), -1, 0))[:-1].mean(axis=0),
+    "learned accuracy": lambda a: a.diagonal().mean(axis=-1),
+}
 
 
 def _accuracies(matrix: ArrayLike, stages: int = 1) -> Floats:
-    array = _numbers(matrix, "matrix", axes=2)
+    array = numbers(matrix, "matrix", axes=2)
     if array.shape[0] != array.shape[1]:
         raise DataError(f"matrix: has shape {array.shape}; expected one row per stage and as many tasks")
     if len(array) < stages:
@@ -146,39 +138,15 @@ def _accuracies(matrix: ArrayLike, stages: int = 1) -> Floats:
     return array
 
 
-def _average(accuracies: Floats) -> Floats:
-    return accuracies[-1].mean(axis=0)
-
-
-def _fall_from_best(accuracies: Floats) -> Floats:
-    return (np.nanmax(accuracies[:-1, :-1], axis=0) - accuracies[-1, :-1]).mean(axis=0)
-
-
-def _since_trained(accuracies: Floats) -> Floats:
-    return (accuracies[-1] - _just_trained(accuracies))[:-1].mean(axis=0)
-
-
-def _just_trained(accuracies: Floats) -> Floats:
-    return np.moveaxis(accuracies.diagonal(), -1, 0)
-
-
-CONTINUAL: Mapping[str, Callable[[Floats], Floats]] = {
-    "average accuracy": _average,
-    "forgetting": _fall_from_best,
-    "backward transfer": _since_trained,
-    "learned accuracy": lambda accuracies: _just_trained(accuracies).mean(axis=0),
-}
-
-
 def answer_likelihood(log_prob: float, tokens: int) -> float:
     """Return how likely a token of the answer is, in per cent: `100 · exp(log_prob / tokens)`.
 
     `log_prob` is summed over the answer's tokens, in nats.
     """
-    count, total = whole_number(tokens, "tokens", 1), float(_finite(log_prob, "log_prob", axes=0))
-    if total > _ABOVE_ZERO:
-        raise DataError(f"log_prob is {total}; a log-probability is at most 0")
-    return 100 * math.exp(min(total, 0.0) / count)
+    count = whole_number(tokens, "tokens", 1)
+    if not log_prob <= _ABOVE_ZERO:
+        raise DataError(f"log_prob is {log_prob}; a log-probability is at most 0")
+    return 100 * math.exp(min(log_prob, 0.0) / count)
 
 
 def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
@@ -186,7 +154,7 @@ def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
 
     `log_likelihoods` of each choice are in nats, shape (choices,); only their differences matter.
     """
-    choices, index = _finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
+    choices, index = finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
     if index >= len(choices):
         raise DataError(
             f"gold is {index}, and there are {len(choices)} choices; expected an index below that"
@@ -233,15 +201,19 @@ def locality(
 
     Source: HiP-LoRA, appendix C.4.
     """
-    before, after = _booleans(base_correct, "base_correct"), _booleans(edited_correct, "edited_correct")
-    _same_length(before, after, "base_correct", "edited_correct")
-    change = float(100 * (after.mean() - before.mean()))
-    if base_log_probs is None and edited_log_probs is None:
-        return Locality(change)
+    change = 100 * _mean_change(base_correct, edited_correct, "correct")
     if base_log_probs is None or edited_log_probs is None:
-        raise DataError("log-probabilities of one model only; give base_log_probs and edited_log_probs")
-    old, new = _same_length(base_log_probs, edited_log_probs, "base_log_probs", "edited_log_probs")
-    return Locality(change, float((new - old).mean()))
+        return Locality(change)
+    return Locality(change, _mean_change(base_log_probs, edited_log_probs, "log_probs"))
+
+
+def _mean_change(base: ArrayLike, edited: ArrayLike, name: str) -> float:
+    before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
+    if len(before) != len(after):
+        raise DataError(
+            f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many"
+        )
+    return float(after.mean() - before.mean())
 
 
 def whole_number(value: Any, name: str, least: int) -> int:
@@ -255,19 +227,21 @@ def whole_number(value: Any, name: str, least: int) -> int:
     return found
 
 
-def _numbers(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+def numbers(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+    """Return values as an array with so many axes, not empty."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{what}: not an array of numbers ({error})") from None
     if array.ndim != axes or array.size == 0:
-        expected = ("a number", "a list of numbers, not empty", "a table of numbers, not empty")[axes]
-        raise DataError(f"{what}: has shape {array.shape}; expected {expected}")
+        expected = ("a list of numbers", "a table of numbers")[axes - 1]
+        raise DataError(f"{what}: has shape {array.shape}; expected {expected}, not empty")
     return array
 
 
-def _finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
-    array = _numbers(values, what, axes)
+def finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
+    """Return values as an array of finite numbers with so many axes, not empty."""
+    array = numbers(values, what, axes)
     _require(np.isfinite(array), array, what, "a finite number")
     return array
 
@@ -279,33 +253,22 @@ def _require(good: NDArray[np.bool_], array: NDArray, what: str, expected: str) 
         raise DataError(f"{what}{shown} is {array[place]}; expected {expected}")
 
 
-def _table(table: Scores, what: str) -> dict[str, float]:
-    if not isinstance(table, Mapping) or not table:
-        raise DataError(f"{what}: is {table!r}; expected a mapping from names to scores in per cent")
-    values = {name: _finite(value, f"{what}[{name!r}]", axes=0) for name, value in table.items()}
-    for name, value in values.items():
-        _require(value >= 0, value, f"{what}[{name!r}]", "a score in per cent, at least 0")
-    return {name: float(value) for name, value in values.items()}
+def _check_merges(merged: Sequence[Scores], single: Sequence[Scores]) -> None:
+    if len(merged) != len(single) or not len(merged):
+        raise DataError(
+            f"merged has {len(merged)} merges, single has {len(single)}; expected the same number, at least 1"
+        )
+    for index, (after, before) in enumerate(zip(merged, single, strict=True)):
+        _check_tables(after, before, f"merged[{index}]", f"single[{index}]", "task")
 
 
-def _same_names(
-    found: Mapping[str, Any], expected: Mapping[str, Any], what: str, other: str, kind: str
-) -> None:
-    for one, two, here, there in ((expected, found, what, other), (found, expected, other, what)):
-        if missing := [name for name in one if name not in two]:
+def _check_tables(found: Scores, expected: Scores, what: str, other: str, kind: str) -> None:
+    """Check that two tables have scores in per cent on the same benchmarks."""
+    for table, here, there in ((found, what, other), (expected, other, what)):
+        for name, value in table.items():
+            if not 0 <= value < math.inf:
+                raise DataError(f"{here}[{name!r}] is {value}; expected a score in per cent, at least 0")
+        if missing := [name for name in (*found, *expected) if name not in table]:
             raise DataError(
                 f"{here}: {kind} {missing[0]!r} is missing, and {there} has it; score both on the same {kind}s"
             )
-
-
-def _booleans(values: ArrayLike, what: str) -> Floats:
-    array = _finite(values, what)
-    _require((array == 0) | (array == 1), array, what, "True or False")
-    return array
-
-
-def _same_length(one: ArrayLike, other: ArrayLike, name: str, other_name: str) -> tuple[Floats, Floats]:
-    first, second = _finite(one, name), _finite(other, other_name)
-    if len(first) != len(second):
-        raise DataError(f"{name} has {len(first)} values, {other_name} has {len(second)}; expected as many")
-    return first, second

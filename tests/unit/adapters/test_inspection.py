@@ -5,10 +5,10 @@ from peft import LoraConfig
 from hiplora.adapters import (
     BaseWeights,
     allocation_rows,
+    energy_shares,
     inspect_adapter,
     read_update,
     save_as_lora,
-    summarise,
 )
 from hiplora.errors import AdapterError, ConfigError
 from tests.reference import dense_svd
@@ -114,25 +114,10 @@ def test_another_base_model_and_a_rank_below_one_are_refused(hip, tmp_path):
         inspect_adapter(hip[0], rank=0)
 
 
-def row(type_, norm, left, leak=None):
-    return {
-        "type": type_,
-        "norm": norm,
-        "left": left,
-        "right": 0.5,
-        "both": 0.0,
-        "gains": [-3.0, 1.0],
-        "leak": leak,
-    }
-
-
-def test_the_summary_weighs_modules_by_their_energy():
-    summary = summarise([row("q_proj", 3.0, 1.0, 1e-6), row("v_proj", 4.0, 0.0, 1e-7)])
-    assert summary["norm"] == pytest.approx(5.0)
-    assert summary["left"] == pytest.approx(9 / 25)
-    assert summary["right"] == pytest.approx(0.5)
-    assert summary["largest_gain"] == 3.0
-    assert summary["max_leak"] == 1e-6
-    zero = summarise([row("q_proj", 0.0, 0.0)])
-    assert (zero["left"], zero["norm"], zero["max_leak"]) == (0.0, 0.0, None)
-    assert summary["by_type"]["v_proj"] == {"left": 0.0, "right": 0.5, "both": 0.0, "norm": 4.0}
+def test_the_shares_of_several_modules_weigh_them_by_their_energy():
+    rows = [
+        {"norm": norm, "left": left, "right": 0.5, "both": 0.0} for norm, left in ((3.0, 1.0), (4.0, 0.0))
+    ]
+    expected = {"norm": 5.0, "left": 9 / 25, "right": 0.5, "both": 0.0}
+    assert energy_shares(rows) == pytest.approx(expected)
+    assert energy_shares([row | {"norm": 0.0} for row in rows])["left"] == 0.0

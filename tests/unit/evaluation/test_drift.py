@@ -28,8 +28,8 @@ def adapted(model, method="lora"):
     return get_peft_model(model, config)
 
 
-def build(model, **options):
-    return BaseReference.build(model, tiny_tokenizer(), TEXTS, **{"window": 64, "max_tokens": 200, **options})
+def build(model):
+    return BaseReference.build(model, tiny_tokenizer(), TEXTS, window=64, max_tokens=200)
 
 
 def dense_drift(base, model, windows):
@@ -109,9 +109,11 @@ class _Certain(torch.nn.Module):
         return output
 
 
-def test_a_reference_too_large_to_keep_gives_the_same_numbers():
+def test_a_reference_too_large_to_keep_gives_the_same_numbers(monkeypatch):
     model = tiny_llama()
-    kept, fresh = build(model), build(model, cache_bytes=0)
+    kept = build(model)
+    monkeypatch.setattr("hiplora.evaluation.drift._KEPT", 0)
+    fresh = build(model)
     assert fresh.get("prose", 1) is None
     assert kept.get("prose", 1) is not None
     peft = adapted(model)

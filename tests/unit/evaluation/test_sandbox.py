@@ -208,8 +208,3 @@ def test_where_namespaces_are_forbidden_the_fallback_says_so(monkeypatch, tmp_pa
         isolation.cache_clear()
     assert not how.bubblewrap
     assert "No permissions to create new namespace" in str(how)
-
-
-def test_limits_are_positive():
-    with pytest.raises(ConfigError, match="cpu_seconds"):
-        Limits(cpu_seconds=0)

@@ -9,8 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hiplora.adapters import AdapterUpdate, read_update
-from hiplora.errors import AdapterError, ConfigError
-from hiplora.merging.conflict import RANK_TOLERANCE, adapter_names, conflicts, merge_report, totals
+from hiplora.merging.conflict import RANK_TOLERANCE, conflicts, merge_report, totals
 from tests import reference
 
 
@@ -59,33 +58,24 @@ def test_two_rank_one_updates_with_known_angles():
     assert row.unrelated == pytest.approx(math.sqrt(13) / 5)
 
 
-def test_the_same_update_twice_agrees_and_does_not_conflict():
-    pair = random_pair(6, 5, 2, 0)
-    row = only([pair, pair])
-    (found,) = row.pairs
-    assert (found.left.mean, found.right.mean, found.cosine) == pytest.approx((1, 1, 1))
-    assert found.score == pytest.approx(0, abs=1e-12)
-    assert row.norm_ratio == pytest.approx(1)
-    assert row.sign_conflict == pytest.approx(0, abs=1e-6)
-
-
-def test_opposites_cancel_wholly_and_conflict_most():
+def test_the_same_update_twice_agrees_and_its_opposite_cancels_and_conflicts_most():
     A, B = random_pair(6, 5, 2, 0)
-    row = only([(A, B), (A, -B)])
-    assert row.pairs[0].cosine == pytest.approx(-1)
-    assert row.pairs[0].score == pytest.approx(1)
-    assert row.norm_ratio == pytest.approx(0, abs=1e-12)
-    assert row.sign_conflict == pytest.approx(1)
+    same, opposite = only([(A, B), (A, B)]), only([(A, B), (A, -B)])
+    (found,) = same.pairs
+    assert (found.left.mean, found.right.mean, found.cosine) == pytest.approx((1, 1, 1))
+    assert (found.score, same.sign_conflict) == pytest.approx((0, 0), abs=1e-6)
+    assert same.norm_ratio == pytest.approx(1)
+    assert (opposite.pairs[0].cosine, opposite.score, opposite.sign_conflict) == pytest.approx((-1, 1, 1))
+    assert opposite.norm_ratio == pytest.approx(0, abs=1e-12)
 
 
 def test_orthogonal_updates_do_not_meet_and_keep_the_norm_of_unrelated_ones():
     e = torch.eye(6)
-    row = only([(e[[0, 1]], e[:, [0, 1]]), (e[[2, 3]], e[:, [2, 3]]), (e[[4, 5]], e[:, [4, 5]])])
-    assert all(
-        (pair.left.mean, pair.right.mean, pair.cosine, pair.score) == (0, 0, 0, 0) for pair in row.pairs
-    )
-    assert row.norm_ratio == pytest.approx(1 / math.sqrt(3))
-    assert row.unrelated == pytest.approx(1 / math.sqrt(3))
+    row = only([(e[[i, i + 1]], e[:, [i, i + 1]]) for i in (0, 2, 4)])
+    assert {(pair.left.mean, pair.right.mean, pair.cosine, pair.score) for pair in row.pairs} == {
+        (0, 0, 0, 0)
+    }
+    assert (row.norm_ratio, row.unrelated) == pytest.approx((1 / math.sqrt(3),) * 2)
     assert row.sign_conflict == 0
 
 
@@ -103,29 +93,13 @@ def test_signs_by_hand_and_with_weights():
     assert row.sign_conflict == pytest.approx(12 / 14)
 
 
-def test_a_negative_weight_turns_agreement_into_conflict():
-    pair = random_pair(6, 5, 2, 0)
-    row = only([pair, pair], [1.0, -0.5])
-    assert row.pairs[0].cosine == pytest.approx(-1)
-    assert row.norms[1] == pytest.approx(row.norms[0] / 2)
-    assert row.norm_ratio == pytest.approx(1 / 3)
-
-
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_an_update_of_zero_is_compared_with_nothing(weight):
     A, B = random_pair(6, 5, 2, 0)
     row = only([(A, B), (A, B * (1 - weight)), (A, 2 * B)], [1.0, weight, 1.0])
-    by_pair = {pair.adapters: pair for pair in row.pairs}
-    assert row.ranks == (2, 0, 2)
-    assert (by_pair[0, 1].left, by_pair[0, 1].cosine, by_pair[0, 1].score) == (None, None, None)
-    assert by_pair[0, 2].cosine == pytest.approx(1)
-    assert row.worst == (0, 2)
-
-
-def test_all_zero_has_no_ratio_and_no_share():
-    A, B = random_pair(6, 5, 2, 0)
+    assert [(pair.adapters, pair.cosine) for pair in row.pairs] == [((0, 2), pytest.approx(1))]
     row = only([(A, 0 * B), (A, 0 * B)])
-    assert (row.norm_ratio, row.unrelated, row.sign_conflict, row.worst) == (None, None, None, None)
+    assert (row.norm_ratio, row.unrelated, row.sign_conflict, row.score) == (None, None, None, None)
 
 
 def test_modules_are_compared_among_the_adapters_that_have_them_in_the_model_s_order():
@@ -142,19 +116,6 @@ def test_modules_are_compared_among_the_adapters_that_have_them_in_the_model_s_o
     ]
     assert [len(row.pairs) for row in rows] == [3, 0, 1, 0]
     assert rows[2].pairs[0].adapters == (0, 2)
-
-
-@pytest.mark.parametrize("weights", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 1.0]])
-def test_weights_that_do_not_fit_are_refused(weights):
-    pair = random_pair(3, 3, 1, 0)
-    with pytest.raises(ConfigError, match="weights"):
-        conflicts([update(q=pair), update(q=pair)], weights)
-
-
-def test_modules_of_different_shapes_are_refused_by_name():
-    one, other = update("one", q=random_pair(3, 4, 1, 0)), update("other", q=random_pair(5, 4, 1, 0))
-    with pytest.raises(AdapterError, match=r"layer q: one has it with .*\(3, 4\), other with \(5, 4\)"):
-        conflicts([one, other], [1.0, 1.0])
 
 
 # ---- against dense float64
@@ -193,20 +154,11 @@ def test_every_number_is_that_of_the_dense_updates(case):
     assert row.sign_conflict == pytest.approx(reference.cancelled_share(matrices), abs=1e-5)
     for pair, (i, j) in zip(row.pairs, itertools.combinations(range(len(pairs)), 2), strict=True):
         one, other = matrices[i], matrices[j]
+        assert 0 <= pair.score <= 1 + 1e-9
         assert pair.cosine == pytest.approx((one * other).sum().item() / (norms[i] * norms[j]), abs=1e-6)
         for side, (a, b) in ((pair.left, (one, other)), (pair.right, (one.T, other.T))):
-            mean, largest = reference.overlap(a, b, RANK_TOLERANCE)
+            mean, _ = reference.overlap(a, b, RANK_TOLERANCE)
             assert side.mean == pytest.approx(mean, abs=1e-4)
-            assert side.largest_cosine**2 == pytest.approx(largest, abs=1e-4)
-
-
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(cases())
-def test_every_share_is_between_its_bounds(case):
-    row = only(*case)
-    assert 0 <= row.norm_ratio <= 1 + 1e-9
-    assert 0 <= row.sign_conflict <= 1
-    assert all(0 <= pair.score <= 1 + 1e-9 for pair in row.pairs if pair.score is not None)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -235,16 +187,6 @@ def test_adapters_of_any_method_are_compared(adapters):
         assert row.sign_conflict == pytest.approx(reference.cancelled_share(matrices), abs=1e-5)
 
 
-def test_hiplora_adapters_over_one_basis_share_the_directions_of_their_gains(adapters):
-    """Six directions of at most ten are the same on both sides; a gain that hardly moved may not count."""
-    updates = [read_update(adapters[name]) for name in ("one", "two")]
-    for row in view(conflicts(updates, [1.0, 1.0])):
-        (pair,) = row.pairs
-        assert min(pair.left.mean, pair.right.mean) > 0.5
-        assert pair.left.largest_cosine == pytest.approx(1)
-        assert pair.right.largest_cosine == pytest.approx(1)
-
-
 # ---- the report
 
 
@@ -266,13 +208,12 @@ def three():
 
 
 def test_the_report_has_a_row_a_module_and_means_over_the_modules_that_both_change():
-    report = json.loads(json.dumps(merge_report(three(), [1.0, 1.0, 0.5], {"method": "addition"})))
+    named = {one.source: one for one in three()}
+    report = json.loads(json.dumps(merge_report(named, [1.0, 1.0, 0.5], {"method": "addition"})))
     assert (report["schema"], report["kind"], report["base"]) == (1, "merge-report", "base")
     assert [row["module"] for row in report["modules"]] == ["o", "q", "v"]
     assert report["most_conflicting"] == ["q"]
-    pairs = report["pairs"]
-    assert pairs["modules"] == [[None, 1, 0], [1, None, 1], [0, 1, None]]
-    assert pairs["cosine"] == [[None, -1.0, None], [-1.0, None, 1.0], [None, 1.0, None]]
+    assert report["cosine"] == [[None, -1.0, None], [-1.0, None, 1.0], [None, 1.0, None]]
 
 
 def test_totals_take_all_modules_as_one_vector():
@@ -284,11 +225,3 @@ def test_totals_take_all_modules_as_one_vector():
     assert found["sign_conflict"] == pytest.approx(2 / 6.5)
     assert (found["modules"], found["shared"]) == (3, 2)
     assert (found["left"], found["right"], found["cosine"]) == pytest.approx((1, 1, 0))
-
-
-@pytest.mark.parametrize(
-    ("sources", "names"),
-    [(["a", "b"], ["a", "b"]), (["a", "a"], ["a (1)", "a (2)"]), (["x/a", "y/a"], ["x/a", "y/a"])],
-)
-def test_adapters_get_distinct_names(sources, names):
-    assert adapter_names([update(source) for source in sources]) == names

@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
-from hiplora.evaluation.judgement import Instance, judge
+from hiplora.evaluation.evaluate import judge
 
 
 def test_scores_without_chance_give_verdicts_without_doubt():
     """Task `a` falls from 100 to 60, `b` from 50 to 49: fails where τ > 0.6; drops of 40 and 1."""
-    one = Instance({"a": [100.0] * 4, "b": [50.0] * 4}, {"a": [60.0] * 4, "b": [49.0] * 4})
+    one = ({"a": [100.0] * 4, "b": [50.0] * 4}, {"a": [60.0] * 4, "b": [49.0] * 4})
     found = judge([one])
     assert found["mean_drop"] == pytest.approx({"estimate": 20.5, "low": 20.5, "high": 20.5})
     for tau, row in found["merge_fail"].items():
@@ -16,8 +16,8 @@ def test_scores_without_chance_give_verdicts_without_doubt():
 
 
 def test_merge_fail_is_the_share_of_merges_with_any_task_below():
-    good = Instance({"a": [100.0], "b": [100.0]}, {"a": [95.0], "b": [95.0]})
-    bad = Instance({"a": [100.0], "b": [100.0]}, {"a": [100.0], "b": [50.0]})
+    good = ({"a": [100.0], "b": [100.0]}, {"a": [95.0], "b": [95.0]})
+    bad = ({"a": [100.0], "b": [100.0]}, {"a": [100.0], "b": [50.0]})
     assert judge([good, bad])["merge_fail"]["0.9"]["estimate"] == 0.5
 
 
@@ -27,7 +27,7 @@ def test_the_interval_knows_how_uncertain_the_items_leave_it():
     before = generator.permutation([100.0, 0.0] * 100)
     after = before.copy()
     after[np.flatnonzero(before)[:10]] = 0.0
-    found = judge([Instance({"a": before}, {"a": after})])["merge_fail"]["0.9"]
+    found = judge([({"a": before}, {"a": after})])["merge_fail"]["0.9"]
     assert found["estimate"] == 0.0
     assert (found["low"], found["high"]) == (0.0, 1.0)
     assert 0.3 < found["share"] < 0.7
@@ -36,12 +36,12 @@ def test_the_interval_knows_how_uncertain_the_items_leave_it():
 def test_the_same_items_stay_paired():
     """The same score before and after, item by item, is no drop in any replicate, however the items vary."""
     items = list(np.random.default_rng(1).uniform(0, 100, 50))
-    found = judge([Instance({"a": items}, {"a": items})])
+    found = judge([({"a": items}, {"a": items})])
     assert found["mean_drop"] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_the_same_seed_gives_the_same_intervals():
     items = np.random.default_rng(2).uniform(0, 100, (2, 30))
-    one = Instance({"a": list(items[0])}, {"a": list(items[1])})
+    one = ({"a": list(items[0])}, {"a": list(items[1])})
     assert judge([one], seed=3) == judge([one], seed=3)
     assert judge([one], seed=3) != judge([one], seed=4)
