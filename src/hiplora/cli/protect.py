@@ -20,7 +20,11 @@ def command(
     adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     strength: float = typer.Option(
-        1.0, "--strength", min=0.0, max=1.0, help="How much of these directions to remove: 0 nothing, 1 everything."
+        1.0,
+        "--strength",
+        min=0.0,
+        max=1.0,
+        help="How much of these directions to remove: 0 nothing, 1 everything.",
     ),
     principal_rank: str = typer.Option(
         "32",
