@@ -89,6 +89,7 @@ class PreparedEdits:
         apart = [one for one in load_questions() if one.subject.casefold() not in edited]
 
         def adapt(model: Any) -> Any:
+            assert not isinstance(method, AlphaEdit)
             return put_on(method, model, tokenizer, seed=job.seed, start=start)
 
         put_in = method if isinstance(method, AlphaEdit) else adapt
@@ -124,7 +125,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
             if isinstance(editor, AlphaEditor):
                 editor.save(folder / name, job.model)
             else:
-                save_trained(prepared.method, editor.model, folder / name, Path(start))
+                save_trained(prepared.method, editor.model, folder / name, Path(start))  # type: ignore[arg-type]
             adapters.append(name)
 
         model, tokenizer = load(job.model)

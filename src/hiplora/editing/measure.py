@@ -99,7 +99,7 @@ class Locality:
         found = self._ask(model)
         return found.assign(unchanged=(found["written"] == self.before["written"]).astype(int))
 
-    def summarise(self, answers: pd.DataFrame) -> dict[str, float]:
+    def summarise(self, answers: pd.DataFrame) -> dict[str, float | None]:
         """Return accuracy before and after, its change in points, and the share of unchanged answers, in per cent.
 
         `log_prob_change` is the mean change of the true answers' log-probability in nats, `edited_log_prob_change` of

@@ -152,9 +152,17 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
     sections = []
     for metric, title in METRICS.items():
         some = rows[rows[metric] > 0] if metric == "kl" else rows.dropna(subset=metric)
-        axes = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logy": metric == "kl"}
         figure = plots.facets(
-            some, "kind", plots.scatter, x="sigma", y=metric, group="type", logx=True, **axes
+            some,
+            "kind",
+            plots.scatter,
+            x="sigma",
+            y=metric,
+            group="type",
+            logx=True,
+            logy=metric == "kl",
+            xlabel="singular value σ",
+            ylabel=f"{title} (nats per token)",
         )
         table = correlation_table(record["correlations"], metric)
         tables, figures = {"Correlation with σ, 95 % intervals": table}, {"A dot is a direction.": figure}

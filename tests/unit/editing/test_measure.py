@@ -9,7 +9,7 @@ from peft import LoraConfig
 from hiplora.editing import EditTraining, evaluate_edits, run_edits
 from hiplora.editing.measure import Locality, _right, answer_log_probs, measure_edits, normalise, summarise
 from hiplora.evaluation.answers import continuations
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
 
 
@@ -43,19 +43,9 @@ def test_likelihoods_and_continuations_equal_the_token_by_token_ones(paraphrase)
         assert (row.preferred, row.success) == (new > old, new > old or row.exact)
 
 
-@pytest.mark.parametrize(
-    ("written", "exact"),
-    [
-        (" Green.", True),
-        (" the green one", True),
-        (" GREEN\n", True),
-        (" greenish", False),
-        (" not green", False),
-        ("", False),
-    ],
-)
-def test_an_exact_match_is_of_whole_words_at_the_beginning(written, exact):
-    assert _right([written], ["green"]).tolist() == [exact]
+def test_an_exact_match_is_of_whole_words_at_the_beginning():
+    written = [" Green.", " the green one", " GREEN\n", " greenish", " not green", ""]
+    assert _right(written, ["green"] * 6).tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_normalising_drops_case_punctuation_spaces_and_a_leading_article():
@@ -63,12 +53,6 @@ def test_normalising_drops_case_punctuation_spaces_and_a_leading_article():
     assert normalise("Ａ") == ""  # a full-width article
     assert normalise("under_score") == "under score"
     assert normalise("Thebes") == "thebes"
-
-
-def test_the_mode_of_the_model_is_restored():
-    model = tiny_llama().train()
-    evaluate_edits(model, tiny_tokenizer(), EDITS)
-    assert model.training
 
 
 def test_neighbours_are_kept_if_their_answer_is_likelier_than_the_new_one_and_shares_are_per_cent():

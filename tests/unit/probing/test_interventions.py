@@ -40,17 +40,6 @@ def test_an_intervention_adds_its_multiple_of_one_singular_component(name, facto
         )
 
 
-def test_zero_takes_a_direction_out_of_the_spectrum_and_flip_leaves_the_spectrum():
-    model = tiny_llama()
-    module, direction = model.get_submodule(NAME), one(model, index=0)
-    before = torch.linalg.svdvals(module.weight)
-    with intervened(model, direction, -1.0):
-        after = torch.linalg.svdvals(module.weight)
-    torch.testing.assert_close(after[:-1], before[1:], atol=1e-6, rtol=0)
-    with intervened(model, direction, -2.0):
-        torch.testing.assert_close(torch.linalg.svdvals(module.weight), before, atol=1e-6, rtol=0)
-
-
 def test_the_very_same_weight_is_back_also_after_an_error():
     model = tiny_llama()
     module, direction = model.get_submodule(NAME), one(model)
@@ -88,7 +77,7 @@ def test_a_transposed_layer_is_changed_the_same_way():
     assert not torch.allclose(outputs["linear"], linear(inputs))
 
 
-@pytest.mark.parametrize("name", ["zap", "noise", "noise_0", "noise_-1", "noise_inf", "zero_0.1", "noise_x"])
+@pytest.mark.parametrize("name", ["zap", "noise", "noise_0", "noise_inf", "zero_0.1", "noise_x"])
 def test_an_unknown_intervention_is_refused(name):
     with pytest.raises(ConfigError, match=f"intervention '{name}': expected zero, flip, or noise_S"):
         intervention_factor(name)
