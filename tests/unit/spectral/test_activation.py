@@ -67,11 +67,8 @@ def test_eigenvalues_energy_and_ranks_by_hand():
     assert basis.energy(3) == pytest.approx(1.0)
     assert basis.effective_rank == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)))
     assert [basis.rank_for(energy) for energy in (0.5, 0.8, 0.9, 1.0)] == [1, 1, 2, 2]
-
-
-def test_inputs_that_are_all_zero_have_no_energy():
-    basis = basis_of(torch.zeros(4, 3))
-    assert (basis.energy(2), basis.effective_rank, basis.rank_for(0.9)) == (0.0, 0.0, 1)
+    empty = basis_of(torch.zeros(4, 3))
+    assert (empty.energy(2), empty.effective_rank, empty.rank_for(0.9)) == (0.0, 0.0, 1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -112,14 +109,6 @@ def test_on_the_input_side_each_direction_has_its_image():
     weight = weight_of()
     factors = activation_factors(weight, basis_of(inputs_of()), 5, "input")
     torch.testing.assert_close(weight @ factors.V, factors.U * factors.sigma, rtol=1e-5, atol=1e-5)
-
-
-def test_an_update_off_the_input_side_hardly_changes_what_the_layer_gives():
-    x, weight = inputs_of(), weight_of()
-    factors = activation_factors(weight, basis_of(x), 12)
-    A, B = torch.randn(3, 24), torch.randn(16, 3)
-    kept, _ = retract(A, B, *protected(factors.U, factors.V, "input"))
-    assert (x @ kept.T).square().sum() < 0.05 * (x @ A.T).square().sum()
 
 
 @pytest.mark.parametrize(("sides", "free"), [("input", "B"), ("output", "A"), ("both", "")])
@@ -164,11 +153,6 @@ def test_the_leading_eigenvectors_alone_are_those_of_all():
     assert same_subspace(found.vectors, dense.eigenvectors.flip(1)[:, :3])
     torch.testing.assert_close(found.values, dense.eigenvalues.flip(0)[:3])
     assert torch.equal(found.vectors, moment.leading(3).vectors)
-
-
-def test_no_more_directions_than_there_are():
-    moment = SecondMoment(24)
-    moment.add(inputs_of())
     assert moment.leading(30).vectors.shape == (24, 24)
 
 
