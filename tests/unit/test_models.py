@@ -176,6 +176,7 @@ def test_a_failed_conversion_leaves_nothing(toy, monkeypatch):
     assert [path.name for path in model_dir("toy").parent.iterdir()] == [".toy.lock"]
 
 
+@pytest.mark.slow
 def test_after_a_kill_in_mid_conversion_the_next_run_succeeds_and_tidies_up(toy):
     script = f"""
         import os, signal
@@ -254,6 +255,7 @@ def test_a_model_that_is_not_there_is_named_with_what_was_expected(tmp_path):
         load(str(tmp_path / "absent"))
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 def test_the_real_model_answers_a_question_through_its_chat_template(smollm2):
     model, tokenizer = load("smollm2-135m")

@@ -28,13 +28,6 @@ def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[s
         )
 
 
-def _active(model: nn.Module) -> Iterator[tuple[HipLoraLinear, str]]:
-    for _, layer in hip_layers(model):
-        for adapter in layer.active_adapters:
-            if adapter in layer.hiplora_A:
-                yield layer, adapter
-
-
 def stability_penalty(model: nn.Module) -> Tensor:
     """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
 
@@ -45,7 +38,10 @@ def stability_penalty(model: nn.Module) -> Tensor:
         AdapterError: no active adapter has a principal channel.
     """
     terms = [
-        term for layer, adapter in _active(model) if (term := layer.stability_penalty(adapter)) is not None
+        layer.stability_penalty(adapter)
+        for _, layer in hip_layers(model)
+        for adapter in layer.active_adapters
+        if adapter in layer.hiplora_delta
     ]
     if not terms:
         raise AdapterError(

@@ -225,10 +225,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             weights = self._budget[adapter] = budget_weights(sigma, self.configs[adapter].stability_gamma)
         return weights
 
-    def stability_penalty(self, adapter: str) -> Tensor | None:
-        """Return R(δ) of Eq. 6, differentiable, or None without a principal channel."""
-        if adapter not in self.hiplora_delta:
-            return None
+    def stability_penalty(self, adapter: str) -> Tensor:
+        """Return R(δ) of Eq. 6, differentiable; the adapter has a principal channel."""
         return penalty(self.hiplora_delta[adapter].float(), self.budget(adapter))
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
