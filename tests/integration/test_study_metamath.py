@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 
+import pytest
+
 from hiplora.data.rows import read_rows
 from hiplora.study.builder import Study
 from hiplora.study.context import Context, Place
@@ -45,6 +47,7 @@ def write_data(folder):
     write_jsonl(folder / "finewiki.jsonl", articles)
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_on_local_files_and_writes_its_results(tmp_path):
     write_data(tmp_path / "data")
     study = Study(load_study("peft-metamath", SETTINGS), tmp_path / "data")

@@ -20,8 +20,12 @@ pytestmark = pytest.mark.slow
 CODE = "--allow-code-execution"
 KINDS = {"train", "evaluate", "merge", "collect", "factorize", "inspect", "edit", "probe", "speed"}
 LEFT_OUT = [name for name, _ in load_study("pico").protocols if name not in ("single_task", "merging")]
+TRAIN = "{path: %s.jsonl, held_out_fraction: 0.1, held_out_limit: 4}"
 FEW = [
-    *("rates=null", "seeds=[42]", "domains.code=null"),
+    "rates=null",
+    "seeds=[42]",
+    f"domains={{sums: {{title: Sums, train: {TRAIN % 'gsm8k_train'}, tasks: {{gsm8k_reference: 4}}}}, "
+    f"facts: {{title: Facts, train: {TRAIN % 'alpaca'}, tasks: {{mmlu: 4}}}}}}",
     *(f"protocols.{name}=null" for name in LEFT_OUT),
     "protocols.single_task.methods=[split-lora, hiplora]",
     "protocols.merging={methods: [hiplora], rules: {addition: {}}}",

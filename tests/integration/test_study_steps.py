@@ -1,4 +1,4 @@
-"""The steps of a study on the smallest model: their results, also after a kill, and a base left as it was."""
+"""The steps of a study on the smallest model: their results, and a base left as it was."""
 
 import json
 import math
@@ -161,7 +161,6 @@ def test_ranks_that_differ_between_layers_are_listed(context):
     method = {"name": "proj_lora", "basis": "weight", "principal_rank": 4}
     method["principal_rank_pattern"] = {"down_proj": 2}
     assert found(context, job("factorize", {"method": method}))["result"]["k"] == [4, 4, 2] * 2
-    assert "method lora has no factors" in failure(context, job("factorize", {"method": LORA}))
 
 
 def test_an_adapter_is_scored_merged_and_inspected(context):

@@ -3,9 +3,8 @@
 import contextlib
 import os
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -39,13 +38,6 @@ CODE = typer.Option(False, "--allow-code-execution", help="Run code that the mod
 REUSE = typer.Option(
     [], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable."
 )
-
-
-class ExecutorName(str, Enum):
-    """Where jobs run."""
-
-    local = "local"
-    ray = "ray"
 
 
 @app.command()
@@ -89,8 +81,8 @@ def run(
     data: Path | None = DATA,
     changes: list[str] = SET,
     workers: int = typer.Option(1, "--workers", min=1, help="Jobs to run at a time; not for --address."),
-    executor: ExecutorName = typer.Option(
-        ExecutorName.local, "--executor", help="Processes of this machine, or Ray."
+    executor: Literal["local", "ray"] = typer.Option(
+        "local", "--executor", help="Processes of this machine, or Ray."
     ),
     address: str | None = typer.Option(
         None, "--address", help="A running Ray cluster; by default one is started here."
@@ -112,7 +104,7 @@ def run(
     from hiplora.study.execute import run_graph
     from hiplora.study.plan import check, status
 
-    if executor == ExecutorName.local and (address is not None or gpus_per_job):
+    if executor == "local" and (address is not None or gpus_per_job):
         given = "--address" if address is not None else "--gpus-per-job"
         raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or remove it")
     opened = _open(recipe, out, data, changes, allow_code)
@@ -123,7 +115,7 @@ def run(
             opened.graph,
             opened.place,
             workers=workers,
-            executor=executor.value,
+            executor=executor,
             address=address,
             gpus_per_job=gpus_per_job,
             on_event=on_event,

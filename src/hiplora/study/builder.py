@@ -60,16 +60,16 @@ class Study:
 
     # Jobs.
 
-    def rate(self, row: StudyMethod, steps: int | None = None) -> Job | None:
+    def rate(self, row: StudyMethod) -> Job | None:
         """Return the job that chooses a method's learning rate on held-out rows; None if it is given."""
         search = self.recipe.rates
         if row.lr != CHOSEN or search is None:
             return None
-        key = ("rate", row.model_dump_json(), steps)
+        key = ("rate", row.model_dump_json())
         if key not in self._made:
             candidates = {
                 rate: {
-                    f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate, steps=steps)
+                    f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate)
                     for domain in search.domains or self.recipe.domains
                 }
                 for rate in search.grid
@@ -139,8 +139,10 @@ class Study:
         if not isinstance(row.method, Spectral):
             return None
         shared = row.method.model_dump(exclude_defaults=True, mode="json", include=set(OF_THE_FACTORS))
-        method = {"name": "proj_lora", **shared}
-        settings = {"method": method, "files": self.hashes([row.method.calibration_text])}
+        settings = {
+            "method": {"name": "proj_lora", **shared},
+            "files": self.hashes([row.method.calibration_text]),
+        }
         return self.job("factorize", f"factors of {row.title}", settings)
 
     def score(

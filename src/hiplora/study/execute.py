@@ -84,7 +84,7 @@ def run_graph(
                 if outcome != "busy":
                     on_event(outcome, job)
     finally:
-        pool.close()
+        pool.close(interrupted=bool(running))
 
 
 def run_job(job: Job, context: Context) -> str:
@@ -152,8 +152,8 @@ class _Processes:
         self._pools[slot] = ProcessPoolExecutor(1, spawn, _start_worker, (slot, self.slots))
         return self._pools[slot].submit(_work, job, self._place)
 
-    def close(self) -> None:
-        for process in set(multiprocessing.active_children()) - self._others:
+    def close(self, interrupted: bool) -> None:
+        for process in set(multiprocessing.active_children()) - self._others if interrupted else ():
             process.terminate()  # files are whole or absent, so an interrupted job loses nothing it stored
         for pool in self._pools.values():
             pool.shutdown(cancel_futures=True)
@@ -204,7 +204,7 @@ class _Ray:
     def submit(self, slot: int, job: Job) -> "Future[str]":
         return self._task.remote(job, self._place).future()
 
-    def close(self) -> None:
+    def close(self, interrupted: bool) -> None:
         self._ray.shutdown()
 
 

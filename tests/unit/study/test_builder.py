@@ -38,13 +38,6 @@ def test_keys_stay_what_they_were_when_records_were_published(tmp_path, name, jo
     assert hashlib.sha256("".join(keys).encode()).hexdigest()[:16] == digest
 
 
-def test_the_same_call_is_one_job():
-    one, other = study(), study()
-    assert adapter(one) == adapter(other)
-    assert one.score(adapter(one)) == other.score(adapter(other))
-    assert len(Graph([adapter(one), adapter(other)])) == len(Graph([adapter(one)]))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,7 +95,6 @@ def test_a_variant_changes_its_settings_and_may_take_its_parents_rate():
     job = found.adapter(variant, "code", 42, like=parent)
     assert job.needs["rate"] == found.rate(parent)
     assert job != found.adapter(parent, "code", 42)
-    assert found.factors(parent) == found.factors(variant)
 
 
 def test_a_setting_may_be_what_another_job_chooses():
@@ -125,14 +117,6 @@ def test_factors_are_shared_by_what_they_depend_on():
     assert weight == found.factors(found.variant("hiplora", r=2, lora_alpha=4))
     assert weight != found.factors(found.variant("hiplora", principal_rank=3))
     assert weight != found.factors(found.row("hiplora-activation"))
-
-
-def test_a_training_carries_on_from_another():
-    found = study()
-    first = adapter(found)
-    second = found.adapter(found.row("lora"), "code", 42, start=first)
-    assert second.needs["start"] == first
-    assert second != found.adapter(found.row("lora"), "code", 42)
 
 
 def test_the_base_has_no_drift_and_adapters_have():
