@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -64,51 +65,51 @@ def variants(study: Study, settings: Ablations) -> list[Any]:
 
 def jobs(study: Study, settings: Ablations) -> list[Job]:
     """Score every variant's adapters, merge those of all domains, and look where the updates lie."""
-    scores, merges, inspections = _runs(study, settings)
-    return [job for job, _ in (*scores, *merges, *inspections)]
+    return [job for runs in _runs(study, settings) for job, _ in runs]
 
 
 def tables(study: Study, settings: Ablations, results: Results) -> Findings:
     """Return scores, Retain, MergeFail and losses in both forms, and the training curves."""
     scores, merges, inspections = _runs(study, settings)
-    records, seeds = tidy(results, scores), study.seeds(settings)
+    records, full = tidy(results, scores), study.row(settings.method).title
     numbers = with_jobs(scores_and_retain(study, records), scores)
-    full = study.row(settings.method).title
-    taken = [(seed, tuple((domain, seed) for domain in _domains(study, settings))) for seed in seeds]
-    judged = tidy(results, merges)
-    failed = failures(study, judged, taken, [settings.tau], shared=False) if len(judged) else pd.DataFrame()
-    failed = failed[failed["size"] == "all"].assign(rule=RULE, merges=len(taken)) if len(failed) else failed
-    trained = tidy(
-        results, [(job.needs["adapter"], labels) for job, labels in scores if "adapter" in job.needs]
-    )
-    found = Findings(settings.name, settings.title)
-    parts = [numbers[numbers.method != BASE], failed, _p_values(study, records, full)]
-    parts += [_losses(trained), _leaks(results, inspections), _slower(trained, full)]
-    found.measured = joined(*parts)
+    numbers = numbers[numbers.method != BASE]
+    trained = tidy(results, [(job.needs["adapter"], labels) for job, labels in scores[1:]])
+    failed, judged = pd.DataFrame(), tidy(results, merges)
+    if len(judged):
+        taken = _taken(study, settings)
+        failed = failures(study, judged, taken, [settings.tau], shared=False)
+        failed = failed[failed["size"] == "all"].assign(rule=RULE, merges=len(taken))
+    parts = [numbers, failed, _p_values(study, records, full), *_losses(trained, full)]
+    found = Findings(settings.name, settings.title, joined(*parts, _leaks(results, inspections)))
+    headings = {
+        "retain p": "Retain p",
+        "merge fail": "MergeFail",
+        "held-out loss": "Held-out loss",
+        "leak": "Leak, %",
+    }
     for form in ("accuracy", "likelihood"):
         shown = score_columns(study, numbers[numbers.form == form], "Downstream")
         shown = shown[shown.metric.ne("score") | shown.domain.isin(_domains(study, settings))]
-        headings = {
-            "retain p": "Retain p",
-            "merge fail": "MergeFail",
-            "held-out loss": "Held-out loss",
-            "leak": "Leak, %",
-        }
         rows = found.measured[found.measured.metric.isin(headings)]
         rows = rows[rows.form.isna() | (rows.form == form)].assign(column=rows.metric.map(headings))
         rows.loc[rows.metric == "leak", "estimate"] *= 100
-        shown = joined(shown[shown.method != BASE], rows)
-        wide = table(shown, "column", digits=_digits, paper=lambda row, form=form: _paper(row, form, full))
+        wide = table(
+            joined(shown, rows),
+            "column",
+            digits=lambda row: {"retain p": 3, "held-out loss": 3, "leak": 2}.get(row.metric, 1),
+            paper=lambda row: _paper(row, full) if row.form == "accuracy" else None,
+        )
         found.tables[f"{settings.name}-{form}"] = f"Ablations: {form}", wide
     curves = trained[trained.metric == "loss"].dropna(subset="value")
     if not curves.empty:
-        steps = curves.groupby(["method", "item"], sort=False)["value"].mean().rename("loss").reset_index()
+        figure = plots.lines(
+            curves.groupby(["method", "item"], sort=False)["value"].mean().reset_index(),
+            "item", "value", "method", markers=False,
+            xlabel="optimizer step", ylabel="training loss (nats a token)",
+        )  # fmt: skip
         caption = "Training with and without each part, mean over domains and seeds"
-        labels = {"xlabel": "optimizer step", "ylabel": "training loss (nats a token)", "markers": False}
-        found.figures[f"{settings.name}-dynamics"] = (
-            caption,
-            plots.lines(steps, "item", "loss", "method", **labels),
-        )
+        found.figures[f"{settings.name}-dynamics"] = caption, figure
     found.text = (
         f"MergeFail: merges by addition, one a seed, in which a task keeps less than τ = {settings.tau:g} of its "
         "score. Retain p: sign-flip test over items against the full method. Leak: share of the update's energy "
@@ -123,23 +124,28 @@ def _domains(study: Study, settings: Ablations) -> list[str]:
     return list(settings.domains or study.recipe.domains)
 
 
+def _taken(study: Study, settings: Ablations) -> list[tuple[int, tuple[tuple[str, int], ...]]]:
+    """The merges: (seed, adapters), those of all domains for each seed."""
+    domains = _domains(study, settings)
+    return [(seed, tuple((domain, seed) for domain in domains)) for seed in study.seeds(settings)]
+
+
 def _runs(study: Study, settings: Ablations) -> tuple[list, list, list]:
-    """The scores, the merges with what judging them reads, and the inspections, each with labels.
+    """The scores (of the base first), the merges with what judging them reads, and the inspections, with labels.
 
     Inspections look at the protected directions themselves, which lead the spectrum in the weight's basis alone.
     """
-    like, seeds, domains = study.row(settings.method), study.seeds(settings), _domains(study, settings)
+    like, domains = study.row(settings.method), _domains(study, settings)
     rows = variants(study, settings)
-    scores = score_runs(study, rows, seeds, domains, like)
+    scores = score_runs(study, rows, study.seeds(settings), domains, like)
     merges: list = []
-    taken = [(seed, tuple((domain, seed) for domain in domains)) for seed in seeds]
     for row in rows if settings.merge and len(domains) > 1 else ():
+        taken = _taken(study, settings)
         made = [merge_of(study, row, instance, RULE, {}, like=like) for _, instance in taken]
         merges += labelled(study, row, RULE, taken, made, like)
-    rank = getattr(like.method, "principal_rank", None)
-    whole = getattr(like.method, "basis", "") == "weight" and isinstance(rank, int)
-    adapters = [(job.needs["adapter"], labels) for job, labels in scores if "adapter" in job.needs]
-    return scores, merges, [(study.inspect(job, rank), labels) for job, labels in adapters if whole]
+    rank = like.method.principal_rank
+    inspected = scores[1:] if like.method.basis == "weight" and isinstance(rank, int) else []
+    return scores, merges, [(study.inspect(job.needs["adapter"], rank), labels) for job, labels in inspected]
 
 
 def _p_values(study: Study, records: pd.DataFrame, full: str) -> pd.DataFrame:
@@ -151,64 +157,49 @@ def _p_values(study: Study, records: pd.DataFrame, full: str) -> pd.DataFrame:
     by = {"index": ["form", "method"], "columns": ["task", "item"], "values": "value", "sort": False}
     lost = items.assign(value=-items.value / sizes * counts).pivot_table(aggfunc="mean", **by)
     lost = lost.reindex(columns=list(domains), level="task")
-    rows = [
-        {
-            "form": form,
-            "method": method,
-            "minus": full,
-            "estimate": sign_flip_p_value([row], [lost.loc[form, full]]),
-        }
-        for (form, method), row in lost.iterrows()
-        if method != full and (form, full) in lost.index
-    ]
+    rows = []
+    for (form, method), row in lost.iterrows():
+        if method != full and (form, full) in lost.index:
+            p = sign_flip_p_value([row], [lost.loc[form, full]])
+            rows.append({"form": form, "method": method, "minus": full, "estimate": p})
     return pd.DataFrame(rows).assign(metric="retain p")
 
 
-def _losses(trained: pd.DataFrame) -> pd.DataFrame:
-    losses = trained[trained.metric == "held_out_after"].groupby("method", sort=False)["value"].mean()
-    return measured(losses.rename("estimate"), "held-out loss", "nats/token")
+def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
+    """Held-out losses; each variant's training loss, mean over the steps, minus the full method's, over the seeds."""
+    losses = trained.groupby(["metric", "method", "domain", "seed"], sort=False)["value"].mean()
+    losses = losses.groupby(level=["metric", "method", "seed"], sort=False).mean()
+    held_out = losses[losses.index.get_level_values("metric") == "held_out_after"].droplevel("metric")
+    yield measured(
+        held_out.groupby(level="method", sort=False).mean().rename("estimate"), "held-out loss", "nats/token"
+    )
+    means = losses[losses.index.get_level_values("metric") == "loss"].droplevel("metric").unstack("seed")
+    if full in means.index and len(means.columns) > 1:
+        apart = (means - means.loc[full]).drop(index=full).stack()
+        yield measured(student(apart), "training loss difference", "nats/token", minus=full)
 
 
 def _leaks(results: Results, inspections: list) -> pd.DataFrame:
     """The mean over runs of the share of the energy that reads or writes protected directions, but not both."""
-    shares: dict[str, list[float | None]] = {}
+    rows = []
     for job, labels in inspections:
         found = results.get(job)
-        share = None
+        share = np.nan
         if found is not None:
             modules = pd.DataFrame(found["modules"])
             energy = modules.norm**2
             leak = (modules.left + modules.right - 2 * modules.both).clip(lower=0)
             share = float((leak * energy).sum() / energy.sum()) if energy.sum() else 0.0
-        shares.setdefault(labels["method"], []).append(share)
-    rows = [
-        {"method": method, "estimate": float(np.mean(one))}
-        for method, one in shares.items()
-        if None not in one
-    ]
-    return pd.DataFrame(rows).assign(metric="leak", unit="fraction")
-
-
-def _slower(trained: pd.DataFrame, full: str) -> pd.DataFrame:
-    """Each variant's training loss, mean over the steps, minus the full method's; Student's interval over seeds."""
-    losses = (
-        trained[trained.metric == "loss"].groupby(["method", "domain", "seed"], sort=False)["value"].mean()
-    )
-    means = losses.groupby(level=["method", "seed"], sort=False).mean().unstack("seed", sort=False)
-    if full not in means.index or len(means.columns) < 2:
+        rows.append({"method": labels["method"], "estimate": share})
+    if not rows:
         return pd.DataFrame()
-    apart = (means - means.loc[full]).drop(index=full).stack()
-    return measured(student(apart), "training loss difference", "nats/token", minus=full)
-
-
-def _digits(row: Any) -> int:
-    return {"retain p": 3, "held-out loss": 3, "leak": 2}.get(row.metric, 1)
-
-
-def _paper(row: Any, form: str, full: str) -> float | None:
-    known = form == "accuracy" and row.column in ("Downstream", "Retain", "MergeFail")
-    return (
-        paper_value("ablations", "HiP-LoRA" if row.method == full else row.method, row.column)
-        if known
-        else None
+    shares = (
+        pd.DataFrame(rows).groupby("method", sort=False)["estimate"].agg(lambda one: one.mean(skipna=False))
     )
+    return measured(shares.dropna(), "leak", "fraction")
+
+
+def _paper(row: Any, full: str) -> float | None:
+    if row.column not in ("Downstream", "Retain", "MergeFail"):
+        return None
+    return paper_value("ablations", "HiP-LoRA" if row.method == full else row.method, row.column)

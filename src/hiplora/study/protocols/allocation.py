@@ -11,7 +11,7 @@ from pydantic import Field
 
 from hiplora.reporting import plots
 from hiplora.study.protocols.settings import OfMethods, Positive
-from hiplora.study.records import Findings, joined, table, with_jobs
+from hiplora.study.records import Findings, joined, measured, table, with_jobs
 from hiplora.study.statistics import hierarchical
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hiplora.study.store import Results
 
 ALL = "all"
+BY = ["method", "type"]
 
 
 class Allocation(OfMethods):
@@ -45,39 +46,31 @@ def tables(study: Study, settings: Allocation, results: Results) -> Findings:
         if inspected is None:
             lost.add(labels["method"])
             continue
-        for kind, share in inspected["energy_inside"].items():
-            energies.append({**labels, "type": kind, "value": 100 * share})
-        for one in inspected["modules"] if labels["gains"] else ():
-            rank = np.arange(1, len(one["gains"]) + 1)
-            columns = {
-                "type": one["type"],
-                "module": one["module"],
-                "sigma": one["sigma"],
-                "gain": np.abs(one["gains"]),
-            }
-            gains.append(pd.DataFrame({**columns, "place": rank}).assign(**labels))
-    found = Findings(settings.name, settings.title)
-    if energies:
-        energy = pd.DataFrame(energies)
-        energy = energy[~energy.method.isin(lost)].groupby(["method", "type"], sort=False)["value"].mean()
-        parts = [
-            energy.rename("estimate")
-            .reset_index()
-            .assign(metric="energy inside", unit="%", low=np.nan, high=np.nan)
+        energies += [
+            {**labels, "type": kind, "value": 100 * v} for kind, v in inspected["energy_inside"].items()
         ]
-        moved = pd.concat(gains) if gains else pd.DataFrame()
-        moved = moved[~moved.method.isin(lost)] if gains else moved
-        parts += [_follows(moved), _relative(moved)] if len(moved) else []
-        found.measured = with_jobs(joined(*parts).assign(rank=settings.rank), runs)
-        found.tables[f"{settings.name}-energy"] = (
-            "Energy inside the principal subspaces, %",
-            _table(parts[0], 2),
-        )
-        if len(moved):
-            shown = joined(*parts[1:])
-            shown["method"] += ", " + shown.metric
+        has_gains = getattr(study.row(labels["row"]).method, "principal_channel", False)
+        for one in inspected["modules"] if has_gains else ():
+            columns = {name: one[name] for name in ("type", "module", "sigma")} | {
+                "gain": np.abs(one["gains"])
+            }
+            gains.append(pd.DataFrame(columns).assign(place=lambda frame: frame.index + 1, **labels))
+    energy, moved = (
+        joined(frame, columns=["method", "type"])[lambda one: ~one.method.isin(lost)]
+        for frame in (pd.DataFrame(energies), joined(*gains))
+    )
+    found = Findings(settings.name, settings.title)
+    if len(energy):
+        means = energy.groupby(BY, sort=False)["value"].mean().rename("estimate")
+        inside = measured(means, "energy inside", "%", low=np.nan, high=np.nan)
+        followed = joined(_follows(moved), _relative(moved)) if len(moved) else pd.DataFrame()
+        found.measured = with_jobs(joined(inside, followed).assign(rank=settings.rank), runs)
+        caption = "Energy inside the principal subspaces, %"
+        found.tables[f"{settings.name}-energy"] = caption, _table(inside, 2)
+        if len(followed):
+            shown = followed.assign(method=followed.method + ", " + followed.metric)
             found.tables[f"{settings.name}-gains"] = "How gains follow the spectrum", _table(shown, 3)
-            found.figures = _figures(settings.name, moved)
+            found.figures = _figures(settings.name, moved[moved.gain > 0])
     found.text = (
         f"Energy: share of ‖ΔW‖² that reads and writes the {settings.rank} leading singular directions of the base "
         "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "
@@ -92,14 +85,7 @@ def _runs(study: Study, settings: Allocation) -> Iterator[tuple[Job, dict]]:
         row = study.row(method)
         for domain in settings.domains or study.recipe.domains:
             job = study.inspect(study.adapter(row, domain, study.seeds(settings)[0]), settings.rank)
-            yield (
-                job,
-                {
-                    "method": row.title,
-                    "domain": domain,
-                    "gains": bool(getattr(row.method, "principal_channel", False)),
-                },
-            )
+            yield job, {"method": row.title, "row": method, "domain": domain}
 
 
 def _with_all(rows: pd.DataFrame) -> pd.DataFrame:
@@ -109,47 +95,41 @@ def _with_all(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _follows(gains: pd.DataFrame) -> pd.DataFrame:
     """The mean over modules and domains of Spearman's correlation of |δ| with σ, where neither is constant."""
-    groups = gains.groupby(["method", "type", "module", "domain"], sort=False)[["gain", "sigma"]]
+    groups = gains.groupby([*BY, "module", "domain"], sort=False)[["gain", "sigma"]]
     values = groups.apply(
         lambda one: one.gain.corr(one.sigma, "spearman") if one.nunique().min() > 1 else np.nan
     )
     values = _with_all(values.dropna().rename("value").reset_index()).assign(seed=0)
     if values.empty:
         return pd.DataFrame()
-    by = ["method", "type"]
-    bounds = hierarchical(values, by).set_axis(["low", "high"], axis=1)
-    means = values.groupby(by, sort=False)["value"].mean().rename("estimate")
-    return bounds.join(means).reset_index().assign(metric="gain correlation", unit="")
+    bounds = hierarchical(values, BY).set_axis(["low", "high"], axis=1)
+    means = values.groupby(BY, sort=False)["value"].mean().rename("estimate")
+    return measured(bounds.join(means), "gain correlation")
 
 
 def _relative(gains: pd.DataFrame) -> pd.DataFrame:
     """The median of |δ| / σ in per cent."""
     rows = _with_all(gains[gains.sigma > 0])
-    medians = (100 * rows.gain / rows.sigma).groupby([rows["method"], rows["type"]], sort=False).median()
-    return (
-        medians.rename("estimate")
-        .reset_index()
-        .assign(metric="median relative gain", unit="%", low=np.nan, high=np.nan)
-    )
+    medians = rows.assign(estimate=100 * rows.gain / rows.sigma).groupby(BY, sort=False)["estimate"].median()
+    return measured(medians, "median relative gain", "%", low=np.nan, high=np.nan)
 
 
 def _table(numbers: pd.DataFrame, digits: int) -> pd.DataFrame:
     wide = table(numbers, "type", digits=digits)
-    return wide[[*(kind for kind in wide if kind != ALL), ALL]].rename(columns={ALL: "All modules"})
+    return wide[[*wide.columns.drop(ALL), ALL]].rename(columns={ALL: "All modules"})
 
 
-def _figures(name: str, gains: pd.DataFrame) -> dict:
+def _figures(name: str, moved: pd.DataFrame) -> dict:
     """|δ| of every direction, a panel a module type: over σ, and over the direction's place by σ."""
-    look = {"y": "gain", "group": "method", "ylabel": "|δ|", "logy": True}
-    moved = gains[gains.gain > 0]
-    if moved.empty:
-        return {}
-    over_sigma = plots.facets(
-        moved, "type", plots.scatter, x="sigma", xlabel="σ of the base weight", logx=True, **look
-    )
-    over_rank = plots.facets(moved, "type", plots.scatter, x="place", xlabel="direction, by σ", **look)
-    caption = "How far each gain moved, by the {} of its direction; first seed"
-    return {
-        f"{name}-sigma": (caption.format("strength"), over_sigma),
-        f"{name}-rank": (caption.format("place"), over_rank),
-    }
+    found = {}
+    for x, stem, xlabel in (("sigma", "sigma", "σ of the base weight"), ("place", "rank", "place by σ")):
+        if not moved.empty:
+            figure = plots.facets(
+                moved, "type", plots.scatter, x=x, y="gain", group="method", xlabel=xlabel, ylabel="|δ|",
+                logx=x == "sigma", logy=True,
+            )  # fmt: skip
+            found[f"{name}-{stem}"] = (
+                f"How far each gain moved, over its direction's {xlabel}; first seed",
+                figure,
+            )
+    return found

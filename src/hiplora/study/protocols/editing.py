@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ALPHAEDIT = "alphaedit"  # the editor that trains nothing
 BUILT_IN = "builtin"
+BY = ["set", "mode", "method"]
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of file names
 SHOWN = {  # metric → heading, unit
     "edit success": ("Edit success", "%"),
@@ -33,6 +35,8 @@ SHOWN = {  # metric → heading, unit
     "log-probability change": ("Log p of unrelated answers", "nats"),
     "edited log-probability change": ("Log p of edited targets", "nats"),
 }
+HEADINGS = {metric: heading for metric, (heading, _) in SHOWN.items()}
+UNITS = {metric: unit for metric, (_, unit) in SHOWN.items()}
 LOST = {  # metric of the unrelated questions → the ratio of what two methods lost, sign of a loss
     "locality damage": ("locality damage ratio", 1),
     "locality": ("lost accuracy ratio", 1),
@@ -96,59 +100,54 @@ def jobs(study: Study, settings: Editing) -> list[Job]:
 def tables(study: Study, settings: Editing, results: Results) -> Findings:
     """Return a table a set and mode with the drift after the last edit, one by categories, the course of a sequence."""
     runs = list(_runs(study, settings))
-    by = ["set", "mode", "method"]
-    moved = drift(tidy(results, runs, by), ["set", "mode"])
-    items = _items(results, runs, by)
-    numbers = with_jobs(joined(_measured(items), moved), runs, by)
+    moved = drift(tidy(results, runs, BY), BY[:2])
+    numbers = with_jobs(joined(_measured(_items(results, runs)), moved, columns=["text"]), runs, BY)
     found = Findings(settings.name, settings.title, numbers)
-    for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
-        title = f"{settings.sets[name].title or name}, {mode}"
-        stem = f"{settings.name}-{name}-{mode}"
-        shown = rows[rows.metric.isin(SHOWN)].assign(
-            column=rows.metric.map({key: one[0] for key, one in SHOWN.items()})
-        )
-        drifts = rows[rows.metric == "drift"]
-        drifts = drifts.assign(column="Drift, " + drifts.text.astype(str), estimate=1000 * drifts.estimate)
-        of_paper = (
-            mode == "batch" and settings.sets[name].edits == BUILT_IN and settings.sets[name].category is None
-        )
-        wide = table(
-            pd.concat([shown, drifts], ignore_index=True),
-            "column",
-            digits=_digits,
-            paper=_paper if of_paper else None,
-        )
-        order = [one[0] for one in SHOWN.values() if one[0] in wide]
-        found.tables[stem] = title, wide[[*order, *(column for column in wide if column not in order)]]
+    for (name, mode), rows in numbers.groupby(BY[:2], sort=False):
+        facts, stem = settings.sets[name], f"{settings.name}-{name}-{mode}"
+        title = f"{facts.title or name}, {mode}"
+        in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
+        found.tables[stem] = title, _table(rows, in_paper)
         kinds = rows[rows.category.notna()]
         kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
         found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds, "column")
         course = rows[rows.metric == "edit success so far"]
         if not course.empty:
             figure = plots.lines(
-                course,
-                "edits",
-                "estimate",
-                "method",
-                low="low",
-                high="high",
-                xlabel="edits so far",
-                ylabel="edit success (%)",
-            )
-            found.figures[f"{settings.name}-{name}-sequence"] = (
-                f"{title}: edits that still work, stage after stage",
-                figure,
-            )
-    rates = ", ".join(
-        f"{study.row(method).title} {_rate(study, settings, method):g}" for method in settings.methods
-    )
+                course, "edits", "estimate", "method", low="low", high="high",
+                xlabel="edits so far", ylabel="edit success (%)",
+            )  # fmt: skip
+            caption = f"{title}: edits that still work, stage after stage"
+            found.figures[f"{settings.name}-{name}-sequence"] = caption, figure
+    rates = [f"{study.row(name).title} {_rate(study, settings, name):g}" for name in settings.methods]
     found.text = (
         "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
         "unrelated questions, in pp. Log p: mean change in nats, of the questions' own answers, and of the edits' "
         "new ones where they do not belong (lower is better there). Drift: KL from the base in thousandths of a "
-        f"nat a token. Intervals: 95 % over edits and questions. Learning rates on edits: {rates}."
+        f"nat a token. Intervals: 95 % over edits and questions. Learning rates on edits: {', '.join(rates)}."
     )
     return found
+
+
+def _table(rows: pd.DataFrame, in_paper: bool) -> pd.DataFrame:
+    drifts = rows.metric == "drift"
+    shown = rows.assign(
+        column=rows.metric.map(HEADINGS).where(~drifts, "Drift, " + rows.text.astype(str)),
+        estimate=rows.estimate.where(~drifts, 1000 * rows.estimate),
+    )
+    wide = table(
+        shown[shown.column.notna()],
+        "column",
+        digits=lambda row: 2 if UNITS.get(row.metric, "nats") == "nats" else 1,
+        paper=_paper if in_paper else None,
+    )
+    order = [heading for heading in HEADINGS.values() if heading in wide]
+    return wide[[*order, *wide.columns.difference(order, sort=False)]]
+
+
+def _paper(row: Any) -> float | None:
+    column = {"edit success": "Edit success", "locality": "Locality"}.get(row.metric)
+    return paper_value("editing", row.method, column) if column else None
 
 
 def _rate(study: Study, settings: Editing, method: str) -> float:
@@ -158,13 +157,11 @@ def _rate(study: Study, settings: Editing, method: str) -> float:
 
 def _runs(study: Study, settings: Editing) -> Iterator[tuple[Job, dict]]:
     methods = [*settings.methods, *([ALPHAEDIT] if settings.alphaedit is not None else [])]
-    for name in settings.sets:
-        for mode in settings.modes:
-            for method in methods:
-                title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
-                for seed in study.seeds(settings):
-                    job = _edit(study, settings, name, mode, method, title, seed)
-                    yield job, {"set": name, "mode": mode, "method": title, "seed": seed}
+    for name, mode, method in itertools.product(settings.sets, settings.modes, methods):
+        title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
+        for seed in study.seeds(settings):
+            job = _edit(study, settings, name, mode, method, title, seed)
+            yield job, {"set": name, "mode": mode, "method": title, "seed": seed}
 
 
 def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, title: str, seed: int) -> Job:
@@ -172,19 +169,16 @@ def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, ti
     from hiplora.study.builder import as_written
 
     facts, trains, single = settings.sets[name], method != ALPHAEDIT, mode == "single"
-    given = (
-        as_written(study.row(method).method) if trains else {"name": ALPHAEDIT, **(settings.alphaedit or {})}
-    )
+    given = {"name": ALPHAEDIT, **(settings.alphaedit or {})}
+    if trains:
+        given = as_written(study.row(method).method)
     evaluation = study.recipe.evaluation.drift
     texts = None if evaluation is None or single else evaluation.settings()
     files = [None if facts.edits == BUILT_IN else facts.edits, given.get("calibration_text")]
     files += [source.partition(":")[0] for source in (texts or {"texts": {}})["texts"].values()]
-    factors = study.factors(study.row(method)) if trains else None
     asked = {
         "method": given,
-        "edits": facts.edits,
-        "limit": facts.limit,
-        "neighbours": facts.neighbours,
+        **facts.model_dump(include={"edits", "limit", "neighbours"}),
         "mode": mode,
         "edits_per_batch": None if single else settings.edits_per_batch,
         "sample": settings.sample if single else None,
@@ -197,24 +191,26 @@ def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, ti
         "files": study.hashes(files),
         **({} if facts.category is None else {"category": facts.category}),
     }
+    factors = study.factors(study.row(method)) if trains else None
     needs = {} if factors is None else {"factors": factors}
     return study.job("edit", f"edit {name} by {title}, {mode}, seed {seed}", asked, **needs)
 
 
-def _items(results: Results, runs: list, by: list[str]) -> pd.DataFrame:
-    """What was found edit by edit and question by question: `by`, seed, metric, category, stage, task, item, value."""
+def _items(results: Results, runs: list) -> pd.DataFrame:
+    """A row an edit or question, with set, mode, method, seed, metric, task, item, value; and category, or stage."""
     parts, lost = [], set()
     for job, labels in runs:
         found = results.get(job)
         if found is None:
-            lost.add(tuple(labels[name] for name in by))
+            lost.add(tuple(labels[name] for name in BY))
             continue
         parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
         if found["questions"]:
             parts.append(_of_questions(found["questions"]).assign(**labels))
-    columns = [*by, "seed", "metric", "category", "stage", "edits", "task", "item", "value"]
-    items = joined(*parts, columns=columns)
-    return items[[tuple(row) not in lost for row in items[by].itertuples(index=False)]]
+    items = joined(
+        *parts, columns=[*BY, "seed", "metric", "category", "stage", "edits", "task", "item", "value"]
+    )
+    return items[[tuple(row) not in lost for row in items[BY].itertuples(index=False)]]
 
 
 def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
@@ -241,43 +237,38 @@ def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
 
 def _of_questions(asked: dict[str, list[float]]) -> pd.DataFrame:
     """What became of the unrelated questions: in pp and %, and in nats."""
-    q = {name: np.asarray(values, dtype=float) for name, values in asked.items()}
+    q = pd.DataFrame(asked).astype(float)
     values = {
-        "locality": 100 * (q["correct_before"] - q["correct"]),
-        "locality damage": 100 * (1 - q["unchanged"]),
-        "log-probability change": q["log_prob"] - q["log_prob_before"],
-        "edited log-probability change": q["edited_log_prob"] - q["edited_log_prob_before"],
+        "locality": 100 * (q.correct_before - q.correct),
+        "locality damage": 100 * (1 - q.unchanged),
+        "log-probability change": q.log_prob - q.log_prob_before,
+        "edited log-probability change": q.edited_log_prob - q.edited_log_prob_before,
     }
-    return (
-        pd.DataFrame(values)
-        .rename_axis("item")
-        .reset_index()
-        .melt("item", var_name="metric")
-        .assign(task="questions")
-    )
+    long = pd.DataFrame(values).rename_axis("item").reset_index().melt("item", var_name="metric")
+    return long.assign(task="questions")
 
 
 def _measured(items: pd.DataFrame) -> pd.DataFrame:
+    """Means, by category and stage too, with their differences and the ratios of what was lost."""
     by = ["set", "mode", "metric", "method"]
-    columns = [*by, "category", "unit", "estimate", "low", "high"]
     parts = []
     for further in (["category"], ["stage", "edits"]):
         rows = items[items[further[0]].notna()]
         if not rows.empty:
             parts.append(_summary(rows, [*by, *further])[0].reset_index().assign(unit="%"))
     rows = items[items.metric.isin(SHOWN)]
-    if rows.empty:
-        return joined(columns=columns)
-    whole, draws, seeds = _summary(rows, by)
-    units = {metric: unit for metric, (_, unit) in SHOWN.items()}
-    parts.append(whole.reset_index().assign(unit=lambda one: one.metric.map(units)))
-    apart = with_spread(summary(differences(draws)), differences(seeds)).reset_index()
-    apart = apart.join(whole["items"], on=by).assign(unit=apart.metric.map(units).replace("%", "pp"))
-    parts.append(apart.assign(metric=apart.metric + " difference"))
-    for metric, (name, sign) in LOST.items():
-        if metric in draws.index.unique("metric"):
-            parts.append(measured(ratios(sign * draws.xs(metric, level="metric")), name, "ratio"))
-    return joined(*parts, columns=columns)
+    if not rows.empty:
+        whole, draws, seeds = _summary(rows, by)
+        parts.append(whole.reset_index().assign(unit=lambda one: one.metric.map(UNITS)))
+        apart = (
+            with_spread(summary(differences(draws)), differences(seeds)).join(whole["items"]).reset_index()
+        )
+        unit = apart.metric.map(UNITS).replace("%", "pp")
+        parts.append(apart.assign(metric=apart.metric + " difference", unit=unit))
+        for metric, (name, sign) in LOST.items():
+            if metric in draws.index.unique("metric"):
+                parts.append(measured(ratios(sign * draws.xs(metric, level="metric")), name, "ratio"))
+    return joined(*parts, columns=[*by, "category", "unit", "estimate", "low", "high"])
 
 
 def _summary(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -286,12 +277,3 @@ def _summary(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFr
     seeds = rows.astype({"value": float}).groupby([*by, "seed"], sort=False)["value"].mean().to_frame(0)
     found = with_spread(summary(draws), seeds)
     return found.assign(items=rows.groupby(by)["item"].nunique()), draws, seeds
-
-
-def _digits(row: Any) -> int:
-    return 2 if row.metric == "drift" or SHOWN[row.metric][1] == "nats" else 1
-
-
-def _paper(row: Any) -> float | None:
-    column = {"edit success": "Edit success", "locality": "Locality"}.get(row.metric)
-    return paper_value("editing", row.method, column) if column else None

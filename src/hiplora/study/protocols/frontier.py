@@ -6,6 +6,7 @@ divided by the reference's, seed by seed; the geometric mean over the seeds has 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -14,8 +15,8 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from hiplora.study.protocols.envelope import Frontier, Mark, compared, share_below
-from hiplora.study.protocols.frontier_tables import domain_figures, domain_tables
+from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, Frontier, compared, share_below
+from hiplora.study.protocols.frontier_tables import OVER, domain_figures, domain_tables
 from hiplora.study.protocols.settings import Positive, Protocol
 from hiplora.study.records import BASE, Findings, joined, measured, scored, tidy, with_jobs
 from hiplora.study.statistics import averaged, geometric, replicates, student, summary
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from hiplora.study.jobs import Job
     from hiplora.study.store import Results
 
-OVER = "all texts"  # the geometric mean over the texts unlike the reference's calibration text
 LOSS, LIKELIHOOD = "loss", "likelihood"
 BEST_PLAIN = "Best plain LoRA"
 FLOOR = 1e-9  # nats a token: a divergence below it is rounding
@@ -57,9 +57,6 @@ class FrontierSettings(Protocol):
         min_length=1,
         description="The plain LoRAs among the methods: the best tuned of them is what is to be beaten.",
     )
-    attention: str | None = Field(
-        default=None, description="The one among them that adapts the attention only."
-    )
     reference: str = Field(description="The method that is compared with all others.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
@@ -76,9 +73,8 @@ class FrontierSettings(Protocol):
                 raise ValueError(
                     f"`domains.{domain}` lacks the `reference` {self.reference!r}, which all are compared with; add it"
                 )
-        known = {method for methods in self.domains.values() for method in methods}
-        attention = [] if self.attention is None else [self.attention]
-        for field, names in (("plain", self.plain), ("attention", attention), ("early", list(self.early))):
+        known = set(itertools.chain(*self.domains.values()))
+        for field, names in (("plain", self.plain), ("early", self.early)):
             for name in names:
                 if name not in known:
                     raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
@@ -94,29 +90,30 @@ def tables(study: Study, settings: FrontierSettings, results: Results) -> Findin
     """Return for each domain the points, the drift ratios at equal learning, and who lies below whom."""
     runs = list(_runs(study, settings))
     records = tidy(results, runs, ("on", *POINT))
-    records["domain"] = records["on"]
+    reference = study.row(settings.reference).title
+    plain = [study.row(name).title for name in settings.plain]
     found = Findings(settings.name, settings.title)
     parts = []
     for domain in settings.domains:
         points, drops = _points(study, settings, records, domain)
         if points.empty:
             continue
-        numbers = _compare(study, settings, points, drops)
-        numbers = with_jobs(numbers.assign(on=domain), runs, ("on", "method")).drop(columns="on")
-        parts.append(numbers.assign(domain=domain))
-        title = study.recipe.domains[domain].title
-        found.tables |= domain_tables(study, settings, parts[-1], f"{settings.name}-{domain}", title)
-        found.figures |= domain_figures(study, settings, parts[-1], f"{settings.name}-{domain}", title)
+        numbers = with_jobs(
+            _compare(points, drops, reference, plain).assign(on=domain), runs, ("on", "method")
+        )
+        parts.append(numbers.drop(columns="on").assign(domain=domain))
+        stem, title = f"{settings.name}-{domain}", study.recipe.domains[domain].title
+        found.tables |= domain_tables(parts[-1], stem, title, reference, settings.rates)
+        found.figures |= domain_figures(parts[-1], stem, title, reference, _kinds(study, settings))
     found.measured = joined(*parts)
-    reference = study.row(settings.reference).title
     found.text = (
         f"Ratios: how many times as far a method drifts as {reference} where it has learned as much, its lowest "
         "drift over rates and early stops, interpolated between neighbours on the grid (linear in the loss, "
         "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
         "seeds' paired log ratios). ≥: it never learned that much and drifts this far where it learned most. ≤: "
         f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
-        f"{', '.join(unlike(study, settings))}. Drop elsewhere: mean fall of the likelihoods of the other tasks, in "
-        "percentage points."
+        f"{', '.join(_unlike(study, settings))}. Drop elsewhere: mean fall of the likelihoods of the other tasks, "
+        "in percentage points."
     )
     return found
 
@@ -128,213 +125,150 @@ def _runs(study: Study, settings: FrontierSettings) -> Iterator[tuple[Job, dict]
         for method in methods:
             row = study.row(method)
             stops = settings.early.get(method, ()) if domain in (settings.early_domains or (domain,)) else ()
-            for steps in (None, *stops):
-                for rate in settings.rates:
-                    for seed in study.seeds(settings):
-                        adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
-                        label = {
-                            "on": domain,
-                            "method": row.title,
-                            "lr": rate,
-                            "steps": steps or math.inf,
-                            "seed": seed,
-                        }
-                        yield adapter, label
-                        yield study.score(adapter, tasks, drift=True), label
+            for steps, rate, seed in itertools.product((None, *stops), settings.rates, study.seeds(settings)):
+                adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
+                point = {"method": row.title, "lr": rate, "steps": steps or math.inf}
+                label = {"on": domain, **point, "seed": seed}
+                yield adapter, label
+                yield study.score(adapter, tasks, drift=True), label
 
 
-def unlike(study: Study, settings: FrontierSettings) -> list[str]:
-    """Return the drift texts that are not of the file that calibrated the reference; all, if none is left."""
+def _unlike(study: Study, settings: FrontierSettings) -> list[str]:
+    """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
     drift = study.recipe.evaluation.drift
     texts = drift.texts if drift is not None else {}
     calibration = getattr(study.row(settings.reference).method, "calibration_text", None)
     return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
 
+def _kinds(study: Study, settings: FrontierSettings) -> dict[str, str]:
+    """Title of a method → `own` (the reference and others in its basis), `plain` or `rival`."""
+    kinds = {}
+    for name in itertools.chain(*settings.domains.values()):
+        method = study.row(name).method
+        is_own = name == settings.reference or (method.name == "hiplora" and method.preset != "paper")
+        kinds[study.row(name).title] = "plain" if name in settings.plain else "own" if is_own else "rival"
+    return kinds
+
+
 def _points(
     study: Study, settings: FrontierSettings, records: pd.DataFrame, domain: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return each method's loss, likelihood and drift by text at each rate, number of steps and seed; and its drops.
+    """Each method's loss, likelihood and drift by text at each rate, number of steps and seed; and its drops.
 
     Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
     """
     own = study.recipe.domains[domain]
-    rows = records[records.domain == domain].astype({"lr": float, "steps": float})
+    rows = records[records.on == domain].astype({"lr": float, "steps": float})
     index = [*POINT, "seed"]
-    wide = {
-        name: rows[rows.metric == metric].groupby(index, sort=False)["value"].mean()
-        for name, metric in ((LOSS, "held_out_after"), ("untrained", "held_out_before"))
-    }
     items = scored(rows)
     items = items[items.form == "likelihood"]
-    wide[LIKELIHOOD] = items[items.task == own.task].groupby(index, sort=False)["value"].mean()
+    wide = {
+        LOSS: rows[rows.metric == "held_out_after"],
+        "untrained": rows[rows.metric == "held_out_before"],
+        LIKELIHOOD: items[items.task == own.task],
+    }
     kl = rows[rows.metric == "kl"].pivot(index=index, columns="task", values="value")
-    points = pd.DataFrame(wide).join(kl)
+    means = {name: one.groupby(index, sort=False)["value"].mean() for name, one in wide.items()}
+    points = pd.DataFrame(means).join(kl)
     if len(kl.columns):
-        points[OVER] = np.exp(np.log(kl[unlike(study, settings)].clip(lower=FLOOR)).mean(axis=1))
-    finite = points[LOSS].replace([np.inf, -np.inf], np.nan).notna().groupby(level=POINT).transform("all")
-    points = points[finite]
+        points[OVER] = np.exp(np.log(kl[_unlike(study, settings)].clip(lower=FLOOR)).mean(axis=1))
+    points = points[np.isfinite(points[LOSS]).groupby(level=POINT).transform("all")]
     base = scored(records[records.method == BASE])
-    others = [task for task in items.task.unique() if task not in own.tasks and task in set(base.task)]
-    if not others or points.empty:
+    base = base[(base.form == "likelihood") & ~base.task.isin(own.tasks) & base.task.isin(items.task)]
+    if base.empty or points.empty:
         return points, pd.DataFrame()
-    before = replicates(base[(base.form == "likelihood") & base.task.isin(others)], ["method", "task"])
-    after = replicates(items[items.task.isin(others)], [*index, "task"])
-    fall = (
-        before.droplevel("method").reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
-    )
+    before = replicates(base, ["task"])
+    after = replicates(items[items.task.isin(base.task)], [*index, "task"])
+    fall = before.reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
     return points, averaged(pd.DataFrame(fall, after.index), ["task"])
 
 
-def _texts(points: pd.DataFrame) -> list[str]:
-    texts = [name for name in points if name not in (LOSS, "untrained", LIKELIHOOD)]
-    return [*(text for text in texts if text != OVER), *(text for text in texts if text == OVER)]
-
-
-def _compare(
-    study: Study, settings: FrontierSettings, points: pd.DataFrame, drops: pd.DataFrame
-) -> pd.DataFrame:
+def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: list[str]) -> pd.DataFrame:
     """All measurements of a domain."""
-    texts = _texts(points)
-    parts = [measured(student(points[LOSS]), "held-out loss", "nats/token")]
-    parts += [measured(student(points[text]), "drift", "nats/token", text=text) for text in texts]
-    parts += [
-        measured(geometric(points[text].clip(lower=FLOOR)), "geometric drift", "nats/token", text=text)
-        for text in texts
-    ]
-    parts.append(measured(student(points[LIKELIHOOD].dropna()), "score", "%", form="likelihood"))
-    untrained = points["untrained"].groupby(level=POINT, sort=False).mean()
-    means = points[LOSS].groupby(level=POINT, sort=False).mean()
-    parts[0]["learned"] = (means < untrained).to_numpy()
-    full = means[np.isinf(means.index.get_level_values("steps"))]
-    best = {
-        method: one.idxmin()
-        for method, one in (means if full.empty else full).groupby(level="method", sort=False)
-    }
-    parts[0]["best"] = [label in best.values() for label in means.index]
-    reference = study.row(settings.reference).title
+    means = points[[LOSS, "untrained"]].groupby(level=POINT, sort=False).mean()
+    whole = means[np.isinf(means.index.get_level_values("steps"))]
+    best = {method: one.idxmin() for method, one in whole[LOSS].groupby(level="method", sort=False)}
+    loss = measured(student(points[LOSS]), "held-out loss", "nats/token")
+    loss["learned"] = (means[LOSS] < means.untrained).to_numpy()
+    loss["best"] = means.index.isin(best.values())
+    parts = [loss, measured(student(points[LIKELIHOOD].dropna()), "score", "%", form="likelihood")]
+    texts = [name for name in points if name not in (LOSS, "untrained", LIKELIHOOD)]
+    for text in texts:
+        drift = points[text]
+        parts.append(measured(student(drift), "drift", "nats/token", text=text))
+        drift = geometric(drift.clip(lower=FLOOR))
+        parts.append(measured(drift, "geometric drift", "nats/token", text=text))
     if not drops.empty:
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
-        there = drops.xs(best[reference], level=POINT) if reference in best else None
-        for method, label in best.items() if there is not None else ():
-            if method != reference:
-                apart = pd.concat({label: drops.xs(label, level=POINT) - there}, names=POINT)
-                parts.append(
-                    measured(
-                        summary(apart), "likelihood drop difference", "pp", form="likelihood", minus=reference
-                    )
-                )
-    if reference in best:
-        parts += _ratios(study, settings, points, best, reference, texts)
-        parts.append(_below(study, settings, points, reference))
-    return joined(*parts)
+    if reference not in best:
+        return joined(*parts)
+    for method, label in best.items() if not drops.empty else ():
+        if method != reference:
+            apart = drops.xs(label, level=POINT) - drops.xs(best[reference], level=POINT)
+            found = summary(pd.concat({label: apart}, names=POINT)).assign(minus=reference)
+            parts.append(measured(found, "likelihood drop difference", "pp", form="likelihood"))
+    return joined(*parts, _ratios(points, texts, reference, plain), _below(points, reference))
 
 
-def _marks(points: pd.DataFrame, view: str, text: str) -> dict[str, list[Mark]]:
-    """Method → its points by loss or likelihood against a drift."""
-    rows = points[[view, text]].dropna()
-    found: dict[str, list[Mark]] = {}
-    for (method, rate, steps), one in rows.groupby(level=POINT, sort=False):
+def _frontiers(points: pd.DataFrame, view: str, text: str) -> dict[str, Frontier]:
+    """Method → its frontier of loss or likelihood against a drift."""
+    wide = points[[view, text]].unstack("seed", sort=False).dropna()
+    found = {}
+    for method, one in wide.groupby(level="method", sort=False):
+        rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
         learned = one[view].to_numpy() * (1 if view == LOSS else -1)
-        found.setdefault(method, []).append(
-            Mark(rate, steps, learned, np.log(one[text].clip(lower=FLOOR).to_numpy()))
-        )
+        found[method] = Frontier(rates, steps, learned, np.log(one[text].clip(lower=FLOOR).to_numpy()))
     return found
 
 
-def _ratios(
-    study: Study,
-    settings: FrontierSettings,
-    points: pd.DataFrame,
-    best: dict,
-    reference: str,
-    texts: list[str],
-) -> list[pd.DataFrame]:
+def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[str]) -> pd.DataFrame:
     """How many times as far each method drifts as the reference, at the most that both learned and at its points."""
-    plain = {study.row(name).title for name in settings.plain}
     rows, logs = [], []
-    for view in (LOSS, LIKELIHOOD):
-        for text in texts:
-            marks = _marks(points, view, text)
-            if reference not in marks:
-                continue
-            there = Frontier(marks[reference])
-            for at in (None, *marks[reference]):
-                known = []
-                for method, own in marks.items():
-                    if method == reference:
-                        continue
-                    apart, x, state = compared(Frontier(own), there, at)
-                    label = {
-                        "method": method, "over": reference, "text": text, "state": state, "operating": at is None,
-                        "view": view, view: abs(x), "lr": at.rate if at else np.nan,
-                        "steps": at.steps if at else np.nan,
-                    }  # fmt: skip
-                    known.append((label, apart))
-                # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
-                lora = [one for one in known if one[0]["method"] in plain]
-                lora = sorted(lora, key=lambda one: (one[0]["state"] == "not reached", one[1].mean()))[:1]
-                known += [
-                    ({**label, "method": BEST_PLAIN, "which": label["method"]}, apart)
-                    for label, apart in lora
-                ]
-                for label, apart in known:
-                    rows.append(label)
-                    logs.append(apart)
+    for view, text in itertools.product((LOSS, LIKELIHOOD), texts):
+        frontiers = _frontiers(points, view, text)
+        there = frontiers.pop(reference, None)
+        for at in (None, *range(len(there.rates))) if there is not None else ():
+            known = []
+            for method, here in frontiers.items():
+                apart, x, state = compared(here, there, at)
+                label = {
+                    "metric": f"drift ratio at equal {view}",
+                    "method": method,
+                    "text": text,
+                    view: abs(x),
+                }
+                label |= {"state": state, "operating": at is None}
+                label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
+                known.append((label, apart))
+            # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
+            lora = [one for one in known if one[0]["method"] in plain]
+            if lora:
+                label, apart = min(lora, key=lambda one: (one[0]["state"] == NOT_REACHED, one[1].mean()))
+                known.append(({**label, "method": BEST_PLAIN, "which": label["method"]}, apart))
+            rows += [label for label, _ in known]
+            logs += [apart for _, apart in known]
     if not rows:
-        return []
-    values = pd.DataFrame(logs).stack().rename_axis(["row", "seed"])
-    found = geometric(np.exp(values)).join(pd.DataFrame(rows))
-    found.loc[found.state == "passed", "low"] = np.nan  # a bound has no end on its open side
-    found.loc[found.state == "not reached", "high"] = np.nan
-    return [found.assign(metric="drift ratio at equal " + found["view"], unit="ratio").drop(columns="view")]
-
-
-def _below(study: Study, settings: FrontierSettings, points: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """On what share of their common losses each method lies below the reference, on the mean and by seed."""
-    if OVER not in points:
         return pd.DataFrame()
-    marks = _marks(points, LOSS, OVER)
-    there = Frontier(marks[reference])
-    kinds = {
-        study.row(name).title: kind_of(study, settings, name)
-        for names in settings.domains.values()
-        for name in names
-    }
+    values = pd.DataFrame(logs).stack().rename_axis(["row", "seed"])
+    found = geometric(np.exp(values)).join(pd.DataFrame(rows)).assign(over=reference, unit="ratio")
+    found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
+    found.loc[found.state == NOT_REACHED, "high"] = np.nan
+    return found
+
+
+def _below(points: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """On what share of their common losses each method lies below the reference, on the mean and by seed."""
+    frontiers = _frontiers(points, LOSS, OVER) if OVER in points else {}
+    there = frontiers.pop(reference, None)
     rows = []
-    for method, own in marks.items():
-        here = Frontier(own)
+    for method, here in frontiers.items() if there is not None else ():
         share = share_below(here, there)
-        if method == reference or share is None:
+        if share is None:
             continue
-        seeds = [share_below(here.of_seed(seed), there.of_seed(seed)) for seed in range(len(own[0].x))]
-        counts = {
-            "everywhere": seeds.count(1.0),
-            "nowhere": seeds.count(0.0),
-            "no common losses": seeds.count(None),
-        }
-        counts["somewhere"] = len(seeds) - sum(counts.values())
-        rows.append(
-            {
-                "method": method,
-                "estimate": share,
-                "kind": kinds[method],
-                "than": reference,
-                "seeds": len(seeds),
-                **counts,
-            }
-        )
-    return (
-        pd.DataFrame(rows).assign(metric="share of losses below", unit="fraction", text=OVER)
-        if rows
-        else pd.DataFrame()
-    )
-
-
-def kind_of(study: Study, settings: FrontierSettings, method: str) -> str:
-    """Return whether a method is `own` (the reference and others in its basis), `plain` or `rival`."""
-    if method in settings.plain:
-        return "plain"
-    found = study.row(method).method
-    is_own = found.name == "hiplora" and found.preset != "paper"
-    return "own" if is_own or method == settings.reference else "rival"
+        seeds = [share_below(here.of_seed(seed), there.of_seed(seed)) for seed in range(here.x.shape[1])]
+        known = [one for one in seeds if one is not None]
+        counts = {"everywhere": known.count(1.0), "nowhere": known.count(0.0)}
+        counts |= {"somewhere": len(known) - sum(counts.values()), "no common losses": seeds.count(None)}
+        rows.append({"method": method, "estimate": share, "seeds": len(seeds), **counts})
+    return pd.DataFrame(rows).assign(metric="share of losses below", unit="fraction", text=OVER)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pandas as pd
 from pydantic import Field
 
 from hiplora.study.protocols.settings import AtLeastZero, Protocol
@@ -34,29 +36,29 @@ def jobs(study: Study, settings: LambdaCurve) -> list[Job]:
 def tables(study: Study, settings: LambdaCurve, results: Results) -> Findings:
     """Return scores and Retain over λ in both forms, and the curve of the likelihoods."""
     runs = _runs(study, settings)
+    title, prices = (
+        study.row(settings.method).title,
+        {row.title: price for price, row in _rows(study, settings)},
+    )
     numbers = with_jobs(scores_and_retain(study, tidy(results, runs)), runs)
     numbers = numbers[numbers.method != BASE]
-    prices = {_priced(study, settings, price).title: price for price in settings.values}
     numbers = numbers.assign(**{"lambda": numbers.method.map(prices)})
-    found = Findings(settings.name, settings.title)
-    title = study.row(settings.method).title
     low, high = min(settings.values), max(settings.values)
-    change = numbers[(numbers.metric == "retain difference") & (numbers["lambda"] == max(low, high))]
-    change = change[change.minus.map(prices) == low] if len(change) else change
-    change = change.assign(method=title, metric="retain change", **{"from": low, "to": high})
-    losses = [(job.needs["adapter"], labels) for job, labels in runs if "adapter" in job.needs]
-    trained = tidy(results, losses)
+    labels = {"from": numbers.get("minus", numbers.method).map(prices), "to": numbers["lambda"]}
+    change = numbers.assign(**labels)[numbers.metric == "retain difference"]
+    change = change[(change["from"] == low) & (change.to == high)].assign(
+        method=title, metric="retain change"
+    )
+    trained = tidy(results, [(job.needs["adapter"], labels) for job, labels in runs[1:]])
     loss = trained[trained.metric == "held_out_after"].groupby("method", sort=False)["value"].mean()
-    found.measured = joined(numbers, change)
+    found = Findings(settings.name, settings.title, joined(numbers, change))
     for form in ("accuracy", "likelihood"):
         shown = score_columns(study, numbers[numbers.form == form], "Downstream")
-        shown = shown[shown.metric.ne("score") | shown.domain.isin(_domains(study, settings))]
+        shown = shown[shown.metric.ne("score") | shown.domain.isin(settings.domains or study.recipe.domains)]
         wide = table(shown, "column")
         wide["Held-out loss"] = loss.reindex(wide.index).map("{:.3f}".format)
-        found.tables[f"{settings.name}-{form}"] = (
-            f"{title}, scores over λ: {form}, %",
-            wide.rename(index=lambda row: row.rpartition(" = ")[2]).rename_axis("λ"),
-        )
+        wide.index = pd.Index([f"{prices[row]:g}" for row in wide.index], name="λ")
+        found.tables[f"{settings.name}-{form}"] = f"{title}, scores over λ: {form}, %", wide
     figure = retain_figure(numbers.sort_values("lambda", kind="stable"), "method", title)
     if figure is not None:
         found.figures[settings.name] = "What was learned, and what it cost elsewhere, over λ", figure
@@ -66,17 +68,14 @@ def tables(study: Study, settings: LambdaCurve, results: Results) -> Findings:
     return found
 
 
-def _domains(study: Study, settings: LambdaCurve) -> list[str]:
-    return list(settings.domains or study.recipe.domains)
-
-
-def _priced(study: Study, settings: LambdaCurve, price: float) -> Any:
-    title = f"{study.row(settings.method).title}, λ = {price:g}"
-    return study.variant(settings.method, title, stability_weight=price)
+def _rows(study: Study, settings: LambdaCurve) -> Iterator[tuple[float, Any]]:
+    """Yield λ and the method at that price."""
+    for price in settings.values:
+        title = f"{study.row(settings.method).title}, λ = {price:g}"
+        yield price, study.variant(settings.method, title, stability_weight=price)
 
 
 def _runs(study: Study, settings: LambdaCurve) -> list[tuple[Job, dict]]:
-    rows = [_priced(study, settings, price) for price in settings.values]
-    return score_runs(
-        study, rows, study.seeds(settings), _domains(study, settings), study.row(settings.method)
-    )
+    rows = [row for _, row in _rows(study, settings)]
+    domains = settings.domains or study.recipe.domains
+    return score_runs(study, rows, study.seeds(settings), domains, study.row(settings.method))

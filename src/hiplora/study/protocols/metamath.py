@@ -7,17 +7,17 @@ far this study and that benchmark agree is said in the recipe `peft-metamath`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from hiplora.reporting import interval, plots
+from hiplora.reporting import plots
 from hiplora.study.protocols.metamath_json import result_file
 from hiplora.study.protocols.settings import OfMethods, Settings
-from hiplora.study.records import BASE, Findings, joined, measured, scored, tidy, with_jobs
+from hiplora.study.records import BASE, Findings, joined, measured, scored, table, tidy, with_jobs
 from hiplora.study.statistics import differences, hierarchical, replicates, student, summary
 
 if TYPE_CHECKING:
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from hiplora.study.store import Results
 
 THEIRS = "PEFT's benchmark, not measured here"
+SHOWN = {  # metric, or form of a score → heading, how many of the measurement's units are one of the table's, digits
+    "accuracy": ("Test accuracy", 100, 3),
+    "likelihood": ("Likelihood, %", 1, 1),
+    "forgetting": ("Forgetting", 1, 4),
+    "drift": ("KL", 1, 4),
+    "trainable parameters": ("Trainable parameters", 1, 0),
+    "training time": ("Training, min", 60, 1),
+    "peak memory": ("Peak memory, GiB", 2**30, 1),
+}
 
 
 class BenchmarkPoint(Settings):
@@ -57,27 +66,26 @@ def jobs(study: Study, settings: MetaMath) -> list[Job]:
 def tables(study: Study, settings: MetaMath, results: Results) -> Findings:
     """Return accuracy, forgetting and cost beside the benchmark's own points, the two against each other, the files."""
     runs = list(_runs(study, settings))
-    records = tidy(results, runs)
-    trained = [(job.needs["adapter"], labels) for job, labels in runs if "adapter" in job.needs]
-    costs = tidy(results, trained)
-    found = Findings(settings.name, settings.title)
-    found.measured = with_jobs(_measured(settings, records, costs, results, trained), runs)
-    found.tables[settings.name] = settings.title, _table(settings, found.measured)
-    points = _points(settings, found.measured)
+    numbers = with_jobs(_measured(settings, results, runs), runs)
+    found = Findings(settings.name, settings.title, numbers)
+    shown = _shown(settings, numbers)
+    points = _points(shown)
+    wide = table(shown, "column", digits=lambda row: row.digits)
+    wide = wide[[heading for heading, *_ in SHOWN.values() if heading in wide]]
+    if settings.points:
+        wide["The benchmark's frontier"] = points.apply(_behind, axis=1, args=(settings.points,))
+    found.tables[settings.name] = settings.title, wide.fillna("–")
     if not points.empty:
         figure = plots.frontier(
             points, "accuracy", "forgetting", "line", x_low="low", x_high="high", label="label",
             xlabel="test accuracy", ylabel="forgetting (nats a token, lower is better)",
         )  # fmt: skip
-        found.figures[f"{settings.name}-frontier"] = (
-            "What was learned, and what it made the model forget",
-            figure,
-        )
+        caption = "What was learned, and what it made the model forget"
+        found.figures[f"{settings.name}-frontier"] = caption, figure
     for job, labels in runs[1:]:
-        method = labels["row"]
-        written = result_file(study, settings, method, labels["seed"], job.needs["adapter"], job, results)
-        if written is not None:
-            found.files[f"{settings.name}/{written[0]}"] = written[1]
+        name, text = result_file(study, settings, labels["row"], labels["seed"], job, results) or (None, "")
+        if name is not None:
+            found.files[f"{settings.name}/{name}"] = text
     found.text = (
         "Accuracy: share of GSM8K's test questions whose derivation states the right answer. Likelihood: of a "
         "token of the reference solution. Forgetting: loss of the next token on the wiki texts minus the base "
@@ -99,106 +107,72 @@ def _runs(study: Study, settings: MetaMath) -> Iterator[tuple[Job, dict]]:
             yield study.score(adapter, tasks), {"method": row.title, "row": method, "seed": seed}
 
 
-def ahead(accuracy: float, forgetting: float, others: Sequence[BenchmarkPoint]) -> BenchmarkPoint | None:
-    """Return one of the others that is no worse in accuracy and forgetting and better in one; None on the frontier."""
-    for other in others:
-        as_good = other.accuracy >= accuracy and other.forgetting <= forgetting
-        if as_good and (other.accuracy, other.forgetting) != (accuracy, forgetting):
-            return other
-    return None
-
-
-def _measured(
-    settings: MetaMath, records: pd.DataFrame, costs: pd.DataFrame, results: Results, trained: list
-) -> pd.DataFrame:
+def _measured(settings: MetaMath, results: Results, runs: list) -> pd.DataFrame:
+    """Scores with intervals over items; forgetting, drift and costs with Student's over the seeds."""
+    records = tidy(results, runs)
     items = scored(records)
     draws = replicates(items, ["form", "method", "seed"])
     adapted = draws[draws.index.get_level_values("method") != BASE]
-    wide = hierarchical(items[items.method != BASE], ["form", "method"])
-    parts = [
-        measured(summary(draws).join(wide), "score", "%", domain=settings.domain),
-        measured(summary(differences(adapted, first=True)), "score difference", "pp", domain=settings.domain),
+    scores = summary(draws).join(hierarchical(items[items.method != BASE], ["form", "method"]))
+    apart = summary(differences(adapted, first=True))
+    trained = [(job.needs["adapter"], labels) for job, labels in runs[1:]]
+    costs = tidy(results, trained)
+    costs = costs[(costs.metric == "parameters") & costs.method.isin(records.method)]
+    times = [
+        labels | (results.timing(job) or {})
+        for job, labels in trained
+        if labels["method"] in set(costs.method)
     ]
-    texts = records[records.task == settings.text]
-    labels = {"domain": settings.domain, "text": settings.text}
-    for metric, stored in (("forgetting", "perplexity_ratio"), ("drift", "kl")):
-        rows = texts[texts.metric == stored].set_index(["method", "seed"])["value"]
-        values = np.log(rows) if metric == "forgetting" else rows
-        parts.append(measured(student(values), metric, "nats/token", **labels))
-    timings = [
-        {**labels, **(results.timing(job) or {})} for job, labels in trained if results.get(job) is not None
-    ]
-    whole = set(costs.method) & set(records.method)
-    for metric, field, unit in (
-        ("training time", "training_seconds", "s"),
-        ("peak memory", "peak_memory_bytes", "bytes"),
+    by = ["method", "seed"]
+    timed = (
+        pd.DataFrame(times, columns=[*by, "training_seconds", "peak_memory_bytes"])
+        .set_index(by)
+        .astype(float)
+    )
+    texts = records[records.task == settings.text].set_index(["metric", *by])["value"]
+    parts = [measured(scores, "score", "%"), measured(apart, "score difference", "pp")]
+    for values, metric, unit in (
+        (
+            np.log(texts[texts.index.get_level_values("metric") == "perplexity_ratio"]),
+            "forgetting",
+            "nats/token",
+        ),
+        (texts[texts.index.get_level_values("metric") == "kl"], "drift", "nats/token"),
+        (timed.training_seconds, "training time", "s"),
+        (timed.peak_memory_bytes, "peak memory", "bytes"),
+        (costs.set_index(by)["value"], "trainable parameters", ""),
     ):
-        known = {
-            (one["method"], one["seed"]): one[field]
-            for one in timings
-            if field in one and one["method"] in whole
-        }
-        if known:
-            index = pd.MultiIndex.from_tuples(known, names=["method", "seed"])
-            parts.append(measured(student(pd.Series(list(known.values()), index, dtype=float)), metric, unit))
-    counts = (
-        costs[(costs.metric == "parameters") & costs.method.isin(whole)]
-        .groupby("method", sort=False)["value"]
-        .first()
-    )
-    parts.append(measured(counts.rename("estimate"), "trainable parameters"))
-    found = joined(*parts)
-    plain = ~found.metric.isin(("score", "score difference"))
-    return found.assign(low=found.low.where(~plain), high=found.high.where(~plain))
+        parts.append(measured(student(values.dropna()), metric, unit))
+    return joined(*parts, columns=["method", "metric", "form", "estimate", "low", "high"])
 
 
-def _points(settings: MetaMath, numbers: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy (a share) and forgetting of every method and of the benchmark's points."""
-    score = numbers[(numbers.metric == "score") & (numbers.form == "accuracy")].set_index("method")
-    forgetting = numbers[numbers.metric == "forgetting"].set_index("method").estimate
-    ours = (score[["estimate", "low", "high"]] / 100).rename(columns={"estimate": "accuracy"})
-    ours = ours.join(forgetting.rename("forgetting"), how="inner").reset_index().assign(label="")
-    ours["line"] = ours.method
-    theirs = pd.DataFrame(
-        [
-            (p.accuracy, p.forgetting, p.title, THEIRS)
-            for p in sorted(settings.points, key=lambda p: p.accuracy)
-        ],
-        columns=["accuracy", "forgetting", "label", "line"],
-    )
-    return pd.concat([ours, theirs], ignore_index=True) if len(ours) else ours
-
-
-def _table(settings: MetaMath, numbers: pd.DataFrame) -> pd.DataFrame:
-    columns: dict[str, dict[str, str]] = {}
-    for row in numbers.to_dict("records"):
-        cell = columns.setdefault(row["method"], {})
-        value, low, high = (row.get(name) for name in ("estimate", "low", "high"))
-        if row["metric"] == "score" and row["form"] == "accuracy":
-            cell["Test accuracy"] = interval(value / 100, low / 100, high / 100, 3)
-        elif row["metric"] == "score":
-            cell["Likelihood, %"] = interval(value, low, high)
-        elif row["metric"] in ("forgetting", "drift"):
-            cell["Forgetting" if row["metric"] == "forgetting" else "KL"] = f"{value:.4f}"
-        elif row["metric"] == "trainable parameters":
-            cell["Trainable parameters"] = f"{value:,.0f}"
-        elif row["metric"] in ("training time", "peak memory"):
-            heading, unit = {"s": ("Training, min", 60), "bytes": ("Peak memory, GiB", 2**30)}[row["unit"]]
-            cell[heading] = f"{value / unit:.1f}"
-    places = [
-        (one.method, one.accuracy, one.forgetting)
-        for one in _points(settings, numbers).itertuples()
-        if one.line != THEIRS
+def _shown(settings: MetaMath, numbers: pd.DataFrame) -> pd.DataFrame:
+    """What the table shows, in its units: ours, and the benchmark's points with their `label`."""
+    looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "size", "digits"])
+    key = numbers.metric.where(numbers.metric != "score", numbers.form)
+    ours = numbers.assign(key=key, label="")[key.isin(SHOWN)]
+    theirs = [
+        {"method": f"{point.title} ({THEIRS})", "label": point.title, "key": key, "estimate": value}
+        for point in sorted(settings.points, key=lambda point: point.accuracy)
+        for key, value in (("accuracy", 100 * point.accuracy), ("forgetting", point.forgetting))
     ]
-    for point in settings.points:
-        title = f"{point.title} ({THEIRS})"
-        columns[title] = {"Test accuracy": f"{point.accuracy:.3f}", "Forgetting": f"{point.forgetting:.4f}"}
-        places.append((title, point.accuracy, point.forgetting))
-    for title, accuracy, forgetting in places if settings.points else ():
-        better = ahead(accuracy, forgetting, settings.points)
-        columns[title]["The benchmark's frontier"] = (
-            "on it" if better is None else f"behind its {better.title}"
-        )
-    order = ("Test accuracy", "Likelihood, %", "Forgetting", "KL", "Trainable parameters", "Training, min")
-    wide = pd.DataFrame.from_dict(columns, orient="index").rename_axis("Method")
-    return wide.reindex(columns=[*order, "Peak memory, GiB", "The benchmark's frontier"]).fillna("–")
+    shown = joined(ours, pd.DataFrame(theirs)).join(looks, on="key")
+    bounds = ["estimate", "low", "high"]
+    return shown.assign(**{name: shown[name] / shown["size"] for name in bounds})
+
+
+def _points(shown: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy (a share) and forgetting of every method and of the benchmark's points."""
+    accuracy = shown[shown.key == "accuracy"].set_index("method").rename(columns={"estimate": "accuracy"})
+    forgetting = shown[shown.key == "forgetting"].set_index("method").estimate.rename("forgetting")
+    points = accuracy[["accuracy", "low", "high", "label"]].join(forgetting, how="inner")
+    return points.assign(line=points.index.where(points.label == "", THEIRS))
+
+
+def _behind(point: pd.Series, others: list[BenchmarkPoint]) -> str:
+    """Whether one of the others is no worse in accuracy and forgetting and better in one, and which."""
+    for other in others:
+        as_good = other.accuracy >= point.accuracy and other.forgetting <= point.forgetting
+        if as_good and (other.accuracy, other.forgetting) != (point.accuracy, point.forgetting):
+            return f"behind its {other.title}"
+    return "on it"

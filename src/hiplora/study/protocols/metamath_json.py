@@ -21,34 +21,41 @@ if TYPE_CHECKING:
     from hiplora.study.store import Results
 
 EVERY = 250  # steps between two rows of the benchmark's metrics
-NEW_TOKENS = 300
-BATCH = 8  # texts scored at a time
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-ROW = (
-    *("step", "valid accuracy", "train loss", "train samples", "train time", "eval time", "tokens / sec"),
-    *("mem allocated avg", "mem reserved avg", "elapsed time"),
+UNKNOWN = (
+    "valid accuracy",
+    "train time",
+    "eval time",
+    "tokens / sec",
+    "mem allocated avg",
+    "mem reserved avg",
 )
+PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 
 def result_file(
-    study: Study, settings: Any, method: str, seed: int, train: Job, score: Job, results: Results
+    study: Study, settings: Any, method: str, seed: int, score: Job, results: Results
 ) -> tuple[str, str] | None:
     """Return a run's file by the benchmark's rules (name, text), None where it is not done.
 
     The name is METHOD--MODEL-ROW.json; every seed of the study but the first adds its own.
     """
+    train = score.needs["adapter"]
     trained, scored = results.get(train), results.get(score)
     if trained is None or scored is None:
         return None
-    name, first = experiment(study, method), study.seeds(settings)[0]
-    label = name if seed == first else f"{name}-seed{seed}"
+    row, model = study.row(method), study.recipe.model
+    model = Path(model).name if Path(model).is_absolute() else model
+    kind, origin = row.method.name, results.provenance(train) or {}
+    label = f"{kind}/{model.rpartition('/')[2]}-{method.removeprefix(f'{kind}-')}"
+    label += "" if seed == study.seeds(settings)[0] else f"-seed{seed}"
     (task,) = study.tasks_of([settings.domain])
     items = scored["tasks"][task]["score"]
     final = {
         "test accuracy": sum(items) / len(items) / 100,
         "forgetting": math.log(scored["drift"][settings.text]["perplexity_ratio"]),
     }
-    origin = results.provenance(train) or {}
+    config = row.method.peft_config(study.recipe.training(row).steps).to_dict()
     spent = [job for job in (train.needs.get("factors"), train, score) if job is not None]
     record = {
         "run_info": {
@@ -57,93 +64,63 @@ def result_file(
             "experiment_name": label,
             "peft_branch": None,
             "peft_worktree_is_dirty": None,
-            "train_config": _train_config(study, settings, method, seed, results),
-            "peft_config": _peft_config(study, method),
+            "train_config": {"model_id": model, "seed": seed, **_train_config(study, settings, row, results)},
+            "peft_config": {**config, "base_model_name_or_path": model},
             "error_msg": "",
         },
-        "train_info": _train_info(study, method, results.timing(train) or {}, trained, final),
+        "train_info": _train_info(study, row, results.timing(train) or {}, trained, final),
         "meta_info": _meta_info(origin),
     }
-    return f"{label.replace('/', '--')}.json", json.dumps(record, indent=2) + "\n"
+    return f"{label.replace('/', '--')}.json", json.dumps(record, indent=2, default=_plain) + "\n"
 
 
-def experiment(study: Study, method: str) -> str:
-    """Return the name of a method's experiment: METHOD/MODEL-ROW, as the benchmark's folders are called."""
-    kind = study.row(method).method.name
-    return f"{kind}/{_model(study).rpartition('/')[2]}-{method.removeprefix(f'{kind}-')}"
+def _plain(value: Any) -> Any:
+    """What of a PEFT configuration JSON does not know."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
-def _model(study: Study) -> str:
-    """The model's name; of a folder on this machine only its last part."""
-    name = study.recipe.model
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _train_config(study: Study, settings: Any, method: str, seed: int, results: Results) -> dict[str, Any]:
-    row = study.row(method)
-    train = study.recipe.training(row)
-    choice = study.rate(row)
+def _train_config(study: Study, settings: Any, row: Any, results: Results) -> dict[str, Any]:
+    train, choice = study.recipe.training(row), study.rate(row)
     rate = study.recipe.given_rate(row)
     if choice is not None:
         rate = (results.get(choice) or {}).get("value", rate)
     asked = study.source(settings.domain).template == "step_by_step"
     return {
-        "model_id": _model(study),
         "dtype": DTYPES.get(train.dtype),
         "max_seq_length": train.max_length,
         "batch_size": train.batch_size * train.gradient_accumulation,
-        "batch_size_eval": BATCH,
+        "batch_size_eval": 8,
         "max_steps": train.steps,
         "eval_steps": EVERY,
         "compile": False,
         "use_gc": train.gradient_checkpointing,
         "query_template": STEP_BY_STEP.format(question="{query}") if asked else None,
-        "seed": seed,
         "grad_norm_clip": train.max_grad_norm,
         "optimizer_type": "AdamW",
         "optimizer_kwargs": {"lr": rate, "weight_decay": train.weight_decay},
         "lr_scheduler": "cosine" if train.lr_scheduler == "cosine" else None,
         "use_amp": train.dtype in ("bf16", "fp16"),
         "autocast_adapter_dtype": True,
-        "generation_kwargs": {"max_new_tokens": NEW_TOKENS},
+        "generation_kwargs": {"max_new_tokens": 300},
         "attn_implementation": None,
         "init_kv_cache_prefix": None,
     }
 
 
-def _peft_config(study: Study, method: str) -> dict[str, Any]:
-    row = study.row(method)
-    config = row.method.peft_config(study.recipe.training(row).steps).to_dict()
-    return json.loads(json.dumps({**config, "base_model_name_or_path": _model(study)}, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
 def _train_info(
-    study: Study,
-    method: str,
-    timing: Mapping[str, Any],
-    trained: Mapping[str, Any],
-    final: Mapping[str, float],
+    study: Study, row: Any, timing: Mapping[str, Any], trained: Mapping[str, Any], final: Mapping[str, float]
 ) -> dict[str, Any]:
-    train = study.recipe.training(study.row(method))
+    train, curve = study.recipe.training(row), trained["curve"]
     samples, steps = train.batch_size * train.gradient_accumulation, trained["steps"]
-    rows: list[dict[str, Any]] = []
-    for step in range(EVERY, steps + 1, EVERY):
-        known = {"step": step, "train loss": _loss(trained["curve"], step), "train samples": step * samples}
-        rows.append({**dict.fromkeys(ROW), **known})
-    last = {
-        "step": steps,
-        "test accuracy": final["test accuracy"],
-        "train loss": _loss(trained["curve"], steps),
-        "train samples": steps * samples,
-        "train total tokens": trained["tokens"],
-        "forgetting": final["forgetting"],
-    }
+
+    def known(step: int) -> dict[str, Any]:
+        return {"step": step, "train loss": _loss(curve, step), "train samples": step * samples}
+
+    rows = [
+        dict.fromkeys((*UNKNOWN, "elapsed time")) | known(step) for step in range(EVERY, steps + 1, EVERY)
+    ]
     return {
         # Whole numbers, as the benchmark's own tables want them: 0 without an accelerator.
         "accelerator_memory_reserved_avg": round(timing.get("reserved_bytes_mean") or 0),
@@ -154,7 +131,7 @@ def _train_info(
         "num_trainable_params": trained["trainable_parameters"],
         "num_total_params": _total(study, trained["trainable_parameters"]),
         "status": "success",
-        "metrics": [*rows, last],
+        "metrics": [*rows, known(steps) | {"train total tokens": trained["tokens"], **final}],
     }
 
 
@@ -181,19 +158,13 @@ def _meta_info(origin: Mapping[str, Any]) -> dict[str, Any]:
     libraries, machine = origin.get("libraries") or {}, origin.get("machine") or {}
     unknown = {"sha": None, "created_at": None}
     packages: dict[str, Any] = {}
-    for name in ("transformers", "peft", "datasets", "bitsandbytes", "torch"):
+    for name in PACKAGES:
         packages |= {f"{name}-version": libraries.get(name), f"{name}-commit-hash": None}
+    system = dict.fromkeys(("system", "release", "version", "machine", "processor", "accelerator"))
     return {
-        "model_info": dict(unknown),
-        "dataset_info": {"metamath": dict(unknown), "gsm8k": dict(unknown)},
+        "model_info": unknown,
+        "dataset_info": {"metamath": unknown, "gsm8k": unknown},
         "package_info": packages,
-        "system_info": {
-            "system": machine.get("system"),
-            "release": None,
-            "version": None,
-            "machine": None,
-            "processor": machine.get("processor"),
-            "accelerator": None,
-        },
+        "system_info": system | {name: machine.get(name) for name in ("system", "processor")},
         "pytorch_info": None,
     }

@@ -49,36 +49,27 @@ def tables(study: Study, settings: RankOne, results: Results) -> Findings:
     """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
     found = Findings(settings.name, settings.title)
     parts = []
-    for basis in settings.bases:
-        job = _probe(study, settings, basis)
+    for basis, job in zip(settings.bases, jobs(study, settings), strict=True):
         probed = results.get(job)
         if probed is None:
             continue
-        told = _correlations(probed["correlations"])
-        numbers = joined(told, _contrasts(probed["records"]), _without_strongest(probed["records"]))
-        parts.append(
-            numbers.assign(basis=basis, method=numbers.kind.map(_named), jobs=job.key[:8]).drop(
-                columns="kind"
-            )
-        )
+        numbers = _numbers(probed).assign(basis=basis, jobs=job.key[:8])
+        parts.append(numbers)
         for metric, title in METRICS.items():
             stem = f"{settings.name}-{basis}-{metric.replace('_', '-')}"
             caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
-            found.tables[stem] = caption, _table(parts[-1], metric, basis)
+            rows = numbers[(numbers.of == metric) & (numbers.type == ALL) & numbers.metric.isin(COEFFICIENTS)]
+            found.tables[stem] = caption, _table(rows, basis == "weight" and metric == "log_perplexity")
         points = pd.DataFrame(probed["records"])
-        points["kl"] = [drop["kl"] for drop in points["drop"]]
-        points = points[(points.kl > 0) & (points.sigma > 0)].assign(
-            module=points.module.str.rpartition(".")[2], intervention=points.kind.map(_named)
-        )
+        points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
+        points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
         if not points.empty:
             figure = plots.facets(
                 points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
                 xlabel="σ", ylabel="KL (nats a token)",
             )  # fmt: skip
-            found.figures[f"{settings.name}-{basis}"] = (
-                f"What single directions are worth, {basis} basis",
-                figure,
-            )
+            caption = f"What single directions are worth, {basis} basis"
+            found.figures[f"{settings.name}-{basis}"] = caption, figure
     found.measured = joined(*parts)
     found.text = (
         "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
@@ -87,13 +78,13 @@ def tables(study: Study, settings: RankOne, results: Results) -> Findings:
 
 
 def _probe(study: Study, settings: RankOne, basis: str) -> Job:
-    evaluation = study.recipe.evaluation.drift
-    texts = dict(evaluation.texts) if evaluation is not None else {}
-    given = settings.model_dump(
+    drift = study.recipe.evaluation.drift
+    texts = dict(drift.texts) if drift is not None else {}
+    asked = settings.model_dump(
         include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"}
     )
     files = study.hashes([source.partition(":")[0] for source in texts.values()])
-    asked = {**given, "basis": basis, "texts": texts, "seed": study.recipe.evaluation.seed, "files": files}
+    asked |= {"basis": basis, "texts": texts, "seed": study.recipe.evaluation.seed, "files": files}
     return study.job("probe", f"probe the base, {basis} basis", asked)
 
 
@@ -102,65 +93,55 @@ def _named(kind: str) -> str:
     return kind.replace("_", " ").capitalize()
 
 
-def _correlations(
-    correlations: list[dict[str, Any]], names: tuple[str, ...] = COEFFICIENTS, **labels: str
-) -> pd.DataFrame:
+def _numbers(probed: dict[str, Any]) -> pd.DataFrame:
+    """The correlations, how far those of two interventions are apart, and Pearson's without the largest σ."""
+    from hiplora.probing import contrasts, findings
+
+    records = probed["records"]
+    strongest = max(records, key=lambda one: one["sigma"])
+    name = (strongest["module"], strongest["index"])  # this direction may make a correlation alone
+    left = [{**one, "type": ALL} for one in records if (one["module"], one["index"]) != name]
+    told = f"{strongest['module']}, σ = {strongest['sigma']:.1f}"
+    without = _rows(findings(left), "{} without the strongest").drop(columns=["type", "p"])
+    return joined(
+        _rows(probed["correlations"], "{}"),
+        _rows(contrasts(records), "{} difference").drop(columns=["type", "p"]),
+        without[without.metric.str.startswith("pearson")].assign(without=told),
+    )
+
+
+def _rows(correlations: list[dict[str, Any]], metric: str) -> pd.DataFrame:
     """A row a correlation that has a value."""
     rows = [
         {
-            **{key: one[key] for key in ("kind", "type", "minus") if key in one},
+            "method": _named(one["kind"]),
+            "minus": _named(one["minus"]) if "minus" in one else None,
+            "metric": metric.format(name),
             "of": one["metric"],
+            "type": one.get("type"),
             "items": one["points"],
-            "metric": name,
             "p": one[name]["p_value"],
             **{key: one[name][key] for key in ("estimate", "low", "high")},
-            **labels,
         }
         for one in correlations
-        for name in names
+        for name in COEFFICIENTS
         if one[name]["estimate"] is not None
     ]
-    columns = ["kind", "metric", "of", "type", "estimate", "low", "high", "items", "p"]
-    return pd.DataFrame(rows, columns=None if rows else columns)
+    columns = ["method", "minus", "metric", "of", "type", "items", "p", "estimate", "low", "high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _without_strongest(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """Pearson's correlations over all directions but that of the largest σ, which may make them alone."""
-    from hiplora.probing import findings
-
-    strongest = max(records, key=lambda one: one["sigma"])
-    left = [
-        {**one, "type": ALL}
-        for one in records
-        if (one["module"], one["index"]) != (strongest["module"], strongest["index"])
-    ]
-    told = f"{strongest['module']}, σ = {strongest['sigma']:.1f}"
-    found = _correlations(findings(left), ("pearson",), without=told).drop(columns=["type", "p"])
-    return found.assign(metric="pearson without the strongest")
-
-
-def _contrasts(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """How far apart the correlations of each two interventions are, over the same directions."""
-    from hiplora.probing import contrasts
-
-    found = _correlations(contrasts(records))
-    if "minus" not in found:
-        return found
-    return found.assign(metric=found.metric + " difference", minus=found.minus.map(_named)).drop(columns="p")
-
-
-def _table(numbers: pd.DataFrame, metric: str, basis: str) -> pd.DataFrame:
-    rows = numbers[(numbers.of == metric) & (numbers.type == ALL) & numbers.metric.isin(COEFFICIENTS)]
+def _table(rows: pd.DataFrame, in_paper: bool) -> pd.DataFrame:
     rows = rows.assign(column=rows.metric.str.capitalize())
     p = rows.assign(column=rows.column + " p", estimate=rows.p, low=None, high=None)
-    points = rows[rows.metric == "pearson"].assign(
-        column="Directions", estimate=lambda one: one["items"], low=None, high=None
-    )
+    pearson = rows[rows.metric == "pearson"]
+    points = pearson.assign(column="Directions", estimate=pearson["items"], low=None, high=None)
     places = {"Directions": 0, "Pearson": 2, "Spearman": 2}
-    of_paper = basis == "weight" and metric == "log_perplexity"
     wide = table(
-        pd.concat([points, rows, p], ignore_index=True), "column", digits=lambda row: places.get(row.column, 4),
-        paper=(lambda row: paper_value("rank-one", row.method, row.column)) if of_paper else None,
-    )  # fmt: skip
+        joined(points, rows, p),
+        "column",
+        digits=lambda row: places.get(row.column, 4),
+        paper=(lambda row: paper_value("rank-one", row.method, row.column)) if in_paper else None,
+    )
     order = ["Directions", "Pearson", "Pearson p", "Spearman", "Spearman p"]
     return wide[[name for name in order if name in wide]].rename_axis("Intervention")

@@ -39,42 +39,26 @@ def jobs(study: Study, settings: Selection) -> list[Job]:
 
 def tables(study: Study, settings: Selection, results: Results) -> Findings:
     """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
-    rows = []
-    title = study.row(settings.method).title
+    title, rows, shown = study.row(settings.method).title, [], []
     for symbol, field, choice in _stages(study, settings):
-        found = results.get(choice)
+        found = results.get(choice) or {"tried": []}
         needs = {one["value"]: one["needs"] for one in choice.settings["candidates"]}
-        for tried in found["tried"] if found is not None else ():
-            chosen = tried["value"] == found["value"]
+        for tried in found["tried"]:
+            value, loss, chosen = tried["value"], tried["mean"], tried["value"] == found["value"]
             # Below 0 there is no better value: 0 is not the edge of a grid.
-            edge = bool(
-                chosen and found["at_the_edge"] and not (tried["value"] == 0 and len(found["tried"]) > 1)
-            )
-            used = [choice.needs[need].key[:8] for need in needs[tried["value"]]]
-            rows.append(
-                {
-                    "method": title, "metric": "held-out loss", "unit": "nats/token", "domain": settings.domain,
-                    "estimate": tried["mean"], "seeds": len(used), "jobs": " ".join(used), "symbol": symbol,
-                    field: tried["value"], "value": tried["value"], "chosen": chosen, "at_the_edge": edge,
-                }
-            )  # fmt: skip
-    numbers = pd.DataFrame(rows)
-    found = Findings(settings.name, settings.title, numbers)
-    if rows:
-        shown = pd.DataFrame(
-            {
-                "Value": [f"{row.symbol} = {row.value:g}" for row in numbers.itertuples()],
-                "Held-out loss": [
-                    "diverged" if pd.isna(loss) else f"{loss:.4f}" for loss in numbers.estimate
-                ],
-                "Choice": [
-                    "chosen" + ", at the edge of the grid" * edge if chosen else ""
-                    for chosen, edge in zip(numbers.chosen, numbers.at_the_edge, strict=True)
-                ],
-            }
-        )
-        found.tables[settings.name] = "What was tried and what was chosen", shown.set_index("Value")
-        found.measured = numbers.drop(columns=["symbol", "value"])[numbers.estimate.notna()]
+            edge = chosen and found["at_the_edge"] and (value != 0 or len(found["tried"]) == 1)
+            used = [choice.needs[need].key[:8] for need in needs[value]]
+            lost = loss is None
+            told = ("chosen, at the edge of the grid" if edge else "chosen") if chosen else ""
+            shown.append((f"{symbol} = {value:g}", "diverged" if lost else f"{loss:.4f}", told))
+            if not lost:
+                row = {"method": title, "metric": "held-out loss", "unit": "nats/token", "estimate": loss}
+                row |= {"domain": settings.domain, "seeds": len(used), "jobs": " ".join(used), field: value}
+                rows.append(row | {"chosen": chosen, "at_the_edge": edge})
+    found = Findings(settings.name, settings.title, pd.DataFrame(rows))
+    if shown:
+        wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
+        found.tables[settings.name] = "What was tried and what was chosen", wide
     found.text = (
         f"Loss on held-out rows of {study.recipe.domains[settings.domain].title} after training, nats a token. Each "
         f"sweep keeps what the ones above it chose, at the learning rate of {title}. The study's other rows keep "
@@ -85,9 +69,8 @@ def tables(study: Study, settings: Selection, results: Results) -> Findings:
 
 def _stages(study: Study, settings: Selection) -> Iterator[tuple[str, str, Job]]:
     """Yield the sweeps in order: symbol, field of the method, the job that chooses."""
-    like = study.row(settings.method)
-    rates = study.recipe.rates
-    seeds = list(settings.seeds or [study.recipe.seeds[0] if rates is None else rates.seed])
+    method, domain, rates = study.row(settings.method), settings.domain, study.recipe.rates
+    seeds = settings.seeds or [study.recipe.seeds[0] if rates is None else rates.seed]
     chosen: dict[str, Job] = {}
     for symbol, field, values in (
         ("λ", "stability_weight", settings.lambdas),
@@ -95,18 +78,14 @@ def _stages(study: Study, settings: Selection) -> Iterator[tuple[str, str, Job]]
         ("r", "r", settings.residual_ranks),
         ("k", "principal_rank", settings.ranks),
     ):
-        if not values:
-            continue
         before, candidates = "".join(f", chosen {name}" for name in chosen), {}
         for value in values:
-            row = study.variant(
-                settings.method, f"{like.title}, {symbol} = {value:g}{before}", **{field: value}
-            )
+            title = f"{method.title}, {symbol} = {value:g}{before}"
+            row = study.variant(settings.method, title, **{field: value})
             candidates[value] = {
-                f"{settings.domain}-{value:g}-{seed}": study.adapter(
-                    row, settings.domain, seed, like=like, chosen=dict(chosen)
-                )
+                f"{domain}-{value:g}-{seed}": study.adapter(row, domain, seed, like=method, chosen=chosen)
                 for seed in seeds
             }
-        chosen[field] = study.choice(f"{symbol} of {like.title}", candidates)
-        yield symbol, field, chosen[field]
+        if candidates:
+            chosen[field] = study.choice(f"{symbol} of {method.title}", candidates)
+            yield symbol, field, chosen[field]

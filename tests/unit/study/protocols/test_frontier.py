@@ -8,7 +8,7 @@ from tests.unit.study.protocols.made import finish, made_study, row, scored, tab
 
 FRONTIER = (
     "frontier: {domains: {sums: [lora, lora-mlp, hiplora]}, rates: [0.001, 0.01], plain: [lora, lora-mlp], "
-    "attention: lora, reference: hiplora}"
+    "reference: hiplora}"
 )
 # (method, rate) → a seed each: loss, KL on prose (four times that on code), likelihood of the own task
 FOUND = {
