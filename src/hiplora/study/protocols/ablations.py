@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from hiplora.metrics import sign_flip_p_value
 from hiplora.reporting import plots
 from hiplora.study.protocols.merge_fail import failures, labelled
 from hiplora.study.protocols.merging import merge_of
@@ -21,7 +20,6 @@ from hiplora.study.records import (
     joined,
     measured,
     paper_value,
-    scored,
     table,
     tidy,
     with_jobs,
@@ -71,8 +69,8 @@ def jobs(study: Study, settings: Ablations) -> list[Job]:
 def tables(study: Study, settings: Ablations, results: Results) -> Findings:
     """Return scores, Retain, MergeFail and losses in both forms, and the training curves."""
     scores, merges, inspections = _runs(study, settings)
-    records, full = tidy(results, scores), study.row(settings.method).title
-    numbers = with_jobs(scores_and_retain(study, records), scores)
+    full = study.row(settings.method).title
+    numbers = with_jobs(scores_and_retain(study, tidy(results, scores)), scores)
     numbers = numbers[numbers.method != BASE]
     trained = tidy(results, [(job.needs["adapter"], labels) for job, labels in scores[1:]])
     failed, judged = pd.DataFrame(), tidy(results, merges)
@@ -80,14 +78,9 @@ def tables(study: Study, settings: Ablations, results: Results) -> Findings:
         taken = _taken(study, settings)
         failed = failures(study, judged, taken, [settings.tau], shared=False)
         failed = failed[failed["size"] == "all"].assign(rule=RULE, merges=len(taken))
-    parts = [numbers, failed, _p_values(study, records, full), *_losses(trained, full)]
-    found = Findings(settings.name, settings.title, joined(*parts, _leaks(results, inspections)))
-    headings = {
-        "retain p": "Retain p",
-        "merge fail": "MergeFail",
-        "held-out loss": "Held-out loss",
-        "leak": "Leak, %",
-    }
+    parts = [numbers, failed, *_losses(trained, full), _leaks(results, inspections)]
+    found = Findings(settings.name, settings.title, joined(*parts))
+    headings = {"merge fail": "MergeFail", "held-out loss": "Held-out loss", "leak": "Leak, %"}
     for form in ("accuracy", "likelihood"):
         shown = score_columns(study, numbers[numbers.form == form], "Downstream")
         shown = shown[shown.metric.ne("score") | shown.domain.isin(_domains(study, settings))]
@@ -97,7 +90,7 @@ def tables(study: Study, settings: Ablations, results: Results) -> Findings:
         wide = table(
             joined(shown, rows),
             "column",
-            digits=lambda row: {"retain p": 3, "held-out loss": 3, "leak": 2}.get(row.metric, 1),
+            digits=lambda row: {"held-out loss": 3, "leak": 2}.get(row.metric, 1),
             paper=lambda row: _paper(row, full) if row.form == "accuracy" else None,
         )
         found.tables[f"{settings.name}-{form}"] = f"Ablations: {form}", wide
@@ -112,10 +105,9 @@ def tables(study: Study, settings: Ablations, results: Results) -> Findings:
         found.figures[f"{settings.name}-dynamics"] = caption, figure
     found.text = (
         f"MergeFail: merges by addition, one a seed, in which a task keeps less than τ = {settings.tau:g} of its "
-        "score. Retain p: sign-flip test over items against the full method. Leak: share of the update's energy "
-        "that is on one protected side only, which gains cannot cause. All variants train at the full method's "
-        "learning rate. Zero init trains the gains only: with both low-rank factors at zero, the gradient of each "
-        "is zero."
+        "score. Leak: share of the update's energy that is on one protected side only, which gains cannot cause. "
+        "All variants train at the full method's learning rate. Zero init trains the gains only: with both low-rank "
+        "factors at zero, the gradient of each is zero."
     )
     return found
 
@@ -146,23 +138,6 @@ def _runs(study: Study, settings: Ablations) -> tuple[list, list, list]:
     rank = like.method.principal_rank
     inspected = scores[1:] if like.method.basis == "weight" and isinstance(rank, int) else []
     return scores, merges, [(study.inspect(job.needs["adapter"], rank), labels) for job, labels in inspected]
-
-
-def _p_values(study: Study, records: pd.DataFrame, full: str) -> pd.DataFrame:
-    """P-values of "neither retains more": sign flips of the items' differences, each item with its mean over seeds."""
-    domains = {domain.task: name for name, domain in study.recipe.domains.items()}
-    items = scored(records[records.method != BASE])  # the base's own scores cancel in the differences
-    items = items[items.task.isin(domains) & (items.domain != items.task.map(domains))]
-    sizes, counts = (items.groupby("task")[name].transform("nunique") for name in ("item", "domain"))
-    by = {"index": ["form", "method"], "columns": ["task", "item"], "values": "value", "sort": False}
-    lost = items.assign(value=-items.value / sizes * counts).pivot_table(aggfunc="mean", **by)
-    lost = lost.reindex(columns=list(domains), level="task")
-    rows = []
-    for (form, method), row in lost.iterrows():
-        if method != full and (form, full) in lost.index:
-            p = sign_flip_p_value([row], [lost.loc[form, full]])
-            rows.append({"form": form, "method": method, "minus": full, "estimate": p})
-    return pd.DataFrame(rows).assign(metric="retain p")
 
 
 def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:

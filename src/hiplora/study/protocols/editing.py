@@ -12,8 +12,8 @@ from pydantic import Field
 
 from hiplora.reporting import plots
 from hiplora.study.protocols.settings import OfMethods, Positive, Settings
-from hiplora.study.records import Findings, joined, measured, paper_value, table, tidy, with_jobs
-from hiplora.study.statistics import differences, drift, ratios, replicates, summary, with_spread
+from hiplora.study.records import Findings, joined, paper_value, table, tidy, with_jobs
+from hiplora.study.statistics import differences, drift, replicates, summary, with_spread
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
@@ -37,11 +37,6 @@ SHOWN = {  # metric → heading, unit
 }
 HEADINGS = {metric: heading for metric, (heading, _) in SHOWN.items()}
 UNITS = {metric: unit for metric, (_, unit) in SHOWN.items()}
-LOST = {  # metric of the unrelated questions → the ratio of what two methods lost, sign of a loss
-    "locality damage": ("locality damage ratio", 1),
-    "locality": ("lost accuracy ratio", 1),
-    "log-probability change": ("lost log-probability ratio", -1),
-}
 COLUMNS = {
     "success": "edit success",
     "preferred": "preferred",
@@ -249,7 +244,7 @@ def _of_questions(asked: dict[str, list[float]]) -> pd.DataFrame:
 
 
 def _measured(items: pd.DataFrame) -> pd.DataFrame:
-    """Means, by category and stage too, with their differences and the ratios of what was lost."""
+    """Means, by category and stage too, and differences."""
     by = ["set", "mode", "metric", "method"]
     parts = []
     for further in (["category"], ["stage", "edits"]):
@@ -265,9 +260,6 @@ def _measured(items: pd.DataFrame) -> pd.DataFrame:
         )
         unit = apart.metric.map(UNITS).replace("%", "pp")
         parts.append(apart.assign(metric=apart.metric + " difference", unit=unit))
-        for metric, (name, sign) in LOST.items():
-            if metric in draws.index.unique("metric"):
-                parts.append(measured(ratios(sign * draws.xs(metric, level="metric")), name, "ratio"))
     return joined(*parts, columns=[*by, "category", "unit", "estimate", "low", "high"])
 
 

@@ -191,7 +191,7 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
     best = {method: one.idxmin() for method, one in whole[LOSS].groupby(level="method", sort=False)}
     loss = measured(student(points[LOSS]), "held-out loss", "nats/token")
     loss["learned"] = (means[LOSS] < means.untrained).to_numpy()
-    loss["best"] = means.index.isin(best.values())
+    loss["best"] = means.index.isin(list(best.values()))
     parts = [loss, measured(student(points[LIKELIHOOD].dropna()), "score", "%", form="likelihood")]
     texts = [name for name in points if name not in (LOSS, "untrained", LIKELIHOOD)]
     for text in texts:
@@ -203,11 +203,6 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
     if reference not in best:
         return joined(*parts)
-    for method, label in best.items() if not drops.empty else ():
-        if method != reference:
-            apart = drops.xs(label, level=POINT) - drops.xs(best[reference], level=POINT)
-            found = summary(pd.concat({label: apart}, names=POINT)).assign(minus=reference)
-            parts.append(measured(found, "likelihood drop difference", "pp", form="likelihood"))
     return joined(*parts, _ratios(points, texts, reference, plain), _below(points, reference))
 
 

@@ -46,7 +46,7 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
     success = row(found, "edit success", "LoRA", set="facts", mode="batch")
     assert (success.estimate, success["items"], success.seeds) == (pytest.approx(100 * 2.5 / 4), 4, 2)
     assert row(found, "locality", "LoRA").estimate == pytest.approx(25)
-    assert row(found, "locality damage ratio", "HiP-LoRA", over="LoRA").estimate == pytest.approx(4)
+    assert row(found, "locality difference", "HiP-LoRA", minus="LoRA").estimate == pytest.approx(75)
     assert row(found, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
     kind = row(found, "edit success by category", "LoRA", category="Entity/Attribute")
     assert kind.estimate == pytest.approx(75)
