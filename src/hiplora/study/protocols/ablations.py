@@ -145,9 +145,8 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
     losses = trained.groupby(["metric", "method", "domain", "seed"], sort=False)["value"].mean()
     losses = losses.groupby(level=["metric", "method", "seed"], sort=False).mean()
     held_out = losses[losses.index.get_level_values("metric") == "held_out_after"].droplevel("metric")
-    yield measured(
-        held_out.groupby(level="method", sort=False).mean().rename("estimate"), "held-out loss", "nats/token"
-    )
+    held_out = held_out.groupby(level="method", sort=False).mean().rename("estimate")
+    yield measured(held_out, "held-out loss", "nats/token")
     means = losses[losses.index.get_level_values("metric") == "loss"].droplevel("metric").unstack("seed")
     if full in means.index and len(means.columns) > 1:
         apart = (means - means.loc[full]).drop(index=full).stack()
@@ -156,22 +155,17 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
 
 def _leaks(results: Results, inspections: list) -> pd.DataFrame:
     """The mean over runs of the share of the energy that reads or writes protected directions, but not both."""
-    rows = []
+    shares: dict[str, list[float]] = {}
     for job, labels in inspections:
-        found = results.get(job)
-        share = np.nan
+        found, share = results.get(job), np.nan
         if found is not None:
             modules = pd.DataFrame(found["modules"])
             energy = modules.norm**2
             leak = (modules.left + modules.right - 2 * modules.both).clip(lower=0)
-            share = float((leak * energy).sum() / energy.sum()) if energy.sum() else 0.0
-        rows.append({"method": labels["method"], "estimate": share})
-    if not rows:
-        return pd.DataFrame()
-    shares = (
-        pd.DataFrame(rows).groupby("method", sort=False)["estimate"].agg(lambda one: one.mean(skipna=False))
-    )
-    return measured(shares.dropna(), "leak", "fraction")
+            share = (leak * energy).sum() / (energy.sum() or 1.0)
+        shares.setdefault(labels["method"], []).append(share)
+    means = pd.Series({method: np.mean(one) for method, one in shares.items()}, name="estimate", dtype=float)
+    return measured(means.rename_axis("method").dropna(), "leak", "fraction")
 
 
 def _paper(row: Any, full: str) -> float | None:

@@ -192,7 +192,7 @@ def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, ti
 
 
 def _items(results: Results, runs: list) -> pd.DataFrame:
-    """A row an edit or question, with set, mode, method, seed, metric, task, item, value; and category, or stage."""
+    """A row an edit or question, with its set, mode, method, seed, metric, task and value; category, or edits so far."""
     parts, lost = [], set()
     for job, labels in runs:
         found = results.get(job)
@@ -202,16 +202,14 @@ def _items(results: Results, runs: list) -> pd.DataFrame:
         parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
         if found["questions"]:
             parts.append(_of_questions(found["questions"]).assign(**labels))
-    items = joined(
-        *parts, columns=[*BY, "seed", "metric", "category", "stage", "edits", "task", "item", "value"]
-    )
+    items = joined(*parts, columns=[*BY, "seed", "metric", "category", "edits", "task", "item", "value"])
     return items[[tuple(row) not in lost for row in items[BY].itertuples(index=False)]]
 
 
 def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
     """All edits that count (after the last stage of a sequence, else of every stage), by category, and the course."""
     frames = []
-    for number, stage in enumerate(found["stages"], 1):
+    for stage in found["stages"]:
         records = dict(stage["records"])
         near = records.pop("neighbours_kept", None) or [[]] * len(records["index"])
         frame = pd.DataFrame({"item": records["index"], "category": records["category"]})
@@ -220,7 +218,7 @@ def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
         frame["neighbours kept"] = [100 * float(np.mean(kept)) if kept else np.nan for kept in near]
         frames.append(frame)
         if found["mode"] == "sequential":
-            course = frame[["item"]].assign(value=frame["edit success"], task=f"{name} edits", stage=number)
+            course = frame[["item"]].assign(value=frame["edit success"], task=f"{name} edits")
             yield course.assign(metric="edit success so far", edits=len(frame))
     whole = frames[-1] if found["mode"] == "sequential" else pd.concat(frames)
     long = whole.melt(["item", "category"], var_name="metric").dropna(subset="value")
@@ -247,17 +245,16 @@ def _measured(items: pd.DataFrame) -> pd.DataFrame:
     """Means, by category and stage too, and differences."""
     by = ["set", "mode", "metric", "method"]
     parts = []
-    for further in (["category"], ["stage", "edits"]):
-        rows = items[items[further[0]].notna()]
+    for further in ("category", "edits"):
+        rows = items[items[further].notna()]
         if not rows.empty:
-            parts.append(_summary(rows, [*by, *further])[0].reset_index().assign(unit="%"))
+            parts.append(_summary(rows, [*by, further])[0].reset_index().assign(unit="%"))
     rows = items[items.metric.isin(SHOWN)]
     if not rows.empty:
         whole, draws, seeds = _summary(rows, by)
         parts.append(whole.reset_index().assign(unit=lambda one: one.metric.map(UNITS)))
-        apart = (
-            with_spread(summary(differences(draws)), differences(seeds)).join(whole["items"]).reset_index()
-        )
+        apart = with_spread(summary(differences(draws)), differences(seeds))
+        apart = apart.join(whole["items"]).reset_index()
         unit = apart.metric.map(UNITS).replace("%", "pp")
         parts.append(apart.assign(metric=apart.metric + " difference", unit=unit))
     return joined(*parts, columns=[*by, "category", "unit", "estimate", "low", "high"])

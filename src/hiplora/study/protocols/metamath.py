@@ -18,7 +18,7 @@ from hiplora.reporting import plots
 from hiplora.study.protocols.metamath_json import result_file
 from hiplora.study.protocols.settings import OfMethods, Settings
 from hiplora.study.records import BASE, Findings, joined, measured, scored, table, tidy, with_jobs
-from hiplora.study.statistics import differences, hierarchical, replicates, student, summary
+from hiplora.study.statistics import hierarchical, replicates, student, summary
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
@@ -112,37 +112,26 @@ def _measured(settings: MetaMath, results: Results, runs: list) -> pd.DataFrame:
     records = tidy(results, runs)
     items = scored(records)
     draws = replicates(items, ["form", "method", "seed"])
-    adapted = draws[draws.index.get_level_values("method") != BASE]
     scores = summary(draws).join(hierarchical(items[items.method != BASE], ["form", "method"]))
-    apart = summary(differences(adapted, first=True))
     trained = [(job.needs["adapter"], labels) for job, labels in runs[1:]]
     costs = tidy(results, trained)
     costs = costs[(costs.metric == "parameters") & costs.method.isin(records.method)]
-    times = [
-        labels | (results.timing(job) or {})
-        for job, labels in trained
-        if labels["method"] in set(costs.method)
-    ]
-    by = ["method", "seed"]
-    timed = (
-        pd.DataFrame(times, columns=[*by, "training_seconds", "peak_memory_bytes"])
-        .set_index(by)
-        .astype(float)
-    )
-    texts = records[records.task == settings.text].set_index(["metric", *by])["value"]
-    parts = [measured(scores, "score", "%"), measured(apart, "score difference", "pp")]
-    for values, metric, unit in (
-        (
-            np.log(texts[texts.index.get_level_values("metric") == "perplexity_ratio"]),
-            "forgetting",
-            "nats/token",
-        ),
-        (texts[texts.index.get_level_values("metric") == "kl"], "drift", "nats/token"),
-        (timed.training_seconds, "training time", "s"),
-        (timed.peak_memory_bytes, "peak memory", "bytes"),
-        (costs.set_index(by)["value"], "trainable parameters", ""),
+    times = [labels | (results.timing(job) or {}) for job, labels in trained]
+    timed = pd.DataFrame(times, columns=["method", "seed", "training_seconds", "peak_memory_bytes"])
+    timed = timed[timed.method.isin(costs.method)]
+    texts = records[records.task == settings.text]
+    forgetting = texts[texts.metric == "perplexity_ratio"]
+    forgetting = forgetting.assign(value=np.log(forgetting.value))
+    parts = [measured(scores, "score", "%")]
+    for rows, column, metric, unit in (
+        (forgetting, "value", "forgetting", "nats/token"),
+        (texts[texts.metric == "kl"], "value", "drift", "nats/token"),
+        (timed, "training_seconds", "training time", "s"),
+        (timed, "peak_memory_bytes", "peak memory", "bytes"),
+        (costs, "value", "trainable parameters", ""),
     ):
-        parts.append(measured(student(values.dropna()), metric, unit))
+        values = rows.set_index(["method", "seed"])[column].astype(float).dropna()
+        parts.append(measured(student(values), metric, unit))
     return joined(*parts, columns=["method", "metric", "form", "estimate", "low", "high"])
 
 
@@ -157,8 +146,7 @@ def _shown(settings: MetaMath, numbers: pd.DataFrame) -> pd.DataFrame:
         for key, value in (("accuracy", 100 * point.accuracy), ("forgetting", point.forgetting))
     ]
     shown = joined(ours, pd.DataFrame(theirs)).join(looks, on="key")
-    bounds = ["estimate", "low", "high"]
-    return shown.assign(**{name: shown[name] / shown["size"] for name in bounds})
+    return shown.assign(**{name: shown[name] / shown["size"] for name in ("estimate", "low", "high")})
 
 
 def _points(shown: pd.DataFrame) -> pd.DataFrame:
