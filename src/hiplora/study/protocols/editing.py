@@ -192,7 +192,7 @@ def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, ti
 
 
 def _items(results: Results, runs: list) -> pd.DataFrame:
-    """A row an edit or question, with its set, mode, method, seed, metric, task and value; category, or edits so far."""
+    """A row an edit or question: set, mode, method, seed, metric, task, item, value; category, or edits so far."""
     parts, lost = [], set()
     for job, labels in runs:
         found = results.get(job)
