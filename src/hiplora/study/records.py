@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from hiplora.study.jobs import Job
+from hiplora.study.statistics import differences, summary
 from hiplora.study.store import Results
 
 if TYPE_CHECKING:
@@ -47,27 +48,21 @@ def tidy(results: Results, runs: Runs, whole: Sequence[str] = ("method",)) -> pd
     `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`. Rows that
     are equal in the labels `whole` belong together: where a job of them is not done, all are left out.
     """
-    runs = [(job, dict(labels)) for job, labels in runs]
+    runs = list(runs)
     names = list(dict.fromkeys(name for _, labels in runs for name in labels))
-    heads, values, lost = [], [], set()
+    rows, lost = [], set()
     for job, labels in runs:
-        label = tuple(labels.get(name, "") for name in names)
         found = results.get(job)
         if found is None:
             lost.add(tuple(labels.get(name, "") for name in whole))
             continue
-        for task, metric, numbers in _numbers(found):
-            heads.append((*label, job.key, task, metric))
-            values.append(np.asarray(numbers, dtype=float))
-    frame = pd.DataFrame(heads, columns=[*names, "run", "task", "metric"])
-    if lost:
-        kept = [tuple(row) not in lost for row in frame[list(whole)].itertuples(index=False)]
-        frame, values = frame[kept], [value for value, keep in zip(values, kept, strict=True) if keep]
-    counts = [len(value) for value in values]
-    frame = frame.loc[frame.index.repeat(counts)].reset_index(drop=True)
-    frame["item"] = np.concatenate([np.arange(count) for count in counts] or [np.zeros(0, int)])
-    frame["value"] = np.concatenate(values or [np.zeros(0)])
-    return frame
+        label = tuple(labels.get(name, "") for name in names)
+        rows += [(*label, job.key, task, metric, list(values)) for task, metric, values in _numbers(found)]
+    frame = pd.DataFrame(rows, columns=[*names, "run", "task", "metric", "value"])
+    if lost and len(frame):
+        frame = frame[[tuple(row) not in lost for row in frame[list(whole)].itertuples(index=False)]]
+    frame = frame.explode("value").astype({"value": float})
+    return frame.assign(item=frame.groupby(level=0).cumcount()).reset_index(drop=True)
 
 
 def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[float]]]:
@@ -96,20 +91,30 @@ def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) ->
     return frame.reset_index().assign(metric=metric, unit=unit, **labels)
 
 
+def with_differences(draws: pd.DataFrame, metric: str, unit: str = "pp") -> pd.DataFrame:
+    """Return replicates as measurements: each method's own, and the paired differences between the trained ones."""
+    apart = differences(draws[draws.index.get_level_values("method") != BASE])
+    return joined(
+        measured(summary(draws), metric, unit), measured(summary(apart), f"{metric} difference", "pp")
+    )
+
+
 def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
-    """Return measurements below each other, with at least some columns."""
+    """Return measurements below each other, with the columns of all parts and some more."""
+    names = dict.fromkeys(name for frame in (*parts, columns) for name in frame)
     known = [part for part in parts if len(part)]
-    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=list(columns))
-    return found.reindex(columns=[*found.columns, *(name for name in columns if name not in found)])
+    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=list(names))
+    return found.reindex(columns=list(names))
 
 
 def with_jobs(frame: pd.DataFrame, runs: Runs, by: Sequence[str] = ("method",)) -> pd.DataFrame:
     """Return measurements with the short keys of the jobs that have their labels `by`."""
-    keys: dict[tuple, dict[str, None]] = {}
-    for job, labels in runs:
-        keys.setdefault(tuple(labels.get(name, "") for name in by), {})[job.key[:8]] = None
-    told = [" ".join(keys.get(tuple(row), ())) for row in frame[list(by)].itertuples(index=False)]
-    return frame.assign(jobs=told)
+    if frame.empty:
+        return frame
+    by = list(by)
+    keys = pd.DataFrame([(*(labels.get(name, "") for name in by), job.key[:8]) for job, labels in runs])
+    keys = keys.set_axis([*by, "jobs"], axis=1).drop_duplicates()
+    return frame.join(keys.groupby(by, sort=False)["jobs"].agg(" ".join), on=by)
 
 
 def table(
@@ -136,9 +141,31 @@ def table(
     return found.rename_axis(index=rows.capitalize(), columns=None)
 
 
+def by_form(
+    stem: str,
+    caption: str,
+    numbers: pd.DataFrame,
+    rows: str = "method",
+    paper: Callable[[Any], float | None] | None = None,
+) -> dict[str, tuple[str, pd.DataFrame]]:
+    """Return a table for each form of the score, as `Findings.tables` has them: measurements in their `column`.
+
+    The paper reports accuracies only, so `paper` is asked for those alone.
+    """
+    found = {}
+    for form in FORMS.values():
+        wide = table(
+            numbers[numbers.form == form], "column", rows, paper=paper if form == "accuracy" else None
+        )
+        found[f"{stem}-{form}"] = f"{caption}: {form}", wide
+    return found
+
+
 def paper_value(name: str, row: str, column: str) -> float | None:
     """Return the paper's number of a table's row and column, None where the paper, or what is left of it, has none."""
-    value = _paper_rows()[name].get(_plain(row), {}).get(_plain(column))
+    rows = {_plain(title): values for title, values in paper()["tables"][name]["rows"].items()}
+    values = {_plain(title): value for title, value in rows.get(_plain(row), {}).items()}
+    value = values.get(_plain(column))
     return value["value"] if isinstance(value, Mapping) else value
 
 
@@ -149,17 +176,6 @@ def paper() -> dict[str, Any]:
 
     text = importlib.resources.files("hiplora.study").joinpath("paper.yaml").read_text("utf-8")
     return yaml.safe_load(text)
-
-
-@functools.cache
-def _paper_rows() -> dict[str, dict[str, dict[str, Any]]]:
-    return {
-        name: {
-            _plain(row): {_plain(column): value for column, value in values.items()}
-            for row, values in one["rows"].items()
-        }
-        for name, one in paper()["tables"].items()
-    }
 
 
 def _plain(name: str) -> str:

@@ -13,27 +13,14 @@ from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
 from hiplora.study.protocols import sections
 from hiplora.study.records import Findings, paper
-from hiplora.study.statistics import detectable
 from hiplora.study.store import Results, export
 
 if TYPE_CHECKING:
     from hiplora.study.plan import Opened
 
 RECORDS = "records.jsonl.gz"
-_FIRST = [
-    "protocol",
-    "method",
-    "metric",
-    "domain",
-    "form",
-    "estimate",
-    "low",
-    "high",
-    "sd",
-    "seeds",
-    "items",
-    "unit",
-]
+_LABELS = ["protocol", "method", "metric", "domain", "form"]
+_FIRST = [*_LABELS, "estimate", "low", "high", "sd", "seeds", "items", "unit"]
 _NAMED = 5  # jobs that a section names as missing
 
 
@@ -60,23 +47,20 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
         f"Values marked as the paper's are of {paper()['model']}."
     )
     with staged_dir(out, overwrite) as folder:
+        for name in ("tables", "figures"):
+            (folder / name).mkdir()
         for one in found:
             for stem, (_, frame) in one.tables.items():
-                save_table(frame, _made(folder / "tables") / stem)
+                save_table(frame, folder / "tables" / stem)
             for stem, (_, figure) in one.figures.items():
-                save_figure(figure, _made(folder / "figures") / stem)
+                save_figure(figure, folder / "figures" / stem)
             for name, text in one.files.items():
                 write_atomic(folder / name, text)
         write_atomic(folder / "measurements.csv", numbers.to_csv(index=False, float_format="%.6g"))
         export(store, graph, folder / RECORDS)
+        page = [_section(one) for one in found]
         title = recipe.title or recipe.study
-        save_page(
-            folder / "report.html",
-            title,
-            [_section(one) for one in found],
-            subtitle,
-            _origin(opened, records),
-        )
+        save_page(folder / "report.html", title, page, subtitle, _origin(opened, records))
     return {
         "page": str(Path(out) / "report.html"),
         "sections": {one.name: len(one.missing) for one in found},
@@ -99,44 +83,24 @@ def _section(one: Findings) -> Section:
     if one.missing:
         named = "; ".join(one.missing[:_NAMED]) + (" …" if len(one.missing) > _NAMED else "")
         text += f"\n\n{len(one.missing)} jobs are not done yet: {named}"
-    tables = dict(one.tables.values())
-    if len(one.measured):
-        smallest = detectable(one.measured)
-        if len(smallest):
-            caption = "Smallest difference between two methods that can be told from none (median half width)"
-            tables[caption] = smallest
-    return Section(one.title, text, tables=tables, figures=dict(one.figures.values()))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return folder
+    return Section(one.title, text, tables=dict(one.tables.values()), figures=dict(one.figures.values()))
 
 
 def _origin(opened: Opened, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Where the numbers come from: the recipe, its data, and the commits and machines that did the jobs."""
     files = {
-        name: digest
-        for job in opened.graph
-        for name, digest in (job.settings.get("files") or {}).items()
-        if digest is not None
+        name: digest for job in opened.graph for name, digest in (job.settings.get("files") or {}).items()
     }
     origins = [record["provenance"] for record in records]
-    libraries = {name for origin in origins for name in origin["libraries"]}
+    machines = [one["machine"] for one in origins]
+    libraries = {f"{name} {version}" for one in origins for name, version in one["libraries"].items()}
     return {
         "report": provenance(),
         "recipe_sha256": json_sha256(opened.study.recipe.model_dump(mode="json", exclude_defaults=True)),
-        "data": dict(sorted(files.items())),
+        "data": {name: digest for name, digest in sorted(files.items()) if digest is not None},
         "jobs": {
-            "commits": sorted({str(origin["commit"]) for origin in origins}),
-            "machines": sorted(
-                {f"{o['machine']['processor']}, {o['machine']['cores']} cores" for o in origins}
-            ),
-            "libraries": {
-                name: ", ".join(sorted({str(origin["libraries"].get(name)) for origin in origins}))
-                for name in sorted(libraries)
-            },
-            "first": min((origin["time"] for origin in origins), default=None),
-            "last": max((origin["time"] for origin in origins), default=None),
+            "commits": sorted({str(one["commit"]) for one in origins}),
+            "machines": sorted({f"{one['processor']}, {one['cores']} cores" for one in machines}),
+            "libraries": sorted(libraries),
         },
     }

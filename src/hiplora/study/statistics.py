@@ -13,46 +13,30 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hiplora.metrics import paired_bootstrap
-from hiplora.metrics.bootstrap import resample_counts
+from hiplora.metrics import paired_bootstrap, resampled_means
 
 REPLICATES = 10_000
 FAR = 1e6  # beyond this a side of a ratio's interval counts as open
 
 
-def replicates(
-    records: pd.DataFrame, by: Sequence[str], seed: int = 0, count: int = REPLICATES
-) -> pd.DataFrame:
+def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the mean over the items of each task with its replicates, a row for each value of `by`.
 
     `records` have the columns `by`, task, item and value; an item that comes twice counts with its mean. Rows that were
     scored on other items of a task than most (another number of them) have draws of their own.
     """
-    names = pd.MultiIndex.from_tuples([], names=by)
-    parts = [pd.DataFrame(np.zeros((0, count + 1)), names)]
+    parts = []
     for task, rows in records.groupby("task", sort=False):
         wide = rows.pivot_table(index="item", columns=list(by), values="value", sort=False)
-        kept = wide.notna().T
-        for _, columns in kept.groupby(
-            [kept.apply(lambda row: row.to_numpy().tobytes(), axis=1)], sort=False
-        ):
+        kept = wide.notna().T.apply(lambda row: row.to_numpy().tobytes(), axis=1)
+        for _, columns in kept.groupby(kept, sort=False):
             items = wide[columns.index].dropna().sort_index()
-            drawn = _drawn_means(items.to_numpy(), str(task), seed, count)
-            parts.append(pd.DataFrame(drawn, index=items.columns))
-    return pd.concat(parts[1:] or parts)
-
-
-def _drawn_means(items: NDArray[np.float64], task: str, seed: int, count: int) -> NDArray[np.float64]:
-    """The columns' means and, behind each, its replicates: (columns, 1 + count)."""
-    size = len(items)
-    generator = np.random.default_rng([seed, zlib.crc32(task.encode()), size])
-    means = np.empty((items.shape[1], count + 1))
-    means[:, 0] = items.mean(axis=0)
-    first = 1
-    for times in resample_counts(size, count, generator):
-        means[:, first : first + len(times)] = (times.astype(float) @ items).T / size
-        first += len(times)
-    return means
+            seed = [0, zlib.crc32(str(task).encode()), len(items)]
+            means = resampled_means(items.to_numpy(), REPLICATES, seed)
+            parts.append(pd.DataFrame(means.T, index=items.columns))
+    if not parts:
+        return pd.DataFrame(np.zeros((0, REPLICATES + 1)), pd.MultiIndex.from_tuples([], names=by))
+    return pd.concat(parts)
 
 
 def averaged(draws: pd.DataFrame, over: Sequence[str]) -> pd.DataFrame:
@@ -97,15 +81,13 @@ def ratios(draws: pd.DataFrame, level: str = "method") -> pd.DataFrame:
     Fieller's interval, of the ratios r at which here − r·there may be 0, stays right where the denominator's replicates
     reach 0: a side of it may be open then (inf). Where the denominator itself is not positive, the ratio is inf.
     """
-    pairs = differences(draws, level=level).rename_axis(index={"minus": "over"})
-    rows = []
-    for label in pairs.index:
-        names = dict(zip(pairs.index.names, label, strict=True))
-        over = names.pop("over")
-        there = tuple(over if name == level else names[name] for name in draws.index.names)
-        here = tuple(names[name] for name in draws.index.names)
-        rows.append(_ratio(draws.loc[here].to_numpy(), draws.loc[there].to_numpy()))
-    return pd.DataFrame(rows, index=pairs.index, columns=["estimate", "low", "high"])
+    pairs = differences(draws, level=level).index
+    here = pairs.droplevel("minus").reorder_levels(draws.index.names)
+    there = pairs.droplevel(level).rename(level, level="minus").reorder_levels(draws.index.names)
+    sides = zip(draws.reindex(here).to_numpy(), draws.reindex(there).to_numpy(), strict=True)
+    found = [_ratio(one, other) for one, other in sides]
+    index = pairs.rename("over", level="minus")
+    return pd.DataFrame(found, index, columns=["estimate", "low", "high"])
 
 
 def _ratio(here: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float, float]:
@@ -148,9 +130,7 @@ def student(values: pd.Series, over: str = "seed") -> pd.DataFrame:
 def geometric(values: pd.Series, over: str = "seed") -> pd.DataFrame:
     """Return the geometric means of values over a level with Student's interval of their logarithms."""
     found = student(np.log(values), over)
-    return found.assign(**{name: np.exp(found[name]) for name in ("estimate", "low", "high")}).drop(
-        columns="sd"
-    )
+    return np.exp(found[["estimate", "low", "high"]]).assign(seeds=found.seeds)
 
 
 def hierarchical(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -173,7 +153,7 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     """
     kl = records[records.metric == "kl"].rename(columns={"task": "text"})
     if kl.empty:
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["metric", *by, "method", "text", "estimate"])
     pairing = [name for name in ("domain", "merge") if name in kl]
     values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
     seeds = values.groupby(level=[*by, "method", "text", "seed"], sort=False).mean()
@@ -186,16 +166,3 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
         means["sd"] = over["low"] = over["high"] = np.nan
     told = means.reset_index().assign(metric="drift", unit="nats/token")
     return pd.concat([told, over.reset_index().assign(metric="drift ratio", unit="ratio")])
-
-
-def detectable(measured: pd.DataFrame) -> pd.DataFrame:
-    """Return the smallest difference that can be told from none: the median half width of the intervals of each metric.
-
-    A row a metric, and form or rule where there are several.
-    """
-    if not {"low", "high"} <= set(measured):
-        return pd.DataFrame()
-    found = measured[measured.metric.str.endswith("difference") & measured.low.notna()]
-    by = [name for name in ("metric", "form", "rule", "set", "mode", "domain", "unit") if name in found]
-    half = ((found.high - found.low) / 2).rename("smallest detectable")
-    return half.groupby([found[name].fillna("") for name in by], sort=False).median().reset_index()

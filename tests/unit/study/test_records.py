@@ -54,11 +54,4 @@ def test_a_table_shows_intervals_and_the_papers_value_as_such_in_the_order_of_th
 def test_the_papers_names_match_whatever_their_case_and_punctuation():
     assert paper_value("single-task", "hip-lora", "RETAIN") == 4.9
     assert paper_value("single-task", "HiP-LoRA", "MMLU") is None
-    with pytest.raises(KeyError):
-        paper_value("table 1", "LoRA", "Retain")
-
-
-def test_the_papers_claims_name_protocols_and_sides():
-    for claim in paper()["claims"].values():
-        assert claim["claimed"] in ("above", "below")
-        assert {"says", "paper", "section", "metric", "method"} <= claim.keys()
+    assert {claim["claimed"] for claim in paper()["claims"].values()} == {"above", "below"}

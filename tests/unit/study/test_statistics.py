@@ -5,9 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from hiplora.study import statistics
 from hiplora.study.statistics import (
-    detectable,
     differences,
     drift,
     geometric,
@@ -45,23 +43,15 @@ def test_the_first_column_is_the_mean_and_the_interval_that_of_the_mean_over_the
     assert (found.sd["a"], found.seeds["a"]) == (pytest.approx(RANDOM[0].mean(axis=1).std(ddof=1)), 3)
 
 
-def test_methods_share_their_draws_so_that_a_constant_difference_has_no_width():
-    shifted = {"a": VALUES["a"], "b": VALUES["a"] + 5}
-    found = summary(differences(replicates(records(shifted), BY))).loc[("b", "a")]
-    assert tuple(found[["estimate", "low", "high"]]) == pytest.approx((5, 5, 5))
-    assert found.sd == pytest.approx(0)
-
-
-def test_every_method_is_compared_with_all_before_it_or_with_the_first():
-    draws = replicates(records({name: [[1.0, 2.0]] for name in "abc"}), BY)
-    assert list(differences(draws).index.droplevel("seed")) == [("b", "a"), ("c", "a"), ("c", "b")]
-    assert list(differences(draws, first=True).index.droplevel("seed")) == [("b", "a"), ("c", "a")]
-
-
-def test_chunks_of_draws_change_nothing(monkeypatch):
-    whole = replicates(records(VALUES), BY)
-    monkeypatch.setattr("hiplora.metrics.bootstrap._CHUNK", 40 * 7)
-    assert np.array_equal(whole, replicates(records(VALUES), BY))
+def test_methods_share_their_draws_so_that_constant_differences_have_no_width():
+    draws = replicates(records({"a": VALUES["a"], "b": VALUES["a"] + 5, "c": VALUES["a"]}), BY)
+    found = summary(differences(draws))
+    assert list(found.index) == [("b", "a"), ("c", "a"), ("c", "b")]
+    assert found[["estimate", "low", "high"]].to_numpy() == pytest.approx(
+        np.repeat([[5], [0], [-5]], 3, axis=1)
+    )
+    assert found.sd.to_numpy() == pytest.approx(0)
+    assert list(summary(differences(draws, first=True)).index) == [("b", "a"), ("c", "a")]
 
 
 def test_rows_of_other_items_have_draws_of_their_own():
@@ -123,10 +113,3 @@ def test_drift_is_compared_run_by_run_with_an_interval_over_seeds():
     assert ratio.estimate == pytest.approx((0.1 * 0.2 * 0.2 * 0.15) ** 0.25)
     assert ratio.low < ratio.estimate < ratio.high
     assert drift(pd.DataFrame(rows), shared=True).low.isna().all()
-
-
-def test_the_smallest_detectable_difference_is_the_median_half_width():
-    rows = {"metric": ["retain difference"] * 3 + ["retain"], "low": [0, 1, 2, 0], "high": [2, 5, 8, 100]}
-    assert detectable(pd.DataFrame(rows))["smallest detectable"].tolist() == [2]
-    assert detectable(pd.DataFrame({"metric": ["loss"]})).empty
-    assert statistics.REPLICATES == 10_000

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from hiplora.study.jobs import Job
-from hiplora.study.protocols import (
-    ablations,
-    allocation,
-    claims,
-    continual,
-    cost,
-    editing,
-    frontier,
-    lambda_curve,
-    merge_fail,
-    merging,
-    metamath,
-    rank_one,
-    selection,
-    single_task,
-)
 from hiplora.study.protocols.ablations import Ablations
 from hiplora.study.protocols.allocation import Allocation
 from hiplora.study.protocols.claims import Claims
@@ -46,23 +31,6 @@ if TYPE_CHECKING:
     from hiplora.study.builder import Study
     from hiplora.study.store import Results
 
-MODULES: dict[str, Any] = {
-    "single_task": single_task,
-    "merging": merging,
-    "merge_fail": merge_fail,
-    "adalora": single_task,
-    "lambda_curve": lambda_curve,
-    "allocation": allocation,
-    "ablations": ablations,
-    "continual": continual,
-    "editing": editing,
-    "rank_one": rank_one,
-    "selection": selection,
-    "cost": cost,
-    "frontier": frontier,
-    "metamath": metamath,
-    "claims": claims,
-}
 _NAMED = 12  # jobs that a section lists
 
 
@@ -97,11 +65,14 @@ class Protocols(Settings):
 
 
 def asked(protocols: Protocols) -> Iterator[tuple[Any, Any]]:
-    """Yield the module and settings of each protocol that a recipe asks for, in the order of the report."""
-    for name, module in MODULES.items():
-        settings = getattr(protocols, name)
+    """Yield the module and settings of each protocol that a recipe asks for, in the order of the report.
+
+    The module that has a protocol's settings has its functions `jobs(study, settings)` and `tables(study, settings,
+    results)` too.
+    """
+    for _, settings in protocols:
         if settings is not None:
-            yield module, settings
+            yield sys.modules[type(settings).__module__], settings
 
 
 def all_jobs(study: Study) -> list[Job]:
@@ -111,18 +82,18 @@ def all_jobs(study: Study) -> list[Job]:
 
 def sections(study: Study, results: Results) -> list[Findings]:
     """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
-    verdicts, found = [], []
+    verdicts: list[Findings] = []
+    found: list[Findings] = []
     for module, settings in asked(study.recipe.protocols):
-        results.missing.clear()
-        results.lost.clear()
         if isinstance(settings, Claims):
             verdicts.append(module.judge(study, settings, found))
             continue
+        results.missing.clear()
+        results.lost.clear()
         one = module.tables(study, settings, results)
         one.missing = list(results.missing)
         if results.lost:
-            named = "; ".join(list(results.lost)[:_NAMED])
-            more = f" and {len(results.lost) - _NAMED} more" if len(results.lost) > _NAMED else ""
-            one.text += f"\n\nDiverged in training, so that there are no results: {named}{more}."
+            named = "; ".join(list(results.lost)[:_NAMED]) + (" …" if len(results.lost) > _NAMED else "")
+            one.text += f"\n\n{len(results.lost)} jobs diverged in training, there are no results: {named}."
         found.append(one)
     return [*verdicts, *found]

@@ -19,13 +19,12 @@ from hiplora.metrics import student_margin
 from hiplora.provenance import provenance
 from hiplora.reporting import interval
 from hiplora.study.protocols.settings import Protocol
-from hiplora.study.records import Findings, paper
+from hiplora.study.records import FORMS, Findings, paper
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
     from hiplora.study.jobs import Job
 
-SUPPORTED, AGAINST, UNCLEAR, OPEN = "supported", "not supported", "cannot tell", "not measured"
 Bounds = tuple[float, float] | tuple[None, None]
 
 
@@ -56,27 +55,30 @@ def judge(study: Study, settings: Claims, found: Sequence[Findings]) -> Findings
         "MergeFail share adapters; theirs is the paper's interval, over draws and merges. An effect as large as "
         "the paper's is excluded on this model where the wider interval ends before it; a smaller one may exist."
     )
+    measured, widest = [], []
+    for row in rows.itertuples():
+        digits = 4 if row.unit == "nats/token" else 2
+        measured.append(interval(row.estimate, row.low, row.high, digits))
+        widest.append(
+            "–" if row.widest[0] is None else " to ".join(f"{end:+.{digits}f}" for end in row.widest)
+        )
     shown = pd.DataFrame(
         {
             "Claim": rows.says,
             "Verdict": rows.verdict,
             "Form": rows.form.replace("", "–"),
-            "Measured effect": [
-                _effect(row.estimate, (row.low, row.high), row.unit) for row in rows.itertuples()
-            ],
+            "Measured effect": measured,
             "Unit": rows.unit,
-            "Widest interval": [_effect(None, row.widest, row.unit) for row in rows.itertuples()],
+            "Widest interval": widest,
             "The paper's": rows.paper,
             "An effect as large": rows.as_large,
         }
     ).set_index("Claim")
     told: dict[str, dict[str, Any]] = {}
-    kept = ("verdict", "estimate", "low", "high", "widest", "unit", "paper_effect", "as_large")
-    for row in rows.to_dict("records"):
+    kept = ["verdict", "estimate", "low", "high", "widest", "unit", "paper_effect", "as_large"]
+    for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
         entry = told.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
-        entry[row["form"] or "measured"] = {
-            key: None if isinstance(row[key], float) and math.isnan(row[key]) else row[key] for key in kept
-        }
+        entry[row["form"] or "measured"] = {key: row[key] for key in kept}
     file = json.dumps({"claims": told, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
     tables = {"claims": ("Claim by claim", shown)}
     return Findings(settings.name, settings.title, tables=tables, files={"claims.json": file}, text=text)
@@ -85,52 +87,45 @@ def judge(study: Study, settings: Claims, found: Sequence[Findings]) -> Findings
 def check(study: Study, settings: Claims, found: Sequence[Findings]) -> list[dict[str, Any]]:
     """Return every claim that the study's methods allow to check, in each of its forms, with its verdict."""
     numbers = {one.name: one.measured for one in found}
+    roles = {name: getattr(settings, name) for name in Claims.model_fields}
     rows = []
     for name, claim in paper()["claims"].items():
-        roles = [claim.get(key) for key in ("method", "minus", "over")]
-        roles = [role for role in roles if role in Claims.model_fields]
-        if any(getattr(settings, role) is None for role in roles):
+        named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
+        if any(roles.get(role, "") is None for role in named.values()):
             continue
-        titles = {role: study.row(getattr(settings, role)).title for role in roles}
-        wanted = {"metric": claim["metric"], "method": titles.get(claim["method"], claim["method"])}
-        wanted |= {key: titles.get(claim[key], claim[key]) for key in ("minus", "over") if key in claim}
-        wanted |= claim.get("setting", {})
-        for form in ("accuracy", "likelihood") if claim.get("scored", True) else ("",):
-            row = _first(
-                numbers.get(claim["section"], pd.DataFrame()), wanted | ({"form": form} if form else {})
-            )
+        titles = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
+        wanted = {"metric": claim["metric"], **titles, **claim.get("setting", {})}
+        for form in FORMS.values() if claim.get("scored", True) else ("",):
+            row = _first(numbers.get(claim["section"]), wanted | ({"form": form} if form else {}))
             rows.append({"name": name, "form": form, **_verdict(claim, row)})
     return rows
 
 
-def _first(numbers: pd.DataFrame, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first measurement that has all the labels."""
-    if not set(wanted) <= set(numbers):
-        return None
-    fits = pd.concat([numbers[name] == value for name, value in wanted.items()], axis=1).all(axis=1)
-    return numbers[fits].iloc[0].to_dict() if fits.any() else None
+def _first(numbers: pd.DataFrame | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The first measurement that has all the labels; nothing, if there is none."""
+    if numbers is None or not set(wanted) <= set(numbers):
+        return {}
+    fits = (numbers[list(wanted)] == pd.Series(wanted)).all(axis=1)
+    return numbers[fits].iloc[0].to_dict() if fits.any() else {}
 
 
-def _verdict(claim: Mapping[str, Any], row: Mapping[str, Any] | None) -> dict[str, Any]:
+def _verdict(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     none, size, above = claim.get("none", 0.0), claim.get("size"), claim["claimed"] == "above"
-    low, high = (None, None) if row is None else widest(row)
-    if row is None:
-        verdict = OPEN
-    elif low is None or high is None or low <= none <= high:
-        verdict = UNCLEAR
-    else:
-        verdict = SUPPORTED if (low > none) == above else AGAINST
-    as_large = "–"
-    if size is not None and low is not None and high is not None:
-        as_large = "excluded" if (high < size if above else low > size) else "possible"
+    low, high = widest(row) if row else (None, None)
+    verdict, as_large = "cannot tell" if row else "not measured", "–"
+    if low is not None and high is not None:
+        if not low <= none <= high:
+            verdict = "supported" if (low > none) == above else "not supported"
+        if size is not None:
+            as_large = "excluded" if (high < size if above else low > size) else "possible"
     return {
         **{key: claim[key] for key in ("says", "paper")},
         "verdict": verdict,
         "unit": claim.get("unit", "pp"),
         "paper_effect": size,
         "as_large": as_large,
-        **{key: None if row is None else row[key] for key in ("estimate", "low", "high")},
-        "widest": None if row is None else (low, high),
+        **{key: row.get(key) for key in ("estimate", "low", "high")},
+        "widest": (low, high),
     }
 
 
@@ -142,14 +137,16 @@ def widest(row: Mapping[str, Any]) -> Bounds:
     """
     from scipy import stats
 
-    known = [(row["low"], row["high"]), (row.get("hierarchical_low"), row.get("hierarchical_high"))]
+    if not _known(row["low"], row["high"]):
+        return None, None
+    bounds = [row["low"], row["high"]]
+    hierarchical = row.get("hierarchical_low"), row.get("hierarchical_high")
+    if _known(*hierarchical):
+        bounds += hierarchical
     if _known(row.get("sd")) and row.get("seeds", 1) > 1:
         margin = student_margin(row["sd"], int(row["seeds"]))
-        known.append((row["estimate"] - margin, row["estimate"] + margin))
-    if not (_known(row["low"]) and _known(row["high"])):
-        return None, None
-    known = [pair for pair in known if _known(pair[0]) and _known(pair[1])]
-    low, high = float(min(pair[0] for pair in known)), float(max(pair[1] for pair in known))
+        bounds += [row["estimate"] - margin, row["estimate"] + margin]
+    low, high = float(min(bounds)), float(max(bounds))
     count = next((int(row[name]) for name in ("items", "merges") if _known(row.get(name))), 0)
     if low == high == 0 and count:
         high = 100 * stats.binomtest(0, count).proportion_ci(0.95, "exact").high
@@ -157,13 +154,5 @@ def widest(row: Mapping[str, Any]) -> Bounds:
     return low, high
 
 
-def _known(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _effect(estimate: float | None, bounds: Any, unit: str) -> str:
-    digits = 4 if unit == "nats/token" else 2
-    low, high = bounds or (None, None)
-    if estimate is not None:
-        return interval(estimate, low, high, digits)
-    return f"{low:+.{digits}f} to {high:+.{digits}f}" if _known(low) and _known(high) else "–"
+def _known(*values: Any) -> bool:
+    return all(value is not None and math.isfinite(value) for value in values)

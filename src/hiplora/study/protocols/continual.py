@@ -9,21 +9,21 @@ import pandas as pd
 from pydantic import Field
 
 from hiplora.metrics import CONTINUAL
-from hiplora.reporting import plots
 from hiplora.study.protocols.settings import OfMethods
-from hiplora.study.protocols.single_task import PAPER_COLUMNS, drift_table
+from hiplora.study.protocols.single_task import drift_table
 from hiplora.study.records import (
     BASE,
     Findings,
+    by_form,
     joined,
     measured,
     paper_value,
     scored,
-    table,
     tidy,
+    with_differences,
     with_jobs,
 )
-from hiplora.study.statistics import averaged, differences, drift, ratios, replicates, summary
+from hiplora.study.statistics import averaged, drift, ratios, replicates, summary
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
@@ -57,36 +57,16 @@ def tables(study: Study, settings: Continual, results: Results) -> Findings:
     """Return the paper's numbers in both forms, every task after every stage, and the drift after the last stage."""
     runs = list(_runs(study, settings))
     records = tidy(results, runs)
-    found = Findings(settings.name, settings.title)
-    order = _order(study, settings)
-    last = records[(records.stage == len(order)) & (records.method != BASE)]
-    moved = drift(last)
+    titles = {domain: study.recipe.domains[domain].title for domain in _order(study, settings)}
+    moved = drift(records[(records.stage == len(titles)) & (records.method != BASE)])
     numbers = _measured(study, settings, records)
-    found.measured = with_jobs(joined(numbers, moved), runs)
-    titles = {domain: study.recipe.domains[domain].title for domain in order}
-    for form in ("accuracy", "likelihood"):
-        rows = numbers[numbers.form == form]
-        shown = rows[rows.metric.isin(COLUMNS)].assign(column=rows.metric.map(COLUMNS))
-        found.tables[f"{settings.name}-{form}"] = (
-            f"{settings.title}: {form}",
-            table(shown, "column", paper=_paper),
-        )
-        scores = rows[rows.metric == "score"]
-        after = ["" if not stage else f", after {titles[order[int(stage) - 1]]}" for stage in scores.stage]
-        scores = scores.assign(row=scores.method + after, column=scores.domain.map(titles))
-        caption = f"Every task after every stage: {form}, %"
-        found.tables[f"{settings.name}-stages-{form}"] = (
-            caption,
-            table(scores, "column", "row", paper=lambda r: _cell(study, r)),
-        )
-        for place, (method, one) in enumerate(scores[scores.method != BASE].groupby("method", sort=False)):
-            name = f"{settings.name}-matrix-{form}-{place}"
-            wide = one.pivot(index="stage", columns="column", values="estimate")[list(titles.values())]
-            wide.index = [f"after {titles[order[int(stage) - 1]]}" for stage in wide.index]
-            found.figures[name] = (
-                f"{method}: every task after every stage, {form}",
-                plots.heatmap(wide, fmt=".1f", colorbar="%"),
-            )
+    found = Findings(settings.name, settings.title, with_jobs(joined(numbers, moved), runs))
+    shown = numbers[numbers.metric.isin(COLUMNS)].assign(column=numbers.metric.map(COLUMNS))
+    found.tables = by_form(settings.name, settings.title, shown, paper=_paper)
+    scores = numbers[numbers.metric == "score"]
+    after = dict(enumerate((f", after {title}" for title in titles.values()), 1)) | {0: ""}
+    scores = scores.assign(row=scores.method + scores.stage.map(after), column=scores.domain.map(titles))
+    found.tables |= by_form(f"{settings.name}-stages", "Every task after every stage, %", scores, "row")
     if not moved.empty:
         found.tables[f"{settings.name}-drift"] = drift_table(moved, "Drift after all stages")
     found.text = (
@@ -112,50 +92,32 @@ def _runs(study: Study, settings: Continual) -> Iterator[tuple[Job, dict]]:
 
 
 def _measured(study: Study, settings: Continual, records: pd.DataFrame) -> pd.DataFrame:
-    domains = {study.recipe.domains[domain].task: domain for domain in _order(study, settings)}
+    order = _order(study, settings)
+    domains = {study.recipe.domains[domain].task: domain for domain in order}
     items = scored(records)
     items = items[items.task.isin(domains)].assign(domain=items.task.map(domains))
     draws = replicates(items, ["form", "method", "seed", "stage", "domain"])
-    columns = ["form", "method", "metric", "stage", "domain", "estimate"]
+    columns = ["form", "method", "metric", "stage", "domain", "estimate", "low", "high"]
     if draws.empty:
         return joined(columns=columns)
-    parts = [measured(summary(draws), "score", "%")]
     is_base = draws.index.get_level_values("method") == BASE
-    parts.append(measured(summary(averaged(draws[is_base], ["domain", "stage"])), "average accuracy", "%"))
-    learned = draws[~is_base]
+    base = averaged(draws[is_base], ["domain", "stage"])
+    parts = [measured(summary(draws), "score", "%"), measured(summary(base), "average accuracy", "%")]
+    matrix = pd.MultiIndex.from_product([range(1, len(order) + 1), order])
+    by, learned = ["form", "method", "seed"], draws[~is_base]
     for metric, function in CONTINUAL.items() if len(learned) else ():
         values = {
-            label: function(_matrix(rows, list(domains.values())))
-            for label, rows in learned.groupby(level=["form", "method", "seed"], sort=False)
+            label: function(rows.droplevel(by).reindex(matrix).to_numpy().reshape(len(order), len(order), -1))
+            for label, rows in learned.groupby(level=by, sort=False)
         }
-        found = pd.DataFrame(
-            values.values(), pd.MultiIndex.from_tuples(values, names=["form", "method", "seed"])
-        )
-        unit = "%" if "accuracy" in metric else "pp"
-        parts.append(measured(summary(found), metric, unit))
-        parts.append(measured(summary(differences(found)), f"{metric} difference", "pp"))
+        found = pd.DataFrame(values.values(), pd.MultiIndex.from_tuples(values, names=by))
+        parts.append(with_differences(found, metric, "%" if "accuracy" in metric else "pp"))
         if metric == "forgetting":
             over = ratios(averaged(found, ["seed"]))
             parts.append(measured(over, "forgetting ratio", "ratio", seeds=len(study.seeds(settings))))
     return joined(*parts, columns=columns)
 
 
-def _matrix(rows: pd.DataFrame, domains: list[str]) -> Any:
-    """A run's scores as (stages, tasks, 1 + replicates)."""
-    stages = rows.droplevel(["form", "method", "seed"])
-    return (
-        stages.reindex(pd.MultiIndex.from_product([range(1, len(domains) + 1), domains]))
-        .to_numpy()
-        .reshape(len(domains), len(domains), -1)
-    )
-
-
 def _paper(row: Any) -> float | None:
-    shown = row.form == "accuracy" and row.metric in ("average accuracy", "forgetting")
+    shown = row.metric in ("average accuracy", "forgetting")
     return paper_value("continual", row.method, row.column) if shown else None
-
-
-def _cell(study: Study, row: Any) -> float | None:
-    task = study.recipe.domains[row.domain].task
-    known = row.form == "accuracy" and row.stage
-    return paper_value("continual-matrix", row.row, PAPER_COLUMNS.get(task, task)) if known else None

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from hiplora.reporting import interval
 from hiplora.study.protocols.settings import OfMethods, Positive
-from hiplora.study.records import Findings, paper_value
+from hiplora.study.records import Findings, joined, paper_value, table
 from hiplora.study.statistics import student
 
 if TYPE_CHECKING:
@@ -44,27 +42,17 @@ def jobs(study: Study, settings: CostTable) -> list[Job]:
 
 def tables(study: Study, settings: CostTable, results: Results) -> Findings:
     """Return throughput and memory, with ratios to the first method that is named, and the cost of the factors."""
-    found = Findings(settings.name, settings.title)
-    costs = {method: _cost(study, settings, results, method) for method in settings.methods}
-    known = [cost for cost in costs.values() if cost is not None]
-    first = costs[settings.methods[0]]
-    if known:
-        found.measured = pd.DataFrame([row for cost in known for row in _measured(cost, first)])
-        found.tables[f"{settings.name}-table"] = (
-            settings.title,
-            _table(found.measured, study.row(settings.methods[0]).title),
-        )
-    machines = sorted({cost["machine"] for cost in known})
-    times = (
-        "once"
-        if settings.repeats == 1
-        else f"{settings.repeats} times in turn; intervals are Student's t over the times"
-    )
+    found = Findings(settings.name, settings.title, _measured(study, settings, results))
+    machines = []
+    if len(found.measured):
+        first = study.row(settings.methods[0]).title
+        found.tables[f"{settings.name}-table"] = settings.title, _table(found.measured, first)
+        machines = sorted(found.measured.machine.unique())
     found.text = (
         f"Measured on {'; '.join(machines) or '–'}, each method in a process of its own while nothing else of the "
-        f"study ran, over {settings.steps} steps after {settings.warmup} to warm up, {times}. Factors: computing "
-        "the protected directions once for a base model, calibration included, or verifying them where they were "
-        "cached. Cache: k(m + n + 1) numbers a matrix."
+        f"study ran, over {settings.steps} steps after {settings.warmup} to warm up, {settings.repeats} times in turn; "
+        "intervals are Student's t over the times. Factors: computing the protected directions once for a base model, "
+        "calibration included, or verifying them where they were cached. Cache: k(m + n + 1) numbers a matrix."
     )
     return found
 
@@ -85,69 +73,56 @@ def _speed(study: Study, settings: CostTable, method: str, time: int) -> Job:
     return study.job("speed", f"time {row.title}{again}", asked, **needs)
 
 
-def _cost(study: Study, settings: CostTable, results: Results, method: str) -> dict[str, Any] | None:
-    """What was timed of a method: speeds in tokens per second, peak memory in bytes, and its factors."""
-    row, timed = study.row(method), [_speed(study, settings, method, n) for n in range(settings.repeats)]
-    if None in [results.get(job) for job in timed]:
-        return None
-    timings, factors = [results.timing(job) or {} for job in timed], study.factors(row)
-    memory = [one["peak_memory_bytes"] for one in timings if one["peak_memory_bytes"] is not None]
-    made = None if factors is None else results.get(factors)
-    return {
-        "title": row.title,
-        "jobs": " ".join(job.key[:8] for job in timed),
-        "speeds": [one["tokens_per_second"] for one in timings],
-        "memory": max(memory, default=None),
-        "factors": None
-        if made is None
-        else {**(results.timing(factors) or {}), "bytes": made["bytes"], "job": factors.key[:8]},
-        "machine": ", ".join(filter(None, (timings[0].get("gpu"), results.machine(timed[0])))),
-    }
-
-
-def _measured(cost: dict[str, Any], first: dict[str, Any] | None) -> list[dict[str, Any]]:
-    label = {"method": cost["title"], "machine": cost["machine"], "jobs": cost["jobs"]}
-    rows = [{"metric": "throughput", "estimate": float(np.mean(cost["speeds"])), "unit": "tokens/s"}]
-    if cost["memory"] is not None:
-        rows.append({"metric": "peak memory", "estimate": cost["memory"], "unit": "bytes"})
-    if first is not None:
-        # The methods were timed in turn: the n-th times are compared with each other.
-        speeds = pd.Series(np.divide(cost["speeds"], first["speeds"]))
-        ratio = student(pd.concat({0: speeds}, names=["of", "seed"])).iloc[0]
-        told = {"unit": "ratio", "over": first["title"]}
-        rows.append({"metric": "throughput ratio", **ratio[["estimate", "low", "high"]], **told})
-        if cost["memory"] and first["memory"]:
-            rows.append({"metric": "peak memory ratio", "estimate": cost["memory"] / first["memory"], **told})
-    if (factors := cost["factors"]) is not None:
-        of = {"jobs": factors["job"]}
-        rows.append(
-            {
-                "metric": "factors",
-                "estimate": factors["factorize_seconds"],
-                "unit": "seconds",
-                "reused": factors["reused"],
-                **of,
-            }
-        )
-        rows.append({"metric": "cache", "estimate": factors["bytes"], "unit": "bytes", **of})
-    return [{**label, **row} for row in rows]
+def _measured(study: Study, settings: CostTable, results: Results) -> pd.DataFrame:
+    """Speeds in tokens per second, peak memory in bytes, both compared with the first method's, and the factors."""
+    rows: list[dict[str, Any]] = []
+    first = None
+    for method in settings.methods:
+        row, factors = study.row(method), study.factors(study.row(method))
+        timed = [_speed(study, settings, method, n) for n in range(settings.repeats)]
+        made = None if factors is None else results.get(factors)
+        if None in [results.get(job) for job in timed]:
+            continue
+        times = pd.DataFrame([results.timing(job) for job in timed])
+        speed, memory = times.tokens_per_second, times.peak_memory_bytes.astype(float).max()
+        first = (speed, memory) if method == settings.methods[0] else first
+        machine = ", ".join(filter(None, (times.gpu[0], results.machine(timed[0]))))
+        label = {"method": row.title, "machine": machine, "jobs": " ".join(job.key[:8] for job in timed)}
+        rows.append({**label, "metric": "throughput", "estimate": speed.mean(), "unit": "tokens/s"})
+        rows.append({**label, "metric": "peak memory", "estimate": memory, "unit": "bytes"})
+        if first is not None:
+            # The methods were timed in turn: the n-th times are compared with each other.
+            over = {**label, "over": study.row(settings.methods[0]).title, "unit": "ratio"}
+            ratio = student(pd.concat({0: speed / first[0]}, names=["of", "seed"])).iloc[0]
+            rows.append({**over, "metric": "throughput ratio", **ratio[["estimate", "low", "high"]]})
+            rows.append({**over, "metric": "peak memory ratio", "estimate": memory / first[1]})
+        if made is not None:
+            label["jobs"], timing = factors.key[:8], results.timing(factors)
+            seconds = {"estimate": timing["factorize_seconds"], "unit": "seconds", "reused": timing["reused"]}
+            rows.append({**label, "metric": "factors", **seconds})
+            rows.append({**label, "metric": "cache", "estimate": made["bytes"], "unit": "bytes"})
+    return joined(pd.DataFrame(rows), columns=["estimate", "low", "high"]).dropna(subset="estimate")
 
 
 def _table(numbers: pd.DataFrame, first: str) -> pd.DataFrame:
-    columns = {  # metric → heading, scale, digits, the paper's column
-        "throughput": ("Tokens per second", 1.0, 0, "Tokens per second"),
-        "throughput ratio": (f"Of {first}'s", 1.0, 3, None),
-        "peak memory": ("Peak memory, GB", 1e9, 2, "Peak memory"),
-        "peak memory ratio": (f"Of {first}'s memory", 1.0, 3, None),
-        "factors": ("SVD minutes", 60.0, 2, "SVD minutes"),
-        "cache": ("Cache size, GB", 1e9, 4, "Cache size"),
-    }
-    found: dict[str, dict[str, str]] = {}
-    for row in numbers.to_dict("records"):
-        heading, scale, digits, theirs = columns[row["metric"]]
-        text = interval(row["estimate"] / scale, row.get("low"), row.get("high"), digits)
-        text += " (cached)" if row["metric"] == "factors" and row["reused"] else ""
-        paper = None if theirs is None else paper_value("cost", row["method"], theirs)
-        found.setdefault(row["method"], {})[heading] = text if paper is None else f"{text} (paper: {paper:g})"
-    wide = pd.DataFrame.from_dict(found, orient="index").rename_axis("Method")
-    return wide[[one[0] for one in columns.values() if one[0] in wide]].fillna("–")
+    columns = [
+        ("throughput", "Tokens per second", 1, 0),
+        ("throughput ratio", f"Of {first}'s", 1, 3),
+        ("peak memory", "Peak memory, GB", 1e9, 2),
+        ("peak memory ratio", f"Of {first}'s memory", 1, 3),
+        ("factors", "SVD minutes", 60, 2),
+        ("cache", "Cache size, GB", 1e9, 4),
+    ]
+    shown = pd.DataFrame(columns, columns=["metric", "column", "scale", "digits"]).merge(numbers, on="metric")
+    bounds = ["estimate", "low", "high"]
+    shown[bounds] = shown[bounds].div(shown.scale, axis=0)
+    wide = table(
+        shown,
+        "column",
+        digits=lambda row: row.digits,
+        paper=lambda row: paper_value("cost", row.method, row.column.partition(",")[0]),
+    )
+    cached = [row["method"] for row in numbers.to_dict("records") if row.get("reused") is True]
+    if cached:
+        wide.loc[cached, "SVD minutes"] += " (cached)"
+    return wide

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import pandas as pd
 from pydantic import Field
 
-from hiplora.metrics import falls_below
-from hiplora.reporting import plots
-from hiplora.study.protocols.merging import merge_of, rule_title
+from hiplora.metrics import DEFAULT_TAUS, falls_below
+from hiplora.study.protocols.merging import drift_tables, merge_of, rule_title
 from hiplora.study.protocols.settings import OfMethods, Positive, Rules, Share
-from hiplora.study.protocols.single_task import drift_table
-from hiplora.study.records import Findings, joined, measured, paper_value, scored, table, tidy, with_jobs
+from hiplora.study.records import Findings, by_form, joined, measured, paper_value, scored, tidy, with_jobs
 from hiplora.study.statistics import averaged, differences, drift, hierarchical, replicates, summary
 
 if TYPE_CHECKING:
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
     from hiplora.study.builder import Study
     from hiplora.study.jobs import Job
     from hiplora.study.store import Results
-
-PROJECT_TAUS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0]
 
 
 class MergeFail(OfMethods):
@@ -38,7 +34,7 @@ class MergeFail(OfMethods):
     instances: Positive = Field(
         default=20, description="Merges of each size drawn for each seed; all, where there are fewer."
     )
-    taus: list[Share] = Field(default=PROJECT_TAUS, min_length=1, description="Thresholds.")
+    taus: list[Share] = Field(default=list(DEFAULT_TAUS), min_length=1, description="Thresholds.")
     tau: Share = Field(default=0.9, description="The one that is reported first.")
     seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")
     drift: bool = Field(default=False, description="Measure the drift of every merged model too.")
@@ -53,43 +49,28 @@ def tables(study: Study, settings: MergeFail, results: Results) -> Findings:
     """Return MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
     runs = list(_runs(study, settings))
     records = tidy(results, runs, ("rule", "method"))
-    found = Findings(settings.name, settings.title)
-    taus = [settings.tau, *(tau for tau in sorted(settings.taus) if tau != settings.tau)]
     drawn, seeds = instances(study, settings), len(study.seeds(settings))
+    taus = list(dict.fromkeys([settings.tau, *settings.taus]))
     parts = [
         failures(study, rows, drawn, taus).assign(rule=rule, seeds=seeds)
         for rule, rows in records.groupby("rule", sort=False)
     ]
-    moved = (
-        drift(records[records["merge"] != ""], ["rule"], shared=True) if settings.drift else pd.DataFrame()
-    )
-    numbers = joined(*parts, columns=["metric", "form", "rule", "method", "tau", "estimate", "size"])
-    different = {str(size): count for size, count in different_merges(study, settings).items()}
-    numbers["merges"] = numbers["size"].map(different).fillna(sum(different.values()))
-    found.measured = with_jobs(joined(numbers, moved), runs, ("rule", "method"))
-    fails = numbers[numbers.metric == "merge fail"]
-    fails = fails.assign(row=fails.method + ", " + fails.rule.map(rule_title))
-    for form in ("accuracy", "likelihood"):
-        rows = fails[fails.form == form]
-        sizes = rows[rows.tau == settings.tau]
-        sizes = sizes.assign(
-            column=[f"{n} adapters ({different[n]})" if n != "all" else "All" for n in sizes["size"]]
-        )
-        caption = f"MergeFail at τ = {settings.tau:g}: {form}, % of merges (different ones)"
-        found.tables[f"{settings.name}-{form}"] = caption, table(sizes, "column", "row", paper=_paper)
-        taus = rows[rows["size"] == "all"].sort_values("tau", kind="stable")
-        taus = taus.assign(column=[f"τ = {tau:g}" for tau in taus.tau])
-        wide = table(taus, "column", "row").reindex(rows.row.unique())
-        found.tables[f"{settings.name}-thresholds-{form}"] = f"MergeFail over the threshold: {form}, %", wide
-        if form == "likelihood" and not taus.empty:
-            figure = plots.facets(
-                taus, "rule", plots.lines, x="tau", y="estimate", line="method", low="low", high="high",
-                xlabel="threshold τ", ylabel="MergeFail by likelihood (%)",
-            )  # fmt: skip
-            found.figures[f"{settings.name}-thresholds"] = "How many merges fail, over the threshold", figure
-    for rule in settings.rules if not moved.empty else ():
-        caption = f"Drift of the models merged by {rule_title(rule)}"
-        found.tables[f"{settings.name}-drift-{rule}"] = drift_table(moved[moved.rule == rule], caption)
+    fails = joined(*parts, columns=["metric", "form", "rule", "method", "tau", "estimate", "size"])
+    different = Counter(str(len(merge)) for merge in {merge for _, merge in drawn})
+    fails["merges"] = fails["size"].map({**different, "all": different.total()})
+    moved = drift(records[records["merge"] != ""] if settings.drift else records[:0], ["rule"], shared=True)
+    numbers = with_jobs(joined(fails, moved), runs, ("rule", "method"))
+    found = Findings(settings.name, settings.title, numbers)
+    shown = fails[fails.metric == "merge fail"]
+    shown = shown.assign(row=shown.method + ", " + shown.rule.map(rule_title))
+    headings = {"all": "All", **{size: f"{size} adapters ({count})" for size, count in different.items()}}
+    sizes = shown[shown.tau == settings.tau].assign(column=lambda rows: rows["size"].map(headings))
+    caption = f"MergeFail at τ = {settings.tau:g}, % of merges (different ones)"
+    found.tables = by_form(settings.name, caption, sizes, "row", _paper)
+    over = shown[shown["size"] == "all"].sort_values("tau", kind="stable")
+    over = over.assign(column=[f"τ = {tau:g}" for tau in over.tau])
+    found.tables |= by_form(f"{settings.name}-thresholds", "MergeFail over the threshold, %", over, "row")
+    found.tables |= drift_tables(settings.name, settings.rules, moved)
     found.text = (
         "A merge fails if some task keeps less than τ of the score of its adapter alone; a task whose score alone is 0 "
         "cannot fail. Intervals: 95 % over items; the paper's, over draws and merges, are in measurements.csv as "
@@ -102,20 +83,11 @@ def instances(study: Study, settings: MergeFail) -> list[tuple[int, MergeInstanc
     """Return the drawn merges, equally many for each seed: (seed, merge); two seeds may draw the same."""
     from hiplora.metrics import merge_instances
 
-    domains, seeds = list(study.recipe.domains), study.seeds(settings)
-    return [
-        (seed, instance)
-        for seed in seeds
-        for found in merge_instances(
-            domains, settings.sizes, seeds, settings.instances, settings.seed + seed
-        ).values()
-        for instance in found
-    ]
-
-
-def different_merges(study: Study, settings: MergeFail) -> Counter[int]:
-    """Return size → how many different merges were drawn."""
-    return Counter(len(merge) for merge in {merge for _, merge in instances(study, settings)})
+    domains, seeds, found = list(study.recipe.domains), study.seeds(settings), []
+    for seed in seeds:
+        drawn = merge_instances(domains, settings.sizes, seeds, settings.instances, settings.seed + seed)
+        found += [(seed, instance) for merges in drawn.values() for instance in merges]
+    return found
 
 
 def _runs(study: Study, settings: MergeFail) -> Iterator[tuple[Job, dict]]:
@@ -157,53 +129,36 @@ def failures(
     """
     domains = {domain.task: name for name, domain in study.recipe.domains.items()}
     items = scored(records)
-    own = [alone[:1] == (domains.get(task),) for alone, task in zip(items.alone, items.task, strict=True)]
     after = replicates(items[items["merge"] != ""], ["form", "method", "seed", "merge", "task"])
     if after.empty:
         return pd.DataFrame()
+    own = [alone[:1] == (domains.get(task),) for alone, task in zip(items.alone, items.task, strict=True)]
     members = after.index.to_frame(index=False)
+    members["size"] = [str(len(drawn[merge][1])) for merge in members["merge"]]
     members["alone"] = [
         (domains[task], dict(drawn[merge][1])[domains[task]])
         for task, merge in zip(members.task, members["merge"], strict=True)
     ]
-    single = replicates(items[own], ["form", "method", "alone"])
-    before = single.reindex(pd.MultiIndex.from_frame(members[["form", "method", "alone"]]))
-    sizes = [str(len(drawn[merge][1])) for merge in members["merge"]]
-    index = pd.MultiIndex.from_frame(members[["form", "method", "seed", "merge"]].assign(size=sizes))
-    return pd.concat(
-        [_at(tau, before.to_numpy(), pd.DataFrame(after.to_numpy(), index), shared) for tau in taus],
-        ignore_index=True,
-    )
-
-
-def _at(tau: float, before: Any, after: pd.DataFrame, shared: bool) -> pd.DataFrame:
-    """MergeFail at one threshold."""
-    below = pd.DataFrame(falls_below(after.to_numpy(), before, tau), after.index)
-    failed = 100.0 * below.groupby(level=after.index.names, sort=False).any()
-    apart = differences(failed, first=True)
+    before = replicates(items[own], ["form", "method", "alone"])
+    before = before.reindex(pd.MultiIndex.from_frame(members[["form", "method", "alone"]]))
+    index = pd.MultiIndex.from_frame(members[["form", "method", "seed", "merge", "size"]])
     among = ["merge", "seed"] if shared else ["merge"]
-    wide, wide_apart = (
-        hierarchical(
-            one[0].rename("value").reset_index(),
-            [n for n in one.index.names if n not in ("seed", "merge", "size")],
-        )
-        for one in (failed, apart)
-    )
-    whole = summary(averaged(failed, [*among, "size"])).join(wide)
-    parts = [
-        measured(whole, "merge fail", "%", size="all"),
-        measured(summary(averaged(failed, among)), "merge fail", "%"),
-        measured(
-            summary(averaged(apart, [*among, "size"])).join(wide_apart),
-            "merge fail difference",
-            "pp",
-            size="all",
-        ),
-    ]
-    return pd.concat(parts, ignore_index=True).assign(tau=tau)
+    parts = []
+    for tau in taus:
+        below = pd.DataFrame(falls_below(after.to_numpy(), before.to_numpy(), tau), index)
+        failed = 100.0 * below.groupby(level=index.names, sort=False).any()
+        whole = {
+            "merge fail": (failed, "%"),
+            "merge fail difference": (differences(failed, first=True), "pp"),
+        }
+        for metric, (draws, unit) in whole.items():
+            by = [name for name in draws.index.names if name not in ("seed", "merge", "size")]
+            wide = hierarchical(draws[0].rename("value").reset_index(), by)
+            mean = summary(averaged(draws, [*among, "size"])).join(wide)
+            parts.append(measured(mean, metric, unit, size="all", tau=tau))
+        parts.append(measured(summary(averaged(failed, among)), "merge fail", "%", tau=tau))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _paper(row: Any) -> float | None:
-    if row.form != "accuracy" or row.size != "all":
-        return None
-    return paper_value("merge-rules", f"{row.method}, {rule_title(row.rule)}", "MergeFail")
+    return paper_value("merge-rules", row.row, "MergeFail") if row.column == "All" else None

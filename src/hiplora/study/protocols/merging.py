@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from hiplora.study.protocols.settings import OfMethods, Positive, Rules
 from hiplora.study.protocols.single_task import drift_table
-from hiplora.study.records import Findings, joined, measured, paper_value, scored, table, tidy, with_jobs
-from hiplora.study.statistics import averaged, differences, drift, replicates, summary
+from hiplora.study.records import (
+    Findings,
+    by_form,
+    joined,
+    measured,
+    paper_value,
+    scored,
+    table,
+    tidy,
+    with_differences,
+    with_jobs,
+)
+from hiplora.study.statistics import averaged, drift, replicates, summary
 
 if TYPE_CHECKING:
     from hiplora.metrics import MergeInstance
@@ -36,31 +45,6 @@ class Merging(OfMethods):
     passing: dict[str, Positive | None] = Field(
         default={}, description="Further tasks, scored for the adapter of the domain that has such a task."
     )
-
-
-@dataclass(frozen=True)
-class Reported:
-    """A metric that is reported of a domain: a task's score, or pass@k of it; `further`: not one of its own tasks."""
-
-    title: str
-    domain: str
-    task: str
-    k: int = 1
-    further: bool = False
-
-    def of(self, records: pd.DataFrame) -> pd.DataFrame:
-        """Return its items. A task's score is pass@1, the share of n samples that pass: pass@k follows from it."""
-        from hiplora.evaluation.suite import task_samples
-        from hiplora.metrics import pass_at_k
-
-        rows = records[(records.task == self.task) & records.domain.isin((self.domain, ""))]
-        if self.k > 1 or self.further:
-            rows = rows[rows.form == "accuracy"]
-        if self.k > 1:
-            samples = task_samples(self.task)
-            values = [100 * pass_at_k(samples, round(score * samples / 100), self.k) for score in rows.value]
-            rows = rows.assign(value=values)
-        return rows.assign(reported=self.title, domain=self.domain)
 
 
 def rule_title(rule: str) -> str:
@@ -92,25 +76,35 @@ def tables(study: Study, settings: Merging, results: Results) -> Findings:
     """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
     runs = list(_runs(study, settings))
     records = tidy(results, runs, ("rule", "method"))
+    moved = drift(records[records.when == "after"], ["rule"])
+    numbers = _measured(study, settings, records)
     found = Findings(settings.name, settings.title)
-    merged = records[records.when == "after"]
-    moved = with_jobs(drift(merged, ["rule"]), runs, ("rule", "method"))
-    found.measured = joined(with_jobs(_measured(study, settings, records), runs, ("rule", "method")), moved)
+    found.measured = with_jobs(joined(numbers, moved), runs, ("rule", "method"))
+    rows, drops = _before_and_after(numbers), _by_rule(numbers)
     for rule in settings.rules:
-        for form in ("accuracy", "likelihood"):
-            rows = found.measured[(found.measured.rule == rule) & (found.measured.form == form)]
-            caption = f"Merged by {rule_title(rule)}: {form}, %"
-            found.tables[f"{settings.name}-{rule}-{form}"] = caption, _before_and_after(rows)
-        if not moved.empty:
-            caption = f"Drift of the models merged by {rule_title(rule)}"
-            found.tables[f"{settings.name}-drift-{rule}"] = drift_table(moved[moved.rule == rule], caption)
-    found.tables[f"{settings.name}-rules"] = "Mean drop by rule, percentage points", _by_rule(found.measured)
+        stem, caption = f"{settings.name}-{rule}", f"Merged by {rule_title(rule)}, %"
+        found.tables |= by_form(stem, caption, rows[rows.rule == rule], "row")
+    found.tables |= drift_tables(settings.name, settings.rules, moved)
+    found.tables[f"{settings.name}-rules"] = (
+        "Mean drop by rule, percentage points",
+        table(drops, "column", "row", paper=_paper),
+    )
     found.text = (
         "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
         "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
         "negative."
     )
     return found
+
+
+def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> dict:
+    """Return the drift of the merged models, a table a rule."""
+    return {
+        f"{name}-drift-{rule}": drift_table(
+            moved[moved.rule == rule], f"Drift of the models merged by {rule_title(rule)}"
+        )
+        for rule in (rules if len(moved) else ())
+    }
 
 
 def _runs(study: Study, settings: Merging) -> Iterator[tuple[Job, dict]]:
@@ -134,21 +128,6 @@ def _runs(study: Study, settings: Merging) -> Iterator[tuple[Job, dict]]:
                     name = f"{row.title}, {', '.join(all_further)}, seed {seed}"
                     merge = study.merge(adapters, rule, options, all_further, name=name)
                     yield merge, {**label, "when": "after"}
-
-
-def reported(study: Study, settings: Merging) -> list[Reported]:
-    """Return the metrics to report: each domain's score, and pass@k where programs are sampled."""
-    from hiplora.evaluation.suite import task_samples
-
-    found = []
-    for name, domain in study.recipe.domains.items():
-        found.append(Reported(domain.title, name, domain.task))
-        asked = {domain.task: PASSES[1:], **dict.fromkeys(passing(study, settings, name), PASSES)}
-        for task, passes in asked.items():
-            for k in passes:
-                if k <= task_samples(task):
-                    found.append(Reported(f"{domain.title} pass@{k}", name, task, k, task != domain.task))
-    return found
 
 
 def passing(study: Study, settings: Merging, domain: str) -> dict[str, int | None]:
@@ -176,46 +155,59 @@ def _file(task: str) -> str:
     return str(task_settings(task)["file"]) if task in own_tasks() else task
 
 
+def _reported(study: Study, settings: Merging, records: pd.DataFrame) -> pd.DataFrame:
+    """The items of what is reported: each domain's score in both forms, and pass@k where programs are sampled.
+
+    A task's accuracy is pass@1, the share of its n samples that pass: pass@k follows from it.
+    """
+    from hiplora.evaluation.suite import task_samples
+    from hiplora.metrics import pass_at_k
+
+    items, parts = scored(records), []
+    for name, domain in study.recipe.domains.items():
+        of_domain = items[items.domain.isin((name, ""))].assign(domain=name)
+        parts.append(of_domain[of_domain.task == domain.task].assign(reported=domain.title))
+        for task in (domain.task, *passing(study, settings, name)):
+            passed = of_domain[(of_domain.task == task) & (of_domain.form == "accuracy")]
+            n = task_samples(task)
+            for k in PASSES:
+                if k <= n and (k > 1 or task != domain.task):
+                    values = [100 * pass_at_k(n, round(share * n / 100), k) for share in passed.value]
+                    parts.append(passed.assign(value=values, reported=f"{domain.title} pass@{k}"))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _measured(study: Study, settings: Merging, records: pd.DataFrame) -> pd.DataFrame:
-    items = scored(records)
-    rows = pd.concat([metric.of(items) for metric in reported(study, settings)], ignore_index=True)
-    draws = replicates(rows, ["rule", "form", "when", "method", "domain", "reported", "seed"])
+    by = ["rule", "form", "when", "method", "domain", "reported", "seed"]
+    draws = replicates(_reported(study, settings, records), by)
     if draws.empty:
-        return pd.DataFrame(columns=["rule", "form", "metric", "method", "estimate"])
+        return joined(columns=[*by, "metric", "estimate", "low", "high"])
     before, after = (draws.xs(when, level="when") for when in ("before", "after"))
-    change = before - after
-    drop, signed, alone = (averaged(one, ["domain", "reported"]) for one in (change.abs(), change, before))
-    return pd.concat(
-        [
-            measured(summary(draws), "merge score", "%"),
-            measured(summary(change), "drop", "pp"),
-            measured(summary(drop), "mean drop", "pp"),
-            measured(summary(signed), "mean signed drop", "pp"),
-            measured(summary(alone), "score alone", "%"),
-            measured(summary(differences(alone)), "score alone difference", "pp"),
-            measured(summary(differences(drop)), "mean drop difference", "pp"),
-        ],
-        ignore_index=True,
+    change, over = before - after, ["domain", "reported"]
+    return joined(
+        measured(summary(draws), "merge score", "%"),
+        measured(summary(change), "drop", "pp"),
+        with_differences(averaged(change.abs(), over), "mean drop"),
+        measured(summary(averaged(change, over)), "mean signed drop", "pp"),
+        with_differences(averaged(before, over), "score alone", "%"),
     )
 
 
-def _paper(row: Any) -> float | None:
-    if row.metric != "mean drop" or row.form != "accuracy":
-        return None
-    return paper_value("merge-rules", f"{row.method}, {rule_title(row.rule)}", "Mean drop")
-
-
-def _before_and_after(rows: pd.DataFrame) -> pd.DataFrame:
-    shown = rows[rows.metric.isin(("merge score", "drop", "mean drop"))]
-    when = np.where(shown.metric == "merge score", shown.when, "drop")
+def _before_and_after(numbers: pd.DataFrame) -> pd.DataFrame:
+    """The measurements of a table before and after a merge, for each method the row before, after and drop."""
+    shown = numbers[numbers.metric.isin(("merge score", "drop", "mean drop"))]
+    when = shown.when.where(shown.metric == "merge score", "drop")
     shown = shown.assign(row=shown.method + ", " + when, column=shown.reported.fillna("Mean drop"))
     order = [f"{method}, {when}" for method in shown.method.unique() for when in ("before", "after", "drop")]
-    return table(shown, "column", "row", paper=_paper).reindex(order)
+    return shown.sort_values("row", key=lambda rows: rows.map(order.index), kind="stable")
 
 
 def _by_rule(numbers: pd.DataFrame) -> pd.DataFrame:
     shown = numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
     rows = shown.method + ", " + shown.rule.map(rule_title)
-    return table(
-        shown.assign(row=rows, column=shown.metric + ", " + shown.form), "column", "row", paper=_paper
-    )
+    return shown.assign(row=rows, column=shown.metric + ", " + shown.form)
+
+
+def _paper(row: Any) -> float | None:
+    known = (row.metric, row.form) == ("mean drop", "accuracy")
+    return paper_value("merge-rules", row.row, "Mean drop") if known else None

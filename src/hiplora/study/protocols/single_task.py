@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
 from hiplora.reporting import plots
@@ -16,29 +15,21 @@ from hiplora.study.protocols.settings import OfMethods
 from hiplora.study.records import (
     BASE,
     Findings,
+    by_form,
     joined,
     measured,
     paper_value,
     scored,
-    table,
     tidy,
+    with_differences,
     with_jobs,
 )
-from hiplora.study.statistics import averaged, differences, drift, hierarchical, replicates, summary
+from hiplora.study.statistics import averaged, drift, hierarchical, replicates, summary
 
 if TYPE_CHECKING:
     from hiplora.study.builder import Study
     from hiplora.study.jobs import Job
     from hiplora.study.store import Results
-
-PAPER_COLUMNS = {
-    "mmlu": "MMLU",
-    "scienceqa": "ScienceQA",
-    "gsm8k": "GSM8K",
-    "gsm8k_solution": "GSM8K",
-    "humaneval": "HumanEval",
-    "humaneval_10": "HumanEval",
-}
 
 
 class SingleTask(OfMethods):
@@ -64,16 +55,14 @@ def tables(study: Study, settings: SingleTask, results: Results) -> Findings:
     """Return the domains' scores and Retain in both forms, the drift, and what was trained."""
     runs = _runs(study, settings)
     records = tidy(results, runs)
-    found = Findings(settings.name, settings.title)
-    numbers = with_jobs(scores_and_retain(study, records), runs)
-    moved = with_jobs(drift(records[records.method != BASE]), runs)
-    found.measured = joined(numbers, moved)
-    for form in ("accuracy", "likelihood"):
-        shown = score_columns(study, numbers[numbers.form == form])
-        found.tables[f"{settings.name}-{form}"] = (
-            f"{settings.title}: {form}, %",
-            table(shown, "column", paper=lambda row: _paper(study, settings.name, row)),
-        )
+    numbers, moved = scores_and_retain(study, records), drift(records[records.method != BASE])
+    found = Findings(settings.name, settings.title, with_jobs(joined(numbers, moved), runs))
+    found.tables = by_form(
+        settings.name,
+        f"{settings.title}, %",
+        score_columns(study, numbers),
+        paper=lambda row: paper_value(settings.name, row.method, row.column),
+    )
     found.tables[f"{settings.name}-drift"] = drift_table(moved)
     found.tables[f"{settings.name}-training"] = "What was trained", _trained(study, settings, results)
     found.text = (
@@ -87,8 +76,8 @@ def tables(study: Study, settings: SingleTask, results: Results) -> Findings:
 
 
 def _runs(study: Study, settings: SingleTask) -> list[tuple[Job, dict]]:
-    titles = {method: study.row(method) for method in settings.methods}
-    return score_runs(study, titles.values(), study.seeds(settings), study.recipe.domains)
+    rows = [study.row(method) for method in settings.methods]
+    return score_runs(study, rows, study.seeds(settings), study.recipe.domains)
 
 
 def score_runs(
@@ -110,40 +99,23 @@ def score_runs(
 def scores_and_retain(study: Study, records: pd.DataFrame) -> pd.DataFrame:
     """Return each method's scores on its own domains, their mean, Retain, and paired differences, as measurements."""
     domains = {domain.task: name for name, domain in study.recipe.domains.items()}
-    records = scored(records)
-    records = records[records.task.isin(domains)]
-    if BASE not in set(records.method):
-        return pd.DataFrame(columns=["method", "form", "metric", "estimate", "low", "high", "domain"])
-    draws = replicates(records, ["form", "method", "domain", "seed", "task"])
-    scored_on = draws.index.get_level_values("task").map(domains)
-    is_base = draws.index.get_level_values("method") == BASE
-    base, adapted = draws[is_base], draws[~is_base]
-    own = adapted[scored_on[~is_base] == adapted.index.get_level_values("domain")]
-    own = own.droplevel("task")
-    alone = base.droplevel(["domain", "task"])
-    alone = alone.set_index(pd.Index(scored_on[is_base], name="domain"), append=True).reorder_levels(
-        own.index.names
-    )
-    apart = adapted[scored_on[~is_base] != adapted.index.get_level_values("domain")]
-    before = base.droplevel(["method", "domain", "seed"]).reindex(
-        apart.index.droplevel(["method", "domain", "seed"])
-    )
-    retain = averaged(pd.DataFrame(before.to_numpy() - apart.to_numpy(), apart.index), ["domain", "task"])
-    mean, every = averaged(own, ["domain"]), averaged(alone, ["domain"])
-    trained = records[records.task.map(domains) == records.domain]
-    counts = records.groupby(records.task.map(domains))["item"].nunique()
-    scores = summary(own).join(hierarchical(trained, ["form", "method", "domain"]))
-    return pd.concat(
-        [
-            measured(pd.concat([summary(alone), scores]), "score", "%").assign(
-                items=lambda one: one.domain.map(counts)
-            ),
-            measured(summary(pd.concat([every, mean])), "mean score", "%"),
-            measured(summary(retain), "retain", "pp"),
-            measured(summary(differences(mean)), "mean score difference", "pp"),
-            measured(summary(differences(retain)), "retain difference", "pp"),
-        ],
-        ignore_index=True,
+    items = scored(records)
+    items = items[items.task.isin(domains)].assign(on=items.task.map(domains))
+    if BASE not in set(items.method):
+        return joined(columns=["method", "form", "metric", "estimate", "low", "high", "domain"])
+    trained = items.method != BASE
+    items["domain"] = items.domain.where(trained, items.on)  # each domain is the base's own
+    draws = replicates(items, ["form", "method", "domain", "seed", "on"])
+    is_own = draws.index.get_level_values("domain") == draws.index.get_level_values("on")
+    own, others = draws[is_own].droplevel("on"), draws[~is_own]
+    base = own.xs(BASE, level="method").droplevel("seed").rename_axis(index={"domain": "on"})
+    drops = others.rsub(base.reindex(others.index.droplevel(["method", "domain", "seed"])).to_numpy())
+    wide = hierarchical(items[trained & (items.domain == items.on)], ["form", "method", "domain"])
+    scores = measured(summary(own).join(wide), "score", "%")
+    return joined(
+        scores.assign(items=scores.domain.map(items.groupby("on")["item"].nunique())),
+        with_differences(averaged(own, ["domain"]), "mean score", "%"),
+        with_differences(averaged(drops, ["domain", "on"]), "retain"),
     )
 
 
@@ -159,10 +131,9 @@ def drift_table(moved: pd.DataFrame, title: str = "Drift from the base model") -
     """Return the table of mean drifts, in thousandths of a nat a token."""
     if moved.empty:
         return title, pd.DataFrame()
-    shown = moved[moved.metric == "drift"]
-    wide = 1000 * shown.pivot(index="method", columns="text", values="estimate")
-    wide = wide.reindex(index=shown.method.unique(), columns=shown.text.unique()).rename_axis(None, axis=1)
-    return f"{title}: KL in thousandths of a nat a token", wide.rename_axis("Method").round(2)
+    shown = moved[moved.metric == "drift"].rename(columns={"method": "Method"})
+    wide = 1000 * shown.pivot_table(index="Method", columns="text", values="estimate", sort=False)
+    return f"{title}: KL in thousandths of a nat a token", wide.rename_axis(columns=None).round(2)
 
 
 def retain_figure(numbers: pd.DataFrame, label: str | None = None, title: str = "") -> Any:
@@ -180,38 +151,17 @@ def retain_figure(numbers: pd.DataFrame, label: str | None = None, title: str = 
     )  # fmt: skip
 
 
-def _paper(study: Study, name: str, row: Any) -> float | None:
-    if row.form != "accuracy":
-        return None
-    domain = study.recipe.domains.get(row.domain) if isinstance(row.domain, str) else None
-    column = "Retain" if domain is None else PAPER_COLUMNS.get(domain.task, domain.task)
-    return paper_value(name, row.method, column) if row.metric != "mean score" else None
-
-
 def _trained(study: Study, settings: SingleTask, results: Results) -> pd.DataFrame:
     """What each method trained: parameters, learning rate, held-out loss before and after."""
-    rows = []
-    for method in settings.methods:
-        row = study.row(method)
-        runs = [
-            study.adapter(row, domain, seed)
-            for domain in study.recipe.domains
-            for seed in study.seeds(settings)
-        ]
-        found = [one for job in runs if (one := results.get(job)) is not None]
-        choice = study.rate(row)
-        chosen = None if choice is None else results.get(choice)
-        rate = study.recipe.given_rate(row) if choice is None else (chosen or {}).get("value")
-        edge = "at the edge of the grid" if (chosen or {}).get("at_the_edge") else ""
-        before, after = held_out(found) if len(found) == len(runs) else (None, None)
-        parameters = found[0]["trainable_parameters"] if found else None
-        rows.append((row.title, parameters, rate, edge, before, after))
-    columns = ["Method", "Trainable parameters", "Learning rate", "", "Held-out loss before", "After"]
-    return pd.DataFrame(rows, columns=columns).set_index("Method")
-
-
-def held_out(trained: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Return the mean losses on held-out rows before and after some trainings; None where none were held out."""
-    losses = [(one["held_out_before"], one["held_out_after"]) for one in trained]
-    known = [pair for pair in losses if pair[1] is not None]
-    return tuple(np.mean(known, axis=0).tolist()) if known else (None, None)  # type: ignore[return-value]
+    runs = [(job.needs["adapter"], labels) for job, labels in _runs(study, settings)[1:]]
+    means = tidy(results, runs).pivot_table(index="method", columns="metric", values="value", sort=False)
+    rates = {}
+    for row in map(study.row, settings.methods):
+        choice, given = study.rate(row), {"value": study.recipe.given_rate(row)}
+        found = given if choice is None else results.get(choice) or {}
+        edge = "at the edge of the grid" if found.get("at_the_edge") else ""
+        rates[row.title] = {"Learning rate": found.get("value"), "": edge}
+    found = pd.DataFrame.from_dict(rates, orient="index").rename_axis("Method")
+    means = means.reindex(found.index, columns=["parameters", "held_out_before", "held_out_after"])
+    found.insert(0, "Trainable parameters", means.parameters.astype("Int64"))
+    return found.assign(**{"Held-out loss before": means.held_out_before, "After": means.held_out_after})

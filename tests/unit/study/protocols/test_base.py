@@ -28,14 +28,8 @@ def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
     settings = study.recipe.protocols.cost
     *timed, factors = cost.jobs(study, settings)
     for job, speed in zip(timed, (100, 90, 200, 160), strict=True):  # LoRA, HiP-LoRA, and once more
-        finish(
-            store,
-            job,
-            {"tokens": 1},
-            tokens_per_second=speed,
-            peak_memory_bytes=2e9 if speed > 95 else 3e9,
-            gpu=None,
-        )
+        memory = 2e9 if speed > 95 else 3e9
+        finish(store, job, {"tokens": 1}, tokens_per_second=speed, peak_memory_bytes=memory, gpu=None)
     finish(store, factors, {"bytes": 5e8}, factorize_seconds=120.0, reused=False)
     found = tables(cost, study, settings, store)
     ratio = row(found, "throughput ratio", "HiP-LoRA", over="LoRA")

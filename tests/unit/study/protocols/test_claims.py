@@ -9,17 +9,8 @@ from hiplora.study.protocols import claims
 from hiplora.study.records import Findings
 from tests.unit.study.protocols.made import made_study
 
-RETAIN = {
-    "metric": "retain difference",
-    "method": "HiP-LoRA",
-    "minus": "LoRA",
-    "form": "accuracy",
-    "estimate": -3.0,
-    "low": -4.0,
-    "high": -2.0,
-    "sd": None,
-    "seeds": 1,
-}
+NAMES = {"metric": "retain difference", "method": "HiP-LoRA", "minus": "LoRA", "form": "accuracy"}
+RETAIN = {**NAMES, "estimate": -3.0, "low": -4.0, "high": -2.0, "sd": None, "seeds": 1}
 
 
 def judged(tmp_path, **changes):

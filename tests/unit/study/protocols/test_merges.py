@@ -55,11 +55,8 @@ def test_before_is_each_domains_own_adapter_and_after_the_merge(merged):
     assert row(found, "mean signed drop", "LoRA", **asked).estimate == pytest.approx(50 / 4)
     apart = row(found, "mean drop difference", "LoRA on the MLPs", minus="LoRA", **asked)
     assert apart.estimate == pytest.approx(5 - 22.5)
-    assert list(table(found, "merging-addition-likelihood").index[:3]) == [
-        "LoRA, before",
-        "LoRA, after",
-        "LoRA, drop",
-    ]
+    index = table(found, "merging-addition-likelihood").index
+    assert list(index[:3]) == ["LoRA, before", "LoRA, after", "LoRA, drop"]
     assert "(paper: 13.8)" in table(found, "merging-rules")["mean drop, accuracy"]["LoRA, TIES"]
 
 
@@ -68,8 +65,10 @@ def test_pass_rates_follow_from_how_many_samples_of_an_item_passed(merged):
     for k in (1, 5, 10):
         asked = {"rule": "addition", "form": "accuracy", "reported": f"Code pass@{k}"}
         alone = 100 * pass_at_k(10, 5, k) / 2
-        assert row(found, "merge score", "LoRA", when="before", **asked).estimate == pytest.approx(alone)
-        assert row(found, "merge score", "LoRA", when="after", **asked).estimate == pytest.approx(alone / 2)
+        scores = [
+            row(found, "merge score", "LoRA", when=when, **asked).estimate for when in ("before", "after")
+        ]
+        assert scores == pytest.approx([alone, alone / 2])
     assert "Code pass@5" not in table(found, "merging-addition-likelihood")
 
 
@@ -111,10 +110,9 @@ def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
     found = tables(merge_fail, study, study.recipe.protocols.merge_fail, store)
     means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in MERGES["lora"].values()]
     alone = [{"sums": 90, "facts": 90}] * 4
-    expected = {tau: merge_fail_share(means, alone, tau) for tau in (0.5, 0.9, 1.0)}
-    for tau, share in expected.items():
+    for tau in (0.5, 0.9, 1.0):
         one = row(found, "merge fail", "LoRA", form="accuracy", tau=tau, size="all")
-        assert one.estimate == 100 * share
+        assert one.estimate == 100 * merge_fail_share(means, alone, tau)
         assert one.hierarchical_low <= one.estimate <= one.hierarchical_high
         assert row(found, "merge fail", "LoRA on the MLPs", form="accuracy", tau=tau, size="2").estimate == 0
     apart = row(found, "merge fail difference", "LoRA on the MLPs", form="accuracy", tau=0.9, minus="LoRA")

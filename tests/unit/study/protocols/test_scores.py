@@ -4,7 +4,10 @@ import pandas as pd
 import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
+from hiplora.study.builder import Study
+from hiplora.study.pico import write_pico_data
 from hiplora.study.protocols import ablations, continual, lambda_curve, sections, single_task
+from hiplora.study.recipe import load_study
 from hiplora.study.store import Results, Store
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
 
@@ -59,6 +62,15 @@ def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
     (found,) = sections(study, Results(Store(store.path)))
     assert set(found.measured.method) == {"Base model", "LoRA"}
     assert found.missing == [missing.name]
+
+
+def test_a_study_without_results_has_empty_sections(tmp_path):
+    write_pico_data(tmp_path)
+    found = sections(
+        Study(load_study("pico", ("protocols.editing=null",)), tmp_path), Results(Store(tmp_path / "store"))
+    )
+    assert [one.name for one in found if one.name != "claims" and not one.missing] == []
+    assert all(one.measured.empty for one in found)
 
 
 def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
