@@ -83,7 +83,7 @@ def tables(study: Study, settings: Merging, results: Results) -> Findings:
     rows, drops = _before_and_after(numbers), _by_rule(numbers)
     for rule in settings.rules:
         stem, caption = f"{settings.name}-{rule}", f"Merged by {rule_title(rule)}, %"
-        found.tables |= by_form(stem, caption, rows[rows.rule == rule], "row")
+        found.tables |= by_form(stem, caption, rows[rows.rule == rule], "row", _paper)
     found.tables |= drift_tables(settings.name, settings.rules, moved)
     found.tables[f"{settings.name}-rules"] = (
         "Mean drop by rule, percentage points",
@@ -210,4 +210,4 @@ def _by_rule(numbers: pd.DataFrame) -> pd.DataFrame:
 
 def _paper(row: Any) -> float | None:
     known = (row.metric, row.form) == ("mean drop", "accuracy")
-    return paper_value("merge-rules", row.row, "Mean drop") if known else None
+    return paper_value("merge-rules", f"{row.method}, {rule_title(row.rule)}", "Mean drop") if known else None
