@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from hiplora.metrics import paired_bootstrap, resampled_means
+from hiplora.metrics.bootstrap import paired_bootstrap, resampled_means
 
 REPLICATES = 10_000
 FAR = 1e6  # beyond this a side of a ratio's interval counts as open

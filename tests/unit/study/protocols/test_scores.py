@@ -5,7 +5,7 @@ import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
 from hiplora.study.builder import Study
-from hiplora.study.pico import write_pico_data
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.protocols import ablations, continual, lambda_curve, sections, single_task
 from hiplora.study.recipe import load_study
 from hiplora.study.store import Results, Store
@@ -65,10 +65,8 @@ def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
 
 
 def test_a_study_without_results_has_empty_sections(tmp_path):
-    write_pico_data(tmp_path)
-    found = sections(
-        Study(load_study("pico", ("protocols.editing=null",)), tmp_path), Results(Store(tmp_path / "store"))
-    )
+    study = Study(load_study("pico", ("protocols.editing=null",)), PICO_DATA)
+    found = sections(study, Results(Store(tmp_path)))
     assert [one.name for one in found if one.name != "claims" and not one.missing] == []
     assert all(one.measured.empty for one in found)
 
