@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from hiplora import __version__
-from hiplora.errors import ConfigError, first_line
+from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 
@@ -42,20 +43,6 @@ class CompareSettings:
     drift_text: str | None = None
     heldout_fraction: float = 0.1
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        """Check the values, naming the option."""
-        least = {"steps": 1, "batch_size": 1, "max_length": 2, "rank": 1, "principal_rank": 1, "seed": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                option = name.replace("_", "-")
-                raise ConfigError(f"--{option} is {getattr(self, name)}; expected at least {bound}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"--lr is {self.lr}; expected a number above 0")
-        if not 0 < self.heldout_fraction < 1:
-            raise ConfigError(
-                f"--heldout-fraction is {self.heldout_fraction}; expected a share between 0 and 1"
-            )
 
 
 def compare(
@@ -116,13 +103,17 @@ def compare(
             "title": f"LoRA and HiP-LoRA on {Path(data).name}",
             "model": model,
             "data": {**rows.sources["train"], "held_out_rows": len(rows.held_out)},
-            "settings": {
-                **asdict(settings),
-                "methods": {n: r.method.model_dump(mode="json") for n, r in recipes.items()},
-            },
+            "settings": asdict(settings),
             "base": {"held_out_loss": next(iter(trained.values()))["held_out"]["before"]},
             "methods": trained,
-            "answers": _side_by_side(rows.held_out, written),
+            "answers": [
+                {
+                    "prompt": row.prompt,
+                    "expected": row.response,
+                    **{name: texts[place] for name, texts in written.items()},
+                }
+                for place, row in enumerate(_asked(rows.held_out))
+            ],
             "notes": [*_overlaps(texts, rows.train), ONE_RUN],
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
@@ -206,11 +197,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def mean_kl(drift: Mapping[str, Mapping[str, float]]) -> float:
-    """Return the mean over the texts of the KL divergence from the base model, nats per token."""
-    return sum(found["kl"] for found in drift.values()) / len(drift)
-
-
 def _recipes(
     model: str, data: str | os.PathLike, settings: CompareSettings, targets: Mapping[str, Sequence[str]]
 ) -> "dict[str, TrainRecipe]":
@@ -234,9 +220,12 @@ def _recipes(
         "seed": settings.seed,
     }
     methods = method_settings(settings.rank, settings.principal_rank, targets)
-    return {
-        name: TrainRecipe.model_validate({**shared, "method": method}) for name, method in methods.items()
-    }
+    try:
+        return {
+            name: TrainRecipe.model_validate({**shared, "method": method}) for name, method in methods.items()
+        }
+    except ValidationError as error:
+        raise ConfigError(f"setting {first_problem(error)}") from None
 
 
 def _train(recipe: "TrainRecipe", name: str, out: Path) -> Results:
@@ -248,7 +237,6 @@ def _train(recipe: "TrainRecipe", name: str, out: Path) -> Results:
         "seconds": result.seconds,
         "tokens": result.tokens,
         "held_out": result.held_out,
-        "curve": [{"step": row["step"], "loss": row["loss"]} for row in result.metrics if "loss" in row],
     }
 
 
@@ -290,17 +278,6 @@ def _prompt(tokenizer: Any, example: "Example") -> str:
     return tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
 
 
-def _side_by_side(held_out: "Sequence[Example]", answers: Mapping[str, Sequence[str]]) -> list[Results]:
-    return [
-        {
-            "prompt": row.prompt,
-            "expected": row.response,
-            **{name: texts[place] for name, texts in answers.items()},
-        }
-        for place, row in enumerate(_asked(held_out))
-    ]
-
-
 def _overlaps(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
     from hiplora.data.texts import overlap
 
@@ -317,14 +294,10 @@ def _write_report(results: Results, path: Path) -> None:
 
     from hiplora.reporting import Section, plots, save_page
 
-    methods = results["methods"]
-    curves = pd.DataFrame(
-        [{"method": name, **row} for name, record in methods.items() for row in record["curve"]]
-    )
     drift = pd.DataFrame(
         [
             {"method": name, "text": text, "kl": found["kl"]}
-            for name, record in methods.items()
+            for name, record in results["methods"].items()
             for text, found in record["drift"].items()
         ]
     )
@@ -333,11 +306,9 @@ def _write_report(results: Results, path: Path) -> None:
         "that were kept back. Drift is on other text: KL divergence from the base model in nats per token, and "
         "perplexity against the base model's.\n\n" + "\n\n".join(results["notes"])
     )
-    figures = {
-        "Drift from the base model, nats per token": plots.bars(drift, "kl", "text", "method", xlabel="KL"),
-        "Training loss, nats per token": plots.lines(curves, "step", "loss", "method", markers=False),
-    }
-    asked = {
+    bars = plots.bars(drift, "kl", "text", "method", xlabel="KL")
+    figures = {"Drift from the base model, nats per token": bars}
+    answers = {
         row["prompt"]: pd.DataFrame([{"model": k, "answer": v} for k, v in row.items() if k != "prompt"])
         for row in results["answers"]
     }
@@ -345,7 +316,7 @@ def _write_report(results: Results, path: Path) -> None:
         Section(
             "What each method learned and what it disturbed", text, {"Methods": summary(results)}, figures
         ),
-        *([Section("Answers to held-out prompts", "", asked)] if asked else []),
+        Section("Answers to held-out prompts", tables=answers),
     ]
     about = {"model": results["model"], "data": results["data"], "settings": results["settings"]}
     save_page(

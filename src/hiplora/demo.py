@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora import __version__
-from hiplora.compare import ONE_RUN, Base, Results, check_model, mean_kl, method_settings, slug
+from hiplora.compare import ONE_RUN, Base, Results, check_model, method_settings, slug
 from hiplora.editing.edits import EditSet, load_edit_sets
 from hiplora.errors import DataError
 from hiplora.files import staged_dir, write_atomic
@@ -38,17 +38,6 @@ class DemoSettings:
     drift_tokens: int = 1024
     seed: int = 42
 
-    def sets(self) -> list[EditSet]:
-        """Read the edit sets.
-
-        Raises:
-            DataError: the file cannot be used, or does not have two sets.
-        """
-        sets = load_edit_sets(self.edits)
-        if len(sets) != 2:
-            raise DataError(f"edits {self.edits or 'built-in'}: {len(sets)} sets; the demonstration needs 2")
-        return sets
-
 
 def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwrite: bool = False) -> Results:
     """Run the demonstration and write `results.json`, `report.html` and the adapters, merged ones as plain LoRA.
@@ -63,7 +52,9 @@ def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwr
     from hiplora.run_folder import RunFolder
 
     settings = settings or DemoSettings()
-    sets, texts = settings.sets(), drift_texts()
+    sets, texts = load_edit_sets(settings.edits), drift_texts()
+    if len(sets) != 2:
+        raise DataError(f"edits {settings.edits or 'built-in'}: {len(sets)} sets; the demonstration needs 2")
     targets = check_model(settings.model, settings.principal_rank)
     methods = method_settings(settings.rank, settings.principal_rank, targets, lora_dropout=0.0)
     plan = {
@@ -134,7 +125,7 @@ def summary(results: Results) -> "pd.DataFrame":
                 "reworded": _share(before, "reworded"),
                 "work merged": _share(merged["success"], "works"),
                 "of those that worked alone": f"{survival(before, merged['success']):.0%}",
-                "KL of one": sum(mean_kl(part["drift"]) for part in alone) / len(alone),
+                "KL of one": _mean_kl(alone),
                 **{f"KL merged, {text}": found["kl"] for text, found in merged["drift"].items()},
                 "trainable parameters": f"{alone[0]['trainable_parameters']:,}",
                 "seconds": round(sum(part["seconds"] for part in alone), 1),
@@ -216,31 +207,30 @@ def _share(success: Mapping[str, Results], which: str) -> str:
     return f"{sum(flags)} of {len(flags)}"
 
 
+def _mean_kl(records: Sequence[Results]) -> float:
+    found = [text["kl"] for record in records for text in record["drift"].values()]
+    return sum(found) / len(found)
+
+
 def _write_report(results: Results, path: Path) -> None:
     import pandas as pd
 
     from hiplora.reporting import Section, plots, save_page
 
-    drift, success = [], []
-    for name, record in results["methods"].items():
-        for stage, parts in (("alone", record["alone"]), ("merged", [record["merged"]])):
-            flags = [flag for part in parts for found in part["success"].values() for flag in found["works"]]
-            success.append({"method": name, "stage": stage, "share": 100 * sum(flags) / len(flags)})
-            kl = sum(mean_kl(part["drift"]) for part in parts) / len(parts)
-            drift.append({"method": name, "stage": stage, "kl": kl})
+    drift = pd.DataFrame(
+        [
+            {"method": name, "stage": stage, "kl": _mean_kl(parts)}
+            for name, record in results["methods"].items()
+            for stage, parts in (("alone", record["alone"]), ("merged", [record["merged"]]))
+        ]
+    )
     text = (
         "Two sets of facts are edited into the model, each trained apart with each method; then the two adapters of a "
         "method are added together and saved as a plain LoRA adapter. Drift is on text that has nothing to do with the "
         "edits: KL divergence from the base model, in nats per token.\n\n" + "\n\n".join(results["notes"])
     )
-    figures = {
-        "Edits that work, per cent": plots.bars(
-            pd.DataFrame(success), "share", "stage", "method", xlabel="%"
-        ),
-        "Drift from the base model, nats per token": plots.bars(
-            pd.DataFrame(drift), "kl", "stage", "method", xlabel="KL", logx=True
-        ),
-    }
+    bars = plots.bars(drift, "kl", "stage", "method", xlabel="KL", logx=True)
+    figures = {"Drift from the base model, nats per token": bars}
     section = Section("Edits and drift, alone and merged", text, {"Methods": summary(results)}, figures)
     about = {"model": results["model"], "settings": results["settings"], **results["provenance"]}
     save_page(path, results["title"], [section], f"Base model {results['model']}", about)

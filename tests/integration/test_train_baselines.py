@@ -1,4 +1,4 @@
-"""AdaLoRA and OSF: PEFT's own methods, trained as PEFT would and read as the updates that they are."""
+"""AdaLoRA: PEFT's own method, trained as PEFT would."""
 
 import json
 
@@ -8,18 +8,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
-from hiplora.adapters import read_update, save_as_lora
-from hiplora.evaluation.mounting import mounted
 from hiplora.training import train
-from hiplora.training.methods import METHODS
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.trainer import AdapterTrainer
 from tests.tiny import write_jsonl
 
-METHOD = {
-    "adalora": {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "deltaT": 1},
-    "osf": {"name": "osf", "effective_rank": 0.25, "rank_pattern": {"layers.1.*k_proj": 30}},
-}
+METHOD = {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "deltaT": 1}
 SETTINGS = {
     "steps": 8,
     "batch_size": 2,
@@ -37,12 +31,12 @@ def recipe(tiny_model_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     write_jsonl(path, [{"prompt": f"Say {n}: ", "completion": f"{n} it is"} for n in range(24)])
 
-    def make(method, **settings):
+    def make(method=METHOD, **settings):
         return TrainRecipe.model_validate(
             {
                 "model": str(tiny_model_dir),
                 "data": {"path": path, "held_out_fraction": 0.2},
-                "method": METHOD[method],
+                "method": method,
                 "train": {**SETTINGS, **settings},
             }
         )
@@ -50,34 +44,12 @@ def recipe(tiny_model_dir, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
-def trained(recipe, tmp_path_factory):
-    return {name: train(recipe(name), tmp_path_factory.mktemp(name) / "out") for name in METHOD}
-
-
 def tensors(out):
     return load_file(out / "adapter_model.safetensors")
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(torch.arange(40)[None] * 5 % 250).logits
-
-
-@pytest.mark.parametrize("method", METHOD)
-def test_exported_it_has_the_logits_of_the_mounted_adapter(trained, tmp_path, tiny_model_dir, method):
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with mounted(base, trained[method].adapter) as model:
-        expected = logits(model)
-    assert (expected - logits(base)).abs().max() > 1e-2
-    assert read_update(trained[method].adapter).kind == method
-    save_as_lora(trained[method].adapter, tmp_path / "lora")
-    with mounted(base, tmp_path / "lora") as model:
-        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=0)
-
-
-def test_adaloras_ranks_are_pruned_to_r_on_average(trained):
-    adapter = trained["adalora"].adapter
+def test_the_ranks_are_pruned_to_r_on_average(recipe, tmp_path):
+    adapter = train(recipe(), tmp_path / "out").adapter
     ranks = [value.shape[0] for name, value in tensors(adapter).items() if "lora_A" in name]
     assert sum(ranks) == 2 * len(ranks)
     assert len(set(ranks)) > 1
@@ -85,7 +57,7 @@ def test_adaloras_ranks_are_pruned_to_r_on_average(trained):
     assert (config["init_r"], config["target_r"], config["total_step"]) == (6, 2, 8)
 
 
-def test_adaloras_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir):
+def test_the_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir):
     """One batch a step: PEFT's forward adds its price to the loss of every batch."""
     seen, keep = [], AdapterTrainer.training_step
 
@@ -95,8 +67,8 @@ def test_adaloras_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdapterTrainer, "training_step", training_step)
-        patch.setitem(METHOD["adalora"], "lora_dropout", 0.0)
-        made = recipe("adalora", batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
+        method = {**METHOD, "lora_dropout": 0.0}
+        made = recipe(method, batch_size=1, packing=False, warmup_ratio=0, steps=6, weight_decay=0.1)
         result = train(made, tmp_path / "out")
     set_seed(made.seed)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -118,14 +90,3 @@ def test_adaloras_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model
     expected = peft.get_peft_model_state_dict(model)
     for name, value in tensors(result.adapter).items():
         torch.testing.assert_close(value, expected[name].detach(), atol=2e-4, rtol=2e-3)
-
-
-def test_osfs_gradients_keep_out_of_the_protected_directions(tiny_model_dir):
-    """Gradients, not steps: AdamW scales each entry by itself, and so leaves the complement somewhat."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    model = peft.get_peft_model(model, METHODS["osf"](effective_rank=0.25).peft_config())
-    model(torch.arange(30)[None], labels=torch.arange(30)[None]).loss.backward()
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    U, _, _ = torch.linalg.svd(layer.base_layer.weight)
-    gradient = layer.osf_svd_params["default"]["U_low"].grad
-    assert (U[:, :16].T @ gradient).norm() < 1e-4 * gradient.norm()

@@ -3,11 +3,10 @@ import sys
 
 import pandas as pd
 import pytest
-import typer
 
 from hiplora import __version__
 from hiplora.cli import main as frame
-from hiplora.cli.common import emit_json, print_frame, print_table, progress
+from hiplora.cli.common import print_frame, print_table, progress
 from hiplora.errors import AdapterError, ConfigError, DataError
 
 HEAVY = (
@@ -110,13 +109,6 @@ def test_debug_before_or_after_the_command_shows_the_traceback(raising, capsys, 
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_debug_can_come_from_the_environment(raising, capsys, monkeypatch):
-    raising["error"] = ConfigError("wrong")
-    monkeypatch.setenv("HIPLORA_DEBUG", "1")
-    run("boom")
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_a_bug_is_not_dressed_up_as_a_users_mistake(raising):
     raising["error"] = ZeroDivisionError("a bug")
     with pytest.raises(ZeroDivisionError):
@@ -126,11 +118,6 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(raising):
 def test_ctrl_c_leaves_with_130(raising):
     raising["error"] = KeyboardInterrupt()
     assert run("boom") == 130
-
-
-def test_json_is_whole_on_standard_output(capsys):
-    emit_json({"a": 1, "path": typer.__name__})
-    assert capsys.readouterr().out == '{\n  "a": 1,\n  "path": "typer"\n}\n'
 
 
 def test_progress_is_silent_where_nobody_watches(capsys):

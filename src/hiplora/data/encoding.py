@@ -59,7 +59,7 @@ def encode_examples(
     rows = []
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
-        for example, tokens in zip(chunk, _encode_chunk(tokenizer, chunk), strict=True):
+        for example, tokens in zip(chunk, _encode(tokenizer, chunk), strict=True):
             for ids, labels in _cut(example, tokens, max_length, report):
                 rows.append({"input_ids": ids, "labels": labels})
                 report.tokens += len(ids)
@@ -74,7 +74,7 @@ def encode_examples(
 
 def encode_example(tokenizer: Any, example: Example) -> Tokens:
     """Tokenize one example at its full length: (input_ids, labels)."""
-    return _encode_chunk(tokenizer, [example])[0]
+    return _encode(tokenizer, [example])[0]
 
 
 def _learned(labels: Sequence[int]) -> int:
@@ -97,7 +97,7 @@ def _cut(example: Example, tokens: Tokens, max_length: int, report: EncodingRepo
         report.left_out += 1
 
 
-def _encode_chunk(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
+def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
     """Tokenize prompts and whole texts in two calls, conversations one by one."""
     plain = [example for example in examples if not example.messages]
     prompts = iter(_tokenize(tokenizer, [example.prompt for example in plain]))

@@ -1,6 +1,7 @@
 """Texts to measure on: prose and code for drift, and text to calibrate a basis on."""
 
-import importlib.util
+import importlib
+import inspect
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def drift_texts(path: str | os.PathLike | None = None) -> dict[str, str]:
     """Return named texts to measure drift on: the file at `path`, else built-in English prose and Python code.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8, or this Python lacks the built-in text.
+        DataError: the file is missing, empty or not UTF-8.
     """
     if path is not None:
         return {Path(path).name: _read(Path(path))}
@@ -112,20 +113,11 @@ def _read(path: Path) -> str:
 
 
 def _prose() -> str:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise DataError("this Python has no pydoc_data, the built-in prose; name a text file") from None
-    if missing := [name for name in PROSE if name not in topics]:
-        raise DataError(f"this Python's reference lacks {', '.join(missing)}; name a text file")
+    from pydoc_data.topics import topics
+
     return "\n\n".join(topics[name][first:last] for name, (first, last) in PROSE.items())
 
 
 def _code() -> str:
-    parts = []
-    for name, (first, last) in CODE.items():
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.origin or not spec.origin.endswith(".py"):
-            raise DataError(f"this Python has no source of its module {name}; name a text file")
-        parts.append(Path(spec.origin).read_text(encoding="utf-8")[first:last])
-    return "\n\n".join(parts)
+    sources = {name: inspect.getsource(importlib.import_module(name)) for name in CODE}
+    return "\n\n".join(sources[name][first:last] for name, (first, last) in CODE.items())

@@ -87,7 +87,7 @@ def train(
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_explained(run.path))
-        stack.enter_context(_quiet())
+        _silence_libraries(stack)
         if processes.is_main_process:
             stack.enter_context(run.claimed(recipe.values(), overwrite=overwrite))
             _check_inputs(run.path / "checkpoints", sources)
@@ -363,18 +363,13 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' own bars and advice off the terminal."""
+def _silence_libraries(stack: contextlib.ExitStack) -> None:
+    """Keep the libraries' own bars and advice off the terminal until the stack closes."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
-    level = transformers_logging.get_verbosity()
     datasets.disable_progress_bars()
+    stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
     transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other

@@ -45,10 +45,6 @@ def test_plain_text_is_learned_whole(tokenizer):
     assert learned(tokenizer, Example("", "all of it")) == ["all of it<|eos|>"]
 
 
-def test_an_end_that_stands_there_already_is_not_doubled(tokenizer):
-    assert learned(tokenizer, Example("a", "b<|eos|>")) == ["b<|eos|>"]
-
-
 def with_bos():
     from tokenizers.processors import TemplateProcessing
 
@@ -134,10 +130,6 @@ def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):
     assert "1 of 3 rows are left out" in said
 
 
-def test_nothing_cut_nothing_said(tokenizer):
-    assert encode_examples(tokenizer, [Example("p", "r")], 10)[1].warnings(10) == []
-
-
 def test_a_prompt_that_fills_the_length_exactly_leaves_no_response(tokenizer):
     examples = [Example("p" * 10, "r"), Example("p" * 9, "r")]
     rows, report = encode_examples(tokenizer, examples, 10)
@@ -156,10 +148,3 @@ def test_long_text_is_cut_into_pieces_and_no_token_is_lost(tokenizer):
 def test_no_room_for_any_response_is_an_error(tokenizer):
     with pytest.raises(DataError, match="none of the 2 rows has room"):
         encode_examples(tokenizer, [Example("p" * 20, "r")] * 2, 10)
-
-
-def test_order_is_kept_when_shapes_are_mixed_over_several_chunks(tokenizer, monkeypatch):
-    monkeypatch.setattr("hiplora.data.encoding.CHUNK", 3)
-    examples = [Example("", f"text {n}") if n % 2 else Example("", "2", TALK) for n in range(8)]
-    rows, _ = encode_examples(tokenizer, examples, 200)
-    assert [row["input_ids"] for row in rows] == [encode_example(tokenizer, e)[0] for e in examples]

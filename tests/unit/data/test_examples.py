@@ -45,13 +45,6 @@ def test_a_row_becomes_a_prompt_and_a_response(tmp_path, row, template, expected
     assert examples(tmp_path, row, template=template) == [expected]
 
 
-def test_the_instruction_prompt_ends_where_the_answer_begins():
-    prompt = instruction_prompt("Sort.", "b a")
-    assert prompt.index("Sort.") < prompt.index("b a")
-    assert prompt.endswith("## Answer\n")
-    assert "Material" not in instruction_prompt("Sing.")
-
-
 def test_a_conversation_keeps_its_roles(tmp_path):
     (made,) = examples(tmp_path, {"messages": TALK})
     assert list(made.messages) == TALK

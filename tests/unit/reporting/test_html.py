@@ -45,7 +45,3 @@ def test_a_long_table_is_folded():
 def test_an_empty_table_shows_its_columns():
     page = render_page("t", [section(tables={"Nothing": TABLE.iloc[:0]})])
     assert "method" in page
-
-
-def test_the_same_input_gives_the_same_page():
-    assert render_page("t", [section()]) == render_page("t", [section()])

@@ -1,4 +1,4 @@
-"""The plots: what is in the data is in the picture, and the same data gives the same file."""
+"""The plots: what is in the data is in the picture."""
 
 import math
 
@@ -40,13 +40,6 @@ CALLS = {
     "heatmap": lambda df: plots.heatmap(df.pivot(index="method", columns="task", values="drift"), center=0),
     "facets": lambda df: plots.facets(df, "task", plots.scatter, x="loss", y="drift", group="method"),
 }
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_the_same_data_gives_the_same_file(name, tmp_path):
-    files = [save_figure(CALLS[name](ROWS), tmp_path / stem).read_bytes() for stem in "ab"]
-    assert files[0] == files[1]
-    assert files[0].startswith(b"<?xml")
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -68,26 +68,6 @@ def test_every_setting_reaches_the_adapter(name):
         assert (sorted(given) if isinstance(given, set) else given) == value, key
 
 
-def test_the_methods_become_what_they_are_called():
-    made = {name: method().peft_config(100) for name, method in METHODS.items()}
-    assert (made["adalora"].peft_type, made["adalora"].init_r, made["adalora"].target_r) == (
-        "ADALORA",
-        24,
-        16,
-    )
-    assert (made["adalora"].tinit, made["adalora"].tfinal, made["adalora"].deltaT) == (10, 20, 1)
-    assert made["osf"].peft_type == "OSF"
-    assert not made["hiplora"].principal_channel
-    assert METHODS["hiplora"](preset="paper").peft_config().principal_channel
-    assert not made["proj_lora"].principal_channel
-    assert (made["lora"].peft_type, made["lora"].init_lora_weights) == ("LORA", True)
-    assert made["pissa"].init_lora_weights == "pissa"
-    assert (made["corda"].init_lora_weights, made["corda"].corda_config.corda_method) == ("corda", "kpm")
-    assert {name for name, method in METHODS.items() if method.moves_base} == {
-        *("pissa", "milora", "corda", "lora_null")
-    }
-
-
 def test_adalora_needs_to_know_its_steps():
     with pytest.raises(ConfigError, match="prunes its ranks while it trains"):
         METHODS["adalora"]().peft_config()

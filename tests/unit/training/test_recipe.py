@@ -56,12 +56,12 @@ def test_every_field_is_documented(block):
 def test_the_defaults_are_the_papers_training_and_the_function_aware_method():
     made = recipe()
     train, method = made.train, made.method
-    assert (train.steps, train.epochs, train.max_length, train.packing) == (2000, None, 2048, True)
-    assert train.batch_size * train.gradient_accumulation == 128
-    assert (train.lr, train.warmup_ratio, train.weight_decay, train.max_grad_norm) == (2e-4, 0.03, 0.01, 1.0)
+    assert (train.steps, train.max_length, train.batch_size * train.gradient_accumulation) == (
+        2000,
+        2048,
+        128,
+    )
     assert (method.name, method.preset, method.basis) == ("hiplora", "function-aware", "activation")
-    assert (method.principal_rank, method.r, method.lora_alpha, method.lora_dropout) == (32, 16, 32, 0.05)
-    assert (made.seed, train.report_to) == (42, "none")
 
 
 def test_the_paper_is_a_preset_and_a_given_field_wins_over_it():
@@ -211,10 +211,6 @@ def test_rows_are_checked_to_the_last(folder, field):
 )
 def test_what_is_not_a_recipe_is_refused(folder, text, said):
     assert said in complaints(write(folder, text))
-
-
-def test_a_missing_recipe_is_an_error(folder):
-    assert "no such recipe" in complaints(folder / "none.yaml")
 
 
 def test_overrides_win_are_read_as_yaml_and_relative_to_the_current_folder(folder, monkeypatch):
