@@ -38,7 +38,7 @@ def jobs(study: Study, settings: Allocation) -> list[Job]:
 
 
 def tables(study: Study, settings: Allocation, results: Results) -> Findings:
-    """Return the energy inside and how gains follow σ; the gains over σ and over its rank, by module type."""
+    """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
     runs = list(_runs(study, settings))
     energies, gains, lost = [], [], set()
     for job, labels in runs:
@@ -46,17 +46,14 @@ def tables(study: Study, settings: Allocation, results: Results) -> Findings:
         if inspected is None:
             lost.add(labels["method"])
             continue
-        energies += [
-            {**labels, "type": kind, "value": 100 * v} for kind, v in inspected["energy_inside"].items()
-        ]
+        inside = inspected["energy_inside"]
+        energies += [{**labels, "type": kind, "value": 100 * share} for kind, share in inside.items()]
         has_gains = getattr(study.row(labels["row"]).method, "principal_channel", False)
         for one in inspected["modules"] if has_gains else ():
-            columns = {name: one[name] for name in ("type", "module", "sigma")} | {
-                "gain": np.abs(one["gains"])
-            }
-            gains.append(pd.DataFrame(columns).assign(place=lambda frame: frame.index + 1, **labels))
+            columns = {name: one[name] for name in ("type", "module", "sigma")}
+            gains.append(pd.DataFrame(columns).assign(gain=np.abs(one["gains"]), **labels))
     energy, moved = (
-        joined(frame, columns=["method", "type"])[lambda one: ~one.method.isin(lost)]
+        joined(frame, columns=BY)[lambda one: ~one.method.isin(lost)]
         for frame in (pd.DataFrame(energies), joined(*gains))
     )
     found = Findings(settings.name, settings.title)
@@ -70,7 +67,12 @@ def tables(study: Study, settings: Allocation, results: Results) -> Findings:
         if len(followed):
             shown = followed.assign(method=followed.method + ", " + followed.metric)
             found.tables[f"{settings.name}-gains"] = "How gains follow the spectrum", _table(shown, 3)
-            found.figures = _figures(settings.name, moved[moved.gain > 0])
+        if len(followed) and (moved.gain > 0).any():
+            figure = plots.facets(
+                moved[moved.gain > 0], "type", plots.scatter, x="sigma", y="gain", group="method",
+                logx=True, logy=True, xlabel="σ of the base weight", ylabel="|δ|",
+            )  # fmt: skip
+            found.figures[f"{settings.name}-sigma"] = "How far each gain moved, over σ; first seed", figure
     found.text = (
         f"Energy: share of ‖ΔW‖² that reads and writes the {settings.rank} leading singular directions of the base "
         "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "
@@ -117,19 +119,3 @@ def _relative(gains: pd.DataFrame) -> pd.DataFrame:
 def _table(numbers: pd.DataFrame, digits: int) -> pd.DataFrame:
     wide = table(numbers, "type", digits=digits)
     return wide[[*wide.columns.drop(ALL), ALL]].rename(columns={ALL: "All modules"})
-
-
-def _figures(name: str, moved: pd.DataFrame) -> dict:
-    """|δ| of every direction, a panel a module type: over σ, and over the direction's place by σ."""
-    found = {}
-    for x, stem, xlabel in (("sigma", "sigma", "σ of the base weight"), ("place", "rank", "place by σ")):
-        if not moved.empty:
-            figure = plots.facets(
-                moved, "type", plots.scatter, x=x, y="gain", group="method", xlabel=xlabel, ylabel="|δ|",
-                logx=x == "sigma", logy=True,
-            )  # fmt: skip
-            found[f"{name}-{stem}"] = (
-                f"How far each gain moved, over its direction's {xlabel}; first seed",
-                figure,
-            )
-    return found

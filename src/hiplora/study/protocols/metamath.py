@@ -72,9 +72,7 @@ def tables(study: Study, settings: MetaMath, results: Results) -> Findings:
     points = _points(shown)
     wide = table(shown, "column", digits=lambda row: row.digits)
     wide = wide[[heading for heading, *_ in SHOWN.values() if heading in wide]]
-    if settings.points:
-        wide["The benchmark's frontier"] = points.apply(_behind, axis=1, args=(settings.points,))
-    found.tables[settings.name] = settings.title, wide.fillna("–")
+    found.tables[settings.name] = settings.title, wide
     if not points.empty:
         figure = plots.frontier(
             points, "accuracy", "forgetting", "line", x_low="low", x_high="high", label="label",
@@ -83,16 +81,15 @@ def tables(study: Study, settings: MetaMath, results: Results) -> Findings:
         caption = "What was learned, and what it made the model forget"
         found.figures[f"{settings.name}-frontier"] = caption, figure
     for job, labels in runs[1:]:
-        name, text = result_file(study, settings, labels["row"], labels["seed"], job, results) or (None, "")
-        if name is not None:
-            found.files[f"{settings.name}/{name}"] = text
+        written = result_file(study, settings, labels["row"], labels["seed"], job, results)
+        if written is not None:
+            found.files[f"{settings.name}/{written[0]}"] = written[1]
     found.text = (
         "Accuracy: share of GSM8K's test questions whose derivation states the right answer. Likelihood: of a "
         "token of the reference solution. Forgetting: loss of the next token on the wiki texts minus the base "
         "model's, in nats. KL: divergence from the base there, nats a token. Of both, lower is better. Time: of "
-        "the steps alone. Memory: allocated on a GPU, resident on a CPU. The frontier is that of the benchmark's "
-        "own points, one seed each, by another training loop: what lies close to one of them is no better and no "
-        "worse than it."
+        "the steps alone. Memory: allocated on a GPU, resident on a CPU. The benchmark's own points are of one seed "
+        "each, by another training loop: what lies close to one of them is no better and no worse than it."
     )
     return found
 
@@ -155,12 +152,3 @@ def _points(shown: pd.DataFrame) -> pd.DataFrame:
     forgetting = shown[shown.key == "forgetting"].set_index("method").estimate.rename("forgetting")
     points = accuracy[["accuracy", "low", "high", "label"]].join(forgetting, how="inner")
     return points.assign(line=points.index.where(points.label == "", THEIRS))
-
-
-def _behind(point: pd.Series, others: list[BenchmarkPoint]) -> str:
-    """Whether one of the others is no worse in accuracy and forgetting and better in one, and which."""
-    for other in others:
-        as_good = other.accuracy >= point.accuracy and other.forgetting <= point.forgetting
-        if as_good and (other.accuracy, other.forgetting) != (point.accuracy, point.forgetting):
-            return f"behind its {other.title}"
-    return "on it"

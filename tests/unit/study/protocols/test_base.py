@@ -19,7 +19,7 @@ def test_energy_inside_and_how_gains_follow_sigma(tmp_path):
     assert row(found, "gain correlation", "HiP-LoRA", type="q_proj").estimate == pytest.approx(1)
     assert row(found, "median relative gain", "HiP-LoRA", type="all").estimate == pytest.approx(0.5)
     assert list(table(found, "allocation-energy")) == ["q_proj", "All modules"]
-    assert set(found.figures) == {"allocation-sigma", "allocation-rank"}
+    assert set(found.figures) == {"allocation-sigma"}
 
 
 def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
@@ -61,22 +61,11 @@ def test_correlations_of_interventions_with_sigma_and_how_far_they_are_apart(tmp
     study, store = made_study(tmp_path, "rank_one: {kinds: [zero, flip]}")
     settings = study.recipe.protocols.rank_one
     (job,) = rank_one.jobs(study, settings)
+    one = {"module": "layers.0.q_proj", "layer": 0, "type": "q_proj", "draw": 0}
     records = [
-        {
-            "module": "layers.0.q_proj",
-            "layer": 0,
-            "type": "q_proj",
-            "index": place,
-            "rank": 4,
-            "sigma": sigma,
-            "relative": 1.0,
-            "kind": kind,
-            "draw": 0,
-            "factor": -1.0,
-            "drop": {"kl": sigma if kind == "zero" else 10 - sigma, "log_perplexity": sigma},
-        }
-        for kind in ("zero", "flip")
+        {**one, "index": place, "sigma": sigma, "kind": kind, "drop": {"kl": kl, "log_perplexity": sigma}}
         for place, sigma in enumerate((9.0, 4.0, 2.0, 1.0))
+        for kind, kl in (("zero", sigma), ("flip", 10 - sigma))
     ]
     from hiplora.probing import findings
 
