@@ -36,7 +36,7 @@ def domain_tables(
     overall = ratios.text == OVER
     equal = ratios[operating & (loss | overall)]
     equal = equal.assign(column=equal.text.where(loss, f"{OVER}, at equal likelihood"))
-    texts = sorted(equal.column.unique(), key=lambda text: (not text.startswith(OVER), text))
+    texts = sorted(equal.column.unique(), key=lambda text: (text != OVER, "likelihood" in text, text))
     at = ratios[operating & loss & overall].set_index("row").loss.map("{:.3f}".format)
     wide = _wide(equal, order, texts)
     wide.insert(0, "Held-out loss", at)
