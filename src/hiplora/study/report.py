@@ -12,7 +12,7 @@ from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
 from hiplora.study.protocols import sections
-from hiplora.study.records import Findings, paper
+from hiplora.study.records import Findings, joined, paper
 from hiplora.study.store import Results, export
 
 if TYPE_CHECKING:
@@ -72,10 +72,9 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
 
 def measurements(found: Sequence[Findings]) -> pd.DataFrame:
     """Return every measured number as one table; labels that only some protocols have come last."""
-    parts = [one.measured.assign(protocol=one.name) for one in found if len(one.measured)]
-    numbers = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=_FIRST)
+    numbers = joined(*(one.measured.assign(protocol=one.name) for one in found), columns=[*_FIRST, "jobs"])
     labels = [name for name in numbers if name not in (*_FIRST, "jobs")]
-    return numbers.reindex(columns=[*_FIRST, *labels, "jobs"])
+    return numbers[[*_FIRST, *labels, "jobs"]]
 
 
 def _section(one: Findings) -> Section:

@@ -80,7 +80,6 @@ def _measured(study: Study, settings: CostTable, results: Results) -> pd.DataFra
     for method in settings.methods:
         row, factors = study.row(method), study.factors(study.row(method))
         timed = [_speed(study, settings, method, n) for n in range(settings.repeats)]
-        made = None if factors is None else results.get(factors)
         if None in [results.get(job) for job in timed]:
             continue
         times = pd.DataFrame([results.timing(job) for job in timed])
@@ -96,8 +95,9 @@ def _measured(study: Study, settings: CostTable, results: Results) -> pd.DataFra
             ratio = student(pd.concat({0: speed / first[0]}, names=["of", "seed"])).iloc[0]
             rows.append({**over, "metric": "throughput ratio", **ratio[["estimate", "low", "high"]]})
             rows.append({**over, "metric": "peak memory ratio", "estimate": memory / first[1]})
-        if made is not None:
-            label["jobs"], timing = factors.key[:8], results.timing(factors)
+        if factors is not None and (made := results.get(factors)) is not None:
+            timing = results.timing(factors) or {}
+            label["jobs"] = factors.key[:8]
             seconds = {"estimate": timing["factorize_seconds"], "unit": "seconds", "reused": timing["reused"]}
             rows.append({**label, "metric": "factors", **seconds})
             rows.append({**label, "metric": "cache", "estimate": made["bytes"], "unit": "bytes"})

@@ -87,7 +87,7 @@ def score_runs(
 
     `like` is the method whose learning rate all of them take.
     """
-    found = [(study.score(), {"method": BASE})]
+    found: list[tuple[Job, dict]] = [(study.score(), {"method": BASE})]
     for row in rows:
         for seed in seeds:
             for domain in domains:
