@@ -192,33 +192,12 @@ def test_wrong_usage_is_status_2_and_writes_nothing(adapters, tmp_path, monkeypa
     assert why in err
 
 
-def test_adapters_of_other_base_weights_are_refused(adapters, tmp_path, capsys):
-    other = save_tiny(tmp_path / "other", seed=1)
-    foreign, _ = saved(other, tmp_path / "foreign", hip_config())
-    code, err = refused(capsys, tmp_path, adapters["one"], foreign, "--out", tmp_path / "out")
-    assert (code, "different base weights" in err) == (1, True)
-    code, err = refused(
-        capsys, tmp_path, adapters["one"], adapters["two"], "--out", tmp_path / "out", "--base", other
-    )
-    assert (code, "not the one that this adapter was made for" in err) == (1, True)
-
-
 def test_a_damaged_adapter_is_a_failure_that_names_the_file(adapters, tmp_path, capsys):
     cut = shutil.copytree(adapters["lora"], tmp_path / "cut")
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     code, err = refused(capsys, tmp_path, adapters["one"], cut, "--out", tmp_path / "out")
     assert (code, "adapter_model.safetensors: damaged or cut off" in err) == (1, True)
-
-
-def test_hiplora_names_the_module_that_has_no_channels(adapters, tmp_path, capsys):
-    parts = [adapters["one"], adapters["mlp"]]
-    code, err = refused(capsys, tmp_path, *parts, "--out", tmp_path / "out", "--format", "hiplora")
-    assert (code, "layer model.layers.0.mlp.up_proj: " in err, "save it as plain LoRA" in err) == (
-        1,
-        True,
-        True,
-    )
 
 
 @pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])

@@ -98,22 +98,15 @@ def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapte
         assert said in out
 
 
-def test_a_weaker_or_soft_projection_or_a_rank_by_energy_leaves_more(adapters, files, capsys):
-    hard, weak, soft, energy, nothing = (
-        protected(capsys, files, adapters["lora"], *more, rank=rank)
-        for more, rank in (
-            ([], 8),
-            (["--strength", 0.5], 8),
-            (["--projection", "soft"], 8),
-            ([], "energy:0.9"),
-            (["--strength", 0], 8),
-        )
+def test_a_soft_projection_and_a_rank_by_energy_reach_the_projection(adapters, files, capsys):
+    soft = protected(capsys, files, adapters["lora"], "--projection", "soft", "--strength", 0.5)
+    energy = protected(capsys, files, adapters["lora"], rank="energy:0.9")
+    assert (soft["projection"], soft["strength"], len({row["k"] for row in soft["modules"]})) == (
+        "soft",
+        0.5,
+        1,
     )
-    shares = [record["summary"]["energy_share"] for record in (hard, weak, soft, nothing)]
-    assert 0 < shares[0] < shares[1] < shares[3] == 1
-    assert shares[0] != pytest.approx(shares[2], rel=1e-3)
     assert len({row["k"] for row in energy["modules"]}) > 1
-    assert nothing["drift"]["before"] == nothing["drift"]["after"]
 
 
 def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):

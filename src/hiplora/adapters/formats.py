@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,10 +187,10 @@ def osf_update(saved: Saved) -> AdapterUpdate:
     """
     weights = BaseWeights(saved.base) if saved.model is None else None
     pattern = r"osf_svd_params\.(?P<part>[USV]_low)"
-    return _update(saved, "osf", pattern, lambda *found: _osf_pair(*found, weights))
+    return _update(saved, "osf", pattern, partial(_osf_pair, weights))
 
 
-def _osf_pair(saved: Saved, module: str, parts: Parts, weights: BaseWeights | None) -> Pair:
+def _osf_pair(weights: BaseWeights | None, saved: Saved, module: str, parts: Parts) -> Pair:
     saved.check_complete(module, parts, ["U_low", "S_low", "V_low"], "osf_svd_params.")
     U, S, V = (parts[f"{part}_low"].float() for part in "USV")
     fit = U.dim() == V.dim() == 2 and U.shape[1] == len(V) == len(S) <= min(len(U), V.shape[1])

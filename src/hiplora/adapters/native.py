@@ -37,7 +37,7 @@ def save_as_hiplora(
     channels = _channels(update)
     config = _config(update, channels)
     with staged_dir(path, overwrite) as staged:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for module, found in channels.items():
             parts = {name: getattr(found, name) for name in ("A", "B", "U", "sigma", "V")}
             if config.principal_channel:  # the gains of a module without them are zero
@@ -51,7 +51,7 @@ def save_as_hiplora(
 
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:
-    kept = {}
+    kept: dict[str, Channels] = {}
     for module in update.factors:
         channels = update.channels.get(module)
         if channels is None:

@@ -81,19 +81,10 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
     assert example.scored == [3, 4]
 
 
-@pytest.mark.parametrize(
-    ("ids", "labels"),
-    [
-        ((1, 2), (IGNORED, IGNORED)),
-        ((1, 2), (1, IGNORED)),
-        ((1, 2), (IGNORED,)),
-        ((1, 2), (IGNORED, 3)),
-        ((), ()),
-    ],
-)
-def test_labels_that_score_nothing_or_do_not_fit_are_refused(ids, labels):
-    with pytest.raises(DataError, match=r"an example of \d tokens"):
-        Encoded(ids, labels)
+@pytest.mark.parametrize("labels", [(IGNORED, IGNORED), (1, IGNORED)])
+def test_labels_that_score_nothing_are_refused(labels):
+    with pytest.raises(DataError, match="an example of 2 tokens has none to score"):
+        Encoded((1, 2), labels)
 
 
 def test_heldout_loss_weighs_every_token_alike_whatever_the_batches(model, tokenizer):

@@ -17,7 +17,6 @@ from tests.tiny import save_tiny
 from tests.unit.adapters.samples import base_model, deltas, edit_tensors, hip_config, leaky, product, saved
 from tests.unit.merging.terms import dense, hip_term, lora_term
 
-FACTOR_RULES = [name for name, rule in RULES.items() if rule.kind == "factors"]
 ALL = ("one", "two", "three", "other rank", "proj", "lora", "mlp", "patterns", "adalora", "pissa")
 Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 
@@ -104,13 +103,6 @@ def test_every_rule_merges_all_kinds_of_adapters_module_by_module(adapters, meth
     down = "model.layers.0.mlp.down_proj"  # adapted by two of them
     alone = merge([adapters["patterns"], adapters["adalora"]], method)
     torch.testing.assert_close(delta(update, down), delta(alone, down))
-
-
-@pytest.mark.parametrize("method", FACTOR_RULES)
-def test_every_rule_of_factors_is_saved_as_it_is_in_memory(adapters, tmp_path, method):
-    update = merge([adapters[name] for name in ("one", "lora", "adalora")], method, (1, 0.5, -1))
-    save_merged(update, tmp_path / "out", check_logits=False)
-    assert same_factors(read_update(tmp_path / "out"), update)
 
 
 # Dense merges

@@ -275,12 +275,6 @@ def test_an_option_is_read_from_text(text, value):
     assert parse_option(text) == (text.partition("=")[0].strip(), value)
 
 
-@pytest.mark.parametrize("text", ["density", "=0.3", ""])
-def test_text_without_name_and_value_is_refused(text):
-    with pytest.raises(ConfigError, match="expected name=value"):
-        parse_option(text)
-
-
 def test_the_rules_are_listed_without_torch():
     code = (
         "import sys; from hiplora.merging import RULES\n"
