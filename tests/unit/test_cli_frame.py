@@ -6,7 +6,7 @@ import pytest
 
 from hiplora import __version__
 from hiplora.cli import main as frame
-from hiplora.cli.common import print_frame, print_table, progress
+from hiplora.cli.common import print_frame, print_table
 from hiplora.errors import AdapterError, ConfigError, DataError
 
 HEAVY = (
@@ -118,12 +118,6 @@ def test_a_bug_is_not_dressed_up_as_a_users_mistake(raising):
 def test_ctrl_c_leaves_with_130(raising):
     raising["error"] = KeyboardInterrupt()
     assert run("boom") == 130
-
-
-def test_progress_is_silent_where_nobody_watches(capsys):
-    assert list(progress(range(3), "counting")) == [0, 1, 2]
-    captured = capsys.readouterr()
-    assert captured.out == captured.err == ""
 
 
 def test_a_table_keeps_every_cell_and_takes_brackets_literally(capsys):

@@ -1,17 +1,14 @@
-"""What the commands share: options, JSON and tables on stdout, progress on stderr."""
+"""What the commands share: options, JSON and tables on stdout."""
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     import pandas as pd
-
-T = TypeVar("T")
 
 OUT_OPTION = typer.Option(..., "--out", help="Output folder; it must not exist yet.")
 OVERWRITE_OPTION = typer.Option(False, "--overwrite", help="Replace the output folder if it exists.")
@@ -47,35 +44,3 @@ def print_frame(title: str, df: "pd.DataFrame") -> None:
 
     text = formatted(df)
     print_table(title, list(text.columns), text.to_numpy().tolist())
-
-
-def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` under a progress bar on stderr; silent where stderr is not a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, description=what, total=total, console=Console(stderr=True))
-
-
-@contextlib.contextmanager
-def counted() -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """Yield `start(what, total)`, which opens a progress bar on stderr and returns `advance(done)`.
-
-    Silent where stderr is not a terminal.
-    """
-    if not sys.stderr.isatty():
-        yield lambda what, total: lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(file=sys.stderr)) as bars:
-
-        def start(what: str, total: int) -> Callable[[int], None]:
-            bar = bars.add_task(what, total=total)
-            return lambda done: bars.advance(bar, done)
-
-        yield start
