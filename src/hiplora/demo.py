@@ -108,7 +108,7 @@ def summary(results: Results) -> "pd.DataFrame":
     import pandas as pd
 
     base = results["base"]
-    rows = [
+    rows: list[Results] = [
         {
             "method": "base",
             "edits that work alone": _share(base, "works"),

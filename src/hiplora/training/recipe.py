@@ -353,7 +353,7 @@ def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> 
         owners = [title for title, method in METHODS.items() if name in method.model_fields]
         if in_method and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
-        blocks = {"data": DataSettings, "train": TrainSettings}
+        blocks: dict[str, type[BaseModel]] = {"data": DataSettings, "train": TrainSettings}
         near = [f"{title}.{name}" for title, model in blocks.items() if name in model.model_fields]
         near = near or difflib.get_close_matches(name, [*known], n=1)
         return f"unknown field; did you mean `{near[0]}`?" if near else "unknown field; remove it"

@@ -158,7 +158,7 @@ class Record(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""
-        vars(self).update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+        self.__dict__.update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

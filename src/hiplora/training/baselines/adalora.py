@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -88,7 +88,7 @@ class AdaLoraMethod(LowRank):
         """Rank of every module before the pruning."""
         return self.init_r if self.init_r is not None else math.ceil(1.5 * self.r)
 
-    def schedule(self, steps: int) -> dict[str, int]:
+    def schedule(self, steps: int) -> dict[str, Any]:
         """Return when ranks are pruned in a training of so many steps, under PEFT's names.
 
         Raises:
@@ -207,10 +207,10 @@ class Orthogonality(Penalty):
         import torch
         from peft.tuners.adalora import AdaLoraLayer
 
-        terms = []
+        terms: list[Any] = []
         for layer in model.modules():
             if isinstance(layer, AdaLoraLayer) and ADAPTER in layer.lora_A:
-                A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+                A, B = cast("Tensor", layer.lora_A[ADAPTER]), cast("Tensor", layer.lora_B[ADAPTER])
                 for gram in (A @ A.T, B.T @ B):
                     terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
         return torch.stack(terms).mean()
