@@ -35,7 +35,7 @@ class Frontier:
         """
         if x < self.least:
             return self.mean_y[self.best], (self.best, self.best), NOT_REACHED
-        spots = [(self.mean_y[point], (point, point)) for point in np.flatnonzero(self.mean_x <= x)]
+        spots = [(self.mean_y[point], (point, point)) for point in np.flatnonzero(self.mean_x <= x).tolist()]
         for pair in self._neighbours():
             one, two = sorted(pair, key=lambda point: -self.mean_x[point])
             if self.mean_x[two] < x < self.mean_x[one]:

@@ -223,7 +223,9 @@ def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[
     for view, text in itertools.product((LOSS, LIKELIHOOD), texts):
         frontiers = _frontiers(points, view, text)
         there = frontiers.pop(reference, None)
-        for at in (None, *range(len(there.rates))) if there is not None else ():
+        if there is None:
+            continue
+        for at in (None, *range(len(there.rates))):
             known = []
             for method, here in frontiers.items():
                 apart, x, state = compared(here, there, at)
@@ -256,8 +258,10 @@ def _below(points: pd.DataFrame, reference: str) -> pd.DataFrame:
     """On what share of their common losses each method lies below the reference, on the mean and by seed."""
     frontiers = _frontiers(points, LOSS, OVER) if OVER in points else {}
     there = frontiers.pop(reference, None)
+    if there is None:
+        return pd.DataFrame()
     rows = []
-    for method, here in frontiers.items() if there is not None else ():
+    for method, here in frontiers.items():
         share = share_below(here, there)
         if share is None:
             continue

@@ -41,12 +41,12 @@ def tables(study: Study, settings: Selection, results: Results) -> Findings:
     """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
     title, rows, shown = study.row(settings.method).title, [], []
     for symbol, field, choice in _stages(study, settings):
-        found = results.get(choice) or {"tried": []}
+        swept = results.get(choice) or {"tried": []}
         needs = {one["value"]: one["needs"] for one in choice.settings["candidates"]}
-        for tried in found["tried"]:
-            value, loss, chosen = tried["value"], tried["mean"], tried["value"] == found["value"]
+        for tried in swept["tried"]:
+            value, loss, chosen = tried["value"], tried["mean"], tried["value"] == swept["value"]
             # Below 0 there is no better value: 0 is not the edge of a grid.
-            edge = chosen and found["at_the_edge"] and (value != 0 or len(found["tried"]) == 1)
+            edge = chosen and swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
             used = [choice.needs[need].key[:8] for need in needs[value]]
             lost = loss is None
             told = ("chosen, at the edge of the grid" if edge else "chosen") if chosen else ""
