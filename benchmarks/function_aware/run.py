@@ -219,12 +219,13 @@ class Bench:
     def merge(self, job: Job, count: int) -> dict[str, Any]:
         """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
         from hiplora.evaluation.mounting import mounted
-        from hiplora.merging import merge, save_merged
+        from hiplora.adapters import save_as_lora
+        from hiplora.merging import merge
 
         sets, neighbours = self._edit_sets()
         parts = [self.adapter(job._replace(task=f"edits{index + 1}")) for index in range(count)]
         folder = self.out / "adapters" / f"merged{count}-{job.name}"
-        save_merged(merge(parts, "addition"), folder, overwrite=True, check_logits=False)
+        save_as_lora(merge(parts, "addition"), folder, overwrite=True, check_logits=False)
         with mounted(self.model, folder) as adapted:
             point = self.measure_edits(adapted, sets[:count], neighbours)
         shutil.rmtree(folder)

@@ -90,7 +90,7 @@ def command(
             method_settings=dict(_setting(text) for text in settings),
             mode=mode,
             limit=limit,
-            category=category,
+            category=category,  # type: ignore[arg-type]  # pydantic checks it
             edits_per_batch=edits_per_batch,
             sample=sample,
             steps=steps,
