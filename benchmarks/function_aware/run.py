@@ -218,8 +218,8 @@ class Bench:
 
     def merge(self, job: Job, count: int) -> dict[str, Any]:
         """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
-        from hiplora.evaluation.mounting import mounted
         from hiplora.adapters import save_as_lora
+        from hiplora.evaluation.mounting import mounted
         from hiplora.merging import merge
 
         sets, neighbours = self._edit_sets()
