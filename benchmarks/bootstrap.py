@@ -87,9 +87,7 @@ def coverage(case: tuple[int, int, float, bool], datasets: int, replicates: int)
 
 def main() -> None:
     """Measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--datasets", type=int, default=2000)
     parser.add_argument("--replicates", type=int, default=1000, help="of each data set's bootstrap")

@@ -122,9 +122,7 @@ def in_own_process(*arguments: Any) -> dict:
         "print(json.dumps(merge.measure(*json.loads(sys.argv[2]))))"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent), json.dumps(arguments)]
-    return json.loads(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-    )
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def show(found: dict) -> None:
@@ -147,9 +145,7 @@ def main() -> None:
     """Run all rules, print what they take, and write JSON where asked."""
     from hiplora.merging import RULES
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -163,9 +159,7 @@ def main() -> None:
     everything = 4 * sum(m * n for m, n in shapes.values())
     bound = 2 * 4 * max(m * n for m, n in shapes.values()) * args.adapters
     print(f"{args.adapters} adapters of rank {args.rank} on {len(shapes)} modules, {args.threads} thread(s)")
-    print(
-        f"bound: {bound / MIB:.0f} MiB; all updates of one adapter as matrices: {everything / MIB:.0f} MiB\n"
-    )
+    print(f"bound: {bound / MIB:.0f} MiB; all updates of one adapter as matrices: {everything / MIB:.0f} MiB\n")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         folders = [str(Path(folder) / f"adapter-{seed}") for seed in range(args.adapters)]

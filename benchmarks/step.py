@@ -43,9 +43,7 @@ def make_step(method: str, dropout: float, model_name: str, batch: int, length: 
     # Gradients flow down to the first adapter in the adapted models; the floor lets them flow as far.
     model.enable_input_require_grads()
     model.train()
-    ids = torch.randint(
-        0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1)
-    )
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4) if trainable else None
 
@@ -80,9 +78,7 @@ def time_steps(dropout: float, args: argparse.Namespace) -> dict:
         "seconds_fastest": {m: min(s) for m, s in seconds.items()},
         "ratio_hiplora_lora": statistics.median(ratios),
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "overhead_over_base": {
-            m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS
-        },
+        "overhead_over_base": {m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS},
     }
 
 
@@ -101,9 +97,7 @@ def peak_memory(method: str, dropout: float, args: argparse.Namespace) -> int:
 
 def main() -> None:
     """Run the comparison, print it, and write JSON where asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=4)
@@ -121,9 +115,7 @@ def main() -> None:
         results.append({**timing, "peak_bytes": memory, "memory_ratio_hiplora_lora": ratio})
         s, q = timing["seconds"], timing["ratio_quartiles"]
         print(f"dropout {dropout}: " + ", ".join(f"{m} {s[m]:.3f} s" for m in METHODS))
-        print(
-            f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})"
-        )
+        print(f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})")
         print(f"  peak memory, HiP-LoRA / LoRA: {ratio:.3f} ({sizes})")
     if args.json:
         from hiplora.files import write_atomic

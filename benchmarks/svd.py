@@ -110,9 +110,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", type=int, default=4096, help="side of the large matrix; 0 leaves it out")

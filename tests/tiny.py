@@ -49,9 +49,7 @@ def tiny_llama(seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.floa
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Make a fast tokenizer with one token per byte (id = rank in the byte-level alphabet), bos, eos and pad."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
-    )
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS, EOS, PAD])
@@ -65,9 +63,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(
-    path: str | os.PathLike, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32
-) -> Path:
+def save_tiny(path: str | os.PathLike, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32) -> Path:
     """Write a tiny Llama with its tokenizer to `path`, as a folder that `from_pretrained` loads."""
     path = Path(path)
     tiny_llama(seed, tie, dtype).save_pretrained(path)

@@ -34,9 +34,7 @@ _PRIVATE = re.compile(
 
 def tracked(root: Path, *patterns: str) -> list[Path]:
     """Return the tracked files that match; all files on disk where `root` is not a git checkout."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--", *patterns], cwd=root, capture_output=True, text=True
-    )
+    listed = subprocess.run(["git", "ls-files", "-z", "--", *patterns], cwd=root, capture_output=True, text=True)
     if listed.returncode == 0:
         return [path for name in listed.stdout.split("\0") if name and (path := root / name).is_file()]
     return [path for pattern in patterns or ("*",) for path in root.rglob(pattern) if path.is_file()]
@@ -50,9 +48,7 @@ def generated(root: Path) -> dict[Path, str]:
     for path in tracked(root, "*.md"):
         text = path.read_text(encoding="utf-8")
         if _TABLE.search(text):
-            found[path] = _TABLE.sub(
-                lambda match: f"{match[1]}\n{_table(root / match['file'])}\n\n{match[3]}", text
-            )
+            found[path] = _TABLE.sub(lambda match: f"{match[1]}\n{_table(root / match['file'])}\n\n{match[3]}", text)
     return found
 
 

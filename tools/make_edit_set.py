@@ -217,9 +217,7 @@ def _edits_of(relation: Relation) -> Iterator[Row]:
         old = fact[relation.answer]
         if is_asked(fact["s"]) or any(_stands_in(old, text) for text in texts):
             continue
-        others = [
-            row for row in facts if not relation.within or row[relation.within] == fact[relation.within]
-        ]
+        others = [row for row in facts if not relation.within or row[relation.within] == fact[relation.within]]
         pool = sorted({row[relation.answer] for row in others} - {old})
         pool = [new for new in pool if not any(_stands_in(new, text) for text in texts)]
         chosen = random.Random(f"{SEED} {texts[0]}").choice(pool)
@@ -250,9 +248,7 @@ def main() -> int:
         for path, text in made.items():
             path.write_text(text, encoding="utf-8")
         return 0
-    wrong = [
-        path for path, text in made.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    wrong = [path for path, text in made.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     for path in wrong:
         print(f"{path.relative_to(ROOT)}: differs from the facts; run python -m tools.make_edit_set")
     return int(bool(wrong))

@@ -129,8 +129,7 @@ def config_page() -> str:
 
     texts = described_fields(HipLoraConfig)
     rows = [
-        (f"`{one.name}`", _field_default(one), _sentence(texts.get(one.name, "")))
-        for one in own_fields(HipLoraConfig)
+        (f"`{one.name}`", _field_default(one), _sentence(texts.get(one.name, ""))) for one in own_fields(HipLoraConfig)
     ]
     intro = "# HipLoraConfig\n\nUse it where you would use `peft.LoraConfig`, after `import hiplora`."
     return "\n\n".join([NOTE + intro, table(("field", "default", ""), rows)]) + "\n"
@@ -258,9 +257,7 @@ def tasks_page() -> str:
     """Return the page of evaluation suites and tasks."""
     from hiplora.evaluation.suite import own_suites, own_tasks, read_suite, task_settings
 
-    suites = [
-        (f"`{name}`", ", ".join(f"`{one.name}`" for one in read_suite(name).tasks)) for name in own_suites()
-    ]
+    suites = [(f"`{name}`", ", ".join(f"`{one.name}`" for one in read_suite(name).tasks)) for name in own_suites()]
     tasks = []
     for name in own_tasks():
         one = task_settings(name)

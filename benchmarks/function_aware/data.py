@@ -19,9 +19,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def job_rows(
-    job: str, data: Path, tokenizer: Any, measure: dict[str, Any]
-) -> tuple[list[Encoded], list[Encoded]]:
+def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> tuple[list[Encoded], list[Encoded]]:
     """Return the examples to train on and those to hold out, none longer than the recipe's `max_tokens`."""
     train, held = (_gsm8k if job == "gsm8k" else _code)(data)
     kept = []
@@ -34,15 +32,11 @@ def job_rows(
 
 def _gsm8k(data: Path) -> tuple[list[Pair], list[Pair]]:
     train, held = (read_rows(data / f"gsm8k_{part}.jsonl.gz") for part in ("train", "test"))
-    return tuple(
-        [(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in rows] for rows in (train, held)
-    )
+    return tuple([(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in rows] for rows in (train, held))
 
 
 def _code(data: Path) -> tuple[list[Pair], list[Pair]]:
-    rows = [
-        row for row in read_rows(data / "codealpaca.jsonl.gz") if not row["input"] and row["output"].strip()
-    ]
+    rows = [row for row in read_rows(data / "codealpaca.jsonl.gz") if not row["input"] and row["output"].strip()]
     pairs = [(f"Instruction: {row['instruction']}\nResponse:", f" {row['output']}") for row in rows]
     return pairs[200:], pairs[:200]
 
@@ -54,11 +48,7 @@ def edit_sets(data: Path, sets: int, per_set: int) -> tuple[list[EditSet], dict[
     """
     chosen, seen = [], set()
     for row in read_rows(data / "counterfact.jsonl.gz"):
-        if (
-            len(row["neighborhood_prompts"]) == 10
-            and row["subject"] not in seen
-            and row["paraphrase_prompts"]
-        ):
+        if len(row["neighborhood_prompts"]) == 10 and row["subject"] not in seen and row["paraphrase_prompts"]:
             seen.add(row["subject"])
             chosen.append(row)
         if len(chosen) == sets * per_set:

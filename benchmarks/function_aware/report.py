@@ -74,9 +74,7 @@ def compared(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, A
                 ratios[text] = rival / point["kl"][text] if rival else None
             row[f"times_less_than_{name}"] = ratios
         rows.append(row)
-    return {key: run[key] for key in ("task", "variant", "lr", "seed", "trainable_parameters")} | {
-        "steps": rows
-    }
+    return {key: run[key] for key in ("task", "variant", "lr", "seed", "trainable_parameters")} | {"steps": rows}
 
 
 def over_seeds(compared_runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -109,9 +107,7 @@ def _interval(values: Sequence[float], log: bool = False) -> dict[str, float]:
 
 def against(runs: Sequence[dict[str, Any]], without: str) -> dict[str, Any]:
     """Compare each variant with gains with the one that has none, seed by seed: loss difference and ratios of drift."""
-    last = {
-        (run["variant"], run["lr"], run["seed"]): run["points"][-1] for run in runs if run["task"] == "gsm8k"
-    }
+    last = {(run["variant"], run["lr"], run["seed"]): run["points"][-1] for run in runs if run["task"] == "gsm8k"}
     rows = {}
     for variant, lr in sorted({(v, lr) for v, lr, _ in last if v.startswith(f"{without}-gains")}):
         seeds = [s for v, rate, s in last if (v, rate) == (variant, lr) and (without, lr, s) in last]
@@ -138,9 +134,9 @@ def edits(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"variant": variant, "lr": lr, "seed": seed}
         for kind, found in kinds.items():
             points = [run["points"][-1] if "points" in run else run for run in found]
-            row[kind] = {
-                name: _share([value for point in points for value in point[name]]) for name in ANSWERS
-            } | {"kl": {text: statistics.fmean(p["kl"][text] for p in points) for text in TEXTS}}
+            row[kind] = {name: _share([value for point in points for value in point[name]]) for name in ANSWERS} | {
+                "kl": {text: statistics.fmean(p["kl"][text] for p in points) for text in TEXTS}
+            }
         rows.append(row)
     return rows
 
@@ -159,9 +155,7 @@ def _share(successes: Sequence[bool]) -> dict[str, float]:
 
 def main() -> None:
     """Write results, summary and figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

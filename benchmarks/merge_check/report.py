@@ -31,9 +31,7 @@ RULES = {"addition": "All four added", "ties": "All four by TIES"}
 
 def main() -> None:
     """Write the records, the summary and the figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", type=Path, required=True)
     args = parser.parse_args()
     records = {}
@@ -48,9 +46,7 @@ def main() -> None:
     summary = {method: summarise(record) for method, record in records.items()}
     summary = plain(summary)
     origin = next(iter(records.values()))["provenance"]
-    write_atomic(
-        OUT / "summary.json", json.dumps({"methods": summary, "provenance": origin}, indent=1) + "\n"
-    )
+    write_atomic(OUT / "summary.json", json.dumps({"methods": summary, "provenance": origin}, indent=1) + "\n")
     save_figure(figure(summary), OUT / "likelihoods")
     print(f"{len(records)} methods in {OUT}")
 
@@ -72,9 +68,7 @@ def summarise(record: dict[str, Any]) -> dict[str, Any]:
     return {
         "means": means,
         "verdicts": record["verdicts"],
-        "retain": {
-            form: {**each, "mean": statistics.fmean(each.values())} for form, each in retained.items()
-        },
+        "retain": {form: {**each, "mean": statistics.fmean(each.values())} for form, each in retained.items()},
     }
 
 

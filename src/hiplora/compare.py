@@ -142,9 +142,7 @@ def summary(results: Results) -> "pd.DataFrame":
     return pd.DataFrame(rows)
 
 
-def method_settings(
-    rank: int, principal_rank: int, targets: Mapping[str, Sequence[str]], **shared: Any
-) -> Results:
+def method_settings(rank: int, principal_rank: int, targets: Mapping[str, Sequence[str]], **shared: Any) -> Results:
     """Return the compared methods, by display name, as the `method` block of a recipe.
 
     `targets` are the modules that each preset of HiP-LoRA adapts (see `check_model`). All have the same rank, so those
@@ -221,9 +219,7 @@ def _recipes(
     }
     methods = method_settings(settings.rank, settings.principal_rank, targets)
     try:
-        return {
-            name: TrainRecipe.model_validate({**shared, "method": method}) for name, method in methods.items()
-        }
+        return {name: TrainRecipe.model_validate({**shared, "method": method}) for name, method in methods.items()}
     except ValidationError as error:
         raise ConfigError(f"setting {first_problem(error)}") from None
 
@@ -313,12 +309,8 @@ def _write_report(results: Results, path: Path) -> None:
         for row in results["answers"]
     }
     sections = [
-        Section(
-            "What each method learned and what it disturbed", text, {"Methods": summary(results)}, figures
-        ),
+        Section("What each method learned and what it disturbed", text, {"Methods": summary(results)}, figures),
         Section("Answers to held-out prompts", tables=answers),
     ]
     about = {"model": results["model"], "data": results["data"], "settings": results["settings"]}
-    save_page(
-        path, results["title"], sections, f"Base model {results['model']}", {**about, **results["provenance"]}
-    )
+    save_page(path, results["title"], sections, f"Base model {results['model']}", {**about, **results["provenance"]})

@@ -59,9 +59,7 @@ class MergeSettings:
         """Check the rules and their options."""
         rules = [find_rule(method) for method in self.methods]
         known = {name for rule in rules for name in rule.defaults}
-        rules[0].options(
-            {name: self.options[name] for name in self.options if name not in known}
-        )  # refuses them
+        rules[0].options({name: self.options[name] for name in self.options if name not in known})  # refuses them
         for rule in rules:
             rule.options(self.options_of(rule.name))
 
@@ -157,9 +155,7 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
     if len(names) < 2:
         raise ConfigError(f"{len(names)} adapter given; a merge needs at least two")
     if taken := set(names) & set(how.methods):
-        raise ConfigError(
-            f"adapter {taken.pop()!r}: has the name of a merge rule; give it another, as NAME=FOLDER"
-        )
+        raise ConfigError(f"adapter {taken.pop()!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
     known = {task.name for task in suite.tasks}
     if how.sizes and (strangers := [name for name in names if name not in known]):
         raise ConfigError(
@@ -346,9 +342,7 @@ def save_merge_page(
         cosines = pd.DataFrame(report["cosine"], index=names, columns=names)
         tables["Mean cosine of two adapters' updates"] = cosines.astype(float)
         tables["Modules that conflict most"] = conflict_table(report)
-        tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame(
-            [report["totals"]]
-        )
+        tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame([report["totals"]])
     text = (
         "The score is 0 where two updates act on different directions or agree, 1/2 where unrelated updates act on "
         "the same directions, 1 where they are opposites."

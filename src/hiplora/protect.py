@@ -185,6 +185,4 @@ def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Mapping[str, Mome
     if tokens < (needed := TOKENS_PER_INPUT * widest):
         yield f"calibrated on {tokens} tokens, few for inputs {widest} wide: give at least {needed}"
     if not any(A.any() and B.any() for A, B in after.factors.values()):
-        yield "nothing of the low-rank update is left" + (
-            "" if before.extras else ": the result is the base model"
-        )
+        yield "nothing of the low-rank update is left" + ("" if before.extras else ": the result is the base model")

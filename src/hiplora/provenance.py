@@ -65,9 +65,7 @@ def _commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        run = functools.partial(
-            subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
         head = run(["git", "rev-parse", "HEAD"]).stdout.strip()
         dirty = run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -174,9 +174,7 @@ def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
     adapted = tiny.adapted(init_weights=False)
     train(adapted, ids)
     before = logits(adapted, ids)
-    found = hiplora.calibrate(
-        adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path)
-    )
+    found = hiplora.calibrate(adapted.base_model.model, config(), rows=rows(), store=CalibrationStore(tmp_path))
     assert torch.equal(logits(adapted, ids), before)
     assert list(adapted.peft_config) == ["default"]
     assert adapted.peft_config["default"].basis == "weight"
@@ -185,9 +183,7 @@ def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
 
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
     sampled = []
-    monkeypatch.setattr(
-        "hiplora.tuner.text.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
-    )
+    monkeypatch.setattr("hiplora.tuner.text.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k))
     make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
     one = make()
     asked = len(sampled)
@@ -347,9 +343,7 @@ def calibrate_command(capsys, *arguments):
 
 
 def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_energy(tiny_model_dir, capsys):
-    code, record, _ = calibrate_command(
-        capsys, str(tiny_model_dir), "--rank", "energy:0.5", "--tokens", "600"
-    )
+    code, record, _ = calibrate_command(capsys, str(tiny_model_dir), "--rank", "energy:0.5", "--tokens", "600")
     assert code == 0
     names = {layer["name"].rpartition(".")[2] for layer in record["layers"]}
     assert names == {"gate_proj", "up_proj", "down_proj"}

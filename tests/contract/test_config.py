@@ -47,9 +47,7 @@ EFFECTS = {
     "lora_alpha": lambda t, i: layer(t.adapted(r=4, lora_alpha=6)).scaling["default"] == 1.5,
     "lora_dropout": lambda t, i: differs(t, i, {"lora_dropout": 0.0}, {"lora_dropout": 0.5}),
     "target_modules": lambda t, i: modules(t.adapted(target_modules=r".*layers\.1.*q_proj")) == {Q1},
-    "exclude_modules": lambda t, i: (
-        not any("k_proj" in m for m in modules(t.adapted(exclude_modules=["k_proj"])))
-    ),
+    "exclude_modules": lambda t, i: not any("k_proj" in m for m in modules(t.adapted(exclude_modules=["k_proj"]))),
     "layers_to_transform": lambda t, i: all(".1." in m for m in modules(t.adapted(layers_to_transform=[1]))),
     "layers_pattern": lambda t, i: (
         len(modules(t.adapted(layers_to_transform=[1], layers_pattern="layers"))) == 4
@@ -58,8 +56,7 @@ EFFECTS = {
     "rank_pattern": lambda t, i: _ranks(t.adapted(rank_pattern={r"layers\.0\..*q_proj": 2})) == (2, 4),
     "alpha_pattern": lambda t, i: (
         layer(t.adapted(r=4, alpha_pattern={"q_proj": 20})).scaling["default"] == 5.0
-        and layer(t.adapted(r=4, alpha_pattern={"q_proj": 20}), Q0.replace("q_", "v_")).scaling["default"]
-        == 8.0
+        and layer(t.adapted(r=4, alpha_pattern={"q_proj": 20}), Q0.replace("q_", "v_")).scaling["default"] == 8.0
     ),
     "principal_rank_pattern": lambda t, i: (
         layer(t.adapted(principal_rank_pattern={Q0: 5})).hiplora_delta["default"].shape == (5,)
@@ -97,9 +94,7 @@ EFFECTS = {
         and t.adapted().peft_config["default"].principal_ranks == {}
     ),
     "residual_projection": lambda t, i: _raw_leak(t.adapted(residual_projection=False)) > 0.05,
-    "principal_channel": lambda t, i: (
-        "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta
-    ),
+    "principal_channel": lambda t, i: "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta,
     "basis": lambda t, i: (
         _refused(basis="activations")
         and not torch.equal(
@@ -116,9 +111,7 @@ EFFECTS = {
         > 1e-5
         > _raw_leak(t.adapted(basis="activation"))
     ),
-    "calibration": lambda t, i: (
-        t.adapted(basis="activation").peft_config["default"].calibration["source"] == "self"
-    ),
+    "calibration": lambda t, i: t.adapted(basis="activation").peft_config["default"].calibration["source"] == "self",
     "svd_tolerance": lambda t, i: _tolerance_reaches_the_decomposition(t),
     "save_factors": lambda t, i: (
         not any("hiplora_U" in k for k in peft.get_peft_model_state_dict(t.adapted(save_factors=False)))
@@ -318,9 +311,9 @@ def test_a_config_saved_before_there_were_presets_keeps_its_meaning(old):
 
 
 def test_the_config_survives_saving(tiny, tmp_path):
-    config = tiny.adapted(
-        rank_pattern={"q_proj": 2}, stability_gamma=0.5, task_type=TaskType.CAUSAL_LM
-    ).peft_config["default"]
+    config = tiny.adapted(rank_pattern={"q_proj": 2}, stability_gamma=0.5, task_type=TaskType.CAUSAL_LM).peft_config[
+        "default"
+    ]
     config.save_pretrained(tmp_path)
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, HipLoraConfig)

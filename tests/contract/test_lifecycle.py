@@ -89,9 +89,7 @@ def read_elsewhere():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_factors", [True, False])
-def test_a_saved_adapter_gives_equal_logits_in_another_process(
-    base, ids, tmp_path, save_factors, read_elsewhere
-):
+def test_a_saved_adapter_gives_equal_logits_in_another_process(base, ids, tmp_path, save_factors, read_elsewhere):
     base.make().save_pretrained(tmp_path / "base")
     if base.kind in ACTIVATION and not save_factors:
         with pytest.raises(ConfigError, match="cannot be computed again"):
@@ -105,9 +103,7 @@ def test_a_saved_adapter_gives_equal_logits_in_another_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "order", ["import hiplora, peft", "import peft, hiplora", "import hiplora.tuner.layer, peft"]
-)
+@pytest.mark.parametrize("order", ["import hiplora, peft", "import peft, hiplora", "import hiplora.tuner.layer, peft"])
 def test_importing_hiplora_registers_it_whatever_the_order(order):
     code = f"{order}; from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; assert 'HIPLORA' in known"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -342,9 +338,7 @@ def test_generation_uses_the_adapter(base, ids):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     adapted = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
     with model.disable_adapter():
-        plain = model.generate(
-            input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings
-        )
+        plain = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
     assert not torch.equal(adapted.scores[0], plain.scores[0])
 
 
@@ -353,9 +347,7 @@ def test_loading_into_an_adapter_leaves_those_that_share_its_factors_alone(tiny,
     model.add_adapter("second", tiny.config())
     train(model, ids)
     expected = logits(model, ids)
-    flipped = {
-        k: -v if k.endswith(("_U", "_V")) else v for k, v in peft.get_peft_model_state_dict(model).items()
-    }
+    flipped = {k: -v if k.endswith(("_U", "_V")) else v for k, v in peft.get_peft_model_state_dict(model).items()}
     peft.set_peft_model_state_dict(model, flipped, adapter_name="second")
     for _, layer in hip_layers(model):
         assert torch.equal(layer.hiplora_U["default"], -layer.hiplora_U["second"])
@@ -386,9 +378,7 @@ def test_an_adapted_head_is_saved_without_the_base_models_head(ids, tmp_path):
         model = base.adapted(target_modules=["lm_head", "q_proj"])
         train(model, ids)
         model.save_pretrained(tmp_path / kind)
-        assert not any(
-            "base_layer" in key for key in load_file(tmp_path / kind / "adapter_model.safetensors")
-        )
+        assert not any("base_layer" in key for key in load_file(tmp_path / kind / "adapter_model.safetensors"))
         loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path / kind)
         assert torch.equal(logits(loaded, ids), logits(model, ids))
 

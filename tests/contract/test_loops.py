@@ -280,9 +280,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_step_for_step(tmp_path):
 
     def trainer(folder, **changes):
         model = fresh(lora_dropout=0.1, stability_weight=3.0)
-        return Trainer(
-            model, arguments(folder, save_strategy="steps", save_steps=2, **changes), train_dataset=rows()
-        )
+        return Trainer(model, arguments(folder, save_strategy="steps", save_steps=2, **changes), train_dataset=rows())
 
     whole = trainer(tmp_path / "whole")
     whole.train()

@@ -24,9 +24,9 @@ def four_bit(model):
                 compute_dtype=torch.float32,
                 quant_type="nf4",
             )
-            layer.weight = bnb.nn.Params4bit(
-                module.weight.data.clone(), requires_grad=False, quant_type="nf4"
-            ).to("cpu")
+            layer.weight = bnb.nn.Params4bit(module.weight.data.clone(), requires_grad=False, quant_type="nf4").to(
+                "cpu"
+            )
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
     return model.train()

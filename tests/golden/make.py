@@ -30,9 +30,7 @@ from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_jsonl  # noq
 torch.set_num_threads(1)
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-9  # of values; digests must be equal, and are compared on the same machine only
-DIFFERENCES = (
-    1e-4  # percentage points: absolute, of differences of two scores, in which rounding is relatively larger
-)
+DIFFERENCES = 1e-4  # percentage points: absolute, of differences of two scores, in which rounding is relatively larger
 DIGEST = "sha256"  # keys that begin so hold digests
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -219,14 +217,9 @@ def merging():
         place = Path(place)
         base = save_tiny(place / "base")
         loras = [save_adapter(base, place / f"lora{seed}", lora_config(), seed) for seed in (1, 2)]
-        hips = [
-            save_adapter(base, place / f"hip{seed}", hip_config(init_weights=False), seed) for seed in (1, 2)
-        ]
+        hips = [save_adapter(base, place / f"hip{seed}", hip_config(init_weights=False), seed) for seed in (1, 2)]
         merges = {f"{rule} of lora": (loras, rule, None) for rule in RULES}
-        merges |= {
-            f"{rule} of hip-lora": (hips, rule, None)
-            for rule in ("addition", "ties", "knots", "tsv", "iso-c")
-        }
+        merges |= {f"{rule} of hip-lora": (hips, rule, None) for rule in ("addition", "ties", "knots", "tsv", "iso-c")}
         merges |= {
             f"addition of {kind}, rank 6": (two, "addition", 6)
             for kind, two in {"lora": loras, "hip-lora": hips}.items()
@@ -257,12 +250,8 @@ DATA = {  # a task of each kind: letters, answers, choices in the context, a las
         }
         for i in range(6)
     ],
-    "lambada": [
-        {"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]} for i in range(6)
-    ],
-    "wikitext2_raw_valid": [
-        {"text": " ".join(WORDS[i:] * 9) + f"\n = {i} = \n", "title": str(i)} for i in range(3)
-    ],
+    "lambada": [{"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]} for i in range(6)],
+    "wikitext2_raw_valid": [{"text": " ".join(WORDS[i:] * 9) + f"\n = {i} = \n", "title": str(i)} for i in range(3)],
     "gsm8k_test": [
         {"question": f"What is {i} and {i}?", "answer": f"It is <<{i}+{i}>>.\n#### {2 * i}"} for i in range(6)
     ],
@@ -280,9 +269,7 @@ def evaluation():
         for name, rows in DATA.items():
             write_jsonl(place / f"{name}.jsonl", rows)
         adapters = {
-            "lora": save_adapter(
-                base, place / "lora", lora_config(target_modules=["q_proj", "up_proj"]), 1, 0.3
-            ),
+            "lora": save_adapter(base, place / "lora", lora_config(target_modules=["q_proj", "up_proj"]), 1, 0.3),
             "hip": save_adapter(base, place / "hip", hip_config(init_weights=False), 2),
         }
         suite = "mmlu,arc_easy,winogrande,lambada,wikitext,gsm8k"
@@ -345,9 +332,7 @@ def _editing():
     }.items():
         model = tiny_llama()
         model.generation_config.eos_token_id = None
-        run = run_edits(
-            model, tiny_tokenizer(), config, edits, training, questions, groups=groups, sequential=True
-        )
+        run = run_edits(model, tiny_tokenizer(), config, edits, training, questions, groups=groups, sequential=True)
         last = run["stages"][-1]["records"]
         found[name] = run["summary"] | {
             "log_probs": list(map(list, zip(last["log_prob_new"], last["log_prob_old"], strict=True))),

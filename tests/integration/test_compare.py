@@ -80,9 +80,7 @@ def test_every_method_learns_the_rows_and_the_held_out_loss_is_that_of_its_adapt
     assert list(results["methods"]) == METHODS
     for method, record in results["methods"].items():
         assert record["held_out"]["before"] == pytest.approx(loss_by_hand(tiny_llama(), rows), abs=1e-4)
-        assert record["held_out"]["after"] == pytest.approx(
-            loss_by_hand(adapter_model(out, method), rows), abs=1e-4
-        )
+        assert record["held_out"]["after"] == pytest.approx(loss_by_hand(adapter_model(out, method), rows), abs=1e-4)
         assert record["held_out"]["after"] < record["held_out"]["before"]
 
 

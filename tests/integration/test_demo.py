@@ -124,9 +124,7 @@ def test_an_interrupted_demonstration_goes_on_where_it_stopped(done, settings, t
         demo(tmp_path / "out", settings)
     results = demo(tmp_path / "out", settings)
     assert len(calls) == 4 + 1
-    merged = [
-        {name: found["merged"] for name, found in result["methods"].items()} for result in (results, done[0])
-    ]
+    merged = [{name: found["merged"] for name, found in result["methods"].items()} for result in (results, done[0])]
     assert merged[0] == merged[1]
 
 

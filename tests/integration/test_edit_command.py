@@ -41,9 +41,7 @@ def edited(capsys, model, edits, out, *options):
         ("alphaedit", [*ALPHA, "--locality", "5", "--limit", "4"]),
     ],
 )
-def test_a_batch_leaves_an_adapter_that_does_what_was_measured(
-    tiny_model_dir, tmp_path, capsys, method, options
-):
+def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, capsys, method, options):
     out = tmp_path / "out"
     said, record = edited(capsys, tiny_model_dir, "builtin", out, "--method", method, "--json", *options)
     assert json.loads(said)["summary"] == record["summary"]
@@ -63,9 +61,7 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(
 @pytest.mark.parametrize(
     ("mode", "adapters"), [("batch", ["adapter-001", "adapter-002"]), ("sequential", ["adapter"])]
 )
-def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(
-    tiny_model_dir, tmp_path, capsys, mode, adapters
-):
+def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(tiny_model_dir, tmp_path, capsys, mode, adapters):
     options = ("--method", "lora", "--mode", mode, "--edits-per-batch", "2", *FAST)
     _, record = edited(capsys, tiny_model_dir, "builtin", tmp_path / "out", *options)
     assert record["adapters"] == adapters

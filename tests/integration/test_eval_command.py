@@ -40,12 +40,8 @@ DATA = {
             "answer": i % 2,
         },
     ),
-    "lambada": rows(
-        6, lambda i: {"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]}
-    ),
-    "wikitext2_raw_valid": rows(
-        3, lambda i: {"text": " ".join(WORDS[i:] * 9) + f"\n = {i} = \n", "title": str(i)}
-    ),
+    "lambada": rows(6, lambda i: {"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]}),
+    "wikitext2_raw_valid": rows(3, lambda i: {"text": " ".join(WORDS[i:] * 9) + f"\n = {i} = \n", "title": str(i)}),
     "gsm8k_test": rows(
         6, lambda i: {"question": f"What is {i} and {i}?", "answer": f"It is <<{i}+{i}>>.\n#### {2 * i}"}
     ),
@@ -159,9 +155,7 @@ def test_a_limit_draws_items_by_the_seed_and_lm_eval_scores_those(place, scored,
     chosen = [one["tasks"]["mmlu"]["items"] for one in found]
     assert chosen[0] == chosen[1] != chosen[2]
     whole = items(scored, "base", "mmlu", "likelihood")
-    assert items(found[0], "base", "mmlu", "likelihood") == pytest.approx(
-        [whole[i] for i in chosen[0]], rel=1e-4
-    )
+    assert items(found[0], "base", "mmlu", "likelihood") == pytest.approx([whole[i] for i in chosen[0]], rel=1e-4)
 
 
 def test_an_interrupted_evaluation_goes_on(place, tmp_path, monkeypatch):
@@ -199,9 +193,7 @@ def test_code_runs_only_where_that_is_allowed(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        pytest.param(
-            ["--suite", "nonsense"], "'nonsense' is not known; expected one of", marks=pytest.mark.slow
-        ),
+        pytest.param(["--suite", "nonsense"], "'nonsense' is not known; expected one of", marks=pytest.mark.slow),
         (["--suite", "nothere.yaml"], "no such file"),
         (["--suite", "piqa"], "has no piqa"),
         (["--data", "/nowhere"], "no such folder"),

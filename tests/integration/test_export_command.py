@@ -39,9 +39,7 @@ def test_dense_gives_a_model_that_needs_no_adapter(adapter, tmp_path, capsys):
     code, said, err = export(capsys, adapter[0], "dense", out, "--json")
     assert (code, err, len(json.loads(said)["modules"])) == (0, "", 8)
     torch.testing.assert_close(logits(base_model(out)), logits(adapter[1]), rtol=1e-4, atol=1e-5)
-    code, said, _ = export(
-        capsys, adapter[0], "dense", tmp_path / "half", "--dtype", "bfloat16", "--no-logits"
-    )
+    code, said, _ = export(capsys, adapter[0], "dense", tmp_path / "half", "--dtype", "bfloat16", "--no-logits")
     assert code == 0
     assert "bfloat16" in said
 

@@ -97,9 +97,7 @@ def test_the_table_has_a_row_a_kind(tiny_model_dir, capsys, root):
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_dtype_serves_a_model_that_is_trained_in_another_precision(
-    tmp_path, factorize, no_decomposition, stored
-):
+def test_dtype_serves_a_model_that_is_trained_in_another_precision(tmp_path, factorize, no_decomposition, stored):
     """A checkpoint in half precision serves a float32 model as it is."""
     folder = save_tiny(tmp_path / "model", dtype=stored)
     trained = torch.float32 if stored == torch.bfloat16 else torch.bfloat16
@@ -188,8 +186,6 @@ def test_a_stopped_run_is_carried_on_by_the_next(tiny_model_dir, tmp_path, scrip
     for entry in entries:
         load(entry.read_bytes())
     assert len(entries) == 3
-    said, errors = start("from hiplora.cli.main import main\n", tiny_model_dir, tmp_path).communicate(
-        timeout=120
-    )
+    said, errors = start("from hiplora.cli.main import main\n", tiny_model_dir, tmp_path).communicate(timeout=120)
     assert sum(layer["reused"] for layer in json.loads(said)["layers"]) == 3
     assert not list(tmp_path.rglob("*.part"))

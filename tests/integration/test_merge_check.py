@@ -117,9 +117,7 @@ def test_a_merge_in_the_check_scores_as_the_one_that_is_written(place, checked, 
 
 def test_without_owners_a_task_belongs_to_the_adapter_that_is_best_at_it(place, tmp_path):
     adapters = (place / "adapter1", place / "adapter2")
-    said = run(
-        "merge-check", *adapters, "--suite", "mmlu", "--data", place / "data", "--out", tmp_path / "check"
-    )
+    said = run("merge-check", *adapters, "--suite", "mmlu", "--data", place / "data", "--out", tmp_path / "check")
     record = json.loads((tmp_path / "check" / "merge-check.json").read_text())
     row = record["verdicts"]["addition"]["likelihood"]["tasks"]["mmlu"]
     assert row["before"] == max(estimate(record, name, "mmlu") for name in ("adapter1", "adapter2"))

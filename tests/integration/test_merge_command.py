@@ -35,8 +35,7 @@ def adapters(tiny_model_dir, tmp_path_factory):
         "mlp": LoraConfig(r=2, target_modules=["up_proj"]),
     }
     return {
-        name: saved(tiny_model_dir, root / name, config, seed=i)[0]
-        for i, (name, config) in enumerate(configs.items())
+        name: saved(tiny_model_dir, root / name, config, seed=i)[0] for i, (name, config) in enumerate(configs.items())
     }
 
 
@@ -73,9 +72,7 @@ def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("weights", [None, "1,-0.5,2", " 1, 0 ,1"])
-def test_lora_is_the_weighted_sum_and_loads_in_stock_peft(
-    adapters, tiny_model_dir, tmp_path, capsys, weights
-):
+def test_lora_is_the_weighted_sum_and_loads_in_stock_peft(adapters, tiny_model_dir, tmp_path, capsys, weights):
     parts = [adapters[name] for name in ("one", "two", "mlp")]
     more = ["--weights", weights] if weights else []
     record = merged(capsys, *parts, "--out", tmp_path / "out", *more)
@@ -108,9 +105,7 @@ def test_the_methods_and_options_of_the_help_are_those_of_the_registry(capsys):
 
 
 @pytest.mark.parametrize("method", ["ties", "dare"])
-def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(
-    adapters, tiny_model_dir, tmp_path, capsys, method
-):
+def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tiny_model_dir, tmp_path, capsys, method):
     parts = [adapters["one"], adapters["lora"], adapters["mlp"]]
     how = ["--method", method, "--weights", "1,0.5,2", "--set", "density=0.4"]
     record = merged(capsys, *parts, "--out", tmp_path / "out", *how)

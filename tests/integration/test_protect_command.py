@@ -71,9 +71,7 @@ def dense_drift(base_dir, folder):
     return total / (len(ids) - 2)
 
 
-def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(
-    adapters, files, capsys, tiny_model_dir
-):
+def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters, files, capsys, tiny_model_dir):
     record = protected(capsys, files, adapters["lora"], "--data", files / "task.jsonl")
     before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
     assert before == pytest.approx(dense_drift(tiny_model_dir, adapters["lora"]), rel=1e-3)
@@ -204,9 +202,7 @@ def test_drift_of_a_real_models_adapter_falls_on_text_that_it_never_saw(smollm2,
         optimizer.step()
         optimizer.zero_grad()
     adapted.save_pretrained(files / "ships")
-    (files / "drift.txt").write_text(
-        "Bread rises because yeast turns sugar into gas, held by the dough. " * 5
-    )
+    (files / "drift.txt").write_text("Bread rises because yeast turns sugar into gas, held by the dough. " * 5)
     record = protected(capsys, files, files / "ships", "--data", files / "task.jsonl", tokens=400, rank=32)
     before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
     assert 0 < after < 0.5 * before

@@ -102,8 +102,6 @@ def test_options_of_a_cluster_are_refused_where_they_mean_nothing(small, tmp_pat
 )
 def test_a_cluster_that_cannot_do_the_jobs_is_reported_at_once(small, tmp_path, capsys, options, said):
     pytest.importorskip("ray")
-    code, _, err = run(
-        capsys, "study", "run", small, "--out", tmp_path / "out", "--executor", "ray", *options
-    )
+    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", "--executor", "ray", *options)
     assert code == 2
     assert said in err

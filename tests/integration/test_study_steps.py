@@ -171,9 +171,7 @@ def test_an_adapter_is_scored_merged_and_inspected(context):
     scoring = {"tasks": {"mmlu": 4}, "seed": 0, "drift": DRIFT}
     bare = found(context, job("evaluate", scoring))["result"]
     alone = found(context, job("evaluate", scoring, adapter=adapters["a"]))["result"]
-    merged = found(context, job("merge", {**scoring, "rule": "addition", "options": {}}, **adapters))[
-        "result"
-    ]
+    merged = found(context, job("merge", {**scoring, "rule": "addition", "options": {}}, **adapters))["result"]
     assert bare["drift"] is None
     assert min(alone["drift"]["prose"]["kl"], merged["drift"]["prose"]["kl"]) > 0
     likelihoods = [one["tasks"]["mmlu"]["likelihood"] for one in (bare, alone, merged)]

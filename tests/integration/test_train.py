@@ -45,9 +45,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    return write_jsonl(
-        path, [{"instruction": f"Say {n}", "output": f"{n} it is" * (1 + n % 3)} for n in range(30)]
-    )
+    return write_jsonl(path, [{"instruction": f"Say {n}", "output": f"{n} it is" * (1 + n % 3)} for n in range(30)])
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +131,7 @@ def test_a_method_trains_and_its_folder_is_complete(whole, make, rows, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(
-    whole, make, tiny_model_dir, method
-):
+def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(whole, make, tiny_model_dir, method):
     result = whole(method)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model = peft.PeftModel.from_pretrained(base, result.adapter).eval()
@@ -163,9 +159,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(whole, make, tmp_path, caplo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_resumed_in_a_later_epoch_in_bf16_with_a_penalty_equals_the_uninterrupted_one(
-    make, tmp_path, method
-):
+def test_a_run_resumed_in_a_later_epoch_in_bf16_with_a_penalty_equals_the_uninterrupted_one(make, tmp_path, method):
     settings = {
         "epochs": 3,
         "steps": None,
@@ -196,11 +190,7 @@ def test_a_finished_run_is_returned_on_resume_and_refused_otherwise(make, tmp_pa
 
 
 def test_a_folder_of_another_recipe_other_data_or_damage_is_refused(make, tmp_path, rows):
-    data = {
-        "path": write_jsonl(
-            tmp_path / "rows.jsonl", [json.loads(line) for line in rows.read_text().splitlines()]
-        )
-    }
+    data = {"path": write_jsonl(tmp_path / "rows.jsonl", [json.loads(line) for line in rows.read_text().splitlines()])}
     with pytest.raises(Stopped):
         train(make(data=data), tmp_path / "out", callbacks=[StopAt(5)])
     with pytest.raises(
@@ -237,8 +227,7 @@ def test_accumulating_gradients_equals_the_large_batch(make, tmp_path, method):
 def test_a_packed_sequence_keeps_its_rows_apart(make, tmp_path):
     """The held-out loss of packed rows is that of the rows alone."""
     losses = [
-        train(make(packing=packing, steps=1), tmp_path / str(packing)).held_out["before"]
-        for packing in (True, False)
+        train(make(packing=packing, steps=1), tmp_path / str(packing)).held_out["before"] for packing in (True, False)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -248,9 +237,7 @@ def test_a_penalty_is_logged_counts_once_a_step_and_holds_the_model_back(make, t
     settings |= {"kl_tokens": 32, "kl_pool": 128}
     quiet = {"name": "lora", "lora_dropout": 0.0}
     runs = {
-        name: [
-            row["kl"] for row in train(make(quiet, **settings, **own), tmp_path / name).metrics if "kl" in row
-        ]
+        name: [row["kl"] for row in train(make(quiet, **settings, **own), tmp_path / name).metrics if "kl" in row]
         for name, own in {
             "one": {"kl_weight": 100.0, "batch_size": 4, "gradient_accumulation": 1},
             "four": {"kl_weight": 100.0, "batch_size": 1, "gradient_accumulation": 4},

@@ -87,9 +87,7 @@ def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_d
         (["--set", "method.target_modules=[nope]"], r"check method\.target_modules"),
     ],
 )
-def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(
-    recipe_file, tmp_path, capsys, arguments, said
-):
+def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(recipe_file, tmp_path, capsys, arguments, said):
     assert run(recipe_file, "--out", tmp_path / "out", *arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

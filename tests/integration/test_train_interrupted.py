@@ -106,9 +106,7 @@ def call_and_die(owner, name, nth):
         (Path, "replace", 4, 6),  # everything is there but the file that completes the run
     ],
 )
-def test_a_kill_at_any_moment_leaves_a_run_that_carries_on(
-    recipe_file, whole, tmp_path, owner, name, nth, last
-):
+def test_a_kill_at_any_moment_leaves_a_run_that_carries_on(recipe_file, whole, tmp_path, owner, name, nth, last):
     def work():
         call_and_die(owner, name, nth)
         train(load_recipe(recipe_file), tmp_path / "out")
@@ -121,9 +119,7 @@ def test_a_kill_at_any_moment_leaves_a_run_that_carries_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [1_000, 50_000])
-def test_a_file_that_cannot_grow_is_an_error_and_the_run_carries_on_when_it_can(
-    recipe_file, whole, tmp_path, limit
-):
+def test_a_file_that_cannot_grow_is_an_error_and_the_run_carries_on_when_it_can(recipe_file, whole, tmp_path, limit):
     """As on a full disk. The limit hits the recipe or the adapter."""
 
     def work():

@@ -109,9 +109,7 @@ def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_was_given(
     assert largest(there) > 1e-3
     assert largest(here, there) < 1e-6
     old, new = tensors(given), tensors(result.adapter)
-    assert {name: value.shape for name, value in old.items()} == {
-        name: value.shape for name, value in new.items()
-    }
+    assert {name: value.shape for name, value in old.items()} == {name: value.shape for name, value in new.items()}
 
 
 @pytest.mark.parametrize("method", ["soft", "pissa", "split_lora"])
@@ -171,18 +169,14 @@ def test_an_adapter_of_another_method_or_rank_is_an_error_that_says_what_differs
     other = {"name": "lora", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     with pytest.raises(ConfigError, match=r"method\.r: 16 there, 4 here") as error:
         train(recipe(other, 1, given), tmp_path / "out")
-    assert "method.target_modules: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here" in str(
-        error.value
-    )
+    assert "method.target_modules: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path):
     from tests.tiny import save_tiny
 
-    asked = recipe("hiplora", 1, first("hiplora")).model_copy(
-        update={"model": str(save_tiny(tmp_path / "m", 5))}
-    )
+    asked = recipe("hiplora", 1, first("hiplora")).model_copy(update={"model": str(save_tiny(tmp_path / "m", 5))})
     with pytest.raises(HipLoraError, match="base model's weight is not the one"):
         train(asked, tmp_path / "out")
 

@@ -142,9 +142,7 @@ def test_the_gains_of_an_update_are_the_deviations(case):
 @few
 @given(cases())
 def test_zero_deviation_and_a_zero_factor_are_the_identity(case):
-    nothing = total_delta(
-        case.A, torch.zeros_like(case.B), torch.zeros_like(case.delta), *case.bases, case.scaling
-    )
+    nothing = total_delta(case.A, torch.zeros_like(case.B), torch.zeros_like(case.delta), *case.bases, case.scaling)
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 

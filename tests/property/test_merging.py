@@ -60,9 +60,7 @@ def assert_same(found, expected, tol=1e-4):
     found, expected = deltas(found), deltas(expected)
     assert set(found) == set(expected)
     for module, delta in expected.items():
-        torch.testing.assert_close(
-            found[module], delta, rtol=tol, atol=tol, msg=lambda m, k=module: f"{k}: {m}"
-        )
+        torch.testing.assert_close(found[module], delta, rtol=tol, atol=tol, msg=lambda m, k=module: f"{k}: {m}")
 
 
 @every_rule

@@ -66,9 +66,7 @@ def test_help_version_and_the_module_form_succeed(capsys):
     assert "Fine-tune without breaking" in capsys.readouterr().out
     assert run("--version") == 0
     assert capsys.readouterr().out == f"hiplora {__version__}\n"
-    done = subprocess.run(
-        [sys.executable, "-m", "hiplora", "--version"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "hiplora", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"hiplora {__version__}\n"
 
 

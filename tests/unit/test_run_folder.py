@@ -19,9 +19,7 @@ def test_a_run_is_carried_on_by_its_own_settings_only(run):
         pass
     assert run.stored() == SETTINGS
     run.check(SETTINGS)
-    with pytest.raises(
-        ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.1 there, 0\.2 here\)"
-    ):
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.1 there, 0\.2 here\)"):
         run.check({"steps": 3, "train": {"lr": 0.2}})
     run.check({"steps": 4}, overwrite=True)
 

@@ -79,9 +79,7 @@ def save_dense(
             limit = tolerance if exact and written == "float32" else None
             found = logits_of(load_base(str(staged), "auto"))
             logits = logit_difference(found, expected, update.source, limit)
-        report = ExportReport(
-            "dense", str(path), update.base, written, differences, logits, note, untied=untied
-        )
+        report = ExportReport("dense", str(path), update.base, written, differences, logits, note, untied=untied)
         write_card(update, report, staged, details)
     return report
 

@@ -90,9 +90,7 @@ class Saved:
                 "weights are of different adapters"
             )
 
-    def check_complete(
-        self, module: str, parts: Parts, names: Iterable[str], prefix: str = "", end: str = ""
-    ) -> None:
+    def check_complete(self, module: str, parts: Parts, names: Iterable[str], prefix: str = "", end: str = "") -> None:
         """Check that a module has the named tensors."""
         for name in names:
             if name not in parts:
@@ -135,9 +133,7 @@ def lora_update(saved: Saved) -> AdapterUpdate:
     return _update(saved, "lora", r"(?P<part>lora_[AB])\.weight", _lora_pair)
 
 
-def _update(
-    saved: Saved, kind: str, pattern: str, read: Callable[[Saved, str, Parts], Pair]
-) -> AdapterUpdate:
+def _update(saved: Saved, kind: str, pattern: str, read: Callable[[Saved, str, Parts], Pair]) -> AdapterUpdate:
     modules, extras = saved.sort(pattern)
     factors = {module: read(saved, module, parts) for module, parts in modules.items()}
     return AdapterUpdate(

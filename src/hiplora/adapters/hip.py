@@ -25,15 +25,11 @@ def hip_update(saved: Saved) -> AdapterUpdate:
         for module in saved.fingerprints:
             saved.check_complete(module, modules.get(module, {}), ["A"], "hiplora_")
         recomputed = None if saved.config.get("save_factors", True) else _recomputed(saved)
-    channels = {
-        module: _channels(saved, module, parts, recomputed) for module, parts in sorted(modules.items())
-    }
+    channels = {module: _channels(saved, module, parts, recomputed) for module, parts in sorted(modules.items())}
     factors = {module: parts.factors() for module, parts in channels.items()}
     kind = "hiplora" if saved.config.get("principal_channel", True) else "proj-lora"
     config = dict(saved.config)
-    return AdapterUpdate(
-        saved.base, kind, config, factors, saved.fingerprints, extras, channels, saved.source
-    )
+    return AdapterUpdate(saved.base, kind, config, factors, saved.fingerprints, extras, channels, saved.source)
 
 
 def _add_factors(saved: Saved, modules: dict[str, dict[str, Tensor]]) -> None:

@@ -107,9 +107,7 @@ def open_update(
     return update
 
 
-def verified(
-    update: AdapterUpdate, folder: Path, tolerance: float | None, check_logits: bool = True
-) -> ExportReport:
+def verified(update: AdapterUpdate, folder: Path, tolerance: float | None, check_logits: bool = True) -> ExportReport:
     """Read a written adapter back, compare it with the update and return the report.
 
     Raises:

@@ -45,9 +45,7 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
         adapter_dir.check_low_rank()
         return adapter_dir
     config, tensors = _read_folder(Path(adapter_dir))
-    return _read(
-        Saved(config, tensors, str(adapter_dir), base or config.get("base_model_name_or_path") or "")
-    )
+    return _read(Saved(config, tensors, str(adapter_dir), base or config.get("base_model_name_or_path") or ""))
 
 
 def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpdate:

@@ -27,9 +27,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     else:
         found = []
     if len(ranks) > 1:
-        problem = (
-            "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
-        )
+        problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
     if is_transposed(update):
         found.append(("llama.cpp", "the base model stores transposed weights (as GPT-2)", _DENSE))

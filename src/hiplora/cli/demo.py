@@ -8,9 +8,7 @@ from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_f
 
 
 def command(
-    out: Path = typer.Option(
-        Path("demo-out"), "--out", help="Output folder: new, or of an interrupted demo."
-    ),
+    out: Path = typer.Option(Path("demo-out"), "--out", help="Output folder: new, or of an interrupted demo."),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:

@@ -16,8 +16,7 @@ from hiplora.cli.common import (
 from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
-    "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE "
-    "(docs/howto/edit.md)."
+    "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
 )
 METHOD_HELP = (
     "A method of the recipes, trained on the edits (hiplora, lora, pissa, milora, corda, lora_null, …), or alphaedit, "
@@ -52,9 +51,7 @@ def command(
     steps: int | None = typer.Option(
         None, "--steps", min=1, help="Training steps of each batch. Default: 500, or 20 in mode single."
     ),
-    lr: float | None = typer.Option(
-        None, "--lr", help="Learning rate. Default: 2e-4, or 2e-3 in mode single."
-    ),
+    lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 2e-4, or 2e-3 in mode single."),
     batch_size: int | None = typer.Option(None, "--batch-size", min=1, help="Edits in a training step: 16."),
     locality: int = typer.Option(
         500, "--locality", min=0, help="Unrelated questions to ask before and after every stage; 0 asks none."
@@ -123,6 +120,4 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(
-            f"--set {text}: {value!r} cannot be read as YAML; quote it, as name='a, b'"
-        ) from None
+        raise ConfigError(f"--set {text}: {value!r} cannot be read as YAML; quote it, as name='a, b'") from None

@@ -30,9 +30,7 @@ CODE_OPTION = typer.Option(
 
 def command(
     model: str = typer.Argument(..., help="Base model: a folder, a hub name, or smollm2-135m."),
-    adapter: list[str] = typer.Option(
-        [], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated."
-    ),
+    adapter: list[str] = typer.Option([], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated."),
     suite: str = SUITE_OPTION,
     out: Path = typer.Option(..., "--out", help="JSON file to write; it must not exist yet."),
     data: Path | None = DATA_OPTION,

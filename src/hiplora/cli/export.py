@@ -29,16 +29,12 @@ def command(
     to: Target = typer.Option(..., "--to", help="lora: a plain LoRA adapter; dense: a standalone model."),
     out: Path = typer.Option(..., "--out", help="Output folder; it must not exist yet."),
     overwrite: bool = OVERWRITE_OPTION,
-    pad_rank: int | None = typer.Option(
-        None, "--pad-rank", min=1, help="Fill every module up to this rank (lora)."
-    ),
+    pad_rank: int | None = typer.Option(None, "--pad-rank", min=1, help="Fill every module up to this rank (lora)."),
     dtype: Dtype | None = typer.Option(
         None, "--dtype", help="Of the written tensors; default float32 (lora), the base model's (dense)."
     ),
     base: str | None = typer.Option(None, "--base", help="Base model, instead of the adapter's own."),
-    logits: bool = typer.Option(
-        True, help="Compare logits too, if the base model is available and fits into memory."
-    ),
+    logits: bool = typer.Option(True, help="Compare logits too, if the base model is available and fits into memory."),
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Export an adapter to a format that other software loads, and verify the result.
@@ -89,6 +85,4 @@ def print_report(report: dict[str, Any], title: str = "Export") -> None:
     ]
     if report.get("untied"):
         rows.append(("Embeddings and output head", "untied"))
-    print_table(
-        f"{title}: {report['to']}, {report['dtype']} (differences are relative)", ("", "Result"), rows
-    )
+    print_table(f"{title}: {report['to']}, {report['dtype']} (differences are relative)", ("", "Result"), rows)

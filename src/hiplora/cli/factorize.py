@@ -19,16 +19,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-TARGETS_HELP = (
-    "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
-)
+TARGETS_HELP = "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
 
 
 def command(
     model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
-    target_modules: str | None = typer.Option(
-        None, "--target-modules", help=TARGETS_HELP.format("attention")
-    ),
+    target_modules: str | None = typer.Option(None, "--target-modules", help=TARGETS_HELP.format("attention")),
     rank: int = typer.Option(32, "--rank", min=1, help="Principal rank k: singular triplets per weight."),
     tolerance: float = typer.Option(
         1e-4, "--tolerance", help="Largest accepted residual, as a share of the largest singular value."
@@ -56,9 +52,7 @@ def command(
 
     start = time.perf_counter()
     modules = parse_targets(target_modules)
-    config = HipLoraConfig(
-        preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance
-    )
+    config = HipLoraConfig(preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance)
     check_device(device)
     loaded = load(model, dtype.value if dtype else "auto")[0].to(device)
     store, made = FactorStore(), 0

@@ -54,14 +54,10 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     total = {"module": "all", "gains": [], "sigma": [], "leak": record["summary"]["max_leak"]}
     rows = []
     for row in [*record["modules"], record["summary"] | total]:
-        ratios = [
-            abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0
-        ]
+        ratios = [abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0]
         shares = (f"{100 * row[side]:.2f} %" for side in ("left", "right", "both"))
         gain, leak = f"{max(ratios):.1e}" if ratios else "", row["leak"]
-        rows.append(
-            (row["module"], f"{row['norm']:.3g}", *shares, gain, "" if leak is None else f"{leak:.0e}")
-        )
+        rows.append((row["module"], f"{row['norm']:.3g}", *shares, gain, "" if leak is None else f"{leak:.0e}"))
     return rows
 
 

@@ -38,9 +38,7 @@ def _show_version(value: bool) -> None:
 def _root(
     # Taken out of the arguments by `main`, so that it works before and after a command; here for the help page.
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
-    ),
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Show the version."),
 ) -> None:
     pass
 

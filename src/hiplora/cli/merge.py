@@ -32,9 +32,7 @@ class Format(str, Enum):
 
 
 def command(
-    adapters: list[Path] = typer.Argument(
-        ..., help="Adapter folders, of any methods and ranks, over one base."
-    ),
+    adapters: list[Path] = typer.Argument(..., help="Adapter folders, of any methods and ranks, over one base."),
     out: Path = OUT_OPTION,
     method: str = typer.Option("addition", "--method", help=METHOD_HELP),
     weights: str | None = typer.Option(None, "--weights", help=WEIGHTS_HELP),
@@ -145,9 +143,7 @@ def parse_weights(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(
-            f"--weights {text}: expected numbers separated by commas, for example 1,0.5"
-        ) from None
+        raise ConfigError(f"--weights {text}: expected numbers separated by commas, for example 1,0.5") from None
 
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:

@@ -69,6 +69,4 @@ def _sizes(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ConfigError(
-            f"--sizes {text}: expected whole numbers separated by commas, for example 2,3"
-        ) from None
+        raise ConfigError(f"--sizes {text}: expected whole numbers separated by commas, for example 2,3") from None

@@ -15,9 +15,7 @@ from hiplora.cli.common import (
 )
 from hiplora.errors import ConfigError, first_problem
 
-MODULES_HELP = (
-    "Module names separated by commas, a regular expression, or all-linear. Default: attention projections."
-)
+MODULES_HELP = "Module names separated by commas, a regular expression, or all-linear. Default: attention projections."
 LAYERS_HELP = "Numbers of layers, such as 0,4-7; or all. Default: the first, a middle and the last one."
 CHOICE_HELP = "Which directions: log, dense among the strong ones, or even, at equal distances."
 BASIS_HELP = "Directions of the weight alone, or of the layers' inputs (on text sampled from the model)."

@@ -36,9 +36,7 @@ def command(
         "--projection",
         help="hard: the first k fully; soft: each direction by its strength.",
     ),
-    base: str | None = typer.Option(
-        None, "--base", help="Base model, if not the one that the adapter names."
-    ),
+    base: str | None = typer.Option(None, "--base", help="Base model, if not the one that the adapter names."),
     text: str | None = typer.Option(
         None,
         "--text",
@@ -96,9 +94,7 @@ def _print(record: dict[str, Any]) -> None:
     ]
     drift = record["drift"]
     for text, found in drift["before"].items():
-        rows.append(
-            (f"drift on {text} (KL, nats)", "0", f"{found['kl']:.4f}", f"{drift['after'][text]['kl']:.4f}")
-        )
+        rows.append((f"drift on {text} (KL, nats)", "0", f"{found['kl']:.4f}", f"{drift['after'][text]['kl']:.4f}"))
     if loss:
         cells = [f"{loss[state]:.4f}" for state in ("base", "before", "after")]
         rows.append((f"loss on {loss['file']} ({loss['rows']} rows)", *cells))

@@ -31,13 +31,9 @@ DATA = typer.Option(
     help="Folder with the study's files, default $HIPLORA_DATA. Missing files come from the hub where the recipe "
     "names a data set.",
 )
-SET = typer.Option(
-    [], "--set", help="Override a field of the recipe, for example train.steps=20; repeatable."
-)
+SET = typer.Option([], "--set", help="Override a field of the recipe, for example train.steps=20; repeatable.")
 CODE = typer.Option(False, "--allow-code-execution", help="Run code that the model writes, in a sandbox.")
-REUSE = typer.Option(
-    [], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable."
-)
+REUSE = typer.Option([], "--reuse", help="Records of the same study from elsewhere (records.jsonl.gz); repeatable.")
 
 
 @app.command()
@@ -81,9 +77,7 @@ def run(
     data: Path | None = DATA,
     changes: list[str] = SET,
     workers: int = typer.Option(1, "--workers", min=1, help="Jobs to run at a time; not for --address."),
-    executor: Literal["local", "ray"] = typer.Option(
-        "local", "--executor", help="Processes of this machine, or Ray."
-    ),
+    executor: Literal["local", "ray"] = typer.Option("local", "--executor", help="Processes of this machine, or Ray."),
     address: str | None = typer.Option(
         None, "--address", help="A running Ray cluster; by default one is started here."
     ),
@@ -163,9 +157,7 @@ def report(
     out: Path | None = OUT,
     data: Path | None = DATA,
     changes: list[str] = SET,
-    to: Path | None = typer.Option(
-        None, "--to", help="Folder of the report; default `report` in the study's folder."
-    ),
+    to: Path | None = typer.Option(None, "--to", help="Folder of the report; default `report` in the study's folder."),
     reuse: list[Path] = REUSE,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace --to if it exists."),
     as_json: bool = JSON_OPTION,
@@ -191,9 +183,7 @@ def report(
     typer.echo(f"{found['measurements']:,} measurements: {found['page']}")
 
 
-def _open(
-    recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool = False
-) -> "Opened":
+def _open(recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool = False) -> "Opened":
     from hiplora.study.plan import open_study
     from hiplora.study.recipe import load_study
 

@@ -50,9 +50,7 @@ def command(
         result = train(loaded, where, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         again = "without --overwrite " if overwrite else ""
-        typer.echo(
-            f"stopped; repeat the command {again}to carry on from the last checkpoint in {where}", err=True
-        )
+        typer.echo(f"stopped; repeat the command {again}to carry on from the last checkpoint in {where}", err=True)
         raise
     if int(os.environ.get("RANK", "0")) > 0:
         return

@@ -37,9 +37,7 @@ RESTRICTED = {
 }
 SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
 
-PathText = Annotated[
-    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)
-]
+PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 
 class Block(BaseModel):
@@ -61,9 +59,7 @@ class DataSettings(Block):
         default=None, min_length=1, description="Data set on the Hugging Face hub, instead of `path`."
     )
     hub_config: str | None = Field(default=None, description="Configuration (subset) of the hub data set.")
-    split: str | None = Field(
-        default=None, min_length=1, description="Split of the hub data set, `train` if empty."
-    )
+    split: str | None = Field(default=None, min_length=1, description="Split of the hub data set, `train` if empty.")
     format: Literal[
         "auto",
         "alpaca",
@@ -109,9 +105,7 @@ class DataSettings(Block):
         description="Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, "
         "not on `seed`.",
     )
-    held_out_limit: int | None = Field(
-        default=None, ge=1, description="Measure on at most this many held-out rows."
-    )
+    held_out_limit: int | None = Field(default=None, ge=1, description="Measure on at most this many held-out rows.")
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
@@ -218,9 +212,7 @@ def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[A
         raise DataError(f"{name}: data.max_characters does not apply to conversations; remove it")
     kept = [row for row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
     if not kept:
-        raise DataError(
-            f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)"
-        )
+        raise DataError(f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)")
     return kept
 
 
@@ -238,9 +230,7 @@ def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
     if format == "text":
         return Example("", row["text"])
     if format == "messages":
-        return _conversation(
-            [{key: message[key] for key in ("role", "content")} for message in row["messages"]]
-        )
+        return _conversation([{key: message[key] for key in ("role", "content")} for message in row["messages"]])
     if template == "direct" and format == "question_answer":
         return Example(direct_question(row), f" {final_number(row)}")
     task, material, response = _parts(row, format)
@@ -252,9 +242,7 @@ def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
         return Example(instruction_prompt(task, material), response)
     prompt = f"{task}\n\n{material}" if material.strip() else task
     if template == "chat":
-        return _conversation(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        )
+        return _conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
     return Example(prompt, response)
 
 

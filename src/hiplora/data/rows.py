@@ -153,9 +153,7 @@ def check_rows(rows: Iterable[Row], format: str, name: str | Path) -> tuple[str,
         if len(problems) > MAX_SHOWN:
             shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
         needed = ", ".join(NEEDED[format])
-        raise DataError(
-            "\n".join([*shown, f"rows of format {format} need {needed}; fix the rows or set data.format"])
-        )
+        raise DataError("\n".join([*shown, f"rows of format {format} need {needed}; fix the rows or set data.format"]))
     return format, values
 
 
@@ -196,9 +194,7 @@ def _json(file: TextIO, path: Path) -> Iterator[Row]:
             file.seek(0)
             yield from _json_lines(file, path)
             return
-        raise DataError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
-        ) from None
+        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

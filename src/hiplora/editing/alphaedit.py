@@ -170,8 +170,7 @@ class AlphaEditor(Editor):
         began, settings = time.perf_counter(), self._settings
         texts = ["", *self._prefixes]
         prompts = [
-            [locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new) for text in texts]
-            for edit in edits
+            [locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new) for text in texts] for edit in edits
         ]
         essences = [locate(self._tokenizer, edit.subject, f"{edit.subject} is", "a") for edit in edits]
         found: list[Tensor] = []

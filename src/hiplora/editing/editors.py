@@ -62,9 +62,7 @@ def train_edits(
     losses: list[float] = []
     tokens, began = 0, time.perf_counter()
     model.train()
-    for step in tqdm(
-        range(1, training.steps + 1), "editing", leave=False, disable=None if progress else True
-    ):
+    for step in tqdm(range(1, training.steps + 1), "editing", leave=False, disable=None if progress else True):
         batch = [examples[index] for index in next(batches)]
         loss = -torch.cat(response_log_probs(model, batch)).mean()
         optimizer.zero_grad(set_to_none=True)

@@ -103,9 +103,7 @@ class _CounterFactRow(BaseModel):
     def _has_an_answer_for_each_prompt(self) -> "_CounterFactRow":
         prompts, answers = len(self.neighborhood_prompts), len(self.neighborhood_answers)
         if prompts != answers:
-            raise ValueError(
-                f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many"
-            )
+            raise ValueError(f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many")
         return self
 
     def edit(self) -> Edit:
@@ -152,9 +150,7 @@ def load_edits(
     edits = [edit for edit in edits if category in (None, edit.category)]
     if len(edits) < (limit or 1):
         of_it = f" of the category {category}" if category else ""
-        raise DataError(
-            f"{source}: has {len(edits)} edits{of_it}, {limit or 1} are asked for; lower the limit"
-        )
+        raise DataError(f"{source}: has {len(edits)} edits{of_it}, {limit or 1} are asked for; lower the limit")
     return EditSet(name, tuple(edits[:limit]))
 
 

@@ -150,9 +150,7 @@ def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     rows = {"edits": {group: str(shares["edits"]) for group, shares in after.items()}}
     for key, title in MEASURES.items():
         rows[title] = {
-            group: f"{before[group][key]:.1f} → {shares[key]:.1f}"
-            for group, shares in after.items()
-            if key in shares
+            group: f"{before[group][key]:.1f} → {shares[key]:.1f}" for group, shares in after.items() if key in shares
         }
     edits = pd.DataFrame(rows).T.dropna(how="all").fillna("")
     tables = {"per cent of the edits, before → after": edits.rename_axis("").reset_index()}
@@ -174,15 +172,11 @@ def _method(job: EditJob) -> Method | AlphaEdit:
         raise ConfigError(f"method is {job.method!r}; expected one of {', '.join([*METHODS, ALPHAEDIT])}")
     given = [name for name in ("steps", "lr", "rows") if getattr(job, name) is not None]
     if kind is AlphaEdit and given:
-        raise ConfigError(
-            f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like"
-        )
+        raise ConfigError(f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like")
     try:
         return kind(**({"seed": job.seed} if kind is AlphaEdit else {}) | job.method_settings)
     except ValidationError as error:
-        raise ConfigError(
-            f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings"
-        ) from error
+        raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
 
 
 def _groups(job: EditJob, count: int) -> list[list[int]]:

@@ -86,9 +86,7 @@ class Locality:
     nats: `log_prob` of the true answer, `edited_log_prob` of a new answer of an edit, where it does not belong.
     """
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, questions: Sequence[Question], edits: Sequence[Edit]
-    ):
+    def __init__(self, model: nn.Module, tokenizer: Any, questions: Sequence[Question], edits: Sequence[Edit]):
         self.questions, self._tokenizer = questions, tokenizer
         self.targets = [_target(question, index, edits) for index, question in enumerate(questions)]
         self._length = _answer_length(tokenizer, [(item.prompt, item.answer) for item in questions])
@@ -160,9 +158,7 @@ def normalise(text: str) -> str:
 def _right(written: Sequence[str], answers: Sequence[str]) -> pd.Series:
     """Whether each text begins with its answer, as whole words, 0 or 1."""
     pairs = zip(written, answers, strict=True)
-    return pd.Series(
-        [int(f"{normalise(text)} ".startswith(f"{normalise(answer)} ")) for text, answer in pairs]
-    )
+    return pd.Series([int(f"{normalise(text)} ".startswith(f"{normalise(answer)} ")) for text, answer in pairs])
 
 
 def _answer_length(tokenizer: Any, pairs: Pairs) -> int:

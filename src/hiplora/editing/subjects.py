@@ -106,12 +106,8 @@ def search_values(
     rows = [list(item.encoded.ids) for item in items]
     inputs = _padded(model, rows)
     width, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
-    owner = torch.tensor(
-        [i for i, group in enumerate(prompts) for _ in group] + list(range(edits)), device=device
-    )
-    subject = torch.tensor(
-        [width - len(item.encoded.ids) + len(item.ids) - 1 for item in items], device=device
-    )
+    owner = torch.tensor([i for i, group in enumerate(prompts) for _ in group] + list(range(edits)), device=device)
+    subject = torch.tensor([width - len(item.encoded.ids) + len(item.ids) - 1 for item in items], device=device)
     labels = torch.full((count, width), -100, device=device)  # of the logits that predict them
     for row, item in enumerate(items[:count]):
         for position in item.encoded.scored:

@@ -122,9 +122,7 @@ def measure_drift(
     return results
 
 
-def cut_windows(
-    tokenizer: Any, texts: Texts, window: int, max_tokens: int
-) -> dict[str, list[Int[Tensor, " length"]]]:
+def cut_windows(tokenizer: Any, texts: Texts, window: int, max_tokens: int) -> dict[str, list[Int[Tensor, " length"]]]:
     """Cut texts into windows of at most `window` tokens, `max_tokens` of each text in all; of documents, one each.
 
     Each window starts with the tokenizer's beginning-of-text token where it uses one.

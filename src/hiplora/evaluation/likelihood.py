@@ -59,9 +59,7 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     device = next(model.parameters()).device
     ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
     keep = max(len(example.ids) - example.scored[0] for example in batch) + 1
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    )
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep)
     log_probs = output.logits[:, -keep:-1].float().log_softmax(dim=-1)
     picked = log_probs.gather(2, ids[:, -keep + 1 :, None]).squeeze(2)
     first = [len(example.ids) - keep + 1 for example in batch]  # the token in column 0 of `picked`
@@ -81,9 +79,7 @@ def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int 
         DataError: there are no examples.
     """
     if not examples:
-        raise DataError(
-            "there are no held-out examples; hold back a larger share of the data or give more data"
-        )
+        raise DataError("there are no held-out examples; hold back a larger share of the data or give more data")
     training = model.training
     model.eval()
     try:

@@ -127,9 +127,7 @@ def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     return torch.cat(found)
 
 
-def check_adapters(
-    network: Any, tokenizer: Any, prompts: Sequence[str], adapters: Mapping[str, Path]
-) -> None:
+def check_adapters(network: Any, tokenizer: Any, prompts: Sequence[str], adapters: Mapping[str, Path]) -> None:
     """Check on a few prompts that each adapter changes the logits and that the base comes back bit for bit.
 
     Raises:

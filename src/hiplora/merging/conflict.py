@@ -143,9 +143,7 @@ def _pair(factors: tuple[Pair, Pair], spans: tuple, shape: tuple[int, int]) -> R
     return {"left": left, "right": right, "cosine": cosine, "score": score}
 
 
-def merge_report(
-    updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: Mapping[str, Any]
-) -> Record:
+def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: Mapping[str, Any]) -> Record:
     """Measure how adapters, by name, go together, and return the report as a JSON-ready record, schema 1.
 
     Returns:

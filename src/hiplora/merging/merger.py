@@ -110,9 +110,7 @@ def merge(
         "base": base or updates[0].base,
         "kind": "merged",
         "config": _merged_config([update for update, _ in kept]),
-        "fingerprints": {
-            module: value for update, _ in kept for module, value in update.fingerprints.items()
-        },
+        "fingerprints": {module: value for update, _ in kept for module, value in update.fingerprints.items()},
         "extras": kept[0][0].extras if len(kept) == 1 else {},
         "source": f"{method} of " + ", ".join(f"{weight:g} × {update.source}" for update, weight in pairs),
     }

@@ -152,9 +152,7 @@ def addition(terms: Sequence[Term]) -> tuple[Pair, Channels | None]:
             group.append(term)
     merged = [_add_channels(group) if group[0].channels is not None else None for group in groups]
     pairs = [
-        channels.factors()
-        if channels is not None
-        else (group[0].factors[0], group[0].weight * group[0].factors[1])
+        channels.factors() if channels is not None else (group[0].factors[0], group[0].weight * group[0].factors[1])
         for group, channels in zip(groups, merged, strict=True)
     ]
     factors = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)

@@ -113,9 +113,7 @@ def _drawn_counts(size: int, replicates: int, generator: np.random.Generator) ->
         yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
 
 
-def resample_counts(
-    size: int, replicates: int, generator: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
+def resample_counts(size: int, replicates: int, generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Yield how often each of `size` points is drawn in each replicate, in chunks of shape (rows, size)."""
     for rows in _chunks(replicates, size):
         yield generator.multinomial(size, np.full(size, 1 / size), size=rows)

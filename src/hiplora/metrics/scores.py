@@ -156,9 +156,7 @@ def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
     """
     choices, index = finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
     if index >= len(choices):
-        raise DataError(
-            f"gold is {index}, and there are {len(choices)} choices; expected an index below that"
-        )
+        raise DataError(f"gold is {index}, and there are {len(choices)} choices; expected an index below that")
     shares = np.exp(choices - choices.max())
     return float(100 * shares[index] / shares.sum())
 
@@ -210,9 +208,7 @@ def locality(
 def _mean_change(base: ArrayLike, edited: ArrayLike, name: str) -> float:
     before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
     if len(before) != len(after):
-        raise DataError(
-            f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many"
-        )
+        raise DataError(f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many")
     return float(after.mean() - before.mean())
 
 

@@ -71,9 +71,7 @@ def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
         both = pd.concat([_points(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
         x = both.index.get_level_values("sigma").to_numpy(dtype=np.float64)
         pair = both.to_numpy(dtype=np.float64).T
-        apart = dict.fromkeys(
-            COEFFICIENTS, _coefficient(reason=_undefined(x, pair[0]) or _undefined(x, pair[1]))
-        )
+        apart = dict.fromkeys(COEFFICIENTS, _coefficient(reason=_undefined(x, pair[0]) or _undefined(x, pair[1])))
         if not apart["pearson"]["reason"]:
             ours, theirs = (correlate(x, y, seed) for y in pair)
             sampled = _sampled(x, pair[0], seed) - _sampled(x, pair[1], seed)

@@ -71,9 +71,7 @@ def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = Fal
     with staged_dir(out, overwrite) as folder:
         texts = drift_texts(settings.text)
         model, tokenizer = load(settings.model)
-        reference = BaseReference.build(
-            model.to(settings.device), tokenizer, texts, max_tokens=settings.tokens
-        )
+        reference = BaseReference.build(model.to(settings.device), tokenizer, texts, max_tokens=settings.tokens)
         rows = probe_model(model, reference, settings, progress=True)
         sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
         record = {
@@ -111,9 +109,7 @@ def probe_model(
     weights = {name: model.get_submodule(name).weight for name in modules}
 
     def measure(changed: nn.Module) -> Mapping[str, float]:
-        drifts = measure_drift(
-            changed, reference, lambda: holding(changed, weights), may_be_nothing=True
-        ).values()
+        drifts = measure_drift(changed, reference, lambda: holding(changed, weights), may_be_nothing=True).values()
         tokens = sum(drift.tokens for drift in drifts)
         kl = sum(drift.kl * drift.tokens for drift in drifts)
         log_ratio = sum(math.log(drift.perplexity_ratio) * drift.tokens for drift in drifts)

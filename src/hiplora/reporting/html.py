@@ -80,8 +80,7 @@ def _table(df: pd.DataFrame) -> dict[str, Any]:
     text = formatted(df)
     rows = text.to_numpy().tolist()
     numeric = [
-        all(cell == MISSING or _NUMBER.fullmatch(cell) for cell in column)
-        for column in zip(*rows, strict=True)
+        all(cell == MISSING or _NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)
     ]
     names = list(zip(text.columns, numeric or [False] * text.shape[1], strict=True))
     return {"columns": names, "rows": rows, "numeric": numeric, "long": len(rows) > _LONG}

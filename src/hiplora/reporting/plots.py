@@ -35,7 +35,7 @@ _OTHERS = (
 Draw = Callable[..., Figure]
 
 
-def look(name: str, place: int = 0) -> dict[str, str]:
+def look(name: str, place: int = 0) -> dict[str, Any]:
     """Return colour and marker of a method by its display name; `place` chooses among those of unknown names."""
     color, marker = _LOOKS.get(name, _OTHERS[place % len(_OTHERS)])
     return {"color": color, "marker": marker}
@@ -70,7 +70,7 @@ def _plot(draw: Callable[..., None]) -> Draw:
                 axes.set_xlabel(xlabel)
             if ylabel is not None:
                 axes.set_ylabel(ylabel)
-            return axes.figure
+            return axes.figure  # type: ignore[return-value]
 
     return plot
 
@@ -122,9 +122,7 @@ def frontier(
         )
         if label:
             for text, place in zip(rows[label], zip(rows[x], rows[y], strict=True), strict=True):
-                ax.annotate(
-                    str(text), place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#5a6373"
-                )
+                ax.annotate(str(text), place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#5a6373")
     _finish(ax, x, y, line)
 
 
@@ -172,9 +170,7 @@ def bars(
             xerr=_margins(rows, value, low, high),
             ecolor="#5a6373",
         )
-        ax.bar_label(
-            drawn, [f"{number:.{digits}g}" for number in rows[value]], padding=3, fontsize=8, color="#5a6373"
-        )
+        ax.bar_label(drawn, [f"{number:.{digits}g}" for number in rows[value]], padding=3, fontsize=8, color="#5a6373")
     if ax.get_xscale() == "linear":
         ax.margins(x=0.15)
         ax.locator_params(axis="x", nbins=6)
@@ -207,9 +203,7 @@ def heatmap(
     image = ax.imshow(values, cmap=colors, vmin=vmin, vmax=vmax, aspect="auto")
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    ax.set_xticks(
-        *_ticks(table.columns, 16), rotation=0 if max(len(str(c)) for c in table.columns) < 8 else 30
-    )
+    ax.set_xticks(*_ticks(table.columns, 16), rotation=0 if max(len(str(c)) for c in table.columns) < 8 else 30)
     ax.set_yticks(*_ticks(table.index, 40))
     if values.size <= 150:
         for (row, column), value in np.ndenumerate(values):
@@ -250,7 +244,7 @@ def facets(
     return figure
 
 
-def _groups(df: pd.DataFrame, group: str | None) -> Iterable[tuple[str | None, pd.DataFrame, dict[str, str]]]:
+def _groups(df: pd.DataFrame, group: str | None) -> Iterable[tuple[str | None, pd.DataFrame, dict[str, Any]]]:
     if group is None:
         yield None, df, look("HiP-LoRA")
         return
@@ -277,9 +271,7 @@ def _places(ax: Axes, df: pd.DataFrame, label: str, group: str | None) -> tuple[
     ax.set_yticks(range(len(labels)), [str(name) for name in labels])
     ax.set_ylim(len(labels) - 0.4, -0.6)
     if len(ax.figure.axes) == 1:
-        ax.figure.set_figheight(
-            max(1.8, 0.9 + 0.24 * len(labels) * max(1.4, len(groups)) + 0.12 * len(groups))
-        )
+        ax.figure.set_figheight(max(1.8, 0.9 + 0.24 * len(labels) * max(1.4, len(groups)) + 0.12 * len(groups)))  # type: ignore[union-attr]
     return places, height * 0.9
 
 

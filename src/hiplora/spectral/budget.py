@@ -37,9 +37,7 @@ def penalty_gradient(delta: Float[Tensor, " k"], weights: Float[Tensor, " k"]) -
     return 2 * weights * delta
 
 
-def proximal_step(
-    delta: Float[Tensor, " k"], weights: Float[Tensor, " k"], step: float
-) -> Float[Tensor, " k"]:
+def proximal_step(delta: Float[Tensor, " k"], weights: Float[Tensor, " k"], step: float) -> Float[Tensor, " k"]:
     """Return `argmin_x ½‖x − δ‖² + step·R(x) = δ / (1 + 2·step·w)`: the budget applied after a step.
 
     `step` is the learning rate times λ. No step size makes it diverge or change a sign.

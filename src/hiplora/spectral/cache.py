@@ -111,9 +111,7 @@ class FactorStore(TensorStore):
         """Return the file of a weight's factors."""
         return self.path("factors", self.FORMAT, fingerprint, k, float(tol))
 
-    def get_or_compute(
-        self, weight: Tensor, k: int, tol: float = 1e-4, *, name: str = "weight"
-    ) -> SpectralFactors:
+    def get_or_compute(self, weight: Tensor, k: int, tol: float = 1e-4, *, name: str = "weight") -> SpectralFactors:
         """Return the stored factors of a weight (m, n), or compute and store them; on the weight's device.
 
         A hit and a miss give the same bits. `name` appears in messages.

@@ -51,9 +51,7 @@ def soften(
     return A, B
 
 
-def leak(
-    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m p"], V: Float[Tensor, "n q"]
-) -> float:
+def leak(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m p"], V: Float[Tensor, "n q"]) -> float:
     """Return `max(‖UᵀB‖/‖B‖, ‖AV‖/‖A‖)`: how far the factors are from the complement, 0 (inside) to 1.
 
     Frobenius norms; an all-zero factor leaks nothing; NaN and Inf leak infinitely, so that no check of the

@@ -42,9 +42,7 @@ def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator)
     a great many products it returns what it has: the caller's certificate decides.
     """
     (m, n), block = weight.shape, block_size(k)
-    space = _Space(
-        weight.new_empty(m, 0), weight.new_empty(n, 0), weight.new_empty(0, 0, dtype=widest(weight.device))
-    )
+    space = _Space(weight.new_empty(m, 0), weight.new_empty(n, 0), weight.new_empty(0, 0, dtype=widest(weight.device)))
     right = _extend(space.right, _random(n, block, weight, generator), 1.0, generator).vectors
     scale = 0.0
     for product in range(1, _MAX_PRODUCTS + 1):

@@ -125,9 +125,7 @@ def factor_mismatch(
     return (off.max() / sigma[0]).item() if sigma[0] > 0 else off.max().item()
 
 
-def minor_svd_factors(
-    weight: Float[Tensor, "m n"], r: int
-) -> tuple[Float[Tensor, "m {r}"], Float[Tensor, "{r} n"]]:
+def minor_svd_factors(weight: Float[Tensor, "m n"], r: int) -> tuple[Float[Tensor, "m {r}"], Float[Tensor, "{r} n"]]:
     """Return B, A with BA = Σ σᵢuᵢvᵢᵀ over the r smallest singular values, √σ to each, fp32; r is at most min(m, n).
 
     MiLoRA's initialisation (Wang et al. 2025, arXiv 2406.09044).

@@ -65,9 +65,7 @@ class Context:
             self._engines[key] = settings.engine(suite_of("study", tasks, data))
         return self._engines[key]
 
-    def reference(
-        self, texts: Mapping[str, str], tokens: int, window: int, documents: int | None = None
-    ) -> Any:
+    def reference(self, texts: Mapping[str, str], tokens: int, window: int, documents: int | None = None) -> Any:
         """Return the bare base's predictions on the drift texts; ask for it before the model is changed."""
         from hiplora.evaluation import BaseReference
 
@@ -75,9 +73,7 @@ class Context:
         if key not in self._references:
             contents = {name: self.text(source, documents) for name, source in texts.items()}
             model, tokenizer = self.model()
-            self._references[key] = BaseReference.build(
-                model, tokenizer, contents, window=window, max_tokens=tokens
-            )
+            self._references[key] = BaseReference.build(model, tokenizer, contents, window=window, max_tokens=tokens)
         return self._references[key]
 
     def text(self, source: str, documents: int | None = None) -> str | list[str]:

@@ -31,9 +31,7 @@ class Opened:
     place: Place
 
 
-def open_study(
-    recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False
-) -> Opened:
+def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False) -> Opened:
     """Return a study's jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
 
     Raises:

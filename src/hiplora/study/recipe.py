@@ -35,9 +35,7 @@ class Domain(Block):
     train: DataSettings = Field(
         description="Rows to train on, some of them held out; file names are relative to the data folder."
     )
-    hub: DataSettings | None = Field(
-        default=None, description="Rows to train on if the data folder has no such file."
-    )
+    hub: DataSettings | None = Field(default=None, description="Rows to train on if the data folder has no such file.")
     tasks: dict[str, Items] = Field(
         min_length=1,
         description="Tasks of `hiplora eval`, each with its number of items (null: all). The first one's score is the "

@@ -94,9 +94,7 @@ def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) ->
 def with_differences(draws: pd.DataFrame, metric: str, unit: str = "pp") -> pd.DataFrame:
     """Return replicates as measurements: each method's own, and the paired differences between the trained ones."""
     apart = differences(draws[draws.index.get_level_values("method") != BASE])
-    return joined(
-        measured(summary(draws), metric, unit), measured(summary(apart), f"{metric} difference", "pp")
-    )
+    return joined(measured(summary(draws), metric, unit), measured(summary(apart), f"{metric} difference", "pp"))
 
 
 def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -154,9 +152,7 @@ def by_form(
     """
     found = {}
     for form in FORMS.values():
-        wide = table(
-            numbers[numbers.form == form], "column", rows, paper=paper if form == "accuracy" else None
-        )
+        wide = table(numbers[numbers.form == form], "column", rows, paper=paper if form == "accuracy" else None)
         found[f"{stem}-{form}"] = f"{caption}: {form}", wide
     return found
 

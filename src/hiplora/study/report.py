@@ -87,9 +87,7 @@ def _section(one: Findings) -> Section:
 
 def _origin(opened: Opened, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Where the numbers come from: the recipe, its data, and the commits and machines that did the jobs."""
-    files = {
-        name: digest for job in opened.graph for name, digest in (job.settings.get("files") or {}).items()
-    }
+    files = {name: digest for job in opened.graph for name, digest in (job.settings.get("files") or {}).items()}
     origins = [record["provenance"] for record in records]
     machines = [one["machine"] for one in origins]
     libraries = {f"{name} {version}" for one in origins for name, version in one["libraries"].items()}

@@ -148,12 +148,8 @@ class LowRank(Method):
     r: int = Field(
         default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
     )
-    lora_alpha: int | float = Field(
-        default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r."
-    )
-    lora_dropout: float = Field(
-        default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update."
-    )
+    lora_alpha: int | float = Field(default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r.")
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update.")
     exclude_modules: list[str] | str | None = Field(
         default=None, description="Modules to leave alone, although target_modules names them."
     )

@@ -65,9 +65,7 @@ class TrainSettings(Block):
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises."
     )
-    weight_decay: float = Field(
-        default=0.01, ge=0, description="AdamW's weight decay; only the adapter is trained."
-    )
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay; only the adapter is trained.")
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Clip the gradient to this norm; 0 switches clipping off."
     )
@@ -342,9 +340,7 @@ def _without_labels(loc: Loc) -> Loc:
     """Return an error's place without pydantic's labels of union members: method names, `int`, `list[str]`."""
     pairs = zip((None, *loc), loc, strict=False)
     kept = [part for before, part in pairs if not (before == "method" and part in METHODS)]
-    return tuple(
-        part for part in kept if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", str(part))
-    )
+    return tuple(part for part in kept if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", str(part)))
 
 
 def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> str:

@@ -112,9 +112,7 @@ def keep_start(given: Path, folder: Path) -> None:
 def _write(tensors: "Mapping[str, Tensor]", folder: Path) -> None:
     from safetensors.torch import save
 
-    kept = {
-        name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))
-    }
+    kept = {name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))}
     write_atomic(folder / WEIGHTS_FILE, save(kept))
 
 

@@ -31,9 +31,7 @@ def start_problem(method: Method, start_from: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
     old, new = _identity(given), _identity(method)
-    changes = [
-        f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
-    ]
+    changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
     if given.name != method.name:  # type: ignore[attr-defined]
         changes = [f"method {given.name} there, {method.name} here"]  # type: ignore[attr-defined]
     if not changes:

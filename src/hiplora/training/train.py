@@ -297,9 +297,7 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
 
     settings, gpu = recipe.train, torch.cuda.is_available()
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
-    flat = settings.packing or (
-        not gpu and getattr(model.get_base_model(), "_supports_attention_backend", False)
-    )
+    flat = settings.packing or (not gpu and getattr(model.get_base_model(), "_supports_attention_backend", False))
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,

@@ -237,9 +237,7 @@ class Record(TrainerCallback):
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         return row
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Append the row to the file."""
         new = state.log_history[-1]
         if state.is_world_process_zero and ("loss" in new or "held_out_loss" in new):

@@ -23,9 +23,7 @@ def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[s
             yield module.name, module
     if not found:
         wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
-        raise AdapterError(
-            f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained"
-        )
+        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
 
 
 def stability_penalty(model: nn.Module) -> Tensor:
@@ -44,9 +42,7 @@ def stability_penalty(model: nn.Module) -> Tensor:
         if adapter in layer.hiplora_delta
     ]
     if not terms:
-        raise AdapterError(
-            "no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise"
-        )
+        raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 

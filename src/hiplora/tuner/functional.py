@@ -42,9 +42,7 @@ def add_channels(
     """
     if delta is None:
         U = V = None
-    if (
-        torch.compiler.is_compiling()
-    ):  # the same in differentiable operations, to be fused as the compiler sees fit
+    if torch.compiler.is_compiling():  # the same in differentiable operations, to be fused as the compiler sees fit
         inputs = x.to(A.dtype)
         update = F.linear(F.linear(F.dropout(inputs, dropout), A), B) * scaling
         if delta is not None and U is not None and V is not None:

@@ -160,9 +160,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.delete_factors(adapter_name)
         self._pending.discard(adapter_name)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         base = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -289,9 +287,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             merged = merged + self.get_delta_weight(name)
         merged = merged.to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise AdapterError(
-                f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged"
-            )
+            raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
         layer: Any = self.get_base_layer()
         if not self._frozen:
             # A quantisation backend may alter the parameter that it replaces; then a copy is what comes back.

@@ -104,9 +104,7 @@ class HipLoraModel(BaseTuner):
         assert isinstance(config, HipLoraConfig)
         for layer in _layers(model, adapter_name).values():
             layer.ensure_factors(adapter_name)
-        selected = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         check_state_leak(selected, config, adapter_name)
         # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
         for key in [key for key in state_dict if ".base_layer." in key]:

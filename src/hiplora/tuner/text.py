@@ -52,9 +52,7 @@ def memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iter
     held = 0
     for target in targets:
         m, n = target.shape
-        size = 8 * (
-            n**2 if sides == "input" else max(m, n) ** 2
-        )  # the sides are measured one after the other
+        size = 8 * (n**2 if sides == "input" else max(m, n) ** 2)  # the sides are measured one after the other
         if group and held + size > max_bytes:
             yield group
             group, held = [], 0
@@ -258,9 +256,7 @@ def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -
     accepted = inspect.signature(model.forward).parameters
     few = {"logits_to_keep": 1} if what == "inputs" and "logits_to_keep" in accepted else {}
     starts = range(0, len(rows), batch_size)
-    for first in tqdm(
-        starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None
-    ):
+    for first in tqdm(starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None):
         batch = rows[first : first + batch_size]
         ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in batch], device=device)

@@ -42,9 +42,7 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
                 f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
             ) from None
         if getattr(module, "merged", False):
-            raise AdapterError(
-                f"layer {name}: another adapter is merged into it; call unmerge_adapter() first"
-            )
+            raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
         if found != expected and (stored == config.base_precision or not config.save_factors):
             wrong.append(name)
         elif found != expected:
@@ -79,9 +77,7 @@ def check_checkpoint(
         for kind in ("hiplora_A", "hiplora_B", *gains, *factors):
             found = state.get(f"base_model.model.{name}.{kind}", state.get(f"{name}.{kind}"))
             if found is None:
-                raise AdapterError(
-                    f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again"
-                )
+                raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
             tensors[kind] = found
             wanted = getattr(layer, kind)[adapter].shape
             if found.shape != wanted:
@@ -132,9 +128,7 @@ def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter
         module, found, _ = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
-        B, U, V = (
-            state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V")
-        )
+        B, U, V = (state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V"))
         off, limit = leak(A.float(), B, *protected(U, V, config.basis_sides)), leak_limit(A.dtype)
         if not off <= limit:
             raise leak_error(module.removeprefix("base_model.model."), adapter, off, limit)

@@ -34,9 +34,7 @@ def logits_of_stock_process(base, adapter, folder):
     """Logits of an adapter over its base, from a process that never imports hiplora."""
     torch.save(PROMPTS, folder / "prompts.pt")
     files = [base, adapter, folder / "prompts.pt", folder / "logits.pt"]
-    subprocess.run(
-        [sys.executable, "-c", STOCK_ONLY, *map(str, files)], check=True, capture_output=True, timeout=300
-    )
+    subprocess.run([sys.executable, "-c", STOCK_ONLY, *map(str, files)], check=True, capture_output=True, timeout=300)
     return torch.load(folder / "logits.pt")
 
 

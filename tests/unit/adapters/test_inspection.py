@@ -49,9 +49,7 @@ def test_rows_agree_with_dense_projectors_on_the_full_svd(tiny_model_dir, tmp_pa
     expected = deltas(model)
     assert [row["module"] for row in record["modules"]] == sorted(expected)
     for row in record["modules"]:
-        numbers, gains, sigma = dense_allocation(
-            expected[row["module"]], weights[f"{row['module']}.weight"], rank
-        )
+        numbers, gains, sigma = dense_allocation(expected[row["module"]], weights[f"{row['module']}.weight"], rank)
         for key, number in numbers.items():
             assert row[key] == pytest.approx(number, rel=1e-3, abs=1e-6), (row["module"], key)
         assert row["sigma"] == pytest.approx(sigma.tolist(), rel=1e-4)
@@ -106,9 +104,7 @@ def test_another_base_model_and_a_rank_below_one_are_refused(hip, tmp_path):
 
 
 def test_the_shares_of_several_modules_weigh_them_by_their_energy():
-    rows = [
-        {"norm": norm, "left": left, "right": 0.5, "both": 0.0} for norm, left in ((3.0, 1.0), (4.0, 0.0))
-    ]
+    rows = [{"norm": norm, "left": left, "right": 0.5, "both": 0.0} for norm, left in ((3.0, 1.0), (4.0, 0.0))]
     expected = {"norm": 5.0, "left": 9 / 25, "right": 0.5, "both": 0.0}
     assert energy_shares(rows) == pytest.approx(expected)
     assert energy_shares([row | {"norm": 0.0} for row in rows])["left"] == 0.0

@@ -86,9 +86,7 @@ def test_a_live_model_and_its_folder_export_the_same_file(hip, tmp_path):
         hip_config(residual_projection=False),
         hip_config(layers_to_transform=[1]),
         hip_config(modules_to_save=["lm_head"]),
-        hip_config(
-            rank_pattern={"q_proj": 7, "layers.1.self_attn.v_proj": 1}, principal_rank_pattern={"o_proj": 2}
-        ),
+        hip_config(rank_pattern={"q_proj": 7, "layers.1.self_attn.v_proj": 1}, principal_rank_pattern={"o_proj": 2}),
         LoraConfig(r=4, lora_alpha=16, target_modules=ATTENTION, use_rslora=True),
     ],
 )

@@ -40,8 +40,7 @@ def folders(tiny_model_dir, tmp_path_factory):
         "lora": LoraConfig(r=3, target_modules=["up_proj"]),
     }
     return {
-        name: saved(tiny_model_dir, root / name, config, seed=i)[0]
-        for i, (name, config) in enumerate(configs.items())
+        name: saved(tiny_model_dir, root / name, config, seed=i)[0] for i, (name, config) in enumerate(configs.items())
     }
 
 
@@ -111,16 +110,12 @@ def test_transposed_layers_and_modules_saved_whole(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_an_update_that_is_no_hiplora_adapter_is_refused_and_nothing_written(
-    folders, tiny_model_dir, tmp_path
-):
+def test_an_update_that_is_no_hiplora_adapter_is_refused_and_nothing_written(folders, tiny_model_dir, tmp_path):
     sides = [
         saved(tiny_model_dir, tmp_path / name, hip_config(target_modules=[name], basis_sides=side))[0]
         for name, side in {"q_proj": "both", "v_proj": "input"}.items()
     ]
-    other, _ = saved(
-        tiny_model_dir, tmp_path / "other", hip_config(principal_rank=4, target_modules=["o_proj"])
-    )
+    other, _ = saved(tiny_model_dir, tmp_path / "other", hip_config(principal_rank=4, target_modules=["o_proj"]))
     leaking, module = leaky(tiny_model_dir, tmp_path / "leaky")
     for update, why in (
         (merge([folders["one"], folders["lora"]]), r"layers\.0\.mlp\.up_proj: .*save it as plain LoRA"),

@@ -141,10 +141,7 @@ def lora(tiny_model_dir, tmp_path_factory):
 
 
 def bases_of(update):
-    return {
-        module: Case(A.shape[1], 1, 1, 200, i).inputs
-        for i, (module, (A, _)) in enumerate(update.factors.items())
-    }
+    return {module: Case(A.shape[1], 1, 1, 200, i).inputs for i, (module, (A, _)) in enumerate(update.factors.items())}
 
 
 @pytest.mark.parametrize("name", ["hip", "lora"])

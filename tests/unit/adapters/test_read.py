@@ -52,9 +52,7 @@ def assert_update_is(update, expected):
         ),
     ],
 )
-def test_a_hiplora_adapter_is_read_as_the_update_that_its_model_makes(
-    tiny_model_dir, tmp_path, changes, kind, ranks
-):
+def test_a_hiplora_adapter_is_read_as_the_update_that_its_model_makes(tiny_model_dir, tmp_path, changes, kind, ranks):
     folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(**changes))
     stored, live = read_update(folder), update_from_model(model)
     assert (stored.kind, set(stored.ranks.values())) == (kind, ranks)
@@ -65,9 +63,7 @@ def test_a_hiplora_adapter_is_read_as_the_update_that_its_model_makes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_that_were_not_saved_come_from_the_base_model_in_its_precision(
-    tiny_model_dir, tmp_path, dtype
-):
+def test_factors_that_were_not_saved_come_from_the_base_model_in_its_precision(tiny_model_dir, tmp_path, dtype):
     folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(save_factors=False), dtype=dtype)
     assert_update_is(read_update(folder), deltas(model))
     other = save_tiny(tmp_path / "other", seed=1)

@@ -21,9 +21,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     else:
         lines = "jsonl" in suffix or "lines" in suffix
         text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS)
-        path.write_bytes(
-            gzip.compress(text.encode()) if suffix.endswith(".gz") else b"\xef\xbb\xbf" + text.encode()
-        )
+        path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else b"\xef\xbb\xbf" + text.encode())
     assert [row for _, row in read_rows(path)] == ROWS
 
 

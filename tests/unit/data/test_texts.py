@@ -19,9 +19,7 @@ def test_the_built_in_texts_are_prose_and_code_of_this_python_and_always_the_sam
     assert texts["prose"].count(". ") > 40
     assert texts["python code"].count("\n    ") > 100
     assert texts["python code"][:3600] == Path(textwrap.__file__).read_text(encoding="utf-8")[1000:4600]
-    assert all(
-        len(text) > 10_000 for text in texts.values()
-    )  # enough for 2048 tokens of four to five characters
+    assert all(len(text) > 10_000 for text in texts.values())  # enough for 2048 tokens of four to five characters
 
 
 def test_a_file_replaces_the_built_in_texts(tmp_path):

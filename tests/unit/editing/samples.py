@@ -18,9 +18,7 @@ EDITS = tuple(
     )
     for i, new in enumerate(WORDS)
 )
-QUESTIONS = tuple(
-    Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(("roof", "door", "wall"))
-)
+QUESTIONS = tuple(Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(("roof", "door", "wall")))
 
 
 def bits(model):

@@ -15,9 +15,7 @@ from hiplora.tuner import input_bases
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, lively
 
-SETTINGS = AlphaEdit(
-    threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=2, prefix_tokens=3
-)
+SETTINGS = AlphaEdit(threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=2, prefix_tokens=3)
 
 
 def preserved(n=24, rank=9, count=500):
@@ -166,9 +164,7 @@ def test_the_update_is_written_as_an_adapter_that_stock_peft_loads(tmp_path):
         editor.save(tmp_path / "adapter", str(base))
         logits.append(editor.model(ids).logits.detach())
 
-    run_edits(
-        model, tokenizer, SETTINGS, EDITS, groups=[[0, 1, 2], [3, 4, 5]], sequential=True, on_edited=save
-    )
+    run_edits(model, tokenizer, SETTINGS, EDITS, groups=[[0, 1, 2], [3, 4, 5]], sequential=True, on_edited=save)
     loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
     assert torch.allclose(loaded(ids).logits, logits[-1], atol=1e-4)
     update = read_update(tmp_path / "adapter")

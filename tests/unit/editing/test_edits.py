@@ -34,10 +34,7 @@ COUNTERFACT = {
 
 
 def rows(*changes):
-    return [
-        {**COUNTERFACT, "prompt": f"{COUNTERFACT['prompt']} {i}", **change}
-        for i, change in enumerate(changes)
-    ]
+    return [{**COUNTERFACT, "prompt": f"{COUNTERFACT['prompt']} {i}", **change} for i, change in enumerate(changes)]
 
 
 def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_beginning():
@@ -60,9 +57,7 @@ def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_
 
 def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
     made = make_edit_set.lines(make_edit_set.edits()), make_edit_set.lines(make_edit_set.questions())
-    assert made == tuple(
-        path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS)
-    )
+    assert made == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
 
 
 def test_a_file_of_edits_is_read_in_the_order_of_its_sets(tmp_path):

@@ -15,9 +15,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, bits, writer
 
 TRAINING = EditTraining(steps=4, lr=2e-2, batch_size=4)
-ALPHA = AlphaEdit(
-    threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=3, prefixes=1, prefix_tokens=3
-)
+ALPHA = AlphaEdit(threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=3, prefixes=1, prefix_tokens=3)
 METHODS = {
     "lora": LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
     "hiplora": hiplora.HipLoraConfig(
@@ -49,9 +47,7 @@ def test_the_first_loss_is_the_mean_over_the_answers_tokens_and_training_prefers
 def test_every_edit_is_seen_equally_often_in_an_order_of_the_seed():
     def seen(seed):
         model, batches = adapted(), []
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True
-        )
+        model.register_forward_pre_hook(lambda _, args, kwargs: batches.append(kwargs["input_ids"]), with_kwargs=True)
         train_edits(model, tiny_tokenizer(), EDITS[:3], EditTraining(steps=3, batch_size=2, seed=seed))
         return [tuple(row.tolist()) for batch in batches for row in batch]
 

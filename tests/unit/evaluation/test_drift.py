@@ -18,9 +18,7 @@ TEXTS = {
 
 def adapted(model, method="lora"):
     config = (
-        LoraConfig(
-            r=4, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj", "v_proj"], lora_dropout=0.5
-        )
+        LoraConfig(r=4, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)
         if method == "lora"
         else HipLoraConfig(r=4, preset="paper", lora_alpha=1, principal_rank=8, init_weights=False)
     )
@@ -154,9 +152,7 @@ def test_windows_hold_each_token_once_up_to_the_limit():
     ]  # a lone last token predicts nothing
 
 
-@pytest.mark.parametrize(
-    ("text", "window", "tokens"), [("a", 8, 8), ("", 8, 8), ("abc", 1, 8), ("abc", 8, 1)]
-)
+@pytest.mark.parametrize(("text", "window", "tokens"), [("a", 8, 8), ("", 8, 8), ("abc", 1, 8), ("abc", 8, 1)])
 def test_too_little_text_or_too_small_a_window_is_an_error(text, window, tokens):
     with pytest.raises(DataError, match="at least 2"):
         cut_windows(tiny_tokenizer(), {"t": text}, window, tokens)

@@ -10,9 +10,7 @@ def test_scores_without_chance_give_verdicts_without_doubt():
     found = judge([one])
     assert found["mean_drop"] == pytest.approx({"estimate": 20.5, "low": 20.5, "high": 20.5})
     for tau, row in found["merge_fail"].items():
-        assert (
-            row["estimate"] == row["low"] == row["high"] == row["share"] == (1.0 if float(tau) > 0.6 else 0.0)
-        )
+        assert row["estimate"] == row["low"] == row["high"] == row["share"] == (1.0 if float(tau) > 0.6 else 0.0)
 
 
 def test_merge_fail_is_the_share_of_merges_with_any_task_below():

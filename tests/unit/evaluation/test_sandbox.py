@@ -149,9 +149,7 @@ def test_other_processes_are_neither_seen_nor_signalled():
 @in_bubblewrap
 def test_a_program_has_no_rights_of_root_and_makes_no_namespaces():
     new_user_namespace = "ctypes.CDLL(None).unshare(0x10000000)"
-    outcome = run(
-        f"import ctypes, os\nassert os.getuid() != 0\nassert {new_user_namespace} != 0\nos.setuid(0)"
-    )
+    outcome = run(f"import ctypes, os\nassert os.getuid() != 0\nassert {new_user_namespace} != 0\nos.setuid(0)")
     assert outcome.status == "failed"
     assert "AssertionError" not in outcome.output
 
@@ -191,15 +189,11 @@ def test_permission_is_asked_and_the_fallback_is_visible(monkeypatch, caplog):
 
 
 def test_where_namespaces_are_forbidden_the_fallback_says_so(monkeypatch, tmp_path):
-    (tmp_path / "bwrap").write_text(
-        "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"
-    )
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     (tmp_path / "bwrap").chmod(0o755)
     tmp_path.chmod(0o755)
     found = shutil.which
-    monkeypatch.setattr(
-        sandbox.shutil, "which", lambda name: str(tmp_path / name) if name == "bwrap" else found(name)
-    )
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(tmp_path / name) if name == "bwrap" else found(name))
     monkeypatch.setattr(sandbox, "_bubblewrap", lambda limits: [str(tmp_path / "bwrap")])
     isolation.cache_clear()
     try:

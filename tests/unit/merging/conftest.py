@@ -26,8 +26,7 @@ def adapters(tiny_model_dir, tmp_path_factory):
         ),
     }
     folders = {
-        name: saved(tiny_model_dir, root / name, config, seed=i)[0]
-        for i, (name, config) in enumerate(configs.items())
+        name: saved(tiny_model_dir, root / name, config, seed=i)[0] for i, (name, config) in enumerate(configs.items())
     }
     adalora(tiny_model_dir, seed=9).save_pretrained(root / "adalora")
     return folders | {"adalora": root / "adalora", "pissa": pissa(tiny_model_dir, root)}

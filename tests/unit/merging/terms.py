@@ -28,9 +28,7 @@ def hip_term(seed, weight=1.0, basis_seed=0, gains=True, rank=None):
 def lora_term(seed, weight=1.0, m=M, n=N, rank=None):
     generator = torch.Generator().manual_seed(200 + seed)
     rank = rank or 1 + seed % 4
-    return Term(
-        (torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)), weight
-    )
+    return Term((torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)), weight)
 
 
 def make(kind, seed, weight):

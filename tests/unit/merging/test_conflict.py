@@ -72,9 +72,7 @@ def test_the_same_update_twice_agrees_and_its_opposite_cancels_and_conflicts_mos
 def test_orthogonal_updates_do_not_meet_and_keep_the_norm_of_unrelated_ones():
     e = torch.eye(6)
     row = only([(e[[i, i + 1]], e[:, [i, i + 1]]) for i in (0, 2, 4)])
-    assert {(pair.left.mean, pair.right.mean, pair.cosine, pair.score) for pair in row.pairs} == {
-        (0, 0, 0, 0)
-    }
+    assert {(pair.left.mean, pair.right.mean, pair.cosine, pair.score) for pair in row.pairs} == {(0, 0, 0, 0)}
     assert (row.norm_ratio, row.unrelated) == pytest.approx((1 / math.sqrt(3),) * 2)
     assert row.sign_conflict == 0
 

@@ -38,11 +38,7 @@ def delta(update, module):
 
 
 def same_factors(one, other):
-    return all(
-        torch.equal(a, b)
-        for m in other.factors
-        for a, b in zip(one.factors[m], other.factors[m], strict=True)
-    )
+    return all(torch.equal(a, b) for m in other.factors for a, b in zip(one.factors[m], other.factors[m], strict=True))
 
 
 def rename_base(folder, to, name):
@@ -174,9 +170,7 @@ def test_hiplora_adapters_keep_their_gains_if_asked_to(adapters):
 def test_no_rule_merges_adapters_of_different_base_weights(adapters, tmp_path, method):
     other = save_tiny(tmp_path / "other", seed=1)
     foreign, _ = saved(other, tmp_path / "foreign", hip_config())
-    with pytest.raises(
-        AdapterError, match=r"layer model\.layers\.0\.self_attn\.k_proj: .*different base weights"
-    ):
+    with pytest.raises(AdapterError, match=r"layer model\.layers\.0\.self_attn\.k_proj: .*different base weights"):
         merge([adapters["one"], foreign], method)
     with pytest.raises(AdapterError, match="not the one that this adapter was made for"):
         merge([adapters["one"], adapters["lora"]], method, base=str(other))
@@ -194,9 +188,7 @@ def test_differently_named_bases_are_refused_unless_the_base_or_fingerprints_set
     adapters, tiny_model_dir, tmp_path
 ):
     renamed = rename_base(adapters["lora"], tmp_path / "renamed", "somebody/else")
-    with pytest.raises(
-        AdapterError, match=r"somebody/else; if these are the same model, name it: pass base=…"
-    ):
+    with pytest.raises(AdapterError, match=r"somebody/else; if these are the same model, name it: pass base=…"):
         merge([adapters["mlp"], renamed])
     update = merge([adapters["one"], renamed], base=str(tiny_model_dir))
     assert_is_sum(update, [(1, adapters["one"]), (1, adapters["lora"])])

@@ -44,9 +44,7 @@ from tests.unit.merging.terms import (
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 kinds = st.sampled_from(["shared", "elsewhere", "proj", "lora"])
 numbers = st.floats(-2, 2).filter(lambda value: abs(value) > 0.1)
-several = st.lists(
-    st.tuples(kinds, st.integers(0, 20), numbers), min_size=1, max_size=4, unique_by=lambda s: s[1]
-)
+several = st.lists(st.tuples(kinds, st.integers(0, 20), numbers), min_size=1, max_size=4, unique_by=lambda s: s[1])
 
 
 def updates(count, seed=0, shape=(11, 13)):
@@ -57,9 +55,7 @@ def updates(count, seed=0, shape=(11, 13)):
 def dense_terms(parts, factors=None, keys="abcd"):
     """Fresh terms: a dense rule overwrites them."""
     factors = factors or [1.0] * len(parts)
-    return [
-        DenseTerm(part.clone(), weight, key) for part, weight, key in zip(parts, factors, keys, strict=False)
-    ]
+    return [DenseTerm(part.clone(), weight, key) for part, weight, key in zip(parts, factors, keys, strict=False)]
 
 
 def close(found, expected, tolerance=1e-4):
@@ -123,9 +119,7 @@ def test_tsv_in_factor_space_is_tsv_on_dense_updates(specs, share):
     terms = [make(*spec) for spec in specs]
     ranks = [len(reference.nonzero_svd(update)[1]) for update in matrices(terms)]
     counts = [max(1, M // len(terms)) if share is None else math.ceil(share * rank) for rank in ranks]
-    close(
-        dense(tsv(terms, sv_reduction=share)[0]), reference.tsv(matrices(terms), weights(terms), counts), 1e-3
-    )
+    close(dense(tsv(terms, sv_reduction=share)[0]), reference.tsv(matrices(terms), weights(terms), counts), 1e-3)
 
 
 @few
@@ -197,9 +191,7 @@ def test_ties_weights_scale_the_mean_and_not_the_vote():
 
 
 def test_entries_of_just_the_last_magnitude_all_stay():
-    assert magnitude(dense_terms([torch.tensor([[3.0, -2.0, 2.0, 1.0]])]), density=0.5).tolist() == [
-        [3, -2, 2, 0]
-    ]
+    assert magnitude(dense_terms([torch.tensor([[3.0, -2.0, 2.0, 1.0]])]), density=0.5).tolist() == [[3, -2, 2, 0]]
     assert magnitude(dense_terms([torch.ones(2, 2)]), density=0.2).tolist() == [[0, 0], [0, 0]]
 
 

@@ -49,9 +49,7 @@ def test_where_there_are_not_more_all_are_taken(count):
 @pytest.mark.parametrize("count", [15, 40])
 def test_every_merge_is_as_likely_as_every_other(count):
     rounds = 400
-    seen = Counter(
-        merge for seed in range(rounds) for merge in merge_instances(POOL, [2], SEEDS, count, seed)[2]
-    )
+    seen = Counter(merge for seed in range(rounds) for merge in merge_instances(POOL, [2], SEEDS, count, seed)[2])
     assert len(seen) == 54
     share = count / 54
     deviation = (rounds * share * (1 - share)) ** 0.5

@@ -18,9 +18,7 @@ SINGLE = [{"a": 80.0, "b": 50.0}, {"a": 80.0, "c": 20.0}, {"b": 50.0, "c": 20.0}
 MERGED = [{"a": 72.0, "b": 45.0}, {"a": 79.0, "c": 17.9}, {"b": 52.0, "c": 18.5}, {"a": 9.9, "b": 4.0}]
 MATRIX = [[50.0, None, None], [45.0, 60.0, math.nan], [48.0, 52.0, 70.0]]
 
-tables = st.lists(
-    st.dictionaries(st.sampled_from("abcd"), st.floats(0, 100), min_size=1), min_size=1, max_size=6
-)
+tables = st.lists(st.dictionaries(st.sampled_from("abcd"), st.floats(0, 100), min_size=1), min_size=1, max_size=6)
 
 
 @st.composite

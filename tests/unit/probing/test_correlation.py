@@ -100,9 +100,7 @@ def test_samples_of_one_value_are_passed_over_and_give_no_interval_if_they_are_m
 def test_findings_are_over_all_modules_and_by_type_for_each_intervention():
     rows = [
         row(index, float(sigma), sign * sigma, kind, f"model.layers.{layer}.self_attn.{name}")
-        for kind, (name, sign), layer in itertools.product(
-            ("zero", "flip"), (("q_proj", 1), ("v_proj", -1)), (0, 1)
-        )
+        for kind, (name, sign), layer in itertools.product(("zero", "flip"), (("q_proj", 1), ("v_proj", -1)), (0, 1))
         for index, sigma in enumerate((4, 3, 1))
     ]
     found = findings(rows)

@@ -35,9 +35,7 @@ def test_an_intervention_adds_its_multiple_of_one_singular_component(name, facto
     weight = model.get_submodule(NAME).weight
     expected = weight.detach().double() + factor * component(weight, 3)
     with intervened(model, one(model), intervention_factor(name, 1.5)) as changed:
-        torch.testing.assert_close(
-            changed.get_submodule(NAME).weight.detach().double(), expected, atol=1e-7, rtol=0
-        )
+        torch.testing.assert_close(changed.get_submodule(NAME).weight.detach().double(), expected, atol=1e-7, rtol=0)
 
 
 def test_the_very_same_weight_is_back_also_after_an_error():
@@ -131,9 +129,7 @@ def test_modules_are_chosen_as_an_adapters_and_by_layer():
     model = tiny_llama()
     assert find_modules(model, ["q_proj"], [1]) == ["model.layers.1.self_attn.q_proj"]
     assert len(find_modules(model)) == 8  # the attention projections of two layers
-    with pytest.raises(
-        ConfigError, match="layer 9 has none of the requested modules; they are in layers 0, 1"
-    ):
+    with pytest.raises(ConfigError, match="layer 9 has none of the requested modules; they are in layers 0, 1"):
         find_modules(model, ["q_proj"], [0, 9])
 
 

@@ -16,9 +16,7 @@ def section(**changes):
 
 
 def test_a_page_holds_its_text_tables_and_figures_and_asks_for_nothing(tmp_path):
-    path = save_page(
-        tmp_path / "out" / "report.html", "A title", [section()], "a subtitle", {"seed": {"a": 1}}
-    )
+    path = save_page(tmp_path / "out" / "report.html", "A title", [section()], "a subtitle", {"seed": {"a": 1}})
     page = path.read_text()
     assert "<h1>A title</h1>" in page
     assert page.count("<p>") == 2

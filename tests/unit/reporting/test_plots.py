@@ -33,9 +33,7 @@ CALLS = {
         label="task",
         logy=True,
     ),
-    "scatter": lambda df: plots.scatter(
-        df, "loss", "drift", "method", guides=(0.01, 0.1), logx=True, logy=True
-    ),
+    "scatter": lambda df: plots.scatter(df, "loss", "drift", "method", guides=(0.01, 0.1), logx=True, logy=True),
     "bars": lambda df: plots.bars(df, "drift", "task", "method", low="low", high="high", reference=0.2),
     "heatmap": lambda df: plots.heatmap(df.pivot(index="method", columns="task", values="drift"), center=0),
     "facets": lambda df: plots.facets(df, "task", plots.scatter, x="loss", y="drift", group="method"),

@@ -82,9 +82,7 @@ def test_a_flipped_byte_anywhere_in_an_entry_is_noticed_or_harmless(tmp_path, co
     noticed = 0
     positions = range(0, len(whole), 7)
     for position in positions:
-        entry(tmp_path).write_bytes(
-            whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :]
-        )
+        entry(tmp_path).write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             assert equal(FactorStore(tmp_path).get_or_compute(weight, 2), first)
@@ -126,9 +124,7 @@ def test_a_failed_write_is_an_error_with_the_way_out_and_leaves_nothing(tmp_path
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [".lock"]
 
 
-def test_a_place_that_cannot_hold_a_store_is_an_error_and_so_is_a_lock_that_is_not_given_up(
-    tmp_path, monkeypatch
-):
+def test_a_place_that_cannot_hold_a_store_is_an_error_and_so_is_a_lock_that_is_not_given_up(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         FactorStore(tmp_path / "file").get_or_compute(gaussian(30, 20), 4)

@@ -52,16 +52,12 @@ def test_what_is_a_rank(spec):
     assert is_rank(spec)
 
 
-@pytest.mark.parametrize(
-    "spec", [0, -1, True, 0.0, 1.0, 1.5, float("nan"), "energy:0", "energy:1", "32", "", None]
-)
+@pytest.mark.parametrize("spec", [0, -1, True, 0.0, 1.0, 1.5, float("nan"), "energy:0", "energy:1", "32", "", None])
 def test_what_is_none(spec):
     assert not is_rank(spec)
 
 
-@pytest.mark.parametrize(
-    ("text", "spec"), [("32", 32), ("0.25", 0.25), ("energy:0.9", "energy:0.9"), ("x", "x")]
-)
+@pytest.mark.parametrize(("text", "spec"), [("32", 32), ("0.25", 0.25), ("energy:0.9", "energy:0.9"), ("x", "x")])
 def test_a_rank_is_read_as_it_is_typed(text, spec):
     assert parse_rank(text) == spec
     assert type(parse_rank(text)) is type(spec)

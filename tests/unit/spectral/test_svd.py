@@ -185,9 +185,7 @@ def test_auto_falls_back_to_the_exact_method_where_the_iteration_misses_the_tole
 
 def test_the_iteration_alone_fails_loudly_where_it_misses_the_tolerance(monkeypatch):
     monkeypatch.setattr(krylov, "_MAX_PRODUCTS", 2)
-    with pytest.raises(
-        FactorError, match=r"layer q: the krylov decomposition reached a residual of .*svd_tol"
-    ):
+    with pytest.raises(FactorError, match=r"layer q: the krylov decomposition reached a residual of .*svd_tol"):
         truncated_svd(gaussian(*LARGE), 8, method="krylov", name="q")
 
 

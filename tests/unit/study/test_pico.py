@@ -11,9 +11,7 @@ DATA = "9919e0020c8bec9a"
 
 
 def questions(name):
-    rows = [
-        json.loads(line) for line in (PICO_DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    rows = [json.loads(line) for line in (PICO_DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     return {row["question"] + str(sorted(row.get("choices", ()))) for row in rows}
 
 

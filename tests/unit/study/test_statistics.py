@@ -47,9 +47,7 @@ def test_methods_share_their_draws_so_that_constant_differences_have_no_width():
     draws = replicates(records({"a": VALUES["a"], "b": VALUES["a"] + 5, "c": VALUES["a"]}), BY)
     found = summary(differences(draws))
     assert list(found.index) == [("b", "a"), ("c", "a"), ("c", "b")]
-    assert found[["estimate", "low", "high"]].to_numpy() == pytest.approx(
-        np.repeat([[5], [0], [-5]], 3, axis=1)
-    )
+    assert found[["estimate", "low", "high"]].to_numpy() == pytest.approx(np.repeat([[5], [0], [-5]], 3, axis=1))
     assert found.sd.to_numpy() == pytest.approx(0)
     assert list(summary(differences(draws, first=True)).index) == [("b", "a"), ("c", "a")]
 
@@ -61,9 +59,7 @@ def test_rows_of_other_items_have_draws_of_their_own():
     assert set(np.unique(found.loc["a"].to_numpy())) == {0, 50, 100}
 
 
-@pytest.mark.parametrize(
-    "low", [1.0, -20.0]
-)  # a denominator that is positive in all replicates, and one that is not
+@pytest.mark.parametrize("low", [1.0, -20.0])  # a denominator that is positive in all replicates, and one that is not
 def test_the_interval_of_a_ratio_is_fiellers(low):
     there, here = np.random.default_rng(1).uniform(low, 30, size=(2, 40))
     draws = replicates(records({"a": [there], "b": [here]}), BY)

@@ -139,9 +139,7 @@ def test_exported_records_are_taken_by_another_store(store, tmp_path):
     assert path.read_bytes() == again.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "text", [b"{}", b"no json", gzip.compress(b"[1]", mtime=0)], ids=["{}", "no JSON", "gzip"]
-)
+@pytest.mark.parametrize("text", [b"{}", b"no json", gzip.compress(b"[1]", mtime=0)], ids=["{}", "no JSON", "gzip"])
 def test_a_file_without_records_is_refused(store, tmp_path, text):
     (tmp_path / "records.jsonl").write_bytes(text)
     for name in ("records", "missing"):

@@ -215,9 +215,7 @@ def test_what_is_not_a_recipe_is_refused(folder, text, said):
 
 def test_overrides_win_are_read_as_yaml_and_relative_to_the_current_folder(folder, monkeypatch):
     path = write(folder, GOOD + "method: hiplora\ntrain: {lr: 1e-3, steps: 9}\n")
-    made = load_recipe(
-        path, ["train.lr=2e-5", "method.principal_rank=4", "train.packing=false", "data.limit=2"]
-    )
+    made = load_recipe(path, ["train.lr=2e-5", "method.principal_rank=4", "train.packing=false", "data.limit=2"])
     assert (made.train.lr, made.train.packing, made.train.steps) == (2e-5, False, 9)
     assert (made.method.principal_rank, made.data.limit) == (4, 2)
     assert load_recipe(path, ["method=lora", "train.steps=", "train.epochs=1"]).train.epochs == 1

@@ -128,9 +128,7 @@ def test_in_bf16_the_start_is_exact_to_the_weights_own_rounding(name):
 
 @pytest.mark.parametrize("name", MOVED)
 def test_what_does_not_fit_the_weights_is_refused(name):
-    with pytest.raises(
-        ConfigError, match=r"q_proj: nothing can be subtracted from a weight of type torch\.float64"
-    ):
+    with pytest.raises(ConfigError, match=r"q_proj: nothing can be subtracted from a weight of type torch\.float64"):
         started(name, model=tiny_llama().double())
     with pytest.raises(ConfigError, match=r"k_proj: r 33 exceeds min\(out, in\) = 32"):
         started(name, {"r": 33})

@@ -23,15 +23,11 @@ def epoch(count, batch_size, clients):
 
 
 def sides(model, cut_layer, shards):
-    return SplitSession(
-        model, SplitLoraMethod(clients=len(shards), cut_layer=cut_layer, average_every=2), shards
-    )
+    return SplitSession(model, SplitLoraMethod(clients=len(shards), cut_layer=cut_layer, average_every=2), shards)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "clients"), [(12, 2, 3), (13, 2, 3), (7, 3, 2), (5, 4, 5)])
-def test_an_epoch_has_every_sequence_once_in_batches_of_one_client_the_clients_in_turn(
-    count, batch_size, clients
-):
+def test_an_epoch_has_every_sequence_once_in_batches_of_one_client_the_clients_in_turn(count, batch_size, clients):
     batches = epoch(count, batch_size, clients)
     assert sorted(i for batch in batches for i in batch) == list(range(count))
     assert all({i % clients for i in batch} == {turn % clients} for turn, batch in enumerate(batches))
@@ -206,9 +202,7 @@ def test_training_is_what_the_definition_says(tmp_path):
         if parameter.requires_grad and not name.startswith("clients"):
             moved = (wanted[name] - start[name]).norm()
             assert (parameter - start[name]).norm() > 0
-            assert (
-                parameter - wanted[name]
-            ).norm() < 1e-3 * moved  # Adam magnifies rounding where gradients vanish
+            assert (parameter - wanted[name]).norm() < 1e-3 * moved  # Adam magnifies rounding where gradients vanish
 
 
 def recorded_steps(trainer):

@@ -78,9 +78,7 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
     from datasets import load_dataset
 
     if not hub:
-        raise DataError(
-            f"{file}: is not on the hub; name the folder that has it (--data, or ${DATA_VARIABLE})"
-        )
+        raise DataError(f"{file}: is not on the hub; name the folder that has it (--data, or ${DATA_VARIABLE})")
     try:
         found = load_dataset(hub, settings.get("hub_config"), split=settings.get("hub_split", "test"))
     except Exception as error:  # datasets raises what its loaders and the network raise
@@ -108,9 +106,7 @@ def _scienceqa(row: Mapping[str, Any]) -> Row | None:
     return found and {key: found[key] for key in ("question", "choices", "answer")}
 
 
-def _choices(
-    row: Mapping[str, Any], *names: str, answer: str = "label", first: int = 0, **fields: str
-) -> Row:
+def _choices(row: Mapping[str, Any], *names: str, answer: str = "label", first: int = 0, **fields: str) -> Row:
     """Return a row whose choices are the fields `names`, whose right one is numbered from `first`."""
     texts = {name: row[field] for name, field in fields.items()}
     return texts | {"choices": [row[name] for name in names], "answer": int(row[answer]) - first}
@@ -128,9 +124,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
         "answer": int(row["label"]),
     },
     "piqa": lambda row: _choices(row, "sol1", "sol2", question="goal"),
-    "winogrande": lambda row: _choices(
-        row, "option1", "option2", answer="answer", first=1, context="sentence"
-    ),
+    "winogrande": lambda row: _choices(row, "option1", "option2", answer="answer", first=1, context="sentence"),
     "boolq": lambda row: {
         "passage": row["passage"],
         "question": row["question"],

@@ -49,9 +49,7 @@ class Protocols(Settings):
     rank_one: RankOne | None = Field(default=None, description="Rank-1 interventions.")
     selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
     cost: CostTable | None = Field(default=None, description="Cost table.")
-    frontier: FrontierSettings | None = Field(
-        default=None, description="Frontiers of learning against drift."
-    )
+    frontier: FrontierSettings | None = Field(default=None, description="Frontiers of learning against drift.")
     metamath: MetaMath | None = Field(default=None, description="PEFT's own comparison of methods.")
     claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")
 

@@ -98,9 +98,7 @@ def _with_all(rows: pd.DataFrame) -> pd.DataFrame:
 def _follows(gains: pd.DataFrame) -> pd.DataFrame:
     """The mean over modules and domains of Spearman's correlation of |δ| with σ, where neither is constant."""
     groups = gains.groupby([*BY, "module", "domain"], sort=False)[["gain", "sigma"]]
-    values = groups.apply(
-        lambda one: one.gain.corr(one.sigma, "spearman") if one.nunique().min() > 1 else np.nan
-    )
+    values = groups.apply(lambda one: one.gain.corr(one.sigma, "spearman") if one.nunique().min() > 1 else np.nan)
     values = _with_all(values.dropna().rename("value").reset_index()).assign(seed=0)
     if values.empty:
         return pd.DataFrame()

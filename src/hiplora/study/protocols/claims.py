@@ -59,9 +59,7 @@ def judge(study: Study, settings: Claims, found: Sequence[Findings]) -> Findings
     for row in rows.itertuples():
         digits = 4 if row.unit == "nats/token" else 2
         measured.append(interval(row.estimate, row.low, row.high, digits))
-        widest.append(
-            "–" if row.widest[0] is None else " to ".join(f"{end:+.{digits}f}" for end in row.widest)
-        )
+        widest.append("–" if row.widest[0] is None else " to ".join(f"{end:+.{digits}f}" for end in row.widest))
     shown = pd.DataFrame(
         {
             "Claim": rows.says,

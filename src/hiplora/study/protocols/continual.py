@@ -43,9 +43,7 @@ class Continual(OfMethods):
 
     name: ClassVar[str] = "continual"
     title: ClassVar[str] = "Continual tuning"
-    order: list[str] | None = Field(
-        default=None, min_length=2, description="Domains in order; as they stand."
-    )
+    order: list[str] | None = Field(default=None, min_length=2, description="Domains in order; as they stand.")
 
 
 def jobs(study: Study, settings: Continual) -> list[Job]:

@@ -33,9 +33,7 @@ class CostTable(OfMethods):
 
 def jobs(study: Study, settings: CostTable) -> list[Job]:
     """Time every method, all of them as often as is asked for in turn, and compute the factors of those with some."""
-    timed = [
-        _speed(study, settings, method, n) for n in range(settings.repeats) for method in settings.methods
-    ]
+    timed = [_speed(study, settings, method, n) for n in range(settings.repeats) for method in settings.methods]
     factors = [study.factors(study.row(method)) for method in settings.methods]
     return [*timed, *(job for job in factors if job is not None)]
 

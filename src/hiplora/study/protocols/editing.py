@@ -79,9 +79,7 @@ class Editing(OfMethods):
         description="Method → learning rate on edits, where it is not `train.lr`; a method's own or chosen rate is "
         "for tasks and is not used here.",
     )
-    edits_per_batch: Positive | None = Field(
-        default=None, description="Edits of a batch (sequential: a stage)."
-    )
+    edits_per_batch: Positive | None = Field(default=None, description="Edits of a batch (sequential: a stage).")
     sample: Positive | None = Field(default=None, description="How many edits are made one by one.")
     rows: Positive | None = Field(default=None, description="Edits in one training step.")
     questions: int = Field(default=500, ge=0, description="Unrelated questions for the locality.")

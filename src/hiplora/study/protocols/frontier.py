@@ -40,15 +40,11 @@ class FrontierSettings(Protocol):
     domains: dict[str, list[str]] = Field(
         min_length=1, description="Domain to train on → methods that are compared there."
     )
-    rates: list[Annotated[float, Field(gt=0)]] = Field(
-        min_length=2, description="Learning rates, for all methods."
-    )
+    rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, description="Learning rates, for all methods.")
     early: dict[str, list[Positive]] = Field(
         default={}, description="Method → further, smaller numbers of steps: early stops."
     )
-    early_domains: list[str] | None = Field(
-        default=None, description="Domains of the early stops; all, if empty."
-    )
+    early_domains: list[str] | None = Field(default=None, description="Domains of the early stops; all, if empty.")
     tasks: dict[str, Positive | None] = Field(
         default={},
         description="Tasks whose likelihoods are a drift too, with their items; none: all of the domains'.",
@@ -98,9 +94,7 @@ def tables(study: Study, settings: FrontierSettings, results: Results) -> Findin
         points, drops = _points(study, settings, records, domain)
         if points.empty:
             continue
-        numbers = with_jobs(
-            _compare(points, drops, reference, plain).assign(on=domain), runs, ("on", "method")
-        )
+        numbers = with_jobs(_compare(points, drops, reference, plain).assign(on=domain), runs, ("on", "method"))
         parts.append(numbers.drop(columns="on").assign(domain=domain))
         stem, title = f"{settings.name}-{domain}", study.recipe.domains[domain].title
         found.tables |= domain_tables(parts[-1], stem, title, reference, settings.rates)

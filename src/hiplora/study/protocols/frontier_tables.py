@@ -28,9 +28,7 @@ def domain_tables(
     best = ratios[ratios.which.notna()]
     which = best[best.operating.astype(bool) & (best.text == OVER)].which
     named = f"Best plain LoRA ({which.iloc[0]})" if len(which) else "Best plain LoRA"
-    ratios = ratios.assign(
-        row=ratios.method.where(ratios.which.isna(), named), told=ratios.apply(_told, axis=1)
-    )
+    ratios = ratios.assign(row=ratios.method.where(ratios.which.isna(), named), told=ratios.apply(_told, axis=1))
     order = sorted(ratios.row.unique(), key=lambda row: row != named)
     operating, loss = ratios.operating.astype(bool), ratios.metric == "drift ratio at equal loss"
     overall = ratios.text == OVER

@@ -46,9 +46,7 @@ def tables(study: Study, settings: LambdaCurve, results: Results) -> Findings:
     low, high = min(settings.values), max(settings.values)
     labels = {"from": numbers.get("minus", numbers.method).map(prices), "to": numbers["lambda"]}
     change = numbers.assign(**labels)[numbers.metric == "retain difference"]
-    change = change[(change["from"] == low) & (change.to == high)].assign(
-        method=title, metric="retain change"
-    )
+    change = change[(change["from"] == low) & (change.to == high)].assign(method=title, metric="retain change")
     trained = tidy(results, [(job.needs["adapter"], labels) for job, labels in runs[1:]])
     loss = trained[trained.metric == "held_out_after"].groupby("method", sort=False)["value"].mean()
     found = Findings(settings.name, settings.title, joined(numbers, change))
@@ -62,9 +60,7 @@ def tables(study: Study, settings: LambdaCurve, results: Results) -> Findings:
     figure = retain_figure(numbers.sort_values("lambda", kind="stable"), "method", title)
     if figure is not None:
         found.figures[settings.name] = "What was learned, and what it cost elsewhere, over λ", figure
-    found.text = (
-        "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
-    )
+    found.text = "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
     return found
 
 

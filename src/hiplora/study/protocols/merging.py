@@ -39,9 +39,7 @@ class Merging(OfMethods):
 
     name: ClassVar[str] = "merging"
     title: ClassVar[str] = "Merging the adapters of all domains"
-    rules: Rules = Field(
-        default={"addition": {}}, description="Merge rule → its options, as of `hiplora merge`."
-    )
+    rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options, as of `hiplora merge`.")
     passing: dict[str, Positive | None] = Field(
         default={}, description="Further tasks, scored for the adapter of the domain that has such a task."
     )

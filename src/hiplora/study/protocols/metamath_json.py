@@ -118,9 +118,7 @@ def _train_info(
     def known(step: int) -> dict[str, Any]:
         return {"step": step, "train loss": _loss(curve, step), "train samples": step * samples}
 
-    rows = [
-        dict.fromkeys((*UNKNOWN, "elapsed time")) | known(step) for step in range(EVERY, steps + 1, EVERY)
-    ]
+    rows = [dict.fromkeys((*UNKNOWN, "elapsed time")) | known(step) for step in range(EVERY, steps + 1, EVERY)]
     return {
         # Whole numbers, as the benchmark's own tables want them: 0 without an accelerator.
         "accelerator_memory_reserved_avg": round(timing.get("reserved_bytes_mean") or 0),

@@ -33,9 +33,7 @@ class RankOne(Protocol):
     bases: list[Literal["weight", "activation"]] = Field(
         default=["weight"], min_length=1, description="Whose directions."
     )
-    kinds: list[str] = Field(
-        default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions."
-    )
+    kinds: list[str] = Field(default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions.")
     draws: Positive = Field(default=1, description="Draws of the noise.")
     tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
 
@@ -71,18 +69,14 @@ def tables(study: Study, settings: RankOne, results: Results) -> Findings:
             caption = f"What single directions are worth, {basis} basis"
             found.figures[f"{settings.name}-{basis}"] = caption, figure
     found.measured = joined(*parts)
-    found.text = (
-        "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
-    )
+    found.text = "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
     return found
 
 
 def _probe(study: Study, settings: RankOne, basis: str) -> Job:
     drift = study.recipe.evaluation.drift
     texts = dict(drift.texts) if drift is not None else {}
-    asked = settings.model_dump(
-        include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"}
-    )
+    asked = settings.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
     files = study.hashes([source.partition(":")[0] for source in texts.values()])
     asked |= {"basis": basis, "texts": texts, "seed": study.recipe.evaluation.seed, "files": files}
     return study.job("probe", f"probe the base, {basis} basis", asked)

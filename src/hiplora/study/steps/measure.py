@@ -46,9 +46,7 @@ def score(context: Context, model: Any, settings: Mapping[str, Any]) -> dict[str
         return {}
     engine = context.engine(settings["tasks"], settings["seed"])
     scores = engine.score(model, context.model()[1], BATCH)
-    return {
-        task: {"metric": found.name, "form": found.form, **found.to_json()} for task, found in scores.items()
-    }
+    return {task: {"metric": found.name, "form": found.form, **found.to_json()} for task, found in scores.items()}
 
 
 def drift_reference(context: Context, settings: Mapping[str, Any]) -> Any:
@@ -104,9 +102,7 @@ def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     Settings: `rank`, the number of leading directions of each weight that count as principal. Needs: `adapter`. The
     result has a row for each module, and the share of the update's energy ‖ΔW‖² in the principal subspaces.
     """
-    rows = allocation_rows(
-        context.store.artifact(job.needs["adapter"]), context.place.model, settings["rank"]
-    )
+    rows = allocation_rows(context.store.artifact(job.needs["adapter"]), context.place.model, settings["rank"])
     rows = [{key: row[key] for key in OF_MODULES} for row in rows]
     inside = {"all": energy_shares(rows)["both"]}
     for kind in sorted({row["type"] for row in rows}):

@@ -32,9 +32,7 @@ class AdaLoraMethod(LowRank):
     """
 
     title: ClassVar[str] = "AdaLoRA"
-    summary: ClassVar[str] = (
-        "A low-rank update whose rank was cut, module by module, where it mattered least."
-    )
+    summary: ClassVar[str] = "A low-rank update whose rank was cut, module by module, where it mattered least."
     kind: ClassVar[str | None] = "an AdaLoRA adapter"
     not_of_peft: ClassVar[tuple[str, ...]] = (
         *("name", "r", "init_r", "rank_pattern", "alpha_pattern"),
@@ -48,9 +46,7 @@ class AdaLoraMethod(LowRank):
         description="Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The "
         "update is scaled by lora_alpha / init_r.",
     )
-    tinit: int | None = Field(
-        default=None, ge=0, description="Steps before the pruning; a tenth of all if empty."
-    )
+    tinit: int | None = Field(default=None, ge=0, description="Steps before the pruning; a tenth of all if empty.")
     tfinal: int | None = Field(
         default=None,
         ge=1,
@@ -64,9 +60,7 @@ class AdaLoraMethod(LowRank):
     beta1: float = Field(
         default=0.85, gt=0, lt=1, description="Decay of the moving average of a parameter's importance."
     )
-    beta2: float = Field(
-        default=0.85, gt=0, lt=1, description="Decay of the moving average of its uncertainty."
-    )
+    beta2: float = Field(default=0.85, gt=0, lt=1, description="Decay of the moving average of its uncertainty.")
     orth_reg_weight: float = Field(
         default=0.5,
         ge=0,
@@ -76,9 +70,7 @@ class AdaLoraMethod(LowRank):
     @model_validator(mode="after")
     def _something_is_pruned(self) -> "AdaLoraMethod":
         if self.first_rank <= self.r:
-            raise ValueError(
-                f"`init_r` {self.first_rank} must be above `r` {self.r}, the mean rank that is left"
-            )
+            raise ValueError(f"`init_r` {self.first_rank} must be above `r` {self.r}, the mean rank that is left")
         if self.rank_pattern or self.alpha_pattern:
             raise ValueError("adalora gives modules their ranks; remove `rank_pattern` and `alpha_pattern`")
         return self
@@ -99,10 +91,7 @@ class AdaLoraMethod(LowRank):
             "tfinal": max(round(0.2 * steps), 1),
             "deltaT": min(max(steps // 100, 1), 10),
         }
-        found = {
-            name: share if getattr(self, name) is None else getattr(self, name)
-            for name, share in shares.items()
-        }
+        found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
         if found["tinit"] + found["tfinal"] >= steps:
             raise ConfigError(
                 f"adalora: tinit {found['tinit']} and tfinal {found['tfinal']} leave none of {steps} steps to prune "
@@ -158,9 +147,7 @@ class AdaLoraSession(Session):
 
         with self._whole():
             super().save(folder)
-        state = {
-            f"kept.{name}": torch.tensor(mask) for name, mask in (self._config.rank_pattern or {}).items()
-        }
+        state = {f"kept.{name}": torch.tensor(mask) for name, mask in (self._config.rank_pattern or {}).items()}
         for kind in AVERAGES:
             averages = getattr(self._tuner.rankallocator, kind)
             state |= {f"{kind}.{name}": value.contiguous() for name, value in averages.items()}

@@ -161,9 +161,7 @@ class HipLoraMethod(Spectral):
         description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
         "charges nothing (the ablation without a budget).",
     )
-    gain_lr_ratio: float = Field(
-        default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`."
-    )
+    gain_lr_ratio: float = Field(default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`.")
     relative_gains: bool = Field(
         default=False, description="Step on relative gains δ/σ: strong directions move by more."
     )
@@ -182,9 +180,7 @@ class HipLoraMethod(Spectral):
         fields = type(self).model_fields
         changed = [name for name in OF_THE_GAINS if getattr(self, name) != fields[name].default]
         if changed and not self.principal_channel:
-            raise ValueError(
-                f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`"
-            )
+            raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`")
         if not self.principal_channel and not self.residual_projection:
             raise ValueError(
                 "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use method lora"

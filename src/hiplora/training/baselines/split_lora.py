@@ -188,9 +188,7 @@ class SplitSession(Session):
         _copy(list(named.values()), [stored[name] for name in named])
 
     def _named(self) -> "dict[str, nn.Parameter]":
-        return {
-            f"{c}.{i}": parameter for c, side in enumerate(self._sides) for i, parameter in enumerate(side)
-        }
+        return {f"{c}.{i}": parameter for c, side in enumerate(self._sides) for i, parameter in enumerate(side)}
 
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:

@@ -40,9 +40,7 @@ def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
 
 
 def test_selection_shows_what_was_tried_and_whether_the_choice_is_at_the_edge(tmp_path):
-    asked = (
-        "selection: {method: hiplora, domain: sums, lambdas: [0.0, 1.0], gammas: [0.0, 1.0], ranks: [2, 4]}"
-    )
+    asked = "selection: {method: hiplora, domain: sums, lambdas: [0.0, 1.0], gammas: [0.0, 1.0], ranks: [2, 4]}"
     study, store = made_study(tmp_path, asked)
     settings = study.recipe.protocols.selection
     for job in selection.jobs(study, settings):

@@ -58,8 +58,6 @@ def test_of_a_sequence_all_edits_so_far_count_after_each_stage(tmp_path):
     run = edits("sequential", [1, 1], stage([0, 1], [1, 1]), stage([0, 1, 2, 3], [1, 0, 0, 0]))
     found = tables(editing, *filled(tmp_path, "sequential", {42: run, 100: run}, run))
     assert row(found, "edit success", "LoRA").estimate == 25
-    course = found.measured[
-        (found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")
-    ]
+    course = found.measured[(found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")]
     assert course.set_index("edits").estimate.to_dict() == {2: 100, 4: 25}
     assert "editing-facts-sequence" in found.figures

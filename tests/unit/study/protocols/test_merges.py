@@ -20,9 +20,7 @@ AFTER = {
         "addition": {42: ([40, 60], [0, 0], [0, 0]), 100: ([80, 100], [100, 0], [50, 0])},
         "ties": dict.fromkeys((42, 100), ([60, 80], [100, 0], [50, 0])),
     },
-    "lora-mlp": {
-        rule: dict.fromkeys((42, 100), ([50, 70], [100, 0], [50, 0])) for rule in ("addition", "ties")
-    },
+    "lora-mlp": {rule: dict.fromkeys((42, 100), ([50, 70], [100, 0], [50, 0])) for rule in ("addition", "ties")},
 }
 
 
@@ -65,9 +63,7 @@ def test_pass_rates_follow_from_how_many_samples_of_an_item_passed(merged):
     for k in (1, 5, 10):
         asked = {"rule": "addition", "form": "accuracy", "reported": f"Code pass@{k}"}
         alone = 100 * pass_at_k(10, 5, k) / 2
-        scores = [
-            row(found, "merge score", "LoRA", when=when, **asked).estimate for when in ("before", "after")
-        ]
+        scores = [row(found, "merge score", "LoRA", when=when, **asked).estimate for when in ("before", "after")]
         assert scores == pytest.approx([alone, alone / 2])
     assert "Code pass@5" not in table(found, "merging-addition-likelihood")
 
@@ -102,9 +98,7 @@ def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
                 items = {other: [0, 0] for other in tasks.values()} | {task: ALONE}
                 finish(store, study.score(study.adapter(title, domain, seed)), scored(items))
         for seeds, (sums, facts, kl) in merges.items():
-            own = {
-                domain: study.adapter(title, domain, seed) for domain, seed in zip(tasks, seeds, strict=True)
-            }
+            own = {domain: study.adapter(title, domain, seed) for domain, seed in zip(tasks, seeds, strict=True)}
             merge = study.merge(own, "addition", {}, {"gsm8k": 2, "mmlu": 2}, drift=True)
             finish(store, merge, scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
     found = tables(merge_fail, study, study.recipe.protocols.merge_fail, store)

@@ -72,9 +72,7 @@ def test_a_study_without_results_has_empty_sections(tmp_path):
 
 
 def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
-    study, store = made_study(
-        tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}"
-    )
+    study, store = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
     settings = study.recipe.protocols.lambda_curve
     finish(store, study.score(), scored(BASE))
     for job in lambda_curve.jobs(study, settings)[1:]:
@@ -103,9 +101,7 @@ def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path
             finish(
                 store,
                 job,
-                scored(
-                    {"gsm8k": [0, 0], "mmlu": [80, 80]} if worse else {"gsm8k": [80, 80], "mmlu": [80, 80]}
-                ),
+                scored({"gsm8k": [0, 0], "mmlu": [80, 80]} if worse else {"gsm8k": [80, 80], "mmlu": [80, 80]}),
             )
         else:
             base = "adapter" not in job.needs
