@@ -30,6 +30,7 @@ from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_jsonl  # noq
 torch.set_num_threads(1)
 
 RELATIVE, ABSOLUTE = 1e-4, 1e-9  # of values; digests must be equal, and are compared on the same machine only
+TABLES = 1e-5, 1e-3  # of pico's measurements: differences, ratios and bounds amplify the rounding of trainings
 KL = 1e-7  # nats: what float32 log-probabilities leave of a divergence
 DIFFERENCES = 1e-4  # percentage points: absolute, of differences of two scores, in which rounding is relatively larger
 DIGEST = "sha256"  # keys that begin so hold digests
@@ -529,7 +530,10 @@ def compare(expected, found, same_machine, where=""):
     if all(numbers):
         points = any(part in where for part in ("/differences/", " | pp", "/claims/"))
         absolute = DIFFERENCES if points else KL if "drift." in where else ABSOLUTE
-        near = abs(expected - found) <= absolute + RELATIVE * max(abs(expected), abs(found))
+        relative = RELATIVE
+        if where.startswith("pico/measurements"):
+            absolute, relative = max(absolute, TABLES[0]), TABLES[1]
+        near = abs(expected - found) <= absolute + relative * max(abs(expected), abs(found))
     else:
         near = expected == found and type(expected) is type(found)
     return [] if near else [f"{where}: expected {expected!r}, found {found!r}"]
