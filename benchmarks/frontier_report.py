@@ -1,0 +1,177 @@
+"""From the runs of `benchmarks.frontier` to records, the comparison at equal learning, abilities, and the figure.
+
+Two methods are compared at the lowest held-out loss that both reach, seed by seed, each at the rate, step and scale of
+the finished adapter that drifts least there. Between neighbours on a curve (steps of a run, or scales of its adapter)
+the drift is interpolated, linear in the loss and logarithmic in the divergence; never beyond a curve's ends. The
+interval, chosen before the runs, is Student's t over the seeds' log ratios; `p` is Holm-adjusted over the table's rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+REFERENCE = "hiplora"
+KEYS = ["task", "method", "rate", "seed"]
+TITLES = {
+    "hiplora": "HiP-LoRA",
+    "hiplora-paper": "HiP-LoRA (paper)",
+    "hiplora-retraction": "HiP-LoRA, retraction only",
+    "hiplora-kl": "HiP-LoRA + KL",
+    "hiplora-replay": "HiP-LoRA + replay",
+    "hiplora-eaft": "HiP-LoRA + EAFT",
+    "lora-all": "LoRA, all linear layers",
+    "lora-mlp": "LoRA on the MLPs",
+    "lora-attention": "LoRA on attention",
+    "lora-mlp-kl": "LoRA on the MLPs + KL",
+    "lora-mlp-replay": "LoRA on the MLPs + replay",
+    "lora-mlp-eaft": "LoRA on the MLPs + EAFT",
+    "oplora": "OPLoRA on the MLPs",
+    "osf": "OSF on the MLPs",
+    "pissa": "PiSSA on the MLPs",
+}
+
+
+def read_records(out: Path) -> pd.DataFrame:
+    """Return the runs as one tidy table: task, method, rate, seed, step, scale, metric, value."""
+    rows = []
+    for path in sorted(out.glob("*-seed*.json")):
+        result = json.loads(path.read_text())
+        for point in result.get("points", ()):
+            place = [result[key] for key in KEYS] + [point["step"], point["scale"]]
+            rows.append([*place, "heldout_loss", point["heldout_loss"]])
+            for metric in ("kl", "greedy_changed"):
+                rows += [[*place, f"{metric}/{text}", value] for text, value in point[metric].items()]
+    return pd.DataFrame(rows, columns=[*KEYS, "step", "scale", "metric", "value"])
+
+
+def curves(points: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return a method's curves: of each run its steps, and its scales at the last step."""
+    found = []
+    for _, run in points.groupby("rate"):
+        found.append(run[run["scale"] == 1].sort_values("step"))
+        found.append(run[run["step"] == run["step"].max()].sort_values("scale"))
+    return found
+
+
+def drift_at(points: pd.DataFrame, loss: float, text: str) -> float:
+    """Return the least drift at which one seed of a method has learned to `loss` or better; NaN if it never did."""
+    candidates = points.loc[points["heldout_loss"] <= loss, text].tolist()
+    for curve in curves(points):
+        pairs = itertools.pairwise(zip(curve["heldout_loss"], curve[text], strict=True))
+        for (one, low), (two, high) in pairs:
+            if min(one, two) < loss < max(one, two):
+                share = (one - loss) / (one - two)
+                candidates.append(math.exp((1 - share) * math.log(low) + share * math.log(high)))
+    return min(candidates, default=math.nan)
+
+
+def at_equal_loss(records: pd.DataFrame) -> pd.DataFrame:
+    """Return per task, rival and text how many times as far the rival drifts as HiP-LoRA, with its interval."""
+    wide = records.pivot_table(index=[*KEYS, "step", "scale"], columns="metric", values="value").reset_index()
+    texts = [column for column in wide if column.startswith("kl/")]
+    rows: list[dict[str, Any]] = []
+    for task, of_task in wide.groupby("task"):
+        ours = of_task[of_task["method"] == REFERENCE]
+        for method in [name for name in of_task["method"].unique() if name != REFERENCE]:
+            theirs = of_task[of_task["method"] == method]
+            seeds = sorted({*ours["seed"]} & {*theirs["seed"]})
+            if not seeds:
+                continue
+            pairs = [(ours[ours["seed"] == seed], theirs[theirs["seed"] == seed]) for seed in seeds]
+            losses = [max(one["heldout_loss"].min(), two["heldout_loss"].min()) for one, two in pairs]
+            for text in texts:
+                here = [drift_at(one, loss, text) for (one, _), loss in zip(pairs, losses, strict=True)]
+                there = [drift_at(two, loss, text) for (_, two), loss in zip(pairs, losses, strict=True)]
+                rows.append(
+                    {
+                        "task": task,
+                        "rival": method,
+                        "text": text.removeprefix("kl/"),
+                        "heldout_loss": np.mean(losses),
+                        "kl_hiplora": math.exp(np.mean(np.log(here))),
+                        "kl_rival": math.exp(np.mean(np.log(there))),
+                        **_ratio(np.log(there) - np.log(here)),
+                    }
+                )
+    table = pd.DataFrame(rows)
+    return table.assign(p=holm(table["p"])) if len(table) else table
+
+
+def _ratio(logs: np.ndarray) -> dict[str, Any]:
+    """Return the geometric mean of ratios with Student's interval over seeds; without one for a single seed."""
+    found: dict[str, Any] = {"times_as_far": math.exp(logs.mean()), "seeds": len(logs)}
+    found |= dict.fromkeys(("low", "high", "p"), math.nan)
+    if len(logs) > 1:
+        half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+        found |= {"low": math.exp(logs.mean() - half), "high": math.exp(logs.mean() + half)}
+        found["p"] = float(stats.ttest_1samp(logs, 0.0).pvalue)
+    return found
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Return p-values adjusted by Holm's method; missing ones stay missing and do not count."""
+    ordered = p.dropna().sort_values()
+    adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0)
+    return adjusted.reindex(p.index)
+
+
+def abilities(out: Path) -> pd.DataFrame:
+    """Return per task, method and benchmark the mean change from the base, paired by item, with t intervals."""
+    base = json.loads((out / "base-abilities.json").read_text())["abilities"]
+    rows = []
+    for path in sorted(out.glob("*-seed*-abilities.json")):
+        result = json.loads(path.read_text())
+        for benchmark, scores in result["abilities"].items():
+            for metric, factor in (("correct", 100.0), ("log_likelihood", 1.0)):
+                change = factor * (np.array(scores[metric]) - np.array(base[benchmark][metric]))
+                rows.append([result["task"], result["method"], benchmark, metric, change])
+    table = pd.DataFrame(rows, columns=["task", "method", "benchmark", "metric", "change"])
+    kept = ["task", "method", "benchmark", "metric"]
+    grouped = table.groupby(kept)["change"].agg(lambda seeds: np.mean(list(seeds), axis=0))
+    half = grouped.map(lambda items: stats.t.ppf(0.975, len(items) - 1) * stats.sem(items))
+    mean = grouped.map(np.mean)
+    found = pd.DataFrame({"change": mean, "low": mean - half, "high": mean + half, "items": grouped.map(len)})
+    return found.reset_index()
+
+
+def figure(records: pd.DataFrame, task: str) -> Any:
+    """Return held-out loss against drift on prose, a line a method: steps of one run, then scales of its adapter."""
+    from hiplora.reporting import plots
+
+    wide = records[records["task"] == task].pivot_table(
+        index=["method", "step", "scale"], columns="metric", values="value", sort=False
+    )
+    main = wide.reset_index().query("scale == 1")
+    main = main.assign(method=main["method"].map(lambda name: TITLES.get(name, name)))
+    return plots.frontier(
+        main,
+        "heldout_loss",
+        "kl/wikitext",
+        "method",
+        logy=True,
+        xlabel="Held-out loss, nats a token",
+        ylabel="Drift on WikiText, KL in nats a token",
+    )
+
+
+def report(out: Path, to: Path) -> None:
+    """Write records, tables and figures of what is done."""
+    from hiplora.reporting import save_figure, save_table
+
+    to.mkdir(parents=True, exist_ok=True)
+    records = read_records(out)
+    records.to_csv(to / "records.csv.gz", index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
+    save_table(at_equal_loss(records), to / "equal-loss")
+    if (out / "base-abilities.json").exists():
+        save_table(abilities(out), to / "abilities")
+    for task in records["task"].unique():
+        save_figure(figure(records, task), to / f"frontier-{task}")
+    print(f"{records.groupby(KEYS).ngroups} runs in {to}")

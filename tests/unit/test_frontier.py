@@ -1,0 +1,64 @@
+"""The long frontier's comparison at equal learning."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from benchmarks.frontier import runs
+from benchmarks.frontier_report import at_equal_loss, drift_at, holm
+
+
+def points(*rows: tuple[float, int, float, float, float]) -> pd.DataFrame:
+    """Points as (rate, step, scale, held-out loss, drift)."""
+    return pd.DataFrame(rows, columns=["rate", "step", "scale", "heldout_loss", "kl/x"])
+
+
+def records(method: str, seed: int, *rows: tuple[int, float, float, float]) -> pd.DataFrame:
+    """A run's records from (step, scale, held-out loss, drift)."""
+    return pd.DataFrame(
+        [
+            ["t", method, 1e-3, seed, step, scale, metric, value]
+            for step, scale, loss, kl in rows
+            for metric, value in (("heldout_loss", loss), ("kl/x", kl))
+        ],
+        columns=["task", "method", "rate", "seed", "step", "scale", "metric", "value"],
+    )
+
+
+def test_drift_at_a_loss_is_interpolated_on_the_log_scale_between_neighbours_of_a_curve() -> None:
+    run = points((1e-3, 20, 1.0, 1.0, 0.01), (1e-3, 40, 1.0, 0.8, 0.04))
+    assert drift_at(run, 0.9, "kl/x") == pytest.approx(0.02)
+    assert drift_at(run, 0.8, "kl/x") == pytest.approx(0.04)
+    assert math.isnan(drift_at(run, 0.7, "kl/x"))
+
+
+def test_a_smaller_scale_of_the_finished_adapter_counts_where_it_drifts_less() -> None:
+    run = points((1e-3, 20, 1.0, 1.0, 0.01), (1e-3, 40, 1.0, 0.8, 0.04), (1e-3, 40, 0.5, 0.9, 0.005))
+    assert drift_at(run, 0.9, "kl/x") == pytest.approx(0.005)
+
+
+def test_methods_are_compared_at_the_loss_that_both_reach() -> None:
+    table = pd.concat(
+        part
+        for seed, factor in ((0, 1.0), (1, 1.1))
+        for part in (
+            records("hiplora", seed, (20, 1.0, 1.0, 0.001), (40, 1.0, 0.7, 0.004)),
+            records("lora", seed, (20, 1.0, 1.0, 0.01 * factor), (40, 1.0, 0.8, 0.04 * factor)),
+        )
+    )
+    (row,) = at_equal_loss(table).to_dict("records")
+    assert row["heldout_loss"] == pytest.approx(0.8)
+    assert row["kl_hiplora"] == pytest.approx(0.001 * 4 ** (2 / 3))
+    assert row["times_as_far"] == pytest.approx(row["kl_rival"] / row["kl_hiplora"])
+    assert row["low"] < row["times_as_far"] < row["high"]
+
+
+def test_holm_leaves_missing_values_out() -> None:
+    np.testing.assert_allclose(holm(pd.Series([0.01, np.nan, 0.03, 0.04])), [0.03, np.nan, 0.06, 0.06])
+
+
+def test_runs_come_once_and_seed_by_seed() -> None:
+    block = {"name": "one", "tasks": ["t"], "methods": ["a", "b"], "rates": [1], "seeds": [0, 1]}
+    names = [run.name for run in runs({"blocks": [block, {**block, "name": "two"}]}, None)]
+    assert names == ["t-a-lr1-seed0", "t-b-lr1-seed0", "t-a-lr1-seed1", "t-b-lr1-seed1"]
