@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft.utils.peft_types import TaskType
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
@@ -37,6 +38,14 @@ def differs(tiny, ids, one, other):
     return any(not torch.equal(a[name], b[name]) for name in a)
 
 
+def _adapted_mixture():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_hidden_layers=1, num_local_experts=2, **sizes))
+    return peft.get_peft_model(
+        model, HipLoraConfig(preset="paper", r=2, principal_rank=4, target_parameters=["experts.down_proj"])
+    )
+
+
 # One demonstration per field that the field has an effect; `test_every_field_is_shown_to_matter` walks them all.
 EFFECTS = {
     "preset": lambda t, i: (
@@ -47,6 +56,9 @@ EFFECTS = {
     "lora_alpha": lambda t, i: layer(t.adapted(r=4, lora_alpha=6)).scaling["default"] == 1.5,
     "lora_dropout": lambda t, i: differs(t, i, {"lora_dropout": 0.0}, {"lora_dropout": 0.5}),
     "target_modules": lambda t, i: modules(t.adapted(target_modules=r".*layers\.1.*q_proj")) == {Q1},
+    "target_parameters": lambda t, i: (
+        {name.rpartition(".")[0].rpartition(".")[2] for name in modules(_adapted_mixture())} == {"down_proj"}
+    ),
     "exclude_modules": lambda t, i: not any("k_proj" in m for m in modules(t.adapted(exclude_modules=["k_proj"]))),
     "layers_to_transform": lambda t, i: all(".1." in m for m in modules(t.adapted(layers_to_transform=[1]))),
     "layers_pattern": lambda t, i: (

@@ -13,6 +13,7 @@ from torch import nn
 from hiplora.errors import ConfigError
 from hiplora.spectral import SpectralFactors, activation_factors, resolve_rank
 from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.experts import shared_side, unrolled
 from hiplora.tuner.moments import Bases
 from hiplora.tuner.targets import find_targets, frozen_weight
 from hiplora.tuner.text import CalibrationStore, CalibrationText, Rows, check_counts, memory_groups
@@ -74,6 +75,7 @@ def calibrate(
     gradient_tokens: int = 4096,
     max_bytes: int = 4 << 30,
     store: CalibrationStore | None = None,
+    tokenizer: Any = None,
 ) -> Calibration:
     """Measure the layers that `config` targets, and give `config` the activation basis that follows.
 
@@ -88,12 +90,14 @@ def calibrate(
             the model's logits. What it measures is not stored.
         rows: token ids to calibrate on, rows of any length; instead of `run_model`.
         source: what to call `rows` in reports.
-        tokens: how many to sample from the model where nothing else is given.
+        tokens: how many to sample from the model where nothing else is given; half of them are conversations that the
+            model has with itself, in its chat template or as questions and answers.
         batch_size: rows in one pass; it changes the factors by rounding only.
         seed: of the sampling.
         gradient_tokens: of these, how many the output side is measured on, at three times the cost a token.
         max_bytes: memory for moments; layers that do not fit together are measured in several passes.
         store: where sampled text and measurements are kept; an interrupted calibration goes on from there.
+        tokenizer: for those conversations; None is the one that lies beside the model.
 
     Raises:
         ConfigError: the basis is another one, or an argument makes no sense.
@@ -106,26 +110,27 @@ def calibrate(
     check_counts(gradient_tokens=gradient_tokens)
     start = time.perf_counter()
     targets = find_targets(model, config)
-    text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model)
+    text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model, tokenizer)
     if run_model is None and rows is None:
         source = SELF
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
     seen = 0
-    for group in memory_groups(targets, config.basis_sides, max_bytes):
-        inputs = text.inputs([target.name for target in group])
-        seen = min(basis.tokens for basis in inputs.values())
-        ranks: dict[str, int] = {}
-        for name, shape, k in ((target.name, target.shape, target.k) for target in group):
-            basis = inputs[name]
-            ranks[name] = k = resolve_rank(k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
-            layers.append(CalibratedLayer(name, shape, k, basis.effective_rank, basis.energy(k)))
-        outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
-        for name, k in ranks.items():
-            weight = frozen_weight(model.get_submodule(name))
-            factors[name] = activation_factors(
-                weight, inputs[name], k, config.basis_sides, outputs.get(name), name=name
-            )
+    with unrolled(model):
+        for group in memory_groups(targets, config.basis_sides, max_bytes):
+            inputs = text.inputs([target.name for target in group])
+            seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
+            ranks: dict[str, int] = {}
+            for name, shape, k in ((target.name, target.shape, target.k) for target in group):
+                basis = inputs[name]
+                ranks[name] = k = resolve_rank(k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
+                layers.append(CalibratedLayer(name, shape, k, basis.effective_rank, basis.energy(k)))
+            outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
+            for name, k in ranks.items():
+                weight = frozen_weight(model.get_submodule(name))
+                factors[name] = activation_factors(
+                    weight, inputs[name], k, config.basis_sides, outputs.get(name), name=name
+                )
     widest = max(target.shape[1] for target in targets)
     if seen < TOKENS_PER_INPUT * widest:
         warnings.warn(

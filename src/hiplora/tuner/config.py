@@ -55,6 +55,8 @@ class HipLoraConfig(PeftConfig):
         lora_dropout: dropout on the residual channel's input, in [0, 1).
         target_modules: names, a regular expression, or "all-linear"; None takes the preset's, found by their role in
             the architecture.
+        target_parameters: names of 3-D parameters that hold a mixture's experts (`experts.down_proj`), whose experts
+            are adapted one by one; a name in `target_modules` means the experts' projection too.
         exclude_modules: names or a regular expression of modules to leave alone.
         layers_to_transform: indices of the layers to adapt; all if None.
         layers_pattern: name of the layer list, where `layers_to_transform` needs it.
@@ -98,6 +100,7 @@ class HipLoraConfig(PeftConfig):
     lora_alpha: int | float = 32
     lora_dropout: float = 0.05
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from hiplora.spectral import FactorStore, SpectralFactors, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.experts import unrolled
 from hiplora.tuner.targets import Target, find_targets, frozen_weight
 
 
@@ -24,8 +25,9 @@ def weight_factors(
     """
     store = store or FactorStore()
     targets = find_targets(model, config)
-    for target in tqdm(targets, "factoring weights", unit=" modules", delay=2, leave=False, disable=None):
-        weight = frozen_weight(model.get_submodule(target.name))
-        energies = functools.partial(squared_singular_values, weight)
-        k = resolve_rank(config.principal_ranks.get(target.name, target.k), target.shape, energies)
-        yield target, store.get_or_compute(weight, k, config.svd_tolerance, name=target.name)
+    with unrolled(model):
+        for target in tqdm(targets, "factoring weights", unit=" modules", delay=2, leave=False, disable=None):
+            weight = frozen_weight(model.get_submodule(target.name))
+            energies = functools.partial(squared_singular_values, weight)
+            k = resolve_rank(config.principal_ranks.get(target.name, target.k), target.shape, energies)
+            yield target, store.get_or_compute(weight, k, config.svd_tolerance, name=target.name)

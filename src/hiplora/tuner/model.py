@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -17,9 +18,10 @@ from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.calibration import calibrate
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
+from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight
+from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, left_out
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
 
 
@@ -41,21 +43,48 @@ class HipLoraModel(BaseTuner):
         Whatever can go wrong does so here, before any layer is replaced.
         """
         config, model = peft_config, self.model
-        if config.target_modules is None:
+        if config.target_modules is None and not config.target_parameters:
             config.target_modules = set(default_targets(model, config.preset))
+        targets = find_targets(model, config)
+        self._target_names = {target.name for target in targets}
         if not config.from_checkpoint:
             config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
-        targets = find_targets(model, config)
+            for note in left_out(model, config, targets):
+                warnings.warn(note, stacklevel=2)
         _check_patterns(config, [target.name for target in targets])
+        fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
+        try:
+            self._find_factors(config, targets)
+        except BaseException:
+            fuse(model, fused)
+            raise
+        return config
+
+    def _find_factors(self, config: HipLoraConfig, targets: list[Target]) -> None:
+        """Give the configuration the factors of its targets, unless the adapter's file brings them."""
+        model = self.model
         if config.from_checkpoint and config.save_factors:
-            return config  # the file brings them
+            return
         if config.basis == "weight":
             config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
         elif not config.calibrated:
             calibrate(model, config)
         else:
             _check_calibrated(model, config, targets)
-        return config
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
+        """Match what `find_targets` has found, and nothing else."""
+        found = super()._check_target_module_exists(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else key in self._target_names
+
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """Experts were injected as the layers that they are unrolled to."""
+        return list(peft_config.target_parameters)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        fuse(model)
+        return model
 
     def _create_and_replace(
         self,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis, SecondMoment
+from hiplora.tuner.experts import shared_side
+from hiplora.tuner.targets import linear_target
 
 Bases = dict[str, MomentBasis]
 _NOTHING = SecondMoment(1)  # of a layer that no token reached: its use is an error that names the layer
@@ -57,7 +59,7 @@ class MomentCollector:
         with base_only(self._model), torch.no_grad(), contextlib.ExitStack() as handles:
             handles.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             for name in self._modules:
-                hook = self._model.get_submodule(name).register_forward_pre_hook(self._hook(name))
+                hook = self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
                 handles.callback(hook.remove)
             try:
                 yield
@@ -68,20 +70,19 @@ class MomentCollector:
         self._mask, self._last = token_mask(args, kwargs), None
 
     def _hook(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple) -> None:
-            x, last = args[0], self._last
-            if last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
+        shared = shared_space(name, "input")
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            x, last = next(iter((*args, *kwargs.values()))), self._last
+            if shared is not None:
+                self.leader[name] = shared
+            elif last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
                 self.leader[name] = last[0]
                 return
-            if self.leader.setdefault(name, name) != name:
+            elif self.leader.setdefault(name, name) != name:
                 return  # its leader has been summed up already, in this very pass
             self._last = (name, x)
-            flat = x.reshape(-1, x.shape[-1])
-            if self._mask is not None and self._mask.shape == x.shape[:-1]:
-                flat = flat[self._mask.to(x.device).flatten()]
-            if name not in self.moments:
-                self.moments[name] = SecondMoment(x.shape[-1], x.device)
-            self.moments[name].add(flat)
+            _add(self.moments, self.leader[name], x, self._mask)
 
         return hook
 
@@ -95,7 +96,7 @@ class GradientCollector:
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str], limit: int):
-        self.moments: dict[str, SecondMoment] = {}
+        self.moments: dict[str, SecondMoment] = {}  # of a layer, or of the experts that share a space
         self._model, self._modules, self._limit = model, modules, limit
         self._rows = self._tokens = 0
         self._mask: Tensor | None = None
@@ -110,7 +111,6 @@ class GradientCollector:
             for handle in (
                 model.register_forward_pre_hook(self._begin, with_kwargs=True),
                 model.register_forward_hook(self._end, with_kwargs=True),
-                model.get_input_embeddings().register_forward_hook(self._start_graph),
                 *(model.get_submodule(n).register_forward_hook(self._hook(n)) for n in self._modules),
             ):
                 handles.callback(handle.remove)
@@ -130,47 +130,72 @@ class GradientCollector:
         self._mask = token_mask(args, kwargs)
         torch.set_grad_enabled(not self.done)
 
-    def _start_graph(self, _: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+    def _hook(self, name: str) -> Callable[..., Tensor]:
+        space = shared_space(name, "output") or name
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            if output.requires_grad:
-                output.register_hook(lambda gradient: self._add(name, gradient))
+        def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                if (
+                    not output.requires_grad
+                ):  # the first layer: the graph begins here, with what may be changed in place
+                    output = output.detach().requires_grad_(True).clone()
+                output.register_hook(lambda gradient: _add(self.moments, space, gradient, self._mask))
+            return output
 
         return hook
-
-    def _add(self, name: str, gradient: Tensor) -> None:
-        if name not in self.moments:
-            self.moments[name] = SecondMoment(gradient.shape[-1], gradient.device)
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        assert self._mask is not None
-        self.moments[name].add(flat[self._mask.to(flat.device).flatten()])
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self.done:
             return
         logits = getattr(output, "logits", None)
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or not logits.requires_grad:
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or not logits.requires_grad:
             raise ConfigError(
-                f"{type(model).__name__} gives no logits that depend on its input embeddings, and the output side of "
-                f"the activation basis comes from their gradients; {_INPUT_SIDE}"
+                f"{type(model).__name__} gives no logits, one row a token or one a text, that depend on the layers "
+                f"to calibrate, and the output side of the activation basis comes from their gradients; {_INPUT_SIDE}"
             )
-        if self._mask is None or self._mask.shape != logits.shape[:2]:
-            self._mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+        places = logits if logits.dim() == 3 else logits[:, None]  # a classifier's logits are one place a row
+        if self._mask is None or self._mask.shape != places.shape[:2]:
+            self._mask = torch.ones(places.shape[:2], dtype=torch.bool)
         mask = self._mask.cpu()
-        gradient = torch.zeros_like(logits)
+        gradient = torch.zeros_like(places)
         for index in range(len(mask)):
             if self.done:  # the rest of this batch is left out, so that the batch size changes nothing
                 mask[index] = False
             elif (count := int(mask[index].sum())) > 0:
-                at = mask[index].to(logits.device)
-                gradient[index, at] = score(logits[index, at].detach(), self._rows).to(logits.dtype)
+                at = mask[index].to(places.device)
+                gradient[index, at] = score(places[index, at].detach(), self._rows).to(places.dtype)
                 self._tokens += count
             self._rows += 1
         self._mask = mask
-        torch.autograd.backward(logits, gradient)
+        torch.autograd.backward(places, gradient)
         torch.set_grad_enabled(False)
+
+
+def shared_space(name: str, side: str) -> str | None:
+    """Return the name under which a layer's side is measured together with other experts'; None where it is not."""
+    found = shared_side(name)
+    return found[0] if found is not None and found[1] == side else None
+
+
+def _add(moments: dict[str, SecondMoment], name: str, vectors: Tensor, mask: Tensor | None) -> None:
+    """Add the vectors (…, n) of one call to a moment, without padding where the mask fits them."""
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    if mask is not None and mask.shape == vectors.shape[:-1]:
+        flat = flat[mask.to(flat.device).flatten()]
+    if name not in moments:
+        moments[name] = SecondMoment(vectors.shape[-1], vectors.device)
+    moments[name].add(flat)
+
+
+def _moment(moments: Mapping[str, SecondMoment], name: str, width: int) -> SecondMoment:
+    """Return a layer's moment; zero for an expert to which no token was routed, while others of its kind had some."""
+    if name in moments or (found := shared_side(name)) is None:
+        return moments.get(name, _NOTHING)
+    if not any(other.startswith(f"{found[0]}.") for other in moments):
+        return _NOTHING
+    zero = SecondMoment(width)
+    zero.tokens = 1
+    return zero
 
 
 def measure_inputs(
@@ -189,9 +214,10 @@ def measure_inputs(
     found: dict[tuple[str, int], MomentBasis] = {}
     bases: Bases = {}
     for name in modules:
-        leader, k = collector.leader.get(name, name), trailing[name] if trailing else 0
+        leader = collector.leader.get(name) or shared_space(name, "input") or name
+        k = trailing[name] if trailing else 0
         if (leader, k) not in found:
-            moment = collector.moments.get(leader, _NOTHING)
+            moment = _moment(collector.moments, leader, linear_target(model.get_submodule(name), name).shape[1])
             found[leader, k] = moment.trailing(k, name) if trailing else moment.eigen(name)
         bases[name] = found[leader, k]
     return bases
@@ -202,11 +228,22 @@ def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[]
     collector = GradientCollector(model, list(ranks), limit)
     with collector.watching():
         run()
-    return {name: collector.moments.pop(name, _NOTHING).leading(k, name) for name, k in ranks.items()}
+    found: dict[tuple[str, int], MomentBasis] = {}
+    bases: Bases = {}
+    for name, k in ranks.items():
+        space = shared_space(name, "output") or name
+        if (space, k) not in found:
+            width = linear_target(model.get_submodule(name), name).shape[0]
+            found[space, k] = _moment(collector.moments, space, width).leading(k, name)
+        bases[name] = found[space, k]
+    return bases
 
 
 def score(logits: Tensor, row: int) -> Tensor:
     """Return `p − e_y`, the gradient of −log p(y) in the logits (tokens, vocabulary), for y drawn from p."""
+    if logits.shape[-1] == 1:  # one number, not a choice: of a unit-variance Gaussian around it
+        generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
+        return torch.randn(logits.shape, generator=generator).to(logits)
     probabilities = logits.float().softmax(-1)
     generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
     uniform = torch.rand(len(logits), generator=generator).double()[:, None].to(logits.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,17 @@ from peft.tuners.tuners_utils import (
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
 from hiplora.spectral import RankSpec
+from hiplora.tuner.experts import ALIASES, ExpertList, unrolled
 
 # Parts of a module's path, lower case. A projection of an MLP is a linear layer in a numbered block, outside attention,
 # that lies in an MLP container or has the name of an MLP projection.
 _ATTENTION = re.compile(r".*attn.*|.*attention.*")
+_ATTENTION_PROJECTION = re.compile(r"[qkvo]_proj|qkv_proj|query_key_value|wqkv")
 _MLP_CONTAINER = re.compile(
     r"mlp|.*_mlp|mlp_.*|ffn?s?|ffn_.*|.*feed_?forward.*|densereludense|experts?|shared_experts?"
 )
@@ -33,8 +36,11 @@ _MLP_PROJECTION = re.compile(
     r"(gate|up|down|gate_up|up_gate)_proj|fc_?\d|fc_(in|out)|c_fc(_\d)?|dense_(h_to_4h|4h_to_h)|ffn|ffn_output"
     r"|w[io](_\d)?|w[123]|lin[12]|linear_?[12]"
 )
-_MLP_PAIRS = {("intermediate", "dense"), ("output", "dense")}  # BERT and its descendants
+# BERT and its descendants; the second pair is the Q-Former's.
+_MLP_PAIRS = {(f"{part}{kind}", "dense") for part in ("intermediate", "output") for kind in ("", "_query")}
 _ROUTER = re.compile(r"gate|router|.*_gate|.*router.*")
+# Towers of multimodal models: text alone does not run through them.
+_TOWER = re.compile(r".*(vision|visual|audio|image|speech|qformer).*")
 
 
 @dataclass(frozen=True)
@@ -49,27 +55,102 @@ class Target:
 def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
     """Return the layers that an adapter of this configuration would sit on, in the model's order.
 
-    `config` may be of any PEFT method with `target_modules`; where it names none, they are those of its `preset`.
+    `config` may be of any PEFT method with `target_modules`; where it names none, they are those of its `preset`. An
+    expert of a mixture, whose weights are 3-D parameters, is named `…experts.PARAMETER.NUMBER`. "all-linear" leaves out
+    layers of no more inputs or outputs than the principal rank.
 
     Raises:
         ConfigError: no module matches, or one that does is not a linear layer.
     """
     chosen: Any = copy.copy(config)
-    if chosen.target_modules is None:
+    if chosen.target_modules is None and not getattr(chosen, "target_parameters", None):
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
-    _maybe_include_all_linear_layers(chosen, model)
+    with unrolled(model):
+        loaded = getattr(config, "from_checkpoint", False)
+        names = list(chosen.fingerprints) if loaded else _matching(model, chosen)
+        if not names:
+            raise ConfigError(
+                f"target_modules {config.target_modules!r} match no module of {type(model).__name__}, or all that "  # type: ignore[attr-defined]
+                "match are excluded; name some of its linear layers"
+            )
+        patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
+        ranks = {name: for_module(patterns, name, default) for name in names}
+        targets = [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
+    if chosen.target_modules == "all-linear":
+        return [target for target in targets if not _too_narrow(target)]
+    return targets
+
+
+def _matching(model: nn.Module, config: Any) -> list[str]:
+    """Return the names of the modules that a configuration matches in an unrolled model; of experts, all."""
+    modules, linear = _base_modules(model), copy.copy(config)
+    experts, parameters = copy.copy(config), getattr(config, "target_parameters", None) or []
+    if config.target_modules == "all-linear":
+        _maybe_include_all_linear_layers(linear, model)
+        experts.target_modules = ".*"
+    elif not isinstance(config.target_modules, str):
+        linear.target_modules = set(config.target_modules or ())
+        experts.target_modules = {*linear.target_modules, *parameters}
+    names = []
     try:
-        names = [name for name in _base_modules(model) if check_target_module_exists(chosen, name)]
+        for name, module in modules.items():
+            if isinstance(module, ExpertList):
+                parent, _, own = name.rpartition(".")
+                if any(check_target_module_exists(experts, f"{parent}.{alias}") for alias in ALIASES[own]):
+                    names += [f"{name}.{index}" for index in range(len(module))]
+            elif not isinstance(modules.get(name.rpartition(".")[0]), ExpertList):
+                wanted = check_target_module_exists(linear, name)
+                if wanted and (config.target_modules != "all-linear" or is_linear(_base(module))):
+                    names.append(name)
     except re.error as error:
-        raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error  # type: ignore[attr-defined]
-    if not names:
-        raise ConfigError(
-            f"target_modules {config.target_modules!r} match no module of {type(model).__name__}, or all that match "
-            "are excluded; name some of its linear layers"  # type: ignore[attr-defined]
-        )
-    patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
-    ranks = {name: for_module(patterns, name, default) for name in names}
-    return [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
+        raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
+    return names
+
+
+def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[str]:
+    """Say what a new adapter leaves out although its configuration seems to mean it; empty if nothing.
+
+    These are names that match nothing, with the other projections of the same role, experts that cannot be adapted,
+    and the narrow layers that "all-linear" passes over, each with its share of the model's weights.
+    """
+    names, notes, asked = {target.name for target in targets}, [], config.target_modules
+    with unrolled(model):
+        modules = _base_modules(model)
+        weights = {
+            re.sub(r"\.base_layer|\.weight$", "", name): parameter
+            for name, parameter in model.named_parameters()
+            if parameter.dim() > 1 and "hiplora_" not in name
+        }
+        total = sum(parameter.numel() for parameter in weights.values())
+
+        def share(found: Iterable[str]) -> str:
+            sizes = {name: weights[name].numel() for name in found if name in weights}
+            kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in sizes)
+            return f"{', '.join(kinds)} ({sum(sizes.values()) / total:.1%} of the model's weights)"
+
+        if asked == "all-linear" and (narrow := [name for name in _matching(model, config) if name not in names]):
+            notes.append(
+                f"target_modules 'all-linear' leaves out layers no wider than principal_rank: {share(narrow)}"
+            )
+        known = [*modules]
+        for name in (name for name, module in modules.items() if isinstance(module, ExpertList)):
+            parent, _, own = name.rpartition(".")
+            known += [f"{parent}.{alias}" for alias in ALIASES[own]]
+        listed = [*(() if isinstance(asked, str) else asked or ()), *(config.target_parameters or ())]
+        unmatched = sorted(t for t in listed if not any(n == t or n.endswith(f".{t}") for n in known))
+        if unmatched:
+            notes.append(f"target_modules {unmatched} match no module of {type(model).__name__}")
+        for role, belongs in _ROLES.values():
+            members = [
+                n for n, module in modules.items() if is_linear(_base(module)) and belongs(n.lower().split("."))
+            ]
+            missed = [name for name in members if name not in names]
+            if unmatched and missed and len(missed) < len(members):
+                notes.append(f"of the {role} projections, these are left out: {share(missed)}")
+        stuck = [name for name, p in weights.items() if p.dim() == 3 and _in_mlp(name.lower().split("."))]
+        if stuck and (asked == "all-linear" or any(_in_mlp(name.lower().split(".")) for name in names)):
+            notes.append(f"HiP-LoRA cannot adapt these 3-D parameters, which are left out: {share(stuck)}")
+    return notes
 
 
 def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
@@ -89,7 +170,12 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module without adapters multiplies by one weight matrix, quantised or not."""
+    """Whether a module without adapters multiplies by one weight matrix, quantised or not, when it is called.
+
+    `nn.MultiheadAttention` never calls its output projection.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None
 
 
@@ -116,15 +202,23 @@ def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
 def default_targets(model: nn.Module, preset: str = "function-aware") -> list[str]:
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
-    The names are as short as they can be without matching another module.
+    The names are as short as they can be without matching another module. Of a multimodal model that generates text,
+    they are the text decoder's. Experts that are 3-D parameters are named like them (`experts.gate_up_proj`).
 
     Raises:
         ConfigError: the model has none that can be recognised.
     """
     role, belongs = _ROLES[preset]
-    modules = _base_modules(model)
-    candidates = [name for name in modules if belongs(name.lower().split("."))]
-    chosen = [name for name in candidates if is_linear(_base(modules[name]))]
+    with unrolled(model):
+        modules = _base_modules(model)
+    modules = {n: m for n, m in modules.items() if not isinstance(modules.get(n.rpartition(".")[0]), ExpertList)}
+    chosen = [
+        name
+        for name, module in modules.items()
+        if belongs(name.lower().split(".")) and (isinstance(module, ExpertList) or is_linear(_base(module)))
+    ]
+    if getattr(model, "can_generate", bool)():
+        chosen = [name for name in chosen if not any(map(_TOWER.fullmatch, name.lower().split(".")))] or chosen
     if not chosen:
         raise ConfigError(
             f"target_modules is not set, and no {role} projections were recognised in {type(model).__name__}; set it "
@@ -147,8 +241,10 @@ def _in_mlp(path: Sequence[str]) -> bool:
 
 def _in_attention(path: Sequence[str]) -> bool:
     *parents, own = path
-    numbered = any(part.isdigit() for part in parents)
-    return numbered and any(map(_ATTENTION.fullmatch, parents)) and not _ROUTER.fullmatch(own)
+    if not any(part.isdigit() for part in parents) or _ROUTER.fullmatch(own):
+        return False
+    inside = any(map(_ATTENTION.fullmatch, parents))
+    return inside or (_ATTENTION_PROJECTION.fullmatch(own) is not None and not _in_mlp(path))
 
 
 _ROLES: dict[str, tuple[str, Callable[[Sequence[str]], bool]]] = {
@@ -166,6 +262,10 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _too_narrow(target: Target) -> bool:
+    return isinstance(target.k, int) and target.k >= min(target.shape)
 
 
 def _tails(name: str) -> list[str]:

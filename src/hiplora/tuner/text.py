@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,28 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
 from hiplora.spectral import MomentBasis, TensorStore, weight_fingerprint
+from hiplora.tuner.experts import unrolled
 from hiplora.tuner.moments import Bases, base_only, measure_inputs, measure_outputs
 from hiplora.tuner.targets import Target, linear_target
 
 ROW_LENGTH = 256  # tokens of one calibration row
+LONGEST_QUESTION = 64  # tokens after which a question that a model asks itself is answered
+# Conversations without a chat template: what opens a question, the answer, and the next question.
+QUESTIONS = [
+    ("Question:", "\nAnswer:", "\n\nQuestion:"),
+    ("Q:", "\nA:", "\n\nQ:"),
+    ("### Instruction:\n", "\n### Response:\n", "\n\n### Instruction:\n"),
+]
+OWN_DATA = (
+    "call hiplora.calibrate(model, config, run_model=...) with a function that runs the model over data of yours, with "
+    "basis_sides='input' if it gives no logits; or set basis='weight'"
+)
+CACHES = ("past_key_values", "cache_params", "state")  # what models call the memory of the tokens before
 _SAMPLED_AT_ONCE = 40
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
@@ -78,12 +93,13 @@ class CalibrationText:
         store: CalibrationStore | None = None,
         max_bytes: int = 4 << 30,
         run_model: Callable[[], Any] | None = None,
+        tokenizer: Any = None,
     ):
         """Take `rows` of token ids, of any length, or sample about `tokens` from the model.
 
         `batch_size` rows are run at a time; `seed` is the sampling's; layers whose moments exceed `max_bytes` together
         are measured in several passes; `store` keeps sampled text and measurements, by default in the cache.
-        `run_model` runs the model over data of its own instead.
+        `run_model` runs the model over data of its own instead. `tokenizer` is for the conversations in sampled text.
 
         Raises:
             ConfigError: an argument makes no sense, or text cannot be sampled from this model.
@@ -96,15 +112,22 @@ class CalibrationText:
             return
         identity = model_fingerprint(model)
         if rows is None:
-            self.rows = sampled_rows(model, tokens, seed, self._store, identity)
+            self.rows = sampled_rows(model, tokens, seed, self._store, identity, tokenizer)
         else:
             self.rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+            _check_runs(model)
         if not self.rows:
             raise ConfigError("rows is empty; calibration needs token ids")
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         digest = hashlib.sha256(identity.encode())
         for index, row in enumerate(self.rows):
             if row.dim() != 1 or len(row) == 0:
                 raise ConfigError(f"rows[{index}] has shape {tuple(row.shape)}; expected a list of token ids")
+            if vocabulary is not None and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+                raise ConfigError(
+                    f"rows[{index}] has token ids from {row.min()} to {row.max()}, and the model's vocabulary has "
+                    f"{vocabulary}; encode the text with the model's own tokenizer"
+                )
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
 
@@ -170,74 +193,218 @@ class CalibrationText:
 def model_fingerprint(model: nn.Module) -> str:
     """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
     digest, seen = hashlib.sha256(), set()
-    for name, parameter in model.named_parameters():
-        if any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split(".")):
-            continue
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(parameter)}\n".encode())
+    with unrolled(model):
+        for name, parameter in model.named_parameters():
+            own = not any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split("."))
+            if own and id(parameter) not in seen:
+                seen.add(id(parameter))
+                digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(parameter)}\n".encode())
     return digest.hexdigest()
 
 
 def sampled_rows(
-    model: Any, tokens: int, seed: int = 0, store: CalibrationStore | None = None, identity: str = ""
+    model: Any,
+    tokens: int,
+    seed: int = 0,
+    store: CalibrationStore | None = None,
+    identity: str = "",
+    tokenizer: Any = None,
 ) -> list[Tensor]:
     """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on.
 
-    What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known.
+    Every other row is a conversation that the model writes itself, both sides of it: in the tokenizer's chat template,
+    else questions and answers. The rest is text begun by a random token; all of it, where there is no tokenizer.
+
+    What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
+    `tokenizer` None is the one in the folder, or of the hub name, that the model was loaded from.
 
     Raises:
         ConfigError: the model is not a causal language model.
     """
-    config = getattr(model, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False) or not model.can_generate():
-        raise ConfigError(
-            f"{type(model).__name__} is not a causal language model, so no calibration text can be sampled from it; "
-            "call hiplora.calibrate(model, config, run_model=...) on data of yours, or set basis='weight'"
-        )
+    check_causal(model)
     store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
     count = -(-tokens // length)
+    scripts = conversation_scripts(model, tokenizer or _own_tokenizer(model), length)
+    recipe = [(script.opening, script.reply, script.again) for script in scripts]
     rows: list[Tensor] = []
     with base_only(model):
         for first in range(0, count, _SAMPLED_AT_ONCE):
             part = range(first, min(first + _SAMPLED_AT_ONCE, count))
-            path = store.path("sample", identity, length, seed, part.start, part.stop)
-            sample = functools.partial(sample_rows, model, part, length, seed)
+            path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
+            sample = functools.partial(sample_rows, model, part, length, seed, scripts)
             made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
             rows.extend(made["rows"].long())
     return rows
 
 
-@torch.no_grad()
-def sample_rows(model: nn.Module, rows: range, length: int, seed: int = 0) -> Int[Tensor, "rows length"]:
-    """Sample rows of token ids from a causal language model, at temperature 1, each begun by a random token.
+@dataclass(frozen=True)
+class Script:
+    """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again.
 
-    A row depends on the model, the seed and its own number only, not on the rows sampled with it or on the device: its
-    random numbers are its own (Gumbel-max sampling). Tokens that end a text are not drawn, so every row has `length`
-    tokens.
+    `ends` says whether a sampled token ends a turn.
     """
-    text_config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    vocabulary, begin = text_config.vocab_size, text_config.bos_token_id
-    allowed = torch.ones(vocabulary, dtype=torch.bool)
-    allowed[[token for token in special_tokens(model) if token < vocabulary]] = False
-    # torch's generator takes 32 bits of a seed; the multiplier is odd, so seeds share no run of rows.
-    generators = [torch.Generator().manual_seed((seed * 0x9E3779B1 + row) % 2**32) for row in rows]
-    choices = allowed.nonzero().flatten()
-    first = torch.stack([choices[torch.randint(len(choices), (1,), generator=g)] for g in generators])
-    ids = first if begin is None else torch.cat([torch.full_like(first, begin), first], dim=1)
+
+    opening: list[int]
+    reply: list[int]
+    again: list[int]
+    ends: Callable[[int], bool]
+
+
+def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script]:
+    """Return the conversations that calibration rows of this length follow: of the chat template, else of `QUESTIONS`.
+
+    None where there is no tokenizer, or where it does not fit the model.
+    """
+    if tokenizer is None:
+        return []
+    special = {*special_tokens(model), *tokenizer.all_special_ids}
+    vocabulary, begin = _vocabulary(model)
+    begin = begin if begin == tokenizer("x")["input_ids"][:1] else []
+    texts, ends = QUESTIONS, lambda token: token in special or "\n" in tokenizer.decode([token])
+    if tokenizer.chat_template is not None and (chat := _chat_pieces(tokenizer)) is not None:
+        texts, ends, begin = [chat], special.__contains__, []
+    pieces = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in one] for one in texts]
+    scripts = [Script(begin + opening, reply, again, ends) for opening, reply, again in pieces]
+    return [
+        script
+        for script in scripts
+        if len(script.opening) < length / 2 and max(script.opening + script.reply + script.again) < vocabulary
+    ]
+
+
+def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
+    """Return what a chat template writes before the user's first turn, between the turns, and before the next one."""
+    marks = ["<1>", "<2>", "<3>"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        opening, reply = opened.split(marks[0])
+        return opening, reply, text.split(marks[1])[1].split(marks[2])[0]
+    except Exception:  # jinja2's errors, and any shape of template that this does not know
+        return None
+
+
+def _own_tokenizer(model: Any) -> Any:
+    """Return the tokenizer of the folder or hub name that a model was loaded from, if this machine has it."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # whatever transformers raises: the model may have come without one
+        return None
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one.
+
+    Raises:
+        ConfigError: it does not; says what to pass.
+    """
+    config = getattr(model, "config", None)
+    why = ""
+    if config is None or config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
+        why = "is not a causal language model"
+    else:
+        ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
+        ids[1, 3] = 1
+        with base_only(model):
+            logits = getattr(model(input_ids=ids), "logits", None)
+        if logits is None or logits.dim() != 3:
+            why = "does not give a logit for every position and token"
+        else:
+            first, *_, last = (logits[0] - logits[1]).abs().amax(-1).tolist()
+            why = "looks at later tokens too, as for masked words" if first > 1e-3 * last else ""
+    if why:
+        raise ConfigError(f"{type(model).__name__} {why}, so no calibration text can be sampled from it; {OWN_DATA}")
+
+
+@torch.no_grad()
+def sample_rows(
+    model: nn.Module, rows: range, length: int, seed: int = 0, scripts: Sequence[Script] = ()
+) -> Int[Tensor, "rows length"]:
+    """Sample rows of token ids from a causal language model, at temperature 1.
+
+    Odd rows follow the `scripts`, if any; the others begin with a random token. A row depends on the model, the seed
+    and its own number only, not on the rows sampled with it: its random numbers are its own, looked up in the model's
+    distribution. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
+    """
+    vocabulary, begin = _vocabulary(model)
     device = next(model.parameters()).device
-    step, cache = ids, None
-    for _ in tqdm(range(ids.shape[1], length), desc="sampling", delay=2, leave=False, disable=None):
-        output = model(input_ids=step.to(device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits = output.logits[:, -1, :vocabulary].float().cpu()
-        noise = torch.stack([torch.empty(vocabulary).exponential_(generator=g) for g in generators])
-        step = (logits - noise.log()).masked_fill(~allowed, -torch.inf).argmax(-1, keepdim=True)
-        ids = torch.cat([ids, step], dim=1)
-    return ids[:, :length]
+    special = torch.tensor([token for token in special_tokens(model) if token < vocabulary], dtype=torch.long)
+    choices = torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, special, False).nonzero().flatten()
+    writers, draws = [], torch.empty(len(rows), length, dtype=torch.float64)
+    for index, row in enumerate(rows):
+        # torch's generator takes 32 bits of a seed; the multiplier is odd, so seeds share no run of rows.
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + row) % 2**32)
+        first = int(choices[torch.randint(len(choices), (1,), generator=generator)])
+        script = scripts[row // 2 % len(scripts)] if scripts and row % 2 else None
+        writers.append(_Writer(script, begin if script is None else [], first))
+        torch.rand(length, generator=generator, out=draws[index])
+    special, draws = special.to(device), draws.to(device)
+    ids, cache = torch.empty(len(rows), 0, dtype=torch.long, device=device), None
+    sampled = [0] * len(rows)  # nothing is sampled for the first place
+    for position in tqdm(range(length), desc="sampling", delay=2, leave=False, disable=None):
+        step = [writer.next(token) for writer, token in zip(writers, sampled, strict=True)]
+        ids = torch.cat([ids, torch.tensor(step, device=device)[:, None]], dim=1)
+        if position == length - 1:
+            break
+        logits, cache = next_logits(model, ids, cache)
+        open_turn = torch.tensor([not writer.may_end for writer in writers], device=device)
+        logits = logits[:, :vocabulary].float()
+        logits[:, special] = logits[:, special].masked_fill(open_turn[:, None], -torch.inf)
+        heights = logits.softmax(-1).double().cumsum(-1)
+        found = torch.searchsorted(heights, draws[:, position, None] * heights[:, -1:], right=True)
+        sampled = found.clamp_max(vocabulary - 1).flatten().tolist()
+    return ids.cpu()
+
+
+class _Writer:
+    """One row as it is written: what its script puts next, else the token that was sampled."""
+
+    def __init__(self, script: Script | None, begin: list[int], first: int) -> None:
+        self.script = script
+        self.queue = [*begin, first] if script is None else list(script.opening)
+        self.asks, self.turn = True, 0  # whose turn it is, and how many tokens of it were sampled
+
+    @property
+    def may_end(self) -> bool:
+        return self.script is not None and self.turn > 0
+
+    def next(self, sampled: int) -> int:
+        long = self.asks and self.turn >= LONGEST_QUESTION
+        if self.script is not None and self.turn and not self.queue and (long or self.script.ends(sampled)):
+            self.queue = list(self.script.reply if self.asks else self.script.again)
+            self.asks, self.turn = not self.asks, 0
+        if self.queue:
+            return self.queue.pop(0)
+        self.turn += 1
+        return sampled
+
+
+def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tuple[Tensor, Any]:
+    """Return the logits of the token that follows each row, and the model's cache, if it has one."""
+    accepted = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in accepted), None)
+    few: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    if name is None:
+        few |= {"use_cache": False} if "use_cache" in accepted else {}
+    else:
+        few |= {"use_cache": True, name: cache}
+    output = model(input_ids=ids if cache is None else ids[:, -1:], **few)
+    return output.logits[:, -1], getattr(output, name, None) if name else None
+
+
+def _vocabulary(model: Any) -> tuple[int, list[int]]:
+    """Return the number of tokens, and the token that begins a text, if the model has one."""
+    config = model.config.get_text_config()
+    begin = config.bos_token_id
+    return config.vocab_size, [begin] if isinstance(begin, int) and begin < config.vocab_size else []
 
 
 def special_tokens(model: Any) -> list[int]:
@@ -250,15 +417,23 @@ def special_tokens(model: Any) -> list[int]:
     return sorted(found)
 
 
+def _check_runs(model: Any) -> None:
+    """Check that a model runs on rows of token ids and nothing else (ConfigError)."""
+    accepted = inspect.signature(model.forward).parameters
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "input_ids" not in accepted:
+        raise ConfigError(f"{type(model).__name__} does not run on rows of token ids alone; {OWN_DATA}")
+
+
 def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -> None:
     """Run the model over rows of token ids, padded on the right where they differ in length."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
-    few = {"logits_to_keep": 1} if what == "inputs" and "logits_to_keep" in accepted else {}
+    options: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1} if what == "inputs" else {})}
     starts = range(0, len(rows), batch_size)
     for first in tqdm(starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None):
         batch = rows[first : first + batch_size]
         ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in batch], device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **few)
+        given = {"attention_mask": mask.long(), **options}
+        model(input_ids=ids, **{name: value for name, value in given.items() if name in accepted})

@@ -12,6 +12,7 @@ from hiplora.errors import AdapterError
 from hiplora.spectral import factor_mismatch, leak, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.experts import unrolled
 from hiplora.tuner.layer import HipLoraLinear, leak_error, leak_limit
 from hiplora.tuner.targets import frozen_weight, precision
 
@@ -31,6 +32,13 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
         AdapterError: names the modules that are missing or differ.
     """
     config.unverified = set()
+    with unrolled(model):
+        wrong = _differing(model, config)
+    if wrong:
+        raise AdapterError(_other_weights(wrong, config))
+
+
+def _differing(model: nn.Module, config: HipLoraConfig) -> list[str]:
     wrong = []
     for name, expected in config.fingerprints.items():
         try:
@@ -47,8 +55,7 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
             wrong.append(name)
         elif found != expected:
             config.unverified.add(name)
-    if wrong:
-        raise AdapterError(_other_weights(wrong, config))
+    return wrong
 
 
 def _other_weights(names: list[str], config: HipLoraConfig) -> str:

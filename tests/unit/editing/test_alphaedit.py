@@ -146,7 +146,7 @@ def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():
     after = evaluate_edits(model, tokenizer, EDITS)
     assert (after["log_prob_new"] - before["log_prob_new"]).mean() > 0.5
     assert len(took["search_loss"]) == len(took["value_error"]) == 6
-    assert max(took["value_error"]) < 0.6
+    assert max(took["value_error"]) < 0.75
     assert took["null_space_rank"] == {name: 47}  # of 96, the median itself is not below it
     ((A, B),) = editor.updates[name]
     (P,) = editor._projectors.values()

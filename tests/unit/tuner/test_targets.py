@@ -1,5 +1,7 @@
 """The projections of a preset are found by their role, whatever the architecture calls them."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,6 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError
 from hiplora.tuner import default_targets, find_targets
+from hiplora.tuner.experts import unrolled
+from hiplora.tuner.targets import left_out
 from tests.tiny import tiny_llama
 
 SMALL = {
@@ -118,6 +122,81 @@ def test_routers_and_shared_experts_gates_are_left_alone():
     assert not any(name.endswith((".gate", "shared_expert_gate")) for name in names)
 
 
+# model type → its MLP's projections, other settings
+MIXTURES = {
+    "mixtral": ({"gate_up_proj", "down_proj"}, {"num_local_experts": 4, "head_dim": 8}),
+    "qwen2_moe": (
+        {"gate_up_proj", "down_proj", "gate_proj", "up_proj"},
+        {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    ),
+    "gpt_oss": ({"gate_up_proj", "down_proj"}, {"num_local_experts": 4, "head_dim": 8, "num_experts_per_tok": 2}),
+    "nemotron_h": (
+        {"up_proj", "down_proj"},
+        {
+            "layers_block_type": ["attention", "moe"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 16,
+            "head_dim": 8,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_adapted_one_by_one(kind):
+    """Unrolled they compute the same; adapted, merged and unloaded they are the 3-D parameters again."""
+    targets, settings = MIXTURES[kind]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **settings})).eval()
+    for parameter in model.parameters():  # some architectures leave them as they were allocated
+        torch.nn.init.normal_(parameter, std=0.2)
+    names, ids = dict(model.named_parameters()), torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        with unrolled(model):
+            torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert all(names[name] is parameter for name, parameter in model.named_parameters())
+    assert set(default_targets(model)) == targets
+    config = HipLoraConfig(preset="paper", r=2, principal_rank=4, target_modules=default_targets(model))
+    adapted = get_peft_model(model, HipLoraConfig(**{**config.to_dict(), "init_weights": False})).eval()
+    with torch.no_grad():
+        changed = adapted(input_ids=ids).logits
+        assert not torch.allclose(changed, before, atol=1e-3)
+        with adapted.disable_adapter():
+            torch.testing.assert_close(adapted(input_ids=ids).logits, before)
+        merged = adapted.merge_and_unload()
+        assert {name: p.shape for name, p in merged.named_parameters()} == {n: p.shape for n, p in names.items()}
+        torch.testing.assert_close(merged(input_ids=ids).logits, changed, rtol=1e-3, atol=1e-4)
+
+
+NOTES = {
+    "names of other architectures": (
+        "phi3",
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        r"\['gate_proj', 'up_proj'\] match no module .* MLP projections, these are left out: .*gate_up_proj \(\d+\.\d%",
+    ),
+    "experts of another kind": ("llama4_text", {}, r"cannot adapt .* left out: .*experts\.gate_up_proj"),
+    "narrow layers": ("qwen2_moe", {"target_modules": "all-linear"}, r"'all-linear' leaves out .*shared_expert_gate"),
+    "a usual choice": ("llama", {"target_modules": ["q_proj", "v_proj"]}, None),
+    "the default": ("qwen2_moe", {}, None),
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_what_is_left_out_is_named_with_its_share(case):
+    kind, changes, expected = NOTES[case]
+    settings = {"num_local_experts": 4, "head_dim": 8} if kind == "llama4_text" else MIXTURES.get(kind, (0, {}))[1]
+    model = skeleton(kind, {**settings, "pad_token_id": 0}, AutoModelForCausalLM)
+    config = HipLoraConfig(principal_rank=4, **changes)
+    notes = left_out(model, config, find_targets(model, config))
+    if expected is None:
+        assert not notes
+    else:
+        assert re.search(expected, " ".join(notes))
+
+
 def test_a_model_without_an_mlp_asks_for_targets():
     model = skeleton("mamba", {"state_size": 4}, AutoModelForCausalLM)
     with pytest.raises(ConfigError, match=r"no MLP projections .* MambaForCausalLM; set it to a list"):
@@ -130,7 +209,7 @@ def test_the_choice_is_the_same_on_an_adapted_model():
     config = HipLoraConfig(preset="paper", r=2, principal_rank=4, target_modules=["up_proj", "q_proj"])
     get_peft_model(base, config)
     assert [target.name for target in find_targets(base, HipLoraConfig())] == before
-    assert len(find_targets(base, HipLoraConfig(target_modules="all-linear"))) == 14
+    assert len(find_targets(base, HipLoraConfig(target_modules="all-linear", principal_rank=4))) == 14
 
 
 def test_any_method_of_peft_can_be_asked():

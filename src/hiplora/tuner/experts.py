@@ -1,0 +1,151 @@
+"""Experts of transformers' mixture-of-experts models, whose 3-D parameters become linear layers, one an expert."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# An expert's projections as checkpoints and other libraries call them → the 3-D parameters that hold them.
+ALIASES = {
+    "gate_up_proj": ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3"),
+    "up_proj": ("up_proj", "w1"),
+    "down_proj": ("down_proj", "w2"),
+}
+
+
+class ExpertList(nn.ModuleList):
+    """One projection of all experts: a linear layer for each, in order."""
+
+
+class UnrolledExperts(nn.Module):
+    """An experts module of transformers whose projections are `ExpertList`s; it computes the same.
+
+    The layers' weights are views of the 3-D parameters. `fused` is the original module without them: its biases,
+    activation and settings.
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self.fused = fused
+        for name in _projections(fused):
+            weights: Any = fused._parameters.pop(name)
+            weights = weights.data.mT if fused.is_transposed else weights.data
+            setattr(self, name, ExpertList(_linear(weight) for weight in weights))
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what this module lacks, such as `num_experts`, in the original."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("fused"), name)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts: (tokens, n) in, (tokens, n) out."""
+        fused: Any = self.fused
+        up = self.gate_up_proj if fused.has_gate else self.up_proj
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= len(up):  # where expert parallelism sends the tokens of other ranks
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            x = up[expert](hidden_states[token])
+            if fused.has_bias:
+                x = x + (fused.gate_up_proj_bias if fused.has_gate else fused.up_proj_bias)[expert]
+            x = fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)
+            x = self.down_proj[expert](x)
+            if fused.has_bias:
+                x = x + fused.down_proj_bias[expert]
+            if getattr(fused, "has_post_expert_norm", False):
+                x = fused.post_expert_norm(x)
+            result.index_add_(0, token, (x * top_k_weights[token, choice, None]).to(result.dtype))
+        return result
+
+
+def unroll(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Replace the experts modules of a model by unrolled ones; return their 3-D parameters, for `fuse`."""
+    found = {name: module for name, module in model.named_modules() if can_unroll(module)}
+    fused: dict[str, dict[str, nn.Parameter]] = {}
+    for name, module in found.items():
+        fused[name] = {projection: getattr(module, projection) for projection in _projections(module)}
+        _put(model, name, UnrolledExperts(module))
+    return fused
+
+
+def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = None) -> None:
+    """Undo `unroll` where no adapter is left: with the very parameters that it returned, else with their copies."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, UnrolledExperts):
+            continue
+        if fused is not None and name not in fused:
+            continue
+        lists = {key: child for key, child in module.named_children() if isinstance(child, ExpertList)}
+        if any(type(layer) is not nn.Linear for layers in lists.values() for layer in layers):
+            continue  # still adapted
+        for projection, layers in lists.items():
+            parameter = (fused or {}).get(name, {}).get(projection)
+            if parameter is None:
+                weights = torch.stack([layer.weight.data for layer in layers])
+                weights = weights.mT.contiguous() if module.is_transposed else weights
+                parameter = nn.Parameter(weights, requires_grad=False)
+            module.fused.register_parameter(projection, parameter)
+        _put(model, name, module.fused)
+
+
+@contextlib.contextmanager
+def unrolled(model: nn.Module) -> Iterator[None]:
+    """Have the model's experts unrolled inside the block."""
+    fused = unroll(model)
+    try:
+        yield
+    finally:
+        fuse(model, fused)
+
+
+def can_unroll(module: nn.Module) -> bool:
+    """Whether a module holds its experts as transformers' own interface for them expects."""
+    settings = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+    return (
+        settings
+        and not isinstance(module, UnrolledExperts)
+        and all(
+            isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.dim() == 3
+            for name in _projections(module)
+        )
+    )
+
+
+def expert_lists(model: nn.Module) -> dict[str, ExpertList]:
+    """Return the expert lists of an unrolled model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertList)}
+
+
+def shared_side(name: str) -> tuple[str, str] | None:
+    """Return (list, side) of an expert's layer name: the side, "input" or "output", which all experts share.
+
+    All experts read from, and write to, the hidden states; between their projections each has a space of its own.
+    """
+    parent, _, own = name.rpartition(".")
+    if not own.isdigit() or parent.rpartition(".")[2] not in ALIASES:
+        return None
+    return parent, "output" if parent.endswith("down_proj") else "input"
+
+
+def _projections(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """Return a linear layer without bias over a weight (m, n), sharing its memory."""
+    m, n = weight.shape
+    layer = nn.Linear(n, m, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
