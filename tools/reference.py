@@ -57,7 +57,8 @@ def commands_page() -> str:
     intro = (
         "# Commands\n\n"
         "Every command takes `--help`, and `--debug` to show the traceback of an error. Exit status: 0 success, "
-        "1 failure, 2 wrong usage or input, 130 interrupted. `HIPLORA_CACHE` names the folder for models and factors."
+        "1 failure, 2 wrong usage or input, 130 interrupted. `hiplora --install-completion` sets up completion in your "
+        "shell. `HIPLORA_CACHE` names the folder for models and factors."
     )
     return "\n\n".join([NOTE + intro, *(_command(name, one) for name, one in commands().items())]) + "\n"
 

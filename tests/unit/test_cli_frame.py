@@ -107,10 +107,14 @@ def test_debug_before_or_after_the_command_shows_the_traceback(raising, capsys, 
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_bug_is_not_dressed_up_as_a_users_mistake(raising):
-    raising["error"] = ZeroDivisionError("a bug")
-    with pytest.raises(ZeroDivisionError):
-        frame.main(["boom"])
+def test_a_bug_is_one_line_that_says_so_and_debug_shows_its_traceback(raising, capsys):
+    raising["error"] = ZeroDivisionError("division by zero")
+    assert run("boom") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: unexpected ZeroDivisionError (division by zero); this is a bug")
+    assert said.count("\n") == 1
+    assert run("boom", "--debug") == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_with_130(raising):
