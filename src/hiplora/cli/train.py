@@ -38,7 +38,7 @@ def command(
       hiplora train examples/quick.yaml --set train.lr=1e-4 --out runs/quick
     """
     from hiplora.training import load_recipe, train
-    from hiplora.training.card import result_rows
+    from hiplora.training.result import result_rows
 
     loaded = load_recipe(recipe, settings)
     where = out or (Path(loaded.out) if loaded.out else None)

@@ -1,27 +1,31 @@
-"""Put a method's adapter on a model, and save it when it is trained."""
+"""Put a method's adapter on a model, new or carried on from a finished one, and save it when it is trained."""
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+import yaml
+from pydantic import TypeAdapter
 
-from hiplora.errors import ConfigError, HipLoraError
-from hiplora.training import residual_init
-from hiplora.training.method import ATTENTION_PROJECTIONS, WEIGHTS_FILE, Method, save_adapter
-from hiplora.tuner import default_targets
+from hiplora.errors import ConfigError, HipLoraError, first_line
+from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
+from hiplora.training.method import ADAPTER, ATTENTION_PROJECTIONS, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
+from hiplora.training.methods import AnyMethod
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def put_on(
-    method: Method,
+    method: Any,
     model: Any,
     tokenizer: Any,
     *,
     seed: int,
     start: Path | None = None,
     steps: int | None = None,
-    config: PeftConfig | None = None,
-) -> PeftModel:
+    given: Path | None = None,
+) -> "PeftModel":
     """Put a method's adapter on a bare model: calibrated, initialized, at the point where training begins.
 
     Args:
@@ -31,23 +35,38 @@ def put_on(
         seed: of the adapter's random factors.
         start: for a method that moves the base, the folder that keeps its start: read if it has one, else written.
         steps: of the training, where the method needs to know them (AdaLoRA).
-        config: a configuration that needs no calibration, instead of the method's own.
+        given: folder of a finished adapter to carry on from (`start_problem`), instead of a new one.
 
     Raises:
-        ConfigError: the method does not fit the model.
+        ConfigError: the method, or the given adapter, does not fit the model.
         DataError, FactorError: as `Method.prepare`.
+        AdapterError: a given HiP-LoRA adapter is damaged.
     """
+    import torch
+    from peft import get_peft_model, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from hiplora.tuner import default_targets
+
     keeps = start if method.moves_base else None
-    restores = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
-    begin = None
+    tensors = origin = begin = None
+    if given is not None:
+        tensors = load_file(given / WEIGHTS_FILE)
+        if method.moves_base:
+            tensors, origin = split_difference(tensors)
+    if keeps is not None and origin is not None and not keeps.is_dir():
+        keep_start(origin, keeps)
+    kept = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
     try:
-        prepare = config is None
-        config = config or method.peft_config(steps)
-        if prepare and method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
-            config.target_modules = {*default_targets(model, "paper")}  # type: ignore[attr-defined]
-        if restores:
-            begin = residual_init.restored(config, keeps)  # type: ignore[arg-type]
-        elif prepare:
+        if given is not None:
+            config = method.continued_config(json.loads((given / CONFIG_FILE).read_text(encoding="utf-8")))
+        else:
+            config = method.peft_config(steps)
+            if method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
+                config.target_modules = {*default_targets(model, "paper")}
+        if kept:
+            begin = restored(config, keeps)  # type: ignore[arg-type]
+        elif given is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
         adapted: Any = get_peft_model(model, config)
@@ -57,17 +76,72 @@ def put_on(
         if isinstance(error, HipLoraError) and not isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "  # type: ignore[attr-defined]
+            f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "
             "against the model's module names"
         ) from error
-    if keeps is not None and not restores:
-        residual_init.save_start(adapted, keeps)
+    if keeps is not None and not kept:
+        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), keeps)
+    if tensors is not None:
+        _load_tensors(adapted, tensors, given)
     return adapted
 
 
-def save_trained(method: Method, model: PeftModel, folder: Path, start: Path | None = None) -> None:
+def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> None:
+    """Give the model's adapter the tensors of another, from a folder."""
+    from peft import set_peft_model_state_dict
+
+    try:
+        loaded: Any = set_peft_model_state_dict(model, tensors, ADAPTER)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if unfit := sorted((trained & {*loaded.missing_keys}) | {*loaded.unexpected_keys}):
+            raise RuntimeError(f"{unfit[0]} is on one side only")
+    except RuntimeError as error:
+        raise ConfigError(
+            f"train.start_from: {folder} does not fit this model ({first_line(error)}); it was trained on another one, "
+            "or on other modules of it"
+        ) from error
+
+
+def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path | None = None) -> None:
     """Save a trained adapter for the untouched base model; `start` as in `put_on`."""
     save_adapter(model, folder)
     if method.moves_base:
         assert start is not None, "a method that moves the base is saved relative to its start"
-        residual_init.to_difference(folder, start)
+        to_difference(folder, start)
+
+
+def start_problem(method: Any, start_from: str) -> str | None:
+    """Say why a training with `method` cannot carry on from the adapter in the folder `start_from`.
+
+    The adapter must be the finished result of a training with the same method and settings; those that only steer the
+    training (`Method.steering`) may differ.
+    """
+    folder = Path(start_from)
+    for name in (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml"):
+        if not (folder / name).is_file():
+            return f"{folder} has no {name}; name the output folder of a finished `hiplora train`"
+    try:
+        stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        given = TypeAdapter(AnyMethod).validate_python(stored["method"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
+    old, new = _identity(given), _identity(method)
+    changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
+    if given.name != method.name:
+        changes = [f"method {given.name} there, {method.name} here"]
+    if not changes:
+        return None
+    return (
+        f"{folder} holds another adapter ({'; '.join(changes)}); give the recipe the adapter's own method and "
+        "settings, or name another folder"
+    )
+
+
+def _identity(method: Method) -> dict[str, Any]:
+    """Return the settings that make an adapter what it is; of a text only its name, since it may have moved."""
+    values = method.model_dump(mode="json", exclude={*method.steering})
+    if values.get("calibration_text") is not None:
+        values["calibration_text"] = Path(values["calibration_text"]).name
+    if isinstance(values["target_modules"], list):
+        values["target_modules"] = sorted(values["target_modules"])
+    return values

@@ -1,6 +1,6 @@
 """What a method of a recipe is: its settings, how its adapter is made, and what it does while it trains.
 
-A method is one file in `baselines/` with a subclass of `Method` that has a `name`. Recipes are checked before torch is
+A method is a subclass of `Method` with a `name`, in a file of `baselines/`. Recipes are checked before torch is
 loaded, so these files import torch and PEFT only inside functions.
 """
 
@@ -52,10 +52,13 @@ class Session:
 
     def batches(self, sampler: "Sampler[int]", batch_size: int) -> "BatchSampler | None":
         """Return the batches of an epoch, where they are not simply consecutive."""
-        return None
 
     def micro_batch(self, number: int) -> contextlib.AbstractContextManager[None]:
         """Wrap forward and backward of the micro-batch `number` of a step."""
+        return contextlib.nullcontext()
+
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
+        """Wrap measuring and saving: inside, the model is what the training would return now."""
         return contextlib.nullcontext()
 
     def after_optimizer(self, step: int) -> None:
@@ -63,10 +66,6 @@ class Session:
 
     def after_step(self, step: int, last: bool) -> None:
         """Act after a step; `step` counts from 1."""
-
-    def measuring(self) -> contextlib.AbstractContextManager[None]:
-        """Wrap measuring and saving: inside, the model is what the training would return now."""
-        return contextlib.nullcontext()
 
     def save(self, folder: Path) -> None:
         """Write the adapter, and whatever else a resumed training needs, into a checkpoint."""
@@ -123,10 +122,6 @@ class Method(Block):
             FactorError: a layer saw no calibration text, or a weight cannot be decomposed.
         """
         return None
-
-    def trained_tensors(self, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """Return, of the tensors of a finished adapter, those that a training that carries it on starts from."""
-        return tensors
 
     def session(self, model: "PeftModel", sequences: int) -> Session:
         """Return what the method does while it trains on so many sequences."""
@@ -190,11 +185,7 @@ class FromInputs(Block):
     )
 
     def calibration_rows(self, tokenizer: Any) -> "list[Tensor] | None":
-        """Return the rows of the calibration text; None for text sampled from the model.
-
-        Raises:
-            DataError: the text cannot be used.
-        """
+        """Return the rows of the calibration text, as `hiplora.data.texts` reads it; None for sampled text."""
         from hiplora.data.texts import calibration_rows
 
         if self.calibration_text is None:

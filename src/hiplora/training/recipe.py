@@ -18,7 +18,7 @@ from hiplora.data.examples import Block, DataSettings, PathText
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import ConfigError, DataError
 from hiplora.training.methods import METHODS, AnyMethod
-from hiplora.training.start_from import start_problem
+from hiplora.training.adapt import start_problem
 
 Loc = tuple[str | int, ...]  # a place in a recipe
 

@@ -26,11 +26,10 @@ from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
-from hiplora.training.card import model_card
+from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe, TrainSettings, model_problem
-from hiplora.training.result import PROVENANCE_FILE, TrainResult
-from hiplora.training.start_from import adapter_config, load_start, start_problem
+from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -112,10 +111,7 @@ def _run(
     from accelerate import PartialState
 
     from hiplora.models import load
-    from hiplora.training.adapt import put_on
     from hiplora.training.kl import kl_penalty
-    from hiplora.training.memory import peak_bytes
-    from hiplora.training.residual_init import keep_start
     from hiplora.training.trainer import AdapterTrainer, Record, last_checkpoint
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
@@ -136,12 +132,7 @@ def _run(
     origin = out / "checkpoints" / "start"
     with processes.main_process_first():  # which calibrates; the others read its results from the cache
         penalty = kl_penalty(recipe, model, tokenizer)
-        if method.moves_base and given is not None and not origin.is_dir():
-            keep_start(given, origin)
-        config = method.continued_config(adapter_config(given)) if given else None
-        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, config=config)
-    if given is not None:
-        load_start(method, adapted, given)
+        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
     trainer = AdapterTrainer(
@@ -177,8 +168,6 @@ def _run(
 
 def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult) -> None:
     """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
-    from hiplora.training.adapt import save_trained
-
     values = recipe.values()
     made = provenance(
         recipe=values,

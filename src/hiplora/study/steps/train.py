@@ -24,7 +24,6 @@ from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found
 from hiplora.training import TrainRecipe, train
 from hiplora.training.baselines.hiplora import Spectral
-from hiplora.training.memory import peak_reserved_bytes
 from hiplora.training.method import WEIGHTS_FILE
 from hiplora.training.methods import AnyMethod
 from hiplora.training.train import machine_dtype, torch_dtype
@@ -51,7 +50,7 @@ def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Fo
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_reserved_bytes": peak_reserved_bytes(),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
     }
     held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]  # empty without a GPU
     if held:

@@ -1,16 +1,265 @@
-"""LoRA (Hu et al. 2022, arXiv 2106.09685), from PEFT."""
+"""LoRA from PEFT, and the initialisations of LoRA that start it at a part of the base weight and subtract that part.
 
-from typing import ClassVar, Literal
+A start is a pair of factors A₀ (r, n), B₀ (m, r) a layer. The base weight W becomes W − s·B₀A₀, with LoRA's scaling s,
+and the adapter begins at A₀, B₀: together they are W, to rounding. The trained A and B are saved as the difference from
+the untouched base, a plain LoRA of rank 2r with the factors [A; A₀] and [B, −B₀] at the same s.
+
+None of the papers has s in its formulas. As in PEFT's PiSSA the factors are divided by √s, so that the model begins as
+the base model at every `lora_alpha`. PEFT's own conversion is not used: it knows only its own methods and leaves out
+`modules_to_save`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hiplora.training.method import LowRank
+from hiplora.errors import ConfigError
+from hiplora.files import write_atomic
+from hiplora.training.method import ADAPTER, WEIGHTS_FILE, Begin, FromInputs, LowRank
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from torch import Tensor
+
+    Factors = Callable[[str, Any], tuple[Tensor, Tensor]]  # of a layer by its name: B (m, r), A (r, n)
+
+A_NAME, B_NAME = ".lora_A.weight", ".lora_B.weight"
 
 
 class LoraMethod(LowRank):
-    """Plain LoRA, from PEFT."""
+    """Plain LoRA (Hu et al. 2022, arXiv 2106.09685), from PEFT."""
 
-    title: ClassVar[str] = "LoRA"
-    summary: ClassVar[str] = "A plain low-rank update."
+    title = "LoRA"
+    summary = "A plain low-rank update."
 
     name: Literal["lora"] = Field(default="lora", description="The method.")
+
+
+class ResidualInit(LowRank):
+    """Base of the initialisations: what they start from, and PEFT's name of it where it is PEFT's own."""
+
+    moves_base = True
+    start: ClassVar[str]
+    peft_start: ClassVar[dict[str, Any]] = {}
+    not_of_peft = ("name", "calibration_text", "calibration_tokens")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        cls.summary = f"Trained from {cls.start}; saved as a plain LoRA of twice the rank."
+
+    def peft_config(self, steps: int | None = None) -> "PeftConfig":
+        """Return a LoRA configuration, with PEFT's own start where PEFT has it."""
+        from peft import LoraConfig
+
+        return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
+
+    def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
+        """Start at `factors`; where they are PEFT's, subtract them as they are: PEFT rounds them afterwards."""
+        ranks = layer_ranks(config, model)
+        if not self.peft_start:
+            return _begin_at(self.factors(ranks, model, tokenizer))
+        before = {name: model.get_submodule(name).weight.data for name in ranks}
+
+        def of_peft(name: str, layer: Any) -> "tuple[Tensor, Tensor]":
+            layer.get_base_layer().weight.data = before[name]
+            return layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
+
+        return _begin_at(of_peft)
+
+    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
+        """Return how the factors of a layer are found."""
+        raise NotImplementedError
+
+
+class PissaMethod(ResidualInit):
+    """PiSSA (Meng et al. 2024, arXiv 2404.02948), from PEFT: starts from the principal part of the weights."""
+
+    title = "PiSSA"
+    start = "the principal part of the base weights"
+    peft_start = {"init_lora_weights": "pissa"}
+
+    name: Literal["pissa"] = Field(default="pissa", description="The method.")
+
+
+class CordaMethod(ResidualInit, FromInputs):
+    """CorDA (Yang et al. 2024, arXiv 2406.05223), from PEFT, knowledge-preserved: starts from what inputs use least.
+
+    PEFT takes the covariance of one row at a time, each divided by its largest entry.
+    """
+
+    title = "CorDA"
+    start = "the part of the base weights that the inputs use least"
+    peft_start = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
+
+    name: Literal["corda"] = Field(default="corda", description="The method.")
+
+    def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
+        """Measure the covariances and start where PEFT does."""
+        from peft.tuners.lora.corda import preprocess_corda
+
+        from hiplora.tuner import CalibrationText, base_only
+
+        begin = super().prepare(config, model, tokenizer)
+        if config.target_modules == "all-linear":  # PEFT's preprocessing takes it for a regular expression
+            config.target_modules = list(layer_ranks(config, model))
+        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, 1, 0, None)
+        with base_only(model):
+            preprocess_corda(model, config, text.run)
+        return begin
+
+
+class MiloraMethod(ResidualInit):
+    """MiLoRA (Wang et al. 2025, arXiv 2406.09044): starts from the r smallest singular values of the weights."""
+
+    title = "MiLoRA"
+    start = "the minor part of the base weights"
+
+    name: Literal["milora"] = Field(default="milora", description="The method.")
+
+    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
+        """Return the factors of the r smallest singular values."""
+        from hiplora.spectral import minor_svd_factors
+
+        return _scaled(lambda name, weight: minor_svd_factors(weight, ranks[name]))
+
+
+class LoraNullMethod(ResidualInit, FromInputs):
+    """LoRA-Null (Tang et al. 2025, arXiv 2503.02659): starts from W N Nᵀ, where N is what the inputs use least.
+
+    This is the variant that trains both factors. N (n, r) are the last r eigenvectors of a layer's input second moment.
+    The paper measures it on 256 questions of NQ-open; here text and moment are those of HiP-LoRA's activation basis.
+    """
+
+    title = "LoRA-Null"
+    start = "the part of the base weights in the directions in which the inputs have least energy"
+
+    name: Literal["lora_null"] = Field(default="lora_null", description="The method.")
+
+    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
+        """Measure the inputs; return the factors of W N Nᵀ."""
+        from hiplora.spectral import projected_factors
+        from hiplora.tuner import trailing_inputs
+
+        rows = self.calibration_rows(tokenizer)
+        least = trailing_inputs(model, ranks, rows=rows, tokens=self.calibration_tokens)
+        return _scaled(lambda name, weight: projected_factors(weight, least[name].vectors))
+
+
+def layer_ranks(config: Any, model: Any) -> dict[str, int]:
+    """Return the rank of every layer to adapt.
+
+    Raises:
+        ConfigError: a rank exceeds the weight, or the weight has a type from which nothing can be subtracted.
+    """
+    import torch
+
+    from hiplora.tuner import find_targets, for_module
+
+    ranks = {}
+    for target in find_targets(model, config):
+        r = ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
+        dtype = model.get_submodule(target.name).weight.dtype
+        if r > min(target.shape):
+            raise ConfigError(
+                f"layer {target.name}: r {r} exceeds min(out, in) = {min(target.shape)}; lower r or set rank_pattern"
+            )
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"layer {target.name}: nothing can be subtracted from a weight of type {dtype}; load the model in "
+                "fp32, bf16 or fp16, or use another method"
+            )
+    return ranks
+
+
+def _scaled(part: "Callable[[str, Tensor], tuple[Tensor, Tensor]]") -> "Factors":
+    """Return factors (B, A) of a part of each weight, divided by √s."""
+    from peft.utils.other import transpose
+
+    def factors(name: str, layer: Any) -> "tuple[Tensor, Tensor]":
+        B, A = part(name, transpose(layer.get_base_layer().weight.detach(), layer.fan_in_fan_out))
+        root = layer.scaling[ADAPTER] ** 0.5
+        return B / root, A / root
+
+    return factors
+
+
+def _begin_at(factors: "Factors") -> Begin:
+    """Start every layer at its factors, in fp32, and subtract their scaled product from its base weight."""
+    import torch
+    from peft.utils.other import transpose
+    from tqdm import tqdm
+
+    @torch.no_grad()
+    def begin(adapted: "PeftModel") -> None:
+        layers = list(_layers(adapted))
+        for name, layer in tqdm(layers, "decomposing", unit=" layers", delay=2, leave=False, disable=None):
+            B, A = factors(name, layer)
+            weight = layer.get_base_layer().weight
+            A, B = (factor.to(weight.device, torch.float32).contiguous() for factor in (A, B))
+            layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data = A, B
+            part = transpose(layer.scaling[ADAPTER] * B @ A, layer.fan_in_fan_out)
+            weight.data = (weight.float() - part).to(weight.dtype)  # a new tensor: others may hold the old one
+
+    return begin
+
+
+def restored(config: Any, folder: Path) -> Begin:
+    """Begin at the start in a folder; `config` is changed so that PEFT computes none."""
+    from safetensors.torch import load_file
+
+    start = load_file(folder / WEIGHTS_FILE)
+    config.init_lora_weights, config.corda_config = True, None
+    names = ("base_model.model.{}" + B_NAME, "base_model.model.{}" + A_NAME)
+    return _begin_at(lambda name, layer: tuple(start[kind.format(name)] for kind in names))  # type: ignore[arg-type, return-value]
+
+
+def keep_start(tensors: "Mapping[str, Tensor]", folder: Path) -> None:
+    """Keep the factors that an adapter starts from, under their names; the file is whole or absent."""
+    from safetensors.torch import save
+
+    kept = {name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))}
+    write_atomic(folder / WEIGHTS_FILE, save(kept))
+
+
+def to_difference(folder: Path, start: Path) -> None:
+    """Turn an adapter as trained into the plain LoRA of rank 2r on the untouched base; `modules_to_save` stay."""
+    import torch
+    from peft import PeftConfig
+    from safetensors.torch import load_file, save_file
+
+    tensors, origin = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
+    for name, trained in tensors.items():
+        if name.endswith(A_NAME):
+            tensors[name] = torch.cat([trained, origin[name].to(trained.dtype)], dim=0)
+        elif name.endswith(B_NAME):
+            tensors[name] = torch.cat([trained, -origin[name].to(trained.dtype)], dim=1)
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    config.r *= 2  # and α with it: the scaling α/r stays
+    config.lora_alpha *= 2
+    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    config.init_lora_weights, config.corda_config = True, None
+    config.save_pretrained(str(folder))
+
+
+def split_difference(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
+    """Return the tensors of the trained adapter and of its start, which `to_difference` put together."""
+    trained, start = dict(tensors), {}
+    for name, value in tensors.items():
+        if name.endswith((A_NAME, B_NAME)):
+            own, origin = value.chunk(2, dim=0 if name.endswith(A_NAME) else 1)
+            trained[name], start[name] = own.contiguous(), origin if name.endswith(A_NAME) else -origin
+    return trained, start
+
+
+def _layers(model: "PeftModel") -> Iterator[tuple[str, Any]]:
+    """Yield the LoRA layers of a model, under their names in the bare model."""
+    from peft.tuners.lora import LoraLayer
+
+    bare: Any = model.get_base_model()
+    for name, module in bare.named_modules():
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+            yield name, module
