@@ -4,17 +4,21 @@ Only responses are learned, unless the recipe says otherwise. A prompt keeps the
 is prompted; whatever is cut or left out is counted.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hiplora.data.examples import Example
-from hiplora.errors import DataError
+from hiplora.errors import DataError, first_line
 
 IGNORED = -100  # label of a token that is read but not learned
 CHUNK = 1000  # examples per call of the tokenizer
+MARK = re.compile(r"\{%-?\s*generation\b")
 
 Tokens = tuple[list[int], list[int]]  # token ids, labels
+Span = tuple[int, int]  # characters of a rendered conversation
 
 
 @dataclass
@@ -27,21 +31,18 @@ class EncodingReport:
     learned_tokens: int = 0
     truncated: int = 0  # responses cut at their end
     left_out: int = 0  # the prompt alone fills max_length
+    endless: int = 0  # conversations whose learned text does not end on a special token
 
     def warnings(self, max_length: int) -> list[str]:
-        """Say what was cut or left out; empty if nothing was."""
-        said = []
-        if self.truncated:
-            said.append(
-                f"{self.truncated} of {self.examples} responses are cut at {max_length} tokens; raise train.max_length "
-                "to keep them whole"
-            )
-        if self.left_out:
-            said.append(
-                f"{self.left_out} of {self.examples} rows are left out: the prompt alone has {max_length} tokens or "
-                "more; raise train.max_length or shorten the prompts"
-            )
-        return said
+        """Say what was cut or left out, or may not learn to stop; empty if nothing was."""
+        said = {
+            "responses are cut at {} tokens; raise train.max_length to keep them whole": self.truncated,
+            "rows are left out: the prompt alone has {} tokens or more; raise train.max_length or shorten the "
+            "prompts": self.left_out,
+            "conversations end on no end-of-turn token, so the model will not learn to stop; put it inside "
+            "{{% generation %}} in the chat template, or see what is learned with --preview": self.endless,
+        }
+        return [f"{n} of {self.examples} {text.format(max_length)}" for text, n in said.items() if n]
 
 
 def encode_examples(
@@ -55,11 +56,14 @@ def encode_examples(
     Raises:
         DataError: no row is left, or the tokenizer cannot format a conversation.
     """
-    report = EncodingReport(examples=len(examples))
-    rows = []
+    report, rows = EncodingReport(examples=len(examples)), []
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    specials = {tokenizer.eos_token_id, *(index for index, token in added if token.special)}
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         for example, tokens in zip(chunk, _encode(tokenizer, chunk), strict=True):
+            learned = [label for label in tokens[1] if label != IGNORED]
+            report.endless += bool(example.messages) and learned[-1] not in specials
             for ids, labels in _cut(example, tokens, max_length, report):
                 rows.append({"input_ids": ids, "labels": labels})
                 report.tokens += len(ids)
@@ -75,6 +79,17 @@ def encode_examples(
 def encode_example(tokenizer: Any, example: Example) -> Tokens:
     """Tokenize one example at its full length: (input_ids, labels)."""
     return _encode(tokenizer, [example])[0]
+
+
+def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
+    """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
+    text, current, inside = "", [], False
+    for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, None)]:
+        if current and (token is None or (label != IGNORED) != inside):
+            piece = tokenizer.decode(current)
+            text, current = text + (f"⟦{piece}⟧" if inside else piece), []
+        current, inside = [*current, token], label != IGNORED
+    return text
 
 
 def _learned(labels: Sequence[int]) -> int:
@@ -114,7 +129,7 @@ def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
 def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
     """Join prompt and response; a response whose first token spans the boundary is tokenized by itself."""
     spans = whole[: len(prompt)] != prompt
-    response = _tokenize(tokenizer, [example.response])[0] if spans else whole[len(prompt) :]
+    response = _continuation(tokenizer, example.response) if spans else whole[len(prompt) :]
     end = tokenizer.eos_token_id
     if end is not None and response[-1:] != [end]:
         response = [*response, end]
@@ -126,6 +141,12 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
+def _continuation(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize a text that follows another: without the blank that SentencePiece puts before a text."""
+    anchor, whole, alone = _tokenize(tokenizer, ["\n", "\n" + text, text])
+    return whole[len(anchor) :] if whole[: len(anchor)] == anchor else alone
+
+
 def _prefix(tokenizer: Any) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -135,45 +156,103 @@ def _prefix(tokenizer: Any) -> list[int]:
 
 
 def _conversation(tokenizer: Any, example: Example) -> Tokens:
-    """Encode a conversation by the chat template; assistant messages, their end of turn included, are learned."""
-    template = tokenizer.chat_template
-    if not template:
+    """Encode a conversation by the chat template; assistant messages, their end of turn included, are learned.
+
+    The whole is tokenized at once, as inference does, and cut by characters.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
         raise DataError(
             "the data are conversations, but the model's tokenizer has no chat template; use a chat model, or give "
             "the rows as prompt and completion"
         )
-    messages = [dict(message) for message in example.messages]
-    if "{% generation" in template or "{%- generation" in template:
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-        return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
-    ids, labels = [], []
-    for text, learned in _turns(tokenizer, messages):
-        tokens = _tokenize(tokenizer, [text])[0]
-        ids += tokens
-        labels += tokens if learned else [IGNORED] * len(tokens)
+    try:
+        text, spans = _rendered(tokenizer, example)
+    except (TemplateError, TypeError) as error:
+        roles = "; for a template without system messages, put their text into the user's first message"
+        raise DataError(
+            f"the model's chat template refuses the conversation that begins {_beginning(example)} "
+            f"({first_line(error)}){roles if example.messages[0]['role'] == 'system' else ''}"
+        ) from error
+    ids, labels = _cut_out(tokenizer, text, spans)
+    if not any(label != IGNORED for label in labels):
+        raise DataError(
+            f"the model's chat template marks nothing to learn in the conversation that begins {_beginning(example)}; "
+            "look for {% generation %} in it, or give the rows as prompt and completion"
+        )
     return ids, labels
 
 
-def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> Iterator[tuple[str, bool]]:
-    """Split a rendered conversation into (text, is it learned) by rendering its beginnings."""
+def _cut_out(tokenizer: Any, text: str, spans: Sequence[Span]) -> Tokens:
+    """Tokenize a text as a whole, to learn its spans; piece by piece where a token reaches over the edge of a span."""
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids, places = encoded["input_ids"], encoded.get("offset_mapping")
+    if places is not None and not any(start < edge < end for start, end in places for edge in edges):
+        learned = [any(first <= start < end <= last for first, last in spans) for start, end in places]
+        return ids, [token if known else IGNORED for token, known in zip(ids, learned, strict=True)]
+    ids, labels = [], []
+    for first, last in pairwise(edges):
+        piece = _continuation(tokenizer, text[first:last]) if first else _tokenize(tokenizer, [text[:last]])[0]
+        ids += piece
+        labels += piece if (first, last) in spans else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def _beginning(example: Example) -> str:
+    return repr(example.messages[0]["content"][:40])
+
+
+def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+    """Render a conversation; return its text and the spans of the assistant's messages to learn.
+
+    A span ends behind the last special token of its turn. The template's own {% generation %} marks are used where
+    they reach as far; else, as without marks, beginnings of the conversation are rendered to find the turns.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages, tools = [dict(message) for message in example.messages], list(example.tools) or None
+    template = tokenizer.get_chat_template(tools=tools)
+    given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
+    marked = bool(MARK.search(template))
+    (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
+    spans = [(start, end) for start, end in (marks[0] if marked else ()) if end > start]
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    whole = len(spans) == len(said)
+    if whole and all(text[start:end].rstrip().endswith(tuple(specials)) for start, end in spans):
+        turns = spans
+    else:
+        try:
+            turns = list(_turns(tokenizer, messages, tools, text, specials))
+        except DataError:
+            if not spans:
+                raise
+            turns = spans
+    if len(turns) == len(said):
+        turns = [turn for turn, index in zip(turns, said, strict=True) if index >= example.learn_from]
+    return text, turns
+
+
+def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: list[str]) -> Iterator[Span]:
+    """Find the assistant's turns in a rendered conversation by rendering its beginnings."""
 
     def render(count: int, prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages[:count], tools, tokenize=False, add_generation_prompt=prompt)
 
-    full, done = render(len(messages)), 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = render(index, prompt=True), render(index + 1)
-        if not (full.startswith(after) and after.startswith(before) and len(before) >= done):
+        after = render(index + 1)
+        header = render(1, prompt=True)[len(render(1)) :] if not index else ""  # nothing renders no messages
+        before = render(index, prompt=True) if index else after[: after.find(header) + len(header)]
+        if not (full.startswith(after) and after.startswith(before)):
             raise DataError(
                 f"the model's chat template renders message {index + 1} differently when it is not the last, so the "
                 "assistant's text cannot be found; mark it in the template with {% generation %}, or give the rows "
                 "as prompt and completion"
             )
-        yield before[done:], False
-        yield after[len(before) :], True
-        done = len(after)
-    if full[done:]:
-        yield full[done:], False
+        said = after[len(before) :]
+        end = max((said.rfind(token) + len(token) for token in specials if token in said), default=len(said))
+        yield len(before), len(before) + (end if not said[end:].strip() else len(said))

@@ -1,5 +1,6 @@
 """Training data as prompts and responses: the `data` block of a recipe, and the examples that it stands for."""
 
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,13 +48,18 @@ class Block(BaseModel):
 
 
 class DataSettings(Block):
-    """What to train on: a file (JSON lines, JSON or parquet; JSON may be gzipped) or a data set on the hub."""
+    """What to train on: a file (JSON lines, JSON, parquet, CSV or text) or a data set on the hub."""
 
     path: PathText | None = Field(
         default=None,
         min_length=1,
-        description="File with the training rows: .jsonl, .json, .jsonl.gz, .json.gz or .parquet. In a recipe, "
-        "relative to the recipe's folder; with --set, to the current folder.",
+        description="File with the training rows: .jsonl, .json (both may be gzipped), .parquet, .csv or .txt. In a "
+        "recipe, relative to the recipe's folder; with --set, to the current folder.",
+    )
+    mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Further files → how often an epoch has each of their rows: 1 once, 2 twice, 0.25 a random "
+        "quarter of the rows once. No rows of theirs are held out.",
     )
     hub: str | None = Field(
         default=None, min_length=1, description="Data set on the Hugging Face hub, instead of `path`."
@@ -74,36 +80,35 @@ class DataSettings(Block):
         description="Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
         "completion (or response). `question_answer`: question and answer. `query_response`: query and response. "
         "`multiple_choice`: question, choices and the index of the right one as answer. `messages`: a list of "
-        "{role, content}. `text`: plain text. `auto` reads it off the first row.",
+        "{role, content}, with tools and tool_calls; ShareGPT's conversations are read too. `text`: plain text. `auto` "
+        "reads it off the first row.",
     )
-    template: Literal["instruction", "verbatim", "direct", "step_by_step", "chat"] | None = Field(
+    template: Literal["auto", "instruction", "verbatim", "direct", "step_by_step", "chat"] | None = Field(
         default=None,
         description="How a prompt is worded. `instruction`: Alpaca style (default for alpaca, question_answer and "
         "query_response rows). `verbatim`: the prompt as it is (default for prompt_completion). `direct`: as the "
         "evaluation tasks do, answered by the letter or the final number alone (default for multiple_choice). "
         "`step_by_step`: answered by the derivation, as in the task gsm8k_solution. `chat`: through the tokenizer's "
-        "chat template. Not for messages and text rows.",
+        "chat template. `auto`: `chat` instead of `instruction` where there is such a template. Not for messages and "
+        "text rows.",
     )
+    skip_bad_rows: bool = Field(default=False, description="Leave out rows that cannot be used, and count them.")
     max_characters: int | None = Field(
-        default=None,
-        ge=1,
-        description="Leave out rows whose question and answer together have more characters.",
+        default=None, ge=1, description="Leave out rows whose question and answer together have more characters."
     )
     limit: int | None = Field(
         default=None, ge=1, description="Use at most this many rows, the first that are not left out."
     )
     learn_prompt: bool = Field(default=False, description="Learn the tokens of prompts as well.")
     held_out: PathText | None = Field(
-        default=None,
-        min_length=1,
-        description="File with rows to measure the loss on before and after training.",
+        default=None, min_length=1, description="File with rows to measure the loss on before and after training."
     )
     held_out_fraction: float | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, "
-        "not on `seed`.",
+        "not on `seed`. Rows that repeat a held-out row are not trained on.",
     )
     held_out_limit: int | None = Field(default=None, ge=1, description="Measure on at most this many held-out rows.")
 
@@ -118,7 +123,7 @@ class DataSettings(Block):
             raise ValueError("give either `held_out` (a file) or `held_out_fraction` (a share of the rows)")
         if self.held_out_limit is not None and not self.has_held_out:
             raise ValueError("`held_out_limit` needs `held_out` or `held_out_fraction`")
-        if self.template is not None and self.format in ("messages", "text"):
+        if self.template not in (None, "auto") and self.format in ("messages", "text"):
             raise ValueError(f"`template` does not apply to {self.format} rows; remove it")
         if self.learn_prompt and (self.template == "chat" or self.format == "messages"):
             raise ValueError("`learn_prompt` does not apply to conversations; remove it")
@@ -134,15 +139,17 @@ class DataSettings(Block):
 class Example:
     """A prompt and the response to learn.
 
-    Plain text has an empty prompt and is learned whole. A conversation has `messages` ({"role", "content"}), which go
-    through the tokenizer's chat template; all of its assistant messages are learned, and `prompt` and `response` are
-    the text before the last of them, and that message.
+    Plain text has an empty prompt and is learned whole. A conversation has `messages` ({"role", "content", …}) and may
+    have `tools`, which go through the tokenizer's chat template; its assistant messages from the index `learn_from` on
+    are learned, and `prompt` and `response` are the text before the last of them, and that message.
     """
 
     prompt: str
     response: str
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     learn_prompt: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    learn_from: int = 0
 
     @property
     def whole(self) -> str:
@@ -154,11 +161,12 @@ class Example:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The examples of a recipe, and the hashes of the files that they were read from."""
+    """The examples of a recipe, the hashes of the files that they were read from, and what was left out."""
 
     train: list[Example]
     held_out: list[Example]
     sources: dict[str, dict[str, Any]]
+    notes: tuple[str, ...] = ()
 
 
 def load_examples(
@@ -177,33 +185,55 @@ def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
     return _examples(*check_rows(rows, "auto", name), None, None)
 
 
-def load_data(data: DataSettings) -> TrainingData:
-    """Read what a recipe trains and measures on, and split it.
+def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
+    """Read what a recipe trains and measures on, and split it; `chat` says what template `auto` is.
 
     Raises:
         DataError: as `load_examples`, or the held-out share leaves no row to train on.
     """
-    name = data.hub or data.path or ""
-    format, values = check_rows(_hub_rows(data) if data.hub else read_rows(Path(name)), data.format, name)
+    name, bad = data.hub or data.path or "", [] if data.skip_bad_rows else None
+    rows = _hub_rows(data) if data.hub else read_rows(Path(name), bad)
+    format, values = check_rows(rows, data.format, name, bad)
+    template = data.template
+    if template == "auto":
+        template = "chat" if chat and TEMPLATES.get(format) == "instruction" else None
     kept = values
     if data.max_characters is not None:
         kept = _short_enough(values, format, data.max_characters, name)
-    train, held_out = _examples(format, kept, data.template, data.limit), []
+    train, held_out = _examples(format, kept, template, data.limit), []
     if data.held_out is not None:
-        held_out = load_examples(data.held_out, data.format, data.template)
+        held_out = load_examples(data.held_out, data.format, template)
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
+    sources = {"train": {}}
+    for path, weight in data.mix.items():
+        more = _examples(*check_rows(read_rows(Path(path), bad), "auto", path, bad), template, None)
+        whole, rest = divmod(weight * len(more), len(more))
+        train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
+        sources[Path(path).name] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
+    counts = [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
+    apart = {_identity(example) for example in held_out}
+    distinct = [example for example in train if _identity(example) not in apart]
+    if len(distinct) < len(train):
+        counts.append(f"{len(train) - len(distinct)} rows are copies of held-out rows and are not trained on")
+        train = distinct
+    if not train:
+        raise DataError(f"{name}: all rows are copies of held-out rows; give rows that differ, or hold out none")
     held_out = held_out[: data.held_out_limit]
     if data.learn_prompt:
         if format == "messages":
             raise DataError(f"{name}: data.learn_prompt does not apply to conversations; remove it")
         train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
-    sources = {"train": _source(data, data.path, len(train))}
+    sources["train"] = _source(data, data.path, len(train))
     if data.max_characters is not None:
         sources["train"]["too_long"] = len(values) - len(kept)
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
-    return TrainingData(train, held_out, sources)
+    return TrainingData(train, held_out, sources, tuple(counts))
+
+
+def _identity(example: Example) -> str:
+    return json.dumps([example.prompt, example.response, example.messages])
 
 
 def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:
@@ -230,7 +260,7 @@ def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
     if format == "text":
         return Example("", row["text"])
     if format == "messages":
-        return _conversation([{key: message[key] for key in ("role", "content")} for message in row["messages"]])
+        return _conversation(row["messages"], row.get("tools") or (), row.get("learn_from", 0))
     if template == "direct" and format == "question_answer":
         return Example(direct_question(row), f" {final_number(row)}")
     task, material, response = _parts(row, format)
@@ -259,10 +289,11 @@ def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
     return (row["text"], "", "") if format == "text" else (row["question"], "", row["answer"])
 
 
-def _conversation(messages: Sequence[Mapping[str, str]]) -> Example:
+def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), learn_from: int = 0) -> Example:
+    messages = tuple({**message, "content": message.get("content") or ""} for message in given)
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     before = "\n\n".join(message["content"] for message in messages[:last])
-    return Example(before, messages[last]["content"], tuple(messages))
+    return Example(before, messages[last]["content"], messages, tools=tuple(tools), learn_from=learn_from)
 
 
 def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Example], list[Example]]:

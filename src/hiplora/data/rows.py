@@ -1,15 +1,17 @@
-"""Rows of data files: readers for JSON, JSON lines and parquet, and the formats that a row may have.
+"""Rows of data files: readers for JSON, JSON lines, parquet, CSV and text, and the formats that a row may have.
 
 Every row comes with its place ("line 3"), so that an error can name it.
 """
 
+import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,9 +29,11 @@ from hiplora.errors import DataError, first_line, first_problem
 
 Row = tuple[str, Any]  # place, value
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".csv", ".txt")
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+# ShareGPT's names of roles.
+_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "bing": "assistant"}
 
 
 def _not_empty(text: str) -> str:
@@ -39,7 +43,7 @@ def _not_empty(text: str) -> str:
 
 
 def _says_something(messages: list[Any]) -> list[Any]:
-    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+    if not any(m.role == "assistant" and ((m.content or "").strip() or m.tool_calls) for m in messages):
         raise ValueError("no assistant message with text: nothing to learn")
     return messages
 
@@ -50,17 +54,30 @@ def _is_a_choice(answer: int, info: ValidationInfo) -> int:
     return answer
 
 
+def _has_content(content: str | None, info: ValidationInfo) -> str | None:
+    if content is None and not info.data.get("tool_calls"):
+        raise ValueError("is missing; only a message with tool_calls may have none")
+    return content
+
+
 def _model(**fields: Any) -> type[BaseModel]:
-    return create_model("Row", __config__=ConfigDict(strict=True), **fields)
+    return create_model("Row", __config__=ConfigDict(strict=True, validate_default=True), **fields)
 
 
 Text = (Annotated[str, AfterValidator(_not_empty)], ...)
-Message = _model(role=(Literal["system", "user", "assistant", "tool"], ...), content=(str, ...))
+Message = _model(
+    role=(Literal["system", "user", "assistant", "tool"], ...),
+    tool_calls=(list[dict[str, Any]] | None, None),
+    content=(Annotated[str | None, AfterValidator(_has_content)], None),
+)
 Choices = Annotated[list[str], Field(min_length=2, max_length=len(LETTERS))]
 Completion = (Text[0], Field(validation_alias=AliasChoices("completion", "response")))
 # In the order in which "auto" tries them.
 FORMATS: dict[str, type[BaseModel]] = {
-    "messages": _model(messages=(Annotated[list[Message], AfterValidator(_says_something)], ...)),  # type: ignore
+    "messages": _model(
+        messages=(Annotated[list[Message], AfterValidator(_says_something)], ...),  # type: ignore[valid-type]
+        tools=(list[dict[str, Any]] | None, None),
+    ),
     "alpaca": _model(instruction=Text, output=Text, input=(str | None, None)),
     "prompt_completion": _model(prompt=(str, ...), completion=Completion),
     "multiple_choice": _model(
@@ -79,8 +96,7 @@ NEEDED = {
 def is_hub_name(source: str | Path) -> bool:
     """Return whether a source is a data set on the hub (`owner/name` or `owner/name:config`), not a file."""
     name = str(source)
-    is_file = name.endswith((*SUFFIXES, ".txt")) or Path(name).exists()
-    return bool(_HUB_NAME.fullmatch(name)) and not is_file
+    return bool(_HUB_NAME.fullmatch(name)) and not name.endswith(SUFFIXES) and not Path(name).exists()
 
 
 def hub_rows(name: str) -> Iterator[Row]:
@@ -104,8 +120,10 @@ def hub_rows(name: str) -> Iterator[Row]:
         ) from error
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield every row of a data file.
+def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
+    """Yield every row of a data file; a text file is one row.
+
+    `bad` takes what is wrong with lines that are not JSON, which are then left out.
 
     Raises:
         DataError: the file is missing, empty, of an unknown kind or malformed; the message names the line.
@@ -116,45 +134,103 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a data file; expected one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: is empty; it must have at least one row")
-    if path.name.endswith(".parquet"):
-        yield from _parquet(path)
-        return
-    opened = gzip.open if path.name.endswith(".gz") else open
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            is_json = path.name.endswith((".json", ".json.gz"))
-            yield from _json(file, path) if is_json else _json_lines(file, path)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 or gzip ({error}); write it again") from None
+        if kind == "parquet":
+            rows = _parquet(path)
+        elif kind in ("jsonl", "ndjson"):
+            with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+                yield from _json_lines(file, path, bad)
+            return
+        else:
+            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+            rows = {"json": _json, "csv": _csv, "txt": _text}[kind](decoded(raw, path), path)
+        yield from rows
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path}: not readable as gzip ({error}); write it again") from None
 
 
-def check_rows(rows: Iterable[Row], format: str, name: str | Path) -> tuple[str, list[Any]]:
+def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
+    """Return UTF-8 text, a byte-order mark left out; `line` is the number of its first line.
+
+    Raises:
+        DataError: it is not UTF-8; names the line, and the encoding that it looks like.
+    """
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:64]
+        try:
+            looks = "UTF-16" if utf16 else raw.decode("cp1252") and "WINDOWS-1252"
+        except UnicodeDecodeError:
+            raise DataError(f"{path}, line {line}: is no text ({error.reason}); write it again as UTF-8") from None
+        line += raw.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}; convert it with "
+            f"`iconv -f {looks} -t UTF-8`"
+        ) from None
+
+
+def check_rows(
+    rows: Iterable[Row], format: str, name: str | Path, bad: list[str] | None = None
+) -> tuple[str, list[Any]]:
     """Check every row against a format and return the format ("auto": that of the first row) and the values.
+
+    ShareGPT's conversations and TRL's conversational prompts and completions become messages. `bad` takes what is
+    wrong with rows that do not fit, which are then left out.
 
     Raises:
         DataError: there are no rows, or some do not fit; lists them with their places and what is needed.
     """
     values: list[Any] = []
-    problems: list[str] = []
+    problems: list[str] = [] if bad is None else bad
+    before = len(problems)
     for place, value in rows:
+        value = _as_messages(value)
         if format == "auto":
             format = _first_format(value, f"{name}, {place}")
-        try:
-            FORMATS[format].model_validate(value)
-        except ValidationError as error:
-            missing = error.errors()[0]["type"] == "missing"
-            found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
-            problems.append(f"{name}, {place}: {first_problem(error)}{found}")
-        values.append(value)
+        problem = _problem(value, format)
+        if problem is None:
+            values.append(value)
+        else:
+            problems.append(f"{name}, {place}: {problem}")
+    found = problems[before:]
+    if found and (bad is None or not values):
+        shown = found[:MAX_SHOWN]
+        if len(found) > MAX_SHOWN:
+            shown.append(f"{name}: … and {len(found) - MAX_SHOWN} more")
+        way = f"rows of format {format} need {', '.join(NEEDED[format])}; fix the rows, set data.format"
+        raise DataError("\n".join([*shown, f"{way}, or leave them out with data.skip_bad_rows"]))
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
-    if problems:
-        shown = problems[:MAX_SHOWN]
-        if len(problems) > MAX_SHOWN:
-            shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
-        needed = ", ".join(NEEDED[format])
-        raise DataError("\n".join([*shown, f"rows of format {format} need {needed}; fix the rows or set data.format"]))
     return format, values
+
+
+def _problem(value: Any, format: str) -> str | None:
+    try:
+        FORMATS[format].model_validate(value)
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except ValidationError as error:
+        missing = error.errors()[0]["type"] == "missing"
+        found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
+        return f"{first_problem(error)}{found}"
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"has half a character ({half!r}), as a text cut within an emoji has; remove it"
+    return None
+
+
+def _as_messages(row: Any) -> Any:
+    """Return ShareGPT's and TRL's conversational rows as messages; others as they are."""
+    if not isinstance(row, Mapping):
+        return row
+    said = row.get("conversations")
+    if isinstance(said, list) and all(isinstance(one, Mapping) and "from" in one for one in said):
+        named = ((_ROLES.get(one["from"], one["from"]), one.get("value")) for one in said)
+        return {**row, "messages": [{"role": role, "content": content} for role, content in named]}
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return {**row, "messages": [*row["prompt"], *row["completion"]], "learn_from": len(row["prompt"])}
+    return row
 
 
 def detect_format(row: Any) -> str | None:
@@ -169,35 +245,63 @@ def _first_format(row: Any, where: str) -> str:
     if (format := detect_format(row)) is not None:
         return format
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
-    needs = "; ".join(f"{name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
-    raise DataError(f"{where}: unknown format, found {found}; rename the fields: {needs}")
+    if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
+        raise DataError(
+            f"{where}: is a preference pair, and this is supervised fine-tuning; give `prompt` and `completion`, or "
+            "use TRL's DPOTrainer with a HipLoraConfig"
+        )
+    needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
+    raise DataError(f"{where}: unknown format, found {found}; rename the fields:\n{needs}")
 
 
-def _json_lines(file: TextIO, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); each line must "
-                "be one JSON object"
-            ) from None
-
-
-def _json(file: TextIO, path: Path) -> Iterator[Row]:
+def _parsed(text: str, path: Path, line: int, hint: str = "") -> Any:
+    """Parse JSON that begins in a line of a file."""
     try:
-        rows = json.load(file)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines named .json, as many data sets are published
-            file.seek(0)
-            yield from _json_lines(file, path)
-            return
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+        line += error.lineno - 1
+        reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; 3,000 brackets
+        reason = first_line(error)
+    raise DataError(f"{path}, line {line}: not valid JSON ({reason}){hint}")
+
+
+def _json_lines(lines: Iterable[bytes], path: Path, bad: list[str] | None = None) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            if text := decoded(line, path, number).strip():
+                value = _parsed(text, path, number, "; each line must be one JSON object")
+                yield f"line {number}", value
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+
+
+def _json(text: str, path: Path) -> Iterator[Row]:
+    try:
+        rows = _parsed(text, path, 1)
+    except DataError as error:
+        if "Extra data" not in str(error):
+            raise
+        yield from _json_lines(text.encode().splitlines(), path)  # JSON lines named .json, as many data sets are
+        return
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _csv(text: str, path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns")
+    try:
+        for row in reader:
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); write it again") from None
+
+
+def _text(text: str, path: Path) -> Iterator[Row]:
+    yield "line 1", {"text": text}
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import load_examples, rows_as_examples
-from hiplora.data.rows import SUFFIXES, hub_rows, is_hub_name
+from hiplora.data.rows import SUFFIXES, decoded, hub_rows, is_hub_name
 from hiplora.errors import DataError
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def _hub_text(name: str, characters: int) -> str:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        text = decoded(path.read_bytes(), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); name a text or data file") from None
     if not text.strip():

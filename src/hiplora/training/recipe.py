@@ -17,10 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from hiplora.data.examples import Block, DataSettings, PathText
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import ConfigError, DataError
-from hiplora.training.methods import METHODS, AnyMethod
 from hiplora.training.adapt import start_problem
-
-Loc = tuple[str | int, ...]  # a place in a recipe
+from hiplora.training.methods import METHODS, AnyMethod
 
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
 PATHS = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
@@ -31,14 +29,10 @@ class TrainSettings(Block):
     """How to train: AdamW, a linear warm-up, then a learning rate that stays or falls."""
 
     lr: float = Field(
-        default=2e-4,
-        gt=0,
-        description="Peak learning rate. The paper's value is missing from its text; 2e-4 is usual for LoRA.",
+        default=2e-4, gt=0, description="Peak learning rate. The paper's text lacks it; 2e-4 is usual for LoRA."
     )
     steps: int | None = Field(
-        default=2000,
-        ge=1,
-        description="Optimizer steps; 2000 unless `epochs` is given. Give one of the two.",
+        default=2000, ge=1, description="Optimizer steps; 2000 unless `epochs` is given. Give one of the two."
     )
     epochs: float | None = Field(default=None, gt=0, description="Passes over the data, instead of `steps`.")
     batch_size: int = Field(default=4, ge=1, description="Sequences in one forward pass.")
@@ -86,9 +80,7 @@ class TrainSettings(Block):
     )
     keep_checkpoints: int = Field(default=1, ge=1, description="Number of checkpoints to keep, the newest.")
     eval_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps between measurements of the held-out loss, besides before and after.",
+        default=None, ge=1, description="Steps between measurements of the held-out loss, besides before and after."
     )
     kl_weight: float = Field(
         default=0.0,
@@ -97,9 +89,7 @@ class TrainSettings(Block):
         "the loss; 0 adds nothing. Not for methods that move the base weights.",
     )
     kl_text: PathText | None = Field(
-        default=None,
-        min_length=1,
-        description="Text file or training data to measure it on, instead of text sampled from the base model.",
+        default=None, min_length=1, description="Text file or training data to measure it on, instead of sampled text."
     )
     kl_tokens: int = Field(default=256, ge=2, description="Tokens of that text in each step.")
     kl_pool: int = Field(
@@ -108,9 +98,7 @@ class TrainSettings(Block):
         description="Tokens to sample, or to read of `kl_text`; steps go through them in an order drawn by `seed`.",
     )
     start_from: PathText | None = Field(
-        default=None,
-        min_length=1,
-        description="Folder of a finished adapter, with the same method and settings, that the training carries on.",
+        default=None, min_length=1, description="Folder of a finished adapter of the same method to train on."
     )
 
     @model_validator(mode="before")
@@ -146,10 +134,7 @@ class TrainRecipe(Block):
     )
     train: TrainSettings = Field(default=TrainSettings(), description="How to train.")
     seed: int = Field(
-        default=42,
-        ge=0,
-        lt=2**32,
-        description="Seed of the adapter's start, the order of the rows and dropout.",
+        default=42, ge=0, lt=2**32, description="Seed of the adapter's start, the order of the rows and dropout."
     )
     out: PathText | None = Field(
         default=None, min_length=1, description="Output folder, where the command line names none."
@@ -205,7 +190,8 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     for override in overrides:
         put_over(value, override)
     value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
-    problems = list(filter(None, [model_problem(value.get("model"))]))
+    problem = model_problem(value.get("model"))
+    problems = [problem] if problem else []
     try:
         recipe = TrainRecipe.model_validate(value)
         problems += _file_problems(recipe)
@@ -269,9 +255,8 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -328,19 +313,14 @@ def described(error: ValidationError, root: type[BaseModel]) -> list[str]:
     known = {name for block in (schema, *schema["$defs"].values()) for name in block.get("properties", ())}
     found: dict[str, str] = {}
     for details in error.errors():
-        loc = _without_labels(details["loc"])
-        name = ".".join(map(str, loc))
-        field = str(loc[-1]) if loc else ""
+        # Without pydantic's labels of union members: method names, `int`, `list[str]`.
+        pairs = zip((None, *details["loc"]), details["loc"], strict=False)
+        loc = [str(part) for before, part in pairs if not (before == "method" and part in METHODS)]
+        loc = [part for part in loc if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", part)]
+        name, field = ".".join(loc), loc[-1] if loc else ""
         message = _message(details, field, "method" in loc, known - {field})
         found.setdefault(name, f"{name}: {message}" if name else message)
     return list(found.values())
-
-
-def _without_labels(loc: Loc) -> Loc:
-    """Return an error's place without pydantic's labels of union members: method names, `int`, `list[str]`."""
-    pairs = zip((None, *loc), loc, strict=False)
-    kept = [part for before, part in pairs if not (before == "method" and part in METHODS)]
-    return tuple(part for part in kept if not re.fullmatch(r"(int|float|str|bool|constrained-.*|.*\[.*)", str(part)))
 
 
 def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> str:

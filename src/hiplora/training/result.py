@@ -121,7 +121,7 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 
 def model_card(recipe: "TrainRecipe", result: TrainResult) -> str:
-    """Return the card: method, results, how to load and export, recipe; of a path of this machine only its last part."""
+    """Return the card: method, results, how to load and export, recipe; of a path only its last part."""
     method, values = recipe.method, recipe.values()
     for block in (values, values["data"], values["method"], values["train"]):
         for key, value in block.items():

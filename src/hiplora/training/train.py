@@ -28,7 +28,7 @@ from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
-from hiplora.training.recipe import TrainRecipe, TrainSettings, model_problem
+from hiplora.training.recipe import TrainRecipe, model_problem
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 
 if TYPE_CHECKING:
@@ -120,20 +120,15 @@ def _run(
         model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
     rows, held_out, notes, encoding = _encode(recipe, data, tokenizer)
-    if processes.is_main_process:
-        for note in notes:
-            log.warning("%s", note)
+    for note in notes if processes.is_main_process else ():
+        log.warning("%s", note)
 
-    steps = settings.steps or math.ceil(
-        (settings.epochs or 1)
-        * math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
-    )
-    given = Path(settings.start_from) if settings.start_from else None
-    origin = out / "checkpoints" / "start"
+    passes = math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
+    steps = settings.steps or math.ceil((settings.epochs or 1) * passes)
+    given, origin = settings.start_from and Path(settings.start_from), out / "checkpoints" / "start"
     with processes.main_process_first():  # which calibrates; the others read its results from the cache
         penalty = kl_penalty(recipe, model, tokenizer)
-        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given)
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None)
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
     trainer = AdapterTrainer(
         model=adapted,
@@ -158,7 +153,7 @@ def _run(
         steps=steps,
         tokens=record.tokens,
         seconds=record.seconds,
-        trainable_parameters=trainable,
+        trainable_parameters=adapted.get_nb_trainable_parameters()[0],
         peak_memory_bytes=peak_bytes(),
         held_out={"before": losses[0], "after": losses[-1]} if losses else None,
         data={"sources": sources, "encoding": encoding},
@@ -168,6 +163,8 @@ def _run(
 
 def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult) -> None:
     """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
+    from safetensors.torch import load_file
+
     values = recipe.values()
     made = provenance(
         recipe=values,
@@ -181,7 +178,11 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
-    _check_finite(aside / WEIGHTS_FILE)
+    for name, value in load_file(aside / WEIGHTS_FILE).items():
+        if not value.isfinite().all():
+            raise DivergedError(
+                f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
+            )
     write_atomic(aside / "README.md", model_card(recipe, result))
     write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
     os.sync()
@@ -253,30 +254,24 @@ def _encode(
     recipe: TrainRecipe, data: TrainingData, tokenizer: Any
 ) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
     """Return the training and held-out sequences, what the user should know about them, and counts."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
     from hiplora.data.encoding import encode_examples
 
-    settings = recipe.train
-    rows, report = encode_examples(tokenizer, data.train, settings.max_length)
-    held_out = None
-    if data.held_out:
-        held_out = _sequences(encode_examples(tokenizer, data.held_out, settings.max_length)[0], settings)
-    notes = report.warnings(settings.max_length)
+    settings, found = recipe.train, []
+    for examples in filter(None, (data.train, data.held_out)):
+        rows, report = encode_examples(tokenizer, examples, settings.max_length)
+        found.append((Dataset.from_list(rows), report))
+    parts = [pack_dataset(part, settings.max_length, "bfd") if settings.packing else part for part, _ in found]
+    notes = found[0][1].warnings(settings.max_length)
     text = getattr(recipe.method, "calibration_text", None)
     if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
         notes.append(
             "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
-    return _sequences(rows, settings), held_out, notes, vars(report)
-
-
-def _sequences(rows: list[dict[str, list[int]]], settings: TrainSettings) -> "Dataset":
-    """Return rows as a data set, packed into sequences of `max_length` if the recipe says so."""
-    from datasets import Dataset
-    from trl.data_utils import pack_dataset
-
-    data = Dataset.from_list(rows)
-    return pack_dataset(data, settings.max_length, "bfd") if settings.packing else data
+    return parts[0], parts[1] if data.held_out else None, notes, vars(found[0][1])
 
 
 def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SFTConfig":
@@ -321,16 +316,6 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process uses one GPU; the Trainer would wrap the model in DataParallel
     return arguments
-
-
-def _check_finite(weights: Path) -> None:
-    from safetensors.torch import load_file
-
-    for name, value in load_file(weights).items():
-        if not value.isfinite().all():
-            raise DivergedError(
-                f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
-            )
 
 
 @contextlib.contextmanager

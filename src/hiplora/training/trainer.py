@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import sort_checkpoints
 from trl import SFTTrainer
 
@@ -48,12 +48,12 @@ class AdapterTrainer(SFTTrainer):
         with self.session.micro_batch(number):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.record.add(loss, int(tokens))
-            if number < self.session.clients:
-                for penalty in self.penalties:
-                    with self.compute_loss_context_manager():
-                        value = penalty(self.model, self.state.global_step)
-                    self.accelerator.backward(penalty.weight / self.session.clients * value)
-                    self.record.add_penalty(penalty.name, value.item() / self.session.clients)
+            for penalty in self.penalties if number < self.session.clients else ():
+                with self.compute_loss_context_manager():
+                    value = penalty(self.model, self.state.global_step)
+                self.accelerator.backward(penalty.weight / self.session.clients * value)
+                self.record.penalties.setdefault(penalty.name, 0.0)
+                self.record.penalties[penalty.name] += value.item() / self.session.clients
         return loss
 
     def carry_on(self, checkpoint: Path) -> None:
@@ -89,13 +89,11 @@ class AdapterTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the Trainer's loader, unless the method has an order of its own."""
-        data = self.train_dataset
-        batches = self.session.batches(RandomSampler(data), self.args.train_batch_size)
+        batches = self.session.batches(RandomSampler(self.train_dataset), self.args.train_batch_size)
         if batches is None:
             return super().get_train_dataloader()
-        data = self._remove_unused_columns(data, description="Training")
-        loader = DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        data = self._remove_unused_columns(self.train_dataset, description="Training")
+        return self.accelerator.prepare(DataLoader(data, batch_sampler=batches, collate_fn=self.data_collator))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card with the checkpoints: the run writes its own at the end."""
@@ -129,9 +127,9 @@ class Record(TrainerCallback):
 
     def __init__(self, folder: Path, settings: TrainSettings, description: str):
         self.tokens, self.seconds, self.micro_batch = 0, 0.0, 0
+        self.penalties: dict[str, float] = {}  # sums over the steps since the last row
         self._folder, self._settings, self._description = folder, settings, description
         self._losses: list[float] = []  # of the steps since the last row
-        self._penalties: dict[str, float] = {}  # sums over these steps
         self._since = (0, 0.0)  # tokens and seconds at the last row
         self._loss, self._step_tokens, self._lr, self._began = 0.0, 0, 0.0, 0.0
 
@@ -147,52 +145,35 @@ class Record(TrainerCallback):
         self._step_tokens += tokens
         self.micro_batch += 1
 
-    def add_penalty(self, name: str, value: float) -> None:
-        """Add the value of a penalty in the current step, or a share of it."""
-        self._penalties[name] = self._penalties.get(name, 0.0) + value
-
     def save(self, checkpoint: Path) -> None:
         """Write the counts into a checkpoint; the Trainer writes the rows."""
-        kept = ("tokens", "seconds", "_losses", "_penalties", "_since")
+        kept = ("tokens", "seconds", "penalties", "_losses", "_since")
         write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
 
     def restore(self, checkpoint: Path) -> None:
         """Read what `save` wrote."""
         self.__dict__.update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drop rows that were written after the checkpoint; measure the held-out loss before the first step."""
         if state.is_world_process_zero:
             write_atomic(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self._description,
-            unit=" steps",
-            disable=None if state.is_world_process_zero else True,
-        )
+        shown = None if state.is_world_process_zero else True
+        sizes = {"total": state.max_steps, "initial": state.global_step, "unit": " steps"}
+        self._bar = tqdm(desc=self._description, disable=shown, **sizes)
         if self.trainer.eval_dataset is not None and not state.global_step:
             self.trainer.log({"held_out_loss": self.trainer.held_out_loss()})
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.micro_batch = 0
-        self._began = time.perf_counter()
+        self.micro_batch, self._began = 0, time.perf_counter()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the learning rate of the step, and let the method act."""
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
         self.trainer.session.after_optimizer(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the step; log a row if one is due.
 
         Raises:
@@ -225,7 +206,7 @@ class Record(TrainerCallback):
         (tokens, seconds), steps = self._since, len(self._losses)
         row = {
             "loss": sum(self._losses) / steps,
-            **{name: total / steps for name, total in self._penalties.items()},
+            **{name: total / steps for name, total in self.penalties.items()},
             "lr": self._lr,
             "tokens": self.tokens,
             "tokens_per_second": (self.tokens - tokens) / max(self.seconds - seconds, 1e-9),
@@ -233,20 +214,18 @@ class Record(TrainerCallback):
         }
         if torch.cuda.is_available():
             row["reserved_bytes"] = torch.cuda.memory_reserved()
-        self._losses, self._penalties, self._since = [], {}, (self.tokens, self.seconds)
+        self._losses, self.penalties, self._since = [], {}, (self.tokens, self.seconds)
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         return row
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Append the row to the file."""
         new = state.log_history[-1]
         if state.is_world_process_zero and ("loss" in new or "held_out_loss" in new):
             with open(self._folder / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.rows[-1]) + "\n")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Close the bar."""
         self._bar.close()
 

@@ -148,3 +148,105 @@ def test_long_text_is_cut_into_pieces_and_no_token_is_lost(tokenizer):
 def test_no_room_for_any_response_is_an_error(tokenizer):
     with pytest.raises(DataError, match="none of the 2 rows has room"):
         encode_examples(tokenizer, [Example("p" * 20, "r")] * 2, 10)
+
+
+CALL = {"type": "function", "function": {"name": "tide", "arguments": {"day": "Monday"}}}
+TOOLS = ({"type": "function", "function": {"name": "tide", "parameters": {}}},)
+TOOL_TEMPLATE = (
+    "{% if tools %}tools:{% for t in tools %} {{ t.function.name }}{% endfor %}\n{% endif %}{% for m in messages %}"
+    "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}<call {{ c.function.name }}>{% endfor %}"
+    "<|eos|>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MARKED = "{% for m in messages %}[{{ m.role }}]{%-generation-%}{{ m.content }}{%-endgeneration-%}<|eos|>{% endfor %}"
+BARE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def templated(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_tools_and_calls_reach_the_template():
+    talk = ({"role": "user", "content": "Tide?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]})
+    asked, tokenizer = Example("", "", talk, tools=TOOLS), templated(TOOL_TEMPLATE)
+    ids, _ = encode_example(tokenizer, asked)
+    assert tokenizer.decode(ids).startswith("tools: tide[user]Tide?")
+    assert learned(tokenizer, asked) == ["<call tide><|eos|>"]
+
+
+def test_an_end_of_turn_outside_the_marks_is_learned_too():
+    """Marks without blanks around their name are seen; TALK has two answers."""
+    template = MARKED.replace(
+        "[{{ m.role }}]{%-generation-%}", "[{{ m.role }}]{% if m.role == 'assistant' %}{%-generation-%}"
+    )
+    template = template.replace("{%-endgeneration-%}", "{%-endgeneration-%}{% else %}{{ m.content }}{% endif %}")
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert learned(templated(template), Example("", "2", TALK)) == ["1<|eos|>", "2<|eos|>"]
+
+
+def test_marks_that_begin_at_the_first_token_end_where_they_end_and_an_answer_without_an_end_is_said():
+    talk = ({"role": "assistant", "content": "Hm?"}, {"role": "user", "content": "Go"})
+    assert learned(templated(BARE), Example("", "Hm?", talk)) == ["Hm?"]
+    _, report = encode_examples(templated(BARE), [Example("", "Hm?", talk)], 100)
+    assert "1 of 1 conversations end on no end-of-turn token" in " ".join(report.warnings(100))
+
+
+def test_only_what_follows_a_conversational_prompt_is_learned(tokenizer):
+    assert learned(tokenizer, Example("", "2", TALK, learn_from=4)) == ["2<|eos|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported.*into the user's first"),
+        ("{% generation %}{% endgeneration %}{{ messages[0].content }}", "marks nothing to learn"),
+    ],
+)
+def test_a_template_that_refuses_or_marks_nothing_is_named(template, said):
+    with pytest.raises(DataError, match=said):
+        encode_example(templated(template), Example("", "2", TALK))
+
+
+def sentencepiece():
+    """A tokenizer as Llama 2's: a blank before every text, then blanks as part of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {symbol: index for index, symbol in enumerate("▁abcdefghijklmnopqrstuvwxyz\n[]/INST")}
+    vocabulary = letters | {
+        "▁y": len(letters),
+        "▁ye": len(letters) + 1,
+        "▁yes": len(letters) + 2,
+        "</s>": len(letters) + 3,
+    }
+    model = models.BPE(vocab=vocabulary, merges=[("▁", "y"), ("▁y", "e"), ("▁ye", "s")])
+    inner = Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]{% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("said", ["yes", " yes"])
+def test_an_answer_has_the_tokens_that_the_whole_has(said):
+    tokenizer = sentencepiece()
+    talk = ({"role": "user", "content": "is it"}, {"role": "assistant", "content": said})
+    ids, labels = encode_example(tokenizer, Example("", said, talk))
+    assert ids == tokenizer(f"[INST]is it[/INST]{said}</s>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])[-1] == "</s>"
+    assert tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])[0] == (
+        "▁yes" if said[0] == " " else "y"
+    )
+
+
+def test_a_response_after_a_blank_gets_no_second_blank():
+    tokenizer = sentencepiece()
+    _, labels = encode_example(tokenizer, Example("is it ", "yes"))
+    assert tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED]) == [*"yes", "</s>"]

@@ -124,7 +124,7 @@ def test_long_rows_are_left_out_before_they_are_counted(tmp_path):
 
 
 def test_prompts_are_learned_on_demand_and_never_those_of_conversations(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [METAMATH] * 4)
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**METAMATH, "query": f"{n}?"} for n in range(4)])
     data = load_data(DataSettings(path=path, learn_prompt=True, held_out_fraction=0.25))
     assert all(example.learn_prompt for example in [*data.train, *data.held_out])
     path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": TALK}] * 2)

@@ -25,17 +25,56 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     assert [row for _, row in read_rows(path)] == ROWS
 
 
+def test_tables_and_texts_are_rows_too(tmp_path):
+    (tmp_path / "a.csv").write_text('question,answer\nOne?,"1,\n2"\nTwo?,2\n')
+    assert list(read_rows(tmp_path / "a.csv")) == [
+        ("line 3", {"question": "One?", "answer": "1,\n2"}),
+        ("line 4", {"question": "Two?", "answer": "2"}),
+    ]
+    (tmp_path / "a.txt").write_text("All\n\nof it")
+    assert [row for _, row in read_rows(tmp_path / "a.txt")] == [{"text": "All\n\nof it"}]
+
+
+def test_bad_rows_are_left_out_and_said_on_demand(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"tex\n{"txt": 1}\n{"text": "\xff"}\n{"text": "b"}\n')
+    bad = []
+    assert check_rows(read_rows(tmp_path / "a.jsonl", bad), "auto", "a.jsonl", bad) == ("text", ROWS_AB)
+    assert [problem.partition(":")[0].rpartition(" ")[2] for problem in sorted(bad)] == ["2", "4", "3"]
+    with pytest.raises(DataError, match="line 3: text: Field required"):
+        check_rows([("line 3", {"txt": 1})], "text", "a.jsonl", [])
+
+
+ROWS_AB = [{"text": "a"}, {"text": "b"}]
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "learn_from"),
+    [
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}, None),
+        ({"prompt": TALK[:1], "completion": TALK[1:]}, 1),
+    ],
+)
+def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
+    format, (made,) = check_rows([("row 1", row)], "auto", "rows")
+    assert (format, made["messages"], made.get("learn_from")) == ("messages", TALK, learn_from)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("missing.jsonl", None, "no such file"),
-        ("rows.csv", b"a,b", "not a data file"),
+        ("rows.xlsx", b"a,b", "not a data file"),
         ("rows.jsonl", b"", "is empty"),
         ("rows.jsonl", b'{"text": "a"}\n{"text"', r"line 2: not valid JSON"),
         ("rows.json", b'{"text": "a"', r"line 1: not valid JSON"),
         ("rows.json", b'"a"', "expected a list of rows"),
-        ("rows.jsonl", b"\xff\xfe", "not readable as UTF-8"),
-        ("rows.jsonl.gz", b"plain", "not readable as UTF-8 or gzip"),
+        ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8 .* looks like UTF-16"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\x80"}', "line 2: not UTF-8 .* looks like WINDOWS-1252"),
+        ("rows.csv", b"text\na\n\xe4", "line 3: not UTF-8"),
+        ("rows.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
+        ("rows.jsonl.gz", b"plain", "not readable as gzip"),
         ("rows.parquet", b"plain", "not a readable parquet file"),
     ],
 )
@@ -83,6 +122,13 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
             "messages.0.role: Input should be 'system', 'user'",
         ),
         ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "content": None}]},
+            "content: .*only a message with tool_calls",
+        ),
+        ("text", {"text": "cut \ud83d"}, "half a character"),
+        ("auto", {"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
         ("multiple_choice", {**CHOICE, "answer": 2}, "answer: .*2 is not the index of a choice"),
         ("multiple_choice", {**CHOICE, "choices": ["one"]}, "choices: List should have at least 2 items"),
     ],

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -20,24 +20,17 @@ if TYPE_CHECKING:
 
     from hiplora.training.recipe import TrainSettings
 
-ALLOCATION_FILE = "adalora.safetensors"
+ALLOCATION_FILE = "adalora.pt"
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-SCHEDULE = ("tinit", "tfinal", "deltaT")
 
 
 class AdaLoraMethod(LowRank):
-    """AdaLoRA, from PEFT: starts with a higher rank and prunes what matters least, over all modules together.
+    """AdaLoRA, from PEFT: prunes a higher rank to `r` on average (`target_r` in PEFT), over all modules together."""
 
-    `r` is the rank that is left on average (`target_r` in PEFT).
-    """
-
-    title: ClassVar[str] = "AdaLoRA"
-    summary: ClassVar[str] = "A low-rank update whose rank was cut, module by module, where it mattered least."
-    kind: ClassVar[str | None] = "an AdaLoRA adapter"
-    not_of_peft: ClassVar[tuple[str, ...]] = (
-        *("name", "r", "init_r", "rank_pattern", "alpha_pattern"),
-        *SCHEDULE,
-    )
+    title = "AdaLoRA"
+    summary = "A low-rank update whose rank was cut, module by module, where it mattered least."
+    kind = "an AdaLoRA adapter"
+    not_of_peft = ("name", "r", "init_r", "rank_pattern", "alpha_pattern", "tinit", "tfinal", "deltaT")
 
     name: Literal["adalora"] = Field(default="adalora", description="The method.")
     init_r: int | None = Field(
@@ -48,23 +41,17 @@ class AdaLoraMethod(LowRank):
     )
     tinit: int | None = Field(default=None, ge=0, description="Steps before the pruning; a tenth of all if empty.")
     tfinal: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps after it, with the ranks that are left; a fifth of all if empty.",
+        default=None, ge=1, description="Steps after it, with the ranks that are left; a fifth of all if empty."
     )
     deltaT: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps between two allocations of ranks; a hundredth of all if empty, from 1 to 10.",
+        default=None, ge=1, description="Steps between two allocations; a hundredth of all if empty, from 1 to 10."
     )
     beta1: float = Field(
         default=0.85, gt=0, lt=1, description="Decay of the moving average of a parameter's importance."
     )
     beta2: float = Field(default=0.85, gt=0, lt=1, description="Decay of the moving average of its uncertainty.")
     orth_reg_weight: float = Field(
-        default=0.5,
-        ge=0,
-        description="Price of factors that are not orthonormal, added to the loss once a step.",
+        default=0.5, ge=0, description="Price of factors that are not orthonormal, added to the loss once a step."
     )
 
     @model_validator(mode="after")
@@ -86,11 +73,8 @@ class AdaLoraMethod(LowRank):
         Raises:
             ConfigError: no step is left to prune in.
         """
-        shares = {
-            "tinit": round(0.1 * steps),
-            "tfinal": max(round(0.2 * steps), 1),
-            "deltaT": min(max(steps // 100, 1), 10),
-        }
+        shares = {"tinit": round(0.1 * steps), "tfinal": max(round(0.2 * steps), 1)}
+        shares["deltaT"] = min(max(steps // 100, 1), 10)
         found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
         if found["tinit"] + found["tfinal"] >= steps:
             raise ConfigError(
@@ -114,13 +98,8 @@ class AdaLoraMethod(LowRank):
             raise ConfigError(
                 "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
             )
-        return AdaLoraConfig(
-            task_type="CAUSAL_LM",
-            init_r=self.first_rank,
-            target_r=self.r,
-            **self.schedule(steps),
-            **self.settings(),
-        )
+        ranks = {"init_r": self.first_rank, "target_r": self.r}
+        return AdaLoraConfig(task_type="CAUSAL_LM", **ranks, **self.schedule(steps), **self.settings())
 
     def session(self, model: "PeftModel", sequences: int) -> Session:
         """Prune while training."""
@@ -143,32 +122,22 @@ class AdaLoraSession(Session):
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
         import torch
-        from safetensors.torch import save_file
 
         with self._whole():
             super().save(folder)
-        state = {f"kept.{name}": torch.tensor(mask) for name, mask in (self._config.rank_pattern or {}).items()}
-        for kind in AVERAGES:
-            averages = getattr(self._tuner.rankallocator, kind)
-            state |= {f"{kind}.{name}": value.contiguous() for name, value in averages.items()}
-        save_file(state, folder / ALLOCATION_FILE)
+        averages = {kind: getattr(self._tuner.rankallocator, kind) for kind in AVERAGES}
+        torch.save({"rank_pattern": self._config.rank_pattern, **averages}, folder / ALLOCATION_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
         import torch
-        from safetensors.torch import load_file
 
         with self._whole():
             super().load(folder)
-        stored: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("kept", *AVERAGES)}
-        for key, value in load_file(folder / ALLOCATION_FILE, device=str(self.model.device)).items():
-            kind, _, name = key.partition(".")
-            stored[kind][name] = value
-        allocator = self._tuner.rankallocator
-        for kind in AVERAGES:
-            setattr(allocator, kind, stored[kind])
-        allocator.ipt = {name: torch.zeros_like(value) for name, value in stored[AVERAGES[0]].items()}
-        self._config.rank_pattern = {name: mask.tolist() for name, mask in stored["kept"].items()} or None
+        stored = torch.load(folder / ALLOCATION_FILE, map_location=self.model.device, weights_only=True)
+        self._config.rank_pattern = stored.pop("rank_pattern")
+        zeros = {name: torch.zeros_like(value) for name, value in stored[AVERAGES[0]].items()}
+        vars(self._tuner.rankallocator).update(ipt=zeros, **stored)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
@@ -198,6 +167,6 @@ class Orthogonality(Penalty):
         for layer in model.modules():
             if isinstance(layer, AdaLoraLayer) and ADAPTER in layer.lora_A:
                 A, B = cast("Tensor", layer.lora_A[ADAPTER]), cast("Tensor", layer.lora_B[ADAPTER])
-                for gram in (A @ A.T, B.T @ B):
-                    terms.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
+                grams = (A @ A.T, B.T @ B)
+                terms += [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
         return torch.stack(terms).mean()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,14 +26,14 @@ Rank = (
 class Spectral(FromInputs, LowRank):
     """Base of the methods with protected directions."""
 
-    summary: ClassVar[str] = (
+    summary = (
         "A low-rank update in the complement of directions that are protected: the base weights' leading singular "
         "directions (`basis: weight`), or those that the layers are fed and the predictions depend on most "
         "(`basis: activation`). With `principal_channel` it learns a gain for each of these directions, at a price."
     )
-    kind: ClassVar[str | None] = None
-    steering: ClassVar[tuple[str, ...]] = ("preset", "lora_dropout", *OF_THE_GAINS)
-    not_of_peft: ClassVar[tuple[str, ...]] = ("name", "calibration_text", "calibration_tokens")
+    kind = None
+    steering = ("preset", "lora_dropout", *OF_THE_GAINS)
+    not_of_peft = ("name", "calibration_text", "calibration_tokens")
 
     preset: Literal["function-aware", "paper"] = Field(
         default="function-aware",
@@ -67,14 +67,10 @@ class Spectral(FromInputs, LowRank):
         "lets each pass the less, the more energy it has.",
     )
     svd_tolerance: float = Field(
-        default=1e-4,
-        gt=0,
-        le=1e-2,
-        description="Largest accepted residual of a singular triplet, in units of σ₁.",
+        default=1e-4, gt=0, le=1e-2, description="Largest accepted residual of a singular triplet, in units of σ₁."
     )
     save_factors: bool = Field(
-        default=True,
-        description="Save U, σ and V with the adapter; false computes them again when it is loaded.",
+        default=True, description="Save U, σ and V with the adapter; false computes them again when it is loaded."
     )
 
     @model_validator(mode="before")
@@ -116,11 +112,7 @@ class Spectral(FromInputs, LowRank):
             self.calibrate(config, model, tokenizer)
 
     def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> Any:
-        """Measure the activation basis into `config`; earlier measurements are read from `store`, by default the cache.
-
-        Raises:
-            DataError, ConfigError: as `prepare`.
-        """
+        """Measure the activation basis into `config`; `store`, by default the cache, keeps measurements."""
         from hiplora.data.texts import describe_source
         from hiplora.tuner import calibrate
 
@@ -132,7 +124,7 @@ class Spectral(FromInputs, LowRank):
 class ProjLoraMethod(Spectral):
     """Proj-LoRA: LoRA kept in the complement of the protected directions, without gains."""
 
-    title: ClassVar[str] = "Proj-LoRA"
+    title = "Proj-LoRA"
 
     name: Literal["proj_lora"] = Field(default="proj_lora", description="The method.")
 
@@ -140,7 +132,7 @@ class ProjLoraMethod(Spectral):
 class HipLoraMethod(Spectral):
     """HiP-LoRA: LoRA in the complement of the protected directions, and (the paper's) learned gains on them."""
 
-    title: ClassVar[str] = "HiP-LoRA"
+    title = "HiP-LoRA"
 
     name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
     principal_channel: bool = Field(
@@ -149,9 +141,7 @@ class HipLoraMethod(Spectral):
         "paper's. The fields below that concern gains need it.",
     )
     stability_weight: float = Field(
-        default=0.1,
-        ge=0,
-        description="λ: price of changing the gains. The paper's value is lost; this one is ours.",
+        default=0.1, ge=0, description="λ: price of changing the gains. The paper's value is lost; this one is ours."
     )
     stability_gamma: float = Field(
         default=1.0, ge=0, description="γ: how much more large gains cost; 0 prices all alike."
@@ -166,8 +156,7 @@ class HipLoraMethod(Spectral):
         default=False, description="Step on relative gains δ/σ: strong directions move by more."
     )
     residual_projection: bool = Field(
-        default=True,
-        description="Keep the low-rank part out of the protected directions; false is an ablation.",
+        default=True, description="Keep the low-rank part out of the protected directions; false is an ablation."
     )
     init_weights: bool | Literal["zero"] = Field(
         default=True,

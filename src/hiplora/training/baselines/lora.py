@@ -78,7 +78,7 @@ class PissaMethod(ResidualInit):
 
     title = "PiSSA"
     start = "the principal part of the base weights"
-    peft_start = {"init_lora_weights": "pissa"}
+    peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
     name: Literal["pissa"] = Field(default="pissa", description="The method.")
 
@@ -91,7 +91,7 @@ class CordaMethod(ResidualInit, FromInputs):
 
     title = "CorDA"
     start = "the part of the base weights that the inputs use least"
-    peft_start = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
+    peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
 
     name: Literal["corda"] = Field(default="corda", description="The method.")
 

@@ -1,6 +1,6 @@
 """OSF, Orthogonal Subspace Fine-tuning (Nayak et al. 2025, arXiv 2504.07097), from PEFT."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -19,12 +19,12 @@ class OsfMethod(Method):
     `train.weight_decay` to 0: it would shrink what is trained, a part of the weights themselves.
     """
 
-    title: ClassVar[str] = "OSF"
-    summary: ClassVar[str] = (
+    title = "OSF"
+    summary = (
         "The leading singular directions of each weight are kept and all others were trained: far more parameters "
         "than a low-rank update has."
     )
-    kind: ClassVar[str | None] = "an OSF adapter"
+    kind = "an OSF adapter"
 
     name: Literal["osf"] = Field(default="osf", description="The method.")
     effective_rank: EffectiveRank | None = Field(

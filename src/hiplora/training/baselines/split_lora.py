@@ -1,10 +1,8 @@
 """Split-LoRA (Lin et al. 2024, arXiv 2407.00952): split federated training of a LoRA, simulated in one process.
 
-The layers below a cut are the clients' side. Every client has its own copy of the adapter there and its own shard of
-the training sequences; the layers from the cut up are the server's, with one adapter for all. A step is that of plain
-LoRA, except that micro-batch j comes from the shard of client j mod C and passes through this client's copy. So the
-server's gradient is the mean over the learned tokens of all clients, and a copy gets its gradient from its own shard
-alone. With one client it is plain LoRA, to the bit.
+Below a cut every client has its own copy of the adapter and its own shard of the training sequences; from the cut up
+there is one adapter for all, the server's. Micro-batch j of a step comes from the shard of client j mod C and passes
+through this client's copy. With one client it is plain LoRA, to the bit.
 """
 
 import contextlib
@@ -12,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
     from hiplora.training.recipe import TrainSettings
 
-CLIENTS_FILE = "clients.safetensors"
+CLIENTS_FILE = "clients.pt"
 OWN = ("clients", "cut_layer", "average_every")
 LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
@@ -34,12 +32,12 @@ LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 class SplitLoraMethod(LowRank):
     """Split-LoRA: clients train the layers below a cut on shards of the data, a server the others on all of it."""
 
-    title: ClassVar[str] = "Split-LoRA"
-    summary: ClassVar[str] = (
+    title = "Split-LoRA"
+    summary = (
         "A plain low-rank update. Below a cut it is the average of what several clients trained on shards of the data."
     )
-    steering: ClassVar[tuple[str, ...]] = ("lora_dropout", *OWN)
-    not_of_peft: ClassVar[tuple[str, ...]] = ("name", *OWN)
+    steering = ("lora_dropout", *OWN)
+    not_of_peft = ("name", *OWN)
 
     name: Literal["split_lora"] = Field(default="split_lora", description="The method.")
     clients: int = Field(
@@ -92,10 +90,9 @@ def shard_sizes(sequences: int, clients: int) -> list[int]:
 
 
 class ClientBatches:
-    """Batches of one client each, the clients in turn: batch j of an epoch is one of client j mod C.
+    """The batches of an epoch in the order that `sampler` draws, batch j one of client j mod C.
 
-    Every sequence comes once an epoch, in the order that `sampler` draws. The larger shards belong to the first
-    clients, so whoever runs out of sequences first is last in turn.
+    The larger shards belong to the first clients, so whoever runs out of sequences first is last in turn.
     """
 
     drop_last = False
@@ -116,18 +113,13 @@ class ClientBatches:
 
 
 class SplitSession(Session):
-    """Split-LoRA while it trains: every client's own copy of the trained parameters below the cut.
+    """Every client's own copy of what is trained below the cut: embeddings too, an output head not.
 
     Between micro-batches the model holds the side of client 0. The other copies are registered on the model, so that
     the optimizer steps them and their gradients are clipped together with the others'.
     """
 
     def __init__(self, model: "PeftModel", method: SplitLoraMethod, shards: Sequence[int]):
-        """Copy what `model` trains below the cut: trained embeddings too, a trained output head not.
-
-        Raises:
-            ConfigError: the model has fewer layers, or nothing below the cut is trained.
-        """
         from torch import nn
 
         super().__init__(model)
@@ -145,10 +137,9 @@ class SplitSession(Session):
                 "target_modules and layers_to_transform choose modules below it"
             )
         first = [getattr(module, name) for module, name in self._places]
-        copies = [[nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:]]
-        self._sides = [first, *copies]
+        self._sides = [first, *([nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:])]
         self._shares = [size / sum(shards) for size in shards]
-        model.clients = nn.ParameterList([parameter for side in copies for parameter in side])  # type: ignore
+        model.clients = nn.ParameterList([p for side in self._sides[1:] for p in side])  # type: ignore
 
     def batches(self, sampler: "Sampler[int]", batch_size: int) -> Any:
         """Return batches of one client each."""
@@ -173,22 +164,19 @@ class SplitSession(Session):
 
     def save(self, folder: Path) -> None:
         """Save the average, and every client's side."""
-        from safetensors.torch import save_file
+        import torch
 
         super().save(folder)
-        sides = {name: parameter.detach().cpu().contiguous() for name, parameter in self._named().items()}
-        save_file(sides, folder / CLIENTS_FILE)
+        torch.save([[parameter.detach() for parameter in side] for side in self._sides], folder / CLIENTS_FILE)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote."""
-        from safetensors.torch import load_file
+        import torch
 
         super().load(folder)
-        stored, named = load_file(folder / CLIENTS_FILE), self._named()
-        _copy(list(named.values()), [stored[name] for name in named])
-
-    def _named(self) -> "dict[str, nn.Parameter]":
-        return {f"{c}.{i}": parameter for c, side in enumerate(self._sides) for i, parameter in enumerate(side)}
+        stored = torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True)
+        for side, values in zip(self._sides, stored, strict=True):
+            _copy(side, values)
 
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
