@@ -202,7 +202,7 @@ def test_a_folder_of_another_recipe_other_data_or_damage_is_refused(make, tmp_pa
     ):
         train(make(data=data, lr=0.02), tmp_path / "out")
     before = (tmp_path / "rows.jsonl").read_text()
-    write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "x", "output": "y"}] * 9)
+    write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"x{n}", "output": "y"} for n in range(9)])
     with pytest.raises(ConfigError, match="the data changed since this run began"):
         train(make(data=data), tmp_path / "out")
     (tmp_path / "rows.jsonl").write_text(before)
