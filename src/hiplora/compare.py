@@ -176,7 +176,8 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
         raise ConfigError(problem)
     try:
         with quiet_transformers(), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(model)))
+            config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model}: its configuration cannot be read ({first_line(error)})") from error
     targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -107,6 +109,28 @@ def _replace_dir(new: Path, final: Path) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML of plain values, lists and mappings; `1e-3` is a number, as in YAML 1.2.
+
+    Raises:
+        ValueError: it is not YAML, or has an alias, by which a few lines can stand for gigabytes.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: has an alias (*name); write it out")
+            return super().compose_node(parent, index)
+
+    exponent = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789."))
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # what PyYAML's constructors raise
+        raise ValueError(str(error)) from None
 
 
 def file_mode() -> int:

@@ -95,8 +95,8 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     path = resolve(model)
     try:
         with quiet_transformers(always=False):
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
@@ -105,6 +105,25 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return network.eval(), tokenizer
+
+
+def pick_device(device: str = "auto") -> str:
+    """Return the device to compute on; "auto" is a GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: this machine does not have the device.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {device}: not available here ({first_line(error)}); leave it out, or name cpu or cuda"
+        ) from None
+    return device
 
 
 def resolve(model: str) -> str:
@@ -199,6 +218,7 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
 
     logger.info("model %s: converting to fp32 safetensors", model.name)
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source["trust_remote_code"] = False
     # The GGUF reader's progress bar has no switch; logging keeps its own handle on standard error.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.context_length)

@@ -129,7 +129,7 @@ def _inputs(
 ) -> tuple[Any, list[Any] | None, list[Encoded], list[str]]:
     """Return tokenizer, calibration rows (None samples them), task examples and notes; no model is loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)

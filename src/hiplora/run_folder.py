@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
-from hiplora.files import check_output_dir, write_atomic
+from hiplora.files import check_output_dir, parse_yaml, write_atomic
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -38,8 +38,8 @@ class RunFolder:
     def stored(self) -> dict[str, Any] | None:
         """Return the settings of the run in the folder; None if there are none."""
         try:
-            value = yaml.safe_load((self.path / self.settings).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            value = parse_yaml((self.path / self.settings).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return None
         return value if isinstance(value, dict) else None
 
@@ -71,6 +71,8 @@ class RunFolder:
     def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
         """Hold the folder against other processes; make it or empty it, and write the settings.
 
+        A run that fails before anything is finished leaves no folder.
+
         Raises:
             ConfigError: another process works there.
         """
@@ -86,6 +88,10 @@ class RunFolder:
                 text = yaml.safe_dump(json.loads(text), sort_keys=False, allow_unicode=True)
             write_atomic(self.path / self.settings, text)
             yield
+        except BaseException:
+            if not any((self.path / name).exists() for name in WORK - {LOCK}):  # nothing to carry on with
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
         finally:
             lock.release()
             if self.complete:  # nobody will work here again

@@ -37,7 +37,7 @@ def probed(capsys, model, out, prose, *arguments):
 
 
 def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, prose, tmp_path, capsys):
-    noise = ("--draws", "2", "--noise", "0.1", "--noise", "0.5")
+    noise = ("--draws", "2", "--kinds", "zero,flip,noise_0.1,noise_0.5")
     record = probed(capsys, tiny_model_dir, tmp_path / "out", prose, *MODULES, *noise)
     assert record["modules"] == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
     kinds = [row["kind"] for row in record["records"]]
@@ -93,7 +93,6 @@ def test_the_table_says_why_a_correlation_is_missing_and_layers_are_spread_over_
     ("arguments", "said"),
     [
         (["--tokens", "40", "--out", "."], "exists already"),
-        (["--kinds", "zero", "--noise", "0.2"], "--noise 0.2: --kinds zero has no noise"),
         (["--kinds", "zap"], "intervention 'zap': expected zero, flip"),
         (["--layers", "3-1"], "--layers 3-1: 3-1 goes backwards"),
         (["--layers", "one"], "--layers one: expected numbers and spans"),

@@ -13,6 +13,7 @@ from hiplora.files import (
     check_output_dir,
     check_output_file,
     file_mode,
+    parse_yaml,
     staged_dir,
     write_atomic,
 )
@@ -171,3 +172,27 @@ def test_a_file_that_exists_is_written_over_only_if_that_is_said(tmp_path):
     assert check_output_file(path, overwrite=True) == path
     with pytest.raises(ConfigError, match="is a folder"):
         check_output_file(tmp_path, overwrite=True)
+
+
+def test_yaml_is_plain_values_with_the_exponents_of_yaml_1_2():
+    assert parse_yaml("lr: 1e-3\nnames: [a, 2, no]") == {"lr": 1e-3, "names": ["a", 2, False]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
+        "&a [*a]",
+        "base: &b {k: 1}\nmore: {<<: *b}",
+        "[" * 3000,
+        "0x_",
+        "2001-13-45",
+        "!!int x",
+        "{? [1, 2] : 3}",
+        "!!python/object/apply:os.getcwd []",
+        "a\0b",
+    ],
+)
+def test_yaml_that_grows_or_runs_or_cannot_be_built_is_refused(text):
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_yaml(text)

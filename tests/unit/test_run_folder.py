@@ -88,3 +88,12 @@ def test_differences_name_what_is_missing_on_either_side():
         "b.c: 2 there, 3 here",
         "d: None there, 4 here",
     ]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_fails_leaves_a_folder_only_if_something_is_finished(run, finished):
+    with pytest.raises(KeyboardInterrupt), run.claimed(SETTINGS):
+        if finished:
+            run.stage("first", lambda: {"x": 1})
+        raise KeyboardInterrupt
+    assert run.path.exists() == finished

@@ -27,7 +27,7 @@ def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
         AdapterError: there is no such model, or it cannot be read.
     """
     with _readable(name), quiet_transformers(always=False):
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=False).eval()
 
 
 @contextmanager
@@ -46,8 +46,8 @@ class BaseWeights:
         """Open a model folder or hub name; AdapterError if it cannot be read."""
         self.model = model
         with _readable(model), torch.device("meta"):
-            self.config = AutoConfig.from_pretrained(resolve(model))
-            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            self.config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
+            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
 
     def no_room(self, itemsize: int) -> str:
         """Return why the model is not loaded at `itemsize` bytes a parameter; empty if it fits into memory."""

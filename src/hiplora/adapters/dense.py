@@ -154,4 +154,4 @@ def _save(model: Any, base: str, folder: Path) -> None:
     with quiet_transformers(always=False):
         model.save_pretrained(folder)
     with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
-        AutoTokenizer.from_pretrained(resolve(base)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False).save_pretrained(folder)

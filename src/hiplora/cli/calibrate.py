@@ -5,7 +5,7 @@ from enum import Enum
 import typer
 
 from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_frame
-from hiplora.cli.factorize import TARGETS_HELP, check_device, parse_targets
+from hiplora.cli.factorize import TARGETS_HELP, parse_targets
 
 
 class Sides(str, Enum):
@@ -48,12 +48,12 @@ def command(
     """
     import pandas as pd
 
-    from hiplora.models import load
+    from hiplora.models import load, pick_device
     from hiplora.provenance import provenance
     from hiplora.spectral import parse_rank
     from hiplora.tuner import HipLoraConfig, calibrate
 
-    check_device(device)
+    device = pick_device(device)
     modules = parse_targets(target_modules)
     config = HipLoraConfig(target_modules=modules, principal_rank=parse_rank(rank), basis_sides=sides.value)
     loaded, tokenizer = load(model)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 OUT_OPTION = typer.Option(..., "--out", help="Output folder; it must not exist yet.")
 OVERWRITE_OPTION = typer.Option(False, "--overwrite", help="Replace the output folder if it exists.")
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object instead of a table.")
-DEVICE_OPTION = typer.Option("cpu", "--device", help="Device to compute on: cpu, cuda, …")
+DEVICE_OPTION = typer.Option("auto", "--device", help="auto (a GPU if there is one), cpu, cuda, …")
 
 
 def emit_json(value: Any) -> None:

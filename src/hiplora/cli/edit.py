@@ -5,14 +5,7 @@ from typing import Any, Literal
 
 import typer
 
-from hiplora.cli.common import (
-    DEVICE_OPTION,
-    JSON_OPTION,
-    OUT_OPTION,
-    OVERWRITE_OPTION,
-    emit_json,
-    print_table,
-)
+from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
@@ -74,17 +67,19 @@ def command(
     """
     from pydantic import ValidationError
 
-    from hiplora.cli.factorize import check_device
     from hiplora.editing.job import EditJob, edit, summary_tables
     from hiplora.models import quiet_transformers
+    from hiplora.training.recipe import put_over
 
-    check_device(device)
+    method_settings: dict[str, Any] = {}
+    for text in settings:
+        put_over(method_settings, text)
     try:
         job = EditJob(
             model=model,
             edits=edits,
             method=method,
-            method_settings=dict(_setting(text) for text in settings),
+            method_settings=method_settings,
             mode=mode,
             limit=limit,
             category=category,  # type: ignore[arg-type]  # pydantic checks it
@@ -107,17 +102,7 @@ def command(
         return
     typer.echo(f"{record['edits']} edits by {method}, {mode}")
     for title, table in summary_tables(record["summary"]).items():
-        print_table(title, table.columns, table.itertuples(index=False))
+        print_frame(title, table)
     typer.echo(f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise ConfigError(f"--set {text}: expected KEY=VALUE, as r=8")
-    try:
-        return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {text}: {value!r} cannot be read as YAML; quote it, as name='a, b'") from None
+    for name in record["adapters"][:1]:
+        typer.echo(f'Ask it: hiplora generate {model} --adapter {out / name} --prompt "…"')

@@ -5,13 +5,14 @@ from typing import Any
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, emit_json, print_table
+from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_table
 
 SUITE_OPTION = typer.Option(
     ...,
     "--suite",
-    help="What to score on: paper, retention or quick; a YAML file; or comma-separated tasks, such as gsm8k,arc_easy "
-    "(docs/reference/tasks.md lists them; lm-eval's own names work too).",
+    help="What to score on: paper, retention or quick; a file of your own rows (JSON lines, JSON or parquet, as for "
+    "training); a YAML file; or comma-separated tasks, such as gsm8k,arc_easy (docs/reference/tasks.md lists them; "
+    "lm-eval's own names work too).",
 )
 DATA_OPTION = typer.Option(
     None,
@@ -26,6 +27,11 @@ CODE_OPTION = typer.Option(
     "--allow-code-execution",
     help="Run code that the model writes, in a sandbox (docs/howto/code-execution.md).",
 )
+SUITE_CODE_OPTION = typer.Option(
+    False,
+    "--allow-suite-code",
+    help="Let task files in the folders that a suite includes run their own code, which nothing confines.",
+)
 
 
 def command(
@@ -38,6 +44,8 @@ def command(
     seed: int = SEED_OPTION,
     batch_size: int = BATCH_OPTION,
     allow_code: bool = CODE_OPTION,
+    allow_suite_code: bool = SUITE_CODE_OPTION,
+    device: str = DEVICE_OPTION,
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the file if it exists."),
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -45,8 +53,9 @@ def command(
 
     Before scoring, every adapter is checked to change the logits, and the base to come back bit for bit when it is
     off. All models see the same items in the same order; the file keeps the score of every item, and every mean and
-    every difference of two models has a 95 % interval. Each score has a second form, its likelihood: a small model is
-    often at chance in accuracy while its likelihood still moves.
+    every difference of two models has a 95 % interval. A score is kept if it fell by less than a point, lost if it
+    fell, and else one cannot tell. Each score has a second form, its likelihood: a small model is often at chance in
+    accuracy while its likelihood still moves.
 
     After an interruption, the same command continues; scored models are kept.
 
@@ -56,7 +65,7 @@ def command(
     """
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 
-    settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
+    settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code, allow_suite_code, device)
     results = evaluate(model, adapter, settings, out, overwrite=overwrite)
     if as_json:
         emit_json(results)
@@ -66,16 +75,21 @@ def command(
 
 
 def _print_scores(results: dict[str, Any]) -> None:
+    base, *others = results["runs"]
     rows: list[list[str]] = []
     for task, described in results["tasks"].items():
-        found = [run.get(task, {}) for run in results["runs"].values()]
         for form, metric in described["metrics"].items():
-            if any(form in one for one in found):
-                rows.append([f"{described['title']}: {metric}", *(_cell(one.get(form)) for one in found)])
+            if form in results["runs"][base][task]:
+                scores = {name: run[task][form] for name, run in results["runs"].items()}
+                apart = {row["of"]: row for row in results["differences"][task][form] if row["against"] == base}
+                row = [f"{described['title']}: {metric}", _cell(scores[base])]
+                for name in others:
+                    row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
+                rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
     title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
-    print_table(title, ("", *results["runs"]), rows)
+    print_table(title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows)
 
 
-def _cell(found: dict[str, Any] | None) -> str:
-    return f"{found['estimate']:.1f} ({found['low']:.1f} – {found['high']:.1f})" if found else ""
+def _cell(found: dict[str, Any], sign: str = "") -> str:
+    return f"{found['estimate']:{sign}.1f} ({found['low']:{sign}.1f} to {found['high']:{sign}.1f})"

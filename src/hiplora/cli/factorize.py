@@ -8,7 +8,6 @@ from typing import Any
 import typer
 
 from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_frame
-from hiplora.errors import ConfigError, first_line
 
 
 class Dtype(str, Enum):
@@ -45,7 +44,7 @@ def command(
     """
     import pandas as pd
 
-    from hiplora.models import load
+    from hiplora.models import load, pick_device
     from hiplora.provenance import provenance
     from hiplora.spectral import FactorStore
     from hiplora.tuner import HipLoraConfig, weight_factors
@@ -53,7 +52,7 @@ def command(
     start = time.perf_counter()
     modules = parse_targets(target_modules)
     config = HipLoraConfig(preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance)
-    check_device(device)
+    device = pick_device(device)
     loaded = load(model, dtype.value if dtype else "auto")[0].to(device)
     store, made = FactorStore(), 0
     layers: list[dict[str, Any]] = []
@@ -99,15 +98,3 @@ def parse_targets(given: str | None) -> str | list[str] | None:
     if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
         return given
     return [name.strip() for name in given.split(",")]
-
-
-def check_device(device: str) -> None:
-    """Check that this machine has a device (ConfigError)."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--device {device}: not available here ({first_line(error)}); leave it out for the CPU"
-        ) from None

@@ -20,7 +20,10 @@ COMMANDS = {
     "demo": "See on a small model what LoRA and HiP-LoRA do to it.",
     "compare": "See what they do to your model on your data.",
     "train": "Fine-tune an adapter from a recipe.",
-    "eval": "Score a model and its adapters on tasks.",
+    "eval": "Score a model and its adapters on tasks or on your rows.",
+    "drift": "Measure how far adapters move a model on other text.",
+    "generate": "Answer prompts with and without adapters, side by side.",
+    "chat": "Talk to a model and to its adapters at once.",
     "export": "Write an adapter as a plain LoRA, or as a model.",
     "protect": "Remove from an adapter what disturbs its base most.",
     "merge": "Merge adapters of one base model.",
@@ -31,6 +34,7 @@ COMMANDS = {
     "calibrate": "Measure a model's layers ahead of training.",
     "factorize": "Factor a model's weights ahead of training.",
 }
+_HOMES = {"chat": "generate"}  # a command that is in another's module, under its own name
 
 # Without rich's markup the help page takes a third of the time.
 app = typer.Typer(
@@ -59,8 +63,8 @@ def _root(
 
 
 for _name, _short in COMMANDS.items():
-    _home = importlib.import_module("hiplora.cli." + _name.replace("-", "_"))
-    app.command(name=_name, short_help=_short)(_home.command)
+    _home = importlib.import_module("hiplora.cli." + _HOMES.get(_name, _name.replace("-", "_")))
+    app.command(name=_name, short_help=_short)(getattr(_home, _name, _home.command))
 app.add_typer(study_app, name="study", short_help="Plan, run and report a study: every table of the paper.")
 
 

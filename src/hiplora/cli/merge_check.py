@@ -5,7 +5,15 @@ from pathlib import Path
 import typer
 
 from hiplora.cli.common import JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
-from hiplora.cli.eval import BATCH_OPTION, CODE_OPTION, DATA_OPTION, LIMIT_OPTION, SEED_OPTION, SUITE_OPTION
+from hiplora.cli.eval import (
+    BATCH_OPTION,
+    CODE_OPTION,
+    DATA_OPTION,
+    LIMIT_OPTION,
+    SEED_OPTION,
+    SUITE_CODE_OPTION,
+    SUITE_OPTION,
+)
 from hiplora.cli.merge import BASE_OPTION, METHOD_HELP, SET_HELP, WEIGHTS_HELP, parse_option, parse_weights
 from hiplora.errors import ConfigError
 
@@ -33,6 +41,7 @@ def command(
     seed: int = SEED_OPTION,
     batch_size: int = BATCH_OPTION,
     allow_code: bool = CODE_OPTION,
+    allow_suite_code: bool = SUITE_CODE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
@@ -51,7 +60,7 @@ def command(
     from hiplora.evaluation.evaluate import EvalSettings
     from hiplora.merge_check import MergeSettings, merge_check, verdict_notes, verdict_tables
 
-    settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code)
+    settings = EvalSettings(suite, data, limit, seed, batch_size, allow_code, allow_suite_code)
     options = dict(map(parse_option, set_))
     how = MergeSettings(tuple(method), parse_weights(weights), options, rank, base, _sizes(sizes))
     record = merge_check(adapters, settings, how, out, overwrite=overwrite)

@@ -5,14 +5,7 @@ from typing import Literal
 
 import typer
 
-from hiplora.cli.common import (
-    DEVICE_OPTION,
-    JSON_OPTION,
-    OUT_OPTION,
-    OVERWRITE_OPTION,
-    emit_json,
-    print_table,
-)
+from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 from hiplora.errors import ConfigError, first_problem
 
 MODULES_HELP = "Module names separated by commas, a regular expression, or all-linear. Default: attention projections."
@@ -20,7 +13,7 @@ LAYERS_HELP = "Numbers of layers, such as 0,4-7; or all. Default: the first, a m
 CHOICE_HELP = "Which directions: log, dense among the strong ones, or even, at equal distances."
 BASIS_HELP = "Directions of the weight alone, or of the layers' inputs (on text sampled from the model)."
 RANK_HELP = "Choose among the leading N directions. Default: all, or 32 for the activation basis."
-NOISE_HELP = "Standard deviation of the noise, as a share of σ; may be repeated. Default: 0.1."
+KINDS_HELP = "Interventions, separated by commas: zero, flip, noise_S with the standard deviation S as a share of σ."
 
 
 def command(
@@ -32,8 +25,7 @@ def command(
     choice: Literal["log", "even"] = typer.Option("log", "--choice", help=CHOICE_HELP),
     basis: Literal["weight", "activation"] = typer.Option("weight", "--basis", help=BASIS_HELP),
     principal_rank: int | None = typer.Option(None, "--principal-rank", min=1, help=RANK_HELP),
-    kinds: str = typer.Option("zero,flip,noise", "--kinds", help="Interventions, separated by commas."),
-    noise: list[float] | None = typer.Option(None, "--noise", help=NOISE_HELP),
+    kinds: str = typer.Option("zero,flip,noise_0.1", "--kinds", help=KINDS_HELP),
     draws: int = typer.Option(1, "--draws", min=1, help="Draws of the noise for each direction."),
     text: Path | None = typer.Option(
         None, "--text", "--drift-text", help="Text to measure on. Default: prose and code of Python's own."
@@ -57,11 +49,10 @@ def command(
     """
     from pydantic import ValidationError
 
-    from hiplora.cli.factorize import check_device, parse_targets
+    from hiplora.cli.factorize import parse_targets
     from hiplora.models import quiet_transformers
     from hiplora.probing.run import METRICS, ProbeSettings, correlation_table, run_probe
 
-    check_device(device)
     try:
         settings = ProbeSettings(
             model=model,
@@ -71,7 +62,7 @@ def command(
             choice=choice,
             basis=basis,
             principal_rank=principal_rank,
-            kinds=intervention_names(kinds, noise),
+            kinds=tuple(name.strip() for name in kinds.split(",") if name.strip()),
             draws=draws,
             text=str(text) if text else None,
             tokens=tokens,
@@ -87,8 +78,7 @@ def command(
         return
     for metric, title in METRICS.items():
         table = correlation_table(record["correlations"], metric)
-        heading = f"{title} (nats per token) against σ, {len(record['modules'])} modules"
-        print_table(heading, table.columns, table.itertuples(index=False))
+        print_frame(f"{title} (nats per token) against σ, {len(record['modules'])} modules", table)
     typer.echo(f"Written to {out}: probe.json, report.html")
 
 
@@ -111,16 +101,3 @@ def parse_layers(given: str | None) -> tuple[int, ...] | None:
             raise ConfigError(f"--layers {given}: {part.strip()} goes backwards; expected as 4-7")
         numbers.update(span)
     return tuple(sorted(numbers))
-
-
-def intervention_names(kinds: str, noise: list[float] | None) -> tuple[str, ...]:
-    """Return the names of the interventions, `noise` with each of its scales.
-
-    Raises:
-        ConfigError: scales are given for kinds without noise.
-    """
-    names = [name.strip() for name in kinds.split(",") if name.strip()]
-    if noise and "noise" not in names:
-        raise ConfigError(f"--noise {noise[0]:g}: --kinds {kinds} has no noise; add it, or leave --noise out")
-    scales = [f"noise_{scale:g}" for scale in noise or (0.1,)]
-    return tuple(name for given in names for name in (scales if given == "noise" else [given]))

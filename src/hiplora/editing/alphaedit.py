@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from hiplora.editing.subjects import (
     BEGINNINGS,
     Located,
     locate,
-    search_values,
+    search_value,
     subject_states,
     write_prefixes,
 )
@@ -34,15 +34,12 @@ _WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
 class AlphaEdit:
     """AlphaEdit's settings; the defaults are those of its formula and of its authors' published configurations.
 
-    The authors' learning rate of the search, `value_lr`, is 0.5 for GPT-J and 0.1 for Llama 3: it is in units of the
-    hidden state. Raise it if the record's `search_loss` stays high.
-
     `layers` are the blocks whose `mlp.down_proj` is edited; None is five that end at a quarter of the depth (4 to 8 of
     32). `threshold` bounds the null space (see `null_space`), measured on `calibration_tokens` of text. `ridge` is the
-    weight of the update's size. The `value_…` settings are for the search for each edit's value: Adam steps, learning
-    rate, decay, weight of the divergence on "… is a", and how far the value may move relative to its norm. The
-    search and the keys see the prompt bare and behind `prefixes` texts of `prefix_tokens` tokens that the model
-    generates. `edits_at_once` are searched together.
+    weight of the update's size. The `value_…` settings are for the search for each edit's value (`search_value`);
+    `value_lr` is in units of the hidden state (the authors': 0.5 for GPT-J, 0.1 for Llama 3): raise it if the record's
+    `search_loss` stays high. Search and keys see the prompt bare and behind `prefixes` texts of `prefix_tokens` tokens
+    that the model generates.
     """
 
     layers: tuple[int, ...] | None = None
@@ -56,7 +53,6 @@ class AlphaEdit:
     value_clamp: PositiveFloat = 0.75
     prefixes: Annotated[int, Field(ge=0, le=len(BEGINNINGS))] = 5
     prefix_tokens: PositiveInt = 10
-    edits_at_once: PositiveInt = 8
     seed: int = 0
 
     def modules(self, model: nn.Module) -> list[str]:
@@ -159,7 +155,7 @@ class AlphaEditor(Editor):
             for name, basis in bases.items()
         }
         self._prefixes = write_prefixes(model, tokenizer, settings.prefixes, settings.prefix_tokens)
-        self.reset()
+        self.restore({})
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Write some edits in together; returns each edit's last loss of the search, ranks and seconds.
@@ -172,20 +168,16 @@ class AlphaEditor(Editor):
         prompts = [
             [locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new) for text in texts] for edit in edits
         ]
-        essences = [locate(self._tokenizer, edit.subject, f"{edit.subject} is", "a") for edit in edits]
-        found: list[Tensor] = []
-        losses: list[float] = []
-        for first in range(0, len(edits), settings.edits_at_once):
-            part = slice(first, first + settings.edits_at_once)
-            searched, last = search_values(self.model, self._block, prompts[part], essences[part], settings)
-            found.append(searched)
-            losses += last
-        values = torch.cat(found, dim=1)
+        essences = [locate(self._tokenizer, edit.subject, f"{edit.subject} is", "a").ids for edit in edits]
+        asked = zip(prompts, essences, strict=True)
+        found = [search_value(self.model, self._block, group, essence, settings) for group, essence in asked]
+        values = torch.stack([value for value, _ in found], dim=1)
         for done, name in enumerate(self.modules):
             keys, outputs = self._states(prompts)
             missing = (values - outputs) / (len(self.modules) - done)
-            P, former = self._projectors[name], self._former.get(name)
-            A, B = null_space_update(keys[name], missing, P, former, settings.ridge)
+            A, B = null_space_update(
+                keys[name], missing, self._projectors[name], self._former.get(name), settings.ridge
+            )
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
             self.updates.setdefault(name, []).append((A, B))
@@ -197,18 +189,33 @@ class AlphaEditor(Editor):
             self._former[name] = self._former.get(name, 0) + K.double() @ K.double().T
         left = (values - outputs).norm(dim=0) / values.norm(dim=0)
         return {
-            "search_loss": losses,
+            "search_loss": [loss for _, loss in found],
             "value_error": left.tolist(),
             "null_space_rank": {name: round(P.trace().item()) for name, P in self._projectors.items()},
             "seconds": time.perf_counter() - began,
         }
 
-    def reset(self) -> None:
-        """Put the base's weights back, and forget the keys and updates of all edits so far."""
-        for name in self.modules:
-            self._weight(name).data = self._kept[f"{name}.weight"][1]
+    def state(self) -> dict[str, Tensor]:
+        """Return the edited weights, their updates, and the moments of the keys."""
+        found = {}
+        for name, parts in self.updates.items():
+            found[f"{name}.weight"], found[f"{name}.former"] = self._weight(name).data, self._former[name]
+            for side, tensors in zip("AB", zip(*parts, strict=True), strict=True):
+                found[f"{name}.{side}"] = torch.cat(tensors, dim="AB".index(side))
+        return found
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Write the edits of a `state` in; without any, put the base's weights back."""
         self._former: dict[str, Float[Tensor, "n n"]] = {}  # moments of the keys
         self.updates: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `(A, B)` of each batch, with Δ = BA
+        for name in self.modules:
+            weight = self._weight(name)
+            weight.data = self._kept[f"{name}.weight"][1]
+            if state:
+                weight.data, former, A, B = (
+                    state[f"{name}.{part}"].to(weight.device) for part in ("weight", "former", "A", "B")
+                )
+                self._former[name], self.updates[name] = former, [(A, B)]
 
     def save(self, folder: Path, base: str) -> None:
         """Write the edits so far as a plain LoRA adapter of at most a rank an edit; `base` names the model.
@@ -216,13 +223,8 @@ class AlphaEditor(Editor):
         Raises:
             AdapterError: what was written differs from the update.
         """
-        factors = {
-            name: (
-                torch.cat([A for A, _ in parts]).float().cpu(),
-                torch.cat([B for _, B in parts], 1).float().cpu(),
-            )
-            for name, parts in self.updates.items()
-        }
+        state = self.state()
+        factors = {name: (state[f"{name}.A"].float().cpu(), state[f"{name}.B"].float().cpu()) for name in self.updates}
         config = {"target_modules": sorted(factors), "task_type": "CAUSAL_LM"}
         update = AdapterUpdate(base, "lora", config, factors, source="AlphaEdit's updates")
         folder.mkdir(parents=True, exist_ok=True)

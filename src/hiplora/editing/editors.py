@@ -4,14 +4,14 @@ import contextlib
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hiplora.editing.edits import Edit
@@ -98,6 +98,7 @@ class Editor(ABC):
     """
 
     model: nn.Module
+    _initial: Mapping[str, Tensor] = {}
 
     def __init__(self, base: nn.Module):
         self._base = base
@@ -110,8 +111,16 @@ class Editor(ABC):
         """Put edits in; return what that took, for JSON: `seconds` and the method's own numbers."""
 
     @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return all that was taught, for `restore`."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Be as an editor of the same settings was when its `state` was taken."""
+
     def reset(self) -> None:
         """Take back all that was taught."""
+        self.restore(self._initial)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -158,17 +167,20 @@ class AdapterEditor(Editor):
         self._tokenizer, self._training, self._progress = tokenizer, training, progress
         torch.manual_seed(training.seed)
         self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self._initial = {name: p.detach().clone() for name, p in trained}
+        self._initial = {name: values.clone() for name, values in self.state().items()}
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the adapter on some edits; returns what `train_edits` does."""
         return train_edits(self.model, self._tokenizer, edits, self._training, progress=self._progress)
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the parameters that are trained."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     @torch.no_grad()
-    def reset(self) -> None:
-        """Give the adapter its initial parameters."""
-        for name, values in self._initial.items():
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give the adapter these parameters."""
+        for name, values in state.items():
             self.model.get_parameter(name).copy_(values)
 
     @contextlib.contextmanager

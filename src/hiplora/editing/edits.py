@@ -1,18 +1,17 @@
-"""Edit sets: facts that a model should state differently from now on, built in or from files of JSON lines."""
+"""Edit sets: facts that a model should state differently from now on, built in or from files of rows."""
 
-import gzip
 import importlib.resources
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from hiplora.data.rows import Row, read_rows
 from hiplora.errors import DataError, first_problem
 
 BUILT_IN = "builtin"
@@ -21,11 +20,9 @@ ENTITY, RELATION, NUMERIC = CATEGORIES = ("Entity/Attribute", "Relation/Fact", "
 
 # CounterFact's Wikidata relations. Attributes: continent, languages, position, field, occupation, genre, religion,
 # sport, instrument; a tie to another thing (a place, a person, a company) is a relation. None is about numbers.
-_ATTRIBUTES = re.findall(r"P\d+", "P30 P37 P39 P101 P103 P106 P136 P140 P364 P407 P413 P641 P1303 P1412")
-_RELATIONS = re.findall(
-    r"P\d+", "P17 P19 P20 P27 P36 P108 P127 P131 P138 P159 P176 P178 P190 P264 P276 P449 P463 P495 P740 P937"
-)
-RELATION_CATEGORIES = dict.fromkeys(_ATTRIBUTES, ENTITY) | dict.fromkeys(_RELATIONS, RELATION)
+_ATTRIBUTES = (30, 37, 39, 101, 103, 106, 136, 140, 364, 407, 413, 641, 1303, 1412)
+_RELATIONS = (17, 19, 20, 27, 36, 108, 127, 131, 138, 159, 176, 178, 190, 264, 276, 449, 463, 495, 740, 937)
+RELATION_CATEGORIES = {f"P{n}": ENTITY if n in _ATTRIBUTES else RELATION for n in _ATTRIBUTES + _RELATIONS}
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -44,16 +41,17 @@ class Question:
 class Edit:
     """One edit: after it, `prompt` should be completed by `new` and no longer by `old`.
 
-    `category` is one of the paper's three (Sect. 5); `paraphrase` is another prompt that the edit should carry over
-    to, never trained on; `neighbours` are questions near the edit whose answers should stay, where a data set has them.
+    `old` None is what the bare model writes. `category` is one of the paper's three (Sect. 5). `paraphrase` is another
+    prompt that the edit should carry over to, never trained on; `neighbours` are questions near the edit whose answers
+    should stay, where a data set has them.
     """
 
     prompt: str
-    old: str
+    old: str | None
     new: str
-    subject: str
-    category: str
-    paraphrase: str
+    subject: str = ""
+    category: str = RELATION
+    paraphrase: str | None = None
     neighbours: tuple[Question, ...] = ()
 
 
@@ -69,16 +67,16 @@ class EditSet:
 
 
 class _OwnRow(BaseModel):
-    """A row of the project's own format."""
+    """A row of the project's own format; `prompt` and `new` are all that an edit needs."""
 
-    model_config = ConfigDict(extra="forbid")
-    set: Text
+    model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Text
-    old: Text
     new: Text
-    subject: Text
-    category: Category
-    paraphrase: Text
+    old: Text | None = None
+    subject: str = ""
+    category: Category | None = None
+    paraphrase: Text | None = None
+    set: Text = "edits"
 
     @model_validator(mode="after")
     def _changes_the_answer(self) -> "_OwnRow":
@@ -90,6 +88,7 @@ class _OwnRow(BaseModel):
 class _CounterFactRow(BaseModel):
     """A row of CounterFact or zsRE; `relation` is a Wikidata property, or "unlabelled" in zsRE."""
 
+    model_config = ConfigDict(strict=True)
     prompt: Text
     subject: Text
     target_true: Text
@@ -106,20 +105,6 @@ class _CounterFactRow(BaseModel):
             raise ValueError(f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many")
         return self
 
-    def edit(self) -> Edit:
-        """Return the edit; without a relation, answers with a digit are numeric, all others relations."""
-        numeric = re.search(r"\d", self.target_true + self.target_new)
-        near = zip(self.neighborhood_prompts, self.neighborhood_answers, strict=True)
-        return Edit(
-            prompt=self.prompt,
-            old=self.target_true,
-            new=self.target_new,
-            subject=self.subject,
-            category=RELATION_CATEGORIES.get(self.relation, NUMERIC if numeric else RELATION),
-            paraphrase=self.paraphrase_prompts[0],
-            neighbours=tuple(Question(*pair) for pair in near),
-        )
-
 
 def load_edits(
     source: str | os.PathLike = BUILT_IN, limit: int | None = None, *, category: str | None = None
@@ -127,26 +112,23 @@ def load_edits(
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
 
     Built-in are over a thousand edits of the project's own, at least 300 a category, in mixed order; their subjects do
-    not occur in `load_questions`. Files hold one JSON object a line, `.gz` is unpacked. Rows of CounterFact and zsRE
-    whose two answers are the same, or that repeat a prompt, are left out. The first `limit` edits are taken, of one
-    of the `CATEGORIES` alone if it is given.
+    not occur in `load_questions`. Files are those of training data (JSON lines, a JSON list, parquet). Rows of
+    CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are left out. The first `limit` edits
+    are taken, of one of the `CATEGORIES` alone if it is given.
 
     Raises:
         DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`.
     """
-    if str(source) == BUILT_IN:
-        (found,) = _own_sets(_built_in("editset.jsonl"), "built-in edits")
-        name, edits = found.name, list(found.edits)
+    rows = _built_in("editset.jsonl") if str(source) == BUILT_IN else list(read_rows(Path(source)))
+    if rows and isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
+        name, of_prompt = Path(source).name.split(".")[0], dict[str, Edit]()
+        for _, row in _checked(rows, str(source), _CounterFactRow):
+            if row.target_true != row.target_new:
+                of_prompt.setdefault(row.prompt, _counterfact(row))
+        edits = list(of_prompt.values())
     else:
-        name, where, text = Path(source).name.split(".")[0], str(source), _read(source)
-        if '"target_new"' in text.lstrip().partition("\n")[0]:
-            of_prompt: dict[str, Edit] = {}
-            for _, row in _rows(text, where, _CounterFactRow):
-                if row.target_true != row.target_new:
-                    of_prompt.setdefault(row.prompt, row.edit())
-            edits = list(of_prompt.values())
-        else:
-            edits = [edit for part in _own_sets(text, where) for edit in part.edits]
+        sets = _own_sets(rows, str(source))
+        name, edits = sets[0].name, [edit for part in sets for edit in part.edits]
     edits = [edit for edit in edits if category in (None, edit.category)]
     if len(edits) < (limit or 1):
         of_it = f" of the category {category}" if category else ""
@@ -162,47 +144,58 @@ def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
     """
     if path is None:
         return _own_sets(_built_in("edits.jsonl"), "built-in edits")
-    return _own_sets(_read(path), str(path))
+    return _own_sets(read_rows(Path(path)), str(path))
 
 
 def load_questions() -> list[Question]:
     """Return the built-in unrelated questions: at least 500, with true answers, about subjects no edit touches."""
-    return [Question(**json.loads(line)) for line in _built_in("locality.jsonl").splitlines()]
+    return [Question(**row) for _, row in _built_in("locality.jsonl")]
 
 
-def _built_in(name: str) -> str:
-    return importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
+def _built_in(name: str) -> list[Row]:
+    text = importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
+    return [(f"line {number}", json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
 
 
-def _read(path: str | os.PathLike) -> str:
-    try:
-        raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if Path(path).suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"edits {path}: cannot be read ({error}); name a UTF-8 file of JSON lines") from None
-
-
-def _rows(text: str, where: str, kind: type[Kind]) -> Iterator[tuple[int, Kind]]:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, kind.model_validate_json(line, strict=True)
-            except ValidationError as error:
-                raise DataError(
-                    f"{where}, line {number}: {first_problem(error)}; expected a JSON object with "
-                    f"{', '.join(kind.model_fields)}"
-                ) from None
-
-
-def _own_sets(text: str, where: str) -> list[EditSet]:
-    sets: dict[str, list[Edit]] = {}
-    seen: dict[str, int] = {}
-    for number, row in _rows(text, where, _OwnRow):
-        if (first := seen.setdefault(row.prompt, number)) != number:
+def _checked(rows: Iterable[Row], where: str, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:
+    for place, row in rows:
+        try:
+            yield place, kind.model_validate(row)
+        except ValidationError as error:
+            needed = [name for name, field in kind.model_fields.items() if field.is_required()]
             raise DataError(
-                f"{where}, line {number}: prompt {row.prompt!r} is in line {first} already; keep one of the two"
-            )
-        sets.setdefault(row.set, []).append(Edit(**row.model_dump(exclude={"set"})))
+                f"{where}, {place}: {first_problem(error)}; an edit needs {', '.join(needed)}, and may have "
+                f"{', '.join(set(kind.model_fields) - set(needed)) or 'nothing else'}"
+            ) from None
+
+
+def _own_sets(rows: Iterable[Row], where: str) -> list[EditSet]:
+    sets: dict[str, list[Edit]] = {}
+    seen: dict[str, str] = {}
+    for place, row in _checked(rows, where, _OwnRow):
+        if (first := seen.setdefault(row.prompt, place)) != place:
+            raise DataError(f"{where}, {place}: prompt {row.prompt!r} is in {first} already; keep one of the two")
+        category = row.category or _category(row.new, row.old or "")
+        edit = Edit(**row.model_dump(exclude={"set", "category"}), category=category)
+        sets.setdefault(row.set, []).append(edit)
     if not sets:
-        raise DataError(f"{where}: has no edits; give one JSON object a line")
+        raise DataError(f"{where}: has no edits; give one row an edit")
     return [EditSet(name, tuple(edits)) for name, edits in sets.items()]
+
+
+def _counterfact(row: Any) -> Edit:
+    near = zip(row.neighborhood_prompts, row.neighborhood_answers, strict=True)
+    return Edit(
+        prompt=row.prompt,
+        old=row.target_true,
+        new=row.target_new,
+        subject=row.subject,
+        category=RELATION_CATEGORIES.get(row.relation) or _category(row.target_true, row.target_new),
+        paraphrase=row.paraphrase_prompts[0],
+        neighbours=tuple(Question(*pair) for pair in near),
+    )
+
+
+def _category(*answers: str) -> str:
+    """Return the category of an edit that names none: numeric if an answer has a digit, else a relation."""
+    return NUMERIC if re.search(r"\d", "".join(answers)) else RELATION

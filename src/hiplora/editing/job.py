@@ -2,9 +2,10 @@
 
 import json
 import random
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,12 +15,13 @@ from pydantic.dataclasses import dataclass
 
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import Editor, EditTraining, PositiveFloat
-from hiplora.editing.edits import BUILT_IN, Category, load_edits, load_questions
+from hiplora.editing.edits import BUILT_IN, Category, Edit, load_edits, load_questions
 from hiplora.editing.run import edit_groups, run_edits
 from hiplora.errors import ConfigError, first_problem
+from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
-from hiplora.models import load
 from hiplora.provenance import json_sha256, provenance
+from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained
 from hiplora.training.methods import METHODS, Method
 
@@ -43,7 +45,8 @@ class EditJob:
     its settings; `mode` is "batch" (batches of `edits_per_batch` apart from each other; None is all in one),
     "sequential" (batch after batch on top of each other) or "single" (each edit alone; `sample` draws so many);
     `rows` are the edits of a training step; `questions` is how many unrelated questions measure the locality;
-    `neighbours` asks the questions near each edit, if the file has some.
+    `neighbours` asks the questions near each edit, if the file has some. What follows from these raises a ConfigError
+    or DataError where it cannot be had.
     """
 
     model: str
@@ -61,86 +64,106 @@ class EditJob:
     questions: NonNegativeInt = 500
     neighbours: bool = True
     seed: Annotated[int, Field(ge=0)] = 42
-    device: str = "cpu"
+    device: str = "auto"
 
+    @cached_property
+    def chosen_method(self) -> Method | AlphaEdit:
+        """The method with its settings."""
+        kind: Any = AlphaEdit if self.method == ALPHAEDIT else METHODS.get(self.method)
+        if kind is None:
+            raise ConfigError(f"method is {self.method!r}; expected one of {', '.join([*METHODS, ALPHAEDIT])}")
+        given = [name for name in ("steps", "lr", "rows") if getattr(self, name) is not None]
+        if kind is AlphaEdit and given:
+            raise ConfigError(
+                f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like"
+            )
+        try:
+            return kind(**({"seed": self.seed} if kind is AlphaEdit else {}) | self.method_settings)
+        except ValidationError as error:
+            raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
 
-class PreparedEdits:
-    """A job before a model is loaded: its `method`, `training`, `edits`, and the `groups` that are taught together.
+    @cached_property
+    def training(self) -> EditTraining:
+        """How an adapter is trained on a group."""
+        steps, lr = DEFAULT_STEPS[self.mode]
+        rows = self.rows or EditTraining.batch_size
+        return EditTraining(self.steps or steps, self.lr or lr, rows, seed=self.seed)
 
-    Raises (on construction):
-        ConfigError: a setting does not fit the method or the mode.
-        DataError: the edits cannot be used.
-    """
+    @cached_property
+    def facts(self) -> list[Edit]:
+        """The edits."""
+        found = load_edits(self.edits, self.limit, category=self.category).edits
+        return [one if self.neighbours else replace(one, neighbours=()) for one in found]
 
-    def __init__(self, job: EditJob):
-        self.job, self.method = job, _method(job)
-        steps, lr = DEFAULT_STEPS[job.mode]
-        rows = job.rows or EditTraining.batch_size
-        self.training = EditTraining(job.steps or steps, job.lr or lr, rows, seed=job.seed)
-        self.edits = load_edits(job.edits, job.limit, category=job.category).edits
-        if not job.neighbours:
-            self.edits = tuple(replace(one, neighbours=()) for one in self.edits)
-        self.groups = _groups(job, len(self.edits))
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """Indices of the edits that are taught together."""
+        count = len(self.facts)
+        if self.mode != "single":
+            if self.sample is not None:
+                raise ConfigError(f"sample is for the mode single; in the mode {self.mode} give fewer edits")
+            return edit_groups(count, self.edits_per_batch)
+        if self.edits_per_batch is not None:
+            raise ConfigError("edits_per_batch has no use in the mode single; use batch or sequential")
+        chosen = random.Random(self.seed).sample(range(count), min(self.sample or count, count))
+        return [[index] for index in sorted(chosen)]
 
     def run(self, model: Any, tokenizer: Any, start: Path | None = None, **more: Any) -> dict[str, Any]:
         """Edit a bare model, measure, and leave it as it was; `start` as in `put_on`, `more` as in `run_edits`."""
-        job, method = self.job, self.method
-        edited = {one.subject.casefold() for one in self.edits}
+        method, edited = self.chosen_method, {one.subject.casefold() for one in self.facts}
         apart = [one for one in load_questions() if one.subject.casefold() not in edited]
 
         def adapt(model: Any) -> Any:
-            assert not isinstance(method, AlphaEdit)
-            return put_on(method, model, tokenizer, seed=job.seed, start=start)
+            return put_on(method, model, tokenizer, seed=self.seed, start=start)  # type: ignore[arg-type]
 
         put_in = method if isinstance(method, AlphaEdit) else adapt
-        found = run_edits(
-            *(model, tokenizer, put_in, self.edits, self.training, apart[: job.questions]),
-            groups=self.groups,
-            sequential=job.mode == "sequential",
-            **more,
-        )
-        return {"mode": job.mode, "method": job.method, **found}
+        more |= {"groups": self.groups, "sequential": self.mode == "sequential"}
+        found = run_edits(model, tokenizer, put_in, self.facts, self.training, apart[: self.questions], **more)
+        return {"mode": self.mode, "method": self.method, **found}
 
 
 def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Do a job and return its record, which `out` gets as edit.json, with the adapters beside it.
 
     A batch, and a sequence of batches, leave `adapter`; several batches apart leave `adapter-001` and so on; edits
-    one by one leave none. AlphaEdit's update is written as a plain LoRA adapter.
+    one by one leave none. AlphaEdit's update is written as a plain LoRA adapter. What was interrupted goes on after
+    the last finished batch.
 
     Raises:
-        ConfigError: a setting does not fit the method, the mode or the model, or `out` exists.
+        ConfigError: a setting does not fit the method, the mode or the model, or `out` cannot be used.
         DataError: the edits cannot be used.
         AdapterError: training diverged, or the base could not be restored.
     """
-    adapters: list[str] = []
-    with staged_dir(out, overwrite) as folder, tempfile.TemporaryDirectory() as start:
-        prepared = PreparedEdits(job)
-        batches = len(prepared.groups)
+    method, batches = job.chosen_method, len(job.groups)
+    settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
+    run = RunFolder(Path(out), "settings.json", "edit.json")
+    run.check(settings, overwrite=overwrite)
+    model, tokenizer = load_model(job.model, job.device)
+    start, apart = run.path / "stages" / "start", job.mode == "batch" and batches > 1
 
-        def save(number: int, editor: Editor) -> None:
-            if job.mode == "single" or (job.mode == "sequential" and number < batches):
-                return
-            name = f"adapter-{number:03d}" if job.mode == "batch" and batches > 1 else "adapter"
+    def save(number: int, editor: Editor) -> None:
+        if job.mode == "single" or (job.mode == "sequential" and number < batches):
+            return
+        with staged_dir(run.path / (f"adapter-{number:03d}" if apart else "adapter"), overwrite=True) as folder:
             if isinstance(editor, AlphaEditor):
-                editor.save(folder / name, job.model)
+                editor.save(folder, job.model)
             else:
-                save_trained(prepared.method, editor.model, folder / name, Path(start))  # type: ignore[arg-type]
-            adapters.append(name)
+                save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
 
-        model, tokenizer = load(job.model)
-        found = prepared.run(model.to(job.device), tokenizer, Path(start), on_edited=save, progress=True)
+    with run.claimed(settings, overwrite=overwrite):
+        found = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
         record = {
             "schema": 3,
             "kind": "edit",
             "settings": asdict(job),
-            "training": None if isinstance(prepared.method, AlphaEdit) else asdict(prepared.training),
-            "edits_sha256": json_sha256([asdict(one) for one in prepared.edits]),
-            "adapters": adapters,
+            "training": None if isinstance(method, AlphaEdit) else asdict(job.training),
+            "edits_sha256": settings["edits_sha256"],
+            "adapters": sorted(path.name for path in run.path.glob("adapter*")),
             **found,
             "provenance": provenance(seed=job.seed),
         }
-        write_atomic(folder / "edit.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(run.path / "edit.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(run.path / "stages")
     return record
 
 
@@ -164,27 +187,3 @@ def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
         }
         tables["unrelated questions"] = pd.DataFrame(values.items(), columns=["", "value"])
     return tables
-
-
-def _method(job: EditJob) -> Method | AlphaEdit:
-    kind: Any = AlphaEdit if job.method == ALPHAEDIT else METHODS.get(job.method)
-    if kind is None:
-        raise ConfigError(f"method is {job.method!r}; expected one of {', '.join([*METHODS, ALPHAEDIT])}")
-    given = [name for name in ("steps", "lr", "rows") if getattr(job, name) is not None]
-    if kind is AlphaEdit and given:
-        raise ConfigError(f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like")
-    try:
-        return kind(**({"seed": job.seed} if kind is AlphaEdit else {}) | job.method_settings)
-    except ValidationError as error:
-        raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
-
-
-def _groups(job: EditJob, count: int) -> list[list[int]]:
-    if job.mode != "single":
-        if job.sample is not None:
-            raise ConfigError(f"sample is for the mode single; in the mode {job.mode} give fewer edits")
-        return edit_groups(count, job.edits_per_batch)
-    if job.edits_per_batch is not None:
-        raise ConfigError("edits_per_batch has no use in the mode single; use batch or sequential")
-    chosen = random.Random(job.seed).sample(range(count), min(job.sample or count, count))
-    return [[index] for index in sorted(chosen)]

@@ -1,17 +1,31 @@
 """Edits together, apart from each other, or one after the other, with what each stage did."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining
 from hiplora.editing.edits import Edit, Question
-from hiplora.editing.measure import Locality, measure_edits, summarise
+from hiplora.editing.measure import (
+    ask,
+    measure_edits,
+    summarise,
+    summarise_locality,
+    unrelated_targets,
+    with_old_answers,
+)
+from hiplora.run_folder import RunFolder
+
+Values = dict[str, Any]
 
 
 def run_edits(
@@ -26,6 +40,7 @@ def run_edits(
     sequential: bool = False,
     texts: bool = True,
     on_edited: Callable[[int, Editor], None] | None = None,
+    folder: RunFolder | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Edit a bare model group after group, measure after each, and leave the model behind bit for bit as it was.
@@ -42,6 +57,7 @@ def run_edits(
             back before the next.
         texts: whether the record has what the model wrote.
         on_edited: is given a group's number, from 1, and the editor while its edits are in the model.
+        folder: keeps the finished groups, so that the same call goes on where it was interrupted.
         progress: show a bar on a terminal.
 
     Returns:
@@ -55,56 +71,49 @@ def run_edits(
         DataError: AlphaEdit does not find an edit's subject in its prompt.
     """
     groups = groups or [range(len(edits))]
-    elsewhere = Locality(model, tokenizer, questions, edits) if questions else None
-    before = measure_edits(model, tokenizer, {index: edits[index] for group in groups for index in group})
+    targets = unrelated_targets(questions, edits)
+    keep: Callable[[str, Callable[[], Values]], Values] = folder.stage if folder else lambda _, work: work()
     if isinstance(method, AlphaEdit):
         editor: Editor = AlphaEditor(model, tokenizer, method)
     else:
         editor = AdapterEditor(model, tokenizer, method, training or EditTraining(steps=500), progress)
-    stages: list[dict[str, Any]] = []
-    measured: list[pd.DataFrame] = []
-    answered: list[pd.DataFrame] = []
-    seconds, seen = 0.0, list[int]()
+
+    def measured(asked: Sequence[Edit], indices: Iterable[int]) -> Values:
+        records = measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
+        answers = ask(editor.model, tokenizer, questions, targets)
+        return {"records": _columns(records), "answers": _columns(answers)}
+
+    def bare() -> Values:
+        with editor.off():
+            known = with_old_answers(editor.model, tokenizer, edits)
+            return {"old": [edit.old for edit in known], **measured(known, itertools.chain(*groups))}
+
+    def teach(number: int) -> Values:
+        if not sequential:
+            editor.reset()
+        took = editor.teach([known[index] for index in groups[number - 1]])
+        so_far = groups[:number] if sequential else groups[number - 1 : number]
+        found = {"took": took, **measured(known, itertools.chain(*so_far))}
+        if on_edited:
+            on_edited(number, editor)
+        if folder and sequential:
+            state = {name: tensor.contiguous() for name, tensor in editor.state().items()}
+            save_file(state, _state(folder, number))
+        return found
+
+    stages: list[Values] = []
     try:
-        for number, group in enumerate(groups, start=1):
-            if not sequential and stages:
-                editor.reset()
-                seen = []
-            seen += group
-            took = editor.teach([edits[index] for index in group])
-            seconds += took.pop("seconds")
-            measured.append(measure_edits(editor.model, tokenizer, {index: edits[index] for index in seen}))
-            answered += [elsewhere.measure(editor.model)] if elsewhere else []
-            stages.append(
-                {
-                    "taught": list(group),
-                    "took": took,
-                    "newest": summarise(measured[-1][measured[-1]["index"].isin(group)]),
-                    "so_far": summarise(measured[-1]),
-                    "records": _columns(measured[-1], texts),
-                    "locality": elsewhere.summarise(answered[-1]) if elsewhere else None,
-                }
-            )
-            if on_edited:
-                on_edited(number, editor)
+        before = keep("bare", bare)
+        known = [replace(edit, old=old) for edit, old in zip(edits, before["old"], strict=True)]
+        for number in range(1, len(groups) + 1):
+            if folder and _state(folder, number - 1).is_file() and not folder.has(f"group-{number:03d}"):
+                editor.restore(load_file(_state(folder, number - 1)))
+            stages.append(keep(f"group-{number:03d}", functools.partial(teach, number)))
+            if folder:
+                _state(folder, number - 1).unlink(missing_ok=True)
     finally:
         editor.close()
-    if sequential:  # the last stage has all edits
-        measured, answered = measured[-1:], answered[-1:]
-    summary: dict[str, Any] = {
-        "before": summarise(before),
-        "after": summarise(pd.concat(measured, ignore_index=True)),
-    }
-    if elsewhere:
-        summary["locality"] = pd.DataFrame(map(elsewhere.summarise, answered)).mean().to_dict()
-    return {
-        "edits": len(before),
-        "summary": summary,
-        "before": _columns(before, texts),
-        "stages": stages,
-        "questions": _questions(elsewhere, answered, texts) if elsewhere else None,
-        "seconds": seconds,
-    }
+    return _record(before, stages, groups, questions, sequential, texts)
 
 
 def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
@@ -113,20 +122,60 @@ def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
     return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
-def _columns(records: pd.DataFrame, texts: bool) -> dict[str, list[Any] | None]:
-    columns = records.to_dict("list")
-    if not texts:
-        del columns["written"], columns["paraphrase_written"]
-    if not any(columns["neighbours_kept"]):
+def _state(folder: RunFolder, number: int) -> Path:
+    """Where a sequence keeps what it was after so many groups."""
+    return folder.path / "stages" / f"group-{number:03d}.safetensors"
+
+
+def _columns(table: pd.DataFrame) -> Values:
+    columns = table.astype(object).where(table.notna(), None).to_dict("list")
+    if not any(columns.get("neighbours_kept", [True])):
         columns["neighbours_kept"] = None
     return columns
 
 
-def _questions(elsewhere: Locality, answered: list[pd.DataFrame], texts: bool) -> dict[str, list[Any]]:
-    """The bare base's answers, and the mean of what was answered later."""
-    after = sum(answers.drop(columns="written") for answers in answered) / len(answered)
-    columns = pd.concat([elsewhere.before.add_suffix("_before"), after], axis=1)
-    if not texts:
-        return columns.drop(columns="written_before").to_dict("list")
-    asked = pd.DataFrame([asdict(question) for question in elsewhere.questions])
-    return pd.concat([asked, columns], axis=1).to_dict("list")
+def _record(
+    before: Values,
+    stages: Sequence[Values],
+    groups: Sequence[Sequence[int]],
+    questions: Sequence[Question],
+    sequential: bool,
+    texts: bool,
+) -> Values:
+    """Summarise what the stages found."""
+
+    def shown(columns: Mapping[str, Any]) -> Values:
+        return {name: values for name, values in columns.items() if texts or "written" not in name}
+
+    bare, asked = (pd.DataFrame(before[name]) for name in ("records", "answers"))
+    found, records, answers = [], [], []
+    for group, stage in zip(groups, stages, strict=True):
+        records.append(pd.DataFrame(stage["records"]))
+        answers.append(pd.DataFrame(stage["answers"]))
+        found.append(
+            {
+                "taught": list(group),
+                "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
+                "newest": summarise(records[-1][records[-1]["index"].isin(group)]),
+                "so_far": summarise(records[-1]),
+                "records": shown(stage["records"]),
+                "locality": summarise_locality(asked, answers[-1]) if questions else None,
+            }
+        )
+    last = slice(-1, None) if sequential else slice(None)  # the last stage of a sequence has all edits
+    summary: Values = {"before": summarise(bare), "after": summarise(pd.concat(records[last], ignore_index=True))}
+    told = None
+    if questions:
+        summary["locality"] = pd.DataFrame([one["locality"] for one in found[last]]).mean().to_dict()
+        after = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
+        mean = (sum(after) / len(after)).rename(columns={"written": "unchanged"})
+        parts = [pd.DataFrame(map(asdict, questions))] if texts else []
+        told = shown(pd.concat([*parts, asked.add_suffix("_before"), mean], axis=1).to_dict("list"))
+    return {
+        "edits": len(bare),
+        "summary": summary,
+        "before": shown(before["records"]),
+        "stages": found,
+        "questions": told,
+        "seconds": sum(stage["took"]["seconds"] for stage in stages),
+    }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hiplora.editing.measure import BATCH_SIZE
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.answers import continuations
-from hiplora.evaluation.likelihood import Encoded, encode, pad_left
+from hiplora.evaluation.likelihood import Encoded, encode, pad_left, response_log_probs
 
 if TYPE_CHECKING:
     from hiplora.editing.alphaedit import AlphaEdit
@@ -36,7 +36,7 @@ def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
         ConfigError: the tokenizer gives no offsets.
         DataError: the prompt does not contain the subject.
     """
-    start = prompt.casefold().rfind(subject.casefold())
+    start = prompt.casefold().rfind(subject.casefold()) if subject else -1
     if start < 0:
         raise DataError(
             f"edit {prompt!r}: its subject {subject!r} is not in the prompt, where AlphaEdit looks for it; "
@@ -76,89 +76,66 @@ def subject_states(
     return {name: torch.cat(kept).T for name, kept in inputs.items()}, torch.cat(outputs).T
 
 
-def search_values(
-    model: nn.Module,
-    block: str,
-    prompts: Sequence[Sequence[Located]],
-    essences: Sequence[Located],
-    settings: "AlphaEdit",
-) -> tuple[Float[Tensor, "d edits"], list[float]]:
-    """Find, for each edit, the output of `block` at the subject's last token under which the new answer is likely.
+def search_value(
+    model: nn.Module, block: str, prompts: Sequence[Located], essence: list[int], settings: "AlphaEdit"
+) -> tuple[Float[Tensor, " d"], float]:
+    """Find the output of `block` at an edit's subject under which the new answer is likely.
 
-    A shift of that output is optimised with Adam: mean negative log-likelihood of the answer over the edit's
-    prompts, plus the divergence of what follows the subject from what followed before, plus a decay; the shift
-    is clamped to a share of the output's norm.
+    A shift of that output is optimised with Adam: mean negative log-likelihood of the answer over the prompts, plus
+    the divergence of what follows the subject from what followed before, plus a decay; the shift is clamped to a share
+    of the output's norm.
 
     Args:
-        model: the model with the edits before these in it; none of its parameters should require gradients.
+        model: the model with the edits before this in it; none of its parameters should require gradients.
         block: module name of the block.
-        prompts: for each edit its prompts with the new answer, the bare one first.
-        essences: for each edit "<subject> is a".
+        prompts: the edit's prompts with the new answer, the bare one first.
+        essence: tokens up to the subject in "<subject> is a".
         settings: the `value_…` settings.
 
     Returns:
-        the outputs to reach, and the last loss of each edit, for its answer alone.
+        the output to reach, and the last loss for the answer alone.
 
     Source: ROME (Meng et al. 2022), Sect. 3.1, as AlphaEdit and MEMIT use it.
     """
-    items = [*(item for group in prompts for item in group), *essences]
-    edits, count = len(prompts), len(items) - len(prompts)
-    rows = [list(item.encoded.ids) for item in items]
-    inputs = _padded(model, rows)
-    width, device = inputs["input_ids"].shape[1], inputs["input_ids"].device
-    owner = torch.tensor([i for i, group in enumerate(prompts) for _ in group] + list(range(edits)), device=device)
-    subject = torch.tensor([width - len(item.encoded.ids) + len(item.ids) - 1 for item in items], device=device)
-    labels = torch.full((count, width), -100, device=device)  # of the logits that predict them
-    for row, item in enumerate(items[:count]):
-        for position in item.encoded.scored:
-            labels[row, width - len(item.encoded.ids) + position - 1] = item.encoded.ids[position]
-    first = min(int((labels != -100).nonzero()[:, 1].min()), int(subject[count:].min()))
-    inputs["logits_to_keep"], labels = width - first, labels[:, first:]
-    scored = labels != -100
+    examples = [item.encoded for item in prompts]
+    places = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
 
-    def after_subject(logits: Tensor) -> Float[Tensor, "edits v"]:
-        return logits[torch.arange(count, len(items)), subject[count:] - first].float().log_softmax(-1)
+    def log_probs(shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the answers' mean log-likelihood, and the log-probabilities of what follows the essence."""
+        with _output(model, block, _shifted(shift, places)):
+            answers = torch.stack([row.mean() for row in response_log_probs(model, examples)]).mean()
+        with _output(model, block, _shifted(shift, [-1])):
+            logits = model(**_padded(model, [essence]), logits_to_keep=1).logits
+        return answers, logits[0, -1].float().log_softmax(-1)
 
-    def losses_at(shift: Tensor) -> tuple[Float[Tensor, " edits"], Float[Tensor, " edits"]]:
-        """Each edit's mean negative log-likelihood a token over its prompts, and the divergence of its essence."""
-
-        def shifted(hidden: Tensor) -> Tensor:
-            moved = hidden.clone()
-            moved[torch.arange(len(items)), subject] += shift[owner].to(hidden.dtype)
-            return moved
-
-        with _output(model, block, shifted):
-            logits = model(**inputs).logits
-        picked = logits[:count].float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
-        each = -(picked * scored).sum(1) / scored.sum(1)
-        total = torch.zeros(edits, device=device).index_add(0, owner[:count], each)
-        now = after_subject(logits)
-        return total / torch.bincount(owner[:count]), (now.exp() * (now - before)).sum(1)
-
-    seen: list[Tensor] = []
-    with torch.no_grad(), _output(model, block, seen.append):
-        before = after_subject(model(**inputs).logits)
-    bare = torch.tensor([owner.tolist().index(edit) for edit in range(edits)], device=device)
-    start = seen[0][bare, subject[bare]].float()
+    start = subject_states(model, (), block, [prompts[0].ids])[1][:, 0]
     shift = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([shift], lr=settings.value_lr)
-    found, losses = torch.zeros_like(start), torch.full((edits,), torch.inf, device=device)
-    running = torch.ones(edits, dtype=torch.bool, device=device)
+    before: Tensor | None = None
     for step in range(settings.value_steps):
-        nll, divergence = losses_at(shift)
-        losses = torch.where(running, nll.detach(), losses)
-        found[running] = shift.detach()[running]
-        running = running & (nll.detach() >= _ENOUGH)
-        if step == settings.value_steps - 1 or not running.any():
+        answers, now = log_probs(shift)
+        before = now.detach() if before is None else before
+        if -answers < _ENOUGH or step == settings.value_steps - 1:
             break
-        decay = settings.value_decay * shift.norm(dim=1) / start.norm(dim=1) ** 2
+        divergence = (now.exp() * (now - before)).sum()
+        decay = settings.value_decay * shift.norm() / start.norm() ** 2
         optimizer.zero_grad()
-        (nll + settings.value_kl * divergence + decay).sum().backward()
+        (settings.value_kl * divergence + decay - answers).backward()
         optimizer.step()
         with torch.no_grad():
-            most = settings.value_clamp * start.norm(dim=1, keepdim=True)
-            shift *= (most / shift.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
-    return (start + found).T, losses.tolist()
+            shift *= (settings.value_clamp * start.norm() / shift.norm().clamp(min=1e-12)).clamp(max=1.0)
+    return start + shift.detach(), -answers.item()
+
+
+def _shifted(shift: Tensor, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Add a shift to hidden states (rows, tokens, d), at one token of each row."""
+
+    def handle(hidden: Tensor) -> Tensor:
+        moved = hidden.clone()
+        moved[range(len(places)), places] += shift.to(hidden.dtype)
+        return moved
+
+    return handle
 
 
 @contextlib.contextmanager

@@ -1,12 +1,16 @@
-"""What a model writes itself, greedily: answers before and after an adapter."""
+"""What a model writes itself, greedily: answers before and after an adapter, and where they differ."""
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hiplora.evaluation.likelihood import by_length, encode, pad_left
+from hiplora.evaluation.likelihood import by_length, encode, eval_mode, pad_left
+from hiplora.evaluation.mounting import BASE, mounted
 
 
 @torch.no_grad()
@@ -23,23 +27,53 @@ def continuations(
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
     )
-    rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    written = [""] * len(rows)
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        for batch in by_length(range(len(rows)), [len(row) for row in rows], batch_size):
+    encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
+    rows = [list(one.ids[: one.scored[0]]) for one in encoded]  # what an answer's likelihood is conditioned on
+    device = next(model.parameters()).device
+    written: dict[int, str] = {}
+    with eval_mode(model):
+        for batch in by_length([len(row) for row in rows], batch_size):
             ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                written[index] = text
-    finally:
-        model.train(training)
-    return written
+            written |= zip(batch, texts, strict=True)
+    return [written[index] for index in range(len(prompts))]
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the tokens before an answer: the same that its likelihood is conditioned on."""
-    encoded = encode(tokenizer, prompt, " x")
-    return list(encoded.ids[: encoded.scored[0]])
+def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return the text that an assistant's answer follows: by the chat template, or the last message without one."""
+    if not tokenizer.chat_template:
+        return messages[-1]["content"]
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+
+
+def side_by_side(
+    model: nn.Module,
+    tokenizer: Any,
+    adapters: Mapping[str, str | Path],
+    prompts: Sequence[str] | Mapping[str, Sequence[str]],
+    length: int = 96,
+) -> list[dict[str, str]]:
+    """Return, for each prompt, the greedy answers of a bare model (`base`) and of each adapter on it, by name.
+
+    `prompts` are the same for all, or given by name, as many for each.
+
+    Raises:
+        AdapterError: an adapter cannot be put on the model.
+    """
+    written = {}
+    for name, folder in {BASE: None, **adapters}.items():
+        with mounted(model, folder) as present:
+            asked = prompts[name] if isinstance(prompts, Mapping) else prompts
+            written[name] = continuations(present, tokenizer, asked, length)
+    return [dict(zip(written, row, strict=True)) for row in zip(*written.values(), strict=True)]
+
+
+def changes(base: str, other: str) -> list[tuple[str, bool]]:
+    """Split `other` into runs of words, each with whether it differs from `base` there; joined, they are `other`."""
+    one, two = (re.findall(r"\s*\S+|\s+$", text) for text in (base, other))
+    matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)
+    found = [("".join(two[start:end]), kind != "equal") for kind, _, _, start, end in matcher.get_opcodes()]
+    return [(text, changed) for text, changed in found if text]

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, DataError
+from hiplora.evaluation.likelihood import eval_mode
 
 AdapterOff = Callable[[], contextlib.AbstractContextManager]
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
@@ -64,10 +65,10 @@ class BaseReference:
         for name, parts in reference.windows.items():
             for index, ids in enumerate(parts):
                 log_probs = _log_probs(model, ids)
+                held += log_probs.nbytes
                 # The first window of each text is always kept: the check that the base comes back needs it.
-                if index == 0 or held + log_probs.nbytes <= _KEPT:
+                if index == 0 or held <= _KEPT:
                     reference._kept[name, index] = log_probs
-                    held += log_probs.nbytes
         return reference
 
     def get(self, name: str, index: int) -> Float[Tensor, "positions vocabulary"] | None:
@@ -153,16 +154,12 @@ def cut_windows(tokenizer: Any, texts: Texts, window: int, max_tokens: int) -> d
 @torch.no_grad()
 def _log_probs(model: nn.Module, ids: Int[Tensor, " length"]) -> Float[Tensor, "positions vocabulary"]:
     """Return log-probabilities (fp32) of the next token at every position but the last, in eval mode."""
-    training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
+    device = next(model.parameters()).device
+    with eval_mode(model):
         logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1].float()
-        for part in logits.split(_CHUNK):  # in place: the whole softmax at once would double the peak
-            part.copy_(part.log_softmax(-1))
-        return logits
-    finally:
-        model.train(training)
+    for part in logits.split(_CHUNK):  # in place: the whole softmax at once would double the peak
+        part.copy_(part.log_softmax(-1))
+    return logits
 
 
 def _sums(base: Tensor, adapted: Tensor, ids: Tensor) -> Float[Tensor, " three"]:

@@ -2,27 +2,29 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import evaluate as metrics
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
-from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest
+from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest, own_tasks, runs_code
+from hiplora.evaluation.tasks.rows import own_task
 from hiplora.metrics import answer_likelihood, gold_probability
-
-T = TypeVar("T")
 
 GOLD = "mean probability of the gold choice"
 ANSWER = "likelihood of a token of the answer"
@@ -50,40 +52,44 @@ class TaskScores:
 
 
 class ScoringLM(HFLM):
-    """lm-eval's Hugging Face model over a loaded one, plain or with an adapter.
-
-    Batches of long rows are split so that their logits fit in memory, and `tokens` keeps the number of tokens of every
-    (context, answer) and rolling text that was scored: the divisor of a likelihood per token.
-    """
+    """lm-eval's Hugging Face model over a loaded one, plain or with an adapter; long rows go in smaller batches."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int = 8):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.tokens: dict[tuple[str, ...], int] = {}
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, as lm-eval does."""
-        self.tokens |= {request.args: len(self.tok_encode(request.args[0])) for request in requests}
-        return super().loglikelihood_rolling(requests, disable_tqdm)
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
+        given, answer = super()._encode_pair(context, continuation)
+        return given, answer or self.tok_encode(continuation, add_special_tokens=False)
+
+    def answer_tokens(self, context: str, answer: str) -> int:
+        """Return how many tokens of an answer are scored."""
+        if not context:
+            return len(self.tok_encode(answer, add_special_tokens=False))
+        return len(self._encode_pair(context, answer)[1])
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
-        """Score rows of similar length together, as many at once as fit; their order is kept."""
-        self.tokens |= {tuple(text): len(answer) for text, _, answer in requests if text is not None}
-        buckets: dict[int, list[int]] = {}
-        for index, (_, context, answer) in enumerate(requests):
-            length = min(len(context) + len(answer), self.max_length)
-            buckets.setdefault(length.bit_length(), []).append(index)
-        found: list[Any] = [None] * len(requests)
+        """Score rows of similar length together, as many at once as their logits leave memory for."""
+        for text, _, answer in requests:
+            if not 0 < len(answer) <= self.max_length:
+                raise DataError(
+                    f"the answer {str(text and text[1])[:60]!r} has {len(answer)} tokens; expected 1 to "
+                    f"{self.max_length}, the model's context: leave its row out"
+                )
+        sizes = [min(len(context) + len(answer), self.max_length).bit_length() for _, context, answer in requests]
+        order = sorted(range(len(requests)), key=sizes.__getitem__)
         whole: int = self.batch_size  # type: ignore[assignment]
+        found: dict[int, Any] = {}
         try:
-            for bits, places in buckets.items():
+            for bits, places in itertools.groupby(order, sizes.__getitem__):
+                part = list(places)
                 fitting = _LOGITS // (4 * self.vocab_size * min(1 << bits, self.max_length))
                 self.batch_size_per_gpu = max(1, min(whole, fitting))
-                scored = super()._loglikelihood_tokens([requests[i] for i in places], *args, **kwargs)
-                for place, score in zip(places, scored, strict=True):
-                    found[place] = score
+                scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
+                found |= zip(part, scored, strict=True)
         finally:
             self.batch_size_per_gpu = whole
-        return found
+        return [found[i] for i in range(len(requests))]
 
 
 class Engine:
@@ -97,21 +103,29 @@ class Engine:
         limit: int | None = None,
         seed: int = 0,
         allow_code: bool = False,
+        allow_suite_code: bool = False,
     ):
         """Load the tasks' rows and draw `limit` of each by `seed` (all if None).
 
+        `allow_code` lets tasks run what the model writes, in the sandbox; `allow_suite_code` lets the suite's own
+        folders of tasks run theirs, which nothing confines.
+
         Raises:
-            ConfigError: lm-eval does not know a task, or a task runs code and that was not allowed.
+            ConfigError: lm-eval does not know a task, or code would run and that was not allowed.
             DataError: a task's rows cannot be loaded.
         """
+        if suite.include and not allow_suite_code:
+            raise ConfigError(
+                f"--suite: includes {', '.join(map(str, suite.include))}: task files there may run any code on this "
+                "machine (functions, templates); pass --allow-suite-code if you trust them"
+            )
         self.suite, self.seed, self._allow_code = suite, seed, allow_code
         self._requests = {request.name: request for request in suite.tasks}
         self._tasks = _load_tasks(suite, data)
-        for task in self._tasks.values():
-            if getattr(task, "UNSAFE_CODE", False):
-                from hiplora.evaluation.sandbox import require_permission
+        if any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values()):
+            from hiplora.evaluation.sandbox import require_permission
 
-                require_permission(allow_code)
+            require_permission(allow_code)
         self._chosen = {
             name: _choose(len(task.eval_docs), self._requests[name].limit or limit, f"{seed}:{name}")
             for name, task in self._tasks.items()
@@ -126,8 +140,7 @@ class Engine:
         """Return, per task, its title, its items' places in the data, and a hash of their contents."""
         found = {}
         for name, task in self._tasks.items():
-            rows = [task.eval_docs[index] for index in self._chosen[name]]
-            text = json.dumps(rows, sort_keys=True, default=str)
+            text = json.dumps([task.eval_docs[index] for index in self._chosen[name]], sort_keys=True, default=str)
             found[name] = {
                 "title": str(_metadata(task).get("title", name)),
                 "items": self._chosen[name],
@@ -138,9 +151,10 @@ class Engine:
 
     def prompts(self) -> list[str]:
         """Return a few contexts of the first task: what `check_adapters` runs on."""
-        name = self.tasks[0]
-        _quietly(lambda: self._tasks[name].build_all_requests(samples=self._chosen[name]))
-        return [str(instance.args[0]) for instance in self._tasks[name].instances[:2]]
+        name, task = next(iter(self._tasks.items()))
+        with _lm_eval():
+            task.build_all_requests(samples=self._chosen[name])
+        return [str(instance.args[0]) for instance in task.instances[:2]]
 
     def score(
         self,
@@ -155,74 +169,71 @@ class Engine:
         Sampled responses are drawn from the engine's seed, so that a model that is scored again scores the same.
         `progress` shows lm-eval's bars on a terminal.
         """
-        names = list(tasks or self.tasks)
-        lm = _quietly(lambda: ScoringLM(model, tokenizer, batch_size))
-        loaded = {self._requests[name].lm_eval: self._tasks[name] for name in names}
-        samples = {self._requests[name].lm_eval: self._chosen[name] for name in names}
+        keys = {name: self._requests[name].lm_eval for name in tasks or self.tasks}
         torch.manual_seed(self.seed)
         random.seed(self.seed)
-        found = _quietly(
-            lambda: evaluate(
+        with _lm_eval(progress):
+            lm = ScoringLM(model, tokenizer, batch_size)
+            found = evaluate(
                 lm,
-                {"tasks": loaded, "groups": {}},
-                samples=samples,
+                {"tasks": {key: self._tasks[name] for name, key in keys.items()}, "groups": {}},
+                samples={key: self._chosen[name] for name, key in keys.items()},
                 bootstrap_iters=0,
                 confirm_run_unsafe_code=self._allow_code,
-            ),
-            progress,
-        )
-        return {name: self._scores(name, found, lm) for name in names}
-
-    def _scores(self, name: str, found: Mapping[str, Any], lm: ScoringLM) -> TaskScores:
-        task, key = self._tasks[name], self._requests[name].lm_eval
-        rows = sorted(found["samples"][key], key=lambda row: row["doc_id"])
-        first = rows[0]["filter"]
-        rows = [row for row in rows if row["filter"] == first]
-        form, likelihood = _likelihoods(task, rows, lm)
-        metric = _main_metric(task, rows[0])
-        score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
-        others: dict[str, float] = {}
-        for result, value in found["results"][key].items():
-            other, _, filtered = result.partition(",")
-            if filtered == first and not other.endswith("_stderr") and other != metric and _is_number(value):
-                others[other] = float(value)
-        return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
+            )
+            return {name: _scores(self._tasks[name], found, key, lm) for name, key in keys.items()}
 
 
 def foreign_tasks() -> frozenset[str]:
     """Return the names of lm-eval's own tasks, without groups; it takes seconds."""
-    return frozenset(_quietly(TaskManager).all_subtasks)
+    with _lm_eval():
+        return frozenset(TaskManager().all_subtasks)
 
 
 def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
-    own = all(request.lm_eval.startswith(PREFIX) for request in suite.tasks)
+    own = all(request.rows or request.lm_eval.startswith(PREFIX) for request in suite.tasks)
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such folder")
-    paths = [str(TASKS), *map(str, suite.include)]
     folder = {"data": str(data)} if data is not None else {}  # reaches the tasks' own loaders
-    manager = _quietly(lambda: TaskManager(include_path=paths, include_defaults=not own, metadata=folder))
-    return {request.name: _load_one(manager, request) for request in suite.tasks}
+    with _lm_eval():
+        paths = [str(TASKS), *map(str, suite.include)]
+        manager = TaskManager(include_path=paths, include_defaults=not own, metadata=folder)
+        return {request.name: _load_one(manager, request) for request in suite.tasks}
 
 
 def _load_one(manager: TaskManager, request: TaskRequest) -> Any:
-    if request.lm_eval not in manager.all_tasks:
-        known = [name.removeprefix(PREFIX) for name in manager.all_tasks if name.startswith(PREFIX)]
-        raise ConfigError(
-            f"--suite: task {request.name!r} is not known; expected one of {', '.join(known)}, one of lm-eval's "
-            "(lm_eval ls tasks), or one of the folders that a suite file includes"
-        )
+    name = request.lm_eval
+    if request.rows is None:
+        _check_name(manager, request)
     try:
-        loaded = _quietly(lambda: manager.load([request.lm_eval]))["tasks"]
+        (task,) = manager.load([own_task(name, request.rows) if request.rows else name])["tasks"].values()
+        return task
     except HipLoraError:
         raise
     except Exception as error:  # whatever the task's own loader raises
         raise DataError(f"--suite: task {request.name} cannot be loaded ({first_line(error)})") from error
-    if len(loaded) != 1:
+
+
+def _check_name(manager: TaskManager, request: TaskRequest) -> None:
+    """Check that lm-eval knows a task, that it is not a group, and that it runs no code outside the sandbox.
+
+    Nothing that is named in the task's file is imported for that.
+    """
+    name = request.name
+    if request.lm_eval not in manager.all_tasks:
+        known = [task.removeprefix(PREFIX) for task in manager.all_tasks if task.startswith(PREFIX)]
         raise ConfigError(
-            f"--suite: {request.name} is a group of {len(loaded)} tasks; name the tasks themselves: "
-            f"{', '.join(sorted(loaded)[:6])}{', …' if len(loaded) > 6 else ''}"
+            f"--suite: task {name!r} is not known; expected one of {', '.join(known)}, one of lm-eval's "
+            "(lm_eval ls tasks), or one of the folders that a suite file includes"
         )
-    return next(iter(loaded.values()))
+    if request.lm_eval not in manager.all_subtasks:
+        raise ConfigError(f"--suite: {name} is a group of tasks; name the tasks themselves (lm_eval ls tasks)")
+    file = manager.task_index[request.lm_eval].yaml_path
+    if not request.lm_eval.startswith(PREFIX) and file and load_yaml(file, resolve_func=False).get("unsafe_code"):
+        raise ConfigError(
+            f"--suite: lm-eval's {name} runs what the model writes outside any sandbox; score "
+            f"{', '.join(filter(runs_code, own_tasks()))} instead"
+        )
 
 
 def _choose(count: int, limit: int | None, seed: str) -> list[int]:
@@ -235,18 +246,44 @@ def _metadata(task: Any) -> Mapping[str, Any]:
     return task.config.metadata if isinstance(task.config.metadata, dict) else {}
 
 
+def _scores(task: Any, found: Mapping[str, Any], key: str, lm: ScoringLM) -> TaskScores:
+    """Read a task's scores off what lm-eval found, by the first of its filters."""
+    rows = sorted(found["samples"][key], key=lambda row: row["doc_id"])
+    first = rows[0]["filter"]
+    rows = [row for row in rows if row["filter"] == first]
+    form, likelihood = _likelihoods(task, rows, lm)
+    # The task's score: the metric that it names, else the first with a value per item.
+    named, better = _metadata(task).get("score"), task.higher_is_better()
+    candidates = [named] if named else list(rows[0]["metrics"])
+    metric = next((name for name in candidates if _is_number(rows[0].get(name)) and better.get(name, True)), None)
+    others: dict[str, float] = {}
+    for result, value in found["results"][key].items():
+        other, _, filtered = result.partition(",")
+        if filtered == first and not other.endswith("_stderr") and other != metric and _is_number(value):
+            others[other] = float(value)
+    score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
+    return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
+
+
 def _likelihoods(task: Any, rows: Sequence[Mapping[str, Any]], lm: ScoringLM) -> tuple[str, list[float]]:
     """Return the likelihood form of a task's score: its name, and its value in per cent, item by item."""
     if task.OUTPUT_TYPE == "multiple_choice":
         return GOLD, [_gold(task, row) for row in rows]
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        pairs = [(tuple(row["arguments"][0]), row["resps"][0][0]) for row in rows]
-    elif task.OUTPUT_TYPE == "loglikelihood":
-        pairs = [(tuple(row["arguments"][0]), row["resps"][0][0][0]) for row in rows]
-    else:
-        pairs = _reference_answers(task, rows, lm)
-    form = TEXT if task.OUTPUT_TYPE == "loglikelihood_rolling" else ANSWER
-    return form, [answer_likelihood(total, lm.tokens[pair]) for pair, total in pairs]
+        lengths = [len(lm.tok_encode(row["arguments"][0][0])) for row in rows]
+        totals = [row["resps"][0][0] for row in rows]
+        return TEXT, [answer_likelihood(*found) for found in zip(totals, lengths, strict=True)]
+    if task.OUTPUT_TYPE == "loglikelihood":
+        pairs = [row["arguments"][0] for row in rows]
+        totals = [row["resps"][0][0][0] for row in rows]
+    else:  # the model was asked to write: score the right response
+        targets = [row["target"][0] if isinstance(row["target"], (list, tuple)) else row["target"] for row in rows]
+        delimiter = task.config.target_delimiter
+        pairs = [(row["arguments"][0][0], f"{delimiter}{target}") for row, target in zip(rows, targets, strict=True)]
+        asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+        totals = [total for total, _ in lm.loglikelihood(asked, disable_tqdm=True)]
+    lengths = [lm.answer_tokens(*pair) for pair in pairs]
+    return ANSWER, [answer_likelihood(*found) for found in zip(totals, lengths, strict=True)]
 
 
 def _gold(task: Any, row: Mapping[str, Any]) -> float:
@@ -258,40 +295,31 @@ def _gold(task: Any, row: Mapping[str, Any]) -> float:
     return sum(gold_probability(totals, place) for place in places)
 
 
-def _reference_answers(
-    task: Any, rows: Sequence[Mapping[str, Any]], lm: ScoringLM
-) -> list[tuple[tuple[str, ...], float]]:
-    """Score the right response where the model was asked to write one."""
-    instances = []
-    for row in rows:
-        target = row["target"][0] if isinstance(row["target"], (list, tuple)) else row["target"]
-        pair = (row["arguments"][0][0], f"{task.config.target_delimiter}{target}")
-        instances.append(Instance(request_type="loglikelihood", doc=row["doc"], arguments=pair, idx=0))
-    totals = _quietly(lambda: lm.loglikelihood(instances, disable_tqdm=True))
-    return [(tuple(instance.args), total) for instance, (total, _) in zip(instances, totals, strict=True)]
-
-
-def _main_metric(task: Any, row: Mapping[str, Any]) -> str | None:
-    """Return the metric that is the task's score: the one it names, else the first with a value per item."""
-    named = _metadata(task).get("score")
-    better = task.higher_is_better()
-    candidates = [named] if named else list(row["metrics"])
-    return next((name for name in candidates if _is_number(row.get(name)) and better.get(name, True)), None)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _quietly(call: Callable[[], T], progress: bool = False) -> T:
-    """Call lm-eval without its log, and without its bars unless `progress` is asked for on a terminal."""
-    disabled = logging.root.manager.disable
+@contextlib.contextmanager
+def _lm_eval(progress: bool = False) -> Iterator[None]:
+    """Have lm-eval work inside: without its log, without its bars unless `progress` is asked for on a terminal.
+
+    Metrics come from no folder of the working directory: `evaluate.load` prefers one, and would run what is in it.
+    """
+    disabled, load = logging.root.manager.disable, metrics.load
+
+    def load_from_elsewhere(path: str, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).exists():
+            raise ConfigError(f"{Path(path).resolve()}: has the name of a metric, and its code would run; move it")
+        return load(path, *args, **kwargs)
+
     logging.disable(logging.WARNING)
+    metrics.load = load_from_elsewhere
     try:
         with contextlib.ExitStack() as stack:
             if not (progress and sys.stderr.isatty()):
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-            return call()
+            yield
     finally:
+        metrics.load = load
         logging.disable(disabled)

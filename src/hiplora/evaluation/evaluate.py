@@ -1,6 +1,5 @@
 """`hiplora eval`: the base and adapters on the same items of a suite, with intervals for every score and difference."""
 
-import importlib.util
 import itertools
 import json
 import os
@@ -12,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hiplora import __version__
-from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import BASE, check_adapters, load_model, mounted, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.files import check_output_file, write_atomic
-from hiplora.metrics import DEFAULT_TAUS, paired_bootstrap, sign_flip_p_value
+from hiplora.metrics import DEFAULT_TAUS, Interval, paired_bootstrap, sign_flip_p_value
 from hiplora.metrics.bootstrap import percentile_interval, resampled_means
 from hiplora.metrics.scores import fails
 from hiplora.provenance import folder_identity, json_sha256, provenance
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from hiplora.evaluation.engine import Engine, TaskScores
 
 FORMS = ("score", "likelihood")
+MARGIN = 1.0  # pp that a score may fall and still count as kept
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class EvalSettings:
     """What models are scored on, and how.
 
     `data` is the folder with the tasks' files (default: $HIPLORA_DATA, else the hub), `limit` the number of items of
-    each task, drawn by `seed`; `allow_code` lets tasks run code that the model writes.
+    each task, drawn by `seed`; `allow_code` and `allow_suite_code` as in `Engine`.
     """
 
     suite: str
@@ -41,6 +40,8 @@ class EvalSettings:
     seed: int = 0
     batch_size: int = 8
     allow_code: bool = False
+    allow_suite_code: bool = False
+    device: str = "auto"
 
     @property
     def folder(self) -> Path | None:
@@ -49,16 +50,11 @@ class EvalSettings:
         return Path(named) if named else None
 
     def engine(self, suite: Suite) -> "Engine":
-        """Load the suite's tasks.
-
-        Raises:
-            ConfigError, DataError: as `hiplora.evaluation.engine.Engine`, or lm-eval is not installed.
-        """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ConfigError("evaluation needs lm-eval, which is not installed: pip install 'hiplora[eval]'")
+        """Load the suite's tasks; raises what `hiplora.evaluation.engine.Engine` does."""
         from hiplora.evaluation.engine import Engine
 
-        return Engine(suite, data=self.folder, limit=self.limit, seed=self.seed, allow_code=self.allow_code)
+        allowed = {"allow_code": self.allow_code, "allow_suite_code": self.allow_suite_code}
+        return Engine(suite, data=self.folder, limit=self.limit, seed=self.seed, **allowed)
 
 
 def evaluate(
@@ -90,7 +86,7 @@ def evaluate(
     named = name_adapters(adapters)
     suite = read_suite(settings.suite, settings.folder)
     engine = settings.engine(suite)
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     plan = {
         "kind": "evaluation",
@@ -101,12 +97,10 @@ def evaluate(
         "seed": settings.seed,
     }
     store = Partial(path, plan)
-    if BASE not in store.runs:
-        store.add(BASE, engine.score(network, tokenizer, settings.batch_size, progress=True))
-    for name, folder in named.items():
+    for name in (BASE, *named):
         if name not in store.runs:
-            with mounted(network, folder) as adapted:
-                store.add(name, engine.score(adapted, tokenizer, settings.batch_size, progress=True))
+            with mounted(network, named.get(name)) as scored:
+                store.add(name, engine.score(scored, tokenizer, settings.batch_size, progress=True))
     results = {
         "schema": 1,
         "kind": "evaluation",
@@ -129,12 +123,10 @@ class Partial:
     def __init__(self, out: Path, plan: Mapping[str, Any]):
         """Read what an unfinished call with the same plan left."""
         self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
-        self.runs: dict[str, dict[str, Any]] = {}
-        self.names: dict[str, dict[str, Any]] = {}
-        if self._path.is_file():
-            found = json.loads(self._path.read_text())
-            if found.get("plan") == self._plan:
-                self.runs, self.names = found["runs"], found["names"]
+        found = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        same = found.get("plan") == self._plan
+        self.runs: dict[str, dict[str, Any]] = found["runs"] if same else {}
+        self.names: dict[str, dict[str, Any]] = found["names"] if same else {}
 
     def add(self, name: str, scores: "Mapping[str, TaskScores]") -> None:
         """Keep a model's scores."""
@@ -156,43 +148,56 @@ def collect(
     """Return the sections `tasks`, `runs` and `differences` of a results file.
 
     `runs[name][task]` has, for `score` and `likelihood`, the mean with its interval and the value of every item;
-    `differences[task][form]` compares every two models on the items that both saw. Intervals are 95 %, from the
-    paired bootstrap over items; p is the sign-flip test's.
+    `differences[task][form]` compares every two models on the items that both saw: `verdict` is "kept" if the score
+    fell by less than a point, "lost" if it fell, "cannot tell" else. Intervals are 95 %, from the paired bootstrap over
+    items (where all items agree, see `_wide`); p is the sign-flip test's.
     """
     found: dict[str, Any] = {"tasks": {}, "runs": {name: {} for name in runs}, "differences": {}}
     for task, described in tasks.items():
+        scored = {name: run[task] for name, run in runs.items() if task in run}
         found["tasks"][task] = {**described, "metrics": names[task]}
         found["differences"][task] = {}
-        scored = {name: run[task] for name, run in runs.items() if task in run}
+        for name in scored:
+            found["runs"][name][task] = {}
         for form in FORMS:
             values = {name: run[form] for name, run in scored.items()}
-            if any(value is None for value in values.values()):
+            if any(items is None for items in values.values()):
                 continue
-            means, found["differences"][task][form] = intervals(values)
-            for name, mean in means.items():
-                found["runs"][name].setdefault(task, {})[form] = {**mean, "items": values[name]}
+            result = paired_bootstrap({name: [items] for name, items in values.items()})
+            for name, items in values.items():
+                found["runs"][name][task][form] = {**_wide(result.mean[name], items, 0.0), "items": items}
+            found["differences"][task][form] = [
+                {
+                    "of": one,
+                    "against": other,
+                    **_judged(result.difference[one, other], np.subtract(values[one], values[other])),
+                    "p": sign_flip_p_value([values[one]], [values[other]]),
+                }
+                for other, one in itertools.combinations(values, 2)
+            ]
         for name, run in scored.items():
             if run["others"]:
                 found["runs"][name][task]["others"] = run["others"]
     return found
 
 
-def intervals(
-    values: Mapping[str, Sequence[float]],
-) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
-    """Return each model's mean over the items, and every difference of two, with 95 % intervals."""
-    result = paired_bootstrap({name: [list(items)] for name, items in values.items()})
-    means = {name: asdict(result.mean[name]) for name in values}
-    differences = [
-        {
-            "of": one,
-            "against": other,
-            **asdict(result.difference[one, other]),
-            "p": sign_flip_p_value([values[one]], [values[other]]),
-        }
-        for other, one in itertools.combinations(values, 2)
-    ]
-    return means, differences
+def _judged(found: Interval, differences: Sequence[float]) -> dict[str, Any]:
+    known = _wide(found, differences, -100.0)
+    verdict = "kept" if known["low"] > -MARGIN else "lost" if known["high"] < 0 else "cannot tell"
+    return known | {"verdict": verdict}
+
+
+def _wide(found: Interval, items: Sequence[float], least: float) -> dict[str, float]:
+    """Return an interval; one of no width is widened to what items between `least` and 100 may still do.
+
+    Where all n items agree the bootstrap has nothing to draw from. With 97.5 % confidence, at most 1 − 0.025^(1/n) of
+    all items differ from them: they may lie at either end.
+    """
+    low, high = found.low, found.high
+    if low == high:
+        unseen = 1 - 0.025 ** (1 / len(items))
+        low, high = low - (low - least) * unseen, high + (100.0 - high) * unseen
+    return {"estimate": found.estimate, "low": low, "high": high}
 
 
 def judge(

@@ -1,18 +1,16 @@
 """How likely a model finds the responses of examples, with logits computed only where a response is."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
-
-T = TypeVar("T")
-
-IGNORED = -100  # the label of a token that is read but not scored, as everywhere in transformers
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,17 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
 
 
 @torch.no_grad()
+def score_responses(
+    model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8
+) -> list[Float[Tensor, " scored"]]:
+    """Return `response_log_probs` of any number of examples, in their order, in eval mode."""
+    found: dict[int, Tensor] = {}
+    with eval_mode(model):
+        for batch in by_length([len(example.ids) for example in examples], batch_size):
+            found |= zip(batch, response_log_probs(model, [examples[index] for index in batch]), strict=True)
+    return [found[index] for index in range(len(examples))]
+
+
 def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8) -> float:
     """Return the mean negative log-likelihood per response token, in nats, over all `examples` together, in eval mode.
 
@@ -80,35 +89,34 @@ def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int 
     """
     if not examples:
         raise DataError("there are no held-out examples; hold back a larger share of the data or give more data")
-    training = model.training
-    model.eval()
-    try:
-        total, tokens = 0.0, 0
-        for batch in by_length(examples, [len(example.ids) for example in examples], batch_size):
-            rows = response_log_probs(model, batch)
-            total -= sum(row.double().sum().item() for row in rows)
-            tokens += sum(len(row) for row in rows)
-    finally:
-        model.train(training)
-    return total / tokens
+    rows = score_responses(model, examples, batch_size)
+    return -sum(row.double().sum().item() for row in rows) / sum(map(len, rows))
 
 
 def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids, attention mask and positions, each (rows, longest row); padding is masked."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), token)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
+    ids = torch.tensor([[token] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def by_length(items: Sequence[T], lengths: Sequence[int], batch_size: int) -> Iterator[list[T]]:
-    """Yield batches of items of similar length, so that little is padded."""
-    order = sorted(range(len(items)), key=lambda index: lengths[index])
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of indices of items of similar length, so that little is padded."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     for first in range(0, len(order), batch_size):
-        yield [items[index] for index in order[first : first + batch_size]]
+        yield order[first : first + batch_size]
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Have the model in eval mode inside the block, and in its own mode afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _without_end(tokenizer: Any, text: str) -> list[int]:

@@ -16,17 +16,17 @@ from hiplora.errors import AdapterError, ConfigError, first_line
 BASE = "base"  # the base model's name in results, which no adapter gets
 
 
-def load_model(model: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer for scoring: on the GPU in its own precision if there is one, else in fp32.
+def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
+    """Load a model and its tokenizer for measuring: in bf16 on a GPU, in fp32 on the CPU; `device` as `pick_device`.
 
     Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
     differently with and without them, and the base must score the same before and after.
     """
-    from hiplora.models import load
+    from hiplora.models import load, pick_device
 
-    gpu = torch.cuda.is_available()
-    network, tokenizer = load(model, "auto" if gpu else None)
-    return (network.to("cuda") if gpu else network).requires_grad_(False), tokenizer
+    place = pick_device(device)
+    network, tokenizer = load(model, torch.float32 if place == "cpu" else torch.bfloat16)
+    return network.to(place).requires_grad_(False), tokenizer
 
 
 def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
@@ -51,8 +51,8 @@ def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
-    """Put an adapter on a bare model inside the block and yield the PEFT model; remove it on exit.
+def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
+    """Put an adapter on a bare model inside the block and yield the PEFT model; None yields the bare model.
 
     Raises:
         AdapterError: PEFT cannot load the adapter over this model.
@@ -60,12 +60,15 @@ def mounted(model: nn.Module, folder: str | Path) -> Iterator[Any]:
     from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper
 
+    if folder is None:
+        yield model
+        return
     try:
         with quiet_loading():
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+    except AdapterError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, AdapterError):
-            raise
         raise AdapterError(
             f"{folder}: cannot be put on the model ({first_line(error)}); check that it is for this base"
         ) from error

@@ -1,16 +1,18 @@
 """Suites: which tasks a model is evaluated on. Nothing here imports torch or lm-eval."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from hiplora.errors import ConfigError, first_problem
+from hiplora.data.rows import SUFFIXES
+from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.evaluation.tasks.rows import data_file
+from hiplora.files import parse_yaml
 
 TASKS = Path(__file__).parent / "tasks"
 SUITES = Path(__file__).parent / "suites"
@@ -19,11 +21,14 @@ PREFIX = "hiplora_"  # of the project's tasks in lm-eval, whose own names they m
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """A task: its name in the suite, its name in lm-eval, and its number of items (None: all)."""
+    """A task: its name in the suite, its name in lm-eval, its number of items (None: all), and a file of one's own
+    rows that it consists of.
+    """
 
     name: str
     lm_eval: str
     limit: int | None = None
+    rows: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,12 @@ class _Entry(BaseModel):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
+_Named = Annotated[_Entry, BeforeValidator(lambda given: {"task": given} if isinstance(given, str) else given)]
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    tasks: list[str | _Entry] = Field(min_length=1)
+    tasks: list[_Named] = Field(min_length=1)
     include: list[str] = []
 
 
@@ -80,8 +88,9 @@ def runs_code(task: str) -> bool:
 def read_suite(suite: str, data: Path | None = None) -> Suite:
     """Read a suite: a name of `own_suites`, a YAML file, or comma-separated names of tasks.
 
-    A task may be `a | b`: the first whose file is in the folder `data`, else `a`. Names that are not the project's
-    are lm-eval's or those of the suite's `include` folders; lm-eval checks them.
+    A task may be `a | b`: the first whose file is in the folder `data`, else `a`; or a file of one's own rows, in a
+    format of the training data. Names that are not the project's are lm-eval's or those of the suite's `include`
+    folders; lm-eval checks them.
 
     Raises:
         ConfigError: the suite does not exist, or the file is not one; the message says what was expected.
@@ -99,45 +108,43 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
 
 def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = None) -> Suite:
     """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`."""
-    return Suite(name, _requests([_Entry(task=task, limit=limit) for task, limit in tasks.items()], data))
+    return Suite(name, tuple(_request(task, limit, data) for task, limit in tasks.items()))
 
 
 def _from_file(path: Path, name: str, data: Path | None) -> Suite:
     try:
-        found = _File.model_validate(yaml.safe_load(path.read_text()))
+        found = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"--suite {path}: no such file; expected {_expected()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--suite {path}: is not YAML ({str(error).splitlines()[0]})") from None
     except ValidationError as error:
         raise ConfigError(
             f"--suite {path}: {first_problem(error)}; expected `tasks:`, a list of names or of {{task, limit}}, and "
             "optionally `include:`, a list of folders"
         ) from None
+    except ValueError as error:
+        raise ConfigError(f"--suite {path}: is not YAML that can be read ({first_line(error)})") from None
     include = tuple(path.parent / folder for folder in found.include)
     for folder in include:
         if not folder.is_dir():
             raise ConfigError(f"--suite {path}: include: {folder} is not a folder")
-    entries = [_Entry(task=entry) if isinstance(entry, str) else entry for entry in found.tasks]
-    return Suite(name, _requests(entries, data), include)
+    tasks = {request.name: request for request in (_request(e.task, e.limit, data, path.parent) for e in found.tasks)}
+    return Suite(name, tuple(tasks.values()), include)
 
 
-def _requests(entries: Sequence[_Entry], data: Path | None) -> tuple[TaskRequest, ...]:
-    known, requests = set(own_tasks()), {}
-    for entry in entries:
-        options = [option.strip() for option in entry.task.split("|")]
-        stored = (
-            option
-            for option in options
-            if data is not None and option in known and data_file(data, task_settings(option)["file"])
-        )
-        name = next(stored, options[0])
-        requests[name] = TaskRequest(name, f"{PREFIX}{name}" if name in known else name, entry.limit)
-    return tuple(requests.values())
+def _request(task: str, limit: int | None, data: Path | None, folder: Path = Path()) -> TaskRequest:
+    if task.endswith(SUFFIXES):
+        if not (folder / task).is_file():
+            raise ConfigError(f"--suite: {folder / task}: no such file; expected {_expected()}")
+        name = Path(task).name.partition(".")[0]
+        return TaskRequest(name, name, limit, folder / task)
+    options, known = [option.strip() for option in task.split("|")], own_tasks()
+    stored = [o for o in options if data and o in known and data_file(data, task_settings(o)["file"])]
+    name = (stored or options)[0]
+    return TaskRequest(name, f"{PREFIX}{name}" if name in known else name, limit)
 
 
 def _expected() -> str:
     return (
-        f"a suite ({', '.join(own_suites())}), a YAML file, or comma-separated tasks ({', '.join(own_tasks())}, or "
-        "lm-eval's own)"
+        f"a suite ({', '.join(own_suites())}), a YAML file, a file of your own rows ({', '.join(SUFFIXES)}), or "
+        f"comma-separated tasks ({', '.join(own_tasks())}, or lm-eval's own)"
     )

@@ -4,7 +4,6 @@ from hiplora.extras import require
 
 require("eval")
 
-
 from hiplora.probing.correlation import contrasts, correlate, findings
 from hiplora.probing.interventions import (
     Direction,
@@ -15,16 +14,3 @@ from hiplora.probing.interventions import (
     intervention_factor,
     probe,
 )
-
-__all__ = [
-    "Direction",
-    "choose_directions",
-    "contrasts",
-    "correlate",
-    "directions_of",
-    "find_modules",
-    "findings",
-    "intervened",
-    "intervention_factor",
-    "probe",
-]

@@ -30,7 +30,7 @@ def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if reason := _undefined(x, y):
-        return {"points": len(x), **dict.fromkeys(COEFFICIENTS, _coefficient(reason=reason))}
+        return {"points": len(x), **{name: _coefficient(reason=reason) for name in COEFFICIENTS}}
     sampled = _sampled(x, y, seed)
     linear, ranked = stats.pearsonr(x, y), stats.spearmanr(x, y)
     # The t distribution of scipy's p-value is for many points; of few it makes 0 where 1 in n!/2 is true.
@@ -65,21 +65,20 @@ def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     `kind` less `minus`, over the directions whose drop is finite under both, which each bootstrap sample shares;
     `points`, `pearson` and `spearman` as of `correlate`, without p-values.
     """
-    kinds = dict.fromkeys(row["kind"] for row in rows)
     found = []
-    for metric, (kind, minus) in itertools.product(rows[0]["drop"], itertools.combinations(kinds, 2)):
+    pairs = itertools.combinations(dict.fromkeys(row["kind"] for row in rows), 2)
+    for metric, (kind, minus) in itertools.product(rows[0]["drop"], list(pairs)):
         both = pd.concat([_points(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
-        x = both.index.get_level_values("sigma").to_numpy(dtype=np.float64)
-        pair = both.to_numpy(dtype=np.float64).T
-        apart = dict.fromkeys(COEFFICIENTS, _coefficient(reason=_undefined(x, pair[0]) or _undefined(x, pair[1])))
-        if not apart["pearson"]["reason"]:
-            ours, theirs = (correlate(x, y, seed) for y in pair)
-            sampled = _sampled(x, pair[0], seed) - _sampled(x, pair[1], seed)
-            apart = {
-                name: _coefficient(ours[name]["estimate"] - theirs[name]["estimate"], None, values)
-                for name, values in zip(COEFFICIENTS, sampled.T, strict=True)
-            }
-        found.append({"kind": kind, "minus": minus, "metric": metric, "points": len(both), **apart})
+        x, (ours, theirs) = both.index.get_level_values("sigma"), both.to_numpy(dtype=np.float64).T
+        one, other = correlate(x, ours, seed), correlate(x, theirs, seed)
+        row = {"kind": kind, "minus": minus, "metric": metric, "points": len(both)}
+        if reason := one["pearson"]["reason"] or other["pearson"]["reason"]:
+            found.append(row | {name: _coefficient(reason=reason) for name in COEFFICIENTS})
+            continue
+        apart = _sampled(x, ours, seed) - _sampled(x, theirs, seed)
+        for place, name in enumerate(COEFFICIENTS):
+            row[name] = _coefficient(one[name]["estimate"] - other[name]["estimate"], None, apart[:, place])
+        found.append(row)
     return found
 
 
@@ -95,29 +94,22 @@ def _undefined(x: Floats, y: Floats) -> str:
     if len(x) < LEAST:
         return f"{len(x)} directions; a correlation takes at least {LEAST}"
     for values, what in ((x, "singular values"), (y, "drops")):
-        if (values == values[0]).all():
+        if np.ptp(values) == 0:
             return f"all {what} are equal ({values[0]:g})"
     return ""
 
 
 def _coefficient(
-    estimate: float | None = None,
-    p_value: float | None = None,
-    sampled: Floats | None = None,
-    reason: str = "",
+    estimate: float | None = None, p_value: float | None = None, sampled: Floats | None = None, reason: str = ""
 ) -> dict[str, Any]:
-    low = high = None
+    bounds: tuple[float | None, ...] = (None, None)
     if sampled is not None:
-        defined = sampled[~np.isnan(sampled)]
-        if 2 * len(defined) > len(sampled):
-            low, high = np.quantile(defined, (0.025, 0.975)).tolist()
+        if np.isnan(sampled).mean() < 0.5:
+            bounds = tuple(np.nanquantile(sampled, (0.025, 0.975)))
         else:
             reason = "no interval: most bootstrap samples have no correlation"
-    values = {"estimate": estimate, "p_value": p_value, "low": low, "high": high}
-    return {
-        **{name: None if value is None else float(value) for name, value in values.items()},
-        "reason": reason,
-    }
+    values = dict(zip(("estimate", "p_value", "low", "high"), (estimate, p_value, *bounds), strict=True))
+    return {**{name: None if value is None else float(value) for name, value in values.items()}, "reason": reason}
 
 
 def _exact_rank_p(x: Floats, y: Floats) -> float:
@@ -128,8 +120,9 @@ def _exact_rank_p(x: Floats, y: Floats) -> float:
     return float((strength >= strength[0] - 1e-9).mean())
 
 
-def _sampled(x: Floats, y: Floats, seed: int) -> Floats:
+def _sampled(x: ArrayLike, y: ArrayLike, seed: int) -> Floats:
     """Both correlations of bootstrap samples, (REPLICATES, 2), NaN where undefined; draws depend on the seed alone."""
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     parts = []
     for counts in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
         drawn = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
+from hiplora.evaluation.mounting import holding
 from hiplora.spectral import MomentBasis, activation_factors, truncated_svd
 from hiplora.tuner import HipLoraConfig, find_targets
 
@@ -65,8 +66,8 @@ def layer_of(module: str) -> int | None:
 def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
     """Return the indices, ascending, of `count` different directions among `size`, sorted by descending σ.
 
-    `how` is `"log"` (from the first to the last, evenly in the logarithm of the place: dense among the strong ones), or
-    `"even"` (from the first to the last at equal distances).
+    `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`; both from the
+    first to the last.
 
     Raises:
         ConfigError: `count` is not in 1…size.
@@ -148,11 +149,9 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
-        module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
-    try:
+        changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+    with holding(model, {direction.module: changed}):
         yield model
-    finally:
-        module.weight = weight
 
 
 def probe(

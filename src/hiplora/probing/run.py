@@ -1,7 +1,9 @@
 """`hiplora probe`: how far an intervention on single directions moves a model on text, with correlations and report."""
 
+import functools
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +18,12 @@ from tqdm import tqdm
 from hiplora.data.texts import drift_texts, text_source
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.mounting import holding
-from hiplora.files import staged_dir, write_atomic
-from hiplora.models import load, resolve
+from hiplora.files import write_atomic
+from hiplora.models import load, pick_device, resolve
 from hiplora.probing.correlation import COEFFICIENTS, findings
-from hiplora.probing.interventions import directions_of, find_modules, intervention_factor, probe
+from hiplora.probing.interventions import Direction, directions_of, find_modules, intervention_factor, probe
 from hiplora.provenance import folder_identity, json_sha256, provenance
+from hiplora.run_folder import RunFolder
 from hiplora.tuner import input_bases
 
 METRICS = {"kl": "KL from the base", "log_perplexity": "change of the log perplexity"}  # nats per token
@@ -50,7 +53,7 @@ class ProbeSettings:
     text: str | None = None
     tokens: Annotated[int, Field(ge=2)] = 512
     seed: Annotated[int, Field(ge=0)] = 0
-    device: str = "cpu"
+    device: str = "auto"
 
     @field_validator("kinds")
     @classmethod
@@ -63,17 +66,23 @@ class ProbeSettings:
 def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
 
+    What was interrupted goes on after the last finished direction.
+
     Raises:
-        ConfigError: `out` exists, or a setting does not fit the model.
+        ConfigError: `out` cannot be used, or a setting does not fit the model.
         DataError: the text cannot be used.
         FactorError: a weight cannot be decomposed.
     """
-    with staged_dir(out, overwrite) as folder:
-        texts = drift_texts(settings.text)
-        model, tokenizer = load(settings.model)
-        reference = BaseReference.build(model.to(settings.device), tokenizer, texts, max_tokens=settings.tokens)
-        rows = probe_model(model, reference, settings, progress=True)
-        sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
+    texts = drift_texts(settings.text)
+    sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
+    run, asked = RunFolder(Path(out), "settings.json", "probe.json"), {**asdict(settings), **sources}
+    run.check(asked, overwrite=overwrite)
+    model, tokenizer = load(settings.model)  # in fp32: single directions are worth less than bf16 resolves
+    reference = BaseReference.build(
+        model.to(pick_device(settings.device)), tokenizer, texts, max_tokens=settings.tokens
+    )
+    with run.claimed(asked, overwrite=overwrite):
+        rows = probe_model(model, reference, settings, run)
         record = {
             "schema": 3,
             "kind": "probe",
@@ -84,18 +93,20 @@ def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = Fal
             "records": rows,
             "provenance": provenance(seed=settings.seed, **sources),
         }
-        _write_report(folder / "report.html", record)
-        write_atomic(folder / "probe.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        _write_report(run.path / "report.html", record)
+        write_atomic(run.path / "probe.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+        shutil.rmtree(run.path / "stages")
     return record
 
 
 def probe_model(
-    model: Any, reference: BaseReference, settings: ProbeSettings, progress: bool = False
+    model: Any, reference: BaseReference, settings: ProbeSettings, folder: RunFolder | None = None
 ) -> list[dict[str, Any]]:
     """Probe a bare model, and leave it as it was, bit for bit; rows as of `probe`.
 
     A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. At every
-    measurement the base's weights are put back for a while, and the base must then be itself bit for bit.
+    measurement the base's weights are put back for a while, and the base must then be itself bit for bit. `folder`
+    keeps the finished directions; with it, a bar is shown.
 
     Raises:
         ConfigError: a setting does not fit the model.
@@ -115,14 +126,20 @@ def probe_model(
         log_ratio = sum(math.log(drift.perplexity_ratio) * drift.tokens for drift in drifts)
         return {"kl": kl / tokens, "log_perplexity": log_ratio / tokens}
 
+    def rows_of(one: Direction) -> dict[str, Any]:
+        return {"rows": probe(model, [one], settings.kinds, measure, draws=settings.draws, seed=settings.seed)}
+
     bases = None
     if settings.basis == "activation":
         bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
     count, rank = settings.directions, settings.principal_rank
     directions = directions_of(model, modules, count, settings.choice, rank=rank, bases=bases)
-    quiet = None if progress else True
-    shown = tqdm(directions, "probing directions", total=len(modules) * count, leave=False, disable=quiet)
-    return probe(model, shown, settings.kinds, measure, draws=settings.draws, seed=settings.seed)
+    if folder is None:
+        return [row for one in directions for row in rows_of(one)["rows"]]
+    rows = []
+    for one in tqdm(directions, "probing directions", total=len(modules) * count, leave=False, disable=None):
+        rows += folder.stage(f"{one.module}-{one.index}", functools.partial(rows_of, one))["rows"]
+    return rows
 
 
 def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) -> pd.DataFrame:
@@ -147,21 +164,11 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
     rows = pd.DataFrame([{**row, **row["drop"]} for row in record["records"]])
     sections = []
     for metric, title in METRICS.items():
-        some = rows[rows[metric] > 0] if metric == "kl" else rows.dropna(subset=metric)
-        figure = plots.facets(
-            some,
-            "kind",
-            plots.scatter,
-            x="sigma",
-            y=metric,
-            group="type",
-            logx=True,
-            logy=metric == "kl",
-            xlabel="singular value σ",
-            ylabel=f"{title} (nats per token)",
-        )
-        table = correlation_table(record["correlations"], metric)
-        tables, figures = {"Correlation with σ, 95 % intervals": table}, {"A dot is a direction.": figure}
-        sections.append(Section(title, tables=tables, figures=figures))
+        log = metric == "kl"
+        some = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)
+        axes = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logx": True, "logy": log}
+        figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", **axes)
+        tables = {"Correlation with σ, 95 % intervals": correlation_table(record["correlations"], metric)}
+        sections.append(Section(title, tables=tables, figures={"A dot is a direction.": figure}))
     title = f"What single directions of {record['settings']['model']} are worth"
     save_page(path, title, sections, provenance=record["provenance"])

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hiplora.data.examples import Block, DataSettings, PathText
 from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import ConfigError, DataError
+from hiplora.files import parse_yaml
 from hiplora.training.adapt import start_problem
 from hiplora.training.methods import METHODS, AnyMethod
 
@@ -251,14 +251,6 @@ def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as in YAML 1.2; PyYAML reads it as text."""
-
-
-_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -266,12 +258,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or unreadable, or is not a YAML mapping.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such recipe; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping (`model: …`), found {type(value).__name__}")
@@ -295,8 +287,8 @@ def put_over(value: dict[str, Any], override: str) -> None:
         if not isinstance(value, dict):
             raise ConfigError(f"--set {override}: {part} is not a block but {value!r}")
     try:
-        value[last] = yaml.load(raw, Loader=_Loader)
-    except yaml.YAMLError:
+        value[last] = parse_yaml(raw)
+    except ValueError:
         raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
 
 

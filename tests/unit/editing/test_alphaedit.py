@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from hiplora.adapters import read_update
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits, run_edits
 from hiplora.editing.alphaedit import default_layers, null_space, null_space_update
-from hiplora.editing.subjects import locate, search_values, subject_states
+from hiplora.editing.subjects import locate, search_value, subject_states
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
 from hiplora.tuner import input_bases
@@ -86,8 +86,9 @@ def test_the_subject_is_found_where_it_ends_last_and_in_any_case():
     found = locate(tokenizer, "the Fox", "Once. The fox saw the fox run", "away")
     assert tokenizer.decode(found.encoded.ids) == "Once. The fox saw the fox run away"
     assert tokenizer.decode(found.ids) == "Once. The fox saw the fox"
-    with pytest.raises(DataError, match=r"edit 'It is': its subject 'thing 0' is not in the prompt"):
-        locate(tokenizer, "thing 0", "It is", "b")
+    for subject in ("thing 0", ""):
+        with pytest.raises(DataError, match=rf"edit 'It is': its subject '{subject}' is not in the prompt"):
+            locate(tokenizer, subject, "It is", "b")
 
 
 def test_the_states_are_those_at_the_last_token_of_each_row_whatever_the_padding():
@@ -103,37 +104,20 @@ def test_the_states_are_those_at_the_last_token_of_each_row_whatever_the_padding
         assert torch.allclose(output[:, 0], hidden, atol=1e-5)
 
 
-def located(edits):
-    tokenizer = tiny_tokenizer()
-    prompts = [[locate(tokenizer, edit.subject, edit.prompt, edit.new)] for edit in edits]
-    return prompts, [locate(tokenizer, edit.subject, f"{edit.subject} is", "a") for edit in edits]
-
-
 def test_a_searched_value_makes_the_answer_likelier_within_its_clamp():
-    model = lively()
-    prompts, essences = located(EDITS[:2])
+    model, tokenizer, edit = lively(), tiny_tokenizer(), EDITS[0]
+    prompts = [locate(tokenizer, edit.subject, text + edit.prompt, edit.new) for text in ("", "Once. ")]
+    essence = locate(tokenizer, edit.subject, f"{edit.subject} is", "a").ids
     still = AlphaEdit(value_steps=2, value_lr=1e-9)
-    first, before = search_values(model, "model.layers.0", prompts, essences, still)
-    fresh = evaluate_edits(model, tiny_tokenizer(), EDITS[:2])["log_prob_new"]
-    lengths = [len(f" {edit.new}") for edit in EDITS[:2]]
-    assert before == pytest.approx((-fresh / lengths).tolist(), rel=1e-4)  # the mean over the answer's tokens
-    found, after = search_values(model, "model.layers.0", prompts, essences, AlphaEdit(value_steps=20))
-    assert all(later < earlier - 0.1 for later, earlier in zip(after, before, strict=True))
-    moved = (found - first).norm(dim=0) / first.norm(dim=0)
-    assert (moved <= 0.75 + 1e-4).all()
-    assert (moved > 0.05).all()
-
-
-def test_edits_that_are_searched_together_find_what_they_find_alone():
-    model = tiny_llama()
-    prompts, essences = located(EDITS[:2])
-    settings = AlphaEdit(value_steps=6)
-    both, _ = search_values(model, "model.layers.0", prompts, essences, settings)
-    for index in range(2):
-        alone, _ = search_values(
-            model, "model.layers.0", prompts[index : index + 1], essences[index : index + 1], settings
-        )
-        assert torch.allclose(both[:, index], alone[:, 0], atol=1e-3)
+    first, before = search_value(model, "model.layers.0", prompts[:1], essence, still)
+    fresh = evaluate_edits(model, tokenizer, [edit])["log_prob_new"].item()
+    assert before == pytest.approx(-fresh / len(f" {edit.new}"), rel=1e-4)  # the mean over the answer's tokens
+    hidden = model(torch.tensor([prompts[0].ids]), output_hidden_states=True).hidden_states[1][0, -1]
+    assert torch.allclose(first, hidden, atol=1e-5)
+    _, before = search_value(model, "model.layers.0", prompts, essence, still)
+    found, after = search_value(model, "model.layers.0", prompts, essence, AlphaEdit(value_steps=20))
+    assert after < before - 0.1
+    assert 0.05 < (found - first).norm() / first.norm() <= 0.75 + 1e-4
 
 
 def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():

@@ -136,9 +136,9 @@ def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path):
     twice = write_jsonl(tmp_path / "x.jsonl", [OWN, {**OWN, "new": "glass"}])
     for path, text, said in (
         (twice, None, r"line 2: prompt 'Tea is drunk from a' is in line 1 already"),
-        (tmp_path / "empty.jsonl", "", "has no edits"),
+        (tmp_path / "empty.jsonl", "\n", "has no edits"),
         (tmp_path / "broken.jsonl", "{\n", "line 1: "),
-        (tmp_path / "none.jsonl", None, "cannot be read"),
+        (tmp_path / "none.jsonl", None, "no such file"),
     ):
         if text is not None:
             path.write_text(text)
@@ -146,3 +146,13 @@ def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path):
             load_edits(path)
     with pytest.raises(DataError, match="has 2 edits, 3 are asked for"):
         load_edits(write_jsonl(tmp_path / "few.jsonl", rows({}, {})), 3)
+
+
+def test_a_prompt_and_a_new_answer_are_enough_also_as_a_list(tmp_path):
+    path = tmp_path / "edits.json"
+    path.write_text(
+        json.dumps([{"prompt": "Tea is drunk from a", "new": "bowl"}, {"prompt": "It began in", "new": "1997"}])
+    )
+    first, second = load_edits(path).edits
+    assert (first.old, first.paraphrase, first.category) == (None, None, "Relation/Fact")
+    assert second.category == "Temporal/Numeric"

@@ -6,8 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hiplora.editing import EditTraining, evaluate_edits, run_edits
-from hiplora.editing.measure import Locality, _right, answer_log_probs, measure_edits, normalise, summarise
+from hiplora.editing import Edit, EditTraining, evaluate_edits, run_edits
+from hiplora.editing.measure import (
+    _right,
+    answer_log_probs,
+    ask,
+    measure_edits,
+    normalise,
+    summarise,
+    summarise_locality,
+    unrelated_targets,
+    with_old_answers,
+)
 from hiplora.evaluation.answers import continuations
 from tests.tiny import tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
@@ -72,23 +82,31 @@ def test_neighbours_are_kept_if_their_answer_is_likelier_than_the_new_one_and_sh
 
 def test_the_bare_base_shows_no_change_elsewhere():
     model, tokenizer = writer(), tiny_tokenizer()
-    elsewhere = Locality(model, tokenizer, QUESTIONS, EDITS)
+    targets = unrelated_targets(QUESTIONS, EDITS)
+    assert targets == ["blue", "pink", "grey"]
+    before = ask(model, tokenizer, QUESTIONS, targets)
     prompts = [item.prompt for item in QUESTIONS]
-    written = continuations(model, tokenizer, prompts, 8)  # " roof" and 3 more
-    assert elsewhere.before["written"].tolist() == written
-    assert elsewhere.targets == ["blue", "pink", "grey"]
-    for column, answers in (
-        ("log_prob", [item.answer for item in QUESTIONS]),
-        ("edited_log_prob", elsewhere.targets),
-    ):
+    assert before["written"].tolist() == continuations(model, tokenizer, prompts, 8)  # " roof" and 3 more
+    for column, answers in (("log_prob", [item.answer for item in QUESTIONS]), ("edited_log_prob", targets)):
         pairs = list(zip(prompts, answers, strict=True))
-        assert elsewhere.before[column].tolist() == pytest.approx(answer_log_probs(model, tokenizer, pairs))
-    summary = elsewhere.summarise(elsewhere.measure(model))
+        assert before[column].tolist() == pytest.approx(answer_log_probs(model, tokenizer, pairs))
+    summary = summarise_locality(before, ask(model, tokenizer, QUESTIONS, targets))
     assert summary["unchanged"] == 100
     assert summary["accuracy_change"] == summary["log_prob_change"] == summary["edited_log_prob_change"] == 0
-    elsewhere.before["correct"] = [1, 1, 0]
-    summary = elsewhere.summarise(elsewhere.measure(model))
+    summary = summarise_locality(before.assign(correct=[1, 1, 0]), before)
     assert summary["accuracy_change"] == pytest.approx(-200 / 3)
+
+
+def test_an_edit_without_an_old_answer_is_compared_with_what_the_base_writes_and_may_lack_a_paraphrase():
+    model, tokenizer = writer(), tiny_tokenizer()
+    bare, whole = Edit("Thing 0 is", None, "blue"), EDITS[1]
+    first, second = with_old_answers(model, tokenizer, [bare, whole])
+    written = continuations(model, tokenizer, [bare.prompt], 8)[0]
+    assert (first.old, second) == (written.strip().partition("\n")[0] or ".", whole)
+    records = measure_edits(model, tokenizer, {0: first, 1: second})
+    assert records["paraphrase_success"].isna().tolist() == [True, False]
+    found = summarise(records)
+    assert found["all"]["paraphrase_success"] == 100 * records["paraphrase_success"][1]
 
 
 def test_an_edited_model_is_compared_with_the_base_and_not_with_itself():

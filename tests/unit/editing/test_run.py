@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig
 import hiplora
 from hiplora.editing import AlphaEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
 from hiplora.errors import AdapterError
+from hiplora.run_folder import RunFolder
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, bits, writer
 
@@ -152,3 +154,25 @@ def test_a_sequence_goes_on_from_the_stage_before_and_measures_the_newest_and_al
     assert len(told["questions"]["log_prob"]) == len(told["questions"]["written_before"]) == len(QUESTIONS)
     (alone,) = run(method, edits=EDITS[2:4])["stages"]
     assert new_answers(second)[2:] != pytest.approx(new_answers(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize(("method", "sequential"), [("lora", True), ("lora", False), ("alphaedit", True)])
+def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequential):
+    folder = RunFolder(tmp_path / "run", "settings.json", "edit.json")
+    asked = {"size": 2, "sequential": sequential, "questions": QUESTIONS}
+    calls = []
+
+    def interrupt(number, editor):
+        calls.append(number)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+
+    with folder.claimed({}), pytest.raises(KeyboardInterrupt):
+        run(method, **asked, folder=folder, on_edited=interrupt)
+    with folder.claimed({}):
+        found = run(method, **asked, folder=folder, on_edited=interrupt)
+    assert calls == [1, 2, 2, 3]
+    whole = run(method, **asked)
+    assert found.pop("seconds") > 0
+    assert whole.pop("seconds") > 0
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(whole))

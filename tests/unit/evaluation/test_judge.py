@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hiplora.evaluation.evaluate import judge
+from hiplora.evaluation.evaluate import collect, judge
 
 
 def test_scores_without_chance_give_verdicts_without_doubt():
@@ -43,3 +43,32 @@ def test_the_same_seed_gives_the_same_intervals():
     one = ({"a": list(items[0])}, {"a": list(items[1])})
     assert judge([one], seed=3) == judge([one], seed=3)
     assert judge([one], seed=3) != judge([one], seed=4)
+
+
+def collected(base, other):
+    """The difference of two runs of a task by their items' scores, and the first run's own mean."""
+    runs = {n: {"t": {"score": items, "likelihood": None, "others": {}}} for n, items in (("a", base), ("b", other))}
+    found = collect({"t": {}}, runs, {"t": {"score": "acc"}})
+    return found["differences"]["t"]["score"][0], found["runs"]["a"]["t"]["score"]
+
+
+@pytest.mark.parametrize(("count", "unseen"), [(1, 0.975), (4, 0.602), (400, 0.0092)])
+def test_items_that_all_agree_have_an_interval_that_narrows_with_their_number(count, unseen):
+    difference, mean = collected([100.0] * count, [100.0] * count)
+    assert (mean["estimate"], mean["high"]) == (100, 100)
+    assert mean["low"] == pytest.approx(100 - 100 * unseen, abs=0.1)
+    assert (difference["low"], difference["high"]) == pytest.approx((-100 * unseen, 100 * unseen), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "verdict"),
+    [
+        ([0.0, 100.0] * 300, [0.0, 100.0] * 300, "kept"),
+        ([0.0, 100.0] * 300, [0.0, 0.0] * 300, "lost"),
+        ([0.0, 100.0] * 300, [100.0, 100.0] * 300, "kept"),
+        ([0.0, 100.0] * 5, [0.0, 100.0] * 4 + [100.0, 0.0], "cannot tell"),
+        ([0.0, 100.0] * 2, [0.0, 100.0] * 2, "cannot tell"),
+    ],
+)
+def test_a_verdict_says_lost_only_where_it_is_sure_and_kept_only_within_a_point(base, other, verdict):
+    assert collected(base, other)[0]["verdict"] == verdict

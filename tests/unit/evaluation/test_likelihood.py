@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
 from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
-from hiplora.evaluation.likelihood import IGNORED
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 

@@ -4,7 +4,7 @@ import torch
 
 from hiplora.adapters import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.evaluation.answers import continuations
+from hiplora.evaluation.answers import changes, chat_prompt, continuations, side_by_side
 from hiplora.evaluation.mounting import (
     applied,
     check_acts,
@@ -171,3 +171,39 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch():
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert alone[0] == tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompts[0])
+
+
+def test_answers_stand_side_by_side_and_the_base_is_bare_again(tmp_path):
+    model, tokenizer, folder = tiny_llama(), tiny_tokenizer(), lora_folder(tmp_path)
+    prompts = ["In the summer", "A"]
+    found = side_by_side(model, tokenizer, {"lora": folder}, prompts, 6)
+    assert [row["base"] for row in found] == continuations(model, tokenizer, prompts, 6)
+    with mounted(model, folder) as adapted:
+        assert [row["lora"] for row in found] == continuations(adapted, tokenizer, prompts, 6)
+    apart = side_by_side(model, tokenizer, {"lora": folder}, {"base": ["A"], "lora": ["In the summer"]}, 6)
+    assert apart == [{"base": found[1]["base"], "lora": found[0]["lora"]}]
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "marked"),
+    [
+        ("Berlin is the capital.", "Berlin is a capital.", [" a"]),
+        ("the same words", "the same words", []),
+        ("", " new words", [" new words"]),
+        ("one two", "one two three\n", [" three\n"]),
+    ],
+)
+def test_changes_are_runs_of_words_and_joined_they_are_the_text(base, other, marked):
+    found = changes(base, other)
+    assert "".join(text for text, _ in found) == other
+    assert [text for text, changed in found if changed] == marked
+
+
+def test_a_chat_prompt_is_the_templates_or_the_words_themselves_and_begins_once():
+    tokenizer = tiny_tokenizer()
+    asked = [{"role": "user", "content": "Why?"}]
+    assert chat_prompt(tokenizer, asked) == "[user]\nWhy?\n[assistant]\n"
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert chat_prompt(tokenizer, asked).startswith("<|bos|>")  # this tokenizer adds none itself
+    tokenizer.chat_template = None
+    assert chat_prompt(tokenizer, asked) == "Why?"

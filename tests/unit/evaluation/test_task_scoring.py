@@ -6,16 +6,9 @@ from hiplora.evaluation.tasks.scoring import number_match, stated_match
 
 def test_a_gsm8k_answer_is_what_follows_the_marks():
     row = {"answer": "He pays 2 * 600 = <<2*600=1200>>1200.\n#### 1,200"}
-    assert scoring.final_number(row) == "1200"
     assert number_match(row, ["$1200.00"]) == {"exact_match": 1.0}
     assert number_match(row, ["1201"]) == {"exact_match": 0.0}
     assert number_match(row, [""]) == {"exact_match": 0.0}
-
-
-def test_choices_stand_behind_letters():
-    row = {"question": "Which is wet?", "choices": ["sand", "rain"]}
-    assert scoring.lettered(row) == "Question: Which is wet?\nA. sand\nB. rain\nAnswer:"
-    assert scoring.letters(row) == ["A", "B"]
 
 
 def test_a_gap_is_filled_before_what_follows_it():

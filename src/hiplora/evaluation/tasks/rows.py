@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hiplora.data.examples import load_examples
 from hiplora.data.prompts import with_hint
-from hiplora.data.rows import read_rows
+from hiplora.data.rows import check_rows, read_rows
 from hiplora.errors import DataError, first_line
 
 DATA_VARIABLE = "HIPLORA_DATA"
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
+_CHOICE_FIELDS = ("question", "choices", "answer")
 
 
 def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> Any:
@@ -34,19 +36,54 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     Raises:
         DataError: the folder has no such file, a row is not an object, or the hub cannot be reached.
     """
-    from datasets import Dataset, DatasetDict
-
     folder = data or os.environ.get(DATA_VARIABLE)
     if folder and (not hub or data_file(Path(folder), file) is not None):
         rows = _local(Path(folder), file)
     else:
         rows = _packaged(file) or _hub(file, hub, settings, folder)
-    return DatasetDict({"test": Dataset.from_list(rows)})
+    return _dataset(rows)
+
+
+def own_task(name: str, file: Path) -> dict[str, Any]:
+    """Return lm-eval's configuration of a task that consists of one's own rows, in any format of the training data.
+
+    Rows of choices are scored by the likeliest one; of others the response is, by its likelihood and by whether it is
+    what the model writes greedily.
+
+    Raises:
+        DataError: the file or some rows cannot be used.
+    """
+    form, rows = check_rows(read_rows(file), "auto", file)
+    metric: dict[str, Any] = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+    settings: dict[str, Any] = {"doc_to_text": "prompt", "doc_to_target": "answer"}
+    if form == "multiple_choice":
+        rows = [{"prompt": f"Question: {row['question']}\nAnswer:", **row} for row in rows]
+        settings |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+    elif form == "text":
+        settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+        metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+    else:
+        rows = [{"prompt": example.prompt, "answer": example.response} for example in load_examples(file)]
+        settings |= {"output_type": "loglikelihood", "target_delimiter": ""}
+    return settings | {
+        "task": name,
+        "custom_dataset": lambda **_: _dataset(rows),
+        "test_split": "test",
+        "metric_list": [metric],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0, "title": file.name, "score": metric["metric"]},
+    }
 
 
 def data_file(folder: Path, file: str) -> Path | None:
     """Return the file of a task in a folder, by its name without the suffix, or None."""
     return next((path for suffix in SUFFIXES if (path := folder / f"{file}{suffix}").is_file()), None)
+
+
+def _dataset(rows: list[Row]) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({"test": Dataset.from_list(rows)})
 
 
 def _local(folder: Path, file: str) -> list[Row]:
@@ -55,14 +92,12 @@ def _local(folder: Path, file: str) -> list[Row]:
         raise DataError(
             f"{folder}: has no {file} ({', '.join(SUFFIXES)}); name the folder that does (--data, or ${DATA_VARIABLE})"
         )
-    rows = []
-    for place, row in read_rows(path):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{path}, {place}: expected an object with fields, found {type(row).__name__}")
-        rows.append(dict(row))
+    rows = list(read_rows(path))
+    if strange := [place for place, row in rows if not isinstance(row, Mapping)]:
+        raise DataError(f"{path}, {strange[0]}: expected an object with fields")
     if not rows:
         raise DataError(f"{path}: holds no rows; it must hold at least one")
-    return rows
+    return [dict(row) for _, row in rows]
 
 
 def _packaged(file: str) -> list[Row]:
@@ -100,12 +135,6 @@ def _lettered(row: Mapping[str, Any], question: str = "question") -> Row:
     }
 
 
-def _scienceqa(row: Mapping[str, Any]) -> Row | None:
-    """Return a question without a picture, with its hint before it."""
-    found = with_hint(row)
-    return found and {key: found[key] for key in ("question", "choices", "answer")}
-
-
 def _choices(row: Mapping[str, Any], *names: str, answer: str = "label", first: int = 0, **fields: str) -> Row:
     """Return a row whose choices are the fields `names`, whose right one is numbered from `first`."""
     texts = {name: row[field] for name, field in fields.items()}
@@ -117,7 +146,9 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
     "same": dict,
     "arc": _lettered,
     "openbookqa": lambda row: _lettered(row, "question_stem"),
-    "scienceqa": _scienceqa,
+    "scienceqa": lambda row: (
+        (found := with_hint(row)) and {key: found[key] for key in ("question", "choices", "answer")}
+    ),
     "hellaswag": lambda row: {
         "context": f"{row['activity_label']}: {row['ctx']}",
         "choices": list(row["endings"]),

@@ -5,22 +5,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from hiplora.data.prompts import final_number, lettered, letters, normal_number, step_by_step
+from hiplora.data.prompts import final_number, normal_number, step_by_step
 
-__all__ = [
-    "all_responses",
-    "final_number",
-    "gap_answer",
-    "gap_end",
-    "gap_start",
-    "humaneval",
-    "lettered",
-    "letters",
-    "mbpp",
-    "number_match",
-    "stated_match",
-    "step_question",
-]
 # What a derivation says before its answer; the first of these in the text counts.
 MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 Row = Mapping[str, Any]

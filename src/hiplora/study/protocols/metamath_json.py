@@ -139,11 +139,11 @@ def _total(study: Study, trainable: int) -> int | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(study.recipe.model, local_files_only=True)
+        config = AutoConfig.from_pretrained(study.recipe.model, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         return None
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters() + trainable
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters() + trainable
 
 
 def _loss(curve: Sequence[Sequence[float]], step: int) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 from hiplora.adapters import allocation_rows, energy_shares
 from hiplora.editing import Editor
 from hiplora.editing.edits import BUILT_IN
-from hiplora.editing.job import EditJob, PreparedEdits
+from hiplora.editing.job import EditJob
 from hiplora.errors import HipLoraError
 from hiplora.evaluation import measure_drift
 from hiplora.evaluation.mounting import applied, holding, mounted
@@ -123,15 +123,15 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     given |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
     if given["edits"] != BUILT_IN:
         given["edits"] = context.path(given["edits"])
-    prepared = PreparedEdits(EditJob(**given))
+    asked = EditJob(**given)
     reference, drift = drift_reference(context, settings), None
 
     def edited(number: int, editor: Editor) -> None:
         nonlocal drift
-        if number == len(prepared.groups):
+        if number == len(asked.groups):
             drift = drift_of(editor.model, reference, editor.off)
 
-    found = prepared.run(*context.model(), texts=False, on_edited=edited)
+    found = asked.run(*context.model(), texts=False, on_edited=edited)
     seconds = found.pop("seconds")
     return rounded({**found, "drift": drift}), {"edit_seconds": seconds}
 

@@ -1,0 +1,79 @@
+"""`hiplora generate`, `chat` and `drift` on a tiny model."""
+
+import io
+import json
+
+import peft
+import pytest
+import torch
+
+from hiplora.evaluation import BaseReference, measure_drift
+from hiplora.evaluation.answers import chat_prompt, continuations
+from hiplora.evaluation.mounting import load_model, mounted
+from tests.commands import run
+from tests.tiny import tiny_llama
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_dir, adapter, capsys):
+    given = ("generate", tiny_model_dir, "--adapter", adapter, "--prompt", "Why?", "--tokens", 8)
+    code, said, err = run(capsys, *given, "--json")
+    assert code == 0, err
+    ((row),) = json.loads(said)
+    model, tokenizer = load_model(str(tiny_model_dir))
+    prompt = chat_prompt(tokenizer, [{"role": "user", "content": "Why?"}])
+    with mounted(model, adapter) as adapted:
+        assert row["answers"]["mine"] == continuations(adapted, tokenizer, [prompt], 8)[0]
+    assert row["answers"]["mine"] != row["answers"]["base"] == continuations(model, tokenizer, [prompt], 8)[0]
+    code, said, _ = run(capsys, *given)
+    assert code == 0
+    assert "[" in said.partition("mine: ")[2]
+    code, said, _ = run(capsys, *given, "--raw", "--json")
+    assert json.loads(said)[0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
+
+
+def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, adapter, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why?\nAnd then?\n"))
+    code, said, err = run(capsys, "chat", tiny_model_dir, "--adapter", adapter, "--tokens", 8)
+    assert code == 0, err
+    assert said.count("base: ") == said.count("mine") == 2
+    model, tokenizer = load_model(str(tiny_model_dir))
+    turns = []
+    for words in ("Why?", "And then?"):
+        turns.append({"role": "user", "content": words})
+        (answer,) = continuations(model, tokenizer, [chat_prompt(tokenizer, turns)], 8)
+        turns.append({"role": "assistant", "content": answer})
+    assert turns[-1]["content"].strip() in said
+
+
+def test_drift_is_what_is_measured_and_the_text_may_be_ones_own(tiny_model_dir, adapter, tmp_path, capsys):
+    text = tmp_path / "prose.txt"
+    text.write_text("The harbour master writes down every ship that comes in. " * 3)
+    given = ("drift", tiny_model_dir, "--adapter", adapter, "--text", text, "--tokens", 60)
+    code, said, err = run(capsys, *given, "--json")
+    assert code == 0, err
+    found = json.loads(said)["drift"]["mine"]["prose.txt"]
+    model, tokenizer = load_model(str(tiny_model_dir))
+    reference = BaseReference.build(model, tokenizer, {"a": text.read_text()}, max_tokens=60)
+    with mounted(model, adapter) as adapted:
+        expected = measure_drift(adapted, reference)["a"]
+    assert found == pytest.approx(expected.as_dict())
+    assert 0 < found["greedy_changed"] <= 1
+    code, said, _ = run(capsys, *given)
+    assert code == 0
+    assert f"{expected.greedy_changed:.1%}" in said
+    assert f"hiplora protect {adapter}" in said
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
+def test_a_device_that_is_not_there_is_named(tiny_model_dir, adapter, capsys, device):
+    code, _, err = run(capsys, "drift", tiny_model_dir, "--adapter", adapter, "--device", device)
+    assert code == 2
+    assert f"--device {device}: not available here" in err
