@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import TypeAdapter
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
+from hiplora.files import parse_yaml
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
 from hiplora.training.method import ADAPTER, ATTENTION_PROJECTIONS, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
 from hiplora.training.methods import AnyMethod
@@ -121,9 +121,9 @@ def start_problem(method: Any, start_from: str) -> str | None:
         if not (folder / name).is_file():
             return f"{folder} has no {name}; name the output folder of a finished `hiplora train`"
     try:
-        stored = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        stored = parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
         given = TypeAdapter(AnyMethod).validate_python(stored["method"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
     old, new = _identity(given), _identity(method)
     changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
