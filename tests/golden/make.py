@@ -413,7 +413,6 @@ LEFT_OUT = {
     "paper",
     "target",
     "greedy_changed",  # new
-    "widest",  # repeats the bounds
 }
 # Jobs whose last digits changed with lm-eval's own model and TRL's own loss: no digests, means within the tolerance.
 ROUNDED = {"evaluate", "merge", "train", "inspect"}
@@ -439,10 +438,14 @@ def pico():
             command = [*hiplora, *words, "--out", str(folder)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-        records = [json.loads(path.read_text()) for path in (folder / "results").glob("*.json")]
-        report = folder / "report"
-        rows = list(csv.DictReader((report / "measurements.csv").read_text().splitlines()))
-        claims = json.loads((report / "claims.json").read_text())
+        return of_study(folder / "results", folder / "report")
+
+
+def of_study(results, report):
+    """The golden values of a study's folders."""
+    records = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    rows = list(csv.DictReader((report / "measurements.csv").read_text().splitlines()))
+    claims = json.loads((report / "claims.json").read_text())
     jobs = [{"kind": job["kind"], "name": job["name"], **_summary(job["result"])} for job in records]
     claims = _summary(claims)
     for one in (claims, *(job for job in jobs if job["kind"] in ROUNDED)):

@@ -79,17 +79,11 @@ def test_unreadable_records_are_refused(small, tmp_path, capsys):
     assert f"--reuse {records}: cannot be read" in err
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--address", "127.0.0.1:1"), "add --executor ray"),
-        (("--gpus-per-job", 1), "add --executor ray"),
-    ],
-)
-def test_options_of_a_cluster_are_refused_where_they_mean_nothing(small, tmp_path, capsys, options, said):
+@pytest.mark.parametrize("options", [("--address", "127.0.0.1:1"), ("--gpus-per-job", 1)])
+def test_options_of_a_cluster_are_refused_where_they_mean_nothing(small, tmp_path, capsys, options):
     code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
     assert code == 2
-    assert said in err
+    assert "add --executor ray" in err
 
 
 @pytest.mark.slow

@@ -109,7 +109,30 @@ def test_a_training_that_hardly_moves_ends_at_the_adapter_that_it_was_given(
     assert largest(there) > 1e-3
     assert largest(here, there) < 1e-6
     old, new = tensors(given), tensors(result.adapter)
-    assert {name: value.shape for name, value in old.items()} == {name: value.shape for name, value in new.items()}
+    widened = recipe(method, 1, given).widens
+    assert widened == (method == "activation")
+    shapes = [{name: value.shape for name, value in one.items()} for one in (old, new)]
+    assert (shapes[0] == shapes[1]) != widened
+
+
+def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task_needs(recipe, first, tmp_path):
+    folders = [first("activation")]
+    for stage in (1, 2):
+        folders.append(train(recipe("activation", stage % 2, folders[-1]), tmp_path / str(stage)).adapter)
+    files = [tensors(folder) for folder in folders]
+    bases = [load_file(folder / "basis.safetensors") for folder in folders[1:]]
+    name = next(key for key in files[0] if ".hiplora_A" in key)
+    module = name.removeprefix("base_model.model.").partition(".hiplora_A")[0]
+    V = [files[0][name.replace("hiplora_A", "hiplora_V")], *(basis[f"{module}.V"] for basis in bases)]
+    A = [one[name] for one in files]
+    r = len(A[0])
+    assert [len(one) for one in A] == [r, 2 * r, 3 * r]
+    assert [one.shape[1] for one in V] == [8, 16, 24]
+    for stage in (1, 2):
+        assert torch.equal(A[stage][: stage * r], A[stage - 1])
+        assert (A[stage][stage * r :] @ V[stage]).norm() < 1e-4 * A[stage].norm()  # the new part keeps out of it
+        assert (V[stage] @ (V[stage].T @ V[stage - 1]) - V[stage - 1]).norm() < 1e-4  # which holds what was protected
+    assert (A[0] @ V[1]).norm() > 0.1 * A[0].norm()  # and the finished task
 
 
 @pytest.mark.parametrize("method", ["soft", "pissa", "split_lora"])

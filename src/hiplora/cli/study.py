@@ -1,6 +1,7 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
 import contextlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -59,15 +60,7 @@ def plan(
 
     opened = _open(recipe, out, data, changes)
     planning.check_tasks(opened.graph)
-    found = planning.status(opened, planning.measure(opened) if measure else None)
-    if as_json:
-        emit_json(found)
-        return
-    _print_kinds(found)
-    if found["peak_memory_bytes"] is not None:
-        typer.echo(f"peak memory of a training: {found['peak_memory_bytes'] / 2**30:.1f} GiB")
-    if found["missing_files"]:
-        typer.echo(f"missing from the data folder: {', '.join(found['missing_files'])}")
+    _show(planning.status(opened, planning.measure(opened) if measure else None), as_json)
 
 
 @app.command()
@@ -104,16 +97,9 @@ def run(
     opened = _open(recipe, out, data, changes, allow_code)
     check(opened)
     taken = sum(opened.store.take(path) for path in reuse)
+    cluster = {"executor": executor, "address": address, "gpus_per_job": gpus_per_job}
     with _progress(opened, verbose) as on_event:
-        failed = run_graph(
-            opened.graph,
-            opened.place,
-            workers=workers,
-            executor=executor,
-            address=address,
-            gpus_per_job=gpus_per_job,
-            on_event=on_event,
-        )
+        failed = run_graph(opened.graph, opened.place, workers=workers, on_event=on_event, **cluster)
     found = {**status(opened), "taken": taken}
     if as_json:
         emit_json(found)
@@ -141,14 +127,7 @@ def status(
     """
     from hiplora.study.plan import status as status_of
 
-    found = status_of(_open(recipe, out, data, changes))
-    if as_json:
-        emit_json(found)
-        return
-    _print_kinds(found)
-    for name in found["at_work"]:
-        typer.echo(f"running: {name}")
-    _print_failures(found)
+    _show(status_of(_open(recipe, out, data, changes)), as_json)
 
 
 @app.command()
@@ -197,27 +176,25 @@ def _progress(opened: "Opened", verbose: bool) -> "Iterator[Callable[[str, Job],
     """Yield what shows a run's events: a bar on a terminal, a line for every finished job with `verbose`."""
     from tqdm import tqdm
 
-    from hiplora.study.store import unfinished
-
-    total = len(unfinished(opened.graph, opened.store))
+    total = len(opened.store.unfinished(opened.graph))
     with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
-        finished = 0
+        done = itertools.count(1)
 
         def on_event(event: str, job: "Job") -> None:
-            nonlocal finished
             bar.set_postfix_str(job.name[:60])
-            if event == "begin":
-                return
-            finished += 1
-            bar.update()
-            if verbose:
+            bar.update(event != "begin")
+            if verbose and event != "begin":
                 failed = "FAILED " if event == "failed" else ""
-                tqdm.write(f"{finished}/{total}  {failed}{job.name}", file=sys.stderr)
+                tqdm.write(f"{next(done)}/{total}  {failed}{job.name}", file=sys.stderr)
 
         yield on_event
 
 
-def _print_kinds(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """Print how far a study is."""
+    if as_json:
+        emit_json(found)
+        return
     every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
     rows = [
         (kind, n["jobs"], n["jobs"] - n["left"], n["left"], _duration(n["seconds"]))
@@ -226,6 +203,13 @@ def _print_kinds(found: dict[str, Any]) -> None:
     print_table(f"{found['study']}: jobs", ("Kind", "jobs", "done", "left", "time of one worker"), rows)
     if found["left"] and found["without_estimate"]:
         typer.echo(f"no estimate yet, and left out of the sum: {', '.join(found['without_estimate'])}")
+    if found["peak_memory_bytes"] is not None:
+        typer.echo(f"peak memory of a training: {found['peak_memory_bytes'] / 2**30:.1f} GiB")
+    if found["missing_files"]:
+        typer.echo(f"missing from the data folder: {', '.join(found['missing_files'])}")
+    for name in found["at_work"]:
+        typer.echo(f"running: {name}")
+    _print_failures(found)
 
 
 def _duration(seconds: float | None) -> str:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import DataSettings
 from hiplora.data.rows import is_hub_name
@@ -12,10 +12,13 @@ from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
 from hiplora.study.context import located
 from hiplora.study.jobs import Job, result
-from hiplora.study.recipe import CHOSEN, StudyMethod, StudyRecipe
 from hiplora.study.steps import STEPS
+from hiplora.study.store import Results
 from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
+
+if TYPE_CHECKING:  # recipes are made of protocols, which are made of this
+    from hiplora.study.recipe import StudyMethod, StudyRecipe
 
 # The settings of a method that its factors depend on; the others may differ between jobs that share them.
 OF_THE_FACTORS = (
@@ -31,7 +34,7 @@ class Study:
     `missing` collects the files that jobs read and the folder lacks.
     """
 
-    def __init__(self, recipe: StudyRecipe, data: Path | None):
+    def __init__(self, recipe: "StudyRecipe", data: Path | None):
         """Take a recipe, its file names relative to the data folder; nothing is read yet."""
         self.recipe, self.data = recipe, data
         self.missing: dict[str, None] = {}
@@ -47,23 +50,23 @@ class Study:
         """Return the seeds of a protocol: its own, else the study's."""
         return list((settings.seeds if settings is not None else None) or self.recipe.seeds)
 
-    def row(self, method: str) -> StudyMethod:
+    def row(self, method: str) -> "StudyMethod":
         """Return a method of the study by its name."""
         return self.recipe.methods[method]
 
-    def variant(self, method: str, title: str | None = None, **settings: Any) -> StudyMethod:
+    def variant(self, method: str, title: str | None = None, **settings: Any) -> "StudyMethod":
         """Return a method with some fields of its `method` block changed, under its title or another."""
         row = self.row(method)
         changed = {**as_written(row.method), **settings}
         given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
-        return StudyMethod.model_validate(given)
+        return type(row).model_validate(given)
 
     # Jobs.
 
-    def rate(self, row: StudyMethod) -> Job | None:
+    def rate(self, row: "StudyMethod") -> Job | None:
         """Return the job that chooses a method's learning rate on held-out rows; None if it is given."""
         search = self.recipe.rates
-        if row.lr != CHOSEN or search is None:
+        if row.lr != "chosen" or search is None:
             return None
         key = ("rate", row.model_dump_json())
         if key not in self._made:
@@ -77,6 +80,14 @@ class Study:
             self._made[key] = self.choice(f"rate of {row.title}", candidates)
         return self._made[key]
 
+    def chosen_rate(self, row: "StudyMethod", results: Results) -> tuple[float | None, str]:
+        """Return a method's learning rate, None while it is not chosen, and whether it is at the edge of the grid."""
+        choice = self.rate(row)
+        if choice is None:
+            return self.recipe.given_rate(row), ""
+        found = results.get(choice) or {}
+        return found.get("value"), "at the edge of the grid" if found.get("at_the_edge") else ""
+
     def choice(self, name: str, candidates: Mapping[float, Mapping[str, Job]]) -> Job:
         """Return the job that chooses the value whose trainings have the lowest mean loss on held-out rows.
 
@@ -89,25 +100,28 @@ class Study:
 
     def adapter(
         self,
-        row: StudyMethod,
+        row: "StudyMethod",
         domain: str,
         seed: int,
         *,
         lr: float | None = None,
         steps: int | None = None,
         start: Job | None = None,
-        like: StudyMethod | None = None,
+        widen: bool = False,
+        like: "StudyMethod | None" = None,
         chosen: Mapping[str, Job] | None = None,
     ) -> Job:
         """Return the job that trains a method on a domain.
 
         Its learning rate is `lr`, else that of `like` or of the method itself, given or chosen (a variant takes its
-        parent's). `steps` cuts the training short; `start` is a training to carry on from. `chosen` maps fields of the
+        parent's). `steps` cuts the training short; `start` is a training to carry on from, which may `widen` the basis
+        of methods that have a function-aware one. `chosen` maps fields of the
         method, which its factors do not depend on, to the jobs that choose them.
         """
         by, chosen = like or row, chosen or {}
         others = (start and start.key, *((field, job.key) for field, job in chosen.items()))
-        key = ("adapter", row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, *others)
+        widen = widen and start is not None and getattr(row.method, "widens", False)
+        key = ("adapter", row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, widen, *others)
         if key not in self._made:
             optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row)}
             optional |= {"start": start, **chosen}
@@ -128,13 +142,13 @@ class Study:
             files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
             written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
             written |= {"method": as_written(row.method), "seed": seed}
-            written["train"] = {**written.get("train", {}), "lr": rate}
+            written["train"] = {**written.get("train", {}), "lr": rate, **({"widen": True} if widen else {})}
             written["method"] |= {field: result(field, "value") for field in chosen}
             settings = {"recipe": written, "files": self.hashes(files)}
             self._made[key] = self.job("train", name, settings, **needs)
         return self._made[key]
 
-    def factors(self, row: StudyMethod) -> Job | None:
+    def factors(self, row: "StudyMethod") -> Job | None:
         """Return the job that computes a method's protected factors; None for methods without."""
         if not isinstance(row.method, Spectral):
             return None

@@ -1,7 +1,6 @@
 """Run a study's jobs: in processes of this machine, or as tasks of a Ray cluster; both do one job by `run_job`."""
 
 import contextlib
-import importlib.util
 import math
 import multiprocessing
 import os
@@ -17,10 +16,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
+from hiplora.extras import require
 from hiplora.study.context import Context, Place
 from hiplora.study.jobs import DIVERGED, Graph, Job, filled
 from hiplora.study.steps import STEPS
-from hiplora.study.store import Store, unfinished
+from hiplora.study.store import Store
 
 DEATHS = 2  # a job that ends its process so often has failed
 PAUSE = 0.3  # seconds between two looks at jobs that other runs hold
@@ -53,13 +53,13 @@ def run_graph(
     """
     store, failed, deaths = Store(place.folder), set[Job](), Counter[Job]()
     running: dict[Future[str], tuple[int, Job]] = {}
-    if not unfinished(graph, store):
+    if not store.unfinished(graph):
         return failed
     pool = _Ray(place, workers, address, gpus_per_job) if executor == "ray" else _Processes(place, workers)
     try:
         while True:
             taken = dict(running.values())
-            ready = [job for job, can_start in unfinished(graph, store).items() if can_start]
+            ready = [job for job, can_start in store.unfinished(graph).items() if can_start]
             ready = [job for job in ready if job not in failed and job not in taken.values()]
             if not ready and not running:
                 return failed
@@ -192,12 +192,18 @@ class _Ray:
     """A Ray cluster. The store, the data and the model must have the same paths on all of its machines."""
 
     def __init__(self, place: Place, workers: int, address: str | None, gpus_per_job: float):
-        if importlib.util.find_spec("ray") is None:
-            raise ConfigError("--executor ray needs Ray, which is not installed: pip install 'hiplora[ray]'")
+        require("ray")
         import ray
 
         _connect(ray, workers, address)
-        self.died, self.slots = ray.exceptions.RayError, _cluster_slots(ray, gpus_per_job)
+        most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+        if gpus_per_job > most:
+            raise ConfigError(
+                f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {most:g}; lower it"
+            )
+        resources = ray.cluster_resources()
+        by_gpus = resources.get("GPU", 0.0) / gpus_per_job if gpus_per_job else math.inf
+        self.died, self.slots = ray.exceptions.RayError, max(int(min(resources.get("CPU", 1.0), by_gpus)), 1)
         self._ray, self._place = ray, place
         self._task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=0)(_work)
 
@@ -222,15 +228,3 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             f"--address {address}: no Ray cluster answers ({first_line(error)}); start one with `ray start --head`, or "
             "leave out --address"
         ) from error
-
-
-def _cluster_slots(ray: Any, gpus_per_job: float) -> int:
-    """Return how many jobs the cluster runs at the same time."""
-    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if gpus_per_job > most:
-        raise ConfigError(
-            f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {most:g}; lower it"
-        )
-    resources = ray.cluster_resources()
-    by_gpus = resources.get("GPU", 0.0) / gpus_per_job if gpus_per_job else math.inf
-    return max(int(min(resources.get("CPU", 1.0), by_gpus)), 1)

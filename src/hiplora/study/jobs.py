@@ -17,9 +17,9 @@ KEY_LENGTH = 20
 class Job:
     """One piece of work: a kind of step with its settings, on the results of other jobs.
 
-    `settings` are JSON values and hold everything the result depends on, hashes of data and model included;
-    `version` is that of the step's code. A setting may be `{"$result": "NEED.FIELD"}`: a field in the result of
-    `needs[NEED]`. `name` is for people and not part of the key.
+    `settings` are JSON values and hold everything that the result depends on, hashes of data and model included; one
+    may be `{"$result": "NEED.FIELD"}`, a field in the result of `needs[NEED]`. `version` is that of the step's code.
+    `name` is for people and not part of the key.
     """
 
     kind: str

@@ -16,7 +16,7 @@ from hiplora.study.jobs import Graph, Job
 from hiplora.study.pico import PICO, PICO_DATA
 from hiplora.study.protocols import all_jobs
 from hiplora.study.recipe import StudyRecipe
-from hiplora.study.store import Store, unfinished
+from hiplora.study.store import Store
 
 ONE_BATCH = 8  # items that are scored to measure an item's time
 
@@ -56,8 +56,7 @@ def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None,
         raise ConfigError(f"study {recipe.study}: {first_problem(error)}") from None
     # Absolute paths, for workers that run in another folder.
     model = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
-    place = Place(Path(folder).resolve(), model, files, allow_code)
-    return Opened(study, graph, Store(folder), place)
+    return Opened(study, graph, Store(folder), Place(Path(folder).resolve(), model, files, allow_code))
 
 
 def check(opened: Opened) -> None:
@@ -70,8 +69,7 @@ def check(opened: Opened) -> None:
     if missing := list(opened.study.missing):
         where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
         raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
-    check_tasks(opened.graph)
-    risky = sorted(task for task in _tasks(opened.graph) if runs_code(task))
+    risky = sorted(task for task in check_tasks(opened.graph) if runs_code(task))
     if risky and not opened.place.allow_code:
         raise ConfigError(
             f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
@@ -79,22 +77,19 @@ def check(opened: Opened) -> None:
         )
 
 
-def check_tasks(graph: Graph) -> None:
-    """Check that every task is hiplora's or lm-eval's; raises ConfigError with the unknown ones."""
-    foreign = _tasks(graph) - set(own_tasks())
-    if not foreign:
-        return
-    from hiplora.evaluation.engine import foreign_tasks
+def check_tasks(graph: Graph) -> set[str]:
+    """Return the tasks; raises ConfigError with those that are neither hiplora's nor lm-eval's."""
+    tasks = {task for job in graph for task in job.settings.get("tasks") or ()}
+    foreign = tasks - set(own_tasks())
+    if foreign:
+        from hiplora.evaluation.engine import foreign_tasks
 
-    if unknown := sorted(foreign - foreign_tasks()):
-        raise ConfigError(
-            f"unknown tasks: {', '.join(unknown)}; expected one of {', '.join(own_tasks())}, or one of lm-eval's "
-            "(lm_eval ls tasks)"
-        )
-
-
-def _tasks(graph: Graph) -> set[str]:
-    return {task for job in graph for task in job.settings.get("tasks") or ()}
+        if unknown := sorted(foreign - foreign_tasks()):
+            raise ConfigError(
+                f"unknown tasks: {', '.join(unknown)}; expected one of {', '.join(own_tasks())}, or one of lm-eval's "
+                "(lm_eval ls tasks)"
+            )
+    return tasks
 
 
 def status(opened: Opened, measured: dict[str, float] | None = None) -> dict[str, Any]:
@@ -104,16 +99,16 @@ def status(opened: Opened, measured: dict[str, float] | None = None) -> dict[str
     until one is done. Seconds are those of one worker.
     """
     store, measured = opened.store, measured or {}
-    left = unfinished(opened.graph, store)
+    left = store.unfinished(opened.graph)
     by_kind: dict[str, list[Job]] = {}
     for job in opened.graph:
         by_kind.setdefault(job.kind, []).append(job)
-    kinds = {kind: _remaining(jobs, set(left), store, measured) for kind, jobs in by_kind.items()}
+    kinds = {kind: _remaining(jobs, set(left), store, measured.get(kind)) for kind, jobs in by_kind.items()}
     known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
-    trained = [record for job in by_kind.get("train", ()) if (record := store.record(job)) is not None]
-    peaks = [record["timing"].get("peak_memory_bytes") for record in trained]
+    trained = by_kind.get("train", ())
+    peaks = [(store.record(job) or {"timing": {}})["timing"].get("peak_memory_bytes") for job in trained]
     failures = {job.name: store.failure(job) for job in left}
-    diverged = {job.name: store.diverged(job) for job in by_kind.get("train", ())}
+    diverged = {job.name: store.diverged(job) for job in trained}
     return {
         "study": opened.study.recipe.study,
         "jobs": len(opened.graph),
@@ -129,18 +124,17 @@ def status(opened: Opened, measured: dict[str, float] | None = None) -> dict[str
     }
 
 
-def _remaining(jobs: list[Job], left: set[Job], store: Store, measured: dict[str, float]) -> dict[str, Any]:
-    """Count the jobs of a kind and estimate the seconds for those left: by size, else by number; None if unknown."""
+def _remaining(jobs: list[Job], left: set[Job], store: Store, rate: float | None) -> dict[str, Any]:
+    """Count the jobs of a kind and estimate the seconds for those left, by steps or items; None if unknown."""
     sizes = {job: _size(job) for job in jobs}
-    rate = measured.get(jobs[0].kind)
     if not all(sizes.values()):
         sizes, rate = dict.fromkeys(jobs, 1), None
+    waiting = [job for job in jobs if job in left]
     done = {job: record for job in jobs if job not in left and (record := store.record(job)) is not None}
     if done:
         rate = sum(record["timing"]["seconds"] for record in done.values()) / sum(sizes[job] for job in done)
-    size_left = sum(sizes[job] for job in jobs if job in left)
-    seconds = rate * size_left if rate is not None else None if size_left else 0.0
-    return {"jobs": len(jobs), "left": len([job for job in jobs if job in left]), "seconds": seconds}
+    seconds = None if rate is None and waiting else (rate or 0.0) * sum(sizes[job] for job in waiting)
+    return {"jobs": len(jobs), "left": len(waiting), "seconds": seconds}
 
 
 def _size(job: Job) -> int:
@@ -163,17 +157,17 @@ def measure(opened: Opened) -> dict[str, float]:
     from hiplora.study.steps.train import placed_recipe, timed
 
     context, found = Context(opened.place), dict[str, float]()
-    trained = next((job for job in opened.graph if job.kind == "train"), None)
-    if trained is not None:
-        recipe = placed_recipe(context, trained.settings["recipe"])
+    first = {job.kind: job for job in reversed(list(opened.graph))}
+    if "train" in first:
+        recipe = placed_recipe(context, first["train"].settings["recipe"])
         recipe["train"]["lr"] = 1e-4  # may still have to be chosen
         took = timed(recipe, warmup=1, steps=1)
         found |= {"train": took["step_seconds_median"], "peak_memory_bytes": took["peak_memory_bytes"]}
-    scored = next((job for job in opened.graph if job.kind == "evaluate"), None)
-    if scored is not None:
-        tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in scored.settings["tasks"].items()}
+    if "evaluate" in first:
+        asked = first["evaluate"].settings
+        tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in asked["tasks"].items()}
         model, _ = context.model()
         began = time.perf_counter()
-        score(context, model, {**scored.settings, "tasks": tasks})
+        score(context, model, {**asked, "tasks": tasks})
         found["evaluate"] = found["merge"] = (time.perf_counter() - began) / sum(tasks.values())
     return found

@@ -25,7 +25,6 @@ from hiplora.training.recipe import (
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
 Items = Annotated[int, Field(ge=1)] | None
-CHOSEN: Literal["chosen"] = "chosen"
 
 
 class Domain(Block):
@@ -69,7 +68,7 @@ class StudyMethod(Block):
     method: AnyMethod = Field(description="As in a training recipe.")
     train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
     lr: Annotated[float, Field(gt=0)] | Literal["chosen"] = Field(
-        default=CHOSEN, description="Learning rate; `chosen`: the best of the study's grid on held-out rows."
+        default="chosen", description="Learning rate; `chosen`: the best of the study's grid on held-out rows."
     )
 
     @model_validator(mode="before")
@@ -183,9 +182,9 @@ class StudyRecipe(Block):
                 f"{len(self.domains)} domains; lower it or add domains"
             )
         if protocols.continual is not None:
-            order = protocols.continual.order or list(self.domains)
-            if len(order) < 2 or len(set(order)) < len(order):
-                raise ValueError("`protocols.continual` needs two or more domains in order, each once")
+            first, *others = protocols.continual.orders or [list(self.domains)]
+            if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
+                raise ValueError("`protocols.continual` needs two or more domains in order, each once in each order")
         if protocols.editing is not None:
             if "alphaedit" in protocols.editing.methods:
                 raise ValueError("`protocols.editing.methods`: 'alphaedit' is an editor; rename the method")
@@ -212,7 +211,7 @@ class StudyRecipe(Block):
 
     def given_rate(self, method: StudyMethod) -> float:
         """Return a method's learning rate if none is searched for: its own, else that of its training."""
-        return self.training(method).lr if method.lr == CHOSEN else method.lr
+        return self.training(method).lr if method.lr == "chosen" else method.lr
 
 
 def _check(names: Iterable[str] | None, known: Iterable[str], where: str) -> None:

@@ -3,7 +3,7 @@
 import functools
 import importlib.resources
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 FORMS = {"score": "accuracy", "likelihood": "likelihood"}  # a task's items as stored → the form of the score
 BASE = "Base model"
-Runs = Iterable[tuple[Job, Mapping[str, Any]]]  # jobs with what tells their rows apart
+Run = tuple[Job, dict[str, Any]]  # a job with what tells its rows apart
+Tables = dict[str, tuple[str, pd.DataFrame]]  # file name → caption, table
 
 
 @dataclass
@@ -27,21 +28,21 @@ class Findings:
     """What a protocol found, as far as its jobs are done.
 
     `measured` has a row a number: method, metric, estimate, low, high, sd over seeds, seeds, unit, and whatever else
-    tells it apart. `tables` are file name → (caption, table), `figures` file name → (caption, figure), `files` name →
-    text of what else goes into the report's folder. `missing` names the jobs that are not done.
+    tells it apart. `figures` are file name → (caption, figure), `files` name → text of what else goes into the report's
+    folder. `missing` names the jobs that are not done.
     """
 
-    name: str
-    title: str
     measured: pd.DataFrame = field(default_factory=pd.DataFrame)
-    tables: dict[str, tuple[str, pd.DataFrame]] = field(default_factory=dict)
+    tables: Tables = field(default_factory=dict)
     figures: dict[str, "tuple[str, Figure]"] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
     text: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    name: str = ""
+    title: str = ""
     missing: list[str] = field(default_factory=list)
 
 
-def tidy(results: Results, runs: Runs, whole: Sequence[str] = ("method",)) -> pd.DataFrame:
+def tidy(results: Results, runs: Iterable[Run], whole: Sequence[str] = ("method",)) -> pd.DataFrame:
     """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
 
     Of a task, `metric` is `accuracy` or `likelihood` with a row an item, in per cent; of a drift text `kl` and
@@ -105,63 +106,49 @@ def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
     return found.reindex(columns=list(names))
 
 
-def with_jobs(frame: pd.DataFrame, runs: Runs, by: Sequence[str] = ("method",)) -> pd.DataFrame:
-    """Return measurements with the short keys of the jobs that have their labels `by`."""
-    if frame.empty:
-        return frame
+def with_jobs(frame: pd.DataFrame, runs: Iterable[Run], by: Sequence[str]) -> pd.DataFrame:
+    """Return measurements with the short keys of the jobs that have their labels `by`, where they have none yet."""
     by = list(by)
+    if frame.empty or "jobs" in frame or not set(by) <= set(frame):
+        return frame
     keys = pd.DataFrame([(*(labels.get(name, "") for name in by), job.key[:8]) for job, labels in runs])
     keys = keys.set_axis([*by, "jobs"], axis=1).drop_duplicates()
     return frame.join(keys.groupby(by, sort=False)["jobs"].agg(" ".join), on=by)
 
 
-def table(
-    frame: pd.DataFrame,
-    columns: str,
-    rows: str = "method",
-    digits: Callable[[Any], int] | int = 1,
-    paper: Callable[[Any], float | None] | None = None,
-) -> pd.DataFrame:
-    """Return measurements as a table of "estimate [low, high]", rows and columns in the order that they come in.
+def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Sequence[str] = ()) -> pd.DataFrame:
+    """Return measurements as a table of "estimate [low, high]", rows in the order that they come in.
 
-    `paper` returns the paper's value of a measurement (a row of the frame); it stands behind ours, marked as such.
+    The frame's `column` names the column of each, its `digits`, if it has them, the decimal places. Columns of `order`
+    come first. `paper` names the paper's table whose values stand behind ours; the paper reports accuracies only.
     """
     from hiplora.reporting import interval
 
     texts = []
     for row in frame.itertuples():
-        places = digits if isinstance(digits, int) else digits(row)
-        text = interval(row.estimate, row.low, row.high, places)
-        theirs = None if paper is None else paper(row)
+        text = interval(row.estimate, row.low, row.high, int(getattr(row, "digits", 1)))
+        in_paper = paper and getattr(row, "form", None) != "likelihood"
+        theirs = paper_value(paper, getattr(row, rows), row.column) if in_paper else None
         texts.append(text if theirs is None else f"{text} (paper: {theirs:g})")
-    wide = frame.assign(text=texts).pivot(index=rows, columns=columns, values="text")
-    found = wide.reindex(index=frame[rows].unique(), columns=frame[columns].unique()).fillna("–")
+    wide = frame.assign(text=texts).pivot(index=rows, columns="column", values="text")
+    columns = dict.fromkeys([*(name for name in order if name in wide), *frame.column.unique()])
+    found = wide.reindex(index=frame[rows].unique(), columns=list(columns)).fillna("–")
     return found.rename_axis(index=rows.capitalize(), columns=None)
 
 
-def by_form(
-    stem: str,
-    caption: str,
-    numbers: pd.DataFrame,
-    rows: str = "method",
-    paper: Callable[[Any], float | None] | None = None,
-) -> dict[str, tuple[str, pd.DataFrame]]:
-    """Return a table for each form of the score, as `Findings.tables` has them: measurements in their `column`.
-
-    The paper reports accuracies only, so `paper` is asked for those alone.
-    """
-    found = {}
-    for form in FORMS.values():
-        wide = table(numbers[numbers.form == form], "column", rows, paper=paper if form == "accuracy" else None)
-        found[f"{stem}-{form}"] = f"{caption}: {form}", wide
-    return found
+def by_form(stem: str, caption: str, numbers: pd.DataFrame, rows: str = "method", paper: str = "") -> Tables:
+    """Return a table of measurements for each form of the score."""
+    return {
+        f"{stem}-{form}": (f"{caption}: {form}", table(numbers[numbers.form == form], rows, paper))
+        for form in FORMS.values()
+    }
 
 
 def paper_value(name: str, row: str, column: str) -> float | None:
-    """Return the paper's number of a table's row and column, None where the paper, or what is left of it, has none."""
+    """Return the paper's number of a table's row and column (without its unit); None where it has none."""
     rows = {_plain(title): values for title, values in paper()["tables"][name]["rows"].items()}
     values = {_plain(title): value for title, value in rows.get(_plain(row), {}).items()}
-    value = values.get(_plain(column))
+    value = values.get(_plain(column.partition(",")[0]))
     return value["value"] if isinstance(value, Mapping) else value
 
 

@@ -13,14 +13,13 @@ from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
 from hiplora.study.protocols import sections
 from hiplora.study.records import Findings, joined, paper
-from hiplora.study.store import Results, export
+from hiplora.study.store import Results
 
 if TYPE_CHECKING:
     from hiplora.study.plan import Opened
 
 RECORDS = "records.jsonl.gz"
-_LABELS = ["protocol", "method", "metric", "domain", "form"]
-_FIRST = [*_LABELS, "estimate", "low", "high", "sd", "seeds", "items", "unit"]
+_FIRST = ["protocol", "method", "metric", "domain", "form", "estimate", "low", "high", "sd", "seeds", "items", "unit"]
 _NAMED = 5  # jobs that a section names as missing
 
 
@@ -28,8 +27,8 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
     """Write what a study found so far into the folder `out`; return the page's place and what is still missing.
 
     The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (every number, a row
-    each), what protocols write themselves (claims.json, metamath/), and records.jsonl.gz, every job's record:
-    `hiplora study run --reuse` reads it, and the study goes on from it on another machine.
+    each), what protocols write themselves (claims.json), and records.jsonl.gz, every job's record: `hiplora study run
+    --reuse` reads it, and the study goes on from it on another machine.
 
     Raises:
         ConfigError: `out` exists and `overwrite` is False.
@@ -40,12 +39,16 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
     records = [record for job in graph if (record := store.record(job)) is not None]
     numbers = measurements(found)
     seconds = sum(record["timing"].get("seconds") or 0 for record in records)
-    tokens = sum(record["result"].get("tokens") or 0 for record in records if record["kind"] == "train")
     subtitle = (
-        f"{len(records):,} of {len(graph):,} jobs are done. Model {recipe.model}, seeds "
-        f"{', '.join(map(str, recipe.seeds))}; {tokens:,} tokens trained on in {seconds / 3600:.1f} hours of work. "
-        f"Values marked as the paper's are of {paper()['model']}."
+        f"{len(records):,} of {len(graph):,} jobs are done, {seconds / 3600:.1f} hours of work. Model {recipe.model}, "
+        f"seeds {', '.join(map(str, recipe.seeds))}. Values marked as the paper's are of {paper()['model']}."
     )
+    origin = {
+        "report": provenance(),
+        "recipe_sha256": json_sha256(recipe.model_dump(mode="json", exclude_defaults=True)),
+        "commits of the jobs": sorted({str(record["provenance"]["commit"]) for record in records}),
+        "machines": sorted({str(record["provenance"]["machine"]["processor"]) for record in records}),
+    }
     with staged_dir(out, overwrite) as folder:
         for name in ("tables", "figures"):
             (folder / name).mkdir()
@@ -57,10 +60,10 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
             for name, text in one.files.items():
                 write_atomic(folder / name, text)
         write_atomic(folder / "measurements.csv", numbers.to_csv(index=False, float_format="%.6g"))
-        export(store, graph, folder / RECORDS)
-        page = [_section(one) for one in found]
-        title = recipe.title or recipe.study
-        save_page(folder / "report.html", title, page, subtitle, _origin(opened, records))
+        store.export(graph, folder / RECORDS)
+        save_page(
+            folder / "report.html", recipe.title or recipe.study, [_section(one) for one in found], subtitle, origin
+        )
     return {
         "page": str(Path(out) / "report.html"),
         "sections": {one.name: len(one.missing) for one in found},
@@ -83,21 +86,3 @@ def _section(one: Findings) -> Section:
         named = "; ".join(one.missing[:_NAMED]) + (" …" if len(one.missing) > _NAMED else "")
         text += f"\n\n{len(one.missing)} jobs are not done yet: {named}"
     return Section(one.title, text, tables=dict(one.tables.values()), figures=dict(one.figures.values()))
-
-
-def _origin(opened: Opened, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where the numbers come from: the recipe, its data, and the commits and machines that did the jobs."""
-    files = {name: digest for job in opened.graph for name, digest in (job.settings.get("files") or {}).items()}
-    origins = [record["provenance"] for record in records]
-    machines = [one["machine"] for one in origins]
-    libraries = {f"{name} {version}" for one in origins for name, version in one["libraries"].items()}
-    return {
-        "report": provenance(),
-        "recipe_sha256": json_sha256(opened.study.recipe.model_dump(mode="json", exclude_defaults=True)),
-        "data": {name: digest for name, digest in sorted(files.items()) if digest is not None},
-        "jobs": {
-            "commits": sorted({str(one["commit"]) for one in origins}),
-            "machines": sorted({f"{one['processor']}, {one['cores']} cores" for one in machines}),
-            "libraries": sorted(libraries),
-        },
-    }

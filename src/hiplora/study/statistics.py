@@ -1,22 +1,21 @@
-"""Intervals of a study's numbers: over the items of its tasks, and over its training seeds.
+"""Intervals of a study's numbers, one kind each: over the seeds from five on, else over the items of the tasks.
 
 Replicates are a wide table: a row a score, column 0 its value, the further ones its value in each of 10,000 bootstrap
 replicates. In a replicate a task's items are drawn with replacement, the same for all rows, so that differences between
 methods stay paired; whatever pandas computes from the rows has its interval in `summary`.
 """
 
-import math
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from hiplora.metrics.bootstrap import paired_bootstrap, resampled_means
 
 REPLICATES = 10_000
-FAR = 1e6  # beyond this a side of a ratio's interval counts as open
+SEEDS = 5  # from so many on, intervals are Student's t over the seeds
+LOW_HIGH = (0.025, 0.975)
 
 
 def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -45,108 +44,83 @@ def averaged(draws: pd.DataFrame, over: Sequence[str]) -> pd.DataFrame:
     return draws.groupby(level=kept, sort=False).mean()
 
 
-def summary(draws: pd.DataFrame, over: str = "seed") -> pd.DataFrame:
-    """Return estimate, low and high (95 %, over items) of the means over the seeds, their sd over seeds and number."""
-    kept = [name for name in draws.index.names if name != over]
-    means = averaged(draws, [over])
-    low, high = np.quantile(means.to_numpy()[:, 1:], (0.025, 0.975), axis=1) if len(means) else ((), ())
-    seeds = draws[0].groupby(level=kept, sort=False)
-    found = {"estimate": means[0], "low": low, "high": high, "sd": seeds.std(), "seeds": seeds.size()}
-    return pd.DataFrame(found, index=means.index)
+def summary(draws: pd.DataFrame) -> pd.DataFrame:
+    """Return estimate, low and high of the means over the seeds, their sd over the seeds and number."""
+    found = student(draws[0])
+    over_items = np.quantile(averaged(draws, ["seed"]).to_numpy()[:, 1:], LOW_HIGH, axis=1) if len(draws) else ((), ())
+    for side, values in zip(("low", "high"), over_items, strict=True):
+        found[side] = found[side].where(found.seeds >= SEEDS, values)
+    return found
 
 
-def with_spread(found: pd.DataFrame, seeds: pd.DataFrame) -> pd.DataFrame:
-    """Return summaries with the spread of each seed's own values, where seeds were not scored on equal items."""
-    groups = seeds[0].groupby(level=found.index.names, sort=False)
-    return found.assign(sd=groups.std(), seeds=groups.size())
-
-
-def differences(draws: pd.DataFrame, first: bool = False, level: str = "method") -> pd.DataFrame:
+def differences(draws: pd.DataFrame, first: bool = False) -> pd.DataFrame:
     """Return the paired differences of each method's replicates to every one before it, or to the first alone."""
-    names = list(draws.index.unique(level))
+    names = list(draws.index.unique("method"))
     parts = {
-        (here, there): draws.xs(here, level=level) - draws.xs(there, level=level)
+        (here, there): draws.xs(here, level="method") - draws.xs(there, level="method")
         for place, here in enumerate(names)
         for there in names[: 1 if first and place else place]
     }
     if not parts:
         return draws.iloc[:0].assign(minus="").set_index("minus", append=True)
-    found = pd.concat(parts, names=[level, "minus"])
+    found = pd.concat(parts, names=["method", "minus"])
     return found[found[0].notna()]
 
 
-def ratios(draws: pd.DataFrame, level: str = "method") -> pd.DataFrame:
-    """Return the ratios of each method to every one before it, index as of `differences`, `minus` called `over`.
+def ratios(draws: pd.DataFrame) -> pd.DataFrame:
+    """Return the ratios of each method's replicates to every one before it, index as of `differences`.
 
-    Fieller's interval, of the ratios r at which here − r·there may be 0, stays right where the denominator's replicates
-    reach 0: a side of it may be open then (inf). Where the denominator itself is not positive, the ratio is inf.
+    Where a replicate of the denominator is not positive there is no interval; where its value is not, no ratio.
     """
-    pairs = differences(draws, level=level).index
-    here = pairs.droplevel("minus").reorder_levels(draws.index.names)
-    there = pairs.droplevel(level).rename(level, level="minus").reorder_levels(draws.index.names)
-    sides = zip(draws.reindex(here).to_numpy(), draws.reindex(there).to_numpy(), strict=True)
-    found = [_ratio(one, other) for one, other in sides]
-    index = pairs.rename("over", level="minus")
-    return pd.DataFrame(found, index, columns=["estimate", "low", "high"])
+    index = differences(draws).index
+    here = draws.reindex(index.droplevel("minus").reorder_levels(draws.index.names)).to_numpy()
+    there = index.droplevel("method").rename("method", level="minus").reorder_levels(draws.index.names)
+    below = draws.reindex(there).to_numpy()
+    below = np.where(below > 0, below, np.nan)
+    low, high = np.quantile((here / below)[:, 1:], LOW_HIGH, axis=1) if len(index) else ((), ())
+    found = {"estimate": here[:, 0] / below[:, 0], "low": low, "high": high}
+    return pd.DataFrame(found, index.rename("over", level="minus"))
 
 
-def _ratio(here: NDArray[np.float64], there: NDArray[np.float64]) -> tuple[float, float, float]:
-    if not there[0] > 0:
-        return math.inf, math.nan, math.nan
-    if (there > 0).all():
-        low, high = np.quantile(here[1:] / there[1:], (0.025, 0.975))
-        return here[0] / there[0], low, high
-    return here[0] / there[0], _edge(here, there, -1), _edge(here, there, 1)
-
-
-def _edge(here: NDArray[np.float64], there: NDArray[np.float64], side: int) -> float:
-    """The last ratio on a side of the estimate that 2.5 % of the replicates still allow."""
-
-    def allowed(r: float) -> bool:
-        return bool(np.mean(side * (here[1:] - r * there[1:]) >= 0) >= 0.025)
-
-    inside = here[0] / there[0]
-    outside = inside + side * max(1.0, abs(inside))
-    while allowed(outside):
-        inside, outside = outside, outside + 2 * (outside - inside)
-        if abs(outside) > FAR:
-            return side * math.inf
-    for _ in range(60):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if allowed(middle) else (inside, middle)
-    return inside
-
-
-def student(values: pd.Series, over: str = "seed") -> pd.DataFrame:
-    """Return the means of values over a level of their index with Student's 95 % interval; none of a single value."""
+def student(values: pd.Series) -> pd.DataFrame:
+    """Return the means of values over the seeds with Student's 95 % interval; of a single value there is none."""
     from scipy import stats
 
-    groups = values.groupby(level=[name for name in values.index.names if name != over], sort=False)
+    groups = values.groupby(level=[name for name in values.index.names if name != "seed"], sort=False)
     found = pd.DataFrame({"estimate": groups.mean(), "sd": groups.std(), "seeds": groups.size()})
-    margin = stats.t.ppf(0.975, found.seeds - 1) * found.sd / np.sqrt(found.seeds)
+    margin = stats.t.ppf(LOW_HIGH[1], found.seeds - 1) * found.sd / np.sqrt(found.seeds)
     return found.assign(low=found.estimate - margin, high=found.estimate + margin)
 
 
-def geometric(values: pd.Series, over: str = "seed") -> pd.DataFrame:
-    """Return the geometric means of values over a level with Student's interval of their logarithms."""
-    found = student(np.log(values), over)
+def geometric(values: pd.Series) -> pd.DataFrame:
+    """Return the geometric means of values over the seeds with Student's interval of their logarithms."""
+    found = student(np.log(values))
     return np.exp(found[["estimate", "low", "high"]]).assign(seeds=found.seeds)
 
 
 def hierarchical(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Return the paper's interval of the means for each value of `by`: seeds are drawn, then items within each seed."""
+    """Return the means for each value of `by` with the paper's interval: seeds are drawn, then values within each."""
     found = {}
     for label, rows in records.groupby(list(by), sort=False):
         seeds = [one.to_numpy() for _, one in rows.groupby("seed", sort=False)["value"]]
         interval = paired_bootstrap({"": seeds}).mean[""]
-        found[label] = (interval.low, interval.high)
-    columns = ["hierarchical_low", "hierarchical_high"]
+        found[label] = (rows["value"].mean(), interval.low, interval.high)
     index = pd.MultiIndex.from_tuples(found, names=by)
-    return pd.DataFrame(list(found.values()), index, columns)
+    return pd.DataFrame(list(found.values()), index, columns=["estimate", "low", "high"])
+
+
+def opened(found: pd.DataFrame, counts: pd.Series) -> pd.DataFrame:
+    """Return summaries of shares in % or pp; where all items agree, with the exact bound in place of no width.
+
+    Clopper and Pearson's: of n items of which none showed it, a share up to 1 − 0.025^(1/n) may.
+    """
+    by = np.where(found.low == found.high, 100 * (1 - 0.025 ** (1 / counts)), 0.0)
+    least = np.where(found.unit == "pp", -100, 0)
+    return found.assign(low=np.maximum(found.low - by, least), high=np.minimum(found.high + by, 100))
 
 
 def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -> pd.DataFrame:
-    """Return each method's mean drift by text, and its ratio to every method before it, as measurements.
+    """Return each method's mean drift by text, its ratio to every method before it, and how much the text's loss grew.
 
     Ratios are geometric means over paired runs, with Student's interval over the seeds; without one where runs of
     different seeds are of `shared` adapters.
@@ -157,12 +131,17 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     pairing = [name for name in ("domain", "merge") if name in kl]
     values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
     seeds = values.groupby(level=[*by, "method", "text", "seed"], sort=False).mean()
-    means = student(seeds)[["estimate", "sd", "seeds"]].assign(low=np.nan, high=np.nan)
-    logs = np.log(values.where(values > 0)).to_frame(0)
-    apart = differences(logs).rename_axis(index={"minus": "over"})[0]
-    levels = [name for name in apart.index.names if name not in pairing]
-    over = geometric(np.exp(apart.groupby(level=levels, sort=False).mean(numeric_only=True)))
+    means = student(seeds).assign(low=np.nan, high=np.nan)
+    apart = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})
+    over = geometric(np.exp(averaged(apart, pairing)[0]))
     if shared:
         means["sd"] = over["low"] = over["high"] = np.nan
-    told = means.reset_index().assign(metric="drift", unit="nats/token")
-    return pd.concat([told, over.reset_index().assign(metric="drift ratio", unit="ratio")])
+    grown = records[records.metric == "perplexity_ratio"].rename(columns={"task": "text"})
+    grown = np.log(grown.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
+    return pd.concat(
+        [
+            means.reset_index().assign(metric="drift", unit="nats/token"),
+            over.reset_index().assign(metric="drift ratio", unit="ratio"),
+            grown.reset_index().assign(metric="loss growth", unit="nats/token"),
+        ]
+    )

@@ -36,14 +36,13 @@ class Store:
     def record(self, job: Job) -> dict[str, Any] | None:
         """Return a finished job's record; None if it is not finished."""
         if job.key not in self._kept:
+            path = self._file("results", job.key)
             try:
-                self._kept[job.key] = json.loads(self._result(job.key).read_text(encoding="utf-8"))
+                self._kept[job.key] = json.loads(path.read_text(encoding="utf-8"))
             except FileNotFoundError:
                 return None
             except ValueError as error:
-                raise HipLoraError(
-                    f"{self._result(job.key)}: not valid JSON ({error}); remove the file to run the job again"
-                ) from None
+                raise HipLoraError(f"{path}: not valid JSON ({error}); remove the file to run the job again") from None
         return self._kept[job.key]
 
     def result(self, job: Job) -> dict[str, Any] | None:
@@ -57,7 +56,7 @@ class Store:
 
     def finished(self, job: Job) -> bool:
         """Whether a job's result is stored."""
-        return job.key in self._kept or self._result(job.key).is_file()
+        return job.key in self._kept or self._file("results", job.key).is_file()
 
     def readable(self, job: Job) -> bool:
         """Whether later jobs can read all that a job leaves: its result, and its artifact if it makes one."""
@@ -86,22 +85,19 @@ class Store:
                 "timing": timing,
                 "provenance": provenance(),
             }
-            write_atomic(self._result(job.key), json.dumps(record))
-        self._failure(job).unlink(missing_ok=True)
+            write_atomic(self._file("results", job.key), json.dumps(record))
+        self._file("failures", job.key).unlink(missing_ok=True)
 
     def fail(self, job: Job, error: BaseException) -> None:
         """Store why a job failed."""
-        failure = {
-            "name": job.name,
-            "error": str(error) or type(error).__name__,
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        write_atomic(self._failure(job), json.dumps(failure, indent=1))
+        told = {"name": job.name, "error": str(error) or type(error).__name__}
+        told["traceback"] = "".join(traceback.format_exception(error))
+        write_atomic(self._file("failures", job.key), json.dumps(told, indent=1))
 
     def failure(self, job: Job) -> dict[str, Any] | None:
         """Return a failed job's `error` and `traceback`; None if it did not fail."""
         try:
-            return json.loads(self._failure(job).read_text(encoding="utf-8"))
+            return json.loads(self._file("failures", job.key).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
 
@@ -144,24 +140,42 @@ class Store:
         path, new = Path(records), 0
         try:
             raw = path.read_bytes()
-            text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-            lines = [json.loads(line) for line in text.splitlines() if line]
-            named = [(_checked_key(line), json.dumps(line)) for line in lines]
+            lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
+            taken = {_checked_key(json.loads(line)): line for line in lines if line}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
             ) from None
-        for key, line in named:
-            if not self._result(key).exists():
-                write_atomic(self._result(key), line)
+        for key, line in taken.items():
+            if not self._file("results", key).exists():
+                write_atomic(self._file("results", key), line)
                 new += 1
         return new
 
-    def _result(self, key: str) -> Path:
-        return self.path / "results" / f"{key}.json"
+    def export(self, jobs: Iterable[Job], path: str | os.PathLike) -> None:
+        """Write the records of the finished jobs to one gzipped file, from which `take` continues elsewhere."""
+        records = sorted((r for job in jobs if (r := self.record(job)) is not None), key=lambda r: r["key"])
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(path, gzip.compress(text.encode(), mtime=0))
 
-    def _failure(self, job: Job) -> Path:
-        return self.path / "failures" / f"{job.key}.json"
+    def unfinished(self, graph: Graph) -> dict[Job, bool]:
+        """Return the jobs that are left to do, in the graph's order, and whether each can start.
+
+        A finished job is done again only if an unfinished one needs its artifact and that is missing (records that were
+        reused). Jobs no wanted result depends on are not done.
+        """
+        open_jobs = [job for job in graph.wanted if not self.finished(job)]
+        wanted: set[Job] = set()
+        while open_jobs:
+            job = open_jobs.pop()
+            if job not in wanted:
+                wanted.add(job)
+                present = self.readable if STEPS[job.kind].reads else self.finished
+                open_jobs += [need for need in job.needs.values() if not present(need)]
+        return {job: wanted.isdisjoint(job.needs.values()) for job in graph if job in wanted}
+
+    def _file(self, folder: str, key: str) -> Path:
+        return self.path / folder / f"{key}.json"
 
 
 def _checked_key(record: Mapping[str, Any]) -> str:
@@ -169,34 +183,6 @@ def _checked_key(record: Mapping[str, Any]) -> str:
     if record["key"] != key_of(**parts) or not {"result", "timing", "provenance"} <= record.keys():
         raise ValueError(f"record {record['key']!r} does not match its key")
     return str(record["key"])
-
-
-def export(store: Store, jobs: Iterable[Job], path: str | os.PathLike) -> int:
-    """Write the records of the finished jobs to one gzipped file; return their number.
-
-    `Store.take` reads it: the study continues from it on another machine.
-    """
-    records = sorted((r for job in jobs if (r := store.record(job)) is not None), key=lambda r: r["key"])
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomic(path, gzip.compress(text.encode(), mtime=0))
-    return len(records)
-
-
-def unfinished(graph: Graph, store: Store) -> dict[Job, bool]:
-    """Return the jobs that are left to do, in the graph's order, and whether each can start.
-
-    A finished job is done again only if an unfinished one needs its artifact and that is missing (records that were
-    reused). Jobs no wanted result depends on are not done.
-    """
-    open_jobs = [job for job in graph.wanted if not store.finished(job)]
-    wanted: set[Job] = set()
-    while open_jobs:
-        job = open_jobs.pop()
-        if job not in wanted:
-            wanted.add(job)
-            present = store.readable if STEPS[job.kind].reads else store.finished
-            open_jobs += [need for need in job.needs.values() if not present(need)]
-    return {job: wanted.isdisjoint(job.needs.values()) for job in graph if job in wanted}
 
 
 class Results:
@@ -221,17 +207,6 @@ class Results:
             return None
         return found
 
-    def timing(self, job: Job) -> dict[str, Any] | None:
-        """Return a job's times and memory; None if it is not done."""
-        record = self._store.record(job)
-        return None if record is None else record["timing"]
-
-    def provenance(self, job: Job) -> dict[str, Any] | None:
-        """Return the commit, machine and versions of a job's run; None if it is not done."""
-        record = self._store.record(job)
-        return None if record is None else record["provenance"]
-
-    def machine(self, job: Job) -> str:
-        """Name the machine that ran a job: its processor and cores."""
-        machine = (self.provenance(job) or {}).get("machine", {})
-        return f"{machine.get('processor')}, {machine.get('cores')} cores"
+    def record(self, job: Job, part: str) -> dict[str, Any]:
+        """Return the `timing` or `provenance` in a job's record; empty if it is not done."""
+        return (self._store.record(job) or {}).get(part) or {}

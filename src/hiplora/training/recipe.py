@@ -100,6 +100,12 @@ class TrainSettings(Block):
     start_from: PathText | None = Field(
         default=None, min_length=1, description="Folder of a finished adapter of the same method to train on."
     )
+    widen: bool = Field(
+        default=True,
+        description="With `start_from` and HiP-LoRA's function-aware preset: protect what the finished task depends on "
+        "too, measured on text that the adapted model writes. The adapter's rank grows by `r`. False: train the same "
+        "factors on.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +162,11 @@ class TrainRecipe(Block):
             )
         self.method.check_training(self.train)
         return self
+
+    @property
+    def widens(self) -> bool:
+        """Whether the training carries on from an adapter and protects that one's task too."""
+        return bool(self.train.start_from and self.train.widen and getattr(self.method, "widens", False))
 
     def values(self) -> dict[str, Any]:
         """Return the recipe as plain values, every default filled in, without its output folder."""

@@ -113,6 +113,7 @@ def _run(
     from hiplora.models import load
     from hiplora.training.kl import kl_penalty
     from hiplora.training.trainer import AdapterTrainer, Record, last_checkpoint
+    from hiplora.training.widen import put_on_widened
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
     model, tokenizer = load(recipe.model, torch_dtype(settings.dtype))
@@ -128,7 +129,10 @@ def _run(
     given, origin = settings.start_from and Path(settings.start_from), out / "checkpoints" / "start"
     with processes.main_process_first():  # which calibrates; the others read its results from the cache
         penalty = kl_penalty(recipe, model, tokenizer)
-        adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None)
+        if given and recipe.widens:
+            adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
+        else:
+            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None)
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
     trainer = AdapterTrainer(
         model=adapted,
@@ -165,6 +169,8 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
     from safetensors.torch import load_file
 
+    from hiplora.training.widen import join_saved
+
     values = recipe.values()
     made = provenance(
         recipe=values,
@@ -178,6 +184,8 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
+    if recipe.widens and recipe.train.start_from:
+        join_saved(aside, Path(recipe.train.start_from))
     for name, value in load_file(aside / WEIGHTS_FILE).items():
         if not value.isfinite().all():
             raise DivergedError(

@@ -47,11 +47,12 @@ def test_a_table_shows_intervals_and_the_papers_value_as_such_in_the_order_of_th
         [("LoRA", "Retain", 1.25, 0.5, 2.0), ("A", "Retain", 3.0, None, None)],
         columns=["method", "column", "estimate", "low", "high"],
     )
-    found = table(rows, "column", paper=lambda row: paper_value("single-task", row.method, row.column))
+    found = table(rows, paper="single-task")
     assert found["Retain"].to_dict() == {"LoRA": "1.2 [0.5, 2.0] (paper: 12.3)", "A": "3.0"}
 
 
 def test_the_papers_names_match_whatever_their_case_and_punctuation():
-    assert paper_value("single-task", "hip-lora", "RETAIN") == 4.9
-    assert paper_value("single-task", "HiP-LoRA", "MMLU") is None
+    assert paper_value("single-task", "hip-lora (Paper)", "RETAIN") == 4.9
+    assert paper_value("single-task", "HiP-LoRA (paper)", "MMLU") is None
+    assert paper_value("single-task", "HiP-LoRA", "Retain") is None  # the default is not the paper's
     assert {claim["claimed"] for claim in paper()["claims"].values()} == {"above", "below"}

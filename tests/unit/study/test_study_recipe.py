@@ -100,7 +100,6 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (SINGLE, "continual: {methods: [lora], order: [sums, sums]}", "protocols.continual"),
         (SINGLE, "editing: {methods: [lora], lr: {hip: 0.1}}", "`protocols.editing.lr` names 'hip'"),
         (SINGLE, "editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
-        (SINGLE, "metamath: {methods: [lora], domain: sums, text: wiki}", "names 'wiki'; expected one of none"),
         (
             SINGLE,
             "frontier: {domains: {sums: [lora]}, rates: [0.1, 0.2], plain: [lora], reference: lora}",

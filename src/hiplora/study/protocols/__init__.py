@@ -1,14 +1,12 @@
-"""The protocols of a study, one a file: settings, the jobs that each asks for, and the tables of their results."""
-
-from __future__ import annotations
+"""The protocols of a study, one a file: settings, the jobs that they ask for, and a function from results to tables."""
 
 import logging
-import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
+from hiplora.study.builder import Study
 from hiplora.study.jobs import Job
 from hiplora.study.protocols.ablations import Ablations
 from hiplora.study.protocols.allocation import Allocation
@@ -20,18 +18,15 @@ from hiplora.study.protocols.frontier import FrontierSettings
 from hiplora.study.protocols.lambda_curve import LambdaCurve
 from hiplora.study.protocols.merge_fail import MergeFail
 from hiplora.study.protocols.merging import Merging
-from hiplora.study.protocols.metamath import MetaMath
 from hiplora.study.protocols.rank_one import RankOne
 from hiplora.study.protocols.selection import Selection
-from hiplora.study.protocols.settings import Settings
+from hiplora.study.protocols.settings import Protocol, Settings
 from hiplora.study.protocols.single_task import AdaLora, SingleTask
-from hiplora.study.records import Findings
-
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.store import Results
+from hiplora.study.records import Findings, with_jobs
+from hiplora.study.store import Results
 
 _NAMED = 12  # jobs that a section lists
+_GONE = {"aims": None, "metamath": None, "merging": "passing"}  # of recipes of 0.1: a protocol, or a field of one
 
 
 class Protocols(Settings):
@@ -50,48 +45,51 @@ class Protocols(Settings):
     selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
     cost: CostTable | None = Field(default=None, description="Cost table.")
     frontier: FrontierSettings | None = Field(default=None, description="Frontiers of learning against drift.")
-    metamath: MetaMath | None = Field(default=None, description="PEFT's own comparison of methods.")
     claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_aims(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "aims" in value:
-            logging.getLogger(__name__).info("protocols.aims is ignored: hiplora 0.2 has no such protocol")
-            value = {name: settings for name, settings in value.items() if name != "aims"}
+    def _without_what_is_gone(cls, value: Any) -> Any:
+        value = {**value} if isinstance(value, dict) else value
+        for name, field in _GONE.items() if isinstance(value, dict) else ():
+            block = value.get(name)
+            if field is None and value.pop(name, None) is not None:
+                logging.getLogger(__name__).warning(
+                    "protocols.%s is ignored: there is no such protocol any more", name
+                )
+            elif isinstance(block, dict) and field in block:
+                value[name] = {key: one for key, one in block.items() if key != field}
+                logging.getLogger(__name__).warning("protocols.%s.%s is ignored: pass@k needs no tasks", name, field)
         return value
 
 
-def asked(protocols: Protocols) -> Iterator[tuple[Any, Any]]:
-    """Yield the module and settings of each protocol that a recipe asks for, in the order of the report.
-
-    The module that has a protocol's settings has its functions `jobs(study, settings)` and `tables(study, settings,
-    results)` too.
-    """
+def asked(protocols: Protocols) -> Iterator[Protocol]:
+    """Yield each protocol that a recipe asks for, in the order of the report."""
     for _, settings in protocols:
         if settings is not None:
-            yield sys.modules[type(settings).__module__], settings
+            yield settings
 
 
 def all_jobs(study: Study) -> list[Job]:
     """Return the jobs that a study's protocols want; what those need comes with them."""
-    return [job for module, settings in asked(study.recipe.protocols) for job in module.jobs(study, settings)]
+    return [job for settings in asked(study.recipe.protocols) for job, _ in settings.runs(study)]
 
 
 def sections(study: Study, results: Results) -> list[Findings]:
     """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
-    verdicts: list[Findings] = []
     found: list[Findings] = []
-    for module, settings in asked(study.recipe.protocols):
-        if isinstance(settings, Claims):
-            verdicts.append(module.judge(study, settings, found))
-            continue
+    for settings in asked(study.recipe.protocols):
         results.missing.clear()
         results.lost.clear()
-        one = module.tables(study, settings, results)
-        one.missing = list(results.missing)
+        if isinstance(settings, Claims):
+            one = settings.judge(study, found)
+        else:
+            runs = settings.runs(study)
+            one = settings.tables(study, results, runs)
+            one.measured = with_jobs(one.measured, runs, settings.by)
+        one.name, one.title, one.missing = settings.name, settings.title, list(results.missing)
         if results.lost:
             named = "; ".join(list(results.lost)[:_NAMED]) + (" …" if len(results.lost) > _NAMED else "")
             one.text += f"\n\n{len(results.lost)} jobs diverged in training, there are no results: {named}."
         found.append(one)
-    return [*verdicts, *found]
+    return sorted(found, key=lambda one: one.name != Claims.name)

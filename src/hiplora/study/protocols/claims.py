@@ -1,31 +1,26 @@
 """The paper's claims one by one: what was measured here, and whether it speaks for the claim or against it.
 
-A claim is a sign: of a difference between two methods, of a correlation, of a change over λ. It is supported where the
-95 % intervals, over items and over seeds, lie on the claimed side of none, not supported where they lie on the other,
-and otherwise cannot be told: half the wider interval is the smallest effect that could have been.
+A claim is a sign: of a difference between two methods, of a correlation, of a change over λ; or, with a margin, that a
+method is not worse by more than that. It is supported where the measurement lies on the claimed side, not supported
+where it lies on the other, by a test at 5 % after Holm's correction over all rows; otherwise it cannot be told. Where
+the quantity that a claim is about did not move, the claim is not exercised.
 """
-
-from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
-from hiplora.metrics import student_margin
 from hiplora.provenance import provenance
 from hiplora.reporting import interval
-from hiplora.study.protocols.settings import Protocol
-from hiplora.study.records import FORMS, Findings, paper
+from hiplora.study.protocols.settings import Findings, Protocol, Run, Study
+from hiplora.study.records import FORMS, paper
 
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-
-Bounds = tuple[float, float] | tuple[None, None]
+LEVEL = 0.05
+MOVED = 1.0  # per cent: the median |δ| / σ from which on claims about the gains are exercised
 
 
 class Claims(Protocol):
@@ -40,117 +35,109 @@ class Claims(Protocol):
     split_lora: str | None = Field(default=None, description="Split-LoRA.")
     adalora: str | None = Field(default=None, description="AdaLoRA.")
 
+    def runs(self, study: Study) -> list[Run]:
+        """Return none: the claims are judged by what the other protocols ask for."""
+        return []
 
-def jobs(study: Study, settings: Claims) -> list[Job]:
-    """Return none: the claims are judged by what the other protocols ask for."""
-    return []
+    def judge(self, study: Study, found: Sequence[Findings]) -> Findings:
+        """Return a row for every claim and form, with the measured effect and the verdict; and claims.json."""
+        rows = pd.DataFrame(self._checked(study, {one.name: one.measured for one in found}))
+        effects = [interval(r.estimate, r.low, r.high, 4 if r.unit == "nats/token" else 2) for r in rows.itertuples()]
+        shown = pd.DataFrame(
+            {
+                "Claim": rows.says,
+                "Verdict": rows.verdict,
+                "Form": rows.form.replace("", "–"),
+                "Measured effect": effects,
+                "Unit": rows.unit,
+                "p (Holm)": ["–" if math.isnan(p) else f"{p:.3g}" for p in rows.p],
+                "The paper's": rows.paper,
+                "An effect as large": rows.as_large,
+            }
+        ).set_index("Claim")
+        told: dict[str, dict[str, Any]] = {}
+        kept = ["verdict", "estimate", "low", "high", "p", "unit", "paper_effect", "as_large"]
+        for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
+            entry = told.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
+            entry[row["form"] or "measured"] = {key: row[key] for key in kept}
+        file = json.dumps({"claims": told, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
+        text = (
+            "Each row has one 95 % interval: over the seeds where there are five or more, else over the items "
+            "(MergeFail: over draws and merges). A verdict is a test at 5 % by the interval's width, corrected for the "
+            "number of rows by Holm's method; “at least as well” means not worse by more than a point. “Not "
+            f"exercised”: the median gain moved by less than {MOVED:g} % of σ. An effect as large as the paper's is "
+            "excluded on this model where the interval ends before it; a smaller one may exist."
+        )
+        return Findings(tables={self.name: ("Claim by claim", shown)}, files={"claims.json": file}, text=text)
 
-
-def judge(study: Study, settings: Claims, found: Sequence[Findings]) -> Findings:
-    """Return a row for every claim and form, with the measured effect and the verdict; and the same as claims.json."""
-    rows = pd.DataFrame(check(study, settings, found))
-    text = (
-        "A claim is supported where both 95 % intervals lie on its side of none, not supported where both lie on "
-        "the other: that over items, with the seeds as they are, and Student's t over the seeds. Merges drawn for "
-        "MergeFail share adapters; theirs is the paper's interval, over draws and merges. An effect as large as "
-        "the paper's is excluded on this model where the wider interval ends before it; a smaller one may exist."
-    )
-    measured, widest = [], []
-    for row in rows.itertuples():
-        digits = 4 if row.unit == "nats/token" else 2
-        measured.append(interval(row.estimate, row.low, row.high, digits))
-        widest.append("–" if row.widest[0] is None else " to ".join(f"{end:+.{digits}f}" for end in row.widest))
-    shown = pd.DataFrame(
-        {
-            "Claim": rows.says,
-            "Verdict": rows.verdict,
-            "Form": rows.form.replace("", "–"),
-            "Measured effect": measured,
-            "Unit": rows.unit,
-            "Widest interval": widest,
-            "The paper's": rows.paper,
-            "An effect as large": rows.as_large,
-        }
-    ).set_index("Claim")
-    told: dict[str, dict[str, Any]] = {}
-    kept = ["verdict", "estimate", "low", "high", "widest", "unit", "paper_effect", "as_large"]
-    for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
-        entry = told.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
-        entry[row["form"] or "measured"] = {key: row[key] for key in kept}
-    file = json.dumps({"claims": told, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
-    tables = {"claims": ("Claim by claim", shown)}
-    return Findings(settings.name, settings.title, tables=tables, files={"claims.json": file}, text=text)
-
-
-def check(study: Study, settings: Claims, found: Sequence[Findings]) -> list[dict[str, Any]]:
-    """Return every claim that the study's methods allow to check, in each of its forms, with its verdict."""
-    numbers = {one.name: one.measured for one in found}
-    roles = {name: getattr(settings, name) for name in Claims.model_fields}
-    rows = []
-    for name, claim in paper()["claims"].items():
-        named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
-        if any(roles.get(role, "") is None for role in named.values()):
-            continue
-        titles = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
-        wanted = {"metric": claim["metric"], **titles, **claim.get("setting", {})}
-        for form in FORMS.values() if claim.get("scored", True) else ("",):
-            row = _first(numbers.get(claim["section"]), wanted | ({"form": form} if form else {}))
-            rows.append({"name": name, "form": form, **_verdict(claim, row)})
-    return rows
+    def _checked(self, study: Study, numbers: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
+        """Every claim that the study's methods allow to check, in each of its forms, with its verdict."""
+        roles = {name: getattr(self, name) for name in Claims.model_fields}
+        moved = _first(numbers, "allocation", "median relative gain", study.row(self.hiplora).title, type="all")
+        rows = []
+        for name, claim in paper()["claims"].items():
+            named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
+            if any(roles.get(role, "") is None for role in named.values()):
+                continue
+            titles = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
+            labels = {**titles, **claim.get("setting", {})}
+            still = claim.get("of_gains", False) and bool(moved) and moved["estimate"] < MOVED
+            for form in FORMS.values() if claim.get("scored", True) else ("",):
+                row = _first(numbers, claim["section"], claim["metric"], **labels, **({"form": form} if form else {}))
+                rows.append({"name": name, "form": form, "still": still, **_compared(claim, row)})
+        adjusted = holm([math.nan if row["still"] else row["p"] for row in rows])
+        return [{**row, "p": p, **_verdict(row, p)} for row, p in zip(rows, adjusted, strict=True)]
 
 
-def _first(numbers: pd.DataFrame | None, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's method; those that are nan stay so and do not count."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    found, worst = [math.nan] * len(p_values), 0.0
+    for rank, (p, place) in enumerate(order):
+        worst = max(worst, min(1.0, (len(order) - rank) * p))
+        found[place] = worst
+    return found
+
+
+def _first(
+    numbers: Mapping[str, pd.DataFrame], section: str, metric: str, method: str, **labels: Any
+) -> dict[str, Any]:
     """The first measurement that has all the labels; nothing, if there is none."""
-    if numbers is None or not set(wanted) <= set(numbers):
+    wanted, rows = {"metric": metric, "method": method, **labels}, numbers.get(section)
+    if rows is None or not set(wanted) <= set(rows):
         return {}
-    fits = (numbers[list(wanted)] == pd.Series(wanted)).all(axis=1)
-    return numbers[fits].iloc[0].to_dict() if fits.any() else {}
+    fits = (rows[list(wanted)] == pd.Series(wanted)).all(axis=1)
+    return rows[fits].iloc[0].to_dict() if fits.any() else {}
 
 
-def _verdict(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    none, size, above = claim.get("none", 0.0), claim.get("size"), claim["claimed"] == "above"
-    low, high = widest(row) if row else (None, None)
-    verdict, as_large = "cannot tell" if row else "not measured", "–"
-    if low is not None and high is not None:
-        if not low <= none <= high:
-            verdict = "supported" if (low > none) == above else "not supported"
-        if size is not None:
-            as_large = "excluded" if (high < size if above else low > size) else "possible"
+def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A claim's measurement: on which side it lies, the p-value that its interval implies, the paper's effect."""
+    above, size = claim["claimed"] == "above", claim.get("size")
+    none = claim.get("none", 0.0) + claim.get("margin", 0.0) * (-1 if above else 1)
+    known = [row.get(name) for name in ("estimate", "low", "high")]
+    estimate, low, high = (math.nan if value is None else float(value) for value in known)
+    reach = estimate - low if estimate > none else high - estimate  # to the interval's end that is nearer to none
+    distance = abs(estimate - none)
+    p = math.erfc(1.96 * distance / reach / math.sqrt(2)) if reach else float(distance == 0)
+    excluded = None if size is None or math.isnan(low) else high < size if above else low > size
     return {
         **{key: claim[key] for key in ("says", "paper")},
-        "verdict": verdict,
         "unit": claim.get("unit", "pp"),
+        "estimate": estimate,
+        "low": low,
+        "high": high,
+        "p": p,
+        "as_claimed": (estimate > none) == above,
         "paper_effect": size,
-        "as_large": as_large,
-        **{key: row.get(key) for key in ("estimate", "low", "high")},
-        "widest": (low, high),
+        "as_large": {None: "–", True: "excluded", False: "possible"}[excluded],
     }
 
 
-def widest(row: Mapping[str, Any]) -> Bounds:
-    """Return the bounds that hold over items, over seeds and, where it is given, in the paper's interval over both.
-
-    Where all of some edits or merges agree, the bounds are what their number leaves possible: the exact (Clopper and
-    Pearson) bound on a share of which none was seen.
-    """
-    from scipy import stats
-
-    if not _known(row["low"], row["high"]):
-        return None, None
-    bounds = [row["low"], row["high"]]
-    hierarchical = row.get("hierarchical_low"), row.get("hierarchical_high")
-    if _known(*hierarchical):
-        bounds += hierarchical
-    if _known(row.get("sd")) and row.get("seeds", 1) > 1:
-        margin = student_margin(row["sd"], int(row["seeds"]))
-        bounds += [row["estimate"] - margin, row["estimate"] + margin]
-    low, high = float(min(bounds)), float(max(bounds))
-    count = next((int(row[name]) for name in ("items", "merges") if _known(row.get(name))), 0)
-    if low == high == 0 and count:
-        high = 100 * stats.binomtest(0, count).proportion_ci(0.95, "exact").high
-        low = -high
-    return low, high
-
-
-def _known(*values: Any) -> bool:
-    return all(value is not None and math.isfinite(value) for value in values)
+def _verdict(row: Mapping[str, Any], p: float) -> dict[str, str]:
+    if row["still"]:
+        return {"verdict": "not exercised", "as_large": "–"}
+    if math.isnan(row["estimate"]):
+        return {"verdict": "not measured"}
+    if not p < LEVEL:
+        return {"verdict": "cannot tell"}
+    return {"verdict": "supported" if row["as_claimed"] else "not supported"}

@@ -1,28 +1,22 @@
 """Facts edited by each method: whether the edits took, in other words too, and what became of everything else (C.4)."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
 from hiplora.reporting import plots
-from hiplora.study.protocols.settings import OfMethods, Positive, Settings
-from hiplora.study.records import Findings, joined, paper_value, table, tidy, with_jobs
-from hiplora.study.statistics import differences, drift, replicates, summary, with_spread
-
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-    from hiplora.study.store import Results
+from hiplora.study.builder import as_written
+from hiplora.study.jobs import Job
+from hiplora.study.protocols.settings import Findings, OfMethods, Positive, Results, Run, Settings, Study
+from hiplora.study.records import joined, table, tidy
+from hiplora.study.statistics import differences, drift, opened, replicates, summary
 
 ALPHAEDIT = "alphaedit"  # the editor that trains nothing
 BUILT_IN = "builtin"
-BY = ["set", "mode", "method"]
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of file names
 SHOWN = {  # metric → heading, unit
     "edit success": ("Edit success", "%"),
@@ -35,8 +29,6 @@ SHOWN = {  # metric → heading, unit
     "log-probability change": ("Log p of unrelated answers", "nats"),
     "edited log-probability change": ("Log p of edited targets", "nats"),
 }
-HEADINGS = {metric: heading for metric, (heading, _) in SHOWN.items()}
-UNITS = {metric: unit for metric, (_, unit) in SHOWN.items()}
 COLUMNS = {
     "success": "edit success",
     "preferred": "preferred",
@@ -63,6 +55,7 @@ class Editing(OfMethods):
 
     name: ClassVar[str] = "editing"
     title: ClassVar[str] = "Knowledge editing"
+    by: ClassVar[tuple[str, ...]] = ("set", "mode", "method")
     sets: dict[SetName, EditedFacts] = Field(
         default={"edit-set": EditedFacts()}, min_length=1, description="Sets of edits by name."
     )
@@ -84,124 +77,92 @@ class Editing(OfMethods):
     rows: Positive | None = Field(default=None, description="Edits in one training step.")
     questions: int = Field(default=500, ge=0, description="Unrelated questions for the locality.")
 
+    def runs(self, study: Study) -> list[Run]:
+        """Edit every set in every mode by every method, AlphaEdit among them if asked for."""
+        methods = [*self.methods, *([ALPHAEDIT] if self.alphaedit is not None else [])]
+        found = []
+        for name, mode, method in itertools.product(self.sets, self.modes, methods):
+            title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
+            for seed in study.seeds(self):
+                label = {"set": name, "mode": mode, "method": title, "seed": seed}
+                found.append((self._edit(study, method, label), label))
+        return found
 
-def jobs(study: Study, settings: Editing) -> list[Job]:
-    """Edit every set in every mode by every method, AlphaEdit among them if asked for."""
-    return [job for job, _ in _runs(study, settings)]
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return a table a set and mode with the drift after the last edit, one by categories, a sequence's course."""
+        moved = drift(tidy(results, runs, self.by), ["set", "mode"])
+        numbers = joined(_measured(self._items(results, runs)), moved, columns=["text"])
+        found = Findings(numbers)
+        for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
+            facts, stem = self.sets[name], f"{self.name}-{name}-{mode}"
+            title = f"{facts.title or name}, {mode}"
+            in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
+            found.tables[stem] = title, _table(rows, self.name if in_paper else "")
+            kinds = rows[rows.category.notna()]
+            kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
+            found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
+            course = rows[rows.metric == "edit success so far"]
+            if not course.empty:
+                figure = plots.lines(
+                    course, "edits", "estimate", "method", low="low", high="high",
+                    xlabel="edits so far", ylabel="edit success (%)",
+                )  # fmt: skip
+                caption = f"{title}: edits that still work, stage after stage"
+                found.figures[f"{self.name}-{name}-sequence"] = caption, figure
+        rates = [f"{study.row(name).title} {self._rate(study, name):g}" for name in self.methods]
+        found.text = (
+            "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
+            "unrelated questions, in pp. Log p: mean change in nats, of the questions' own answers, and of the edits' "
+            "new ones where they do not belong (lower is better there). Drift: KL from the base in thousandths of a "
+            f"nat a token. Intervals: over edits and questions. Learning rates on edits: {', '.join(rates)}."
+        )
+        return found
 
+    def _rate(self, study: Study, method: str) -> float:
+        """A method's learning rate on edits; one chosen on a task's rows is not what a handful of edits needs."""
+        return self.lr.get(method, study.recipe.train.lr)
 
-def tables(study: Study, settings: Editing, results: Results) -> Findings:
-    """Return a table a set and mode with the drift after the last edit, one by categories, the course of a sequence."""
-    runs = list(_runs(study, settings))
-    moved = drift(tidy(results, runs, BY), BY[:2])
-    numbers = with_jobs(joined(_measured(_items(results, runs)), moved, columns=["text"]), runs, BY)
-    found = Findings(settings.name, settings.title, numbers)
-    for (name, mode), rows in numbers.groupby(BY[:2], sort=False):
-        facts, stem = settings.sets[name], f"{settings.name}-{name}-{mode}"
-        title = f"{facts.title or name}, {mode}"
-        in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
-        found.tables[stem] = title, _table(rows, in_paper)
-        kinds = rows[rows.category.notna()]
-        kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
-        found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds, "column")
-        course = rows[rows.metric == "edit success so far"]
-        if not course.empty:
-            figure = plots.lines(
-                course, "edits", "estimate", "method", low="low", high="high",
-                xlabel="edits so far", ylabel="edit success (%)",
-            )  # fmt: skip
-            caption = f"{title}: edits that still work, stage after stage"
-            found.figures[f"{settings.name}-{name}-sequence"] = caption, figure
-    rates = [f"{study.row(name).title} {_rate(study, settings, name):g}" for name in settings.methods]
-    found.text = (
-        "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
-        "unrelated questions, in pp. Log p: mean change in nats, of the questions' own answers, and of the edits' "
-        "new ones where they do not belong (lower is better there). Drift: KL from the base in thousandths of a "
-        f"nat a token. Intervals: 95 % over edits and questions. Learning rates on edits: {', '.join(rates)}."
-    )
-    return found
+    def _edit(self, study: Study, method: str, label: dict[str, Any]) -> Job:
+        """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
+        facts, trains, single = self.sets[label["set"]], method != ALPHAEDIT, label["mode"] == "single"
+        given, factors = {"name": ALPHAEDIT, **(self.alphaedit or {})}, None
+        if trains:
+            given, factors = as_written(study.row(method).method), study.factors(study.row(method))
+        evaluation = study.recipe.evaluation.drift
+        texts = None if evaluation is None or single else evaluation.settings()
+        files = [None if facts.edits == BUILT_IN else facts.edits, given.get("calibration_text")]
+        files += [source.partition(":")[0] for source in (texts or {"texts": {}})["texts"].values()]
+        asked = {
+            "method": given,
+            **facts.model_dump(include={"edits", "limit", "neighbours"}),
+            "mode": label["mode"],
+            "edits_per_batch": None if single else self.edits_per_batch,
+            "sample": self.sample if single else None,
+            "steps": (self.single_steps if single else self.steps) if trains else None,
+            "lr": self._rate(study, method) if trains else None,
+            "rows": self.rows if trains else None,
+            "questions": self.questions,
+            "drift": texts,
+            "seed": label["seed"],
+            "files": study.hashes(files),
+            **({} if facts.category is None else {"category": facts.category}),
+        }
+        name = "edit {set} by {method}, {mode}, seed {seed}".format(**label)
+        return study.job("edit", name, asked, **({} if factors is None else {"factors": factors}))
 
-
-def _table(rows: pd.DataFrame, in_paper: bool) -> pd.DataFrame:
-    drifts = rows.metric == "drift"
-    shown = rows.assign(
-        column=rows.metric.map(HEADINGS).where(~drifts, "Drift, " + rows.text.astype(str)),
-        estimate=rows.estimate.where(~drifts, 1000 * rows.estimate),
-    )
-    wide = table(
-        shown[shown.column.notna()],
-        "column",
-        digits=lambda row: 2 if UNITS.get(row.metric, "nats") == "nats" else 1,
-        paper=_paper if in_paper else None,
-    )
-    order = [heading for heading in HEADINGS.values() if heading in wide]
-    return wide[[*order, *wide.columns.difference(order, sort=False)]]
-
-
-def _paper(row: Any) -> float | None:
-    column = {"edit success": "Edit success", "locality": "Locality"}.get(row.metric)
-    return paper_value("editing", row.method, column) if column else None
-
-
-def _rate(study: Study, settings: Editing, method: str) -> float:
-    """A method's learning rate on edits; one that was chosen on a task's rows is not what a handful of edits needs."""
-    return settings.lr.get(method, study.recipe.train.lr)
-
-
-def _runs(study: Study, settings: Editing) -> Iterator[tuple[Job, dict]]:
-    methods = [*settings.methods, *([ALPHAEDIT] if settings.alphaedit is not None else [])]
-    for name, mode, method in itertools.product(settings.sets, settings.modes, methods):
-        title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
-        for seed in study.seeds(settings):
-            job = _edit(study, settings, name, mode, method, title, seed)
-            yield job, {"set": name, "mode": mode, "method": title, "seed": seed}
-
-
-def _edit(study: Study, settings: Editing, name: str, mode: str, method: str, title: str, seed: int) -> Job:
-    """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
-    from hiplora.study.builder import as_written
-
-    facts, trains, single = settings.sets[name], method != ALPHAEDIT, mode == "single"
-    given = {"name": ALPHAEDIT, **(settings.alphaedit or {})}
-    if trains:
-        given = as_written(study.row(method).method)
-    evaluation = study.recipe.evaluation.drift
-    texts = None if evaluation is None or single else evaluation.settings()
-    files = [None if facts.edits == BUILT_IN else facts.edits, given.get("calibration_text")]
-    files += [source.partition(":")[0] for source in (texts or {"texts": {}})["texts"].values()]
-    asked = {
-        "method": given,
-        **facts.model_dump(include={"edits", "limit", "neighbours"}),
-        "mode": mode,
-        "edits_per_batch": None if single else settings.edits_per_batch,
-        "sample": settings.sample if single else None,
-        "steps": (settings.single_steps if single else settings.steps) if trains else None,
-        "lr": _rate(study, settings, method) if trains else None,
-        "rows": settings.rows if trains else None,
-        "questions": settings.questions,
-        "drift": texts,
-        "seed": seed,
-        "files": study.hashes(files),
-        **({} if facts.category is None else {"category": facts.category}),
-    }
-    factors = study.factors(study.row(method)) if trains else None
-    needs = {} if factors is None else {"factors": factors}
-    return study.job("edit", f"edit {name} by {title}, {mode}, seed {seed}", asked, **needs)
-
-
-def _items(results: Results, runs: list) -> pd.DataFrame:
-    """A row an edit or question: set, mode, method, seed, metric, task, item, value; category, or edits so far."""
-    parts, lost = [], set()
-    for job, labels in runs:
-        found = results.get(job)
-        if found is None:
-            lost.add(tuple(labels[name] for name in BY))
-            continue
-        parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
-        if found["questions"]:
-            parts.append(_of_questions(found["questions"]).assign(**labels))
-    items = joined(*parts, columns=[*BY, "seed", "metric", "category", "edits", "task", "item", "value"])
-    return items[[tuple(row) not in lost for row in items[BY].itertuples(index=False)]]
+    def _items(self, results: Results, runs: Sequence[Run]) -> pd.DataFrame:
+        """A row an edit or question: set, mode, method, seed, metric, task, item, value; category, or edits so far."""
+        parts, lost = [], set()
+        for job, labels in runs:
+            found = results.get(job)
+            if found is None:
+                lost.add(tuple(labels[name] for name in self.by))
+                continue
+            parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
+            if found["questions"]:
+                parts.append(_of_questions(found["questions"]).assign(**labels))
+        items = joined(*parts, columns=[*self.by, "seed", "metric", "category", "edits", "task", "item", "value"])
+        return items[[tuple(row) not in lost for row in items[list(self.by)].itertuples(index=False)]]
 
 
 def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
@@ -240,27 +201,36 @@ def _of_questions(asked: dict[str, list[float]]) -> pd.DataFrame:
 
 
 def _measured(items: pd.DataFrame) -> pd.DataFrame:
-    """Means, by category and stage too, and differences."""
+    """Means, by category and stage too, and differences; an edit counts with its mean over the seeds that made it."""
     by = ["set", "mode", "metric", "method"]
     parts = []
-    for further in ("category", "edits"):
-        rows = items[items[further].notna()]
-        if not rows.empty:
-            parts.append(_summary(rows, [*by, further])[0].reset_index().assign(unit="%"))
-    rows = items[items.metric.isin(SHOWN)]
-    if not rows.empty:
-        whole, draws, seeds = _summary(rows, by)
-        parts.append(whole.reset_index().assign(unit=lambda one: one.metric.map(UNITS)))
-        apart = with_spread(summary(differences(draws)), differences(seeds))
-        apart = apart.join(whole["items"]).reset_index()
-        unit = apart.metric.map(UNITS).replace("%", "pp")
-        parts.append(apart.assign(metric=apart.metric + " difference", unit=unit))
-    return joined(*parts, columns=[*by, "category", "unit", "estimate", "low", "high"])
+    for rows, further in (
+        (items[items.category.notna()], ["category"]),
+        (items[items.edits.notna()], ["edits"]),
+        (items[items.metric.isin(SHOWN)], []),
+    ):
+        if rows.empty:
+            continue
+        draws, groups = replicates(rows, [*by, *further]), rows.groupby([*by, *further])
+        counts = {"items": groups["item"].nunique(), "seeds": groups["seed"].nunique()}
+        parts.append(summary(draws).assign(**counts).reset_index())
+        if not further:
+            apart = summary(differences(draws)).join(counts["items"].rename("items")).reset_index()
+            parts.append(apart.assign(metric=apart.metric + " difference"))
+    found = joined(*parts, columns=[*by, "category", "unit", "items", "estimate", "low", "high"])
+    units = found.metric.str.removesuffix(" difference").map(lambda one: SHOWN.get(one, ("", "%"))[1])
+    is_difference = found.metric.str.endswith(" difference")
+    found = found.assign(unit=units.where(~is_difference, units.replace("%", "pp")))
+    shares = found.unit.isin(("%", "pp"))
+    return pd.concat([opened(found[shares], found["items"][shares].astype(float)), found[~shares]]).sort_index()
 
 
-def _summary(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Summaries, replicates and each seed's own value: an edit counts with its mean over the seeds that made it."""
-    draws = replicates(rows, by)
-    seeds = rows.astype({"value": float}).groupby([*by, "seed"], sort=False)["value"].mean().to_frame(0)
-    found = with_spread(summary(draws), seeds)
-    return found.assign(items=rows.groupby(by)["item"].nunique()), draws, seeds
+def _table(rows: pd.DataFrame, paper: str) -> pd.DataFrame:
+    drifts = rows.metric == "drift"
+    headings = rows.metric.map({metric: heading for metric, (heading, _) in SHOWN.items()})
+    shown = rows.assign(
+        column=headings.where(~drifts, "Drift, " + rows.text.astype(str)),
+        estimate=rows.estimate.where(~drifts, 1000 * rows.estimate),
+        digits=np.where(rows.unit.isin(("nats", "nats/token")), 2, 1),
+    )
+    return table(shown[shown.column.notna()], paper=paper, order=[heading for heading, _ in SHOWN.values()])

@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 REACHED, NOT_REACHED, PASSED = "reached", "not reached", "passed"
-LOSSES = 51  # at which two frontiers are compared, evenly over the losses that both have
-_EQUAL = 1e-12
 Floats = NDArray[np.float64]
 
 
@@ -51,10 +49,6 @@ class Frontier:
         share = np.where(apart > 0, (x_one - x) / np.where(apart > 0, apart, 1.0), x_one > x).clip(0.0, 1.0)
         return (1 - share) * y_one + share * y_two
 
-    def of_seed(self, seed: int) -> "Frontier":
-        """Return the frontier of one seed's points, by its place."""
-        return Frontier(self.rates, self.steps, self.x[:, [seed]], self.y[:, [seed]])
-
     def _neighbours(self) -> Iterator[tuple[int, int]]:
         """Yield the pairs that are next to each other in rate at equal steps, and in steps at an equal rate."""
         for kept, ordered in ((self.steps, self.rates), (self.rates, self.steps)):
@@ -77,12 +71,3 @@ def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, f
     x = float(there.mean_x[point])
     _, points, state = here.at(x)
     return here.by_seed(there.x[point], points) - there.y[point], x, state
-
-
-def share_below(one: Frontier, other: Frontier) -> float | None:
-    """Return on what share of the losses that both reached `one` lies below `other`; None where there are none."""
-    low, high = max(one.least, other.least), min(one.most, other.most)
-    if low > high:
-        return None
-    losses = np.linspace(low, high, LOSSES)
-    return float(np.mean([one.at(x)[0] < other.at(x)[0] - _EQUAL for x in losses]))

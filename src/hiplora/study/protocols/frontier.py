@@ -4,30 +4,25 @@ The drift of a method at some loss lies on its own frontier (`envelope.py`), tun
 divided by the reference's, seed by seed; the geometric mean over the seeds has the interval of Student's t.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, Frontier, compared, share_below
-from hiplora.study.protocols.frontier_tables import OVER, domain_figures, domain_tables
-from hiplora.study.protocols.settings import Positive, Protocol
-from hiplora.study.records import BASE, Findings, joined, measured, scored, tidy, with_jobs
+from hiplora.reporting import interval, plots
+from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, Frontier, compared
+from hiplora.study.protocols.settings import Findings, Positive, Protocol, Results, Run, Study
+from hiplora.study.records import BASE, Tables, joined, measured, scored, tidy
 from hiplora.study.statistics import averaged, geometric, replicates, student, summary
 
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-    from hiplora.study.store import Results
-
-LOSS, LIKELIHOOD = "loss", "likelihood"
+LOSS = "loss"
+OVER = "all texts"  # the geometric mean over the texts unlike the reference's calibration text
 BEST_PLAIN = "Best plain LoRA"
+RATIO = "drift ratio at equal loss"
 FLOOR = 1e-9  # nats a token: a divergence below it is rounding
 POINT = ["method", "lr", "steps"]
 
@@ -37,6 +32,7 @@ class FrontierSettings(Protocol):
 
     name: ClassVar[str] = "frontier"
     title: ClassVar[str] = "Learning against drift"
+    by: ClassVar[tuple[str, ...]] = ("domain", "method")
     domains: dict[str, list[str]] = Field(
         min_length=1, description="Domain to train on → methods that are compared there."
     )
@@ -63,7 +59,7 @@ class FrontierSettings(Protocol):
                 yield f"domains.{domain}", methods
 
     @model_validator(mode="after")
-    def _roles_are_compared(self) -> FrontierSettings:
+    def _roles_are_compared(self) -> "FrontierSettings":
         for domain, methods in self.domains.items():
             if self.reference not in methods:
                 raise ValueError(
@@ -76,106 +72,90 @@ class FrontierSettings(Protocol):
                     raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
         return self
 
+    def runs(self, study: Study) -> list[Run]:
+        """Train and score every method of a domain at every rate, number of steps and seed; score the base."""
+        tasks = self.tasks or None
+        found: list[Run] = [(study.score(None, tasks), {"method": BASE})]
+        for domain, methods in self.domains.items():
+            for method in methods:
+                row = study.row(method)
+                stops = self.early.get(method, ()) if domain in (self.early_domains or (domain,)) else ()
+                for steps, rate, seed in itertools.product((None, *stops), self.rates, study.seeds(self)):
+                    adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
+                    label = {
+                        "domain": domain,
+                        "method": row.title,
+                        "lr": rate,
+                        "steps": steps or math.inf,
+                        "seed": seed,
+                    }
+                    found += [(adapter, label), (study.score(adapter, tasks), label)]
+        return found
 
-def jobs(study: Study, settings: FrontierSettings) -> list[Job]:
-    """Score the base, and every method of a domain at every rate, number of steps and seed."""
-    return [job for job, _ in _runs(study, settings) if job.kind == "evaluate"]
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
+        records = tidy(results, runs, ("domain", *POINT))
+        reference = study.row(self.reference).title
+        plain = [study.row(name).title for name in self.plain]
+        found, parts = Findings(), []
+        for domain in self.domains:
+            points, drops = self._points(study, records, domain)
+            if points.empty:
+                continue
+            numbers = _compare(points, drops, reference, plain).assign(domain=domain)
+            parts.append(numbers)
+            stem, title = f"{self.name}-{domain}", study.recipe.domains[domain].title
+            found.tables[f"{stem}-best"] = f"{title}: each method at its best rate", _best(numbers, self.rates)
+            found.tables |= _ratio_tables(numbers, stem, title, reference)
+            found.figures |= _figures(numbers, stem, title, reference, plain)
+        found.measured = joined(*parts)
+        found.text = (
+            f"Ratios: how many times as far a method drifts as {reference} where it has learned as much, its lowest "
+            "drift over rates and early stops, interpolated between neighbours on the grid (linear in the loss, "
+            "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
+            "seeds' paired log ratios). ≥: it never learned that much and drifts this far where it learned most. ≤: "
+            f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
+            f"{', '.join(self._unlike(study))}. Drop elsewhere: mean fall of the likelihoods of the other tasks, in "
+            "percentage points."
+        )
+        return found
 
+    def _unlike(self, study: Study) -> list[str]:
+        """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
+        drift = study.recipe.evaluation.drift
+        texts = drift.texts if drift is not None else {}
+        calibration = getattr(study.row(self.reference).method, "calibration_text", None)
+        return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
-def tables(study: Study, settings: FrontierSettings, results: Results) -> Findings:
-    """Return for each domain the points, the drift ratios at equal learning, and who lies below whom."""
-    runs = list(_runs(study, settings))
-    records = tidy(results, runs, ("on", *POINT))
-    reference = study.row(settings.reference).title
-    plain = [study.row(name).title for name in settings.plain]
-    found = Findings(settings.name, settings.title)
-    parts = []
-    for domain in settings.domains:
-        points, drops = _points(study, settings, records, domain)
-        if points.empty:
-            continue
-        numbers = with_jobs(_compare(points, drops, reference, plain).assign(on=domain), runs, ("on", "method"))
-        parts.append(numbers.drop(columns="on").assign(domain=domain))
-        stem, title = f"{settings.name}-{domain}", study.recipe.domains[domain].title
-        found.tables |= domain_tables(parts[-1], stem, title, reference, settings.rates)
-        found.figures |= domain_figures(parts[-1], stem, title, reference, _kinds(study, settings))
-    found.measured = joined(*parts)
-    found.text = (
-        f"Ratios: how many times as far a method drifts as {reference} where it has learned as much, its lowest "
-        "drift over rates and early stops, interpolated between neighbours on the grid (linear in the loss, "
-        "logarithmic in the divergence). Geometric means over the seeds with 95 % intervals (Student's t over the "
-        "seeds' paired log ratios). ≥: it never learned that much and drifts this far where it learned most. ≤: "
-        f"all its points learned more. {OVER[0].upper()}{OVER[1:]}: the geometric mean over "
-        f"{', '.join(_unlike(study, settings))}. Drop elsewhere: mean fall of the likelihoods of the other tasks, "
-        "in percentage points."
-    )
-    return found
+    def _points(self, study: Study, records: pd.DataFrame, domain: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Each method's loss, likelihood and drift by text at each rate, number of steps and seed; and its drops.
 
-
-def _runs(study: Study, settings: FrontierSettings) -> Iterator[tuple[Job, dict]]:
-    tasks = settings.tasks or None
-    yield study.score(None, tasks), {"method": BASE}
-    for domain, methods in settings.domains.items():
-        for method in methods:
-            row = study.row(method)
-            stops = settings.early.get(method, ()) if domain in (settings.early_domains or (domain,)) else ()
-            for steps, rate, seed in itertools.product((None, *stops), settings.rates, study.seeds(settings)):
-                adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
-                point = {"method": row.title, "lr": rate, "steps": steps or math.inf}
-                label = {"on": domain, **point, "seed": seed}
-                yield adapter, label
-                yield study.score(adapter, tasks, drift=True), label
-
-
-def _unlike(study: Study, settings: FrontierSettings) -> list[str]:
-    """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
-    drift = study.recipe.evaluation.drift
-    texts = drift.texts if drift is not None else {}
-    calibration = getattr(study.row(settings.reference).method, "calibration_text", None)
-    return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
-
-
-def _kinds(study: Study, settings: FrontierSettings) -> dict[str, str]:
-    """Title of a method → `own` (the reference and others in its basis), `plain` or `rival`."""
-    kinds = {}
-    for name in itertools.chain(*settings.domains.values()):
-        method = study.row(name).method
-        is_own = name == settings.reference or (method.name == "hiplora" and method.preset != "paper")
-        kinds[study.row(name).title] = "plain" if name in settings.plain else "own" if is_own else "rival"
-    return kinds
-
-
-def _points(
-    study: Study, settings: FrontierSettings, records: pd.DataFrame, domain: str
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Each method's loss, likelihood and drift by text at each rate, number of steps and seed; and its drops.
-
-    Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
-    """
-    own = study.recipe.domains[domain]
-    rows = records[records.on == domain].astype({"lr": float, "steps": float})
-    index = [*POINT, "seed"]
-    items = scored(rows)
-    items = items[items.form == "likelihood"]
-    wide = {
-        LOSS: rows[rows.metric == "held_out_after"],
-        "untrained": rows[rows.metric == "held_out_before"],
-        LIKELIHOOD: items[items.task == own.task],
-    }
-    kl = rows[rows.metric == "kl"].pivot(index=index, columns="task", values="value")
-    means = {name: one.groupby(index, sort=False)["value"].mean() for name, one in wide.items()}
-    points = pd.DataFrame(means).join(kl)
-    if len(kl.columns):
-        points[OVER] = np.exp(np.log(kl[_unlike(study, settings)].clip(lower=FLOOR)).mean(axis=1))
-    points = points[np.isfinite(points[LOSS]).groupby(level=POINT).transform("all")]
-    base = scored(records[records.method == BASE])
-    base = base[(base.form == "likelihood") & ~base.task.isin(own.tasks) & base.task.isin(items.task)]
-    if base.empty or points.empty:
-        return points, pd.DataFrame()
-    before = replicates(base, ["task"])
-    after = replicates(items[items.task.isin(base.task)], [*index, "task"])
-    fall = before.reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
-    return points, averaged(pd.DataFrame(fall, after.index), ["task"])
+        Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
+        """
+        own = study.recipe.domains[domain]
+        rows = records[records.domain == domain].astype({"lr": float, "steps": float})
+        index = [*POINT, "seed"]
+        items = scored(rows)
+        items = items[items.form == "likelihood"]
+        wide = {
+            LOSS: rows[rows.metric == "held_out_after"],
+            "untrained": rows[rows.metric == "held_out_before"],
+            "likelihood": items[items.task == own.task],
+        }
+        kl = rows[rows.metric == "kl"].pivot(index=index, columns="task", values="value")
+        means = {name: one.groupby(index, sort=False)["value"].mean() for name, one in wide.items()}
+        points = pd.DataFrame(means).join(kl)
+        if len(kl.columns):
+            points[OVER] = np.exp(np.log(kl[self._unlike(study)].clip(lower=FLOOR)).mean(axis=1))
+        points = points[np.isfinite(points[LOSS]).groupby(level=POINT).transform("all")]
+        base = scored(records[records.method == BASE])
+        base = base[(base.form == "likelihood") & ~base.task.isin(own.tasks) & base.task.isin(items.task)]
+        if base.empty or points.empty:
+            return points, pd.DataFrame()
+        before = replicates(base, ["task"])
+        after = replicates(items[items.task.isin(base.task)], [*index, "task"])
+        fall = before.reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
+        return points, averaged(pd.DataFrame(fall, after.index), ["task"])
 
 
 def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: list[str]) -> pd.DataFrame:
@@ -186,50 +166,34 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
     loss = measured(student(points[LOSS]), "held-out loss", "nats/token")
     loss["learned"] = (means[LOSS] < means.untrained).to_numpy()
     loss["best"] = means.index.isin(list(best.values()))
-    parts = [loss, measured(student(points[LIKELIHOOD].dropna()), "score", "%", form="likelihood")]
-    texts = [name for name in points if name not in (LOSS, "untrained", LIKELIHOOD)]
+    parts = [loss, measured(student(points.likelihood.dropna()), "score", "%", form="likelihood")]
+    texts = [name for name in points if name not in (LOSS, "untrained", "likelihood")]
     for text in texts:
-        drift = points[text]
-        parts.append(measured(student(drift), "drift", "nats/token", text=text))
-        drift = geometric(drift.clip(lower=FLOOR))
+        drift = geometric(points[text].clip(lower=FLOOR))
         parts.append(measured(drift, "geometric drift", "nats/token", text=text))
     if not drops.empty:
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
-    if reference not in best:
-        return joined(*parts)
-    return joined(*parts, _ratios(points, texts, reference, plain), _below(points, reference))
-
-
-def _frontiers(points: pd.DataFrame, view: str, text: str) -> dict[str, Frontier]:
-    """Method → its frontier of loss or likelihood against a drift."""
-    wide = points[[view, text]].unstack("seed", sort=False).dropna()
-    found = {}
-    for method, one in wide.groupby(level="method", sort=False):
-        rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
-        learned = one[view].to_numpy() * (1 if view == LOSS else -1)
-        found[method] = Frontier(rates, steps, learned, np.log(one[text].clip(lower=FLOOR).to_numpy()))
-    return found
+    if reference in best:
+        parts.append(_ratios(points, texts, reference, plain))
+    return joined(*parts, columns=["which"])
 
 
 def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[str]) -> pd.DataFrame:
     """How many times as far each method drifts as the reference, at the most that both learned and at its points."""
     rows, logs = [], []
-    for view, text in itertools.product((LOSS, LIKELIHOOD), texts):
-        frontiers = _frontiers(points, view, text)
+    for text in texts:
+        frontiers = {}
+        wide = points[[LOSS, text]].unstack("seed", sort=False).dropna()
+        for method, one in wide.groupby(level="method", sort=False):
+            rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
+            y = np.log(one[text].clip(lower=FLOOR).to_numpy())
+            frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), y)
         there = frontiers.pop(reference, None)
-        if there is None:
-            continue
-        for at in (None, *range(len(there.rates))):
+        for at in () if there is None else (None, *range(len(there.rates))):
             known = []
             for method, here in frontiers.items():
                 apart, x, state = compared(here, there, at)
-                label = {
-                    "metric": f"drift ratio at equal {view}",
-                    "method": method,
-                    "text": text,
-                    view: abs(x),
-                }
-                label |= {"state": state, "operating": at is None}
+                label = {"method": method, "text": text, LOSS: x, "state": state, "operating": at is None}
                 label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
                 known.append((label, apart))
             # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
@@ -242,26 +206,92 @@ def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[
     if not rows:
         return pd.DataFrame()
     values = pd.DataFrame(logs).stack().rename_axis(["row", "seed"])
-    found = geometric(np.exp(values)).join(pd.DataFrame(rows)).assign(over=reference, unit="ratio")
+    found = geometric(np.exp(values)).join(pd.DataFrame(rows)).assign(metric=RATIO, over=reference, unit="ratio")
     found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
     found.loc[found.state == NOT_REACHED, "high"] = np.nan
     return found
 
 
-def _below(points: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """On what share of their common losses each method lies below the reference, on the mean and by seed."""
-    frontiers = _frontiers(points, LOSS, OVER) if OVER in points else {}
-    there = frontiers.pop(reference, None)
-    if there is None:
-        return pd.DataFrame()
-    rows = []
-    for method, here in frontiers.items():
-        share = share_below(here, there)
-        if share is None:
-            continue
-        seeds = [share_below(here.of_seed(seed), there.of_seed(seed)) for seed in range(here.x.shape[1])]
-        known = [one for one in seeds if one is not None]
-        counts = {"everywhere": known.count(1.0), "nowhere": known.count(0.0)}
-        counts |= {"somewhere": len(known) - sum(counts.values()), "no common losses": seeds.count(None)}
-        rows.append({"method": method, "estimate": share, "seeds": len(seeds), **counts})
-    return pd.DataFrame(rows).assign(metric="share of losses below", unit="fraction", text=OVER)
+def _best(numbers: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
+    """Each method at the rate with the lowest mean held-out loss."""
+    losses = numbers[numbers.metric == "held-out loss"]
+    best = losses[losses.best.astype(bool)].set_index(POINT)
+
+    def there(metric: str, text: str | None = None) -> pd.DataFrame:
+        rows = numbers[(numbers.metric == metric) & (text is None or numbers.text == text)]
+        return rows.set_index(POINT).reindex(best.index)
+
+    found = pd.DataFrame(index=best.index)
+    edges = (min(rates), max(rates))
+    found["Rate"] = [f"{rate:g}" + ", at the edge" * (rate in edges) for _, rate, _ in best.index]
+    found["Held-out loss"] = best.estimate.map("{:.3f}".format)
+    found["Likelihood, %"] = there("score").estimate.round(1)
+    for text in numbers[numbers.metric == "geometric drift"].text.unique():
+        found[f"KL, {text}, 1/1000"] = (1000 * there("geometric drift", text).estimate).round(2)
+    drops = there("likelihood drop")
+    if drops.estimate.notna().any():
+        found["Drop elsewhere, pp"] = [interval(r.estimate, r.low, r.high) for r in drops.itertuples()]
+    return found.reset_index(["lr", "steps"], drop=True).rename_axis("Method")
+
+
+def _ratio_tables(numbers: pd.DataFrame, stem: str, title: str, reference: str) -> Tables:
+    """The ratios at the lowest loss that both reached, by text, and at each of the reference's points."""
+    ratios = numbers[numbers.metric == RATIO]
+    if ratios.empty:
+        return {}
+    operating, overall, best = ratios.operating.astype(bool), ratios.text == OVER, ratios.which.notna()
+    named = f"{BEST_PLAIN} ({ratios[best & operating & overall].which.iloc[0]})" if best.any() else BEST_PLAIN
+    ratios = ratios.assign(row=ratios.method.where(~best, named), told=ratios.apply(_told, axis=1))
+    order = sorted(ratios.row.unique(), key=lambda row: row != named)
+
+    def wide(rows: pd.DataFrame, column: str, columns: Sequence[str]) -> pd.DataFrame:
+        found = rows.pivot(index="row", columns=column, values="told").reindex(index=order, columns=columns)
+        return found.rename_axis(index="Method", columns=None)
+
+    equal = wide(ratios[operating], "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
+    equal.insert(0, "Held-out loss", ratios[operating & overall].set_index("row").loss.map("{:.3f}".format))
+    each = ratios[~operating & overall]
+    each = each.assign(column=[_point(row) + f" (loss {row.loss:.3f})" for row in each.itertuples()])
+    told = f"{title}: drift at the lowest loss that both reached, against {reference}"
+    at_rates = f"{title}: drift over {OVER} at equal loss, against {reference} at each of its rates"
+    return {
+        f"{stem}-equal": (told, equal.fillna("–")),
+        f"{stem}-rates": (at_rates, wide(each, "column", each.column.unique()).fillna("–")),
+    }
+
+
+def _told(row: Any) -> str:
+    if row.state == NOT_REACHED:
+        return f"≥ {row.estimate:.3g} (not reached)"
+    if row.state == PASSED:
+        return f"≤ {row.estimate:.3g} (learned more)"
+    return interval(row.estimate, row.low, row.high, 2)
+
+
+def _point(row: Any) -> str:
+    return f"{row.lr:g}" + ("" if np.isinf(row.steps) else f", {row.steps:.0f} steps")
+
+
+def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain: list[str]) -> dict[str, tuple]:
+    """A domain's figures of drift against loss: of the plain LoRAs and of the others, each with the reference.
+
+    Points that learned nothing are left out: one method's highest rates would press all others into a corner.
+    """
+    losses = numbers[numbers.metric == "held-out loss"]
+    losses = losses[losses.learned.astype(bool)].set_index(POINT).estimate
+    rows = numbers[numbers.metric == "geometric drift"].set_index(POINT).drop(columns="loss", errors="ignore")
+    rows = rows.join(losses.rename("loss"), how="inner").reset_index()
+    steps = ["" if np.isinf(n) else f", {n:.0f} steps" for n in rows.steps]
+    rows = rows.assign(line=rows.method + steps).sort_values("lr", kind="stable")
+    found = {}
+    for group, shown, told in (
+        ("lora", rows.method.isin(plain), "plain LoRA"),
+        ("rivals", ~rows.method.isin(plain) & (rows.method != reference), "rivals"),
+    ):
+        if shown.any():
+            figure = plots.facets(
+                rows[shown | (rows.method == reference)], "text", plots.lines, x="loss", y="estimate", line="line",
+                logy=True, xlabel="held-out loss, nats a token", ylabel="KL from the base, nats a token",
+            )  # fmt: skip
+            found[f"{stem}-{group}"] = f"{title}: {reference} against {told}, drift against loss", figure
+    return found

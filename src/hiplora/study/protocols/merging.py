@@ -1,36 +1,20 @@
 """The adapters of all domains merged: before, after, and their difference, as in Tables 2 and 13 of the paper."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
-from hiplora.study.protocols.settings import OfMethods, Positive, Rules
+from hiplora.metrics import MergeInstance, pass_at_k
+from hiplora.study.jobs import Job
+from hiplora.study.protocols.settings import Findings, OfMethods, Results, Rules, Run, Study
 from hiplora.study.protocols.single_task import drift_table
-from hiplora.study.records import (
-    Findings,
-    by_form,
-    joined,
-    measured,
-    paper_value,
-    scored,
-    table,
-    tidy,
-    with_differences,
-    with_jobs,
-)
+from hiplora.study.records import Tables, by_form, joined, measured, scored, table, tidy, with_differences
 from hiplora.study.statistics import averaged, drift, replicates, summary
 
-if TYPE_CHECKING:
-    from hiplora.metrics import MergeInstance
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-    from hiplora.study.store import Results
-
-PASSES = (1, 5, 10)
+PASSES = (5, 10)
 _TITLES = {"ties": "TIES", "dare": "DARE", "knots": "KnOTS", "tsv": "TSV", "iso-c": "Iso-C"}
 
 
@@ -39,15 +23,54 @@ class Merging(OfMethods):
 
     name: ClassVar[str] = "merging"
     title: ClassVar[str] = "Merging the adapters of all domains"
+    by: ClassVar[tuple[str, ...]] = ("rule", "method")
     rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options, as of `hiplora merge`.")
-    passing: dict[str, Positive | None] = Field(
-        default={}, description="Further tasks, scored for the adapter of the domain that has such a task."
-    )
+
+    def runs(self, study: Study) -> list[Run]:
+        """Merge the adapters of each seed by every rule; score each merge, and each adapter, on the domains' tasks."""
+        found = []
+        for rule, method, seed in itertools.product(self.rules, self.methods, study.seeds(self)):
+            row, instance = study.row(method), tuple((domain, seed) for domain in study.recipe.domains)
+            label = {"rule": rule, "method": row.title, "seed": seed}
+            for domain, _ in instance:
+                alone = study.score(study.adapter(row, domain, seed))
+                found.append((alone, {**label, "when": "before", "domain": domain}))
+            merge = merge_of(study, row, instance, rule, self.rules[rule])
+            found.append((merge, {**label, "when": "after"}))
+        return found
+
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
+        records = tidy(results, runs, self.by)
+        moved = drift(records[records.when == "after"], ["rule"])
+        numbers = _measured(study, records)
+        found = Findings(joined(numbers, moved))
+        rows, drops = _before_and_after(numbers), numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
+        for rule in self.rules:
+            caption = f"Merged by {rule_title(rule)}, %"
+            found.tables |= by_form(f"{self.name}-{rule}", caption, rows[rows.rule == rule], "row")
+        found.tables |= drift_tables(self.name, self.rules, moved)
+        drops = drops.assign(row=titled(drops), column=drops.metric + ", " + drops.form)
+        found.tables[f"{self.name}-rules"] = (
+            "Mean drop by rule, percentage points",
+            table(drops, "row", paper="merge-rules"),
+        )
+        found.text = (
+            "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
+            "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
+            "negative."
+        )
+        return found
 
 
 def rule_title(rule: str) -> str:
     """Return a merge rule's name as tables have it."""
     return _TITLES.get(rule, rule)
+
+
+def titled(numbers: pd.DataFrame) -> pd.Series:
+    """Return the titles of the rows of a table of methods and rules."""
+    return numbers.method + ", " + numbers.rule.map(rule_title)
 
 
 def merge_of(
@@ -65,37 +88,7 @@ def merge_of(
     return study.merge(adapters, rule, options, tasks, drift or whole, name=f"{row.title}, {told}")
 
 
-def jobs(study: Study, settings: Merging) -> list[Job]:
-    """Merge the adapters of each seed by every rule; score each merge, and each adapter, on the domains' tasks."""
-    return [job for job, _ in _runs(study, settings)]
-
-
-def tables(study: Study, settings: Merging, results: Results) -> Findings:
-    """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
-    runs = list(_runs(study, settings))
-    records = tidy(results, runs, ("rule", "method"))
-    moved = drift(records[records.when == "after"], ["rule"])
-    numbers = _measured(study, settings, records)
-    found = Findings(settings.name, settings.title)
-    found.measured = with_jobs(joined(numbers, moved), runs, ("rule", "method"))
-    rows, drops = _before_and_after(numbers), _by_rule(numbers)
-    for rule in settings.rules:
-        stem, caption = f"{settings.name}-{rule}", f"Merged by {rule_title(rule)}, %"
-        found.tables |= by_form(stem, caption, rows[rows.rule == rule], "row", _paper)
-    found.tables |= drift_tables(settings.name, settings.rules, moved)
-    found.tables[f"{settings.name}-rules"] = (
-        "Mean drop by rule, percentage points",
-        table(drops, "column", "row", paper=_paper),
-    )
-    found.text = (
-        "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
-        "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
-        "negative."
-    )
-    return found
-
-
-def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> dict:
+def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:
     """Return the drift of the merged models, a table a rule."""
     return {
         f"{name}-drift-{rule}": drift_table(
@@ -105,79 +98,9 @@ def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> di
     }
 
 
-def _runs(study: Study, settings: Merging) -> Iterator[tuple[Job, dict]]:
-    domains = list(study.recipe.domains)
-    further = {domain: passing(study, settings, domain) for domain in domains}
-    all_further = {task: count for tasks in further.values() for task, count in tasks.items()}
-    for rule, options in settings.rules.items():
-        for method in settings.methods:
-            row = study.row(method)
-            for seed in study.seeds(settings):
-                label = {"rule": rule, "method": row.title, "seed": seed}
-                adapters = {domain: study.adapter(row, domain, seed) for domain in domains}
-                for domain, adapter in adapters.items():
-                    alone = {**label, "when": "before", "domain": domain}
-                    yield study.score(adapter), alone
-                    if further[domain]:
-                        yield study.score(adapter, further[domain], drift=False), alone
-                instance = tuple((domain, seed) for domain in domains)
-                yield merge_of(study, row, instance, rule, options), {**label, "when": "after"}
-                if all_further:
-                    name = f"{row.title}, {', '.join(all_further)}, seed {seed}"
-                    merge = study.merge(adapters, rule, options, all_further, name=name)
-                    yield merge, {**label, "when": "after"}
-
-
-def passing(study: Study, settings: Merging, domain: str) -> dict[str, int | None]:
-    """Return the further tasks of a domain, those that are made of the same file as one of its own.
-
-    Raises:
-        ConfigError: a task of `passing` belongs to no domain.
-    """
-    from hiplora.errors import ConfigError
-
-    files = {name: {_file(task) for task in one.tasks} for name, one in study.recipe.domains.items()}
-    for task in settings.passing:
-        if not any(_file(task) in known for known in files.values()):
-            raise ConfigError(
-                f"protocols.merging.passing: task {task!r} belongs to no domain; name one that is made of the same "
-                "file as a domain's own, as humaneval_10 is of humaneval, or remove it"
-            )
-    own = study.recipe.domains[domain].task
-    return {task: n for task, n in settings.passing.items() if _file(task) in files[domain] and task != own}
-
-
-def _file(task: str) -> str:
-    from hiplora.evaluation.suite import own_tasks, task_settings
-
-    return str(task_settings(task)["file"]) if task in own_tasks() else task
-
-
-def _reported(study: Study, settings: Merging, records: pd.DataFrame) -> pd.DataFrame:
-    """The items of what is reported: each domain's score in both forms, and pass@k where programs are sampled.
-
-    A task's accuracy is pass@1, the share of its n samples that pass: pass@k follows from it.
-    """
-    from hiplora.evaluation.suite import task_samples
-    from hiplora.metrics import pass_at_k
-
-    items, parts = scored(records), []
-    for name, domain in study.recipe.domains.items():
-        of_domain = items[items.domain.isin((name, ""))].assign(domain=name)
-        parts.append(of_domain[of_domain.task == domain.task].assign(reported=domain.title))
-        for task in (domain.task, *passing(study, settings, name)):
-            passed = of_domain[(of_domain.task == task) & (of_domain.form == "accuracy")]
-            n = task_samples(task)
-            for k in PASSES:
-                if k <= n and (k > 1 or task != domain.task):
-                    values = [100 * pass_at_k(n, round(share * n / 100), k) for share in passed.value]
-                    parts.append(passed.assign(value=values, reported=f"{domain.title} pass@{k}"))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _measured(study: Study, settings: Merging, records: pd.DataFrame) -> pd.DataFrame:
+def _measured(study: Study, records: pd.DataFrame) -> pd.DataFrame:
     by = ["rule", "form", "when", "method", "domain", "reported", "seed"]
-    draws = replicates(_reported(study, settings, records), by)
+    draws = replicates(_reported(study, scored(records)), by)
     if draws.empty:
         return joined(columns=[*by, "metric", "estimate", "low", "high"])
     before, after = (draws.xs(when, level="when") for when in ("before", "after"))
@@ -191,6 +114,25 @@ def _measured(study: Study, settings: Merging, records: pd.DataFrame) -> pd.Data
     )
 
 
+def _reported(study: Study, items: pd.DataFrame) -> pd.DataFrame:
+    """The items of what is reported: each domain's score in both forms, and pass@k where programs are sampled.
+
+    A task's accuracy is pass@1, the share of its n samples that pass: pass@k follows from it.
+    """
+    from hiplora.evaluation.suite import task_samples
+
+    parts = []
+    for name, domain in study.recipe.domains.items():
+        own = items[items.domain.isin((name, "")) & (items.task == domain.task)].assign(domain=name)
+        parts.append(own.assign(reported=domain.title))
+        passed, n = own[own.form == "accuracy"], task_samples(domain.task)
+        for k in PASSES:
+            if k <= n:
+                values = [100 * pass_at_k(n, round(share * n / 100), k) for share in passed.value]
+                parts.append(passed.assign(value=values, reported=f"{domain.title} pass@{k}"))
+    return pd.concat(parts, ignore_index=True)
+
+
 def _before_and_after(numbers: pd.DataFrame) -> pd.DataFrame:
     """The measurements of a table before and after a merge, for each method the row before, after and drop."""
     shown = numbers[numbers.metric.isin(("merge score", "drop", "mean drop"))]
@@ -198,14 +140,3 @@ def _before_and_after(numbers: pd.DataFrame) -> pd.DataFrame:
     shown = shown.assign(row=shown.method + ", " + when, column=shown.reported.fillna("Mean drop"))
     order = [f"{method}, {when}" for method in shown.method.unique() for when in ("before", "after", "drop")]
     return shown.sort_values("row", key=lambda rows: rows.map(order.index), kind="stable")
-
-
-def _by_rule(numbers: pd.DataFrame) -> pd.DataFrame:
-    shown = numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
-    rows = shown.method + ", " + shown.rule.map(rule_title)
-    return shown.assign(row=rows, column=shown.metric + ", " + shown.form)
-
-
-def _paper(row: Any) -> float | None:
-    known = (row.metric, row.form) == ("mean drop", "accuracy")
-    return paper_value("merge-rules", f"{row.method}, {rule_title(row.rule)}", "Mean drop") if known else None

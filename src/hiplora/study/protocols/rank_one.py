@@ -1,24 +1,19 @@
 """Rank-1 interventions on the base: what single directions are worth, and how that goes with σ (Tables 3 and 6)."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 from pydantic import Field
 
+from hiplora.probing import contrasts, findings
 from hiplora.reporting import plots
-from hiplora.study.protocols.settings import Positive, Protocol
-from hiplora.study.records import Findings, joined, paper_value, table
-
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-    from hiplora.study.store import Results
+from hiplora.study.protocols.settings import Findings, Positive, Protocol, Results, Run, Study
+from hiplora.study.records import joined, table
 
 METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
 COEFFICIENTS = ("pearson", "spearman")
-ALL = "all"  # the type that stands for all modules
+DIGITS = {"Directions": 0, "Pearson": 2, "Pearson p": 4, "Spearman": 2, "Spearman p": 4}
 
 
 class RankOne(Protocol):
@@ -26,6 +21,7 @@ class RankOne(Protocol):
 
     name: ClassVar[str] = "rank-one"
     title: ClassVar[str] = "Rank-1 interventions"
+    by: ClassVar[tuple[str, ...]] = ("basis",)
     modules: list[str] | str | None = Field(default=None, description="Modules; the attention projections.")
     layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
     directions: Positive = Field(default=8, description="Directions of each module.")
@@ -37,49 +33,46 @@ class RankOne(Protocol):
     draws: Positive = Field(default=1, description="Draws of the noise.")
     tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
 
+    def runs(self, study: Study) -> list[Run]:
+        """Probe the base in each basis."""
+        drift = study.recipe.evaluation.drift
+        texts = dict(drift.texts) if drift is not None else {}
+        asked = self.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
+        asked |= {"texts": texts, "seed": study.recipe.evaluation.seed}
+        asked["files"] = study.hashes([source.partition(":")[0] for source in texts.values()])
+        return [
+            (study.job("probe", f"probe the base, {basis} basis", {**asked, "basis": basis}), {"basis": basis})
+            for basis in self.bases
+        ]
 
-def jobs(study: Study, settings: RankOne) -> list[Job]:
-    """Probe the base in each basis."""
-    return [_probe(study, settings, basis) for basis in settings.bases]
-
-
-def tables(study: Study, settings: RankOne, results: Results) -> Findings:
-    """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
-    found = Findings(settings.name, settings.title)
-    parts = []
-    for basis, job in zip(settings.bases, jobs(study, settings), strict=True):
-        probed = results.get(job)
-        if probed is None:
-            continue
-        numbers = _numbers(probed).assign(basis=basis, jobs=job.key[:8])
-        parts.append(numbers)
-        for metric, title in METRICS.items():
-            stem = f"{settings.name}-{basis}-{metric.replace('_', '-')}"
-            caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
-            rows = numbers[(numbers.of == metric) & (numbers.type == ALL) & numbers.metric.isin(COEFFICIENTS)]
-            found.tables[stem] = caption, _table(rows, basis == "weight" and metric == "log_perplexity")
-        points = pd.DataFrame(probed["records"])
-        points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
-        points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
-        if not points.empty:
-            figure = plots.facets(
-                points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
-                xlabel="σ", ylabel="KL (nats a token)",
-            )  # fmt: skip
-            caption = f"What single directions are worth, {basis} basis"
-            found.figures[f"{settings.name}-{basis}"] = caption, figure
-    found.measured = joined(*parts)
-    found.text = "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
-    return found
-
-
-def _probe(study: Study, settings: RankOne, basis: str) -> Job:
-    drift = study.recipe.evaluation.drift
-    texts = dict(drift.texts) if drift is not None else {}
-    asked = settings.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
-    files = study.hashes([source.partition(":")[0] for source in texts.values()])
-    asked |= {"basis": basis, "texts": texts, "seed": study.recipe.evaluation.seed, "files": files}
-    return study.job("probe", f"probe the base, {basis} basis", asked)
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
+        found, parts = Findings(), []
+        for job, labels in runs:
+            basis, probed = labels["basis"], results.get(job)
+            if probed is None:
+                continue
+            parts.append(_numbers(probed).assign(basis=basis))
+            for metric, title in METRICS.items():
+                stem = f"{self.name}-{basis}-{metric.replace('_', '-')}"
+                caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
+                in_paper = basis == "weight" and metric == "log_perplexity"
+                found.tables[stem] = caption, _table(parts[-1], metric, self.name if in_paper else "")
+            points = pd.DataFrame(probed["records"])
+            points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
+            points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
+            if not points.empty:
+                figure = plots.facets(
+                    points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
+                    xlabel="σ", ylabel="KL (nats a token)",
+                )  # fmt: skip
+                caption = f"What single directions are worth, {basis} basis"
+                found.figures[f"{self.name}-{basis}"] = caption, figure
+        found.measured = joined(*parts)
+        found.text = (
+            "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
+        )
+        return found
 
 
 def _named(kind: str) -> str:
@@ -89,28 +82,25 @@ def _named(kind: str) -> str:
 
 def _numbers(probed: dict[str, Any]) -> pd.DataFrame:
     """The correlations, how far those of two interventions are apart, and Pearson's without the largest σ."""
-    from hiplora.probing import contrasts, findings
-
     records = probed["records"]
     strongest = max(records, key=lambda one: one["sigma"])
     name = (strongest["module"], strongest["index"])  # this direction may make a correlation alone
-    left = [{**one, "type": ALL} for one in records if (one["module"], one["index"]) != name]
-    told = f"{strongest['module']}, σ = {strongest['sigma']:.1f}"
-    without = _rows(findings(left), "{} without the strongest").drop(columns=["type", "p"])
+    left = [{**one, "type": "all"} for one in records if (one["module"], one["index"]) != name]
+    without = _rows(findings(left), COEFFICIENTS[:1], " without the strongest").drop(columns=["type", "p"])
     return joined(
-        _rows(probed["correlations"], "{}"),
-        _rows(contrasts(records), "{} difference").drop(columns=["type", "p"]),
-        without[without.metric.str.startswith("pearson")].assign(without=told),
+        _rows(probed["correlations"], COEFFICIENTS),
+        _rows(contrasts(records), COEFFICIENTS, " difference").drop(columns=["type", "p"]),
+        without.assign(without=f"{strongest['module']}, σ = {strongest['sigma']:.1f}"),
     )
 
 
-def _rows(correlations: list[dict[str, Any]], metric: str) -> pd.DataFrame:
+def _rows(correlations: list[dict[str, Any]], coefficients: Sequence[str], ending: str = "") -> pd.DataFrame:
     """A row a correlation that has a value."""
     rows = [
         {
             "method": _named(one["kind"]),
             "minus": _named(one["minus"]) if "minus" in one else None,
-            "metric": metric.format(name),
+            "metric": name + ending,
             "of": one["metric"],
             "type": one.get("type"),
             "items": one["points"],
@@ -118,24 +108,19 @@ def _rows(correlations: list[dict[str, Any]], metric: str) -> pd.DataFrame:
             **{key: one[name][key] for key in ("estimate", "low", "high")},
         }
         for one in correlations
-        for name in COEFFICIENTS
+        for name in coefficients
         if one[name]["estimate"] is not None
     ]
     columns = ["method", "minus", "metric", "of", "type", "items", "p", "estimate", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _table(rows: pd.DataFrame, in_paper: bool) -> pd.DataFrame:
+def _table(numbers: pd.DataFrame, metric: str, paper: str) -> pd.DataFrame:
+    rows = numbers[(numbers.of == metric) & (numbers.type == "all") & numbers.metric.isin(COEFFICIENTS)]
     rows = rows.assign(column=rows.metric.str.capitalize())
     p = rows.assign(column=rows.column + " p", estimate=rows.p, low=None, high=None)
-    pearson = rows[rows.metric == "pearson"]
-    points = pearson.assign(column="Directions", estimate=pearson["items"], low=None, high=None)
-    places = {"Directions": 0, "Pearson": 2, "Spearman": 2}
-    wide = table(
-        joined(points, rows, p),
-        "column",
-        digits=lambda row: places.get(row.column, 4),
-        paper=(lambda row: paper_value("rank-one", row.method, row.column)) if in_paper else None,
-    )
-    order = ["Directions", "Pearson", "Pearson p", "Spearman", "Spearman p"]
-    return wide[[name for name in order if name in wide]].rename_axis("Intervention")
+    points = rows[rows.metric == "pearson"]
+    points = points.assign(column="Directions", estimate=points["items"], low=None, high=None)
+    shown = joined(points, rows, p)
+    wide = table(shown.assign(digits=shown.column.map(DIGITS)), paper=paper, order=list(DIGITS))
+    return wide.rename_axis("Intervention")

@@ -1,20 +1,13 @@
 """λ, γ, r and k chosen on held-out rows, one after the other: the paper's coarse-to-fine selection."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import pandas as pd
 from pydantic import Field
 
-from hiplora.study.protocols.settings import AtLeastZero, Positive, Protocol
-from hiplora.study.records import Findings
-
-if TYPE_CHECKING:
-    from hiplora.study.builder import Study
-    from hiplora.study.jobs import Job
-    from hiplora.study.store import Results
+from hiplora.study.jobs import Job
+from hiplora.study.protocols.settings import AtLeastZero, Findings, Positive, Protocol, Results, Run, Study
 
 
 class Selection(Protocol):
@@ -31,61 +24,53 @@ class Selection(Protocol):
     )
     ranks: list[Positive] = Field(min_length=1, description="k to try.")
 
+    def runs(self, study: Study) -> list[Run]:
+        """Choose λ, γ, r and k, each over trainings at what was chosen before."""
+        method, rates = study.row(self.method), study.recipe.rates
+        seeds = self.seeds or [study.recipe.seeds[0] if rates is None else rates.seed]
+        chosen: dict[str, Job] = {}
+        found: list[Run] = []
+        for symbol, field, values in (
+            ("λ", "stability_weight", self.lambdas),
+            ("γ", "stability_gamma", self.gammas),
+            ("r", "r", self.residual_ranks),
+            ("k", "principal_rank", self.ranks),
+        ):
+            before, candidates = "".join(f", chosen {name}" for name in chosen), {}
+            for value in values:
+                title = f"{method.title}, {symbol} = {value:g}{before}"
+                row = study.variant(self.method, title, **{field: value})
+                candidates[value] = {
+                    f"{self.domain}-{value:g}-{seed}": study.adapter(
+                        row, self.domain, seed, like=method, chosen=chosen
+                    )
+                    for seed in seeds
+                }
+            if candidates:
+                chosen[field] = study.choice(f"{symbol} of {method.title}", candidates)
+                found.append((chosen[field], {"method": method.title, "symbol": symbol, "field": field}))
+        return found
 
-def jobs(study: Study, settings: Selection) -> list[Job]:
-    """The choices, each over trainings at what was chosen before."""
-    return [job for _, _, job in _stages(study, settings)]
-
-
-def tables(study: Study, settings: Selection, results: Results) -> Findings:
-    """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
-    title, rows, shown = study.row(settings.method).title, [], []
-    for symbol, field, choice in _stages(study, settings):
-        swept = results.get(choice) or {"tried": []}
-        needs = {one["value"]: one["needs"] for one in choice.settings["candidates"]}
-        for tried in swept["tried"]:
-            value, loss, chosen = tried["value"], tried["mean"], tried["value"] == swept["value"]
-            # Below 0 there is no better value: 0 is not the edge of a grid.
-            edge = chosen and swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
-            used = [choice.needs[need].key[:8] for need in needs[value]]
-            lost = loss is None
-            told = ("chosen, at the edge of the grid" if edge else "chosen") if chosen else ""
-            shown.append((f"{symbol} = {value:g}", "diverged" if lost else f"{loss:.4f}", told))
-            if not lost:
-                row = {"method": title, "metric": "held-out loss", "unit": "nats/token", "estimate": loss}
-                row |= {"domain": settings.domain, "seeds": len(used), "jobs": " ".join(used), field: value}
-                rows.append(row | {"chosen": chosen, "at_the_edge": edge})
-    found = Findings(settings.name, settings.title, pd.DataFrame(rows))
-    if shown:
-        wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
-        found.tables[settings.name] = "What was tried and what was chosen", wide
-    found.text = (
-        f"Loss on held-out rows of {study.recipe.domains[settings.domain].title} after training, nats a token. Each "
-        f"sweep keeps what the ones above it chose, at the learning rate of {title}. The study's other rows keep "
-        "the settings of the recipe."
-    )
-    return found
-
-
-def _stages(study: Study, settings: Selection) -> Iterator[tuple[str, str, Job]]:
-    """Yield the sweeps in order: symbol, field of the method, the job that chooses."""
-    method, domain, rates = study.row(settings.method), settings.domain, study.recipe.rates
-    seeds = settings.seeds or [study.recipe.seeds[0] if rates is None else rates.seed]
-    chosen: dict[str, Job] = {}
-    for symbol, field, values in (
-        ("λ", "stability_weight", settings.lambdas),
-        ("γ", "stability_gamma", settings.gammas),
-        ("r", "r", settings.residual_ranks),
-        ("k", "principal_rank", settings.ranks),
-    ):
-        before, candidates = "".join(f", chosen {name}" for name in chosen), {}
-        for value in values:
-            title = f"{method.title}, {symbol} = {value:g}{before}"
-            row = study.variant(settings.method, title, **{field: value})
-            candidates[value] = {
-                f"{domain}-{value:g}-{seed}": study.adapter(row, domain, seed, like=method, chosen=chosen)
-                for seed in seeds
-            }
-        if candidates:
-            chosen[field] = study.choice(f"{symbol} of {method.title}", candidates)
-            yield symbol, field, chosen[field]
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
+        rows, shown = [], []
+        for choice, labels in runs:
+            swept = results.get(choice) or {"tried": []}
+            for tried in swept["tried"]:
+                value, loss, chosen = tried["value"], tried["mean"], tried["value"] == swept["value"]
+                # Below 0 there is no better value: 0 is not the edge of a grid.
+                edge = chosen and swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
+                told = ("chosen, at the edge of the grid" if edge else "chosen") if chosen else ""
+                shown.append((f"{labels['symbol']} = {value:g}", "diverged" if loss is None else f"{loss:.4f}", told))
+                row = {"method": labels["method"], "metric": "held-out loss", "unit": "nats/token", "estimate": loss}
+                rows.append({**row, "domain": self.domain, labels["field"]: value, "chosen": chosen})
+        found = Findings(pd.DataFrame(rows, columns=None if rows else ["estimate"]).dropna(subset="estimate"))
+        if shown:
+            wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
+            found.tables[self.name] = "What was tried and what was chosen", wide
+        found.text = (
+            f"Loss on held-out rows of {study.recipe.domains[self.domain].title} after training, nats a token. Each "
+            f"sweep keeps what the ones above it chose, at the learning rate of {study.row(self.method).title}. The "
+            "study's other rows keep the settings of the recipe."
+        )
+        return found

@@ -1,9 +1,13 @@
-"""What the settings of all protocols share."""
+"""What all protocols share: how their settings are read, and the shape of what they do."""
 
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hiplora.study.builder import Study
+from hiplora.study.records import Findings, Run
+from hiplora.study.store import Results
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -16,7 +20,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 NAMING = {
     "texts": ("text",),
     "methods": (
-        *("methods", "method", "reference", "plain", "attention", "early"),
+        *("methods", "method", "reference", "plain", "early"),
         *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
     ),
     "domains": ("domains", "domain", "early_domains", "order"),
@@ -32,7 +36,19 @@ class Settings(BaseModel):
 class Protocol(Settings):
     """Settings that every protocol has."""
 
+    name: ClassVar[str]
+    title: ClassVar[str]
+    by: ClassVar[tuple[str, ...]] = ("method",)  # the labels that a measurement shares with its runs
+
     seeds: list[Seed] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
+
+    def runs(self, study: Study) -> Sequence[Run]:
+        """Return the jobs that the protocol asks for, each with the labels of its rows."""
+        raise NotImplementedError
+
+    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+        """Return what the results of `runs` say."""
+        raise NotImplementedError
 
     @model_validator(mode="after")
     def _each_once(self) -> "Protocol":

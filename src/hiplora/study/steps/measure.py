@@ -26,11 +26,10 @@ OF_MODULES = ("module", "layer", "type", "norm", "left", "right", "both", "sigma
 
 
 def evaluate(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Score the base or an adapter on tasks, item by item, and measure the adapter's drift from the base on texts.
+    """Score the base, or the `adapter` that is needed, on tasks, item by item, and measure its drift on texts.
 
     Settings: `tasks`, name to number of items (None: all); `seed`, which chooses the items; `drift`, None or
-    {texts: name to source, tokens, window, perhaps documents}; `files`, hashes of what is read. Needs: `adapter`, or
-    nothing for the base.
+    {texts: name to source, tokens, window, perhaps documents}; `files`, hashes of what is read.
     """
     network, _ = context.model()
     reference = drift_reference(context, settings)
@@ -62,11 +61,7 @@ def drift_of(model: Any, reference: Any, adapter_off: Any = None) -> dict[str, d
 
 
 def merge_adapters(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Merge adapters by a rule, and score the merged model as `evaluate` does.
-
-    Settings: `rule` and `options` as in `hiplora.merging.merge`; the rest as in `evaluate`. Needs: the adapters, merged
-    in the order of their names.
-    """
+    """Merge the needed adapters, in the order of their names, by a `rule` with `options`, and `evaluate` the result."""
     network, _ = context.model()
     reference = drift_reference(context, settings)
     adapters = [context.store.artifact(job.needs[name]) for name in sorted(job.needs)]
@@ -78,10 +73,9 @@ def merge_adapters(context: Context, job: Job, settings: Mapping[str, Any]) -> F
 
 
 def collect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Choose among candidates by what their jobs found: a learning rate by the loss on held-out rows, for instance.
+    """Choose among `candidates`, {value, needs: names of its jobs} each: the lowest mean of a `field` of the results.
 
-    Settings: `field` of the results, of which the lowest mean over a candidate's jobs wins; `candidates`, a list of
-    {value, needs: names of its jobs}. The first of equal candidates wins; one that diverged is not chosen.
+    The first of equal candidates wins; one that diverged is not chosen.
     """
     tried = []
     for candidate in settings["candidates"]:
@@ -97,10 +91,9 @@ def collect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
 
 
 def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Locate an adapter's update on the spectrum of the base weights.
+    """Locate an adapter's update on the base weights' spectrum, of which `rank` directions count as principal.
 
-    Settings: `rank`, the number of leading directions of each weight that count as principal. Needs: `adapter`. The
-    result has a row for each module, and the share of the update's energy ‖ΔW‖² in the principal subspaces.
+    The result has a row for each module, and the share of the update's energy ‖ΔW‖² in the principal subspaces.
     """
     rows = allocation_rows(context.store.artifact(job.needs["adapter"]), context.place.model, settings["rank"])
     rows = [{key: row[key] for key in OF_MODULES} for row in rows]
@@ -113,10 +106,8 @@ def inspect(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
 def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     """Edit facts in the base by a method, measure the effect, and take them out again.
 
-    Settings: `method`, a recipe's method or {name: alphaedit, …its settings}; `edits`, "builtin" or a file of the
-    study; `limit`, `category`, `mode`, `edits_per_batch`, `sample`, `steps`, `lr`, `rows`, `questions`, `seed` as in
-    `EditJob`; `neighbours`, whether the questions near each edit are asked; `drift` as in `evaluate`, measured after
-    the last edit; `files`, hashes of what is read.
+    Settings: those of `EditJob`, the `method` with its own in one block; `drift` as in `evaluate`, measured after the
+    last edit; `files`, hashes of what is read.
     """
     method = placed_recipe(context, {"method": settings["method"]})["method"]
     given = _given(EditJob, settings)
@@ -137,10 +128,7 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
 
 
 def probe(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Probe the base direction by direction: the effect of single directions of its weights on texts.
-
-    Settings: those of `ProbeSettings`; `texts`, name to source; `files`, hashes of what is read.
-    """
+    """Probe the base direction by direction, as `ProbeSettings` says, on `texts`, name to source."""
     asked = ProbeSettings(**{**_given(ProbeSettings, settings), "model": context.place.model})
     reference = context.reference(settings["texts"], asked.tokens, WINDOW)
     rows = probe_model(context.model()[0], reference, asked)

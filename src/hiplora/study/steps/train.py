@@ -33,15 +33,14 @@ HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 
 
 def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Train an adapter, continuing from the last checkpoint of an interrupted call; the artifact is its folder.
+    """Train a `recipe` with the study's file names, from a needed `start` if any; the artifact is the adapter.
 
-    Settings: `recipe`, a training recipe with the study's file names; `files`, their hashes. Needs: `start`, an
-    adapter to carry on from, if any. A training that diverges is a result: no adapter, and the reason.
+    An interrupted call is continued from its last checkpoint. A training that diverges is a result: the reason.
     """
     recipe = placed_recipe(context, settings["recipe"])
     if "start" in job.needs:
         start = str(context.store.artifact(job.needs["start"]))
-        recipe["train"] = {**recipe.get("train", {}), "start_from": start}
+        recipe["train"] = {"widen": False, **recipe.get("train", {}), "start_from": start}
     try:
         result = train(TrainRecipe.model_validate(recipe), context.store.artifact(job), resume=True)
     except DivergedError as error:
@@ -80,12 +79,11 @@ def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]
 
 
 def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Compute a method's protected factors on the base, so that the trainings that share them find them in the cache.
+    """Compute a `method`'s protected factors on the base, so that the trainings that share them find them in the cache.
 
-    Settings: `method`, a recipe's method with factors; `files`, hashes of what is read. The factors are those of the
-    weights in the precision of a training with `dtype: auto` on this machine. The result has the `basis`; `layers`,
-    the number of matrices; `k`, the common one or a list; `bytes` of all factors; `residual`, the largest (weight
-    basis); `energy`, the mean share of the inputs' energy in the basis (activation basis).
+    They are those of the weights in the precision of a training with `dtype: auto` on this machine. The result has the
+    number of `layers`; `k`, the common one or a list; `bytes` of all factors; the largest `residual` (weight basis);
+    `energy`, the mean share of the inputs' energy in the basis (activation basis).
     """
     placed = placed_recipe(context, {"method": settings["method"]})["method"]
     method: Spectral = TypeAdapter(AnyMethod).validate_python(placed)
@@ -128,11 +126,7 @@ def _weight_factors(model: Any, config: Any) -> tuple[list[SpectralFactors], boo
 
 
 def speed(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
-    """Measure how fast a recipe trains and its peak memory, in a process of its own and alone on the machine.
-
-    Settings: `recipe` as of `train`; `warmup`, steps before the measured ones; `steps`, how many are measured;
-    `files`, hashes of what is read. The result has `tokens`, the mean number in a step, and the trained `parameters`.
-    """
+    """Measure how fast a `recipe` trains in `steps` after a `warmup`, alone on the machine, and its peak memory."""
     context.reset()  # its model would lie in memory beside the one that is measured
     measured = timed(placed_recipe(context, settings["recipe"]), settings["warmup"], settings["steps"])
     found = {name: measured.pop(name) for name in ("tokens", "parameters")}

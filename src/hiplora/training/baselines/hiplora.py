@@ -106,6 +106,13 @@ class Spectral(FromInputs, LowRank):
         factors = {name: given[name] for name in OF_THE_FACTORS if name in given}
         return replace(self.peft_config(), **factors)
 
+    @property
+    def widens(self) -> bool:
+        """Whether a training that carries on may protect more: the function-aware basis, without gains."""
+        return (
+            self.basis == "activation" and self.projection == "hard" and not getattr(self, "principal_channel", False)
+        )
+
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
         """Measure the activation basis into the configuration."""
         if config.basis == "activation":

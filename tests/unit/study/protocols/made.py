@@ -2,6 +2,7 @@
 
 from hiplora.study.builder import Study
 from hiplora.study.pico import PICO_DATA
+from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
 from hiplora.study.store import Results, Store
 
@@ -42,9 +43,15 @@ def trained(parameters=100, before=2.0, after=1.0, curve=((1, 2.0), (2, 1.0))):
     }
 
 
-def tables(module, study, settings, store):
+def jobs(study, settings):
+    """What a protocol asks for."""
+    return list(dict.fromkeys(job for job, _ in settings.runs(study)))
+
+
+def tables(study, settings, store):
     """What a protocol makes of a store's results, read anew."""
-    return module.tables(study, settings, Results(Store(store.path)))
+    (found,) = sections(study, Results(Store(store.path)))
+    return found
 
 
 def row(found, metric, method, **labels):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from hiplora.study.protocols import editing
-from tests.unit.study.protocols.made import finish, made_study, row, table, tables
+from tests.unit.study.protocols.made import finish, jobs, made_study, row, table, tables
 
 EDITING = (
     "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, "
@@ -30,7 +29,7 @@ def edits(mode, correct, *stages):
 def filled(tmp_path, mode, lora, others):
     study, store = made_study(tmp_path, EDITING.replace("MODE", mode))
     settings = study.recipe.protocols.editing
-    for job in editing.jobs(study, settings):
+    for job in jobs(study, settings):
         seed = job.settings["seed"]
         finish(store, job, lora[seed] if " by LoRA," in job.name else others)
     return study, settings, store
@@ -42,21 +41,21 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
         100: edits("batch", [1, 1], stage([0, 1], [1, 1]), stage([2, 3], [0, 0])),
     }
     others = edits("batch", [0, 0], stage([0, 1], [1, 1]), stage([2, 3], [1, 1]))
-    found = tables(editing, *filled(tmp_path, "batch", lora, others))
+    found = tables(*filled(tmp_path, "batch", lora, others))
     success = row(found, "edit success", "LoRA", set="facts", mode="batch")
     assert (success.estimate, success["items"], success.seeds) == (pytest.approx(100 * 2.5 / 4), 4, 2)
     assert row(found, "locality", "LoRA").estimate == pytest.approx(25)
-    assert row(found, "locality difference", "HiP-LoRA", minus="LoRA").estimate == pytest.approx(75)
+    assert row(found, "locality difference", "HiP-LoRA (paper)", minus="LoRA").estimate == pytest.approx(75)
     assert row(found, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
     kind = row(found, "edit success by category", "LoRA", category="Entity/Attribute")
     assert kind.estimate == pytest.approx(75)
-    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA", "AlphaEdit"]
-    assert "HiP-LoRA 0.5" in found.text
+    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA (paper)", "AlphaEdit"]
+    assert "HiP-LoRA (paper) 0.5" in found.text
 
 
 def test_of_a_sequence_all_edits_so_far_count_after_each_stage(tmp_path):
     run = edits("sequential", [1, 1], stage([0, 1], [1, 1]), stage([0, 1, 2, 3], [1, 0, 0, 0]))
-    found = tables(editing, *filled(tmp_path, "sequential", {42: run, 100: run}, run))
+    found = tables(*filled(tmp_path, "sequential", {42: run, 100: run}, run))
     assert row(found, "edit success", "LoRA").estimate == 25
     course = found.measured[(found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")]
     assert course.set_index("edits").estimate.to_dict() == {2: 100, 4: 25}

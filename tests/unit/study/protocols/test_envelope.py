@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, REACHED, Frontier, share_below
+from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, REACHED, Frontier
 
 
 def frontier(*points):
@@ -14,7 +14,6 @@ def frontier(*points):
 
 
 POINTS = [(1e-3, 10, 2.0, 0.01), (1e-2, 10, 1.0, 1.0)]
-LINE = frontier(*POINTS)
 BENT = [(1e-3, 10, 2.0, 0.01), (2e-3, 10, 1.9, 1.0), (4e-3, 10, 1.0, 1.0)]
 STOPS = [(1e-3, 5, 2.0, 0.01), (1e-3, 10, 1.0, 1.0), (1e-2, 10, 0.5, 5.0)]
 
@@ -42,19 +41,9 @@ def test_each_seed_goes_along_the_same_points_at_its_own_loss():
     _, points, _ = found.at(1.5)
     for x, drift in (([1.5, 1.5], [0.1, 0.4]), ([2.0, 1.0], [0.01, 4.0]), ([9.0, 0.0], [0.01, 4.0])):
         assert np.exp(found.by_seed(np.array(x), points)) == pytest.approx(drift)
-    assert np.exp(found.of_seed(1).at(1.5)[0]) == pytest.approx(0.4)
 
 
 def test_a_seed_whose_points_lie_the_other_way_round_takes_the_one_that_learned_enough():
     found = frontier((1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.0]))
     _, points, _ = found.at(1.2)
     assert np.exp(found.by_seed(np.array([0.8, 1.3]), points)) == pytest.approx([1.0, 0.01])
-
-
-def test_the_share_of_common_losses_on_which_a_frontier_lies_below():
-    lower = frontier((1e-3, 10, 2.5, 0.001), (1e-2, 10, 1.0, 0.1))
-    assert (share_below(lower, LINE), share_below(LINE, lower), share_below(lower, lower)) == (1, 0, 0)
-    crossing = frontier((1e-3, 10, 2.0, 0.1), (1e-2, 10, 1.0, 0.1))
-    # LINE is at 0.1 in the middle of the losses, above it where more was learned
-    assert share_below(crossing, LINE) == pytest.approx(0.5, abs=0.02)
-    assert share_below(lower, frontier((1e-3, 10, 0.5, 1.0), (1e-2, 10, 0.4, 1.0))) is None

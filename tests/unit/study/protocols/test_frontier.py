@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from hiplora.study.protocols import frontier
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
 
 FRONTIER = (
@@ -34,7 +33,7 @@ def found(tmp_path):
             finish(store, adapter, trained(before=2.5, after=loss))
             drift = {"prose": kl, "code": 4 * kl}
             finish(store, study.score(adapter), scored({"gsm8k": [own, own], "mmlu": AFTER[method]}, drift))
-    return tables(frontier, study, settings, store)
+    return tables(study, settings, store)
 
 
 def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learned_less(found):
@@ -50,8 +49,6 @@ def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learne
     assert np.isnan(bound.high)
     shown = table(found, "frontier-sums-rates")["0.01 (loss 1.500)"]
     assert shown["LoRA on the MLPs"] == "≥ 10 (not reached)"
-    share = row(found, "share of losses below", "LoRA")
-    assert (share.estimate, share.nowhere, share.everywhere) == (0, 2, 0)
 
 
 def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_much(found):
@@ -63,7 +60,7 @@ def test_the_best_plain_lora_is_the_one_that_drifts_least_where_it_learned_as_mu
 
 def test_what_other_tasks_lose_is_the_fall_of_their_likelihoods(found):
     assert row(found, "likelihood drop", "LoRA", lr=0.01).estimate == pytest.approx(20)
-    assert row(found, "likelihood drop", "HiP-LoRA", lr=0.01).estimate == pytest.approx(5)
+    assert row(found, "likelihood drop", "HiP-LoRA (paper)", lr=0.01).estimate == pytest.approx(5)
 
 
 def test_a_domain_without_the_reference_is_refused(tmp_path):

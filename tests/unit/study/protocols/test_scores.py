@@ -6,10 +6,10 @@ import pytest
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
 from hiplora.study.builder import Study
 from hiplora.study.pico import PICO_DATA
-from hiplora.study.protocols import ablations, continual, lambda_curve, sections, single_task
+from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
 from hiplora.study.store import Results, Store
-from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
+from tests.unit.study.protocols.made import finish, jobs, made_study, row, scored, table, tables, trained
 
 BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}
 # method → domain of the adapter → (items of gsm8k, items of mmlu, KL), one a seed
@@ -39,7 +39,7 @@ def single(tmp_path):
 
 
 def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(single):
-    found = tables(single_task, *single)
+    found = tables(*single)
     assert row(found, "score", "Base model", domain="sums", form="accuracy").estimate == 50
     assert row(found, "score", "LoRA", domain="sums", form="accuracy").estimate == pytest.approx(80)
     assert row(found, "mean score", "LoRA", form="accuracy").estimate == pytest.approx(75)
@@ -75,12 +75,12 @@ def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
     study, store = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
     settings = study.recipe.protocols.lambda_curve
     finish(store, study.score(), scored(BASE))
-    for job in lambda_curve.jobs(study, settings)[1:]:
+    for job in jobs(study, settings)[1:]:
         facts = 10 if "λ = 0 " in job.name else 30
         finish(store, job.needs["adapter"], trained())
         finish(store, job, scored({"gsm8k": [60, 80], "mmlu": [facts, facts]}))
-    found = tables(lambda_curve, study, settings, store)
-    change = row(found, "retain change", "HiP-LoRA", form="accuracy")
+    found = tables(study, settings, store)
+    change = row(found, "retain change", "HiP-LoRA (paper)", form="accuracy")
     assert (change.estimate, change["from"], change.to) == (pytest.approx(10 - 30), 0, 10)
     assert list(table(found, "lambda-curve-accuracy").index) == ["0", "10"]
 
@@ -88,8 +88,8 @@ def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
 def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path):
     study, store = made_study(tmp_path, "ablations: {method: hiplora}")
     settings = study.recipe.protocols.ablations
-    full, without, *_ = ablations.variants(study, settings)
-    for job in ablations.jobs(study, settings):
+    full, without, *_ = settings.variants(study)
+    for job in jobs(study, settings):
         worse = full.title not in job.name.split(" on ")[0] or without.title in job.name
         if job.kind == "evaluate" and "adapter" in job.needs:
             loss = 2.0 if worse else 1.0
@@ -106,7 +106,7 @@ def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path
         else:
             base = "adapter" not in job.needs
             finish(store, job, scored(BASE if base else {"gsm8k": [80, 80], "mmlu": [80, 80]}))
-    found = tables(ablations, study, settings, store)
+    found = tables(study, settings, store)
     assert row(found, "merge fail", full.title, form="accuracy").estimate == 0
     assert row(found, "merge fail", without.title, form="accuracy").estimate == 100
     assert row(found, "merge fail difference", without.title, form="accuracy").minus == full.title
@@ -133,7 +133,7 @@ def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(
             for domain, (facts, sums) in zip(("facts", "sums"), stages, strict=True):
                 adapter = study.adapter(study.row(method), domain, seed, start=adapter)
                 finish(store, study.score(adapter), scored({"mmlu": facts, "gsm8k": sums}, {"prose": 0.1}))
-    found = tables(continual, study, settings, store)
+    found = tables(study, settings, store)
     matrix = [[85, 15], [55, 75]]  # LoRA's mean over the seeds
     for metric, function in (
         ("average accuracy", average_accuracy), ("forgetting", forgetting),
@@ -145,10 +145,28 @@ def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(
     assert (fall.low, fall.high) == pytest.approx((30, 30))
     assert row(found, "score", "LoRA", form="accuracy", stage=2, domain="facts").estimate == 55
     assert row(found, "average accuracy", "Base model", form="accuracy").estimate == 20
-    ratio = row(found, "forgetting ratio", "HiP-LoRA", form="accuracy", over="LoRA")
+    ratio = row(found, "forgetting ratio", "HiP-LoRA (paper)", form="accuracy", over="LoRA")
     assert ratio.estimate == pytest.approx(5 / 30)
     assert list(table(found, "continual-stages-accuracy").index[:3]) == [
         "Base model",
         "LoRA, after Facts",
         "LoRA, after Sums",
     ]
+
+
+def test_numbers_of_several_orders_are_their_means_and_only_the_function_aware_basis_widens(tmp_path):
+    asked = "continual: {methods: [lora, hiplora-activation], orders: [[facts, sums], [sums, facts]], seeds: [42]}"
+    study, store = made_study(tmp_path, asked)
+    settings = study.recipe.protocols.continual
+    for job, labels in settings.runs(study):
+        first = labels.get("order") == "order 1"
+        falls = labels["stage"] == 2 and first
+        finish(store, job, scored({"mmlu": [20, 40] if falls else [60, 80], "gsm8k": [50, 70]}))
+        recipe = job.needs["adapter"].settings["recipe"] if "adapter" in job.needs else {}
+        widens = labels["method"] == "HiP-LoRA" and labels["stage"] == 2
+        assert recipe.get("train", {}).get("widen", False) == widens
+    found = tables(study, settings, store)
+    values = [
+        row(found, "forgetting", "LoRA", form="accuracy", order=order).estimate for order in ("order 1", "order 2", "")
+    ]
+    assert values == pytest.approx([40, 0, 20])

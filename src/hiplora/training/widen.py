@@ -1,0 +1,141 @@
+"""Carrying on from a HiP-LoRA adapter without unlearning its task: what it depends on is protected too.
+
+The finished adapter becomes part of the weights. Text that the adapted model writes, half of it begun by prompts of the
+finished task, shows which directions it depends on now; united with those protected before they are the new basis. A
+new low-rank part is trained in its complement, and both parts are saved as one adapter of the untouched base.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hiplora.errors import ConfigError, HipLoraError
+from hiplora.files import write_atomic
+from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+BASIS_FILE = "basis.safetensors"  # what the last training kept out of: more than the adapter's own factors
+ROW_LENGTH = 256  # tokens of a sampled row
+AT_ONCE = 20  # rows
+
+
+def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, seed: int, steps: int) -> "PeftModel":
+    """Merge the adapter in `folder` into a bare model, and put a new one on it that protects its task too.
+
+    Raises:
+        ConfigError: the rows of the finished task cannot be read, or the adapter does not fit the model.
+    """
+    from peft import PeftModel, get_peft_model
+
+    from hiplora.spectral.union import united_factors
+    from hiplora.tuner import calibrate
+
+    adapted: Any = PeftModel.from_pretrained(model, str(folder))
+    model = adapted.merge_and_unload()
+    config = method.peft_config(steps)
+    rows = written_by(model, tokenizer, folder, method.calibration_tokens)
+    calibrate(model, config, rows=rows, source="the adapted model, on the finished task and at large")
+    before = protected_by(folder)
+    for name, later in config.calibrated.items():
+        weight = model.get_submodule(name).weight
+        old = (before[f"{name}.U"].to(weight), before[f"{name}.V"].to(weight))
+        config.calibrated[name] = united_factors(weight, old, later)
+    config.principal_rank_pattern = {name: factors.rank for name, factors in config.calibrated.items()}
+    torch.manual_seed(seed)
+    return get_peft_model(model, config)
+
+
+def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Tensor]:
+    """Return about `tokens` token ids that a model writes: half freely, half begun by a finished task's prompts."""
+    from hiplora.data.encoding import IGNORED, encode_examples
+    from hiplora.data.examples import load_data
+    from hiplora.training.recipe import load_recipe
+    from hiplora.tuner.text import sampled_rows
+
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+        examples = load_data(recipe.data).train
+    except HipLoraError as error:
+        raise ConfigError(
+            f"train.start_from: the rows that {folder} was trained on cannot be read, and the basis is widened on "
+            f"their prompts ({error}); put them back, or set train.widen: false"
+        ) from error
+    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], ROW_LENGTH)[0]
+    prompts = []
+    for row in rows:
+        learned = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
+        prompts.append(torch.tensor(row["input_ids"][: max(learned[0] if learned else 1, 1)]))
+    found, begun = [], 0
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for first in range(0, len(prompts), AT_ONCE):
+            part = prompts[first : first + AT_ONCE]
+            found += _continued(model, tokenizer, part)
+            begun += sum(len(row) for row in found[first:])
+            if begun >= tokens // 2:
+                break
+    return [*found, *sampled_rows(model, max(tokens - begun, tokens // 2))]
+
+
+def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
+    """Sample what a model writes after prompts, to the end of the text or of the row."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    lengths = [len(prompt) for prompt in prompts]
+    ids = torch.full((len(prompts), max(lengths)), pad)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[len(row) - len(prompt) :] = prompt
+    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
+    written = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), do_sample=True, top_k=0, top_p=1.0,
+        temperature=1.0, max_new_tokens=max(ROW_LENGTH - ids.shape[1], 1), pad_token_id=pad,
+    ).cpu()  # fmt: skip
+    rows = []
+    for row, length in zip(written, lengths, strict=True):
+        ended = (row[ids.shape[1] :] == tokenizer.eos_token_id).nonzero()
+        new = int(ended[0]) if len(ended) else len(row) - ids.shape[1]
+        rows.append(row[ids.shape[1] - length : ids.shape[1] + new])
+    return rows
+
+
+def protected_by(folder: Path) -> dict[str, Tensor]:
+    """Return what an adapter's training kept out of: MODULE.U and MODULE.V."""
+    if (folder / BASIS_FILE).is_file():
+        return load_file(folder / BASIS_FILE)
+    return _basis(load_file(folder / WEIGHTS_FILE))
+
+
+def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for key, tensor in tensors.items():
+        module, part, _ = key.removeprefix("base_model.model.").partition(".hiplora_")
+        name = key.partition(".hiplora_")[2].partition(".")[0]
+        if part and name in ("U", "V"):
+            found[f"{module}.{name}"] = tensor
+    return found
+
+
+def join_saved(folder: Path, given: Path) -> None:
+    """Make of the adapter just saved in `folder` and the one that it carries on from a single one, of the base model.
+
+    Both low-rank parts keep out of the factors of the first, which are saved with it; the wider basis goes beside them.
+    """
+    old, new = load_file(given / WEIGHTS_FILE), load_file(folder / WEIGHTS_FILE)
+    config = json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+    added = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    joined = dict(old)
+    for key, tensor in new.items():
+        if ".hiplora_A" in key or ".hiplora_B" in key:
+            joined[key] = torch.cat([old[key], tensor], dim=0 if ".hiplora_A" in key else 1).contiguous()
+    for field in ("r", "lora_alpha"):
+        config[field] += added[field]
+    for field in ("rank_pattern", "alpha_pattern"):
+        config[field] = {name: value + added[field][name] for name, value in config[field].items()}
+    save_file(_basis(new), folder / BASIS_FILE, metadata={"format": "pt"})
+    save_file(joined, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
