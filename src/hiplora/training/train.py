@@ -132,7 +132,9 @@ def _run(
         if given and recipe.widens:
             adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
         else:
-            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None)
+            adapted = put_on(
+                method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None
+            )
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
     trainer = AdapterTrainer(
         model=adapted,
