@@ -106,6 +106,11 @@ EFFECTS = {
         and t.adapted().peft_config["default"].principal_ranks == {}
     ),
     "residual_projection": lambda t, i: _raw_leak(t.adapted(residual_projection=False)) > 0.05,
+    "gradient_projection": lambda t, i: (
+        differs(t, i, {}, {"gradient_projection": False})
+        and _refused(gradient_projection=False, residual_projection=False)
+        and _refused(gradient_projection=False, basis="activation", projection="soft")
+    ),
     "principal_channel": lambda t, i: "default" not in layer(t.adapted(principal_channel=False)).hiplora_delta,
     "basis": lambda t, i: (
         _refused(basis="activations")

@@ -245,10 +245,13 @@ class Study:
 def as_written(method: Any) -> dict[str, Any]:
     """Return a method as a recipe writes it: its name, and what differs from the defaults.
 
-    Keys of jobs are made of this, so that a new setting changes no key. The preset "paper" has defaults of its own;
-    fields that differ from those are written too.
+    Keys of jobs are made of this, so that a new setting changes no key. Two kinds of fields are written whatever their
+    value: those for which the preset "paper" has a default of its own, and `gradient_projection`, where it matters:
+    records without it are of trainings whose gradients were not projected.
     """
     written = method.model_dump(mode="json", exclude_defaults=True)
+    if getattr(method, "is_closed", False):
+        written["gradient_projection"] = method.gradient_projection
     if getattr(method, "preset", None) == "paper":
         changed = {name for name in (*PAPER, "principal_channel") if hasattr(method, name)} - set(written)
         written |= method.model_dump(mode="json", include=changed)

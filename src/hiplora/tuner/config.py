@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "init_weights": (True, False, "zero"),
     "principal_channel": (True, False),
     "residual_projection": (True, False),
+    "gradient_projection": (True, False),
     "relative_gains": (True, False),
     "save_factors": (True, False),
 }
@@ -77,6 +78,9 @@ class HipLoraConfig(PeftConfig):
         gain_lr_ratio: learning rate of the gains, in units of the optimizer's.
         relative_gains: step on the relative gains ρ = δ/σ instead of δ: strong directions move by more.
         residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
+        gradient_projection: project the gradients of the residual channel too, before clipping and before the optimizer
+            sees them, so that they are those of Eq. 5 as written. False is the paper's implementation note, retraction
+            after the step alone. Adapters saved before this field existed were trained so, and carry on so.
         principal_channel: learn gains δ on the protected directions (Eq. 2).
         basis: where the protected directions come from. "weight": the weight's own SVD. "activation": the inputs that
             the layer gets, and the outputs that the model's predictions depend on (`hiplora.calibrate`; without it,
@@ -116,6 +120,7 @@ class HipLoraConfig(PeftConfig):
     gain_lr_ratio: float = 1.0
     relative_gains: bool = False
     residual_projection: bool = True
+    gradient_projection: bool = None  # type: ignore[assignment]  # True
     principal_channel: bool = None  # type: ignore[assignment]  # the preset's
     basis: str = None  # type: ignore[assignment]  # the preset's
     basis_sides: str = "both"
@@ -148,6 +153,9 @@ class HipLoraConfig(PeftConfig):
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.gradient_projection is None:
+            # A saved configuration without the field was trained by retraction alone, where it was closed.
+            self.gradient_projection = not (self.from_checkpoint and self.is_closed)
         self._check_values()
         self._check_combinations()
 
@@ -187,6 +195,11 @@ class HipLoraConfig(PeftConfig):
             raise ConfigError(
                 "projection is 'soft', which goes by the energy of the inputs and needs basis='activation' and "
                 "residual_projection=True; set them, or use 'hard'"
+            )
+        if not self.gradient_projection and not self.is_closed:
+            raise ConfigError(
+                "gradient_projection is False, which leaves only the retraction after the step, but there is none with "
+                f"residual_projection={self.residual_projection} and projection={self.projection!r}; leave it out"
             )
         if self.basis == "activation" and not self.save_factors:
             raise ConfigError(

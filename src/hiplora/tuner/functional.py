@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from hiplora.spectral import protected, retract
+
 _DRAWS = 1 << 16
 
 
@@ -26,6 +28,8 @@ def add_channels(
     V: Tensor | None,
     scaling: float,
     dropout: float,
+    sides: str | None = None,
+    project_gradients: bool = True,
 ) -> Tensor:
     """Return `base_out` plus the residual and the principal channel's output (Eq. 1, 2 and 5 on activations).
 
@@ -35,24 +39,38 @@ def add_channels(
         A: residual factor (r, n); its dtype is the one computed in (autocast's, inside autocast).
         B: residual factor (m, r).
         delta: gain deviations (k,), or None for an adapter without principal channel.
-        U: left protected directions (m, k); needed with `delta`.
-        V: right protected directions (n, k); needed with `delta`.
+        U: left protected directions (m, k); needed with `delta` or `sides`.
+        V: right protected directions (n, k); likewise.
         scaling: α/r, applied to the residual channel only.
         dropout: probability of dropping an element of the residual channel's input; 0 when not training.
+        sides: the sides on which A and B act through the projection of Eq. 4 (`protected`); None: as they are.
+        project_gradients: whether the gradients of A and B pass through that projection too, as those of Eq. 5 do.
     """
-    if delta is None:
-        U = V = None
-    if torch.compiler.is_compiling():  # the same in differentiable operations, to be fused as the compiler sees fit
-        inputs = x.to(A.dtype)
-        update = F.linear(F.linear(F.dropout(inputs, dropout), A), B) * scaling
-        if delta is not None and U is not None and V is not None:
-            update = update + F.linear((inputs @ V.to(A.dtype)) * delta, U.to(A.dtype))
-        return (base_out + update).to(base_out.dtype)
     device = x.device.type
+    if torch.compiler.is_compiling():  # the same in differentiable operations, to be fused as the compiler sees fit
+        dtype = A.dtype
+        if sides is not None:
+            with torch.autocast(device, enabled=False):
+                kept_A, kept_B = _retracted(A, B, U, V, sides)
+                A = kept_A if project_gradients else A + (kept_A - A).detach()
+                B = kept_B if project_gradients else B + (kept_B - B).detach()
+        inputs = x.to(dtype)
+        update = F.linear(F.linear(F.dropout(inputs, dropout), A.to(dtype)), B.to(dtype)) * scaling
+        if delta is not None and U is not None and V is not None:
+            update = update + F.linear((inputs @ V.to(dtype)) * delta, U.to(dtype))
+        return (base_out + update).to(base_out.dtype)
     autocast = torch.is_autocast_enabled(device)
     compute = torch.get_autocast_dtype(device) if autocast else A.dtype
     with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-        return _AddChannels.apply(base_out, x, A, B, delta, U, V, scaling, dropout, compute)
+        return _AddChannels.apply(
+            base_out, x, A, B, delta, U, V, scaling, dropout, compute, sides, sides is not None and project_gradients
+        )
+
+
+def _retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor, Tensor]:
+    """Return A and B, or their gradients, in the complement (Eq. 4), fp32 at least."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    return retract(A.to(dtype), B.to(dtype), *(basis.to(dtype) for basis in protected(U, V, sides)))
 
 
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
@@ -86,22 +104,28 @@ class _AddChannels(torch.autograd.Function):
         scaling: float,
         dropout: float,
         compute: torch.dtype,
+        sides: str | None,
+        project_gradients: bool,
     ) -> Tensor:
-        r = A.shape[0]
+        r, ctx.dtype = A.shape[0], A.dtype
+        if sides is not None:
+            A, B = _retracted(A, B, U, V, sides)
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
-        down = _down(A, V, compute)
+        principal = (None, None) if delta is None else (U, V)
+        down = _down(A, principal[1], compute)
         mask, keep = None, 1.0
         if dropout > 0:
             mask, keep = keep_mask(inputs.shape, dropout, x.device)
             residual = (inputs * mask) @ down[:r].T
-            thin = residual if V is None else torch.cat([residual, inputs @ down[r:].T], dim=1)
+            thin = residual if delta is None else torch.cat([residual, inputs @ down[r:].T], dim=1)
         else:
             thin = inputs @ down.T
-        up = _up(B, U, delta, scaling / keep, compute)
+        up = _up(B, principal[0], delta, scaling / keep, compute)
         flat = base_out.reshape(-1, base_out.shape[-1])
         y = torch.addmm(flat.to(compute), thin, up.T).to(base_out.dtype)
         ctx.save_for_backward(x, A, B, delta, U, V, thin, mask)
         ctx.scaling, ctx.compute = scaling / keep, compute
+        ctx.sides = sides if project_gradients else None
         return y.view(base_out.shape)
 
     @staticmethod
@@ -110,7 +134,7 @@ class _AddChannels(torch.autograd.Function):
         device = grad_out.device.type
         active = torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
-            return grad_out, *_gradients(ctx, grad_out), None, None, None, None, None
+            return grad_out, *_gradients(ctx, grad_out), *[None] * 7
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,19 +143,26 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     r, compute = A.shape[0], ctx.compute
     _, need_x, need_A, need_B, need_delta = ctx.needs_input_grad[:5]
     g = grad_out.reshape(-1, grad_out.shape[-1]).to(compute)
-    back = g @ _up(B, U, None, ctx.scaling, compute)  # g [s·B | U], (N, r + k)
+    up = _up(B, None if delta is None else U, None, ctx.scaling, compute)
+    back = g @ up  # g [s·B | U], (N, r + k)
     dx = d_A = d_B = d_delta = None
     if need_A:
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
-        d_A = (back[:, :r].T @ (inputs if mask is None else inputs * mask)).to(A.dtype)
+        d_A = (back[:, :r].T @ (inputs if mask is None else inputs * mask)).to(ctx.dtype)
     if need_B:
-        d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(B.dtype)
+        d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(ctx.dtype)
+    if ctx.sides is not None:
+        # Before anyone clips them or takes their moments: those of s (I − P_U) BA (I − P_V), not of sBA.
+        kept_A, kept_B = _retracted(A if d_A is None else d_A, B if d_B is None else d_B, U, V, ctx.sides)
+        d_A = None if d_A is None else kept_A.to(ctx.dtype)
+        d_B = None if d_B is None else kept_B.to(ctx.dtype)
     if need_delta and delta is not None:
         d_delta = torch.linalg.vecdot(back[:, r:], thin[:, r:], dim=0).to(delta.dtype)
     if need_x:
         if delta is not None:
             back[:, r:].mul_(delta)
-        dx = _input_gradient(back, _down(A, V, compute), mask, r).view(x.shape).to(x.dtype)
+        down = _down(A, None if delta is None else V, compute)
+        dx = _input_gradient(back, down, mask, r).view(x.shape).to(x.dtype)
     return dx, d_A, d_B, d_delta
 
 

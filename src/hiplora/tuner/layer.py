@@ -75,6 +75,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.hiplora_dropout: dict[str, float] = {}
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
+        self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
         self._pending: set[str] = set()  # adapters whose factors are to come from a file
         # The base weight while merged; in a list, so as not to be registered as this layer's own.
         self._frozen: list[nn.Parameter] = []
@@ -177,6 +178,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         sides = self.configs[adapter].basis_sides
         for kept, value in zip((A, B), retract(A_wide, B_wide, *protected(U, V, sides)), strict=True):
             kept.copy_(value)
+        self._astray.discard(adapter)
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
@@ -185,6 +187,22 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
+
+    def _projected_sides(self, adapter: str) -> str | None:
+        """Return the sides on which a forward pass projects A and B; None where they are known to be retracted.
+
+        A pass with gradients always projects: no optimizer can then train what the projection takes away, whether or
+        not the hooks see its steps.
+        """
+        config = self.configs[adapter]
+        if not config.is_closed:
+            return None
+        if torch.compiler.is_compiling():
+            return config.basis_sides
+        trains = self.hiplora_A[adapter].requires_grad or self.hiplora_B[adapter].requires_grad
+        if trains and (self.training or torch.is_grad_enabled()):
+            self._astray.add(adapter)
+        return config.basis_sides if adapter in self._astray else None
 
     def _softened(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B as they act: through the soft projection where there is one."""
@@ -267,6 +285,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
                 self.hiplora_V[adapter],
                 self.scaling[adapter],
                 self.hiplora_dropout[adapter] if self.training else 0.0,
+                self._projected_sides(adapter),
+                self.configs[adapter].gradient_projection,
             )
         return result
 

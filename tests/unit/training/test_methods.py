@@ -32,6 +32,7 @@ CHANGED = {
     "stability_weight": 0.5,
     "stability_gamma": 0.0,
     "stability_mode": "proximal",
+    "gradient_projection": False,
     "residual_projection": False,
     "init_weights": "zero",
     "principal_channel": True,
@@ -58,6 +59,9 @@ def test_every_setting_reaches_the_adapter(name):
         "average_every",
     }
     wanted = {key: CHANGED[key] for key in METHODS[name].model_fields.keys() - own}
+    if name == "hiplora":
+        del wanted["residual_projection"]  # which False leaves no gradient to project
+        assert not METHODS[name](residual_projection=False, principal_channel=True).peft_config().residual_projection
     if name == "adalora":
         wanted = {key: value for key, value in wanted.items() if not key.endswith("_pattern")}
     config = METHODS[name](**wanted).peft_config(100)

@@ -32,7 +32,7 @@ class Spectral(FromInputs, LowRank):
         "(`basis: activation`). With `principal_channel` it learns a gain for each of these directions, at a price."
     )
     kind = None
-    steering = ("preset", "lora_dropout", *OF_THE_GAINS)
+    steering = ("preset", "lora_dropout", "gradient_projection", *OF_THE_GAINS)
     not_of_peft = ("name", "calibration_text", "calibration_tokens")
 
     preset: Literal["function-aware", "paper"] = Field(
@@ -66,6 +66,11 @@ class Spectral(FromInputs, LowRank):
         description="`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, "
         "lets each pass the less, the more energy it has.",
     )
+    gradient_projection: bool = Field(
+        default=True,
+        description="Project the gradients of the low-rank part too, before they are clipped; false is the paper's "
+        "note, retraction after the step alone.",
+    )
     svd_tolerance: float = Field(
         default=1e-4, gt=0, le=1e-2, description="Largest accepted residual of a singular triplet, in units of σ₁."
     )
@@ -90,7 +95,14 @@ class Spectral(FromInputs, LowRank):
                 )
         elif not self.save_factors:
             raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
+        if not self.gradient_projection and not self.is_closed:
+            raise ValueError("`gradient_projection: false` has no use without a hard projection; remove it")
         return self
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the low-rank part is kept out of the protected directions altogether."""
+        return self.projection == "hard" and getattr(self, "residual_projection", True)
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
         """Return a HiP-LoRA configuration; the preset's own modules are found by their role in the model."""
