@@ -133,6 +133,7 @@ EFFECTS = {
     "save_factors": lambda t, i: (
         not any("hiplora_U" in k for k in peft.get_peft_model_state_dict(t.adapted(save_factors=False)))
     ),
+    "how_to_load": lambda t, i: "import hiplora" in t.adapted(how_to_load="").peft_config["default"].how_to_load,
     "fingerprints": lambda t, i: set(t.adapted().peft_config["default"].fingerprints) == modules(t.adapted()),
     "base_precision": lambda t, i: t.adapted().peft_config["default"].base_precision == "float32",
 }
@@ -246,6 +247,16 @@ def test_too_many_directions_for_a_layer_are_refused_by_name_and_leave_the_base_
         peft.get_peft_model(base, tiny.config(principal_rank=33))
     assert torch.equal(logits(base, ids), reference)
     assert not any(isinstance(module, HipLoraLinear) for module in base.modules())
+
+
+@pytest.mark.parametrize("k", [32, 0.99])
+def test_a_layer_in_which_nothing_could_learn_is_refused(tiny, k):
+    narrow = {"principal_rank": k, "target_modules": ["k_proj"]}  # 32 outputs, 64 inputs
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.k_proj: principal_rank .* all of its 32 outputs"):
+        tiny.adapted(**narrow, principal_channel=False)
+    with pytest.warns(UserWarning, match="only its gains learn"):
+        tiny.adapted(**narrow)
+    assert modules(tiny.adapted(**narrow, principal_channel=False, basis_sides="input"))
 
 
 def test_a_failed_second_adapter_leaves_the_first_working(tiny, ids):

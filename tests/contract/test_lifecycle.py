@@ -55,41 +55,16 @@ READER = """
 import sys, torch, peft, hiplora
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
-for folder in map(str.strip, sys.stdin):
-    try:
-        base = AutoModelForCausalLM.from_pretrained(folder + '/base').eval()
-        model = peft.PeftModel.from_pretrained(base, folder + '/adapter').eval()
-        ids, expected = torch.load(folder + '/expected.pt')
-        with torch.no_grad(): found = model(input_ids=ids).logits
-        print('equal' if torch.equal(found, expected) else (found - expected).abs().max(), flush=True)
-    except Exception as error:
-        print(repr(error), flush=True)
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base').eval()
+model = peft.PeftModel.from_pretrained(base, sys.argv[1] + '/adapter').eval()
+ids, expected = torch.load(sys.argv[1] + '/expected.pt')
+with torch.no_grad(): assert torch.equal(model(input_ids=ids).logits, expected)
 """
-
-
-@pytest.fixture(scope="module")
-def read_elsewhere():
-    """What a process that made none of the adapters says of a folder: "equal", or how far off its logits are."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", READER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def read(folder):
-        process.stdin.write(f"{folder}\n")
-        process.stdin.flush()
-        return process.stdout.readline().strip()
-
-    yield read
-    process.stdin.close()
-    assert process.wait(60) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_factors", [True, False])
-def test_a_saved_adapter_gives_equal_logits_in_another_process(base, ids, tmp_path, save_factors, read_elsewhere):
+def test_a_saved_adapter_gives_equal_logits_in_another_process(base, ids, tmp_path, save_factors):
     base.make().save_pretrained(tmp_path / "base")
     if base.kind in ACTIVATION and not save_factors:
         with pytest.raises(ConfigError, match="cannot be computed again"):
@@ -99,7 +74,10 @@ def test_a_saved_adapter_gives_equal_logits_in_another_process(base, ids, tmp_pa
     train(model, ids)
     model.save_pretrained(tmp_path / "adapter")
     torch.save((ids, logits(model, ids)), tmp_path / "expected.pt")
-    assert read_elsewhere(tmp_path) == "equal"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", READER, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
@@ -110,10 +88,9 @@ def test_importing_hiplora_registers_it_whatever_the_order(order):
 
 
 @pytest.mark.slow
-def test_without_hiplora_a_load_fails_loudly(tiny, tmp_path):
-    model = tiny.adapted()
+def test_without_hiplora_a_load_fails_loudly_and_the_folder_says_what_to_do(tiny, tmp_path):
     tiny.make().save_pretrained(tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
+    tiny.adapted().save_pretrained(tmp_path / "adapter")
     code = (
         "import sys, peft\n"
         "from transformers import AutoModelForCausalLM\n"
@@ -123,17 +100,21 @@ def test_without_hiplora_a_load_fails_loudly(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "HIPLORA" in done.stderr
+    for file in ("README.md", "adapter_config.json"):
+        said = (tmp_path / "adapter" / file).read_text()
+        assert "pip install hiplora" in said
+        assert "import hiplora" in said
 
 
 def test_the_adapter_file_holds_no_base_tensor(base, ids, tmp_path):
     model = base.adapted()
     train(model, ids, steps=1)
     model.save_pretrained(tmp_path)
-    kinds = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    kinds = {key.partition("_proj.")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
     assert kinds == {
-        "hiplora_A",
-        "hiplora_B",
-        "hiplora_delta",
+        "hiplora_A.weight",
+        "hiplora_B.weight",
+        "hiplora_delta.weight",
         "hiplora_U",
         "hiplora_sigma",
         "hiplora_V",
@@ -194,15 +175,19 @@ def test_a_second_adapter_can_be_added_switched_disabled_and_deleted(base, ids):
     assert all("default" not in layer.hiplora_U for _, layer in hip_layers(model))
 
 
-def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path):
-    model = base.adapted()
+@pytest.mark.parametrize("save_factors", [True, False])
+def test_a_second_adapter_can_be_loaded_beside_the_first(base, ids, tmp_path, save_factors):
+    save_factors = save_factors or base.kind in ACTIVATION
+    model = base.adapted(save_factors=save_factors)
     train(model, ids)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
-    fresh = base.adapted()
-    fresh.load_adapter(tmp_path, "loaded")
+    fresh = base.adapted(save_factors=save_factors)
+    assert not fresh.load_adapter(tmp_path, "loaded").missing_keys
     fresh.set_adapter("loaded")
     assert torch.equal(logits(fresh, ids), expected)
+    for _, layer in hip_layers(fresh):
+        assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["loaded"].data_ptr()
 
 
 def test_adapters_with_one_basis_share_its_memory(tiny):
@@ -252,7 +237,6 @@ def test_merge_and_unload_gives_a_plain_model_with_equal_output(base, ids):
 
 
 def test_merging_an_adapted_tied_head_leaves_the_embedding_alone(ids):
-
     base = Base("tied")
     model = base.adapted(target_modules=["lm_head", "q_proj"])
     train(model, ids)
@@ -292,16 +276,6 @@ def test_a_config_object_can_be_used_for_two_models(tiny):
     assert hiplora.max_leak(other) < 1e-6
 
 
-def test_a_config_read_from_an_adapter_makes_a_fresh_adapter(tiny, ids, tmp_path):
-    tiny.adapted().save_pretrained(tmp_path)
-    config = peft.PeftConfig.from_pretrained(tmp_path)
-    config.inference_mode = False
-    model = peft.get_peft_model(tiny.make(), config)
-    assert torch.equal(logits(model, ids), logits(tiny.make(), ids))
-    assert hiplora.max_leak(model) < 1e-6
-    train(model, ids)
-
-
 @pytest.mark.parametrize("kind", ["hiplora_A", "hiplora_delta", "hiplora_U"])
 @pytest.mark.parametrize("damage", ["missing", "nan", "shape"])
 def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage):
@@ -310,7 +284,7 @@ def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage)
     tiny.adapted().save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(k for k in sorted(tensors) if k.endswith(kind))
+    key = next(k for k in sorted(tensors) if k.removesuffix(".weight").endswith(kind))
     if damage == "missing":
         del tensors[key]
     elif damage == "nan":
@@ -318,7 +292,7 @@ def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage)
     else:
         tensors[key] = tensors[key][:-1].contiguous()
     save_file(tensors, path)
-    name = key.removeprefix("base_model.model.").removesuffix(f".{kind}")
+    name = key.removeprefix("base_model.model.").partition(f".{kind}")[0]
     with pytest.raises(AdapterError, match=f"{name}.*{kind}".replace(".self", r"\.self")):
         peft.PeftModel.from_pretrained(tiny.make(), tmp_path)
 
@@ -352,16 +326,6 @@ def test_loading_into_an_adapter_leaves_those_that_share_its_factors_alone(tiny,
     for _, layer in hip_layers(model):
         assert torch.equal(layer.hiplora_U["default"], -layer.hiplora_U["second"])
     assert torch.equal(logits(model, ids), expected)
-
-
-def test_loaded_factors_are_shared_with_an_equal_adapter(tiny, ids, tmp_path):
-    model = tiny.adapted()
-    model.save_pretrained(tmp_path)
-    model.load_adapter(tmp_path, "loaded")
-    model.set_adapter("loaded")
-    logits(model, ids)
-    for _, layer in hip_layers(model):
-        assert layer.hiplora_U["default"].data_ptr() == layer.hiplora_U["loaded"].data_ptr()
 
 
 def test_a_load_with_little_memory_gives_the_same_model(tiny, ids, tmp_path):

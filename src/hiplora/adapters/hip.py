@@ -17,7 +17,7 @@ def hip_update(saved: Saved) -> AdapterUpdate:
 
     Factors that were not saved are taken from the live model's layers, or computed from the base weights.
     """
-    modules, extras = saved.sort(r"hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)")
+    modules, extras = saved.sort(r"hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)(\.weight)?")
     recomputed = None
     if saved.model is not None:
         _add_factors(saved, modules)

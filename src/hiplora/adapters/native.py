@@ -42,7 +42,8 @@ def save_as_hiplora(
             parts = {name: getattr(found, name) for name in ("A", "B", "U", "sigma", "V")}
             if config.principal_channel:  # the gains of a module without them are zero
                 parts["delta"] = torch.zeros_like(found.sigma) if found.delta is None else found.delta
-            tensors |= {f"{module}.hiplora_{part}": tensor for part, tensor in parts.items()}
+            names = {part: f"{part}.weight" if part in ("A", "B", "delta") else part for part in parts}
+            tensors |= {f"{module}.hiplora_{names[part]}": tensor for part, tensor in parts.items()}
         save_tensors(tensors | dict(update.extras), staged)
         config.save_pretrained(str(staged))
         report = replace(verified(update, staged, tolerance), to="hiplora", path=str(path))

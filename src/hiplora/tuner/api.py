@@ -49,8 +49,8 @@ def stability_penalty(model: nn.Module) -> Tensor:
 def retract_(model: nn.Module) -> None:
     """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
     for _, layer in hip_layers(model):
-        for adapter, A in layer.hiplora_A.items():
-            with full_precision(A.device):
+        for adapter in layer.hiplora_A:
+            with full_precision(layer.hiplora_A[adapter].device):
                 layer.retract_(adapter)
 
 

@@ -1,4 +1,4 @@
-"""The frozen factors of a layer's adapters: fp32, and shared where equal."""
+"""The tensors of a layer's adapters: frozen factors, fp32 and shared where equal, and parameters named as in LoRA."""
 
 from __future__ import annotations
 
@@ -96,3 +96,31 @@ class FactorBuffers(nn.Module):
                 new = old.to(new.device)
             getattr(self, name)[adapter] = moved.setdefault(id(old), new)
         return self
+
+
+class FactorDict(nn.ModuleDict):
+    """Adapter → parameter, registered as `<adapter>.weight` as in LoRA: TRL copies what has `.default.` in its name.
+
+    Indexing gives the parameter; `items` and `values` give the modules that hold them, which PEFT asks about.
+    """
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:  # type: ignore[override]
+        return self._modules[adapter].weight  # type: ignore[union-attr,return-value]
+
+    def __setitem__(self, adapter: str, value: Tensor) -> None:  # type: ignore[override]
+        if adapter not in self:
+            self.add_module(adapter, nn.Module())
+        held = self._modules[adapter]
+        trains = getattr(held, "weight", value).requires_grad
+        held.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)  # type: ignore[union-attr]
+
+    def get(self, adapter: str) -> nn.Parameter | None:
+        """Return an adapter's parameter, or None."""
+        held = self._modules.get(adapter)
+        return None if held is None else held.weight  # type: ignore[return-value]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for adapter in self:  # names of 0.1
+            if f"{prefix}{adapter}" in state_dict:
+                state_dict[f"{prefix}{adapter}.weight"] = state_dict.pop(f"{prefix}{adapter}")
+        super()._load_from_state_dict(state_dict, prefix, *args)

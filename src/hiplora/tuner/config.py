@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -13,14 +14,20 @@ from hiplora.spectral import EXPECTED_RANK, SIDES, RankSpec, SpectralFactors, is
 
 
 class _PeftType(str):
-    """A string that also has `.value`, because transformers expects a member of PEFT's enum."""
+    """A string that PEFT and transformers can use like a member of PEFT's enum."""
 
-    @property
-    def value(self) -> str:
-        return str(self)
+    name = value = property(str.__str__)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"
 
 
 PEFT_TYPE = _PeftType("HIPLORA")
+HOW_TO_LOAD = (
+    "PEFT knows this adapter only where hiplora is installed (`pip install hiplora`) and imported: put "
+    "`import hiplora` before `PeftModel.from_pretrained`. For any other client "
+    "`hiplora export ADAPTER --to lora --out DIR` makes it a plain LoRA without loss."
+)
 PRESETS: dict[str, dict[str, Any]] = {
     "function-aware": {"basis": "activation", "principal_channel": False},
     "paper": {"basis": "weight", "principal_channel": True},
@@ -94,6 +101,7 @@ class HipLoraConfig(PeftConfig):
         principal_ranks: filled in by the tuner: module → k, where `principal_rank` depends on the layer.
         base_precision: filled in by the tuner: dtype (or quantisation) of those weights.
         calibration: filled in by the calibration: source and number of its tokens, and a key of model and text.
+        how_to_load: filled in: what a reader of adapter_config.json has to do; PEFT alone says KeyError: HIPLORA.
 
     Raises:
         ConfigError: a value is out of range, of the wrong type, or contradicts another; it names the field.
@@ -131,13 +139,16 @@ class HipLoraConfig(PeftConfig):
     principal_ranks: dict[str, int] = field(default_factory=dict)
     base_precision: str = ""
     calibration: dict[str, Any] = field(default_factory=dict)
+    how_to_load: str = HOW_TO_LOAD
 
     def __post_init__(self) -> None:
         """Take the preset's values for what is not given, and refuse values that make no sense."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]  # a string where PEFT has an enum
+        self.how_to_load = HOW_TO_LOAD
         # Only a config read from an adapter folder is born with fingerprints: its base is then verified.
         self.from_checkpoint = bool(self.fingerprints)
+        self.awaits_file = False  # whether a file is expected to bring the factors
         # Modules whose saved factors must vouch for a base in another precision.
         self.unverified: set[str] = set()
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
@@ -158,6 +169,13 @@ class HipLoraConfig(PeftConfig):
             self.gradient_projection = not (self.from_checkpoint and self.is_closed)
         self._check_values()
         self._check_combinations()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into the model card that PEFT has just written how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = Path(save_directory) / "README.md"
+        if card.is_file() and HOW_TO_LOAD not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(f"{text.rstrip()}\n\n### How to load\n\n{HOW_TO_LOAD}\n", encoding="utf-8")
 
     @property
     def is_closed(self) -> bool:

@@ -126,7 +126,7 @@ class _AddChannels(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, delta, U, V, thin, mask)
         ctx.scaling, ctx.compute = scaling / keep, compute
         ctx.sides = sides if project_gradients else None
-        return y.view(base_out.shape)
+        return torch.ops.aten._unsafe_view(y, base_out.shape)  # no view: a model may change it in place
 
     @staticmethod
     @once_differentiable

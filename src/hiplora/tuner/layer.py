@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,10 +25,10 @@ from hiplora.spectral import (
     retract,
     soften,
 )
-from hiplora.tuner.buffers import FACTOR_NAMES, FactorBuffers
+from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels
-from hiplora.tuner.targets import frozen_weight, linear_target
+from hiplora.tuner.targets import frozen_weight, linear_target, quantization
 
 
 def leak_limit(dtype: torch.dtype) -> float:
@@ -59,26 +58,26 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     adapter_layer_names = ("hiplora_A", "hiplora_B", "hiplora_delta")
     other_param_names = ("r", "lora_alpha", "scaling", "hiplora_dropout", "configs", "_budget")
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, **requantise: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
         self.out_features, self.in_features = linear_target(base_layer, name).shape
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
-        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
-        self.hiplora_A = nn.ParameterDict()
-        self.hiplora_B = nn.ParameterDict()
-        self.hiplora_delta = nn.ParameterDict()
+        self.quantization_backend = quantization(self.get_base_layer(), **requantise)
+        self.hiplora_A = FactorDict()
+        self.hiplora_B = FactorDict()
+        self.hiplora_delta = FactorDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
-        self.hiplora_dropout: dict[str, float] = {}
+        self.hiplora_dropout = nn.ModuleDict()  # only their probability is used; TRL sets it to 0 by their type
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
         self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
-        self._pending: set[str] = set()  # adapters whose factors are to come from a file
-        # The base weight while merged; in a list, so as not to be registered as this layer's own.
-        self._frozen: list[nn.Parameter] = []
+        self.pending: set[str] = set()  # adapters whose factors are to come from a file
+        # The base weight while merged, or the quantised layer; in a list, so as not to be registered as a child.
+        self._frozen: list[Any] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = []
@@ -101,65 +100,108 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         Without `factors` room is reserved for those of a file that is about to be loaded.
         """
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, alpha / r
-        self.hiplora_dropout[adapter] = config.lora_dropout
+        self.hiplora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self.configs[adapter] = config
         self.hiplora_A[adapter] = nn.Parameter(torch.empty(r, self.in_features))
-        self.hiplora_B[adapter] = nn.Parameter(torch.zeros(self.out_features, r))
+        self.hiplora_B[adapter] = nn.Parameter(torch.empty(self.out_features, r))
         if config.principal_channel:
-            self.hiplora_delta[adapter] = nn.Parameter(torch.zeros(k))
-        self._initialise(adapter, config.init_weights)
+            self.hiplora_delta[adapter] = nn.Parameter(torch.empty(k))
         if factors is None:
             self.expect_factors(adapter, config, (self.out_features, self.in_features), k)
-            self._pending.add(adapter)
+            self.pending.add(adapter)
         else:
             self.set_factors(adapter, config, factors)
+        self._initialise(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
         if factors is not None:
             self.retract_(adapter)
 
-    def _initialise(self, adapter: str, how: bool | str) -> None:
-        if how == "zero" and isinstance(how, str):
-            nn.init.zeros_(self.hiplora_A[adapter])
+    @torch.no_grad()
+    def _initialise(self, adapter: str) -> None:
+        """Fill A, B and δ as `init_weights` says, or with NaN while a file is expected to bring them."""
+        A, B, delta = self.hiplora_A[adapter], self.hiplora_B[adapter], self.hiplora_delta.get(adapter)
+        how = self.configs[adapter].init_weights
+        for parameter in (A, B) if delta is None else (A, B, delta):
+            parameter.fill_(math.nan if adapter in self.pending else 0.0)
+        if adapter in self.pending or (how == "zero" and isinstance(how, str)):
             return
-        nn.init.kaiming_uniform_(self.hiplora_A[adapter], a=math.sqrt(5))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if how is False:
-            nn.init.kaiming_uniform_(self.hiplora_B[adapter], a=math.sqrt(5))
-            if adapter in self.hiplora_delta:
-                nn.init.normal_(self.hiplora_delta[adapter], std=0.02)
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+            if delta is not None:
+                nn.init.normal_(delta, std=0.02)
 
     def load_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Take an adapter's factors from a file."""
         super().load_factors(adapter, tensors)
-        self._pending.discard(adapter)
+        self.pending.discard(adapter)
         self._budget.pop(adapter, None)
+
+    def spectral_factors(self, adapter: str) -> SpectralFactors | None:
+        """Return an adapter's factors, to be shared with another of the same basis; None if there are none yet."""
+        if not self.has_factors(adapter):
+            return None
+        config = self.configs[adapter]
+        basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
+        found = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
+        fingerprint = config.fingerprints[self.name]
+        return SpectralFactors(
+            **found, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
+        )
+
+    def has_factors(self, adapter: str) -> bool:
+        """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
+        return adapter not in self.pending or not self.hiplora_sigma[adapter].isnan().any()
 
     @torch.no_grad()
     def ensure_factors(self, adapter: str) -> None:
-        """Compute the factors that were to come from a file and did not: the adapter begins anew.
+        """See that the adapter has what was to come from a file; where nothing came, it begins anew.
 
         Raises:
-            AdapterError: they are of the activation basis, which needs a calibration.
+            AdapterError: what came does not fit, or nothing came and the activation basis needs a calibration.
         """
-        if adapter not in self._pending:
+        if adapter not in self.pending:
+            return
+        if self.has_factors(adapter):
+            if self.hiplora_A[adapter].isnan().any():
+                raise AdapterError(
+                    f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, under names that transformers "
+                    "does not find; load it with peft.PeftModel.from_pretrained(base, folder), and save it again"
+                )
+            from hiplora.tuner.verify import check_checkpoint  # which needs this module
+
+            kinds = (*self.adapter_layer_names, *factor_names(self.configs[adapter]))
+            held = {kind: getattr(self, kind) for kind in kinds}
+            state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items() if adapter in tensors}
+            check_checkpoint({self.name: self}, self.configs[adapter], adapter, state)
+            self.pending.remove(adapter)
             return
         config = self.configs[adapter]
         if config.basis != "weight":
             raise AdapterError(
-                f"layer {self.name}: no factors were loaded for adapter '{adapter}'; load it with "
-                "PeftModel.from_pretrained, or make a new configuration for a new adapter"
+                f"layer {self.name}: no factors were loaded for adapter '{adapter}', and its basis is measured on the "
+                "whole model; run the PEFT model once, call hiplora.calibrate(model, config) before adding the "
+                "adapter, or load it with PeftModel.from_pretrained"
             )
-        self._pending.remove(adapter)
         k = self.hiplora_sigma[adapter].shape[0]
-        factors = FactorStore().get_or_compute(self.frozen_weight(), k, config.svd_tolerance, name=self.name)
-        for name in FACTOR_NAMES:  # in place: a state dict may hold the buffer
+        self.begin_anew(
+            adapter, FactorStore().get_or_compute(self.frozen_weight(), k, config.svd_tolerance, name=self.name)
+        )
+
+    @torch.no_grad()
+    def begin_anew(self, adapter: str, factors: SpectralFactors) -> None:
+        """Initialise an adapter for which no file came, over these factors."""
+        self.pending.remove(adapter)
+        for name in factor_names(self.configs[adapter]):  # in place: a state dict may hold the buffer
             getattr(self, name)[adapter].copy_(getattr(factors, name.removeprefix("hiplora_")))
+        self._initialise(adapter)
         self.retract_(adapter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self.delete_factors(adapter_name)
-        self._pending.discard(adapter_name)
+        self.pending.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
@@ -263,32 +305,57 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: D102 - PEFT asks
         return True
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base layer's output plus both channels of every active adapter."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the base layer's output plus both channels of every active adapter, or of each row's own.
+
+        Raises:
+            AdapterError: there are not as many `adapter_names` as rows, or an adapter is merged.
+        """
         if self._disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self._disable_adapters:
+            self._check_rows(x, adapter_names)
         if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.hiplora_A]
-        for adapter in adapters if self._pending else ():
+        adapters = [name for name in dict.fromkeys(adapter_names or self.active_adapters) if name in self.hiplora_A]
+        for adapter in adapters if self.pending else ():
             self.ensure_factors(adapter)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter in adapters:
-            result = add_channels(
-                result,
-                x,
-                *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
-                self.hiplora_delta.get(adapter),
-                self.hiplora_U[adapter],
-                self.hiplora_V[adapter],
-                self.scaling[adapter],
-                self.hiplora_dropout[adapter] if self.training else 0.0,
-                self._projected_sides(adapter),
-                self.configs[adapter].gradient_projection,
-            )
+            if adapter_names is None:
+                result = self._add_channels(adapter, result, x)
+            else:
+                rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
+                result = result.index_copy(0, rows, self._add_channels(adapter, result[rows], x[rows]))
         return result
+
+    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise AdapterError(
+                f"layer {self.name}: Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise AdapterError(
+                f"layer {self.name}: Cannot pass `adapter_names` when there are merged adapters, please call "
+                "`unmerge_adapter` first."
+            )
+
+    def _add_channels(self, adapter: str, result: Tensor, x: Tensor) -> Tensor:
+        return add_channels(
+            result,
+            x,
+            *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
+            self.hiplora_delta.get(adapter),
+            self.hiplora_U[adapter],
+            self.hiplora_V[adapter],
+            self.scaling[adapter],
+            self.hiplora_dropout[adapter].p if self.training else 0.0,
+            self._projected_sides(adapter),
+            self.configs[adapter].gradient_projection,
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.
@@ -301,7 +368,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return
         for name in names:
             self.check_leak(name)
-        weight = self.get_base_weight()
+        weight: Tensor = self.frozen_weight()
+        weight = weight.T if self.transposed else weight
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:
             merged = merged + self.get_delta_weight(name)
@@ -309,12 +377,15 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
         layer: Any = self.get_base_layer()
-        if not self._frozen:
-            # A quantisation backend may alter the parameter that it replaces; then a copy is what comes back.
-            self._frozen.append(copy.deepcopy(layer.weight) if self.quantization_backend else layer.weight)
         if self.quantization_backend is not None:
+            # The backends alter the layer, its weight or its state; they get a copy, and the layer itself comes back.
+            if not self._frozen:
+                self._frozen.append(layer)
+            self.base_layer = copy.deepcopy(self._frozen[0])
             self.set_base_weight(merged)
         else:
+            if not self._frozen:
+                self._frozen.append(layer.weight)
             # A new parameter, so that a weight tied to the embeddings is untied rather than overwritten.
             layer.weight = nn.Parameter(merged, requires_grad=False)
         self.merged_adapters.extend(names)
@@ -325,10 +396,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         layer: Any = self.get_base_layer()
-        weight = self._frozen.pop()
-        if weight.device != layer.weight.device:
-            weight.data = weight.data.to(layer.weight.device)
-        layer.weight = weight
+        frozen = self._frozen.pop()
+        if self.quantization_backend is not None:
+            self.base_layer = frozen
+        else:
+            if frozen.device != layer.weight.device:
+                frozen.data = frozen.data.to(layer.weight.device)
+            layer.weight = frozen
         self.merged_adapters.clear()
 
     def __repr__(self) -> str:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.spectral import weight_fingerprint
+from hiplora.spectral import SpectralFactors, weight_fingerprint
 from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.calibration import calibrate
@@ -47,11 +53,14 @@ class HipLoraModel(BaseTuner):
             config.target_modules = set(default_targets(model, config.preset))
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
+        _check_patterns(config, [target.name for target in targets])
+        if shared := _shared_factors(model, config, targets):
+            config.calibrated = shared
+            return config
         if not config.from_checkpoint:
             config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
-        _check_patterns(config, [target.name for target in targets])
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
         try:
             self._find_factors(config, targets)
@@ -64,6 +73,7 @@ class HipLoraModel(BaseTuner):
         """Give the configuration the factors of its targets, unless the adapter's file brings them."""
         model = self.model
         if config.from_checkpoint and config.save_factors:
+            config.awaits_file = True
             return
         if config.basis == "weight":
             config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
@@ -71,6 +81,7 @@ class HipLoraModel(BaseTuner):
             calibrate(model, config)
         else:
             _check_calibrated(model, config, targets)
+        _check_complement(config, targets)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Match what `find_targets` has found, and nothing else."""
@@ -86,6 +97,14 @@ class HipLoraModel(BaseTuner):
         fuse(model)
         return model
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Cast as PEFT does; what comes out of half precision is projected once more, to the accuracy of fp32."""
+        before = {layer: layer.hiplora_A[adapter_name].dtype for layer in _layers(self, adapter_name).values()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, dtype in before.items():
+            if layer.hiplora_A[adapter_name].dtype != dtype and adapter_name not in layer.pending:
+                layer.retract_(adapter_name)
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -98,7 +117,7 @@ class HipLoraModel(BaseTuner):
     ) -> None:
         config, layer = peft_config, target
         if not isinstance(layer, HipLoraLinear):
-            layer = HipLoraLinear(target, current_key).train(target.training)
+            layer = HipLoraLinear(target, current_key, **get_quantization_kwargs(self.model)).train(target.training)
         r = for_module(config.rank_pattern, current_key, config.r)
         alpha = for_module(config.alpha_pattern, current_key, config.lora_alpha)
         k = for_module(config.principal_rank_pattern, current_key, config.principal_rank)
@@ -119,6 +138,80 @@ class HipLoraModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                self._leave_fast_path(layer)
+
+    def _leave_fast_path(self, layer: HipLoraLinear) -> None:
+        """Make torch call the layer in evaluation too: its fused encoder pass leaves out modules that have a hook."""
+        layer.register_forward_pre_hook(_no_fast_path)
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers.
+
+        Raises:
+            AdapterError: `adapter_names` has a name that the model has not, or the model is in training mode.
+        """
+        for adapter in self.active_adapters:
+            self._begin_anew(adapter)
+        names = kwargs.get("adapter_names")
+        handles = [] if names is None else self._hook_rows(list(names), kwargs.get("num_beams") or 1)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin_anew(self, adapter: str) -> None:
+        """Calibrate an adapter whose configuration came from a file, but whose tensors did not."""
+        config: Any = self.peft_config[adapter]
+        if not config.awaits_file or config.basis == "weight":
+            return
+        config.awaits_file = False
+        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
+        if layers:
+            chosen = copy.copy(config)
+            chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
+            calibrate(self.model, chosen)
+            config.calibration = chosen.calibration
+        for layer in layers:
+            layer.begin_anew(adapter, chosen.calibrated[layer.name])
+
+    def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
+        if self.training:
+            raise AdapterError(
+                "Cannot pass `adapter_names` when the model is in training mode; call model.eval() first."
+            )
+        known = {name for layer in self.modules() if isinstance(layer, HipLoraLinear) for name in layer.hiplora_A}
+        if unknown := sorted(set(names) - known - {"__base__"}):
+            raise AdapterError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
+                f"{', '.join(sorted(known))}, and '__base__' for the bare model"
+            )
+        # Beam search repeats the rows, but not those of an encoder.
+        encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        return [
+            module.register_forward_pre_hook(
+                functools.partial(_name_rows, names if module in encoder else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (HipLoraLinear, AuxiliaryTrainingWrapper))
+        ]
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: adapters are combined in their folders, by one of the rules of `hiplora.merging`.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            "add_weighted_adapter is PEFT's for LoRA and IA³; save the HiP-LoRA adapters and combine them with "
+            "hiplora.merging.merge(folders, method=…, weights=…) (hiplora merge), or export them to LoRA first"
+        )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -134,7 +227,7 @@ class HipLoraModel(BaseTuner):
         for layer in _layers(model, adapter_name).values():
             layer.ensure_factors(adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        check_state_leak(selected, config, adapter_name)
+        check_state_leak({_plain(key): value for key, value in selected.items()}, config, adapter_name)
         # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
@@ -148,13 +241,76 @@ class HipLoraModel(BaseTuner):
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
         assert isinstance(config, HipLoraConfig)
         layers = _layers(model, adapter_name)
-        for name, tensors in check_checkpoint(layers, config, adapter_name, state_dict).items():
+        plain = {_plain(key): value for key, value in state_dict.items()}
+        for name, tensors in check_checkpoint(layers, config, adapter_name, plain).items():
             layers[name].load_factors(adapter_name, tensors)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        named = {f"{key}.weight" if _PARAMETER.search(key) else key: value for key, value in plain.items()}
+        if not config.save_factors:  # computed already, and not missing
+            held = {
+                (name, kind): getattr(layer, kind)[adapter_name]
+                for name, layer in layers.items()
+                for kind in FACTOR_NAMES
+            }
+            named |= {f"base_model.model.{name}.{kind}": factor for (name, kind), factor in held.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
+
+
+# The end of a parameter's name without LoRA's ".weight", as adapter files of 0.1 have it.
+_PARAMETER = re.compile(r"\.hiplora_(A|B|delta)(\.[^.]+)?$")
+
+
+def _plain(key: str) -> str:
+    short = key.removesuffix(".weight")
+    return short if _PARAMETER.search(short) else key
+
+
+def _no_fast_path(module: nn.Module, args: tuple) -> None:
+    """Do nothing: it is there to be seen."""
+
+
+def _name_rows(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, HipLoraLinear]:
     return {m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter in m.hiplora_A}
+
+
+def _shared_factors(
+    model: nn.Module, config: HipLoraConfig, targets: Sequence[Target]
+) -> dict[str, SpectralFactors] | None:
+    """Return the factors of an adapter in the model that has this very configuration, or one of the same basis."""
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
+    for adapter, other in {name: held for layer in layers for name, held in layer.configs.items()}.items():
+        if other is config or (config.from_checkpoint and _basis_of(other) == _basis_of(config)):
+            held = {layer.name: layer.spectral_factors(adapter) for layer in layers if adapter in layer.configs}
+            found = {target.name: factors for target in targets if (factors := held.get(target.name))}
+            if all(t.name in found and (found[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
+                return found
+    return None
+
+
+def _basis_of(config: HipLoraConfig) -> tuple[Any, ...]:
+    """Return the settings that decide an adapter's factors, and what they were made of."""
+    ranks = (config.principal_rank, config.principal_rank_pattern, config.principal_ranks)
+    made_of = (config.fingerprints, config.calibration)
+    return config.basis, config.basis_sides, config.projection, config.svd_tolerance, *ranks, *made_of
+
+
+def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
+    """Refuse a layer in which nothing could learn, and warn of one in which only the gains can."""
+    for target in targets if config.is_closed else ():
+        k, (m, n), sides = config.calibrated[target.name].rank, target.shape, config.basis_sides
+        full = [f"{m} outputs"] if k >= m and sides != "input" else []
+        full += [f"{n} inputs"] if k >= n and sides != "output" else []
+        if full:
+            found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {full[0]}"
+            remedy = (
+                "lower it (principal_rank_pattern sets it for one layer), or leave the layer out (exclude_modules)"
+            )
+            if not config.principal_channel:
+                raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
+            warnings.warn(f"{found}, so that only its gains learn; {remedy}", stacklevel=2)
 
 
 def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:

@@ -6,8 +6,10 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -17,12 +19,13 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.errors import ConfigError
-from hiplora.spectral import RankSpec
+from hiplora.errors import AdapterError, ConfigError
+from hiplora.spectral import RankSpec, resolve_rank
 from hiplora.tuner.experts import ALIASES, ExpertList, unrolled
 
 # Parts of a module's path, lower case. A projection of an MLP is a linear layer in a numbered block, outside attention,
@@ -176,22 +179,52 @@ def is_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None
+    return isinstance(module, (nn.Linear, Conv1D)) or quantization(module) is not None
+
+
+def quantization(module: nn.Module, **requantise: Any) -> QuantizationBackend | None:
+    """Return PEFT's access to a quantised layer's weight, None for a plain one; `requantise` is for torchao's merge."""
+    return resolve_quantization_backend(module, **{"get_apply_tensor_subclass": _cannot_requantise, **requantise})
+
+
+def _cannot_requantise() -> None:
+    raise AdapterError(
+        "this model does not say how its torchao weights were quantised, so nothing can be merged into them; load it "
+        "with transformers' TorchAoConfig, or merge into the unquantised model"
+    )
 
 
 def frozen_weight(module: nn.Module) -> Tensor:
     """Return the base weight of a linear layer, adapted or not, as (m, n), dequantised where needed."""
     base: Any = _base(module)
-    backend = resolve_quantization_backend(base)
-    weight = base.weight.data if backend is None else backend.get_base_weight(base)
+    backend = quantization(base)
+    weight = base.weight.data if backend is None else backend.get_base_weight(_unpacked(base))
     return weight.T if isinstance(base, Conv1D) else weight
+
+
+def _unpacked(base: Any) -> Any:
+    """Return a 4-bit layer's weight, in `weight`, as it was before a pass on a CPU with AVX512-BF16 packed it anew."""
+    if not _is_packed(base):
+        return base
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    weight = copy.copy(base.weight)
+    state = copy.deepcopy(weight.quant_state)
+    weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    return SimpleNamespace(weight=weight)
+
+
+def _is_packed(base: Any) -> bool:
+    return getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
 
 
 def precision(module: nn.Module) -> str:
     """Name how the base weight of a linear layer is stored: a dtype, or the quantisation backend."""
     base: Any = _base(module)
-    backend = resolve_quantization_backend(base)
-    return str(base.weight.dtype).removeprefix("torch.") if backend is None else backend.backend_name
+    backend = quantization(base)
+    if backend is None:
+        return str(base.weight.dtype).removeprefix("torch.")
+    return f"{backend.backend_name}{' packed' if _is_packed(base) else ''}"
 
 
 def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
@@ -265,7 +298,8 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 def _too_narrow(target: Target) -> bool:
-    return isinstance(target.k, int) and target.k >= min(target.shape)
+    side = min(target.shape)
+    return resolve_rank(target.k, target.shape, lambda: torch.ones(side)) >= side
 
 
 def _tails(name: str) -> list[str]:

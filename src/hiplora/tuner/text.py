@@ -198,7 +198,10 @@ def model_fingerprint(model: nn.Module) -> str:
             own = not any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split("."))
             if own and id(parameter) not in seen:
                 seen.add(id(parameter))
-                digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(parameter)}\n".encode())
+                value = parameter.data
+                if type(value).dequantize is not Tensor.dequantize:  # torchao's
+                    value = value.dequantize()
+                digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(value)}\n".encode())
     return digest.hexdigest()
 
 

@@ -141,7 +141,7 @@ def leaky(base_dir, path):
     name, layer = next(iter(hiplora.tuner.hip_layers(model)))
 
     def push(tensors):
-        key = f"base_model.model.{name}.hiplora_B"
+        key = f"base_model.model.{name}.hiplora_B.weight"
         tensors[key] = tensors[key] + layer.hiplora_U["default"][:, :1]
 
     edit_tensors(folder, push)

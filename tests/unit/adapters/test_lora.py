@@ -128,7 +128,7 @@ def test_half_precision_says_what_it_costs_and_refuses_to_overflow(tiny_model_di
     half = save_as_lora(folder, tmp_path / "bf16", dtype="bfloat16")
     assert 1e-4 < half.worst[1] < 2e-2
     assert load_file(tmp_path / "bf16" / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
-    name = "base_model.model.model.layers.0.self_attn.q_proj.hiplora_delta"
+    name = "base_model.model.model.layers.0.self_attn.q_proj.hiplora_delta.weight"
     edit_tensors(folder, lambda tensors: tensors[name].fill_(1e7))
     with pytest.raises(AdapterError, match=r"layers\.0\.self_attn\.q_proj: lora_B in float16"):
         save_as_lora(folder, tmp_path / "out", dtype="float16")

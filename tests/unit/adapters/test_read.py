@@ -217,7 +217,7 @@ def test_every_missing_tensor_is_named(folder):
     edit_tensors(folder, lambda tensors: names.extend(names_of(folder, tensors)))
     for name in names:
         edit_tensors(folder, lambda tensors, name=name: tensors.pop(PREFIX + name))
-        refused(folder, f"tensor {name} is missing")
+        refused(folder, rf"tensor {name.removesuffix('.weight')}\S* is missing")
         (folder / "adapter_model.safetensors").write_bytes(whole)
 
 

@@ -1,0 +1,253 @@
+"""What PEFT's clients do with an adapter: TRL's references, transformers' own interface, mixed batches."""
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hiplora
+from hiplora import HipLoraConfig
+from hiplora.errors import AdapterError
+from hiplora.tuner import hip_layers
+from tests.contract.conftest import logits, train
+from tests.tiny import tiny_tokenizer
+
+PRESETS = {
+    "paper": {"preset": "paper"},
+    "function-aware": {"preset": "function-aware", "target_modules": ["q_proj", "down_proj"]},
+}
+
+
+@pytest.fixture(params=PRESETS)
+def preset(request):
+    return PRESETS[request.param]
+
+
+def copy_as_trl_does(model):
+    """Make TRL's frozen reference of the adapter: everything with `.default.` in its name is copied."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_trls_reference_is_the_trained_adapter(tiny, ids, tmp_path, preset, from_folder):
+    model = tiny.adapted(**preset, modules_to_save=["norm"])
+    train(model, ids)
+    if from_folder:
+        model.save_pretrained(tmp_path)
+        model = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=True)
+    policy = logits(model, ids)
+    copy_as_trl_does(model)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), policy)
+    for _, layer in hip_layers(model):
+        assert layer.hiplora_V["ref"].data_ptr() == layer.hiplora_V["default"].data_ptr()
+    model.set_adapter("default")
+    train(model, ids)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), policy)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_loaded_configuration_makes_a_fresh_adapter(tiny, ids, tmp_path, preset, beside):
+    model = tiny.adapted(**preset)
+    model.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    if beside:
+        model.add_adapter("fresh", config)
+        model.set_adapter("fresh")
+    else:
+        model = peft.get_peft_model(tiny.make(), config)
+    assert torch.equal(logits(model, ids), logits(tiny.make(), ids))
+    losses = train(model, ids)
+    assert losses[-1] < losses[0]
+    assert hiplora.max_leak(model) < 1e-6
+
+
+def names_of_0_1(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({name.removesuffix(".weight"): tensor for name, tensor in load_file(file).items()}, file)
+
+
+def test_an_adapter_file_of_0_1_still_loads(tiny, ids, tmp_path, preset):
+    model = tiny.adapted(**preset)
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    old = {n.removesuffix(".weight") if "hiplora_" in n else n: t.clone() for n, t in model.state_dict().items()}
+    names_of_0_1(tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny.make(), tmp_path), ids), logits(model, ids))
+    fresh = tiny.adapted(**preset)
+    fresh.load_state_dict(old)
+    assert torch.equal(logits(fresh, ids), logits(model, ids))
+
+
+def test_transformers_own_interface_loads_adds_trains_and_saves(tiny, ids, tmp_path, preset):
+    tiny.make().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.add_adapter(tiny.config(**preset), "default")
+    train(model, ids)
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    for again in (tiny.make(), AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()):
+        if not getattr(again, "peft_config", {}):
+            again.load_adapter(tmp_path / "adapter")
+        assert torch.equal(logits(again, ids), expected)
+        again.delete_adapter("default")
+    names_of_0_1(tmp_path / "adapter")
+    again = tiny.make()
+    again.load_adapter(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"q_proj: .*PeftModel\.from_pretrained"):
+        logits(again, ids)
+
+
+def test_the_type_is_what_peft_and_transformers_expect(tiny, tmp_path):
+    model = tiny.adapted()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "HIPLORA"
+    assert peft.get_model_status(model).peft_types == {"default": "HIPLORA"}
+    with pytest.raises(AdapterError, match=r"hiplora\.merging\.merge"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+    with pytest.raises(ValueError, match="'HIPLORA' is not compatible"):
+        peft.get_peft_model(tiny.make(), tiny.config(), mixed=True)
+
+
+NAMES = ["default", "b", "__base__", "b"]
+
+
+@pytest.fixture
+def several(tiny):
+    settings = {"init_weights": False, "modules_to_save": ["lm_head"]}
+    model = tiny.adapted(**settings)
+    model.add_adapter("b", tiny.config(**settings, r=2, principal_rank=3, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        model.get_submodule("base_model.model.lm_head").modules_to_save["default"].weight.mul_(1.5)
+    return model.eval()
+
+
+def alone(model, name, run):
+    if name == "__base__":
+        with model.disable_adapter():
+            return run()
+    model.set_adapter(name)
+    return run()
+
+
+@pytest.mark.parametrize("beams", [0, 1, 2])
+def test_each_row_of_a_mixed_batch_goes_through_its_own_adapter(several, beams):
+    ids = torch.randint(0, 256, (4, 7), generator=torch.Generator().manual_seed(1))
+
+    def run(**names):
+        if not beams:
+            with torch.no_grad():
+                return several(input_ids=ids, **names).logits
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "num_beams": beams, **names}
+        return several.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+    mixed = run(adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(mixed[row], alone(several, name, run)[row])
+
+
+@pytest.mark.parametrize(
+    ("names", "prepare", "message"),
+    [
+        (["default", "c"], None, r"non-existing adapter.*c.*b, default"),
+        (["default"], None, "Length of `adapter_names`"),
+        (["default", "b"], "train", "training mode"),
+        (["default", "b"], "merge_adapter", "merged"),
+    ],
+)
+def test_a_mixed_batch_that_cannot_be_computed_is_refused(several, ids, names, prepare, message):
+    if prepare:
+        getattr(several, prepare)()
+    with pytest.raises(AdapterError, match=message):
+        several(input_ids=ids, adapter_names=names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fresh_adapter_over_half_precision_is_saved_and_merged(tiny, ids, tmp_path, preset, dtype):
+    model = peft.get_peft_model(tiny.make(dtype), tiny.config(**preset))
+    model.add_adapter("second", tiny.config(**preset, init_weights=False))
+    assert hiplora.max_leak(model) < 1e-6
+    model.save_pretrained(tmp_path)
+    model.merge_adapter(["default", "second"])
+    model.unmerge_adapter()
+    again = peft.PeftModel.from_pretrained(tiny.make(dtype), tmp_path)
+    assert torch.equal(logits(again, ids), logits(tiny.make(dtype), ids))
+
+
+def trl_trainer(method, model, tokenizer, folder, **settings):
+    """Make one of TRL's trainers that compare a trained adapter with a frozen copy of it."""
+    import trl
+
+    words = {"chosen": "on the floor", "rejected": "nowhere", "completion": "on the floor"}
+    rows = [{"prompt": f"where is {i}", "label": bool(i % 2), **words} for i in range(8)]
+    keys, rewards = {"DPO": ["prompt", "chosen", "rejected"], "KTO": ["prompt", "completion", "label"]}, {}
+    if method in ("GRPO", "RLOO"):
+        settings |= {"beta": 0.04, "num_generations": 2, "max_completion_length": 4}
+        rewards = {"reward_funcs": lambda completions, **_: [float(len(set(text))) for text in completions]}
+    settings |= {"output_dir": str(folder), "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    settings |= {"save_strategy": "no", "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    return getattr(trl, f"{method}Trainer")(
+        model=model,
+        args=getattr(trl, f"{method}Config")(**settings),
+        train_dataset=Dataset.from_list(rows).select_columns(keys.get(method, ["prompt"])),
+        processing_class=tokenizer,
+        **rewards,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_trls_trainers_start_from_the_trained_adapter(tiny, ids, tmp_path, preset, method):
+    model = tiny.adapted(**preset, lora_dropout=0.3)
+    train(model, ids)
+    model.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(tiny.make(), tmp_path, is_trainable=True)
+    policy = logits(model, ids)
+    trainer = trl_trainer(method, model, tiny_tokenizer(), tmp_path / "out", learning_rate=1e-2)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    if method == "DPO":
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+        assert losses[1] < losses[0]
+    assert not torch.equal(logits(model.eval(), ids), policy)
+    model.base_model.set_adapter("ref")
+    assert torch.equal(logits(model, ids), policy)
+    assert hiplora.max_leak(model) < 1e-6
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", hiplora.tuner.PRESETS)
+def test_sft_then_dpo_on_the_real_model_starts_at_ln_2_and_learns(smollm2, tmp_path, preset):
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    config = HipLoraConfig(preset=preset, principal_rank=4, layers_to_transform=[0, 29], task_type="CAUSAL_LM")
+    if config.basis == "activation":
+        texts = [f"{i} is written in words and in {i + 1} other ways, which the model reads" for i in range(40)]
+        hiplora.calibrate(base, config, rows=[tokenizer(text)["input_ids"] for text in texts])
+    settings = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = SFTConfig(str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=2, **settings)
+    data = Dataset.from_list([{"prompt": "where is it", "completion": " on the floor"}] * 4)
+    trainer = SFTTrainer(base, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trainer = trl_trainer("DPO", model, tokenizer, tmp_path / "dpo", learning_rate=1e-3)
+    trainer.train()
+    first, second = (row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert second < first
+    assert hiplora.max_leak(model) < 1e-5
