@@ -54,7 +54,7 @@ class HipLoraModel(BaseTuner):
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
         _check_patterns(config, [target.name for target in targets])
-        if shared := _shared_factors(model, config, targets):
+        if not config.calibrated and (shared := _shared_factors(model, config, targets)):
             config.calibrated = shared
             return config
         if not config.from_checkpoint:
