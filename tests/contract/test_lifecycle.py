@@ -225,13 +225,7 @@ def test_merging_keeps_the_output_and_unmerging_restores_every_bit(base, ids, sa
     assert torch.equal(logits(model, ids), expected)
     for name, weight in base_weights(model).items():
         assert torch.equal(weight, weights[name]), name
-
-
-def test_merge_and_unload_gives_a_plain_model_with_equal_output(base, ids):
-    model = base.adapted()
-    train(model, ids)
-    expected = logits(model, ids)
-    plain = model.merge_and_unload(safe_merge=True)
+    plain = model.merge_and_unload(safe_merge=safe)
     assert (logits(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
     assert not any(isinstance(module, HipLoraLinear) for module in plain.modules())
 
@@ -305,15 +299,6 @@ def test_peft_converts_the_adapter_to_lora_exactly_at_rank_r_plus_k(tiny, ids, t
     plain = peft.PeftModel.from_pretrained(tiny.make(), tmp_path)
     assert isinstance(plain.peft_config["default"], peft.LoraConfig)
     assert (logits(plain, ids) - expected).norm() <= 1e-5 * expected.norm()
-
-
-def test_generation_uses_the_adapter(base, ids):
-    model = base.adapted(init_weights=False)
-    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    adapted = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
-    with model.disable_adapter():
-        plain = model.generate(input_ids=ids[:1], output_scores=True, return_dict_in_generate=True, **settings)
-    assert not torch.equal(adapted.scores[0], plain.scores[0])
 
 
 def test_loading_into_an_adapter_leaves_those_that_share_its_factors_alone(tiny, ids, tmp_path):
