@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 SUITES = ("test_custom_models", "test_decoder_models")
-LINEAR = {"MLP": [], "EmbConv1D": ["conv1d"]}  # PEFT's small models, and the only targets of ours in them (empty: all)
 COMMON = {"principal_rank": 1, "r": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
@@ -121,9 +120,8 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
     from hiplora import HipLoraConfig
 
     if module_path.stem == "test_custom_models":
-        plain = [row for row in module.TEST_CASES if row[2] is module.LoraConfig and row[1] in LINEAR]
+        plain = [row for row in module.TEST_CASES if row[2] is module.LoraConfig and row[1] == "MLP"]
         plain = [row for row in plain if not row[3].keys() - {"target_modules", "modules_to_save"}]
-        plain = [row for row in plain if not LINEAR[row[1]] or row[3]["target_modules"] == LINEAR[row[1]]]
         module.TEST_CASES[:] = [
             (f"{row[0]} HIPLORA {name}", row[1], HipLoraConfig, {**row[3], **COMMON, **variant})
             for row in plain
@@ -159,12 +157,10 @@ def _measure_on_random_inputs() -> None:
 
     def calibrate(model: Any, config: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
-        whole = hasattr(model, "emb")
-        inputs = torch.randint(0, 10, (64, 1 if whole else 10), generator=generator)
+        inputs = torch.randint(0, 10, (64, 10), generator=generator)
         config.basis_sides = "input"  # these models give no logits
-        device, dtype = next((p.device, p.dtype) for p in model.parameters())
-        run = functools.partial(model, inputs.to(device) if whole else inputs.to(device, dtype))
-        return original(model, config, run_model=run)
+        first = next(model.parameters())
+        return original(model, config, run_model=functools.partial(model, inputs.to(first.device, first.dtype)))
 
     original, tuner.calibrate = tuner.calibrate, calibrate
 
