@@ -125,7 +125,9 @@ def join_saved(folder: Path, given: Path) -> None:
 
     Both low-rank parts keep out of the factors of the first, which are saved with it; the wider basis goes beside them.
     """
-    old, new = load_file(given / WEIGHTS_FILE), load_file(folder / WEIGHTS_FILE)
+    from hiplora.tuner import file_names
+
+    old, new = file_names(load_file(given / WEIGHTS_FILE)), load_file(folder / WEIGHTS_FILE)
     config = json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
     added = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     joined = dict(old)

@@ -14,7 +14,7 @@ from hiplora.tuner.calibration import (
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear, leak_limit
-from hiplora.tuner.model import HipLoraModel, register
+from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only
 from hiplora.tuner.targets import (
     Target,

@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -244,7 +244,7 @@ class HipLoraModel(BaseTuner):
         plain = {_plain(key): value for key, value in state_dict.items()}
         for name, tensors in check_checkpoint(layers, config, adapter_name, plain).items():
             layers[name].load_factors(adapter_name, tensors)
-        named = {f"{key}.weight" if _PARAMETER.search(key) else key: value for key, value in plain.items()}
+        named = file_names(state_dict)
         if not config.save_factors:  # computed already, and not missing
             held = {
                 (name, kind): getattr(layer, kind)[adapter_name]
@@ -255,13 +255,15 @@ class HipLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
 
 
-# The end of a parameter's name without LoRA's ".weight", as adapter files of 0.1 have it.
-_PARAMETER = re.compile(r"\.hiplora_(A|B|delta)(\.[^.]+)?$")
+def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
+    old = re.compile(r"\.hiplora_(A|B|delta)$")
+    return {f"{key}.weight" if old.search(key) else key: value for key, value in tensors.items()}
 
 
 def _plain(key: str) -> str:
-    short = key.removesuffix(".weight")
-    return short if _PARAMETER.search(short) else key
+    """Return a parameter's name, with or without an adapter's in it, as 0.1 had it."""
+    return re.sub(r"(\.hiplora_(A|B|delta)(\.[^.]+)?)\.weight$", r"\1", key)
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
