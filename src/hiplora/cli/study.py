@@ -1,22 +1,14 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
-import contextlib
-import itertools
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import typer
 
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 from hiplora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from hiplora.study.jobs import Job
-    from hiplora.study.plan import Opened
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,7 +80,6 @@ def run(
 
         hiplora study run smol --data benchmarks --workers 2 --allow-code-execution
     """
-    from hiplora.study.execute import run_graph
     from hiplora.study.plan import check, status
 
     if executor == "local" and (address is not None or gpus_per_job):
@@ -98,8 +89,7 @@ def run(
     check(opened)
     taken = sum(opened.store.take(path) for path in reuse)
     cluster = {"executor": executor, "address": address, "gpus_per_job": gpus_per_job}
-    with _progress(opened, verbose) as on_event:
-        failed = run_graph(opened.graph, opened.place, workers=workers, on_event=on_event, **cluster)
+    failed = _run(opened, verbose, workers=workers, **cluster)
     found = {**status(opened), "taken": taken}
     if as_json:
         emit_json(found)
@@ -162,7 +152,7 @@ def report(
     typer.echo(f"{found['measurements']:,} measurements: {found['page']}")
 
 
-def _open(recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool = False) -> "Opened":
+def _open(recipe: str, out: Path | None, data: Path | None, changes: list[str], allow_code: bool = False) -> Any:
     from hiplora.study.plan import open_study
     from hiplora.study.recipe import load_study
 
@@ -171,23 +161,26 @@ def _open(recipe: str, out: Path | None, data: Path | None, changes: list[str], 
     return open_study(loaded, folder, data or os.environ.get("HIPLORA_DATA"), allow_code)
 
 
-@contextlib.contextmanager
-def _progress(opened: "Opened", verbose: bool) -> "Iterator[Callable[[str, Job], None]]":
-    """Yield what shows a run's events: a bar on a terminal, a line for every finished job with `verbose`."""
+def _run(opened: Any, verbose: bool, **options: Any) -> set[Any]:
+    """Run the jobs behind a bar on a terminal; with `verbose` a line for each. Return those that failed."""
     from tqdm import tqdm
 
-    total = len(opened.store.unfinished(opened.graph))
+    from hiplora.study.execute import run_graph
+
+    total, done = len(opened.store.unfinished(opened.graph)), 0
     with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
-        done = itertools.count(1)
 
-        def on_event(event: str, job: "Job") -> None:
+        def on_event(event: str, job: Any) -> None:
+            nonlocal done
             bar.set_postfix_str(job.name[:60])
-            bar.update(event != "begin")
-            if verbose and event != "begin":
-                failed = "FAILED " if event == "failed" else ""
-                tqdm.write(f"{next(done)}/{total}  {failed}{job.name}", file=sys.stderr)
+            if event == "begin":
+                return
+            done += 1
+            bar.update()
+            if verbose:
+                tqdm.write(f"{done}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
 
-        yield on_event
+        return run_graph(opened.graph, opened.place, on_event=on_event, **options)
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:
