@@ -57,7 +57,7 @@ class Study:
     def variant(self, method: str, title: str | None = None, **settings: Any) -> "StudyMethod":
         """Return a method with some fields of its `method` block changed, under its title or another."""
         row = self.row(method)
-        changed = {**as_written(row.method), **settings}
+        changed = as_read({**as_written(row.method), **settings})
         given = {**row.model_dump(exclude_unset=True), "title": title or row.title, "method": changed}
         return type(row).model_validate(given)
 
@@ -245,14 +245,21 @@ class Study:
 def as_written(method: Any) -> dict[str, Any]:
     """Return a method as a recipe writes it: its name, and what differs from the defaults.
 
-    Keys of jobs are made of this, so that a new setting changes no key. Two kinds of fields are written whatever their
-    value: those for which the preset "paper" has a default of its own, and `gradient_projection`, where it matters:
-    records without it are of trainings whose gradients were not projected.
+    Keys of jobs are made of this, so that a new setting changes no key. Fields for which the preset "paper" has a
+    default of its own are written too. `gradient_projection` is written where it is on: records without it are of
+    trainings whose gradients were not projected.
     """
-    written = method.model_dump(mode="json", exclude_defaults=True)
-    if getattr(method, "is_closed", False):
-        written["gradient_projection"] = method.gradient_projection
+    written = method.model_dump(mode="json", exclude_defaults=True, exclude={"gradient_projection"})
+    if getattr(method, "is_closed", False) and method.gradient_projection:
+        written["gradient_projection"] = True
     if getattr(method, "preset", None) == "paper":
         changed = {name for name in (*PAPER, "principal_channel") if hasattr(method, name)} - set(written)
         written |= method.model_dump(mode="json", include=changed)
     return {"name": method.name, **written}
+
+
+def as_read(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a method that `as_written` wrote, for a recipe."""
+    spectral = written["name"] in ("hiplora", "proj_lora")
+    closed = spectral and written.get("projection") != "soft" and written.get("residual_projection", True)
+    return {"gradient_projection": False, **written} if closed else dict(written)

@@ -1,4 +1,7 @@
-"""The method without its budget, without the projection, with zero init, without gains: Table 11 and Figure 5."""
+"""The method without its budget, without the projection, with zero init, without gains: Table 11 and Figure 5.
+
+And with retraction after each step alone, the paper's implementation note, in place of gradients that are projected.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
@@ -21,7 +24,7 @@ SHOWN = {"merge fail": ("MergeFail", 1), "held-out loss": ("Held-out loss", 3), 
 
 
 class Ablations(Protocol):
-    """The method without its budget, without the projection, with zero init, without gains."""
+    """The method without its budget, projection or gains, with zero init, and with retraction only."""
 
     name: ClassVar[str] = "ablations"
     title: ClassVar[str] = "Ablations"
@@ -83,6 +86,8 @@ class Ablations(Protocol):
             "Zero init": {"init_weights": "zero"},
             "Without principal channel": no_gains,
         }
+        if getattr(full.method, "gradient_projection", False):
+            changes["Retraction only"] = {"gradient_projection": False}
         return [full, *(study.variant(self.method, title, **change) for title, change in changes.items())]
 
     def _domains(self, study: Study) -> list[str]:

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from hiplora.errors import DivergedError
 from hiplora.models import load
 from hiplora.spectral import FactorStore, SpectralFactors
+from hiplora.study.builder import as_read
 from hiplora.study.context import Context
 from hiplora.study.execute import start_child
 from hiplora.study.jobs import DIVERGED, Job
@@ -69,7 +70,7 @@ def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Fo
 
 def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe with the base model at hand and this machine's paths for the study's file names."""
-    placed = {**copy.deepcopy(dict(recipe)), "model": context.place.model}
+    placed = {**copy.deepcopy(dict(recipe)), "model": context.place.model, "method": as_read(recipe["method"])}
     files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
     for block, names in files.items():
         for name in names:
