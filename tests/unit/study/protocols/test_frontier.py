@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiplora.study.protocols.envelope import NOT_REACHED, PASSED, REACHED, Frontier
+from hiplora.study.protocols.frontier import NOT_REACHED, PASSED, REACHED, Frontier
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
 
 FRONTIER = (
