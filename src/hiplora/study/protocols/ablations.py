@@ -103,7 +103,8 @@ class Ablations(Protocol):
         Inspections look at the protected directions themselves, which lead the spectrum in the weight's basis alone.
         """
         like, domains, rows = study.row(self.method), self._domains(study), self.variants(study)
-        scores, merges = score_runs(study, rows, study.seeds(self), domains, like), []
+        scores = score_runs(study, rows, study.seeds(self), domains, like)
+        merges: list[Run] = []
         for row in rows if self.merge and len(domains) > 1 else ():
             drawn = self._drawn(study)
             made = [merge_of(study, row, instance, RULE, {}, like=like) for _, instance in drawn]

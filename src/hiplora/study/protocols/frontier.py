@@ -253,8 +253,10 @@ def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[
             rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
             y = np.log(one[text].clip(lower=FLOOR).to_numpy())
             frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), y)
-        there = frontiers.pop(reference, None)
-        for at in () if there is None else (None, *range(len(there.rates))):
+        if reference not in frontiers:
+            continue
+        there = frontiers.pop(reference)
+        for at in (None, *range(len(there.rates))):
             known = []
             for method, here in frontiers.items():
                 apart, x, state = compared(here, there, at)

@@ -37,7 +37,8 @@ class MergeFail(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Merge the drawn tuples of every method by every rule; score each on its own tasks, and its adapters."""
-        drawn, found = self._drawn(study), []
+        drawn = self._drawn(study)
+        found: list[Run] = []
         for rule, options in self.rules.items():
             for row in map(study.row, self.methods):
                 merges = [merge_of(study, row, merge, rule, options, self.drift) for _, merge in drawn]
