@@ -133,6 +133,8 @@ def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task
         assert (A[stage][stage * r :] @ V[stage]).norm() < 1e-4 * A[stage].norm()  # the new part keeps out of it
         assert (V[stage] @ (V[stage].T @ V[stage - 1]) - V[stage - 1]).norm() < 1e-4  # which holds what was protected
     assert (A[0] @ V[1]).norm() > 0.1 * A[0].norm()  # and the finished task
+    with pytest.raises(ConfigError, match="was widened before"):
+        train(recipe("activation", 0, folders[-1], widen=False), tmp_path / "other")
 
 
 @pytest.mark.parametrize("method", ["soft", "pissa", "split_lora"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+BASIS_FILE = "basis.safetensors"  # what a widened training kept out of: more than the adapter's own factors
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 Begin = Callable[["PeftModel"], None]  # brings a new adapter to the point where training begins

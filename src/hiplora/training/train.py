@@ -27,7 +27,7 @@ from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
-from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
+from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe, model_problem
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 
@@ -244,6 +244,11 @@ def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
     if problem := start_problem(recipe.method, recipe.train.start_from):
         raise ConfigError(f"train.start_from: {problem}")
     folder = Path(recipe.train.start_from)
+    if not recipe.widens and (folder / BASIS_FILE).is_file():
+        raise ConfigError(
+            f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on as "
+            "one; remove `widen: false`"
+        )
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ConfigError(f"--out {out}: holds the adapter of train.start_from; name another folder")
     return {"start": {"folder": folder.name, "sha256": file_sha256(folder / WEIGHTS_FILE)}}

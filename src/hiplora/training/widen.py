@@ -15,12 +15,11 @@ from torch import Tensor
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
-from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
+from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-BASIS_FILE = "basis.safetensors"  # what the last training kept out of: more than the adapter's own factors
 ROW_LENGTH = 256  # tokens of a sampled row
 AT_ONCE = 20  # rows
 
