@@ -246,8 +246,8 @@ def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
     folder = Path(recipe.train.start_from)
     if not recipe.widens and (folder / BASIS_FILE).is_file():
         raise ConfigError(
-            f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on as "
-            "one; remove `widen: false`"
+            f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on "
+            "as one; remove `widen: false`"
         )
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise ConfigError(f"--out {out}: holds the adapter of train.start_from; name another folder")
