@@ -73,7 +73,8 @@ class Claims(Protocol):
     def _checked(self, study: Study, numbers: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
         """Every claim that the study's methods allow to check, in each of its forms, with its verdict."""
         roles = {name: getattr(self, name) for name in Claims.model_fields}
-        moved = _first(numbers, "allocation", "median relative gain", study.row(self.hiplora).title, type="all")
+        gain = ("median relative gain", study.row(self.hiplora).title)
+        moved = _first(numbers, "allocation", *gain, type="all") or _first(numbers, "ablations", *gain, type="all")
         rows = []
         for name, claim in paper()["claims"].items():
             named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
