@@ -70,11 +70,12 @@ def command(
     if as_json:
         emit_json(results)
         return
-    _print_scores(results)
+    print_scores(results["suite"], results)
     typer.echo(f"\nWritten: {out}")
 
 
-def _print_scores(results: dict[str, Any]) -> None:
+def print_scores(title: str, results: dict[str, Any]) -> None:
+    """Print every score with its interval, and each model's difference from the first with its verdict."""
     base, *others = results["runs"]
     rows: list[list[str]] = []
     for task, described in results["tasks"].items():
@@ -87,7 +88,7 @@ def _print_scores(results: dict[str, Any]) -> None:
                     row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
                 rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
-    title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
+    title += f", {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
     print_table(title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows)
 
 
