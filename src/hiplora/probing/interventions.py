@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
-from hiplora.evaluation.mounting import holding
 from hiplora.spectral import MomentBasis, activation_factors, truncated_svd
 from hiplora.tuner import HipLoraConfig, find_targets
 
@@ -136,9 +135,11 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
-        changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
-    with holding(model, {direction.module: changed}):
+        module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+    try:
         yield model
+    finally:
+        module.weight = weight
 
 
 def probe(
