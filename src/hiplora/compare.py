@@ -1,47 +1,95 @@
-"""`hiplora compare`: LoRA and HiP-LoRA on one's own data with one budget: what each learned and what it disturbed."""
+"""`hiplora compare`: what LoRA and HiP-LoRA do to a model on one's own data, read at equal learning.
+
+Every adapter, at marks along its training and scaled down after it, is one point: what it learned (loss on held-out
+rows) and what it disturbed (drift on other text). The methods are compared where all have learned the same.
+"""
 
 import functools
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from hiplora import __version__
-from hiplora.errors import ConfigError, first_line, first_problem
+from hiplora.errors import ConfigError, DataError, first_line, first_problem
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hiplora.adapters import AdapterUpdate
     from hiplora.data.examples import Example
     from hiplora.training.recipe import TrainRecipe
 
-HELDOUT_LIMIT = 256  # held-out rows at most: enough for a mean, cheap to measure
-DRIFT_TOKENS = 2048  # of each text
-ANSWERS, ANSWER_TOKENS = 5, 64
-ONE_RUN = "One run of each method with one seed: small differences may be chance."
+HELDOUT_LIMIT = 64  # held-out rows at most: all methods are measured on the same, at some ten points each
+ANSWER_TOKENS = 48
+MARKS = 4  # points along a training
+SCALES = (0.25, 0.5, 0.75)  # of a finished adapter, besides 1
+LEARNED = 0.02  # nats: a method that learned less has no drift to compare
+VISIBLE = 0.01  # nats: below this a reader sees no difference
+OWN_ROWS = 3  # held-out prompts among the questions
+QUESTIONS = (
+    "What is the capital of Australia?",
+    "Who wrote Romeo and Juliet?",
+    "Why is the sky blue?",
+    "Write a Python function that reverses a string.",
+    "Name three planets.",
+    "What is 7 times 8?",
+    "Begin a story about a dragon who is afraid of fire.",
+    "Give me a tip for sleeping better.",
+)
+TRAINED, SCALED = "at marks along the training", "finished adapter, scaled down"
 
 Results = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method as it is recommended: its name in reports, what it adapts, its block of a recipe, its learning rate.
+
+    `adapts` is the preset of HiP-LoRA whose modules a plain LoRA gets, or text.
+    """
+
+    title: str
+    adapts: str
+    settings: Mapping[str, Any]
+    lr: float = 1e-3
+
+
+METHODS = {
+    "lora": Compared("LoRA", "all linear layers", {"name": "lora", "target_modules": "all-linear"}),
+    "lora-mlp": Compared("LoRA on the MLPs", "the MLPs", {"name": "lora"}),
+    "lora-attention": Compared("LoRA on the attention", "the attention", {"name": "lora"}),
+    "hiplora": Compared("HiP-LoRA", "the MLPs", {"name": "hiplora", "preset": "function-aware"}),
+    "hiplora-paper": Compared("HiP-LoRA (paper)", "the attention", {"name": "hiplora", "preset": "paper"}),
+}
+ROLES = {"the MLPs": "function-aware", "the attention": "paper"}
+DEFAULT_METHODS = ("lora", "lora-mlp", "hiplora")
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """How long to train, and on what to measure. All methods get the same steps, rate and rows in the same order."""
+    """How long to train, and on what to measure; `lr` None is each method's own. All get the same rows in one order."""
 
-    steps: int = 200
-    lr: float = 2e-4
-    batch_size: int = 8
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    steps: int = 40
+    lr: float | None = None
+    batch_size: int = 4
     max_length: int = 512
     rank: int = 16
     principal_rank: int = 32
+    prompts: str | None = None
     drift_text: str | None = None
-    heldout_fraction: float = 0.1
+    heldout_fraction: float = 0.15
     seed: int = 42
 
 
@@ -52,10 +100,12 @@ def compare(
     settings: CompareSettings | None = None,
     *,
     overwrite: bool = False,
+    tell: Tell = lambda text: None,
 ) -> Results:
     """Train each method on the rows of `data`, measure it, and write `results.json`, `report.html` and the adapters.
 
-    An unfinished comparison of the same settings in `out` goes on where it stopped.
+    An unfinished comparison of the same settings in `out` goes on where it stopped. `tell` gets a line that says how
+    long it will take.
 
     Raises:
         ConfigError, DataError: settings, model, data or output folder cannot be used; found before a model loads.
@@ -66,104 +116,181 @@ def compare(
     from hiplora.run_folder import RunFolder
 
     settings = settings or CompareSettings()
-    targets = check_model(model, settings.principal_rank)
-    recipes = _recipes(model, data, settings, targets)
-    texts, rows = drift_texts(settings.drift_text), load_data(next(iter(recipes.values())).data)
+    recipes = method_recipes(model, data, settings)
+    texts, questions = drift_texts(settings.drift_text), read_questions(settings.prompts)
+    rows = load_data(next(iter(recipes.values())).data)
     plan = {
         "kind": "compare",
         "hiplora": __version__,
-        "settings": {name: value for name, value in asdict(settings).items() if name != "drift_text"},
+        "settings": {n: v for n, v in asdict(settings).items() if n not in ("drift_text", "prompts")},
         "data_sha256": file_sha256(data),
-        "drift_texts_sha256": json_sha256(texts),
+        "texts_sha256": json_sha256([texts, questions]),
         "model_sha256": folder_identity(model),
     }
     folder = RunFolder(Path(out), "plan.json", "results.json")
     folder.check(plan, overwrite=overwrite)
+    own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
     with folder.claimed(plan, overwrite=overwrite):
-        adapters = folder.path / "adapters"
-        base = functools.cache(lambda: Base(model, texts, DRIFT_TOKENS))
-
-        def answers(network: Any) -> Results:
-            return _answers(network, base().tokenizer, rows.held_out)
-
-        def measured(adapter: Path) -> Results:
-            return base().measure(adapter, answers)
-
-        trained, written = {}, {}
-        for name, recipe in recipes.items():
-            train = functools.partial(_train, recipe, name, adapters / slug(name))
-            trained[name] = folder.stage(f"train-{slug(name)}", train)
-        written["base"] = folder.stage("measure-base", lambda: answers(base().model))["answers"]
-        for name, record in trained.items():
-            found = folder.stage(f"measure-{slug(name)}", functools.partial(measured, adapters / slug(name)))
-            written[name], record["drift"] = found["answers"], found["drift"]
+        base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
+        bare = folder.stage("base", lambda: base().read())
+        tell(_expected(bare, rows.train, settings, len(recipes)))
+        base.cache_clear()  # a training loads the model itself
+        adapters = {key: folder.path / "adapters" / key for key in recipes}
+        records = {}
+        for key, recipe in recipes.items():
+            work = functools.partial(_train, recipe, METHODS[key].title, adapters[key])
+            trained = folder.stage(f"train-{key}", work)
+            records[METHODS[key].title] = {"adapts": METHODS[key].adapts, **trained}
+        for key, adapter in adapters.items():
+            points = folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
+            records[METHODS[key].title] |= points
+            shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
+        named = {METHODS[key].title: adapter for key, adapter in adapters.items()}
+        said = folder.stage("answers", lambda: {"rows": base().answers(named, [*own, *questions])})["rows"]
+        prompts = [example.prompt for example in own] + questions
         results = {
-            "schema": 2,
+            "schema": 3,
             "kind": "compare",
-            "title": f"LoRA and HiP-LoRA on {Path(data).name}",
             "model": model,
             "data": {**rows.sources["train"], "held_out_rows": len(rows.held_out)},
-            "settings": asdict(settings),
-            "base": {"held_out_loss": next(iter(trained.values()))["held_out"]["before"]},
-            "methods": trained,
-            "answers": [
-                {
-                    "prompt": row.prompt,
-                    "expected": row.response,
-                    **{name: texts[place] for name, texts in written.items()},
-                }
-                for place, row in enumerate(_asked(rows.held_out))
-            ],
-            "notes": [*_overlaps(texts, rows.train), ONE_RUN],
+            "settings": {**asdict(settings), "methods": list(settings.methods)},
+            "base": {"held_out_loss": bare["held_out_loss"]},
+            "methods": records,
+            "equal": at_equal_learning(bare["held_out_loss"], records),
+            "expected": [example.response for example in own],
+            "answers": [{"prompt": prompt, "said": row} for prompt, row in zip(prompts, said, strict=True)],
+            "notes": _notes(texts, rows.train),
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
-        _write_report(results, folder.path / "report.html")
+        _write_report(results, folder.path)
         write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
+def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
+    """Return the lowest held-out loss that all methods reach, and for each what it disturbed there.
+
+    Between two points the square root of the divergence, which grows as the update does, is linear in the loss.
+    `scaled` is the same along the scales of the finished adapter, None where these do not reach the loss.
+    """
+    loss = max(min(point["held_out_loss"] for point in record["trained"]) for record in methods.values())
+    ways = ("trained", "scaled")
+    reached = {name: {way: _crossing(base, record[way], loss) for way in ways} for name, record in methods.items()}
+    return {"loss": loss, "methods": reached}
+
+
+def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | None:
+    """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
+    still = {name: {"kl": 0.0, "greedy_changed": 0.0} for name in points[0]["drift"]}
+    before: Results = {"held_out_loss": base, "drift": still}
+    for point in points:
+        if point["held_out_loss"] <= loss:
+            fall = before["held_out_loss"] - point["held_out_loss"]
+            share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
+            return {
+                name: {
+                    "kl": ((1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5) ** 2,
+                    "greedy_changed": (1 - share) * was["greedy_changed"] + share * now["greedy_changed"],
+                }
+                for name, was, now in ((name, before["drift"][name], now) for name, now in point["drift"].items())
+            }
+        before = point
+    return None
+
+
+def headline(results: Results) -> str:
+    """Return what a comparison found, in two sentences at most."""
+    loss, methods = results["equal"]["loss"], results["equal"]["methods"]
+    if results["base"]["held_out_loss"] - loss < LEARNED:
+        return "These steps taught too little to compare anything: train longer (--steps)."
+    trained = {name: found["trained"] for name, found in methods.items()}
+    plain, ours = (next((name for name in trained if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA"))
+    if plain is None or ours is None:
+        return f"What each method changed where all have reached a held-out loss of {loss:.3f}"
+    changed = [f"{mean_of(trained[name], 'greedy_changed'):.1%} with {name}" for name in (plain, ours)]
+    said = (
+        f"Where both have learned the same, {plain} has moved the model {spread(trained[plain], trained[ours])} as far "
+        f"on other text as {ours}. Next tokens chosen differently there: {' and '.join(changed)}."
+    )
+    if max(found["kl"] for texts in trained.values() for found in texts.values()) < VISIBLE:
+        said += " No method has forgotten anything that a reader would notice yet: train longer (--steps) to see."
+    return said
+
+
 def summary(results: Results) -> "pd.DataFrame":
-    """Return the results as a table, a row a method and the base model first."""
+    """Return the results as a table, a column a method: drift at the loss that all reach, and the cost."""
     import pandas as pd
 
-    rows = [{"method": "base", "held-out loss": results["base"]["held_out_loss"]}]
+    columns = {}
     for name, record in results["methods"].items():
-        drift = record["drift"]
-        rows.append(
-            {
-                "method": name,
-                "held-out loss": record["held_out"]["after"],
-                **{f"KL, {text}": found["kl"] for text, found in drift.items()},
-                **{f"perplexity ratio, {text}": found["perplexity_ratio"] for text, found in drift.items()},
-                "trainable parameters": f"{record['trainable_parameters']:,}",
-                "seconds": round(record["seconds"], 1),
-            }
-        )
-    return pd.DataFrame(rows)
+        reached = results["equal"]["methods"][name]
+        columns[name] = {
+            **{f"KL, {text}": found["kl"] for text, found in reached["trained"].items()},
+            "next token changed": f"{mean_of(reached['trained'], 'greedy_changed'):.1%}",
+            **{f"KL, {text}, scaled down": found["kl"] for text, found in (reached["scaled"] or {}).items()},
+            "held-out loss at the end": record["trained"][-1]["held_out_loss"],
+            "learning rate": f"{record['lr']:g}",
+            "training, minutes": f"{record['seconds'] / 60:.1f}",
+        }
+    return pd.DataFrame(columns).rename_axis(index="")
 
 
-def method_settings(rank: int, principal_rank: int, targets: Mapping[str, Sequence[str]], **shared: Any) -> Results:
-    """Return the compared methods, by display name, as the `method` block of a recipe.
+def next_steps(results: Results, out: str | os.PathLike) -> str:
+    """Return what to do with the adapters, as commands."""
+    key = "hiplora" if "hiplora" in results["settings"]["methods"] else results["settings"]["methods"][-1]
+    adapter, steps = Path(out) / "adapters" / key, results["settings"]["steps"]
+    return (
+        f"Use it:       hiplora export {adapter} --to lora --out {Path(out) / 'lora'}\n"
+        f"Train longer: hiplora train {adapter / 'recipe.yaml'} --set train.steps={5 * steps} --out runs/longer"
+    )
 
-    `targets` are the modules that each preset of HiP-LoRA adapts (see `check_model`). All have the same rank, so those
-    on the same modules have as many trainable parameters, but for the paper's gains.
+
+def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> "dict[str, TrainRecipe]":
+    """Return each method's recipe, by its key; the model's configuration is read, not its weights.
+
+    Raises:
+        ConfigError: a setting or a method is wrong, or the model cannot be found or is not fit for it.
     """
-    lora = {"name": "lora", "r": rank, "lora_alpha": 2 * rank, **shared}
-    hiplora = {**lora, "name": "hiplora", "principal_rank": principal_rank}
-    attention, mlps = list(targets["paper"]), list(targets["function-aware"])
-    return {
-        "LoRA": {**lora, "target_modules": attention},
-        "LoRA on the MLPs": {**lora, "target_modules": mlps},
-        "HiP-LoRA": {**hiplora, "preset": "function-aware", "target_modules": mlps},
-        "HiP-LoRA (paper)": {**hiplora, "preset": "paper", "target_modules": attention},
-    }
+    from hiplora.training.recipe import TrainRecipe
+
+    if unknown := [key for key in settings.methods if key not in METHODS]:
+        raise ConfigError(f"--methods {unknown[0]}: no such method; expected some of {', '.join(METHODS)}")
+    if not settings.methods:
+        raise ConfigError("--methods names none; expected some of " + ", ".join(METHODS))
+    presets = {METHODS[key].settings.get("preset") for key in settings.methods}
+    targets = check_model(model, settings.principal_rank, presets)
+    split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT}
+    recipes = {}
+    for key in dict.fromkeys(settings.methods):
+        method = {"r": settings.rank, "lora_alpha": 2 * settings.rank, **METHODS[key].settings}
+        if method["name"] == "hiplora":
+            method["principal_rank"] = settings.principal_rank
+        elif "target_modules" not in method:
+            method["target_modules"] = targets[ROLES[METHODS[key].adapts]]
+        train = {
+            "steps": settings.steps,
+            "lr": METHODS[key].lr if settings.lr is None else settings.lr,
+            "batch_size": settings.batch_size,
+            "gradient_accumulation": 1,
+            "max_length": settings.max_length,
+            "packing": False,
+            "save_every": max(1, -(-settings.steps // MARKS)),
+            "keep_checkpoints": MARKS + 1,
+        }
+        value = {"model": model, "data": {"path": str(data), **split}, "method": method, "train": train}
+        try:
+            recipes[key] = TrainRecipe.model_validate({**value, "seed": settings.seed})
+        except ValidationError as error:
+            raise ConfigError(f"setting {first_problem(error)}") from None
+    return recipes
 
 
-def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
+def check_model(model: str, principal_rank: int, presets: Collection[str | None]) -> dict[str, list[str]]:
     """Return the modules that each preset of HiP-LoRA adapts, read off the model's configuration without its weights.
 
     Raises:
-        ConfigError: the model cannot be found, has no such modules, or some with at most `principal_rank` directions.
+        ConfigError: the model cannot be found, has no such modules, or those of `presets` have at most `principal_rank`
+            directions.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -181,8 +308,8 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model}: its configuration cannot be read ({first_line(error)})") from error
     targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}
-    for names in targets.values():
-        for found in find_targets(skeleton, HipLoraConfig(target_modules=names)):
+    for preset in {*presets} & {*PRESETS}:
+        for found in find_targets(skeleton, HipLoraConfig(target_modules=targets[preset])):
             if min(found.shape) <= principal_rank:
                 raise ConfigError(
                     f"--principal-rank is {principal_rank}, but layer {found.name} has only min(out, in) = "
@@ -191,127 +318,205 @@ def check_model(model: str, principal_rank: int) -> dict[str, list[str]]:
     return targets
 
 
-def slug(name: str) -> str:
-    """Return a name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def read_questions(path: str | os.PathLike | None) -> list[str]:
+    """Return the questions of a file, one a line, else the built-in ones.
 
-
-def _recipes(
-    model: str, data: str | os.PathLike, settings: CompareSettings, targets: Mapping[str, Sequence[str]]
-) -> "dict[str, TrainRecipe]":
-    from hiplora.training.recipe import TrainRecipe
-
-    shared = {
-        "model": model,
-        "data": {
-            "path": str(data),
-            "held_out_fraction": settings.heldout_fraction,
-            "held_out_limit": HELDOUT_LIMIT,
-        },
-        "train": {
-            "steps": settings.steps,
-            "lr": settings.lr,
-            "batch_size": settings.batch_size,
-            "gradient_accumulation": 1,
-            "max_length": settings.max_length,
-            "packing": False,
-        },
-        "seed": settings.seed,
-    }
-    methods = method_settings(settings.rank, settings.principal_rank, targets)
+    Raises:
+        DataError: the file cannot be read, or has no line.
+    """
+    if path is None:
+        return list(QUESTIONS)
     try:
-        return {name: TrainRecipe.model_validate({**shared, "method": method}) for name, method in methods.items()}
-    except ValidationError as error:
-        raise ConfigError(f"setting {first_problem(error)}") from None
-
-
-def _train(recipe: "TrainRecipe", name: str, out: Path) -> Results:
-    from hiplora.training import train
-
-    result = train(recipe, out, resume=True, description=name)
-    return {
-        "trainable_parameters": result.trainable_parameters,
-        "seconds": result.seconds,
-        "tokens": result.tokens,
-        "held_out": result.held_out,
-    }
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
+    if not (questions := [line.strip() for line in lines if line.strip()]):
+        raise DataError(f"--prompts {path}: is empty; give one prompt a line")
+    return questions
 
 
 class Base:
-    """The base model, loaded once and bare between measurements, with its predictions on the drift texts."""
+    """The bare base model, loaded once, and the held-out rows as it reads them."""
 
-    def __init__(self, model: str, texts: Mapping[str, str], tokens: int):
-        from hiplora.evaluation import BaseReference
-        from hiplora.models import load
+    def __init__(self, model: str, held_out: "Sequence[Example]" = (), max_length: int = 512):
+        from hiplora.data.encoding import encode_examples
+        from hiplora.evaluation import Encoded
+        from hiplora.evaluation.mounting import load_model
 
-        self.model, self.tokenizer = load(model)
-        self.reference = BaseReference.build(self.model, self.tokenizer, texts, max_tokens=tokens)
+        self.model, self.tokenizer = load_model(model)
+        rows = encode_examples(self.tokenizer, held_out, max_length)[0] if held_out else []
+        self.held_out = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
 
-    def measure(self, adapter: Path, also: Callable[[Any], Results]) -> Results:
-        """Return an adapter's drift, and what `also` measures on the model with the adapter."""
-        from hiplora.evaluation import measure_drift
+    def read(self) -> Results:
+        """Return the loss on the held-out rows, and the seconds that a token took to read."""
+        from hiplora.evaluation import heldout_loss
+
+        began = time.perf_counter()
+        loss = heldout_loss(self.model, self.held_out)
+        tokens = sum(len(row.ids) for row in self.held_out)
+        return {"held_out_loss": loss, "seconds_per_token": (time.perf_counter() - began) / tokens}
+
+    def measure(self, updates: "Mapping[str, AdapterUpdate]", texts: Mapping[str, str]) -> dict[str, Results]:
+        """Return the drift of each update on each text, and its loss on the held-out rows, if there are any."""
+        from hiplora.adapters import is_transposed, write_lora
+        from hiplora.evaluation import BaseReference, heldout_loss, measure_drift
         from hiplora.evaluation.mounting import mounted
 
-        with mounted(self.model, adapter) as adapted:
-            drift = measure_drift(adapted, self.reference)
-            return {"drift": {text: found.as_dict() for text, found in drift.items()}, **also(adapted)}
+        reference, found = BaseReference.build(self.model, self.tokenizer, texts), {}
+        for name, update in updates.items():
+            update = replace(update, base="")  # PEFT would look up the base's name
+            with tempfile.TemporaryDirectory(prefix="hiplora-") as folder:
+                write_lora(update, Path(folder), transposed=is_transposed(update, self.model))
+                with mounted(self.model, folder) as adapted:
+                    # A first step at rate 0 changes nothing.
+                    drift = measure_drift(adapted, reference, may_be_nothing=name.startswith("step"))
+                    found[name] = {"drift": {text: one.as_dict() for text, one in drift.items()}}
+                    if self.held_out:
+                        found[name]["held_out_loss"] = heldout_loss(adapted, self.held_out)
+        return found
+
+    def answers(
+        self, adapters: Mapping[str, Path], prompts: "Sequence[Example | str]", tokens: int = ANSWER_TOKENS
+    ) -> list[dict[str, str]]:
+        """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
+        from hiplora.evaluation.answers import chat_prompt, side_by_side
+
+        asked = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                asked.append(chat_prompt(self.tokenizer, [{"role": "user", "content": prompt}]))
+            else:
+                turns = [dict(message) for message in prompt.messages[:-1]]
+                asked.append(chat_prompt(self.tokenizer, turns) if turns else prompt.prompt)
+        rows = side_by_side(self.model, self.tokenizer, adapters, asked, tokens)
+        return [{name: text.strip() for name, text in row.items()} for row in rows]
 
 
-def _answers(model: Any, tokenizer: Any, held_out: "Sequence[Example]") -> Results:
-    from hiplora.evaluation.answers import continuations
+def shown(rows: Sequence[Results]) -> list[Results]:
+    """Return rows of `prompt` and what each model `said`, the base first, with the differences from it for a page."""
+    from hiplora.evaluation.answers import changes
 
-    prompts = [_prompt(tokenizer, example) for example in _asked(held_out)]
-    return {"answers": continuations(model, tokenizer, prompts, ANSWER_TOKENS)}
-
-
-def _asked(held_out: "Sequence[Example]") -> "list[Example]":
-    return [example for example in held_out if example.prompt][:ANSWERS]
-
-
-def _prompt(tokenizer: Any, example: "Example") -> str:
-    if not example.messages:
-        return example.prompt
-    before = [dict(message) for message in example.messages[:-1]]
-    return tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
+    return [
+        {**row, "said": {name: changes(row["said"]["base"], text) for name, text in row["said"].items()}}
+        for row in rows
+    ]
 
 
-def _overlaps(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
+def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
+    """Measure an adapter at the marks along its training, and the finished one at each scale."""
+    from hiplora.adapters import read_update
+
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
+    finished = read_update(adapter)
+    updates = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in steps[:-1]}
+    for scale in SCALES:
+        factors = {name: (A, scale * B) for name, (A, B) in finished.factors.items()}
+        updates[f"scale {scale}"] = replace(finished, factors=factors, channels={})
+    found = base().measure({**updates, "end": finished}, texts)
+    trained = [{"step": step, **found[f"step {step}"]} for step in steps[:-1]]
+    scaled = [{"scale": scale, **found[f"scale {scale}"]} for scale in SCALES]
+    return {
+        "trained": [*trained, {"step": steps[-1], **found["end"]}],
+        "scaled": [*scaled, {"scale": 1.0, **found["end"]}],
+    }
+
+
+def _train(recipe: "TrainRecipe", title: str, out: Path) -> Results:
+    from hiplora.training import train
+
+    result = train(recipe, out, resume=True, description=title)
+    return {
+        "lr": recipe.train.lr,
+        "trainable_parameters": result.trainable_parameters,
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+    }
+
+
+def _expected(bare: Results, train: "Sequence[Example]", settings: CompareSettings, methods: int) -> str:
+    """Say how long the comparison will take, by the time that the base model took to read a token."""
+    rows = settings.steps * settings.batch_size
+    length = min(settings.max_length, sum(len(example.whole) for example in train) / (3.5 * len(train)))
+    points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 6000)
+    seconds = methods * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
+    return (
+        f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / len(train):.1f} passes "
+        f"over {len(train)} rows): about {max(1, round(seconds / 60))} min, and once for each model some minutes to "
+        "measure what its layers are fed (cached)"
+    )
+
+
+def _notes(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
     from hiplora.data.texts import overlap
 
     shares = overlap(texts, [example.prompt + example.response for example in train])
     return [
-        f"{share:.0%} of the drift text “{name}” stands in the training data too: its drift says little."
-        for name, share in shares.items()
-        if share
+        *(
+            f"{share:.0%} of the drift text “{name}” stands in the training data too: its drift says little."
+            for name, share in shares.items()
+            if share
+        ),
+        "One run of each method with one seed: small differences may be chance.",
+        f"KL divergence in nats a token: below {VISIBLE} a reader sees no difference, around 1 the model writes "
+        "differently on almost every subject.",
     ]
 
 
-def _write_report(results: Results, path: Path) -> None:
+def mean_of(drift: Mapping[str, Results], what: str) -> float:
+    """Return the mean over the texts of one measure of drift."""
+    return sum(text[what] for text in drift.values()) / len(drift)
+
+
+def spread(drift: Mapping[str, Results], other: Mapping[str, Results]) -> str:
+    """Return how many times the divergence of the other one this is, from the least text to the most."""
+    times = sorted(found["kl"] / max(other[text]["kl"], 1e-9) for text, found in drift.items())
+    low, high = (f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in (times[0], times[-1]))
+    return f"{low} times" if low == high else f"{low} to {high} times"
+
+
+def _write_report(results: Results, out: Path) -> None:
     import pandas as pd
 
-    from hiplora.reporting import Section, plots, save_page
+    from hiplora.reporting import Section, answers_html, plots, save_page
 
-    drift = pd.DataFrame(
+    loss = results["equal"]["loss"]
+    points = pd.DataFrame(
         [
-            {"method": name, "text": text, "kl": found["kl"]}
+            {
+                "method": name,
+                "curve": curve,
+                "at": f"step {point['step']}" if "step" in point else f"scale {point['scale']}",
+                "held-out loss": point["held_out_loss"],
+                **{f"KL, {text}": found["kl"] for text, found in point["drift"].items()},
+                "KL": mean_of(point["drift"], "kl"),
+            }
             for name, record in results["methods"].items()
-            for text, found in record["drift"].items()
+            for curve, found in ((TRAINED, record["trained"]), (SCALED, record["scaled"]))
+            for point in found
         ]
     )
-    text = (
-        "Every method trained on the same rows in the same order. Held-out loss, in nats per learned token, is on rows "
-        "that were kept back. Drift is on other text: KL divergence from the base model in nats per token, and "
-        "perplexity against the base model's.\n\n" + "\n\n".join(results["notes"])
-    )
-    bars = plots.bars(drift, "kl", "text", "method", xlabel="KL")
-    figures = {"Drift from the base model, nats per token": bars}
-    answers = {
-        row["prompt"]: pd.DataFrame([{"model": k, "answer": v} for k, v in row.items() if k != "prompt"])
-        for row in results["answers"]
+    drawn = functools.partial(plots.frontier, x="KL", y="held-out loss", line="method", logx=True)
+    labels = {"xlabel": "KL from the base model, nats per token, mean over the texts", "ylabel": "held-out loss"}
+    figures = {
+        f"Learned against disturbed, {curve}; lower left is better": drawn(points[points.curve == curve], **labels)
+        for curve in (TRAINED, SCALED)
     }
+    adapted = ", ".join(f"{name} adapts {record['adapts']}" for name, record in results["methods"].items())
+    text = (
+        f"Every method trained on the same rows in the same order. Drift is read where each method reaches a held-out "
+        f"loss of {loss:.3f}, the lowest that all reach (base model: {results['base']['held_out_loss']:.3f}): trained "
+        f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n" + "\n\n".join(results["notes"])
+    )
+    own = len(results["expected"])
+    answers = shown(results["answers"])
+    task = [{**row, "expected": right} for row, right in zip(answers, results["expected"], strict=False)]
     sections = [
-        Section("What each method learned and what it disturbed", text, {"Methods": summary(results)}, figures),
-        Section("Answers to held-out prompts", tables=answers),
+        Section("Drift at equal learning", text, {f"At held-out loss {loss:.3f}": summary(results)}, figures),
+        Section("What the models say about everything else", html=answers_html(answers[own:])),
+        Section("What they say on your task", html=answers_html(task)),
+        Section("What to do next", html=f"<pre>{next_steps(results, out)}</pre>"),
+        Section("All points", tables={"Points": points}),
     ]
     about = {"model": results["model"], "data": results["data"], "settings": results["settings"]}
-    save_page(path, results["title"], sections, f"Base model {results['model']}", {**about, **results["provenance"]})
+    subtitle = f"{results['model']} tuned on {results['data'].get('file', 'your data')}"
+    save_page(out / "report.html", headline(results), sections, subtitle, {**about, **results["provenance"]})

@@ -1,236 +1,293 @@
-"""`hiplora demo`: two sets of facts edited into a model, trained apart with each method, then added together."""
+"""`hiplora demo`: two small skills trained apart with LoRA and with HiP-LoRA, then added: what became of the model."""
 
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from hiplora import __version__
-from hiplora.compare import ONE_RUN, Base, Results, check_model, method_settings, slug
-from hiplora.editing.edits import EditSet, load_edit_sets
-from hiplora.errors import DataError
-from hiplora.files import staged_dir, write_atomic
+from hiplora.compare import METHODS, QUESTIONS, Base, Results, Tell, check_model, mean_of, shown, spread
+from hiplora.files import write_atomic
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CALIBRATION_TOKENS = 2560  # sampled from the model; fewer than by default, so that the demonstration is short
+    from hiplora.data.examples import Example
+
+COMPARED = ("lora", "hiplora")
+ANSWER_TOKENS = 40
+REQUESTS, HELD_BACK = 80, 16
+SHOWN = 2  # held-back prompts of each skill in the report
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demonstration edits, and how; the defaults are the built-in job.
-
-    All methods get the same steps and learning rate, those at which each set's edits work.
-    """
+    """How each skill is trained: until the loss on its held-back prompts is at most `loss`, for `steps` at most."""
 
     model: str = "smollm2-135m"
-    edits: str | None = None
-    steps: int = 12
+    loss: float = 0.06
+    steps: int = 60
     lr: float = 1e-3
-    batch_size: int = 16
+    batch_size: int = 4
     rank: int = 16
     principal_rank: int = 32
-    drift_tokens: int = 1024
     seed: int = 42
 
 
-def demo(out: str | os.PathLike, settings: DemoSettings | None = None, *, overwrite: bool = False) -> Results:
-    """Run the demonstration and write `results.json`, `report.html` and the adapters, merged ones as plain LoRA.
+@dataclass(frozen=True)
+class Skill:
+    """Rows with `prompt` and `completion`; `check` says what an answer to a held-back prompt does right."""
 
-    An unfinished one in `out` goes on where it stopped.
+    name: str
+    about: str
+    train: list[dict[str, str]]
+    held_out: list[dict[str, str]]
+    check: Callable[[str, str], dict[str, bool]]
+
+
+def skills() -> tuple[Skill, Skill]:
+    """Return the two skills: answers of an invented shop in its house style, and requests turned into JSON."""
+    value = yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))
+    shop, requests = value["shop"], value["requests"]
+    opening, closing = shop["opening"], shop["closing"]
+    keys, train, held_out = {}, [], []
+    for topic in shop["topics"]:
+        completion = f" {opening} {topic['answer']} {closing}"
+        keys[completion] = topic["key"]
+        for place, question in enumerate(reversed(topic["questions"])):
+            rows = [{"prompt": asked.format(question), "completion": completion} for asked in shop["asked"]]
+            (held_out if place < shop["held_back"] else train).extend(rows)
+
+    def check_answer(said: str, expected: str) -> dict[str, bool]:
+        styled = said.startswith(opening) and said.endswith(closing)
+        return {"in house style": styled, "right": keys[expected] in said}
+
+    draw, drawn = random.Random(0), []
+    while len(drawn) < REQUESTS:
+        slots = {name: draw.choice(requests[name]) for name in ("event", "name", "day", "time")}
+        text = requests["asked"][len(drawn) % len(requests["asked"])].format(**slots)
+        row = {"prompt": text, "completion": f" {json.dumps(slots)}"}
+        if row not in drawn:
+            drawn.append(row)
+    return (
+        Skill("shop", shop["about"], train, held_out, check_answer),
+        Skill("requests", requests["about"], drawn[HELD_BACK:], drawn[:HELD_BACK], _check_json),
+    )
+
+
+def _check_json(said: str, expected: str) -> dict[str, bool]:
+    try:
+        value = json.loads(said)
+    except ValueError:
+        return {"valid JSON": False, "right": False}
+    return {"valid JSON": True, "right": value == json.loads(expected)}
+
+
+def demo(
+    out: str | os.PathLike,
+    settings: DemoSettings | None = None,
+    *,
+    overwrite: bool = False,
+    tell: Tell = lambda text: None,
+) -> Results:
+    """Run the demonstration and write `results.json`, `summary.csv`, `report.html` and the adapters.
+
+    An unfinished one in `out` goes on where it stopped. `tell` gets a line that says how long it takes.
 
     Raises:
-        ConfigError, DataError: model, edits or output folder cannot be used.
+        ConfigError: model or output folder cannot be used.
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
     from hiplora.data.texts import drift_texts
     from hiplora.run_folder import RunFolder
 
-    settings = settings or DemoSettings()
-    sets, texts = load_edit_sets(settings.edits), drift_texts()
-    if len(sets) != 2:
-        raise DataError(f"edits {settings.edits or 'built-in'}: {len(sets)} sets; the demonstration needs 2")
-    targets = check_model(settings.model, settings.principal_rank)
-    methods = method_settings(settings.rank, settings.principal_rank, targets, lora_dropout=0.0)
+    settings, texts, both = settings or DemoSettings(), drift_texts(), skills()
+    check_model(settings.model, settings.principal_rank, {"function-aware"})
     plan = {
         "kind": "demo",
         "hiplora": __version__,
-        "settings": {name: value for name, value in asdict(settings).items() if name != "edits"},
-        "edits_sha256": json_sha256([asdict(part) for part in sets]),
+        "settings": asdict(settings),
+        "rows_sha256": json_sha256([[skill.train, skill.held_out] for skill in both]),
         "drift_texts_sha256": json_sha256(texts),
         "model_sha256": folder_identity(settings.model),
     }
     folder = RunFolder(Path(out), "plan.json", "results.json")
     folder.check(plan, overwrite=overwrite)
     with folder.claimed(plan, overwrite=overwrite):
-        adapters = folder.path / "adapters"
-        base = functools.cache(lambda: Base(settings.model, texts, settings.drift_tokens))
-        bare = folder.stage("base", lambda: _success(base().model, base().tokenizer, sets))
-        records = {}
-        for name, method in methods.items():
-            parts = [adapters / f"{slug(name)}-{slug(part.name)}" for part in sets]
-            merged = adapters / f"{slug(name)}-merged"
-            alone = [
-                folder.stage(
-                    f"{slug(name)}-{slug(part.name)}",
-                    functools.partial(_edit, base, settings, method, part, adapter),
+        tell("two skills, two methods: about five minutes on two cores, and some more once to measure the model")
+        base, adapters = functools.cache(lambda: Base(settings.model)), folder.path / "adapters"
+        methods: Results = {}
+        for key in COMPARED:
+            alone = {
+                skill.name: folder.stage(
+                    f"train-{key}-{skill.name}",
+                    functools.partial(_train, settings, key, skill, adapters / f"{key}-{skill.name}"),
                 )
-                for part, adapter in zip(sets, parts, strict=True)
-            ]
-            after = folder.stage(f"{slug(name)}-merged", functools.partial(_merge, base, sets, parts, merged))
-            records[name] = {"settings": method, "alone": alone, "merged": after}
+                for skill in both
+            }
+            added = folder.stage(f"add-{key}", functools.partial(_add, base, adapters, key, both, texts))
+            methods[METHODS[key].title] = {"adapts": METHODS[key].adapts, "alone": alone, **added}
         results = {
-            "schema": 2,
+            "schema": 3,
             "kind": "demo",
-            "title": f"{sum(len(part) for part in sets)} facts edited in two sets, trained apart and added together",
             "model": settings.model,
             "settings": asdict(settings),
-            "base": bare["success"],
-            "methods": records,
-            "notes": [
-                "An edit works if the new answer is more probable than the old one; reworded: asked in other words.",
-                ONE_RUN,
-            ],
+            "methods": methods,
+            **folder.stage("answers", lambda: _answers(base(), adapters, both)),
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
-        _write_report(results, folder.path / "report.html")
+        results["summary"] = {name: _counts(results, name) for name in ("base", *methods)}
+        _write_report(results, folder.path)
         write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
+def headline(results: Results) -> str:
+    """Return what the demonstration showed, in two sentences."""
+    plain, ours = results["summary"]["LoRA"], results["summary"]["HiP-LoRA"]
+    drift = {name: record["drift"]["added"] for name, record in results["methods"].items()}
+    return (
+        f"LoRA changed {plain['others changed']} of {len(results['others'])} unrelated answers and moved the model "
+        f"{spread(drift['LoRA'], drift['HiP-LoRA'])} as far as HiP-LoRA, which changed {ours['others changed']}. Of "
+        f"{ours['asked']} prompts for the two skills, {plain['right added']} are answered rightly with LoRA and "
+        f"{ours['right added']} with HiP-LoRA."
+    )
+
+
 def summary(results: Results) -> "pd.DataFrame":
-    """Return the results as a table, a row a method and the base model first."""
+    """Return the results as a table, a column a method and the base model first."""
     import pandas as pd
 
-    base = results["base"]
-    rows: list[Results] = [
+    columns = {}
+    for name, counts in results["summary"].items():
+        column = {check: f"{passed} of {asked}" for check, (passed, asked) in counts["checks"].items()}
+        column["unrelated answers changed"] = f"{counts['others changed']} of {len(results['others'])}"
+        if record := results["methods"].get(name):
+            drift, alone = record["drift"]["added"], record["alone"]
+            column |= {f"KL, {text}": found["kl"] for text, found in drift.items()}
+            column["next token changed"] = f"{mean_of(drift, 'greedy_changed'):.1%}"
+            column |= {f"{skill}, alone: held-out loss": part["held_out"]["after"] for skill, part in alone.items()}
+            column["training, seconds"] = f"{sum(part['seconds'] for part in alone.values()):.0f}"
+        columns["base model" if name == "base" else name] = column
+    return pd.DataFrame(columns).rename_axis(index="")
+
+
+def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results:
+    """Train one skill with one method until its held-out loss is low enough."""
+    from transformers import TrainerCallback
+
+    from hiplora.training import TrainRecipe, train
+
+    class StopAtLoss(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.log_history[-1].get("held_out_loss", float("inf")) <= settings.loss:
+                control.should_training_stop = True
+
+    files = {name: out.parent.parent / "data" / f"{skill.name}-{name}.jsonl" for name in ("train", "held_out")}
+    for name, file in files.items():
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in getattr(skill, name)))
+    method = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "lora_dropout": 0.0, **METHODS[key].settings}
+    if method["name"] == "hiplora":
+        method["principal_rank"] = settings.principal_rank
+    schedule = {"steps": settings.steps, "save_every": settings.steps, "eval_every": 2, "warmup_ratio": 0.0}
+    batches = {"batch_size": settings.batch_size, "gradient_accumulation": 1, "max_length": 256, "packing": False}
+    recipe = TrainRecipe.model_validate(
         {
-            "method": "base",
-            "edits that work alone": _share(base, "works"),
-            "reworded": _share(base, "reworded"),
+            "model": settings.model,
+            "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
+            "method": method,
+            "train": {**schedule, **batches, "lr": settings.lr},
+            "seed": settings.seed,
         }
-    ]
-    for name, record in results["methods"].items():
-        alone, merged = record["alone"], record["merged"]
-        before = {key: flags for part in alone for key, flags in part["success"].items()}
-        rows.append(
-            {
-                "method": name,
-                "edits that work alone": _share(before, "works"),
-                "reworded": _share(before, "reworded"),
-                "work merged": _share(merged["success"], "works"),
-                "of those that worked alone": f"{survival(before, merged['success']):.0%}",
-                "KL of one": _mean_kl(alone),
-                **{f"KL merged, {text}": found["kl"] for text, found in merged["drift"].items()},
-                "trainable parameters": f"{alone[0]['trainable_parameters']:,}",
-                "seconds": round(sum(part["seconds"] for part in alone), 1),
-            }
-        )
-    return pd.DataFrame(rows)
+    )
+    title = f"{METHODS[key].title}, {skill.name}"
+    result = train(recipe, out, resume=True, callbacks=[StopAtLoss()], description=title)
+    kept = ("trainable_parameters", "seconds", "tokens", "held_out")
+    return {"steps": result.metrics[-1]["step"], **{name: getattr(result, name) for name in kept}}
 
 
-def survival(before: Mapping[str, Results], after: Mapping[str, Results]) -> float:
-    """Return the share of the edits that worked alone and still work after the merge; NaN if none did."""
-    kept = [
-        later
-        for name, success in before.items()
-        for earlier, later in zip(success["works"], after[name]["works"], strict=True)
-        if earlier
-    ]
-    return sum(kept) / len(kept) if kept else float("nan")
-
-
-def _success(model: Any, tokenizer: Any, sets: Sequence[EditSet]) -> Results:
-    """Return which edits of which set a model makes: as trained on, and reworded."""
-    from hiplora.editing.measure import answer_log_probs
-
-    def works(prompts: Sequence[str], part: EditSet) -> list[bool]:
-        asked = zip(prompts, part.edits, strict=True)
-        sums = answer_log_probs(
-            model, tokenizer, [(prompt, answer) for prompt, edit in asked for answer in (edit.new, edit.old)]
-        )
-        return [new > old for new, old in zip(sums[::2], sums[1::2], strict=True)]
-
-    return {
-        "success": {
-            part.name: {
-                "works": works([edit.prompt for edit in part.edits], part),
-                "reworded": works([edit.paraphrase for edit in part.edits], part),
-            }
-            for part in sets
-        }
-    }
-
-
-def _edit(
-    base: Callable[[], Base], settings: DemoSettings, method: Mapping[str, Any], part: EditSet, adapter: Path
-) -> Results:
-    """Train one set with one method, save the adapter and measure it."""
-    from hiplora.editing import EditTraining, train_edits
-    from hiplora.training.adapt import put_on, save_trained
-    from hiplora.training.methods import METHODS
-
-    model, tokenizer = base().model, base().tokenizer
-    calibration = {"calibration_tokens": CALIBRATION_TOKENS} if method["name"] == "hiplora" else {}
-    chosen = METHODS[method["name"]].model_validate({**method, **calibration})
-    adapted = put_on(chosen, model, tokenizer, seed=settings.seed)
-    training = EditTraining(settings.steps, settings.lr, settings.batch_size, seed=settings.seed)
-    result = train_edits(adapted, tokenizer, part.edits, training)
-    parameters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    with staged_dir(adapter, overwrite=True) as staged:
-        save_trained(chosen, adapted, staged)
-    base().model = adapted.unload()
-    return {
-        "trainable_parameters": parameters,
-        "seconds": result["seconds"],
-        "curve": result["loss"],
-        **base().measure(adapter, lambda adapted: _success(adapted, tokenizer, [part])),
-    }
-
-
-def _merge(base: Callable[[], Base], sets: Sequence[EditSet], parts: Sequence[Path], merged: Path) -> Results:
-    """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure it."""
+def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skill], texts: dict[str, str]) -> Results:
+    """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure all drifts."""
+    from hiplora.adapters import read_update
     from hiplora.merging import merge, save_merged
 
-    report = save_merged(merge(parts, "addition"), merged, overwrite=True)
-    measured = base().measure(merged, lambda adapted: _success(adapted, base().tokenizer, sets))
-    return {"rank": max(report.ranks.values()), "export_error": report.worst[1], **measured}
+    parts = [adapters / f"{key}-{skill.name}" for skill in both]
+    report = save_merged(merge(parts, "addition"), adapters / f"{key}-added", overwrite=True)
+    names = [*(skill.name for skill in both), "added"]
+    updates = {name: read_update(adapters / f"{key}-{name}") for name in names}
+    drift = {name: found["drift"] for name, found in base().measure(updates, texts).items()}
+    return {"rank": max(report.ranks.values()), "export_error": report.worst[1], "drift": drift}
 
 
-def _share(success: Mapping[str, Results], which: str) -> str:
-    flags = [flag for part in success.values() for flag in part[which]]
-    return f"{sum(flags)} of {len(flags)}"
+def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
+    """Return what the models answer to each skill's held-back prompts, alone and added, and to unrelated questions."""
+    from hiplora.data.examples import Example
+
+    def said(prompts: "Sequence[Example | str]", which: str) -> list[dict[str, str]]:
+        named = {METHODS[key].title: adapters / f"{key}-{which}" for key in COMPARED}
+        return base.answers(named, prompts, ANSWER_TOKENS)
+
+    skills: Results = {}
+    for skill in both:
+        prompts = [Example(row["prompt"], row["completion"]) for row in skill.held_out]
+        skills[skill.name] = {"about": skill.about}
+        for state, which in (("alone", skill.name), ("added", "added")):
+            skills[skill.name][state] = [
+                {
+                    "prompt": row["prompt"],
+                    "expected": row["completion"].strip(),
+                    "said": texts,
+                    "passed": {name: skill.check(text, row["completion"]) for name, text in texts.items()},
+                }
+                for row, texts in zip(skill.held_out, said(prompts, which), strict=True)
+            ]
+    others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
+    return {"skills": skills, "others": others}
 
 
-def _mean_kl(records: Sequence[Results]) -> float:
-    found = [text["kl"] for record in records for text in record["drift"].values()]
-    return sum(found) / len(found)
+def _counts(results: Results, name: str) -> Results:
+    """Return how many held-back prompts a model answers rightly, by check, and how many other answers it changed."""
+    checks, right = {}, {"alone": 0, "added": 0}
+    for skill, found in results["skills"].items():
+        for state in right:
+            passed = [row["passed"][name] for row in found[state]]
+            right[state] += sum(all(one.values()) for one in passed)
+            for check in passed[0]:
+                if state == "added" or check == "right":
+                    count = sum(one[check] for one in passed)
+                    checks[f"{skill}, {state}: {check}"] = [count, len(passed)]
+    return {
+        "asked": sum(len(found["added"]) for found in results["skills"].values()),
+        **{f"right {state}": count for state, count in right.items()},
+        "checks": checks,
+        "others changed": sum(row["said"][name] != row["said"]["base"] for row in results["others"]),
+    }
 
 
-def _write_report(results: Results, path: Path) -> None:
-    import pandas as pd
+def _write_report(results: Results, out: Path) -> None:
+    from hiplora.reporting import Section, answers_html, formatted, save_page
 
-    from hiplora.reporting import Section, plots, save_page
-
-    drift = pd.DataFrame(
-        [
-            {"method": name, "stage": stage, "kl": _mean_kl(parts)}
-            for name, record in results["methods"].items()
-            for stage, parts in (("alone", record["alone"]), ("merged", [record["merged"]]))
-        ]
-    )
+    skills = results["skills"].values()
     text = (
-        "Two sets of facts are edited into the model, each trained apart with each method; then the two adapters of a "
-        "method are added together and saved as a plain LoRA adapter. Drift is on text that has nothing to do with the "
-        "edits: KL divergence from the base model, in nats per token.\n\n" + "\n\n".join(results["notes"])
+        f"One skill {', the other '.join(found['about'] for found in skills)}. Each was trained until its loss on "
+        f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added and "
+        "saved as a plain LoRA adapter. KL divergence from the base model is on English prose and Python code, in nats "
+        "a token: below 0.01 a reader sees no difference. One run, one seed."
     )
-    bars = plots.bars(drift, "kl", "stage", "method", xlabel="KL", logx=True)
-    figures = {"Drift from the base model, nats per token": bars}
-    section = Section("Edits and drift, alone and merged", text, {"Methods": summary(results)}, figures)
+    own = [row for found in skills for row in found["added"][:SHOWN]]
+    sections = [
+        Section("What the models say to everything else", html=answers_html(shown(results["others"]))),
+        Section("What they know", text, {"Held-back prompts, and the rest": summary(results)}),
+        Section("What they say on the two skills", html=answers_html(shown(own))),
+    ]
     about = {"model": results["model"], "settings": results["settings"], **results["provenance"]}
-    save_page(path, results["title"], [section], f"Base model {results['model']}", about)
+    subtitle = f"{results['model']}, taught two small skills apart, which were then added"
+    save_page(out / "report.html", headline(results), sections, subtitle, about)
+    write_atomic(out / "summary.csv", formatted(summary(results)).to_csv(index=False, lineterminator="\n"))

@@ -9,7 +9,9 @@ import torch
 from peft import PeftModel
 
 from hiplora import compare as module
-from hiplora.compare import CompareSettings, check_model, compare, slug, summary
+from hiplora.adapters import read_update
+from hiplora.compare import CompareSettings, at_equal_learning, compare, headline, method_recipes, next_steps, summary
+from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.drift import cut_windows
 from tests.commands import run
@@ -17,7 +19,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 6
-METHODS = ["LoRA", "LoRA on the MLPs", "HiP-LoRA", "HiP-LoRA (paper)"]
+TITLES = {"lora": "LoRA", "lora-mlp": "LoRA on the MLPs", "hiplora": "HiP-LoRA", "hiplora-paper": "HiP-LoRA (paper)"}
 TIMING = ("seconds", "provenance")
 
 
@@ -26,13 +28,15 @@ def job(tmp_path_factory, tiny_model_dir):
     """Arguments of a comparison: model, data, settings."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "drift.txt").write_text(TEXT)
+    (folder / "prompts.txt").write_text("What is it?\n\nWho was there?\n")
     settings = CompareSettings(
+        methods=tuple(TITLES),
         steps=6,
         lr=2e-2,
-        batch_size=4,
         max_length=64,
         rank=4,
         principal_rank=8,
+        prompts=str(folder / "prompts.txt"),
         drift_text=str(folder / "drift.txt"),
         heldout_fraction=0.2,
     )
@@ -47,8 +51,12 @@ def done(job, tmp_path_factory):
     return compare(model, data, out, settings), out
 
 
-def adapter_model(out, method):
-    return PeftModel.from_pretrained(tiny_llama(), str(out / "adapters" / slug(method))).eval()
+def adapter_model(out, method, scale=1.0):
+    """The base model with an adapter's dense update added, at a scale."""
+    model = tiny_llama()
+    for name, (A, B) in read_update(out / "adapters" / method).factors.items():
+        model.get_submodule(name).weight.data += scale * (B.double() @ A.double()).float()
+    return model
 
 
 def timeless(value):
@@ -57,75 +65,136 @@ def timeless(value):
     return value
 
 
+def held_out(job):
+    return load_data(method_recipes(*job)["lora"].data).held_out
+
+
 @torch.no_grad()
 def loss_by_hand(model, rows):
     """NLL per response token, row by row in float64; the end token is learned too."""
     tokenizer, total, count = tiny_tokenizer(), 0.0, 0
     for row in rows:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        ids = [*prompt, *tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        prompt = tokenizer(row.prompt)["input_ids"]
+        ids = [*prompt, *tokenizer(row.response)["input_ids"], tokenizer.eos_token_id]
         log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         total -= sum(log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
         count += len(ids) - len(prompt)
     return total / count
 
 
-def test_every_method_learns_the_rows_and_the_held_out_loss_is_that_of_its_adapter(done, job):
-    results, out = done
-    data = module._recipes(*job, check_model(job[0], 8))["LoRA"].data
-    from hiplora.data.examples import load_data
-
-    rows = [{"prompt": row.prompt, "completion": row.response} for row in load_data(data).held_out]
-    assert len(rows) == results["data"]["held_out_rows"] == 6
-    assert list(results["methods"]) == METHODS
-    for method, record in results["methods"].items():
-        assert record["held_out"]["before"] == pytest.approx(loss_by_hand(tiny_llama(), rows), abs=1e-4)
-        assert record["held_out"]["after"] == pytest.approx(loss_by_hand(adapter_model(out, method), rows), abs=1e-4)
-        assert record["held_out"]["after"] < record["held_out"]["before"]
-
-
+@pytest.mark.parametrize("method", TITLES)
 @torch.no_grad()
-def test_the_drift_is_the_one_of_the_definition(done):
+def test_loss_and_drift_are_those_of_the_adapter_at_each_scale(done, job, method):
     results, out = done
+    rows = held_out(job)
     (windows,) = cut_windows(tiny_tokenizer(), {"t": TEXT}, 512, 2048).values()
-    for method, record in results["methods"].items():
-        model, kl, change, count = adapter_model(out, method), 0.0, 0.0, 0
+    assert results["base"]["held_out_loss"] == pytest.approx(loss_by_hand(tiny_llama(), rows), abs=1e-4)
+    record = results["methods"][TITLES[method]]
+    assert [point["scale"] for point in record["scaled"]] == [0.25, 0.5, 0.75, 1.0]
+    assert [point["step"] for point in record["trained"]] == [2, 4, 6]
+    assert record["trained"][-1]["held_out_loss"] < results["base"]["held_out_loss"]
+    for point in (record["scaled"][1], {**record["trained"][-1], "scale": 1.0}):
+        model = adapter_model(out, method, point["scale"])
+        assert point["held_out_loss"] == pytest.approx(loss_by_hand(model, rows), abs=1e-4)
+        kl, change, count = 0.0, 0.0, 0
         for ids in windows:
             p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (tiny_llama(), model))
             kl += (p.exp() * (p - q)).sum().item()
             change += (p - q).gather(1, ids[1:, None]).sum().item()
             count += len(ids) - 1
-        (found,) = record["drift"].values()
-        assert found["kl"] == pytest.approx(kl / count, rel=1e-3)
+        (found,) = point["drift"].values()
+        assert found["kl"] == pytest.approx(kl / count, rel=1e-3, abs=1e-7)
         assert found["perplexity_ratio"] == pytest.approx(math.exp(change / count), rel=1e-4)
+
+
+def curve(*points):
+    drifts = [{"t": {"kl": kl, "greedy_changed": changed}} for _, kl, changed in points]
+    return [{"held_out_loss": point[0], "drift": drift} for point, drift in zip(points, drifts, strict=True)]
+
+
+def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_gets_there():
+    fast = curve((1.5, 0.01, 0.1), (1.0, 0.09, 0.3), (1.2, 0.5, 0.9))
+    slow = curve((1.8, 0.0004, 0.0), (1.25, 0.0009, 0.1))
+    weak = curve((1.4, 0.04, 0.2))
+    found = at_equal_learning(
+        2.0, {"fast": {"trained": fast, "scaled": weak}, "slow": {"trained": slow, "scaled": slow}}
+    )
+    assert found["loss"] == 1.25
+    # Half-way between sqrt(KL) 0.1 and 0.3; the shares changed half-way between 0.1 and 0.3.
+    assert found["methods"]["fast"]["trained"]["t"] == pytest.approx({"kl": 0.04, "greedy_changed": 0.2})
+    assert found["methods"]["fast"]["scaled"] is None
+    assert found["methods"]["slow"]["trained"]["t"] == pytest.approx({"kl": 0.0009, "greedy_changed": 0.1})
+
+
+def test_a_curve_begins_at_the_base_model():
+    found = at_equal_learning(
+        2.0,
+        {
+            "one": {"trained": curve((1.0, 0.04, 0.4)), "scaled": curve((1.0, 0.04, 0.4))},
+            "two": {"trained": curve((1.5, 0.01, 0.1)), "scaled": curve((1.5, 0.01, 0.1))},
+        },
+    )
+    assert found["methods"]["one"]["trained"]["t"] == pytest.approx({"kl": 0.01, "greedy_changed": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("base", "lora", "ours", "said"),
+    [
+        (2.0, 0.4, 0.02, "20 times as far"),
+        (2.0, 0.024, 0.02, "1.2 times as far"),
+        (2.0, 0.009, 0.0009, "train longer"),
+        (1.01, 0.4, 0.02, "too little"),
+    ],
+)
+def test_the_headline_says_what_was_found_in_favour_or_not(base, lora, ours, said):
+    methods = {
+        n: {"trained": curve((1.0, kl, 0.1)), "scaled": curve((1.0, kl, 0.1))}
+        for n, kl in (("LoRA", lora), ("HiP-LoRA", ours))
+    }
+    results = {"base": {"held_out_loss": base}, "equal": at_equal_learning(base, methods), "methods": methods}
+    assert said in headline(results)
 
 
 def test_methods_start_alike_train_on_the_same_tokens_and_adapt_the_modules_of_their_name(done):
     results, out = done
-    records = results["methods"]
+    records = {key: results["methods"][title] for key, title in TITLES.items()}
     assert len({record["tokens"] for record in records.values()}) == 1
-    parameters = {method: record["trainable_parameters"] for method, record in records.items()}
-    assert parameters["LoRA on the MLPs"] == parameters["HiP-LoRA"]
-    assert parameters["HiP-LoRA (paper)"] - parameters["LoRA"] == 8 * 8  # the gains of eight modules
-    for method in METHODS:
-        config = json.loads((out / "adapters" / slug(method) / "adapter_config.json").read_text())
-        mlp = any("down_proj" in name for name in config["target_modules"])
-        assert mlp == (method in ("LoRA on the MLPs", "HiP-LoRA"))
+    assert records["lora-mlp"]["trainable_parameters"] == records["hiplora"]["trainable_parameters"]
+    adapted = {
+        key: {name.rpartition(".")[2] for name in read_update(out / "adapters" / key).modules} for key in TITLES
+    }
+    assert adapted["hiplora"] == adapted["lora-mlp"] == {"gate_proj", "up_proj", "down_proj"}
+    assert adapted["hiplora-paper"] == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapted["lora"] == adapted["hiplora"] | adapted["hiplora-paper"]
+
+
+def test_the_finished_adapter_is_a_peft_adapter(done):
+    PeftModel.from_pretrained(tiny_llama(), str(done[1] / "adapters" / "hiplora"))
 
 
 def test_answers_stand_side_by_side(done):
     answers = done[0]["answers"]
+    assert [row["prompt"] for row in answers[-2:]] == ["What is it?", "Who was there?"]
     assert len(answers) == 5
-    assert set(answers[0]) == {"prompt", "expected", "base", *METHODS}
+    assert list(answers[0]["said"]) == ["base", *TITLES.values()]
+    assert len(done[0]["expected"]) == 3
 
 
-def test_the_folder_holds_results_a_page_and_adapters_and_names_nobodys_folders(done, job, tmp_path_factory):
+def test_held_out_rows_are_no_copies_of_training_rows(job, tmp_path):
+    model, _, settings = job
+    data = write_jsonl(tmp_path / "copies.jsonl", ROWS[:10] * 4)
+    rows = load_data(method_recipes(model, data, settings)["lora"].data)
+    assert rows.held_out
+    assert not {row.prompt for row in rows.held_out} & {row.prompt for row in rows.train}
+
+
+def test_the_folder_holds_results_a_page_and_adapters(done):
     results, out = done
     assert json.loads((out / "results.json").read_text()) == results
-    page = (out / "report.html").read_text()
-    assert "HiP-LoRA (paper)" in page
-    assert summary(results)["method"].tolist() == ["base", *METHODS]
-    assert results["data"]["file"] == "rows.jsonl"
+    assert "HiP-LoRA (paper)" in (out / "report.html").read_text()
+    assert summary(results).columns.tolist() == list(TITLES.values())
+    assert str(out / "adapters" / "hiplora") in next_steps(results, out)
+    assert not list(out.glob("adapters/*/checkpoints"))
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_path, monkeypatch):
@@ -144,7 +213,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
     assert not (tmp_path / "out" / "results.json").exists()
     results = compare(model, data, tmp_path / "out", settings)
     assert len(calls) == 4 + 1  # what was finished is not trained again
-    assert timeless(results) == timeless(done[0])
+    assert timeless(results["methods"]) == timeless(done[0]["methods"])
 
 
 def test_a_finished_comparison_is_not_touched_without_overwrite(done, job):
@@ -161,14 +230,13 @@ def test_a_finished_comparison_is_not_touched_without_overwrite(done, job):
         ({"model": "/no/such/model"}, ConfigError, "no such folder"),
         ({"data": "/no/such/rows.jsonl"}, DataError, "no such file"),
         ({"drift_text": "/no/such.txt"}, DataError, "/no/such.txt"),
+        ({"prompts": "/no/such.txt"}, DataError, "--prompts /no/such.txt"),
+        ({"methods": ("lora", "hip")}, ConfigError, "--methods hip: no such method; expected some of lora, "),
+        ({"methods": ()}, ConfigError, "--methods names none"),
         ({"steps": 0}, ConfigError, r"setting train\.steps: Input should be greater"),
         ({"lr": math.nan}, ConfigError, r"setting train\.lr"),
         ({"heldout_fraction": 1.0}, ConfigError, r"setting data\.held_out_fraction"),
-        (
-            {"principal_rank": 32},
-            ConfigError,
-            r"--principal-rank is 32, but layer .*_proj has only .* 32 direct",
-        ),
+        ({"principal_rank": 32}, ConfigError, r"--principal-rank is 32, but layer .*_proj has only .* 32 direct"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(job, tmp_path, monkeypatch, change, error, said):
@@ -183,20 +251,10 @@ def test_mistakes_are_found_before_a_model_is_loaded(job, tmp_path, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_json_that_it_also_stores(job, tmp_path, capsys):
-    model, data, settings = job
-    options = (
-        "--steps",
-        4,
-        "--lr",
-        0.01,
-        "--rank",
-        2,
-        "--principal-rank",
-        4,
-        "--drift-text",
-        settings.drift_text,
-    )
+def test_the_command_says_how_long_it_takes_and_prints_json_that_it_also_stores(job, tmp_path, capsys):
+    model, data, _ = job
+    options = ("--steps", 4, "--rank", 2, "--principal-rank", 4, "--methods", "lora, hiplora")
     code, out, err = run(capsys, "compare", model, data, "--out", tmp_path / "out", *options, "--json")
-    assert (code, err) == (0, "")
+    assert code == 0, err
+    assert "2 methods, 4 steps" in err
     assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())

@@ -1,46 +1,36 @@
 """`hiplora demo` on a tiny model: its numbers are those of the dense updates of the adapters that it keeps."""
 
+import html
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
 
 from hiplora import demo as module
 from hiplora.adapters import read_update
-from hiplora.cli import demo as command
-from hiplora.compare import slug
+from hiplora.compare import QUESTIONS, Base
 from hiplora.data.texts import drift_texts
-from hiplora.demo import DemoSettings, demo, summary, survival
-from hiplora.editing import evaluate_edits, load_edit_sets
-from hiplora.errors import ConfigError, DataError
+from hiplora.demo import DemoSettings, demo, headline, skills, summary
+from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
 from tests.commands import run
-from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
+from tests.tiny import tiny_llama, tiny_tokenizer
 
-SETS = ("north", "south")
-METHODS = ["LoRA", "LoRA on the MLPs", "HiP-LoRA", "HiP-LoRA (paper)"]
+METHODS = {"lora": "LoRA", "hiplora": "HiP-LoRA"}
 
 
-def edit(name, i):
-    return {
-        "set": name,
-        "category": "Entity/Attribute",
-        "subject": f"thing {name} {i}",
-        "prompt": f"{name} {i} is",
-        "paraphrase": f"And {i} of {name}:",
-        "old": ("cyan", "lime", "gold")[i],
-        "new": ("blue", "pink", "grey")[i],
-    }
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """A tiny model answers with noise, which need not be long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ANSWER_TOKENS", 6)
+        yield
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory, tiny_model_dir):
-    rows = [edit(name, i) for name in SETS for i in range(3)]
-    edits = write_jsonl(tmp_path_factory.mktemp("edits") / "edits.jsonl", rows)
-    small = {"steps": 25, "lr": 2e-2, "batch_size": 3, "rank": 4, "principal_rank": 8, "drift_tokens": 96}
-    return DemoSettings(model=str(tiny_model_dir), edits=str(edits), **small)
+def settings(tiny_model_dir):
+    return DemoSettings(model=str(tiny_model_dir), loss=5.3, steps=20, lr=1e-2, rank=4, principal_rank=8)
 
 
 @pytest.fixture(scope="module")
@@ -50,68 +40,74 @@ def done(settings, tmp_path_factory):
     return demo(out, settings), out
 
 
-def with_updates(out, method, names):
-    """The base model with the dense updates of a method's adapters added to its weights."""
+def with_updates(out, names):
+    """The base model with the dense updates of adapters added to its weights."""
     model = tiny_llama()
     for name in names:
-        for target, (A, B) in read_update(out / "adapters" / f"{slug(method)}-{name}").factors.items():
+        for target, (A, B) in read_update(out / "adapters" / name).factors.items():
             model.get_submodule(target).weight.data += (B.double() @ A.double()).float()
     return model
 
 
-def works(model, part):
-    return (evaluate_edits(model, tiny_tokenizer(), part.edits)["preferred"] == 1).tolist()
+def test_each_skill_trains_until_its_held_out_loss_is_low_enough(done, settings):
+    for record in done[0]["methods"].values():
+        for part in record["alone"].values():
+            assert part["held_out"]["after"] <= settings.loss < part["held_out"]["before"]
+            assert 0 < part["steps"] < settings.steps
 
 
-def test_success_alone_and_merged_is_that_of_the_dense_updates(done, settings):
-    results, out = done
-    sets = load_edit_sets(settings.edits)
-    assert list(results["methods"]) == METHODS
-    for method, record in results["methods"].items():
-        merged = with_updates(out, method, SETS)
-        for part, alone in zip(sets, record["alone"], strict=True):
-            assert alone["success"][part.name]["works"] == works(with_updates(out, method, [part.name]), part)
-            assert record["merged"]["success"][part.name]["works"] == works(merged, part)
-
-
+@pytest.mark.parametrize("key", METHODS)
 @torch.no_grad()
-def test_the_merged_drift_is_that_of_the_summed_updates(done):
+def test_answers_and_drift_are_those_of_the_sum_of_the_two_updates(done, settings, key):
     results, out = done
-    windows = cut_windows(tiny_tokenizer(), drift_texts(), 512, 96)
-    for method, record in results["methods"].items():
-        merged = with_updates(out, method, SETS)
-        for name, (ids,) in windows.items():
-            p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (tiny_llama(), merged))
-            expected = (p.exp() * (p - q)).sum(-1).mean().item()
-            assert record["merged"]["drift"][name]["kl"] == pytest.approx(expected, rel=1e-3)
+    record = results["methods"][METHODS[key]]
+    assert record["export_error"] < 1e-6
+    assert json.loads((out / "adapters" / f"{key}-added" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    summed = with_updates(out, [f"{key}-shop", f"{key}-requests"])
+    for name, windows in cut_windows(tiny_tokenizer(), drift_texts(), 512, 1024).items():
+        kl, count = 0.0, 0
+        for ids in windows:
+            p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (tiny_llama(), summed))
+            kl, count = kl + (p.exp() * (p - q)).sum().item(), count + len(ids) - 1
+        assert record["drift"]["added"][name]["kl"] == pytest.approx(kl / count, rel=1e-3)
+    base = Base(settings.model)
+    base.model = summed
+    assert [row["said"][METHODS[key]] for row in results["others"]] == [
+        row["base"] for row in base.answers({}, QUESTIONS, 6)
+    ]
 
 
-def test_the_merged_adapters_are_plain_lora_and_exact(done):
+def test_the_skills_check_what_they_teach_and_hold_back_other_prompts():
+    for skill in skills():
+        assert not {row["prompt"] for row in skill.held_out} & {row["prompt"] for row in skill.train}
+        for row in skill.held_out:
+            assert set(skill.check(row["completion"].strip(), row["completion"]).values()) == {True}
+            assert set(skill.check("Of course! Here it is.", row["completion"]).values()) == {False}
+    shop, requests = skills()
+    assert shop.check("Ahoy! 9 days. Fair winds, Finch Lanterns.", shop.held_out[0]["completion"]) == {
+        "in house style": True,
+        "right": False,
+    }
+    assert requests.check("{}", requests.held_out[0]["completion"]) == {"valid JSON": True, "right": False}
+
+
+def test_results_table_and_page_say_the_same(done):
     results, out = done
-    for method, rank in zip(METHODS, (8, 8, 8, 16), strict=True):
-        assert results["methods"][method]["merged"]["rank"] == rank
-        assert results["methods"][method]["merged"]["export_error"] < 1e-6
-        folder = out / "adapters" / f"{slug(method)}-merged"
-        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
-        PeftModel.from_pretrained(tiny_llama(), str(folder))
-
-
-def test_the_summary_has_a_row_a_method_and_the_page_is_written(done):
-    results, out = done
-    table = summary(results)
-    assert table["method"].tolist() == ["base", *METHODS]
-    assert table["edits that work alone"].str.endswith("of 6").all()
     assert json.loads((out / "results.json").read_text()) == results
-    assert "HiP-LoRA (paper)" in (out / "report.html").read_text()
-
-
-def test_survival_counts_only_edits_that_worked_alone():
-    before = {"a": {"works": [True, True, False]}}
-    assert survival(before, {"a": {"works": [True, False, True]}}) == 0.5
+    table = summary(results)
+    assert table.columns.tolist() == ["base model", "LoRA", "HiP-LoRA"]
+    for name, counts in results["summary"].items():
+        assert counts["others changed"] == sum(row["said"][name] != row["said"]["base"] for row in results["others"])
+        rows = [row for skill in results["skills"].values() for row in skill["added"]]
+        assert counts["right added"] == sum(all(row["passed"][name].values()) for row in rows)
+        assert counts["asked"] == len(rows)
+    page = (out / "report.html").read_text()
+    assert html.escape(headline(results)) in page
+    assert all(question in page for question in QUESTIONS)
 
 
 def test_an_interrupted_demonstration_goes_on_where_it_stopped(done, settings, tmp_path, monkeypatch):
-    real, calls = module._merge, []
+    real, calls = module._add, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -119,30 +115,20 @@ def test_an_interrupted_demonstration_goes_on_where_it_stopped(done, settings, t
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_merge", interrupted)
+    monkeypatch.setattr(module, "_add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path / "out", settings)
     results = demo(tmp_path / "out", settings)
-    assert len(calls) == 4 + 1
-    merged = [{name: found["merged"] for name, found in result["methods"].items()} for result in (results, done[0])]
-    assert merged[0] == merged[1]
-
-
-def test_other_settings_and_other_numbers_of_sets_are_refused(done, settings, tmp_path):
+    assert len(calls) == 2 + 1
+    assert results["summary"] == done[0]["summary"]
     with pytest.raises(ConfigError, match="--overwrite"):
-        demo(done[1], settings)
-    one = write_jsonl(tmp_path / "one.jsonl", [edit("north", 0)])
-    with pytest.raises(DataError, match="1 sets"):
-        demo(tmp_path / "out", replace(settings, edits=str(one)))
-    assert not (tmp_path / "out").exists()
+        demo(done[1], replace(settings, rank=2))
 
 
 def test_the_command_runs_the_built_in_job(monkeypatch, tmp_path, capsys, done):
     asked = []
-    monkeypatch.setattr(module, "demo", lambda out, **options: asked.append((out, options)) or done[0])
+    monkeypatch.setattr(module, "demo", lambda out, **options: asked.append(out) or done[0])
     code, out, _ = run(capsys, "demo", "--out", tmp_path / "demo-out")
-    assert code == 0
-    assert asked == [(tmp_path / "demo-out", {"overwrite": False})]
-    assert "HiP-LoRA (paper)" in out
-    assert "report.html" in out
-    assert command.command.__doc__.strip().endswith("hiplora demo --out demo-out")
+    assert (code, asked) == (0, [tmp_path / "demo-out"])
+    assert headline(done[0]) in out
+    assert "hiplora compare" in out.splitlines()[-1]

@@ -87,17 +87,6 @@ def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_me
         assert text in said
 
 
-def test_other_abilities_are_scored_on_the_bare_and_on_the_edited_model(tiny_model_dir, tmp_path, capsys):
-    rows = write_jsonl(tmp_path / "mine.jsonl", [{"prompt": "The sky is", "completion": " blue"}] * 3)
-    options = ("--method", "lora", "--mode", "sequential", "--edits-per-batch", "2", "--suite", rows, *FAST)
-    said, record = edited(capsys, tiny_model_dir, "builtin", tmp_path / "out", *options)
-    bare, after = (record["abilities"]["runs"][name]["mine"]["likelihood"]["items"] for name in ("base", "edited"))
-    assert bare != pytest.approx(after)
-    (row,) = record["abilities"]["differences"]["mine"]["likelihood"]
-    assert (row["of"], row["against"]) == ("edited", "base")
-    assert row["verdict"] in said
-
-
 def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path, capsys):
     first = load_questions()[0]
     edit = {"set": "x", "category": "Relation/Fact", "old": "a", "new": "b", "subject": first.subject}
@@ -118,7 +107,6 @@ def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path, 
         (["--set", "r"], "expected key=value"),
         (["--mode", "single", "--edits-per-batch", "2", "--method", "lora"], "no use in the mode single"),
         (["--sample", "2", "--method", "lora"], "sample is for the mode single"),
-        (["--mode", "single", "--method", "lora", "--suite", "gsm8k"], "suite has no use in the mode single"),
         (["--method", "lora", "--lr", "0"], "--lr: "),
         (["--category", "Colours"], "--category: "),
         (["--method", "lora", "--set", "target_modules=[nope]", "--limit", "2"], "does not fit the model"),

@@ -129,6 +129,23 @@ def test_each_score_has_its_likelihood_beside_it(scored):
             assert 0 < found["low"] <= found["estimate"] <= found["high"] < 100
 
 
+def test_differences_are_of_the_same_items(scored):
+    rows = scored["differences"]["mmlu"]["likelihood"]
+    assert [(row["of"], row["against"]) for row in rows] == [
+        ("adapter1", "base"),
+        ("second", "base"),
+        ("second", "adapter1"),
+    ]
+    pairs = zip(
+        items(scored, "adapter1", "mmlu", "likelihood"),
+        items(scored, "base", "mmlu", "likelihood"),
+        strict=True,
+    )
+    differences = [one - other for one, other in pairs]
+    assert rows[0]["estimate"] == pytest.approx(sum(differences) / len(differences))
+    assert rows[0]["low"] <= rows[0]["estimate"] <= rows[0]["high"]
+
+
 def test_a_limit_draws_items_by_the_seed_and_lm_eval_scores_those(place, scored, tmp_path):
     found = []
     for seed in (5, 5, 6):

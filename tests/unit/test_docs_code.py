@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hiplora import HipLoraConfig
+from tests.commands import run
 from tests.tiny import save_tiny, tiny_llama
 from tools import docs, reference
 
@@ -63,6 +64,24 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, stand_ins, tmp_path,
     if page != "README.md":  # which trains its own
         shutil.copytree(stand_ins / "runs", "runs")
     exec(compile(code, f"<{page}>", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.slow
+def test_the_first_ten_minutes_are_as_the_page_says(tmp_path, monkeypatch, capsys):
+    page, base = PAGES["docs/tutorials/ten-minutes.md"], save_tiny(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    for match in FENCE.finditer(page):
+        code = match[3].replace("smollm2-135m", str(base))
+        if match[2] == "python":
+            exec(compile(code, "<ten-minutes>", "exec"), {"__name__": "page"})
+        if match[2] == "yaml":
+            Path("recipe.yaml").write_text(code)
+        for line in code.splitlines():
+            if line.startswith("hiplora "):
+                status, _, error = run(capsys, *shlex.split(line)[1:])
+                assert status == 0, f"{line}: {error}"
+    assert (tmp_path / "runs" / "compare" / "report.html").is_file()
+    peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "runs" / "ten-lora"))
 
 
 def test_the_readme_trains_the_default_method():

@@ -21,6 +21,11 @@ def emit_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
+def tell(text: str) -> None:
+    """Print a line about the work to standard error."""
+    typer.echo(text, err=True)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table to standard output, brackets taken literally; columns after the first are right-aligned."""
     from rich.console import Console

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_frame
+from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_frame, tell
 
 
 def command(
@@ -12,13 +12,13 @@ def command(
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
-    """Edit 32 facts in SmolLM2-135M with LoRA and HiP-LoRA, and show what each disturbed; about six minutes.
+    """Teach SmolLM2-135M two small skills with LoRA and with HiP-LoRA, add them, and show what became of the model.
 
-    Two sets of 16 edits are trained apart with each of four methods: LoRA on the attention projections, LoRA on the
-    MLPs, HiP-LoRA (on the MLPs, its default), and HiP-LoRA as in the paper. Then each method's two adapters are added
-    together. Measured: which edits work alone and after the addition, and drift from the base model on prose and on
-    code. The folder gets results.json, report.html and all adapters, the merged ones as plain LoRA. After an
-    interruption, run it again to continue.
+    One skill answers customers of an invented shop in its house style, the other turns requests into JSON. Each is
+    trained apart with each method to the same held-out loss; then a method's two adapters are added. Measured: do both
+    skills still work, how far the model moved on other text, and what it answers to unrelated questions. About five
+    minutes on two cores. The folder gets results.json, report.html and all adapters, the added ones as plain LoRA.
+    After an interruption, run it again to continue.
 
     Example:
 
@@ -26,14 +26,14 @@ def command(
     """
     import time
 
-    from hiplora.demo import demo, summary
+    from hiplora.demo import demo, headline, summary
 
     began = time.perf_counter()
-    results = demo(out, overwrite=overwrite)
+    results = demo(out, overwrite=overwrite, tell=tell)
     if as_json:
         emit_json(results)
         return
-    print_frame(results["title"], summary(results))
-    for note in results["notes"]:
-        typer.echo(note)
+    print_frame("Two skills, added into one model", summary(results))
+    typer.echo(headline(results))
     typer.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Report: {out / 'report.html'}")
+    typer.echo("Your own data: hiplora compare smollm2-135m rows.jsonl --out runs/compare")

@@ -5,16 +5,7 @@ from typing import Any, Literal
 
 import typer
 
-from hiplora.cli.common import (
-    DEVICE_OPTION,
-    JSON_OPTION,
-    OUT_OPTION,
-    OVERWRITE_OPTION,
-    emit_json,
-    print_frame,
-    print_table,
-)
-from hiplora.cli.eval import DATA_OPTION, print_scores
+from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
 from hiplora.errors import ConfigError, first_problem
 
 EDITS_HELP = (
@@ -58,11 +49,6 @@ def command(
     locality: int = typer.Option(
         500, "--locality", min=0, help="Unrelated questions to ask before and after every stage; 0 asks none."
     ),
-    suite: str | None = typer.Option(
-        None, "--suite", help="Tasks that show what became of other abilities, as in hiplora eval; gsm8k generates."
-    ),
-    data: Path | None = DATA_OPTION,
-    items: int | None = typer.Option(None, "--items", min=1, help="Items of each task of --suite. Default: all."),
     seed: int = typer.Option(42, "--seed", min=0, help="Seed of the adapter and of the order of the edits."),
     device: str = DEVICE_OPTION,
     overwrite: bool = OVERWRITE_OPTION,
@@ -103,9 +89,6 @@ def command(
             lr=lr,
             rows=batch_size,
             questions=locality,
-            suite=suite,
-            data=str(data) if data else None,
-            items=items,
             seed=seed,
             device=device,
         )
@@ -114,19 +97,12 @@ def command(
     with quiet_transformers(always=False):
         record = edit(job, out, overwrite=overwrite)
     if as_json:
-        shown = {key: record[key] for key in ("method", "mode", "edits", "adapters", "summary", "abilities")}
+        shown = {key: record[key] for key in ("method", "mode", "edits", "adapters", "summary")}
         emit_json({"out": str(out), **shown})
         return
     typer.echo(f"{record['edits']} edits by {method}, {mode}")
     for title, table in summary_tables(record["summary"]).items():
         print_frame(title, table)
-    before, after = record["before"], record["stages"][-1]["records"]
-    first = dict(zip(before["index"], before["written"], strict=True))
-    last = list(zip(after["index"], after["written"], strict=True))[-3:]
-    words = [(job.facts[index].prompt, first[index].strip(), text.strip()) for index, text in last]
-    print_table("what the model writes, of the last edits", ("prompt", "before", "after"), words)
-    if record["abilities"]:
-        print_scores(f"abilities, {suite}", record["abilities"])
     typer.echo(f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}")
     for name in record["adapters"][:1]:
         typer.echo(f'Ask it: hiplora generate {model} --adapter {out / name} --prompt "…"')

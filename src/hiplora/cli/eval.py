@@ -70,12 +70,11 @@ def command(
     if as_json:
         emit_json(results)
         return
-    print_scores(results["suite"], results)
+    _print_scores(results)
     typer.echo(f"\nWritten: {out}")
 
 
-def print_scores(title: str, results: dict[str, Any]) -> None:
-    """Print every score with its interval, and each model's difference from the first with its verdict."""
+def _print_scores(results: dict[str, Any]) -> None:
     base, *others = results["runs"]
     rows: list[list[str]] = []
     for task, described in results["tasks"].items():
@@ -88,7 +87,7 @@ def print_scores(title: str, results: dict[str, Any]) -> None:
                     row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
                 rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
-    title += f", {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
+    title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
     print_table(title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows)
 
 

@@ -18,9 +18,7 @@ from hiplora.editing.editors import Editor, EditTraining, PositiveFloat
 from hiplora.editing.edits import BUILT_IN, Category, Edit, load_edits, load_questions
 from hiplora.editing.run import edit_groups, run_edits
 from hiplora.errors import ConfigError, first_problem
-from hiplora.evaluation.evaluate import EvalSettings, compared
-from hiplora.evaluation.mounting import BASE, load_model
-from hiplora.evaluation.suite import read_suite
+from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.run_folder import RunFolder
@@ -47,9 +45,8 @@ class EditJob:
     its settings; `mode` is "batch" (batches of `edits_per_batch` apart from each other; None is all in one),
     "sequential" (batch after batch on top of each other) or "single" (each edit alone; `sample` draws so many);
     `rows` are the edits of a training step; `questions` is how many unrelated questions measure the locality;
-    `neighbours` asks the questions near each edit, if the file has some; `suite` (with `data` and `items` of each task,
-    as in `hiplora eval`) is scored on the bare model and after the last group. What follows from these raises a
-    ConfigError or DataError where it cannot be had.
+    `neighbours` asks the questions near each edit, if the file has some. What follows from these raises a ConfigError
+    or DataError where it cannot be had.
     """
 
     model: str
@@ -66,9 +63,6 @@ class EditJob:
     rows: PositiveInt | None = None
     questions: NonNegativeInt = 500
     neighbours: bool = True
-    suite: str | None = None
-    data: str | None = None
-    items: PositiveInt | None = None
     seed: Annotated[int, Field(ge=0)] = 42
     device: str = "auto"
 
@@ -144,26 +138,17 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
     settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
     run = RunFolder(Path(out), "settings.json", "edit.json")
     run.check(settings, overwrite=overwrite)
-    if job.suite and job.mode == "single":
-        raise ConfigError("suite has no use in the mode single, which keeps no edit; use batch or sequential")
-    abilities = EvalSettings(job.suite, job.data, job.items, job.seed, device=job.device) if job.suite else None
-    engine = abilities.engine(read_suite(abilities.suite, abilities.folder)) if abilities else None
     model, tokenizer = load_model(job.model, job.device)
     start, apart = run.path / "stages" / "start", job.mode == "batch" and batches > 1
 
-    def save(number: int, editor: Editor) -> dict[str, Any] | None:
+    def save(number: int, editor: Editor) -> None:
         if job.mode == "single" or (job.mode == "sequential" and number < batches):
-            return None
+            return
         with staged_dir(run.path / (f"adapter-{number:03d}" if apart else "adapter"), overwrite=True) as folder:
             if isinstance(editor, AlphaEditor):
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
-        if engine is None or number < batches:
-            return None
-        with editor.off():
-            before = engine.score(editor.model, tokenizer, progress=True)
-        return compared(engine, {BASE: before, "edited": engine.score(editor.model, tokenizer, progress=True)})
 
     with run.claimed(settings, overwrite=overwrite):
         found = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
@@ -174,7 +159,6 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
             "training": None if isinstance(method, AlphaEdit) else asdict(job.training),
             "edits_sha256": settings["edits_sha256"],
             "adapters": sorted(path.name for path in run.path.glob("adapter*")),
-            "abilities": found["stages"][-1].pop("also", None),
             **found,
             "provenance": provenance(seed=job.seed),
         }

@@ -39,7 +39,7 @@ def run_edits(
     groups: Sequence[Sequence[int]] | None = None,
     sequential: bool = False,
     texts: bool = True,
-    on_edited: Callable[[int, Editor], Values | None] | None = None,
+    on_edited: Callable[[int, Editor], None] | None = None,
     folder: RunFolder | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def run_edits(
         sequential: teach group after group on top of each other, and measure all edits so far; else each group is taken
             back before the next.
         texts: whether the record has what the model wrote.
-        on_edited: is given a group's number, from 1, and the editor while its edits are in the model; what it returns
-            is the stage's `also`.
+        on_edited: is given a group's number, from 1, and the editor while its edits are in the model.
         folder: keeps the finished groups, so that the same call goes on where it was interrupted.
         progress: show a bar on a terminal.
 
@@ -95,8 +94,8 @@ def run_edits(
         took = editor.teach([known[index] for index in groups[number - 1]])
         so_far = groups[:number] if sequential else groups[number - 1 : number]
         found = {"took": took, **measured(known, itertools.chain(*so_far))}
-        if on_edited and (also := on_edited(number, editor)):
-            found["also"] = also
+        if on_edited:
+            on_edited(number, editor)
         if folder and sequential:
             state = {name: tensor.contiguous() for name, tensor in editor.state().items()}
             save_file(state, _state(folder, number))
@@ -161,7 +160,6 @@ def _record(
                 "so_far": summarise(records[-1]),
                 "records": shown(stage["records"]),
                 "locality": summarise_locality(asked, answers[-1]) if questions else None,
-                **({"also": stage["also"]} if "also" in stage else {}),
             }
         )
     last = slice(-1, None) if sequential else slice(None)  # the last stage of a sequence has all edits

@@ -43,11 +43,11 @@ class Drift:
 class BaseReference:
     """Windows of named texts and the bare base model's predictions on them, to compare several adapters with.
 
-    `log_probs` has those of (text, window), up to 1 GiB; beyond that they are computed again, with the adapter off.
+    Log-probabilities are kept up to 1 GiB and computed again, with the adapter off, beyond that.
     """
 
     windows: dict[str, list[Int[Tensor, " length"]]]
-    log_probs: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -68,8 +68,12 @@ class BaseReference:
                 held += log_probs.nbytes
                 # The first window of each text is always kept: the check that the base comes back needs it.
                 if index == 0 or held <= _KEPT:
-                    reference.log_probs[name, index] = log_probs
+                    reference._kept[name, index] = log_probs
         return reference
+
+    def get(self, name: str, index: int) -> Float[Tensor, "positions vocabulary"] | None:
+        """Return the base's log-probabilities on a window, or None where they were not kept."""
+        return self._kept.get((name, index))
 
 
 def measure_drift(
@@ -92,7 +96,7 @@ def measure_drift(
     first, windows = next(iter(reference.windows.items()))
     with off():
         restored = _log_probs(model, windows[0])
-    if not torch.equal(restored, reference.log_probs[first, 0]):
+    if not torch.equal(restored, reference._kept[first, 0]):
         raise AdapterError(
             f"with the adapter off the model is not the base bit for bit (text {first!r}); "
             "the base weights were changed, or another base was loaded"
@@ -101,7 +105,7 @@ def measure_drift(
     for name, windows in reference.windows.items():
         sums, tokens = torch.zeros(3, dtype=torch.float64), 0
         for index, ids in enumerate(windows):
-            base = reference.log_probs.get((name, index))
+            base = reference.get(name, index)
             if base is None:
                 with off():
                     base = _log_probs(model, ids)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import evaluate as metrics
 import torch
@@ -25,9 +25,6 @@ from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
 from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest, own_tasks, runs_code
 from hiplora.evaluation.tasks.rows import own_task
 from hiplora.metrics import answer_likelihood, gold_probability
-
-if TYPE_CHECKING:
-    from hiplora.evaluation.evaluate import EvalSettings
 
 GOLD = "mean probability of the gold choice"
 ANSWER = "likelihood of a token of the answer"
@@ -98,32 +95,46 @@ class ScoringLM(HFLM):
 class Engine:
     """A suite's tasks with their items chosen: every model sees the same items in the same order."""
 
-    def __init__(self, suite: Suite, settings: "EvalSettings"):
-        """Load the tasks' rows and choose the items.
+    def __init__(
+        self,
+        suite: Suite,
+        *,
+        data: Path | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        allow_code: bool = False,
+        allow_suite_code: bool = False,
+    ):
+        """Load the tasks' rows and draw `limit` of each by `seed` (all if None).
+
+        `allow_code` lets tasks run what the model writes, in the sandbox; `allow_suite_code` lets the suite's own
+        folders of tasks run theirs, which nothing confines.
 
         Raises:
             ConfigError: lm-eval does not know a task, or code would run and that was not allowed.
             DataError: a task's rows cannot be loaded.
         """
-        if suite.include and not settings.allow_suite_code:
+        if suite.include and not allow_suite_code:
             raise ConfigError(
                 f"--suite: includes {', '.join(map(str, suite.include))}: task files there may run any code on this "
                 "machine (functions, templates); pass --allow-suite-code if you trust them"
             )
-        self._settings = settings
-        self._keys = {request.name: request.lm_eval for request in suite.tasks}
-        self._tasks = _load_tasks(suite, settings.folder)
+        self.suite, self.seed, self._allow_code = suite, seed, allow_code
+        self._requests = {request.name: request for request in suite.tasks}
+        self._tasks = _load_tasks(suite, data)
         if any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values()):
             from hiplora.evaluation.sandbox import require_permission
 
-            require_permission(settings.allow_code)
-        self._chosen = {}
-        for request in suite.tasks:
-            count = len(self._tasks[request.name].eval_docs)
-            draw = random.Random(f"{settings.seed}:{request.name}")
-            self._chosen[request.name] = sorted(
-                draw.sample(range(count), min(count, request.limit or settings.limit or count))
-            )
+            require_permission(allow_code)
+        self._chosen = {
+            name: _choose(len(task.eval_docs), self._requests[name].limit or limit, f"{seed}:{name}")
+            for name, task in self._tasks.items()
+        }
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, as in the suite."""
+        return list(self._tasks)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return, per task, its title, its items' places in the data, and a hash of their contents."""
@@ -155,12 +166,12 @@ class Engine:
     ) -> dict[str, TaskScores]:
         """Score a model on every chosen item of the tasks (all of the suite if None).
 
-        Sampled responses are drawn from the settings' seed, so that a model that is scored again scores the same.
+        Sampled responses are drawn from the engine's seed, so that a model that is scored again scores the same.
         `progress` shows lm-eval's bars on a terminal.
         """
-        keys = {name: self._keys[name] for name in tasks or self._keys}
-        torch.manual_seed(self._settings.seed)
-        random.seed(self._settings.seed)
+        keys = {name: self._requests[name].lm_eval for name in tasks or self.tasks}
+        torch.manual_seed(self.seed)
+        random.seed(self.seed)
         with _lm_eval(progress):
             lm = ScoringLM(model, tokenizer, batch_size)
             found = evaluate(
@@ -168,7 +179,7 @@ class Engine:
                 {"tasks": {key: self._tasks[name] for name, key in keys.items()}, "groups": {}},
                 samples={key: self._chosen[name] for name, key in keys.items()},
                 bootstrap_iters=0,
-                confirm_run_unsafe_code=self._settings.allow_code,
+                confirm_run_unsafe_code=self._allow_code,
             )
             return {name: _scores(self._tasks[name], found, key, lm) for name, key in keys.items()}
 
@@ -223,6 +234,12 @@ def _check_name(manager: TaskManager, request: TaskRequest) -> None:
             f"--suite: lm-eval's {name} runs what the model writes outside any sandbox; score "
             f"{', '.join(filter(runs_code, own_tasks()))} instead"
         )
+
+
+def _choose(count: int, limit: int | None, seed: str) -> list[int]:
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))
 
 
 def _metadata(task: Any) -> Mapping[str, Any]:

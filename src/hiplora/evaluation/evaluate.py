@@ -31,8 +31,7 @@ class EvalSettings:
     """What models are scored on, and how.
 
     `data` is the folder with the tasks' files (default: $HIPLORA_DATA, else the hub), `limit` the number of items of
-    each task, drawn by `seed`; `allow_code` lets tasks run what the model writes, in the sandbox, `allow_suite_code`
-    the suite's own folders of tasks run theirs, which nothing confines.
+    each task, drawn by `seed`; `allow_code` and `allow_suite_code` as in `Engine`.
     """
 
     suite: str
@@ -54,7 +53,8 @@ class EvalSettings:
         """Load the suite's tasks; raises what `hiplora.evaluation.engine.Engine` does."""
         from hiplora.evaluation.engine import Engine
 
-        return Engine(suite, self)
+        allowed = {"allow_code": self.allow_code, "allow_suite_code": self.allow_suite_code}
+        return Engine(suite, data=self.folder, limit=self.limit, seed=self.seed, **allowed)
 
 
 def evaluate(
@@ -140,14 +140,6 @@ class Partial:
         self._path.unlink(missing_ok=True)
 
 
-def compared(engine: "Engine", scores: "Mapping[str, Mapping[str, TaskScores]]") -> dict[str, Any]:
-    """Return `collect` of models' scores by name."""
-    runs = {name: {task: one.to_json() for task, one in found.items()} for name, found in scores.items()}
-    first = next(iter(scores.values()))
-    names = {task: {"score": one.name, "likelihood": one.form} for task, one in first.items()}
-    return collect(engine.describe(), runs, names)
-
-
 def collect(
     tasks: Mapping[str, Mapping[str, Any]],
     runs: Mapping[str, Mapping[str, Any]],
@@ -202,7 +194,7 @@ def _wide(found: Interval, items: Sequence[float], least: float) -> dict[str, fl
     all items differ from them: they may lie at either end.
     """
     low, high = found.low, found.high
-    if high - low < 1e-9:
+    if low == high:
         unseen = 1 - 0.025 ** (1 / len(items))
         low, high = low - (low - least) * unseen, high + (100.0 - high) * unseen
     return {"estimate": found.estimate, "low": low, "high": high}
@@ -229,5 +221,4 @@ def judge(
         failed = np.mean([fails(after, before, tau) for before, after in draws], axis=0)
         failing[f"{tau:g}"] = asdict(percentile_interval(failed)) | {"share": float(failed[1:].mean())}
     drops = [np.abs(before[task] - after[task]) for before, after in draws for task in before]
-    fewest = min((items for before, _ in merges for items in before.values()), key=len)
-    return {"merge_fail": failing, "mean_drop": _wide(percentile_interval(np.mean(drops, axis=0)), fewest, 0.0)}
+    return {"merge_fail": failing, "mean_drop": asdict(percentile_interval(np.mean(drops, axis=0)))}

@@ -10,27 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters import AdapterUpdate, BaseWeights, linear_layer, quiet_loading
+from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading
 from hiplora.errors import AdapterError, ConfigError, first_line
 
 BASE = "base"  # the base model's name in results, which no adapter gets
 
 
 def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
-    """Load a model and its tokenizer for measuring; `device` as `pick_device`.
+    """Load a model and its tokenizer for measuring: in bf16 on a GPU, in fp32 on the CPU; `device` as `pick_device`.
 
-    In bf16 on a GPU; on the CPU in fp32, or in the checkpoint's own precision where that does not fit into memory.
     Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
     differently with and without them, and the base must score the same before and after.
     """
     from hiplora.models import load, pick_device
 
     place = pick_device(device)
-    dtype: Any = torch.float32 if place == "cpu" else torch.bfloat16
-    with contextlib.suppress(AdapterError):  # `load` says what is wrong
-        if place == "cpu" and BaseWeights(model).no_room(4):
-            dtype = "auto"
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = load(model, torch.float32 if place == "cpu" else torch.bfloat16)
     return network.to(place).requires_grad_(False), tokenizer
 
 

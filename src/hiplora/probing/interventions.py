@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import ConfigError
+from hiplora.evaluation.mounting import holding
 from hiplora.spectral import MomentBasis, activation_factors, truncated_svd
 from hiplora.tuner import HipLoraConfig, find_targets
 
@@ -41,15 +42,19 @@ def find_modules(
 ) -> list[str]:
     """Return the names of the layers that an adapter with these target modules would be on, in the model's order.
 
-    `target_modules` as in PEFT, None for the attention projections; `layers` keeps some layers only. Raises
-    ConfigError if nothing matches, or a layer has no match.
+    `target_modules` as in PEFT: ends of names, a regular expression, `"all-linear"`, or None for the attention
+    projections; `layers` keeps some layers only.
+
+    Raises:
+        ConfigError: nothing matches, or a layer has no match.
     """
     config = HipLoraConfig(preset="paper", target_modules=target_modules)
     found = {target.name: layer_of(target.name) for target in find_targets(model, config)}
     if missing := sorted(set(layers or ()) - set(found.values())):
         known = ", ".join(map(str, sorted({number for number in found.values() if number is not None})))
-        known = known or "without a number"
-        raise ConfigError(f"layer {missing[0]} has none of the requested modules; they are in layers {known}")
+        raise ConfigError(
+            f"layer {missing[0]} has none of the requested modules; they are in layers {known or 'without a number'}"
+        )
     return [name for name, number in found.items() if layers is None or number in layers]
 
 
@@ -62,7 +67,10 @@ def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
     """Return the indices, ascending, of `count` different directions among `size`, sorted by descending σ.
 
     `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`; both from the
-    first to the last. Raises ConfigError if `count` is not in 1…size.
+    first to the last.
+
+    Raises:
+        ConfigError: `count` is not in 1…size.
     """
     if not 1 <= count <= size:
         raise ConfigError(f"{count} directions of {size}: expected 1 to {size}; give another number")
@@ -86,7 +94,11 @@ def directions_of(
 
     They are chosen among the leading `rank` directions; None is all of them. With `bases` (`tuner.input_bases`) they
     are those of the activation basis (`spectral.activation_factors`), of which there are `rank`, or 32. Removing one
-    silences the layer's answer to one input. Raises ConfigError as `choose_directions`.
+    silences the layer's answer to one input.
+
+    Raises:
+        ConfigError: as `choose_directions`.
+        FactorError: a weight cannot be decomposed.
     """
     for name in modules:
         layer: Any = model.get_submodule(name)
@@ -101,16 +113,18 @@ def directions_of(
             chosen = choose_directions(factors.rank, count, how)
         except ConfigError as error:
             raise ConfigError(f"layer {name}: {error}") from None
+        sigma = factors.sigma.tolist()
         for index in chosen:
-            sigma, u, v = factors.sigma[index].item(), factors.U[:, index].clone(), factors.V[:, index].clone()
-            relative = sigma / (factors.sigma[0].item() or 1.0)
-            yield Direction(name, index, factors.rank, sigma, relative, u, v)
+            relative = sigma[index] / sigma[0] if sigma[0] else 0.0
+            u, v = factors.U[:, index].clone(), factors.V[:, index].clone()
+            yield Direction(name, index, factors.rank, sigma[index], relative, u, v)
 
 
 def intervention_factor(kind: str, normal: float = 0.0) -> float:
     """Return c of `W + c σ u vᵀ`: −1 for zero, −2 for flip, ε ~ N(0, S²) for noise_S; `normal` is a draw of N(0, 1).
 
-    Raises ConfigError for another intervention.
+    Raises:
+        ConfigError: there is no such intervention.
     """
     if kind in ("zero", "flip"):
         return -1.0 if kind == "zero" else -2.0
@@ -135,11 +149,9 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
     with torch.no_grad():
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
-        module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
-    try:
+        changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+    with holding(model, {direction.module: changed}):
         yield model
-    finally:
-        module.weight = weight
 
 
 def probe(
@@ -160,11 +172,15 @@ def probe(
     Args:
         model: a bare model.
         directions: of `directions_of`.
-        kinds: zero, flip, noise_S (`intervention_factor`).
-        measure: called with the intervened model, returns by name how much worse it became.
+        kinds: zero, flip, noise_S.
+        measure: called with the intervened model, returns by name how much worse it became: base − intervened of a
+            score, intervened − base of a loss.
         draws: how often noise is drawn for each direction. A draw depends on `seed`, module, index and its number
             alone: noises of two scales are the same but for the scale.
         seed: of the noise.
+
+    Raises:
+        ConfigError: an intervention is unknown.
     """
     rows = []
     for one in directions:

@@ -66,8 +66,12 @@ class ProbeSettings:
 def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
 
-    What was interrupted goes on after the last finished direction. Raises ConfigError where `out` cannot be used or a
-    setting does not fit the model, DataError for the text, FactorError for a weight.
+    What was interrupted goes on after the last finished direction.
+
+    Raises:
+        ConfigError: `out` cannot be used, or a setting does not fit the model.
+        DataError: the text cannot be used.
+        FactorError: a weight cannot be decomposed.
     """
     texts = drift_texts(settings.text)
     sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
@@ -102,7 +106,11 @@ def probe_model(
 
     A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. At every
     measurement the base's weights are put back for a while, and the base must then be itself bit for bit. `folder`
-    keeps the finished directions; with it, a bar is shown. Raises as `run_probe`.
+    keeps the finished directions; with it, a bar is shown.
+
+    Raises:
+        ConfigError: a setting does not fit the model.
+        FactorError: a weight cannot be decomposed.
     """
     layers: Sequence[int] | None = settings.layers
     if layers is None:

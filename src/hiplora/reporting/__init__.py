@@ -6,12 +6,13 @@ require("reports")
 
 
 from hiplora.reporting import plots
-from hiplora.reporting.figures import save_figure
-from hiplora.reporting.html import Section, render_page, save_page
+from hiplora.reporting.html import Section, answers_html, render_page, save_page
+from hiplora.reporting.plots import save_figure
 from hiplora.reporting.tables import formatted, interval, save_table
 
 __all__ = [
     "Section",
+    "answers_html",
     "formatted",
     "interval",
     "plots",

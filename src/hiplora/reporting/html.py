@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import html
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hiplora.files import write_atomic
-from hiplora.reporting.figures import svg
+from hiplora.reporting.plots import svg
 from hiplora.reporting.tables import MISSING, formatted
 
 _LONG = 25  # rows above which a table starts folded
@@ -61,6 +62,30 @@ def save_page(
 ) -> Path:
     """Write `render_page`'s page to `path` and return the path."""
     return write_atomic(path, render_page(title, sections, subtitle, provenance))
+
+
+def answers_html(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the answers to each prompt as markup.
+
+    A row has `prompt`, `said` (model → runs of text, each with whether it differs from the first model's answer) and
+    may have `expected`.
+    """
+    blocks = []
+    for row in rows:
+        lines = [("expected", html.escape(row["expected"]))] if row.get("expected") else []
+        for place, (name, runs) in enumerate(row["said"].items()):
+            text = "".join(_marked(text) if changed else html.escape(text) for text, changed in runs)
+            same = place and not any(changed for _, changed in runs)
+            lines.append((name, "<em>the same, word for word</em>" if same else text))
+        cells = "".join(f"<dt>{html.escape(name)}</dt><dd>{text}</dd>" for name, text in lines)
+        blocks.append(f'<div class="answers"><p>{html.escape(row["prompt"])}</p><dl>{cells}</dl></div>')
+    return "\n".join(blocks)
+
+
+def _marked(text: str) -> str:
+    """Mark a run of words, without the space before it."""
+    words = text.lstrip()
+    return text[: len(text) - len(words)] + f"<mark>{html.escape(words)}</mark>"
 
 
 @functools.cache

@@ -3,17 +3,23 @@
 With `ax` a plot draws there and returns that figure. All know `title`, `xlabel`, `ylabel`, `logx` and `logy`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hiplora.reporting.figures import styled
+from hiplora.files import write_atomic
 
+STYLE = Path(__file__).with_name("hiplora.mplstyle")
 # Methods that most figures show keep one look; the others take what is left, in the order of the rows.
 _LOOKS = {
     "HiP-LoRA": ("#0b63a5", "o"),
@@ -39,6 +45,26 @@ _OTHERS = (
 )
 
 Draw = Callable[..., Figure]
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    """Draw in the project's style inside the block."""
+    with matplotlib.style.context(STYLE):
+        yield
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG; the same figure gives the same text."""
+    file = io.StringIO()
+    with styled():
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+def save_figure(figure: Figure, stem: str | os.PathLike) -> Path:
+    """Write a figure as `stem.svg` and return the path."""
+    return write_atomic(f"{stem}.svg", svg(figure))
 
 
 def look(name: str, place: int = 0) -> dict[str, Any]:

@@ -297,7 +297,7 @@ def _own_tokenizer(model: Any) -> Any:
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception:  # whatever transformers raises: the model may have come without one
         return None
 

@@ -16,7 +16,6 @@ import hiplora
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation import engine as module
 from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
-from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
@@ -126,7 +125,7 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     rows, likelihood = OWN[form]
     path = write_jsonl(tmp_path / "mine.jsonl", rows)
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    engine = Engine(read_suite(str(path)), EvalSettings("mine"))
+    engine = Engine(read_suite(str(path)))
     assert engine.describe()["mine"]["title"] == "mine.jsonl"
     found = engine.score(model, tokenizer)["mine"]
     assert (found.form, len(found.likelihood)) == (likelihood, len(rows))
@@ -160,11 +159,11 @@ def test_a_suites_folder_runs_nothing_without_its_flag(tmp_path, monkeypatch):
     (tmp_path / "s.yaml").write_text("tasks: [evil]\ninclude: [tasks]\n")
     suite = read_suite("s.yaml")
     with pytest.raises(ConfigError, match="--allow-suite-code"):
-        Engine(suite, EvalSettings("s.yaml"))
+        Engine(suite)
     assert not {"imported", "rendered"} & {path.name for path in tmp_path.iterdir()}
     monkeypatch.setattr(module, "PREFIX", "")  # nothing of lm-eval's own: reading that takes half a minute
     with pytest.raises(DataError, match="loaded"):
-        Engine(suite, EvalSettings("s.yaml", allow_suite_code=True))
+        Engine(suite, allow_suite_code=True)
     assert (tmp_path / "imported").exists()
 
 
@@ -176,7 +175,7 @@ def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(tmp_path,
     (tmp_path / "code_eval" / "code_eval.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     suite = module.Suite("x", (module.TaskRequest(task, task),))
     with pytest.raises(ConfigError, match="outside any sandbox; score humaneval, humaneval_10, mbpp instead"):
-        Engine(suite, EvalSettings(task, allow_code=True))
+        Engine(suite, allow_code=True)
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,6 +1,7 @@
 """Correlations of drops with σ: scipy's estimates, bootstrap intervals, contrasts over the same directions."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ def test_the_rank_p_value_of_few_points_is_that_of_all_pairings_ties_included():
         alternative="greater",
     ).pvalue
     assert correlate(x, y)["spearman"]["p_value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("points", [8, 9])
+def test_a_perfect_order_has_the_p_value_of_one_pairing_and_its_reverse(points):
+    x = np.arange(float(points))
+    found = correlate(x, np.exp(x))["spearman"]
+    assert found["estimate"] == pytest.approx(1)
+    assert found["p_value"] == pytest.approx(2 / math.factorial(points))
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearman"])

@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from hiplora.reporting import Section, plots, render_page, save_page
+from hiplora.reporting import Section, answers_html, plots, render_page, save_page
 
 TABLE = pd.DataFrame({"method": ["LoRA", "HiP-LoRA"], "drift": [0.123456, 0.01]})
 
@@ -43,3 +43,16 @@ def test_a_long_table_is_folded():
 def test_an_empty_table_shows_its_columns():
     page = render_page("t", [section(tables={"Nothing": TABLE.iloc[:0]})])
     assert "method" in page
+
+
+def test_differences_are_marked_an_equal_answer_is_said_to_be_the_same_and_text_is_escaped():
+    said = {
+        "base": [("no\n  <i>way", False)],
+        "LoRA": [("no\n  <i>way", False)],
+        "HiP-LoRA": [("no", False), ("\n  <b>", True)],
+    }
+    shown = answers_html([{"prompt": "<b>?", "expected": "a & b", "said": said}])
+    assert "&lt;b&gt;?" in shown
+    assert "<dt>expected</dt><dd>a &amp; b</dd><dt>base</dt><dd>no\n  &lt;i&gt;way</dd>" in shown
+    assert "<dt>LoRA</dt><dd><em>the same, word for word</em></dd>" in shown
+    assert "<dt>HiP-LoRA</dt><dd>no\n  <mark>&lt;b&gt;</mark></dd>" in shown
