@@ -123,7 +123,7 @@ def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task
     bases = [load_file(folder / "basis.safetensors") for folder in folders[1:]]
     name = next(key for key in files[0] if ".hiplora_A" in key)
     module = name.removeprefix("base_model.model.").partition(".hiplora_A")[0]
-    V = [files[0][name.replace("hiplora_A", "hiplora_V")], *(basis[f"{module}.V"] for basis in bases)]
+    V = [files[0][f"base_model.model.{module}.hiplora_V"], *(basis[f"{module}.V"] for basis in bases)]
     A = [one[name] for one in files]
     r = len(A[0])
     assert [len(one) for one in A] == [r, 2 * r, 3 * r]
