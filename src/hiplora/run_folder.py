@@ -128,6 +128,6 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str
         there, here = stored.get(key), asked.get(key)
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             changes += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
+        elif there != here and (key in stored or here not in (None, False, 0, "none", {})):  # a field made since
             changes.append(f"{prefix}{key}: {there} there, {here} here")
     return changes

@@ -1,6 +1,8 @@
 """`train`: every method from a recipe to an adapter that loads; a resumed run equals the whole one to the bit."""
 
 import json
+import os
+import signal
 
 import peft
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hiplora.data.encoding import encode_example
 from hiplora.data.examples import load_data
-from hiplora.errors import ConfigError, DataError, DivergedError
+from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
 from hiplora.training.recipe import TrainRecipe
@@ -261,6 +263,111 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls(make, tmp_path):
     assert falling[-1]["lr"] < 0.01 * 0.2
 
 
+def test_no_step_is_spent_at_rate_0_on_demand(make, tmp_path):
+    settings = {"steps": 4, "warmup_ratio": 0.5, "log_every": 1, "lr": 0.01, "nonzero_warmup": True}
+    rates = [row["lr"] for row in train(make(**settings), tmp_path / "a").metrics if "lr" in row]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
+    falling = train(make(**settings, lr_scheduler="cosine"), tmp_path / "b").metrics
+    assert falling[-1]["lr"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"token_weight": "eaft"}, {"token_weight": "dft"}, {"masked_kl_weight": 5.0}, {"replay": 0.25}]
+)
+def test_losses_against_forgetting_train_on_top_of_hiplora(make, tmp_path, settings):
+    result = train(make("paper", steps=4, log_every=1, **settings), tmp_path / "out")
+    assert result.held_out["after"] < result.held_out["before"]
+    plain = train(make("paper", steps=4, log_every=1), tmp_path / "plain")
+    assert plain.held_out["before"] == result.held_out["before"]
+    assert plain.final_loss != result.final_loss
+
+
+def test_stm_that_leaves_nothing_to_learn_is_refused(make, tmp_path):
+    with pytest.raises(DataError, match="stm leaves no token"):  # a random model finds every token unlikely
+        train(make(steps=2, token_weight="stm"), tmp_path / "out")
+
+
+def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoint_below(make, tmp_path):
+    settings = {"drift_tokens": 64, "eval_every": 2, "steps": 12, "keep_checkpoints": 6, "packing": False}
+    free = train(make(**settings), tmp_path / "free")
+    assert list(free.drift) == ["prose", "python code"]
+    assert free.drift["prose"]["kl"] > 0
+    limit = max(one["kl"] for one in free.drift.values()) / 3
+    held = train(make(**settings, max_drift=limit), tmp_path / "held")
+    assert max(one["kl"] for one in held.drift.values()) <= limit
+    assert 0 < held.steps < 12
+    assert "stopped by train.max_drift" in held.warnings[-1]
+    assert TrainResult.read(held.adapter) == held
+    with pytest.raises(HipLoraError, match="when it is first measured"):
+        train(make(**settings, max_drift=1e-9), tmp_path / "none")
+
+
+def test_a_start_that_failed_leaves_no_folder(make, tmp_path):
+    with pytest.raises(ConfigError, match=r"check method\.target_modules"):
+        train(make({"name": "lora", "target_modules": ["nowhere"]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "progress.json"])
+@pytest.mark.parametrize("damage", ["gone", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_not_carried_on_from(make, tmp_path, name, damage):
+    with pytest.raises(Stopped):
+        train(make(), tmp_path / "out", callbacks=[StopAt(4)])
+    file = tmp_path / "out" / "checkpoints" / "checkpoint-3" / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    with pytest.raises(HipLoraError, match=f"checkpoint-3: {name} is missing or damaged; remove this folder"):
+        train(make(), tmp_path / "out")
+
+
+def test_ctrl_c_ends_the_step_with_a_checkpoint_that_is_carried_on_from(whole, make, tmp_path, caplog):
+    class Interrupt(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 5 of 8"):
+        train(make("lora"), tmp_path / "out", callbacks=[Interrupt()])
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = train(make("lora"), tmp_path / "out")
+    assert "carrying on from step 5 of 8" in caplog.text
+    assert_equal_runs(resumed, whole("lora"))
+
+
+def test_a_person_is_told_the_cost_and_every_logged_step(make, whole, tmp_path, caplog):
+    caplog.set_level("INFO", "hiplora.training")
+    result = train(make("lora"), tmp_path / "out")
+    said = caplog.messages
+    assert said[0].startswith("24 rows, ")
+    assert [line.split("  ")[0] for line in said[1:]] == ["step 2/8", "step 4/8", "step 6/8", "step 8/8"]
+    assert_equal_runs(result, whole("lora"))
+
+
+def test_a_finished_run_is_uploaded_as_a_plain_lora_and_survives_a_hub_that_is_not_there(
+    make, tmp_path, monkeypatch, caplog
+):
+    import shutil
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            assert private
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    train(make("paper", steps=2, push_to_hub="me/mine"), tmp_path / "out")
+    assert json.loads((tmp_path / "hub/me/mine/adapter_config.json").read_text())["peft_type"] == "LORA"
+    train(make(steps=2, push_to_hub="me/mine"), tmp_path / "again")  # the copy is refused: it exists
+    assert "hf upload me/mine" in caplog.text
+    assert (tmp_path / "again" / "adapter_config.json").exists()
+
+
 def test_seeds_repeat_a_run(whole, make, tmp_path):
     assert_equal_runs(train(make("lora"), tmp_path / "again"), whole("lora"))
 
@@ -314,6 +421,7 @@ def test_the_card_says_what_the_adapter_is_and_names_no_path(whole, tiny_model_d
         ("lora", "This is a plain LoRA adapter; stock PEFT loads it"),
     ):
         card = (whole(method).adapter / "README.md").read_text()
+        assert "## Task\\nSay " in card
         assert said in card
         assert f"{whole(method).held_out['after']:.4f}" in card
         assert str(tiny_model_dir.parent) not in card

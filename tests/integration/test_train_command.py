@@ -1,5 +1,6 @@
 """`hiplora train` as typed: its own example, the output for people and for machines, exit statuses."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -37,6 +38,7 @@ def recipe_file(tmp_path, tiny_model_dir):
 
 
 def run(*arguments):
+    """Run a command, by its exit status."""
     try:
         frame.main(["train", *map(str, arguments)])
     except SystemExit as stop:
@@ -56,12 +58,46 @@ def test_the_example_of_the_help_trains(tmp_path, monkeypatch, tiny_model_dir, c
     assert "HiP-LoRA adapter in" in capsys.readouterr().out
 
 
-def test_a_person_gets_a_table_and_nothing_on_stderr(recipe_file, tmp_path, capsys):
+def test_a_person_gets_the_cost_a_line_a_step_a_table_and_what_to_do_next(recipe_file, tmp_path, capsys):
     assert run(recipe_file, "--out", tmp_path / "out") == 0
     captured = capsys.readouterr()
-    for part in ("steps", "training loss at the end", "trainable parameters", "tokens per second"):
+    for part in ("steps", "training loss at the end", "trainable parameters", "tokens per second", "hiplora export"):
         assert part in captured.out
-    assert captured.err == ""
+    cost, *steps = captured.err.splitlines()
+    assert re.match(r"8 rows, [\d,]+ tokens, 2 steps, about \d+ s", cost)
+    assert [line.split()[1] for line in steps] == ["1/2", "2/2"]
+
+
+def test_without_a_recipe_the_options_are_the_recipe_and_the_defaults_are_a_users(
+    recipe_file, tmp_path, tiny_model_dir, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", tiny_model_dir, "--data", "rows.jsonl", "--method", "lora", "--lr", "1e-3", "--epochs", "2"]
+    assert run(*options, "--out", "out", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["steps"] == 2  # two passes, one step of eight rows each
+    assert set(printed["drift"]) == {"prose", "python code"}
+    assert run("--data", "rows.jsonl", "--out", "other") == 2
+    assert "give --model and --data" in capsys.readouterr().err
+
+
+def test_a_preview_shows_what_is_learned_and_trains_nothing(recipe_file, tmp_path, capsys):
+    assert run(recipe_file, "--preview", "2", "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "row 1\n0+1=⟦1<|eos|>⟧" in shown
+    assert "row 2" in shown
+    assert "row 3" not in shown
+    assert "8 rows, 16 of 48 tokens are learned; 2 steps" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):
+        frame.main(["init", "--model", str(tiny_model_dir), "--out", "mine.yaml"])
+    assert "next: hiplora train mine.yaml" in capsys.readouterr().out
+    assert "lr: 0.0002  # Peak learning rate" in Path("mine.yaml").read_text()
+    assert run("mine.yaml", "--dry-run") == 0
 
 
 def test_a_machine_gets_one_json_object(recipe_file, tmp_path, capsys):

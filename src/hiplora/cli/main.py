@@ -19,7 +19,8 @@ ISSUES = "https://github.com/hiplora/hiplora/issues"
 COMMANDS = {
     "demo": "See on a small model what LoRA and HiP-LoRA do to it.",
     "compare": "See what they do to your model on your data.",
-    "train": "Fine-tune an adapter from a recipe.",
+    "init": "Write a training recipe to edit.",
+    "train": "Fine-tune an adapter on your data.",
     "eval": "Score a model and its adapters on tasks or on your rows.",
     "drift": "Measure how far adapters move a model on other text.",
     "generate": "Answer prompts with and without adapters, side by side.",

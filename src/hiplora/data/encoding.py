@@ -4,6 +4,7 @@ Only responses are learned, unless the recipe says otherwise. A prompt keeps the
 is prompted; whatever is cut or left out is counted.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -207,8 +208,8 @@ def _beginning(example: Example) -> str:
 def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     """Render a conversation; return its text and the spans of the assistant's messages to learn.
 
-    A span ends behind the last special token of its turn. The template's own {% generation %} marks are used where
-    they reach as far; else, as without marks, beginnings of the conversation are rendered to find the turns.
+    They are the template's own {% generation %} marks, lengthened to the end of the turn where they leave it out;
+    without marks, beginnings of the conversation are rendered to find the turns.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -217,25 +218,22 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
     marked = bool(MARK.search(template))
     (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
-    spans = [(start, end) for start, end in (marks[0] if marked else ()) if end > start]
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = len(spans) == len(said)
-    if whole and all(text[start:end].rstrip().endswith(tuple(specials)) for start, end in spans):
-        turns = spans
+    specials = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    if not marked:
+        spans = list(_turns(tokenizer, messages, tools, text, specials))
     else:
-        try:
-            turns = list(_turns(tokenizer, messages, tools, text, specials))
-        except DataError:
-            if not spans:
-                raise
-            turns = spans
-    if len(turns) == len(said):
-        turns = [turn for turn, index in zip(turns, said, strict=True) if index >= example.learn_from]
-    return text, turns
+        spans = [(start, end) for start, end in marks[0] if end > start]
+        if not all(text[start:end].rstrip().endswith(specials) for start, end in spans):
+            with contextlib.suppress(DataError, ValueError):
+                turns = _turns(tokenizer, messages, tools, text, specials)
+                spans = [(start, max(end, turn)) for (start, end), (_, turn) in zip(spans, turns, strict=True)]
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if example.learn_from and len(spans) == len(said):
+        spans = [span for span, index in zip(spans, said, strict=True) if index >= example.learn_from]
+    return text, spans
 
 
-def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: list[str]) -> Iterator[Span]:
+def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: Sequence[str]) -> Iterator[Span]:
     """Find the assistant's turns in a rendered conversation by rendering its beginnings."""
 
     def render(count: int, prompt: bool = False) -> str:

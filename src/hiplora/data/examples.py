@@ -202,7 +202,9 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         kept = _short_enough(values, format, data.max_characters, name)
     train, held_out = _examples(format, kept, template, data.limit), []
     if data.held_out is not None:
-        held_out = load_examples(data.held_out, data.format, template)
+        held_out = _examples(
+            *check_rows(read_rows(Path(data.held_out), bad), format, data.held_out, bad), template, None
+        )
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
     sources = {"train": {}}

@@ -1,10 +1,11 @@
 """The training recipe: a YAML file that says what to train, on what and how, checked before a model is loaded.
 
-The defaults of `train` are the paper's (Appendix B), those of the method the function-aware preset's. Nothing here
-imports torch.
+The fields' defaults of `train` are the paper's (Appendix B), as studies and `preset: paper` use them; `load_recipe`
+puts `DEFAULTS` in their place for a user's own data. Nothing here imports torch.
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,44 @@ from hiplora.files import parse_yaml
 from hiplora.training.adapt import start_problem
 from hiplora.training.methods import METHODS, AnyMethod
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "data": {"template": "auto"},
+    "train": {
+        "epochs": 3.0,
+        "gradient_accumulation": 4,
+        "max_length": 1024,
+        "packing": False,
+        "nonzero_warmup": True,
+        "drift_tokens": 512,
+    },
+}
+# Our names → those of PEFT, transformers, TRL and axolotl.
+ELSEWHERE = {
+    "model": "base_model model_name_or_path model_id base_model_name_or_path",
+    "data": "datasets dataset dataset_name train_file",
+    "data.held_out_fraction": "val_set_size test_size",
+    "data.learn_prompt": "train_on_inputs",
+    "out": "output_dir",
+    "method": "adapter peft_type",
+    "method.r": "rank lora_r lora_rank",
+    "method.lora_alpha": "alpha",
+    "method.lora_dropout": "dropout",
+    "method.target_modules": "lora_target_modules lora_target_linear",
+    "train.lr": "learning_rate",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.steps": "max_steps num_steps",
+    "train.batch_size": "per_device_train_batch_size micro_batch_size",
+    "train.gradient_accumulation": "gradient_accumulation_steps",
+    "train.max_length": "max_seq_length max_seq_len sequence_len cutoff_len",
+    "train.packing": "sample_packing",
+    "train.lr_scheduler": "lr_scheduler_type",
+    "train.warmup_ratio": "warmup_steps",
+    "train.save_every": "save_steps",
+    "train.log_every": "logging_steps",
+    "train.eval_every": "eval_steps",
+    "train.dtype": "bf16 fp16 torch_dtype",
+    "train.push_to_hub": "hub_model_id",
+}
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
 PATHS = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
 TEXTS = (("method", "calibration_text"), ("train", "kl_text"))
@@ -34,23 +73,26 @@ class TrainSettings(Block):
     steps: int | None = Field(
         default=2000, ge=1, description="Optimizer steps; 2000 unless `epochs` is given. Give one of the two."
     )
-    epochs: float | None = Field(default=None, gt=0, description="Passes over the data, instead of `steps`.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the data, instead of `steps`; `hiplora train` makes 3."
+    )
     batch_size: int = Field(default=4, ge=1, description="Sequences in one forward pass.")
     gradient_accumulation: int = Field(
         default=32,
         ge=1,
         description="Forward passes per optimizer step, shared between the processes of a distributed run: "
-        "batch_size × gradient_accumulation is the global batch (128).",
+        "batch_size × gradient_accumulation is the global batch (128; 16 in `hiplora train`).",
     )
     max_length: int = Field(
         default=2048,
         ge=2,
-        description="Tokens in a sequence. Longer responses are cut at the end, rows whose prompt alone fills it are "
-        "left out, both are counted. Plain text is cut into pieces of this length.",
+        description="Tokens in a sequence; 1024 in `hiplora train`. Longer responses are cut at the end, rows whose "
+        "prompt alone fills it are left out, both are counted. Plain text is cut into pieces of this length.",
     )
     packing: bool = Field(
         default=True,
-        description="Put several rows into one sequence of max_length; rows never attend to each other.",
+        description="Put several rows into one sequence of max_length; rows never attend to each other. False in "
+        "`hiplora train`.",
     )
     lr_scheduler: Literal["constant", "cosine"] = Field(
         default="constant",
@@ -58,6 +100,11 @@ class TrainSettings(Block):
     )
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Share of the steps over which the learning rate rises."
+    )
+    nonzero_warmup: bool = Field(
+        default=False,
+        description="Begin the warm-up one step further, so that the first step is not spent at rate 0; true in "
+        "`hiplora train`.",
     )
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay; only the adapter is trained.")
     max_grad_norm: float = Field(
@@ -97,6 +144,37 @@ class TrainSettings(Block):
         ge=2,
         description="Tokens to sample, or to read of `kl_text`; steps go through them in an order drawn by `seed`.",
     )
+    masked_kl_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Price of a nat of KL(base ‖ adapted) on the learned tokens themselves, the right token left out "
+        "of both (Mask the Target). Not for methods that move the base weights.",
+    )
+    token_weight: Literal["none", "eaft", "stm", "dft"] = Field(
+        default="none",
+        description="Weight of a token in the loss. `eaft`: the entropy of the model's 20 likeliest tokens, as a share "
+        "of its maximum. `dft`: the right token's probability. `stm`: 0 where the base's perplexity is above 2.5.",
+    )
+    replay: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the training rows that the base model writes (self-replay)."
+    )
+    drift_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens of prose and of code on which the drift from the base is measured at the end; 0 measures "
+        "none. 512 in `hiplora train`. Not for methods that move the base weights.",
+    )
+    max_drift: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest drift, in nats a token. It is measured every `eval_every` steps, or ten times; above it "
+        "the training ends with the last checkpoint below.",
+    )
+    push_to_hub: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Private hub repository that gets the finished adapter.",
+    )
     start_from: PathText | None = Field(
         default=None, min_length=1, description="Folder of a finished adapter of the same method to train on."
     )
@@ -123,6 +201,8 @@ class TrainSettings(Block):
                 raise ValueError(f"`{name}` has no use with `kl_weight: 0`; remove it, or set a price")
         if self.steps is None and self.epochs is None:
             raise ValueError("give `steps` or `epochs`")
+        if self.max_drift is not None and self.drift_tokens < 2:
+            raise ValueError("`max_drift` needs `drift_tokens`, for example 512")
         return self
 
 
@@ -155,11 +235,12 @@ class TrainRecipe(Block):
     def _check(self) -> "TrainRecipe":
         if self.train.eval_every is not None and not self.data.has_held_out:
             raise ValueError("`train.eval_every` needs `data.held_out` or `data.held_out_fraction`")
-        if self.train.kl_weight and self.method.moves_base:
-            raise ValueError(
-                f"`train.kl_weight` compares with the base model, whose weights {self.method.name} moves; remove it, "
-                "or use another method"
-            )
+        for name in ("kl_weight", "masked_kl_weight", "max_drift") if self.method.moves_base else ():
+            if getattr(self.train, name):
+                raise ValueError(
+                    f"`train.{name}` compares with the base model, whose weights {self.method.name} moves; remove it, "
+                    "or use another method"
+                )
         self.method.check_training(self.train)
         return self
 
@@ -175,6 +256,23 @@ class TrainRecipe(Block):
         return values
 
 
+def commented(model: str, data: str) -> str:
+    """Return a recipe in YAML with the fields that matter first, each with what it means."""
+    method = METHODS["hiplora"]
+    blocks: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+        "data": (DataSettings, {"path": data, "held_out_fraction": 0.1}),
+        "method": (method, {"name": "hiplora", "r": 16, "lora_alpha": 32, "principal_rank": 32}),
+        "train": (TrainSettings, {"lr": 2e-4, "batch_size": 4, **DEFAULTS["train"]}),
+    }
+    lines = [f"model: {model}  # {TrainRecipe.model_fields['model'].description}"]
+    for block, (fields, values) in blocks.items():
+        lines += ["", f"{block}:"]
+        for name, value in values.items():
+            meaning = (fields.model_fields[name].description or "").partition(". ")[0]
+            lines.append(f"  {name}: {json.dumps(value)}  # {meaning}")
+    return "\n".join(lines) + "\n"
+
+
 def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
     """Write `method: lora` and `data: rows.jsonl` out as blocks; a method without a name is HiP-LoRA."""
     value = dict(value)
@@ -187,20 +285,26 @@ def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
-def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> TrainRecipe:
+def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read a training recipe from YAML, put `overrides` (`train.lr=1e-4`) over it, and check all of it.
 
     Relative paths in the file are relative to the file, those in overrides to the current folder. Data files are read
-    to the end, so that a malformed row is found before a model is loaded.
+    to the end, so that a malformed row is found before a model is loaded. Without a file the overrides are the recipe.
+    What is not given is as in `DEFAULTS`, or with `preset: paper` as in the paper.
 
     Raises:
         ConfigError: something is wrong; the message lists everything that is, with the way out.
     """
-    path = Path(path)
-    value = _absolute_paths(expand_short_forms(read_yaml(path)), path.resolve().parent)
+    value: dict[str, Any] = {}
+    if path is not None:
+        value = _absolute_paths(expand_short_forms(read_yaml(Path(path))), Path(path).resolve().parent)
     for override in overrides:
+        value = expand_short_forms(value)  # `data=rows.jsonl`, then `data.limit=5`
         put_over(value, override)
     value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
+    method = value.get("method")
+    if not isinstance(method, dict) or method.get("preset") != "paper":
+        value |= {block: _filled(value.get(block, {}), given) for block, given in DEFAULTS.items()}
     problem = model_problem(value.get("model"))
     problems = [problem] if problem else []
     try:
@@ -209,8 +313,17 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Train
     except ValidationError as error:
         problems += described(error, TrainRecipe)
     if problems:
-        raise refusal(path, problems)
+        raise refusal(path or "recipe", problems)
     return recipe
+
+
+def _filled(block: Any, defaults: Mapping[str, Any]) -> Any:
+    """Return a block with the defaults of what it does not give; `steps` stands for `epochs`."""
+    if not isinstance(block, dict):
+        return block
+    if block.get("steps") is not None:
+        defaults = {name: value for name, value in defaults.items() if name != "epochs"}
+    return {**defaults, **block}
 
 
 def model_problem(model: Any) -> str | None:
@@ -227,10 +340,17 @@ def model_problem(model: Any) -> str | None:
 def _file_problems(recipe: TrainRecipe) -> list[str]:
     """Say what is wrong with the files that a recipe names."""
     problems = []
-    for name in ("path", "held_out"):
-        if (source := getattr(recipe.data, name)) is not None:
+    bad: list[str] | None = [] if recipe.data.skip_bad_rows else None
+    files = {
+        "path": recipe.data.path,
+        "held_out": recipe.data.held_out,
+        **{f"mix.{file}": file for file in recipe.data.mix},
+    }
+    for name, source in files.items():
+        if source is not None:
             try:
-                check_rows(read_rows(Path(source)), recipe.data.format, source)
+                format = "auto" if name.startswith("mix") else recipe.data.format
+                check_rows(read_rows(Path(source), bad), format, source, bad)
             except (DataError, OSError) as error:
                 problems.append(f"data.{name}: {error}")
     for block, name in TEXTS:
@@ -259,6 +379,11 @@ def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
         on_the_hub = not _is_path(given) if name == "model" else is_hub_name(given)
         if loc in PATHS or not on_the_hub or os.path.exists(path):
             block[name] = path  # type: ignore[index]
+    data = value.get("data")
+    if isinstance(data, dict) and isinstance(data.get("mix"), dict):
+        data["mix"] = {
+            os.path.normpath(folder / Path(str(path)).expanduser()): one for path, one in data["mix"].items()
+        }
     return value
 
 
@@ -303,7 +428,7 @@ def put_over(value: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
 
 
-def refusal(path: Path, problems: Sequence[str]) -> ConfigError:
+def refusal(path: str | os.PathLike, problems: Sequence[str]) -> ConfigError:
     """Return the error that lists all problems of the recipe at `path`."""
     count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     lines = ["  " + text.replace("\n", "\n    ") for text in problems]
@@ -334,6 +459,7 @@ def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> 
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
         blocks: dict[str, type[BaseModel]] = {"data": DataSettings, "train": TrainSettings}
         near = [f"{title}.{name}" for title, model in blocks.items() if name in model.model_fields]
+        near = near or [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()]
         near = near or difflib.get_close_matches(name, [*known], n=1)
         return f"unknown field; did you mean `{near[0]}`?" if near else "unknown field; remove it"
     if kind == "union_tag_invalid":

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hiplora.data.examples import Example
+
 if TYPE_CHECKING:
     from hiplora.training.recipe import TrainRecipe
 
@@ -37,7 +39,11 @@ from peft import PeftModel
 
 base, tokenizer = load("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{prompt}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))
 ```
+
+Ask as it was trained: {asked}.
 
 {loading}
 
@@ -62,7 +68,8 @@ class TrainResult:
     """A finished run: where the adapter is, and what was measured.
 
     `metrics` are the rows of metrics.jsonl. `seconds` is training alone, over all sessions. `peak_memory_bytes` is
-    resident memory on a CPU, allocated memory on a GPU. `held_out` has the loss per learned token `before` and `after`.
+    resident memory on a CPU, allocated memory on a GPU. `held_out` has the loss per learned token `before` and `after`,
+    `drift` the drift from the base by text.
     """
 
     adapter: Path
@@ -75,6 +82,7 @@ class TrainResult:
     held_out: dict[str, float] | None
     data: dict[str, Any]
     warnings: list[str]
+    drift: dict[str, dict[str, float]] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,7 +104,7 @@ class TrainResult:
         """Read the result of a finished run from its folder."""
         stored = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))["result"]
         stored |= {"adapter": folder, "metrics": read_metrics(folder)}
-        return cls(**{item.name: stored[item.name] for item in fields(cls)})
+        return cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
 
 
 def read_metrics(folder: str | os.PathLike) -> list[Row]:
@@ -110,6 +118,9 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
     rows = [("steps", f"{result.steps:,}"), ("training loss at the end", f"{result.final_loss:.4f}")]
     if result.held_out:
         rows.append(("held-out loss", f"{result.held_out['before']:.4f} → {result.held_out['after']:.4f}"))
+    for text, found in (result.drift or {}).items():
+        changed = f"{found['greedy_changed']:.1%} of the next tokens changed"
+        rows.append((f"drift from the base on {text}", f"KL {found['kl']:.2g} nats a token, {changed}"))
     return [
         *rows,
         ("tokens", f"{result.tokens:,}"),
@@ -120,15 +131,29 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
     ]
 
 
-def model_card(recipe: "TrainRecipe", result: TrainResult) -> str:
-    """Return the card: method, results, how to load and export, recipe; of a path only its last part."""
+def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> str:
+    """Return the card: method, results, how to load, ask and export, recipe; of a path only its last part.
+
+    `example` is a training row, whose prompt is that of the usage example.
+    """
     method, values = recipe.method, recipe.values()
     for block in (values, values["data"], values["method"], values["train"]):
         for key, value in block.items():
             if isinstance(value, str) and Path(value).is_absolute():
                 block[key] = Path(value).name
+    if example.messages:
+        asked = "through the tokenizer's chat template"
+        template = (
+            '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        )
+        prompt = f"inputs = tokenizer.apply_chat_template({template})"
+    else:
+        asked = "with prompts worded like this one" if example.prompt else "it continues plain text"
+        prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
     return CARD.format(
         base=values["model"],
+        prompt=prompt,
+        asked=asked,
         method=method,
         tags=", ".join(dict.fromkeys(("peft", method.name, "hiplora"))),
         results="\n".join(f"| {name} | {value} |" for name, value in result_rows(result)),

@@ -16,13 +16,16 @@ import logging
 import math
 import os
 import shutil
+import signal
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
-from hiplora.errors import ConfigError, DivergedError, first_line
+from hiplora.errors import ConfigError, DataError, DivergedError, first_line
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
@@ -66,7 +69,11 @@ def train(
         callbacks: more callbacks for the Trainer.
         description: name of the progress bar, which is shown on a terminal's stderr.
 
+    The logger "hiplora.training" gets the cost before the training and, where there is no bar, a line for every logged
+    step, as INFO.
+
     Raises:
+        KeyboardInterrupt: Ctrl-C, or SIGTERM, after a checkpoint of the step that ran; a second one stops at once.
         ConfigError: the recipe, the model or the output folder cannot be used.
         DataError: the data cannot be used; names rows with their lines.
         DivergedError: the loss or the adapter is not finite.
@@ -80,7 +87,7 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    data = load_data(recipe.data)
+    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(_tokenizer(recipe).chat_template))
     sources = {**data.sources, **_start(recipe, run.path)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
@@ -91,11 +98,55 @@ def train(
             stack.enter_context(run.claimed(recipe.values(), overwrite=overwrite))
             _check_inputs(run.path / "checkpoints", sources)
         processes.wait_for_everyone()
-        trainer, result = _run(recipe, run.path, data, sources, callbacks, description)
-        if processes.is_main_process:
-            _assemble(recipe, run.path, trainer, result)
+        try:
+            trainer, result = _run(recipe, run.path, data, sources, callbacks, description)
+            if processes.is_main_process:
+                _assemble(recipe, run.path, trainer, result, data.train[0])
+                if recipe.train.push_to_hub is not None:
+                    push_to_hub(run.path, recipe.train.push_to_hub, export=not recipe.method.kind)
+        except BaseException:
+            if processes.is_main_process and not any(run.path.glob("checkpoints/checkpoint-*")):
+                shutil.rmtree(run.path, ignore_errors=True)  # nothing to carry on from
+            raise
         processes.wait_for_everyone()
     return result
+
+
+def preview(recipe: TrainRecipe, count: int) -> str:
+    """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost.
+
+    Raises:
+        DataError: as `train`.
+    """
+    from hiplora.data.encoding import encode_examples, shown
+
+    tokenizer, settings = _tokenizer(recipe), recipe.train
+    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(tokenizer.chat_template))
+    rows, report = encode_examples(tokenizer, data.train, settings.max_length)
+    lines = [f"row {number}\n{shown(tokenizer, row)}\n" for number, row in enumerate(rows[:count], 1)]
+    learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
+    steps = _steps(recipe, len(rows)) if not settings.packing else settings.steps or "fewer, longer"
+    batch = settings.batch_size * settings.gradient_accumulation
+    lines.append(f"{report.sequences:,} rows, {learned}; {steps} steps of {batch} sequences")
+    return "\n".join([*lines, *data.notes, *report.warnings(settings.max_length)])
+
+
+def _tokenizer(recipe: TrainRecipe) -> Any:
+    """Load the tokenizer alone."""
+    from transformers import AutoTokenizer
+
+    from hiplora.models import resolve
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(recipe.model))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {recipe.model}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def _steps(recipe: TrainRecipe, sequences: int) -> int:
+    settings = recipe.train
+    batches = recipe.method.batches(sequences, settings.batch_size)
+    return settings.steps or math.ceil((settings.epochs or 1) * math.ceil(batches / settings.gradient_accumulation))
 
 
 def _run(
@@ -110,9 +161,11 @@ def _run(
     import torch
     from accelerate import PartialState
 
+    from hiplora.data.texts import drift_texts
+    from hiplora.evaluation.drift import BaseReference
     from hiplora.models import load
-    from hiplora.training.kl import kl_penalty
-    from hiplora.training.trainer import AdapterTrainer, Record, last_checkpoint
+    from hiplora.training.losses import TokenLoss, kl_penalty
+    from hiplora.training.trainer import AdapterTrainer, Record, duration, last_checkpoint
     from hiplora.training.widen import put_on_widened
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
@@ -120,14 +173,13 @@ def _run(
     if torch.cuda.is_available():
         model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
-    rows, held_out, notes, encoding = _encode(recipe, data, tokenizer)
-    for note in notes if processes.is_main_process else ():
-        log.warning("%s", note)
-
-    passes = math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
-    steps = settings.steps or math.ceil((settings.epochs or 1) * passes)
     given, origin = settings.start_from and Path(settings.start_from), out / "checkpoints" / "start"
-    with processes.main_process_first():  # which calibrates; the others read its results from the cache
+    reference = None
+    if settings.drift_tokens and not method.moves_base and not recipe.widens:
+        reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
+    with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
+        rows, held_out, notes, encoding = _encode(recipe, data, tokenizer, model)
+        steps = _steps(recipe, len(rows))
         penalty = kl_penalty(recipe, model, tokenizer)
         if given and recipe.widens:
             adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
@@ -135,7 +187,10 @@ def _run(
             adapted = put_on(
                 method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None
             )
+    for note in notes if processes.is_main_process else ():
+        log.warning("%s", note)
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
+    own = TokenLoss(settings.token_weight, settings.masked_kl_weight)
     trainer = AdapterTrainer(
         model=adapted,
         args=_arguments(recipe, out / "checkpoints", steps, adapted),
@@ -146,17 +201,31 @@ def _run(
         session=session,
         record=record,
         penalties=[*([penalty] if penalty else []), *session.penalties],
+        token_loss=own if own.kind in ("eaft", "dft") or own.own_kl else None,
+        reference=reference,
     )
-    if last := last_checkpoint(out / "checkpoints"):
-        log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
-        trainer.carry_on(last)
-    else:
-        trainer.train()
+    last = last_checkpoint(out / "checkpoints")
+    if log.isEnabledFor(logging.INFO) and processes.is_main_process:
+        batches = method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation
+        tokens = sum(map(len, rows["input_ids"]))
+        passes = f"{steps} steps = {steps / batches:.1f} passes" if steps > batches else f"{steps} steps"
+        about = duration(tokens * steps / batches * trainer.seconds_per_token())
+        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}, about {about}")
+    with _stoppable(record):
+        if last is not None:
+            log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
+            trainer.carry_on(last)
+        else:
+            trainer.train()
+    if record.interrupted:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}")
+    if record.best is not None:
+        notes.append(f"stopped by train.max_drift; the adapter is that of step {record.best} of {steps}")
     losses = [row["held_out_loss"] for row in record.rows if "held_out_loss" in row]
     return trainer, TrainResult(
         adapter=out,
         metrics=record.rows,
-        steps=steps,
+        steps=steps if record.best is None else record.best,
         tokens=record.tokens,
         seconds=record.seconds,
         trainable_parameters=adapted.get_nb_trainable_parameters()[0],
@@ -164,10 +233,30 @@ def _run(
         held_out={"before": losses[0], "after": losses[-1]} if losses else None,
         data={"sources": sources, "encoding": encoding},
         warnings=notes,
+        drift=trainer.drift(),
     )
 
 
-def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult) -> None:
+@contextlib.contextmanager
+def _stoppable(record: Any) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM end the training after the current step, with a checkpoint; a second one at once."""
+
+    def stop(number: int, frame: Any) -> None:
+        if record.interrupted:
+            raise KeyboardInterrupt
+        record.interrupted = True
+        log.warning("stopping after this step, with a checkpoint; once more stops at once")
+
+    main = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result: TrainResult, example: Any) -> None:
     """Write the adapter, its card and its provenance aside, then move them into place, the configuration last."""
     from safetensors.torch import load_file
 
@@ -193,12 +282,36 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
             raise DivergedError(
                 f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
             )
-    write_atomic(aside / "README.md", model_card(recipe, result))
+    write_atomic(aside / "README.md", model_card(recipe, result, example))
     write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
     os.sync()
     for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         path.replace(out / path.name)
     aside.rmdir()
+
+
+def push_to_hub(folder: Path, repository: str, export: bool) -> None:
+    """Upload a finished adapter to a private hub repository; `export` makes it a plain LoRA first.
+
+    A run is never lost to the network: what fails is said with the command that does it again.
+    """
+    from huggingface_hub import HfApi
+
+    from hiplora.adapters import save_as_lora
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = folder
+        if export:
+            source = Path(temporary) / "adapter"
+            save_as_lora(folder, source, check_logits=False)
+        try:
+            api = HfApi()
+            api.create_repo(repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=["checkpoints/*", ".*"])
+        except Exception as error:
+            log.warning(
+                "%s: not uploaded (%s); run: hf upload %s %s", repository, first_line(error), repository, folder
+            )
 
 
 def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
@@ -238,7 +351,23 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
-    """Check the adapter that a recipe carries on from; return what the provenance keeps of it."""
+    """Check that `out` holds nothing that is read; return what the provenance keeps of a given adapter."""
+    text = getattr(recipe.method, "calibration_text", None)
+    data, train = recipe.data, recipe.train
+    given = {
+        "model": recipe.model,
+        "data.path": data.path,
+        "data.held_out": data.held_out,
+        "train.kl_text": train.kl_text,
+    }
+    given |= {
+        "method.calibration_text": text,
+        "train.start_from": train.start_from,
+        **{f"data.mix {k}": k for k in data.mix},
+    }
+    for name, path in given.items():
+        if path is not None and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise ConfigError(f"--out {out}: holds what {name} names, {path}; name another folder")
     if recipe.train.start_from is None:
         return {}
     if problem := start_problem(recipe.method, recipe.train.start_from):
@@ -249,8 +378,6 @@ def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
             f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on "
             "as one; remove `widen: false`"
         )
-    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise ConfigError(f"--out {out}: holds the adapter of train.start_from; name another folder")
     return {"start": {"folder": folder.name, "sha256": file_sha256(folder / WEIGHTS_FILE)}}
 
 
@@ -266,27 +393,36 @@ def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
 
 
 def _encode(
-    recipe: TrainRecipe, data: TrainingData, tokenizer: Any
+    recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: Any
 ) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
     """Return the training and held-out sequences, what the user should know about them, and counts."""
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
     from hiplora.data.encoding import encode_examples
+    from hiplora.training.losses import mask_unlikely, replay_rows
 
-    settings, found = recipe.train, []
-    for examples in filter(None, (data.train, data.held_out)):
-        rows, report = encode_examples(tokenizer, examples, settings.max_length)
-        found.append((Dataset.from_list(rows), report))
-    parts = [pack_dataset(part, settings.max_length, "bfd") if settings.packing else part for part, _ in found]
-    notes = found[0][1].warnings(settings.max_length)
+    settings, length = recipe.train, recipe.train.max_length
+    rows, report = encode_examples(tokenizer, data.train, length)
+    notes = [*data.notes, *report.warnings(length)]
+    if settings.token_weight == "stm":
+        taken = mask_unlikely(model, rows)
+        if taken == report.learned_tokens:
+            raise DataError("train.token_weight: stm leaves no token to learn: the model finds all of them unlikely")
+        notes.append(f"stm leaves out {taken:,} of {report.learned_tokens:,} tokens")
+    if settings.replay:
+        rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
+    parts = [rows, encode_examples(tokenizer, data.held_out, length)[0] if data.held_out else None]
+    sets = [None if part is None else Dataset.from_list(part) for part in parts]
+    if settings.packing:
+        sets = [part and pack_dataset(part, length, "bfd") for part in sets]
     text = getattr(recipe.method, "calibration_text", None)
     if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
         notes.append(
             "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
-    return parts[0], parts[1] if data.held_out else None, notes, vars(found[0][1])
+    return sets[0], sets[1], notes, vars(report)
 
 
 def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SFTConfig":
@@ -319,9 +455,9 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
         padding_free=flat,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        save_strategy="steps",
+        loss_type="nll",
+        save_strategy="steps" if settings.max_drift is None else "no",  # with max_drift the record saves
         save_steps=settings.save_every,
-        save_total_limit=settings.keep_checkpoints,
         logging_strategy="no",  # the record logs
         report_to=settings.report_to,
         disable_tqdm=True,

@@ -1,6 +1,7 @@
 """TRL's SFTTrainer for adapters, and the callback that keeps the record of a run."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -12,30 +13,44 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from trl import SFTTrainer
 
 from hiplora.data.encoding import IGNORED
-from hiplora.errors import DivergedError
+from hiplora.errors import AdapterError, DivergedError, HipLoraError
+from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.files import write_atomic
+from hiplora.provenance import file_sha256
+from hiplora.training.losses import TokenLoss
 from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
 
+log = logging.getLogger("hiplora.training")
 # TRL's, for report_to; a resumed run counts them anew.
 TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 PROGRESS_FILE = "progress.json"
-STATE_FILE = "trainer_state.json"  # the last file of a checkpoint: one in which it is not whole is not whole
+STATE_FILE = "trainer_state.json"
+HASHES_FILE = "hashes.json"  # of the others; the last file of a checkpoint: one without it is not whole
 
 
 class AdapterTrainer(SFTTrainer):
-    """SFTTrainer with a method's session, penalties once a step, and a held-out loss per token."""
+    """SFTTrainer with a method's session, penalties once a step, a loss of its own, and a held-out loss per token."""
 
     def __init__(
-        self, *args: Any, session: Session, record: "Record", penalties: Sequence[Penalty] = (), **kwargs: Any
+        self,
+        *args: Any,
+        session: Session,
+        record: "Record",
+        penalties: Sequence[Penalty] = (),
+        token_loss: TokenLoss | None = None,
+        reference: BaseReference | None = None,
+        **kwargs: Any,
     ):
-        """Take SFTTrainer's arguments, the method's session, the record of the run, and what is added to the loss."""
+        """Take SFTTrainer's arguments, the method's session, the record of the run, what is added to the loss or
+        replaces it, and the base's predictions to measure drift from."""
         self.session, self.record, self.penalties = session, record, penalties
+        self.token_loss, self.reference = token_loss, reference
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         record.trainer = self
@@ -55,6 +70,58 @@ class AdapterTrainer(SFTTrainer):
                 self.record.penalties.setdefault(penalty.name, 0.0)
                 self.record.penalties[penalty.name] += value.item() / self.session.clients
         return loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return TRL's loss, or while training the loss of its own, of which DDP takes the mean over the processes."""
+        if self.token_loss is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.token_loss(model, inputs, num_items_in_batch) * self.accelerator.num_processes
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the Trainer's schedule, its warm-up one step further on if the recipe says so."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.record.settings.nonzero_warmup and self.args.warmup_steps:
+            warm, factors = self.args.warmup_steps, scheduler.lr_lambdas
+            scheduler.lr_lambdas = [lambda step, at=at: at(step + (step < warm)) for at in factors]
+            scheduler.last_epoch = -1
+            scheduler._initial_step()
+        return scheduler
+
+    def seconds_per_token(self) -> float:
+        """Time forward and backward on the first rows; nothing is changed by it."""
+        rows = [self.train_dataset[index] for index in range(min(self.args.train_batch_size, len(self.train_dataset)))]
+        inputs = self._prepare_inputs(self.data_collator(rows))
+        tokens = inputs["input_ids"].numel()
+        with torch.random.fork_rng():
+            for _ in range(2):  # the first warms up
+                began = time.perf_counter()
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model.train(), dict(inputs), num_items_in_batch=tokens)
+                loss.backward()
+                self.model.zero_grad()
+        self._metrics["train"].clear()
+        self._total_train_tokens = 0
+        return (time.perf_counter() - began) / tokens
+
+    def drift(self) -> dict[str, dict[str, float]] | None:
+        """Measure the drift from the base by text; None where it cannot be measured, as with OSF."""
+        if self.reference is None:
+            return None
+        autocast = vars(self.model).pop("forward", None)  # accelerate's; the base was measured without
+        try:
+            with self.session.measuring():
+                found = measure_drift(self.model, self.reference, may_be_nothing=True)
+        except AdapterError as error:
+            if self.record.settings.max_drift is not None:
+                raise
+            log.warning("the drift was not measured: %s", error)
+            return None
+        finally:
+            if autocast is not None:
+                self.model.forward = autocast
+        return {name: one.as_dict() for name, one in found.items()}
 
     def carry_on(self, checkpoint: Path) -> None:
         """Train on from a checkpoint."""
@@ -128,7 +195,9 @@ class Record(TrainerCallback):
     def __init__(self, folder: Path, settings: TrainSettings, description: str):
         self.tokens, self.seconds, self.micro_batch = 0, 0.0, 0
         self.penalties: dict[str, float] = {}  # sums over the steps since the last row
-        self._folder, self._settings, self._description = folder, settings, description
+        self.interrupted = False  # the training is to end with a checkpoint after this step
+        self.best: int | None = None  # the step whose checkpoint is the result, where `max_drift` ended the training
+        self.settings, self._folder, self._description = settings, folder, description
         self._losses: list[float] = []  # of the steps since the last row
         self._since = (0, 0.0)  # tokens and seconds at the last row
         self._loss, self._step_tokens, self._lr, self._began = 0.0, 0, 0.0, 0.0
@@ -195,12 +264,41 @@ class Record(TrainerCallback):
             )
         self._losses.append(loss)
         self._bar.update(1)
-        row: Row = self._row() if last or step % self._settings.log_every == 0 else {}
-        due = last or step % (self._settings.eval_every or step + 1) == 0
+        row: Row = self._row() if last or step % self.settings.log_every == 0 else {}
+        due = last or step % (self.settings.eval_every or step + 1) == 0
         if due and self.trainer.eval_dataset is not None:
             row["held_out_loss"] = self.trainer.held_out_loss()
+        every = self.settings.eval_every or max(state.max_steps // 10, 1)
+        if self.settings.max_drift is not None and (last or step % every == 0):
+            self._hold_drift(step, control)
         if row:
             self.trainer.log(row)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def _hold_drift(self, step: int, control: Any) -> None:
+        """Have a checkpoint written if the drift is small enough; else go back to the last one and end."""
+        drift = max(one["kl"] for one in (self.trainer.drift() or {}).values())
+        if drift <= (self.settings.max_drift or 0.0):
+            control.should_save = True
+            return
+        kept = last_checkpoint(Path(str(self.trainer.args.output_dir)))
+        if kept is None:
+            raise HipLoraError(
+                f"the drift is {drift:.4f} at step {step}, above train.max_drift {self.settings.max_drift} when it is "
+                "first measured; lower train.lr, or measure more often with train.eval_every"
+            )
+        self.trainer.session.load(kept)
+        self.best, control.should_save, control.should_training_stop = _step_of(kept), False, True
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Complete a checkpoint with the hashes of its files; then remove those before it."""
+        self.trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != HASHES_FILE}
+            write_atomic(folder / HASHES_FILE, json.dumps(hashes, indent=1))
+            rotate_checkpoints(output_dir=str(args.output_dir), save_total_limit=self.settings.keep_checkpoints)
 
     def _row(self) -> Row:
         (tokens, seconds), steps = self._since, len(self._losses)
@@ -216,6 +314,12 @@ class Record(TrainerCallback):
             row["reserved_bytes"] = torch.cuda.memory_reserved()
         self._losses, self.penalties, self._since = [], {}, (self.tokens, self.seconds)
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        state = self.trainer.state
+        if self._bar.disable and state.is_world_process_zero:
+            left = duration((state.max_steps - state.global_step) * self.seconds / max(state.global_step, 1))
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            place = f"step {state.global_step}/{state.max_steps}"
+            log.info("%s", f"{place}  loss {row['loss']:.4f}  lr {self._lr:.2e}  {speed}  {left} left")
         return row
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -231,11 +335,35 @@ class Record(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, if any: a kill at any moment leaves the one before."""
-    for path in reversed(sort_checkpoints(str(folder))):
+    """Return the newest whole checkpoint of a folder, if any: a kill at any moment leaves the one before.
+
+    Raises:
+        HipLoraError: a file of it is missing or was changed since.
+    """
+    for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
-            json.loads((Path(path) / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            log.warning("%s is not whole: its writing was cut off, or another version wrote it", path)
             continue
-        return Path(path)
+        except ValueError:
+            hashes = {HASHES_FILE: ""}
+        for name, expected in hashes.items():
+            if not (path / name).is_file() or file_sha256(path / name) != expected:
+                raise HipLoraError(
+                    f"{path}: {name} is missing or damaged; remove this folder to carry on from the checkpoint before, "
+                    "or pass --overwrite to start anew"
+                )
+        return path
     return None
+
+
+def duration(seconds: float) -> str:
+    """Return a time as one reads it: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -162,3 +162,26 @@ def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monk
 def test_a_hub_data_set_that_cannot_be_loaded_is_named():
     with pytest.raises(DataError, match=r"data\.hub: nobody/nothing cannot be loaded"):
         load_data(DataSettings(hub="nobody/nothing"))
+
+
+def test_other_files_are_mixed_in_by_weight_and_copies_of_held_out_rows_are_not_trained_on(numbers, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": f"o{number}"} for number in range(8)])
+    data = load_data(DataSettings(path=numbers, limit=5, mix={str(other): 1.5}))
+    counts = [sum(example.response == f"o{number}" for example in data.train) for number in range(8)]
+    assert sorted(counts) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert data.sources["other.jsonl"]["weight"] == 1.5
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": str(number % 10)} for number in range(20)])
+    data = load_data(DataSettings(path=twice, held_out_fraction=0.2))
+    assert not {example.response for example in data.train} & {example.response for example in data.held_out}
+    assert "are copies of held-out rows" in data.notes[0]
+    copies = write_jsonl(tmp_path / "copies.jsonl", [{"text": "a"}] * 9)
+    with pytest.raises(DataError, match="all rows are copies of held-out rows"):
+        load_data(DataSettings(path=copies, held_out_fraction=0.2))
+
+
+def test_bad_rows_are_counted_and_instructions_are_a_chat_where_the_model_has_a_template(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [METAMATH, {"query": "?"}, METAMATH])
+    data = load_data(DataSettings(path=path, skip_bad_rows=True, template="auto"), chat=True)
+    assert [message["role"] for message in data.train[0].messages] == ["user", "assistant"]
+    assert "1 rows are left out" in data.notes[0]
+    assert load_data(DataSettings(path=path, skip_bad_rows=True, template="auto")).train[0].messages == ()

@@ -53,15 +53,19 @@ def test_every_field_is_documented(block):
     assert [name for name, field in block.model_fields.items() if not field.description] == []
 
 
-def test_the_defaults_are_the_papers_training_and_the_function_aware_method():
+def test_a_users_defaults_are_three_epochs_those_of_studies_and_the_papers_preset_the_papers(folder):
+    def size(train):
+        return train.steps, train.epochs, train.batch_size * train.gradient_accumulation, train.max_length
+
     made = recipe()
-    train, method = made.train, made.method
-    assert (train.steps, train.max_length, train.batch_size * train.gradient_accumulation) == (
-        2000,
-        2048,
-        128,
-    )
-    assert (method.name, method.preset, method.basis) == ("hiplora", "function-aware", "activation")
+    assert (made.method.name, made.method.preset, made.method.basis) == ("hiplora", "function-aware", "activation")
+    assert size(made.train) == (2000, None, 128, 2048)
+    mine, paper = (load_recipe(write(folder, GOOD + end)) for end in ("", "method: {preset: paper}\n"))
+    assert (size(mine.train), mine.data.template) == ((None, 3.0, 16, 1024), "auto")
+    assert (size(paper.train), paper.data.template) == (size(made.train), None)
+    assert size(load_recipe(write(folder, GOOD + "train: {steps: 7, batch_size: 1}\n")).train) == (7, None, 4, 1024)
+    written = write(folder, json.dumps(mine.values()))
+    assert load_recipe(written) == mine
 
 
 def test_the_paper_is_a_preset_and_a_given_field_wins_over_it():
@@ -119,6 +123,8 @@ def test_values_are_not_coerced_and_must_be_finite():
         {"train": {"eval_every": 5}},
         {"train": {"kl_tokens": 7}},
         {"train": {"kl_weight": 0.1}, "method": "pissa"},
+        {"train": {"masked_kl_weight": 0.1}, "method": "milora"},
+        {"train": {"max_drift": 0.1}},
         {"method": {"name": "proj_lora", "projection": "soft", "basis": "weight"}},
         {"method": {"name": "hiplora", "stability_weight": 0.5}},
         {"method": {"name": "hiplora", "residual_projection": False}},
@@ -165,18 +171,21 @@ def test_everything_wrong_is_listed_at_once(folder):
         data: {path: rows.jsonl, fromat: alpaca}
         method: {name: lora, principal_rank: 3}
         lr: 1e-4
-        train: {lr: fast, stepz: 4, dtype: fp8}
+        train: {lr: fast, stepz: 4, learning_rate: 1.0, dtype: fp8}
+        lora_r: 4
         sede: 3
         """,
     )
     message = complaints(path)
-    assert message.startswith(f"{path}: 8 problems\n")
+    assert message.startswith(f"{path}: 10 problems\n")
     for said in (
         "model: no such folder",
         "data.fromat: unknown field; did you mean `format`?",
         "method.principal_rank: not a field of this method but of hiplora, proj_lora",
         "train.lr: should be a valid number, found 'fast'",
         "train.stepz: unknown field; did you mean `steps`?",
+        "train.learning_rate: unknown field; did you mean `train.lr`?",
+        "lora_r: unknown field; did you mean `method.r`?",
         "'auto', 'fp32', 'bf16' or 'fp16', found 'fp8'",
         "sede: unknown field; did you mean `seed`?",
         "lr: unknown field; did you mean `train.lr`?",
@@ -223,7 +232,8 @@ def test_overrides_win_are_read_as_yaml_and_relative_to_the_current_folder(folde
     mine = write_jsonl(folder / "elsewhere" / "mine.jsonl", [{"text": "a"}])
     monkeypatch.chdir(folder / "elsewhere")
     assert load_recipe(path, ["data.path=mine.jsonl"]).data.path == str(mine)
-    assert load_recipe(path, ["data=mine.jsonl"]).data.path == str(mine)
+    made = load_recipe(path, ["data=mine.jsonl", "data.limit=1", "data.mix={mine.jsonl: 0.5}"])
+    assert (made.data.path, made.data.limit, made.data.mix) == (str(mine), 1, {str(mine): 0.5})
     assert "expected key=value" in complaints(path, "train.lr")
     assert "is not a block" in complaints(path, "seed=3", "seed.x=4")
 

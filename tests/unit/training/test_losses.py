@@ -1,11 +1,21 @@
-"""The penalty on KL(base ‖ adapted): its value, its gradient, and which text a step reads."""
+"""What is added to the loss or replaces it, against the formulas written out; which text a step reads."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from hiplora.training.kl import KlPenalty, kl_penalty
+from hiplora.training.losses import (
+    KlPenalty,
+    TokenLoss,
+    kl_penalty,
+    kl_without_target,
+    mask_unlikely,
+    replay_rows,
+    token_weights,
+)
 from hiplora.training.recipe import TrainRecipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -84,3 +94,72 @@ def test_a_recipe_names_its_text_or_has_it_sampled(tmp_path):
     assert tiny_tokenizer().decode(read.batch(0)[0]) == "abc " * 10
     sampled = penalty(kl_weight=0.5, kl_pool=500, kl_tokens=512)
     assert sum(map(len, sampled.batch(0))) >= 256
+
+
+LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).double() * 3
+TARGET = torch.tensor([3, 0, 39, 7, 7])
+
+
+def test_the_weights_of_tokens_are_those_of_the_papers():
+    p = LOGITS.softmax(-1)
+    assert token_weights(LOGITS, TARGET, "dft").tolist() == pytest.approx(
+        [p[t, y].item() for t, y in enumerate(TARGET)]
+    )
+    for t, weight in enumerate(token_weights(LOGITS, TARGET, "eaft").tolist()):
+        top = sorted(p[t].tolist())[-20:]
+        shares = [one / sum(top) for one in top]
+        assert weight == pytest.approx(-sum(q * math.log(q) for q in shares) / math.log(20))
+    assert token_weights(LOGITS, TARGET, "none").tolist() == [1.0] * 5
+
+
+def test_the_divergence_without_the_right_token_is_that_of_what_remains():
+    other = LOGITS.flip(0).requires_grad_()
+    found = kl_without_target(LOGITS, other, TARGET)
+    for t, y in enumerate(TARGET):
+        p, q = (torch.cat([row[t, :y], row[t, y + 1 :]]).softmax(-1) for row in (LOGITS, other))
+        assert found[t].item() == pytest.approx((p * (p / q).log()).sum().item())
+    found.sum().backward()
+    assert other.grad.isfinite().all()
+    assert (other.grad[range(5), TARGET] == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "own_kl"), [("none", 0.0), ("dft", 0.0), ("eaft", 0.0), ("none", 2.0)])
+def test_the_loss_of_a_batch_is_the_sum_over_its_learned_tokens(kind, own_kl):
+    model = adapted().eval()
+    ids = ROWS[0][None, :12]
+    labels = ids.clone()
+    labels[:, :5] = -100
+    loss = TokenLoss(kind, own_kl)(model, {"input_ids": ids, "labels": labels}, 4)
+    logits, right = model(ids).logits[0, 4:-1], labels[0, 5:]
+    with torch.no_grad(), model.disable_adapter():
+        base = model(ids).logits[0, 4:-1]
+    losses = F.cross_entropy(logits, right, reduction="none") * token_weights(logits, right, kind)
+    expected = (losses + own_kl * kl_without_target(base, logits, right)).sum() / 4
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    if kind == "none" and not own_kl:
+        assert loss.item() == pytest.approx(losses.sum().item() / 4)
+    loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_tokens_that_the_base_finds_unlikely_are_masked():
+    model, ids = tiny_llama(), ROWS[0].tolist()
+    model.lm_head.weight.data *= 200  # sure of something
+    sure = model(ROWS[0][None]).logits[0].argmax(-1).tolist()
+    row = {"input_ids": ids, "labels": [-100, *sure[:1], *ids[2:]]}
+    row["input_ids"][1] = sure[0]
+    learned = row["labels"].copy()
+    chances = model(torch.tensor(row["input_ids"])[None]).logits[0].softmax(-1)
+    taken = mask_unlikely(model, [row])
+    expected = [
+        label if place and chances[place - 1, row["input_ids"][place]] >= 0.4 else -100
+        for place, label in enumerate(learned)
+    ]
+    assert row["labels"] == expected
+    assert taken == sum(label == -100 for label in expected) - 1 > 0
+
+
+def test_replayed_rows_are_the_models_own_and_learned_whole():
+    rows = replay_rows(tiny_llama(), 3, 20)
+    assert [len(row["input_ids"]) for row in rows] == [20, 20, 20]
+    assert all(row["labels"] == row["input_ids"] for row in rows)

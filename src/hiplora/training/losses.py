@@ -1,0 +1,162 @@
+"""What a training adds to the loss, or puts in its place, so that less is forgotten.
+
+The base model is the adapted one with its adapter disabled, so it takes no memory of its own.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hiplora.data.encoding import IGNORED
+from hiplora.data.texts import ROW_LENGTH, calibration_rows
+from hiplora.training.method import Penalty
+from hiplora.training.recipe import TrainRecipe
+from hiplora.tuner import sampled_rows
+
+EAFT_TOP = 20  # tokens whose entropy EAFT measures
+STM_PERPLEXITY = 2.5  # above which STM leaves a token out
+
+
+class TokenLoss:
+    """Cross-entropy with a weight for each token, and KL(base ‖ adapted) on the same tokens without the right one.
+
+    `kind` is "none", "eaft" or "dft" (`token_weights`); `own_kl` is the price of a nat of `kl_without_target`.
+    """
+
+    def __init__(self, kind: str, own_kl: float):
+        self.kind, self.own_kl = kind, own_kl
+
+    def __call__(self, model: Any, inputs: dict[str, Any], items: Any) -> Tensor:
+        """Return the sum over the learned tokens of a batch, divided by `items`."""
+        given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        target = inputs["labels"][:, 1:]
+        known = target != IGNORED
+        target = target[known]
+        logits = model(**given).logits[:, :-1][known].float()
+        right = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+        loss = -(token_weights(logits.detach(), target, self.kind) * right).sum()
+        if self.own_kl:
+            peft_model = getattr(model, "module", model)  # within DDP
+            with torch.no_grad(), disabled(peft_model):
+                base = peft_model(**given).logits[:, :-1][known].float()
+            loss = loss + self.own_kl * kl_without_target(base, logits, target).sum()
+        return loss / items
+
+
+def token_weights(logits: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Return the weight of each token's cross-entropy: logits (T, vocabulary), targets (T,) → (T,).
+
+    "dft" (arXiv 2508.05629): the probability of the right token. "eaft" (arXiv 2601.02151): the entropy of the 20
+    likeliest tokens, as a share of its maximum: where the model is sure of something else, little is learned.
+    """
+    if kind == "dft":
+        return logits.softmax(-1).gather(-1, target[:, None])[:, 0]
+    if kind == "eaft":
+        top = logits.topk(min(EAFT_TOP, logits.shape[-1])).values.log_softmax(-1)
+        return -(top.exp() * top).sum(-1) / math.log(top.shape[-1])
+    return torch.ones(len(target), device=target.device)
+
+
+def kl_without_target(base: Tensor, adapted: Tensor, target: Tensor) -> Tensor:
+    """Return KL(base ‖ adapted) in nats without the right token (arXiv 2605.29498): logits, targets → (T,)."""
+    p, q = (logits.scatter(-1, target[:, None], -torch.inf).log_softmax(-1) for logits in (base, adapted))
+    terms = (p.exp() * (p - q)).scatter(-1, target[:, None], 0.0)  # −∞ on both sides
+    return terms.sum(-1)
+
+
+@torch.no_grad()
+def mask_unlikely(model: Any, rows: Sequence[dict[str, list[int]]]) -> int:
+    """Take the tokens from the labels whose perplexity under the bare model is above 2.5 (STM, arXiv 2501.14315).
+
+    Returns how many were taken.
+    """
+    taken = 0
+    for row in rows:
+        ids = torch.tensor(row["input_ids"], device=model.device)
+        chances = model(ids[None], use_cache=False).logits[0, :-1].float().softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        for place, chance in enumerate(chances.tolist(), 1):
+            if row["labels"][place] != IGNORED and chance < 1 / STM_PERPLEXITY:
+                row["labels"][place] = IGNORED
+                taken += 1
+    return taken
+
+
+def replay_rows(model: Any, rows: int, max_length: int) -> list[dict[str, list[int]]]:
+    """Return rows that the bare model writes itself, learned whole (self-replay)."""
+    written = sampled_rows(model, rows * min(max_length, ROW_LENGTH))[:rows]
+    pieces = [row[:max_length].tolist() for row in written]
+    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+
+
+class KlPenalty(Penalty):
+    """KL(base ‖ adapted), mean per token in nats, on some tokens of a text, chosen by seed and step.
+
+    Both models run in eval mode, so no random number is drawn that training would miss.
+    """
+
+    name = "kl"
+
+    def __init__(self, rows: Sequence[Tensor], weight: float, tokens: int, seed: int):
+        self.weight = weight
+        self._tokens, self._seed = tokens, seed
+        length = min(max(map(len, rows)), tokens)
+        self._pieces = [piece for row in rows for piece in row.split(length)]
+        self._count = -(-tokens // length)
+
+    def batch(self, step: int) -> list[Tensor]:
+        """Return the pieces of text of a step, at most `tokens` tokens, in an order drawn anew in each pass."""
+        pieces, left = [], self._tokens
+        for place in range(step * self._count, (step + 1) * self._count):
+            lap, index = divmod(place, len(self._pieces))
+            generator = torch.Generator().manual_seed((self._seed * 0x9E3779B1 + lap) % 2**32)
+            order = torch.randperm(len(self._pieces), generator=generator)
+            pieces.append(self._pieces[int(order[index])][:left])
+            left -= len(pieces[-1])
+        return pieces
+
+    def __call__(self, model: Any, step: int) -> Tensor:
+        """Return the divergence, with gradients to the adapter only."""
+        pieces = self.batch(step)
+        inputs = {
+            "input_ids": torch.cat(pieces)[None].to(model.device),
+            "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])[None].to(model.device),
+        }
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        with torch.no_grad(), disabled(model):
+            base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+        adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+        for module, mode in modes.items():
+            module.training = mode
+        return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
+
+
+def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
+    """Return the penalty of a recipe, if any; `model` is bare, and text is sampled from it if none is named.
+
+    Raises:
+        DataError: the text cannot be read.
+    """
+    settings = recipe.train
+    if not settings.kl_weight:
+        return None
+    if settings.kl_text is None:
+        rows = sampled_rows(model, settings.kl_pool)
+    else:
+        rows = calibration_rows(tokenizer, settings.kl_text, settings.kl_pool)
+    return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed)
+
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Disable the adapter; restore what is trainable on exit, since PEFT decides that anew."""
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with model.disable_adapter():
+        yield
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)
