@@ -296,7 +296,7 @@ def check_model(model: str, principal_rank: int, presets: Collection[str | None]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hiplora.models import quiet_transformers, resolve
-    from hiplora.training.recipe import model_problem
+    from hiplora.training.reading import model_problem
     from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
 
     if problem := model_problem(model):

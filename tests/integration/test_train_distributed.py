@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from hiplora.errors import ConfigError
 from hiplora.training import train
-from hiplora.training.recipe import load_recipe
+from hiplora.training.reading import load_recipe
 from tests.tiny import write_jsonl
 
 

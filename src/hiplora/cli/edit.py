@@ -69,7 +69,7 @@ def command(
 
     from hiplora.editing.job import EditJob, edit, summary_tables
     from hiplora.models import quiet_transformers
-    from hiplora.training.recipe import put_over
+    from hiplora.training.reading import put_over
 
     method_settings: dict[str, Any] = {}
     for text in settings:

@@ -17,7 +17,7 @@ def command(
       hiplora init --model smollm2-135m --data rows.jsonl --out recipe.yaml
     """
     from hiplora.files import check_output_file, write_atomic
-    from hiplora.training.recipe import commented
+    from hiplora.training.reading import commented
 
     write_atomic(check_output_file(out, overwrite), commented(model, data))
     typer.echo(f"next: hiplora train {out} --dry-run   (shows what is learned), then with --out DIR")

@@ -1,5 +1,6 @@
 """`hiplora train`: fine-tune an adapter from a recipe, or without one."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -45,10 +46,10 @@ def command(
     """
     from hiplora.training import load_recipe, train
     from hiplora.training.result import result_rows
-    from hiplora.training.train import preview as previewed
+    from hiplora.training.sequences import preview as previewed
 
     given = {"model": model, "data": data, "method": method, "train.lr": lr, "train.epochs": epochs}
-    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
     if epochs is not None:
         words.append("train.steps=")
     if recipe is None and (model is None or data is None):

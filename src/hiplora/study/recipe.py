@@ -14,14 +14,8 @@ from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
 from hiplora.study.protocols.settings import Seed
 from hiplora.training.methods import AnyMethod
-from hiplora.training.recipe import (
-    TrainSettings,
-    described,
-    expand_short_forms,
-    put_over,
-    read_yaml,
-    refusal,
-)
+from hiplora.training.reading import described, put_over, read_yaml, refusal
+from hiplora.training.recipe import TrainSettings, expand_short_forms
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
 Items = Annotated[int, Field(ge=1)] | None

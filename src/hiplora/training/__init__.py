@@ -5,7 +5,8 @@ from hiplora.extras import require
 require("train")
 
 
-from hiplora.training.recipe import TrainRecipe, load_recipe
+from hiplora.training.reading import load_recipe
+from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import TrainResult
 from hiplora.training.train import train
 

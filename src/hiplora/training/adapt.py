@@ -64,6 +64,7 @@ def put_on(
             config = method.peft_config(steps)
             if method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
                 config.target_modules = {*default_targets(model, "paper")}
+            _check_ranks(config, model)
         if kept:
             begin = restored(config, keeps)  # type: ignore[arg-type]
         elif given is None:
@@ -84,6 +85,23 @@ def put_on(
     if tensors is not None:
         _load_tensors(adapted, tensors, given)
     return adapted
+
+
+def _check_ranks(config: Any, model: Any) -> None:
+    """Check, before PEFT makes them, that no factors are larger than the weight that they change."""
+    from hiplora.tuner import find_targets, for_module
+
+    rank = getattr(config, "init_r", None) or getattr(config, "r", 0)  # AdaLoRA's first
+    try:
+        targets = find_targets(model, config)
+    except ConfigError:
+        return  # said better by what puts the adapter on, or no linear layers
+    for target in targets:
+        r = for_module(config.rank_pattern or {}, target.name, rank)
+        if isinstance(r, int) and r > min(target.shape):
+            raise ConfigError(
+                f"layer {target.name}: r {r} exceeds min(out, in) = {min(target.shape)}; lower r or set rank_pattern"
+            )
 
 
 def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> None:

@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,18 +24,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
-from hiplora.errors import ConfigError, DataError, DivergedError, first_line
+from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
-from hiplora.training.recipe import TrainRecipe, model_problem
-from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
+from hiplora.training.reading import model_problem
+from hiplora.training.recipe import TrainRecipe
+from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes, push_to_hub
+from hiplora.training.sequences import count_steps, load_tokenizer, sequences
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig
 
@@ -87,7 +87,7 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(_tokenizer(recipe).chat_template))
+    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(load_tokenizer(recipe).chat_template))
     sources = {**data.sources, **_start(recipe, run.path)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
@@ -110,43 +110,6 @@ def train(
             raise
         processes.wait_for_everyone()
     return result
-
-
-def preview(recipe: TrainRecipe, count: int) -> str:
-    """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost.
-
-    Raises:
-        DataError: as `train`.
-    """
-    from hiplora.data.encoding import encode_examples, shown
-
-    tokenizer, settings = _tokenizer(recipe), recipe.train
-    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(tokenizer.chat_template))
-    rows, report = encode_examples(tokenizer, data.train, settings.max_length)
-    lines = [f"row {number}\n{shown(tokenizer, row)}\n" for number, row in enumerate(rows[:count], 1)]
-    learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
-    steps = _steps(recipe, len(rows)) if not settings.packing else settings.steps or "fewer, longer"
-    batch = settings.batch_size * settings.gradient_accumulation
-    lines.append(f"{report.sequences:,} rows, {learned}; {steps} steps of {batch} sequences")
-    return "\n".join([*lines, *data.notes, *report.warnings(settings.max_length)])
-
-
-def _tokenizer(recipe: TrainRecipe) -> Any:
-    """Load the tokenizer alone."""
-    from transformers import AutoTokenizer
-
-    from hiplora.models import resolve
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve(recipe.model))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {recipe.model}: its tokenizer cannot be loaded ({first_line(error)})") from error
-
-
-def _steps(recipe: TrainRecipe, sequences: int) -> int:
-    settings = recipe.train
-    batches = recipe.method.batches(sequences, settings.batch_size)
-    return settings.steps or math.ceil((settings.epochs or 1) * math.ceil(batches / settings.gradient_accumulation))
 
 
 def _run(
@@ -178,8 +141,8 @@ def _run(
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
     with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
-        rows, held_out, notes, encoding = _encode(recipe, data, tokenizer, model)
-        steps = _steps(recipe, len(rows))
+        rows, held_out, notes, encoding = sequences(recipe, data, tokenizer, model)
+        steps = count_steps(recipe, len(rows))
         penalty = kl_penalty(recipe, model, tokenizer)
         if given and recipe.widens:
             adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
@@ -290,30 +253,6 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     aside.rmdir()
 
 
-def push_to_hub(folder: Path, repository: str, export: bool) -> None:
-    """Upload a finished adapter to a private hub repository; `export` makes it a plain LoRA first.
-
-    A run is never lost to the network: what fails is said with the command that does it again.
-    """
-    from huggingface_hub import HfApi
-
-    from hiplora.adapters import save_as_lora
-
-    with tempfile.TemporaryDirectory() as temporary:
-        source = folder
-        if export:
-            source = Path(temporary) / "adapter"
-            save_as_lora(folder, source, check_logits=False)
-        try:
-            api = HfApi()
-            api.create_repo(repository, private=True, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=["checkpoints/*", ".*"])
-        except Exception as error:
-            log.warning(
-                "%s: not uploaded (%s); run: hf upload %s %s", repository, first_line(error), repository, folder
-            )
-
-
 def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     """Replace `dtype: auto` by what this machine has; refuse what cannot run here."""
     import torch
@@ -390,39 +329,6 @@ def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
             "back what was there to carry on, or pass --overwrite to start anew"
         )
     write_atomic(file, json.dumps(sources, indent=2))
-
-
-def _encode(
-    recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: Any
-) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
-    """Return the training and held-out sequences, what the user should know about them, and counts."""
-    from datasets import Dataset
-    from trl.data_utils import pack_dataset
-
-    from hiplora.data.encoding import encode_examples
-    from hiplora.training.losses import mask_unlikely, replay_rows
-
-    settings, length = recipe.train, recipe.train.max_length
-    rows, report = encode_examples(tokenizer, data.train, length)
-    notes = [*data.notes, *report.warnings(length)]
-    if settings.token_weight == "stm":
-        taken = mask_unlikely(model, rows)
-        if taken == report.learned_tokens:
-            raise DataError("train.token_weight: stm leaves no token to learn: the model finds all of them unlikely")
-        notes.append(f"stm leaves out {taken:,} of {report.learned_tokens:,} tokens")
-    if settings.replay:
-        rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
-    parts = [rows, encode_examples(tokenizer, data.held_out, length)[0] if data.held_out else None]
-    sets = [None if part is None else Dataset.from_list(part) for part in parts]
-    if settings.packing:
-        sets = [part and pack_dataset(part, length, "bfd") for part in sets]
-    text = getattr(recipe.method, "calibration_text", None)
-    if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
-        notes.append(
-            "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
-            "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
-        )
-    return sets[0], sets[1], notes, vars(report)
 
 
 def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SFTConfig":

@@ -269,12 +269,12 @@ class Record(TrainerCallback):
         if due and self.trainer.eval_dataset is not None:
             row["held_out_loss"] = self.trainer.held_out_loss()
         every = self.settings.eval_every or max(state.max_steps // 10, 1)
-        if self.settings.max_drift is not None and (last or step % every == 0):
+        if self.settings.max_drift is not None and (last or self.interrupted or step % every == 0):
             self._hold_drift(step, control)
         if row:
             self.trainer.log(row)
         if self.interrupted:
-            control.should_save = control.should_training_stop = True
+            control.should_save, control.should_training_stop = self.best is None, True
 
     def _hold_drift(self, step: int, control: Any) -> None:
         """Have a checkpoint written if the drift is small enough; else go back to the last one and end."""

@@ -104,6 +104,12 @@ def test_modules_that_the_model_does_not_have_are_named():
             put_on(METHODS[name](target_modules=["nowhere"]), tiny_llama(), tiny_tokenizer(), seed=0)
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "osf"])
+def test_a_rank_above_the_weights_is_refused_before_anything_is_made(name):
+    with pytest.raises(ConfigError, match=r"r \d+ exceeds min\(out, in\) = \d+"):
+        put_on(METHODS[name](r=50_000_000), tiny_llama(), tiny_tokenizer(), seed=0, steps=100)
+
+
 def test_every_method_describes_itself():
     assert all(method.summary and method.title for method in METHODS.values())
     assert get_peft_model(tiny_llama(), METHODS["lora"]().peft_config())

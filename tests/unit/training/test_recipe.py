@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from hiplora.data.examples import DataSettings
 from hiplora.errors import ConfigError
 from hiplora.training.methods import METHODS
-from hiplora.training.recipe import TrainRecipe, TrainSettings, load_recipe
+from hiplora.training.reading import load_recipe
+from hiplora.training.recipe import TrainRecipe, TrainSettings
 from tests.tiny import write_jsonl
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))

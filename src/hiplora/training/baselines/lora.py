@@ -151,20 +151,18 @@ def layer_ranks(config: Any, model: Any) -> dict[str, int]:
     """Return the rank of every layer to adapt.
 
     Raises:
-        ConfigError: a rank exceeds the weight, or the weight has a type from which nothing can be subtracted.
+        ConfigError: a weight has a type from which nothing can be subtracted.
     """
     import torch
 
     from hiplora.tuner import find_targets, for_module
 
-    ranks = {}
+    ranks, modules = {}, dict(model.named_modules())
     for target in find_targets(model, config):
-        r = ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
-        dtype = model.get_submodule(target.name).weight.dtype
-        if r > min(target.shape):
-            raise ConfigError(
-                f"layer {target.name}: r {r} exceeds min(out, in) = {min(target.shape)}; lower r or set rank_pattern"
-            )
+        if target.name not in modules:
+            continue  # an expert of a mixture, which PEFT's LoRA leaves alone
+        ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
+        dtype = modules[target.name].weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ConfigError(
                 f"layer {target.name}: nothing can be subtracted from a weight of type {dtype}; load the model in "
