@@ -1,5 +1,6 @@
 """TRL's SFTTrainer for adapters, and the callback that keeps the record of a run."""
 
+import functools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from hiplora.errors import AdapterError, DivergedError, HipLoraError
 from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256
-from hiplora.training.losses import TokenLoss
+from hiplora.training.losses import TokenLoss, disabled
 from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
@@ -112,7 +113,8 @@ class AdapterTrainer(SFTTrainer):
         autocast = vars(self.model).pop("forward", None)  # accelerate's; the base was measured without
         try:
             with self.session.measuring():
-                found = measure_drift(self.model, self.reference, may_be_nothing=True)
+                off = functools.partial(disabled, self.model)
+                found = measure_drift(self.model, self.reference, off, may_be_nothing=True)
         except AdapterError as error:
             if self.record.settings.max_drift is not None:
                 raise
