@@ -54,12 +54,12 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     """Return about `tokens` token ids that a model writes: half freely, half begun by a finished task's prompts."""
     from hiplora.data.encoding import IGNORED, encode_examples
     from hiplora.data.examples import load_data
-    from hiplora.training.recipe import load_recipe
+    from hiplora.training.reading import load_recipe
     from hiplora.tuner.text import sampled_rows
 
     try:
         recipe = load_recipe(folder / "recipe.yaml")
-        examples = load_data(recipe.data).train
+        examples = load_data(recipe.data, chat=bool(tokenizer.chat_template)).train
     except HipLoraError as error:
         raise ConfigError(
             f"train.start_from: the rows that {folder} was trained on cannot be read, and the basis is widened on "
