@@ -88,7 +88,7 @@ def mask_unlikely(model: Any, rows: Sequence[dict[str, list[int]]]) -> int:
 
 def replay_rows(model: Any, rows: int, max_length: int) -> list[dict[str, list[int]]]:
     """Return rows that the bare model writes itself, learned whole (self-replay)."""
-    written = sampled_rows(model, rows * min(max_length, ROW_LENGTH))[:rows]
+    written = sampled_rows(model, rows * ROW_LENGTH)[:rows]
     pieces = [row[:max_length].tolist() for row in written]
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
