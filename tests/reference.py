@@ -101,12 +101,6 @@ def without_inputs(A, moment, k, strength, projection):
     return A @ ((1 - strength) * identity + strength * kept)
 
 
-def output_energy(A, B, inputs):
-    """E‖BAx‖² over the rows of `inputs`, one by one."""
-    A, B, X = f64(A, B, inputs)
-    return sum((B @ (A @ x)).pow(2).sum().item() for x in X) / len(X)
-
-
 def column_projector(matrix, tolerance):
     """Dense projector onto the column space, of the singular directions above `tolerance` of the largest."""
     U, sigma, _ = torch.linalg.svd(matrix.double(), full_matrices=False)

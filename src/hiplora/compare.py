@@ -128,7 +128,7 @@ def compare(
         "model_sha256": folder_identity(model),
     }
     folder = RunFolder(Path(out), "plan.json", "results.json")
-    folder.check(plan, overwrite=overwrite)
+    folder.check(plan, overwrite=overwrite, inputs={"the base model": model, "the data": data})
     own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
     with folder.claimed(plan, overwrite=overwrite):
         base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))

@@ -119,7 +119,7 @@ def demo(
         "model_sha256": folder_identity(settings.model),
     }
     folder = RunFolder(Path(out), "plan.json", "results.json")
-    folder.check(plan, overwrite=overwrite)
+    folder.check(plan, overwrite=overwrite, inputs={"the base model": settings.model})
     with folder.claimed(plan, overwrite=overwrite):
         tell("two skills, two methods: about five minutes on two cores, and some more once to measure the model")
         base, adapters = functools.cache(lambda: Base(settings.model)), folder.path / "adapters"
@@ -223,7 +223,7 @@ def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skil
     names = [*(skill.name for skill in both), "added"]
     updates = {name: read_update(adapters / f"{key}-{name}") for name in names}
     drift = {name: found["drift"] for name, found in base().measure(updates, texts).items()}
-    return {"rank": max(report.ranks.values()), "export_error": report.worst[1], "drift": drift}
+    return {"rank": report["rank"], "export_error": report["largest_difference"]["relative"], "drift": drift}
 
 
 def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:

@@ -1,15 +1,17 @@
 """Files that are never half-written: each is written beside its place and renamed into it."""
 
 import contextlib
+import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
 
@@ -41,18 +43,23 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
     return path
 
 
-def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
+Inputs = Mapping[str, "str | os.PathLike | None"]  # what it is → a file or folder, or a name on the hub
+
+
+def check_output_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs | None = None) -> Path:
     """Return `path` if an output folder may be made there; a folder that exists needs `overwrite`.
 
     Raises:
-        ConfigError: the path exists (and `overwrite` is False), is not a folder, or is one that nobody means
-            to replace: the working directory, the home folder, one that holds either, or a git checkout.
+        ConfigError: the path exists (and `overwrite` is False), is not a folder, is or holds one of the `inputs` or
+            lies in it, or is one that nobody means to replace: the working directory, the home folder, one that holds
+            either, or a git checkout.
     """
     path = Path(path)
     if not path.exists():
         return path
     if not path.is_dir():
         raise ConfigError(f"--out {path}: exists and is not a folder; name another")
+    _spare_inputs(path, inputs, "--out")
     if not overwrite:
         raise ConfigError(f"--out {path}: exists already; name another folder or pass --overwrite")
     folder, own = path.resolve(), [Path.cwd(), Path.home()]
@@ -61,54 +68,87 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False) -> Path:
     return path
 
 
-def check_output_file(path: str | os.PathLike, overwrite: bool = False, option: str = "--out") -> Path:
+def check_output_file(
+    path: str | os.PathLike, overwrite: bool = False, option: str = "--out", inputs: Inputs | None = None
+) -> Path:
     """Return `path` if a file may be written there; one that exists needs `overwrite`. `option` is what named it.
 
     Raises:
-        ConfigError: the path is a folder, or exists and `overwrite` is False.
+        ConfigError: the path is a folder, is one of the `inputs` or lies in it, or exists and `overwrite` is False.
     """
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{option} {path}: is a folder; name a file in it")
-    if path.exists() and not overwrite:
-        raise ConfigError(f"{option} {path}: exists already; name another file or pass --overwrite")
+    if path.exists():
+        _spare_inputs(path, inputs, option)
+        if not overwrite:
+            raise ConfigError(f"{option} {path}: exists already; name another file or pass --overwrite")
     return path
 
 
+def _spare_inputs(path: Path, inputs: Inputs | None, option: str) -> None:
+    """Raise ConfigError if replacing a path that exists would delete an input or a part of it."""
+    final = path.resolve()
+    for what, given in (inputs or {}).items():
+        if given and os.path.exists(given):
+            place = Path(given).resolve()
+            if place == final or final in place.parents or place in final.parents:
+                raise ConfigError(f"{option} {path}: replacing it would delete {what} ({given}); name another")
+
+
 @contextlib.contextmanager
-def staged_dir(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it becomes `path`, on failure it is removed.
 
-    A folder that is replaced goes only when the new one is in its place.
+    A folder that is replaced goes only when the new one is in its place. What a killed process left is put right first.
 
     Raises:
-        ConfigError: as `check_output_dir`, before the block runs and again before its folder is put in place.
+        ConfigError: as `check_output_dir`, before the block runs and again before its folder is put in place; or
+            another process is writing there.
     """
-    final = check_output_dir(path, overwrite)
+    final = check_output_dir(path, overwrite, inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
-    os.chmod(aside, 0o777 & ~_UMASK)
+    lock = FileLock(final.parent / f".{final.name}.part.lock")
     try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(f"--out {path}: another process is writing there; wait for it or name another") from None
+    try:
+        _sweep(final)
+        final = check_output_dir(path, overwrite, inputs)
+        aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
+        os.chmod(aside, 0o777 & ~_UMASK)
         yield aside
+        for file in aside.rglob("*"):  # safetensors gives its files to their owner alone
+            if file.is_file():
+                file.chmod(file_mode())
         if check_output_dir(final, overwrite).exists():
             _replace_dir(aside, final)
         else:
             os.replace(aside, final)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _sweep(final)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _replace_dir(new: Path, final: Path) -> None:
     """Put `new` in the place of `final`; if that fails, put `final` back."""
     old = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
     os.replace(final, old / "old")
-    try:
-        os.replace(new, final)
-    except BaseException:
-        os.replace(old / "old", final)
-        old.rmdir()
-        raise
-    shutil.rmtree(old)
+    os.replace(new, final)  # if it fails, or the process is killed here, the sweep puts `final` back
+
+
+def _sweep(final: Path) -> None:
+    """Remove what a staged folder left beside its place, but put a folder back that was to be replaced and was not."""
+    name = glob.escape(final.name)
+    for old in final.parent.glob(f".{name}.*.old"):
+        if (old / "old").exists() and not final.exists():
+            os.replace(old / "old", final)
+        shutil.rmtree(old, ignore_errors=True)
+    for aside in final.parent.glob(f".{name}.*.part"):
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def parse_yaml(text: str) -> Any:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hiplora import __version__
-from hiplora.adapters import AdapterUpdate, check_out, read_update
+from hiplora.adapters import AdapterUpdate, read_update
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
 from hiplora.evaluation.mounting import (
@@ -26,10 +27,11 @@ from hiplora.evaluation.mounting import (
     probe,
 )
 from hiplora.evaluation.suite import Suite, read_suite
-from hiplora.files import staged_dir
+from hiplora.files import check_output_dir, staged_dir
 from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
 from hiplora.merging.merger import check_weights, merge
+from hiplora.models import resolve
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 _NO_OWNERS = (
@@ -37,6 +39,7 @@ _NO_OWNERS = (
     "before the merge look slightly better than they are."
 )
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
+_SCORES = ("task", "metric", "before, of", "before", "after", "difference")
 Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
 
 
@@ -45,7 +48,7 @@ class MergeSettings:
     """How adapters are merged (as `hiplora.merging.merge`), and which merges are judged.
 
     `methods` are rules, judged side by side; an option goes to the rules that have it. `sizes` adds every merge of so
-    many of the adapters to that of all: what MergeFail is counted over.
+    many of the adapters to that of all.
     """
 
     methods: Sequence[str] = ("addition",)
@@ -57,11 +60,10 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         """Check the rules and their options."""
-        rules = [find_rule(method) for method in self.methods]
-        known = {name for rule in rules for name in rule.defaults}
-        rules[0].options({name: self.options[name] for name in self.options if name not in known})  # refuses them
-        for rule in rules:
-            rule.options(self.options_of(rule.name))
+        known = {name for method in self.methods for name in find_rule(method).defaults}
+        find_rule(self.methods[0]).options({name: self.options[name] for name in self.options if name not in known})
+        for method in self.methods:
+            find_rule(method).options(self.options_of(method))
 
     def options_of(self, method: str) -> dict[str, Any]:
         """Return the given options that a rule has."""
@@ -78,36 +80,35 @@ def merge_check(
 ) -> dict[str, Any]:
     """Score adapters alone and merged on the same items, and judge what the merge broke.
 
-    Writes the folder `out`: merge-check.json and report.html, with where the adapters conflict. The scores so far are
+    `adapters` are folders over one base, each alone or as TASK=FOLDER, which names the task that it was trained for.
+    The folder `out` gets merge-check.json and report.html, with where the adapters conflict. The scores so far are
     kept beside it, so that the same call goes on where it stopped.
-
-    Args:
-        adapters: folders over one base, each alone or as TASK=FOLDER, which names the task that it was trained for.
-        settings: suite and items.
-        how: the merge.
-        out: output folder.
-        overwrite: replace it if it exists.
 
     Returns:
         a JSON-ready record (schema 1, kind `merge-check`): `tasks`, `runs` and `differences` as in a results file of
-        `hiplora eval`, a rule's name being its merge of all; and `verdicts`, a rule and form, as `verdict` returns
-        them.
+        `hiplora eval`, a rule's name being its merge of all; and `verdicts` by rule and form, as of `verdict`.
 
     Raises:
         ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
     """
     named, suite = name_adapters(adapters), read_suite(settings.suite, settings.folder)
-    for folder in named.values():
-        check_out(out, overwrite, str(folder))
+    check_output_dir(out, overwrite, {f"adapter {name}": folder for name, folder in named.items()})
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
     updates = {name: read_update(folder, how.base) for name, folder in named.items()}
-    merges = {label: _merged(updates, weights, how, *group) for label, group in groups.items()}
+    merges = {}
+    for label, (method, names) in groups.items():
+        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
+        options = how.options_of(method)
+        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=options)
     engine = settings.engine(suite)
     model = how.base or next(iter(updates.values())).base
     network, tokenizer = load_model(model)
     check_adapters(network, tokenizer, engine.prompts(), named)
-    _check_merge(network, tokenizer, engine.prompts(), merges[how.methods[0]])
+    first, bare = merges[how.methods[0]], probe(network, tokenizer, engine.prompts())
+    with applied(network, first) as changed:
+        on = probe(changed, tokenizer, engine.prompts())
+    check_acts(bare, on, probe(network, tokenizer, engine.prompts()), first.source)
     plan = {
         "kind": "merge-check",
         "hiplora": __version__,
@@ -172,17 +173,6 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
     return groups
 
 
-def _merged(
-    updates: Mapping[str, AdapterUpdate],
-    weights: Mapping[str, float],
-    how: MergeSettings,
-    method: str,
-    names: Sequence[str],
-) -> AdapterUpdate:
-    parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
-    return merge(parts, method, numbers, base=how.base, rank=how.rank, options=how.options_of(method))
-
-
 @contextlib.contextmanager
 def _present(
     network: Any, label: str, named: Mapping[str, Path], merges: Mapping[str, AdapterUpdate]
@@ -198,13 +188,6 @@ def _present(
             yield changed
 
 
-def _check_merge(network: Any, tokenizer: Any, prompts: Sequence[str], update: AdapterUpdate) -> None:
-    base = probe(network, tokenizer, prompts)
-    with applied(network, update) as changed:
-        on = probe(changed, tokenizer, prompts)
-    check_acts(base, on, probe(network, tokenizer, prompts), update.source)
-
-
 def verdict(
     found: Mapping[str, Any],
     owners: Mapping[str, str],
@@ -213,15 +196,9 @@ def verdict(
     form: str,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Judge a rule's merges by one form of the scores.
+    """Judge a rule's merges by one form of the scores, of what `collect` returns.
 
-    Args:
-        found: `tasks`, `runs` and `differences`, as `collect` returns them.
-        owners: task → the run that was trained for it; if empty, each task belongs to the adapter that is best at it.
-        groups: the merges.
-        method: the rule; `runs` has its merge of all under its name.
-        form: `score` or `likelihood`.
-        seed: of the intervals.
+    `owners` says which run was trained for a task; if empty, each task belongs to the adapter that is best at it.
 
     Returns:
         `tasks` (an owner's score before, the merge's after, the difference with its interval), `kept` (the same for the
@@ -290,16 +267,9 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, Any]:
         scores, failing = [], []
         for form, judged in forms.items():
             for task, row in {**judged["tasks"], **judged["kept"]}.items():
-                scores.append(
-                    {
-                        "task": record["tasks"][task]["title"],
-                        "metric": row["metric"],
-                        "before, of": row["before_of"],
-                        "before": f"{row['before']:.1f}",
-                        "after": f"{row['after']:.1f}",
-                        "difference": shown(row["difference"]),
-                    }
-                )
+                title, before, after = record["tasks"][task]["title"], f"{row['before']:.1f}", f"{row['after']:.1f}"
+                cells = title, row["metric"], row["before_of"], before, after, shown(row["difference"])
+                scores.append(dict(zip(_SCORES, cells, strict=True)))
             for tau, row in judged["merge_fail"].items():
                 failing.append((form, f"MergeFail at τ = {tau}, %", shown(row, 100, 0)))
             if judged["mean_drop"] is not None:
@@ -308,6 +278,51 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, Any]:
         merges = max(judged["instances"] for judged in forms.values())
         tables[f"{method}: {merges} merges"] = pd.DataFrame(failing, columns=["form", "measure", "value"])
     return tables
+
+
+def drift_of_merge(
+    updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: AdapterUpdate
+) -> dict[str, Any] | None:
+    """Measure how far a merge, and each adapter alone at its weight, drift from the base, and judge that.
+
+    Returns:
+        `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where the base model is no
+        folder on this machine, has no tokenizer, or does not fit into memory.
+
+    Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum. A
+    merge beyond that breaks something that none of its parts does.
+    """
+    from hiplora.adapters import BaseWeights, load_base
+    from hiplora.data.texts import drift_texts
+    from hiplora.evaluation.updates import load_tokenizer, measure_updates
+
+    if not os.path.isdir(resolve(merged.base)) or BaseWeights(merged.base).no_room(4):
+        return None
+    try:
+        tokenizer = load_tokenizer(merged.base)
+    except ConfigError:
+        return None
+    weighted = zip(updates.items(), weights, strict=True)
+    alone = {name: merge([one], weights=[weight], base=merged.base) for (name, one), weight in weighted if weight}
+    everything = {**alone, "merge": merged}
+    drift, _ = measure_updates(
+        load_base(merged.base, torch.float32), tokenizer, everything, drift_texts(), may_be_nothing=everything
+    )
+    ratios = {}
+    for text, found in drift["merge"].items():
+        parts = sum(drift[name][text]["kl"] for name in alone)
+        ratios[text] = found["kl"] / parts if parts else 0.0
+    text, worst = max(ratios.items(), key=lambda item: item[1])
+    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    said = f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change)"
+    share = f"{worst:.2g} times what the adapters drift alone, added up"
+    if worst <= 1.5:
+        verdict = f"{said}, {share}: they hardly disturb each other."
+    elif worst <= len(alone):
+        verdict = f"{said}, {share}: they change the same things; smaller --weights or --scale keep more of the base."
+    else:
+        verdict = f"{said}, {share}: it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    return {"drift": drift, "verdict": verdict}
 
 
 def conflict_table(report: Mapping[str, Any]) -> Any:
@@ -329,8 +344,7 @@ def save_merge_page(
 
     sections = []
     if check is not None:
-        notes = "\n\n".join(verdict_notes(check))
-        sections.append(Section("What the merge broke", notes, verdict_tables(check)))
+        sections.append(Section("What the merge broke", "\n\n".join(verdict_notes(check)), verdict_tables(check)))
     names = [adapter["name"] for adapter in report["adapters"]]
     scores = pd.DataFrame(report["modules"]).dropna(subset=["score", "layer"])
     figures = {}
@@ -347,6 +361,8 @@ def save_merge_page(
         "The score is 0 where two updates act on different directions or agree, 1/2 where unrelated updates act on "
         "the same directions, 1 where they are opposites."
     )
+    if drift := report["merge"].get("drift"):
+        text = f"{drift['verdict']}\n\n{text}"
     sections.append(Section("Where the adapters conflict", text, tables, figures))
     title = f"Merge of {len(names)} adapter{'s' if len(names) != 1 else ''}"
     return save_page(path, title, sections, subtitle=report["base"], provenance=report["provenance"])

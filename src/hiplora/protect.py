@@ -1,73 +1,58 @@
 """Project a trained adapter off its layers' inputs, and measure drift and loss before and after."""
 
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from hiplora.adapters import (
     AdapterUpdate,
     check_base,
     check_projection,
-    is_transposed,
     load_base,
     open_update,
     protect,
     remaining,
     save_as_lora,
-    totals,
-    write_lora,
 )
-from hiplora.data.encoding import encode_examples
-from hiplora.data.examples import load_examples
+from hiplora.adapters.protection import module_rank
 from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
-from hiplora.errors import ConfigError, first_line
-from hiplora.evaluation import BaseReference, Encoded, heldout_loss, measure_drift
+from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
-from hiplora.evaluation.mounting import mounted
-from hiplora.models import resolve
-from hiplora.spectral import MomentBasis, RankSpec
-from hiplora.tuner import SELF, TOKENS_PER_INPUT, input_bases
+from hiplora.evaluation.updates import (
+    DRIFT_TOKENS,
+    DRIFT_WINDOW,
+    check_scale_options,
+    load_tokenizer,
+    measure_updates,
+    search_scale,
+    task_rows,
+)
+from hiplora.spectral import MAX_VECTORS, MomentBasis, RankSpec
+from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
+from hiplora.tuner.experts import unrolled
 
-DRIFT_TOKENS = 1024  # of each text
-DRIFT_WINDOW = 512
-DATA_ROWS = 256  # of the task data at most
-DATA_LENGTH = 1024  # tokens of a row at most
-
-
-@dataclass(frozen=True)
-class ProtectSettings:
-    """How an update is projected (`hiplora.adapters.protect`), and what it is measured on.
-
-    `text` (a file, or a data set on the hub) is what the layers' inputs are measured on; None samples text from the
-    base model with `seed`. `tokens` are sampled or read. `data` is a file with rows of the adapter's task,
-    `drift_text` one with text to measure drift on.
-    """
-
-    principal_rank: RankSpec = 32
-    projection: str = "hard"
-    strength: float = 1.0
-    text: str | Path | None = None
-    tokens: int = 10_000
-    seed: int = 0
-    data: str | Path | None = None
-    drift_text: str | Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check the projection."""
-        check_projection(self.principal_rank, self.strength, self.projection)
+MASKS = ("inputs", "joint")
+GRADIENT_TOKENS = 4096  # of the text, that output directions are measured on
 
 
 def protect_adapter(
     adapter_dir: str | os.PathLike | AdapterUpdate,
     path: str | os.PathLike,
-    settings: ProtectSettings | None = None,
     *,
+    principal_rank: RankSpec = 32,
+    mask: str = "inputs",
+    projection: str = "hard",
+    strength: float = 1.0,
+    text: str | Path | None = None,
+    tokens: int = 10_000,
+    seed: int = 0,
+    data: str | Path | None = None,
+    drift_text: str | Path | None = None,
+    scale: float | None = None,
+    tolerance: float | None = None,
     base: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -76,104 +61,98 @@ def protect_adapter(
     Args:
         adapter_dir: an adapter folder that `read_update` reads, or an update.
         path: output folder; `overwrite` replaces one that exists.
-        settings: None takes the defaults.
+        principal_rank: how the update is projected, with `projection` and `strength`: see `hiplora.adapters.protect`.
+        mask: "inputs" takes directions of the layers' inputs out; "joint" pairs of directions of inputs and outputs,
+            as few as give the same drift to second order: more of the update stays, at four times its rank.
+        projection: "hard" or "soft", of inputs.
+        strength: from 0 to 1.
+        text: what the layers' inputs are measured on: a file, or a data set on the hub; None samples text from the
+            base model.
+        tokens: how many are sampled or read.
+        seed: of the sampling.
+        data: a file with rows of the adapter's task, whose loss is measured.
+        drift_text: a file with text to measure drift on; None takes prose and code of Python's own.
+        scale: multiply the result by this number.
+        tolerance: multiply it by the smallest number at which the loss on `data` rises by so many nats at most.
         base: base model, path or name, instead of the one in the adapter's configuration.
+        overwrite: see `path`.
 
     Returns:
-        a JSON-ready record: `modules` and `summary` (what is left of the update, and of what it does to the layers'
-        outputs on the calibration text), `drift` before and after, `loss` on the task data, if any, `notes`, and the
-        `export`'s own record.
+        a JSON-ready record: `norm_share` (what is left of the update's ‖ΔW‖²; `modules`: of each), `drift` before and
+        after, `loss` on the task data, if any, `notes`, and the `export`'s own record.
 
     Raises:
         AdapterError: the adapter cannot be read, does not fit the base model, or changes nothing.
         ConfigError, DataError: `path` exists, or a setting, text or data cannot be used. Nothing is written then.
     """
-    chosen = settings or ProtectSettings()
+    check_projection(principal_rank, strength, projection)
+    if mask not in MASKS:
+        raise ConfigError(f"mask is {mask!r}; expected one of {', '.join(MASKS)}")
+    if mask == "joint" and (projection, strength) != ("hard", 1.0):
+        raise ConfigError("mask 'joint' takes no projection and no strength; leave them out")
+    check_scale_options(scale, tolerance, data)
     update = open_update(adapter_dir, path, overwrite, base=base)
-    texts = drift_texts(chosen.drift_text)
-    tokenizer, rows, examples, notes = _inputs(update.base, chosen, texts)
+    texts, notes, rows, examples = drift_texts(drift_text), [], None, []
+    # All that can be wrong is found before the model loads.
+    tokenizer = load_tokenizer(update.base)
+    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
+    if text is not None:
+        rows = calibration_rows(tokenizer, text, tokens)
+        shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
+        seen = [f"{share:.0%} of “{name}”" for name, share in shares.items() if share]
+        notes += [f"the calibration text holds drift text too: {', '.join(seen)}"] if seen else []
+    if data is not None:
+        examples, more = task_rows(tokenizer, data)
+        notes += more
     model: Any = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
-    bases = input_bases(model, list(update.factors), rows=rows, tokens=chosen.tokens, seed=chosen.seed)
-    projected = protect(update, bases, chosen.principal_rank, chosen.strength, chosen.projection)
-    left = remaining(update, projected, bases, chosen.principal_rank)
-    drift, loss = _measured(model, tokenizer, texts, examples, {"before": update, "after": projected})
-    if loss:
-        loss |= {"file": Path(str(chosen.data)).name, "rows": len(examples)}
+    measured, outputs = CalibrationText(model, rows=rows, tokens=tokens, seed=seed), None
+    with unrolled(model):
+        bases = measured.inputs(list(update.factors))
+        if mask == "joint":
+            widths = {module: min(update.shape(module)[0], MAX_VECTORS) for module in update.factors}
+            outputs = measured.outputs(widths, GRADIENT_TOKENS)
+    projected = protect(update, bases, principal_rank, strength, projection, outputs)
+    search = None if tolerance is None else search_scale(model, projected, examples, tolerance)
+    scale = search["scale"] if search else 1.0 if scale is None else scale
+    projected = projected.scaled(scale)
+    both = {"before": update, "after": projected}
+    loss: dict[str, Any]
+    drift, loss = measure_updates(model, tokenizer, both, texts, examples, may_be_nothing={"after"})
+    shares, left = remaining(update, projected)
+    if data is not None:
+        loss |= {
+            "file": Path(data).name,
+            "rows": len(examples),
+            "tokens": sum(len(example.scored) for example in examples),
+        }
     record = {
         "schema": 1,
         "kind": "protection",
         "adapter": update.source,
         "base": update.base,
         "method": update.kind,
-        "principal_rank": chosen.principal_rank,
-        "projection": chosen.projection,
-        "strength": chosen.strength,
+        "principal_rank": principal_rank,
+        "mask": mask,
+        "projection": projection,
+        "strength": strength,
+        "scale": scale,
+        "scale_search": search,
         "calibration": {
-            "source": SELF if chosen.text is None else describe_source(chosen.text),
+            "source": SELF if text is None else describe_source(text),
             "tokens": min(inputs.tokens for inputs in bases.values()),
         },
-        "modules": left,
-        "summary": totals(left),
+        "modules": [
+            {"module": module, "k": module_rank(principal_rank, bases[module], module), "norm_share": share}
+            for module, share in shares.items()
+        ],
+        "norm_share": left,
         "drift": drift,
-        "drift_text": text_source(chosen.drift_text),
+        "drift_text": text_source(drift_text),
         "loss": loss or None,
         "notes": [*notes, *_notes(update, projected, bases)],
     }
-    report = save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})
-    return record | {"export": report.to_json()}
-
-
-def _inputs(
-    base: str, settings: ProtectSettings, texts: Mapping[str, str]
-) -> tuple[Any, list[Any] | None, list[Encoded], list[str]]:
-    """Return tokenizer, calibration rows (None samples them), task examples and notes; no model is loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error
-    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
-    rows, examples, notes = None, [], []
-    if settings.text is not None:
-        rows = calibration_rows(tokenizer, settings.text, settings.tokens)
-        shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-        seen = [f"{share:.0%} of “{name}”" for name, share in shares.items() if share]
-        notes += [f"the calibration text holds drift text too: {', '.join(seen)}"] if seen else []
-    if settings.data is not None:
-        found, length = load_examples(Path(settings.data)), min(tokenizer.model_max_length, DATA_LENGTH)
-        encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
-        examples = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded]
-        if len(found) > DATA_ROWS:
-            notes.append(f"the loss is of the first {DATA_ROWS} of the {len(found)} rows")
-        if changed := report.truncated + report.left_out:
-            notes.append(f"{changed} of {report.examples} rows are too long: cut or left out")
-    return tokenizer, rows, examples, notes
-
-
-def _measured(
-    model: Any,
-    tokenizer: Any,
-    texts: Mapping[str, str],
-    examples: Sequence[Encoded],
-    updates: Mapping[str, AdapterUpdate],
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return drift and loss of each update as a plain LoRA adapter on the model, and the loss of the base."""
-    reference = BaseReference.build(model, tokenizer, texts, window=DRIFT_WINDOW, max_tokens=DRIFT_TOKENS)
-    drift: dict[str, Any] = {}
-    loss: dict[str, Any] = {}
-    if examples:
-        loss["tokens"] = sum(len(example.scored) for example in examples)
-        loss["base"] = heldout_loss(model, examples)
-    for name, update in updates.items():
-        nameless = replace(update, base="")  # PEFT would look up the base's name
-        with tempfile.TemporaryDirectory(prefix="hiplora-") as folder:
-            write_lora(nameless, Path(folder), transposed=is_transposed(nameless, model))
-            with mounted(model, folder) as adapted:
-                found = measure_drift(adapted, reference, may_be_nothing=name == "after")
-                drift[name] = {text: value.as_dict() for text, value in found.items()}
-                if examples:
-                    loss[name] = heldout_loss(adapted, examples)
-    return drift, loss
+    return record | {"export": save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})}
 
 
 def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Mapping[str, MomentBasis]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
-from hiplora.files import check_output_dir, parse_yaml, write_atomic
+from hiplora.files import Inputs, check_output_dir, parse_yaml, write_atomic
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -43,17 +43,24 @@ class RunFolder:
             return None
         return value if isinstance(value, dict) else None
 
-    def check(self, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
+    def check(
+        self,
+        asked: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        inputs: Inputs | None = None,
+    ) -> None:
         """Check, without writing, that a run with these settings may work here.
 
         It may in a folder that is new or may be overwritten, and in its own: an unfinished run is carried on, a
-        finished one is accepted with `resume`.
+        finished one is accepted with `resume`. A folder that is or holds one of the `inputs` is never overwritten.
 
         Raises:
             ConfigError: it may not; says what is there and the way out.
         """
         if overwrite or not self.path.exists() or (self.complete and not resume):
-            check_output_dir(self.path, overwrite)
+            check_output_dir(self.path, overwrite, inputs)
             return
         stored = self.stored()
         if stored is None:

@@ -3,13 +3,16 @@ import json
 import pytest
 import torch
 
+from hiplora.adapters import read_update
 from tests.commands import run
+from tests.tiny import write_jsonl
 from tests.unit.adapters.samples import (
     base_model,
     hip_config,
     leaky,
     logits,
     logits_of_stock_process,
+    product,
     saved,
 )
 
@@ -44,6 +47,20 @@ def test_dense_gives_a_model_that_needs_no_adapter(adapter, tmp_path, capsys):
     assert "bfloat16" in said
 
 
+def test_the_smallest_scale_within_the_tolerance_is_written(adapter, tmp_path, capsys):
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f" It is {2 * i}."} for i in range(4)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    search = ["--tolerance", "0.01", "--data", tmp_path / "rows.jsonl", "--json"]
+    code, said, err = export(capsys, adapter[0], "lora", tmp_path / "out", *search)
+    assert (code, err) == (0, "")
+    record = json.loads(said)
+    losses = {row["scale"]: row["loss"] for row in record["scale_search"]["losses"]}
+    assert losses[record["scale"]] <= losses[1.0] + 0.01
+    before, after = read_update(adapter[0]), read_update(tmp_path / "out")
+    module = before.modules[0]
+    torch.testing.assert_close(product(after, module), record["scale"] * product(before, module))
+
+
 def test_failures_are_one_line_and_status_1(tiny_model_dir, tmp_path, capsys):
     folder, module = leaky(tiny_model_dir, tmp_path / "a")
     code, out, err = export(capsys, folder, "lora", tmp_path / "out")
@@ -60,6 +77,8 @@ def test_failures_are_one_line_and_status_1(tiny_model_dir, tmp_path, capsys):
         ["--to", "lora", "--out", "out", "--pad-rank", "0"],
         ["--to", "dense", "--out", "out", "--pad-rank", "64"],
         ["--to", "lora", "--out", "there"],
+        ["--to", "lora", "--out", "out", "--scale", "0"],
+        ["--to", "lora", "--out", "out", "--tolerance", "0.1"],
     ],
 )
 def test_wrong_usage_is_status_2_and_writes_nothing(adapter, tmp_path, monkeypatch, capsys, arguments):

@@ -57,7 +57,7 @@ def test_a_drop_is_the_drift_of_the_intervened_model(tiny_model_dir, prose, tmp_
     reference = BaseReference.build(model, tokenizer, {"a": PROSE}, max_tokens=60)
     row = record["records"][0]
     (direction,) = directions_of(model, [row["module"]], 1)
-    weights = {row["module"]: model.get_submodule(row["module"]).weight}
+    weights = {f"{row['module']}.weight": model.get_submodule(row["module"]).weight}
     with intervened(model, direction, -2.0):
         found = measure_drift(model, reference, lambda: holding(model, weights))["a"]
     assert row["drop"]["kl"] == pytest.approx(found.kl, rel=1e-4)

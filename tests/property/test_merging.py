@@ -86,25 +86,10 @@ def test_adapters_of_weight_zero_take_no_part(method, adapters):
 
 @pytest.mark.parametrize("method", WHOLE)
 @few
-@given(adapters=some)
-def test_weights_one_and_zero_give_the_first_adapter(method, adapters):
-    weights = [1.0] + [0.0] * (len(adapters) - 1)
-    assert_same(merge(adapters, method, weights, options=WHOLE[method]), adapters[0])
-
-
-@pytest.mark.parametrize("method", WHOLE)
-@few
 @given(kinds=modules, seed=st.integers(0, 50))
 def test_one_adapter_merged_is_that_adapter(method, kinds, seed):
     one = adapter(kinds, seed)
     assert_same(merge([one], method, options=WHOLE[method]), one)
-
-
-@pytest.mark.parametrize("method", sorted(set(RULES) - {"addition", "tsv"}))
-def test_by_their_definition_other_rules_change_a_single_adapter(method):
-    one = adapter({"a": "lora"}, 3)
-    found, before = deltas(merge([one], method))["a"], deltas(one)["a"]
-    assert (found - before).norm() > 0.05 * before.norm()
 
 
 @pytest.mark.parametrize("method", SUMS)
@@ -128,16 +113,6 @@ def test_a_factor_of_all_weights_is_one_of_the_merge(method, adapters, factor, d
     whole = deltas(merge(adapters, method, weights))
     for module, delta in deltas(merge(adapters, method, [factor * w for w in weights])).items():
         torch.testing.assert_close(delta, factor * whole[module], rtol=1e-4, atol=1e-4)
-
-
-@every_rule
-@few
-@given(kinds=modules, weight=numbers)
-def test_a_negative_weight_of_one_adapter_negates_its_merge(method, kinds, weight):
-    one = adapter(kinds, 5)
-    added, taken = deltas(merge([one], method, [weight])), deltas(merge([one], method, [-weight]))
-    for module, delta in added.items():
-        torch.testing.assert_close(taken[module], -delta, rtol=1e-4, atol=1e-4)
 
 
 @every_rule
@@ -188,4 +163,4 @@ def test_a_merge_cut_down_is_the_nearest_of_its_rank(method, adapters, rank):
         sigma = torch.linalg.svdvals(whole[module])
         lost = torch.linalg.norm(whole[module] - delta)
         torch.testing.assert_close(lost, sigma[rank:].norm(), rtol=1e-3, atol=1e-3)
-        assert cut.rank(module) <= rank
+        assert cut.ranks[module] <= rank

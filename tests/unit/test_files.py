@@ -37,13 +37,6 @@ def test_a_file_is_written_with_its_parents_and_the_usual_permissions(tmp_path):
     assert names(path.parent) == ["b.txt"]
 
 
-def test_writing_replaces_an_old_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new"
-
-
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     path = tmp_path / "x"
@@ -81,13 +74,6 @@ def test_an_output_folder_must_not_exist_unless_it_may_be_replaced(tmp_path):
     assert check_output_dir(tmp_path, overwrite=True) == tmp_path
 
 
-def test_an_output_folder_cannot_replace_a_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("mine")
-    with pytest.raises(ConfigError, match="exists and is not a folder"):
-        check_output_dir(path, overwrite=True)
-
-
 @pytest.mark.parametrize("precious", ["work", ".", "checkout", "home"])
 def test_overwriting_never_deletes_where_the_user_works_or_lives(tmp_path, monkeypatch, precious):
     for folder in ("work/here", "checkout/.git", "home"):
@@ -118,16 +104,6 @@ def test_a_staged_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path
         raise KeyboardInterrupt
     assert names(tmp_path) == ["out"]
     assert names(final) == ["old"]
-
-
-def test_a_staged_folder_replaces_the_whole_of_an_old_one(tmp_path):
-    final = tmp_path / "out"
-    final.mkdir()
-    (final / "old").write_text("1")
-    with staged_dir(final, overwrite=True) as aside:
-        (aside / "new").write_text("2")
-    assert names(tmp_path) == ["out"]
-    assert names(final) == ["new"]
 
 
 def test_a_staged_folder_refuses_before_any_work_is_done(tmp_path):
@@ -196,3 +172,35 @@ def test_yaml_is_plain_values_with_the_exponents_of_yaml_1_2():
 def test_yaml_that_grows_or_runs_or_cannot_be_built_is_refused(text):
     with pytest.raises(ValueError, match=r"\w"):
         parse_yaml(text)
+
+
+@pytest.mark.parametrize("out", ["in", ".", "in/part"])
+def test_no_output_replaces_an_input_or_what_holds_it_or_a_part_of_it(tmp_path, out):
+    (tmp_path / "in" / "part").mkdir(parents=True)
+    inputs = {"the data": tmp_path / "in", "a model of the hub": "owner/name", "nothing": None}
+    with pytest.raises(ConfigError, match="would delete the data"):
+        check_output_dir(tmp_path / out, True, inputs)
+    (tmp_path / "in" / "x.json").touch()
+    with pytest.raises(ConfigError, match=r"--html .*would delete the data"):
+        check_output_file(tmp_path / "in" / "x.json", True, "--html", inputs)
+    assert check_output_file(tmp_path / "in" / "new.json", True, inputs=inputs)
+
+
+def test_what_killed_processes_left_is_swept_and_a_folder_they_moved_away_is_put_back(tmp_path):
+    (tmp_path / ".out.1.part").mkdir()
+    (tmp_path / ".out.2.old" / "old").mkdir(parents=True)
+    (tmp_path / ".out.2.old" / "old" / "mine").touch()
+    with pytest.raises(ConfigError, match="exists already"), staged_dir(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["mine"]
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path):
+    with (
+        staged_dir(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another process is writing there"),
+        staged_dir(tmp_path / "out"),
+    ):
+        pass
+    assert names(tmp_path) == ["out"]

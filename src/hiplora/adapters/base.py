@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import psutil
 import torch
@@ -18,14 +19,11 @@ from hiplora.errors import AdapterError, HipLoraError, first_line
 from hiplora.models import quiet_transformers, resolve
 from hiplora.spectral import factor_mismatch, weight_fingerprint
 from hiplora.tuner import OTHER_PRECISION_LIMIT
+from hiplora.tuner.experts import unrolled
 
 
 def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a base model by folder or hub name (or one of hiplora's own names), in evaluation mode.
-
-    Raises:
-        AdapterError: there is no such model, or it cannot be read.
-    """
+    """Load a base model by folder, hub name or hiplora's own name, in evaluation mode; AdapterError if it cannot."""
     with _readable(name), quiet_transformers(always=False):
         return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=False).eval()
 
@@ -69,15 +67,12 @@ class BaseWeights:
             raise AdapterError(f"{why}; use a machine with more memory")
         return load_base(self.model, "auto")
 
-    def is_transposed(self, module: str) -> bool:
-        """Return whether a layer stores its weight as (in, out), as GPT-2's `Conv1D` does."""
-        return isinstance(linear_layer(self.skeleton, module, self.model), Conv1D)
-
     def weight(self, module: str) -> Float[Tensor, "m n"]:
         """Return a linear layer's weight as (out, in), as stored; AdapterError if there is no such layer."""
-        transposed = self.is_transposed(module)
-        weight = self.whole.get_parameter(f"{module}.weight").detach()
-        return weight.T if transposed else weight
+        with unrolled(self.skeleton):
+            linear_layer(self.skeleton, module, self.model)
+        with unrolled(self.whole):
+            return weight_of(self.whole.get_submodule(module))
 
     def fitting_weight(self, module: str, update: AdapterUpdate) -> Tensor:
         """Return a layer's weight after `check_fit`."""
@@ -95,56 +90,93 @@ def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
     return layer
 
 
+def weight_of(layer: Any) -> Float[Tensor, "m n"]:
+    """Return a linear layer's weight as (out, in); GPT-2's `Conv1D` stores it as (in, out)."""
+    weight = layer.weight.detach()
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def is_transposed(update: AdapterUpdate, model: nn.Module | None = None) -> bool:
+    """Return whether the base model stores weights as (in, out), as far as it is at hand."""
+    try:
+        model = model or BaseWeights(update.base).skeleton
+    except AdapterError:
+        return bool(update.config.get("fan_in_fan_out"))
+    return any(isinstance(layer, Conv1D) for layer in model.modules())
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether a model's output head shares its weight with the embeddings."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and embeddings is not None and head.weight is embeddings.weight
 
 
-def is_transposed(update: AdapterUpdate, model: nn.Module | None = None) -> bool:
-    """Return whether the adapted layers store their weights as (in, out), as far as the base model is at hand."""
-    if model is not None:
-        layers = (getattr(module, "base_layer", module) for module in model.modules())
-        return any(isinstance(layer, Conv1D) for layer in layers)
-    try:
-        weights = BaseWeights(update.base)
-        return any(weights.is_transposed(module) for module in update.modules)
-    except AdapterError:
-        return bool(update.config.get("fan_in_fan_out"))
+@torch.no_grad()
+def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
+    """Copy the tensors of `modules_to_save` into a bare model, and return whether its output head was untied.
+
+    The vocabulary is resized as the adapter's embeddings were. The head gets a weight of its own where the adapter
+    changes one of two tied weights.
+
+    Raises:
+        AdapterError: a tensor does not fit.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in update.extras.items():
+        whose = [one for one in (embeddings, head) if one is not None and parameters.get(name) is one.weight]
+        if whose and tensor.shape[0] > len(whose[0].weight) and tensor.shape[1:] == whose[0].weight.shape[1:]:
+            model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
+            head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+    changed = {*(f"{module}.weight" for module in update.modules), *update.extras}
+    tied = {name for name, parameter in parameters.items() if is_tied(model) and parameter is head.weight}
+    same = tied <= update.extras.keys() and len({weight_fingerprint(update.extras[name]) for name in tied}) == 1
+    untied = bool(tied & changed) and not same
+    if untied:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in update.extras.items():
+        shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(f"{update.source}: tensor {name} is {tuple(tensor.shape)}, the base model's {shape}")
+        parameters[name].copy_(tensor)
+    return untied
 
 
 def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
     """Check that a bare model, called `name` in messages, has every adapted layer, as `check_fit` does."""
-    for module in update.modules:
-        layer = linear_layer(model, module, name)
-        weight = layer.get_parameter("weight").detach()
-        check_fit(weight.T if isinstance(layer, Conv1D) else weight, update, module, name)
+    with unrolled(model):
+        for module in update.modules:
+            check_fit(weight_of(linear_layer(model, module, name)), update, module, name)
 
 
 def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> Tensor:
-    """Return a weight (out, in) as the adapter saw it, after checking that it is the one it was made for.
+    """Return a weight (out, in) as the adapter saw it; AdapterError if it is not the one it was made for.
 
     A weight that was quantised or rounded for training is recognised by the adapter's own singular triplets; it is
     returned as it is.
-
-    Raises:
-        AdapterError: other shape or other values; names the module, the base model and the way out.
     """
     if tuple(weight.shape) != (expected := update.shape(module)):
         raise AdapterError(
             f"layer {module}: the adapter is for {expected[0]} × {expected[1]}, the weight in {base} is "
             f"{weight.shape[0]} × {weight.shape[1]}; pass the right base model as base=… (--base)"
         )
-    fingerprint, precision = update.fingerprints.get(module), update.config.get("base_precision") or ""
-    if fingerprint is None:
+    if module not in update.fingerprints:
         return weight
-    seen = in_precision(weight, fingerprint, precision)
-    if seen is None and not _same_but_for_precision(weight, update, module, precision):
+    precision, channels = update.config.get("base_precision") or "", update.channels.get(module)
+    seen = in_precision(weight, update.fingerprints[module], precision)
+    if seen is None and channels is not None and precision not in ("", str(weight.dtype).removeprefix("torch.")):
+        basis = update.config.get("basis", "weight")
+        mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
+        seen = weight if mismatch <= OTHER_PRECISION_LIMIT else None
+    if seen is None:
         raise AdapterError(
             f"layer {module}: the weight in {base} is not the one that this adapter was made for; pass the right base "
             "model as base=… (--base)"
         )
-    return weight if seen is None else seen
+    return seen
 
 
 def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | None:
@@ -153,22 +185,10 @@ def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | N
     A bf16 checkpoint that was loaded in fp32 keeps its values, and its fingerprint; an fp32 checkpoint that was
     loaded in bf16 (`precision`, a dtype's name) is rounded in the same way first.
     """
-    if weight_fingerprint(weight) == fingerprint:
-        return weight
     dtype = getattr(torch, precision, None) if precision else None
-    if not isinstance(dtype, torch.dtype) or dtype == weight.dtype or not dtype.is_floating_point:
-        return None
-    rounded = weight.to(dtype)
-    return rounded if weight_fingerprint(rounded) == fingerprint else None
-
-
-def _same_but_for_precision(weight: Tensor, update: AdapterUpdate, module: str, precision: str) -> bool:
-    channels = update.channels.get(module)
-    if channels is None or precision in ("", str(weight.dtype).removeprefix("torch.")):
-        return False
-    basis = update.config.get("basis", "weight")
-    mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
-    return mismatch <= OTHER_PRECISION_LIMIT
+    casts = [weight.dtype, dtype] if isinstance(dtype, torch.dtype) and dtype.is_floating_point else [weight.dtype]
+    seen = (weight.to(dtype) for dtype in casts)
+    return next((one for one in seen if weight_fingerprint(one) == fingerprint), None)
 
 
 @contextmanager

@@ -3,27 +3,31 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from jaxtyping import Float
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from hiplora.adapters.base import BaseWeights, load_base, quiet_loading
-from hiplora.adapters.update import AdapterUpdate, Pair, product_norm
-from hiplora.errors import AdapterError
+from hiplora.adapters.base import BaseWeights, check_base, linear_layer, load_base, quiet_loading, replace_extras
+from hiplora.adapters.update import AdapterUpdate, product_norm
+from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve
+from hiplora.tuner.experts import unrolled
 
-# Logits pass through every layer: they may differ by this many times what one module's update may.
-_LOGIT_FACTOR = 100.0
+PREFIX = "base_model.model."
+_DENSE = "export with --to dense, or train without these modules"
+TOLERANCE = 1e-5  # of a module's update, relative, before it is rounded
+_LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
 
 
 def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, float]:
-    """Return ‖B'A' − ΔW‖/‖ΔW‖ (Frobenius) per module; 0 where both are zero, infinite where only ΔW is.
-
-    ΔW is taken from the adapter's own channels where it has them, in float64 and without forming it.
+    """Return ‖ΔW' − ΔW‖/‖ΔW‖ (Frobenius) per module, in float64; 0 where both are zero, infinite where only ΔW is.
 
     Raises:
         AdapterError: a module is missing on one side.
@@ -32,10 +36,9 @@ def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, 
         raise AdapterError(f"layer {min(missing)}: was read or written, but not both; nothing was exported")
     differences = {}
     for module in update.factors:
-        P, Q = update.exact_factors(module)
-        A, B = written.factors[module]
-        norm = product_norm(P, Q)
-        error = product_norm(torch.cat([B.double(), -P], dim=1), torch.cat([A.double(), Q]))
+        (A, B), (A_written, B_written) = update.factors[module], written.factors[module]
+        norm = product_norm(B, A)
+        error = product_norm(torch.cat([B_written, -B], dim=1), torch.cat([A_written, A]))
         differences[module] = error / norm if norm else (float("inf") if error else 0.0)
     return differences
 
@@ -46,56 +49,82 @@ def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
     if not worst <= tolerance:
         raise AdapterError(
             f"layer {module}: the exported update differs by {worst:.1e} of its norm, more than the tolerance "
-            f"{tolerance:.0e}; nothing was written: raise tolerance=… if that is acceptable"
+            f"{tolerance:.0e}; nothing was written"
         )
 
 
-def compare_logits(update: AdapterUpdate, folder: Path, tolerance: float | None) -> tuple[float | None, str]:
-    """Compare the logits of an adapter over its base and of its export, loaded by stock PEFT, on fixed tokens.
-
-    An adapter folder is loaded by PEFT, an update in memory is added beside the base model's layers.
+def compare_logits(update: AdapterUpdate, folder: Path, exact: bool) -> tuple[float | None, str]:
+    """Compare the logits of an update added beside its base's layers and of its export, loaded by stock PEFT.
 
     Returns the largest difference in units of the largest logit, or None and the reason why it was not compared.
 
     Raises:
-        AdapterError: the models are fp32 and differ by more than a hundred times the tolerance, unless that is None.
+        AdapterError: they differ by more than rounding, in an export that is to be `exact`.
     """
-    stored = os.path.isdir(update.source)
-    if why := _obstacle(update, stored):
+    if not os.path.isdir(resolve(update.base)):
+        return None, f"logits not compared: base model {update.base or '?'} is not a folder here; pass base=… (--base)"
+    if why := BaseWeights(update.base).no_room(torch.float32.itemsize):
         return None, f"logits not compared: {why}"
-    # An adapter without its factors loads only over the very values that it was made for.
-    precision = "" if update.config.get("save_factors", True) else update.config.get("base_precision") or ""
-    bare: Any = load_base(update.base, getattr(torch, precision or "float32"))
+    bare = load_base(update.base, torch.float32)
+    check_base(bare, update, update.base)
+    replace_extras(bare, update)
+    with added(bare, update):
+        expected = logits_of(bare)
     with quiet_loading():
-        if stored:
-            carrier = PeftModel.from_pretrained(bare, update.source).eval()
-            expected, bare = logits_of(carrier), carrier.unload()
-        else:
-            with added(bare, update.factors):
-                expected = logits_of(bare)
+        if update.extras:
+            bare, rows = load_base(update.base, torch.float32), len(bare.get_input_embeddings().weight)
+            if rows != len(bare.get_input_embeddings().weight):
+                bare.resize_token_embeddings(rows, mean_resizing=False)
         stock = PeftModel.from_pretrained(bare, str(folder)).eval()
-    exact = all(p.dtype == torch.float32 for p in stock.parameters())
-    limit = _LOGIT_FACTOR * tolerance if exact and tolerance is not None else None
-    return logit_difference(logits_of(stock), expected, update.source, limit), ""
+    return logit_difference(logits_of(stock), expected, update.source, exact), ""
 
 
-def _obstacle(update: AdapterUpdate, stored: bool) -> str:
-    """Return why an adapter's logits cannot be computed; empty if they can."""
-    if not update.base or not os.path.isdir(resolve(update.base)):
-        name = f"base model {update.base} is not a folder on this machine" if update.base else "no base model"
-        return f"{name}; pass base=… (--base)"
-    if update.extras and not stored:
-        return "an update in memory that replaces whole modules cannot be compared"
-    return BaseWeights(update.base).no_room(torch.float32.itemsize)
+def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
+    """Return an update whose configuration makes stock PEFT adapt the modules that it has, and no others.
+
+    Tried on the base model's skeleton, without its weights: with `fields`, and with all modules by name.
+
+    Raises:
+        AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
+            some mixtures of experts.
+    """
+    by_name = {"target_modules": sorted(update.factors), "exclude_modules": None, "layers_to_transform": None}
+    by_name |= {"layers_pattern": None}
+    for selection in (fields, {**fields, **by_name}):
+        try:
+            skeleton = BaseWeights(update.base).skeleton
+        except AdapterError:  # not at hand: this says nothing then
+            return update
+        if fields["task_type"] not in (None, "CAUSAL_LM"):
+            return update
+        with unrolled(skeleton):
+            for module in update.modules:
+                linear_layer(skeleton, module, update.base)
+        stock = dict(skeleton.named_modules())
+        if experts := [module for module in update.modules if module not in stock]:
+            raise AdapterError(f"{update.source}: adapts each expert by itself ({experts[0]}), unlike LoRA; {_DENSE}")
+        why = "it adapts others"
+        try:
+            with quiet_loading(), torch.device("meta"):
+                adapted = PeftModel(skeleton, LoraConfig(r=1, **selection))
+            layers = [name for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)]
+            if {name.removeprefix(PREFIX) for name in layers} == set(update.modules):
+                return replace(update, config={**update.config, **{key: selection[key] for key in by_name}})
+        except (ValueError, NotImplementedError) as error:
+            why = first_line(error)
+    raise AdapterError(
+        f"{update.source}: stock PEFT {peft.__version__} cannot adapt these modules of {update.base} ({why}): over "
+        f"this architecture it rewrites target_modules; {_DENSE}"
+    )
 
 
-def logit_difference(found: Tensor, expected: Tensor, source: str, limit: float | None) -> float:
-    """Return the largest difference of logits in units of the largest; AdapterError if it is over the limit."""
+def logit_difference(found: Tensor, expected: Tensor, source: str, exact: bool) -> float:
+    """Return the largest difference of logits in units of the largest; AdapterError if too large for `exact`."""
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if limit is not None and not difference <= limit:
+    if exact and not difference <= _LOGIT_TOLERANCE:
         raise AdapterError(
-            f"{source}: the exported logits differ by {difference:.1e} of the largest one, more than {limit:.0e}; "
-            "nothing was written: raise tolerance=… if that is acceptable"
+            f"{source}: the exported logits differ by {difference:.1e} of the largest one, more than "
+            f"{_LOGIT_TOLERANCE:.0e}; nothing was written"
         )
     return difference
 
@@ -110,14 +139,15 @@ def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
 
 
 @contextmanager
-def added(model: nn.Module, factors: Mapping[str, Pair]) -> Iterator[None]:
+def added(model: nn.Module, update: AdapterUpdate) -> Iterator[None]:
     """Add an update beside a bare model's layers inside the block, as an adapter does."""
 
     def hook(A: Tensor, B: Tensor) -> Any:
         return lambda _, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
 
     with ExitStack() as stack:
-        for module, (A, B) in factors.items():
+        stack.enter_context(unrolled(model))
+        for module, (A, B) in update.factors.items():
             handle = model.get_submodule(module).register_forward_hook(hook(A, B))
             stack.callback(handle.remove)
         yield

@@ -3,44 +3,34 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from hiplora.adapters.base import BaseWeights, in_precision
 from hiplora.adapters.formats import Parts, Saved
 from hiplora.adapters.update import AdapterUpdate, Channels
 from hiplora.spectral import FactorStore, SpectralFactors, protected, retract, soften
-from hiplora.tuner import leak_limit
+from hiplora.tuner import hip_layers, leak_limit
 
 
 def hip_update(saved: Saved) -> AdapterUpdate:
-    """Return a HiP-LoRA adapter as an update of kind "hiplora", or "proj-lora" without a principal channel.
+    """Return a HiP-LoRA adapter as an update of kind "hiplora".
 
     Factors that were not saved are taken from the live model's layers, or computed from the base weights.
     """
     modules, extras = saved.sort(r"hiplora_(?P<part>A|B|delta|U|sigma|V|shrink_U|shrink_V)(\.weight)?")
     recomputed = None
     if saved.model is not None:
-        _add_factors(saved, modules)
+        for name, layer in hip_layers(saved.model, saved.adapter):
+            layer.ensure_factors(saved.adapter)
+            for part in ("U", "sigma", "V", "shrink_U", "shrink_V"):
+                if saved.adapter in (held := getattr(layer, f"hiplora_{part}")):
+                    modules.setdefault(name, {})[part] = held[saved.adapter].detach().cpu()
     else:
         for module in saved.fingerprints:
-            saved.check_complete(module, modules.get(module, {}), ["A"], "hiplora_")
+            saved.check_complete(module, modules.get(module, {}), ["A"], "hiplora_{}")
         recomputed = None if saved.config.get("save_factors", True) else _recomputed(saved)
     channels = {module: _channels(saved, module, parts, recomputed) for module, parts in sorted(modules.items())}
     factors = {module: parts.factors() for module, parts in channels.items()}
-    kind = "hiplora" if saved.config.get("principal_channel", True) else "proj-lora"
     config = dict(saved.config)
-    return AdapterUpdate(saved.base, kind, config, factors, saved.fingerprints, extras, channels, saved.source)
-
-
-def _add_factors(saved: Saved, modules: dict[str, dict[str, Tensor]]) -> None:
-    """Complete a live adapter's tensors by what its layers hold and `save_factors=False` leaves out."""
-    from hiplora.tuner import hip_layers
-
-    for name, layer in hip_layers(saved.model, saved.adapter):  # type: ignore[arg-type]
-        layer.ensure_factors(saved.adapter)
-        for part in ("U", "sigma", "V", "shrink_U", "shrink_V"):
-            if saved.adapter in (held := getattr(layer, f"hiplora_{part}")):
-                modules.setdefault(name, {})[part] = held[saved.adapter].detach().cpu()
+    return AdapterUpdate(saved.base, "hiplora", config, factors, saved.fingerprints, extras, channels, saved.source)
 
 
 def _channels(
@@ -48,7 +38,7 @@ def _channels(
 ) -> Channels:
     config, gains = saved.config, saved.config.get("principal_channel", True)
     needed = ["A", "B", *(["delta"] if gains else []), *([] if recomputed else ["U", "sigma", "V"])]
-    saved.check_complete(module, tensors, needed, "hiplora_")
+    saved.check_complete(module, tensors, needed, "hiplora_{}")
     parts = {part: tensor.float() for part, tensor in tensors.items()}
     k = saved.setting("principal_rank_pattern", module, config.get("principal_rank"))
     if not isinstance(k, int):

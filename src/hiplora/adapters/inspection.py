@@ -1,8 +1,8 @@
-"""Where an adapter's update lies on the spectrum of the weights that it changes."""
+"""Where an adapter's update lies: on its own protected directions, or on the leading ones of the weights."""
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,26 +11,29 @@ from tqdm.auto import tqdm
 
 from hiplora.adapters.base import BaseWeights
 from hiplora.adapters.read import read_update
-from hiplora.adapters.update import AdapterUpdate, model_order, module_place
+from hiplora.adapters.update import AdapterUpdate, Channels, model_order, module_place
 from hiplora.errors import ConfigError
 from hiplora.spectral import FactorStore, SpectralFactors, allocate
 
 DEFAULT_RANK = 32
+_SHARES = ("left", "right", "both", "chance")
 
 
 def inspect_adapter(
     adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None, rank: int | None = None
 ) -> dict[str, Any]:
-    """Measure how an adapter's update lies on the singular directions of its base weights.
+    """Measure how an adapter's update lies on its own protected directions or on leading singular directions.
 
     Args:
         adapter_dir: an adapter folder that `read_update` reads, or an update.
         base: base model, path or name, instead of the one in the configuration.
-        rank: number of leading directions, at most all of a weight; None takes the adapter's principal rank, or 32.
+        rank: look at so many leading singular directions of the base weights, at most all; None takes the directions
+            that a HiP-LoRA adapter protects, of other adapters 32 singular ones.
 
     Returns:
-        the inspection record, schema 1: adapter, base, method, rows per module (see `allocation_rows`), and a summary
-        of all modules (`energy_shares`, and the largest leak).
+        the inspection record, schema 1: adapter, base, method, `directions` ("protected" or "singular"), rows per
+        module (see `allocation_rows`), a summary of all modules (`energy_shares`, and the largest leak), and
+        `verdict`, a sentence.
 
     Raises:
         AdapterError: the adapter cannot be read or does not fit the base model.
@@ -39,16 +42,18 @@ def inspect_adapter(
     update = read_update(adapter_dir, base)
     rows = allocation_rows(update, base, rank)
     leaks = [row["leak"] for row in rows if row["leak"] is not None]
-    return {
+    record = {
         "schema": 1,
         "kind": "inspection",
         "adapter": update.source,
         "base": base or update.base,
         "method": update.kind,
-        "principal_rank": _rank(update, rank),
+        "directions": "protected" if rank is None and update.channels else "singular",
+        "principal_rank": max(row["rank"] for row in rows),
         "modules": rows,
         "summary": {**energy_shares(rows), "max_leak": max(leaks, default=None)},
     }
+    return record | {"verdict": _verdict(record)}
 
 
 @torch.no_grad()
@@ -58,19 +63,29 @@ def allocation_rows(
     """Return one row per adapted module, in the model's order; arguments and errors are those of `inspect_adapter`.
 
     A row has: module, layer (index or None), type, rank (of the directions looked at), norm (‖ΔW‖_F), left, right,
-    both (fractions of ‖ΔW‖_F² inside span(U), span(V), both), sigma, gains (diag(UᵀΔWV), the change of each σ) and
-    leak (of a HiP-LoRA residual channel into its own protected directions; None without such a promise).
+    both (fractions of ‖ΔW‖_F² inside span(U), span(V), both), chance (what a random update has inside either), sigma,
+    gains (diag(UᵀΔWV), the change of each σ) and leak (of a HiP-LoRA residual channel into its own protected
+    directions; None without such a promise).
     """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
     update = read_update(adapter_dir, base)
-    spectrum = _spectrum(update, base or update.base, _rank(update, rank))
+    weights, store = cache(lambda: BaseWeights(base or update.base)), FactorStore()
     rows = []
     for module in tqdm(sorted(update.factors, key=model_order), "inspecting modules", disable=None, delay=2):
-        (A, B), channels, factors = update.factors[module], update.channels.get(module), spectrum(module)
-        found = allocate(B, A, factors.U, factors.V)
+        (A, B), channels, (m, n) = update.factors[module], update.channels.get(module), update.shape(module)
+        factors: Channels | SpectralFactors | None = channels
+        # In the weight basis a HiP-LoRA adapter's own directions are the singular ones.
+        weight_basis = update.config.get("basis", "weight") == "weight"
+        if channels is None or (rank is not None and not (weight_basis and len(channels.sigma) == rank)):
+            weight = weights().fitting_weight(module, update)
+            factors = store.get_or_compute(weight, min(rank or DEFAULT_RANK, m, n), name=module)
+        found, k = allocate(B, A, factors.U, factors.V), len(factors.sigma)
         row = {
             **module_place(module),
-            "rank": factors.rank,
+            "rank": k,
             **{name: getattr(found, name) for name in ("norm", "left", "right", "both")},
+            "chance": 1 - (1 - k / m) * (1 - k / n),
             "sigma": factors.sigma.tolist(),
             "gains": found.gains.tolist(),
             "leak": channels.leak() if channels is not None and channels.leak_limit is not None else None,
@@ -80,32 +95,20 @@ def allocation_rows(
 
 
 def energy_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the fractions left, right and both of some rows, weighted by energy, and the norm of them all."""
+    """Return left, right, both and chance of some rows, weighted by energy, and the norm of them all."""
     energy = sum(row["norm"] ** 2 for row in rows)
-    sums = {side: sum(row[side] * row["norm"] ** 2 for row in rows) for side in ("left", "right", "both")}
+    sums = {side: sum(row[side] * row["norm"] ** 2 for row in rows) for side in _SHARES if side in rows[0]}
     shares = {side: total / energy if energy else 0.0 for side, total in sums.items()}
     return {**shares, "norm": math.sqrt(energy)}
 
 
-def _spectrum(update: AdapterUpdate, base: str, rank: int) -> Callable[[str], SpectralFactors]:
-    """Return a function for the leading singular triplets of a base weight, the adapter's own if it has just these."""
-    weights, store = cache(lambda: BaseWeights(base)), FactorStore()
-    own_basis = update.config.get("basis", "weight") == "weight"
-
-    def factors(module: str) -> SpectralFactors:
-        channels = update.channels.get(module)
-        if channels is not None and own_basis and channels.sigma.shape[0] == rank:
-            return SpectralFactors(channels.U, channels.sigma, channels.V, math.nan, math.nan, "adapter")
-        weight = weights().fitting_weight(module, update)
-        return store.get_or_compute(weight, min(rank, *weight.shape), name=module)
-
-    return factors
-
-
-def _rank(update: AdapterUpdate, rank: int | None) -> int:
-    if rank is None:
-        own = update.config.get("principal_rank")
-        return own if isinstance(own, int) else DEFAULT_RANK
-    if rank < 1:
-        raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
-    return rank
+def _verdict(record: Mapping[str, Any]) -> str:
+    """Return the record in a sentence."""
+    total, leak = record["summary"], record["summary"]["max_leak"]
+    inside = total["left"] + total["right"] - total["both"]
+    said = f"{inside:.1%} of the update's energy touches"
+    chance = f"a random update has {total['chance']:.1%} there"
+    if record["directions"] == "singular":
+        return f"{said} the {record['principal_rank']} leading singular directions of each weight; {chance}."
+    promise = "promises no complement" if leak is None else f"leaks {leak:.0e} at most beside its gains"
+    return f"{said} the directions that the adapter protects; {chance}. It {promise}."

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hiplora.adapters.base import is_transposed
-from hiplora.adapters.check import compare_logits, compare_modules, refuse_over
-from hiplora.adapters.output import ExportReport, check_out, write_card
+from hiplora.adapters.check import TOLERANCE, compare_logits, compare_modules, loadable, refuse_over
+from hiplora.adapters.output import write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.files import staged_dir
+from hiplora.files import check_output_dir, staged_dir
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What selects the adapted modules; copied, since a stock config selects by the same rules.
@@ -32,48 +32,53 @@ def save_as_lora(
     path: str | os.PathLike,
     *,
     adapter: str = "default",
+    scale: float = 1.0,
     pad_rank: int | None = None,
-    tolerance: float = 1e-5,
+    prefix: str = "",
     base: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
     check_logits: bool = True,
     details: Mapping[str, Any] | None = None,
-) -> ExportReport:
+) -> dict[str, Any]:
     """Write an adapter as a plain LoRA folder that stock PEFT loads, and verify what was written.
 
     The folder holds `lora_A` and `lora_B` tensors (and those of `modules_to_save`), a stock `LoraConfig`, a model
-    card and the report. It is read back and compared before it appears under `path`.
+    card and the record. It is read back and compared before it appears under `path`.
 
     Args:
         model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, LoRA, AdaLoRA or OSF.
         path: output folder.
         adapter: name of the adapter in a model.
+        scale: write the update times this number.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.
-        tolerance: largest accepted relative difference of a module's update, before rounding to `dtype`.
+        prefix: what stands for the leading "model" in the modules' names, for servers of multimodal checkpoints
+            ("model.language_model"); it then loads over no causal language model, and logits are not compared.
         base: base model, path or name, instead of the one in the configuration.
-        dtype: "float32", "bfloat16" or "float16"; the last two round, and the report says how much.
+        dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
         overwrite: replace `path` if it exists.
         check_logits: also compare logits, of an adapter folder or an update whose base model is at hand and fits into
             memory.
         details: more fields of `export.json`, for JSON.
 
+    Returns:
+        the record in `export.json`, without the provenance.
+
     Raises:
         AdapterError: the adapter cannot be read, left its complement, needs a higher rank than `pad_rank`, or the
-            result differs by more than the tolerance; nothing is written then.
+            result differs by more than rounding; nothing is written then.
         ConfigError: `path` exists, or `dtype` is unknown.
     """
     check_dtype(dtype)
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
-    update = open_update(model_or_dir, path, overwrite, adapter, base)
+    update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
     update.check_low_rank()
+    transposed = is_transposed(update, model)
+    update = update.renamed(prefix) if prefix else loadable(update, shared_fields(update))
     with staged_dir(path, overwrite) as staged:
-        write_lora(update, staged, pad_rank, DTYPES[dtype], is_transposed(update, model))
-        limit = tolerance if dtype == "float32" else None
-        report = verified(update, staged, limit, check_logits and model is None)
-        report = replace(report, path=str(path), dtype=dtype)
-        write_card(update, report, staged, details)
-    return report
+        write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
+        compare = check_logits and model is None and not prefix
+        return verified("lora", update, staged, path, dtype, compare, details)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -83,11 +88,7 @@ def check_dtype(dtype: str | None) -> None:
 
 
 def open_update(
-    model_or_dir: Any,
-    path: str | os.PathLike,
-    overwrite: bool,
-    adapter: str = "default",
-    base: str | None = None,
+    source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
 ) -> Any:
     """Return the update to export to `path`, after checking the folder and the update's complement.
 
@@ -95,32 +96,40 @@ def open_update(
         AdapterError: it cannot be read, or leaks.
         ConfigError: `path` exists, or replacing it would delete the adapter or its base model.
     """
-    live, stored = isinstance(model_or_dir, nn.Module), isinstance(model_or_dir, (str, os.PathLike))
-    source = "" if live else str(model_or_dir) if stored else model_or_dir.source
-    check_out(path, overwrite, source)
-    update: Any = model_or_dir
-    if live or stored:
-        update = update_from_model(model_or_dir, adapter) if live else read_update(model_or_dir, base)
+    update = source
+    if isinstance(source, nn.Module):
+        update = update_from_model(source, adapter)
+    elif not isinstance(source, AdapterUpdate):
+        check_output_dir(path, overwrite, {"the adapter": source})
+        update = read_update(source, base)
     update = replace(update, base=base) if base else update
-    check_out(path, overwrite, update.base, "its base model")
+    check_output_dir(path, overwrite, {"the adapter": update.source, "its base model": update.base})
     update.check_leak()
     return update
 
 
-def verified(update: AdapterUpdate, folder: Path, tolerance: float | None, check_logits: bool = True) -> ExportReport:
-    """Read a written adapter back, compare it with the update and return the report.
+def verified(
+    to: str,
+    update: AdapterUpdate,
+    folder: Path,
+    path: str | os.PathLike,
+    dtype: str,
+    check_logits: bool,
+    details: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Read back an adapter that was written into `folder`, compare it with the update, and write and return the record.
 
     Raises:
-        AdapterError: it differs by more than the tolerance; None only reports, for formats that round.
+        AdapterError: it differs by more than rounding, in fp32.
     """
-    written = read_update(folder)
-    modules = compare_modules(update, written)
-    if tolerance is not None:
-        refuse_over(modules, tolerance)
-    logits, note = None, "logits not compared: switched off, or the adapter of a live model"
+    written, exact = read_update(folder), dtype == "float32"
+    differences = compare_modules(update, written)
+    if exact:
+        refuse_over(differences, TOLERANCE)
+    logits: Any = (None, "logits not compared: switched off, of a live model, or with other names")
     if check_logits:
-        logits, note = compare_logits(update, folder, tolerance)
-    return ExportReport("lora", str(folder), update.base, "float32", modules, logits, note, written.ranks)
+        logits = compare_logits(update, folder, exact)
+    return write_record(to, update, folder, path, differences, logits, dtype, written.ranks, details)
 
 
 def write_lora(

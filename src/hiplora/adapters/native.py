@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hiplora.adapters.lora import open_update, pattern, save_tensors, shared_fields, verified
-from hiplora.adapters.output import ExportReport, write_card
 from hiplora.adapters.update import AdapterUpdate, Channels
 from hiplora.errors import AdapterError
 from hiplora.files import staged_dir
@@ -20,10 +18,9 @@ def save_as_hiplora(
     path: str | os.PathLike,
     *,
     overwrite: bool = False,
-    tolerance: float = 1e-5,
     details: Mapping[str, Any] | None = None,
-) -> ExportReport:
-    """Write an update with all its channels as a HiP-LoRA adapter, and verify what was written.
+) -> dict[str, Any]:
+    """Write an update with all its channels as a HiP-LoRA adapter, verify what was written, and return its record.
 
     Every module of the update must have its channels, as a merge of adapters that share a basis has. The other
     arguments are those of `save_as_lora`.
@@ -46,9 +43,7 @@ def save_as_hiplora(
             tensors |= {f"{module}.hiplora_{names[part]}": tensor for part, tensor in parts.items()}
         save_tensors(tensors | dict(update.extras), staged)
         config.save_pretrained(str(staged))
-        report = replace(verified(update, staged, tolerance), to="hiplora", path=str(path))
-        write_card(update, report, staged, details)
-    return report
+        return verified("hiplora", update, staged, path, "float32", True, details)
 
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:

@@ -1,27 +1,24 @@
-"""An exported folder: where it may be written, the report on it, its model card and `export.json`."""
+"""An exported folder: its record (`export.json`), its model card, and what servers reject or misread in it."""
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.update import AdapterUpdate
-from hiplora.errors import ConfigError
-from hiplora.files import check_output_dir
+from hiplora.errors import AdapterError
 from hiplora.provenance import provenance
 
+# vLLM 0.26; what is said of llama.cpp is of its converter b9496.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+_DENSE = "export with --to dense"
+_PEFT = 'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")'
 # What was written → the card's title and the code that loads it.
 _CARDS = {
-    "lora": (
-        "Plain LoRA adapter",
-        'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-    ),
-    "hiplora": (
-        "HiP-LoRA adapter",
-        'import hiplora\nmodel = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-    ),
+    "lora": ("Plain LoRA adapter", _PEFT),
+    "hiplora": ("HiP-LoRA adapter", f"import hiplora\n{_PEFT}"),
     "dense": (
         "Standalone model",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
@@ -29,85 +26,110 @@ _CARDS = {
 }
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and how far it is from the adapter.
+def write_record(
+    to: str,
+    update: AdapterUpdate,
+    folder: Path,
+    path: Any,
+    differences: Mapping[str, float],
+    logits: tuple[float | None, str],
+    dtype: str = "float32",
+    ranks: Mapping[str, int] | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `export.json` and the model card into `folder`, and return the record of what was written.
 
-    `to` is "lora", "hiplora" or "dense". `modules` has one relative difference (Frobenius) per module, of the tensors
-    as written: of an adapter ‖B'A' − ΔW‖/‖ΔW‖, of a dense model ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖
-    together. `logits` is the largest difference of a logit in units of the largest logit; None if logits were not
-    compared, `note` says why. `ranks` is empty for a dense model; `untied` says that its output head got a weight of
-    its own.
+    `to` is "lora", "hiplora" or "dense"; `folder` will be at `path`. `differences` has a relative difference
+    (Frobenius) per module, of the tensors as written: of an adapter ‖B'A' − ΔW‖/‖ΔW‖, of a dense model
+    ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖ together; `logits` the largest difference of a logit in units of
+    the largest logit, or None and why it is not known. `details` are more fields of the record; one that is named like
+    a file is written as one.
     """
-
-    to: str
-    path: str
-    base: str
-    dtype: str
-    modules: Mapping[str, float]
-    logits: float | None = None
-    note: str = ""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    untied: bool = False
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The module that differs most, and by how much."""
-        return max(self.modules.items(), key=lambda item: item[1])
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready record."""
-        return {
-            "schema": 1,
-            "kind": "export",
-            "to": self.to,
-            "path": self.path,
-            "base": self.base,
-            "dtype": self.dtype,
-            "rank": max(self.ranks.values(), default=None),
-            "largest_difference": dict(zip(("module", "relative"), self.worst, strict=True)),
-            "logit_difference": self.logits,
-            "note": self.note,
-            "untied": self.untied,
-            "modules": [
-                {"module": name, "rank": self.ranks.get(name), "difference": difference}
-                for name, difference in self.modules.items()
-            ],
-        }
-
-
-def check_out(path: str | os.PathLike, overwrite: bool, source: str, what: str = "the adapter") -> None:
-    """Raise ConfigError unless a folder may be written: it is new, or replacing it does not delete `source`."""
-    final = check_output_dir(path, overwrite).resolve()
-    if os.path.isdir(source) and (Path(source).resolve() == final or final in Path(source).resolve().parents):
-        raise ConfigError(f"--out {path}: replacing it would delete {what}; name another folder")
-
-
-def write_card(
-    update: AdapterUpdate, report: ExportReport, folder: Path, details: Mapping[str, Any] | None = None
-) -> None:
-    """Write an export's model card, and `export.json`: report, origin, `details` and provenance."""
-    record = report.to_json() | {"source": update.source, "method": update.kind, **(details or {})}
-    record["provenance"] = provenance()
-    (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n")
-    module, difference = report.worst
-    title, code = _CARDS[report.to]
-    rank = f" Rank {record['rank']}, scaling 1." if report.ranks else ""
-    logits = "were not compared" if report.logits is None else f"differ by {report.logits:.1e} of the largest"
+    ranks, details = ranks or {}, dict(details or {})
+    for name in [name for name in details if name.endswith(".json")]:
+        (folder / name).write_text(json.dumps(details.pop(name), indent=1))
+    module, worst = max(differences.items(), key=lambda item: item[1])
+    record = {
+        "schema": 1,
+        "kind": "export",
+        "to": to,
+        "path": str(path),
+        "base": update.base,
+        "dtype": dtype,
+        "rank": max(ranks.values(), default=None),
+        "largest_difference": {"module": module, "relative": worst},
+        "logit_difference": logits[0],
+        "note": logits[1],
+        "modules": [
+            {"module": name, "rank": ranks.get(name), "difference": value} for name, value in differences.items()
+        ],
+        "source": update.source,
+        "method": update.kind,
+        **details,
+    }
+    stored = record | {"provenance": provenance()}
+    (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
+    base, (title, code) = update.base or "unknown", _CARDS[to]
+    rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
+    compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
     (folder / "README.md").write_text(f"""---
-base_model: {report.base or "unknown"}
-library_name: {"transformers" if report.to == "dense" else "peft"}
+base_model: {json.dumps(base)}
+library_name: {"transformers" if to == "dense" else "peft"}
 tags: [lora, hiplora]
 ---
 
 # {title}
 
-Exported by hiplora from an adapter (`{update.kind}`) of `{report.base or "unknown"}`.{rank} {report.dtype}.
+Exported by hiplora from an adapter (`{update.kind}`) of `{base}`.{rank} {dtype}.
 
 ```python
 {code}
 ```
 
-Verified on writing: the largest relative difference of a module is {difference:.1e} (`{module}`); logits {logits}.
+Verified on writing: the largest relative difference of a module is {worst:.1e} (`{module}`); logits {compared}.
 `export.json` has every module, the origin and the provenance.
 """)
+    return record
+
+
+def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[tuple[str, str, str]]:
+    """Return what servers reject or misread of an adapter padded to `pad_rank`: (server, problem, remedy) each."""
+    ranks = {pad_rank or rank for rank in update.ranks.values()}
+    largest = max(ranks)
+    allowed = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    if update.extras:
+        found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
+    elif allowed is None:
+        found = [("vLLM", f"rank above {VLLM_RANKS[-1]}", _DENSE)]
+    elif len(ranks) > 1:
+        vllm = "ranks differ between modules and it ignores rank_pattern and alpha_pattern"
+        found = [("vLLM", vllm, f"export with --pad-rank {allowed}")]
+    elif largest > VLLM_DEFAULT_RANK:
+        vllm = f"rank {largest} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
+        found = [("vLLM", vllm, f"start it with --max-lora-rank {allowed}")]
+    else:
+        found = []
+    if len(ranks) > 1:
+        problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
+        found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
+    try:
+        architectures = BaseWeights(update.base).config.architectures or []
+    except AdapterError:
+        architectures = []
+    if any("ConditionalGeneration" in name for name in architectures) and any(
+        name.startswith("model.layers.") for name in update.factors
+    ):
+        problem = "the checkpoint is multimodal: it looks for model.language_model.* and ignores other names, silently"
+        found.append(("vLLM", problem, "export with --prefix model.language_model"))
+    if is_transposed(update):
+        found.append(("llama.cpp", "the base model stores transposed weights (as GPT-2)", _DENSE))
+    if any(name.rpartition(".")[2] == "lm_head" for name in update.factors) and _tied(update.base):
+        found.append(("llama.cpp", "lm_head is adapted, but tied to the embeddings", _DENSE))
+    return found
+
+
+def _tied(base: str) -> bool:
+    try:
+        return is_tied(BaseWeights(base).skeleton)
+    except AdapterError:  # the base model is not at hand; this says less then
+        return False

@@ -1,21 +1,21 @@
 """Projection of a trained update off the directions of the inputs that its layers really get."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.adapters.lora import CARRIED, SELECTION
-from hiplora.adapters.update import AdapterUpdate, product_norm
+from hiplora.adapters.update import AdapterUpdate, Pair, product_norm
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.tuner import PROJECTIONS
 
 _KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
+_JOINT_RANK = 4  # times an update's rank: what is left of it after pairs were taken out
 _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has nothing left but rounding
 
 
@@ -79,12 +79,44 @@ def project(
     return projected.to(A.dtype)
 
 
+def without_pairs(factors: Pair, inputs: MomentBasis, outputs: MomentBasis, k: int) -> Float[Tensor, "m n"]:
+    """Take pairs of directions out of an update: as much drift goes as with the hard projection, and less of it.
+
+    To second order the KL divergence from the base is `½ tr(G ΔW C ΔWᵀ) = ½ Σ μ_i λ_j X_ij²`, with λ, E the
+    eigenpairs of the inputs' second moment C, μ, F those of the output gradients' moment G, and `X = Fᵀ ΔW E`. The
+    entries X_ij with the largest μ_i λ_j become zero, just so many that no more of the sum is left than without the
+    first k columns. CrispEdit (arXiv 2602.15823) masks pairs like that, for editing.
+
+    Returns ΔW' in float64; its rank is full in general.
+    """
+    A, B = (factor.double() for factor in factors)
+    E, F = inputs.vectors.double(), outputs.vectors.double()
+    weights = outputs.values.double()[: F.shape[1], None] * inputs.values.double()[: E.shape[1]]
+    X = (F.T @ B) @ (A @ E)
+    order = weights.flatten().argsort(descending=True, stable=True)
+    energy = (weights * X.square()).flatten()[order]
+    left = energy.sum() - energy.cumsum(0)
+    allowed = (weights * X.square())[:, k:].sum() + 1e-12 * energy.sum()
+    taken = torch.zeros_like(X).flatten()
+    taken[order[: int((left > allowed).sum()) + 1]] = 1.0
+    return B @ A - F @ (taken.view_as(X) * X) @ E.T
+
+
+def second_order_kl(factors: Pair, inputs: MomentBasis, outputs: MomentBasis) -> float:
+    """Return `½ tr(G ΔW C ΔWᵀ)` over the directions that are kept, in nats a token (see `without_pairs`)."""
+    A, B = (factor.double() for factor in factors)
+    left = outputs.values.double()[: outputs.vectors.shape[1]].sqrt()[:, None] * (outputs.vectors.double().T @ B)
+    right = (A @ inputs.vectors.double()) * inputs.values.double()[: inputs.vectors.shape[1]].sqrt()
+    return 0.5 * product_norm(left, right) ** 2
+
+
 def protect(
     update: AdapterUpdate,
     bases: Mapping[str, MomentBasis],
     principal_rank: RankSpec = 32,
     strength: float = 1.0,
     projection: str = "hard",
+    outputs: Mapping[str, MomentBasis] | None = None,
 ) -> AdapterUpdate:
     """Project every module of an update off the directions of its layer's inputs; nothing is trained.
 
@@ -97,6 +129,8 @@ def protect(
         principal_rank: k: a number, a fraction of the layer's width, or "energy:0.95".
         strength: s from 0, which leaves the update as it is, to 1, which takes the directions away altogether.
         projection: "hard" takes the first k alike; "soft" takes each direction by how strong it is.
+        outputs: module → eigenvectors of the second moment of the gradients at its outputs: takes pairs of directions
+            out instead (`without_pairs`), and keeps the strongest of four times the rank.
 
     Raises:
         ConfigError: a value makes no sense, or a layer has fewer directions than it is to protect.
@@ -105,57 +139,26 @@ def protect(
     factors = {}
     for module, (A, B) in update.factors.items():
         k = module_rank(principal_rank, bases[module], module)
-        factors[module] = project(A, bases[module], k, strength, projection), B
+        if outputs is None:
+            factors[module] = project(A, bases[module], k, strength, projection), B
+            continue
+        U, sigma, Vt = torch.linalg.svd(without_pairs((A, B), bases[module], outputs[module], k), full_matrices=False)
+        q = min(_JOINT_RANK * A.shape[0], len(sigma))
+        root = sigma[:q].sqrt()
+        factors[module] = (root[:, None] * Vt[:q]).float(), (U[:, :q] * root).float()
     config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in _KEPT_CONFIG}
+    projection = "joint" if outputs is not None else projection
     done = f"principal_rank={principal_rank}, projection={projection}, strength={strength:g}"
     source = f"{update.source} projected off its layers' inputs ({done})"
     return replace(update, kind="projected", config=config, factors=factors, channels={}, source=source)
 
 
-def remaining(
-    before: AdapterUpdate,
-    after: AdapterUpdate,
-    bases: Mapping[str, MomentBasis],
-    principal_rank: RankSpec = 32,
-) -> list[dict[str, Any]]:
-    """Return, module by module, how much a projection left of an update and of what it does on the text.
-
-    A row has: module, width (of the inputs), k, norm (‖ΔW‖_F) and output_energy (`E‖ΔWx‖²` over the calibration
-    text), each before and after, norm_share and energy_share, the shares of ‖ΔW‖_F² and of the energy that are left.
-    """
-    rows = []
-    for module in before.factors:
-        inputs, pairs = bases[module], (before.factors[module], after.factors[module])
-        row = {
-            "module": module,
-            "width": inputs.vectors.shape[0],
-            "k": module_rank(principal_rank, inputs, module),
-            "norm": [product_norm(B, A) for A, B in pairs],
-            "output_energy": [output_energy(A, B, inputs) for A, B in pairs],
-        }
-        rows.append(row | totals([row]))
-    return rows
-
-
-def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return `norm_share` and `energy_share` of some rows of `remaining` together; 0 where there was nothing."""
-    norms = [math.fsum(row["norm"][i] ** 2 for row in rows) for i in (0, 1)]
-    energies = [math.fsum(row["output_energy"][i] for row in rows) for i in (0, 1)]
-    shares = {"norm_share": norms, "energy_share": energies}
-    return {name: after / before if before else 0.0 for name, (before, after) in shares.items()}
-
-
-def output_energy(A: Float[Tensor, "q n"], B: Float[Tensor, "m q"], inputs: MomentBasis) -> float:
-    """Return `E‖BAx‖² = tr(BA C AᵀBᵀ)`, what an update adds to its layer's output per token, in float64.
-
-    Exact where all eigenvectors of C are kept. Of a wider input those beyond the kept ones count with the mean of
-    their eigenvalues, none of which exceeds the last that is kept.
-    """
-    kept = inputs.vectors.shape[1]
-    R = torch.linalg.qr(B.double(), mode="r").R
-    E, wide, values = inputs.vectors.double(), A.double(), inputs.values.double()
-    seen = wide @ E
-    energy = (R @ seen).square().sum(dim=0) @ values[:kept]
-    if kept < len(values):
-        energy = energy + values[kept:].mean() * (R @ (wide - seen @ E.T)).square().sum()
-    return energy.item()
+def remaining(before: AdapterUpdate, after: AdapterUpdate) -> tuple[dict[str, float], float]:
+    """Return the share of ‖ΔW‖² that is left, module by module and of all together; 0 where there was none."""
+    norms = {
+        module: [product_norm(B, A) ** 2 for A, B in (pair, after.factors[module])]
+        for module, pair in before.factors.items()
+    }
+    norms["all"] = [math.fsum(pair[i] for pair in norms.values()) for i in (0, 1)]
+    shares = {module: left / whole if whole else 0.0 for module, (whole, left) in norms.items()}
+    return shares, shares.pop("all")

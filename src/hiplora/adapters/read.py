@@ -1,30 +1,53 @@
 """Read any adapter that is a sum of low-rank updates: HiP-LoRA, LoRA, AdaLoRA, OSF, and what PEFT converts to LoRA."""
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import get_peft_model_state_dict
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
-from hiplora.adapters.formats import Saved, adalora_update, lora_update, osf_update
+from hiplora.adapters.formats import Saved, lora_like
 from hiplora.adapters.hip import hip_update
 from hiplora.adapters.update import AdapterUpdate
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, first_line
 
 CONFIG = "adapter_config.json"
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    compiled = re.compile(rf"(.*\\.)?({pattern})$")
+    for name in names:
+        compiled.match(name)
+"""
+_MATCH_SECONDS = 10
+_TYPES: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
+    (("r", "init_r"), (int,), "a whole number"),
+    (("lora_alpha",), (int, float), "a number"),
+    (("rank_pattern", "alpha_pattern", "fingerprints", "principal_ranks"), (dict,), "an object"),
+    (("use_rslora", "fan_in_fan_out", "principal_channel", "save_factors"), (bool,), "true or false"),
+    (("target_modules", "exclude_modules"), (list, str), "a list of names, or a pattern"),
+    (("modules_to_save",), (list,), "a list of names"),
+    (("base_model_name_or_path", "task_type", "bias", "peft_type"), (str,), "text"),
+)
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _READERS: dict[str, Callable[[Saved], AdapterUpdate]] = {
     "HIPLORA": hip_update,
-    "LORA": lora_update,
-    "ADALORA": adalora_update,
-    "OSF": osf_update,
+    **{kind.upper(): partial(lora_like, kind) for kind in ("lora", "adalora", "osf")},
 }
 
 
@@ -75,12 +98,14 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
-    """Raise AdapterError if a tensor has NaN or Inf, naming `what` and their count."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    """Raise AdapterError if a tensor is complex or has NaN or Inf, naming `what` and their count."""
+    if tensor.is_complex():
+        raise AdapterError(f"{what}: is complex; expected real numbers, so the file is damaged or no adapter's")
+    finite = torch.isfinite(tensor.float())
+    if not bool(finite.all()):
         raise AdapterError(
-            f"{what}: {bad} of {tensor.numel()} values are NaN or Inf; the training diverged or the file is "
-            "damaged: use an earlier checkpoint"
+            f"{what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or Inf; the training diverged or the "
+            "file is damaged: use an earlier checkpoint"
         )
 
 
@@ -101,12 +126,12 @@ def _plain(value: Any) -> Any:
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter folder's configuration and its tensors, as saved, by name without PEFT's prefix."""
+    """Return an adapter folder's configuration and its tensors, as saved, by plain name."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise AdapterError(f"{folder / CONFIG}: no peft_type in it; this is not a PEFT adapter")
@@ -118,7 +143,66 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         pickle = file.suffix == ".bin"
         found = torch.load(file, map_location="cpu", weights_only=True) if pickle else load_file(file)
     except Exception as error:  # both libraries raise many types for a damaged file, none of them documented
-        raise AdapterError(f"{file}: damaged or cut off ({error}); save or copy the adapter again") from error
+        why = first_line(error)
+        raise AdapterError(f"{file}: damaged or cut off ({why}); save or copy the adapter again") from error
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
-    return config, {name.removeprefix(PREFIX): value for name, value in found.items()}
+    tensors = {_plain_name(name): value for name, value in found.items()}
+    check_config(config, tensors, str(folder / CONFIG))
+    return config, tensors
+
+
+def _plain_name(name: str) -> str:
+    """Return a tensor's name without PEFT's prefix, without what wrappers of the model add, and without the adapter's.
+
+    torch.compile adds `_orig_mod`, FSDP `_fsdp_wrapped_module`, activation checkpointing `_checkpoint_wrapped_module`,
+    and DDP `module` in front; a state dict that was saved without PEFT has `lora_A.default.weight`.
+    """
+    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
+    name = name.removeprefix("module.").removeprefix(PREFIX).removeprefix("module.")
+    name = re.sub(r"\.(lora_[AB]|hiplora_(?:A|B|delta))\.[^.]+\.weight$", r".\1.weight", name)
+    return re.sub(r"\.(lora_E)\.[^.]+$", r".\1", name)
+
+
+def check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
+    """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown.
+
+    Raises:
+        AdapterError: a setting has another type, or a pattern cannot be matched with the names of the tensors in time.
+    """
+    for names, types, expected in _TYPES:
+        for name in names:
+            value = config.get(name)
+            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                raise AdapterError(f"{source}: {name} is {value!r}; expected {expected}")
+    peft_config = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
+    if peft_config is not None:
+        known = {field.name for field in dataclasses.fields(peft_config)} | {"peft_version"}
+        if unknown := sorted(name for name in config.keys() - known if config[name]):
+            warnings.warn(
+                f"{source}: {', '.join(unknown)} is not known to PEFT {peft.__version__} and ignored; if it changes "
+                "what the adapter does, update PEFT",
+                stacklevel=2,
+            )
+    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
+    patterns += [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), str)]
+    unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)]
+    if unusual:
+        _match_in_time(unusual, [name.rpartition(".lora_")[0] or name for name in tensors], source)
+
+
+def _match_in_time(patterns: Sequence[str], names: Sequence[str], source: str) -> None:
+    """Match patterns as PEFT does in a process that can be stopped: those of a stranger's adapter may never end."""
+    probes = [*names, *(f"{name}!" for name in names)]  # a name that fits but for its end takes longest
+    given = json.dumps([list(patterns), probes])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _MATCH], input=given, capture_output=True, text=True, timeout=_MATCH_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise AdapterError(
+            f"{source}: matching its patterns ({', '.join(patterns)}) with the modules' names takes over "
+            f"{_MATCH_SECONDS} s; write them without nested repetition"
+        ) from None
+    if done.returncode:
+        raise AdapterError(f"{source}: a pattern is no regular expression ({done.stderr.strip().splitlines()[-1]})")

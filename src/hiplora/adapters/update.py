@@ -1,15 +1,16 @@
 """An adapter as what it does to the base weights: one pair of thin factors a module, scaling included."""
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import full_precision, fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
@@ -40,6 +41,11 @@ class Channels:
             return self.A, self.scaling * self.B
         return fused_factors(self.A, self.B, self.delta, self.U, self.V, self.scaling)
 
+    def scaled(self, scale: float) -> "Channels":
+        """Return the channels of `scale` times the update."""
+        delta = None if self.delta is None else scale * self.delta
+        return replace(self, delta=delta, scaling=scale * self.scaling)
+
     def leak(self) -> float:
         """Return how far A and B lie outside the complement, 0 to 1 (relative Frobenius norms)."""
         return leak(self.A, self.B, *protected(self.U, self.V, self.sides))
@@ -50,11 +56,11 @@ class AdapterUpdate:
     """What an adapter adds to its base model, independent of the method that trained it.
 
     `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
-    whatever the layout of the base weight. `kind` is "hiplora", "proj-lora", "lora", "adalora", "osf", "merged" or
-    "projected"; `config` is the adapter's own configuration; `fingerprints` name the base weights where the adapter
-    recorded them; `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules
-    apart; `source` is the folder or model, for messages; `errors` has ‖ΔW − ΔW_full‖/‖ΔW_full‖ (Frobenius) of modules
-    that a merge cut down to a lower rank.
+    whatever the layout of the base weight. `kind` is "hiplora", "lora", "adalora", "osf", "merged" or "projected";
+    `config` is the adapter's own configuration; `fingerprints` name the base weights where the adapter recorded them;
+    `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart; `source`
+    is the folder or model, for messages; `errors` has ‖ΔW − ΔW_full‖/‖ΔW_full‖ (Frobenius) of modules that a merge cut
+    down to a lower rank.
     """
 
     base: str
@@ -77,10 +83,6 @@ class AdapterUpdate:
         """Rank q of every module."""
         return {module: A.shape[0] for module, (A, _) in self.factors.items()}
 
-    def rank(self, module: str) -> int:
-        """Return the rank q of a module's factors."""
-        return self.factors[module][0].shape[0]
-
     def shape(self, module: str) -> tuple[int, int]:
         """Return (m, n) of a module's update: outputs, inputs."""
         A, B = self.factors[module]
@@ -92,16 +94,36 @@ class AdapterUpdate:
         with full_precision(A.device):
             return B @ A
 
-    def exact_factors(self, module: str) -> tuple[Float[Tensor, "m q"], Float[Tensor, "q n"]]:
-        """Return (P, Q) in float64 with ΔW = PQ, from the channels (Eq. 1, 2, 5) where the adapter has them."""
-        channels = self.channels.get(module)
-        if channels is None:
-            A, B = self.factors[module]
-            return B.double(), A.double()
-        A, B, U, V = (getattr(channels, name).double() for name in ("A", "B", "U", "V"))
-        if channels.delta is None:
-            return channels.scaling * B, A
-        return torch.cat([channels.scaling * B, U * channels.delta.double()], dim=1), torch.cat([A, V.T])
+    def scaled(self, scale: float) -> "AdapterUpdate":
+        """Return the update times a number above 0.
+
+        Raises:
+            AdapterError: it replaces whole modules, which have no scale.
+            ConfigError: the number is not above 0.
+        """
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"scale is {scale}; expected a number above 0")
+        if scale == 1:
+            return self
+        if self.extras:
+            raise AdapterError(
+                f"{self.source}: replaces whole modules ({', '.join(sorted(self.extras))}), which cannot be scaled; "
+                "leave out --scale"
+            )
+        factors = {module: (A, scale * B) for module, (A, B) in self.factors.items()}
+        channels = {module: channels.scaled(scale) for module, channels in self.channels.items()}
+        return replace(self, factors=factors, channels=channels)
+
+    def renamed(self, prefix: str) -> "AdapterUpdate":
+        """Return the update with `prefix` in place of the leading "model" of every module's and parameter's name."""
+
+        def moved(tensors: Mapping[str, Any]) -> dict[str, Any]:
+            return {re.sub(r"^model(?=\.)", prefix, name): value for name, value in tensors.items()}
+
+        config = dict(self.config) | dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config["target_modules"] = sorted(moved(self.factors))
+        factors, channels, extras = moved(self.factors), moved(self.channels), moved(self.extras)
+        return replace(self, config=config, factors=factors, channels=channels, extras=extras, fingerprints={})
 
     def check_low_rank(self) -> None:
         """Raise AdapterError if the update is of full rank, and so has no thin factors."""

@@ -14,6 +14,11 @@ OUT_OPTION = typer.Option(..., "--out", help="Output folder; it must not exist y
 OVERWRITE_OPTION = typer.Option(False, "--overwrite", help="Replace the output folder if it exists.")
 JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object instead of a table.")
 DEVICE_OPTION = typer.Option("auto", "--device", help="auto (a GPU if there is one), cpu, cuda, …")
+SCALE_OPTION = typer.Option(None, "--scale", help="Multiply the update by this number, for example 0.75.")
+TOLERANCE_OPTION = typer.Option(
+    None, "--tolerance", help="Search the smallest scale that raises the loss on --data by so many nats at most."
+)
+DATA_OPTION = typer.Option(None, "--data", help="Rows of the task that the adapter was not trained on.")
 
 
 def emit_json(value: Any) -> None:

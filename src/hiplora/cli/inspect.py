@@ -7,23 +7,25 @@ import typer
 
 from hiplora.cli.common import JSON_OPTION, emit_json, print_table
 
-COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "largest |δ|/σ", "leak")
+COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "chance", "largest |δ|/σ", "leak")
+_DIRECTIONS = {"protected": "directions that it protects", "singular": "leading singular directions"}
 
 
 def command(
     adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
     base: str | None = typer.Option(None, "--base", help="Base model, instead of the adapter's own."),
     rank: int | None = typer.Option(
-        None, "--rank", min=1, help="Leading directions to look at; default the adapter's own k, or 32."
+        None, "--rank", min=1, help="Leading singular directions to look at; default the protected ones, or 32."
     ),
     as_json: bool = JSON_OPTION,
     html: Path | None = typer.Option(None, "--html", help="Also write a report page to this file."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the report page if it exists."),
 ) -> None:
-    """Show where an adapter's update lies on the spectrum of the weights that it changes.
+    """Show where an adapter's update lies: on its own protected directions, or on the weights' leading ones.
 
-    Per module: how much of the update's energy writes into the weight's leading output directions, reads from its
-    leading input directions, or does both; how far it moves the leading singular values; and, for HiP-LoRA, the leak.
+    Per module: how much of the update's energy writes into protected output directions, reads from protected input
+    directions, or does both, beside what a random update has in either; how far it moves their singular values; and,
+    for HiP-LoRA, the leak. Without protected directions of its own, the leading singular directions count.
 
     Example:
 
@@ -33,18 +35,17 @@ def command(
     from hiplora.files import check_output_file
 
     if html is not None:
-        check_output_file(html, overwrite, "--html")
+        check_output_file(html, overwrite, "--html", {"the adapter": adapter, "the base model": base})
     record = inspect_adapter(adapter, base, rank)
-    title = (
-        f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the top "
-        f"{record['principal_rank']} singular directions"
-    )
+    where = _DIRECTIONS[record["directions"]]
+    title = f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the {where}"
     if html is not None:
         _save_page(html, record, title)
     if as_json:
         emit_json(record)
         return
     print_table(title, COLUMNS, _rows(record))
+    typer.echo(record["verdict"])
     if html is not None:
         typer.echo(f"report: {html}")
 
@@ -55,7 +56,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for row in [*record["modules"], record["summary"] | total]:
         ratios = [abs(gain) / sigma for gain, sigma in zip(row["gains"], row["sigma"], strict=True) if sigma > 0]
-        shares = (f"{100 * row[side]:.2f} %" for side in ("left", "right", "both"))
+        shares = (f"{100 * row[side]:.2f} %" for side in ("left", "right", "both", "chance"))
         gain, leak = f"{max(ratios):.1e}" if ratios else "", row["leak"]
         rows.append((row["module"], f"{row['norm']:.3g}", *shares, gain, "" if leak is None else f"{leak:.0e}"))
     return rows
@@ -80,8 +81,8 @@ def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
         )
     table = pandas.DataFrame(_rows(record), columns=list(COLUMNS))
     text = (
-        "Shares of each update's energy ‖ΔW‖² that is written into the leading output directions of the weight, read "
-        "from its leading input directions, or both."
+        f"{record['verdict']}\n\nShares of each update's energy ‖ΔW‖² that is written into these output directions, "
+        "read from these input directions, or both."
     )
     section = Section("Spectrum", text, tables={"Modules": table}, figures=figures)
     save_page(path, f"Inspection of {record['adapter']}", [section], subtitle=title)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     A failure is one line on standard error; `--debug` (or HIPLORA_DEBUG=1) adds its traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Ended in order, so that nothing half-written stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
     try:
         app(args=[argument for argument in given if argument != "--debug"])

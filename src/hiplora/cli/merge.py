@@ -1,13 +1,22 @@
 """`hiplora merge`: several adapters of one base model as one."""
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typer
 
-from hiplora.cli.common import JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame, print_table
+from hiplora.cli.common import (
+    DATA_OPTION,
+    JSON_OPTION,
+    OUT_OPTION,
+    OVERWRITE_OPTION,
+    SCALE_OPTION,
+    TOLERANCE_OPTION,
+    emit_json,
+    print_frame,
+    print_table,
+)
 from hiplora.cli.export import print_report
 from hiplora.errors import ConfigError
 from hiplora.merging.rules import RULES, Rule, find_rule
@@ -23,12 +32,7 @@ SET_HELP = "Option of the rule, for example density=0.3; may be repeated. Defaul
 BASE_OPTION = typer.Option(None, "--base", help="Base model, if not the one that the adapters name.")
 
 
-class Format(str, Enum):
-    """What to write."""
-
-    lora = "lora"
-    dense = "dense"
-    hiplora = "hiplora"
+Format = Literal["lora", "dense", "hiplora"]
 
 
 def command(
@@ -49,37 +53,45 @@ def command(
         f"basis. Default: dense for {_DENSE_RULES} without --rank, else lora.",
     ),
     base: str | None = BASE_OPTION,
+    scale: float | None = SCALE_OPTION,
+    tolerance: float | None = TOLERANCE_OPTION,
+    data: Path | None = DATA_OPTION,
+    drift: bool = typer.Option(True, help="Measure how far the merge drifts from the base, if that is available."),
     html: Path | None = typer.Option(None, "--html", help="Also write the report as a page to this file."),
     overwrite: bool = OVERWRITE_OPTION,
     as_json: bool = JSON_OPTION,
 ) -> None:
     """Merge adapters of one base model into one, and check what is written.
 
-    Adapters of different base weights are refused. Each merge comes with a report of where the adapters conflict
-    (merge-report.json in the folder; --html makes a page of it). What a merge breaks, hiplora merge-check measures;
-    hiplora protect takes out of it what disturbs the base model most.
+    Adapters of different base weights are refused. Each merge comes with its drift from the base beside the adapters'
+    own, a verdict, and a report of where the adapters conflict (merge-report.json in the folder; --html makes a page
+    of it). What a merge breaks, hiplora merge-check measures; hiplora protect takes out of it what disturbs the base
+    model most.
 
     Example:
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
-    from hiplora.adapters import check_out, read_update, save_as_hiplora, save_as_lora, save_dense
-    from hiplora.files import check_output_file
-    from hiplora.merge_check import conflict_table, save_merge_page
+    from hiplora.adapters import read_update, save_as_hiplora, save_as_lora, save_dense
+    from hiplora.evaluation.updates import choose_scale
+    from hiplora.files import check_output_dir, check_output_file
+    from hiplora.merge_check import conflict_table, drift_of_merge, save_merge_page
     from hiplora.merging.conflict import merge_report
     from hiplora.merging.merger import check_weights, merge
 
     rule = find_rule(method)
     options = rule.options(dict(map(parse_option, set_)))
     form = _chosen_format(format, rule, rank)
-    for folder in adapters:
-        check_out(out, overwrite, str(folder))
+    inputs = {f"adapter {place}": folder for place, folder in enumerate(adapters, 1)}
+    check_output_dir(out, overwrite, inputs)
     if html is not None:
-        check_output_file(html, overwrite, "--html")
+        check_output_file(html, overwrite, "--html", inputs)
     numbers = check_weights(parse_weights(weights), len(adapters))
     updates = [read_update(folder, base) for folder in adapters]
-    apart = form is Format.hiplora
+    apart = form == "hiplora"
     update = merge(updates, method, numbers, base=base, rank=rank, keep_channels=apart, options=options)
+    factor, search = choose_scale(update, scale, tolerance, data)
+    update, named = update.scaled(factor), _named(adapters, updates)
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "merge",
@@ -87,15 +99,18 @@ def command(
         "method": method,
         "weights": numbers,
         "options": options,
+        "scale": factor,
+        "scale_search": search,
+        "drift": drift_of_merge(named, numbers, update) if drift else None,
     }
     if rank is not None:
         worst = sorted(update.errors.items(), key=lambda item: -item[1])
         losses = [{"module": module, "relative_error": error} for module, error in worst]
         record["truncation"] = {"rank": rank, "modules": losses}
-    report = merge_report(_named(adapters, updates), numbers, record)
-    save = {Format.hiplora: save_as_hiplora, Format.lora: save_as_lora, Format.dense: save_dense}[form]
-    record["export"] = save(update, out, overwrite=overwrite, details={"merge": dict(record)}).to_json()  # type: ignore[operator]
-    (out / "merge-report.json").write_text(json.dumps(report, indent=1))
+    report = merge_report(named, numbers, record)
+    save = {"hiplora": save_as_hiplora, "lora": save_as_lora, "dense": save_dense}[form]
+    details = {"merge": dict(record), "merge-report.json": report}
+    record["export"] = save(update, out, overwrite=overwrite, details=details)  # type: ignore[operator]
     if html is not None:
         save_merge_page(html, report)
     if as_json:
@@ -106,7 +121,10 @@ def command(
         title = f"Cut down to rank {rank} (the ten modules that lost most)"
         print_table(title, ("Module", "Lost of ‖ΔW‖"), rows)
     print_report(record["export"], f"{method} of {len(adapters)} adapters")
-    print_frame("Modules that conflict most", conflict_table(report))
+    if report["most_conflicting"]:
+        print_frame("Modules that conflict most", conflict_table(report))
+    if record["drift"]:
+        typer.echo(record["drift"]["verdict"])
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
@@ -118,11 +136,7 @@ def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value as JSON where it is JSON; else as text, which the rule refuses.
-
-    Raises:
-        ConfigError: there is no name or no equals sign.
-    """
+    """Read `name=value`, the value as JSON where it is JSON, else as text; ConfigError if there is no name or sign."""
     name, equals, raw = (part.strip() for part in text.partition("="))
     if not name or not equals:
         raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
@@ -133,11 +147,7 @@ def parse_option(text: str) -> tuple[str, Any]:
 
 
 def parse_weights(text: str | None) -> list[float] | None:
-    """Read numbers separated by commas; None stays None.
-
-    Raises:
-        ConfigError: one of them is not a number.
-    """
+    """Read numbers separated by commas, None as None; ConfigError if one is no number."""
     if text is None:
         return None
     try:
@@ -148,13 +158,13 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:
     full = rule.kind == "dense" and rank is None
-    if format is Format.hiplora and rule.name != "addition":
+    if format == "hiplora" and rule.name != "addition":
         raise ConfigError(
             f"--format hiplora: {rule.name} keeps no gains apart, only addition does; pass --format lora or dense"
         )
-    if format is Format.lora and full:
+    if format == "lora" and full:
         raise ConfigError(
             f"--format lora: {rule.name} gives updates of full rank, which no LoRA adapter holds; pass --rank, for "
             "example --rank 64, to keep the strongest directions of each module, or --format dense"
         )
-    return format or (Format.dense if full else Format.lora)
+    return format or ("dense" if full else "lora")

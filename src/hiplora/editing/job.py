@@ -137,7 +137,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
     method, batches = job.chosen_method, len(job.groups)
     settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
     run = RunFolder(Path(out), "settings.json", "edit.json")
-    run.check(settings, overwrite=overwrite)
+    run.check(settings, overwrite=overwrite, inputs={"the model": job.model, "the edits": job.edits})
     model, tokenizer = load_model(job.model, job.device)
     start, apart = run.path / "stages" / "start", job.mode == "batch" and batches > 1
 

@@ -82,8 +82,9 @@ def evaluate(
         ConfigError, DataError: settings, suite, data or `out` cannot be used.
         AdapterError: an adapter has no effect, does not fit, or leaves the base changed. Nothing is written then.
     """
-    path = check_output_file(out, overwrite)
     named = name_adapters(adapters)
+    inputs = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
+    path = check_output_file(out, overwrite, inputs=inputs)
     suite = read_suite(settings.suite, settings.folder)
     engine = settings.engine(suite)
     network, tokenizer = load_model(model, settings.device)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading
 from hiplora.errors import AdapterError, ConfigError, first_line
+from hiplora.tuner.experts import unrolled
 
 BASE = "base"  # the base model's name in results, which no adapter gets
 
@@ -91,6 +92,11 @@ def applied(model: nn.Module, update: AdapterUpdate) -> Iterator[nn.Module]:
     Raises:
         AdapterError: the model lacks a module of the update, or its weight has another shape.
     """
+    with unrolled(model), holding(model, _changed(model, update)):
+        yield model
+
+
+def _changed(model: nn.Module, update: AdapterUpdate) -> dict[str, nn.Parameter]:
     changed: dict[str, nn.Parameter] = {}
     for name in update.modules:
         layer: Any = linear_layer(model, name, update.base)
@@ -102,22 +108,27 @@ def applied(model: nn.Module, update: AdapterUpdate) -> Iterator[nn.Module]:
                 f"{tuple(weight.shape)}; it is for another base model"
             )
         # A new parameter: a weight that is tied to this one stays as it is.
-        changed[name] = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
-    with holding(model, changed):
-        yield model
+        changed[f"{name}.weight"] = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+    for name, tensor in update.extras.items():
+        changed[name] = nn.Parameter(tensor.to(model.get_parameter(name)), requires_grad=False)
+    return changed
 
 
 @contextlib.contextmanager
-def holding(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Use these very weights in the named layers inside the block; restore the model's own on exit."""
-    changed: dict[str, Any] = {name: model.get_submodule(name).weight for name in weights}
+def holding(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Use these very parameters inside the block, by name; restore the model's own on exit."""
+    own = {name: model.get_parameter(name) for name in parameters}
     try:
-        for name, weight in weights.items():
-            model.get_submodule(name).weight = weight
+        _set(model, parameters)
         yield
     finally:
-        for name, weight in changed.items():
-            model.get_submodule(name).weight = weight
+        _set(model, own)
+
+
+def _set(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, parameter)
 
 
 @torch.no_grad()

@@ -8,15 +8,11 @@ from typing import Any
 
 from hiplora.merging.rules import RULES, Rule, find_rule
 
-_HOMES = {"merge_report": "conflict"}  # everything else is in merger.py
-
-__all__ = ["RULES", "Rule", "find_rule"]
-
 
 def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(name)
-    home = importlib.import_module(f"hiplora.merging.{_HOMES.get(name, 'merger')}")
+    home = importlib.import_module(f"hiplora.merging.{'conflict' if name == 'merge_report' else 'merger'}")
     if not hasattr(home, name):
         raise AttributeError(f"module 'hiplora.merging' has no attribute {name!r}")
     return getattr(home, name)

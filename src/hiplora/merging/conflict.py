@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hiplora.adapters import WEIGHTS, AdapterUpdate, Pair, model_order, module_place
+from hiplora.merging.thin import thin_svd
 from hiplora.provenance import file_sha256, provenance
 from hiplora.spectral import full_precision
 
@@ -46,13 +47,11 @@ def spaces(factors: Pair) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], f
 
     r is the numerical rank, the number of singular values above `RANK_TOLERANCE` of the largest; 0 for a zero update.
     """
+    U, sigma, V = thin_svd(factors)
     A, B = factors
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().T)
-    P, sigma, Ot = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    sigma = sigma * (sigma[:1] > _ROUNDING * R_B.norm() * R_A.norm())
+    sigma = sigma * (sigma[:1] > _ROUNDING * B.norm() * A.norm())
     rank = int((sigma > RANK_TOLERANCE * sigma[:1]).sum())
-    return Q_B @ P[:, :rank], Q_A @ Ot[:rank].T, sigma.norm().item()
+    return U[:, :rank], V[:, :rank], sigma.norm().item()
 
 
 def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -> dict[str, float]:

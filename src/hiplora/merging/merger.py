@@ -26,7 +26,7 @@ from hiplora.spectral import full_precision, truncated_svd, weight_fingerprint
 
 _CPU = torch.device("cpu")
 
-save_merged = save_as_lora  # a merge is written as any update
+save_merged = save_as_lora  # the former name: a merge is written as any update
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +50,12 @@ class DenseMerge(AdapterUpdate):
         """Return (m, n) of a module's update: outputs, inputs."""
         A, B = self.terms[module][0].factors
         return B.shape[0], A.shape[1]
+
+    def scaled(self, scale: float) -> "DenseMerge":
+        """Return the merge times a number above 0: of every rule, that of adapters with weights times it."""
+        super().scaled(scale)
+        terms = {m: [replace(term, weight=scale * term.weight) for term in parts] for m, parts in self.terms.items()}
+        return replace(self, terms=terms)
 
     def delta(self, module: str) -> Tensor:
         """Compute the merged update (m, n) of a module in fp32, in the memory of one matrix per adapter."""
@@ -114,14 +120,10 @@ def merge(
         "extras": kept[0][0].extras if len(kept) == 1 else {},
         "source": f"{method} of " + ", ".join(f"{weight:g} × {update.source}" for update, weight in pairs),
     }
-    terms = {
-        module: [
-            Term(update.factors[module], weight, update.channels.get(module))
-            for update, weight in kept
-            if module in update.factors
-        ]
-        for module in sorted({module for update, _ in kept for module in update.factors})
-    }
+    terms: dict[str, list[Term]] = {}
+    for module in sorted({module for update, _ in kept for module in update.factors}):
+        having = [(update, weight) for update, weight in kept if module in update.factors]
+        terms[module] = [Term(one.factors[module], weight, one.channels.get(module)) for one, weight in having]
     if rule.kind == "dense":
         dense = DenseMerge(factors={}, terms=terms, rule=rule, options=settings, **shared)
         return dense if rank is None else _cut_dense(dense, rank, shared)
@@ -189,13 +191,11 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return a finite weight for each of `count` adapters, 1 each if none are given; ConfigError if they do not fit."""
     if count == 0:
         raise ConfigError("nothing to merge: pass at least one adapter")
-    if weights is None:
-        return [1.0] * count
+    weights = [1.0] * count if weights is None else weights
     if len(weights) != count:
         raise ConfigError(f"weights: {len(weights)} given for {count} adapters; pass one each")
-    for weight in weights:
-        if not is_number(weight):
-            raise ConfigError(f"weights: {weight!r} is not a finite number")
+    if wrong := [weight for weight in weights if not is_number(weight)]:
+        raise ConfigError(f"weights: {wrong[0]!r} is not a finite number")
     return [float(weight) for weight in weights]
 
 
@@ -232,36 +232,35 @@ def check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None
                     f"layer {module}: {other.source} and {update.source} were made for different base weights (of "
                     f"{other.base or '?'} and {update.base or '?'}); only adapters of one base model can be merged"
                 )
-        if update is not updates[0] and not shares and _name(update.base) != _name(updates[0].base):
+        if update is not updates[0] and not shares and _name(update) != _name(updates[0]):
             raise AdapterError(
-                f"{updates[0].source} is for base model {updates[0].base or 'unknown'}, {update.source} for "
-                f"{update.base or 'unknown'}; if these are the same model, name it: pass base=…"
+                f"{updates[0].source} is for base model {_name(updates[0])}, {update.source} for {_name(update)}; if "
+                "these are the same model, name it: pass base=… (--base)"
             )
 
 
-def _name(base: str) -> str:
-    """Return a base model's name so that two spellings of one folder agree."""
-    return str(Path(base).resolve()) if base and Path(base).exists() else base
+def _name(update: AdapterUpdate) -> str:
+    """Return a base model's name and revision so that two spellings of one folder agree."""
+    base, revision = update.base or "unknown", update.config.get("revision")
+    name = str(Path(base).resolve()) if Path(base).exists() else base
+    return f"{name}, revision {revision}" if revision not in (None, "main") else name
 
 
 def _merged_config(updates: Sequence[AdapterUpdate]) -> dict[str, Any]:
     """Return the part of the adapters' configurations that holds for the merged one."""
     first = updates[0].config
-    config = {"peft_type": "LORA", **{key: first.get(key) for key in ("task_type", "base_precision")}}
+    config = {"peft_type": "LORA", **{key: first.get(key) for key in ("task_type", "base_precision", "revision")}}
     # Where all adapters select the same modules, so does the merged one; else it names them one by one.
     if all(_selection(update) == _selection(updates[0]) for update in updates):
         config |= {key: first.get(key) for key in SELECTION}
-    ranks = {update.config.get("principal_rank") for update in updates}
-    if len(ranks) == 1:
-        config["principal_rank"] = ranks.pop()
     channelled = [update.config for update in updates if update.channels]
-    bases = {one.get("basis", "weight") for one in channelled}
-    config["basis"] = bases.pop() if len(bases) == 1 else ("activation" if bases else "weight")
-    calibrations = [one.get("calibration") for one in channelled]
-    alike = calibrations and all(one == calibrations[0] for one in calibrations)
-    config["calibration"] = (calibrations[0] if alike else None) or {}
+    if channelled:
+        bases = {one.get("basis", "weight") for one in channelled}
+        config["basis"] = bases.pop() if len(bases) == 1 else "activation"
+        calibration = channelled[0].get("calibration") or {}
+        config["calibration"] = calibration if all(one.get("calibration") == calibration for one in channelled) else {}
     if len(updates) == 1:
-        config |= {key: first.get(key) for key in ("modules_to_save", "auto_mapping", "revision")}
+        config |= {key: first.get(key) for key in ("modules_to_save", "auto_mapping")}
     return config
 
 

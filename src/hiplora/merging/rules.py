@@ -165,12 +165,8 @@ def _share_basis(one: Term, other: Term) -> bool:
     Only bit-equal bases count: two decompositions of one weight may rotate directions inside a cluster of equal
     singular values, and then adding gains would not be the sum of the updates.
     """
-    import torch
-
     a, b = one.channels, other.channels
-    if a is None or b is None or a.sides != b.sides or a.U.shape != b.U.shape or a.V.shape != b.V.shape:
-        return False
-    return torch.equal(a.U, b.U) and torch.equal(a.V, b.V)
+    return a is not None and b is not None and a.sides == b.sides and a.U.equal(b.U) and a.V.equal(b.V)
 
 
 def _add_channels(group: Sequence[Term]) -> Channels:

@@ -44,12 +44,9 @@ def paired_bootstrap(
     the same draw. The estimate is the mean over seeds of the mean over instances. With a single seed only instances
     are drawn, and the interval says nothing about other seeds.
 
-    Args:
-        values: `values[method][seed][instance]`, finite, in any unit. The i-th instance of a seed is the same item
-            for all methods; seeds may have different items and numbers of items.
-        replicates: number of replicates.
-        seed: of the random numbers.
-        level: share of the replicates inside the interval, in (0, 1).
+    `values[method][seed][instance]` are finite, in any unit. The i-th instance of a seed is the same item for all
+    methods; seeds may have different items and numbers of items. `level` is the share of the replicates inside the
+    interval, in (0, 1).
 
     Raises:
         ConfigError: `replicates`, `seed` or `level` is out of range.
@@ -87,15 +84,11 @@ def _blocks(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Floats]:
         for method, seeds in values.items()
     }
     shapes = {method: [len(column) for column in seeds] for method, seeds in columns.items()}
-    first = next(iter(shapes), "")
-    for method, shape in shapes.items():
-        if shape != shapes[first] or not shape:
-            raise DataError(
-                f"method {method!r} has {shape} instances per seed, {first!r} has {shapes[first]}; "
-                "expected the same instances for every method, and at least one seed"
-            )
-    if not columns:
-        raise DataError("values: has no method; expected values[method][seed][instance]")
+    if not all(shape and shape == next(iter(shapes.values())) for shape in shapes.values()) or not shapes:
+        raise DataError(
+            f"values: instances per seed are {shapes or 'none'}; expected the same for every method, and at least one "
+            "method and seed"
+        )
     return [np.stack(blocks, axis=1) for blocks in zip(*columns.values(), strict=True)]
 
 

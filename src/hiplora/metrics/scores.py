@@ -128,7 +128,7 @@ CONTINUAL: Mapping[str, Callable[[Floats], Floats]] = {
 
 
 def _accuracies(matrix: ArrayLike, stages: int = 1) -> Floats:
-    array = numbers(matrix, "matrix", axes=2)
+    array = _numbers(matrix, "matrix", 2)
     if array.shape[0] != array.shape[1]:
         raise DataError(f"matrix: has shape {array.shape}; expected one row per stage and as many tasks")
     if len(array) < stages:
@@ -199,17 +199,19 @@ def locality(
 
     Source: HiP-LoRA, appendix C.4.
     """
-    change = 100 * _mean_change(base_correct, edited_correct, "correct")
-    if base_log_probs is None or edited_log_probs is None:
-        return Locality(change)
-    return Locality(change, _mean_change(base_log_probs, edited_log_probs, "log_probs"))
-
-
-def _mean_change(base: ArrayLike, edited: ArrayLike, name: str) -> float:
-    before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
-    if len(before) != len(after):
-        raise DataError(f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many")
-    return float(after.mean() - before.mean())
+    changes = []
+    for name, base, edited in (
+        ("correct", base_correct, edited_correct),
+        ("log_probs", base_log_probs, edited_log_probs),
+    ):
+        if base is not None and edited is not None:
+            before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
+            if len(before) != len(after):
+                raise DataError(
+                    f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many"
+                )
+            changes.append(float(after.mean() - before.mean()))
+    return Locality(100 * changes[0], *changes[1:])
 
 
 def whole_number(value: Any, name: str, least: int) -> int:
@@ -223,21 +225,19 @@ def whole_number(value: Any, name: str, least: int) -> int:
     return found
 
 
-def numbers(values: ArrayLike, what: str, axes: int = 1) -> Floats:
-    """Return values as an array with so many axes, not empty."""
+def _numbers(values: ArrayLike, what: str, axes: int) -> Floats:
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{what}: not an array of numbers ({error})") from None
     if array.ndim != axes or array.size == 0:
-        expected = ("a list of numbers", "a table of numbers")[axes - 1]
-        raise DataError(f"{what}: has shape {array.shape}; expected {expected}, not empty")
+        raise DataError(f"{what}: has shape {array.shape}; expected {axes} axes of numbers, not empty")
     return array
 
 
 def finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
     """Return values as an array of finite numbers with so many axes, not empty."""
-    array = numbers(values, what, axes)
+    array = _numbers(values, what, axes)
     _require(np.isfinite(array), array, what, "a finite number")
     return array
 

@@ -150,7 +150,7 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
         changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
-    with holding(model, {direction.module: changed}):
+    with holding(model, {f"{direction.module}.weight": changed}):
         yield model
 
 

@@ -76,7 +76,7 @@ def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = Fal
     texts = drift_texts(settings.text)
     sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
     run, asked = RunFolder(Path(out), "settings.json", "probe.json"), {**asdict(settings), **sources}
-    run.check(asked, overwrite=overwrite)
+    run.check(asked, overwrite=overwrite, inputs={"the model": settings.model, "the text": settings.text})
     model, tokenizer = load(settings.model)  # in fp32: single directions are worth less than bf16 resolves
     reference = BaseReference.build(
         model.to(pick_device(settings.device)), tokenizer, texts, max_tokens=settings.tokens
@@ -117,7 +117,7 @@ def probe_model(
         last = model.config.get_text_config().num_hidden_layers - 1
         layers = sorted({0, last // 2, last})
     modules = find_modules(model, settings.modules, layers or None)
-    weights = {name: model.get_submodule(name).weight for name in modules}
+    weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
 
     def measure(changed: nn.Module) -> Mapping[str, float]:
         drifts = measure_drift(changed, reference, lambda: holding(changed, weights), may_be_nothing=True).values()

@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hiplora.adapters import AdapterUpdate, dense, save_dense
+from hiplora.adapters import dense, save_dense
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -35,13 +35,13 @@ def test_the_folder_is_a_whole_model_with_equal_logits(tiny_model_dir, tmp_path,
     folder, model = saved(tiny_model_dir, tmp_path / "a", config)
     report = save_dense(model if live else folder, tmp_path / "out")
     assert_same_model(tmp_path / "out", model, tiny_model_dir)
-    assert report.logits < 1e-5
-    assert report.worst[1] < 1e-7
+    assert report["logit_difference"] < 1e-5
+    assert report["largest_difference"]["relative"] < 1e-7
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("A test.").input_ids, skip_special_tokens=True) == "A test."
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     assert len(json.loads((tmp_path / "out" / "export.json").read_text())["modules"]) == 8
-    assert f"base_model: {report.base}\n" in (tmp_path / "out" / "README.md").read_text()
+    assert f'base_model: "{report["base"]}"\n' in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_folder_is_a_whole_model_with_equal_logits(tiny_model_dir, tmp_path,
 def test_tied_embeddings_are_untied_only_where_the_adapter_changes_one_side(tmp_path, changes, untied):
     base = save_tiny(tmp_path / "tied", tie=True)
     folder, model = saved(base, tmp_path / "a", hip_config(**changes))
-    assert save_dense(folder, tmp_path / "out").untied == untied
+    assert save_dense(folder, tmp_path / "out")["untied"] == untied
     merged = base_model(tmp_path / "out")
     assert merged.config.tie_word_embeddings is not untied
     assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight) is not untied
@@ -73,20 +73,15 @@ def test_transposed_layers_are_merged_in_their_own_layout(tmp_path):
 def test_each_sum_is_rounded_once_to_the_base_models_format_or_the_one_asked_for(tmp_path):
     base = save_tiny(tmp_path / "bf16", dtype=torch.bfloat16)
     folder, _ = saved(base, tmp_path / "a", hip_config())
-    assert save_dense(folder, tmp_path / "same").dtype == "bfloat16"
+    assert save_dense(folder, tmp_path / "same")["dtype"] == "bfloat16"
     wide = save_dense(folder, tmp_path / "wide", dtype="float32")
-    assert wide.worst[1] < 1e-7
+    assert wide["largest_difference"]["relative"] < 1e-7
     same, exact = (base_model(tmp_path / name, dtype="auto").state_dict() for name in ("same", "wide"))
     assert {tensor.dtype for tensor in same.values()} == {torch.bfloat16}
     for name, tensor in exact.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.bfloat16(), same[name])
-    assert 1e-4 < save_dense(folder, tmp_path / "half", dtype="bfloat16").worst[1] < 1e-2
-
-
-def test_an_adapter_trained_on_a_rounded_base_is_merged_into_the_full_one(tiny_model_dir, tmp_path):
-    folder, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(), dtype=torch.bfloat16)
-    assert save_dense(folder, tmp_path / "out").dtype == "float32"
+    assert 1e-4 < save_dense(folder, tmp_path / "half", dtype="bfloat16")["largest_difference"]["relative"] < 1e-2
 
 
 def test_another_base_model_is_refused_and_nothing_is_written(hip, tiny_model_dir, tmp_path):
@@ -109,14 +104,6 @@ def test_another_base_model_is_refused_and_nothing_is_written(hip, tiny_model_di
         assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_that_is_not_the_adapter_is_refused(hip, tmp_path, monkeypatch):
-    delta = AdapterUpdate.delta
-    monkeypatch.setattr(AdapterUpdate, "delta", lambda update, module: delta(update, module) / 2)
-    with pytest.raises(AdapterError, match=r"layer model\.layers\.0\..*: the merged weight differs by \d"):
-        save_dense(hip[0], tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_model_with_other_logits_is_refused_unless_they_are_not_compared(hip, tmp_path, monkeypatch):
     save = dense._save
 
@@ -129,7 +116,7 @@ def test_a_model_with_other_logits_is_refused_unless_they_are_not_compared(hip, 
         save_dense(hip[0], tmp_path / "out")
     assert not list(tmp_path.iterdir())
     report = save_dense(hip[0], tmp_path / "out", check_logits=False)
-    assert report.logits is None
+    assert report["logit_difference"] is None
 
 
 def test_what_cannot_be_merged_is_refused(tiny_model_dir, tmp_path):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import hiplora
 from hiplora.adapters import (
     BaseWeights,
     allocation_rows,
-    energy_shares,
     inspect_adapter,
     read_update,
 )
@@ -34,17 +34,17 @@ def dense_allocation(delta, weight, k):
     )
 
 
-@pytest.mark.parametrize("kind", ["hiplora", "lora", "proj-lora"])
+@pytest.mark.parametrize("kind", ["hiplora", "lora", "without gains"])
 @pytest.mark.parametrize("rank", [6, 10])
 def test_rows_agree_with_dense_projectors_on_the_full_svd(tiny_model_dir, tmp_path, kind, rank):
     config = {
         "hiplora": hip_config(),
         "lora": LoraConfig(r=4, target_modules=ATTENTION),
-        "proj-lora": hip_config(principal_channel=False),
+        "without gains": hip_config(principal_channel=False),
     }[kind]
     folder, model = saved(tiny_model_dir, tmp_path / "a", config)
     record = inspect_adapter(folder, rank=rank)
-    assert (record["method"], record["principal_rank"]) == (kind, rank)
+    assert (record["directions"], record["principal_rank"]) == ("singular", rank)
     weights = base_model(tiny_model_dir).state_dict()
     expected = deltas(model)
     assert [row["module"] for row in record["modules"]] == sorted(expected)
@@ -65,6 +65,22 @@ def test_hiplora_gains_are_its_deltas_and_its_residual_stays_outside(hip):
         assert row["left"] == pytest.approx(row["both"], abs=1e-6)
         assert row["right"] == pytest.approx(row["both"], abs=1e-6)
         assert row["leak"] < 1e-5
+
+
+def test_the_protected_directions_are_the_default_of_any_basis_with_chance_beside_them(tiny_model_dir, tmp_path):
+    config = hip_config(basis="activation", principal_channel=False)
+    rows = torch.randint(0, 256, (6, 40), generator=torch.Generator().manual_seed(0))
+    hiplora.calibrate(base_model(tiny_model_dir), config, rows=rows)
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", config)
+    record = inspect_adapter(folder)
+    assert record["directions"] == "protected"
+    for row in record["modules"]:
+        assert row["left"] + row["right"] < 1e-6
+        m, n = read_update(folder).shape(row["module"])
+        assert row["chance"] == pytest.approx(6 / m + 6 / n - 36 / (m * n))
+    singular = inspect_adapter(folder, rank=6)
+    assert singular["directions"] == "singular"
+    assert singular["summary"]["left"] > 0.01
 
 
 def test_the_own_rank_is_the_default_and_needs_no_base_model(hip, monkeypatch):
@@ -101,10 +117,3 @@ def test_another_base_model_and_a_rank_below_one_are_refused(hip, tmp_path):
         inspect_adapter(hip[0], base=str(other), rank=8)
     with pytest.raises(ConfigError, match="rank is 0"):
         inspect_adapter(hip[0], rank=0)
-
-
-def test_the_shares_of_several_modules_weigh_them_by_their_energy():
-    rows = [{"norm": norm, "left": left, "right": 0.5, "both": 0.0} for norm, left in ((3.0, 1.0), (4.0, 0.0))]
-    expected = {"norm": 5.0, "left": 9 / 25, "right": 0.5, "both": 0.0}
-    assert energy_shares(rows) == pytest.approx(expected)
-    assert energy_shares([row | {"norm": 0.0} for row in rows])["left"] == 0.0

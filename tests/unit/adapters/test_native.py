@@ -14,7 +14,6 @@ from tests.unit.adapters.samples import (
     leaky,
     logits,
     product,
-    save_tiny_gpt2,
     saved,
 )
 
@@ -69,8 +68,8 @@ def assert_loads_as(update, folder, base_dir):
 def test_peft_loads_what_was_written_as_the_merge(folders, tiny_model_dir, tmp_path, names):
     update = merge([folders[name] for name in names], weights=[1.0, -0.5, 2.0][: len(names)])
     report = save_as_hiplora(update, tmp_path / "out")
-    assert report.worst[1] < 1e-6
-    assert report.logits < 1e-5
+    assert report["largest_difference"]["relative"] < 1e-6
+    assert report["logit_difference"] < 1e-5
     assert_loads_as(update, tmp_path / "out", tiny_model_dir)
 
 
@@ -99,15 +98,6 @@ def test_the_activation_basis_is_kept_with_its_calibration(tiny_model_dir, tmp_p
     alone, merged = inspect_adapter(folder), inspect_adapter(merge([folder]))
     for one, other in zip(alone["modules"], merged["modules"], strict=True):
         assert other["left"] == pytest.approx(one["left"], rel=1e-4)
-
-
-def test_transposed_layers_and_modules_saved_whole(tmp_path):
-    base = save_tiny_gpt2(tmp_path / "gpt2")
-    config = hip_config(target_modules=["c_attn", "c_proj"], modules_to_save=["ln_f"])
-    folder, model = saved(base, tmp_path / "a", config)
-    save_as_hiplora(read_update(folder), tmp_path / "out")
-    loaded = PeftModel.from_pretrained(base_model(base), tmp_path / "out").eval()
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_an_update_that_is_no_hiplora_adapter_is_refused_and_nothing_written(folders, tiny_model_dir, tmp_path):

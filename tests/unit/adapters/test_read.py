@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from hiplora.adapters import read_update, update_from_model
+from hiplora.adapters import read, read_update, update_from_model
 from hiplora.errors import AdapterError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
@@ -18,7 +18,6 @@ from tests.unit.adapters.samples import (
     edit_tensors,
     hip_config,
     product,
-    save_tiny_gpt2,
     saved,
     train,
     trained,
@@ -39,7 +38,7 @@ def assert_update_is(update, expected):
     ("changes", "kind", "ranks"),
     [
         ({}, "hiplora", {10}),
-        ({"principal_channel": False}, "proj-lora", {4}),
+        ({"principal_channel": False}, "hiplora", {4}),
         ({"residual_projection": False}, "hiplora", {10}),
         (
             {
@@ -86,13 +85,6 @@ def test_recomputed_factors_that_differ_by_rounding_leave_no_leak(tiny_model_dir
 
     monkeypatch.setattr(FactorStore, "get_or_compute", rounded)
     assert max(channels.leak() for channels in read_update(folder).channels.values()) < 1e-5
-
-
-def test_transposed_layers_are_read_as_out_by_in(tmp_path):
-    base = save_tiny_gpt2(tmp_path / "gpt2")
-    folder, model = saved(base, tmp_path / "a", hip_config(target_modules=["c_attn", "c_proj"]))
-    assert read_update(folder).shape("transformer.h.0.attn.c_attn") == (96, 32)
-    assert_update_is(read_update(folder), deltas(model))
 
 
 def test_modules_saved_whole_are_kept_beside_the_factors(tiny_model_dir, tmp_path):
@@ -193,6 +185,39 @@ def test_what_is_not_a_plain_update_is_refused_and_named(tiny_model_dir, tmp_pat
         read_update(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("kind", "renamed"),
+    [
+        ("lora", lambda name: name.replace(".model.layers", "._orig_mod.model.layers")),
+        ("lora", lambda name: "module." + name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn.")),
+        ("lora", lambda name: name.replace(".weight", ".default.weight").removeprefix(PREFIX)),
+        ("hiplora", lambda name: name.replace(".layers.", ".layers._checkpoint_wrapped_module.")),
+    ],
+)
+def test_names_that_wrappers_of_the_model_left_are_read_as_the_modules_own(tiny_model_dir, tmp_path, kind, renamed):
+    config = hip_config() if kind == "hiplora" else LoraConfig(r=4, target_modules=ATTENTION)
+    folder, _ = saved(tiny_model_dir, tmp_path / "a", config)
+    expected = read_update(folder)
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[renamed(name)] = tensors.pop(name)
+
+    edit_tensors(folder, rename)
+    assert_update_is(read_update(folder), {module: product(expected, module) for module in expected.factors})
+
+
+def test_embeddings_of_a_resized_vocabulary_are_kept(tiny_model_dir, tmp_path):
+    base = base_model(tiny_model_dir)
+    base.resize_token_embeddings(300, mean_resizing=False)
+    torch.manual_seed(0)
+    model = train(peft.get_peft_model(base, LoraConfig(r=4, target_modules=ATTENTION)))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    update = read_update(tmp_path / "a")
+    assert update.extras["model.embed_tokens.weight"].shape == (300, 64)
+    assert set(update.extras) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
 # Damage
 
 
@@ -211,27 +236,20 @@ def names_of(folder, tensors):
     return sorted(name.removeprefix(PREFIX) for name in tensors if Q0 in name)
 
 
-def test_every_missing_tensor_is_named(folder):
-    whole = (folder / "adapter_model.safetensors").read_bytes()
-    names = []
-    edit_tensors(folder, lambda tensors: names.extend(names_of(folder, tensors)))
-    for name in names:
-        edit_tensors(folder, lambda tensors, name=name: tensors.pop(PREFIX + name))
-        refused(folder, rf"tensor {name.removesuffix('.weight')}\S* is missing")
-        (folder / "adapter_model.safetensors").write_bytes(whole)
-
-
-def test_every_tensor_of_the_wrong_shape_is_refused_with_its_layer(folder):
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_every_tensor_that_is_missing_or_of_the_wrong_shape_is_named(folder, damage):
     whole = (folder / "adapter_model.safetensors").read_bytes()
     names = []
     edit_tensors(folder, lambda tensors: names.extend(names_of(folder, tensors)))
     for name in names:
 
-        def cut(tensors, name=PREFIX + name):
-            tensors[name] = tensors[name][..., :-1] if "_A" not in name else tensors[name][:-1]
+        def spoil(tensors, name=PREFIX + name):
+            tensor = tensors.pop(name)
+            if damage == "cut":
+                tensors[name] = tensor[..., :-1] if "_A" not in name else tensor[:-1]
 
-        edit_tensors(folder, cut)
-        refused(folder, Q0)
+        edit_tensors(folder, spoil)
+        refused(folder, rf"tensor {name.removesuffix('.weight')}\S* is missing" if damage == "missing" else Q0)
         (folder / "adapter_model.safetensors").write_bytes(whole)
 
 
@@ -252,6 +270,38 @@ def test_a_cut_off_file_a_broken_configuration_and_an_empty_folder_are_named(fol
     (folder / "adapter_config.json").write_text('{"peft_type": ')
     refused(folder, r"adapter_config\.json: not valid JSON")
     refused(tmp_path, r"no adapter_config\.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a number"),
+        ({"r": True}, "r is True; expected a whole number"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*; expected an object"),
+        ({"use_rslora": "no"}, "use_rslora is 'no'; expected true or false"),
+        ({"rank_pattern": {"[": 4}}, "no regular expression"),
+        ({"rank_pattern": {"([a-z._0-9]+)+X": 4}}, "takes over 1 s"),
+        ({"target_modules": "([a-z._0-9]+)+X"}, "takes over 1 s"),
+    ],
+)
+def test_a_strangers_settings_are_refused_by_name_and_no_pattern_hangs(folder, monkeypatch, changes, why):
+    monkeypatch.setattr(read, "_MATCH_SECONDS", 1)
+    edit_config(folder, **changes)
+    refused(folder, why)
+
+
+def test_settings_that_peft_does_not_know_are_named_and_complex_factors_refused(folder):
+    edit_config(folder, use_future_thing=True, another=None)
+    with pytest.warns(UserWarning, match="use_future_thing is not known to PEFT"):
+        read_update(folder)
+    edit_config(folder, use_future_thing=False)
+
+    def spoil(tensors):
+        name = next(name for name in tensors if "_A" in name)
+        tensors[name] = tensors[name].to(torch.complex64)
+
+    edit_tensors(folder, spoil)
+    refused(folder, "_A.* is complex")
 
 
 def test_a_module_that_the_configuration_lists_and_the_file_lacks_is_named(tiny_model_dir, tmp_path):

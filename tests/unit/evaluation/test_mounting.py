@@ -124,7 +124,7 @@ def test_a_loaded_model_scores_the_same_bits_before_an_adapter_and_after_one(tmp
 
 def test_weights_are_held_for_a_while():
     model = tiny_llama()
-    name, weight = "lm_head", model.lm_head.weight
+    name, weight = "lm_head.weight", model.lm_head.weight
     with holding(model, {name: torch.nn.Parameter(torch.zeros_like(weight))}):
         assert not logits(model).any()
     assert model.lm_head.weight is weight

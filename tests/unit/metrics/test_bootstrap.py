@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from hiplora.errors import ConfigError, DataError
 from hiplora.metrics import (
     Interval,
     paired_bootstrap,
-    resample_counts,
     sign_flip_p_value,
     student_margin,
 )
@@ -63,11 +61,6 @@ def test_the_intervals_are_those_of_the_slow_reference(values):
         assert found.high == pytest.approx(np.quantile(column, 0.975), abs=0.2 * spread)
 
 
-def test_two_seeds_by_hand():
-    # Instances do not vary: both draws 0, one of each, or both 100.
-    assert paired_bootstrap({"a": [[0.0] * 5, [100.0] * 3]}).mean["a"] == Interval(50.0, 0.0, 100.0)
-
-
 def test_a_seed_that_is_drawn_twice_draws_its_instances_twice():
     # With one draw for both, the mean would be 0 or 100 half of the time that a seed comes twice.
     values = {"a": [[0.0, 100.0], [0.0, 100.0]]}
@@ -81,19 +74,6 @@ def test_methods_stay_paired():
     gain = result.difference["better", "a"]
     assert (gain.low, gain.estimate, gain.high) == pytest.approx((2.0, 2.0, 2.0))
     assert result.mean["a"].high - result.mean["a"].low > 1
-
-
-@few
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 100))
-def test_a_difference_has_two_orders(seeds, instances, seed):
-    result = paired_bootstrap(normal(seeds, instances, ("a", "b", "c"), seed), replicates=50, seed=seed)
-    assert len(result.difference) == 6
-    for (one, other), found in result.difference.items():
-        back = result.difference[other, one]
-        assert (found.estimate, found.low, found.high) == pytest.approx(
-            (-back.estimate, -back.high, -back.low), abs=1e-9
-        )
-        assert found.low <= found.high
 
 
 def test_the_same_seed_gives_the_same_result_and_another_seed_another():
@@ -126,13 +106,13 @@ def test_three_seeds_that_differ_cover_too_little_and_the_documentation_says_so(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "values: has no method"),
-        ({"a": []}, r"method 'a' has \[\] instances per seed"),
-        ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected a list of numbers, not empty"),
-        ({"a": [1.0, 2.0]}, r"values\['a'\]\[0\]: has shape \(\); expected a list of numbers"),
+        ({}, "instances per seed are none"),
+        ({"a": []}, r"instances per seed are \{'a': \[\]\}"),
+        ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected 1 axes of numbers, not empty"),
+        ({"a": [1.0, 2.0]}, r"values\['a'\]\[0\]: has shape \(\); expected 1 axes of numbers"),
         (
             {"a": [[1.0], [1.0, 2.0]], "b": [[1.0], [1.0, 2.0, 3.0]]},
-            r"method 'b' has \[1, 3\] instances per seed, 'a' has \[1, 2\]; expected the same instances",
+            r"instances per seed are \{'a': \[1, 2\], 'b': \[1, 3\]\}; expected the same",
         ),
         ({"a": [[1.0]], "b": [[float("nan")]]}, r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
     ],
@@ -161,13 +141,6 @@ def test_columns_of_the_plain_bootstrap_share_their_draws():
     found = percentile_interval(means[:, 0])
     assert found.estimate == pytest.approx(items.mean())
     assert found.high - found.low == pytest.approx(2 * 1.96 * items.std() / 10, rel=0.05)
-
-
-def test_every_replicate_draws_as_many_points_as_there_are():
-    counts = np.concatenate(list(resample_counts(6, 4000, np.random.default_rng(0))))
-    assert counts.shape == (4000, 6)
-    assert set(counts.sum(axis=1)) == {6}
-    assert counts.mean(axis=0) == pytest.approx(np.ones(6), abs=0.1)
 
 
 def test_sign_flips_by_hand():

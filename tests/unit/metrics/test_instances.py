@@ -22,11 +22,6 @@ def test_a_merge_names_different_tasks_in_the_pools_order_each_with_a_seed():
             assert {seed for _, seed in merge} <= set(SEEDS)
 
 
-def test_the_same_arguments_draw_the_same_merges_and_another_seed_others():
-    assert merge_instances(POOL, [2, 3], SEEDS, 9, 5) == merge_instances(POOL, [2, 3], SEEDS, 9, 5)
-    assert merge_instances(POOL, [3], SEEDS, 9, 5) != merge_instances(POOL, [3], SEEDS, 9, 6)
-
-
 def test_what_is_drawn_of_a_size_does_not_hang_on_the_others():
     assert merge_instances(POOL, [2, 3, 4], SEEDS, 9, 5)[3] == merge_instances(POOL, [3], SEEDS, 9, 5)[3]
 

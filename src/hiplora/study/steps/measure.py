@@ -66,7 +66,7 @@ def merge_adapters(context: Context, job: Job, settings: Mapping[str, Any]) -> F
     reference = drift_reference(context, settings)
     adapters = [context.store.artifact(job.needs[name]) for name in sorted(job.needs)]
     merged = merge(adapters, settings["rule"], base=context.place.model, options=settings["options"])
-    weights = {name: network.get_submodule(name).weight for name in merged.modules}
+    weights = {f"{name}.weight": network.get_submodule(name).weight for name in merged.modules}
     with applied(network, merged) as changed:
         drift = drift_of(changed, reference, lambda: holding(changed, weights))
         return {"tasks": score(context, changed, settings), "drift": drift}, {}

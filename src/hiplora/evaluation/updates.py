@@ -1,0 +1,144 @@
+"""Updates that stand in no folder: their drift from the base, their loss on rows of their task, and their scale."""
+
+import functools
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from hiplora.adapters import AdapterUpdate, check_base, load_base
+from hiplora.data.encoding import encode_examples
+from hiplora.data.examples import load_examples
+from hiplora.errors import ConfigError, first_line
+from hiplora.evaluation.drift import BaseReference, Texts, measure_drift
+from hiplora.evaluation.likelihood import Encoded, heldout_loss
+from hiplora.evaluation.mounting import applied, holding
+from hiplora.models import resolve
+from hiplora.tuner.experts import unrolled
+
+DRIFT_TOKENS = 1024  # of each text
+DRIFT_WINDOW = 512
+DATA_ROWS = 256  # of the task data at most
+DATA_LENGTH = 1024  # tokens of a row at most
+
+
+def task_rows(tokenizer: Any, file: str | Path) -> tuple[list[Encoded], list[str]]:
+    """Return encoded rows of a task, 256 of at most 1024 tokens, and notes on what was left out.
+
+    Raises:
+        DataError: the file has no rows that can be used.
+    """
+    found, length = load_examples(Path(file)), min(tokenizer.model_max_length, DATA_LENGTH)
+    encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
+    notes = []
+    if len(found) > DATA_ROWS:
+        notes.append(f"the loss is of the first {DATA_ROWS} of the {len(found)} rows")
+    if changed := report.truncated + report.left_out:
+        notes.append(f"{changed} of {report.examples} rows are too long: cut or left out")
+    return [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in encoded], notes
+
+
+def measure_updates(
+    model: nn.Module,
+    tokenizer: Any,
+    updates: Mapping[str, AdapterUpdate],
+    texts: Texts,
+    examples: Sequence[Encoded] = (),
+    may_be_nothing: Container[str] = (),
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Add each update to a bare model's weights in turn, and measure drift on texts and loss on rows of its task.
+
+    Returns:
+        name → text → drift, and name → loss in nats a token, with that of the `base`; no losses without `examples`.
+
+    Raises:
+        AdapterError: an update does not fit the model, or changes no logit and is not in `may_be_nothing`.
+    """
+    drift = {}
+    with unrolled(model):
+        reference = BaseReference.build(model, tokenizer, texts, window=DRIFT_WINDOW, max_tokens=DRIFT_TOKENS)
+        losses = {"base": heldout_loss(model, examples)} if examples else {}
+        for name, update in updates.items():
+            changed = [*(f"{module}.weight" for module in update.modules), *update.extras]
+            off = functools.partial(holding, model, {one: model.get_parameter(one) for one in changed})
+            with applied(model, update):
+                found = measure_drift(model, reference, off, may_be_nothing=name in may_be_nothing)
+                drift[name] = {text: value.as_dict() for text, value in found.items()}
+                if examples:
+                    losses[name] = heldout_loss(model, examples)
+    return drift, losses
+
+
+def smallest_scale(loss: Callable[[float], float], tolerance: float, halvings: int = 6) -> dict[str, Any]:
+    """Find the smallest scale in (0, 1] at which a loss is at most `tolerance` above that at scale 1, by bisection.
+
+    `loss` gives the loss at a scale; the scales at which it is within the tolerance are taken to be without a gap. The
+    scale found is a multiple of 2⁻⁶.
+
+    Returns:
+        `scale`, `tolerance`, and `losses`, the curve: scale and loss of every scale that was tried.
+    """
+    if not 0 <= tolerance < math.inf:
+        raise ConfigError(f"tolerance is {tolerance}; expected a number of nats, 0 or more")
+    curve, low, high = {1.0: loss(1.0)}, 0.0, 1.0
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        curve[middle] = loss(middle)
+        if curve[middle] <= curve[1.0] + tolerance:
+            high = middle
+        else:
+            low = middle
+    losses = [{"scale": scale, "loss": curve[scale]} for scale in sorted(curve)]
+    return {"scale": high, "tolerance": tolerance, "losses": losses}
+
+
+def search_scale(
+    model: nn.Module, update: AdapterUpdate, examples: Sequence[Encoded], tolerance: float
+) -> dict[str, Any]:
+    """Return `smallest_scale` of an update of a bare model, by its loss on held-out rows."""
+
+    def loss(scale: float) -> float:
+        with applied(model, update.scaled(scale)):
+            return heldout_loss(model, examples)
+
+    return smallest_scale(loss, tolerance)
+
+
+def choose_scale(
+    update: AdapterUpdate, scale: float | None, tolerance: float | None, data: str | Path | None
+) -> tuple[float, dict[str, Any] | None]:
+    """Return a given scale, 1 if none, or the one that a search over the rows of `data` finds, with its record.
+
+    Raises:
+        ConfigError: the options do not go together, or the base model has no tokenizer.
+        DataError, AdapterError: the rows or the base model cannot be used.
+    """
+    check_scale_options(scale, tolerance, data)
+    if tolerance is None:
+        return 1.0 if scale is None else scale, None
+    tokenizer = load_tokenizer(update.base)
+    examples, notes = task_rows(tokenizer, data)  # type: ignore[arg-type]
+    model = load_base(update.base, torch.float32)
+    check_base(model, update, update.base)
+    found = search_scale(model, update, examples, tolerance)
+    return found["scale"], found | {"notes": notes}
+
+
+def check_scale_options(scale: float | None, tolerance: float | None, data: str | Path | None) -> None:
+    """Raise ConfigError if a scale and a tolerance are given, or a tolerance without rows to measure on."""
+    if tolerance is not None and scale is not None:
+        raise ConfigError("--scale and --tolerance: give one of them; --tolerance searches the scale")
+    if tolerance is not None and data is None:
+        raise ConfigError("--tolerance: needs --data, rows of the adapter's task that it was not trained on")
+
+
+def load_tokenizer(base: str) -> Any:
+    """Return a base model's tokenizer; ConfigError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error
