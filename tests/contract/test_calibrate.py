@@ -11,12 +11,13 @@ import torch
 import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
-from hiplora.tuner import CalibrationStore, input_bases, moments, text
+from hiplora.models import load
+from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling, text
 from hiplora.tuner.moments import score
-from hiplora.tuner.text import sample_rows
+from hiplora.tuner.sampling import sample_rows
 from tests.commands import run
 from tests.contract.conftest import logits, train
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
 ATTENTION = 8  # modules of the tiny Llama that are adapted by default
@@ -183,7 +184,9 @@ def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
 
 def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
     sampled = []
-    monkeypatch.setattr("hiplora.tuner.text.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k))
+    monkeypatch.setattr(
+        "hiplora.tuner.sampling.sample_rows", lambda *a, **k: sampled.append(1) or sample_rows(*a, **k)
+    )
     make = lambda: peft.get_peft_model(tiny_llama(seed=77), config(lora_dropout=0.0))  # noqa: E731
     one = make()
     asked = len(sampled)
@@ -221,6 +224,47 @@ def test_sampling_follows_the_models_own_distribution(tiny):
     assert (found - expected).abs().sum() < 0.25
 
 
+@pytest.mark.parametrize(("template", "opening", "reply"), [(True, "[user]\n", "[assistant]\n"), (False, "Q", "\nA")])
+def test_every_other_row_is_a_conversation_that_the_model_has_with_itself(tiny, tmp_path, template, opening, reply):
+    model, tokenizer = tiny.make(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight[257] = 0.1 * model.lm_head.weight.sum(0)  # the end of a turn is drawn now and then
+    if not template:
+        tokenizer.chat_template = None
+    store = CalibrationStore(tmp_path)
+    rows = sampled_rows(model, 256 * 8, store=store, tokenizer=tokenizer)
+    plain = sampled_rows(model, 256 * 8, store=store)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows[1::2]]
+    assert all(text.startswith((opening, "### Instruction")) for text in texts)
+    assert sum(reply in text or "### Response" in text for text in texts) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(rows[::2], plain[::2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(rows[1::2], plain[1::2], strict=True))
+    scripts = sampling.conversation_scripts(model, tokenizer, 256)
+    assert torch.equal(sample_rows(model, range(3, 5), 256, 0, scripts), torch.stack(rows[3:5]))
+
+
+def test_a_layer_that_is_called_by_keyword_is_calibrated_and_adapted():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.lin(input=x)
+
+    model, x = Block(), torch.randn(8, 16)
+    chosen = config(basis_sides="input", target_modules=["lin"], init_weights=False)
+    hiplora.calibrate(model, chosen, lambda: model(x))
+    before = model(x)
+    assert not torch.allclose(peft.get_peft_model(model, chosen)(x), before)
+
+
+def test_a_model_in_a_folder_brings_its_own_tokenizer(tiny_model_dir, tmp_path):
+    model, tokenizer = load(str(tiny_model_dir))
+    rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))
+    assert tokenizer.decode(rows[1]).startswith("[user]\n")
+
+
 def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     """Sampling stops in its second part; what the first one wrote is not sampled again."""
     asked = []
@@ -231,8 +275,8 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
             raise KeyboardInterrupt
         return sample_rows(model, part, *rest)
 
-    monkeypatch.setattr(text, "sample_rows", sample)
-    monkeypatch.setattr(text, "_SAMPLED_AT_ONCE", 2)
+    monkeypatch.setattr(sampling, "sample_rows", sample)
+    monkeypatch.setattr(sampling, "_SAMPLED_AT_ONCE", 2)
     stop = True
     options = {"tokens": 256 * 3}
     with pytest.raises(KeyboardInterrupt):
@@ -354,7 +398,7 @@ def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_ener
 def test_a_text_that_is_not_there_is_named(tiny_model_dir, tmp_path, capsys):
     code, _, err = run(capsys, "calibrate", tiny_model_dir, "--text", tmp_path / "none.txt")
     assert code == 2
-    assert "none.txt: cannot be read" in err
+    assert "none.txt: no such file" in err
 
 
 def test_one_side_needs_half_of_the_work_and_the_table_has_a_row_a_kind(tiny_model_dir, capsys, monkeypatch):

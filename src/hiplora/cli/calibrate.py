@@ -17,14 +17,20 @@ class Sides(str, Enum):
 
 
 def command(
-    model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
+    model: str = typer.Argument(..., help="Model folder, hub name, smollm2-135m or gemma3-270m."),
     text: str | None = typer.Option(
         None,
         "--text",
         help="What to calibrate on: a text file, training data, or a data set on the hub (owner/name or "
-        "owner/name:config); else text sampled from the model itself.",
+        "owner/name:config); else text that the model writes itself: one half begun by random tokens, one half "
+        "conversations in the tokenizer's chat template, or questions and answers where it has none.",
     ),
-    tokens: int = typer.Option(10_000, "--tokens", min=2, help="Tokens to sample, or to read of the text."),
+    tokens: int = typer.Option(
+        10_000,
+        "--tokens",
+        min=2,
+        help="Tokens to sample, or to read of the text; twice as many as a layer has inputs, or more.",
+    ),
     target_modules: str | None = typer.Option(None, "--target-modules", help=TARGETS_HELP.format("MLP")),
     sides: Sides = typer.Option(
         Sides.both, "--sides", help="What is protected: the layers' inputs, their outputs, or both."
@@ -59,7 +65,7 @@ def command(
     loaded, tokenizer = load(model)
     loaded = loaded.to(device)
     if text is None:
-        found = calibrate(loaded, config, tokens=tokens, batch_size=batch_size, seed=seed)
+        found = calibrate(loaded, config, tokens=tokens, batch_size=batch_size, seed=seed, tokenizer=tokenizer)
     else:
         from hiplora.data.texts import calibration_rows, describe_source
 
@@ -76,7 +82,7 @@ def command(
     columns = ["inputs", "effective rank", "protected", "% of the energy"]
     groups = df.groupby("Modules", sort=False)
     table = pd.concat([groups.size().rename("layers"), groups[columns].median().round().astype(int)], axis=1)
-    source = "text sampled from the model" if found.source == "self" else found.source
+    source = "text written by the model" if found.source == "self" else found.source
     title = f"{model}: calibrated on {found.tokens:,} tokens, {source} (medians over layers)"
     print_frame(title, table.reset_index())
     typer.echo(f"{found.seconds:.1f} s; factors take {found.bytes / 1e6:.1f} MB")

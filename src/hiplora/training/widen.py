@@ -55,7 +55,7 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     from hiplora.data.encoding import IGNORED, encode_examples
     from hiplora.data.examples import load_data
     from hiplora.training.reading import load_recipe
-    from hiplora.tuner.text import sampled_rows
+    from hiplora.tuner import sampled_rows
 
     try:
         recipe = load_recipe(folder / "recipe.yaml")

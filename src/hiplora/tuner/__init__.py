@@ -16,6 +16,7 @@ from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear, leak_limit
 from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only
+from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
 from hiplora.tuner.targets import (
     Target,
     default_targets,
@@ -24,13 +25,7 @@ from hiplora.tuner.targets import (
     frozen_weight,
     linear_target,
 )
-from hiplora.tuner.text import (
-    ROW_LENGTH,
-    CalibrationStore,
-    CalibrationText,
-    model_fingerprint,
-    sampled_rows,
-)
+from hiplora.tuner.text import CalibrationText
 from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
 
 register()

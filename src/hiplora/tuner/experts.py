@@ -85,6 +85,7 @@ def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = No
         lists = {key: child for key, child in module.named_children() if isinstance(child, ExpertList)}
         if any(type(layer) is not nn.Linear for layers in lists.values() for layer in layers):
             continue  # still adapted
+        layers: Any
         for projection, layers in lists.items():
             parameter = (fused or {}).get(name, {}).get(projection)
             if parameter is None:

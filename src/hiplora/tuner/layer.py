@@ -305,12 +305,16 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: D102 - PEFT asks
         return True
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         """Return the base layer's output plus both channels of every active adapter, or of each row's own.
 
         Raises:
             AdapterError: there are not as many `adapter_names` as rows, or an adapter is merged.
         """
+        if x is None:  # as some models call an nn.Linear
+            x = kwargs.pop("input")
         if self._disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self._disable_adapters:

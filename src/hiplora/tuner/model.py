@@ -27,7 +27,7 @@ from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, left_out
+from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, short_names
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
 
 
@@ -49,8 +49,6 @@ class HipLoraModel(BaseTuner):
         Whatever can go wrong does so here, before any layer is replaced.
         """
         config, model = peft_config, self.model
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = set(default_targets(model, config.preset))
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
         _check_patterns(config, [target.name for target in targets])
@@ -67,6 +65,8 @@ class HipLoraModel(BaseTuner):
         except BaseException:
             fuse(model, fused)
             raise
+        if config.target_modules is None:
+            config.target_modules = set(short_names(model, self._target_names))
         return config
 
     def _find_factors(self, config: HipLoraConfig, targets: list[Target]) -> None:
@@ -92,8 +92,8 @@ class HipLoraModel(BaseTuner):
         """Experts were injected as the layers that they are unrolled to."""
         return list(peft_config.target_parameters)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         fuse(model)
         return model
 
@@ -190,6 +190,14 @@ class HipLoraModel(BaseTuner):
             raise AdapterError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
                 f"{', '.join(sorted(known))}, and '__base__' for the bare model"
+            )
+        if expert := next(
+            (layer.name for layer in self.modules() if isinstance(layer, HipLoraLinear) and shared_side(layer.name)),
+            None,
+        ):
+            raise AdapterError(
+                f"layer {expert}: an expert gets single tokens, not rows, so a batch cannot mix adapters on it; "
+                "run one adapter at a time"
             )
         # Beam search repeats the rows, but not those of an encoder.
         encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())

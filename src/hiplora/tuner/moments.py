@@ -75,11 +75,12 @@ class MomentCollector:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x, last = next(iter((*args, *kwargs.values()))), self._last
             if shared is not None:
-                self.leader[name] = shared
-            elif last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
+                _add(self.moments, shared, x, None)
+                return
+            if last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
                 self.leader[name] = last[0]
                 return
-            elif self.leader.setdefault(name, name) != name:
+            if self.leader.setdefault(name, name) != name:
                 return  # its leader has been summed up already, in this very pass
             self._last = (name, x)
             _add(self.moments, self.leader[name], x, self._mask)
@@ -134,12 +135,11 @@ class GradientCollector:
         space = shared_space(name, "output") or name
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                if (
-                    not output.requires_grad
-                ):  # the first layer: the graph begins here, with what may be changed in place
-                    output = output.detach().requires_grad_(True).clone()
-                output.register_hook(lambda gradient: _add(self.moments, space, gradient, self._mask))
+            if not torch.is_grad_enabled():
+                return output
+            if not output.requires_grad:  # the first layer: the graph begins here, with what may be changed in place
+                output = output.detach().requires_grad_(True).clone()
+            output.register_hook(lambda gradient: _add(self.moments, space, gradient, self._mask))
             return output
 
         return hook

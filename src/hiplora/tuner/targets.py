@@ -59,11 +59,12 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
     """Return the layers that an adapter of this configuration would sit on, in the model's order.
 
     `config` may be of any PEFT method with `target_modules`; where it names none, they are those of its `preset`. An
-    expert of a mixture, whose weights are 3-D parameters, is named `…experts.PARAMETER.NUMBER`. "all-linear" leaves out
-    layers of no more inputs or outputs than the principal rank.
+    expert of a mixture, whose weights are 3-D parameters, is named `…experts.PARAMETER.NUMBER`. A preset and
+    "all-linear" leave out layers of no more inputs or outputs than the principal rank, and those that Mamba's fused
+    kernels read without a call.
 
     Raises:
-        ConfigError: no module matches, or one that does is not a linear layer.
+        ConfigError: no module matches, or one that does is not a linear layer that is called.
     """
     chosen: Any = copy.copy(config)
     if chosen.target_modules is None and not getattr(chosen, "target_parameters", None):
@@ -79,8 +80,14 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
         patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
         ranks = {name: for_module(patterns, name, default) for name in names}
         targets = [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
-    if chosen.target_modules == "all-linear":
-        return [target for target in targets if not _too_narrow(target)]
+    uncalled = {name for name in names if _read_by_kernels(model, name)}
+    if config.target_modules in (None, "all-linear"):  # type: ignore[attr-defined]
+        return [t for t in targets if not _too_narrow(t) and t.name not in uncalled] or targets
+    if uncalled and not loaded:
+        raise ConfigError(
+            f"layer {min(uncalled)}: Mamba's fused kernels read its weight and never call it, so that an adapter would "
+            "do nothing; leave it out (in_proj is called)"
+        )
     return targets
 
 
@@ -133,7 +140,7 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
 
         if asked == "all-linear" and (narrow := [name for name in _matching(model, config) if name not in names]):
             notes.append(
-                f"target_modules 'all-linear' leaves out layers no wider than principal_rank: {share(narrow)}"
+                f"'all-linear' leaves out layers no wider than principal_rank, or never called: {share(narrow)}"
             )
         known = [*modules]
         for name in (name for name, module in modules.items() if isinstance(module, ExpertList)):
@@ -243,8 +250,7 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
     """
     role, belongs = _ROLES[preset]
     with unrolled(model):
-        modules = _base_modules(model)
-    modules = {n: m for n, m in modules.items() if not isinstance(modules.get(n.rpartition(".")[0]), ExpertList)}
+        modules = _whole_modules(model)
     chosen = [
         name
         for name, module in modules.items()
@@ -257,7 +263,14 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
             f"target_modules is not set, and no {role} projections were recognised in {type(model).__name__}; set it "
             "to a list of module names, a regular expression or 'all-linear'"
         )
-    # Each by the fewest trailing parts of its name which no other module's name ends with.
+    return short_names(model, chosen)
+
+
+def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return each module's name by the fewest trailing parts which no other module's name ends with."""
+    with unrolled(model):
+        modules = _whole_modules(model)
+    chosen = [name if name in modules else name.rpartition(".")[0] for name in names]  # an expert by its list
     others = {tail for name in modules.keys() - set(chosen) for tail in _tails(name)}
     return list(dict.fromkeys(next(tail for tail in _tails(name) if tail not in others) for name in chosen))
 
@@ -293,6 +306,12 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in named.items() if name and not name.startswith(inside)}
 
 
+def _whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the base model's modules, with lists of experts, but not each expert."""
+    modules = _base_modules(model)
+    return {n: m for n, m in modules.items() if not isinstance(modules.get(n.rpartition(".")[0]), ExpertList)}
+
+
 def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
@@ -300,6 +319,15 @@ def _base(module: nn.Module) -> nn.Module:
 def _too_narrow(target: Target) -> bool:
     side = min(target.shape)
     return resolve_rank(target.k, target.shape, lambda: torch.ones(side)) >= side
+
+
+def _read_by_kernels(model: nn.Module, name: str) -> bool:
+    """Whether a layer is one of a Mamba mixer's whose weight its fused kernels take without a call."""
+    parent, _, own = name.rpartition(".")
+    if own not in ("x_proj", "dt_proj", "out_proj"):
+        return False
+    mixer = model.get_submodule(parent)
+    return hasattr(mixer, "A_log") and hasattr(mixer, "in_proj")
 
 
 def _tails(name: str) -> list[str]:

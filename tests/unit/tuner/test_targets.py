@@ -203,6 +203,16 @@ def test_a_model_without_an_mlp_asks_for_targets():
         default_targets(model)
 
 
+def test_what_fused_kernels_read_without_a_call_is_refused():
+    model = skeleton("mamba", {"state_size": 4}, AutoModelForCausalLM)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mixer\.out_proj: .*never call"):
+        find_targets(model, HipLoraConfig(target_modules=["in_proj", "out_proj"]))
+    names = [
+        target.name for target in find_targets(model, HipLoraConfig(target_modules="all-linear", principal_rank=4))
+    ]
+    assert all(name.endswith("in_proj") for name in names)
+
+
 def test_the_choice_is_the_same_on_an_adapted_model():
     base = tiny_llama()
     before = [target.name for target in find_targets(base, HipLoraConfig())]

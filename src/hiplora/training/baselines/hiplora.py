@@ -137,7 +137,7 @@ class Spectral(FromInputs, LowRank):
 
         source = "" if self.calibration_text is None else describe_source(self.calibration_text)
         rows, tokens = self.calibration_rows(tokenizer), self.calibration_tokens
-        return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store)
+        return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store, tokenizer=tokenizer)
 
 
 class ProjLoraMethod(Spectral):

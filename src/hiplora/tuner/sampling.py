@@ -1,0 +1,280 @@
+"""Text that a model writes itself to be calibrated on: half of it begun at random, half conversations."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from hiplora.errors import ConfigError
+from hiplora.files import cache_dir
+from hiplora.spectral import TensorStore, weight_fingerprint
+from hiplora.tuner.experts import unrolled
+from hiplora.tuner.moments import base_only
+
+ROW_LENGTH = 256  # tokens of one calibration row
+LONGEST_QUESTION = 64  # tokens after which a question that a model asks itself is answered
+# Conversations without a chat template: what opens a question, the answer, and the next question.
+QUESTIONS = [
+    ("Question:", "\nAnswer:", "\n\nQuestion:"),
+    ("Q:", "\nA:", "\n\nQ:"),
+    ("### Instruction:\n", "\n### Response:\n", "\n\n### Instruction:\n"),
+]
+OWN_DATA = (
+    "call hiplora.calibrate(model, config, run_model=...) with a function that runs the model over data of yours, with "
+    "basis_sides='input' if it gives no logits; or set basis='weight'"
+)
+CACHES = ("past_key_values", "cache_params", "state")  # what models call the memory of the tokens before
+_SAMPLED_AT_ONCE = 40
+_FORMAT = 1  # raised when a measurement changes: old entries are then not found
+
+
+class CalibrationStore(TensorStore):
+    """Sampled text and measured eigenvectors, by the model, the text and the modules; in the user's cache."""
+
+    def __init__(self, root: Path | None = None):
+        super().__init__(cache_dir() / "calibration" if root is None else root)
+
+    def path(self, *key: Any) -> Path:
+        """Return the file of the entry that is made from `key`."""
+        return super().path(_FORMAT, *key)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
+    digest, seen = hashlib.sha256(), set()
+    with unrolled(model):
+        for name, parameter in model.named_parameters():
+            own = not any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split("."))
+            if own and id(parameter) not in seen:
+                seen.add(id(parameter))
+                value = parameter.data
+                if type(value).dequantize is not Tensor.dequantize:  # torchao's
+                    value = value.dequantize()
+                digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def sampled_rows(
+    model: Any,
+    tokens: int,
+    seed: int = 0,
+    store: CalibrationStore | None = None,
+    identity: str = "",
+    tokenizer: Any = None,
+) -> list[Tensor]:
+    """Return about `tokens` token ids in rows, sampled from the base model: those that `calibrate` measures on.
+
+    Every other row is a conversation that the model writes itself, both sides of it: in the tokenizer's chat template,
+    else questions and answers. The rest is text begun by a random token; all of it, where there is no tokenizer.
+
+    What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
+    `tokenizer` None is the one in the folder, or of the hub name, that the model was loaded from.
+
+    Raises:
+        ConfigError: the model is not a causal language model.
+    """
+    check_causal(model)
+    store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
+    count = -(-tokens // length)
+    scripts = conversation_scripts(model, tokenizer or _own_tokenizer(model), length)
+    recipe = [(script.opening, script.reply, script.again) for script in scripts]
+    rows: list[Tensor] = []
+    with base_only(model):
+        for first in range(0, count, _SAMPLED_AT_ONCE):
+            part = range(first, min(first + _SAMPLED_AT_ONCE, count))
+            path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
+            sample = functools.partial(sample_rows, model, part, length, seed, scripts)
+            made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
+            rows.extend(made["rows"].long())
+    return rows
+
+
+@dataclass(frozen=True)
+class Script:
+    """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again.
+
+    `ends` says whether a sampled token ends a turn.
+    """
+
+    opening: list[int]
+    reply: list[int]
+    again: list[int]
+    ends: Callable[[int], bool]
+
+
+def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script]:
+    """Return the conversations that calibration rows of this length follow: of the chat template, else of `QUESTIONS`.
+
+    None where there is no tokenizer, or where it does not fit the model.
+    """
+    if tokenizer is None:
+        return []
+    special = {*special_tokens(model), *tokenizer.all_special_ids}
+    vocabulary, begin = _vocabulary(model)
+    begin = begin if begin == tokenizer("x")["input_ids"][:1] else []
+    texts, ends = QUESTIONS, lambda token: token in special or "\n" in tokenizer.decode([token])
+    if tokenizer.chat_template is not None and (chat := _chat_pieces(tokenizer)) is not None:
+        texts, ends, begin = [chat], special.__contains__, []
+    pieces = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in one] for one in texts]
+    scripts = [Script(begin + opening, reply, again, ends) for opening, reply, again in pieces]
+    return [
+        script
+        for script in scripts
+        if len(script.opening) < length / 2 and max(script.opening + script.reply + script.again) < vocabulary
+    ]
+
+
+def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
+    """Return what a chat template writes before the user's first turn, between the turns, and before the next one."""
+    marks = ["<1>", "<2>", "<3>"]
+    roles = ["user", "assistant", "user"]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        opening, reply = opened.split(marks[0])
+        return opening, reply, text.split(marks[1])[1].split(marks[2])[0]
+    except Exception:  # jinja2's errors, and any shape of template that this does not know
+        return None
+
+
+def _own_tokenizer(model: Any) -> Any:
+    """Return the tokenizer of the folder or hub name that a model was loaded from, if this machine has it."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    except Exception:  # whatever transformers raises: the model may have come without one
+        return None
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one.
+
+    Raises:
+        ConfigError: it does not; says what to pass.
+    """
+    config = getattr(model, "config", None)
+    why = ""
+    if config is None or config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
+        why = "is not a causal language model"
+    else:
+        ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
+        ids[1, 3] = 1
+        with base_only(model):
+            logits = getattr(model(input_ids=ids), "logits", None)
+        if logits is None or logits.dim() != 3:
+            why = "does not give a logit for every position and token"
+        else:
+            first, *_, last = (logits[0] - logits[1]).abs().amax(-1).tolist()
+            why = "looks at later tokens too, as for masked words" if first > 1e-3 * last else ""
+    if why:
+        raise ConfigError(f"{type(model).__name__} {why}, so no calibration text can be sampled from it; {OWN_DATA}")
+
+
+@torch.no_grad()
+def sample_rows(
+    model: nn.Module, rows: range, length: int, seed: int = 0, scripts: Sequence[Script] = ()
+) -> Int[Tensor, "rows length"]:
+    """Sample rows of token ids from a causal language model, at temperature 1.
+
+    Odd rows follow the `scripts`, if any; the others begin with a random token. A row depends on the model, the seed
+    and its own number only, not on the rows sampled with it: its random numbers are its own, looked up in the model's
+    distribution. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
+    """
+    vocabulary, begin = _vocabulary(model)
+    device = next(model.parameters()).device
+    special = torch.tensor([token for token in special_tokens(model) if token < vocabulary], dtype=torch.long)
+    choices = torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, special, False).nonzero().flatten()
+    writers, draws = [], torch.empty(len(rows), length, dtype=torch.float64)
+    for index, row in enumerate(rows):
+        # torch's generator takes 32 bits of a seed; the multiplier is odd, so seeds share no run of rows.
+        generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + row) % 2**32)
+        first = int(choices[torch.randint(len(choices), (1,), generator=generator)])
+        script = scripts[row // 2 % len(scripts)] if scripts and row % 2 else None
+        writers.append(_Writer(script, begin if script is None else [], first))
+        torch.rand(length, generator=generator, out=draws[index])
+    special, draws = special.to(device), draws.to(device)
+    ids, cache = torch.empty(len(rows), 0, dtype=torch.long, device=device), None
+    sampled = [0] * len(rows)  # nothing is sampled for the first place
+    for position in tqdm(range(length), desc="sampling", delay=2, leave=False, disable=None):
+        step = [writer.next(token) for writer, token in zip(writers, sampled, strict=True)]
+        ids = torch.cat([ids, torch.tensor(step, device=device)[:, None]], dim=1)
+        if position == length - 1:
+            break
+        logits, cache = next_logits(model, ids, cache)
+        open_turn = torch.tensor([not writer.may_end for writer in writers], device=device)
+        logits = logits[:, :vocabulary].float()
+        logits[:, special] = logits[:, special].masked_fill(open_turn[:, None], -torch.inf)
+        heights = logits.softmax(-1).double().cumsum(-1)
+        found = torch.searchsorted(heights, draws[:, position, None] * heights[:, -1:], right=True)
+        sampled = found.clamp_max(vocabulary - 1).flatten().tolist()
+    return ids.cpu()
+
+
+class _Writer:
+    """One row as it is written: what its script puts next, else the token that was sampled."""
+
+    def __init__(self, script: Script | None, begin: list[int], first: int) -> None:
+        self.script = script
+        self.queue = [*begin, first] if script is None else list(script.opening)
+        self.asks, self.turn = True, 0  # whose turn it is, and how many tokens of it were sampled
+
+    @property
+    def may_end(self) -> bool:
+        return self.script is not None and self.turn > 0
+
+    def next(self, sampled: int) -> int:
+        long = self.asks and self.turn >= LONGEST_QUESTION
+        if self.script is not None and self.turn and not self.queue and (long or self.script.ends(sampled)):
+            self.queue = list(self.script.reply if self.asks else self.script.again)
+            self.asks, self.turn = not self.asks, 0
+        if self.queue:
+            return self.queue.pop(0)
+        self.turn += 1
+        return sampled
+
+
+def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tuple[Tensor, Any]:
+    """Return the logits of the token that follows each row, and the model's cache, if it has one."""
+    accepted = inspect.signature(model.forward).parameters
+    name = next((name for name in CACHES if name in accepted), None)
+    few: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    if name is None:
+        few |= {"use_cache": False} if "use_cache" in accepted else {}
+    else:
+        few |= {"use_cache": True, name: cache}
+    output = model(input_ids=ids if cache is None else ids[:, -1:], **few)
+    return output.logits[:, -1], getattr(output, name, None) if name else None
+
+
+def _vocabulary(model: Any) -> tuple[int, list[int]]:
+    """Return the number of tokens, and the token that begins a text, if the model has one."""
+    config = model.config.get_text_config()
+    begin = config.bos_token_id
+    return config.vocab_size, [begin] if isinstance(begin, int) and begin < config.vocab_size else []
+
+
+def special_tokens(model: Any) -> list[int]:
+    """Return the ids of the tokens that begin, end or pad a text, as the model's configurations name them."""
+    found: set[int] = set()
+    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
+    return sorted(found)

@@ -1,0 +1,67 @@
+"""Generate docs/models.md from what tests/models found (docs/results/models.json)."""
+
+import json
+from pathlib import Path
+
+FOUND = Path(__file__).resolve().parents[1] / "docs" / "results" / "models.json"
+
+# Heading → the operations of tests/models that it stands for.
+COLUMNS = {
+    "trains": ("attach", "train", "activation_basis", "copy"),
+    "saved, loaded": ("save_and_load",),
+    "merged, unmerged": ("disable", "merge_and_unmerge", "merge_and_unload"),
+    "mixed batch": ("mixed_batch",),
+    "bf16": ("half_precision",),
+    "as plain LoRA": ("export",),
+    "calibrates itself": ("self_calibration",),
+}
+
+INTRO = """# Does my model work?
+
+HiP-LoRA adapts linear layers: `nn.Linear`, GPT-2's `Conv1D`, quantised layers that PEFT can dequantise, and the
+experts of mixtures that transformers 5 keeps as 3-D parameters. The table is what a test suite found on a tiny
+random model of each architecture (`tests/models`; `python -m pytest tests/models --models-json
+docs/results/models.json` measures it again). Another architecture with linear layers works too, if need be with
+`target_modules` named.
+
+**MLP modules** are what the default preset adapts, **attention modules** those of `preset="paper"`: both are
+found by their role. Where an adapter leaves out what its targets seem to mean, a warning names it with its
+share of the weights.
+
+"""
+
+NOTES = """
+- **no**: hiplora refuses and says what to do. Adapters on experts are exported as a whole model (`--to dense`), not
+  as plain LoRA, and a batch cannot mix them.
+- **own data**: the model writes no text, so the default preset needs `hiplora.calibrate(model, config,
+  run_model=...)`, with `basis_sides="input"` where the model gives no logits.
+- **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower name its modules,
+  and calibrate with `run_model` on data with pictures.
+- **Experts** are adapted one by one: an adapter on all of them is large. Expert modules of Llama 4, JetMoE,
+  LongCat-Flash and Step 3.7 are of another kind, and are left out with a warning. Training runs one expert
+  after the other, as transformers' "eager" implementation does.
+- **Trainers**: any loop with a `torch.optim.Optimizer` over the adapter's parameters; see
+  [training](howto/train.md).
+- **Quantised bases**: bitsandbytes 4 and 8 bit, and other layers that PEFT can dequantise.
+- **Serving**: export as plain LoRA for vLLM, llama.cpp and stock PEFT, or as a whole model; see
+  [adapters](howto/adapters.md).
+"""
+
+
+def models_page() -> str:
+    """Return the page: one row an architecture."""
+    from tools.reference import NOTE, table
+
+    rows = []
+    for row in json.loads(FOUND.read_text(encoding="utf-8")):
+        modules = (", ".join(f"`{name}`" for name in row[preset]) or "–" for preset in ("function-aware", "paper"))
+        cells = (_cell(row, operations) for operations in COLUMNS.values())
+        rows.append((f"{row['name']} ({row['example_of']})", *modules, *cells))
+    header = ("architecture", "MLP modules", "attention modules", *COLUMNS)
+    return f"{INTRO.replace(chr(10), chr(10) + NOTE, 1)}{table(header, rows)}\n{NOTES}"
+
+
+def _cell(row: dict, operations: tuple[str, ...]) -> str:
+    if row["refused"] and set(operations) & set(row["refused"]):
+        return row["refused"][operations[0]]
+    return "yes" if all(row["found"].get(operation) == "passed" for operation in operations) else "not yet"
