@@ -7,7 +7,8 @@ FOUND = Path(__file__).resolve().parents[1] / "docs" / "results" / "models.json"
 
 # Heading → the operations of tests/models that it stands for.
 COLUMNS = {
-    "trains": ("attach", "train", "activation_basis", "copy"),
+    "trains": ("attach", "train", "activation_basis"),
+    "copies train": ("copy",),
     "saved, loaded": ("save_and_load",),
     "merged, unmerged": ("disable", "merge_and_unmerge", "merge_and_unload"),
     "mixed batch": ("mixed_batch",),

@@ -1,5 +1,6 @@
 """Tiny random models of the architectures that hiplora promises to adapt, made from transformers' configurations."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -293,7 +294,8 @@ def described(case: Case) -> dict[str, Any]:
         row["refused"] |= {"mixed_batch": "no", "export": "no"}
     for preset in ("function-aware", "paper"):
         try:
-            row[preset] = sorted({name.rpartition(".")[2] for name in default_targets(model, preset)})
+            names = default_targets(model, preset)
+            row[preset] = sorted({name.rpartition(".")[2] if re.search(r"\d\.", name) else name for name in names})
         except ConfigError:
             row[preset] = []
     return row
