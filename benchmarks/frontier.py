@@ -313,7 +313,7 @@ class Loss:
 def weighted_loss(model: Any, batch: list[Any], rule: str) -> Tensor:
     """Return the answers' loss with a weight a token: by the recipe option `train.token_weight`."""
     from hiplora.evaluation.likelihood import pad_left
-    from hiplora.training.token_weight import token_weights
+    from hiplora.training.losses import token_weights
 
     ids, mask, positions = (tensor.to(model.device) for tensor in pad_left([example.ids for example in batch]))
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, :-1]

@@ -84,7 +84,8 @@ def encode_example(tokenizer: Any, example: Example) -> Tokens:
 
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
     """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
-    text, current, inside = "", [], False
+    text, inside = "", False
+    current: list[int] = []
     for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, None)]:
         if current and (token is None or (label != IGNORED) != inside):
             piece = tokenizer.decode(current)

@@ -191,7 +191,8 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     Raises:
         DataError: as `load_examples`, or the held-out share leaves no row to train on.
     """
-    name, bad = data.hub or data.path or "", [] if data.skip_bad_rows else None
+    name = data.hub or data.path or ""
+    bad: list[str] | None = [] if data.skip_bad_rows else None
     rows = _hub_rows(data) if data.hub else read_rows(Path(name), bad)
     format, values = check_rows(rows, data.format, name, bad)
     template = data.template
@@ -207,7 +208,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         )
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
-    sources = {"train": {}}
+    sources: dict[str, dict[str, Any]] = {"train": {}}
     for path, weight in data.mix.items():
         more = _examples(*check_rows(read_rows(Path(path), bad), "auto", path, bad), template, None)
         whole, rest = divmod(weight * len(more), len(more))

@@ -110,7 +110,7 @@ class AdapterTrainer(SFTTrainer):
         """Measure the drift from the base by text; None where it cannot be measured, as with OSF."""
         if self.reference is None:
             return None
-        autocast = vars(self.model).pop("forward", None)  # accelerate's; the base was measured without
+        autocast = self.model.__dict__.pop("forward", None)  # accelerate's; the base was measured without
         try:
             with self.session.measuring():
                 off = functools.partial(disabled, self.model)

@@ -87,17 +87,6 @@ def test_the_activation_basis_is_measured_and_the_model_keeps_its_modes():
     assert all(module.training for module in model.modules())
 
 
-def test_the_start_depends_on_the_seed_alone():
-    weights = [
-        put_on(METHODS["lora"](), tiny_llama(), tiny_tokenizer(), seed=seed)
-        .get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
-        .sum()
-        .item()
-        for seed in (1, 1, 2)
-    ]
-    assert weights[0] == weights[1] != weights[2]
-
-
 def test_modules_that_the_model_does_not_have_are_named():
     for name in ("lora", "hiplora", "milora"):
         with pytest.raises(ConfigError, match=r"check method\.target_modules"):

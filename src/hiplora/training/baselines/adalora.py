@@ -98,7 +98,7 @@ class AdaLoraMethod(LowRank):
             raise ConfigError(
                 "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
             )
-        ranks = {"init_r": self.first_rank, "target_r": self.r}
+        ranks: dict[str, Any] = {"init_r": self.first_rank, "target_r": self.r}
         return AdaLoraConfig(task_type="CAUSAL_LM", **ranks, **self.schedule(steps), **self.settings())
 
     def session(self, model: "PeftModel", sequences: int) -> Session:
