@@ -361,7 +361,6 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SF
         padding_free=flat,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
-        loss_type="nll",
         save_strategy="steps" if settings.max_drift is None else "no",  # with max_drift the record saves
         save_steps=settings.save_every,
         logging_strategy="no",  # the record logs
