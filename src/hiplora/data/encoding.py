@@ -8,7 +8,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from hiplora.data.examples import Example
@@ -84,13 +84,11 @@ def encode_example(tokenizer: Any, example: Example) -> Tokens:
 
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
     """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
-    text, inside = "", False
-    current: list[int] = []
-    for token, label in [*zip(row["input_ids"], row["labels"], strict=True), (None, None)]:
-        if current and (token is None or (label != IGNORED) != inside):
-            piece = tokenizer.decode(current)
-            text, current = text + (f"⟦{piece}⟧" if inside else piece), []
-        current, inside = [*current, token], label != IGNORED
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    text = ""
+    for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        piece = tokenizer.decode([token for token, _ in group])
+        text += f"⟦{piece}⟧" if learned else piece
     return text
 
 
