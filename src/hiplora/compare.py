@@ -8,10 +8,9 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from hiplora.provenance import file_sha256, folder_identity, json_sha256, proven
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hiplora.adapters import AdapterUpdate
     from hiplora.data.examples import Example
     from hiplora.training.recipe import TrainRecipe
 
@@ -356,25 +354,6 @@ class Base:
         tokens = sum(len(row.ids) for row in self.held_out)
         return {"held_out_loss": loss, "seconds_per_token": (time.perf_counter() - began) / tokens}
 
-    def measure(self, updates: "Mapping[str, AdapterUpdate]", texts: Mapping[str, str]) -> dict[str, Results]:
-        """Return the drift of each update on each text, and its loss on the held-out rows, if there are any."""
-        from hiplora.adapters import is_transposed, write_lora
-        from hiplora.evaluation import BaseReference, heldout_loss, measure_drift
-        from hiplora.evaluation.mounting import mounted
-
-        reference, found = BaseReference.build(self.model, self.tokenizer, texts), {}
-        for name, update in updates.items():
-            update = replace(update, base="")  # PEFT would look up the base's name
-            with tempfile.TemporaryDirectory(prefix="hiplora-") as folder:
-                write_lora(update, Path(folder), transposed=is_transposed(update, self.model))
-                with mounted(self.model, folder) as adapted:
-                    # A first step at rate 0 changes nothing.
-                    drift = measure_drift(adapted, reference, may_be_nothing=name.startswith("step"))
-                    found[name] = {"drift": {text: one.as_dict() for text, one in drift.items()}}
-                    if self.held_out:
-                        found[name]["held_out_loss"] = heldout_loss(adapted, self.held_out)
-        return found
-
     def answers(
         self, adapters: Mapping[str, Path], prompts: "Sequence[Example | str]", tokens: int = ANSWER_TOKENS
     ) -> list[dict[str, str]]:
@@ -405,14 +384,15 @@ def shown(rows: Sequence[Results]) -> list[Results]:
 def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
     """Measure an adapter at the marks along its training, and the finished one at each scale."""
     from hiplora.adapters import read_update
+    from hiplora.evaluation.updates import measure_updates
 
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
     finished = read_update(adapter)
     updates = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in steps[:-1]}
-    for scale in SCALES:
-        factors = {name: (A, scale * B) for name, (A, B) in finished.factors.items()}
-        updates[f"scale {scale}"] = replace(finished, factors=factors, channels={})
-    found = base().measure({**updates, "end": finished}, texts)
+    updates |= {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}
+    early = [name for name in updates if name.startswith("step")]  # a first step at rate 0 changes nothing
+    drift, loss = measure_updates(base().model, base().tokenizer, updates, texts, base().held_out, early)
+    found = {name: {"held_out_loss": loss[name], "drift": drift[name]} for name in updates}
     trained = [{"step": step, **found[f"step {step}"]} for step in steps[:-1]]
     scaled = [{"scale": scale, **found[f"scale {scale}"]} for scale in SCALES]
     return {

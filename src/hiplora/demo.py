@@ -216,13 +216,14 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
 def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skill], texts: dict[str, str]) -> Results:
     """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure all drifts."""
     from hiplora.adapters import read_update
+    from hiplora.evaluation.updates import measure_updates
     from hiplora.merging import merge, save_merged
 
     parts = [adapters / f"{key}-{skill.name}" for skill in both]
     report = save_merged(merge(parts, "addition"), adapters / f"{key}-added", overwrite=True)
     names = [*(skill.name for skill in both), "added"]
     updates = {name: read_update(adapters / f"{key}-{name}") for name in names}
-    drift = {name: found["drift"] for name, found in base().measure(updates, texts).items()}
+    drift, _ = measure_updates(base().model, base().tokenizer, updates, texts)
     return {"rank": report["rank"], "export_error": report["largest_difference"]["relative"], "drift": drift}
 
 
