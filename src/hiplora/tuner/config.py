@@ -152,10 +152,9 @@ class HipLoraConfig(PeftConfig):
         # Modules whose saved factors must vouch for a base in another precision.
         self.unverified: set[str] = set()
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if self.preset is None:
             # A saved configuration from before there were presets: its defaults were the paper's.
             old = self.from_checkpoint and self.basis != "activation"

@@ -144,10 +144,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         config = self.configs[adapter]
         basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
         found = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
-        fingerprint = config.fingerprints[self.name]
-        return SpectralFactors(
-            **found, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
-        )
+        origin = {"method": "shared", "basis": basis, "fingerprint": config.fingerprints[self.name]}
+        return SpectralFactors(**found, residual=0.0, orthogonality=0.0, **origin)
 
     def has_factors(self, adapter: str) -> bool:
         """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
@@ -311,14 +309,17 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return the base layer's output plus both channels of every active adapter, or of each row's own.
 
         Raises:
-            AdapterError: there are not as many `adapter_names` as rows, or an adapter is merged.
+            AdapterError: there are not as many `adapter_names` as rows.
         """
         if x is None:  # as some models call an nn.Linear
             x = kwargs.pop("input")
         if self._disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None and not self._disable_adapters:
-            self._check_rows(x, adapter_names)
+        if adapter_names is not None and len(x) != len(adapter_names):
+            raise AdapterError(
+                f"layer {self.name}: Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in dict.fromkeys(adapter_names or self.active_adapters) if name in self.hiplora_A]
@@ -334,18 +335,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
                 rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=x.device)
                 result = result.index_copy(0, rows, self._add_channels(adapter, result[rows], x[rows]))
         return result
-
-    def _check_rows(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise AdapterError(
-                f"layer {self.name}: Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise AdapterError(
-                f"layer {self.name}: Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
 
     def _add_channels(self, adapter: str, result: Tensor, x: Tensor) -> Tensor:
         return add_channels(

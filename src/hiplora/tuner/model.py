@@ -181,11 +181,14 @@ class HipLoraModel(BaseTuner):
             layer.begin_anew(adapter, chosen.calibrated[layer.name])
 
     def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
+        layers = [module for module in self.modules() if isinstance(module, HipLoraLinear)]
         if self.training:
+            raise AdapterError("Cannot pass `adapter_names` when the model is in training mode, call `eval` first.")
+        if any(layer.merged for layer in layers):
             raise AdapterError(
-                "Cannot pass `adapter_names` when the model is in training mode; call model.eval() first."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        known = {name for layer in self.modules() if isinstance(layer, HipLoraLinear) for name in layer.hiplora_A}
+        known = {name for layer in layers for name in layer.hiplora_A}
         if unknown := sorted(set(names) - known - {"__base__"}):
             raise AdapterError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
