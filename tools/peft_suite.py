@@ -9,6 +9,7 @@ activation basis is measured there on random inputs. The module is its own pytes
 
 import argparse
 import collections
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -114,9 +115,15 @@ def make_model(hub: Path, name: str, kind: str, settings: dict[str, Any]) -> Non
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
     """Put HiP-LoRA into a test module's lists before pytest reads them."""
-    if importlib.util.find_spec("diffusers") is None:  # imported by PEFT's common tests, used by none of these
-        sys.modules.setdefault("diffusers", types.SimpleNamespace(StableDiffusionPipeline=object))  # type: ignore[arg-type]
+    # PEFT's common tests import diffusers, which none of these tests needs.
+    missing = importlib.util.find_spec("diffusers") is None
+    if missing:
+        stub: Any = types.ModuleType("diffusers")
+        stub.StableDiffusionPipeline, stub.__spec__ = object, importlib.machinery.ModuleSpec("diffusers", None)
+        sys.modules["diffusers"] = stub
     module: Any = importlib.import_module(f"tests.{module_path.stem}")
+    if missing:
+        del sys.modules["diffusers"]
     from hiplora import HipLoraConfig
 
     if module_path.stem == "test_custom_models":
