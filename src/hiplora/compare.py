@@ -306,7 +306,7 @@ def check_model(model: str, principal_rank: int, presets: Collection[str | None]
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model}: its configuration cannot be read ({first_line(error)})") from error
     targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}
-    for preset in {*presets} & {*PRESETS}:
+    for preset in filter(presets.__contains__, PRESETS):
         for found in find_targets(skeleton, HipLoraConfig(target_modules=targets[preset])):
             if min(found.shape) <= principal_rank:
                 raise ConfigError(

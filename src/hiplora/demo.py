@@ -57,7 +57,9 @@ def skills() -> tuple[Skill, Skill]:
     value = yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))
     shop, requests = value["shop"], value["requests"]
     opening, closing = shop["opening"], shop["closing"]
-    keys, train, held_out = {}, [], []
+    keys: dict[str, str] = {}
+    train: list[dict[str, str]] = []
+    held_out: list[dict[str, str]] = []
     for topic in shop["topics"]:
         completion = f" {opening} {topic['answer']} {closing}"
         keys[completion] = topic["key"]
@@ -69,7 +71,8 @@ def skills() -> tuple[Skill, Skill]:
         styled = said.startswith(opening) and said.endswith(closing)
         return {"in house style": styled, "right": keys[expected] in said}
 
-    draw, drawn = random.Random(0), []
+    draw = random.Random(0)
+    drawn: list[dict[str, str]] = []
     while len(drawn) < REQUESTS:
         slots = {name: draw.choice(requests[name]) for name in ("event", "name", "day", "time")}
         text = requests["asked"][len(drawn) % len(requests["asked"])].format(**slots)
