@@ -172,8 +172,10 @@ def _run(
         batches = method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation
         tokens = sum(map(len, rows["input_ids"]))
         passes = f"{steps} steps = {steps / batches:.1f} passes" if steps > batches else f"{steps} steps"
-        about = duration(tokens * steps / batches * trainer.seconds_per_token())
-        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}, about {about}")
+        about = ""
+        if processes.num_processes == 1:  # TRL's loss gathers from all processes
+            about = f", about {duration(tokens * steps / batches * trainer.seconds_per_token())}"
+        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}{about}")
     with _stoppable(record):
         if last is not None:
             log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
