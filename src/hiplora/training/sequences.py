@@ -71,7 +71,7 @@ def load_tokenizer(recipe: TrainRecipe) -> Any:
     from hiplora.models import resolve
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(recipe.model))
+        return AutoTokenizer.from_pretrained(resolve(recipe.model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {recipe.model}: its tokenizer cannot be loaded ({first_line(error)})") from error
 

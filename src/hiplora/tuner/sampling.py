@@ -157,7 +157,7 @@ def _own_tokenizer(model: Any) -> Any:
     if not name:
         return None
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except Exception:  # whatever transformers raises: the model may have come without one
         return None
 
