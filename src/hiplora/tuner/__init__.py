@@ -13,6 +13,7 @@ from hiplora.tuner.calibration import (
 )
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
 from hiplora.tuner.factorize import weight_factors
+from hiplora.tuner.hooks import install as install_hooks
 from hiplora.tuner.layer import HipLoraLinear, leak_limit
 from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only
@@ -29,3 +30,4 @@ from hiplora.tuner.text import CalibrationText
 from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
 
 register()
+install_hooks()

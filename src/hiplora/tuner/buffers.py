@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
@@ -26,11 +28,35 @@ def factor_names(config: HipLoraConfig) -> list[str]:
     return names
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has only a part of a parameter (FSDP, tensor parallelism)."""
+    return hasattr(parameter, "device_mesh") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def own_part(vector: Tensor, parameter: Tensor) -> Tensor:
+    """Return a vector (k,), or the part of it that lies beside this process's part of a parameter of that size."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(vector, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if not is_sharded(parameter):
+        return vector
+    if not hasattr(parameter, "hiplora_start"):  # FSDP1 says nowhere which part it is, but parts are in order of rank
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=parameter.device)
+        sizes[dist.get_rank()] = parameter.numel()
+        dist.all_reduce(sizes)
+        parameter.hiplora_start = int(sizes[: dist.get_rank()].sum())  # type: ignore[attr-defined]
+    part = vector[parameter.hiplora_start :][: parameter.numel()]  # type: ignore[attr-defined]
+    return nn.functional.pad(part, (0, parameter.numel() - len(part)))
+
+
 class FactorBuffers(nn.Module):
     """Holds U (m, k), σ (k,) and V (n, k) per adapter as buffers; the base class of an adapted layer.
 
     Adapters with a soft projection have shrink_U and shrink_V (k, k) too.
     """
+
+    live: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()  # all layers, copies too: the optimizer hooks look here
 
     hiplora_U: BufferDict
     hiplora_sigma: BufferDict
@@ -43,8 +69,14 @@ class FactorBuffers(nn.Module):
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take part in the hooks as a deep copy or out of a pickle too."""
+        super().__setstate__(state)
+        self.live.add(self)
+
     def set_factors(self, adapter: str, config: HipLoraConfig, factors: SpectralFactors) -> None:
         """Register computed factors; those that another adapter already has are shared with it."""
+        self.live.add(self)
         for name in factor_names(config):
             getattr(self, name)[adapter] = getattr(factors, name.removeprefix("hiplora_"))
         self._share(adapter)
@@ -52,6 +84,7 @@ class FactorBuffers(nn.Module):
     def expect_factors(self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int) -> None:
         """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n)."""
         sizes = {"hiplora_U": (shape[0], k), "hiplora_sigma": (k,), "hiplora_V": (shape[1], k)}
+        self.live.add(self)
         for name in factor_names(config):
             getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
 
@@ -98,6 +131,15 @@ class FactorBuffers(nn.Module):
         return self
 
 
+class _Held(nn.Module):
+    """Holds one parameter, `weight`; called only where FSDP wraps it, whose parameters are whole within a call."""
+
+    weight: nn.Parameter
+
+    def forward(self) -> Tensor:
+        return self.weight.clone()
+
+
 class FactorDict(nn.ModuleDict):
     """Adapter → parameter, registered as `<adapter>.weight` as in LoRA: TRL copies what has `.default.` in its name.
 
@@ -109,7 +151,7 @@ class FactorDict(nn.ModuleDict):
 
     def __setitem__(self, adapter: str, value: Tensor) -> None:  # type: ignore[override]
         if adapter not in self:
-            self.add_module(adapter, nn.Module())
+            self.add_module(adapter, _Held())
         held = self._modules[adapter]
         trains = getattr(held, "weight", value).requires_grad
         held.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)  # type: ignore[union-attr]
@@ -118,6 +160,15 @@ class FactorDict(nn.ModuleDict):
         """Return an adapter's parameter, or None."""
         held = self._modules.get(adapter)
         return None if held is None else held.weight  # type: ignore[return-value]
+
+    def parameter(self, adapter: str) -> nn.Parameter:
+        """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""
+        return next(self._modules[adapter].parameters())  # type: ignore[union-attr]
+
+    def acting(self, adapter: str) -> Tensor:
+        """Return an adapter's parameter for a forward pass."""
+        held: Any = self._modules[adapter]
+        return held.weight if isinstance(held, _Held) else held()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for adapter in self:  # names of 0.1

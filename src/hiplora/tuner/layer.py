@@ -25,7 +25,7 @@ from hiplora.spectral import (
     retract,
     soften,
 )
-from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names
+from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names, is_sharded
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
@@ -37,15 +37,6 @@ def leak_limit(dtype: torch.dtype) -> float:
     Rounding leaves about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
     """
     return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
-
-
-def leak_error(layer: str, adapter: str, leak: float, limit: float) -> AdapterError:
-    """Return the error for an adapter that left the complement."""
-    return AdapterError(
-        f"layer {layer}: adapter '{adapter}' leaks {leak:.2e} into the protected subspace (limit {limit:.0e}): its "
-        "optimizer's steps were not followed by retraction; train with a torch.optim.Optimizer that holds the "
-        "adapter's parameters, or call hiplora.retract_(model)"
-    )
 
 
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
@@ -74,6 +65,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.hiplora_dropout = nn.ModuleDict()  # only their probability is used; TRL sets it to 0 by their type
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
+        self._served: set[str] = set()  # adapters whose gains are in an optimizer that the hooks saw
+        self._unserved: dict[str, Tensor] = {}  # the gains of the others, as they were in the first training pass
         self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
         # The base weight while merged, or the quantised layer; in a list, so as not to be registered as a child.
@@ -136,6 +129,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         super().load_factors(adapter, tensors)
         self.pending.discard(adapter)
         self._budget.pop(adapter, None)
+        self._unserved.pop(adapter, None)
 
     def spectral_factors(self, adapter: str) -> SpectralFactors | None:
         """Return an adapter's factors, to be shared with another of the same basis; None if there are none yet."""
@@ -173,6 +167,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items() if adapter in tensors}
             check_checkpoint({self.name: self}, self.configs[adapter], adapter, state)
             self.pending.remove(adapter)
+            if (scale := self.gain_scale(adapter)) is not None:  # a file holds δ
+                self.hiplora_delta[adapter].div_(scale)
             return
         config = self.configs[adapter]
         if config.basis != "weight":
@@ -209,16 +205,23 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
-        """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off or soft."""
-        A, B = self.hiplora_A[adapter], self.hiplora_B[adapter]
-        if not self.configs[adapter].is_closed or A.device.type == "meta":
+        """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off or soft.
+
+        Sharded parameters stay as they are: they act through the projection, and are saved through it.
+        """
+        A, B = self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)
+        if not self.configs[adapter].is_closed or A.device.type == "meta" or is_sharded(A):
             return
-        self.ensure_factors(adapter)
-        A_wide, B_wide, U, V = self._residual(adapter)
-        sides = self.configs[adapter].basis_sides
-        for kept, value in zip((A, B), retract(A_wide, B_wide, *protected(U, V, sides)), strict=True):
+        for kept, value in zip((A, B), self.retracted(adapter, A, B), strict=True):
             kept.copy_(value)
         self._astray.discard(adapter)
+
+    def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and B, in fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
+        self.ensure_factors(adapter)
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        kept_out = protected(self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
+        return retract(A.to(dtype), B.to(dtype), *(basis.to(dtype) for basis in kept_out))
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
@@ -229,20 +232,23 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
-        """Return the sides on which a forward pass projects A and B; None where they are known to be retracted.
+        """Return the sides on which a pass projects A and B; None where they are known to lie in the complement.
 
-        A pass with gradients always projects: no optimizer can then train what the projection takes away, whether or
-        not the hooks see its steps.
+        A pass of a training always does: whatever moves the parameters, with or without the hooks, what the projection
+        takes away then acts on nothing.
         """
         config = self.configs[adapter]
         if not config.is_closed:
             return None
         if torch.compiler.is_compiling():
             return config.basis_sides
-        trains = self.hiplora_A[adapter].requires_grad or self.hiplora_B[adapter].requires_grad
-        if trains and (self.training or torch.is_grad_enabled()):
+        if self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
             self._astray.add(adapter)
         return config.basis_sides if adapter in self._astray else None
+
+    def _trains(self, *parameters: Tensor) -> bool:
+        """Whether this may be a pass of a training of any of these parameters."""
+        return (self.training or torch.is_grad_enabled()) and any(one.requires_grad for one in parameters)
 
     def _softened(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B as they act: through the soft projection where there is one."""
@@ -261,39 +267,71 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
         return A.to(dtype), B.to(dtype), U.to(dtype), V.to(dtype)
 
-    def check_leak(self, adapter: str) -> None:
-        """Refuse an adapter that left the complement.
+    def gain_scale(self, adapter: str) -> Tensor | None:
+        """Return what the gains' parameter is multiplied by to give δ: σ where it holds ρ = δ/σ, 1 where σ is 0."""
+        if not self.configs[adapter].relative_gains:
+            return None
+        self.ensure_factors(adapter)
+        sigma = self.hiplora_sigma[adapter]
+        return torch.where(sigma > 0, sigma, torch.ones_like(sigma))
 
-        Raises:
-            AdapterError: the leak is beyond rounding: the optimizer's steps were not followed by retraction.
-        """
-        limit = leak_limit(self.hiplora_A[adapter].dtype)
-        found = self.leak(adapter)
-        if not found <= limit:
-            raise leak_error(self.name, adapter, found, limit)
+    def gains(self, adapter: str) -> Tensor | None:
+        """Return δ (k,), differentiable; None for an adapter without principal channel."""
+        if adapter not in self.hiplora_delta:
+            return None
+        scale, held = self.gain_scale(adapter), self.hiplora_delta.acting(adapter)
+        return held if scale is None else held * scale
 
     def budget(self, adapter: str) -> Tensor:
-        """Return the weights w_i of Eq. 6, (k,)."""
+        """Return the weights w_i of Eq. 6, (k,), for the gains' parameter: times σ² where it is relative."""
         self.ensure_factors(adapter)
         sigma = self.hiplora_sigma[adapter]
         weights = self._budget.get(adapter)
         if weights is None or weights.device != sigma.device:
-            weights = self._budget[adapter] = budget_weights(sigma, self.configs[adapter].stability_gamma)
+            weights, scale = budget_weights(sigma, self.configs[adapter].stability_gamma), self.gain_scale(adapter)
+            weights = self._budget[adapter] = weights if scale is None else weights * scale**2
         return weights
 
     def stability_penalty(self, adapter: str) -> Tensor:
         """Return R(δ) of Eq. 6, differentiable; the adapter has a principal channel."""
-        return penalty(self.hiplora_delta[adapter].float(), self.budget(adapter))
+        weights = self.budget(adapter)
+        return penalty(self.hiplora_delta[adapter].to(weights.dtype), weights)
+
+    def serve(self, adapter: str) -> None:
+        """Note that the optimizer hooks see the steps of an adapter's gains."""
+        self._served.add(adapter)
+        self._unserved.pop(adapter, None)
+
+    def _expect_service(self, adapter: str) -> None:
+        """Refuse to go on after a step that the optimizer hooks did not see, if it should have cost the gains a price.
+
+        Raises:
+            AdapterError: the gains moved, and no torch optimizer holds them.
+        """
+        if adapter not in self.hiplora_delta or adapter in self._served or torch.compiler.is_compiling():
+            return
+        config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
+        priced = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
+        if not priced or is_sharded(delta) or not self._trains(delta):
+            return
+        before = self._unserved.setdefault(adapter, delta.detach().clone())
+        if not torch.equal(before, delta):
+            raise AdapterError(
+                f"layer {self.name}: the gains of adapter '{adapter}' were trained by an optimizer whose parameters "
+                "are not the model's (flat or master copies), so neither stability_weight nor gain_lr_ratio can act; "
+                "pass the model's own parameters to a torch.optim.Optimizer, or set stability_mode='none' and "
+                "gain_lr_ratio=1, and add λ * hiplora.stability_penalty(model) to the loss"
+            )
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return the whole update as (A', B'), (r + k, n) and (m, r + k), fp32 at least, with ΔW = B'A' exactly."""
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
-        A, B = self._softened(adapter, A, B)
-        if adapter not in self.hiplora_delta:
+        A, B = self.retracted(adapter, A, B) if adapter in self._astray else self._softened(adapter, A, B)
+        delta = self.gains(adapter)
+        if delta is None:
             return A, self.scaling[adapter] * B
-        delta = self.hiplora_delta[adapter].detach().to(A.dtype)
-        return fused_factors(A, B, delta, U, V, self.scaling[adapter])
+        return fused_factors(A, B, delta.detach().to(A.dtype), U, V, self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW in the base layer's layout, fp32 at least."""
@@ -323,8 +361,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         adapters = [name for name in dict.fromkeys(adapter_names or self.active_adapters) if name in self.hiplora_A]
-        for adapter in adapters if self.pending else ():
+        for adapter in adapters:
             self.ensure_factors(adapter)
+            self._expect_service(adapter)
         result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -340,8 +379,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         return add_channels(
             result,
             x,
-            *self._softened(adapter, self.hiplora_A[adapter], self.hiplora_B[adapter]),
-            self.hiplora_delta.get(adapter),
+            *self._softened(adapter, self.hiplora_A.acting(adapter), self.hiplora_B.acting(adapter)),
+            self.gains(adapter),
             self.hiplora_U[adapter],
             self.hiplora_V[adapter],
             self.scaling[adapter],
@@ -354,13 +393,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.
 
         Raises:
-            AdapterError: an adapter leaks, or (with `safe_merge`) the merged weight would not be finite.
+            AdapterError: with `safe_merge`, the merged weight would not be finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
         if not names:
             return
-        for name in names:
-            self.check_leak(name)
         weight: Tensor = self.frozen_weight()
         weight = weight.T if self.transposed else weight
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.model import _get_encoder
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
-from hiplora.tuner import hooks
 from hiplora.tuner.buffers import FACTOR_NAMES
 from hiplora.tuner.calibration import calibrate
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
@@ -28,7 +28,7 @@ from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, short_names
-from hiplora.tuner.verify import check_checkpoint, check_fingerprints, check_state_leak, precision
+from hiplora.tuner.verify import check_checkpoint, check_fingerprints, precision, retracted_state
 
 
 class HipLoraModel(BaseTuner):
@@ -37,6 +37,14 @@ class HipLoraModel(BaseTuner):
     prefix = "hiplora_"
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Names of the frozen factors, for DDP to leave alone: they are broadcast here, once, not before every pass."""
+        factors = {name: buffer for name, buffer in self.named_buffers() if f".{self.prefix}" in name}
+        for buffer in factors.values() if torch.distributed.is_initialized() else ():
+            torch.distributed.broadcast(buffer, 0)
+        return [*factors, *(f"base_model.{name}" for name in factors)]
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -133,7 +141,6 @@ class HipLoraModel(BaseTuner):
             )
         layer.add_adapter(adapter_name, config, r, alpha, config.principal_ranks.get(current_key, k), factors)
         config.base_precision = config.base_precision or precision(layer)
-        hooks.watch(layer)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -233,12 +240,14 @@ class HipLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """Select what is saved; an adapter that left the complement is refused."""
+        """Select what is saved: δ and the factors as they act, whatever the parameters hold while they train."""
         assert isinstance(config, HipLoraConfig)
         for layer in _layers(model, adapter_name).values():
             layer.ensure_factors(adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        check_state_leak({_plain(key): value for key, value in selected.items()}, config, adapter_name)
+        selected = retracted_state(selected, config, adapter_name)
+        for key, scale in _gain_scales(selected, model, adapter_name):
+            selected[key] = selected[key] * scale
         # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
             del state_dict[key]
@@ -263,6 +272,8 @@ class HipLoraModel(BaseTuner):
                 for kind in FACTOR_NAMES
             }
             named |= {f"base_model.model.{name}.{kind}": factor for (name, kind), factor in held.items()}
+        for key, scale in _gain_scales(named, model, adapter_name):
+            named[key] = named[key] / scale
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
 
 
@@ -287,6 +298,17 @@ def _name_rows(names: list[str], module: nn.Module, args: tuple, kwargs: dict[st
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, HipLoraLinear]:
     return {m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter in m.hiplora_A}
+
+
+def _gain_scales(state: Mapping[str, Tensor], model: nn.Module, adapter: str) -> list[tuple[str, Tensor]]:
+    """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
+    layers, found = _layers(model, adapter), []
+    for key, value in state.items():
+        name, is_gain, _ = key.removeprefix("base_model.model.").partition(".hiplora_delta")
+        scale = layers[name].gain_scale(adapter) if is_gain and name in layers else None
+        if scale is not None:
+            found.append((key, scale.to(value.device)))
+    return found
 
 
 def _shared_factors(

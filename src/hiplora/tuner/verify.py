@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import factor_mismatch, leak, protected, weight_fingerprint
+from hiplora.spectral import factor_mismatch, full_precision, leak, protected, retract, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import unrolled
-from hiplora.tuner.layer import HipLoraLinear, leak_error, leak_limit
+from hiplora.tuner.layer import HipLoraLinear, leak_limit
 from hiplora.tuner.targets import frozen_weight, precision
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
@@ -119,23 +119,31 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
             raise AdapterError(_other_weights([layer.name], config))
 
 
-def check_state_leak(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> None:
-    """Refuse to save an adapter that is not finite or whose residual channel left the complement.
+def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> dict[str, Tensor]:
+    """Return what is saved of an adapter: A and B as they act, projected where they left the complement.
+
+    They do where the optimizer hooks did not see the optimizer, or could not retract its shards.
 
     Raises:
-        AdapterError: names the module, what is wrong and the remedy.
+        AdapterError: a tensor is not finite; names it.
     """
+    state = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
     for key, tensor in state.items():
         if ".hiplora_" in key and not torch.isfinite(tensor).all():
             raise AdapterError(
                 f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
                 "diverged; lower the learning rate and train again"
             )
+    kept = dict(state)
     for key, A in state.items() if config.is_closed else ():
-        module, found, _ = key.partition(f".hiplora_A.{adapter}")
+        module, found, end = key.partition(f".hiplora_A.{adapter}")
         if not found:
             continue
-        B, U, V = (state[f"{module}.{kind}.{adapter}"].float() for kind in ("hiplora_B", "hiplora_U", "hiplora_V"))
-        off, limit = leak(A.float(), B, *protected(U, V, config.basis_sides)), leak_limit(A.dtype)
-        if not off <= limit:
-            raise leak_error(module.removeprefix("base_model.model."), adapter, off, limit)
+        names = [f"{module}.hiplora_B.{adapter}{end}", *(f"{module}.hiplora_{one}.{adapter}" for one in "UV")]
+        B, U, V = (state[name].float() for name in names)
+        kept_out = protected(U, V, config.basis_sides)
+        if not leak(A.float(), B, *kept_out) <= leak_limit(A.dtype):
+            with full_precision(A.device):
+                found_A, found_B = retract(A.float(), B, *kept_out)
+            kept |= {key: found_A.to(A.dtype), names[0]: found_B.to(state[names[0]].dtype)}
+    return kept
