@@ -23,6 +23,7 @@ if __name__ == "__main__":
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer, write_jsonl  # noqa: E402
@@ -404,29 +405,14 @@ def metrics():
     return rounded(found)
 
 
-# Timings (a claim is about those), what is rounding itself (the residual of a decomposition), and words.
-LEFT_OUT = {
-    "provenance",
-    "overhead",
-    "residual",
-    "says",
-    "paper",
-    "target",
-    "greedy_changed",  # new
-}
-# Jobs whose last digits changed with lm-eval's own model and TRL's own loss: no digests, means within the tolerance.
-ROUNDED = {"evaluate", "merge", "train", "inspect"}
+LEFT_OUT = {"provenance", "overhead", "says", "paper", "target"}  # timings (a claim is about those) and words
 MACHINES = {"throughput", "throughput ratio", "peak memory", "peak memory ratio", "factors"}
 MEASURED = ("estimate", "low", "high", "sd", "seeds", "items", "p", "loss")
 LABELS = ("protocol", "method", "domain", "form", "metric", "unit")
 
 
 def pico():
-    """The whole pico study: what each job found, and the report's measurements and claims.
-
-    A list's numbers are their count and mean, and part of the result's digest. Left out: timings, throughput, memory,
-    residuals of decompositions, tables and figures; edits by category and texts in lists are in the digest alone.
-    """
+    """The whole pico study: the report's measurements and claims, without timings, throughput and memory."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "study"
         environment = {**os.environ, "HIPLORA_CACHE": str(Path(place) / "cache"), "OMP_NUM_THREADS": "1"}
@@ -435,50 +421,17 @@ def pico():
             command = [*hiplora, *words, "--out", str(folder)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-        return of_study(folder / "results", folder / "report")
+        return of_report(folder / "report")
 
 
-def of_study(results, report):
-    """The golden values of a study's folders."""
-    records = [json.loads(path.read_text()) for path in results.glob("*.json")]
+def of_report(report):
+    """The golden values of a report's folder."""
     rows = list(csv.DictReader((report / "measurements.csv").read_text().splitlines()))
-    claims = json.loads((report / "claims.json").read_text())
-    jobs = [{"kind": job["kind"], "name": job["name"], **_summary(job["result"])} for job in records]
-    claims = _summary(claims)
-    for one in (claims, *(job for job in jobs if job["kind"] in ROUNDED)):
-        del one["sha256"]
+    claims = pd.json_normalize(json.loads((report / "claims.json").read_text())).iloc[0].to_dict()
     return {
-        "jobs": sorted(jobs, key=lambda job: (job["kind"], job["name"], len(job), json.dumps(job))),
         "measurements": dict(sorted(_measurement(row) for row in rows if row["metric"] not in MACHINES)),
-        "claims": claims,
+        "claims": {key: rounded(value) for key, value in claims.items() if not LEFT_OUT & {*key.split(".")}},
     }
-
-
-def _summary(result):
-    """A result's values by dotted key; of a key inside lists, how many numbers it has there and their mean."""
-    single, listed = {}, {}
-
-    def walk(value, key, in_list):
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                if name not in LEFT_OUT:
-                    walk(inner, f"{key}.{name}".lstrip("."), in_list)
-        elif isinstance(value, list):
-            for inner in value:
-                walk(inner, key, True)
-        elif in_list:
-            listed.setdefault(key, []).append(value)
-        else:
-            single[key] = value
-
-    walk(result, "", False)
-    for key, values in listed.items():
-        numbers = [float(value) for value in values if isinstance(value, (int, float))]
-        if numbers:
-            single[key] = [len(numbers), sum(numbers) / len(numbers)]
-    text = json.dumps([rounded(single), rounded(listed)], sort_keys=True)
-    shown = {key: value for key, value in single.items() if "/" not in key}  # not each category of edits
-    return {**rounded(shown), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def _measurement(row):
