@@ -48,7 +48,7 @@ def find_modules(
     Raises:
         ConfigError: nothing matches, or a layer has no match.
     """
-    config = HipLoraConfig(preset="paper", target_modules=target_modules)
+    config = HipLoraConfig(preset="paper", target_modules=target_modules, principal_rank=1)
     found = {target.name: layer_of(target.name) for target in find_targets(model, config)}
     if missing := sorted(set(layers or ()) - set(found.values())):
         known = ", ".join(map(str, sorted({number for number in found.values() if number is not None})))
