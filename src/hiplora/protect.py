@@ -92,7 +92,8 @@ def protect_adapter(
         raise ConfigError("mask 'joint' takes no projection and no strength; leave them out")
     check_scale_options(scale, tolerance, data)
     update = open_update(adapter_dir, path, overwrite, base=base)
-    texts, notes, rows, examples = drift_texts(drift_text), [], None, []
+    texts, notes, rows = drift_texts(drift_text), [], None
+    examples: list[Any] = []
     # All that can be wrong is found before the model loads.
     tokenizer = load_tokenizer(update.base)
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
@@ -117,8 +118,8 @@ def protect_adapter(
     scale = search["scale"] if search else 1.0 if scale is None else scale
     projected = projected.scaled(scale)
     both = {"before": update, "after": projected}
-    loss: dict[str, Any]
-    drift, loss = measure_updates(model, tokenizer, both, texts, examples, may_be_nothing={"after"})
+    drift, losses = measure_updates(model, tokenizer, both, texts, examples, may_be_nothing={"after"})
+    loss: dict[str, Any] = {**losses}
     shares, left = remaining(update, projected)
     if data is not None:
         loss |= {
@@ -126,7 +127,7 @@ def protect_adapter(
             "rows": len(examples),
             "tokens": sum(len(example.scored) for example in examples),
         }
-    record = {
+    record: dict[str, Any] = {
         "schema": 1,
         "kind": "protection",
         "adapter": update.source,

@@ -74,12 +74,14 @@ def allocation_rows(
     rows = []
     for module in tqdm(sorted(update.factors, key=model_order), "inspecting modules", disable=None, delay=2):
         (A, B), channels, (m, n) = update.factors[module], update.channels.get(module), update.shape(module)
-        factors: Channels | SpectralFactors | None = channels
         # In the weight basis a HiP-LoRA adapter's own directions are the singular ones.
         weight_basis = update.config.get("basis", "weight") == "weight"
+        factors: Channels | SpectralFactors
         if channels is None or (rank is not None and not (weight_basis and len(channels.sigma) == rank)):
             weight = weights().fitting_weight(module, update)
             factors = store.get_or_compute(weight, min(rank or DEFAULT_RANK, m, n), name=module)
+        else:
+            factors = channels
         found, k = allocate(B, A, factors.U, factors.V), len(factors.sigma)
         row = {
             **module_place(module),

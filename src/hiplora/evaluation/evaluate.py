@@ -83,7 +83,7 @@ def evaluate(
         AdapterError: an adapter has no effect, does not fit, or leaves the base changed. Nothing is written then.
     """
     named = name_adapters(adapters)
-    inputs = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
+    inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
     path = check_output_file(out, overwrite, inputs=inputs)
     suite = read_suite(settings.suite, settings.folder)
     engine = settings.engine(suite)

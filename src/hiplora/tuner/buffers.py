@@ -36,8 +36,9 @@ def is_sharded(parameter: Tensor) -> bool:
 def own_part(vector: Tensor, parameter: Tensor) -> Tensor:
     """Return a vector (k,), or the part of it that lies beside this process's part of a parameter of that size."""
     if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(parameter, DTensor)
         return distribute_tensor(vector, parameter.device_mesh, parameter.placements, src_data_rank=None)
     if not is_sharded(parameter):
         return vector

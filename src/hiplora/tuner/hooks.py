@@ -23,7 +23,6 @@ from hiplora.tuner.layer import HipLoraLinear
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
 _handles: list[Any] = []
-_stepping: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
 
 
 def install() -> None:
@@ -69,6 +68,9 @@ class _Step(NamedTuple):
     held: list[_Held]
     gains: list[_Gains]
     before: list[tuple[_Gains, Tensor]]
+
+
+_stepping: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
 
 
 def _held(optimizer: Optimizer) -> Iterator[_Held]:
@@ -149,23 +151,23 @@ def _budget(gains: list[_Gains]) -> Tensor | float:
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    held, gains, paced = _stepping.pop(optimizer, _Step([], [], []))
-    for one, before in paced:
+    step: _Step = _stepping.pop(optimizer, _Step([], [], []))
+    for one, before in step.before:
         ratio = one.layer.configs[one.adapter].gain_lr_ratio
         one.parameter.copy_(before + ratio * (one.parameter - before))
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
     skipped = getattr(optimizer, "found_inf", None)
-    for one in gains:
+    for one in step.gains:
         if one.pays("proximal") and not (skipped is not None and skipped.item()):
             _shrink(one)
-    residual = [one for one in held if one.parameters.keys() - {"hiplora_delta"}]
+    residual = [held for held in step.held if held.parameters.keys() - {"hiplora_delta"}]
     if residual:
         # A trainer may have switched on TF32 or autocast, which would leave a leak of a thousandth.
         with full_precision(next(iter(residual[0].parameters.values())).device):
-            for one in residual:
-                one.layer.retract_(one.adapter)
-                _retract_iterates(one, optimizer)
-    _check_finite(held)
+            for held in residual:
+                held.layer.retract_(held.adapter)
+                _retract_iterates(held, optimizer)
+    _check_finite(step.held)
 
 
 def _shrink(gains: _Gains) -> None:

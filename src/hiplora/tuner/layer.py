@@ -137,9 +137,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return None
         config = self.configs[adapter]
         basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
-        found = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
-        origin = {"method": "shared", "basis": basis, "fingerprint": config.fingerprints[self.name]}
-        return SpectralFactors(**found, residual=0.0, orthogonality=0.0, **origin)
+        found: dict[str, Any] = {
+            name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)
+        }
+        found |= {"method": "shared", "basis": basis, "fingerprint": config.fingerprints[self.name]}
+        return SpectralFactors(**found, residual=0.0, orthogonality=0.0)
 
     def has_factors(self, adapter: str) -> bool:
         """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
@@ -384,7 +386,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             self.hiplora_U[adapter],
             self.hiplora_V[adapter],
             self.scaling[adapter],
-            self.hiplora_dropout[adapter].p if self.training else 0.0,
+            float(self.hiplora_dropout[adapter].p) if self.training else 0.0,  # type: ignore[arg-type]
             self._projected_sides(adapter),
             self.configs[adapter].gradient_projection,
         )
