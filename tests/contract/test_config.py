@@ -236,7 +236,7 @@ def test_too_many_directions_for_a_layer_are_refused_by_name_and_leave_the_base_
     base = tiny.make()
     reference = logits(base, ids)
     with pytest.raises(FactorError, match=r"model\.layers\.0\.self_attn\.k_proj.*33.*32"):
-        peft.get_peft_model(base, tiny.config(principal_rank=33))
+        peft.get_peft_model(base, tiny.config(principal_rank=33, target_modules=["k_proj"]))
     assert torch.equal(logits(base, ids), reference)
     assert not any(isinstance(module, HipLoraLinear) for module in base.modules())
 
@@ -256,7 +256,7 @@ def test_a_failed_second_adapter_leaves_the_first_working(tiny, ids):
     train(model, ids)
     expected = logits(model, ids)
     with pytest.raises(FactorError):
-        model.add_adapter("second", tiny.config(principal_rank=33))
+        model.add_adapter("second", tiny.config(principal_rank=33, target_modules=["k_proj"]))
     assert torch.equal(logits(model, ids), expected)
     assert all(list(one.hiplora_A) == ["default"] for _, one in hip_layers(model))
 

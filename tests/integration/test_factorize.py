@@ -117,7 +117,7 @@ def _spoil(folder):
     ("options", "code", "message"),
     [
         (
-            ["--rank", 33],
+            ["--rank", 33, "--target-modules", "k_proj"],
             1,
             "layer model.layers.0.self_attn.k_proj: principal_rank 33 exceeds min(out, in) = 32",
         ),

@@ -90,7 +90,7 @@ def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapte
     arguments = ["--out", files / "out", "--tokens", 300, "--data", files / "task.jsonl"]
     code, out, err = run(capsys, "protect", adapters["hiplora"], *arguments)
     assert (code, err) == (0, "")
-    for said in ("output energy", "prose", "loss on task.jsonl (6 rows)", "rank 10"):
+    for said in ("prose", "loss on task.jsonl (6 rows)", "rank 10"):
         assert said in out
 
 
@@ -123,7 +123,7 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
     [
         (["--strength", "nan"], "strength"),
         (["--principal-rank", "many"], "principal_rank is 'many'"),
-        (["--text", "none.txt"], "none.txt: cannot be read"),
+        (["--text", "none.txt"], "none.txt: no such file"),
         (["--drift-text", "empty.txt"], "empty.txt: is empty"),
         (["--data", "wrong.jsonl"], "wrong.jsonl"),
         (["--tokens", "1"], "tokens"),

@@ -109,7 +109,7 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
                 adapted = PeftModel(skeleton, LoraConfig(r=1, **selection))
             layers = [name for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)]
             if {name.removeprefix(PREFIX) for name in layers} == set(update.modules):
-                return replace(update, config={**update.config, **{key: selection[key] for key in by_name}})
+                return replace(update, config={**update.config, **{key: selection.get(key) for key in by_name}})
         except (ValueError, NotImplementedError) as error:
             why = first_line(error)
     raise AdapterError(
