@@ -221,7 +221,7 @@ def test_trls_trainers_start_from_the_trained_adapter(tiny, ids, tmp_path, prese
         assert losses[1] < losses[0]
     assert not torch.equal(logits(model.eval(), ids), policy)
     model.base_model.set_adapter("ref")
-    assert torch.equal(logits(model, ids), policy)
+    torch.testing.assert_close(logits(model, ids), policy, rtol=1e-5, atol=1e-6)  # projected once more, or once less
     assert hiplora.max_leak(model) < 1e-6
 
 
