@@ -124,7 +124,7 @@ def demo(
     folder = RunFolder(Path(out), "plan.json", "results.json")
     folder.check(plan, overwrite=overwrite, inputs={"the base model": settings.model})
     with folder.claimed(plan, overwrite=overwrite):
-        tell("two skills, two methods: about five minutes on two cores, and some more once to measure the model")
+        tell("two skills, two methods: a few minutes on an idle machine, and once some more to measure the model")
         base, adapters = functools.cache(lambda: Base(settings.model)), folder.path / "adapters"
         methods: Results = {}
         for key in COMPARED:

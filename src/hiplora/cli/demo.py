@@ -16,8 +16,8 @@ def command(
 
     One skill answers customers of an invented shop in its house style, the other turns requests into JSON. Each is
     trained apart with each method to the same held-out loss; then a method's two adapters are added. Measured: do both
-    skills still work, how far the model moved on other text, and what it answers to unrelated questions. About five
-    minutes on two cores. The folder gets results.json, report.html and all adapters, the added ones as plain LoRA.
+    skills still work, how far the model moved on other text, and what it answers to unrelated questions. The folder
+    gets results.json, report.html and all adapters, the added ones as plain LoRA.
     After an interruption, run it again to continue.
 
     Example:
