@@ -115,6 +115,25 @@ def ability_items(data: Path, count: int) -> dict[str, list[tuple[list[Pair], in
 
 # One run
 
+_OF_THE_LOOP = ("kl", "replay", "token_weight")
+
+
+def make_config(model: Any, method: dict[str, Any]) -> Any:
+    """Return the PEFT configuration of a method of the recipe; every low-rank update is scaled by 2."""
+    import peft
+
+    from hiplora import HipLoraConfig
+    from hiplora.tuner import default_targets
+
+    settings = {key: value for key, value in method.items() if key not in _OF_THE_LOOP}
+    tuner, targets = settings.pop("tuner"), settings.pop("targets")
+    presets = {"mlp": "function-aware", "attention": "paper"}
+    settings["target_modules"] = "all-linear" if targets == "all" else sorted(default_targets(model, presets[targets]))
+    if tuner == "osf":
+        return peft.OSFConfig(task_type="CAUSAL_LM", **settings)
+    kind = HipLoraConfig if tuner == "hiplora" else peft.LoraConfig
+    return kind(lora_alpha=2 * settings["r"], lora_dropout=0.0, task_type="CAUSAL_LM", **settings)
+
 
 class Bench:
     """The base model with what every run needs, loaded once."""
@@ -154,23 +173,10 @@ class Bench:
         return self.replayed
 
     def adapt(self, run: Run) -> Any:
-        """Put a fresh adapter on the model; every low-rank update is scaled by 2."""
+        """Put a fresh adapter on the model."""
         import peft
 
-        from hiplora import HipLoraConfig
-        from hiplora.tuner import default_targets
-
-        settings = {key: value for key, value in self.recipe["methods"][run.method].items() if key not in _OF_THE_LOOP}
-        tuner, targets = settings.pop("tuner"), settings.pop("targets")
-        presets = {"mlp": "function-aware", "attention": "paper"}
-        settings["target_modules"] = (
-            "all-linear" if targets == "all" else sorted(default_targets(self.model, presets[targets]))
-        )
-        if tuner == "osf":
-            config: Any = peft.OSFConfig(task_type="CAUSAL_LM", **settings)
-        else:
-            kind = HipLoraConfig if tuner == "hiplora" else peft.LoraConfig
-            config = kind(lora_alpha=2 * settings["r"], lora_dropout=0.0, task_type="CAUSAL_LM", **settings)
+        config = make_config(self.model, self.recipe["methods"][run.method])
         torch.manual_seed(run.seed)
         return peft.get_peft_model(self.model, config)
 
@@ -274,9 +280,6 @@ def is_greedy(model: Any, example: Any) -> bool:
     count = len(example.scored)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=count + 1).logits[0, :-1]
     return bool((logits.argmax(-1) == ids[0, -count:]).all())
-
-
-_OF_THE_LOOP = ("kl", "replay", "token_weight")
 
 
 class Loss:

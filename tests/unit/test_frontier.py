@@ -5,8 +5,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from benchmarks.frontier import runs
+import yaml
+from benchmarks.frontier import RECIPE, make_config, runs
 from benchmarks.frontier_report import at_equal_loss, drift_at, holm
+
+from tests.tiny import tiny_llama
+
+METHODS = yaml.safe_load(RECIPE.read_text())["methods"]
 
 
 def points(*rows: tuple[float, int, float, float, float]) -> pd.DataFrame:
@@ -62,3 +67,10 @@ def test_runs_come_once_and_seed_by_seed() -> None:
     block = {"name": "one", "tasks": ["t"], "methods": ["a", "b"], "rates": [1], "seeds": [0, 1]}
     names = [run.name for run in runs({"blocks": [block, {**block, "name": "two"}]}, None)]
     assert names == ["t-a-lr1-seed0", "t-b-lr1-seed0", "t-a-lr1-seed1", "t-b-lr1-seed1"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_of_the_recipe_has_a_configuration(name):
+    config = make_config(tiny_llama(), METHODS[name])
+    assert config.target_modules
+    assert getattr(config, "gradient_projection", True) is (name != "hiplora-retraction")
