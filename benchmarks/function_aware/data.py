@@ -1,44 +1,26 @@
 """The jobs of the experiment, the texts that drift is measured on, and those that a basis is calibrated on."""
 
-import gzip
-import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import frontier
+from benchmarks.frontier import read_rows, task_pairs
 
 from hiplora.editing import Edit, EditSet
 from hiplora.evaluation import Encoded, encode
 
-Pair = tuple[str, str]
 CALIBRATION_ROW = 256
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines, gzipped or not."""
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> tuple[list[Encoded], list[Encoded]]:
     """Return the examples to train on and those to hold out, none longer than the recipe's `max_tokens`."""
-    train, held = (_gsm8k if job == "gsm8k" else _code)(data)
+    train, held = task_pairs(job, data)
     kept = []
     for pairs, count in ((train, measure["train_rows"]), (held, measure["heldout_rows"])):
         examples = (encode(tokenizer, *pair) for pair in pairs)
         short = (example for example in examples if len(example.ids) <= measure["max_tokens"])
         kept.append([example for example, _ in zip(short, range(count), strict=False)])
     return kept[0], kept[1]
-
-
-def _gsm8k(data: Path) -> tuple[list[Pair], list[Pair]]:
-    train, held = (read_rows(data / f"gsm8k_{part}.jsonl.gz") for part in ("train", "test"))
-    return tuple([(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in rows] for rows in (train, held))
-
-
-def _code(data: Path) -> tuple[list[Pair], list[Pair]]:
-    rows = [row for row in read_rows(data / "codealpaca.jsonl.gz") if not row["input"] and row["output"].strip()]
-    pairs = [(f"Instruction: {row['instruction']}\nResponse:", f" {row['output']}") for row in rows]
-    return pairs[200:], pairs[:200]
 
 
 def edit_sets(data: Path, sets: int, per_set: int) -> tuple[list[EditSet], dict[str, list[Edit]]]:
@@ -78,13 +60,9 @@ def _edit(row: dict[str, Any], prompt: str, old: str) -> Edit:
 
 
 def drift_texts(data: Path) -> dict[str, str]:
-    """Return the texts that no job trains on and no basis is calibrated on."""
-    code = read_rows(data / "humaneval.jsonl")
-    return {
-        "prose": "".join(row["text"] for row in read_rows(data / "wikitext2_raw_valid.jsonl.gz")),
-        "python code": "\n".join(row["prompt"] + row["canonical_solution"] for row in code),
-        "german": "\n".join(row["de"] for row in read_rows(data / "flores_dev.jsonl.gz")),
-    }
+    """Return the texts that no job trains on and no basis is calibrated on, by their names in these records."""
+    texts = frontier.drift_texts(data)
+    return {"prose": texts["wikitext"], "python code": texts["python"], "german": texts["german"]}
 
 
 def calibration_text(source: str, data: Path) -> str:
@@ -93,4 +71,4 @@ def calibration_text(source: str, data: Path) -> str:
         return "".join(row["text"] for row in read_rows(data / "wikitext2_raw_train_head.jsonl.gz"))
     if source == "code":
         return "\n\n".join(row["code"] for row in read_rows(data / "mbpp.jsonl.gz"))
-    return "\n\n".join("".join(pair) for pair in _gsm8k(data)[0])
+    return "\n\n".join("".join(pair) for pair in task_pairs("gsm8k", data)[0])

@@ -196,9 +196,9 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     found[f"{few} layers, {rows} × {length}"] = {
         name: time_step(size, make, rows, length, few) for name, make in tuners.items()
     }
-    for tuners in found.values():
-        for measured in tuners.values():
-            measured["ratio to LoRA"] = measured["seconds"] / tuners["lora"]["seconds"]
+    for timed in found.values():
+        for measured in timed.values():
+            measured["ratio to LoRA"] = measured["seconds"] / timed["lora"]["seconds"]
     return found
 
 
