@@ -147,7 +147,6 @@ def test_mixed_batch(case, base, adapted):
     assert_same(mixed[1], base[1])
 
 
-@pytest.mark.xfail(reason="a copy is not yet served by the optimizer hooks")
 def test_copy(case, adapted):
     """A copy computes the same, and is trained inside the complement."""
     twin = copy.deepcopy(adapted)
