@@ -300,11 +300,9 @@ def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
         "data.path": data.path,
         "data.held_out": data.held_out,
         "train.kl_text": train.kl_text,
-    }
-    given |= {
         "method.calibration_text": text,
         "train.start_from": train.start_from,
-        **{f"data.mix {k}": k for k in data.mix},
+        **{f"data.mix {name}": name for name in data.mix},
     }
     for name, path in given.items():
         if path is not None and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
