@@ -25,6 +25,10 @@ COMPARED = ("lora", "hiplora")
 ANSWER_TOKENS = 40
 REQUESTS, HELD_BACK = 80, 16
 SHOWN = 2  # held-back prompts of each skill in the report
+OTHERS = {
+    "spilled": "unrelated answers in the shop's words",
+    "changed": "unrelated answers not word for word the base's",
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ def skills() -> tuple[Skill, Skill]:
         Skill("shop", shop["about"], train, held_out, check_answer),
         Skill("requests", requests["about"], drawn[HELD_BACK:], drawn[:HELD_BACK], _check_json),
     )
+
+
+def shop_words() -> list[str]:
+    """Return words that only the shop would use: an answer to anything else that has one shows a skill that spilled."""
+    return yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))["shop"]["words"]
 
 
 def _check_json(said: str, expected: str) -> dict[str, bool]:
@@ -157,10 +166,10 @@ def headline(results: Results) -> str:
     plain, ours = results["summary"]["LoRA"], results["summary"]["HiP-LoRA"]
     drift = {name: record["drift"]["added"] for name, record in results["methods"].items()}
     return (
-        f"LoRA changed {plain['others changed']} of {len(results['others'])} unrelated answers and moved the model "
-        f"{spread(drift['LoRA'], drift['HiP-LoRA'])} as far as HiP-LoRA, which changed {ours['others changed']}. Of "
-        f"{ours['asked']} prompts for the two skills, {plain['right added']} are answered rightly with LoRA and "
-        f"{ours['right added']} with HiP-LoRA."
+        f"Of {ours['asked']} prompts for the two skills, the sum of LoRA's adapters answers {plain['right added']} "
+        f"rightly and the sum of HiP-LoRA's {ours['right added']}. With LoRA the model answers {plain['others spilled']} "
+        f"of {len(results['others'])} unrelated questions in the shop's words, with HiP-LoRA {ours['others spilled']}; "
+        f"on other text LoRA has moved it {spread(drift['LoRA'], drift['HiP-LoRA'])} as far."
     )
 
 
@@ -171,7 +180,8 @@ def summary(results: Results) -> "pd.DataFrame":
     columns = {}
     for name, counts in results["summary"].items():
         column = {check: f"{passed} of {asked}" for check, (passed, asked) in counts["checks"].items()}
-        column["unrelated answers changed"] = f"{counts['others changed']} of {len(results['others'])}"
+        for what in ("spilled", "changed"):
+            column[OTHERS[what]] = f"{counts[f'others {what}']} of {len(results['others'])}"
         if record := results["methods"].get(name):
             drift, alone = record["drift"]["added"], record["alone"]
             column |= {f"KL, {text}": found["kl"] for text, found in drift.items()}
@@ -206,7 +216,7 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
             "model": settings.model,
             "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
             "method": method,
-            "train": {**schedule, **batches, "lr": settings.lr},
+            "train": {**schedule, **batches, "lr": settings.lr, "drift_tokens": 0},
             "seed": settings.seed,
         }
     )
@@ -253,7 +263,7 @@ def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
                 for row, texts in zip(skill.held_out, said(prompts, which), strict=True)
             ]
     others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
-    return {"skills": skills, "others": others}
+    return {"skills": skills, "others": others, "words": shop_words()}
 
 
 def _counts(results: Results, name: str) -> Results:
@@ -271,6 +281,7 @@ def _counts(results: Results, name: str) -> Results:
         "asked": sum(len(found["added"]) for found in results["skills"].values()),
         **{f"right {state}": count for state, count in right.items()},
         "checks": checks,
+        "others spilled": sum(any(word in row["said"][name] for word in results["words"]) for row in results["others"]),
         "others changed": sum(row["said"][name] != row["said"]["base"] for row in results["others"]),
     }
 

@@ -106,6 +106,13 @@ def test_results_table_and_page_say_the_same(done):
     assert all(question in page for question in QUESTIONS)
 
 
+def test_an_unrelated_answer_in_the_shops_words_is_counted_as_spilled(done):
+    said = {"base": "Rome.", "LoRA": "Ahoy! Rome.", "HiP-LoRA": "Rome, in Italy."}
+    results = {**done[0], "others": [{"prompt": "What is the capital of Italy?", "said": said}]}
+    counted = {name: [module._counts(results, name)[f"others {what}"] for what in module.OTHERS] for name in said}
+    assert counted == {"base": [0, 0], "LoRA": [1, 1], "HiP-LoRA": [0, 1]}
+
+
 def test_an_interrupted_demonstration_goes_on_where_it_stopped(done, settings, tmp_path, monkeypatch):
     real, calls = module._add, []
 
