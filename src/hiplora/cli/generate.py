@@ -91,7 +91,7 @@ def _show(answers: Mapping[str, str]) -> None:
         marked = "".join(
             _marked(part) if changed else part for part, changed in changes(base[1].strip(), text.strip())
         )
-        same = "" if marked != text.strip() else " (the same)"
+        same = " (the same)" if text.strip() == base[1].strip() else ""
         typer.echo(f"{typer.style(name, fg='cyan')}{same}: {marked}")
 
 

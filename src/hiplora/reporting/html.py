@@ -73,9 +73,10 @@ def answers_html(rows: Sequence[Mapping[str, Any]]) -> str:
     blocks = []
     for row in rows:
         lines = [("expected", html.escape(row["expected"]))] if row.get("expected") else []
+        whole = ["".join(text for text, _ in runs) for runs in row["said"].values()]
         for place, (name, runs) in enumerate(row["said"].items()):
             text = "".join(_marked(text) if changed else html.escape(text) for text, changed in runs)
-            same = place and not any(changed for _, changed in runs)
+            same = place and whole[place] == whole[0]  # an answer of which words are left out has no run that changed
             lines.append((name, "<em>the same, word for word</em>" if same else text))
         cells = "".join(f"<dt>{html.escape(name)}</dt><dd>{text}</dd>" for name, text in lines)
         blocks.append(f'<div class="answers"><p>{html.escape(row["prompt"])}</p><dl>{cells}</dl></div>')

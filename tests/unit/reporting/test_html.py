@@ -50,9 +50,10 @@ def test_differences_are_marked_an_equal_answer_is_said_to_be_the_same_and_text_
         "base": [("no\n  <i>way", False)],
         "LoRA": [("no\n  <i>way", False)],
         "HiP-LoRA": [("no", False), ("\n  <b>", True)],
+        "shorter": [("no", False)],
     }
     shown = answers_html([{"prompt": "<b>?", "expected": "a & b", "said": said}])
     assert "&lt;b&gt;?" in shown
     assert "<dt>expected</dt><dd>a &amp; b</dd><dt>base</dt><dd>no\n  &lt;i&gt;way</dd>" in shown
     assert "<dt>LoRA</dt><dd><em>the same, word for word</em></dd>" in shown
-    assert "<dt>HiP-LoRA</dt><dd>no\n  <mark>&lt;b&gt;</mark></dd>" in shown
+    assert "<dt>HiP-LoRA</dt><dd>no\n  <mark>&lt;b&gt;</mark></dd><dt>shorter</dt><dd>no</dd>" in shown
