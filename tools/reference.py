@@ -1,11 +1,10 @@
 """Generate the reference pages from the code: commands, configuration, recipes."""
 
 import dataclasses
-import enum
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from typer.main import get_command
@@ -83,8 +82,8 @@ def _flags(option: Any) -> str:
     kind = getattr(getattr(option, "type_descriptor", None), "annotation", None)
     if option.is_flag:
         value = ""
-    elif isinstance(kind, type) and issubclass(kind, enum.Enum):
-        value = " " + "|".join(str(choice.value) for choice in kind)
+    elif get_origin(kind) is Literal:
+        value = " " + "|".join(get_args(kind))
     else:
         value = f" {option.metavar or option.name.upper()}"
     return ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])

@@ -103,7 +103,7 @@ def merge_check(
         merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=options)
     engine = settings.engine(suite)
     model = how.base or next(iter(updates.values())).base
-    network, tokenizer = load_model(model)
+    network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     first, bare = merges[how.methods[0]], probe(network, tokenizer, engine.prompts())
     with applied(network, first) as changed:

@@ -1,12 +1,14 @@
+import json
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from typer import Option
 
 from hiplora import __version__
 from hiplora.cli import main as frame
-from hiplora.cli.common import print_frame, print_table
+from hiplora.cli.common import Group, as_command
 from hiplora.errors import AdapterError, ConfigError, DataError
 
 HEAVY = (
@@ -122,15 +124,23 @@ def test_ctrl_c_leaves_with_130(raising):
     assert run("boom") == 130
 
 
-def test_a_table_keeps_every_cell_and_takes_brackets_literally(capsys):
-    print_table("Layers [fp32]", ["name", "rank"], [["model.layers[0]", 32]])
-    out = capsys.readouterr().out
-    for text in ("Layers [fp32]", "model.layers[0]", "32"):
-        assert text in out
+def test_a_command_prints_its_record_with_json_and_else_lines_and_tables_with_brackets_as_they_are(capsys):
+    def given(rank: int = Option(8)):
+        return rank
 
+    def command(settings=Group(given)):
+        yield {"rank": settings}
+        yield "Layers [fp32]", ["name", "rank"], [["model.layers[0]", settings]]
+        yield "Drift", pd.DataFrame({"method": ["LoRA [r=4]"], "KL": [0.123456], "seconds": [None]})
+        yield "done"
 
-def test_a_data_frame_is_printed_as_in_the_reports(capsys):
-    print_frame("Drift", pd.DataFrame({"method": ["LoRA [r=4]"], "KL": [0.123456], "seconds": [None]}))
-    out = capsys.readouterr().out
-    for text in ("Drift", "LoRA [r=4]", "0.123", "–"):
-        assert text in out
+    frame.app.command(name="boom")(as_command(command))
+    try:
+        assert run("boom", "--rank", "7", "--json") == 0
+        assert json.loads(capsys.readouterr().out) == {"rank": 7}
+        assert run("boom") == 0
+        said = capsys.readouterr().out
+    finally:
+        frame.app.registered_commands.pop()
+    for text in ("Layers [fp32]", "model.layers[0]", " 8 ", "Drift", "LoRA [r=4]", "0.123", "–", "done"):
+        assert text in said

@@ -1,29 +1,92 @@
-"""What the commands share: options, JSON and tables on stdout."""
+"""What the commands share: options, groups of options, and how results are printed."""
 
+import functools
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
+from typer import Option
+
+from hiplora.errors import ConfigError, first_problem
 
 if TYPE_CHECKING:
     import pandas as pd
 
-OUT_OPTION = typer.Option(..., "--out", help="Output folder; it must not exist yet.")
-OVERWRITE_OPTION = typer.Option(False, "--overwrite", help="Replace the output folder if it exists.")
-JSON_OPTION = typer.Option(False, "--json", help="Print one JSON object instead of a table.")
-DEVICE_OPTION = typer.Option("auto", "--device", help="auto (a GPU if there is one), cpu, cuda, …")
-SCALE_OPTION = typer.Option(None, "--scale", help="Multiply the update by this number, for example 0.75.")
-TOLERANCE_OPTION = typer.Option(
-    None, "--tolerance", help="Search the smallest scale that raises the loss on --data by so many nats at most."
+Kind = TypeVar("Kind")
+Shown = Iterator[Any]
+
+MODEL = typer.Argument(..., help="Base model: a folder, a hub name, smollm2-135m or gemma3-270m.")
+ADAPTER = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF.")
+ADAPTERS = Option([], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated.")
+BASE = Option(None, help="Base model, instead of the adapter's own.")
+OUT = Option(..., help="Output folder; it must not exist yet.")
+OVERWRITE = Option(False, "--overwrite", help="Replace the output if it exists.")
+DEVICE = Option("auto", help="auto (a GPU if there is one), cpu, cuda, …")
+DRIFT_TEXT = Option(None, help="Text file to measure drift on; else prose and code of Python's own.")
+CALIBRATION_TEXT = Option(
+    None,
+    help="What the layers' inputs are measured on: a text file, training data, or a data set on the hub (owner/name or "
+    "owner/name:config); else text that the model writes itself.",
 )
-DATA_OPTION = typer.Option(None, "--data", help="Rows of the task that the adapter was not trained on.")
+TARGETS_HELP = "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
+MLP_TARGETS = Option(None, help=TARGETS_HELP.format("MLP"))
+ATTENTION_TARGETS = Option(None, help=TARGETS_HELP.format("attention"))
 
 
-def emit_json(value: Any) -> None:
-    """Print one JSON value to standard output."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+class Group:
+    """A parameter of a command whose value a function makes of options of its own."""
+
+    def __init__(self, make: Callable[..., Any]):
+        self.make, self.parameters = make, inspect.signature(make).parameters
+
+
+def scaling(
+    scale: float | None = Option(None, help="Multiply the update by this number, for example 0.75."),
+    tolerance: float | None = Option(
+        None, help="Search the smallest scale that raises the loss on --data by so many nats at most."
+    ),
+    data: Path | None = Option(None, help="Rows of the task that were not trained on, to measure loss on."),
+) -> dict[str, Any]:
+    """How large an update is written: arguments of `choose_scale` and `protect_adapter`."""
+    return {"scale": scale, "tolerance": tolerance, "data": data}
+
+
+def as_command(function: Callable[..., Any]) -> Callable[..., None]:
+    """Make a Typer command of a function: its `Group`s unfolded, and what it yields printed.
+
+    A command that prints results yields them: first the record that `--json` prints, then what is shown without it:
+    lines, and tables as (title, DataFrame) or (title, columns, rows).
+    """
+    signature, printing = inspect.signature(function), inspect.isgeneratorfunction(function)
+    groups = {n: p.default for n, p in signature.parameters.items() if isinstance(p.default, Group)}
+    parameters = [
+        one
+        for name, own in signature.parameters.items()
+        for one in (groups[name].parameters.values() if name in groups else [own])
+    ]
+    if printing:
+        option = Option(False, "--json", help="Print one JSON object instead of a table.")
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters.append(inspect.Parameter("as_json", kind, default=option, annotation=bool))
+
+    @functools.wraps(function)
+    def command(*, as_json: bool = False, **given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group.make(**{part: given.pop(part) for part in group.parameters})
+        found = function(**given)
+        for place, part in enumerate(found if printing else ()):
+            if as_json and place == 0:
+                typer.echo(json.dumps(part, indent=2, default=str))
+            elif not as_json and place > 0:
+                print_table(*part) if isinstance(part, tuple) else typer.echo(part)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
 
 
 def tell(text: str) -> None:
@@ -31,26 +94,63 @@ def tell(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table to standard output, brackets taken literally; columns after the first are right-aligned."""
+def print_table(
+    title: str, table: "pd.DataFrame | Sequence[str]", rows: Iterable[Sequence[Any]] | None = None
+) -> None:
+    """Print a table to standard output, brackets taken literally; columns after the first are right-aligned.
+
+    It is a DataFrame, formatted as in the reports, or names of columns with rows of text.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    rows = [[str(cell) for cell in row] for row in rows]
-    table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
+    if rows is None:
+        from hiplora.reporting import formatted
+
+        df = formatted(table)
+        table, rows = list(df.columns), df.to_numpy().tolist()
+    cells = [[str(cell) for cell in row] for row in rows]
+    printed = Table(title=Text(title), title_justify="left")
+    for index, column in enumerate(table):
         # Names stay whole where the numbers' headings can wrap instead.
-        width = min(24, max((len(row[0]) for row in rows), default=0)) if index == 0 else None
-        table.add_column(Text(column), justify="right" if index else "left", min_width=width)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        width = min(24, max((len(row[0]) for row in cells), default=0)) if index == 0 else None
+        printed.add_column(Text(column), justify="right" if index else "left", min_width=width)
+    for row in cells:
+        printed.add_row(*map(Text, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(printed)
 
 
-def print_frame(title: str, df: "pd.DataFrame") -> None:
-    """Print a DataFrame to standard output, formatted as in the reports."""
-    from hiplora.reporting import formatted
+def names(text: str) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
-    text = formatted(df)
-    print_table(title, list(text.columns), text.to_numpy().tolist())
+
+def numbers(option: str, text: str | None, kind: Callable[[str], Kind]) -> list[Kind]:
+    """Return the numbers, separated by commas, of an option; ConfigError if one is no number of the kind."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        expected = "numbers separated by commas, for example 1,0.5"
+        if kind is int:
+            expected = "whole numbers separated by commas, for example 2,3"
+        raise ConfigError(f"{option} {text}: expected {expected}") from None
+
+
+def targets(given: str | None) -> str | list[str] | None:
+    """Return modules as a list of names; anything else is for PEFT: a regular expression or "all-linear"."""
+    import re
+
+    if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
+        return given
+    return names(given)
+
+
+def settings(kind: Callable[..., Kind], **given: Any) -> Kind:
+    """Return settings that pydantic checks; ConfigError naming the option if one is wrong."""
+    from pydantic import ValidationError
+
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        raise ConfigError(f"--{first_problem(error)}") from None

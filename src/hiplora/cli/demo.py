@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import typer
+from typer import Option
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_frame, tell
+from hiplora.cli.common import OVERWRITE, Shown, tell
 
 
 def command(
-    out: Path = typer.Option(Path("demo-out"), "--out", help="Output folder: new, or of an interrupted demo."),
-    overwrite: bool = OVERWRITE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    out: Path = Option(Path("demo-out"), help="Output folder: new, or of an interrupted demo."),
+    overwrite: bool = OVERWRITE,
+) -> Shown:
     """Teach SmolLM2-135M two small skills with LoRA and with HiP-LoRA, add them, and show what became of the model.
 
     One skill answers customers of an invented shop in its house style, the other turns requests into JSON. Each is
@@ -30,10 +29,8 @@ def command(
 
     began = time.perf_counter()
     results = demo(out, overwrite=overwrite, tell=tell)
-    if as_json:
-        emit_json(results)
-        return
-    print_frame("Two skills, added into one model", summary(results))
-    typer.echo(headline(results))
-    typer.echo(f"\nDone in {time.perf_counter() - began:.0f} s. Report: {out / 'report.html'}")
-    typer.echo("Your own data: hiplora compare smollm2-135m rows.jsonl --out runs/compare")
+    yield results
+    yield "Two skills, added into one model", summary(results)
+    yield headline(results)
+    yield f"\nDone in {time.perf_counter() - began:.0f} s. Report: {out / 'report.html'}"
+    yield "Your own data: hiplora compare smollm2-135m rows.jsonl --out runs/compare"

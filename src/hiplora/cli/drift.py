@@ -2,21 +2,18 @@
 
 from pathlib import Path
 
-import typer
+from typer import Option
 
-from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_table
+from hiplora.cli.common import DEVICE, MODEL, Shown
 
 
 def command(
-    model: str = typer.Argument(..., help="Base model: a folder, a hub name, or smollm2-135m."),
-    adapter: list[str] = typer.Option(..., "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated."),
-    text: Path | None = typer.Option(
-        None, "--text", help="Text to measure on. Default: prose and code of Python's own."
-    ),
-    tokens: int = typer.Option(1024, "--tokens", min=2, help="Tokens of each text."),
-    device: str = DEVICE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    model: str = MODEL,
+    adapter: list[str] = Option(..., help="Adapter folder, or NAME=FOLDER; may be repeated."),
+    text: Path | None = Option(None, help="Text to measure on. Default: prose and code of Python's own."),
+    tokens: int = Option(1024, min=2, help="Tokens of each text."),
+    device: str = DEVICE,
+) -> Shown:
     """Measure how far adapters of any method move a model from its base, on text with which they have nothing to do.
 
     KL is the divergence of the next-token predictions from the base's, in nats per token; beside it, the share of
@@ -37,17 +34,15 @@ def command(
     for name, folder in named.items():
         with mounted(network, folder) as adapted:
             found[name] = measure_drift(adapted, reference)
-    if as_json:
-        drift = {name: {of: one.as_dict() for of, one in parts.items()} for name, parts in found.items()}
-        emit_json({"schema": 1, "kind": "drift", "model": model, "text": text_source(text), "drift": drift})
-        return
+    drift = {name: {of: one.as_dict() for of, one in parts.items()} for name, parts in found.items()}
+    yield {"schema": 1, "kind": "drift", "model": model, "text": text_source(text), "drift": drift}
     rows = [
         (name, of, f"{one.kl:.2g}", f"{one.greedy_changed:.1%}", f"{one.perplexity_ratio - 1:+.2%}", f"{one.tokens:,}")
         for name, parts in found.items()
         for of, one in parts.items()
     ]
     columns = ("adapter", "text", "KL, nats per token", "greedy tokens changed", "perplexity", "tokens")
-    print_table(f"Drift from {model}", columns, rows)
+    yield f"Drift from {model}", columns, rows
     furthest = max(found, key=lambda name: max(one.kl for one in found[name].values()))
-    typer.echo(f'See it: hiplora generate {model} --adapter {named[furthest]} --prompt "…"')
-    typer.echo(f"Lower it: hiplora protect {named[furthest]} --out DIR")
+    yield f'See it: hiplora generate {model} --adapter {named[furthest]} --prompt "…"'
+    yield f"Lower it: hiplora protect {named[furthest]} --out DIR"

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, OUT_OPTION, OVERWRITE_OPTION, emit_json, print_frame
-from hiplora.errors import ConfigError, first_problem
+from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, settings
 
 EDITS_HELP = (
     "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
@@ -19,41 +18,42 @@ MODE_HELP = (
     "batch: all edits together, or separate batches on the bare model; sequential: batch after batch into one adapter; "
     "single: each edit alone, undone before the next."
 )
-CATEGORY_HELP = "Only edits of one category: Entity/Attribute, Relation/Fact, Temporal/Numeric."
 
 
-def command(
-    model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
-    edits: str = typer.Argument(..., help=EDITS_HELP),
-    out: Path = OUT_OPTION,
-    method: str = typer.Option("hiplora", "--method", help=METHOD_HELP),
-    settings: list[str] = typer.Option(
+def job(
+    model: str = MODEL,
+    edits: str = Argument(..., help=EDITS_HELP),
+    method: str = Option("hiplora", help=METHOD_HELP),
+    method_settings: list[str] = Option(
         [], "--set", metavar="KEY=VALUE", help="A setting of the method, such as r=8; may be repeated."
     ),
-    mode: Literal["batch", "sequential", "single"] = typer.Option("batch", "--mode", help=MODE_HELP),
-    limit: int | None = typer.Option(
-        None, "--limit", min=1, help="Number of edits to take from the start. Default: all."
+    mode: Literal["batch", "sequential", "single"] = Option("batch", help=MODE_HELP),
+    limit: int | None = Option(None, min=1, help="Number of edits to take from the start. Default: all."),
+    category: str | None = Option(
+        None, help="Only edits of one category: Entity/Attribute, Relation/Fact, Temporal/Numeric."
     ),
-    category: str | None = typer.Option(None, "--category", help=CATEGORY_HELP),
-    edits_per_batch: int | None = typer.Option(
-        None, "--edits-per-batch", min=1, help="Edits in a batch. Default: all."
-    ),
-    sample: int | None = typer.Option(
-        None, "--sample", min=1, help="In mode single: number of edits to draw, by --seed."
-    ),
-    steps: int | None = typer.Option(
-        None, "--steps", min=1, help="Training steps of each batch. Default: 500, or 20 in mode single."
-    ),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate. Default: 2e-4, or 2e-3 in mode single."),
-    batch_size: int | None = typer.Option(None, "--batch-size", min=1, help="Edits in a training step: 16."),
-    locality: int = typer.Option(
+    edits_per_batch: int | None = Option(None, min=1, help="Edits in a batch. Default: all."),
+    sample: int | None = Option(None, min=1, help="In mode single: number of edits to draw, by --seed."),
+    steps: int | None = Option(None, min=1, help="Training steps of each batch. Default: 500, or 20 in mode single."),
+    lr: float | None = Option(None, help="Learning rate. Default: 2e-4, or 2e-3 in mode single."),
+    rows: int | None = Option(None, "--batch-size", min=1, help="Edits in a training step: 16."),
+    questions: int = Option(
         500, "--locality", min=0, help="Unrelated questions to ask before and after every stage; 0 asks none."
     ),
-    seed: int = typer.Option(42, "--seed", min=0, help="Seed of the adapter and of the order of the edits."),
-    device: str = DEVICE_OPTION,
-    overwrite: bool = OVERWRITE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    seed: int = Option(42, min=0, help="Seed of the adapter and of the order of the edits."),
+    device: str = DEVICE,
+) -> Any:
+    """What to edit and how."""
+    given: dict[str, Any] = locals() | {"method_settings": {}}
+    from hiplora.editing.job import EditJob
+    from hiplora.training.reading import put_over
+
+    for text in method_settings:
+        put_over(given["method_settings"], text)
+    return settings(EditJob, **given)
+
+
+def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE) -> Shown:
     """Edit facts that a model states, and measure the effect on them and on everything else.
 
     For each edit: whether the new answer is now likelier than the old one, and generated; the same on a paraphrase; and
@@ -65,44 +65,14 @@ def command(
 
         hiplora edit smollm2-135m builtin --limit 100 --method lora --out runs/edit
     """
-    from pydantic import ValidationError
-
-    from hiplora.editing.job import EditJob, edit, summary_tables
+    from hiplora.editing.job import edit, summary_tables
     from hiplora.models import quiet_transformers
-    from hiplora.training.reading import put_over
 
-    method_settings: dict[str, Any] = {}
-    for text in settings:
-        put_over(method_settings, text)
-    try:
-        job = EditJob(
-            model=model,
-            edits=edits,
-            method=method,
-            method_settings=method_settings,
-            mode=mode,
-            limit=limit,
-            category=category,  # type: ignore[arg-type]  # pydantic checks it
-            edits_per_batch=edits_per_batch,
-            sample=sample,
-            steps=steps,
-            lr=lr,
-            rows=batch_size,
-            questions=locality,
-            seed=seed,
-            device=device,
-        )
-    except ValidationError as error:
-        raise ConfigError(f"--{first_problem(error)}") from None
     with quiet_transformers(always=False):
         record = edit(job, out, overwrite=overwrite)
-    if as_json:
-        shown = {key: record[key] for key in ("method", "mode", "edits", "adapters", "summary")}
-        emit_json({"out": str(out), **shown})
-        return
-    typer.echo(f"{record['edits']} edits by {method}, {mode}")
-    for title, table in summary_tables(record["summary"]).items():
-        print_frame(title, table)
-    typer.echo(f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}")
+    yield {"out": str(out), **{key: record[key] for key in ("method", "mode", "edits", "adapters", "summary")}}
+    yield f"{record['edits']} edits by {job.method}, {job.mode}"
+    yield from summary_tables(record["summary"]).items()
+    yield f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}"
     for name in record["adapters"][:1]:
-        typer.echo(f'Ask it: hiplora generate {model} --adapter {out / name} --prompt "…"')
+        yield f'Ask it: hiplora generate {job.model} --adapter {out / name} --prompt "…"'

@@ -1,39 +1,23 @@
 """`hiplora factorize`: compute and store the spectral factors of a model before anything is trained."""
 
-import re
 import time
-from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
-import typer
+from typer import Option
 
-from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json, print_frame
-
-
-class Dtype(str, Enum):
-    """Number format in which a model is loaded for training."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-TARGETS_HELP = "Module names separated by commas, a regular expression, or all-linear; else the {} projections."
+from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, Shown, targets, tell
 
 
 def command(
-    model: str = typer.Argument(..., help="Model folder, hub name, or smollm2-135m."),
-    target_modules: str | None = typer.Option(None, "--target-modules", help=TARGETS_HELP.format("attention")),
-    rank: int = typer.Option(32, "--rank", min=1, help="Principal rank k: singular triplets per weight."),
-    tolerance: float = typer.Option(
-        1e-4, "--tolerance", help="Largest accepted residual, as a share of the largest singular value."
+    model: str = MODEL,
+    target_modules: str | None = ATTENTION_TARGETS,
+    rank: int = Option(32, min=1, help="Principal rank k: singular triplets per weight."),
+    tolerance: float = Option(1e-4, help="Largest accepted residual, as a share of the largest singular value."),
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Option(
+        None, help="Dtype that the model will be trained in, if not the checkpoint's."
     ),
-    dtype: Dtype | None = typer.Option(
-        None, "--dtype", help="Dtype that the model will be trained in, if not the checkpoint's."
-    ),
-    device: str = DEVICE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    device: str = DEVICE,
+) -> Shown:
     """Factor the weights of a model once, ahead of training with the weight basis (preset paper).
 
     Stored factors are verified and kept: after an interruption, run the same command again to continue.
@@ -49,52 +33,32 @@ def command(
     from hiplora.spectral import FactorStore
     from hiplora.tuner import HipLoraConfig, weight_factors
 
-    start = time.perf_counter()
-    modules = parse_targets(target_modules)
+    start, modules = time.perf_counter(), targets(target_modules)
     config = HipLoraConfig(preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance)
     device = pick_device(device)
-    loaded = load(model, dtype.value if dtype else "auto")[0].to(device)
+    loaded = load(model, dtype or "auto")[0].to(device)
     store, made = FactorStore(), 0
     layers: list[dict[str, Any]] = []
     try:
         for target, factors in weight_factors(loaded, config, store):
-            layers.append(
-                {
-                    "name": target.name,
-                    "shape": target.shape,
-                    "k": factors.rank,
-                    "method": factors.method,
-                    "residual": factors.residual,
-                    "orthogonality": factors.orthogonality,
-                    "reused": store.made == made,
-                }
-            )
+            layer = {"name": target.name, "shape": target.shape, "k": factors.rank, "reused": store.made == made}
+            certificate = {name: getattr(factors, name) for name in ("method", "residual", "orthogonality")}
+            layers.append(layer | certificate)
             made = store.made
     except KeyboardInterrupt:
-        typer.echo(f"stopped: {len(layers)} weights are in the store; run it again to go on", err=True)
+        tell(f"stopped: {len(layers)} weights are in the store; run it again to go on")
         raise
     seconds = time.perf_counter() - start
-    if as_json:
-        record = {"model": model, "store": str(store.root), "layers": layers, "seconds": seconds}
-        emit_json({**record, "provenance": provenance()})
-        return
+    record = {"model": model, "store": str(store.root), "layers": layers, "seconds": seconds}
+    yield {**record, "provenance": provenance()}
     df = pd.DataFrame(layers).assign(shape=[f"{m}×{n}" for m, n in (layer["shape"] for layer in layers)])
     groups = df.groupby(df["name"].str.rpartition(".")[2].rename("Modules"), sort=False)
-    table = pd.DataFrame(
-        {
-            "layers": groups.size(),
-            "shape": groups["shape"].first(),
-            "stored before": groups["reused"].sum(),
-            "method": groups["method"].agg(lambda methods: ", ".join(sorted(set(methods)))),
-            "residual ≤": groups["residual"].max().map("{:.1e}".format),
-        }
-    )
-    print_frame(f"{model}: factors in {store.root}", table.reset_index())
-    typer.echo(f"{len(df)} weights, {seconds:.1f} s")
-
-
-def parse_targets(given: str | None) -> str | list[str] | None:
-    """Return names as a list; anything else is for PEFT: a regular expression or "all-linear"."""
-    if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
-        return given
-    return [name.strip() for name in given.split(",")]
+    columns = {
+        "layers": groups.size(),
+        "shape": groups["shape"].first(),
+        "stored before": groups["reused"].sum(),
+        "method": groups["method"].agg(lambda methods: ", ".join(sorted(set(methods)))),
+        "residual ≤": groups["residual"].max().map("{:.1e}".format),
+    }
+    yield f"{model}: factors in {store.root}", pd.DataFrame(columns).reset_index()
+    yield f"{len(df)} weights, {seconds:.1f} s"

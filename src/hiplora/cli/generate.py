@@ -1,25 +1,24 @@
 """`hiplora generate` and `hiplora chat`: what a model says with and without adapters, side by side."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import typer
+from typer import Option
 
-from hiplora.cli.common import DEVICE_OPTION, JSON_OPTION, emit_json
+from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, Shown
 
-ADAPTERS_OPTION = typer.Option([], "--adapter", help="Adapter folder, or NAME=FOLDER; may be repeated.")
-TOKENS_OPTION = typer.Option(96, "--tokens", min=1, help="Length of an answer, at most.")
+TOKENS = Option(96, min=1, help="Length of an answer, at most.")
 
 
 def command(
-    model: str = typer.Argument(..., help="Base model: a folder, a hub name, or smollm2-135m."),
-    adapter: list[str] = ADAPTERS_OPTION,
-    prompt: list[str] = typer.Option(..., "--prompt", help="What to answer; may be repeated."),
-    tokens: int = TOKENS_OPTION,
-    raw: bool = typer.Option(False, "--raw", help="Continue the prompt as text, without the chat template."),
-    device: str = DEVICE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    model: str = MODEL,
+    adapter: list[str] = ADAPTERS,
+    prompt: list[str] = Option(..., help="What to answer; may be repeated."),
+    tokens: int = TOKENS,
+    raw: bool = Option(False, "--raw", help="Continue the prompt as text, without the chat template."),
+    device: str = DEVICE,
+) -> Shown:
     """Answer prompts greedily with the base model and with adapters on it, with the differences marked.
 
     A prompt goes through the tokenizer's chat template where it has one. Words in which an adapter's answer differs
@@ -35,21 +34,14 @@ def command(
     named = name_adapters(adapter)
     network, tokenizer = load_model(model, device)
     asked = prompt if raw else [chat_prompt(tokenizer, [{"role": "user", "content": one}]) for one in prompt]
-    answers = side_by_side(network, tokenizer, named, asked, tokens)
-    if as_json:
-        emit_json([{"prompt": one, "answers": row} for one, row in zip(prompt, answers, strict=True)])
-        return
-    for one, row in zip(prompt, answers, strict=True):
-        typer.secho(f"\n{one}", bold=True)
-        _show(row)
+    answers = list(zip(prompt, side_by_side(network, tokenizer, named, asked, tokens), strict=True))
+    yield [{"prompt": one, "answers": row} for one, row in answers]
+    for one, row in answers:
+        yield typer.style(f"\n{one}", bold=True)
+        yield from _compared(row)
 
 
-def chat(
-    model: str = typer.Argument(..., help="Base model: a folder, a hub name, or smollm2-135m."),
-    adapter: list[str] = ADAPTERS_OPTION,
-    tokens: int = TOKENS_OPTION,
-    device: str = DEVICE_OPTION,
-) -> None:
+def chat(model: str = MODEL, adapter: list[str] = ADAPTERS, tokens: int = TOKENS, device: str = DEVICE) -> None:
     """Talk to the base model and to adapters on it at once; each continues its own conversation.
 
     Differences from the base's answer are marked. An empty line or Ctrl-D ends.
@@ -71,7 +63,8 @@ def chat(
         (answers,) = side_by_side(network, tokenizer, named, prompts, tokens)
         for name, turns in said.items():
             turns.append({"role": "assistant", "content": answers[name]})
-        _show(answers)
+        for line in _compared(answers):
+            typer.echo(line)
 
 
 def _line() -> str:
@@ -81,18 +74,15 @@ def _line() -> str:
         return ""
 
 
-def _show(answers: Mapping[str, str]) -> None:
-    """Print the base's answer and the others, with what differs marked."""
+def _compared(answers: Mapping[str, str]) -> Iterator[str]:
+    """Yield the base's answer and the others, with what differs marked."""
     from hiplora.evaluation.answers import changes
 
-    base, *others = answers.items()
-    typer.echo(f"{typer.style(base[0], fg='cyan')}: {base[1].strip()}")
+    base, *others = ((typer.style(name, fg="cyan"), text.strip()) for name, text in answers.items())
+    yield f"{base[0]}: {base[1]}"
     for name, text in others:
-        marked = "".join(
-            _marked(part) if changed else part for part, changed in changes(base[1].strip(), text.strip())
-        )
-        same = " (the same)" if text.strip() == base[1].strip() else ""
-        typer.echo(f"{typer.style(name, fg='cyan')}{same}: {marked}")
+        marked = "".join(_marked(part) if changed else part for part, changed in changes(base[1], text))
+        yield f"{name}{' (the same)' if text == base[1] else ''}: {marked}"
 
 
 def _marked(part: str) -> str:

@@ -3,24 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import typer
+from typer import Option
 
-from hiplora.cli.common import JSON_OPTION, emit_json, print_table
+from hiplora.cli.common import ADAPTER, BASE, OVERWRITE, Shown
 
 COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "chance", "largest |δ|/σ", "leak")
 _DIRECTIONS = {"protected": "directions that it protects", "singular": "leading singular directions"}
 
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
-    base: str | None = typer.Option(None, "--base", help="Base model, instead of the adapter's own."),
-    rank: int | None = typer.Option(
-        None, "--rank", min=1, help="Leading singular directions to look at; default the protected ones, or 32."
+    adapter: Path = ADAPTER,
+    base: str | None = BASE,
+    rank: int | None = Option(
+        None, min=1, help="Leading singular directions to look at; default the protected ones, or 32."
     ),
-    as_json: bool = JSON_OPTION,
-    html: Path | None = typer.Option(None, "--html", help="Also write a report page to this file."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the report page if it exists."),
-) -> None:
+    html: Path | None = Option(None, help="Also write a report page to this file."),
+    overwrite: bool = OVERWRITE,
+) -> Shown:
     """Show where an adapter's update lies: on its own protected directions, or on the weights' leading ones.
 
     Per module: how much of the update's energy writes into protected output directions, reads from protected input
@@ -41,13 +40,11 @@ def command(
     title = f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the {where}"
     if html is not None:
         _save_page(html, record, title)
-    if as_json:
-        emit_json(record)
-        return
-    print_table(title, COLUMNS, _rows(record))
-    typer.echo(record["verdict"])
+    yield record
+    yield title, COLUMNS, _rows(record)
+    yield record["verdict"]
     if html is not None:
-        typer.echo(f"report: {html}")
+        yield f"report: {html}"
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:

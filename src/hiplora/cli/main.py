@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from hiplora import __version__
+from hiplora.cli.common import as_command
 from hiplora.cli.study import app as study_app
 from hiplora.errors import HipLoraError, first_line
 from hiplora.extras import missing
@@ -36,7 +37,7 @@ COMMANDS = {
     "calibrate": "Measure a model's layers ahead of training.",
     "factorize": "Factor a model's weights ahead of training.",
 }
-_HOMES = {"chat": "generate"}  # a command that is in another's module, under its own name
+_HOMES = {"chat": "generate", "init": "train"}  # commands that are in another's module, under their own names
 
 # Without rich's markup the help page takes a third of the time.
 app = typer.Typer(
@@ -66,7 +67,7 @@ def _root(
 
 for _name, _short in COMMANDS.items():
     _home = importlib.import_module("hiplora.cli." + _HOMES.get(_name, _name.replace("-", "_")))
-    app.command(name=_name, short_help=_short)(getattr(_home, _name, _home.command))
+    app.command(name=_name, short_help=_short)(as_command(getattr(_home, _name, _home.command)))
 app.add_typer(study_app, name="study", short_help="Plan, run and report a study: every table of the paper.")
 
 

@@ -4,63 +4,47 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from hiplora.cli.common import (
-    DATA_OPTION,
-    JSON_OPTION,
-    OUT_OPTION,
-    OVERWRITE_OPTION,
-    SCALE_OPTION,
-    TOLERANCE_OPTION,
-    emit_json,
-    print_frame,
-    print_table,
-)
-from hiplora.cli.export import print_report
+from hiplora.cli.common import BASE, OUT, OVERWRITE, Group, Shown, numbers, scaling
+from hiplora.cli.export import report_table
 from hiplora.errors import ConfigError
 from hiplora.merging.rules import RULES, Rule, find_rule
 
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
+_DEFAULTS = {name: rule.defaults for name, rule in RULES.items() if rule.defaults}
 METHOD_HELP = "Merge rule. " + "; ".join(f"{name}: {rule.summary}" for name, rule in RULES.items()) + "."
-WEIGHTS_HELP = "One number per adapter, separated by commas, for example 1,0.5. Default: 1 each."
-SET_HELP = "Option of the rule, for example density=0.3; may be repeated. Defaults: " + "; ".join(
-    f"{name}: " + ", ".join(f"{key}={json.dumps(value)}" for key, value in rule.defaults.items())
-    for name, rule in RULES.items()
-    if rule.defaults
+WEIGHTS = Option(None, help="One number per adapter, separated by commas, for example 1,0.5. Default: 1 each.")
+SET = Option(
+    [],
+    metavar="KEY=VALUE",
+    help="Option of the rule, for example density=0.3; may be repeated. Defaults: "
+    + "; ".join(f"{n}: " + ", ".join(f"{k}={json.dumps(v)}" for k, v in own.items()) for n, own in _DEFAULTS.items()),
 )
-BASE_OPTION = typer.Option(None, "--base", help="Base model, if not the one that the adapters name.")
-
-
+FORMAT_HELP = (
+    "lora: a plain LoRA adapter; dense: a standalone model; hiplora: a HiP-LoRA adapter, where all share a basis. "
+    f"Default: dense for {_DENSE_RULES} without --rank, else lora."
+)
 Format = Literal["lora", "dense", "hiplora"]
 
 
 def command(
-    adapters: list[Path] = typer.Argument(..., help="Adapter folders, of any methods and ranks, over one base."),
-    out: Path = OUT_OPTION,
-    method: str = typer.Option("addition", "--method", help=METHOD_HELP),
-    weights: str | None = typer.Option(None, "--weights", help=WEIGHTS_HELP),
-    set_: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help=SET_HELP),
-    rank: int | None = typer.Option(
+    adapters: list[Path] = Argument(..., help="Adapter folders, of any methods and ranks, over one base."),
+    out: Path = OUT,
+    method: str = Option("addition", help=METHOD_HELP),
+    weights: str | None = WEIGHTS,
+    set: list[str] = SET,
+    rank: int | None = Option(
         None,
-        "--rank",
         help="Cut every module down to this rank, and report what is lost; for --format hiplora, the residual channel.",
     ),
-    format: Format | None = typer.Option(
-        None,
-        "--format",
-        help="lora: a plain LoRA adapter; dense: a standalone model; hiplora: a HiP-LoRA adapter, where all share a "
-        f"basis. Default: dense for {_DENSE_RULES} without --rank, else lora.",
-    ),
-    base: str | None = BASE_OPTION,
-    scale: float | None = SCALE_OPTION,
-    tolerance: float | None = TOLERANCE_OPTION,
-    data: Path | None = DATA_OPTION,
-    drift: bool = typer.Option(True, help="Measure how far the merge drifts from the base, if that is available."),
-    html: Path | None = typer.Option(None, "--html", help="Also write the report as a page to this file."),
-    overwrite: bool = OVERWRITE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    format: Format | None = Option(None, help=FORMAT_HELP),
+    base: str | None = BASE,
+    scaling: Any = Group(scaling),
+    drift: bool = Option(True, help="Measure how far the merge drifts from the base, if that is available."),
+    html: Path | None = Option(None, help="Also write the report as a page to this file."),
+    overwrite: bool = OVERWRITE,
+) -> Shown:
     """Merge adapters of one base model into one, and check what is written.
 
     Adapters of different base weights are refused. Each merge comes with its drift from the base beside the adapters'
@@ -80,80 +64,70 @@ def command(
     from hiplora.merging.merger import check_weights, merge
 
     rule = find_rule(method)
-    options = rule.options(dict(map(parse_option, set_)))
+    options = rule.options(rule_options(set))
     form = _chosen_format(format, rule, rank)
     inputs = {f"adapter {place}": folder for place, folder in enumerate(adapters, 1)}
     check_output_dir(out, overwrite, inputs)
     if html is not None:
         check_output_file(html, overwrite, "--html", inputs)
-    numbers = check_weights(parse_weights(weights), len(adapters))
+    shares = check_weights(numbers("--weights", weights, float) or None, len(adapters))
     updates = [read_update(folder, base) for folder in adapters]
     apart = form == "hiplora"
-    update = merge(updates, method, numbers, base=base, rank=rank, keep_channels=apart, options=options)
-    factor, search = choose_scale(update, scale, tolerance, data)
-    update, named = update.scaled(factor), _named(adapters, updates)
+    update = merge(updates, method, shares, base=base, rank=rank, keep_channels=apart, options=options)
+    scale, search = choose_scale(update, **scaling)
+    update, named = update.scaled(scale), _named(adapters, updates)
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "merge",
         "adapters": list(map(str, adapters)),
         "method": method,
-        "weights": numbers,
+        "weights": shares,
         "options": options,
-        "scale": factor,
+        "scale": scale,
         "scale_search": search,
-        "drift": drift_of_merge(named, numbers, update) if drift else None,
+        "drift": drift_of_merge(named, shares, update) if drift else None,
     }
     if rank is not None:
         worst = sorted(update.errors.items(), key=lambda item: -item[1])
         losses = [{"module": module, "relative_error": error} for module, error in worst]
         record["truncation"] = {"rank": rank, "modules": losses}
-    report = merge_report(named, numbers, record)
+    report = merge_report(named, shares, record)
     save = {"hiplora": save_as_hiplora, "lora": save_as_lora, "dense": save_dense}[form]
     details = {"merge": dict(record), "merge-report.json": report}
     record["export"] = save(update, out, overwrite=overwrite, details=details)  # type: ignore[operator]
     if html is not None:
         save_merge_page(html, report)
-    if as_json:
-        emit_json(record | {"conflicts": report})
-        return
+    yield record | {"conflicts": report}
     if rank is not None:
         rows = [(one["module"], f"{one['relative_error']:.2e}") for one in losses[:10]]
-        title = f"Cut down to rank {rank} (the ten modules that lost most)"
-        print_table(title, ("Module", "Lost of ‖ΔW‖"), rows)
-    print_report(record["export"], f"{method} of {len(adapters)} adapters")
+        yield f"Cut down to rank {rank} (the ten modules that lost most)", ("Module", "Lost of ‖ΔW‖"), rows
+    yield report_table(record["export"], f"{method} of {len(adapters)} adapters")
     if report["most_conflicting"]:
-        print_frame("Modules that conflict most", conflict_table(report))
+        yield "Modules that conflict most", conflict_table(report)
     if record["drift"]:
-        typer.echo(record["drift"]["verdict"])
+        yield record["drift"]["verdict"]
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
     """Return each update by its folder's own name, or by its whole path where names repeat."""
     names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
+    if len({*names}) < len(names):
         names = [f"{folder} ({place})" for place, folder in enumerate(folders, 1)]
     return dict(zip(names, updates, strict=True))
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """Read `name=value`, the value as JSON where it is JSON, else as text; ConfigError if there is no name or sign."""
-    name, equals, raw = (part.strip() for part in text.partition("="))
-    if not name or not equals:
-        raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
-    try:
-        return name, json.loads("null" if raw == "none" else raw)
-    except json.JSONDecodeError:
-        return name, raw
-
-
-def parse_weights(text: str | None) -> list[float] | None:
-    """Read numbers separated by commas, None as None; ConfigError if one is no number."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights {text}: expected numbers separated by commas, for example 1,0.5") from None
+def rule_options(given: list[str]) -> dict[str, Any]:
+    """Read options `name=value`, the value as JSON where it is JSON, else as text; ConfigError if one is not so."""
+    options = {}
+    for text in given:
+        name, equals, raw = (part.strip() for part in text.partition("="))
+        if not name or not equals:
+            raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
+        try:
+            options[name] = json.loads("null" if raw == "none" else raw)
+        except json.JSONDecodeError:
+            options[name] = raw
+    return options
 
 
 def _chosen_format(format: Format | None, rule: Rule, rank: int | None) -> Format:

@@ -3,65 +3,47 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
+from typer import Option
 
 from hiplora.cli.common import (
-    JSON_OPTION,
-    OUT_OPTION,
-    OVERWRITE_OPTION,
-    SCALE_OPTION,
-    TOLERANCE_OPTION,
-    emit_json,
-    print_table,
+    ADAPTER,
+    BASE,
+    CALIBRATION_TEXT,
+    DRIFT_TEXT,
+    OUT,
+    OVERWRITE,
+    Group,
+    Shown,
+    scaling,
+)
+
+MASK_HELP = (
+    "inputs: directions of the layers' inputs; joint: pairs of input and output directions, which costs less of the "
+    "adapter for the same drift (to second order), and four times its rank."
 )
 
 
 def command(
-    adapter: Path = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF."),
-    out: Path = OUT_OPTION,
-    strength: float = typer.Option(
-        1.0,
-        "--strength",
-        min=0.0,
-        max=1.0,
-        help="How much of these directions to remove: 0 nothing, 1 everything.",
+    adapter: Path = ADAPTER,
+    out: Path = OUT,
+    strength: float = Option(
+        1.0, min=0.0, max=1.0, help="How much of these directions to remove: 0 nothing, 1 everything."
     ),
-    principal_rank: str = typer.Option(
-        "32",
-        "--principal-rank",
-        help="Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95.",
+    principal_rank: str = Option(
+        "32", help="Directions per layer: a number, a fraction of its width in (0, 1), or energy:0.95."
     ),
-    mask: Literal["inputs", "joint"] = typer.Option(
-        "inputs",
-        "--mask",
-        help="inputs: directions of the layers' inputs; joint: pairs of input and output directions, which costs less "
-        "of the adapter for the same drift (to second order), and four times its rank.",
+    mask: Literal["inputs", "joint"] = Option("inputs", help=MASK_HELP),
+    projection: Literal["hard", "soft"] = Option(
+        "hard", help="hard: the first k fully; soft: each direction by its strength."
     ),
-    projection: Literal["hard", "soft"] = typer.Option(
-        "hard",
-        "--projection",
-        help="hard: the first k fully; soft: each direction by its strength.",
-    ),
-    base: str | None = typer.Option(None, "--base", help="Base model, if not the one that the adapter names."),
-    text: str | None = typer.Option(
-        None,
-        "--text",
-        help="What the layers' inputs are measured on: a text file, training data, or a data set on the hub "
-        "(owner/name or owner/name:config); else text sampled from the base model itself.",
-    ),
-    tokens: int = typer.Option(10_000, "--tokens", min=2, help="Tokens to sample, or to read of the text."),
-    seed: int = typer.Option(0, "--seed", min=0, help="Seed of the sampling."),
-    data: Path | None = typer.Option(
-        None, "--data", help="Rows of the adapter's task that it was not trained on, to show what this costs."
-    ),
-    scale: float | None = SCALE_OPTION,
-    tolerance: float | None = TOLERANCE_OPTION,
-    drift_text: Path | None = typer.Option(
-        None, "--drift-text", help="Text to measure drift on; else prose and code of Python's own."
-    ),
-    overwrite: bool = OVERWRITE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    base: str | None = BASE,
+    text: str | None = CALIBRATION_TEXT,
+    tokens: int = Option(10_000, min=2, help="Tokens to sample, or to read of the text."),
+    seed: int = Option(0, min=0, help="Seed of the sampling."),
+    scaling: Any = Group(scaling),
+    drift_text: Path | None = DRIFT_TEXT,
+    overwrite: bool = OVERWRITE,
+) -> Shown:
     """Remove from a trained adapter what disturbs the base model most, without training.
 
     Measures the inputs of the adapter's layers, on text that the base model writes itself or on yours, and projects
@@ -85,34 +67,24 @@ def command(
         text=text,
         tokens=tokens,
         seed=seed,
-        data=data,
         drift_text=drift_text,
-        scale=scale,
-        tolerance=tolerance,
         base=base,
         overwrite=overwrite,
+        **scaling,
     )
-    if as_json:
-        emit_json(record)
-        return
-    _print(record)
-    typer.echo(f"written to {out}: plain LoRA of rank {record['export']['rank']}")
-
-
-def _print(record: dict[str, Any]) -> None:
-    calibration, loss = record["calibration"], record["loss"]
+    yield record
+    calibration, loss, drift = record["calibration"], record["loss"], record["drift"]
     source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]
     rows: list[tuple[str, ...]] = [("‖ΔW‖² of the update", "", "100 %", f"{record['norm_share']:.1%}")]
-    drift = record["drift"]
-    for text, found in drift["before"].items():
-        rows.append((f"drift on {text} (KL, nats)", "0", f"{found['kl']:.3g}", f"{drift['after'][text]['kl']:.3g}"))
+    for name, found in drift["before"].items():
+        rows.append((f"drift on {name} (KL, nats)", "0", f"{found['kl']:.3g}", f"{drift['after'][name]['kl']:.3g}"))
     if loss:
         cells = [f"{loss[state]:.4f}" for state in ("base", "before", "after")]
         rows.append((f"loss on {loss['file']} ({loss['rows']} rows)", *cells))
     title = (
-        f"{record['adapter']} (mask {record['mask']}, {record['projection']}, strength {record['strength']:g}, "
-        f"scale {record['scale']:g}; measured on {calibration['tokens']:,} tokens, {source})"
+        f"{record['adapter']} (mask {mask}, {projection}, strength {strength:g}, scale {record['scale']:g}; measured "
+        f"on {calibration['tokens']:,} tokens, {source})"
     )
-    print_table(title, ("", "base model", "before", "after"), rows)
-    for note in record["notes"]:
-        typer.echo(f"note: {note}")
+    yield title, ("", "base model", "before", "after"), rows
+    yield from (f"note: {note}" for note in record["notes"])
+    yield f"written to {out}: plain LoRA of rank {record['export']['rank']}"

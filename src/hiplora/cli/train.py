@@ -1,4 +1,4 @@
-"""`hiplora train`: fine-tune an adapter from a recipe, or without one."""
+"""`hiplora train` and `hiplora init`: fine-tune an adapter from a recipe or without one, and write a recipe."""
 
 import json
 import logging
@@ -6,35 +6,32 @@ import os
 from pathlib import Path
 
 import typer
+from typer import Argument, Option
 
-from hiplora.cli.common import JSON_OPTION, OVERWRITE_OPTION, emit_json, print_table
+from hiplora.cli.common import OVERWRITE, Shown, tell
 from hiplora.errors import ConfigError
 
 
 def command(
-    recipe: Path | None = typer.Argument(
+    recipe: Path | None = Argument(
         None, help="YAML file that says what to train (docs/reference/recipes.md lists every field)."
     ),
-    model: str | None = typer.Option(None, "--model", help="Base model, instead of the recipe's."),
-    data: str | None = typer.Option(None, "--data", help="File with training rows, instead of the recipe's."),
-    method: str | None = typer.Option(None, "--method", help="Method, instead of the recipe's or hiplora."),
-    lr: float | None = typer.Option(None, "--lr", help="Learning rate, instead of the recipe's or 2e-4."),
-    epochs: float | None = typer.Option(None, "--epochs", help="Passes over the data, instead of the recipe's or 3."),
-    settings: list[str] = typer.Option(
-        [],
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a value of the recipe, for example train.lr=1e-4; may be repeated.",
+    model: str | None = Option(None, help="Base model, instead of the recipe's."),
+    data: str | None = Option(None, help="File with training rows, instead of the recipe's."),
+    method: str | None = Option(None, help="Method, instead of the recipe's or hiplora."),
+    lr: float | None = Option(None, help="Learning rate, instead of the recipe's or 2e-4."),
+    epochs: float | None = Option(None, help="Passes over the data, instead of the recipe's or 3."),
+    set: list[str] = Option(
+        [], metavar="KEY=VALUE", help="Override a value of the recipe, for example train.lr=1e-4; may be repeated."
     ),
-    out: Path | None = typer.Option(None, "--out", help="Output folder; the recipe's `out`, if not given."),
-    preview: int = typer.Option(0, "--preview", help="Show so many rows as they are learned, and train nothing."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="The same with one row."),
-    resume: bool = typer.Option(
+    out: Path | None = Option(None, help="Output folder; the recipe's `out`, if not given."),
+    preview: int = Option(0, help="Show so many rows as they are learned, and train nothing."),
+    dry_run: bool = Option(False, "--dry-run", help="The same with one row."),
+    resume: bool = Option(
         False, "--resume", help="Continue an unfinished run in the output folder; leave a finished one as it is."
     ),
-    overwrite: bool = OVERWRITE_OPTION,
-    as_json: bool = JSON_OPTION,
-) -> None:
+    overwrite: bool = OVERWRITE,
+) -> Shown:
     """Fine-tune an adapter (HiP-LoRA, LoRA, PiSSA, MiLoRA, CorDA, LoRA-Null …) on your data.
 
     The recipe and the data are checked to the last row before the model is loaded. A stopped run continues from
@@ -42,7 +39,8 @@ def command(
     devices, which share the recipe's gradient accumulation.
 
     Example:
-      hiplora train --model smollm2-135m --data examples/data/ferry.jsonl --lr 1e-3 --out runs/quick
+
+        hiplora train --model smollm2-135m --data examples/data/ferry.jsonl --lr 1e-3 --out runs/quick
     """
     from hiplora.training import load_recipe, train
     from hiplora.training.result import result_rows
@@ -54,7 +52,7 @@ def command(
         words.append("train.steps=")
     if recipe is None and (model is None or data is None):
         raise ConfigError("name a recipe, or give --model and --data; `hiplora init` writes a recipe")
-    loaded = load_recipe(recipe, [*words, *settings])
+    loaded = load_recipe(recipe, [*words, *set])
     if preview or dry_run:
         typer.echo(previewed(loaded, preview or 1))
         return
@@ -63,24 +61,39 @@ def command(
         raise ConfigError("no output folder: pass --out DIR, or write `out:` into the recipe")
     if resume and overwrite:
         raise ConfigError("--resume carries a run on, --overwrite starts it anew; pass one of them")
-    log = logging.getLogger("hiplora.training")
+    log, to_stderr = logging.getLogger("hiplora.training"), logging.StreamHandler()
     log.setLevel(logging.INFO)
-    shown = logging.StreamHandler()
-    log.addHandler(shown)
+    log.addHandler(to_stderr)
     try:
         result = train(loaded, where, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt as stop:
         again = "without --overwrite " if overwrite else ""
-        said = str(stop) or "stopped"
-        typer.echo(f"{said}; repeat the command {again}to carry on from the last checkpoint in {where}", err=True)
+        tell(f"{str(stop) or 'stopped'}; repeat the command {again}to carry on from the last checkpoint in {where}")
         raise
     finally:
-        log.removeHandler(shown)
+        log.removeHandler(to_stderr)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    if as_json:
-        emit_json({"out": str(result.adapter), **result.summary()})
-        return
-    print_table(f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result))
+    yield {"out": str(result.adapter), **result.summary()}
+    yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
     if not loaded.method.kind:
-        typer.echo(f"next: hiplora export {where} --to lora --out {where}-lora   (for vLLM, llama.cpp and stock PEFT)")
+        yield f"next: hiplora export {where} --to lora --out {where}-lora   (for vLLM, llama.cpp and stock PEFT)"
+
+
+def init(
+    out: Path = Option(Path("recipe.yaml"), help="Recipe to write; it must not exist yet."),
+    model: str = Option("smollm2-135m", help="Base model."),
+    data: str = Option("rows.jsonl", help="File with training rows."),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Write a training recipe with comments, to edit and to give to `hiplora train`.
+
+    Example:
+
+        hiplora init --model smollm2-135m --data rows.jsonl --out recipe.yaml
+    """
+    from hiplora.files import check_output_file, write_atomic
+    from hiplora.training.reading import commented
+
+    write_atomic(check_output_file(out, overwrite), commented(model, data))
+    typer.echo(f"next: hiplora train {out} --dry-run   (shows what is learned), then with --out DIR")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from hiplora.adapters import Channels
-from hiplora.cli.merge import parse_option
+from hiplora.cli.merge import rule_options
 from hiplora.errors import ConfigError
 from hiplora.merging.rules import (
     DenseTerm,
@@ -215,7 +215,7 @@ def test_an_option_out_of_range_or_unknown_is_refused(name, given, why):
     ],
 )
 def test_an_option_is_read_from_text(text, value):
-    assert parse_option(text) == (text.partition("=")[0].strip(), value)
+    assert rule_options([text]) == {text.partition("=")[0].strip(): value}
 
 
 def test_the_rules_are_listed_without_torch():
