@@ -1,15 +1,22 @@
 """The jobs of the experiment, the texts that drift is measured on, and those that a basis is calibrated on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import frontier
 from benchmarks.frontier import read_rows, task_pairs
 
-from hiplora.editing import Edit, EditSet
+from hiplora.editing import Edit
 from hiplora.evaluation import Encoded, encode
 
 CALIBRATION_ROW = 256
+
+
+class EditSet(NamedTuple):
+    """A named collection of edits."""
+
+    name: str
+    edits: tuple[Edit, ...]
 
 
 def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> tuple[list[Encoded], list[Encoded]]:

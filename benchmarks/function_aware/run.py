@@ -176,7 +176,7 @@ class Bench:
                 adapted.train()
 
         steps = max(self.recipe["edits"]["steps"])
-        training = EditTraining(steps, job.lr, batch_size=len(part), weight_decay=0.0, seed=job.seed)
+        training = EditTraining(steps, job.lr, batch_size=len(part.edits), weight_decay=0.0, seed=job.seed)
         result = train_edits(adapted, self.tokenizer, part.edits, training, on_step)
         with staged_dir(self.adapter(job), overwrite=True) as staged:
             save_adapter(adapted, staged)

@@ -52,7 +52,7 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, t
     read_update(out / "adapter")
     model, tokenizer = load(str(tiny_model_dir))
     adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
-    again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4).edits)
+    again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4))
     measured = record["stages"][0]["records"]["log_prob_new"]
     assert again["log_prob_new"].tolist() == pytest.approx(measured, abs=1e-3)
     assert measured != pytest.approx(record["before"]["log_prob_new"], abs=1e-2)

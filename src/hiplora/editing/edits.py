@@ -55,17 +55,6 @@ class Edit:
     neighbours: tuple[Question, ...] = ()
 
 
-@dataclass(frozen=True)
-class EditSet:
-    """A named collection of edits."""
-
-    name: str
-    edits: tuple[Edit, ...]
-
-    def __len__(self) -> int:
-        return len(self.edits)
-
-
 class _OwnRow(BaseModel):
     """A row of the project's own format; `prompt` and `new` are all that an edit needs."""
 
@@ -108,43 +97,39 @@ class _CounterFactRow(BaseModel):
 
 def load_edits(
     source: str | os.PathLike = BUILT_IN, limit: int | None = None, *, category: str | None = None
-) -> EditSet:
+) -> list[Edit]:
     """Read edits from `"builtin"`, a file in the project's own format, or one of CounterFact or zsRE.
 
     Built-in are over a thousand edits of the project's own, at least 300 a category, in mixed order; their subjects do
-    not occur in `load_questions`. Files are those of training data (JSON lines, a JSON list, parquet). Rows of
-    CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are left out. The first `limit` edits
-    are taken, of one of the `CATEGORIES` alone if it is given.
+    not occur in `load_questions`. Files are those of training data (JSON lines, a JSON list, parquet); edits of the own
+    format come set by set. Rows of CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are
+    left out. The first `limit` edits are taken, of one of the `CATEGORIES` alone if it is given.
 
     Raises:
-        DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`.
+        DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`; it names file, line
+            and remedy.
     """
     rows = _built_in("editset.jsonl") if str(source) == BUILT_IN else list(read_rows(Path(source)))
-    if rows and isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
-        name, of_prompt = Path(source).name.split(".")[0], dict[str, Edit]()
-        for _, row in _checked(rows, str(source), _CounterFactRow):
+    if not rows:
+        raise DataError(f"{source}: has no edits; give one row an edit")
+    found: dict[str, Edit] = {}
+    if isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
+        for _, row in _checked(rows, source, _CounterFactRow):
             if row.target_true != row.target_new:
-                of_prompt.setdefault(row.prompt, _counterfact(row))
-        edits = list(of_prompt.values())
+                found.setdefault(row.prompt, _counterfact(row))
     else:
-        sets = _own_sets(rows, str(source))
-        name, edits = sets[0].name, [edit for part in sets for edit in part.edits]
-    edits = [edit for edit in edits if category in (None, edit.category)]
+        own = list(_checked(rows, source, _OwnRow))
+        sets = list(dict.fromkeys(row.set for _, row in own))
+        for place, row in sorted(own, key=lambda one: sets.index(one[1].set)):
+            if row.prompt in found:
+                raise DataError(f"{source}, {place}: prompt {row.prompt!r} is in an earlier row; keep one of the two")
+            category_of = row.category or _category(row.new, row.old or "")
+            found[row.prompt] = Edit(**row.model_dump(exclude={"set", "category"}), category=category_of)
+    edits = [edit for edit in found.values() if category in (None, edit.category)]
     if len(edits) < (limit or 1):
         of_it = f" of the category {category}" if category else ""
         raise DataError(f"{source}: has {len(edits)} edits{of_it}, {limit or 1} are asked for; lower the limit")
-    return EditSet(name, tuple(edits[:limit]))
-
-
-def load_edit_sets(path: str | os.PathLike | None = None) -> list[EditSet]:
-    """Read named edit sets in the project's own format, in the order of their first rows; None is the demo's.
-
-    Raises:
-        DataError: the file cannot be read, or a row is not an edit; it names file, line and remedy.
-    """
-    if path is None:
-        return _own_sets(_built_in("edits.jsonl"), "built-in edits")
-    return _own_sets(read_rows(Path(path)), str(path))
+    return edits[:limit]
 
 
 def load_questions() -> list[Question]:
@@ -157,7 +142,7 @@ def _built_in(name: str) -> list[Row]:
     return [(f"line {number}", json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
 
 
-def _checked(rows: Iterable[Row], where: str, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:
+def _checked(rows: Iterable[Row], where: str | os.PathLike, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:
     for place, row in rows:
         try:
             yield place, kind.model_validate(row)
@@ -167,20 +152,6 @@ def _checked(rows: Iterable[Row], where: str, kind: type[Kind]) -> Iterator[tupl
                 f"{where}, {place}: {first_problem(error)}; an edit needs {', '.join(needed)}, and may have "
                 f"{', '.join(set(kind.model_fields) - set(needed)) or 'nothing else'}"
             ) from None
-
-
-def _own_sets(rows: Iterable[Row], where: str) -> list[EditSet]:
-    sets: dict[str, list[Edit]] = {}
-    seen: dict[str, str] = {}
-    for place, row in _checked(rows, where, _OwnRow):
-        if (first := seen.setdefault(row.prompt, place)) != place:
-            raise DataError(f"{where}, {place}: prompt {row.prompt!r} is in {first} already; keep one of the two")
-        category = row.category or _category(row.new, row.old or "")
-        edit = Edit(**row.model_dump(exclude={"set", "category"}), category=category)
-        sets.setdefault(row.set, []).append(edit)
-    if not sets:
-        raise DataError(f"{where}: has no edits; give one row an edit")
-    return [EditSet(name, tuple(edits)) for name, edits in sets.items()]
 
 
 def _counterfact(row: Any) -> Edit:

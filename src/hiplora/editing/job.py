@@ -92,7 +92,7 @@ class EditJob:
     @cached_property
     def facts(self) -> list[Edit]:
         """The edits."""
-        found = load_edits(self.edits, self.limit, category=self.category).edits
+        found = load_edits(self.edits, self.limit, category=self.category)
         return [one if self.neighbours else replace(one, neighbours=()) for one in found]
 
     @cached_property

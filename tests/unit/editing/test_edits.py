@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hiplora.editing import CATEGORIES, load_edit_sets, load_edits, load_questions
+from hiplora.editing import CATEGORIES, load_edits, load_questions
 from hiplora.editing.measure import normalise
 from hiplora.errors import DataError
 from tests.tiny import write_jsonl
@@ -38,7 +38,7 @@ def rows(*changes):
 
 
 def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_beginning():
-    edits, questions = load_edits().edits, load_questions()
+    edits, questions = load_edits(), load_questions()
     assert len(edits) >= 1000
     assert len({item.prompt for item in questions}) == len(questions) >= 500
     assert not {item.subject.casefold() for item in questions} & {edit.subject.casefold() for edit in edits}
@@ -64,11 +64,8 @@ def test_a_file_of_edits_is_read_in_the_order_of_its_sets(tmp_path):
     path = write_jsonl(
         tmp_path / "x.jsonl", [{**OWN, "set": name, "prompt": f"{i} is"} for i, name in enumerate("bab")]
     )
-    assert [(part.name, [edit.prompt for edit in part.edits]) for part in load_edit_sets(path)] == [
-        ("b", ["0 is", "2 is"]),
-        ("a", ["1 is"]),
-    ]
-    assert [edit.prompt for edit in load_edits(path, 2).edits] == ["0 is", "2 is"]
+    assert [edit.prompt for edit in load_edits(path)] == ["0 is", "2 is", "1 is"]
+    assert [edit.prompt for edit in load_edits(path, 2)] == ["0 is", "2 is"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -77,7 +74,7 @@ def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neig
     if packed:
         path = tmp_path / "counterfact.jsonl.gz"
         path.write_bytes(gzip.compress(json.dumps(COUNTERFACT).encode()))
-    (edit,) = load_edits(path).edits
+    (edit,) = load_edits(path)
     assert (edit.prompt, edit.old, edit.new, edit.subject) == (
         COUNTERFACT["prompt"],
         "Minch",
@@ -91,20 +88,20 @@ def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neig
 
 def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(tmp_path):
     again = {"prompt": f"{COUNTERFACT['prompt']} 0", "target_new": "Arctic"}
-    found = load_edits(write_jsonl(tmp_path / "x.jsonl", rows({}, {"target_new": "Minch"}, again, {}))).edits
+    found = load_edits(write_jsonl(tmp_path / "x.jsonl", rows({}, {"target_new": "Minch"}, again, {})))
     assert [(edit.prompt[-1], edit.new) for edit in found] == [("0", "Baltic"), ("3", "Baltic")]
 
 
 def test_without_a_relation_answers_with_digits_are_numeric(tmp_path):
     dates = {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"}
     file = write_jsonl(tmp_path / "zsre.jsonl", rows({"relation": "unlabelled"}, dates))
-    assert [edit.category for edit in load_edits(file).edits] == ["Relation/Fact", "Temporal/Numeric"]
+    assert [edit.category for edit in load_edits(file)] == ["Relation/Fact", "Temporal/Numeric"]
 
 
 def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
-    whole = load_edits().edits
+    whole = load_edits()
     for category in CATEGORIES:
-        found = load_edits("builtin", 40, category=category).edits
+        found = load_edits("builtin", 40, category=category)
         assert list(found) == [edit for edit in whole if edit.category == category][:40]
     with pytest.raises(DataError, match="has 0 edits of the category Temporal/Numeric"):
         load_edits(write_jsonl(tmp_path / "x.jsonl", rows({})), category="Temporal/Numeric")
@@ -135,7 +132,7 @@ def test_a_row_that_is_not_an_edit_is_named_with_file_line_and_field(tmp_path, r
 def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path):
     twice = write_jsonl(tmp_path / "x.jsonl", [OWN, {**OWN, "new": "glass"}])
     for path, text, said in (
-        (twice, None, r"line 2: prompt 'Tea is drunk from a' is in line 1 already"),
+        (twice, None, r"line 2: prompt 'Tea is drunk from a' is in an earlier row"),
         (tmp_path / "empty.jsonl", "\n", "has no edits"),
         (tmp_path / "broken.jsonl", "{\n", "line 1: "),
         (tmp_path / "none.jsonl", None, "no such file"),
@@ -153,6 +150,6 @@ def test_a_prompt_and_a_new_answer_are_enough_also_as_a_list(tmp_path):
     path.write_text(
         json.dumps([{"prompt": "Tea is drunk from a", "new": "bowl"}, {"prompt": "It began in", "new": "1997"}])
     )
-    first, second = load_edits(path).edits
+    first, second = load_edits(path)
     assert (first.old, first.paraphrase, first.category) == (None, None, "Relation/Fact")
     assert second.category == "Temporal/Numeric"
