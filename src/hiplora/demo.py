@@ -167,9 +167,9 @@ def headline(results: Results) -> str:
     drift = {name: record["drift"]["added"] for name, record in results["methods"].items()}
     return (
         f"Of {ours['asked']} prompts for the two skills, the sum of LoRA's adapters answers {plain['right added']} "
-        f"rightly and the sum of HiP-LoRA's {ours['right added']}. With LoRA the model answers {plain['others spilled']} "
-        f"of {len(results['others'])} unrelated questions in the shop's words, with HiP-LoRA {ours['others spilled']}; "
-        f"on other text LoRA has moved it {spread(drift['LoRA'], drift['HiP-LoRA'])} as far."
+        f"rightly and the sum of HiP-LoRA's {ours['right added']}. With LoRA the model answers "
+        f"{plain['others spilled']} of {len(results['others'])} unrelated questions in the shop's words, with HiP-LoRA "
+        f"{ours['others spilled']}; on other text LoRA has moved it {spread(drift['LoRA'], drift['HiP-LoRA'])} as far."
     )
 
 
@@ -281,7 +281,9 @@ def _counts(results: Results, name: str) -> Results:
         "asked": sum(len(found["added"]) for found in results["skills"].values()),
         **{f"right {state}": count for state, count in right.items()},
         "checks": checks,
-        "others spilled": sum(any(word in row["said"][name] for word in results["words"]) for row in results["others"]),
+        "others spilled": sum(
+            any(word in row["said"][name] for word in results["words"]) for row in results["others"]
+        ),
         "others changed": sum(row["said"][name] != row["said"]["base"] for row in results["others"]),
     }
 
