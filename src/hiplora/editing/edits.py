@@ -118,13 +118,13 @@ def load_edits(
             if row.target_true != row.target_new:
                 found.setdefault(row.prompt, _counterfact(row))
     else:
-        own = list(_checked(rows, source, _OwnRow))
-        sets = list(dict.fromkeys(row.set for _, row in own))
-        for place, row in sorted(own, key=lambda one: sets.index(one[1].set)):
-            if row.prompt in found:
-                raise DataError(f"{source}, {place}: prompt {row.prompt!r} is in an earlier row; keep one of the two")
-            category_of = row.category or _category(row.new, row.old or "")
-            found[row.prompt] = Edit(**row.model_dump(exclude={"set", "category"}), category=category_of)
+        checked = list(_checked(rows, source, _OwnRow))
+        sets = list(dict.fromkeys(own.set for _, own in checked))
+        for place, own in sorted(checked, key=lambda one: sets.index(one[1].set)):
+            if own.prompt in found:
+                raise DataError(f"{source}, {place}: prompt {own.prompt!r} is in an earlier row; keep one of the two")
+            given = own.model_dump(exclude={"set", "category"})
+            found[own.prompt] = Edit(**given, category=own.category or _category(own.new, own.old or ""))
     edits = [edit for edit in found.values() if category in (None, edit.category)]
     if len(edits) < (limit or 1):
         of_it = f" of the category {category}" if category else ""
