@@ -125,7 +125,7 @@ def merge_check(
             tasks = list(groups[label][1]) if label in groups and label not in how.methods else None
             with _present(network, label, named, merges) as there:
                 store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
-    found = collect(engine.describe(), store.runs, store.names)
+    found = collect(engine.describe(), store.runs)
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
     record = {
         "schema": 1,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
-from hiplora.files import cache_dir, file_mode, staged_dir, write_atomic
+from hiplora.files import cache_dir, staged_dir, write_atomic
 from hiplora.provenance import file_sha256
 
 if TYPE_CHECKING:
@@ -180,8 +180,6 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
             return folder
         if folder.is_dir():
             logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
-        for leftover in folder.parent.glob(f".{name}.*.*"):  # the lock is held: a killed process left it
-            shutil.rmtree(leftover, ignore_errors=True)
         with staged_dir(folder, True) as aside:
             if isinstance(model, MadeModel):
                 model.make(aside)
@@ -267,7 +265,6 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
 def _write_manifest(folder: Path, model: PackagedModel | MadeModel) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
-        path.chmod(file_mode())  # safetensors makes its files private; a cache may serve several users
         files[path.name] = {"sha256": file_sha256(path), "size": path.stat().st_size}
     record = {"format": _FORMAT, "model": model.name, "source_sha256": model.source_sha256, "files": files}
     write_atomic(folder / MANIFEST, json.dumps(record, indent=2) + "\n")

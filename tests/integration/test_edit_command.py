@@ -78,12 +78,7 @@ def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_me
     said, record = edited(capsys, tiny_model_dir, file, tmp_path / "out", *options)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["edit.json", "settings.json"]
     assert [len(stage["taught"]) for stage in record["stages"]] == [1, 1]
-    for text in (
-        "2 edits by lora, single",
-        "questions near it kept",
-        "unrelated questions",
-        "Entity/Attribute",
-    ):
+    for text in ("2 edits by lora, single", "questions near it kept", "unrelated questions", "Entity/Attribute"):
         assert text in said
 
 

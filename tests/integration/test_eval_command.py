@@ -119,10 +119,7 @@ def test_lm_eval_itself_gives_the_same_numbers(place, scored, tmp_path):
 
 
 def test_each_score_has_its_likelihood_beside_it(scored):
-    assert scored["tasks"]["mmlu"]["metrics"] == {
-        "score": "acc",
-        "likelihood": "mean probability of the gold choice",
-    }
+    assert scored["tasks"]["mmlu"]["metrics"] == {"score": "acc", "likelihood": "mean probability of the gold choice"}
     for task in scored["tasks"]:
         for name in scored["runs"]:
             found = scored["runs"][name][task]["likelihood"]
@@ -137,9 +134,7 @@ def test_differences_are_of_the_same_items(scored):
         ("second", "adapter1"),
     ]
     pairs = zip(
-        items(scored, "adapter1", "mmlu", "likelihood"),
-        items(scored, "base", "mmlu", "likelihood"),
-        strict=True,
+        items(scored, "adapter1", "mmlu", "likelihood"), items(scored, "base", "mmlu", "likelihood"), strict=True
     )
     differences = [one - other for one, other in pairs]
     assert rows[0]["estimate"] == pytest.approx(sum(differences) / len(differences))

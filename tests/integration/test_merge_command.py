@@ -11,14 +11,7 @@ from hiplora.cli import merge as command
 from hiplora.merging import RULES, merge
 from tests.commands import run
 from tests.tiny import save_tiny
-from tests.unit.adapters.samples import (
-    ATTENTION,
-    base_model,
-    hip_config,
-    logits,
-    product,
-    saved,
-)
+from tests.unit.adapters.samples import ATTENTION, base_model, hip_config, logits, product, saved
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -98,11 +91,7 @@ def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tiny_mod
         change = after.get_submodule(module).weight - before.get_submodule(module).weight
         torch.testing.assert_close(change, expected.delta(module), rtol=1e-3, atol=1e-6)
     written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
-    assert (written["method"], written["options"]["density"], written["weights"]) == (
-        method,
-        0.4,
-        [1.0, 0.5, 2.0],
-    )
+    assert (written["method"], written["options"]["density"], written["weights"]) == (method, 0.4, [1.0, 0.5, 2.0])
 
 
 @pytest.mark.parametrize("method", ["addition", "ties"])

@@ -10,15 +10,7 @@ from hiplora import protect as protection
 from hiplora.adapters import read_update
 from tests.commands import run
 from tests.tiny import save_tiny, tiny_tokenizer, write_jsonl
-from tests.unit.adapters.samples import (
-    ATTENTION,
-    base_model,
-    edit_tensors,
-    hip_config,
-    leaky,
-    logits,
-    saved,
-)
+from tests.unit.adapters.samples import ATTENTION, base_model, edit_tensors, hip_config, leaky, logits, saved
 
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 12
 
@@ -107,11 +99,7 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
     write_jsonl(files / "many.jsonl", rows)
     more = ["--data", files / "many.jsonl", "--drift-text", files / "text.txt"]
     notes = " ".join(protected(capsys, files, adapters["whole"], *more, tokens=100)["notes"])
-    for said in (
-        "modules_to_save (lm_head.weight) are kept",
-        "holds drift text too",
-        "few for inputs",
-    ):
+    for said in ("modules_to_save (lm_head.weight) are kept", "holds drift text too", "few for inputs"):
         assert said in notes
     assert "the first 256 of the 300 rows" in notes
     stored, original = (read_update(folder).extras for folder in (files / "out", adapters["whole"]))

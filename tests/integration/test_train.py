@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from hiplora.data.encoding import encode_example
+from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
@@ -139,7 +139,8 @@ def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(whol
     model = peft.PeftModel.from_pretrained(base, result.adapter).eval()
     total = count = 0.0
     for example in load_data(make(method).data).held_out:
-        ids, labels = (torch.tensor([part]) for part in encode_example(tiny_tokenizer(), example))
+        ((row,), _) = encode_examples(tiny_tokenizer(), [example], 1000)
+        ids, labels = (torch.tensor([row[part]]) for part in ("input_ids", "labels"))
         learned = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
             logits = model(ids).logits[0, :-1]

@@ -11,18 +11,7 @@ from hiplora.cli import main as frame
 from hiplora.cli.common import Group, as_command
 from hiplora.errors import AdapterError, ConfigError, DataError
 
-HEAVY = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "datasets",
-    "accelerate",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-)
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "pandas", "matplotlib")
 
 
 @pytest.fixture

@@ -160,10 +160,7 @@ def write_lora(
                 f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {pad_rank}; pass at "
                 f"least {A.shape[0]}"
             )
-        padded = {
-            "lora_A": nn.functional.pad(A, (0, 0, 0, missing)),
-            "lora_B": nn.functional.pad(B, (0, missing)),
-        }
+        padded = {"lora_A": nn.functional.pad(A, (0, 0, 0, missing)), "lora_B": nn.functional.pad(B, (0, missing))}
         for name, tensor in padded.items():
             tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
             check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")

@@ -47,21 +47,21 @@ def save_as_hiplora(
 
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:
-    kept: dict[str, Channels] = {}
-    for module in update.factors:
-        channels = update.channels.get(module)
-        if channels is None:
-            why = "has no two channels in one basis there"
-        elif kept and channels.sides != (sides := next(iter(kept.values())).sides):
-            why = f"protects the sides {channels.sides!r} there, but {sides!r} of {next(iter(kept))}"
-        else:
-            kept[module] = channels
-            continue
-        raise AdapterError(
-            f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is as "
-            "exact"
-        )
-    return kept
+    """Return the channels of every module, checked to be of one kind."""
+    kept = {module: update.channels.get(module) for module in update.factors}
+    sides = next((found.sides for found in kept.values() if found), "")
+    for module, found in kept.items():
+        if found is None or found.sides != sides:
+            why = (
+                f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
+                if found
+                else "has no two channels"
+            )
+            raise AdapterError(
+                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
+                "as exact"
+            )
+    return kept  # type: ignore[return-value]
 
 
 def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraConfig:

@@ -19,10 +19,7 @@ _PEFT = 'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder
 _CARDS = {
     "lora": ("Plain LoRA adapter", _PEFT),
     "hiplora": ("HiP-LoRA adapter", f"import hiplora\n{_PEFT}"),
-    "dense": (
-        "Standalone model",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")',
-    ),
+    "dense": ("Standalone model", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")'),
 }
 
 
@@ -113,23 +110,17 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
         problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
     try:
-        architectures = BaseWeights(update.base).config.architectures or []
-    except AdapterError:
-        architectures = []
+        base: BaseWeights | None = BaseWeights(update.base)
+    except AdapterError:  # not at hand: this says less then
+        base = None
+    architectures = (base and base.config.architectures) or []
     if any("ConditionalGeneration" in name for name in architectures) and any(
         name.startswith("model.layers.") for name in update.factors
     ):
         problem = "the checkpoint is multimodal: it looks for model.language_model.* and ignores other names, silently"
         found.append(("vLLM", problem, "export with --prefix model.language_model"))
-    if is_transposed(update):
+    if is_transposed(update, base.skeleton if base else None):
         found.append(("llama.cpp", "the base model stores transposed weights (as GPT-2)", _DENSE))
-    if any(name.rpartition(".")[2] == "lm_head" for name in update.factors) and _tied(update.base):
+    if base and is_tied(base.skeleton) and any(name.rpartition(".")[2] == "lm_head" for name in update.factors):
         found.append(("llama.cpp", "lm_head is adapted, but tied to the embeddings", _DENSE))
     return found
-
-
-def _tied(base: str) -> bool:
-    try:
-        return is_tied(BaseWeights(base).skeleton)
-    except AdapterError:  # the base model is not at hand; this says less then
-        return False

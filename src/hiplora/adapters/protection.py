@@ -102,14 +102,6 @@ def without_pairs(factors: Pair, inputs: MomentBasis, outputs: MomentBasis, k: i
     return B @ A - F @ (taken.view_as(X) * X) @ E.T
 
 
-def second_order_kl(factors: Pair, inputs: MomentBasis, outputs: MomentBasis) -> float:
-    """Return `½ tr(G ΔW C ΔWᵀ)` over the directions that are kept, in nats a token (see `without_pairs`)."""
-    A, B = (factor.double() for factor in factors)
-    left = outputs.values.double()[: outputs.vectors.shape[1]].sqrt()[:, None] * (outputs.vectors.double().T @ B)
-    right = (A @ inputs.vectors.double()) * inputs.values.double()[: inputs.vectors.shape[1]].sqrt()
-    return 0.5 * product_norm(left, right) ** 2
-
-
 def protect(
     update: AdapterUpdate,
     bases: Mapping[str, MomentBasis],

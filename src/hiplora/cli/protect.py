@@ -5,17 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import (
-    ADAPTER,
-    BASE,
-    CALIBRATION_TEXT,
-    DRIFT_TEXT,
-    OUT,
-    OVERWRITE,
-    Group,
-    Shown,
-    scaling,
-)
+from hiplora.cli.common import ADAPTER, BASE, CALIBRATION_TEXT, DRIFT_TEXT, OUT, OVERWRITE, Group, Shown, scaling
 
 MASK_HELP = (
     "inputs: directions of the layers' inputs; joint: pairs of input and output directions, which costs less of the "

@@ -77,11 +77,6 @@ def encode_examples(
     return rows, report
 
 
-def encode_example(tokenizer: Any, example: Example) -> Tokens:
-    """Tokenize one example at its full length: (input_ids, labels)."""
-    return _encode(tokenizer, [example])[0]
-
-
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
     """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
     pairs = zip(row["input_ids"], row["labels"], strict=True)
@@ -117,7 +112,7 @@ def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
     plain = [example for example in examples if not example.messages]
     prompts = iter(_tokenize(tokenizer, [example.prompt for example in plain]))
     wholes = iter(_tokenize(tokenizer, [example.prompt + example.response for example in plain]))
-    prefix = _prefix(tokenizer)
+    prefix = beginning(tokenizer)
     return [
         _conversation(tokenizer, example)
         if example.messages
@@ -147,7 +142,7 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
     return whole[len(anchor) :] if whole[: len(anchor)] == anchor else alone
 
 
-def _prefix(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: Any) -> list[int]:
     """Return the special tokens that the tokenizer puts before a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -3,24 +3,16 @@
 import json
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from hiplora.data.prompts import (
-    direct_question,
-    final_number,
-    instruction_prompt,
-    lettered,
-    letters,
-    step_by_step,
-    with_hint,
-)
-from hiplora.data.rows import Row, check_rows, detect_format, read_rows
-from hiplora.errors import DataError, first_line
+from hiplora.data.prompts import direct_question, final_number, instruction_prompt, lettered, letters, step_by_step
+from hiplora.data.rows import Row, check_rows, hub_rows, read_rows
+from hiplora.errors import DataError
 from hiplora.provenance import file_sha256
 
 # Row format -> default template; other formats take none.
@@ -32,10 +24,7 @@ TEMPLATES = {
     "multiple_choice": "direct",
 }
 # Template -> the formats that it applies to, where those are not all.
-RESTRICTED = {
-    "direct": ("multiple_choice", "question_answer"),
-    "step_by_step": ("question_answer", "query_response"),
-}
+RESTRICTED = {"direct": ("multiple_choice", "question_answer"), "step_by_step": ("question_answer", "query_response")}
 SPLIT_SEED = 0  # held-out rows depend on the data alone, so that runs with several seeds share them
 
 PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
@@ -193,7 +182,8 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     """
     name = data.hub or data.path or ""
     bad: list[str] | None = [] if data.skip_bad_rows else None
-    rows = _hub_rows(data) if data.hub else read_rows(Path(name), bad)
+    hub = (name, data.hub_config, data.split or "train")
+    rows = hub_rows(*hub) if data.hub else read_rows(Path(name), bad)
     format, values = check_rows(rows, data.format, name, bad)
     template = data.template
     if template == "auto":
@@ -315,23 +305,3 @@ def _source(data: DataSettings, path: str | None, rows: int) -> dict[str, Any]:
     if path is None:
         return {"hub": data.hub, "config": data.hub_config, "split": data.split or "train", "rows": rows}
     return {"file": Path(path).name, "sha256": file_sha256(path), "rows": rows}
-
-
-def _hub_rows(data: DataSettings) -> Iterator[Row]:
-    """Yield the rows of a hub data set; multiple choice gets its hint, and questions about pictures are left out."""
-    from datasets import Image, load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows = load_dataset(data.hub, data.hub_config, split=data.split or "train")
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"data.hub: {data.hub} cannot be loaded ({first_line(error)}); check the name, `split` and `hub_config`, "
-            "or give a file as data.path"
-        ) from error
-    if isinstance(rows.features.get("image"), Image):
-        rows = rows.cast_column("image", Image(decode=False))
-    for number, row in enumerate(rows, start=1):
-        readable = with_hint(row) if detect_format(row) == "multiple_choice" else row
-        if readable is not None:
-            yield f"row {number}", readable

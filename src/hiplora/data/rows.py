@@ -24,7 +24,7 @@ from pydantic import (
     create_model,
 )
 
-from hiplora.data.prompts import LETTERS
+from hiplora.data.prompts import LETTERS, with_hint
 from hiplora.errors import DataError, first_line, first_problem
 
 Row = tuple[str, Any]  # place, value
@@ -99,24 +99,27 @@ def is_hub_name(source: str | Path) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and not name.endswith(SUFFIXES) and not Path(name).exists()
 
 
-def hub_rows(name: str) -> Iterator[Row]:
-    """Stream the rows of the train split of a data set on the hub (`is_hub_name`).
+def hub_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Iterator[Row]:
+    """Yield the rows of a data set on the hub; multiple choice gets its hint, questions about pictures are left out.
 
     Raises:
         DataError: it cannot be read.
     """
-    from datasets import load_dataset
+    from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
-    path, _, config = name.partition(":")
     try:
-        rows = load_dataset(path, config or None, split="train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"row {number}", row
+        rows: Any = load_dataset(name, config, split=split, streaming=streaming)
+        if isinstance((getattr(rows, "features", None) or {}).get("image"), Image):
+            rows = rows.cast_column("image", Image(decode=False))
+        for number, row in enumerate(rows, start=1):
+            readable = with_hint(row) if detect_format(row) == "multiple_choice" else row
+            if readable is not None:
+                yield f"row {number}", readable
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(
-            f"{name}: no such file, and no readable data set on the hub ({first_line(error)}); correct the name, "
-            "or name a text or data file"
+            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
+            "name, its configuration or split, or name a file"
         ) from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiplora.data.encoding import beginning
 from hiplora.data.examples import load_examples, rows_as_examples
 from hiplora.data.rows import SUFFIXES, decoded, hub_rows, is_hub_name
 from hiplora.errors import DataError
@@ -18,11 +19,7 @@ if TYPE_CHECKING:
 # Chapters of Python's language reference and modules of its standard library, with a range of characters of each:
 # the same text on every machine with the same Python.
 PROSE: Mapping[str, tuple[int, int]] = {"objects": (0, 3600), "execmodel": (0, 3600), "import": (0, 3600)}
-CODE: Mapping[str, tuple[int, int]] = {
-    "textwrap": (1000, 4600),
-    "heapq": (5200, 8800),
-    "fractions": (1000, 4600),
-}
+CODE: Mapping[str, tuple[int, int]] = {"textwrap": (1000, 4600), "heapq": (5200, 8800), "fractions": (1000, 4600)}
 OVERLAP = 80  # characters of a passage that count as the same text
 ROW_LENGTH = 256  # tokens in a row of calibration text
 
@@ -35,7 +32,12 @@ def drift_texts(path: str | os.PathLike | None = None) -> dict[str, str]:
     """
     if path is not None:
         return {Path(path).name: _read(Path(path))}
-    return {"prose": _prose(), "python code": _code()}
+    from pydoc_data.topics import topics
+
+    sources = {name: inspect.getsource(importlib.import_module(name)) for name in CODE}
+    prose = "\n\n".join(topics[name][first:last] for name, (first, last) in PROSE.items())
+    code = "\n\n".join(sources[name][first:last] for name, (first, last) in CODE.items())
+    return {"prose": prose, "python code": code}
 
 
 def text_source(path: str | os.PathLike | None = None) -> str:
@@ -76,12 +78,16 @@ def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> "list[T
         text = "\n\n".join(example.whole for example in load_examples(path))
     else:
         text = _read(path)
+    return [torch.tensor(row) for row in token_rows(tokenizer, text, tokens, ROW_LENGTH)]
+
+
+def token_rows(tokenizer: Any, text: str, tokens: int, width: int) -> list[list[int]]:
+    """Cut the first `tokens` tokens of a text into rows of `width`, each begun as the tokenizer begins a text."""
+    begin = beginning(tokenizer)
     # verbose=False: a text longer than the model's context is no mistake here.
     ids = tokenizer(text[: 64 * tokens], add_special_tokens=False, verbose=False)["input_ids"][:tokens]
-    begin = tokenizer("x")["input_ids"][:1]
-    begin = begin if begin == [tokenizer.bos_token_id] else []
-    width = ROW_LENGTH - len(begin)
-    return [torch.tensor(begin + ids[first : first + width]) for first in range(0, len(ids), width)]
+    step = width - len(begin)
+    return [begin + ids[first : first + step] for first in range(0, len(ids), step)]
 
 
 def describe_source(source: str | Path) -> str:
@@ -89,15 +95,16 @@ def describe_source(source: str | Path) -> str:
     return f"data set {source}" if is_hub_name(source) else f"file {Path(source).name}"
 
 
-def _hub_text(name: str, characters: int) -> str:
+def _hub_text(source: str, characters: int) -> str:
     """Return the first rows of a data set on the hub, up to at least so many characters."""
+    name, _, config = source.partition(":")
     rows, length = [], 0
-    for place, row in hub_rows(name):
+    for place, row in hub_rows(name, config or None, streaming=True):
         rows.append((place, row))
         length += sum(len(value) for value in row.values() if isinstance(value, str))
         if length >= characters:
             break
-    return "\n\n".join(example.whole for example in rows_as_examples(rows, name))
+    return "\n\n".join(example.whole for example in rows_as_examples(rows, source))
 
 
 def _read(path: Path) -> str:
@@ -108,14 +115,3 @@ def _read(path: Path) -> str:
     if not text.strip():
         raise DataError(f"{path}: is empty; give some ten thousand characters of text")
     return text
-
-
-def _prose() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name][first:last] for name, (first, last) in PROSE.items())
-
-
-def _code() -> str:
-    sources = {name: inspect.getsource(importlib.import_module(name)) for name in CODE}
-    return "\n\n".join(sources[name][first:last] for name, (first, last) in CODE.items())

@@ -15,14 +15,7 @@ from torch import Tensor, nn
 from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
 from hiplora.editing.editors import Editor, PositiveFloat
 from hiplora.editing.edits import Edit
-from hiplora.editing.subjects import (
-    BEGINNINGS,
-    Located,
-    locate,
-    search_value,
-    subject_states,
-    write_prefixes,
-)
+from hiplora.editing.subjects import BEGINNINGS, Located, locate, search_value, subject_states, write_prefixes
 from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import input_bases

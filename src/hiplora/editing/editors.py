@@ -156,12 +156,7 @@ class AdapterEditor(Editor):
     model: PeftModel
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        adapt: PeftConfig | Adapt,
-        training: EditTraining,
-        progress: bool = False,
+        self, model: Any, tokenizer: Any, adapt: PeftConfig | Adapt, training: EditTraining, progress: bool = False
     ):
         super().__init__(model)
         self._tokenizer, self._training, self._progress = tokenizer, training, progress

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hiplora.data.texts import token_rows
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.likelihood import eval_mode
 
@@ -43,11 +44,11 @@ class Drift:
 class BaseReference:
     """Windows of named texts and the bare base model's predictions on them, to compare several adapters with.
 
-    Log-probabilities are kept up to 1 GiB and computed again, with the adapter off, beyond that.
+    Log-probabilities are `kept` up to 1 GiB, by text and window, and computed again, with the adapter off, beyond that.
     """
 
     windows: dict[str, list[Int[Tensor, " length"]]]
-    _kept: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
+    kept: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -68,20 +69,12 @@ class BaseReference:
                 held += log_probs.nbytes
                 # The first window of each text is always kept: the check that the base comes back needs it.
                 if index == 0 or held <= _KEPT:
-                    reference._kept[name, index] = log_probs
+                    reference.kept[name, index] = log_probs
         return reference
-
-    def get(self, name: str, index: int) -> Float[Tensor, "positions vocabulary"] | None:
-        """Return the base's log-probabilities on a window, or None where they were not kept."""
-        return self._kept.get((name, index))
 
 
 def measure_drift(
-    model: nn.Module,
-    reference: BaseReference,
-    adapter_off: AdapterOff | None = None,
-    *,
-    may_be_nothing: bool = False,
+    model: nn.Module, reference: BaseReference, adapter_off: AdapterOff | None = None, *, may_be_nothing: bool = False
 ) -> dict[str, Drift]:
     """Measure how far `model`, with its adapter on, is from the base of `reference`, for each text.
 
@@ -96,7 +89,7 @@ def measure_drift(
     first, windows = next(iter(reference.windows.items()))
     with off():
         restored = _log_probs(model, windows[0])
-    if not torch.equal(restored, reference._kept[first, 0]):
+    if not torch.equal(restored, reference.kept[first, 0]):
         raise AdapterError(
             f"with the adapter off the model is not the base bit for bit (text {first!r}); "
             "the base weights were changed, or another base was loaded"
@@ -105,7 +98,7 @@ def measure_drift(
     for name, windows in reference.windows.items():
         sums, tokens = torch.zeros(3, dtype=torch.float64), 0
         for index, ids in enumerate(windows):
-            base = reference.get(name, index)
+            base = reference.kept.get((name, index))
             if base is None:
                 with off():
                     base = _log_probs(model, ids)
@@ -133,18 +126,12 @@ def cut_windows(tokenizer: Any, texts: Texts, window: int, max_tokens: int) -> d
     """
     if window < 2 or max_tokens < 2:
         raise DataError(f"drift windows of {window} tokens, {max_tokens} in all; expected at least 2 of both")
-    bos = [tokenizer.bos_token_id]
-    if bos[0] is None or tokenizer("x")["input_ids"][0] != bos[0]:
-        bos = []
-    cut, width = {}, window - len(bos)
+    cut = {}
     for name, text in texts.items():
-        parts, limit = ([text], max_tokens) if isinstance(text, str) else (text, width)
-        rows = []
-        for part in parts:
-            # verbose=False: a text longer than the model's context is cut.
-            encoded = tokenizer(part[: 64 * limit], add_special_tokens=False, verbose=False)
-            ids = encoded["input_ids"][:limit]
-            rows += [bos + ids[first : first + width] for first in range(0, len(ids), width)]
+        if isinstance(text, str):
+            rows = token_rows(tokenizer, text, max_tokens, window)
+        else:
+            rows = [row for part in text for row in token_rows(tokenizer, part, window, window)[:1]]
         cut[name] = [torch.tensor(row) for row in rows if len(row) >= 2]
         if not cut[name]:
             raise DataError(f"text {name!r} has {sum(map(len, rows))} tokens; drift needs at least 2")

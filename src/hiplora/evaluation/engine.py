@@ -36,19 +36,15 @@ _LOGITS = 1 << 30  # bytes of fp32 logits in memory at once
 class TaskScores:
     """A model's scores on a task, item by item, in per cent; higher is better.
 
-    `score` is by the metric `name` (None where lm-eval has no metric per item: a perplexity), `likelihood` is its
-    likelihood form, named by `form`. `others` are lm-eval's values of its other metrics.
+    `score` is by `metric` (None where lm-eval has no metric per item: a perplexity), `likelihood` is its likelihood
+    form, named by `form`. `others` are lm-eval's values of its other metrics.
     """
 
-    name: str
+    metric: str
     score: list[float] | None
     form: str
     likelihood: list[float]
     others: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the scores, without their names, as JSON values."""
-        return {"score": self.score, "likelihood": self.likelihood, "others": self.others}
 
 
 class ScoringLM(HFLM):
@@ -198,20 +194,19 @@ def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
     with _lm_eval():
         paths = [str(TASKS), *map(str, suite.include)]
         manager = TaskManager(include_path=paths, include_defaults=not own, metadata=folder)
-        return {request.name: _load_one(manager, request) for request in suite.tasks}
-
-
-def _load_one(manager: TaskManager, request: TaskRequest) -> Any:
-    name = request.lm_eval
-    if request.rows is None:
-        _check_name(manager, request)
-    try:
-        (task,) = manager.load([own_task(name, request.rows) if request.rows else name])["tasks"].values()
-        return task
-    except HipLoraError:
-        raise
-    except Exception as error:  # whatever the task's own loader raises
-        raise DataError(f"--suite: task {request.name} cannot be loaded ({first_line(error)})") from error
+        tasks = {}
+        for request in suite.tasks:
+            name: Any = request.lm_eval
+            if request.rows is None:
+                _check_name(manager, request)
+            try:
+                named = own_task(name, request.rows) if request.rows else name
+                (tasks[request.name],) = manager.load([named])["tasks"].values()
+            except HipLoraError:
+                raise
+            except Exception as error:  # whatever the task's own loader raises
+                raise DataError(f"--suite: task {request.name} cannot be loaded ({first_line(error)})") from error
+        return tasks
 
 
 def _check_name(manager: TaskManager, request: TaskRequest) -> None:

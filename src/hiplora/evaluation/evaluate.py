@@ -110,7 +110,7 @@ def evaluate(
         "limit": settings.limit,
         "seed": settings.seed,
         "adapters": {name: str(folder) for name, folder in named.items()},
-        **collect(engine.describe(), store.runs, store.names),
+        **collect(engine.describe(), store.runs),
         "provenance": provenance(plan_sha256=json_sha256(plan)),
     }
     write_atomic(path, json.dumps(results, indent=1))
@@ -125,28 +125,20 @@ class Partial:
         """Read what an unfinished call with the same plan left."""
         self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
         found = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        same = found.get("plan") == self._plan
-        self.runs: dict[str, dict[str, Any]] = found["runs"] if same else {}
-        self.names: dict[str, dict[str, Any]] = found["names"] if same else {}
+        self.runs: dict[str, dict[str, Any]] = found["runs"] if found.get("plan") == self._plan else {}
 
     def add(self, name: str, scores: "Mapping[str, TaskScores]") -> None:
         """Keep a model's scores."""
-        self.runs[name] = {task: found.to_json() for task, found in scores.items()}
-        for task, found in scores.items():
-            self.names.setdefault(task, {"score": found.name, "likelihood": found.form})
-        write_atomic(self._path, json.dumps({"plan": self._plan, "runs": self.runs, "names": self.names}))
+        self.runs[name] = {task: asdict(found) for task, found in scores.items()}
+        write_atomic(self._path, json.dumps({"plan": self._plan, "runs": self.runs}))
 
     def remove(self) -> None:
         """Remove the file once the results are written."""
         self._path.unlink(missing_ok=True)
 
 
-def collect(
-    tasks: Mapping[str, Mapping[str, Any]],
-    runs: Mapping[str, Mapping[str, Any]],
-    names: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return the sections `tasks`, `runs` and `differences` of a results file.
+def collect(tasks: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sections `tasks`, `runs` and `differences` of a results file, of runs with `TaskScores` as JSON.
 
     `runs[name][task]` has, for `score` and `likelihood`, the mean with its interval and the value of every item;
     `differences[task][form]` compares every two models on the items that both saw: `verdict` is "kept" if the score
@@ -156,10 +148,11 @@ def collect(
     found: dict[str, Any] = {"tasks": {}, "runs": {name: {} for name in runs}, "differences": {}}
     for task, described in tasks.items():
         scored = {name: run[task] for name, run in runs.items() if task in run}
-        found["tasks"][task] = {**described, "metrics": names[task]}
+        first = next(iter(scored.values()))
+        found["tasks"][task] = {**described, "metrics": {"score": first["metric"], "likelihood": first["form"]}}
         found["differences"][task] = {}
-        for name in scored:
-            found["runs"][name][task] = {}
+        for name, run in scored.items():
+            found["runs"][name][task] = {"others": run["others"]} if run["others"] else {}
         for form in FORMS:
             values = {name: run[form] for name, run in scored.items()}
             if any(items is None for items in values.values()):
@@ -176,9 +169,6 @@ def collect(
                 }
                 for other, one in itertools.combinations(values, 2)
             ]
-        for name, run in scored.items():
-            if run["others"]:
-                found["runs"][name][task]["others"] = run["others"]
     return found
 
 

@@ -123,13 +123,7 @@ def save_tiny_gpt2(path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=64,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            bos_token_id=256,
-            eos_token_id=257,
+            vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=257
         )
         GPT2LMHeadModel(config).save_pretrained(path)
     return Path(path)

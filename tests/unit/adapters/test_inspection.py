@@ -3,12 +3,7 @@ import torch
 from peft import LoraConfig
 
 import hiplora
-from hiplora.adapters import (
-    BaseWeights,
-    allocation_rows,
-    inspect_adapter,
-    read_update,
-)
+from hiplora.adapters import BaseWeights, allocation_rows, inspect_adapter, read_update
 from hiplora.errors import AdapterError, ConfigError
 from tests.reference import dense_svd
 from tests.tiny import save_tiny

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from hiplora.adapters import AdapterUpdate, protect, read_update, remaining
-from hiplora.adapters.protection import module_rank, project, removal, second_order_kl, without_pairs
+from hiplora.adapters.protection import module_rank, project, removal, without_pairs
 from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis, SecondMoment
 from tests import reference
@@ -83,7 +83,6 @@ def test_the_joint_mask_takes_the_fewest_of_the_strongest_pairs_that_give_the_dr
         if kl(left) <= kl(strip) + 1e-12 * kl(X):
             break
     close(found, outputs.vectors.double() @ left @ inputs.vectors.double().T)
-    assert second_order_kl((case.A, case.B), inputs, outputs) == pytest.approx(kl(X), rel=1e-4)
 
 
 def test_a_joint_mask_keeps_more_of_an_update_than_the_projection_at_the_same_drift(lora):
@@ -97,7 +96,10 @@ def test_a_joint_mask_keeps_more_of_an_update_than_the_projection_at_the_same_dr
         before, *after = (product(one, module).double() for one in (update, strips, joint))
         kept = [(before * one).sum() / before.square().sum() for one in after]
         assert kept[1] > kept[0]
-        drift = [second_order_kl(one.factors[module], bases[module], outputs[module]) for one in (strips, joint)]
+        C, G = (
+            b.vectors.double() * b.values.double() @ b.vectors.double().T for b in (bases[module], outputs[module])
+        )
+        drift = [torch.trace(G @ delta @ C @ delta.T) for delta in after]
         assert drift[1] < 1.5 * drift[0]
 
 

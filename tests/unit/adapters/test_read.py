@@ -41,11 +41,7 @@ def assert_update_is(update, expected):
         ({"principal_channel": False}, "hiplora", {4}),
         ({"residual_projection": False}, "hiplora", {10}),
         (
-            {
-                "rank_pattern": {"q_proj": 7},
-                "alpha_pattern": {"k_proj": 2},
-                "principal_rank_pattern": {"o_proj": 3},
-            },
+            {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"k_proj": 2}, "principal_rank_pattern": {"o_proj": 3}},
             "hiplora",
             {13, 10, 7},
         ),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hiplora.data.encoding import IGNORED, encode_example, encode_examples
+from hiplora.data.encoding import IGNORED, encode_examples
 from hiplora.data.examples import Example
 from hiplora.errors import DataError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -13,6 +13,11 @@ PLAIN_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endge
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
+
+
+def encode_example(tokenizer, example):
+    (row,), _ = encode_examples(tokenizer, [example], 1000)
+    return row["input_ids"], row["labels"]
 
 
 def learned(tokenizer, example):

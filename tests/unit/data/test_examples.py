@@ -57,16 +57,8 @@ def test_a_conversation_keeps_its_roles(tmp_path):
     ("row", "template", "said"),
     [
         ({"text": "a"}, "chat", "does not apply to text rows"),
-        (
-            {"prompt": "2+2=", "completion": "4"},
-            "direct",
-            "applies to multiple_choice and question_answer rows",
-        ),
-        (
-            {"prompt": "2+2=", "completion": "4"},
-            "step_by_step",
-            "applies to question_answer and query_response",
-        ),
+        ({"prompt": "2+2=", "completion": "4"}, "direct", "applies to multiple_choice and question_answer rows"),
+        ({"prompt": "2+2=", "completion": "4"}, "step_by_step", "applies to question_answer and query_response"),
         (METAMATH, "direct", "not to query_response"),
     ],
 )
@@ -147,7 +139,7 @@ def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monk
     row = {**CHOICE, "image": None, "hint": ""}
     rows = [row, {**row, "hint": "Look at the steam. "}, {**row, "image": "a picture"}]
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, streaming):
         asked.append((name, config, split))
         return datasets.Dataset.from_list(rows)
 
@@ -160,7 +152,7 @@ def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monk
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_is_named():
-    with pytest.raises(DataError, match=r"data\.hub: nobody/nothing cannot be loaded"):
+    with pytest.raises(DataError, match="nobody/nothing: no such file, and no data set"):
         load_data(DataSettings(hub="nobody/nothing"))
 
 

@@ -67,8 +67,7 @@ def test_a_text_is_cut_into_rows_of_256(tmp_path):
 
 def test_of_training_rows_prompt_and_response_stand_together(tmp_path):
     file = write_jsonl(
-        tmp_path / "a.jsonl",
-        [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}],
+        tmp_path / "a.jsonl", [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}]
     )
     assert text_of(calibration_rows(tiny_tokenizer(), file, 50)) == "One? Two.\n\nA? B."
 
@@ -98,18 +97,11 @@ def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
     rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100)
     assert text_of(rows).startswith("Ship 0 came in.\n\nShip 1 came in.")
     assert sum(map(len, rows)) == 100
-    assert (hub["name"], hub["config"], hub["split"], hub["streaming"]) == (
-        "harbour/logs",
-        "long",
-        "train",
-        True,
-    )
+    assert (hub["name"], hub["config"], hub["split"], hub["streaming"]) == ("harbour/logs", "long", "train", True)
     assert hub["rows"] < 100
     assert describe_source("harbour/logs:long") == "data set harbour/logs:long"
 
 
 def test_a_name_that_is_nowhere_is_said_to_be_neither_file_nor_data_set(hub):
-    with pytest.raises(
-        DataError, match=r"harbour/lost: no such file, and no readable data set on the hub .*doesn't exist"
-    ):
+    with pytest.raises(DataError, match=r"harbour/lost: no such file, and no data set on the hub .*doesn't exist"):
         calibration_rows(tiny_tokenizer(), "harbour/lost", 100)

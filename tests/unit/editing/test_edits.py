@@ -75,12 +75,7 @@ def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neig
         path = tmp_path / "counterfact.jsonl.gz"
         path.write_bytes(gzip.compress(json.dumps(COUNTERFACT).encode()))
     (edit,) = load_edits(path)
-    assert (edit.prompt, edit.old, edit.new, edit.subject) == (
-        COUNTERFACT["prompt"],
-        "Minch",
-        "Baltic",
-        "Skye",
-    )
+    assert (edit.prompt, edit.old, edit.new, edit.subject) == (COUNTERFACT["prompt"], "Minch", "Baltic", "Skye")
     assert edit.category == "Relation/Fact"
     assert edit.paraphrase == "Boats to Skye cross the"
     assert [near.prompt for near in edit.neighbours] == COUNTERFACT["neighborhood_prompts"]
@@ -116,11 +111,7 @@ def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
         (OWN, {"extra": 1}, "extra: "),
         (COUNTERFACT, {"relation": "P9999"}, "relation: .*P30"),
         (COUNTERFACT, {"paraphrase_prompts": []}, "paraphrase_prompts: "),
-        (
-            COUNTERFACT,
-            {"neighborhood_answers": ["Minch"]},
-            "2 neighborhood_prompts and 1 neighborhood_answers",
-        ),
+        (COUNTERFACT, {"neighborhood_answers": ["Minch"]}, "2 neighborhood_prompts and 1 neighborhood_answers"),
     ],
 )
 def test_a_row_that_is_not_an_edit_is_named_with_file_line_and_field(tmp_path, row, change, said):

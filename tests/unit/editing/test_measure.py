@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig
 
-from hiplora.editing import Edit, EditTraining, evaluate_edits, run_edits
+from hiplora.editing import Edit, evaluate_edits
 from hiplora.editing.measure import (
     _right,
     answer_log_probs,
@@ -107,12 +106,3 @@ def test_an_edit_without_an_old_answer_is_compared_with_what_the_base_writes_and
     assert records["paraphrase_success"].isna().tolist() == [True, False]
     found = summarise(records)
     assert found["all"]["paraphrase_success"] == 100 * records["paraphrase_success"][1]
-
-
-def test_an_edited_model_is_compared_with_the_base_and_not_with_itself():
-    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
-    training = EditTraining(steps=40, lr=2e-2)
-    found = run_edits(writer(), tiny_tokenizer(), config, EDITS, training, QUESTIONS)["summary"]["locality"]
-    assert found["unchanged"] < 100
-    assert abs(found["log_prob_change"]) > 0.5
-    assert found["edited_log_prob_change"] > 0.5  # the new answers leak into prompts where they do not belong

@@ -87,7 +87,7 @@ def test_the_direction_is_from_the_base_to_the_adapted_model():
         found = measure_drift(_Certain(peft), reference, peft.disable_adapter)["prose"].kl
         (ids, *_), certain = reference.windows["prose"], _Certain(peft)
         q = certain(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1)
-        p = reference.get("prose", 0).double()
+        p = reference.kept["prose", 0].double()
     forward, backward = ((p.exp() * (p - q)).sum(-1).mean().item(), (q.exp() * (q - p)).sum(-1).mean().item())
     assert abs(forward - backward) > 0.5
     assert found == pytest.approx(forward, rel=0.05)  # the other windows are much like this one
@@ -112,18 +112,9 @@ def test_a_reference_too_large_to_keep_gives_the_same_numbers(monkeypatch):
     kept = build(model)
     monkeypatch.setattr("hiplora.evaluation.drift._KEPT", 0)
     fresh = build(model)
-    assert fresh.get("prose", 1) is None
-    assert kept.get("prose", 1) is not None
+    assert kept.kept.keys() - fresh.kept.keys() >= {("prose", 1)}
     peft = adapted(model)
     assert measure_drift(peft, kept) == measure_drift(peft, fresh)
-
-
-def test_dropout_is_off_and_the_mode_is_put_back():
-    model = tiny_llama()
-    reference = build(model)
-    peft = adapted(model).train()
-    assert measure_drift(peft, reference) == measure_drift(peft, reference)
-    assert peft.training
 
 
 def test_an_adapter_that_changes_nothing_is_refused():
@@ -146,10 +137,7 @@ def test_a_changed_base_is_refused():
 def test_windows_hold_each_token_once_up_to_the_limit():
     tokenizer = tiny_tokenizer()
     (windows,) = cut_windows(tokenizer, {"a": "abcdefghij"}, window=4, max_tokens=9).values()
-    assert [tokenizer.decode(ids) for ids in windows] == [
-        "abcd",
-        "efgh",
-    ]  # a lone last token predicts nothing
+    assert [tokenizer.decode(ids) for ids in windows] == ["abcd", "efgh"]  # a lone last token predicts nothing
 
 
 @pytest.mark.parametrize(("text", "window", "tokens"), [("a", 8, 8), ("", 8, 8), ("abc", 1, 8), ("abc", 8, 1)])

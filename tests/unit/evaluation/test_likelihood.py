@@ -25,11 +25,7 @@ def dense(model, example):
 
 
 def examples(tokenizer):
-    texts = [
-        ("What is red? ", "A colour."),
-        ("q", "a much longer answer than the question"),
-        ("Long ago, " * 5, "!"),
-    ]
+    texts = [("What is red? ", "A colour."), ("q", "a much longer answer than the question"), ("Long ago, " * 5, "!")]
     conversation = tuple(range(60, 90))
     labels = tuple(t if i in (3, 4, 11, 29) else IGNORED for i, t in enumerate(conversation))
     return [*(encode(tokenizer, *text) for text in texts), Encoded(conversation, labels)]
@@ -51,13 +47,6 @@ def test_the_output_head_runs_over_the_responses_only(model, tokenizer):
     finally:
         hook.remove()
     assert seen == [(2, 4)]  # three bytes of "yes", and the position that is dropped
-
-
-def test_log_probabilities_are_differentiable(model, tokenizer):
-    loss = -torch.cat(response_log_probs(model, examples(tokenizer))).mean()
-    (gradient,) = torch.autograd.grad(loss, [model.model.layers[0].self_attn.q_proj.weight])
-    assert gradient.isfinite().all()
-    assert gradient.norm() > 0
 
 
 def test_an_answer_begins_where_the_prompt_ends_and_gets_no_end_token(tokenizer):

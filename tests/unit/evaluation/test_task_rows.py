@@ -62,8 +62,7 @@ def test_rows_come_from_the_folder_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
-    [(None, "has no piqa"), ("[1]\n", "line 1"), ("{broken\n", "line 1"), ("\n", "holds no rows")],
+    ("text", "said"), [(None, "has no piqa"), ("[1]\n", "line 1"), ("{broken\n", "line 1"), ("\n", "holds no rows")]
 )
 def test_a_folder_that_cannot_serve_is_refused(tmp_path, text, said):
     if text is not None:

@@ -50,11 +50,7 @@ def test_a_derivation_is_right_if_it_states_the_solutions_answer():
 
 
 def test_generated_programs_are_run_with_their_tests():
-    row = {
-        "prompt": "def add(a, b):\n",
-        "test": "def check(f):\n    assert f(1, 2) == 3",
-        "entry_point": "add",
-    }
+    row = {"prompt": "def add(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3", "entry_point": "add"}
     assert scoring.humaneval(row, [["    return a + b\n"]]) == {"pass@1": 1.0}
     wrong = ["    return a\n", "    exit(0)\n", "    return\n", "", "    return 3\n"]
     assert scoring.humaneval(row, [wrong]) == {"pass@1": 0.2, "pass@5": 1.0}

@@ -23,8 +23,7 @@ def test_the_smallest_scale_within_the_tolerance_is_found(best, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "why"),
-    [((0.5, 0.1, "rows"), "give one of them"), ((None, 0.1, None), "needs --data")],
+    ("arguments", "why"), [((0.5, 0.1, "rows"), "give one of them"), ((None, 0.1, None), "needs --data")]
 )
 def test_options_that_do_not_go_together_are_refused(arguments, why):
     with pytest.raises(ConfigError, match=why):

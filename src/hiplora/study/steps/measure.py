@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from hiplora.adapters import allocation_rows, energy_shares
@@ -45,7 +45,7 @@ def score(context: Context, model: Any, settings: Mapping[str, Any]) -> dict[str
         return {}
     engine = context.engine(settings["tasks"], settings["seed"])
     scores = engine.score(model, context.model()[1], BATCH)
-    return {task: {"metric": found.name, "form": found.form, **found.to_json()} for task, found in scores.items()}
+    return {task: asdict(found) for task, found in scores.items()}
 
 
 def drift_reference(context: Context, settings: Mapping[str, Any]) -> Any:
