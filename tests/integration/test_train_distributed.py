@@ -42,6 +42,7 @@ def recipe_file(folder, model, **method):
     [
         {"name": "lora"},
         {"name": "hiplora", "preset": "paper", "principal_rank": 8},
+        {"name": "hiplora", "principal_rank": 8},
         {"name": "milora"},
     ],
     ids=lambda method: method["name"],

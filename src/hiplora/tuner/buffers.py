@@ -12,6 +12,7 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from hiplora.errors import AdapterError
 from hiplora.spectral import SpectralFactors
 from hiplora.tuner.config import HipLoraConfig
 
@@ -28,26 +29,31 @@ def factor_names(config: HipLoraConfig) -> list[str]:
     return names
 
 
+def is_flat(parameter: Tensor) -> bool:
+    """Whether a parameter is a piece of one of FSDP1's flat parameters."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process has only a part of a parameter (FSDP, tensor parallelism)."""
-    return hasattr(parameter, "device_mesh") or getattr(parameter, "_fsdp_flattened", False)
+    return hasattr(parameter, "device_mesh") or is_flat(parameter)
 
 
-def own_part(vector: Tensor, parameter: Tensor) -> Tensor:
-    """Return a vector (k,), or the part of it that lies beside this process's part of a parameter of that size."""
+def own_part(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return this process's part of a value of a parameter's whole size; one that is flat must be a vector (k,)."""
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(parameter, DTensor)
-        return distribute_tensor(vector, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     if not is_sharded(parameter):
-        return vector
+        return value
     if not hasattr(parameter, "hiplora_start"):  # FSDP1 says nowhere which part it is, but parts are in order of rank
         sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=parameter.device)
         sizes[dist.get_rank()] = parameter.numel()
         dist.all_reduce(sizes)
         parameter.hiplora_start = int(sizes[: dist.get_rank()].sum())  # type: ignore[attr-defined]
-    part = vector[parameter.hiplora_start :][: parameter.numel()]  # type: ignore[attr-defined]
+    part = value[parameter.hiplora_start :][: parameter.numel()]  # type: ignore[attr-defined]
     return nn.functional.pad(part, (0, parameter.numel() - len(part)))
 
 
@@ -165,6 +171,22 @@ class FactorDict(nn.ModuleDict):
     def parameter(self, adapter: str) -> nn.Parameter:
         """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""
         return next(self._modules[adapter].parameters())  # type: ignore[union-attr]
+
+    def whole(self, adapter: str) -> Tensor:
+        """Return an adapter's parameter, gathered by all processes where they share it.
+
+        Raises:
+            AdapterError: FSDP1 shards it, and gathers nothing outside a pass.
+        """
+        parameter: Any = self.parameter(adapter)
+        if hasattr(parameter, "full_tensor"):
+            return parameter.full_tensor()
+        if is_flat(parameter):
+            raise AdapterError(
+                f"adapter '{adapter}': FSDP shards its parameters, so they cannot be read here; save it with "
+                "save_pretrained(folder, state_dict=…) from the gathered state dict, and load the folder"
+            )
+        return parameter
 
     def acting(self, adapter: str) -> Tensor:
         """Return an adapter's parameter for a forward pass."""

@@ -25,7 +25,7 @@ from hiplora.spectral import (
     retract,
     soften,
 )
-from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names, is_sharded
+from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names, is_flat, is_sharded, own_part
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
@@ -209,13 +209,14 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def retract_(self, adapter: str) -> None:
         """Project A and B onto the complement in place (Eq. 4); nothing where the projection is off or soft.
 
-        Sharded parameters stay as they are: they act through the projection, and are saved through it.
+        Flat shards of FSDP1 stay as they are: they act through the projection, and are saved through it.
         """
         A, B = self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)
-        if not self.configs[adapter].is_closed or A.device.type == "meta" or is_sharded(A):
+        if not self.configs[adapter].is_closed or A.device.type == "meta" or is_flat(A):
             return
-        for kept, value in zip((A, B), self.retracted(adapter, A, B), strict=True):
-            kept.copy_(value)
+        whole = self.hiplora_A.whole(adapter), self.hiplora_B.whole(adapter)
+        for kept, value in zip((A, B), self.retracted(adapter, *whole), strict=True):
+            kept.copy_(own_part(value, kept))
         self._astray.discard(adapter)
 
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, U, V) in one dtype, fp32 at least."""
-        A, B = self.hiplora_A[adapter].detach(), self.hiplora_B[adapter].detach()
+        A, B = self.hiplora_A.whole(adapter).detach(), self.hiplora_B.whole(adapter).detach()
         dtype = torch.promote_types(A.dtype, torch.float32)
         U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
         return A.to(dtype), B.to(dtype), U.to(dtype), V.to(dtype)
@@ -297,7 +298,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def stability_penalty(self, adapter: str) -> Tensor:
         """Return R(δ) of Eq. 6, differentiable; the adapter has a principal channel."""
         weights = self.budget(adapter)
-        return penalty(self.hiplora_delta[adapter].to(weights.dtype), weights)
+        return penalty(self.hiplora_delta.whole(adapter).to(weights.dtype), weights)
 
     def serve(self, adapter: str) -> None:
         """Note that the optimizer hooks see the steps of an adapter's gains."""

@@ -245,6 +245,9 @@ class HipLoraModel(BaseTuner):
         for layer in _layers(model, adapter_name).values():
             layer.ensure_factors(adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # FSDP1 gathers tensors under names without its wrappers, which PEFT does not find.
+        names = _layers(model, adapter_name).keys()
+        selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in names}
         selected = retracted_state(selected, config, adapter_name)
         for key, scale in _gain_scales(selected, model, adapter_name):
             selected[key] = selected[key] * scale
@@ -288,6 +291,12 @@ def _plain(key: str) -> str:
     return re.sub(r"(\.hiplora_(A|B|delta)(\.[^.]+)?)\.weight$", r"\1", key)
 
 
+def _layer_of(key: str) -> str:
+    """Return the name of the layer that a tensor of an adapter belongs to."""
+    layer, found, _ = key.removeprefix("base_model.model.").partition(".hiplora_")
+    return layer if found else ""
+
+
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
     """Do nothing: it is there to be seen."""
 
@@ -304,8 +313,8 @@ def _gain_scales(state: Mapping[str, Tensor], model: nn.Module, adapter: str) ->
     """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
     layers, found = _layers(model, adapter), []
     for key, value in state.items():
-        name, is_gain, _ = key.removeprefix("base_model.model.").partition(".hiplora_delta")
-        scale = layers[name].gain_scale(adapter) if is_gain and name in layers else None
+        name = _layer_of(key) if ".hiplora_delta" in key else ""
+        scale = layers[name].gain_scale(adapter) if name in layers else None
         if scale is not None:
             found.append((key, scale.to(value.device)))
     return found

@@ -1,0 +1,117 @@
+"""Two processes train what one does: DDP, FSDP2 and FSDP1 with both of its layouts; saved, loaded and trained on."""
+
+import functools
+import os
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hiplora
+from hiplora.errors import AdapterError
+from tests.contract.conftest import Base
+
+pytestmark = pytest.mark.slow
+KINDS = ("ddp", "fsdp2", "fsdp1", "fsdp1 flat")
+SETTINGS = {
+    "paper": {"stability_weight": 3.0},
+    "paper, proximal, relative": {"stability_weight": 3.0, "stability_mode": "proximal", "relative_gains": True},
+    "function-aware": {"preset": "function-aware"},
+}
+
+
+def batch(step):
+    return torch.randint(0, 256, (4, 10), generator=torch.Generator().manual_seed(step))
+
+
+def started(settings, folder=None):
+    torch.manual_seed(0)
+    base = Base("untied")
+    if folder is not None:
+        return peft.PeftModel.from_pretrained(base.make(), folder, is_trainable=True).train()
+    return peft.get_peft_model(base.make(), base.config(**SETTINGS[settings])).train()
+
+
+def sharded(model, kind):
+    """Wrap a model; return it, and a function that gathers its whole state."""
+    if kind == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert not any("hiplora_" in name for name in wrapped.named_module_buffers)
+        return wrapped, model.state_dict
+    if kind == "fsdp2":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return model, lambda: get_model_state_dict(model, options=options)
+    from peft.utils.other import fsdp_auto_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer})
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=policy if kind == "fsdp1" else fsdp_auto_wrap_policy(model),
+        use_orig_params=kind == "fsdp1",
+        device_id=torch.device("cpu"),
+    )
+
+    def gathered():
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+            return wrapped.state_dict()
+
+    return wrapped, gathered
+
+
+def trained(model, gathered, plain, folder, steps, rows=slice(None)):
+    """Train on this process's rows of each batch, and save the whole adapter from the first process."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in steps:
+        optimizer.zero_grad()
+        ids = batch(step)[rows]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    state = {name.removeprefix("module."): value for name, value in gathered().items()}
+    if rows.start in (None, 0):
+        plain.save_pretrained(folder, state_dict=state)
+
+
+def worker(rank, kind, folder):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    rows = slice(2 * rank, 2 * rank + 2)
+    for settings in SETTINGS:
+        for begin, steps, name in ((None, range(2), "first"), ("first", range(2, 4), "second")):
+            plain = started(settings, begin and f"{folder}/{settings}/{begin}")
+            model, gathered = sharded(plain, kind)
+            trained(model, gathered, plain, f"{folder}/{settings}/{name}", steps, rows)
+            if kind.startswith("fsdp1"):
+                with pytest.raises(AdapterError, match="FSDP shards its parameters"):
+                    hiplora.max_leak(plain)
+            else:
+                assert hiplora.max_leak(plain) < 1e-5
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_save_and_carry_on_as_one(tmp_path, kind):
+    torch.multiprocessing.spawn(worker, args=(kind, str(tmp_path)), nprocs=2)
+    for settings in SETTINGS:
+        found, one = tmp_path / settings, tmp_path / "one" / settings
+        for begin, steps, name in ((None, range(2), "first"), (one / "first", range(2, 4), "second")):
+            model = started(settings, begin)
+            trained(model, model.state_dict, model, one / name, steps)
+            expected, tensors = (load_file(at / name / "adapter_model.safetensors") for at in (one, found))
+            assert expected.keys() == tensors.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=1e-4, msg=f"{settings}: {key}")
+        assert hiplora.max_leak(started(settings, found / "second")) < 1e-5
