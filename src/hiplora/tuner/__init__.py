@@ -14,7 +14,7 @@ from hiplora.tuner.calibration import (
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.hooks import install as install_hooks
-from hiplora.tuner.layer import HipLoraLinear, leak_limit
+from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
@@ -27,7 +27,7 @@ from hiplora.tuner.targets import (
     linear_target,
 )
 from hiplora.tuner.text import CalibrationText
-from hiplora.tuner.verify import OTHER_PRECISION_LIMIT
+from hiplora.tuner.verify import OTHER_PRECISION_LIMIT, leak_limit
 
 register()
 install_hooks()

@@ -73,6 +73,8 @@ class FactorBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.live.add(self)
+        self.pending: set[str] = set()  # adapters whose factors are to come from a file
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
 
@@ -83,7 +85,6 @@ class FactorBuffers(nn.Module):
 
     def set_factors(self, adapter: str, config: HipLoraConfig, factors: SpectralFactors) -> None:
         """Register computed factors; those that another adapter already has are shared with it."""
-        self.live.add(self)
         for name in factor_names(config):
             getattr(self, name)[adapter] = getattr(factors, name.removeprefix("hiplora_"))
         self._share(adapter)
@@ -91,7 +92,7 @@ class FactorBuffers(nn.Module):
     def expect_factors(self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int) -> None:
         """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n)."""
         sizes = {"hiplora_U": (shape[0], k), "hiplora_sigma": (k,), "hiplora_V": (shape[1], k)}
-        self.live.add(self)
+        self.pending.add(adapter)
         for name in factor_names(config):
             getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
 
@@ -100,25 +101,29 @@ class FactorBuffers(nn.Module):
         for name in set(_ALL) & tensors.keys():
             buffers = getattr(self, name)
             buffers[adapter] = tensors[name].to(buffers[adapter].device, torch.float32)
+        self.pending.discard(adapter)
         self._share(adapter)
 
-    def move_factors(self, adapter: str, device: torch.device | None) -> None:
-        """Move an adapter's factors to a device, if one is named."""
-        for buffers in self._held(adapter):
-            if device is not None and buffers[adapter].device != device:
-                buffers[adapter] = buffers[adapter].to(device)
+    def has_factors(self, adapter: str) -> bool:
+        """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
+        return adapter not in self.pending or not self.hiplora_sigma[adapter].isnan().any()
 
-    def delete_factors(self, adapter: str) -> None:
-        """Remove an adapter's factors."""
-        for buffers in self._held(adapter):
-            del buffers[adapter]
+    def spectral_factors(self, adapter: str, config: HipLoraConfig, fingerprint: str) -> SpectralFactors:
+        """Return an adapter's factors, to be shared with another of the same basis."""
+        basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
+        held: dict[str, Any] = {
+            name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)
+        }
+        return SpectralFactors(
+            **held, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
+        )
 
-    def _held(self, adapter: str) -> list[Any]:
-        """Return the buffers in which an adapter has an entry."""
+    def factors_of(self, adapter: str) -> list[Any]:
+        """Return the dictionaries of buffers in which an adapter has an entry."""
         return [buffers for name in _ALL if adapter in (buffers := getattr(self, name))]
 
     def _share(self, adapter: str) -> None:
-        for buffers in self._held(adapter):
+        for buffers in self.factors_of(adapter):
             own = buffers[adapter]
             for key, other in buffers.items():
                 if key != adapter and other.device == own.device and torch.equal(other, own):
@@ -162,11 +167,6 @@ class FactorDict(nn.ModuleDict):
         held = self._modules[adapter]
         trains = getattr(held, "weight", value).requires_grad
         held.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)  # type: ignore[union-attr]
-
-    def get(self, adapter: str) -> nn.Parameter | None:
-        """Return an adapter's parameter, or None."""
-        held = self._modules.get(adapter)
-        return None if held is None else held.weight  # type: ignore[return-value]
 
     def parameter(self, adapter: str) -> nn.Parameter:
         """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""

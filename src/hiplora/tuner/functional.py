@@ -51,7 +51,7 @@ def add_channels(
         dtype = A.dtype
         if sides is not None:
             with torch.autocast(device, enabled=False):
-                kept_A, kept_B = _retracted(A, B, U, V, sides)
+                kept_A, kept_B = retracted(A, B, U, V, sides)
                 A = kept_A if project_gradients else A + (kept_A - A).detach()
                 B = kept_B if project_gradients else B + (kept_B - B).detach()
         inputs = x.to(dtype)
@@ -67,7 +67,7 @@ def add_channels(
         )
 
 
-def _retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor, Tensor]:
+def retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor, Tensor]:
     """Return A and B, or their gradients, in the complement (Eq. 4), fp32 at least."""
     dtype = torch.promote_types(A.dtype, torch.float32)
     return retract(A.to(dtype), B.to(dtype), *(basis.to(dtype) for basis in protected(U, V, sides)))
@@ -109,7 +109,7 @@ class _AddChannels(torch.autograd.Function):
     ) -> Tensor:
         r, ctx.dtype = A.shape[0], A.dtype
         if sides is not None:
-            A, B = _retracted(A, B, U, V, sides)
+            A, B = retracted(A, B, U, V, sides)
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
         principal = (None, None) if delta is None else (U, V)
         down = _down(A, principal[1], compute)
@@ -153,7 +153,7 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(ctx.dtype)
     if ctx.sides is not None:
         # Before anyone clips them or takes their moments: those of s (I − P_U) BA (I − P_V), not of sBA.
-        kept_A, kept_B = _retracted(A if d_A is None else d_A, B if d_B is None else d_B, U, V, ctx.sides)
+        kept_A, kept_B = retracted(A if d_A is None else d_A, B if d_B is None else d_B, U, V, ctx.sides)
         d_A = None if d_A is None else kept_A.to(ctx.dtype)
         d_B = None if d_B is None else kept_B.to(ctx.dtype)
     if need_delta and delta is not None:

@@ -78,8 +78,7 @@ def _held(optimizer: Optimizer) -> Iterator[_Held]:
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for layer in sorted(HipLoraLinear.live, key=lambda layer: layer.name):  # in one order in all processes
         for adapter in layer.hiplora_A:
-            kinds = {kind: getattr(layer, kind) for kind in layer.adapter_layer_names}
-            parameters = {kind: held.parameter(adapter) for kind, held in kinds.items() if adapter in held}
+            parameters = {kind: held.parameter(adapter) for kind, held in layer.held_by(adapter).items()}
             found = {kind: parameter for kind, parameter in parameters.items() if id(parameter) in groups}
             if found:
                 yield _Held(layer, adapter, found, {kind: groups[id(one)] for kind, one in found.items()})

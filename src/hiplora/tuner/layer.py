@@ -22,21 +22,13 @@ from hiplora.spectral import (
     leak,
     penalty,
     protected,
-    retract,
     soften,
 )
 from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names, is_flat, is_sharded, own_part
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.functional import add_channels
+from hiplora.tuner.functional import add_channels, retracted
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
-
-
-def leak_limit(dtype: torch.dtype) -> float:
-    """Return the largest leak that rounding explains, for factors of a dtype.
-
-    Rounding leaves about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
-    """
-    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+from hiplora.tuner.verify import check_checkpoint
 
 
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
@@ -68,25 +60,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._served: set[str] = set()  # adapters whose gains are in an optimizer that the hooks saw
         self._unserved: dict[str, Tensor] = {}  # the gains of the others, as they were in the first training pass
         self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
-        self.pending: set[str] = set()  # adapters whose factors are to come from a file
         # The base weight while merged, or the quantised layer; in a list, so as not to be registered as a child.
         self._frozen: list[Any] = []
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter = []
 
-    def frozen_weight(self) -> Tensor:
-        """Return the frozen weight as (m, n), dequantised where needed."""
-        return frozen_weight(self)
-
     def add_adapter(
-        self,
-        adapter: str,
-        config: HipLoraConfig,
-        r: int,
-        alpha: float,
-        k: int,
-        factors: SpectralFactors | None,
+        self, adapter: str, config: HipLoraConfig, r: int, alpha: float, k: int, factors: SpectralFactors | None
     ) -> None:
         """Add an adapter of residual rank `r`, scale `alpha / r` and principal rank `k`.
 
@@ -101,7 +81,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             self.hiplora_delta[adapter] = nn.Parameter(torch.empty(k))
         if factors is None:
             self.expect_factors(adapter, config, (self.out_features, self.in_features), k)
-            self.pending.add(adapter)
         else:
             self.set_factors(adapter, config, factors)
         self._initialise(adapter)
@@ -112,40 +91,28 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     @torch.no_grad()
     def _initialise(self, adapter: str) -> None:
         """Fill A, B and δ as `init_weights` says, or with NaN while a file is expected to bring them."""
-        A, B, delta = self.hiplora_A[adapter], self.hiplora_B[adapter], self.hiplora_delta.get(adapter)
+        A, B, *gains = (held[adapter] for held in self.held_by(adapter).values())
         how = self.configs[adapter].init_weights
-        for parameter in (A, B) if delta is None else (A, B, delta):
+        for parameter in (A, B, *gains):
             parameter.fill_(math.nan if adapter in self.pending else 0.0)
-        if adapter in self.pending or (how == "zero" and isinstance(how, str)):
+        if adapter in self.pending or how == "zero":
             return
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         if how is False:
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-            if delta is not None:
+            for delta in gains:
                 nn.init.normal_(delta, std=0.02)
 
     def load_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Take an adapter's factors from a file."""
         super().load_factors(adapter, tensors)
-        self.pending.discard(adapter)
         self._budget.pop(adapter, None)
         self._unserved.pop(adapter, None)
 
-    def spectral_factors(self, adapter: str) -> SpectralFactors | None:
-        """Return an adapter's factors, to be shared with another of the same basis; None if there are none yet."""
-        if not self.has_factors(adapter):
-            return None
-        config = self.configs[adapter]
-        basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
-        found: dict[str, Any] = {
-            name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)
-        }
-        found |= {"method": "shared", "basis": basis, "fingerprint": config.fingerprints[self.name]}
-        return SpectralFactors(**found, residual=0.0, orthogonality=0.0)
-
-    def has_factors(self, adapter: str) -> bool:
-        """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
-        return adapter not in self.pending or not self.hiplora_sigma[adapter].isnan().any()
+    def held_by(self, adapter: str) -> dict[str, FactorDict]:
+        """Return where an adapter's A, B and, if it has gains, δ are, by kind."""
+        kinds = {kind: getattr(self, kind) for kind in self.adapter_layer_names}
+        return {kind: held for kind, held in kinds.items() if adapter in held}
 
     @torch.no_grad()
     def ensure_factors(self, adapter: str) -> None:
@@ -156,33 +123,29 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """
         if adapter not in self.pending:
             return
+        config = self.configs[adapter]
         if self.has_factors(adapter):
             if self.hiplora_A[adapter].isnan().any():
                 raise AdapterError(
                     f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, under names that transformers "
                     "does not find; load it with peft.PeftModel.from_pretrained(base, folder), and save it again"
                 )
-            from hiplora.tuner.verify import check_checkpoint  # which needs this module
-
-            kinds = (*self.adapter_layer_names, *factor_names(self.configs[adapter]))
-            held = {kind: getattr(self, kind) for kind in kinds}
-            state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items() if adapter in tensors}
-            check_checkpoint({self.name: self}, self.configs[adapter], adapter, state)
+            held = self.held_by(adapter) | {name: getattr(self, name) for name in factor_names(config)}
+            state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items()}
+            check_checkpoint({self.name: self}, config, adapter, state)
             self.pending.remove(adapter)
             if (scale := self.gain_scale(adapter)) is not None:  # a file holds δ
                 self.hiplora_delta[adapter].div_(scale)
             return
-        config = self.configs[adapter]
         if config.basis != "weight":
             raise AdapterError(
                 f"layer {self.name}: no factors were loaded for adapter '{adapter}', and its basis is measured on the "
                 "whole model; run the PEFT model once, call hiplora.calibrate(model, config) before adding the "
                 "adapter, or load it with PeftModel.from_pretrained"
             )
-        k = self.hiplora_sigma[adapter].shape[0]
-        self.begin_anew(
-            adapter, FactorStore().get_or_compute(self.frozen_weight(), k, config.svd_tolerance, name=self.name)
-        )
+        k = len(self.hiplora_sigma[adapter])
+        weight, tol = frozen_weight(self), config.svd_tolerance
+        self.begin_anew(adapter, FactorStore().get_or_compute(weight, k, tol, name=self.name))
 
     @torch.no_grad()
     def begin_anew(self, adapter: str, factors: SpectralFactors) -> None:
@@ -196,14 +159,16 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; another one becomes active if it was the active one (as in PEFT)."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
-        self.delete_factors(adapter_name)
+        for buffers in self.factors_of(adapter_name):
+            del buffers[adapter_name]
         self.pending.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        base = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        self.move_factors(adapter_name, device or base)
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for buffers in self.factors_of(adapter_name) if device is not None else ():
+            buffers[adapter_name] = buffers[adapter_name].to(device)
 
     @torch.no_grad()
     def retract_(self, adapter: str) -> None:
@@ -222,9 +187,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B, in fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
         self.ensure_factors(adapter)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        kept_out = protected(self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
-        return retract(A.to(dtype), B.to(dtype), *(basis.to(dtype) for basis in kept_out))
+        return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
 
     def leak(self, adapter: str) -> float:
         """Return the larger of ‖UᵀB‖/‖B‖ and ‖AV‖/‖A‖; 0 where the projection is off or soft."""
@@ -257,10 +220,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return A and B as they act: through the soft projection where there is one."""
         if self.configs[adapter].projection == "hard":
             return A, B
-        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
-        filters = [dict(held.items()) for held in (self.hiplora_shrink_U, self.hiplora_shrink_V)]
-        shrink_U, shrink_V = (held.get(adapter) for held in filters)
-        soft_A, soft_B = soften(A.float(), B.float(), U, V, shrink_U, shrink_V)
+        held, both = factor_names(self.configs[adapter]), ("hiplora_shrink_U", "hiplora_shrink_V")
+        filters = [getattr(self, name)[adapter] if name in held else None for name in both]
+        soft_A, soft_B = soften(A.float(), B.float(), self.hiplora_U[adapter], self.hiplora_V[adapter], *filters)
         return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -282,8 +244,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return δ (k,), differentiable; None for an adapter without principal channel."""
         if adapter not in self.hiplora_delta:
             return None
-        scale, held = self.gain_scale(adapter), self.hiplora_delta.acting(adapter)
-        return held if scale is None else held * scale
+        scale, gains = self.gain_scale(adapter), self.hiplora_delta.acting(adapter)
+        return gains if scale is None else gains * scale
 
     def budget(self, adapter: str) -> Tensor:
         """Return the weights w_i of Eq. 6, (k,), for the gains' parameter: times σ² where it is relative."""
@@ -401,7 +363,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
         if not names:
             return
-        weight: Tensor = self.frozen_weight()
+        weight = frozen_weight(self)
         weight = weight.T if self.transposed else weight
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:
@@ -409,16 +371,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         merged = merged.to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
-        layer: Any = self.get_base_layer()
-        if self.quantization_backend is not None:
+        layer, quantised = self.get_base_layer(), self.quantization_backend is not None
+        self._frozen = self._frozen or [layer if quantised else layer.weight]
+        if quantised:
             # The backends alter the layer, its weight or its state; they get a copy, and the layer itself comes back.
-            if not self._frozen:
-                self._frozen.append(layer)
             self.base_layer = copy.deepcopy(self._frozen[0])
             self.set_base_weight(merged)
         else:
-            if not self._frozen:
-                self._frozen.append(layer.weight)
             # A new parameter, so that a weight tied to the embeddings is untied rather than overwritten.
             layer.weight = nn.Parameter(merged, requires_grad=False)
         self.merged_adapters.extend(names)

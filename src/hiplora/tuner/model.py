@@ -201,10 +201,7 @@ class HipLoraModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; the model has "
                 f"{', '.join(sorted(known))}, and '__base__' for the bare model"
             )
-        if expert := next(
-            (layer.name for layer in self.modules() if isinstance(layer, HipLoraLinear) and shared_side(layer.name)),
-            None,
-        ):
+        if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
                 f"layer {expert}: an expert gets single tokens, not rows, so a batch cannot mix adapters on it; "
                 "run one adapter at a time"
@@ -264,17 +261,11 @@ class HipLoraModel(BaseTuner):
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
         assert isinstance(config, HipLoraConfig)
         layers = _layers(model, adapter_name)
-        plain = {_plain(key): value for key, value in state_dict.items()}
-        for name, tensors in check_checkpoint(layers, config, adapter_name, plain).items():
-            layers[name].load_factors(adapter_name, tensors)
         named = file_names(state_dict)
-        if not config.save_factors:  # computed already, and not missing
-            held = {
-                (name, kind): getattr(layer, kind)[adapter_name]
-                for name, layer in layers.items()
-                for kind in FACTOR_NAMES
-            }
-            named |= {f"base_model.model.{name}.{kind}": factor for (name, kind), factor in held.items()}
+        for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
+            layers[name].load_factors(adapter_name, tensors)
+        for name, layer in layers.items() if not config.save_factors else ():  # computed already, and not missing
+            named |= {f"base_model.model.{name}.{kind}": getattr(layer, kind)[adapter_name] for kind in FACTOR_NAMES}
         for key, scale in _gain_scales(named, model, adapter_name):
             named[key] = named[key] / scale
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
@@ -284,11 +275,6 @@ def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
     old = re.compile(r"\.hiplora_(A|B|delta)$")
     return {f"{key}.weight" if old.search(key) else key: value for key, value in tensors.items()}
-
-
-def _plain(key: str) -> str:
-    """Return a parameter's name, with or without an adapter's in it, as 0.1 had it."""
-    return re.sub(r"(\.hiplora_(A|B|delta)(\.[^.]+)?)\.weight$", r"\1", key)
 
 
 def _layer_of(key: str) -> str:
@@ -327,8 +313,12 @@ def _shared_factors(
     layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
     for adapter, other in {name: held for layer in layers for name, held in layer.configs.items()}.items():
         if other is config or (config.from_checkpoint and _basis_of(other) == _basis_of(config)):
-            held = {layer.name: layer.spectral_factors(adapter) for layer in layers if adapter in layer.configs}
-            found = {target.name: factors for target in targets if (factors := held.get(target.name))}
+            held = {layer.name: layer for layer in layers if adapter in layer.configs and layer.has_factors(adapter)}
+            found = {
+                target.name: held[target.name].spectral_factors(adapter, other, other.fingerprints[target.name])
+                for target in targets
+                if target.name in held
+            }
             if all(t.name in found and (found[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
                 return found
     return None

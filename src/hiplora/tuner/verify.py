@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import factor_mismatch, full_precision, leak, protected, retract, weight_fingerprint
+from hiplora.spectral import factor_mismatch, full_precision, leak, protected, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import unrolled
-from hiplora.tuner.layer import HipLoraLinear, leak_limit
+from hiplora.tuner.functional import retracted
 from hiplora.tuner.targets import frozen_weight, precision
+
+if TYPE_CHECKING:
+    from hiplora.tuner.layer import HipLoraLinear
 
 # A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
 # of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
 OTHER_PRECISION_LIMIT = 0.1
 ORTHOGONALITY_LIMIT = 1e-3
+
+
+def leak_limit(dtype: torch.dtype) -> float:
+    """Return the largest leak that rounding explains, for factors of a dtype.
+
+    Rounding leaves about 1e-6 in fp32 and 4e-3 in half precision; an unretracted step leaves 0.1 or more.
+    """
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
@@ -77,12 +89,12 @@ def check_checkpoint(
             not belong to the base model's weight.
     """
     factors = factor_names(config) if config.save_factors else []
+    plain = {key.removeprefix("base_model.model.").removesuffix(".weight"): tensor for key, tensor in state.items()}
     checked: dict[str, dict[str, Tensor]] = {}
     for name, layer in layers.items():
         tensors = checked[name] = {}
-        gains = ["hiplora_delta"] if adapter in layer.hiplora_delta else []
-        for kind in ("hiplora_A", "hiplora_B", *gains, *factors):
-            found = state.get(f"base_model.model.{name}.{kind}", state.get(f"{name}.{kind}"))
+        for kind in (*layer.held_by(adapter), *factors):
+            found = plain.get(f"{name}.{kind}")
             if found is None:
                 raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
             tensors[kind] = found
@@ -114,7 +126,7 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
     if layer.name in config.unverified:
-        off = factor_mismatch(layer.frozen_weight().float().cpu(), U, sigma, V, config.basis)
+        off = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
         if not off <= OTHER_PRECISION_LIMIT:
             raise AdapterError(_other_weights([layer.name], config))
 
@@ -140,10 +152,9 @@ def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter:
         if not found:
             continue
         names = [f"{module}.hiplora_B.{adapter}{end}", *(f"{module}.hiplora_{one}.{adapter}" for one in "UV")]
-        B, U, V = (state[name].float() for name in names)
-        kept_out = protected(U, V, config.basis_sides)
-        if not leak(A.float(), B, *kept_out) <= leak_limit(A.dtype):
+        B, U, V = state[names[0]], *(state[name].float() for name in names[1:])
+        if not leak(A.float(), B.float(), *protected(U, V, config.basis_sides)) <= leak_limit(A.dtype):
             with full_precision(A.device):
-                found_A, found_B = retract(A.float(), B, *kept_out)
-            kept |= {key: found_A.to(A.dtype), names[0]: found_B.to(state[names[0]].dtype)}
+                found_A, found_B = retracted(A, B, U, V, config.basis_sides)
+            kept |= {key: found_A.to(A.dtype), names[0]: found_B.to(B.dtype)}
     return kept
