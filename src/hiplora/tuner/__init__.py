@@ -3,14 +3,7 @@
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
 from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
-from hiplora.tuner.calibration import (
-    SELF,
-    TOKENS_PER_INPUT,
-    Calibration,
-    calibrate,
-    input_bases,
-    trailing_inputs,
-)
+from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, Calibration, calibrate, input_bases
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
 from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.hooks import install as install_hooks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -150,11 +150,3 @@ def input_bases(model: nn.Module, modules: Sequence[str], **options: Any) -> Bas
     Options are `CalibrationText`'s: `rows`, `tokens`, `batch_size`, `seed`, `max_bytes`, `store`.
     """
     return CalibrationText(model, **options).inputs(modules)
-
-
-def trailing_inputs(model: nn.Module, ranks: Mapping[str, int], **options: Any) -> Bases:
-    """Measure the directions in which the inputs of some linear layers have least energy: module name → r of them.
-
-    `ranks` says how many of each module. Options are those of `input_bases`.
-    """
-    return CalibrationText(model, **options).trailing(ranks)

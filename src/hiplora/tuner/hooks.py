@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from hiplora.errors import DivergedError
 from hiplora.spectral import full_precision, penalty_gradient, proximal_step
 from hiplora.tuner.buffers import is_sharded, own_part
+from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
@@ -32,45 +34,38 @@ def install() -> None:
         _handles.append(register_optimizer_step_post_hook(_after_step))
 
 
-class _Gains(NamedTuple):
-    """The gains of one layer's adapter, their weights in the budget, and the optimizer's group that they are in."""
-
-    layer: HipLoraLinear
-    adapter: str
-    parameter: Tensor
-    weights: Tensor
-    group: dict[str, Any]
-
-    def pays(self, mode: str) -> bool:
-        """Whether the gains take part in this step and pay for it in this mode."""
-        config = self.layer.configs[self.adapter]
-        return config.stability_mode == mode and config.stability_weight > 0 and self.parameter.grad is not None
-
-    @property
-    def price(self) -> float:
-        """λ, negative where the optimizer ascends."""
-        weight = self.layer.configs[self.adapter].stability_weight
-        return -weight if self.group.get("maximize") else weight
-
-
-class _Held(NamedTuple):
-    """An adapter of a layer with parameters in an optimizer, by kind, and the group of each."""
+@dataclass
+class _Held:
+    """An adapter of a layer with parameters in an optimizer, by kind, and the group that its gains are in."""
 
     layer: HipLoraLinear
     adapter: str
     parameters: dict[str, Tensor]
-    groups: dict[str, dict[str, Any]]
+    group: dict[str, Any]
+    weights: Tensor | None = None  # of the gains in the budget, where the optimizer steps them itself
+    before: Tensor | None = None  # the gains before the step, where they go at a pace of their own
+
+    @property
+    def config(self) -> HipLoraConfig:
+        return self.layer.configs[self.adapter]
+
+    @property
+    def gains(self) -> Any:
+        return self.parameters.get("hiplora_delta")
+
+    def pays(self, mode: str) -> bool:
+        """Whether the gains take part in this step and pay for it in this mode."""
+        priced = self.config.stability_mode == mode and self.config.stability_weight > 0
+        return priced and self.weights is not None and self.gains.grad is not None
+
+    @property
+    def price(self) -> float:
+        """λ, negative where the optimizer ascends."""
+        weight = self.config.stability_weight
+        return -weight if self.group.get("maximize") else weight
 
 
-class _Step(NamedTuple):
-    """What an optimizer holds as it begins a step: adapters, the gains that it steps itself, and those at a pace."""
-
-    held: list[_Held]
-    gains: list[_Gains]
-    before: list[tuple[_Gains, Tensor]]
-
-
-_stepping: weakref.WeakKeyDictionary[Optimizer, _Step] = weakref.WeakKeyDictionary()
+_stepping: weakref.WeakKeyDictionary[Optimizer, list[_Held]] = weakref.WeakKeyDictionary()
 
 
 def _held(optimizer: Optimizer) -> Iterator[_Held]:
@@ -81,16 +76,7 @@ def _held(optimizer: Optimizer) -> Iterator[_Held]:
             parameters = {kind: held.parameter(adapter) for kind, held in layer.held_by(adapter).items()}
             found = {kind: parameter for kind, parameter in parameters.items() if id(parameter) in groups}
             if found:
-                yield _Held(layer, adapter, found, {kind: groups[id(one)] for kind, one in found.items()})
-
-
-def _gains(held: list[_Held]) -> list[_Gains]:
-    found = []
-    for layer, adapter, parameters, groups in held:
-        if (parameter := parameters.get("hiplora_delta")) is not None:
-            weights = own_part(layer.budget(adapter), parameter)
-            found.append(_Gains(layer, adapter, parameter, weights, groups["hiplora_delta"]))
-    return found
+                yield _Held(layer, adapter, found, groups.get(id(found.get("hiplora_delta")), {}))
 
 
 def _delegates(optimizer: Optimizer) -> bool:
@@ -107,21 +93,21 @@ def _delegates(optimizer: Optimizer) -> bool:
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     # torch passes the optimizer itself as the first positional argument.
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    held = list(_held(optimizer))
-    gains = [] if _delegates(optimizer) else _gains(held)
-    for one in gains:
-        one.layer.serve(one.adapter)
-    paced = [one for one in gains if one.layer.configs[one.adapter].gain_lr_ratio != 1]
-    _stepping[optimizer] = _Step(held, gains, [(one, one.parameter.detach().clone()) for one in paced])
+    held = _stepping[optimizer] = list(_held(optimizer))
+    for one in held if not _delegates(optimizer) else ():
+        if one.gains is not None:
+            one.weights = own_part(one.layer.budget(one.adapter), one.gains)
+            one.before = one.gains.detach().clone() if one.config.gain_lr_ratio != 1 else None
+            one.layer.serve(one.adapter)
     if closure is None:
-        _add_budget_gradients(gains, optimizer)
+        _add_budget_gradients(held, optimizer)
         return None
 
     def with_budget(closure: Callable[[], Any] = closure) -> Any:
         """Re-evaluate the loss, then add the budget to it and to the fresh gradients."""
         loss = closure()
-        _add_budget_gradients(gains, optimizer)
-        return loss + _budget(gains) if isinstance(loss, (Tensor, float)) else loss
+        _add_budget_gradients(held, optimizer)
+        return loss + _budget(held) if isinstance(loss, (Tensor, float)) else loss
 
     if "closure" in kwargs:
         return args, {**kwargs, "closure": with_budget}
@@ -129,58 +115,51 @@ def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple
 
 
 @torch.no_grad()
-def _add_budget_gradients(gains: list[_Gains], optimizer: Optimizer) -> None:
+def _add_budget_gradients(held: list[_Held], optimizer: Optimizer) -> None:
     # An AMP scaler sets `grad_scale` on optimizers that unscale gradients themselves.
     scale = getattr(optimizer, "grad_scale", None)
-    for one in gains:
-        grad: Any = one.parameter.grad
+    for one in held:
         # Not twice to one gradient: a step that failed may be tried again.
-        if one.pays("gradient") and getattr(grad, "hiplora_charged", None) != grad._version:
-            gradient = one.price * penalty_gradient(one.parameter, one.weights)
+        if one.pays("gradient") and getattr(grad := one.gains.grad, "hiplora_charged", None) != grad._version:
+            gradient = one.price * penalty_gradient(one.gains, one.weights)
             grad.add_(gradient if scale is None else gradient * scale)
             grad.hiplora_charged = grad._version
 
 
 @torch.no_grad()
-def _budget(gains: list[_Gains]) -> Tensor | float:
+def _budget(held: list[_Held]) -> Tensor | float:
     """Return λ·ΣR(δ): a line search compares values of the loss whose gradient it is given."""
-    terms = [one.price * one.layer.stability_penalty(one.adapter) for one in gains if one.pays("gradient")]
+    terms = [one.price * one.layer.stability_penalty(one.adapter) for one in held if one.pays("gradient")]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else 0.0
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    step: _Step = _stepping.pop(optimizer, _Step([], [], []))
-    for one, before in step.before:
-        ratio = one.layer.configs[one.adapter].gain_lr_ratio
-        one.parameter.copy_(before + ratio * (one.parameter - before))
+    held = _stepping.pop(optimizer, [])
+    for one in held:
+        if one.before is not None:
+            one.gains.copy_(one.before + one.config.gain_lr_ratio * (one.gains - one.before))
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
     skipped = getattr(optimizer, "found_inf", None)
-    for one in step.gains:
+    for one in held:
         if one.pays("proximal") and not (skipped is not None and skipped.item()):
-            _shrink(one)
-    residual = [held for held in step.held if held.parameters.keys() - {"hiplora_delta"}]
+            step = float(one.group.get("lr", 0.0)) * one.config.gain_lr_ratio * one.config.stability_weight
+            one.gains.copy_(proximal_step(one.gains, one.weights, step))
+    residual = [one for one in held if one.parameters.keys() - {"hiplora_delta"}]
     if residual:
         # A trainer may have switched on TF32 or autocast, which would leave a leak of a thousandth.
         with full_precision(next(iter(residual[0].parameters.values())).device):
-            for held in residual:
-                held.layer.retract_(held.adapter)
-                _retract_iterates(held, optimizer)
-    _check_finite(step.held)
-
-
-def _shrink(gains: _Gains) -> None:
-    """Take the proximal step of λ·R(δ) at the gains' learning rate."""
-    config = gains.layer.configs[gains.adapter]
-    step = float(gains.group.get("lr", 0.0)) * config.gain_lr_ratio * config.stability_weight
-    gains.parameter.copy_(proximal_step(gains.parameter, gains.weights, step))
+            for one in residual:
+                one.layer.retract_(one.adapter)
+                _retract_iterates(one, optimizer)
+    _check_finite(held)
 
 
 def _retract_iterates(held: _Held, optimizer: Optimizer) -> None:
     """Retract what a schedule-free optimizer averages with the parameters: the average then lies in the complement."""
     A, B = held.layer.hiplora_A.parameter(held.adapter), held.layer.hiplora_B.parameter(held.adapter)
     iterates = [optimizer.state.get(parameter, {}).get(_ITERATE) for parameter in (A, B)]
-    if is_sharded(A) or not held.layer.configs[held.adapter].is_closed or all(one is None for one in iterates):
+    if is_sharded(A) or not held.config.is_closed or all(one is None for one in iterates):
         return
     points = (parameter if one is None else one for parameter, one in zip((A, B), iterates, strict=True))
     for iterate, value in zip(iterates, held.layer.retracted(held.adapter, *points), strict=True):

@@ -211,15 +211,14 @@ def measure_inputs(
     collector = MomentCollector(model, modules)
     with collector.watching():
         run()
-    found: dict[tuple[str, int], MomentBasis] = {}
+    found: dict[tuple[str, int | None], MomentBasis] = {}
     bases: Bases = {}
     for name in modules:
-        leader = collector.leader.get(name) or shared_space(name, "input") or name
-        k = trailing[name] if trailing else 0
-        if (leader, k) not in found:
-            moment = _moment(collector.moments, leader, linear_target(model.get_submodule(name), name).shape[1])
-            found[leader, k] = moment.trailing(k, name) if trailing else moment.eigen(name)
-        bases[name] = found[leader, k]
+        space, k = collector.leader.get(name) or shared_space(name, "input") or name, trailing and trailing[name]
+        if (space, k) not in found:
+            moment = _moment(collector.moments, space, linear_target(model.get_submodule(name), name).shape[1])
+            found[space, k] = moment.eigen(name) if k is None else moment.trailing(k, name)
+        bases[name] = found[space, k]
     return bases
 
 
@@ -241,14 +240,12 @@ def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[]
 
 def score(logits: Tensor, row: int) -> Tensor:
     """Return `p − e_y`, the gradient of −log p(y) in the logits (tokens, vocabulary), for y drawn from p."""
+    generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
     if logits.shape[-1] == 1:  # one number, not a choice: of a unit-variance Gaussian around it
-        generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
         return torch.randn(logits.shape, generator=generator).to(logits)
     probabilities = logits.float().softmax(-1)
-    generator = torch.Generator().manual_seed(0x9E3779B1 * (row + 1) % 2**32)
     uniform = torch.rand(len(logits), generator=generator).double()[:, None].to(logits.device)
-    drawn = torch.searchsorted(probabilities.double().cumsum(-1), uniform)
-    drawn.clamp_(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(probabilities.double().cumsum(-1), uniform).clamp_(max=logits.shape[-1] - 1)
     return probabilities.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=probabilities.dtype))
 
 

@@ -107,21 +107,15 @@ class CalibrationText:
         else:
             _run(self._model, self.rows, self._batch_size, "inputs")
 
-    def inputs(self, modules: Sequence[str]) -> Bases:
-        """Measure the inputs of some layers."""
+    def inputs(self, modules: Iterable[str], trailing: Mapping[str, int] | None = None) -> Bases:
+        """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
         bases: Bases = {}
-        for names in self._grouped(modules):
-            measure = functools.partial(measure_inputs, self._model, names, self.run)
-            bases |= self._stored(["moments", self.key, names], measure)
-        return bases
-
-    def trailing(self, ranks: Mapping[str, int]) -> Bases:
-        """Measure the directions in which the inputs of some layers have least energy, k of each."""
-        bases: Bases = {}
-        for names in self._grouped(ranks):
-            group = {name: ranks[name] for name in names}
-            measure = functools.partial(measure_inputs, self._model, names, self.run, group)
-            bases |= self._stored(["trailing", self.key, list(group.items())], measure)
+        targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
+        for group in memory_groups(targets, "input", self._max_bytes):
+            names = [target.name for target in group]
+            ranks = {name: trailing[name] for name in names} if trailing else None
+            key = ["moments", self.key, names] if ranks is None else ["trailing", self.key, list(ranks.items())]
+            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, self.run, ranks))
         return bases
 
     def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
@@ -132,11 +126,6 @@ class CalibrationText:
         run = self._run_model or functools.partial(_run, self._model, rows, few, "gradients")
         measure = functools.partial(measure_outputs, self._model, ranks, run, limit)
         return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
-
-    def _grouped(self, modules: Iterable[str]) -> Iterator[list[str]]:
-        targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
-        for group in memory_groups(targets, "input", self._max_bytes):
-            yield [target.name for target in group]
 
     def _stored(self, key: list[Any], measure: Callable[[], Bases]) -> Bases:
         """Return the stored measurement, or measure and store it; a basis that layers share is stored once."""

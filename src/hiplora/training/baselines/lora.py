@@ -104,7 +104,7 @@ class CordaMethod(ResidualInit, FromInputs):
         begin = super().prepare(config, model, tokenizer)
         if config.target_modules == "all-linear":  # PEFT's preprocessing takes it for a regular expression
             config.target_modules = list(layer_ranks(config, model))
-        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, 1, 0, None)
+        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, batch_size=1)
         with base_only(model):
             preprocess_corda(model, config, text.run)
         return begin
@@ -140,10 +140,10 @@ class LoraNullMethod(ResidualInit, FromInputs):
     def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
         """Measure the inputs; return the factors of W N Nᵀ."""
         from hiplora.spectral import projected_factors
-        from hiplora.tuner import trailing_inputs
+        from hiplora.tuner import CalibrationText
 
-        rows = self.calibration_rows(tokenizer)
-        least = trailing_inputs(model, ranks, rows=rows, tokens=self.calibration_tokens)
+        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens)
+        least = text.inputs(ranks, trailing=ranks)
         return _scaled(lambda name, weight: projected_factors(weight, least[name].vectors))
 
 
