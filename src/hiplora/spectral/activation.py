@@ -1,7 +1,8 @@
-"""The activation basis: second moments of a layer's inputs and output gradients, and the factors made from them."""
+"""The activation basis: second moments of a layer's inputs and output gradients, factors made from them, and unions."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy
 import scipy.linalg
@@ -15,6 +16,7 @@ from hiplora.spectral.rank import rank_for_energy
 from hiplora.spectral.svd import as_matrix, certify
 
 _CHUNK = 4096  # tokens that are held in float64 at a time
+_INSIDE = 1e-4  # of a unit vector: what lies outside a subspace by less than this counts as inside
 MAX_VECTORS = 2048  # leading eigenvectors kept of a wide input
 
 
@@ -168,8 +170,7 @@ def activation_factors(
             U = torch.linalg.svd(wide @ V, full_matrices=False).U
         else:
             U = outputs.vectors[:, :k].to(wide)
-        P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
-        factors = certify(matrix, Triplets(U @ P, sigma, V @ Qt.T), "eigen")
+        factors = _diagonal(matrix, U, V, "eigen")
         shrink_U = _shrink(outputs, factors.U) if sides != "input" and outputs is not None else None
         shrink_V = _shrink(inputs, factors.V) if sides != "output" else None
     return dataclasses.replace(
@@ -179,6 +180,46 @@ def activation_factors(
         shrink_U=shrink_U,
         shrink_V=shrink_V,
     )
+
+
+def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n k"]:
+    """Return an orthonormal basis of the sum of subspaces, given by orthonormal bases; at most `rank` directions.
+
+    The first basis comes whole, then of each further one the directions that lie furthest outside what is there.
+    """
+    with full_precision(bases[0].device):
+        found = bases[0].to(widest(bases[0].device))
+        for basis in bases[1:]:
+            outside = basis.to(found) - found @ (found.T @ basis.to(found))
+            directions, lengths, _ = torch.linalg.svd(outside, full_matrices=False)
+            found = torch.cat([found, directions[:, lengths > _INSIDE]], dim=1)
+        return torch.linalg.qr(found[:, :rank]).Q.to(bases[0])
+
+
+def united_factors(
+    weight: Float[Tensor, "m n"],
+    before: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]],
+    later: SpectralFactors,
+) -> SpectralFactors:
+    """Return the factors of a weight that protect the directions (U, V) of `before` and those of `later`.
+
+    Both sides get as many directions, at most half of min(m, n), so that a complement to learn in is left. `UᵀWV` is
+    diagonal as in `activation_factors`.
+    """
+    most = max(later.rank, before[0].shape[1], min(weight.shape) // 2)
+    U, V = (unite([old, new.to(old)], most) for old, new in zip(before, (later.U, later.V), strict=True))
+    k = min(U.shape[1], V.shape[1])
+    with full_precision(weight.device):
+        factors = _diagonal(weight, U[:, :k], V[:, :k], "union")
+    return dataclasses.replace(factors, basis=later.basis, fingerprint=weight_fingerprint(weight))
+
+
+def _diagonal(weight: Float[Tensor, "m n"], U: Tensor, V: Tensor, method: str) -> SpectralFactors:
+    """Return orthonormal U (m, k) and V (n, k), rotated inside their subspaces so that `UᵀWV` is diagonal."""
+    wide = weight.to(widest(weight.device))
+    U, V = U.to(wide), V.to(wide)
+    P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
+    return certify(weight, Triplets(U @ P, sigma, V @ Qt.T), method)
 
 
 def _shrink(moment: MomentBasis, directions: Float[Tensor, "n k"]) -> Float[Tensor, "k k"]:

@@ -32,7 +32,7 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
     """
     from peft import PeftModel, get_peft_model
 
-    from hiplora.spectral.union import united_factors
+    from hiplora.spectral.activation import united_factors
     from hiplora.tuner import calibrate
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder))

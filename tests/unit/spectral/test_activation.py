@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from hiplora.errors import FactorError
-from hiplora.spectral import (
-    MomentBasis,
-    SecondMoment,
-    activation_factors,
-    factor_mismatch,
-    leak,
-    protected,
-    retract,
-    truncated_svd,
-)
+from hiplora.spectral import MomentBasis, SecondMoment, activation_factors, factor_mismatch, truncated_svd
+from hiplora.spectral.activation import unite, united_factors
 from tests import reference
 
 
@@ -71,17 +63,15 @@ def test_eigenvalues_energy_and_ranks_by_hand():
     assert (empty.energy(2), empty.effective_rank, empty.rank_for(0.9)) == (0.0, 0.0, 1)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_inputs_that_are_not_finite_name_the_layer(bad):
+@pytest.mark.parametrize(
+    ("seen", "why"),
+    [([[1.0, math.nan, 0.0]], "its inputs have NaN"), ([[math.inf] * 3], "its inputs have NaN"), ([], "no token")],
+)
+def test_inputs_that_are_not_finite_or_missing_name_the_layer(seen, why):
     moment = SecondMoment(3)
-    moment.add(torch.tensor([[1.0, bad, 0.0]]))
-    with pytest.raises(FactorError, match=r"layer mlp\.up: its inputs have NaN or Inf"):
+    moment.add(torch.tensor(seen).reshape(-1, 3))
+    with pytest.raises(FactorError, match=rf"layer mlp\.up: {why}"):
         moment.eigen("mlp.up")
-
-
-def test_a_layer_that_saw_nothing_is_named():
-    with pytest.raises(FactorError, match="layer mlp: no token reached it"):
-        SecondMoment(3).eigen("mlp")
 
 
 @pytest.mark.parametrize("sides", ["input", "both", "output"])
@@ -111,18 +101,6 @@ def test_on_the_input_side_each_direction_has_its_image():
     torch.testing.assert_close(weight @ factors.V, factors.U * factors.sigma, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sides", "free"), [("input", "B"), ("output", "A"), ("both", "")])
-def test_a_free_side_is_left_alone_and_does_not_leak(sides, free):
-    factors = activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs_of(16, 4))
-    A, B = torch.randn(3, 24), torch.randn(16, 3)
-    bases = protected(factors.U, factors.V, sides)
-    kept_A, kept_B = retract(A, B, *bases)
-    assert torch.equal(kept_A, A) == (free == "A")
-    assert torch.equal(kept_B, B) == (free == "B")
-    assert leak(A, B, *bases) > 0.1
-    assert leak(kept_A, kept_B, *bases) < 1e-6
-
-
 @pytest.mark.parametrize(
     ("weight", "k", "why"),
     [
@@ -144,6 +122,12 @@ def test_what_does_not_fit_is_an_error_that_names_the_layer(weight, k, why):
 def test_the_output_side_needs_as_many_directions_of_this_layers_outputs(outputs, given):
     with pytest.raises(FactorError, match=f"layer here: principal_rank 4 .* 16 outputs, .* has {given}"):
         activation_factors(weight_of(), basis_of(inputs_of()), 4, "both", outputs, name="here")
+
+
+def test_only_so_many_directions_as_were_kept():
+    kept = basis_of(inputs_of())
+    with pytest.raises(FactorError, match="has 3 of 24 numbers"):
+        activation_factors(weight_of(), MomentBasis(kept.values, kept.vectors[:, :3], kept.tokens), 4)
 
 
 def test_the_leading_eigenvectors_alone_are_those_of_all():
@@ -173,13 +157,6 @@ def test_the_soft_filter_of_the_factors_is_that_of_the_moments(sides):
             torch.testing.assert_close(directions @ shrink @ directions.T, expected, rtol=0, atol=1e-5)
 
 
-def test_only_so_many_directions_as_were_kept():
-    kept = basis_of(inputs_of())
-    fewer = MomentBasis(kept.values, kept.vectors[:, :3].contiguous(), kept.tokens)
-    with pytest.raises(FactorError, match="has 3 of 24 numbers"):
-        activation_factors(weight_of(), fewer, 4)
-
-
 def test_a_weight_that_is_all_zero_still_gets_a_basis():
     factors = activation_factors(torch.zeros(16, 24), basis_of(inputs_of()), 4)
     assert factors.orthogonality < 5e-6
@@ -197,3 +174,29 @@ def test_factors_fit_their_weight_also_when_it_was_rounded_and_no_other(basis):
     assert factor_mismatch(weight, *parts) < 1e-5
     assert factor_mismatch(weight + 0.02 * torch.randn(16, 24), *parts) < 0.1
     assert factor_mismatch(weight_of(seed=9), *parts) > 0.3
+
+
+def orthonormal(n, k, seed):
+    return torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(seed))).Q
+
+
+def outside(basis, directions):
+    return (directions - basis @ (basis.T @ directions)).norm()
+
+
+def test_a_union_spans_all_bases_with_the_first_one_first_and_nothing_twice():
+    first, second = orthonormal(12, 3, 0), orthonormal(12, 4, 1)
+    found = unite([first, second], 12)
+    torch.testing.assert_close(found.T @ found, torch.eye(7), atol=1e-6, rtol=0)
+    assert max(outside(found, one) for one in (first, second)) < 1e-5
+    assert outside(unite([first, second], 4)[:, :3], first) < 1e-5
+    assert unite([first, first @ orthonormal(3, 3, 2)], 12).shape == (12, 3)
+
+
+@pytest.mark.parametrize(("before", "k"), [(4, 7), (9, 10)])
+def test_united_factors_protect_both_sides_and_are_diagonal(before, k):
+    weight, U, V = weight_of(20, 24), orthonormal(20, before, 4), orthonormal(24, before, 5)
+    found = united_factors(weight, (U, V), truncated_svd(weight, 3))
+    assert found.rank == k  # at most half of the smaller side
+    torch.testing.assert_close(found.U.T @ weight @ found.V, found.sigma.diag(), atol=1e-4, rtol=0)
+    assert max(outside(found.U, U), outside(found.V, V)) < 1e-4

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hiplora.spectral import krylov
-from hiplora.spectral.krylov import _extend, block_krylov, block_size
+from hiplora.spectral.krylov import _extend, block_krylov
 from tests.unit.spectral.matrices import gaussian, power_law
 
 
@@ -60,8 +60,3 @@ def test_a_tighter_tolerance_takes_more_products_and_a_looser_one_fewer(monkeypa
             block_krylov(gaussian(300, 200), 8, tol, generator())
         counts.append(len(products))
     assert counts[0] < counts[1] < counts[2]
-
-
-@pytest.mark.parametrize("k", [1, 12, 13, 200])
-def test_the_block_is_wider_than_what_is_wanted(k):
-    assert block_size(k) >= max(16, k + 4)

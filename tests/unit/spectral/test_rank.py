@@ -5,56 +5,31 @@ import torch
 
 from hiplora.spectral import is_rank, parse_rank, resolve_rank, squared_singular_values
 
-SPECTRUM = torch.tensor([6.0, 2.0, 1.0, 1.0])
-
-
-def resolved(spec, shape=(4, 9)):
-    return resolve_rank(spec, shape, lambda: SPECTRUM)
-
 
 @pytest.mark.parametrize(
-    ("spec", "k"),
+    ("spec", "shape", "k"),
     [
-        (3, 3),
-        (50, 50),
-        (0.5, 2),
-        (0.01, 1),
-        (0.99, 4),
-        ("energy:0.6", 1),
-        ("energy:0.61", 2),
-        ("energy:0.9", 3),
+        (3, (4, 9), 3),
+        (50, (4, 9), 50),
+        (0.5, (4, 9), 2),
+        (0.01, (4, 9), 1),
+        (0.9, (2, 9), 2),
+        ("energy:0.6", (8, 9), 1),
+        ("energy:0.61", (8, 9), 2),
+        ("energy:0.9", (8, 9), 3),
+        ("energy:0.99", (4, 9), 2),  # half of them, so that a complement is left
+        ("energy:0.99", (1, 9), 1),
     ],
 )
-def test_a_rank_by_hand(spec, k):
-    assert resolved(spec, (8, 9) if isinstance(spec, str) else (4, 9)) == k
+def test_a_rank_by_hand(spec, shape, k):
+    spectrum = torch.tensor([6.0, 2.0, 1.0, 1.0])
+    assert resolve_rank(spec, shape, (lambda: spectrum) if isinstance(spec, str) else pytest.fail) == k
+    assert resolve_rank("energy:0.9", shape, lambda: torch.zeros(4)) == 1
 
 
-def test_no_more_directions_than_the_smaller_side_has():
-    assert resolved(0.9, (2, 9)) == 2
-
-
-def test_a_share_of_the_energy_leaves_half_of_the_directions_to_learn_in():
-    assert resolved("energy:0.99", (4, 9)) == 2
-    assert resolved("energy:0.99", (1, 9)) == 1
-
-
-def test_a_number_needs_no_spectrum():
-    assert resolve_rank(3, (4, 4), lambda: pytest.fail("asked for")) == 3
-    assert resolve_rank(0.5, (4, 4), lambda: pytest.fail("asked for")) == 2
-
-
-def test_nothing_but_zeros_has_one_direction():
-    assert resolve_rank("energy:0.9", (4, 4), lambda: torch.zeros(4)) == 1
-
-
-@pytest.mark.parametrize("spec", [1, 0.5, "energy:0.95"])
-def test_what_is_a_rank(spec):
-    assert is_rank(spec)
-
-
-@pytest.mark.parametrize("spec", [0, -1, True, 0.0, 1.0, 1.5, float("nan"), "energy:0", "energy:1", "32", "", None])
-def test_what_is_none(spec):
-    assert not is_rank(spec)
+def test_what_is_a_rank_and_what_is_none():
+    assert all(map(is_rank, [1, 0.5, "energy:0.95"]))
+    assert not any(map(is_rank, [0, -1, True, 0.0, 1.0, float("nan"), "energy:0", "energy:1", "32", "", None]))
 
 
 @pytest.mark.parametrize(("text", "spec"), [("32", 32), ("0.25", 0.25), ("energy:0.9", "energy:0.9"), ("x", "x")])

@@ -6,7 +6,7 @@ import torch
 from hiplora.errors import ConfigError, FactorError
 from hiplora.spectral import krylov, minor_svd_factors, projected_factors, truncated_svd, weight_fingerprint
 from hiplora.spectral.factors import Triplets
-from hiplora.spectral.svd import full_svd, gram_svd
+from hiplora.spectral.svd import gram_svd
 from tests import reference
 from tests.unit.spectral.matrices import gaussian, power_law, with_spectrum
 
@@ -65,12 +65,6 @@ def test_weights_too_small_for_the_iteration_are_factored_exactly(shape, method)
     assert factors.method == "exact"
 
 
-def test_a_tight_tolerance_is_met_by_the_exact_method():
-    factors = truncated_svd(gaussian(*LARGE), 8, tol=1e-6)
-    assert factors.method == "exact"
-    assert_right(gaussian(*LARGE), factors, tol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_floating_dtype_gives_the_factors_of_its_float32_values(dtype):
     weight = power_law(*LARGE).to(dtype)
@@ -94,19 +88,13 @@ def test_a_transposed_view_is_the_matrix_that_it_shows(shape):
 
 
 @pytest.mark.parametrize("method", ["auto", "exact"])
-def test_equal_weights_give_equal_bits(method):
+def test_equal_weights_give_equal_bits_and_one_sign(method):
     torch.manual_seed(1)
     one = truncated_svd(gaussian(*LARGE), 8, method=method)
     torch.manual_seed(2)
     other = truncated_svd(gaussian(*LARGE), 8, method=method)
-    for key in ("U", "sigma", "V"):
-        assert torch.equal(getattr(one, key), getattr(other, key))
-
-
-def test_the_largest_entry_of_each_left_vector_is_positive():
-    for method in ("exact", "krylov"):
-        U = truncated_svd(gaussian(*LARGE), 8, method=method).U
-        assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+    assert all(torch.equal(getattr(one, key), getattr(other, key)) for key in ("U", "sigma", "V"))
+    assert (one.U.gather(0, one.U.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize("method", ["auto", "exact", "krylov"])
@@ -118,46 +106,31 @@ def test_an_all_zero_weight_has_zero_gains_and_orthonormal_vectors(method):
     assert reference.orthogonality(factors) == 0
 
 
-def test_the_callers_random_state_and_weight_are_left_alone():
+def test_the_callers_random_state_default_device_and_weight_are_left_alone():
     weight = gaussian(*LARGE).requires_grad_()
     before, state = weight.detach().clone(), torch.random.get_rng_state()
-    factors = truncated_svd(weight, 8)
+    with torch.device("meta"):
+        factors = truncated_svd(weight, 8)
+    assert_right(before, factors)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(weight, before)
     assert not factors.U.requires_grad
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_inf_are_refused_by_name(bad, dtype):
-    weight = gaussian(6, 5).to(dtype)
-    weight[2, 3] = bad
-    with pytest.raises(FactorError, match=r"layer model\.q_proj: the weight has NaN or Inf"):
-        truncated_svd(weight, 2, name="model.q_proj")
-
-
 @pytest.mark.parametrize(
     ("weight", "k", "message"),
     [
-        (
-            gaussian(192, 576),
-            256,
-            r"layer q: principal_rank 256 exceeds min\(out, in\) = 192; lower it or set principal_rank_pattern",
-        ),
+        (gaussian(19, 57), 25, r"layer q: principal_rank 25 exceeds min\(out, in\) = 19; .*principal_rank_pattern"),
         (gaussian(6, 5), 0, "layer q: principal_rank 0 is below 1"),
-        (gaussian(6, 5), -1, "layer q: principal_rank -1 is below 1"),
-        (torch.ones(5), 1, r"layer q: expected a matrix \(out, in\), got shape \(5,\)"),
-        (torch.ones(2, 3, 4), 1, r"layer q: expected a matrix .* \(2, 3, 4\)"),
+        (gaussian(6, 5).index_fill(0, torch.tensor(2), math.nan), 2, "layer q: the weight has NaN or Inf"),
+        (gaussian(6, 5).bfloat16().index_fill(0, torch.tensor(2), -math.inf), 2, "layer q: the weight has NaN or Inf"),
+        (torch.ones(2, 3, 4), 1, r"layer q: expected a matrix \(out, in\), got shape \(2, 3, 4\)"),
         (torch.ones(0, 4), 1, r"layer q: expected a matrix .* \(0, 4\)"),
         (torch.ones(4, 4, dtype=torch.uint8), 1, "layer q: dtype torch.uint8 .* dequantise"),
         (torch.ones(4, 4, dtype=torch.complex64), 1, "layer q: dtype torch.complex64"),
         (torch.ones(4, 4, device="meta"), 1, "layer q: .* meta device"),
         (torch.full((4, 4), 3e38), 1, "layer q: the .* decomposition reached a residual of nan"),
-        (
-            torch.full((4, 4), 1e39, dtype=torch.float64),
-            1,
-            "layer q: the weight has NaN or Inf in float32",
-        ),
+        (torch.full((4, 4), 1e39, dtype=torch.float64), 1, "layer q: the weight has NaN or Inf in float32"),
     ],
 )
 def test_what_cannot_be_factored_is_named_with_the_way_out(weight, k, message):
@@ -165,32 +138,27 @@ def test_what_cannot_be_factored_is_named_with_the_way_out(weight, k, message):
         truncated_svd(weight, k, name="q")
 
 
-@pytest.mark.parametrize("tol", [0.0, -1e-3, math.nan])
-def test_a_tolerance_must_be_positive(tol):
-    with pytest.raises(ConfigError, match="svd_tolerance"):
-        truncated_svd(gaussian(6, 5), 2, tol=tol)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"tol": 0.0}, "svd_tolerance"),
+        ({"tol": math.nan}, "svd_tolerance"),
+        ({"method": "lanczos"}, "auto, exact, kr"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(option, message):
+    with pytest.raises(ConfigError, match=message):
+        truncated_svd(gaussian(6, 5), 2, **option)
 
 
-def test_an_unknown_method_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"'lanczos'.*auto, exact, krylov"):
-        truncated_svd(gaussian(6, 5), 2, method="lanczos")
-
-
-def test_auto_falls_back_to_the_exact_method_where_the_iteration_misses_the_tolerance(monkeypatch):
+def test_where_the_iteration_misses_the_tolerance_auto_goes_on_exactly_and_the_iteration_alone_fails(monkeypatch):
     monkeypatch.setattr(krylov, "_MAX_PRODUCTS", 2)
     factors = truncated_svd(gaussian(*LARGE), 8)
     assert factors.method == "exact"
     assert_right(gaussian(*LARGE), factors)
-
-
-def test_the_iteration_alone_fails_loudly_where_it_misses_the_tolerance(monkeypatch):
-    monkeypatch.setattr(krylov, "_MAX_PRODUCTS", 2)
     with pytest.raises(FactorError, match=r"layer q: the krylov decomposition reached a residual of .*svd_tol"):
         truncated_svd(gaussian(*LARGE), 8, method="krylov", name="q")
-
-
-def test_a_tolerance_that_float32_cannot_hold_fails_loudly():
-    with pytest.raises(FactorError, match="exact decomposition reached a residual"):
+    with pytest.raises(FactorError, match="exact decomposition reached a residual"):  # more than float32 holds
         truncated_svd(gaussian(60, 50), 8, tol=1e-12)
 
 
@@ -215,15 +183,6 @@ def test_autocast_and_low_precision_products_do_not_reach_the_decomposition():
     assert torch.equal(factors.U, expected.U)
 
 
-def test_a_default_device_of_the_caller_does_not_matter():
-    weight = power_law(*LARGE)
-    with torch.device("meta"):
-        factors = truncated_svd(weight, 8)
-        zero = truncated_svd(torch.zeros(6, 5, device="cpu"), 2)
-    assert_right(weight, factors)
-    assert not zero.U.is_meta
-
-
 def test_memory_stays_bounded_and_restarts_converge(monkeypatch):
     widths = []
     grow = krylov._grow
@@ -242,30 +201,6 @@ def test_real_attention_weights_are_certified_and_agree_with_lapack(smollm2):
         for kind in ("q_proj", "k_proj", "o_proj"):
             weight = file.get_tensor(f"model.layers.7.self_attn.{kind}.weight")
             assert_right(weight, truncated_svd(weight, 32))
-
-
-WEIGHTS = {
-    "tall": power_law(90, 40),
-    "wide": power_law(40, 90),
-    "square": gaussian(50, 50),
-    "rank below k": with_spectrum([3.0, 2.0], 40, 50),
-    "steep": with_spectrum([10.0**-i for i in range(20)], 60, 50),
-    "diagonal": torch.diag(torch.arange(30.0)),
-}
-
-
-@pytest.mark.parametrize("method", [gram_svd, full_svd])
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_triplets_satisfy_their_definition_in_float64(name, method):
-    weight, k = WEIGHTS[name], 10
-    U, sigma, V = method(weight, k)
-    W = weight.double()
-    limit = 1e-7 * sigma[0]
-    assert (W @ V - U * sigma).norm(dim=0).max() < limit
-    assert (W.T @ U - V * sigma).norm(dim=0).max() < limit
-    for basis in (U, V):
-        torch.testing.assert_close(basis.T @ basis, torch.eye(k).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(sigma, reference.dense_svd(weight, k)[1], rtol=0, atol=limit.item())
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)])
