@@ -121,23 +121,16 @@ def test_the_input_side_alone_needs_no_gradients(tiny):
     assert len(found.factors) == ATTENTION
 
 
-def test_batch_size_changes_nothing_but_rounding(tiny, tmp_path):
-    one = calibrated(tiny.make(), tmp_path / "1", batch_size=1)
-    assert_equal_factors(one, calibrated(tiny.make(), tmp_path / "12", batch_size=12))
-    assert one.tokens == 480
-
-
-def test_rows_of_different_lengths_are_padded_and_padding_does_not_count(tiny, tmp_path):
-    ragged = [row[: 20 + index] for index, row in enumerate(rows())]
-    together = calibrated(tiny.make(), tmp_path / "a", rows=ragged, batch_size=12)
-    alone = calibrated(tiny.make(), tmp_path / "b", rows=ragged, batch_size=1)
-    assert together.tokens == alone.tokens == sum(map(len, ragged))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_batches_padding_and_groups_of_layers_change_nothing_but_rounding(tiny, tmp_path, ragged):
+    data = [row[: 20 + index] for index, row in enumerate(rows())] if ragged else rows()
+    alone = calibrated(tiny.make(), tmp_path / "1", rows=data, batch_size=1)
+    assert alone.tokens == sum(map(len, data))
+    together = calibrated(tiny.make(), tmp_path / "12", rows=data, batch_size=12)
+    assert together.tokens == alone.tokens
     assert_equal_factors(together, alone)
-
-
-def test_groups_of_layers_change_nothing(tiny, tmp_path):
-    whole = calibrated(tiny.make(), tmp_path / "a")
-    assert_equal_factors(whole, calibrated(tiny.make(), tmp_path / "b", max_bytes=8 * 64 * 64 * 3), 1e-6)
+    grouped = calibrated(tiny.make(), tmp_path / "b", rows=data, batch_size=12, max_bytes=8 * 64 * 64 * 3)
+    assert_equal_factors(together, grouped, 1e-6)
 
 
 def test_run_model_measures_the_users_own_loop(tiny, tmp_path):

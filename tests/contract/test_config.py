@@ -85,19 +85,11 @@ EFFECTS = {
     "principal_rank": lambda t, i: layer(t.adapted(principal_rank=3)).hiplora_U["default"].shape[1] == 3,
     "stability_weight": lambda t, i: differs(t, i, {"stability_weight": 0.0}, {"stability_weight": 50.0}),
     "stability_gamma": lambda t, i: differs(
-        t,
-        i,
-        {"stability_weight": 50.0, "stability_gamma": 0.0},
-        {"stability_weight": 50.0, "stability_gamma": 4.0},
+        t, i, *({"stability_weight": 50.0, "stability_gamma": gamma} for gamma in (0.0, 4.0))
     ),
     "stability_mode": lambda t, i: all(
-        differs(
-            t,
-            i,
-            {"stability_weight": 50.0, "stability_mode": a},
-            {"stability_weight": 50.0, "stability_mode": b},
-        )
-        for a, b in [("gradient", "none"), ("proximal", "none"), ("gradient", "proximal")]
+        differs(t, i, *({"stability_weight": 50.0, "stability_mode": mode} for mode in pair))
+        for pair in [("gradient", "none"), ("proximal", "none"), ("gradient", "proximal")]
     ),
     "gain_lr_ratio": lambda t, i: differs(t, i, {"gain_lr_ratio": 1.0}, {"gain_lr_ratio": 30.0}),
     "relative_gains": lambda t, i: differs(t, i, {}, {"relative_gains": True, "gain_lr_ratio": 30.0}),
@@ -221,24 +213,31 @@ def test_a_senseless_value_is_refused_by_name_and_value(field, value):
     assert repr(shown) in str(error.value)
 
 
-def test_contradictions_are_refused():
-    with pytest.raises(ConfigError, match="plain LoRA"):
-        HipLoraConfig(residual_projection=False, principal_channel=False)
-    with pytest.raises(ConfigError, match="layers_to_transform"):
-        HipLoraConfig(target_modules=".*q_proj", layers_to_transform=[0])
-    with pytest.raises(ConfigError, match="layers_pattern"):
-        HipLoraConfig(layers_pattern="layers")
-    with pytest.raises(ConfigError, match="no use with principal_channel=False"):
-        HipLoraConfig(principal_channel=False, gain_lr_ratio=3.0)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"residual_projection": False, "principal_channel": False}, "plain LoRA"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"principal_channel": False, "gain_lr_ratio": 3.0}, "no use with principal_channel=False"),
+    ],
+)
+def test_contradictions_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        HipLoraConfig(**fields)
 
 
-def test_too_many_directions_for_a_layer_are_refused_by_name_and_leave_the_base_alone(tiny, ids):
+def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_base_alone(tiny, ids):
     base = tiny.make()
     reference = logits(base, ids)
     with pytest.raises(FactorError, match=r"model\.layers\.0\.self_attn\.k_proj.*33.*32"):
         peft.get_peft_model(base, tiny.config(principal_rank=33, target_modules=["k_proj"]))
     assert torch.equal(logits(base, ids), reference)
     assert not any(isinstance(module, HipLoraLinear) for module in base.modules())
+    with torch.no_grad():
+        base.get_submodule(Q1).weight[3, 3] = float("nan")
+    with pytest.raises(FactorError, match=Q1.replace(".", r"\.")):
+        peft.get_peft_model(base, tiny.config())
 
 
 @pytest.mark.parametrize("k", [32, 0.99])
@@ -261,32 +260,16 @@ def test_a_failed_second_adapter_leaves_the_first_working(tiny, ids):
     assert all(list(one.hiplora_A) == ["default"] for _, one in hip_layers(model))
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "principal_rank_pattern"])
-def test_a_pattern_that_matches_nothing_is_refused(tiny, field):
-    with pytest.raises(ConfigError, match="gate_proj"):
-        tiny.adapted(**{field: {"gate_proj": 2}})
-
-
-def test_a_weight_with_nan_is_refused_by_name(tiny):
-    base = tiny.make()
-    with torch.no_grad():
-        base.get_submodule(Q1).weight[3, 3] = float("nan")
-    with pytest.raises(FactorError, match=Q1.replace(".", r"\.")):
-        peft.get_peft_model(base, tiny.config())
-
-
-def test_an_embedding_is_refused_with_the_way_out(tiny):
-    with pytest.raises(ConfigError, match=r"embed_tokens.*modules_to_save"):
-        tiny.adapted(target_modules=["embed_tokens"])
-
-
-def test_without_targets_the_papers_projections_are_adapted(tiny):
-    assert {name.rpartition(".")[2] for name in modules(tiny.adapted())} == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    }
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens.*modules_to_save"),
+        *(({f"{name}_pattern": {"gate_proj": 2}}, "gate_proj") for name in ("rank", "alpha", "principal_rank")),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(tiny, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.adapted(**changes)
 
 
 def test_all_linear_adapts_every_linear_layer_but_the_head(base):
@@ -296,20 +279,9 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(base):
 
 
 def test_a_model_without_usual_projections_asks_for_targets():
-    class Config(dict):
-        model_type = "odd"
-
-    class Odd(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blob = torch.nn.Linear(4, 4)
-            self.config = Config()
-
-        def forward(self, x):
-            return self.blob(x)
-
+    odd = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ConfigError, match="target_modules"):
-        peft.get_peft_model(Odd(), HipLoraConfig(r=2, principal_rank=2))
+        peft.get_peft_model(odd, HipLoraConfig(r=2, principal_rank=2))
 
 
 def test_a_given_field_wins_over_the_preset():
@@ -331,9 +303,8 @@ def test_a_config_saved_before_there_were_presets_keeps_its_meaning(old):
 
 
 def test_the_config_survives_saving(tiny, tmp_path):
-    config = tiny.adapted(rank_pattern={"q_proj": 2}, stability_gamma=0.5, task_type=TaskType.CAUSAL_LM).peft_config[
-        "default"
-    ]
+    changes = {"rank_pattern": {"q_proj": 2}, "stability_gamma": 0.5, "task_type": TaskType.CAUSAL_LM}
+    config = tiny.adapted(**changes).peft_config["default"]
     config.save_pretrained(tmp_path)
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, HipLoraConfig)
