@@ -155,7 +155,8 @@ def _field_default(field: dataclasses.Field) -> str:
 def recipes_page() -> str:
     """Return the page of training recipes, methods and study recipes."""
     from hiplora.study.recipe import StudyRecipe
-    from hiplora.training.methods import METHODS, LowRank
+    from hiplora.training.baselines import METHODS
+    from hiplora.training.method import LowRank
     from hiplora.training.recipe import TrainRecipe
 
     seen = {method.__name__ for method in METHODS.values()}

@@ -208,7 +208,7 @@ def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path):
 
 def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, first):
     given = first("lora")
-    with pytest.raises(ConfigError, match=r"holds what train\.start_from names"):
+    with pytest.raises(ConfigError, match=r"would delete train\.start_from"):
         train(recipe("lora", 1, given), given, overwrite=True)
 
 

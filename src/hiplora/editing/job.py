@@ -23,7 +23,8 @@ from hiplora.files import staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained
-from hiplora.training.methods import METHODS, Method
+from hiplora.training.baselines import METHODS
+from hiplora.training.method import Method
 
 ALPHAEDIT = "alphaedit"
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.

@@ -13,7 +13,7 @@ from hiplora.data.rows import is_hub_name
 from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
 from hiplora.study.protocols.settings import Seed
-from hiplora.training.methods import AnyMethod
+from hiplora.training.baselines import AnyMethod
 from hiplora.training.reading import described, put_over, read_yaml, refusal
 from hiplora.training.recipe import TrainSettings, expand_short_forms
 

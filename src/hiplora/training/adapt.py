@@ -8,9 +8,9 @@ from pydantic import TypeAdapter
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import parse_yaml
+from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
 from hiplora.training.method import ADAPTER, ATTENTION_PROJECTIONS, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
-from hiplora.training.methods import AnyMethod
 
 if TYPE_CHECKING:
     from peft import PeftModel

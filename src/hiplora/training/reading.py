@@ -18,7 +18,7 @@ from hiplora.data.rows import check_rows, is_hub_name, read_rows
 from hiplora.errors import ConfigError, DataError
 from hiplora.files import parse_yaml
 from hiplora.training.adapt import start_problem
-from hiplora.training.methods import METHODS
+from hiplora.training.baselines import METHODS
 from hiplora.training.recipe import DEFAULTS, TrainRecipe, TrainSettings, expand_short_forms
 
 # Our names → those of PEFT, transformers, TRL and axolotl.

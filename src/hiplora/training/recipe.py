@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hiplora.data.examples import Block, DataSettings, PathText
-from hiplora.training.methods import METHODS, AnyMethod
+from hiplora.training.baselines import METHODS, AnyMethod
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"template": "auto"},

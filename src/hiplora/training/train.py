@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
-from hiplora.files import write_atomic
+from hiplora.files import Inputs, write_atomic
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
-from hiplora.training.reading import model_problem
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes, push_to_hub
 from hiplora.training.sequences import count_steps, load_tokenizer, sequences
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 
     from hiplora.training.trainer import AdapterTrainer
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 FULL = 2**20  # bytes free below which a failed write needs no other explanation
 log = logging.getLogger("hiplora.training")
 
@@ -83,12 +81,12 @@ def train(
     from accelerate import PartialState
 
     recipe, run = _for_this_machine(recipe), RunFolder(Path(out), "recipe.yaml", CONFIG_FILE)
-    run.check(recipe.values(), resume=resume, overwrite=overwrite)
+    run.check(recipe.values(), resume=resume, overwrite=overwrite, inputs=_inputs(recipe))
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
     data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(load_tokenizer(recipe).chat_template))
-    sources = {**data.sources, **_start(recipe, run.path)}
+    sources = {**data.sources, **_start(recipe)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
@@ -136,8 +134,7 @@ def _run(
     if torch.cuda.is_available():
         model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
-    given, origin = settings.start_from and Path(settings.start_from), out / "checkpoints" / "start"
-    reference = None
+    given, reference = settings.start_from and Path(settings.start_from), None
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
     with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
@@ -147,9 +144,8 @@ def _run(
         if given and recipe.widens:
             adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
         else:
-            adapted = put_on(
-                method, model, tokenizer, seed=recipe.seed, start=origin, steps=steps, given=given or None
-            )
+            start = out / "checkpoints" / "start"
+            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, given=given or None)
     for note in notes if processes.is_main_process else ():
         log.warning("%s", note)
     session, record = method.session(adapted, len(rows)), Record(out, settings, description)
@@ -172,10 +168,9 @@ def _run(
         batches = method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation
         tokens = sum(map(len, rows["input_ids"]))
         passes = f"{steps} steps = {steps / batches:.1f} passes" if steps > batches else f"{steps} steps"
-        about = ""
         if processes.num_processes == 1:  # TRL's loss gathers from all processes
-            about = f", about {duration(tokens * steps / batches * trainer.seconds_per_token())}"
-        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}{about}")
+            passes += f", about {duration(tokens * steps / batches * trainer.seconds_per_token())}"
+        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}")
     with _stoppable(record):
         if last is not None:
             log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
@@ -259,8 +254,6 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     """Replace `dtype: auto` by what this machine has; refuse what cannot run here."""
     import torch
 
-    if problem := model_problem(recipe.model):
-        raise ConfigError(problem)
     processes, passes = int(os.environ.get("WORLD_SIZE", "1")), recipe.train.gradient_accumulation
     if passes % processes:
         raise ConfigError(
@@ -288,25 +281,24 @@ def torch_dtype(name: str) -> "torch.dtype":
     """Return torch's type for a recipe's `dtype`, which is not "auto"."""
     import torch
 
-    return getattr(torch, DTYPES[name])
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def _start(recipe: TrainRecipe, out: Path) -> dict[str, Any]:
-    """Check that `out` holds nothing that is read; return what the provenance keeps of a given adapter."""
-    text = getattr(recipe.method, "calibration_text", None)
-    data, train = recipe.data, recipe.train
-    given = {
+def _inputs(recipe: TrainRecipe) -> Inputs:
+    """Return what a recipe reads, by the fields that name it."""
+    return {
         "model": recipe.model,
-        "data.path": data.path,
-        "data.held_out": data.held_out,
-        "train.kl_text": train.kl_text,
-        "method.calibration_text": text,
-        "train.start_from": train.start_from,
-        **{f"data.mix {name}": name for name in data.mix},
+        "data.path": recipe.data.path,
+        "data.held_out": recipe.data.held_out,
+        "train.kl_text": recipe.train.kl_text,
+        "method.calibration_text": getattr(recipe.method, "calibration_text", None),
+        "train.start_from": recipe.train.start_from,
+        **{f"data.mix {name}": name for name in recipe.data.mix},
     }
-    for name, path in given.items():
-        if path is not None and out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise ConfigError(f"--out {out}: holds what {name} names, {path}; name another folder")
+
+
+def _start(recipe: TrainRecipe) -> dict[str, Any]:
+    """Check the adapter that a recipe starts from; return what the provenance keeps of it."""
     if recipe.train.start_from is None:
         return {}
     if problem := start_problem(recipe.method, recipe.train.start_from):

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from hiplora.data.encoding import IGNORED, encode_examples
+from hiplora.data.examples import load_data
+from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
@@ -20,7 +24,6 @@ from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ROW_LENGTH = 256  # tokens of a sampled row
 AT_ONCE = 20  # rows
 
 
@@ -52,8 +55,6 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
 
 def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Tensor]:
     """Return about `tokens` token ids that a model writes: half freely, half begun by a finished task's prompts."""
-    from hiplora.data.encoding import IGNORED, encode_examples
-    from hiplora.data.examples import load_data
     from hiplora.training.reading import load_recipe
     from hiplora.tuner import sampled_rows
 
@@ -85,20 +86,17 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:
     """Sample what a model writes after prompts, to the end of the text or of the row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    lengths = [len(prompt) for prompt in prompts]
-    ids = torch.full((len(prompts), max(lengths)), pad)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[len(row) - len(prompt) :] = prompt
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
+    begun = ids.shape[1]
     written = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.long().to(model.device), do_sample=True, top_k=0, top_p=1.0,
-        temperature=1.0, max_new_tokens=max(ROW_LENGTH - ids.shape[1], 1), pad_token_id=pad,
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
+        temperature=1.0, max_new_tokens=max(ROW_LENGTH - begun, 1), pad_token_id=pad,
     ).cpu()  # fmt: skip
     rows = []
-    for row, length in zip(written, lengths, strict=True):
-        ended = (row[ids.shape[1] :] == tokenizer.eos_token_id).nonzero()
-        new = int(ended[0]) if len(ended) else len(row) - ids.shape[1]
-        rows.append(row[ids.shape[1] - length : ids.shape[1] + new])
+    for row, prompt in zip(written, prompts, strict=True):
+        ended = (row[begun:] == tokenizer.eos_token_id).nonzero()
+        rows.append(row[begun - len(prompt) : begun + int(ended[0]) if len(ended) else None])
     return rows
 
 
@@ -110,13 +108,8 @@ def protected_by(folder: Path) -> dict[str, Tensor]:
 
 
 def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {}
-    for key, tensor in tensors.items():
-        module, part, _ = key.removeprefix("base_model.model.").partition(".hiplora_")
-        name = key.partition(".hiplora_")[2].partition(".")[0]
-        if part and name in ("U", "V"):
-            found[f"{module}.{name}"] = tensor
-    return found
+    found = {key: tensor for key, tensor in tensors.items() if key.endswith((".hiplora_U", ".hiplora_V"))}
+    return {key.removeprefix("base_model.model.").replace(".hiplora_", "."): found[key] for key in found}
 
 
 def join_saved(folder: Path, given: Path) -> None:
@@ -132,7 +125,7 @@ def join_saved(folder: Path, given: Path) -> None:
     joined = dict(old)
     for key, tensor in new.items():
         if ".hiplora_A" in key or ".hiplora_B" in key:
-            joined[key] = torch.cat([old[key], tensor], dim=0 if ".hiplora_A" in key else 1).contiguous()
+            joined[key] = torch.cat([old[key], tensor], dim=0 if ".hiplora_A" in key else 1)
     for field in ("r", "lora_alpha"):
         config[field] += added[field]
     for field in ("rank_pattern", "alpha_pattern"):

@@ -5,7 +5,7 @@ from peft import get_peft_model
 
 from hiplora.errors import ConfigError
 from hiplora.training.adapt import put_on
-from hiplora.training.methods import METHODS
+from hiplora.training.baselines import METHODS
 from hiplora.tuner import HipLoraConfig
 from tests.tiny import tiny_llama, tiny_tokenizer
 

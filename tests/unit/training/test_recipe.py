@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from hiplora.data.examples import DataSettings
 from hiplora.errors import ConfigError
-from hiplora.training.methods import METHODS
+from hiplora.training.baselines import METHODS
 from hiplora.training.reading import load_recipe
 from hiplora.training.recipe import TrainRecipe, TrainSettings
 from tests.tiny import write_jsonl

@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from hiplora.errors import ConfigError
 from hiplora.training.adapt import put_on, save_trained
+from hiplora.training.baselines import METHODS
 from hiplora.training.baselines.lora import _layers, split_difference
-from hiplora.training.methods import METHODS
 from hiplora.tuner import sampled_rows
 from tests.tiny import tiny_llama, tiny_tokenizer
 

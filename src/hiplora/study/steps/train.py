@@ -24,9 +24,9 @@ from hiplora.study.execute import start_child
 from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found
 from hiplora.training import TrainRecipe, train
+from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.method import WEIGHTS_FILE
-from hiplora.training.methods import AnyMethod
 from hiplora.training.train import machine_dtype, torch_dtype
 from hiplora.tuner import CalibrationStore, weight_factors
 
