@@ -1,55 +1,31 @@
 """AdaLoRA: PEFT's own method, trained as PEFT would."""
 
+import functools
 import json
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 from hiplora.training import train
-from hiplora.training.recipe import TrainRecipe
 from hiplora.training.trainer import AdapterTrainer
+from tests.integration.training import small_recipe, tensors
 from tests.tiny import write_jsonl
 
 METHOD = {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "deltaT": 1}
-SETTINGS = {
-    "steps": 8,
-    "batch_size": 2,
-    "gradient_accumulation": 1,
-    "max_length": 96,
-    "lr": 1e-2,
-    "weight_decay": 0.0,
-    "dtype": "fp32",
-    "save_every": 3,
-}
+SETTINGS = {"gradient_accumulation": 1, "max_length": 96, "log_every": 1}
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     write_jsonl(path, [{"prompt": f"Say {n}: ", "completion": f"{n} it is"} for n in range(24)])
-
-    def make(method=METHOD, **settings):
-        return TrainRecipe.model_validate(
-            {
-                "model": str(tiny_model_dir),
-                "data": {"path": path, "held_out_fraction": 0.2},
-                "method": method,
-                "train": {**SETTINGS, **settings},
-            }
-        )
-
-    return make
-
-
-def tensors(out):
-    return load_file(out / "adapter_model.safetensors")
+    return functools.partial(small_recipe, tiny_model_dir, path, **SETTINGS)
 
 
 def test_the_ranks_are_pruned_to_r_on_average(recipe, tmp_path):
-    adapter = train(recipe(), tmp_path / "out").adapter
+    adapter = train(recipe(METHOD), tmp_path / "out").adapter
     ranks = [value.shape[0] for name, value in tensors(adapter).items() if "lora_A" in name]
     assert sum(ranks) == 2 * len(ranks)
     assert len(set(ranks)) > 1

@@ -75,6 +75,7 @@ def test_without_a_recipe_the_options_are_the_recipe_and_the_defaults_are_a_user
     options = ["--model", tiny_model_dir, "--data", "rows.jsonl", "--method", "lora", "--lr", "1e-3", "--epochs", "2"]
     assert run(*options, "--out", "out", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
+    assert printed["out"] == "out"
     assert printed["steps"] == 2  # two passes, one step of eight rows each
     assert set(printed["drift"]) == {"prose", "python code"}
     assert run("--data", "rows.jsonl", "--out", "other") == 2
@@ -98,12 +99,6 @@ def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_di
     assert "next: hiplora train mine.yaml" in capsys.readouterr().out
     assert "lr: 0.0002  # Peak learning rate" in Path("mine.yaml").read_text()
     assert run("mine.yaml", "--dry-run") == 0
-
-
-def test_a_machine_gets_one_json_object(recipe_file, tmp_path, capsys):
-    assert run(recipe_file, "--out", tmp_path / "out", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert (printed["out"], printed["steps"]) == (str(tmp_path / "out"), 2)
 
 
 def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_default(recipe_file, tmp_path):

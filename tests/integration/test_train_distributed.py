@@ -22,15 +22,8 @@ def recipe_file(folder, model, **method):
         "model": str(model),
         "data": {"path": "rows.jsonl", "held_out_fraction": 0.2},
         "method": {"r": 4, "lora_dropout": 0.0, **method},
-        "train": {
-            "steps": 6,
-            "batch_size": 2,
-            "gradient_accumulation": 4,
-            "max_length": 64,
-            "lr": 1e-2,
-            "packing": False,
-            "save_every": 3,
-        },
+        "train": {"steps": 6, "batch_size": 2, "gradient_accumulation": 4, "max_length": 64, "lr": 1e-2}
+        | {"packing": False, "save_every": 3},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder / "recipe.yaml"

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerState
 
 from hiplora.cli import main as frame
 from hiplora.training import load_recipe, train
-from hiplora.training.result import read_metrics
 from hiplora.training.trainer import Record, last_checkpoint
+from tests.integration.training import assert_equal_runs
 from tests.tiny import write_jsonl
 
 
@@ -63,18 +62,10 @@ def in_child(log, work):
     return (None, os.WTERMSIG(status)) if os.WIFSIGNALED(status) else (os.WEXITSTATUS(status), None)
 
 
-def numbers(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-
-
 def assert_carries_on(recipe_file, out, whole):
     """Nothing half-written loads, and the run ends as if nobody had interrupted it."""
     assert not (out / "adapter_config.json").exists()
-    result = train(load_recipe(recipe_file), out)
-    assert numbers(result.metrics) == numbers(whole.metrics) == numbers(read_metrics(out))
-    own, other = (load_file(folder / "adapter_model.safetensors") for folder in (out, whole.adapter))
-    assert own.keys() == other.keys()
-    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert_equal_runs(train(load_recipe(recipe_file), out), whole)
     assert not list(out.rglob("*.part"))
 
 

@@ -7,13 +7,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import train
-from hiplora.training.recipe import TrainRecipe
-from tests.tiny import write_jsonl
+from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, tensors
+from tests.tiny import save_tiny, write_jsonl
 
 METHODS = {
     "hiplora": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
@@ -28,15 +28,7 @@ METHODS = {
     "osf": {"name": "osf", "effective_rank": 0.25},
     "split_lora": {"name": "split_lora", "clients": 2, "cut_layer": 1, "average_every": 2},
 }
-SETTINGS = {
-    "steps": 4,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "max_length": 96,
-    "lr": 1e-2,
-    "dtype": "fp32",
-    "save_every": 2,
-}
+SETTINGS = {"steps": 4, "max_length": 96, "save_every": 2, "log_every": 1, "weight_decay": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +39,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(folder):
     """Two tasks."""
-    return [
-        write_jsonl(
-            folder / f"{task}.jsonl",
-            [{"prompt": f"{task} {n}: ", "completion": f"{n} it is"} for n in range(12)],
-        )
-        for task in ("Say", "Ask")
-    ]
+    parts = [[{"prompt": f"{task} {n}: ", "completion": f"{n} it is"} for n in range(12)] for task in ("Say", "Ask")]
+    return [write_jsonl(folder / f"{number}.jsonl", part) for number, part in enumerate(parts)]
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model_dir, rows):
     def make(method, task=0, start=None, **settings):
-        return TrainRecipe.model_validate(
-            {
-                "model": str(tiny_model_dir),
-                "data": {"path": rows[task], "held_out_fraction": 0.2},
-                "method": METHODS[method] if isinstance(method, str) else method,
-                "train": {**SETTINGS, "start_from": start, **settings},
-                "seed": 7 + task,
-            }
-        )
+        method = METHODS[method] if isinstance(method, str) else method
+        settings = {**SETTINGS, "start_from": start, **settings}
+        return small_recipe(tiny_model_dir, rows[task], method, seed=7 + task, **settings)
 
     return make
 
@@ -81,10 +62,6 @@ def first(recipe, folder):
         return out if out.exists() else train(recipe(method), out).adapter
 
     return made
-
-
-def tensors(out):
-    return load_file(out / "adapter_model.safetensors")
 
 
 def update(out, base_dir):
@@ -165,49 +142,25 @@ def test_the_factors_are_the_given_adapters_and_are_not_measured_again(recipe, f
     assert configs[0]["calibration"] == configs[1]["calibration"] != {}
 
 
-class Stopped(Exception):
-    pass
-
-
-class Stop(TrainerCallback):
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            raise Stopped
-
-
 @pytest.mark.parametrize("method", ["activation", "corda"])
 def test_a_killed_run_is_resumed_exactly(recipe, first, tmp_path, method):
     asked = recipe(method, 1, first(method))
-    whole = train(asked, tmp_path / "whole")
     with pytest.raises(Stopped):
-        train(asked, tmp_path / "parts", callbacks=[Stop()])
-    parts = train(asked, tmp_path / "parts")
-    one, other = tensors(whole.adapter), tensors(parts.adapter)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [row.get("loss") for row in whole.metrics] == [row.get("loss") for row in parts.metrics]
+        train(asked, tmp_path / "parts", callbacks=[StopAt(3)])
+    assert_equal_runs(train(asked, tmp_path / "parts"), train(asked, tmp_path / "whole"))
 
 
-def test_an_adapter_of_another_method_or_rank_is_an_error_that_says_what_differs(recipe, first, tmp_path):
-    given = first("lora")
+def test_an_adapter_that_does_not_fit_is_an_error_that_says_what_differs(recipe, first, tmp_path):
+    given, out = first("lora"), tmp_path / "out"
     with pytest.raises(ConfigError, match="holds another adapter \\(method lora there, pissa here\\)"):
-        train(recipe("pissa", 1, given), tmp_path / "out")
+        train(recipe("pissa", 1, given), out)
     other = {"name": "lora", "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    with pytest.raises(ConfigError, match=r"method\.r: 16 there, 4 here") as error:
-        train(recipe(other, 1, given), tmp_path / "out")
-    assert "method.target_modules: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here" in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_adapter_of_another_base_is_an_error(recipe, first, tmp_path):
-    from tests.tiny import save_tiny
-
+    with pytest.raises(ConfigError, match=r"method\.r: 16 there, 4 here.*'v_proj'\] there, \['q_proj'\] here"):
+        train(recipe(other, 1, given), out)
     asked = recipe("hiplora", 1, first("hiplora")).model_copy(update={"model": str(save_tiny(tmp_path / "m", 5))})
     with pytest.raises(HipLoraError, match="base model's weight is not the one"):
-        train(asked, tmp_path / "out")
-
-
-def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, first):
-    given = first("lora")
+        train(asked, out)
+    assert not out.exists()
     with pytest.raises(ConfigError, match=r"would delete train\.start_from"):
         train(recipe("lora", 1, given), given, overwrite=True)
 
@@ -215,7 +168,7 @@ def test_the_output_may_not_replace_the_adapter_that_is_carried_on_from(recipe, 
 def test_another_adapter_under_the_same_name_is_noticed_when_a_run_is_resumed(recipe, first, tmp_path):
     given = shutil.copytree(first("lora"), tmp_path / "given")
     with pytest.raises(Stopped):
-        train(recipe("lora", 1, given), tmp_path / "out", callbacks=[Stop()])
+        train(recipe("lora", 1, given), tmp_path / "out", callbacks=[StopAt(3)])
     weights = tensors(given)
     save_file({name: value * 2 for name, value in weights.items()}, given / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match="changed since this run began, or the adapter"):

@@ -90,33 +90,11 @@ def test_a_cut_that_leaves_nothing_to_train_is_an_error():
         sides(adapted(layers_to_transform=[1]), 1, [1])
 
 
-def trainer_for(tmp_path, count=8, method=None, **train):
-    recipe = TrainRecipe.model_validate(
-        {
-            "model": "tiny",
-            "data": "unused.jsonl",
-            "method": {
-                "name": "split_lora",
-                "clients": 2,
-                "cut_layer": 1,
-                "lora_dropout": 0.0,
-                "average_every": 2,
-                **(method or {}),
-            },
-            "train": {
-                "steps": 3,
-                "batch_size": 2,
-                "gradient_accumulation": 2,
-                "lr": LR,
-                "weight_decay": DECAY,
-                "max_grad_norm": CLIP,
-                "warmup_ratio": 0.0,
-                "packing": False,
-                "dtype": "fp32",
-                **train,
-            },
-        }
-    )
+def trainer_for(tmp_path, count):
+    method = {"name": "split_lora", "clients": 2, "cut_layer": 1, "lora_dropout": 0.0, "average_every": 2}
+    train = {"steps": 3, "batch_size": 2, "gradient_accumulation": 2, "warmup_ratio": 0.0, "packing": False}
+    train |= {"lr": LR, "weight_decay": DECAY, "max_grad_norm": CLIP, "dtype": "fp32"}
+    recipe = TrainRecipe.model_validate({"model": "tiny", "data": "none.jsonl", "method": method, "train": train})
     generator = torch.Generator().manual_seed(5)
     rows = []
     for _ in range(count):
