@@ -42,7 +42,7 @@ class _Held:
     adapter: str
     parameters: dict[str, Tensor]
     group: dict[str, Any]
-    weights: Tensor | None = None  # of the gains in the budget, where the optimizer steps them itself
+    weights: Any = None  # of the gains in the budget, where the optimizer steps them itself
     before: Tensor | None = None  # the gains before the step, where they go at a pace of their own
 
     @property

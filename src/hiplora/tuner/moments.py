@@ -214,7 +214,8 @@ def measure_inputs(
     found: dict[tuple[str, int | None], MomentBasis] = {}
     bases: Bases = {}
     for name in modules:
-        space, k = collector.leader.get(name) or shared_space(name, "input") or name, trailing and trailing[name]
+        space = collector.leader.get(name) or shared_space(name, "input") or name
+        k = None if trailing is None else trailing[name]
         if (space, k) not in found:
             moment = _moment(collector.moments, space, linear_target(model.get_submodule(name), name).shape[1])
             found[space, k] = moment.eigen(name) if k is None else moment.trailing(k, name)
