@@ -16,7 +16,7 @@ from hiplora.data.encoding import IGNORED
 from hiplora.data.texts import ROW_LENGTH, calibration_rows
 from hiplora.training.method import Penalty
 from hiplora.training.recipe import TrainRecipe
-from hiplora.tuner import sampled_rows
+from hiplora.tuner import restored, sampled_rows
 
 EAFT_TOP = 20  # tokens whose entropy EAFT measures
 STM_PERPLEXITY = 2.5  # above which STM leaves a token out
@@ -126,13 +126,11 @@ class KlPenalty(Penalty):
             "input_ids": torch.cat(pieces)[None].to(model.device),
             "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])[None].to(model.device),
         }
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        with torch.no_grad(), disabled(model):
-            base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
-        adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
-        for module, mode in modes.items():
-            module.training = mode
+        with restored(model):
+            model.eval()
+            with torch.no_grad(), disabled(model):
+                base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+            adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
 
 
@@ -155,8 +153,5 @@ def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenal
 @contextlib.contextmanager
 def disabled(model: Any) -> Iterator[None]:
     """Disable the adapter; restore what is trainable on exit, since PEFT decides that anew."""
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    with model.disable_adapter():
+    with restored(model), model.disable_adapter():
         yield
-    for parameter, flag in trainable.items():
-        parameter.requires_grad_(flag)

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import AdapterError, DivergedError, HipLoraError
 from hiplora.evaluation.drift import BaseReference, measure_drift
+from hiplora.evaluation.likelihood import eval_mode
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256
 from hiplora.training.losses import TokenLoss, disabled
@@ -143,17 +144,14 @@ class AdapterTrainer(SFTTrainer):
         every process measures all rows.
         """
         model, size = self.model, self.args.per_device_eval_batch_size
-        training = model.training
-        model.eval()
         total, count = 0.0, 0
-        with self.session.measuring():
+        with self.session.measuring(), eval_mode(model):
             for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs, num_items_in_batch=1)
                 total += float(loss) / self.accelerator.num_processes  # TRL multiplies by it
                 count += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        model.train(training)
         return total / max(count, 1)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -9,7 +9,7 @@ from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.hooks import install as install_hooks
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, file_names, register
-from hiplora.tuner.moments import base_only
+from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
 from hiplora.tuner.targets import (
     Target,

@@ -78,9 +78,7 @@ def unroll(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = None) -> None:
     """Undo `unroll` where no adapter is left: with the very parameters that it returned, else with their copies."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, UnrolledExperts):
-            continue
-        if fused is not None and name not in fused:
+        if not isinstance(module, UnrolledExperts) or (fused is not None and name not in fused):
             continue
         lists = {key: child for key, child in module.named_children() if isinstance(child, ExpertList)}
         if any(type(layer) is not nn.Linear for layers in lists.values() for layer in layers):
@@ -108,20 +106,12 @@ def unrolled(model: nn.Module) -> Iterator[None]:
 
 def can_unroll(module: nn.Module) -> bool:
     """Whether a module holds its experts as transformers' own interface for them expects."""
-    settings = all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
-    return (
-        settings
-        and not isinstance(module, UnrolledExperts)
-        and all(
-            isinstance(weight := getattr(module, name, None), nn.Parameter) and weight.dim() == 3
-            for name in _projections(module)
-        )
-    )
-
-
-def expert_lists(model: nn.Module) -> dict[str, ExpertList]:
-    """Return the expert lists of an unrolled model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertList)}
+    if isinstance(module, UnrolledExperts):
+        return False
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate")):
+        return False
+    weights = [getattr(module, name, None) for name in _projections(module)]
+    return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
 
 
 def shared_side(name: str) -> tuple[str, str] | None:

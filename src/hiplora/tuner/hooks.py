@@ -83,9 +83,7 @@ def _delegates(optimizer: Optimizer) -> bool:
     """Whether the optimizer holds others, which then do its steps."""
     for value in vars(optimizer).values():
         inside: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, (dict, list, tuple)):
-            inside = (value,)
-        if any(isinstance(one, Optimizer) for one in inside):
+        if any(isinstance(one, Optimizer) for one in (inside if isinstance(value, (dict, list, tuple)) else (value,))):
             return True
     return False
 

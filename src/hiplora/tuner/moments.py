@@ -24,16 +24,25 @@ _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
 def base_only(model: nn.Module) -> Iterator[None]:
     """Disable adapters and switch to eval mode inside the block; restore both, and `requires_grad`, on exit."""
     adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
-    training = {module: module.training for module in model.modules()}
-    gradients = {p: p.requires_grad for p in model.parameters()}
-    try:
+    with restored(model):
         model.eval()
         for layer in adapted:
             layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in adapted:
+                layer.enable_adapters(True)
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Restore every module's training mode and every parameter's `requires_grad` on exit."""
+    training = {module: module.training for module in model.modules()}
+    gradients = {p: p.requires_grad for p in model.parameters()}
+    try:
         yield
     finally:
-        for layer in adapted:
-            layer.enable_adapters(True)
         for module, mode in training.items():
             module.training = mode
         for parameter, flag in gradients.items():

@@ -43,31 +43,25 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
     Raises:
         AdapterError: names the modules that are missing or differ.
     """
-    config.unverified = set()
+    config.unverified, wrong = set(), []
     with unrolled(model):
-        wrong = _differing(model, config)
+        for name, expected in config.fingerprints.items():
+            try:
+                module = model.get_submodule(name)
+                found, stored = weight_fingerprint(frozen_weight(module)), precision(module)
+            except AttributeError:
+                raise AdapterError(
+                    f"layer {name}: the adapter was made for it, but this base model has no such module; "
+                    f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+                ) from None
+            if getattr(module, "merged", False):
+                raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
+            if found != expected and (stored == config.base_precision or not config.save_factors):
+                wrong.append(name)
+            elif found != expected:
+                config.unverified.add(name)
     if wrong:
         raise AdapterError(_other_weights(wrong, config))
-
-
-def _differing(model: nn.Module, config: HipLoraConfig) -> list[str]:
-    wrong = []
-    for name, expected in config.fingerprints.items():
-        try:
-            module = model.get_submodule(name)
-            found, stored = weight_fingerprint(frozen_weight(module)), precision(module)
-        except AttributeError:
-            raise AdapterError(
-                f"layer {name}: the adapter was made for it, but this base model has no such module; "
-                f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
-            ) from None
-        if getattr(module, "merged", False):
-            raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
-        if found != expected and (stored == config.base_precision or not config.save_factors):
-            wrong.append(name)
-        elif found != expected:
-            config.unverified.add(name)
-    return wrong
 
 
 def _other_weights(names: list[str], config: HipLoraConfig) -> str:

@@ -1,7 +1,4 @@
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
 
@@ -154,29 +151,6 @@ def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
         thread.join()
     assert len(counted) == 1
     assert all(equal(result, results[0]) for result in results)
-
-
-@pytest.mark.slow
-def test_several_processes_compute_an_entry_once(tmp_path):
-    script = textwrap.dedent("""
-        import sys, time, torch
-        from hiplora.spectral import FactorStore, cache
-        svd = cache.truncated_svd
-        def slow(*args, **kwargs):
-            print("computed", flush=True)
-            time.sleep(0.5)
-            return svd(*args, **kwargs)
-        cache.truncated_svd = slow
-        weight = torch.arange(600.0).reshape(30, 20).sin()
-        FactorStore(sys.argv[1]).get_or_compute(weight, 4)
-    """)
-    children = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    said = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0, 0]
-    assert "".join(said) == "computed\n"
 
 
 def test_the_store_lies_in_the_cache_that_the_environment_names(tmp_path, monkeypatch):
