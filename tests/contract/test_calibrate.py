@@ -1,8 +1,6 @@
 """What calibration promises: the same basis however it is computed, a model left as it was, resumption."""
 
 import json
-import subprocess
-import sys
 
 import peft
 import pytest
@@ -20,7 +18,6 @@ from tests.contract.conftest import logits, train
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 Q = "model.layers.0.self_attn.q_proj"
-ATTENTION = 8  # modules of the tiny Llama that are adapted by default
 
 
 def config(**changes):
@@ -107,18 +104,14 @@ def test_a_loop_without_gradients_of_its_own_is_differentiated_all_the_same(tiny
 
 
 def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
-    model = tiny.make()
+    model, backbone = tiny.make(), tiny.make().model
     with pytest.raises(ConfigError, match=r"inference_mode.*basis_sides='input'"), torch.inference_mode():
         hiplora.calibrate(model, config(), lambda: model(input_ids=rows()))
     with pytest.raises(ConfigError, match=r"LlamaModel gives no logits.*basis_sides='input'"):
-        hiplora.calibrate(model.model, config(), lambda: model.model(input_ids=rows()))
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_the_input_side_alone_needs_no_gradients(tiny):
-    backbone = tiny.make().model
+        hiplora.calibrate(backbone, config(), lambda: backbone(input_ids=rows()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *backbone.modules()))
     found = hiplora.calibrate(backbone, config(basis_sides="input"), lambda: backbone(input_ids=rows()))
-    assert len(found.factors) == ATTENTION
+    assert len(found.factors) == 8
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -337,61 +330,29 @@ def test_what_makes_no_sense_is_refused(tiny, changes, options, why):
         hiplora.calibrate(tiny.make(), config(**changes), **options)
 
 
-def test_a_run_model_that_runs_nothing_is_refused(tiny):
+def test_a_calibration_of_nothing_of_other_settings_or_of_another_model_is_refused(tiny, tmp_path):
     with pytest.raises(FactorError, match="no token reached it"):
         hiplora.calibrate(tiny.make(), config(), run_model=lambda: None)
-
-
-def test_a_config_changed_after_calibration_is_refused(tiny, tmp_path):
-    model, changed = tiny.make(), config()
-    hiplora.calibrate(model, changed, rows=rows(), store=CalibrationStore(tmp_path))
+    model, changed, store = tiny.make(), config(), CalibrationStore(tmp_path)
+    hiplora.calibrate(model, changed, rows=rows(), store=store)
     changed.principal_rank = 5
     with pytest.raises(ConfigError, match="changed after hiplora"):
         peft.get_peft_model(model, changed)
-
-
-def test_factors_of_another_model_are_refused(tiny, tmp_path):
-    made_for = config()
-    hiplora.calibrate(tiny_llama(seed=5), made_for, rows=rows(), store=CalibrationStore(tmp_path))
+    other = config()
+    hiplora.calibrate(tiny_llama(seed=5), other, rows=rows(), store=store)
     with pytest.raises(ConfigError, match="not the one that was calibrated"):
-        peft.get_peft_model(tiny.make(), made_for)
-
-
-@pytest.mark.slow
-@pytest.mark.real_model
-def test_the_command_records_what_it_found_in_a_real_model(smollm2, tmp_path):
-    notes = tmp_path / "notes.txt"
-    notes.write_text("The harbour master writes down every ship that comes in. " * 60)
-    command = [sys.executable, "-W", "ignore", "-m", "hiplora", "calibrate", "smollm2-135m", "--rank", "32"]
-    narrow = "k_proj,v_proj"  # hence quick
-    small = ["--text", str(notes), "--tokens", "600", "--target-modules", narrow]
-    done = subprocess.run([*command, *small, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
-    assert record["tokens"] == 600
-    assert record["source"] == "file notes.txt"
-    assert len(record["layers"]) == 60
-    assert record["factor_bytes"] > 1e6
-
-
-def calibrate_command(capsys, *arguments):
-    code, out, err = run(capsys, "calibrate", *arguments, "--json")
-    return code, json.loads(out) if out else None, err
+        peft.get_peft_model(model, other)
 
 
 def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_energy(tiny_model_dir, capsys):
-    code, record, _ = calibrate_command(capsys, str(tiny_model_dir), "--rank", "energy:0.5", "--tokens", "600")
+    options = ["--rank", "energy:0.5", "--tokens", "600", "--json"]
+    code, out, _ = run(capsys, "calibrate", str(tiny_model_dir), *options)
+    record = json.loads(out)
     assert code == 0
     names = {layer["name"].rpartition(".")[2] for layer in record["layers"]}
     assert names == {"gate_proj", "up_proj", "down_proj"}
     assert all(layer["energy"] >= 0.5 or layer["k"] == 32 for layer in record["layers"])
     assert (record["source"], record["tokens"]) == ("self", 768)
-
-
-def test_a_text_that_is_not_there_is_named(tiny_model_dir, tmp_path, capsys):
-    code, _, err = run(capsys, "calibrate", tiny_model_dir, "--text", tmp_path / "none.txt")
-    assert code == 2
-    assert "none.txt: no such file" in err
 
 
 def test_one_side_needs_half_of_the_work_and_the_table_has_a_row_a_kind(tiny_model_dir, capsys, monkeypatch):
@@ -402,9 +363,15 @@ def test_one_side_needs_half_of_the_work_and_the_table_has_a_row_a_kind(tiny_mod
     assert [shown.count(name) for name in ("q_proj", "gate_proj", "up_proj", "down_proj")] == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("rank", ["0", "most"])
-def test_a_rank_that_is_none_is_refused_by_the_command(tiny_model_dir, capsys, rank):
-    code, record, err = calibrate_command(capsys, str(tiny_model_dir), "--rank", rank)
-    assert (code, record) == (2, None)
-    assert "principal_rank is" in err
-    assert "expected an integer of at least 1, a fraction" in err
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rank", "0"], "principal_rank is 0; expected an integer of at least 1, a fraction"),
+        (["--rank", "most"], "principal_rank is 'most'; expected"),
+        (["--text", "none.txt"], "none.txt: no such file"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_by_the_command(tiny_model_dir, capsys, options, said):
+    code, out, err = run(capsys, "calibrate", str(tiny_model_dir), *options, "--json")
+    assert (code, out) == (2, "")
+    assert said in err

@@ -7,12 +7,13 @@ import sys
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hiplora
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.tuner import HipLoraLinear, hip_layers
 from tests.contract.conftest import ACTIVATION, Base, logits, train
+from tests.tiny import tiny_llama
 
 
 def base_weights(model):
@@ -230,8 +231,6 @@ def test_modules_to_save_are_trained_saved_and_loaded(base, ids, tmp_path):
 def test_a_config_object_can_be_used_for_two_models(tiny):
     config = tiny.config()
     peft.get_peft_model(tiny.make(), config)
-    from tests.tiny import tiny_llama
-
     other = peft.get_peft_model(tiny_llama(seed=5), config)
     assert hiplora.max_leak(other) < 1e-6
 
@@ -239,8 +238,6 @@ def test_a_config_object_can_be_used_for_two_models(tiny):
 @pytest.mark.parametrize("kind", ["hiplora_A", "hiplora_delta", "hiplora_U"])
 @pytest.mark.parametrize("damage", ["missing", "nan", "shape"])
 def test_a_damaged_adapter_file_is_refused_by_name(tiny, tmp_path, kind, damage):
-    from safetensors.torch import save_file
-
     tiny.adapted().save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)

@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from hiplora.training.losses import (
-    KlPenalty,
-    TokenLoss,
-    kl_penalty,
-    kl_without_target,
-    mask_unlikely,
-    replay_rows,
-    token_weights,
-)
+from hiplora.training import losses as module
+from hiplora.training.losses import KlPenalty, TokenLoss, kl_without_target, token_weights
 from hiplora.training.recipe import TrainRecipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -87,7 +80,7 @@ def test_a_recipe_names_its_text_or_has_it_sampled(tmp_path):
 
     def penalty(**changes):
         values = {"model": "m", "data": "d.jsonl", "method": "lora", "train": changes}
-        return kl_penalty(TrainRecipe.model_validate(values), tiny_llama(), tiny_tokenizer())
+        return module.kl_penalty(TrainRecipe.model_validate(values), tiny_llama(), tiny_tokenizer())
 
     assert penalty() is None
     read = penalty(kl_weight=0.5, kl_text=path, kl_pool=40, kl_tokens=40)
@@ -150,7 +143,7 @@ def test_tokens_that_the_base_finds_unlikely_are_masked():
     row["input_ids"][1] = sure[0]
     learned = row["labels"].copy()
     chances = model(torch.tensor(row["input_ids"])[None]).logits[0].softmax(-1)
-    taken = mask_unlikely(model, [row])
+    taken = module.mask_unlikely(model, [row])
     expected = [
         label if place and chances[place - 1, row["input_ids"][place]] >= 0.4 else -100
         for place, label in enumerate(learned)
@@ -160,6 +153,6 @@ def test_tokens_that_the_base_finds_unlikely_are_masked():
 
 
 def test_replayed_rows_are_the_models_own_and_learned_whole():
-    rows = replay_rows(tiny_llama(), 3, 20)
+    rows = module.replay_rows(tiny_llama(), 3, 20)
     assert [len(row["input_ids"]) for row in rows] == [20, 20, 20]
     assert all(row["labels"] == row["input_ids"] for row in rows)
