@@ -3,9 +3,8 @@
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
 from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
-from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, Calibration, calibrate, input_bases
+from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, Calibration, calibrate, input_bases, weight_factors
 from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
-from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.hooks import install as install_hooks
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, file_names, register

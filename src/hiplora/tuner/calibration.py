@@ -1,21 +1,23 @@
-"""Calibration: measure a model's layers on text, and give a configuration the activation basis that follows."""
+"""The factors of a model's layers in either basis: calibrated on text, or of the weights, from the store."""
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import SpectralFactors, activation_factors, resolve_rank
+from hiplora.spectral import FactorStore, SpectralFactors, activation_factors, resolve_rank, squared_singular_values
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import shared_side, unrolled
 from hiplora.tuner.moments import Bases
-from hiplora.tuner.targets import find_targets, frozen_weight
+from hiplora.tuner.targets import Target, find_targets, frozen_weight
 from hiplora.tuner.text import CalibrationStore, CalibrationText, Rows, check_counts, memory_groups
 
 SELF = "self"  # the source: text sampled from the model itself
@@ -121,10 +123,11 @@ def calibrate(
             inputs = text.inputs([target.name for target in group])
             seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
             ranks: dict[str, int] = {}
-            for name, shape, k in ((target.name, target.shape, target.k) for target in group):
-                basis = inputs[name]
-                ranks[name] = k = resolve_rank(k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
-                layers.append(CalibratedLayer(name, shape, k, basis.effective_rank, basis.energy(k)))
+            for target in group:
+                basis, shape = inputs[target.name], target.shape
+                k = resolve_rank(target.k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
+                ranks[target.name] = k
+                layers.append(CalibratedLayer(target.name, shape, k, basis.effective_rank, basis.energy(k)))
             outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
             for name, k in ranks.items():
                 weight = frozen_weight(model.get_submodule(name))
@@ -142,6 +145,27 @@ def calibrate(
     calibration = Calibration(source, seen, text.key[:16], time.perf_counter() - start, layers, factors)
     config.calibration, config.calibrated = calibration.record(), factors
     return calibration
+
+
+def weight_factors(
+    model: nn.Module, config: HipLoraConfig, store: FactorStore | None = None
+) -> Iterator[tuple[Target, SpectralFactors]]:
+    """Yield each layer that an adapter of this configuration would sit on, with its certified factors.
+
+    They are stored one by one (by default in the user's cache), so an interrupted run goes on where it stopped.
+
+    Raises:
+        ConfigError: as `find_targets`.
+        FactorError, StoreError: as `FactorStore.get_or_compute`.
+    """
+    store = store or FactorStore()
+    targets = find_targets(model, config)
+    with unrolled(model):
+        for target in tqdm(targets, "factoring weights", unit=" modules", delay=2, leave=False, disable=None):
+            weight = frozen_weight(model.get_submodule(target.name))
+            energies = functools.partial(squared_singular_values, weight)
+            k = resolve_rank(config.principal_ranks.get(target.name, target.k), target.shape, energies)
+            yield target, store.get_or_compute(weight, k, config.svd_tolerance, name=target.name)
 
 
 def input_bases(model: nn.Module, modules: Sequence[str], **options: Any) -> Bases:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
 from hiplora.tuner.buffers import FACTOR_NAMES
-from hiplora.tuner.calibration import calibrate
+from hiplora.tuner.calibration import calibrate, weight_factors
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
-from hiplora.tuner.factorize import weight_factors
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, short_names
 from hiplora.tuner.verify import check_checkpoint, check_fingerprints, precision, retracted_state
