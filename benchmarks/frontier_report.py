@@ -151,7 +151,7 @@ def figure(records: pd.DataFrame, task: str) -> Any:
     )
     main = wide.reset_index().query("scale == 1")
     main = main.assign(method=main["method"].map(lambda name: TITLES.get(name, name)))
-    return plots.frontier(
+    return plots.lines(
         main,
         "heldout_loss",
         "kl/wikitext",

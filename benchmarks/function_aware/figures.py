@@ -38,7 +38,7 @@ def _frontier(task: str, runs: Sequence[dict[str, Any]]) -> Figure:
                 rows += [{**about, "loss": p["heldout_loss"], "kl": p["kl"][text]} for p in run["points"]]
                 rows.append({**about, "loss": None, "kl": None})  # the line ends here
     axes = {"xlabel": "held-out loss, nats per token", "ylabel": _KL, "logy": True}
-    return plots.facets(pd.DataFrame(rows), "text", plots.frontier, x="loss", y="kl", line="method", **axes)
+    return plots.facets(pd.DataFrame(rows), "text", plots.lines, x="loss", y="kl", line="method", **axes)
 
 
 def _edits(found: Mapping[str, dict[str, Any]]) -> Figure:
@@ -58,4 +58,4 @@ def _edits(found: Mapping[str, dict[str, Any]]) -> Figure:
     ]
     columns = {"x": "works", "y": "kl", "line": "method", "x_low": "low", "x_high": "high"}
     axes = {"xlabel": "edits that work, %", "ylabel": "KL on WikiText, nats per token", "logy": True}
-    return plots.facets(pd.DataFrame(rows), "kind", plots.frontier, **columns, **axes)
+    return plots.facets(pd.DataFrame(rows), "kind", plots.lines, **columns, **axes)

@@ -43,8 +43,7 @@ def main() -> None:
             record["adapters"] = {task: Path(folder).name for task, folder in record["adapters"].items()}
             records[method] = record
             write_atomic(OUT / f"{method}.json", json.dumps(record, separators=(",", ":")) + "\n")
-    summary = {method: summarise(record) for method, record in records.items()}
-    summary = plain(summary)
+    summary = plain({method: summarise(record) for method, record in records.items()})
     origin = next(iter(records.values()))["provenance"]
     write_atomic(OUT / "summary.json", json.dumps({"methods": summary, "provenance": origin}, indent=1) + "\n")
     save_figure(figure(summary), OUT / "likelihoods")
@@ -85,18 +84,23 @@ def _form(tasks: dict[str, dict[str, float]], form: str) -> dict[str, float]:
 
 def figure(summary: dict[str, Any]) -> Figure:
     """Draw each task's likelihood with its own adapter and after the merge, a panel a rule."""
-    rows = [
-        {"rule": title, "method": NAMES[method], "task": f"{task}, {name}", "likelihood": row[stage]}
-        for rule, title in RULES.items()
-        for key, task in TASKS.items()
-        for stage, name in (("before", "alone"), ("after", "merged"))
-        for method in NAMES
-        if method in summary
-        for row in [summary[method]["verdicts"][rule]["likelihood"]["tasks"][key]]
-    ]
-    columns = {"value": "likelihood", "label": "task", "group": "method"}
-    label = "likelihood of the right answer, %"
-    return plots.facets(pd.DataFrame(rows), "rule", plots.bars, height=7, xlabel=label, **columns)
+    with plots.styled():
+        shown = Figure(figsize=(7.4, 7.5))
+        for (rule, title), ax in zip(RULES.items(), shown.subplots(1, 2, sharex=True, sharey=True), strict=True):
+            judged = {
+                NAMES[method]: found["verdicts"][rule]["likelihood"]["tasks"] for method, found in summary.items()
+            }
+            rows = {
+                f"{task}, {name}": {method: tasks[key][stage] for method, tasks in judged.items()}
+                for key, task in TASKS.items()
+                for stage, name in (("before", "alone"), ("after", "merged"))
+            }
+            colors = [plots.look(name)["color"] for name in judged]
+            pd.DataFrame(rows).T.plot.barh(ax=ax, title=title, color=colors, legend=False)
+            ax.set_xlabel("likelihood of the right answer, %")
+        ax.invert_yaxis()
+        shown.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return shown
 
 
 if __name__ == "__main__":

@@ -475,7 +475,7 @@ def _write_report(results: Results, out: Path) -> None:
             for point in found
         ]
     )
-    drawn = functools.partial(plots.frontier, x="KL", y="held-out loss", line="method", logx=True)
+    drawn = functools.partial(plots.lines, x="KL", y="held-out loss", line="method", logx=True)
     labels = {"xlabel": "KL from the base model, nats per token, mean over the texts", "ylabel": "held-out loss"}
     figures = {
         f"Learned against disturbed, {curve}; lower left is better": drawn(points[points.curve == curve], **labels)

@@ -8,7 +8,7 @@ import subprocess
 import pandas as pd
 import pytest
 
-from hiplora.reporting import Section, plots, render_page
+from hiplora.reporting import Section, plots, save_page
 
 BINARY = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -28,11 +28,12 @@ onload = () => {{
 @pytest.mark.parametrize("width", [1200, 390])
 def test_the_page_fits_the_window(tmp_path, width):
     spectrum = plots.facets(SPECTRUM, "type", plots.scatter, x="sigma", y="gain", logx=True, logy=True)
-    bars = plots.bars(SPECTRUM, "gain", "type", xlabel="gain")
-    section = Section("A section", "x" * 400, {"Wide": WIDE}, {"Spectrum": spectrum, "Bars": bars})
-    page = render_page("a-very-long-name-" * 10, [section], provenance={"path": "y" * 300})
+    cells = plots.heatmap(SPECTRUM[["sigma", "gain"]])
+    section = Section("A section", "x" * 400, {"Wide": WIDE}, {"Spectrum": spectrum, "Cells": cells})
+    name, about = "a-very-long-name-" * 10, {"path": "y" * 300}
+    page = save_page(tmp_path / "report.html", name, [section], provenance=about)
     around = tmp_path / "around.html"
-    around.write_text(AROUND.format(width=width, page=html.escape(page)))
+    around.write_text(AROUND.format(width=width, page=html.escape(page.read_text())))
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom")
     command = [BINARY, *flags, f"--user-data-dir={tmp_path / 'profile'}", around.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

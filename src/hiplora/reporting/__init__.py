@@ -4,9 +4,8 @@ from hiplora.extras import require
 
 require("reports")
 
-
 from hiplora.reporting import plots
-from hiplora.reporting.html import Section, answers_html, render_page, save_page
+from hiplora.reporting.html import Section, answers_html, save_page
 from hiplora.reporting.plots import save_figure
 from hiplora.reporting.tables import formatted, interval, save_table
 
@@ -16,7 +15,6 @@ __all__ = [
     "formatted",
     "interval",
     "plots",
-    "render_page",
     "save_figure",
     "save_page",
     "save_table",

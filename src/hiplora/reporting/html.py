@@ -41,18 +41,6 @@ class Section:
         return [part.strip() for part in self.text.split("\n\n") if part.strip()]
 
 
-def render_page(
-    title: str, sections: Sequence[Section], subtitle: str = "", provenance: Mapping[str, Any] | None = None
-) -> str:
-    """Return one self-contained HTML page; `provenance`, a nested mapping, is shown folded at its end."""
-    return _template().render(
-        title=title,
-        subtitle=subtitle,
-        sections=sections,
-        provenance=pd.json_normalize(dict(provenance or {})).astype(object).to_dict("records"),
-    )
-
-
 def save_page(
     path: str | os.PathLike,
     title: str,
@@ -60,8 +48,10 @@ def save_page(
     subtitle: str = "",
     provenance: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write `render_page`'s page to `path` and return the path."""
-    return write_atomic(path, render_page(title, sections, subtitle, provenance))
+    """Write one self-contained HTML page and return its path; `provenance`, nested, is shown folded at its end."""
+    about = pd.json_normalize(dict(provenance or {})).astype(object).to_dict("records")
+    page = _template().render(title=title, subtitle=subtitle, sections=sections, provenance=about)
+    return write_atomic(path, page)
 
 
 def answers_html(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -122,7 +122,7 @@ def retain_figure(numbers: pd.DataFrame, label: str | None = None, title: str = 
     mean, retain = (shown[shown.metric == metric].set_index("method") for metric in ("mean score", "retain"))
     points = retain.join(mean[["estimate", "low", "high"]].add_prefix("x_")).reset_index()
     points["line"] = title or points.method
-    return plots.frontier(
+    return plots.lines(
         points, "x_estimate", "estimate", "line", low="low", high="high", x_low="x_low", x_high="x_high",
         label="method" if label else None, xlabel="mean likelihood, own domain (%)",
         ylabel="Retain (pp, lower is better)",
