@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"demo"}),
     frozenset({"compare", "study"}),
-    frozenset({"merge_check", "protect", "editing", "probing"}),
+    frozenset({"compare_report", "merge_check", "protect", "editing", "probing"}),
     frozenset({"training"}),
     frozenset({"evaluation", "merging", "reporting", "export"}),
     frozenset({"adapters", "data", "metrics"}),

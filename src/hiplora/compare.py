@@ -5,34 +5,37 @@ rows) and what it disturbed (drift on other text). The methods are compared wher
 """
 
 import functools
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from hiplora import __version__
-from hiplora.errors import ConfigError, DataError, first_line, first_problem
-from hiplora.files import write_atomic
+from hiplora.adapters import BaseWeights, read_update
+from hiplora.compare_report import VISIBLE, Results, write_report
+from hiplora.data.encoding import encode_examples
+from hiplora.data.examples import Example, load_data
+from hiplora.data.texts import drift_texts, overlap
+from hiplora.errors import AdapterError, ConfigError, DataError, first_line, first_problem
+from hiplora.evaluation import Encoded, heldout_loss
+from hiplora.evaluation.answers import chat_prompt, side_by_side
+from hiplora.evaluation.mounting import load_model
+from hiplora.evaluation.updates import measure_updates
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from hiplora.data.examples import Example
-    from hiplora.training.recipe import TrainRecipe
+from hiplora.run_folder import RunFolder
+from hiplora.training import TrainRecipe, train
+from hiplora.training.reading import model_problem
+from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
 
 HELDOUT_LIMIT = 64  # held-out rows at most: all methods are measured on the same, at some ten points each
 ANSWER_TOKENS = 48
 MARKS = 4  # points along a training
 SCALES = (0.25, 0.5, 0.75)  # of a finished adapter, besides 1
-LEARNED = 0.02  # nats: a method that learned less has no drift to compare
-VISIBLE = 0.01  # nats: below this a reader sees no difference
 OWN_ROWS = 3  # held-out prompts among the questions
 QUESTIONS = (
     "What is the capital of Australia?",
@@ -44,43 +47,39 @@ QUESTIONS = (
     "Begin a story about a dragon who is afraid of fire.",
     "Give me a tip for sleeping better.",
 )
-TRAINED, SCALED = "at marks along the training", "finished adapter, scaled down"
 
-Results = dict[str, Any]
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A method as it is recommended: its name in reports, what it adapts, its block of a recipe, its learning rate.
+    """A method as it is recommended: its name in reports, what it adapts, and its block of a recipe.
 
-    `adapts` is the preset of HiP-LoRA whose modules a plain LoRA gets, or text.
+    A plain LoRA gets the modules that the `preset` of HiP-LoRA adapts, if it names one.
     """
 
     title: str
     adapts: str
     settings: Mapping[str, Any]
-    lr: float = 1e-3
+    preset: str | None = None
 
 
 METHODS = {
     "lora": Compared("LoRA", "all linear layers", {"name": "lora", "target_modules": "all-linear"}),
-    "lora-mlp": Compared("LoRA on the MLPs", "the MLPs", {"name": "lora"}),
-    "lora-attention": Compared("LoRA on the attention", "the attention", {"name": "lora"}),
+    "lora-mlp": Compared("LoRA on the MLPs", "the MLPs", {"name": "lora"}, "function-aware"),
+    "lora-attention": Compared("LoRA on the attention", "the attention", {"name": "lora"}, "paper"),
     "hiplora": Compared("HiP-LoRA", "the MLPs", {"name": "hiplora", "preset": "function-aware"}),
     "hiplora-paper": Compared("HiP-LoRA (paper)", "the attention", {"name": "hiplora", "preset": "paper"}),
 }
-ROLES = {"the MLPs": "function-aware", "the attention": "paper"}
-DEFAULT_METHODS = ("lora", "lora-mlp", "hiplora")
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """How long to train, and on what to measure; `lr` None is each method's own. All get the same rows in one order."""
+    """How long to train, and on what to measure. All methods get the same rows in one order."""
 
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] = ("lora", "lora-mlp", "hiplora")
     steps: int = 40
-    lr: float | None = None
+    lr: float = 1e-3
     batch_size: int = 4
     max_length: int = 512
     rank: int = 16
@@ -109,10 +108,6 @@ def compare(
         ConfigError, DataError: settings, model, data or output folder cannot be used; found before a model loads.
         HipLoraError: training failed.
     """
-    from hiplora.data.examples import load_data
-    from hiplora.data.texts import drift_texts
-    from hiplora.run_folder import RunFolder
-
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), read_questions(settings.prompts)
@@ -160,8 +155,7 @@ def compare(
             "notes": _notes(texts, rows.train),
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
-        _write_report(results, folder.path)
-        write_atomic(folder.path / "results.json", json.dumps(results, indent=1) + "\n")
+        write_report(results, folder.path)
     return results
 
 
@@ -179,105 +173,49 @@ def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
 
 def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | None:
     """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
-    still = {name: {"kl": 0.0, "greedy_changed": 0.0} for name in points[0]["drift"]}
-    before: Results = {"held_out_loss": base, "drift": still}
+    before: Results = {"held_out_loss": base, "drift": {}}
     for point in points:
-        if point["held_out_loss"] <= loss:
-            fall = before["held_out_loss"] - point["held_out_loss"]
-            share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
-            return {
-                name: {
-                    "kl": ((1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5) ** 2,
-                    "greedy_changed": (1 - share) * was["greedy_changed"] + share * now["greedy_changed"],
-                }
-                for name, was, now in ((name, before["drift"][name], now) for name, now in point["drift"].items())
-            }
-        before = point
+        if point["held_out_loss"] > loss:
+            before = point
+            continue
+        fall = before["held_out_loss"] - point["held_out_loss"]
+        share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
+        reached = {}
+        for text, now in point["drift"].items():
+            was = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
+            root = (1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5
+            changed = (1 - share) * was["greedy_changed"] + share * now["greedy_changed"]
+            reached[text] = {"kl": root**2, "greedy_changed": changed}
+        return reached
     return None
 
 
-def headline(results: Results) -> str:
-    """Return what a comparison found, in two sentences at most."""
-    loss, methods = results["equal"]["loss"], results["equal"]["methods"]
-    if results["base"]["held_out_loss"] - loss < LEARNED:
-        return "These steps taught too little to compare anything: train longer (--steps)."
-    trained = {name: found["trained"] for name, found in methods.items()}
-    plain, ours = (next((name for name in trained if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA"))
-    if plain is None or ours is None:
-        return f"What each method changed where all have reached a held-out loss of {loss:.3f}"
-    changed = [f"{mean_of(trained[name], 'greedy_changed'):.1%} with {name}" for name in (plain, ours)]
-    said = (
-        f"Where both have learned the same, {plain} has moved the model {spread(trained[plain], trained[ours])} as far "
-        f"on other text as {ours}. Next tokens chosen differently there: {' and '.join(changed)}."
-    )
-    if max(found["kl"] for texts in trained.values() for found in texts.values()) < VISIBLE:
-        said += " No method has forgotten anything that a reader would notice yet: train longer (--steps) to see."
-    return said
-
-
-def summary(results: Results) -> "pd.DataFrame":
-    """Return the results as a table, a column a method: drift at the loss that all reach, and the cost."""
-    import pandas as pd
-
-    columns = {}
-    for name, record in results["methods"].items():
-        reached = results["equal"]["methods"][name]
-        columns[name] = {
-            **{f"KL, {text}": found["kl"] for text, found in reached["trained"].items()},
-            "next token changed": f"{mean_of(reached['trained'], 'greedy_changed'):.1%}",
-            **{f"KL, {text}, scaled down": found["kl"] for text, found in (reached["scaled"] or {}).items()},
-            "held-out loss at the end": record["trained"][-1]["held_out_loss"],
-            "learning rate": f"{record['lr']:g}",
-            "training, minutes": f"{record['seconds'] / 60:.1f}",
-        }
-    return pd.DataFrame(columns).rename_axis(index="")
-
-
-def next_steps(results: Results, out: str | os.PathLike) -> str:
-    """Return what to do with the adapters, as commands."""
-    key = "hiplora" if "hiplora" in results["settings"]["methods"] else results["settings"]["methods"][-1]
-    adapter, steps = Path(out) / "adapters" / key, results["settings"]["steps"]
-    return (
-        f"Use it:       hiplora export {adapter} --to lora --out {Path(out) / 'lora'}\n"
-        f"Train longer: hiplora train {adapter / 'recipe.yaml'} --set train.steps={5 * steps} --out runs/longer"
-    )
-
-
-def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> "dict[str, TrainRecipe]":
+def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> dict[str, TrainRecipe]:
     """Return each method's recipe, by its key; the model's configuration is read, not its weights.
 
     Raises:
         ConfigError: a setting or a method is wrong, or the model cannot be found or is not fit for it.
     """
-    from hiplora.training.recipe import TrainRecipe
-
-    if unknown := [key for key in settings.methods if key not in METHODS]:
+    methods = list(dict.fromkeys(settings.methods))
+    if unknown := [key for key in methods if key not in METHODS]:
         raise ConfigError(f"--methods {unknown[0]}: no such method; expected some of {', '.join(METHODS)}")
-    if not settings.methods:
-        raise ConfigError("--methods names none; expected some of " + ", ".join(METHODS))
-    presets = {METHODS[key].settings.get("preset") for key in settings.methods}
-    targets = check_model(model, settings.principal_rank, presets)
+    if not methods:
+        raise ConfigError(f"--methods names none; expected some of {', '.join(METHODS)}")
+    targets = check_model(model, settings.principal_rank, {METHODS[key].settings.get("preset") for key in methods})
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT}
+    train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
+    train |= {"gradient_accumulation": 1, "packing": False}
+    train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
+    shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
     recipes = {}
-    for key in dict.fromkeys(settings.methods):
+    for key in methods:
         method = {"r": settings.rank, "lora_alpha": 2 * settings.rank, **METHODS[key].settings}
         if method["name"] == "hiplora":
             method["principal_rank"] = settings.principal_rank
-        elif "target_modules" not in method:
-            method["target_modules"] = targets[ROLES[METHODS[key].adapts]]
-        train = {
-            "steps": settings.steps,
-            "lr": METHODS[key].lr if settings.lr is None else settings.lr,
-            "batch_size": settings.batch_size,
-            "gradient_accumulation": 1,
-            "max_length": settings.max_length,
-            "packing": False,
-            "save_every": max(1, -(-settings.steps // MARKS)),
-            "keep_checkpoints": MARKS + 1,
-        }
-        value = {"model": model, "data": {"path": str(data), **split}, "method": method, "train": train}
+        if preset := METHODS[key].preset:
+            method["target_modules"] = targets[preset]
         try:
-            recipes[key] = TrainRecipe.model_validate({**value, "seed": settings.seed})
+            recipes[key] = TrainRecipe.model_validate({**shared, "method": method})
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
     return recipes
@@ -290,21 +228,12 @@ def check_model(model: str, principal_rank: int, presets: Collection[str | None]
         ConfigError: the model cannot be found, has no such modules, or those of `presets` have at most `principal_rank`
             directions.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from hiplora.models import quiet_transformers, resolve
-    from hiplora.training.reading import model_problem
-    from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
-
     if problem := model_problem(model):
         raise ConfigError(problem)
     try:
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model}: its configuration cannot be read ({first_line(error)})") from error
+        skeleton = BaseWeights(model).skeleton
+    except AdapterError as error:
+        raise ConfigError(str(error)) from error
     targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}
     for preset in filter(presets.__contains__, PRESETS):
         for found in find_targets(skeleton, HipLoraConfig(target_modules=targets[preset])):
@@ -336,30 +265,22 @@ def read_questions(path: str | os.PathLike | None) -> list[str]:
 class Base:
     """The bare base model, loaded once, and the held-out rows as it reads them."""
 
-    def __init__(self, model: str, held_out: "Sequence[Example]" = (), max_length: int = 512):
-        from hiplora.data.encoding import encode_examples
-        from hiplora.evaluation import Encoded
-        from hiplora.evaluation.mounting import load_model
-
+    def __init__(self, model: str, held_out: Sequence[Example] = (), max_length: int = 512):
         self.model, self.tokenizer = load_model(model)
         rows = encode_examples(self.tokenizer, held_out, max_length)[0] if held_out else []
         self.held_out = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
 
     def read(self) -> Results:
         """Return the loss on the held-out rows, and the seconds that a token took to read."""
-        from hiplora.evaluation import heldout_loss
-
         began = time.perf_counter()
         loss = heldout_loss(self.model, self.held_out)
         tokens = sum(len(row.ids) for row in self.held_out)
         return {"held_out_loss": loss, "seconds_per_token": (time.perf_counter() - began) / tokens}
 
     def answers(
-        self, adapters: Mapping[str, Path], prompts: "Sequence[Example | str]", tokens: int = ANSWER_TOKENS
+        self, adapters: Mapping[str, Path], prompts: Sequence[Example | str], tokens: int = ANSWER_TOKENS
     ) -> list[dict[str, str]]:
         """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
-        from hiplora.evaluation.answers import chat_prompt, side_by_side
-
         asked = []
         for prompt in prompts:
             if isinstance(prompt, str):
@@ -371,21 +292,8 @@ class Base:
         return [{name: text.strip() for name, text in row.items()} for row in rows]
 
 
-def shown(rows: Sequence[Results]) -> list[Results]:
-    """Return rows of `prompt` and what each model `said`, the base first, with the differences from it for a page."""
-    from hiplora.evaluation.answers import changes
-
-    return [
-        {**row, "said": {name: changes(row["said"]["base"], text) for name, text in row["said"].items()}}
-        for row in rows
-    ]
-
-
 def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
     """Measure an adapter at the marks along its training, and the finished one at each scale."""
-    from hiplora.adapters import read_update
-    from hiplora.evaluation.updates import measure_updates
-
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
     finished = read_update(adapter)
     updates = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in steps[:-1]}
@@ -401,19 +309,13 @@ def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -
     }
 
 
-def _train(recipe: "TrainRecipe", title: str, out: Path) -> Results:
-    from hiplora.training import train
-
+def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:
     result = train(recipe, out, resume=True, description=title)
-    return {
-        "lr": recipe.train.lr,
-        "trainable_parameters": result.trainable_parameters,
-        "seconds": result.seconds,
-        "tokens": result.tokens,
-    }
+    kept = ("trainable_parameters", "seconds", "tokens")
+    return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in kept}}
 
 
-def _expected(bare: Results, train: "Sequence[Example]", settings: CompareSettings, methods: int) -> str:
+def _expected(bare: Results, train: Sequence[Example], settings: CompareSettings, methods: int) -> str:
     """Say how long the comparison will take, by the time that the base model took to read a token."""
     rows = settings.steps * settings.batch_size
     length = min(settings.max_length, sum(len(example.whole) for example in train) / (3.5 * len(train)))
@@ -426,9 +328,7 @@ def _expected(bare: Results, train: "Sequence[Example]", settings: CompareSettin
     )
 
 
-def _notes(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
-    from hiplora.data.texts import overlap
-
+def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
     shares = overlap(texts, [example.prompt + example.response for example in train])
     return [
         *(
@@ -440,63 +340,3 @@ def _notes(texts: Mapping[str, str], train: "Sequence[Example]") -> list[str]:
         f"KL divergence in nats a token: below {VISIBLE} a reader sees no difference, around 1 the model writes "
         "differently on almost every subject.",
     ]
-
-
-def mean_of(drift: Mapping[str, Results], what: str) -> float:
-    """Return the mean over the texts of one measure of drift."""
-    return sum(text[what] for text in drift.values()) / len(drift)
-
-
-def spread(drift: Mapping[str, Results], other: Mapping[str, Results]) -> str:
-    """Return how many times the divergence of the other one this is, from the least text to the most."""
-    times = sorted(found["kl"] / max(other[text]["kl"], 1e-9) for text, found in drift.items())
-    low, high = (f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in (times[0], times[-1]))
-    return f"{low} times" if low == high else f"{low} to {high} times"
-
-
-def _write_report(results: Results, out: Path) -> None:
-    import pandas as pd
-
-    from hiplora.reporting import Section, answers_html, plots, save_page
-
-    loss = results["equal"]["loss"]
-    points = pd.DataFrame(
-        [
-            {
-                "method": name,
-                "curve": curve,
-                "at": f"step {point['step']}" if "step" in point else f"scale {point['scale']}",
-                "held-out loss": point["held_out_loss"],
-                **{f"KL, {text}": found["kl"] for text, found in point["drift"].items()},
-                "KL": mean_of(point["drift"], "kl"),
-            }
-            for name, record in results["methods"].items()
-            for curve, found in ((TRAINED, record["trained"]), (SCALED, record["scaled"]))
-            for point in found
-        ]
-    )
-    drawn = functools.partial(plots.lines, x="KL", y="held-out loss", line="method", logx=True)
-    labels = {"xlabel": "KL from the base model, nats per token, mean over the texts", "ylabel": "held-out loss"}
-    figures = {
-        f"Learned against disturbed, {curve}; lower left is better": drawn(points[points.curve == curve], **labels)
-        for curve in (TRAINED, SCALED)
-    }
-    adapted = ", ".join(f"{name} adapts {record['adapts']}" for name, record in results["methods"].items())
-    text = (
-        f"Every method trained on the same rows in the same order. Drift is read where each method reaches a held-out "
-        f"loss of {loss:.3f}, the lowest that all reach (base model: {results['base']['held_out_loss']:.3f}): trained "
-        f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n" + "\n\n".join(results["notes"])
-    )
-    own = len(results["expected"])
-    answers = shown(results["answers"])
-    task = [{**row, "expected": right} for row, right in zip(answers, results["expected"], strict=False)]
-    sections = [
-        Section("Drift at equal learning", text, {f"At held-out loss {loss:.3f}": summary(results)}, figures),
-        Section("What the models say about everything else", html=answers_html(answers[own:])),
-        Section("What they say on your task", html=answers_html(task)),
-        Section("What to do next", html=f"<pre>{next_steps(results, out)}</pre>"),
-        Section("All points", tables={"Points": points}),
-    ]
-    about = {"model": results["model"], "data": results["data"], "settings": results["settings"]}
-    subtitle = f"{results['model']} tuned on {results['data'].get('file', 'your data')}"
-    save_page(out / "report.html", headline(results), sections, subtitle, {**about, **results["provenance"]})

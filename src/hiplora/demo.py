@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hiplora import __version__
-from hiplora.compare import METHODS, QUESTIONS, Base, Results, Tell, check_model, mean_of, shown, spread
+from hiplora.compare import METHODS, QUESTIONS, Base, Tell, check_model
+from hiplora.compare_report import Results, mean_of, shown, spread
 from hiplora.files import write_atomic
 from hiplora.provenance import folder_identity, json_sha256, provenance
 

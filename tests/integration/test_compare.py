@@ -10,7 +10,8 @@ from peft import PeftModel
 
 from hiplora import compare as module
 from hiplora.adapters import read_update
-from hiplora.compare import CompareSettings, at_equal_learning, compare, headline, method_recipes, next_steps, summary
+from hiplora.compare import CompareSettings, at_equal_learning, compare, method_recipes
+from hiplora.compare_report import headline, next_steps, summary
 from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.drift import cut_windows
@@ -112,13 +113,14 @@ def curve(*points):
     return [{"held_out_loss": point[0], "drift": drift} for point, drift in zip(points, drifts, strict=True)]
 
 
+def equal(**curves):
+    return at_equal_learning(2.0, {name: {"trained": a, "scaled": b} for name, (a, b) in curves.items()})
+
+
 def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_gets_there():
     fast = curve((1.5, 0.01, 0.1), (1.0, 0.09, 0.3), (1.2, 0.5, 0.9))
     slow = curve((1.8, 0.0004, 0.0), (1.25, 0.0009, 0.1))
-    weak = curve((1.4, 0.04, 0.2))
-    found = at_equal_learning(
-        2.0, {"fast": {"trained": fast, "scaled": weak}, "slow": {"trained": slow, "scaled": slow}}
-    )
+    found = equal(fast=(fast, curve((1.4, 0.04, 0.2))), slow=(slow, slow))
     assert found["loss"] == 1.25
     # Half-way between sqrt(KL) 0.1 and 0.3; the shares changed half-way between 0.1 and 0.3.
     assert found["methods"]["fast"]["trained"]["t"] == pytest.approx({"kl": 0.04, "greedy_changed": 0.2})
@@ -127,13 +129,8 @@ def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_get
 
 
 def test_a_curve_begins_at_the_base_model():
-    found = at_equal_learning(
-        2.0,
-        {
-            "one": {"trained": curve((1.0, 0.04, 0.4)), "scaled": curve((1.0, 0.04, 0.4))},
-            "two": {"trained": curve((1.5, 0.01, 0.1)), "scaled": curve((1.5, 0.01, 0.1))},
-        },
-    )
+    one, two = curve((1.0, 0.04, 0.4)), curve((1.5, 0.01, 0.1))
+    found = equal(one=(one, one), two=(two, two))
     assert found["methods"]["one"]["trained"]["t"] == pytest.approx({"kl": 0.01, "greedy_changed": 0.2})
 
 
@@ -168,24 +165,12 @@ def test_methods_start_alike_train_on_the_same_tokens_and_adapt_the_modules_of_t
     assert adapted["lora"] == adapted["hiplora"] | adapted["hiplora-paper"]
 
 
-def test_the_finished_adapter_is_a_peft_adapter(done):
-    PeftModel.from_pretrained(tiny_llama(), str(done[1] / "adapters" / "hiplora"))
-
-
 def test_answers_stand_side_by_side(done):
     answers = done[0]["answers"]
     assert [row["prompt"] for row in answers[-2:]] == ["What is it?", "Who was there?"]
     assert len(answers) == 5
     assert list(answers[0]["said"]) == ["base", *TITLES.values()]
     assert len(done[0]["expected"]) == 3
-
-
-def test_held_out_rows_are_no_copies_of_training_rows(job, tmp_path):
-    model, _, settings = job
-    data = write_jsonl(tmp_path / "copies.jsonl", ROWS[:10] * 4)
-    rows = load_data(method_recipes(model, data, settings)["lora"].data)
-    assert rows.held_out
-    assert not {row.prompt for row in rows.held_out} & {row.prompt for row in rows.train}
 
 
 def test_the_folder_holds_results_a_page_and_adapters(done):
@@ -195,6 +180,7 @@ def test_the_folder_holds_results_a_page_and_adapters(done):
     assert summary(results).columns.tolist() == list(TITLES.values())
     assert str(out / "adapters" / "hiplora") in next_steps(results, out)
     assert not list(out.glob("adapters/*/checkpoints"))
+    PeftModel.from_pretrained(tiny_llama(), str(out / "adapters" / "hiplora"))
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_path, monkeypatch):

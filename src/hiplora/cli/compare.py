@@ -16,7 +16,7 @@ def command(
         help="Methods, joined by commas: lora (all linear layers), lora-mlp, lora-attention, hiplora, hiplora-paper.",
     ),
     steps: int = Option(40, help="Optimizer steps of each method."),
-    lr: float | None = Option(None, help="Learning rate of all methods; else each its own."),
+    lr: float = Option(1e-3, help="Learning rate of all methods."),
     batch_size: int = Option(4, help="Rows per step."),
     max_length: int = Option(512, help="Tokens per row; longer responses are cut."),
     rank: int = Option(16, help="Rank r of all methods."),
