@@ -1,19 +1,20 @@
 """What a merge of adapters breaks: each adapter alone and merged with the others, on the same items of a suite."""
 
-import contextlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from hiplora import __version__
-from hiplora.adapters import AdapterUpdate, read_update
+from hiplora.adapters import AdapterUpdate, BaseWeights, load_base, read_update
+from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
 from hiplora.evaluation.mounting import (
@@ -27,6 +28,7 @@ from hiplora.evaluation.mounting import (
     probe,
 )
 from hiplora.evaluation.suite import Suite, read_suite
+from hiplora.evaluation.updates import load_tokenizer, measure_updates
 from hiplora.files import check_output_dir, staged_dir
 from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
@@ -58,17 +60,6 @@ class MergeSettings:
     base: str | None = None
     sizes: Sequence[int] = ()
 
-    def __post_init__(self) -> None:
-        """Check the rules and their options."""
-        known = {name for method in self.methods for name in find_rule(method).defaults}
-        find_rule(self.methods[0]).options({name: self.options[name] for name in self.options if name not in known})
-        for method in self.methods:
-            find_rule(method).options(self.options_of(method))
-
-    def options_of(self, method: str) -> dict[str, Any]:
-        """Return the given options that a rule has."""
-        return {name: value for name, value in self.options.items() if name in find_rule(method).defaults}
-
 
 def merge_check(
     adapters: Sequence[str | os.PathLike],
@@ -96,11 +87,17 @@ def merge_check(
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
     updates = {name: read_update(folder, how.base) for name, folder in named.items()}
-    merges = {}
-    for label, (method, names) in groups.items():
-        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
-        options = how.options_of(method)
-        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=options)
+    merges = {
+        label: merge(
+            [updates[name] for name in names],
+            method,
+            [weights[name] for name in names],
+            base=how.base,
+            rank=how.rank,
+            options={name: value for name, value in how.options.items() if name in find_rule(method).defaults},
+        )
+        for label, (method, names) in groups.items()
+    }
     engine = settings.engine(suite)
     model = how.base or next(iter(updates.values())).base
     network, tokenizer = load_model(model, settings.device)
@@ -123,7 +120,8 @@ def merge_check(
         if label not in store.runs:
             # The merge of a part of the adapters is scored on their tasks only.
             tasks = list(groups[label][1]) if label in groups and label not in how.methods else None
-            with _present(network, label, named, merges) as there:
+            on = applied(network, merges[label]) if label in merges else mounted(network, named.get(label))
+            with on as there:
                 store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
     found = collect(engine.describe(), store.runs)
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
@@ -153,14 +151,16 @@ def merge_check(
 
 def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str, Group]:
     """Return the merges by label: of each rule that of all, under its name, and every choice of each of `sizes`."""
+    known = {name for method in how.methods for name in find_rule(method).defaults}
+    find_rule(how.methods[0]).options({name: value for name, value in how.options.items() if name not in known})
     if len(names) < 2:
         raise ConfigError(f"{len(names)} adapter given; a merge needs at least two")
     if taken := set(names) & set(how.methods):
         raise ConfigError(f"adapter {taken.pop()!r}: has the name of a merge rule; give it another, as NAME=FOLDER")
-    known = {task.name for task in suite.tasks}
-    if how.sizes and (strangers := [name for name in names if name not in known]):
+    tasks = sorted(task.name for task in suite.tasks)
+    if how.sizes and (strangers := [name for name in names if name not in tasks]):
         raise ConfigError(
-            f"--sizes: needs every adapter as TASK=FOLDER with a task of the suite ({', '.join(sorted(known))}); "
+            f"--sizes: needs every adapter as TASK=FOLDER with a task of the suite ({', '.join(tasks)}); "
             f"{strangers[0]} is none"
         )
     groups: dict[str, Group] = {method: (method, tuple(names)) for method in how.methods}
@@ -171,21 +171,6 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
             if size < len(names):
                 groups[f"{method}: {' + '.join(chosen)}"] = method, chosen
     return groups
-
-
-@contextlib.contextmanager
-def _present(
-    network: Any, label: str, named: Mapping[str, Path], merges: Mapping[str, AdapterUpdate]
-) -> Iterator[Any]:
-    """Yield the model of a run: bare, with an adapter, or with a merge added to its weights."""
-    if label == BASE:
-        yield network
-    elif label in named:
-        with mounted(network, named[label]) as adapted:
-            yield adapted
-    else:
-        with applied(network, merges[label]) as changed:
-            yield changed
 
 
 def verdict(
@@ -252,29 +237,26 @@ def verdict_notes(record: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(note for one in judged for note in one["notes"]))
 
 
-def verdict_tables(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a check's verdicts as DataFrames, caption → table: scores before and after, and MergeFail, per rule."""
-    import pandas as pd
-
+def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Return a check's verdicts, caption → table: scores before and after, and MergeFail, per rule."""
     from hiplora.reporting import interval
 
     def shown(found: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
-        estimate, low, high = (scale * found[key] for key in ("estimate", "low", "high"))
-        return interval(estimate, low, high, digits)
+        return interval(*(scale * found[key] for key in ("estimate", "low", "high")), digits)
 
     tables = {}
     for method, forms in record["verdicts"].items():
         scores, failing = [], []
         for form, judged in forms.items():
             for task, row in {**judged["tasks"], **judged["kept"]}.items():
-                title, before, after = record["tasks"][task]["title"], f"{row['before']:.1f}", f"{row['after']:.1f}"
-                cells = title, row["metric"], row["before_of"], before, after, shown(row["difference"])
-                scores.append(dict(zip(_SCORES, cells, strict=True)))
+                cells = row["before_of"], f"{row['before']:.1f}", f"{row['after']:.1f}", shown(row["difference"])
+                scores.append((record["tasks"][task]["title"], row["metric"], *cells))
             for tau, row in judged["merge_fail"].items():
                 failing.append((form, f"MergeFail at τ = {tau}, %", shown(row, 100, 0)))
             if judged["mean_drop"] is not None:
                 failing.append((form, "mean |drop|, pp", shown(judged["mean_drop"])))
-        tables[f"{method}: scores before and after, per cent, 95 % intervals"] = pd.DataFrame(scores)
+        caption = f"{method}: scores before and after, per cent, 95 % intervals"
+        tables[caption] = pd.DataFrame(scores, columns=list(_SCORES))
         merges = max(judged["instances"] for judged in forms.values())
         tables[f"{method}: {merges} merges"] = pd.DataFrame(failing, columns=["form", "measure", "value"])
     return tables
@@ -292,10 +274,6 @@ def drift_of_merge(
     Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum. A
     merge beyond that breaks something that none of its parts does.
     """
-    from hiplora.adapters import BaseWeights, load_base
-    from hiplora.data.texts import drift_texts
-    from hiplora.evaluation.updates import load_tokenizer, measure_updates
-
     if not os.path.isdir(resolve(merged.base)) or BaseWeights(merged.base).no_room(4):
         return None
     try:
@@ -304,31 +282,29 @@ def drift_of_merge(
         return None
     weighted = zip(updates.items(), weights, strict=True)
     alone = {name: merge([one], weights=[weight], base=merged.base) for (name, one), weight in weighted if weight}
-    everything = {**alone, "merge": merged}
-    drift, _ = measure_updates(
-        load_base(merged.base, torch.float32), tokenizer, everything, drift_texts(), may_be_nothing=everything
-    )
+    model, everything = load_base(merged.base, torch.float32), {**alone, "merge": merged}
+    drift, _ = measure_updates(model, tokenizer, everything, drift_texts(), may_be_nothing=everything)
     ratios = {}
     for text, found in drift["merge"].items():
         parts = sum(drift[name][text]["kl"] for name in alone)
         ratios[text] = found["kl"] / parts if parts else 0.0
     text, worst = max(ratios.items(), key=lambda item: item[1])
-    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
-    said = f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change)"
-    share = f"{worst:.2g} times what the adapters drift alone, added up"
     if worst <= 1.5:
-        verdict = f"{said}, {share}: they hardly disturb each other."
+        judged = "they hardly disturb each other."
     elif worst <= len(alone):
-        verdict = f"{said}, {share}: they change the same things; smaller --weights or --scale keep more of the base."
+        judged = "they change the same things; smaller --weights or --scale keep more of the base."
     else:
-        verdict = f"{said}, {share}: it breaks what none of them does. See hiplora merge-check and hiplora protect."
+        judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    verdict = (
+        f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "
+        f"{worst:.2g} times what the adapters drift alone, added up: {judged}"
+    )
     return {"drift": drift, "verdict": verdict}
 
 
-def conflict_table(report: Mapping[str, Any]) -> Any:
-    """Return the modules that conflict most as a DataFrame, worst first."""
-    import pandas as pd
-
+def conflict_table(report: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the modules that conflict most, worst first."""
     columns = ["module", "score", "norm_ratio", "unrelated", "sign_conflict"]
     modules = pd.DataFrame(report["modules"], columns=columns).set_index("module", drop=False)
     return modules.loc[report["most_conflicting"]].reset_index(drop=True)
@@ -338,8 +314,6 @@ def save_merge_page(
     path: str | os.PathLike, report: Mapping[str, Any], check: Mapping[str, Any] | None = None
 ) -> Path:
     """Write the page of a merge: where its adapters conflict and, with a record of `merge_check`, what it broke."""
-    import pandas as pd
-
     from hiplora.reporting import Section, plots, save_page
 
     sections = []

@@ -35,6 +35,7 @@ from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
 from hiplora.tuner.experts import unrolled
 
 MASKS = ("inputs", "joint")
+Moments = Mapping[str, MomentBasis]
 GRADIENT_TOKENS = 4096  # of the text, that output directions are measured on
 
 
@@ -61,21 +62,16 @@ def protect_adapter(
     Args:
         adapter_dir: an adapter folder that `read_update` reads, or an update.
         path: output folder; `overwrite` replaces one that exists.
-        principal_rank: how the update is projected, with `projection` and `strength`: see `hiplora.adapters.protect`.
+        principal_rank: with `projection` and `strength`, how the update is projected: see `hiplora.adapters.protect`.
         mask: "inputs" takes directions of the layers' inputs out; "joint" pairs of directions of inputs and outputs,
             as few as give the same drift to second order: more of the update stays, at four times its rank.
-        projection: "hard" or "soft", of inputs.
-        strength: from 0 to 1.
         text: what the layers' inputs are measured on: a file, or a data set on the hub; None samples text from the
-            base model.
-        tokens: how many are sampled or read.
-        seed: of the sampling.
+            base model, by `seed`. `tokens` are read or sampled.
         data: a file with rows of the adapter's task, whose loss is measured.
         drift_text: a file with text to measure drift on; None takes prose and code of Python's own.
         scale: multiply the result by this number.
         tolerance: multiply it by the smallest number at which the loss on `data` rises by so many nats at most.
         base: base model, path or name, instead of the one in the adapter's configuration.
-        overwrite: see `path`.
 
     Returns:
         a JSON-ready record: `norm_share` (what is left of the update's ‖ΔW‖²; `modules`: of each), `drift` before and
@@ -92,27 +88,19 @@ def protect_adapter(
         raise ConfigError("mask 'joint' takes no projection and no strength; leave them out")
     check_scale_options(scale, tolerance, data)
     update = open_update(adapter_dir, path, overwrite, base=base)
-    texts, notes, rows = drift_texts(drift_text), [], None
-    examples: list[Any] = []
     # All that can be wrong is found before the model loads.
-    tokenizer = load_tokenizer(update.base)
+    texts, tokenizer = drift_texts(drift_text), load_tokenizer(update.base)
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
-    if text is not None:
-        rows = calibration_rows(tokenizer, text, tokens)
-        shares = overlap(texts, [tokenizer.decode(row, skip_special_tokens=True) for row in rows])
-        seen = [f"{share:.0%} of “{name}”" for name, share in shares.items() if share]
-        notes += [f"the calibration text holds drift text too: {', '.join(seen)}"] if seen else []
-    if data is not None:
-        examples, more = task_rows(tokenizer, data)
-        notes += more
+    rows = None if text is None else calibration_rows(tokenizer, text, tokens)
+    examples, notes = ([], []) if data is None else task_rows(tokenizer, data)
+    read = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
+    if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, read).items() if share]:
+        notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")
     model: Any = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
-    measured, outputs = CalibrationText(model, rows=rows, tokens=tokens, seed=seed), None
+    measured = CalibrationText(model, rows=rows, tokens=tokens, seed=seed)
     with unrolled(model):
-        bases = measured.inputs(list(update.factors))
-        if mask == "joint":
-            widths = {module: min(update.shape(module)[0], MAX_VECTORS) for module in update.factors}
-            outputs = measured.outputs(widths, GRADIENT_TOKENS)
+        bases, outputs = _moments(measured, update, mask)
     projected = protect(update, bases, principal_rank, strength, projection, outputs)
     search = None if tolerance is None else search_scale(model, projected, examples, tolerance)
     scale = search["scale"] if search else 1.0 if scale is None else scale
@@ -120,13 +108,10 @@ def protect_adapter(
     both = {"before": update, "after": projected}
     drift, losses = measure_updates(model, tokenizer, both, texts, examples, may_be_nothing={"after"})
     loss: dict[str, Any] = {**losses}
-    shares, left = remaining(update, projected)
     if data is not None:
-        loss |= {
-            "file": Path(data).name,
-            "rows": len(examples),
-            "tokens": sum(len(example.scored) for example in examples),
-        }
+        scored = sum(len(example.scored) for example in examples)
+        loss |= {"file": Path(data).name, "rows": len(examples), "tokens": scored}
+    shares, left = remaining(update, projected)
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "protection",
@@ -156,7 +141,16 @@ def protect_adapter(
     return record | {"export": save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})}
 
 
-def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Mapping[str, MomentBasis]) -> Iterator[str]:
+def _moments(text: CalibrationText, update: AdapterUpdate, mask: str) -> tuple[Moments, Moments | None]:
+    """Return the eigenvectors of each layer's inputs and, for pairs of directions, of its output gradients."""
+    inputs = text.inputs(list(update.factors))
+    if mask == "inputs":
+        return inputs, None
+    widths = {module: min(update.shape(module)[0], MAX_VECTORS) for module in update.factors}
+    return inputs, text.outputs(widths, GRADIENT_TOKENS)
+
+
+def _notes(before: AdapterUpdate, after: AdapterUpdate, bases: Moments) -> Iterator[str]:
     """Yield caveats on the numbers."""
     if before.extras:
         yield f"modules_to_save ({', '.join(sorted(before.extras))}) are kept: only low-rank updates are projected"
