@@ -47,7 +47,8 @@ def command(
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
     given = locals()
-    from hiplora.compare import CompareSettings, compare, headline, next_steps, summary
+    from hiplora.compare import CompareSettings, compare
+    from hiplora.compare_report import headline, next_steps, summary
 
     given |= {"methods": tuple(names(methods)), "prompts": prompts and str(prompts)}
     given |= {"drift_text": drift_text and str(drift_text)}

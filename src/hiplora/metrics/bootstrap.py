@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,8 +155,11 @@ def sign_flip_p_value(
     return (1 + hits) / (1 + permutations)
 
 
-def student_margin(sd: float, count: int) -> float:
-    """Return half the width of Student's 95 % interval of the mean of `count` values with sample deviation `sd`."""
+def student_margin(sd: Any, count: Any) -> Any:
+    """Return half the width of Student's 95 % interval of the mean of `count` values with sample deviation `sd`.
+
+    Elementwise where these are arrays.
+    """
     from scipy import stats
 
-    return float(stats.t.ppf(0.975, count - 1)) * sd / count**0.5
+    return stats.t.ppf(0.975, count - 1) * sd / count**0.5

@@ -163,21 +163,15 @@ def probe(
     draws: int = 1,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Apply each intervention to each direction, one at a time, and return a row for each, in that order.
+    """Apply each of the interventions `kinds` to each direction, one at a time, and return a row for each, in order.
 
     A row has `module`, `layer`, `type` (the last part of the module's name), `index`, `rank`, `sigma`, `relative`; the
     intervention's `kind`, the number of the noise's `draw`, its `factor`; and `drop`, what was measured, None where it
-    is not a finite number. The model is left as it was, bit for bit, also after an error.
+    is not a finite number. The bare model is left as it was, bit for bit, also after an error.
 
-    Args:
-        model: a bare model.
-        directions: of `directions_of`.
-        kinds: zero, flip, noise_S.
-        measure: called with the intervened model, returns by name how much worse it became: base − intervened of a
-            score, intervened − base of a loss.
-        draws: how often noise is drawn for each direction. A draw depends on `seed`, module, index and its number
-            alone: noises of two scales are the same but for the scale.
-        seed: of the noise.
+    `measure`, called with the intervened model, returns by name how much worse it became: base − intervened of a
+    score, intervened − base of a loss. Noise is drawn `draws` times; a draw depends on `seed`, module, index and its
+    number alone: noises of two scales are the same but for the scale.
 
     Raises:
         ConfigError: an intervention is unknown.

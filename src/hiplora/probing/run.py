@@ -166,13 +166,8 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
     for metric, title in METRICS.items():
         log = metric == "kl"
         some = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)
-        axes: dict[str, Any] = {
-            "xlabel": "singular value σ",
-            "ylabel": f"{title} (nats per token)",
-            "logx": True,
-            "logy": log,
-        }
-        figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", **axes)
+        axes: dict[str, Any] = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logx": True}
+        figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", logy=log, **axes)
         tables = {"Correlation with σ, 95 % intervals": correlation_table(record["correlations"], metric)}
         sections.append(Section(title, tables=tables, figures={"A dot is a direction.": figure}))
     title = f"What single directions of {record['settings']['model']} are worth"

@@ -68,17 +68,14 @@ class Study:
         search = self.recipe.rates
         if row.lr != "chosen" or search is None:
             return None
-        key = ("rate", row.model_dump_json())
-        if key not in self._made:
-            candidates = {
-                rate: {
-                    f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate)
-                    for domain in search.domains or self.recipe.domains
-                }
-                for rate in search.grid
+        candidates = {
+            rate: {
+                f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate)
+                for domain in search.domains or self.recipe.domains
             }
-            self._made[key] = self.choice(f"rate of {row.title}", candidates)
-        return self._made[key]
+            for rate in search.grid
+        }
+        return self.choice(f"rate of {row.title}", candidates)
 
     def chosen_rate(self, row: "StudyMethod", results: Results) -> tuple[float | None, str]:
         """Return a method's learning rate, None while it is not chosen, and whether it is at the edge of the grid."""
@@ -121,31 +118,30 @@ class Study:
         by, chosen = like or row, chosen or {}
         others = (start and start.key, *((field, job.key) for field, job in chosen.items()))
         widen = widen and start is not None and getattr(row.method, "widens", False)
-        key = ("adapter", row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, widen, *others)
-        if key not in self._made:
-            optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row)}
-            optional |= {"start": start, **chosen}
-            needs = {name: job for name, job in optional.items() if job is not None}
-            rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
-            name = f"train {row.title} on {domain}, seed {seed}"
-            name += "" if lr is None else f", rate {lr:g}"
-            name += "" if steps is None else f", {steps} steps"
-            name += "" if start is None else f" after {start.name.partition(' ')[2]}"
-            recipe = TrainRecipe(
-                model=self.identity,
-                data=self.source(domain),
-                method=row.method,
-                train=self.recipe.training(row, **({} if steps is None else {"steps": steps})),
-                seed=seed,
-            )
-            files = [recipe.data.path, recipe.data.held_out]
-            files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
-            written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
-            written |= {"method": as_written(row.method), "seed": seed}
-            written["train"] = {**written.get("train", {}), "lr": rate, **({"widen": True} if widen else {})}
-            written["method"] |= {field: result(field, "value") for field in chosen}
-            settings = {"recipe": written, "files": self.hashes(files)}
-            self._made[key] = self.job("train", name, settings, **needs)
+        key = (row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, widen, *others)
+        if key in self._made:
+            return self._made[key]
+        optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row), "start": start}
+        needs = {name: job for name, job in {**optional, **chosen}.items() if job is not None}
+        name = f"train {row.title} on {domain}, seed {seed}"
+        name += "" if lr is None else f", rate {lr:g}"
+        name += "" if steps is None else f", {steps} steps"
+        name += "" if start is None else f" after {start.name.partition(' ')[2]}"
+        recipe = TrainRecipe(
+            model=self.identity,
+            data=self.source(domain),
+            method=row.method,
+            train=self.recipe.training(row, **({} if steps is None else {"steps": steps})),
+            seed=seed,
+        )
+        files = [recipe.data.path, recipe.data.held_out]
+        files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
+        rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
+        written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
+        written["train"] = {**written.get("train", {}), "lr": rate, **({"widen": True} if widen else {})}
+        written["method"] = as_written(row.method) | {field: result(field, "value") for field in chosen}
+        settings = {"recipe": {**written, "seed": seed}, "files": self.hashes(files)}
+        self._made[key] = self.job("train", name, settings, **needs)
         return self._made[key]
 
     def factors(self, row: "StudyMethod") -> Job | None:
@@ -168,19 +164,6 @@ class Study:
         name = f"score {adapter.name.partition(' ')[2]}"
         return self.job("evaluate", name, self.scoring(tasks, drift), adapter=adapter)
 
-    def merge(
-        self,
-        adapters: Mapping[str, Job],
-        rule: str,
-        options: Mapping[str, Any] | None = None,
-        tasks: Mapping[str, int | None] | None = None,
-        drift: bool = False,
-        name: str = "",
-    ) -> Job:
-        """Return the job that merges adapters by a rule and scores the merged model."""
-        settings = {**self.scoring(tasks, drift), "rule": rule, "options": dict(options or {})}
-        return self.job("merge", f"merge by {rule}: {name or ' + '.join(adapters)}", settings, **adapters)
-
     def inspect(self, adapter: Job, rank: int) -> Job:
         """Return the job that locates an adapter's update on the spectrum of the base weights."""
         name = f"inspect {adapter.name.partition(' ')[2]}"
@@ -191,10 +174,6 @@ class Study:
         return Job(kind, STEPS[kind].version, name, {"model": self.identity, **settings}, needs)
 
     # What jobs are made of.
-
-    def tasks_of(self, domains: Sequence[str]) -> dict[str, int | None]:
-        """Return the tasks whose scores are those of some domains."""
-        return {(one := self.recipe.domains[name]).task: one.tasks[one.task] for name in domains}
 
     def scoring(self, tasks: Mapping[str, int | None] | None, drift: bool) -> dict[str, Any]:
         """Return the settings of jobs that score a model."""

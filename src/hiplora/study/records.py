@@ -51,17 +51,12 @@ def tidy(results: Results, runs: Iterable[Run], whole: Sequence[str] = ("method"
     """
     runs = list(runs)
     names = list(dict.fromkeys(name for _, labels in runs for name in labels))
-    rows, lost = [], set()
-    for job, labels in runs:
-        found = results.get(job)
-        if found is None:
-            lost.add(tuple(labels.get(name, "") for name in whole))
-            continue
-        label = tuple(labels.get(name, "") for name in names)
-        rows += [(*label, job.key, task, metric, list(values)) for task, metric, values in _numbers(found)]
+    rows = [
+        (*(labels.get(name, "") for name in names), job.key, task, metric, list(values))
+        for job, found, labels in results.whole(runs, whole)
+        for task, metric, values in _numbers(found)
+    ]
     frame = pd.DataFrame(rows, columns=[*names, "run", "task", "metric", "value"])
-    if lost and len(frame):
-        frame = frame[[tuple(row) not in lost for row in frame[list(whole)].itertuples(index=False)]]
     frame = frame.explode("value").astype({"value": float})
     return frame.assign(item=frame.groupby(level=0).cumcount()).reset_index(drop=True)
 

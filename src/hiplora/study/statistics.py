@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hiplora.metrics.bootstrap import paired_bootstrap, resampled_means
+from hiplora.metrics.bootstrap import paired_bootstrap, resampled_means, student_margin
 
 REPLICATES = 10_000
 SEEDS = 5  # from so many on, intervals are Student's t over the seeds
@@ -84,11 +84,9 @@ def ratios(draws: pd.DataFrame) -> pd.DataFrame:
 
 def student(values: pd.Series) -> pd.DataFrame:
     """Return the means of values over the seeds with Student's 95 % interval; of a single value there is none."""
-    from scipy import stats
-
     groups = values.groupby(level=[name for name in values.index.names if name != "seed"], sort=False)
     found = pd.DataFrame({"estimate": groups.mean(), "sd": groups.std(), "seeds": groups.size()})
-    margin = stats.t.ppf(LOW_HIGH[1], found.seeds - 1) * found.sd / np.sqrt(found.seeds)
+    margin = student_margin(found.sd, found.seeds)
     return found.assign(low=found.estimate - margin, high=found.estimate + margin)
 
 

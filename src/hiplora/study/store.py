@@ -12,7 +12,7 @@ import gzip
 import json
 import os
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,14 @@ class Results:
             self.lost[job.name] = None
             return None
         return found
+
+    def whole(
+        self, runs: Iterable[tuple[Job, Mapping[str, Any]]], by: Sequence[str]
+    ) -> list[tuple[Job, dict[str, Any], Mapping[str, Any]]]:
+        """Return jobs, results and labels; of runs that are equal in the labels `by`, all of them or none."""
+        found = [(job, self.get(job), labels, tuple(labels.get(name, "") for name in by)) for job, labels in runs]
+        lost = {group for _, result, _, group in found if result is None}
+        return [(job, result or {}, labels) for job, result, labels, group in found if group not in lost]
 
     def record(self, job: Job, part: str) -> dict[str, Any]:
         """Return the `timing` or `provenance` in a job's record; empty if it is not done."""

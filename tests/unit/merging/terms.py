@@ -3,7 +3,7 @@
 import torch
 
 from hiplora.adapters import Channels
-from hiplora.merging.rules import DenseTerm, Term
+from hiplora.merging.rules import Term
 from hiplora.spectral import retract
 
 M, N, K = 7, 9, 3
@@ -45,15 +45,6 @@ def dense(pair):
 
 def expected_sum(terms):
     return sum(term.weight * dense(term.factors) for term in terms)
-
-
-def dense_terms(terms):
-    """The terms as matrices, fresh ones: a rule overwrites them."""
-    return [DenseTerm(dense(t.factors).float(), t.weight, f"key {hash_of(t)}") for t in terms]
-
-
-def hash_of(term):
-    return tuple(round(value, 6) for value in term.factors[1].flatten().tolist())
 
 
 def matrices(terms):

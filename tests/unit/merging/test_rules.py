@@ -61,9 +61,6 @@ def close(found, expected, tolerance=1e-4):
     torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
-# Addition
-
-
 @few
 @given(several)
 def test_addition_is_the_weighted_sum_and_its_channels_are_the_same_update(specs):
@@ -90,9 +87,6 @@ def test_gains_of_another_basis_or_of_a_rotated_one_do_not_add():
     rotated = Channels(parts.A, parts.B, parts.U @ turn, parts.sigma, parts.V @ turn, parts.delta, 1.5, 1e-4)
     terms = [one, Term(rotated.factors(), 1.0, rotated)]
     close(dense(addition(terms)[0]), expected_sum(terms), 1e-5)
-
-
-# Rules on factors: what they are on dense updates
 
 
 @few
@@ -142,9 +136,6 @@ def test_tsv_keeps_thin_updates_whole_and_makes_no_direction_up():
     close(dense(tsv([one, other])[0]), dense(one.factors) - dense(other.factors), 1e-6)
 
 
-# Rules on entries: what PEFT computes
-
-
 @few
 @given(st.integers(1, 4), st.integers(0, 1000), st.sampled_from([0.05, 0.2, 0.7, 0.999]), st.data())
 def test_ties_and_magnitude_are_what_peft_computes(count, seed, density, data):
@@ -180,9 +171,6 @@ def test_dare_prunes_each_update_as_peft_does_by_seed_and_key(rescale):
     torch.random.set_rng_state(before)
     close(dare(dense_terms(parts, factors), density=0.3, rescale=rescale, seed=7), expected, 1e-5)
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-# The registry
 
 
 @pytest.mark.parametrize(

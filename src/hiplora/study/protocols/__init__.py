@@ -1,7 +1,6 @@
 """The protocols of a study, one a file: settings, the jobs that they ask for, and a function from results to tables."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -20,13 +19,13 @@ from hiplora.study.protocols.merge_fail import MergeFail
 from hiplora.study.protocols.merging import Merging
 from hiplora.study.protocols.rank_one import RankOne
 from hiplora.study.protocols.selection import Selection
-from hiplora.study.protocols.settings import Protocol, Settings
+from hiplora.study.protocols.settings import Settings
 from hiplora.study.protocols.single_task import AdaLora, SingleTask
 from hiplora.study.records import Findings, with_jobs
 from hiplora.study.store import Results
 
 _NAMED = 12  # jobs that a section lists
-_GONE = {"aims": None, "metamath": None, "merging": "passing"}  # of recipes of 0.1: a protocol, or a field of one
+log = logging.getLogger(__name__)
 
 
 class Protocols(Settings):
@@ -50,35 +49,26 @@ class Protocols(Settings):
     @model_validator(mode="before")
     @classmethod
     def _without_what_is_gone(cls, value: Any) -> Any:
-        value = {**value} if isinstance(value, dict) else value
-        for name, field in _GONE.items() if isinstance(value, dict) else ():
-            block = value.get(name)
-            if field is None and value.pop(name, None) is not None:
-                logging.getLogger(__name__).warning(
-                    "protocols.%s is ignored: there is no such protocol any more", name
-                )
-            elif isinstance(block, dict) and field in block:
-                value[name] = {key: one for key, one in block.items() if key != field}
-                logging.getLogger(__name__).warning("protocols.%s.%s is ignored: pass@k needs no tasks", name, field)
-        return value
-
-
-def asked(protocols: Protocols) -> Iterator[Protocol]:
-    """Yield each protocol that a recipe asks for, in the order of the report."""
-    for _, settings in protocols:
-        if settings is not None:
-            yield settings
+        """Leave out what recipes of 0.1 may have: two protocols, and a field of a third."""
+        if not isinstance(value, dict):
+            return value
+        kept = {name: block for name, block in value.items() if name not in ("aims", "metamath")}
+        if isinstance(merging := kept.get("merging"), dict):
+            kept["merging"] = {name: field for name, field in merging.items() if name != "passing"}
+        if kept != value:
+            log.warning("protocols.aims, protocols.metamath and protocols.merging.passing are ignored: they are gone")
+        return kept
 
 
 def all_jobs(study: Study) -> list[Job]:
     """Return the jobs that a study's protocols want; what those need comes with them."""
-    return [job for settings in asked(study.recipe.protocols) for job, _ in settings.runs(study)]
+    return [job for _, settings in study.recipe.protocols if settings for job, _ in settings.runs(study)]
 
 
 def sections(study: Study, results: Results) -> list[Findings]:
     """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
     found: list[Findings] = []
-    for settings in asked(study.recipe.protocols):
+    for settings in filter(None, dict(study.recipe.protocols).values()):
         results.missing.clear()
         results.lost.clear()
         if isinstance(settings, Claims):

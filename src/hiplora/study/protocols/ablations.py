@@ -129,15 +129,9 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
 
 def _inspected(results: Results, inspections: list[Run]) -> Iterator[pd.DataFrame]:
     """The mean share of the energy that reads or writes protected directions but not both, and how far gains moved."""
-    parts, lost = [], set()
-    for job, labels in inspections:
-        found = results.get(job)
-        if found is None:
-            lost.add(labels["method"])
-        else:
-            parts.append(pd.DataFrame(found["modules"]).assign(run=job.key, **labels))
+    whole = results.whole(inspections, ["method"])
+    parts = [pd.DataFrame(found["modules"]).assign(run=job.key, **labels) for job, found, labels in whole]
     modules = joined(*parts, columns=["method", "run", "norm", "left", "right", "both"])
-    modules = modules[~modules.method.isin(lost)]
     leak = (modules.left + modules.right - 2 * modules.both).clip(lower=0).to_numpy(float)
     modules = modules.assign(energy=modules.norm**2).assign(leaked=lambda one: leak * one.energy)
     energy = modules.groupby(["method", "run"], sort=False)[["leaked", "energy"]].sum()

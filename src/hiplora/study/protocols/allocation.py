@@ -36,19 +36,12 @@ class Allocation(OfMethods):
 
     def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
         """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
-        energies, modules, lost = [], [], set()
-        for job, labels in runs:
-            inspected = results.get(job)
-            if inspected is None:
-                lost.add(labels["method"])
-                continue
+        energies, modules = [], []
+        for _, inspected, labels in results.whole(runs, self.by):
             inside = pd.Series(inspected["energy_inside"], name="value").rename_axis("type").reset_index()
             energies.append(inside.assign(**labels))
             modules.append(pd.DataFrame(inspected["modules"]).assign(**labels))
-        energy, modules = (
-            joined(*parts, columns=[*BY, "has_gains"])[lambda one: ~one.method.isin(lost)]
-            for parts in (energies, modules)
-        )
+        energy, modules = (joined(*parts, columns=[*BY, "has_gains"]) for parts in (energies, modules))
         found = Findings()
         if energy.empty:
             return found

@@ -152,17 +152,12 @@ class Editing(OfMethods):
 
     def _items(self, results: Results, runs: Sequence[Run]) -> pd.DataFrame:
         """A row an edit or question: set, mode, method, seed, metric, task, item, value; category, or edits so far."""
-        parts, lost = [], set()
-        for job, labels in runs:
-            found = results.get(job)
-            if found is None:
-                lost.add(tuple(labels[name] for name in self.by))
-                continue
+        parts = []
+        for _, found, labels in results.whole(runs, self.by):
             parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
             if found["questions"]:
                 parts.append(_of_questions(found["questions"]).assign(**labels))
-        items = joined(*parts, columns=[*self.by, "seed", "metric", "category", "edits", "task", "item", "value"])
-        return items[[tuple(row) not in lost for row in items[list(self.by)].itertuples(index=False)]]
+        return joined(*parts, columns=[*self.by, "seed", "metric", "category", "edits", "task", "item", "value"])
 
 
 def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:

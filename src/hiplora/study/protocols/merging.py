@@ -84,8 +84,10 @@ def merge_of(
     adapters = {domain: study.adapter(row, domain, seed, like=like) for domain, seed in instance}
     whole = len(adapters) == len(study.recipe.domains) and len({seed for _, seed in instance}) == 1
     told = " + ".join(f"{domain} {seed}" for domain, seed in instance)
-    tasks = study.tasks_of(list(adapters))
-    return study.merge(adapters, rule, options, tasks, drift or whole, name=f"{row.title}, {told}")
+    domains = [study.recipe.domains[name] for name in adapters]
+    settings = study.scoring({one.task: one.tasks[one.task] for one in domains}, drift or whole)
+    settings |= {"rule": rule, "options": dict(options)}
+    return study.job("merge", f"merge by {rule}: {row.title}, {told}", settings, **adapters)
 
 
 def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:

@@ -4,6 +4,7 @@ import pytest
 
 from hiplora.metrics import merge_fail as merge_fail_share
 from hiplora.metrics import pass_at_k
+from hiplora.study.protocols.merging import merge_of
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables
 
 CODE = (
@@ -32,7 +33,7 @@ def merged(tmp_path):
             finish(store, study.score(own["code"]), scored({"gsm8k": [0, 0], "humaneval_10": [100, 0]}))
             for rule, seeds in rules.items():
                 sums, code = seeds[seed]
-                merge = study.merge(own, rule, {}, {"gsm8k": 2, "humaneval_10": 2}, drift=True)
+                merge = merge_of(study, study.row(method), tuple((domain, seed) for domain in own), rule, {})
                 finish(store, merge, scored({"gsm8k": sums, "humaneval_10": code}, {"prose": 0.1}))
     return study, study.recipe.protocols.merging, store
 
@@ -87,8 +88,8 @@ def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
                 items = {other: [0, 0] for other in tasks.values()} | {task: ALONE}
                 finish(store, study.score(study.adapter(title, domain, seed)), scored(items))
         for seeds, (sums, facts, kl) in merges.items():
-            own = {domain: study.adapter(title, domain, seed) for domain, seed in zip(tasks, seeds, strict=True)}
-            merge = study.merge(own, "addition", {}, {"gsm8k": 2, "mmlu": 2}, drift=True)
+            instance = tuple(zip(tasks, seeds, strict=True))
+            merge = merge_of(study, title, instance, "addition", {}, drift=True)
             finish(store, merge, scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
     found = tables(study, study.recipe.protocols.merge_fail, store)
     means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in MERGES["lora"].values()]
