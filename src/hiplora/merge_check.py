@@ -120,8 +120,8 @@ def merge_check(
         if label not in store.runs:
             # The merge of a part of the adapters is scored on their tasks only.
             tasks = list(groups[label][1]) if label in groups and label not in how.methods else None
-            on = applied(network, merges[label]) if label in merges else mounted(network, named.get(label))
-            with on as there:
+            put = applied(network, merges[label]) if label in merges else mounted(network, named.get(label))
+            with put as there:
                 store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
     found = collect(engine.describe(), store.runs)
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
@@ -242,7 +242,8 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     from hiplora.reporting import interval
 
     def shown(found: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
-        return interval(*(scale * found[key] for key in ("estimate", "low", "high")), digits)
+        estimate, low, high = (scale * found[key] for key in ("estimate", "low", "high"))
+        return interval(estimate, low, high, digits)
 
     tables = {}
     for method, forms in record["verdicts"].items():

@@ -97,9 +97,9 @@ def lines(
 ) -> None:
     """Draw points joined by a line for each value of `line`, with intervals on both axes and texts at the points."""
     for name, rows, style in _groups(df, line):
-        margins = {"xerr": _margins(rows, x, x_low, x_high), "yerr": _margins(rows, y, low, high)}
         style = style if markers else {"color": style["color"], "marker": ""}
-        ax.errorbar(rows[x], rows[y], **margins, label=name, elinewidth=1, **style)
+        beside, above = _margins(rows, x, x_low, x_high), _margins(rows, y, low, high)
+        ax.errorbar(rows[x], rows[y], xerr=beside, yerr=above, label=name, elinewidth=1, **style)
         if label:
             for text, place in zip(rows[label], zip(rows[x], rows[y], strict=True), strict=True):
                 ax.annotate(str(text), place, xytext=(4, 4), textcoords="offset points", fontsize=8, color="#5a6373")
@@ -139,7 +139,7 @@ def heatmap(ax: Axes, table: pd.DataFrame, *, vmin: float | None = None, vmax: f
         return
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            color = "white" if image.norm(value) > 0.5 else "#1d2230"
+            color = "white" if float(image.norm(value)) > 0.5 else "#1d2230"  # type: ignore[arg-type]
             ax.text(column, row, format(value, ".2g"), ha="center", va="center", fontsize=8, color=color)
 
 
