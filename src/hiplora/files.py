@@ -104,15 +104,11 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
 
     Raises:
         ConfigError: as `check_output_dir`, before the block runs and again before its folder is put in place; or
-            another process is writing there.
+            another process is working there.
     """
     final = check_output_dir(path, overwrite, inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(final.parent / f".{final.name}.part.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"--out {path}: another process is writing there; wait for it or name another") from None
+    lock = locked(final.parent / f".{final.name}.part.lock", path)
     try:
         _sweep(final)
         final = check_output_dir(path, overwrite, inputs)
@@ -130,6 +126,18 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
         _sweep(final)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def locked(file: Path, out: str | os.PathLike) -> FileLock:
+    """Return the lock `file` of an output folder, taken; ConfigError if another process holds it."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"--out {out}: another process is working there; wait for it or name another folder"
+        ) from None
+    return lock
 
 
 def _replace_dir(new: Path, final: Path) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
-from hiplora.files import Inputs, check_output_dir, parse_yaml, write_atomic
+from hiplora.files import Inputs, check_output_dir, locked, parse_yaml, write_atomic
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -85,10 +84,10 @@ class RunFolder:
         """
         if overwrite and self.path.exists():
             if (self.path / LOCK).exists():
-                self._locked().release()
+                locked(self.path / LOCK, self.path).release()
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = self._locked()
+        lock = locked(self.path / LOCK, self.path)
         try:
             text = json.dumps(asked, indent=2) + "\n"
             if Path(self.settings).suffix == ".yaml":
@@ -116,16 +115,6 @@ class RunFolder:
     def has(self, *stages: str) -> bool:
         """Return whether all these stages are finished."""
         return all((self.path / "stages" / f"{name}.json").is_file() for name in stages)
-
-    def _locked(self) -> FileLock:
-        lock = FileLock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"--out {self.path}: another process is working there; wait for it or name another folder"
-            ) from None
-        return lock
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

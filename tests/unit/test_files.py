@@ -199,7 +199,7 @@ def test_what_killed_processes_left_is_swept_and_a_folder_they_moved_away_is_put
 def test_two_processes_do_not_write_one_folder(tmp_path):
     with (
         staged_dir(tmp_path / "out"),
-        pytest.raises(ConfigError, match="another process is writing there"),
+        pytest.raises(ConfigError, match="another process is working there"),
         staged_dir(tmp_path / "out"),
     ):
         pass

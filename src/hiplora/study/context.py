@@ -50,10 +50,6 @@ class Context:
         self._model = None
         self._references.clear()
 
-    def path(self, name: str) -> str:
-        """Return the path of a study's file, as `located`."""
-        return located(name, self.place.data)
-
     def engine(self, tasks: Mapping[str, int | None], seed: int) -> Any:
         """Return the evaluation engine of some tasks, each with its number of items (None: all)."""
         from hiplora.evaluation.evaluate import EvalSettings
@@ -85,7 +81,7 @@ class Context:
             DataError: the data set cannot be read.
         """
         name, _, named = source.partition(":")
-        path, fields = self.path(name), (named or "text").split("+")
+        path, fields = located(name, self.place.data), (named or "text").split("+")
         if documents is None and not named and path.endswith(".txt"):
             return Path(path).read_text(encoding="utf-8")
         rows = hub_rows(name) if is_hub_name(path) else read_rows(Path(path))

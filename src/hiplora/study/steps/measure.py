@@ -15,7 +15,7 @@ from hiplora.evaluation.mounting import applied, holding, mounted
 from hiplora.merging import merge
 from hiplora.probing.correlation import findings
 from hiplora.probing.run import ProbeSettings, probe_model
-from hiplora.study.context import Context
+from hiplora.study.context import Context, located
 from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found, rounded
 from hiplora.study.steps.train import placed_recipe
@@ -113,7 +113,7 @@ def edit(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     given = _given(EditJob, settings)
     given |= {"model": context.place.model, "method": method.pop("name"), "method_settings": method}
     if given["edits"] != BUILT_IN:
-        given["edits"] = context.path(given["edits"])
+        given["edits"] = located(given["edits"], context.place.data)
     asked = EditJob(**given)
     reference, drift = drift_reference(context, settings), None
 

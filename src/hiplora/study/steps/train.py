@@ -19,7 +19,7 @@ from hiplora.errors import DivergedError
 from hiplora.models import load
 from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.study.builder import as_read
-from hiplora.study.context import Context
+from hiplora.study.context import Context, located
 from hiplora.study.execute import start_child
 from hiplora.study.jobs import DIVERGED, Job
 from hiplora.study.steps import Found
@@ -75,7 +75,7 @@ def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]
     for block, names in files.items():
         for name in names:
             if placed.get(block, {}).get(name) is not None:
-                placed[block][name] = context.path(placed[block][name])
+                placed[block][name] = located(placed[block][name], context.place.data)
     return placed
 
 
