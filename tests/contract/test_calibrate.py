@@ -245,6 +245,16 @@ def test_a_layer_that_is_called_by_keyword_is_calibrated_and_adapted():
     assert not torch.allclose(peft.get_peft_model(model, chosen)(x), before)
 
 
+def test_sampling_is_announced_the_first_time_only(tiny, tmp_path, caplog):
+    caplog.set_level("INFO", logger="hiplora")
+    said = []
+    for _ in range(2):
+        sampled_rows(tiny.make(), 64, store=CalibrationStore(tmp_path))
+        said.append([message for message in caplog.messages if "sampling 1 rows of 64 tokens" in message])
+        caplog.clear()
+    assert [len(messages) for messages in said] == [1, 0]
+
+
 def test_a_model_in_a_folder_brings_its_own_tokenizer(tiny_model_dir, tmp_path):
     model, tokenizer = load(str(tiny_model_dir))
     rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))

@@ -50,6 +50,7 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, t
     assert record["provenance"]["seed"] == 42
     assert record["summary"]["locality"]["questions"] == 5
     read_update(out / "adapter")
+    assert "[More Information Needed]" not in (out / "adapter" / "README.md").read_text()
     model, tokenizer = load(str(tiny_model_dir))
     adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
     again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4))

@@ -29,6 +29,13 @@ def small(tmp_path_factory):
     return path
 
 
+def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys):
+    code, told, err = run(capsys, "study", "report", small, "--out", tmp_path / "study", "--to", tmp_path / "report")
+    assert (code, told) == (2, "")
+    assert "none of its 5 jobs is done" in err
+    assert not (tmp_path / "report").exists()
+
+
 @pytest.mark.slow
 def test_plan_run_status_report(small, tmp_path, capsys):
     out = tmp_path / "study"

@@ -1,11 +1,16 @@
 """`hiplora train` as typed: its own example, the output for people and for machines, exit statuses."""
 
 import contextlib
+import errno
+import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,6 +130,14 @@ def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(recipe_file, 
     assert captured.err.startswith("error: ")
     assert re.search(said, captured.err)
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOENT, "No such file"), (errno.ENOSPC, "make room and run")])
+def test_only_a_full_disk_is_called_full(tmp_path, monkeypatch, number, said):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    train = importlib.import_module("hiplora.training.train")
+    with pytest.raises(OSError, match=said), train._full_disk_explained(tmp_path):
+        raise OSError(number, os.strerror(number))
 
 
 def test_a_run_that_stopped_says_that_it_is_carried_on(recipe_file, tmp_path, capsys, caplog, monkeypatch):

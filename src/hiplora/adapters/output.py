@@ -8,6 +8,7 @@ from typing import Any
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError
+from hiplora.models import hub_name
 from hiplora.provenance import provenance
 
 # vLLM 0.26; what is said of llama.cpp is of its converter b9496.
@@ -21,6 +22,16 @@ _CARDS = {
     "hiplora": ("HiP-LoRA adapter", f"import hiplora\n{_PEFT}"),
     "dense": ("Standalone model", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")'),
 }
+
+_SERVING = """
+With vLLM, and with llama.cpp after its converter:
+
+```
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/folder
+python convert_lora_to_gguf.py path/to/this/folder --base {base} --outfile tuned.gguf
+llama-server -m base.gguf --lora tuned.gguf
+```
+"""
 
 
 def write_record(
@@ -66,8 +77,10 @@ def write_record(
     }
     stored = record | {"provenance": provenance()}
     (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
-    base, (title, code) = update.base or "unknown", _CARDS[to]
+    base, (title, code) = hub_name(update.base or "") or "unknown", _CARDS[to]
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
+    allowed = _vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
+    serving = _SERVING.format(base=base, rank=allowed) if allowed else ""
     compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
     (folder / "README.md").write_text(f"""---
 base_model: {json.dumps(base)}
@@ -82,7 +95,7 @@ Exported by hiplora from an adapter (`{update.kind}`) of `{base}`.{rank} {dtype}
 ```python
 {code}
 ```
-
+{serving}
 Verified on writing: the largest relative difference of a module is {worst:.1e} (`{module}`); logits {compared}.
 `export.json` has every module, the origin and the provenance.
 """)
@@ -93,7 +106,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     """Return what servers reject or misread of an adapter padded to `pad_rank`: (server, problem, remedy) each."""
     ranks = {pad_rank or rank for rank in update.ranks.values()}
     largest = max(ranks)
-    allowed = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    allowed = _vllm_rank(largest)
     if update.extras:
         found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
     elif allowed is None:
@@ -124,3 +137,8 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     if base and is_tied(base.skeleton) and any(name.rpartition(".")[2] == "lm_head" for name in update.factors):
         found.append(("llama.cpp", "lm_head is adapted, but tied to the embeddings", _DENSE))
     return found
+
+
+def _vllm_rank(rank: int) -> int | None:
+    """Return the smallest `--max-lora-rank` of vLLM's that admits a rank; None where it has none."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)

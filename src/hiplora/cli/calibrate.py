@@ -50,7 +50,7 @@ def command(
     else:
         given = {"rows": calibration_rows(tokenizer, text, tokens), "source": describe_source(text)}
     found = calibrate(loaded.to(device), config, batch_size=batch_size, **given)
-    record = {"model": model, **found.as_dict(), "provenance": provenance()}
+    record = {"schema": 1, "kind": "calibration", "model": model, **found.as_dict(), "provenance": provenance()}
     yield record
     df = pd.DataFrame(record["layers"]).rename(columns={"k": "protected", "effective_rank": "effective rank"})
     df["Modules"] = df["name"].str.rpartition(".")[2]

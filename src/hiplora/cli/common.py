@@ -1,5 +1,6 @@
 """What the commands share: options, groups of options, and how results are printed."""
 
+import contextlib
 import functools
 import inspect
 import json
@@ -92,6 +93,16 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
 def tell(text: str) -> None:
     """Print a line about the work to standard error."""
     typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def told_to_repeat(out: Path | str) -> Iterator[None]:
+    """Say at Ctrl-C that the same command continues in `out`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"stopped; repeat the command (without --overwrite) to continue in {out}")
+        raise
 
 
 def print_table(

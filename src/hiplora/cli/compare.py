@@ -4,12 +4,12 @@ from pathlib import Path
 
 from typer import Argument, Option
 
-from hiplora.cli.common import DRIFT_TEXT, MODEL, OVERWRITE, Shown, names, tell
+from hiplora.cli.common import DRIFT_TEXT, MODEL, OVERWRITE, Shown, names, tell, told_to_repeat
 
 
 def command(
     model: str = MODEL,
-    data: Path = Argument(..., help="Training rows: .jsonl, .json, .gz or .parquet, in any of the usual formats."),
+    data: Path = Argument(..., help="Training rows: JSON lines, JSON, parquet or CSV, as for hiplora train."),
     out: Path = Option(..., help="Output folder: new, or of an interrupted run of the same."),
     methods: str = Option(
         "lora,lora-mlp,hiplora",
@@ -53,7 +53,8 @@ def command(
     given |= {"methods": tuple(names(methods)), "prompts": prompts and str(prompts)}
     given |= {"drift_text": drift_text and str(drift_text)}
     settings = CompareSettings(**{name: given[name] for name in CompareSettings.__dataclass_fields__})
-    results = compare(model, data, out, settings, overwrite=overwrite, tell=tell)
+    with told_to_repeat(out):
+        results = compare(model, data, out, settings, overwrite=overwrite, tell=tell)
     yield results
     yield f"Drift at held-out loss {results['equal']['loss']:.3f}, which all reach", summary(results)
     yield headline(results)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from typer import Option
 
-from hiplora.cli.common import OVERWRITE, Shown, tell
+from hiplora.cli.common import OVERWRITE, Shown, tell, told_to_repeat
 
 
 def command(
@@ -28,7 +28,8 @@ def command(
     from hiplora.demo import demo, headline, summary
 
     began = time.perf_counter()
-    results = demo(out, overwrite=overwrite, tell=tell)
+    with told_to_repeat(out):
+        results = demo(out, overwrite=overwrite, tell=tell)
     yield results
     yield "Two skills, added into one model", summary(results)
     yield headline(results)

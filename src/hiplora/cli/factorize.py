@@ -49,8 +49,8 @@ def command(
         tell(f"stopped: {len(layers)} weights are in the store; run it again to go on")
         raise
     seconds = time.perf_counter() - start
-    record = {"model": model, "store": str(store.root), "layers": layers, "seconds": seconds}
-    yield {**record, "provenance": provenance()}
+    record = {"schema": 1, "kind": "factorization", "model": model, "store": str(store.root)}
+    yield {**record, "layers": layers, "seconds": seconds, "provenance": provenance()}
     df = pd.DataFrame(layers).assign(shape=[f"{m}×{n}" for m, n in (layer["shape"] for layer in layers)])
     groups = df.groupby(df["name"].str.rpartition(".")[2].rename("Modules"), sort=False)
     columns = {

@@ -61,7 +61,7 @@ def command(
         raise ConfigError("no output folder: pass --out DIR, or write `out:` into the recipe")
     if resume and overwrite:
         raise ConfigError("--resume carries a run on, --overwrite starts it anew; pass one of them")
-    log, to_stderr = logging.getLogger("hiplora.training"), logging.StreamHandler()
+    log, to_stderr = logging.getLogger("hiplora"), logging.StreamHandler()
     log.setLevel(logging.INFO)
     log.addHandler(to_stderr)
     try:
@@ -74,7 +74,7 @@ def command(
         log.removeHandler(to_stderr)
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    yield {"out": str(result.adapter), **result.summary()}
+    yield {"schema": 1, "kind": "training", "out": str(result.adapter), **result.summary()}
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
     if not loaded.method.kind:
         yield f"next: hiplora export {where} --to lora --out {where}-lora   (for vLLM, llama.cpp and stock PEFT)"

@@ -247,7 +247,8 @@ def detect_format(row: Any) -> str | None:
 def _first_format(row: Any, where: str) -> str:
     if (format := detect_format(row)) is not None:
         return format
-    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
+    kind = "null" if row is None else type(row).__name__
+    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else kind
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         raise DataError(
             f"{where}: is a preference pair, and this is supervised fine-tuning; give `prompt` and `completion`, or "

@@ -20,11 +20,13 @@ from hiplora.editing.run import edit_groups, run_edits
 from hiplora.errors import ConfigError, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
+from hiplora.models import hub_name
 from hiplora.provenance import json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained
 from hiplora.training.baselines import METHODS
 from hiplora.training.method import Method
+from hiplora.training.result import OWN_FORMAT
 
 ALPHAEDIT = "alphaedit"
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.
@@ -36,6 +38,19 @@ MEASURES = {
     "paraphrase_success": "success on the paraphrase",
     "neighbours_kept": "questions near it kept",
 }
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [peft, hiplora]
+---
+
+# Edited facts in {base}
+
+An adapter that changes what the model says of {edits} facts, made by `hiplora edit` with {title}, {mode}. `edit.json`
+beside this folder has every edit, and what the model answered before and after.
+
+{loading}
+"""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -150,6 +165,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
+            (folder / "README.md").write_text(_card(job, method), encoding="utf-8")
 
     with run.claimed(settings, overwrite=overwrite):
         found = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
@@ -166,6 +182,12 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str,
         write_atomic(run.path / "edit.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         shutil.rmtree(run.path / "stages")
     return record
+
+
+def _card(job: EditJob, method: Any) -> str:
+    title, kind = ("AlphaEdit", "a plain LoRA") if isinstance(method, AlphaEdit) else (method.title, method.kind)
+    loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
+    return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)
 
 
 def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

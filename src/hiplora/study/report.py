@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
@@ -31,12 +32,14 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
     --reuse` reads it, and the study goes on from it on another machine.
 
     Raises:
-        ConfigError: `out` exists and `overwrite` is False.
+        ConfigError: `out` exists and `overwrite` is False, or no job is done.
     """
     check_output_dir(out, overwrite)
     graph, store, recipe = opened.graph, opened.store, opened.study.recipe
-    found = sections(opened.study, Results(store))
     records = [record for job in graph if (record := store.record(job)) is not None]
+    if not records:
+        raise ConfigError(f"study {recipe.study}: none of its {len(graph)} jobs is done in {store.path}; run it first")
+    found = sections(opened.study, Results(store))
     numbers = measurements(found)
     seconds = sum(record["timing"].get("seconds") or 0 for record in records)
     subtitle = (

@@ -14,6 +14,7 @@ import yaml
 
 from hiplora.data.examples import Example
 from hiplora.errors import first_line
+from hiplora.models import hub_name
 
 if TYPE_CHECKING:
     from hiplora.training.recipe import TrainRecipe
@@ -22,7 +23,7 @@ log = logging.getLogger("hiplora.training")
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 CARD = """---
-base_model: {base}
+base_model: {hub}
 library_name: peft
 tags: [{tags}]
 ---
@@ -156,6 +157,7 @@ def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> 
         prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
     return CARD.format(
         base=values["model"],
+        hub=hub_name(values["model"]),
         prompt=prompt,
         asked=asked,
         method=method,

@@ -11,6 +11,7 @@ are imported in functions, so that a recipe is checked first.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -375,7 +376,8 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         place = next(path for path in (out, *out.absolute().parents) if path.exists())
-        if not isinstance(error, SafetensorError) and shutil.disk_usage(place).free >= FULL:
+        other = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
+        if other or (not isinstance(error, SafetensorError) and shutil.disk_usage(place).free >= FULL):
             raise
         raise OSError(
             f"{out} cannot be written ({first_line(error)}); make room and run the same command again: it carries on "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ OWN_DATA = (
 )
 CACHES = ("past_key_values", "cache_params", "state")  # what models call the memory of the tokens before
 _SAMPLED_AT_ONCE = 40
+logger = logging.getLogger(__name__)
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 
 
@@ -96,6 +98,13 @@ def sampled_rows(
         for first in range(0, count, _SAMPLED_AT_ONCE):
             part = range(first, min(first + _SAMPLED_AT_ONCE, count))
             path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
+            if not path.is_file():
+                logger.info(
+                    "first run with this model: sampling %d rows of %d tokens to measure its layers on, kept in %s",
+                    len(part),
+                    length,
+                    store.root,
+                )
             sample = functools.partial(sample_rows, model, part, length, seed, scripts)
             made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
             rows.extend(made["rows"].long())

@@ -20,7 +20,7 @@ from hiplora.study.statistics import student
 from hiplora.training.baselines.hiplora import OF_THE_GAINS
 
 RULE = "addition"
-SHOWN = {"merge fail": ("MergeFail", 1), "held-out loss": ("Held-out loss", 3), "leak": ("Leak, %", 2)}
+SHOWN = {"merge fail": ("MergeFail", 1), "held-out loss": ("Held-out loss", 3), "leak": ("Leak", 2)}
 
 
 class Ablations(Protocol):
