@@ -5,25 +5,26 @@ from pathlib import Path
 
 FOUND = Path(__file__).resolve().parents[1] / "docs" / "results" / "models.json"
 
-# Heading → the operations of tests/models that it stands for.
+# What a model can do → the operations of tests/models that show it.
 COLUMNS = {
-    "trains": ("attach", "train", "activation_basis"),
-    "copies train": ("copy",),
-    "saved, loaded": ("save_and_load",),
-    "merged, unmerged": ("disable", "merge_and_unmerge", "merge_and_unload"),
-    "mixed batch": ("mixed_batch",),
+    "training": ("attach", "train", "activation_basis"),
+    "training of copies": ("copy",),
+    "saving and loading": ("save_and_load",),
+    "merging": ("disable", "merge_and_unmerge", "merge_and_unload"),
+    "mixed batches": ("mixed_batch",),
     "bf16": ("half_precision",),
-    "as plain LoRA": ("export",),
-    "calibrates itself": ("self_calibration",),
+    "export as plain LoRA": ("export",),
+    "calibration on its own text": ("self_calibration",),
 }
 
 INTRO = """# Does my model work?
 
 HiP-LoRA adapts linear layers: `nn.Linear`, GPT-2's `Conv1D`, quantised layers that PEFT can dequantise, and the
-experts of mixtures that transformers 5 keeps as 3-D parameters. The table is what a test suite found on a tiny
-random model of each architecture (`tests/models`; `python -m pytest tests/models --models-json
-docs/results/models.json` measures it again). Another architecture with linear layers works too, if need be with
-`target_modules` named.
+experts of mixtures that transformers 5 keeps as 3-D parameters. A test suite trains, copies, saves, loads, merges
+and exports an adapter on a tiny random model of each architecture, calibrates the model on its own text, and mixes
+adapters in a batch; the last column of the table names what does not work. `python -m pytest tests/models
+--models-json docs/results/models.json` measures it again. Another architecture with linear layers works too, if need
+be with `target_modules` named.
 
 **MLP modules** are what the default preset adapts, **attention modules** those of `preset="paper"`: both are
 found by their role. Where an adapter leaves out what its targets seem to mean, a warning names it with its
@@ -32,10 +33,9 @@ share of the weights.
 """
 
 NOTES = """
-- **no**: hiplora refuses and says what to do. Adapters on experts are exported as a whole model (`--to dense`), not
-  as plain LoRA, and a batch cannot mix them.
-- **own data**: the model writes no text, so the default preset needs `hiplora.calibrate(model, config,
-  run_model=...)`, with `basis_sides="input"` where the model gives no logits.
+- What does not work is refused with what to do. Adapters on experts are exported as a whole model (`--to dense`),
+  not as plain LoRA, and a batch cannot mix them. Where a model writes no text, the default preset needs
+  `hiplora.calibrate(model, config, run_model=...)` on your data, with `basis_sides="input"` where it gives no logits.
 - **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower name its modules,
   and calibrate with `run_model` on data with pictures.
 - **Experts** are adapted one by one: an adapter on all of them is large. Expert modules of Llama 4, JetMoE,
@@ -56,13 +56,13 @@ def models_page() -> str:
     rows = []
     for row in json.loads(FOUND.read_text(encoding="utf-8")):
         modules = (", ".join(f"`{name}`" for name in row[preset]) or "–" for preset in ("function-aware", "paper"))
-        cells = (_cell(row, operations) for operations in COLUMNS.values())
-        rows.append((f"{row['name']} ({row['example_of']})", *modules, *cells))
-    header = ("architecture", "MLP modules", "attention modules", *COLUMNS)
+        exceptions = "; ".join(filter(None, (_exception(row, *column) for column in COLUMNS.items())))
+        rows.append((f"{row['name']} ({row['example_of']})", *modules, exceptions))
+    header = ("architecture", "MLP modules", "attention modules", "does not work")
     return f"{INTRO.replace(chr(10), chr(10) + NOTE, 1)}{table(header, rows)}\n{NOTES}"
 
 
-def _cell(row: dict, operations: tuple[str, ...]) -> str:
-    if row["refused"] and set(operations) & set(row["refused"]):
-        return row["refused"][operations[0]]
-    return "yes" if all(row["found"].get(operation) == "passed" for operation in operations) else "not yet"
+def _exception(row: dict, name: str, operations: tuple[str, ...]) -> str:
+    if refused := [row["refused"][operation] for operation in operations if operation in row["refused"]]:
+        return name if refused[0] in ("no", "own data") else f"{name} ({refused[0].removeprefix('no: ')})"
+    return "" if all(row["found"].get(operation) == "passed" for operation in operations) else f"{name}: not yet"

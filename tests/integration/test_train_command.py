@@ -79,9 +79,11 @@ def test_without_a_recipe_the_options_are_the_recipe_and_the_defaults_are_a_user
     monkeypatch.chdir(tmp_path)
     options = ["--model", tiny_model_dir, "--data", "rows.jsonl", "--method", "lora", "--lr", "1e-3", "--epochs", "2"]
     assert run(*options, "--out", "out", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["out"] == "out"
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert (printed["kind"], printed["out"]) == ("training", "out")
     assert printed["steps"] == 2  # two passes, one step of eight rows each
+    assert "2 steps = 2.0 passes" in captured.err
     assert set(printed["drift"]) == {"prose", "python code"}
     assert run("--data", "rows.jsonl", "--out", "other") == 2
     assert "give --model and --data" in capsys.readouterr().err

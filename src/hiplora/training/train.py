@@ -166,11 +166,12 @@ def _run(
     )
     last = last_checkpoint(out / "checkpoints")
     if log.isEnabledFor(logging.INFO) and processes.is_main_process:
-        batches = method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation
+        # An epoch ends with a step, however few batches are left for it.
+        epoch = math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
         tokens = sum(map(len, rows["input_ids"]))
-        passes = f"{steps} steps = {steps / batches:.1f} passes" if steps > batches else f"{steps} steps"
+        passes = f"{steps} steps = {steps / epoch:.1f} passes" if steps > epoch else f"{steps} steps"
         if processes.num_processes == 1:  # TRL's loss gathers from all processes
-            passes += f", about {duration(tokens * steps / batches * trainer.seconds_per_token())}"
+            passes += f", about {duration(tokens * steps / epoch * trainer.seconds_per_token())}"
         log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}")
     with _stoppable(record):
         if last is not None:
