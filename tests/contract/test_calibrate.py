@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import hiplora
 from hiplora import HipLoraConfig
@@ -194,6 +195,14 @@ def test_sampled_rows_do_not_depend_on_what_is_sampled_with_them(tiny):
     assert (whole[:, 0] == 256).all()
     assert (whole[:, 1:] < 256).all()
     assert not torch.equal(sample_rows(model, range(6), 30, seed=1), whole)
+
+
+def test_the_memory_reserved_for_keys_and_values_changes_no_sample(monkeypatch, tiny):
+    model, taken = tiny.make(), []
+    whole = sample_rows(model, range(4), 40)
+    monkeypatch.setattr(sampling, "reserve", lambda cache, length: taken.append([type(one) for one in cache.layers]))
+    assert torch.equal(sample_rows(model, range(4), 40), whole)
+    assert taken == [[DynamicLayer] * len(taken[0])]  # so it was reserved for all of them
 
 
 def test_sampling_follows_the_models_own_distribution(tiny):

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
@@ -227,6 +228,8 @@ def sample_rows(
         if position == length - 1:
             break
         logits, cache = next_logits(model, ids, cache)
+        if position == 0:
+            reserve(cache, length)
         open_turn = torch.tensor([not writer.may_end for writer in writers], device=device)
         logits = logits[:, :vocabulary].float()
         logits[:, special] = logits[:, special].masked_fill(open_turn[:, None], -torch.inf)
@@ -234,6 +237,35 @@ def sample_rows(
         found = torch.searchsorted(heights, draws[:, position, None] * heights[:, -1:], right=True)
         sampled = found.clamp_max(vocabulary - 1).flatten().tolist()
     return ids.cpu()
+
+
+class _ReservedLayer(DynamicLayer):
+    """A layer of transformers' cache that writes a step's keys and values into memory reserved for all of them.
+
+    `DynamicLayer` copies what it holds at every step, a quarter of the time of sampling. The values are the same.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rooms: tuple[Tensor, Tensor]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        return self.keys, self.values
+
+
+def reserve(cache: Any, length: int) -> None:
+    """Have the plain layers of transformers' cache reserve memory for `length` tokens; any other cache stays."""
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            held = (layer.keys, layer.values)
+            layer.rooms = tuple(one.new_empty(*one.shape[:-2], length, one.shape[-1]) for one in held)
+            for room, one in zip(layer.rooms, held, strict=True):
+                room[..., : one.shape[-2], :] = one
+            layer.__class__ = _ReservedLayer
 
 
 class _Writer:
