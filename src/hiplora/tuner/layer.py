@@ -229,8 +229,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return (A, B, U, V) in one dtype, fp32 at least."""
         A, B = self.hiplora_A.whole(adapter).detach(), self.hiplora_B.whole(adapter).detach()
         dtype = torch.promote_types(A.dtype, torch.float32)
-        U, V = self.hiplora_U[adapter], self.hiplora_V[adapter]
-        return A.to(dtype), B.to(dtype), U.to(dtype), V.to(dtype)
+        return A.to(dtype), B.to(dtype), self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
 
     def gain_scale(self, adapter: str) -> Tensor | None:
         """Return what the gains' parameter is multiplied by to give δ: σ where it holds ρ = δ/σ, 1 where σ is 0."""
@@ -293,8 +292,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
         A, B = self.retracted(adapter, A, B) if adapter in self._astray else self._softened(adapter, A, B)
-        delta = self.gains(adapter)
-        if delta is None:
+        if (delta := self.gains(adapter)) is None:
             return A, self.scaling[adapter] * B
         return fused_factors(A, B, delta.detach().to(A.dtype), U, V, self.scaling[adapter])
 
