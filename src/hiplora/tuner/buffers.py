@@ -73,7 +73,6 @@ class FactorBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live.add(self)
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
@@ -85,6 +84,7 @@ class FactorBuffers(nn.Module):
 
     def set_factors(self, adapter: str, config: HipLoraConfig, factors: SpectralFactors) -> None:
         """Register computed factors; those that another adapter already has are shared with it."""
+        self.live.add(self)
         for name in factor_names(config):
             getattr(self, name)[adapter] = getattr(factors, name.removeprefix("hiplora_"))
         self._share(adapter)
@@ -92,6 +92,7 @@ class FactorBuffers(nn.Module):
     def expect_factors(self, adapter: str, config: HipLoraConfig, shape: tuple[int, int], k: int) -> None:
         """Make room, filled with NaN, for factors about to be loaded into a layer of `shape` (m, n)."""
         sizes = {"hiplora_U": (shape[0], k), "hiplora_sigma": (k,), "hiplora_V": (shape[1], k)}
+        self.live.add(self)
         self.pending.add(adapter)
         for name in factor_names(config):
             getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
