@@ -170,7 +170,7 @@ def activation_factors(
             U = torch.linalg.svd(wide @ V, full_matrices=False).U
         else:
             U = outputs.vectors[:, :k].to(wide)
-        factors = _diagonal(matrix, U, V, "eigen")
+        factors = _diagonal(matrix, wide, U, V, "eigen")
         shrink_U = _shrink(outputs, factors.U) if sides != "input" and outputs is not None else None
         shrink_V = _shrink(inputs, factors.V) if sides != "output" else None
     return dataclasses.replace(
@@ -210,14 +210,16 @@ def united_factors(
     U, V = (unite([old, new.to(old)], most) for old, new in zip(before, (later.U, later.V), strict=True))
     k = min(U.shape[1], V.shape[1])
     with full_precision(weight.device):
-        factors = _diagonal(weight, U[:, :k], V[:, :k], "union")
+        wide = weight.to(widest(weight.device))
+        factors = _diagonal(weight, wide, U[:, :k].to(wide), V[:, :k].to(wide), "union")
     return dataclasses.replace(factors, basis=later.basis, fingerprint=weight_fingerprint(weight))
 
 
-def _diagonal(weight: Float[Tensor, "m n"], U: Tensor, V: Tensor, method: str) -> SpectralFactors:
-    """Return orthonormal U (m, k) and V (n, k), rotated inside their subspaces so that `UᵀWV` is diagonal."""
-    wide = weight.to(widest(weight.device))
-    U, V = U.to(wide), V.to(wide)
+def _diagonal(weight: Tensor, wide: Tensor, U: Tensor, V: Tensor, method: str) -> SpectralFactors:
+    """Return orthonormal U (m, k) and V (n, k), rotated inside their subspaces so that `UᵀWV` is diagonal.
+
+    `wide` is the weight in the precision of U and V.
+    """
     P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
     return certify(weight, Triplets(U @ P, sigma, V @ Qt.T), method)
 
