@@ -1,9 +1,5 @@
 """Retraction and budget work by themselves, in whatever loop the user trains."""
 
-import os
-import subprocess
-import sys
-
 import peft
 import pytest
 import torch
@@ -281,52 +277,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_step_for_step(tmp_path):
     assert_same(parameters(resumed.model), parameters(whole.model), rtol=0, atol=0)
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert losses[0] == losses[1]
-
-
-ACCELERATE = """
-import json, os, sys, torch, peft, hiplora
-from accelerate import Accelerator
-from tests.contract.conftest import Base
-torch.set_num_threads(1)
-accelerator = Accelerator(cpu=True)
-torch.manual_seed(0)
-model = Base("untied").adapted(stability_weight=5.0)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-ids = torch.randint(0, 256, (8, 10), generator=torch.Generator().manual_seed(0))
-loader = torch.utils.data.DataLoader(ids, batch_size=8 // accelerator.num_processes)
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-for _ in range(3):
-    for batch in loader:
-        accelerator.backward(model(input_ids=batch, labels=batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
-plain = accelerator.unwrap_model(model)
-leak = hiplora.max_leak(plain)
-state = {n: p.detach() for n, p in plain.named_parameters() if p.requires_grad}
-result = {"leak": leak, "state": state, "processes": accelerator.num_processes}
-torch.save(result, f"{sys.argv[1]}/{accelerator.process_index}.pt")
-accelerator.end_training()
-"""
-
-
-@pytest.mark.slow
-def test_two_gloo_processes_under_accelerate_agree_with_one(tmp_path):
-    (tmp_path / "run.py").write_text(ACCELERATE)
-    results = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        out.mkdir()
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", str(tmp_path / "run.py"), str(out)]
-        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append([torch.load(out / f"{rank}.pt") for rank in range(processes)])
-    single, (first, second) = results[0][0], results[1]
-    assert (single["processes"], first["processes"]) == (1, 2)
-    assert max(first["leak"], second["leak"], single["leak"]) < LEAK
-    assert_same(first["state"], second["state"], rtol=0, atol=0)
-    assert_same(first["state"], single["state"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
