@@ -11,7 +11,7 @@ import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
 from hiplora.models import load
-from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling, text
+from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import sample_rows
 from tests.commands import run
@@ -100,6 +100,7 @@ def test_a_loop_without_gradients_of_its_own_is_differentiated_all_the_same(tiny
             model(input_ids=row[None])
 
     own = hiplora.calibrate(model, config(), loop)
+    assert own.source == "run_model"
     assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-4)
     assert not any(p.grad is not None for p in model.parameters())
 
@@ -125,13 +126,6 @@ def test_batches_padding_and_groups_of_layers_change_nothing_but_rounding(tiny, 
     assert_equal_factors(together, alone)
     grouped = calibrated(tiny.make(), tmp_path / "b", rows=data, batch_size=12, max_bytes=8 * 64 * 64 * 3)
     assert_equal_factors(together, grouped, 1e-6)
-
-
-def test_run_model_measures_the_users_own_loop(tiny, tmp_path):
-    model = tiny.make()
-    own = hiplora.calibrate(model, config(), lambda: model(input_ids=rows()))
-    assert own.source == "run_model"
-    assert_equal_factors(own, calibrated(tiny.make(), tmp_path, batch_size=12), 1e-5)
 
 
 def test_q_k_and_v_share_one_measurement(tiny, tmp_path):
@@ -294,37 +288,6 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
         hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options),
         1e-6,
     )
-
-
-def test_groups_that_were_measured_before_an_interruption_are_read(tiny, tmp_path, monkeypatch):
-    measured, real = [], text.measure_inputs
-
-    def measure(model, modules, *rest):
-        measured.append(len(modules))
-        if len(measured) == 2:
-            raise KeyboardInterrupt
-        return real(model, modules, *rest)
-
-    monkeypatch.setattr(text, "measure_inputs", measure)
-    small = {"max_bytes": 8 * 64 * 64 * 4}  # two groups of four layers
-    with pytest.raises(KeyboardInterrupt):
-        calibrated(tiny.make(), tmp_path, **small)
-    calibrated(tiny.make(), tmp_path, **small)
-    assert measured == [4, 4, 4]
-
-
-def test_a_damaged_file_is_said_and_measured_again(tiny, tmp_path):
-    whole = calibrated(tiny.make(), tmp_path)
-    files = list(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 2  # the inputs' and the outputs'
-    for file in files:
-        raw = bytearray(file.read_bytes())
-        raw[-5] ^= 1
-        file.write_bytes(raw)
-        with pytest.warns(UserWarning, match="cannot be read .*computing it again"):
-            again = calibrated(tiny.make(), tmp_path)
-        assert_equal_factors(whole, again, 1e-6)
-        assert file.read_bytes() != bytes(raw)
 
 
 def test_too_few_tokens_warn_how_many_are_needed(tiny, tmp_path):

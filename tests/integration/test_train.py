@@ -265,15 +265,6 @@ def test_ctrl_c_ends_the_step_with_a_checkpoint_that_is_carried_on_from(whole, m
     assert_equal_runs(resumed, whole("lora"))
 
 
-def test_a_person_is_told_the_cost_and_every_logged_step(make, whole, tmp_path, caplog):
-    caplog.set_level("INFO", "hiplora.training")
-    result = train(make("lora"), tmp_path / "out")
-    said = caplog.messages
-    assert said[0].startswith("24 rows, ")
-    assert [line.split("  ")[0] for line in said[1:]] == ["step 2/8", "step 4/8", "step 6/8", "step 8/8"]
-    assert_equal_runs(result, whole("lora"))
-
-
 def test_a_finished_run_is_uploaded_as_a_plain_lora_and_survives_a_hub_that_is_not_there(
     make, tmp_path, monkeypatch, caplog
 ):
