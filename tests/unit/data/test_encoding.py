@@ -46,10 +46,6 @@ def test_the_prompt_is_learned_too_where_that_is_asked(tokenizer):
     assert learned(with_bos(), asked) == ["Say hi: hi<|eos|>"]
 
 
-def test_plain_text_is_learned_whole(tokenizer):
-    assert learned(tokenizer, Example("", "all of it")) == ["all of it<|eos|>"]
-
-
 def with_bos():
     from tokenizers.processors import TemplateProcessing
 
@@ -106,20 +102,6 @@ def test_all_that_the_assistant_says_is_learned_and_nothing_else(template):
     assert [piece.strip() for piece in said] == ["1<|eos|>", "2<|eos|>"]
     ids, _ = encode_example(tokenizer, Example("", "2", TALK))
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages | length }}" + PLAIN_TEMPLATE
-    with pytest.raises(DataError, match="renders message 3 differently"):
-        encode_example(tokenizer, Example("", "2", TALK))
-
-
-def test_a_conversation_needs_a_chat_template():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no chat template"):
-        encode_example(tokenizer, Example("", "2", TALK))
 
 
 def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):
@@ -207,11 +189,13 @@ def test_only_what_follows_a_conversational_prompt_is_learned(tokenizer):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
+        (None, "no chat template"),
+        ("{{ messages | length }}" + PLAIN_TEMPLATE, "renders message 3 differently"),
         ("{{ raise_exception('System role not supported') }}", "System role not supported.*into the user's first"),
         ("{% generation %}{% endgeneration %}{{ messages[0].content }}", "marks nothing to learn"),
     ],
 )
-def test_a_template_that_refuses_or_marks_nothing_is_named(template, said):
+def test_a_template_that_is_missing_refuses_rewrites_or_marks_nothing_is_named(template, said):
     with pytest.raises(DataError, match=said):
         encode_example(templated(template), Example("", "2", TALK))
 
