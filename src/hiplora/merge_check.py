@@ -28,12 +28,12 @@ from hiplora.evaluation.mounting import (
     probe,
 )
 from hiplora.evaluation.suite import Suite, read_suite
-from hiplora.evaluation.updates import load_tokenizer, measure_updates
+from hiplora.evaluation.updates import measure_updates
 from hiplora.files import check_output_dir, staged_dir
 from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
 from hiplora.merging.merger import check_weights, merge
-from hiplora.models import resolve
+from hiplora.models import load_tokenizer, resolve
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 _NO_OWNERS = (

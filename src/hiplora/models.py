@@ -124,6 +124,16 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     return network.eval(), tokenizer
 
 
+def load_tokenizer(model: str) -> Any:
+    """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
 def pick_device(device: str = "auto") -> str:
     """Return the device to compute on; "auto" is a GPU where there is one, else the CPU.
 

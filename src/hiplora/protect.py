@@ -25,11 +25,11 @@ from hiplora.evaluation.updates import (
     DRIFT_TOKENS,
     DRIFT_WINDOW,
     check_scale_options,
-    load_tokenizer,
     measure_updates,
     search_scale,
     task_rows,
 )
+from hiplora.models import load_tokenizer
 from hiplora.spectral import MAX_VECTORS, MomentBasis, RankSpec
 from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
 from hiplora.tuner.experts import unrolled

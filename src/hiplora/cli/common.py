@@ -157,7 +157,7 @@ def targets(given: str | None) -> str | list[str] | None:
     return names(given)
 
 
-def settings(kind: Callable[..., Kind], **given: Any) -> Kind:
+def checked(kind: Callable[..., Kind], **given: Any) -> Kind:
     """Return settings that pydantic checks; ConfigError naming the option if one is wrong."""
     from pydantic import ValidationError
 

@@ -46,12 +46,11 @@ def command(
 
         hiplora compare smollm2-135m my-data.jsonl --out runs/compare --steps 100
     """
-    given = locals()
+    texts = {"prompts": prompts and str(prompts), "drift_text": drift_text and str(drift_text)}
+    given = locals() | texts | {"methods": tuple(names(methods))}
     from hiplora.compare import CompareSettings, compare
     from hiplora.compare_report import headline, next_steps, summary
 
-    given |= {"methods": tuple(names(methods)), "prompts": prompts and str(prompts)}
-    given |= {"drift_text": drift_text and str(drift_text)}
     settings = CompareSettings(**{name: given[name] for name in CompareSettings.__dataclass_fields__})
     with told_to_repeat(out):
         results = compare(model, data, out, settings, overwrite=overwrite, tell=tell)

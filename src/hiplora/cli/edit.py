@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, settings
+from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked
 
 EDITS_HELP = (
     "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
@@ -50,7 +50,7 @@ def job(
 
     for text in method_settings:
         put_over(given["method_settings"], text)
-    return settings(EditJob, **given)
+    return checked(EditJob, **given)
 
 
 def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE) -> Shown:

@@ -32,7 +32,7 @@ def eval_settings(
     device: str = DEVICE,
 ) -> Any:
     """What models are scored on, and how."""
-    given = locals()
+    given = dict(locals())
     from hiplora.evaluation.evaluate import EvalSettings
 
     return EvalSettings(**given)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, names, settings, targets
+from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked, names, targets
 from hiplora.errors import ConfigError
 
 KINDS_HELP = "Interventions, separated by commas: zero, flip, noise_S with the standard deviation S as a share of σ."
@@ -40,7 +40,7 @@ def probe_settings(
     given = locals() | {"modules": targets(modules), "layers": parse_layers(layers), "kinds": tuple(names(kinds))}
     from hiplora.probing.run import ProbeSettings
 
-    return settings(ProbeSettings, **given | {"text": text and str(text)})
+    return checked(ProbeSettings, **given | {"text": text and str(text)})
 
 
 def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: bool = OVERWRITE) -> Shown:

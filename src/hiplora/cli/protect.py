@@ -44,24 +44,12 @@ def command(
 
         hiplora protect runs/medicine --out runs/medicine-protected --data medicine.jsonl
     """
+    given = dict(locals())
     from hiplora.protect import protect_adapter
     from hiplora.spectral import parse_rank
 
-    record = protect_adapter(
-        adapter,
-        out,
-        principal_rank=parse_rank(principal_rank),
-        mask=mask,
-        projection=projection,
-        strength=strength,
-        text=text,
-        tokens=tokens,
-        seed=seed,
-        drift_text=drift_text,
-        base=base,
-        overwrite=overwrite,
-        **scaling,
-    )
+    given |= given.pop("scaling") | {"principal_rank": parse_rank(principal_rank)}
+    record = protect_adapter(given.pop("adapter"), given.pop("out"), **given)
     yield record
     calibration, loss, drift = record["calibration"], record["loss"], record["drift"]
     source = "text sampled from the model" if calibration["source"] == "self" else calibration["source"]

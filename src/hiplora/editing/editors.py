@@ -1,6 +1,7 @@
 """Put edits into a model and take them out again: the interface, and training them into an adapter of PEFT."""
 
 import contextlib
+import itertools
 import math
 import time
 from abc import ABC, abstractmethod
@@ -81,13 +82,11 @@ def train_edits(
 
 def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
     """Yield batches of indices without end: a fresh permutation an epoch, batches across the seam of two epochs."""
-    generator, waiting = torch.Generator().manual_seed(seed), list[int]()
-    size = min(batch_size, count)
+    generator = torch.Generator().manual_seed(seed)
+    epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
+    order = itertools.chain.from_iterable(epochs)
     while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(count, generator=generator).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
+        yield list(itertools.islice(order, min(batch_size, count)))
 
 
 class Editor(ABC):

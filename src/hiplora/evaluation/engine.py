@@ -122,10 +122,11 @@ class Engine:
             from hiplora.evaluation.sandbox import require_permission
 
             require_permission(allow_code)
-        self._chosen = {
-            name: _choose(len(task.eval_docs), self._requests[name].limit or limit, f"{seed}:{name}")
-            for name, task in self._tasks.items()
-        }
+        self._chosen: dict[str, list[int]] = {}
+        for name, task in self._tasks.items():
+            count = len(task.eval_docs)
+            wanted = min(self._requests[name].limit or limit or count, count)
+            self._chosen[name] = sorted(random.Random(f"{seed}:{name}").sample(range(count), wanted))
 
     @property
     def tasks(self) -> list[str]:
@@ -231,12 +232,6 @@ def _check_name(manager: TaskManager, request: TaskRequest) -> None:
         )
 
 
-def _choose(count: int, limit: int | None, seed: str) -> list[int]:
-    if limit is None or limit >= count:
-        return list(range(count))
-    return sorted(random.Random(seed).sample(range(count), limit))
-
-
 def _metadata(task: Any) -> Mapping[str, Any]:
     return task.config.metadata if isinstance(task.config.metadata, dict) else {}
 
@@ -250,11 +245,13 @@ def _scores(task: Any, found: Mapping[str, Any], key: str, lm: ScoringLM) -> Tas
     # The task's score: the metric that it names, else the first with a value per item.
     named, better = _metadata(task).get("score"), task.higher_is_better()
     candidates = [named] if named else list(rows[0]["metrics"])
-    metric = next((name for name in candidates if _is_number(rows[0].get(name)) and better.get(name, True)), None)
+    metric = next(
+        (name for name in candidates if isinstance(rows[0].get(name), int | float) and better.get(name, True)), None
+    )
     others: dict[str, float] = {}
     for result, value in found["results"][key].items():
         other, _, filtered = result.partition(",")
-        if filtered == first and not other.endswith("_stderr") and other != metric and _is_number(value):
+        if filtered == first and not other.endswith("_stderr") and other != metric and isinstance(value, int | float):
             others[other] = float(value)
     score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
     return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
@@ -288,10 +285,6 @@ def _gold(task: Any, row: Mapping[str, Any]) -> float:
     places = [choices.index(one) if isinstance(one, str) else int(one) for one in right]
     totals = [responses[0][0] for responses in row["resps"][: len(choices)]]
     return sum(gold_probability(totals, place) for place in places)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
 
 
 @contextlib.contextmanager

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from hiplora.adapters import AdapterUpdate, check_base, load_base
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import load_examples
-from hiplora.errors import ConfigError, first_line
+from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import BaseReference, Texts, measure_drift
 from hiplora.evaluation.likelihood import Encoded, heldout_loss
 from hiplora.evaluation.mounting import applied, holding
-from hiplora.models import resolve
+from hiplora.models import load_tokenizer
 from hiplora.tuner.experts import unrolled
 
 DRIFT_TOKENS = 1024  # of each text
@@ -134,11 +133,3 @@ def check_scale_options(scale: float | None, tolerance: float | None, data: str 
         raise ConfigError("--scale and --tolerance: give one of them; --tolerance searches the scale")
     if tolerance is not None and data is None:
         raise ConfigError("--tolerance: needs --data, rows of the adapter's task that it was not trained on")
-
-
-def load_tokenizer(base: str) -> Any:
-    """Return a base model's tokenizer; ConfigError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {base}: its tokenizer cannot be loaded ({first_line(error)})") from error

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
-from hiplora.errors import ConfigError, DataError, first_line
+from hiplora.errors import DataError
+from hiplora.models import load_tokenizer
 from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def preview(recipe: TrainRecipe, count: int) -> str:
     """
     from hiplora.data.encoding import encode_examples, shown
 
-    tokenizer, settings = load_tokenizer(recipe), recipe.train
+    tokenizer, settings = load_tokenizer(recipe.model), recipe.train
     data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(tokenizer.chat_template))
     rows, report = encode_examples(tokenizer, data.train, settings.max_length)
     lines = [f"row {number}\n{shown(tokenizer, row)}\n" for number, row in enumerate(rows[:count], 1)]
@@ -62,18 +63,6 @@ def preview(recipe: TrainRecipe, count: int) -> str:
     batch = settings.batch_size * settings.gradient_accumulation
     lines.append(f"{report.sequences:,} rows, {learned}; {steps} steps of {batch} sequences")
     return "\n".join([*lines, *data.notes, *report.warnings(settings.max_length)])
-
-
-def load_tokenizer(recipe: TrainRecipe) -> Any:
-    """Load the tokenizer alone."""
-    from transformers import AutoTokenizer
-
-    from hiplora.models import resolve
-
-    try:
-        return AutoTokenizer.from_pretrained(resolve(recipe.model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {recipe.model}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def count_steps(recipe: TrainRecipe, count: int) -> int:

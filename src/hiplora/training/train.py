@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import Inputs, write_atomic
+from hiplora.models import load_tokenizer
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes, push_to_hub
-from hiplora.training.sequences import count_steps, load_tokenizer, sequences
+from hiplora.training.sequences import count_steps, sequences
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,8 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(load_tokenizer(recipe).chat_template))
+    chat = recipe.data.template == "auto" and bool(load_tokenizer(recipe.model).chat_template)
+    data = load_data(recipe.data, chat=chat)
     sources = {**data.sources, **_start(recipe)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
