@@ -207,10 +207,9 @@ class Study:
     def _task_files(self, tasks: Mapping[str, int | None]) -> dict[str, str | None]:
         found: dict[str, str | None] = {}
         for task in tasks:
-            try:
-                stem = own_tasks()[task]["metadata"]["file"]
-            except FileNotFoundError:
+            if task not in own_tasks():
                 continue  # one of lm-eval's own
+            stem = own_tasks()[task]["metadata"]["file"]
             path = data_file(self.data, stem) if self.data is not None else None
             found[stem] = None if path is None else self._hash(path)
         return found
