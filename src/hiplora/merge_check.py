@@ -87,25 +87,12 @@ def merge_check(
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
     updates = {name: read_update(folder, how.base) for name, folder in named.items()}
-    merges = {
-        label: merge(
-            [updates[name] for name in names],
-            method,
-            [weights[name] for name in names],
-            base=how.base,
-            rank=how.rank,
-            options={name: value for name, value in how.options.items() if name in find_rule(method).defaults},
-        )
-        for label, (method, names) in groups.items()
-    }
+    merges = _merged(groups, updates, weights, how)
     engine = settings.engine(suite)
     model = how.base or next(iter(updates.values())).base
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
-    first, bare = merges[how.methods[0]], probe(network, tokenizer, engine.prompts())
-    with applied(network, first) as changed:
-        on = probe(changed, tokenizer, engine.prompts())
-    check_acts(bare, on, probe(network, tokenizer, engine.prompts()), first.source)
+    _check_acts(network, tokenizer, engine.prompts(), merges[how.methods[0]])
     plan = {
         "kind": "merge-check",
         "hiplora": __version__,
@@ -171,6 +158,26 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
             if size < len(names):
                 groups[f"{method}: {' + '.join(chosen)}"] = method, chosen
     return groups
+
+
+def _merged(
+    groups: Mapping[str, Group], updates: Mapping[str, AdapterUpdate], weights: Mapping[str, float], how: MergeSettings
+) -> dict[str, AdapterUpdate]:
+    """Return the merges by label, each with those of the options that its rule has."""
+    merges = {}
+    for label, (method, names) in groups.items():
+        options = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
+        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
+        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=options)
+    return merges
+
+
+def _check_acts(network: Any, tokenizer: Any, prompts: Sequence[str], merged: AdapterUpdate) -> None:
+    """Check on a few prompts that a merge changes the logits, and that the base comes back bit for bit."""
+    before = probe(network, tokenizer, prompts)
+    with applied(network, merged) as changed:
+        on = probe(changed, tokenizer, prompts)
+    check_acts(before, on, probe(network, tokenizer, prompts), merged.source)
 
 
 def verdict(
