@@ -13,8 +13,8 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = ROOT / "tools" / "edit_facts"
@@ -23,11 +23,8 @@ QUESTIONS = ROOT / "src" / "hiplora" / "editing" / "data" / "locality.jsonl"
 SEED = 42
 ASKED = 19  # of 100 subjects, how many are asked about rather than edited
 
-ENTITY, RELATION, NUMERIC = "Entity/Attribute", "Relation/Fact", "Temporal/Numeric"
 
-
-@dataclass(frozen=True)
-class Relation:
+class Relation(NamedTuple):
     """A column of a table of facts, and how one asks for it: to edit, in other words, and of subjects not edited.
 
     {s} is the subject, {S} the same with a capital, any other name a column. `within` names a column in which the
@@ -40,121 +37,8 @@ class Relation:
     prompt: str
     paraphrase: str
     asked: str
-    within: str = ""
+    within: str
 
-
-RELATIONS = (
-    Relation(
-        *("countries", "capital", RELATION, "The capital city of {s} is called"),
-        *("On any map of {s}, the capital is marked at", "Ask which city is the capital of {s}: it is"),
-    ),
-    Relation(
-        *("countries", "continent", ENTITY, "{S} is a country on the continent of"),
-        *("On a globe, one finds {s} in", "The continent that {s} belongs to is"),
-    ),
-    Relation(
-        *("countries", "language", ENTITY, "Schools in {s} teach in the official language, which is"),
-        *("The national language of {s} is", "Newspapers in {s} are mostly printed in"),
-    ),
-    Relation(
-        *("countries", "currency", ENTITY, "Shopkeepers in {s} are paid in the local currency, the"),
-        *("The money of {s} is called the", "Prices in {s} are given in a currency called the"),
-    ),
-    Relation(
-        *("cities", "country", RELATION, "The city of {s} lies in"),
-        *("Whoever wants to see {s} has to travel to", "{S} is a well-known city of"),
-    ),
-    Relation(
-        *("elements", "symbol", ENTITY, "In formulas, the element {s} is written as"),
-        *("The chemical symbol for {s} is", "Chemists shorten the name of {s} to"),
-    ),
-    Relation(
-        *("elements", "number", NUMERIC, "The atomic number of {s} is"),
-        *("Counting the protons of an atom of {s} gives", "In the periodic table, {s} has the number"),
-    ),
-    Relation(
-        *("books", "author", RELATION, 'The author of "{s}" is'),
-        *('"{s}" was written by', 'On the cover of "{s}" stands the name of its writer,'),
-    ),
-    Relation(
-        *("books", "year", NUMERIC, 'Readers could first buy "{s}" in the year'),
-        *('"{s}" was first published in', 'The first edition of "{s}" dates from'),
-    ),
-    Relation(
-        *("art", "maker", RELATION, "{S} was {kind} by"),
-        *("The artist who {kind} {s} is", "The one who {kind} {s} was"),
-        "kind",
-    ),
-    Relation(
-        *("people", "born", NUMERIC, "{S} was born in the year"),
-        *("The year of birth of {s} is", "The life of {s} began in the year"),
-    ),
-    Relation(
-        *("people", "nation", RELATION, "The home country of {s} was"),
-        *("{S} came from", "{S} was a native of"),
-    ),
-    Relation(
-        *("people", "field", ENTITY, "The field in which {s} became famous is"),
-        *("{S} is best known for great achievements in", "{S} made a name in"),
-    ),
-    Relation(
-        *("events", "year", NUMERIC, "History books give for {s} the year"),
-        *("The date of {s} is the year", "It was the year of {s}:"),
-    ),
-    Relation(
-        *("companies", "country", RELATION, "The company {s} was started in the country of"),
-        *("The home country of the firm {s} is", "The firm {s} comes from"),
-    ),
-    Relation(
-        *("companies", "founded", NUMERIC, "The company {s} was founded in the year"),
-        *("The history of the firm {s} began in", "The firm {s} has existed since"),
-    ),
-    Relation(
-        *(
-            "states",
-            "capital",
-            RELATION,
-            "The governor of the American state of {s} works in the state capital,",
-        ),
-        *("The state capital of {s} is", "The legislature of the state of {s} meets in"),
-    ),
-    Relation(
-        *("states", "joined", NUMERIC, "The American state of {s} has belonged to the Union since"),
-        *("The year in which {s} became a state of the USA is", "{S} joined the United States in"),
-    ),
-    Relation(
-        *("presidents", "office", NUMERIC, "{S} became president of the United States in the year"),
-        *("The presidency of {s} began in", "{S} moved into the White House in the year"),
-    ),
-    Relation(
-        *("games", "year", NUMERIC, "Athletes gathered for {s} in the year"),
-        *("The year of {s} was", "The medals of {s} were won in"),
-    ),
-    Relation(
-        *("games", "country", RELATION, "The host country of {s} was"),
-        *("The country that organised {s} was", "The athletes at {s} were guests of"),
-    ),
-    Relation(
-        *("animals", "class", ENTITY, "Biologists class the {s} as a type of"),
-        *("In the order of nature, the {s} is a kind of", "A textbook of zoology lists the {s} as a"),
-    ),
-    Relation(
-        *("animals", "food", ENTITY, "The {s} lives on a diet of"),
-        *("What the {s} eats is mainly", "The main food of the {s} is"),
-    ),
-    Relation(
-        *("nature", "continent", ENTITY, "The {kind} called {s} is part of the continent of"),
-        *("Whoever wants to see the {s} has to go to", "The {s} is a famous {kind} of"),
-    ),
-    Relation(
-        *("numbers", "number", NUMERIC, "The number of {s} is"),
-        *("If you count the {s}, you get", "How many {s} are there? The answer is"),
-    ),
-    Relation(
-        *("inventions", "maker", RELATION, "The credit for {s} goes to"),
-        *("The name that everyone connects with {s} is", "The person behind {s} is"),
-    ),
-)
 
 # Everyday questions, far from the edits: table, answer, how one asks.
 EVERYDAY = (
@@ -181,6 +65,12 @@ def table(name: str) -> list[Row]:
     return [{**row, "s": row[subject], "S": row[subject][:1].upper() + row[subject][1:]} for row in rows]
 
 
+def relations() -> list[Relation]:
+    """Read how one asks for each kind of fact."""
+    lines = (FACTS / "relations.txt").read_text(encoding="utf-8").splitlines()
+    return [Relation(*line.split("|")) for line in lines[1:]]
+
+
 def is_asked(subject: str) -> bool:
     """Whether a subject is asked about, and its facts never edited."""
     return zlib.crc32(subject.casefold().encode()) % 100 < ASKED
@@ -188,7 +78,7 @@ def is_asked(subject: str) -> bool:
 
 def edits() -> list[Row]:
     """Return the edits, the categories mixed."""
-    rows = [edit for relation in RELATIONS for edit in _edits_of(relation)]
+    rows = [edit for relation in relations() for edit in _edits_of(relation)]
     random.Random(SEED).shuffle(rows)
     return rows
 
@@ -197,7 +87,7 @@ def questions() -> list[Row]:
     """Return the unrelated questions with their true answers, the kinds mixed."""
     rows = [
         {"prompt": relation.asked.format(**fact), "answer": fact[relation.answer], "subject": fact["s"]}
-        for relation in RELATIONS
+        for relation in relations()
         for fact in table(relation.table)
         if fact[relation.answer] and is_asked(fact["s"])
     ]

@@ -73,18 +73,8 @@ def main() -> int:
 def download(folder: Path) -> Path:
     """Fetch and unpack the source distribution of the installed PEFT."""
     version = importlib.metadata.version("peft")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-binary",
-        "peft",
-    ]
-    subprocess.run([*command, "-d", str(folder), f"peft=={version}"], check=True)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", "peft"]
+    subprocess.run([*pip, "-d", str(folder), f"peft=={version}"], check=True)
     with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / f"peft-{version}"

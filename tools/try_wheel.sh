@@ -23,8 +23,8 @@ base = LlamaForCausalLM(config)
 model = peft.get_peft_model(base, hiplora.HipLoraConfig(preset="paper", principal_rank=4, r=4, task_type="CAUSAL_LM"))
 model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
 model.save_pretrained("adapter")
-peft.PeftModel.from_pretrained(LlamaForCausalLM(config).eval() if False else base, "adapter")
 hiplora.export.save_as_lora(model, "lora")
+peft.PeftModel.from_pretrained(model.unload(), "adapter")
 files = {path.name for path in r.files("hiplora").joinpath("study").iterdir()}
 print("tuner: ok;", len(files), "files in study/")
 P
