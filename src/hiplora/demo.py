@@ -229,12 +229,12 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
 
 def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skill], texts: dict[str, str]) -> Results:
     """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure all drifts."""
-    from hiplora.adapters import read_update
+    from hiplora.adapters import read_update, save_as_lora
     from hiplora.evaluation.updates import measure_updates
-    from hiplora.merging import merge, save_merged
+    from hiplora.merging import merge
 
     parts = [adapters / f"{key}-{skill.name}" for skill in both]
-    report = save_merged(merge(parts, "addition"), adapters / f"{key}-added", overwrite=True)
+    report = save_as_lora(merge(parts, "addition"), adapters / f"{key}-added", overwrite=True)
     names = [*(skill.name for skill in both), "added"]
     updates = {name: read_update(adapters / f"{key}-{name}") for name in names}
     drift, _ = measure_updates(base().model, base().tokenizer, updates, texts)

@@ -17,7 +17,6 @@ from hiplora.adapters import (
     Pair,
     product_norm,
     read_update,
-    save_as_lora,
 )
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import RULES, DenseTerm, Rule, Term, find_rule, is_count, is_number
@@ -25,8 +24,6 @@ from hiplora.merging.thin import balanced, thin_svd, zero_pair
 from hiplora.spectral import full_precision, truncated_svd, weight_fingerprint
 
 _CPU = torch.device("cpu")
-
-save_merged = save_as_lora  # the former name: a merge is written as any update
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,14 +8,3 @@ from hiplora.reporting import plots
 from hiplora.reporting.html import Section, answers_html, save_page
 from hiplora.reporting.plots import save_figure
 from hiplora.reporting.tables import formatted, interval, save_table
-
-__all__ = [
-    "Section",
-    "answers_html",
-    "formatted",
-    "interval",
-    "plots",
-    "save_figure",
-    "save_page",
-    "save_table",
-]

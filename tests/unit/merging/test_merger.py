@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from peft.utils import merge_utils
 
-from hiplora.adapters import read_update
+from hiplora.adapters import read_update, save_as_lora
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.merging import RULES, DenseMerge, merge, save_merged
+from hiplora.merging import RULES, DenseMerge, merge
 from tests import reference
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import base_model, deltas, edit_config, hip_config, leaky, product, saved
@@ -55,7 +55,7 @@ def test_a_merge_of_all_kinds_of_adapters_is_the_weighted_sum_of_their_updates(a
 
 def test_a_merge_saved_and_loaded_by_stock_peft_is_the_merge_in_memory(adapters, tiny_model_dir, tmp_path):
     update = merge([adapters[name] for name in ALL])
-    save_merged(update, tmp_path / "out")
+    save_as_lora(update, tmp_path / "out")
     assert same_factors(read_update(tmp_path / "out"), update)
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), tmp_path / "out").eval()
     assert set(deltas(model)) == set(update.factors)
@@ -90,7 +90,7 @@ def test_each_module_draws_by_itself():
 
 def test_a_dense_merge_is_not_a_lora_adapter_and_not_merged_again(adapters, tmp_path):
     dense = merge([adapters["one"], adapters["lora"]], "ties")
-    for use in (lambda: save_merged(dense, tmp_path / "out"), lambda: merge([dense, adapters["one"]])):
+    for use in (lambda: save_as_lora(dense, tmp_path / "out"), lambda: merge([dense, adapters["one"]])):
         with pytest.raises(AdapterError, match=r"full rank.*rank=.*save_dense"):
             use()
     assert not (tmp_path / "out").exists()
