@@ -313,11 +313,8 @@ def _shared_factors(
     for adapter, other in {name: held for layer in layers for name, held in layer.configs.items()}.items():
         if other is config or (config.from_checkpoint and _basis_of(other) == _basis_of(config)):
             held = {layer.name: layer for layer in layers if adapter in layer.configs and layer.has_factors(adapter)}
-            found = {
-                target.name: held[target.name].spectral_factors(adapter, other, other.fingerprints[target.name])
-                for target in targets
-                if target.name in held
-            }
+            names = [target.name for target in targets if target.name in held]
+            found = {name: held[name].spectral_factors(adapter, other, other.fingerprints[name]) for name in names}
             if all(t.name in found and (found[t.name].rank == t.k or not isinstance(t.k, int)) for t in targets):
                 return found
     return None
@@ -338,9 +335,7 @@ def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
         full += [f"{n} inputs"] if k >= n and sides != "output" else []
         if full:
             found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {full[0]}"
-            remedy = (
-                "lower it (principal_rank_pattern sets it for one layer), or leave the layer out (exclude_modules)"
-            )
+            remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"
             if not config.principal_channel:
                 raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
             warnings.warn(f"{found}, so that only its gains learn; {remedy}", stacklevel=2)
@@ -359,18 +354,18 @@ def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:
 
 def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
     """Check that what was calibrated is of these very weights, and of the ranks and sides that are now asked for."""
-    for name, k in ((target.name, target.k) for target in targets):
-        factors = config.calibrated.get(name)
-        fits = factors is not None and (not isinstance(k, int) or factors.rank == k)
-        if factors is None or not fits or factors.basis != f"activation:{config.basis_sides}":
+    basis = f"activation:{config.basis_sides}"
+    for target in targets:
+        factors, k = config.calibrated.get(target.name), target.k
+        if factors is None or (isinstance(k, int) and factors.rank != k) or factors.basis != basis:
             raise ConfigError(
-                f"layer {name}: the calibration has no factors of rank {k} for it; the configuration was changed after "
-                "hiplora.calibrate(model, config): call it again"
+                f"layer {target.name}: the calibration has no factors of rank {k} for it; the configuration was "
+                "changed after hiplora.calibrate(model, config): call it again"
             )
-        if factors.fingerprint != weight_fingerprint(frozen_weight(model.get_submodule(name))):
+        if factors.fingerprint != weight_fingerprint(frozen_weight(model.get_submodule(target.name))):
             raise ConfigError(
-                f"layer {name}: its weight is not the one that was calibrated; call hiplora.calibrate(model, config) "
-                "on this very model"
+                f"layer {target.name}: its weight is not the one that was calibrated; call "
+                "hiplora.calibrate(model, config) on this very model"
             )
 
 
