@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -105,8 +105,7 @@ def _matching(model: nn.Module, config: Any) -> list[str]:
     try:
         for name, module in modules.items():
             if isinstance(module, ExpertList):
-                parent, _, own = name.rpartition(".")
-                if any(check_target_module_exists(experts, f"{parent}.{alias}") for alias in ALIASES[own]):
+                if any(check_target_module_exists(experts, alias) for alias in _aliases(name)):
                     names += [f"{name}.{index}" for index in range(len(module))]
             elif not isinstance(modules.get(name.rpartition(".")[0]), ExpertList):
                 wanted = check_target_module_exists(linear, name)
@@ -140,25 +139,21 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
 
         if asked == "all-linear" and (narrow := [name for name in _matching(model, config) if name not in names]):
             notes.append(
-                f"'all-linear' leaves out layers no wider than principal_rank, or never called: {share(narrow)}"
+                f"'all-linear' leaves out layers as narrow as principal_rank, or never called: {share(narrow)}"
             )
-        known = [*modules]
-        for name in (name for name, module in modules.items() if isinstance(module, ExpertList)):
-            parent, _, own = name.rpartition(".")
-            known += [f"{parent}.{alias}" for alias in ALIASES[own]]
+        experts = [name for name, module in modules.items() if isinstance(module, ExpertList)]
+        known = [*modules, *(alias for name in experts for alias in _aliases(name))]
         listed = [*(() if isinstance(asked, str) else asked or ()), *(config.target_parameters or ())]
         unmatched = sorted(t for t in listed if not any(n == t or n.endswith(f".{t}") for n in known))
         if unmatched:
             notes.append(f"target_modules {unmatched} match no module of {type(model).__name__}")
         for role, belongs in _ROLES.values():
-            members = [
-                n for n, module in modules.items() if is_linear(_base(module)) and belongs(n.lower().split("."))
-            ]
+            members = [name for name, module in modules.items() if is_linear(_base(module)) and belongs(name)]
             missed = [name for name in members if name not in names]
             if unmatched and missed and len(missed) < len(members):
                 notes.append(f"of the {role} projections, these are left out: {share(missed)}")
-        stuck = [name for name, p in weights.items() if p.dim() == 3 and _in_mlp(name.lower().split("."))]
-        if stuck and (asked == "all-linear" or any(_in_mlp(name.lower().split(".")) for name in names)):
+        stuck = [name for name, parameter in weights.items() if parameter.dim() == 3 and _in_mlp(name)]
+        if stuck and (asked == "all-linear" or any(map(_in_mlp, names))):
             notes.append(f"HiP-LoRA cannot adapt these 3-D parameters, which are left out: {share(stuck)}")
     return notes
 
@@ -254,7 +249,7 @@ def default_targets(model: nn.Module, preset: str = "function-aware") -> list[st
     chosen = [
         name
         for name, module in modules.items()
-        if belongs(name.lower().split(".")) and (isinstance(module, ExpertList) or is_linear(_base(module)))
+        if belongs(name) and (isinstance(module, ExpertList) or is_linear(_base(module)))
     ]
     if getattr(model, "can_generate", bool)():
         chosen = [name for name in chosen if not any(map(_TOWER.fullmatch, name.lower().split(".")))] or chosen
@@ -275,8 +270,8 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(next(tail for tail in _tails(name) if tail not in others) for name in chosen))
 
 
-def _in_mlp(path: Sequence[str]) -> bool:
-    *parents, own = path
+def _in_mlp(name: str) -> bool:
+    *parents, own = name.lower().split(".")
     if not any(part.isdigit() for part in parents) or any(map(_ATTENTION.fullmatch, parents)):
         return False
     if _ROUTER.fullmatch(own):
@@ -285,18 +280,21 @@ def _in_mlp(path: Sequence[str]) -> bool:
     return named or any(map(_MLP_CONTAINER.fullmatch, parents))
 
 
-def _in_attention(path: Sequence[str]) -> bool:
-    *parents, own = path
+def _in_attention(name: str) -> bool:
+    *parents, own = name.lower().split(".")
     if not any(part.isdigit() for part in parents) or _ROUTER.fullmatch(own):
         return False
     inside = any(map(_ATTENTION.fullmatch, parents))
-    return inside or (_ATTENTION_PROJECTION.fullmatch(own) is not None and not _in_mlp(path))
+    return inside or (_ATTENTION_PROJECTION.fullmatch(own) is not None and not _in_mlp(name))
 
 
-_ROLES: dict[str, tuple[str, Callable[[Sequence[str]], bool]]] = {
-    "function-aware": ("MLP", _in_mlp),
-    "paper": ("attention", _in_attention),
-}
+_ROLES = {"function-aware": ("MLP", _in_mlp), "paper": ("attention", _in_attention)}
+
+
+def _aliases(experts: str) -> list[str]:
+    """Return the names by which a configuration may mean a list of experts."""
+    parent, _, own = experts.rpartition(".")
+    return [f"{parent}.{alias}" for alias in ALIASES[own]]
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
