@@ -12,13 +12,14 @@ STAMP := $(VENV)/.hiplora-setup
 # Each test process uses one thread: together they fill the cores.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup model demo test test-slow lint bench docs floors wheel clean
+.PHONY: help setup model demo test test-slow torture lint bench docs floors wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, fetch the real model, run the demonstration and say where its report is"
 	@echo "make test       set up, fetch the real model, lint, run the fast tests (at most five minutes)"
 	@echo "make test-slow  the rest: real model, interrupted runs, several processes, a browser (ten more)"
+	@echo "make torture    kill, starve and rob the commands, and damage their files (an hour); writes the tables of docs/reliability.md"
 	@echo "make setup      create $(VENV) and install hiplora at the versions of constraints.txt"
 	@echo "make model      fetch SmolLM2-135M into the cache"
 	@echo "make lint       formatting, style, types, import direction, documentation"
@@ -52,6 +53,10 @@ test: model lint
 
 test-slow: model
 	@$(PYTEST) -m slow $(PYTEST_ARGS)
+
+torture: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PY) -m tools.torture
+	@OMP_NUM_THREADS=1 $(PY) -m tools.mutations
 
 bench: model
 	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"

@@ -1,6 +1,6 @@
 """Run PEFT's own tests, of the installed version, with HiP-LoRA in their lists of methods.
 
-    python -m tools.peft_suite [--suite test_custom_models] [--tests FOLDER] [-- PYTEST OPTIONS]
+    python -m tools.peft_suite [--suite test_custom_models] [--tests FOLDER] [--every N] [-- PYTEST OPTIONS]
 
 The tests come from PEFT's source distribution, which pip downloads. Models of the Hub are replaced by tiny random ones
 in a folder laid out as the Hub's cache, so nothing else is fetched. A custom model is no language model, so the
@@ -20,6 +20,8 @@ import tempfile
 import types
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SUITES = ("test_custom_models", "test_decoder_models")
 COMMON = {"principal_rank": 1, "r": 2}
@@ -49,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", action="append", choices=SUITES, help="a module of PEFT's tests; all if not given")
     parser.add_argument("--tests", type=Path, help="an unpacked source distribution of PEFT, instead of a download")
+    parser.add_argument("--every", type=int, default=1, help="run every so many-th test only, as a sample")
     parser.add_argument("options", nargs="*", help="for pytest, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,6 +65,7 @@ def main() -> int:
         settings = {
             "HF_HUB_CACHE": str(hub),
             "HF_HUB_OFFLINE": "1",
+            "PEFT_SUITE_EVERY": str(given.every),
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         files = [f"tests/{suite}.py" for suite in given.suite or SUITES]
@@ -103,13 +107,20 @@ def make_model(hub: Path, name: str, kind: str, settings: dict[str, Any]) -> Non
     (repository / "refs" / "main").write_text("0" * 40)
 
 
-def pytest_pycollect_makemodule(module_path: Path) -> None:
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
     """Put HiP-LoRA into a test module's lists before pytest reads them."""
+    if not any(
+        module_path.name in given for given in parent.config.args
+    ):  # pytest asks about every file of the folder
+        return
     # PEFT's common tests import diffusers, which none of these tests needs.
     missing = importlib.util.find_spec("diffusers") is None
     if missing:
         stub: Any = types.ModuleType("diffusers")
-        stub.StableDiffusionPipeline, stub.__spec__ = object, importlib.machinery.ModuleSpec("diffusers", None)
+        stub.StableDiffusionPipeline, stub.__spec__ = (
+            type("Pipeline", (), {}),
+            importlib.machinery.ModuleSpec("diffusers", None),
+        )
         sys.modules["diffusers"] = stub
     module: Any = importlib.import_module(f"tests.{module_path.stem}")
     if missing:
@@ -145,6 +156,15 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
         ]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leave a sample of the tests."""
+    every = int(os.environ.get("PEFT_SUITE_EVERY", "1"))
+    if left := [item for number, item in enumerate(items) if number % every]:
+        config.hook.pytest_deselected(items=left)
+    items[:] = items[::every]
+
+
 def _measure_on_random_inputs() -> None:
     import functools
 
@@ -157,6 +177,8 @@ def _measure_on_random_inputs() -> None:
         inputs = torch.randint(0, 10, (64, 10), generator=generator)
         config.basis_sides = "input"  # these models give no logits
         first = next(model.parameters())
+        if "dtype" in vars(model):  # which PEFT's tests set after the adapter is added
+            model.dtype = first.dtype
         return original(model, config, run_model=functools.partial(model, inputs.to(first.device, first.dtype)))
 
     original, tuner.calibrate = tuner.calibrate, calibrate

@@ -5,6 +5,7 @@ import warnings
 
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 from typer import Option
 
 from hiplora import __version__
@@ -104,6 +105,19 @@ def test_ctrl_c_says_that_the_same_command_continues(capsys):
     with pytest.raises(KeyboardInterrupt), told_to_repeat("runs/compare"):
         raise KeyboardInterrupt
     assert "repeat the command (without --overwrite) to continue in runs/compare" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:862] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_a_disk_too_full_for_tensors_is_no_bug(raising, capsys, error):
+    raising["error"] = error
+    assert run("boom") == 1
+    assert capsys.readouterr().err.startswith("error: cannot write a file of tensors (")
 
 
 def test_a_missing_package_is_named_with_the_way_to_install_it(raising, capsys):

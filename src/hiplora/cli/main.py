@@ -38,6 +38,8 @@ COMMANDS = {
     "calibrate": "Measure a model's layers ahead of training.",
     "factorize": "Factor a model's weights ahead of training.",
 }
+# What safetensors and torch say, in errors of types of their own, of a disk that is full.
+_UNWRITTEN = ("Error while serializing: I/O error", "PytorchStreamWriter failed", "unexpected pos")
 _HOMES = {"chat": "generate", "init": "train"}  # commands that are in another's module, under their own names
 
 # Without rich's markup the help page takes a third of the time.
@@ -101,6 +103,8 @@ def _explained(error: Exception) -> str:
         return str(missing(str(error.name)))
     if isinstance(error, (HipLoraError, OSError)):  # OSError: a full disk, an unwritable folder
         return str(error) or type(error).__name__
+    if any(said in str(error) for said in _UNWRITTEN):
+        return f"cannot write a file of tensors ({first_line(error)}); free some space, or write to another folder"
     return (
         f"unexpected {type(error).__name__} ({first_line(error)}); this is a bug in hiplora: repeat the command with "
         f"--debug and report what it shows at {ISSUES}"

@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import traceback
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,14 @@ class Store:
         if job.key not in self._kept:
             path = self._file("results", job.key)
             try:
-                self._kept[job.key] = json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(found, dict) or not isinstance(found.get("result"), dict):
+                    raise ValueError("not a record of a job")
+                self._kept[job.key] = found
             except FileNotFoundError:
                 return None
-            except ValueError as error:
-                raise HipLoraError(f"{path}: not valid JSON ({error}); remove the file to run the job again") from None
+            except (ValueError, RecursionError) as error:
+                raise HipLoraError(f"{path}: damaged ({error}); remove the file to run the job again") from None
         return self._kept[job.key]
 
     def result(self, job: Job) -> dict[str, Any] | None:
@@ -95,10 +99,10 @@ class Store:
         write_atomic(self._file("failures", job.key), json.dumps(told, indent=1))
 
     def failure(self, job: Job) -> dict[str, Any] | None:
-        """Return a failed job's `error` and `traceback`; None if it did not fail."""
+        """Return a failed job's `error` and `traceback`; None if it did not fail, or nobody knows why."""
         try:
             return json.loads(self._file("failures", job.key).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
     @contextlib.contextmanager
@@ -142,7 +146,7 @@ class Store:
             raw = path.read_bytes()
             lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
             taken = {_checked_key(json.loads(line)): line for line in lines if line}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             raise ConfigError(
                 f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
             ) from None

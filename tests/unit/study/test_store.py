@@ -40,9 +40,16 @@ def test_a_finished_job_has_its_result_and_provenance(store):
     assert Store(store.path).result(one) == {"value": 3}  # the first record stays
 
 
-def test_a_damaged_record_is_named_with_the_way_out(store):
+def test_a_damaged_note_of_a_failure_is_not_read(store):
+    store.fail(collect(1), ValueError("no"))
+    (store.path / "failures" / f"{collect(1).key}.json").write_text("{")
+    assert store.failure(collect(1)) is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": null}'])
+def test_a_damaged_record_is_named_with_the_way_out(store, text):
     store.finish(collect(1), {}, {}, artifact=False)
-    (store.path / "results" / f"{collect(1).key}.json").write_text("{")
+    (store.path / "results" / f"{collect(1).key}.json").write_text(text)
     with pytest.raises(HipLoraError, match="remove the file"):
         Store(store.path).record(collect(1))
 
@@ -130,12 +137,20 @@ def test_exported_records_are_taken_by_another_store(store, tmp_path):
     assert path.read_bytes() == again.read_bytes()
 
 
-@pytest.mark.parametrize("text", [b"{}", b"no json", gzip.compress(b"[1]", mtime=0)], ids=["{}", "no JSON", "gzip"])
+GZIPPED = gzip.compress(b"[1]" * 9, mtime=0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{}", b"no json", GZIPPED, GZIPPED[:-6], GZIPPED[:11] + b"\xff" + GZIPPED[12:]],
+    ids=["{}", "no JSON", "gzip", "cut off", "damaged"],
+)
 def test_a_file_without_records_is_refused(store, tmp_path, text):
-    (tmp_path / "records.jsonl").write_bytes(text)
-    for name in ("records", "missing"):
-        with pytest.raises(ConfigError, match=rf"{name}\.jsonl: cannot be read"):
-            store.take(tmp_path / f"{name}.jsonl")
+    for name in ("records.jsonl", "records.jsonl.gz"):
+        (tmp_path / name).write_bytes(text)
+    for name in ("records.jsonl", "records.jsonl.gz", "missing.jsonl"):
+        with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
+            store.take(tmp_path / name)
 
 
 @pytest.mark.parametrize(
