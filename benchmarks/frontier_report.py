@@ -169,7 +169,9 @@ def report(out: Path, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     records = read_records(out)
     records.to_csv(to / "records.csv.gz", index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
-    save_table(at_equal_loss(records), to / "equal-loss")
+    equal = at_equal_loss(records)
+    save_table(equal, to / "equal-loss")
+    (to / "equal-loss.json").write_text(equal.to_json(orient="records", indent=1) + "\n")
     if (out / "base-abilities.json").exists():
         save_table(abilities(out), to / "abilities")
     for task in records["task"].unique():
