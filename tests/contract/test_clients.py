@@ -8,9 +8,10 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hiplora
+from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError
 from hiplora.tuner import hip_layers
 from tests.contract.conftest import logits, train
@@ -222,3 +223,31 @@ def test_trls_trainers_start_from_the_trained_adapter(tiny, ids, tmp_path, prese
     model.base_model.set_adapter("ref")
     torch.testing.assert_close(logits(model, ids), policy, rtol=1e-5, atol=1e-6)  # projected once more, or once less
     assert hiplora.max_leak(model) < 1e-6
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", hiplora.tuner.PRESETS)
+def test_sft_then_dpo_on_the_real_model_starts_at_ln_2_and_learns(smollm2, tmp_path, preset):
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    config = HipLoraConfig(preset=preset, principal_rank=4, layers_to_transform=[0, 29], task_type="CAUSAL_LM")
+    if config.basis == "activation":
+        texts = [f"{i} is written in words and in {i + 1} other ways, which the model reads" for i in range(40)]
+        hiplora.calibrate(base, config, rows=[tokenizer(text)["input_ids"] for text in texts])
+    settings = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = SFTConfig(str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=2, **settings)
+    data = Dataset.from_list([{"prompt": "where is it", "completion": " on the floor"}] * 4)
+    trainer = SFTTrainer(base, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
+    trainer.train()
+    trainer.model.save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    trainer = trl_trainer("DPO", model, tokenizer, tmp_path / "dpo", learning_rate=1e-3)
+    trainer.train()
+    first, second = (row["loss"] for row in trainer.state.log_history if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert second < first
+    assert hiplora.max_leak(model) < 1e-5
