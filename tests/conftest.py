@@ -92,3 +92,18 @@ def smollm2() -> Path:
 def tiny_model_dir(tmp_path_factory) -> Path:
     """Folder of a tiny random Llama with its tokenizer (seed 0, untied); read it, never write to it."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in place of the hub: repositories are copied into it once."""
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            assert private
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return tmp_path / "hub"

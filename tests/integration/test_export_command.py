@@ -54,6 +54,19 @@ def test_the_smallest_scale_within_the_tolerance_is_written(adapter, tmp_path, c
 
 
 @pytest.mark.parametrize(
+    "command", [["export", "--to", "lora"], ["export", "--to", "dense"], ["merge", "--format", "hiplora"]]
+)
+def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub, tmp_path, capsys, command):
+    name, *options = command
+    folders = [adapter[0]] * (2 if name == "merge" else 1)
+    code, _, err = run(capsys, name, *folders, *options, "--out", tmp_path / "out", "--push-to-hub", "me/mine")
+    assert (code, err) == (0, "")
+    config = hub / "me" / "mine" / "adapter_config.json"
+    assert json.loads(config.read_text())["peft_type"] == "LORA" if "dense" not in options else not config.exists()
+    assert list((hub / "me" / "mine").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--to", "gguf", "--out", "out"],

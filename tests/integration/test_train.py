@@ -265,21 +265,9 @@ def test_ctrl_c_ends_the_step_with_a_checkpoint_that_is_carried_on_from(whole, m
     assert_equal_runs(resumed, whole("lora"))
 
 
-def test_a_finished_run_is_uploaded_as_a_plain_lora_and_survives_a_hub_that_is_not_there(
-    make, tmp_path, monkeypatch, caplog
-):
-    import shutil
-
-    class Hub:
-        def create_repo(self, name, private, exist_ok):
-            assert private
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+def test_a_finished_run_is_uploaded_as_a_plain_lora_and_survives_a_hub_that_is_not_there(make, tmp_path, hub, caplog):
     train(make("paper", steps=2, push_to_hub="me/mine"), tmp_path / "out")
-    assert json.loads((tmp_path / "hub/me/mine/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((hub / "me/mine/adapter_config.json").read_text())["peft_type"] == "LORA"
     train(make(steps=2, push_to_hub="me/mine"), tmp_path / "again")  # the copy is refused: it exists
     assert "hf upload me/mine" in caplog.text
     assert (tmp_path / "again" / "adapter_config.json").exists()

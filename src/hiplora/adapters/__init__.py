@@ -6,7 +6,7 @@ from hiplora.adapters.dense import save_dense
 from hiplora.adapters.inspection import allocation_rows, energy_shares, inspect_adapter
 from hiplora.adapters.lora import SELECTION, open_update, save_as_lora, write_lora
 from hiplora.adapters.native import save_as_hiplora
-from hiplora.adapters.output import server_findings
+from hiplora.adapters.output import push_to_hub, server_findings
 from hiplora.adapters.protection import check_projection, protect, remaining
 from hiplora.adapters.read import WEIGHTS, read_update, update_from_model
 from hiplora.adapters.update import AdapterUpdate, Channels, Pair, model_order, module_place, product_norm

@@ -1,15 +1,20 @@
 """An exported folder: its record (`export.json`), its model card, and what servers reject or misread in it."""
 
 import json
+import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.update import AdapterUpdate
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, first_line
 from hiplora.models import hub_name
 from hiplora.provenance import provenance
+from hiplora.tuner.config import PEFT_TYPE
+
+log = logging.getLogger(__name__)
 
 # vLLM 0.26; what is said of llama.cpp is of its converter b9496.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -142,3 +147,27 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
 def _vllm_rank(rank: int) -> int | None:
     """Return the smallest `--max-lora-rank` of vLLM's that admits a rank; None where it has none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def push_to_hub(folder: Path, repository: str) -> None:
+    """Upload an adapter or model to a private hub repository; a HiP-LoRA adapter goes as the plain LoRA that it is.
+
+    A result is never lost to the network: what fails is said with the command that does it again.
+    """
+    from huggingface_hub import HfApi
+
+    from hiplora.adapters.lora import save_as_lora
+
+    config = folder / "adapter_config.json"
+    own = config.exists() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == PEFT_TYPE
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "adapter" if own else folder
+        if own:
+            save_as_lora(folder, source, check_logits=False)
+        try:
+            api = HfApi()
+            api.create_repo(repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=["checkpoints/*", ".*"])
+        except Exception as error:
+            problem = first_line(error)
+            log.warning("%s: not uploaded (%s); run: hf upload %s %s", repository, problem, repository, folder)

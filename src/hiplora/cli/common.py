@@ -26,6 +26,7 @@ ADAPTERS = Option([], "--adapter", help="Adapter folder, or NAME=FOLDER; may be 
 BASE = Option(None, help="Base model, instead of the adapter's own.")
 OUT = Option(..., help="Output folder; it must not exist yet.")
 OVERWRITE = Option(False, "--overwrite", help="Replace the output if it exists.")
+PUSH = Option(None, "--push-to-hub", help="Upload the result to this hub repository (owner/name), private if new.")
 DEVICE = Option("auto", help="auto (a GPU if there is one), cpu, cuda, …")
 DRIFT_TEXT = Option(None, help="Text file to measure drift on; else prose and code of Python's own.")
 CALIBRATION_TEXT = Option(

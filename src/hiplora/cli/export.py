@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, OUT, OVERWRITE, Group, Shown, scaling
+from hiplora.cli.common import ADAPTER, BASE, OUT, OVERWRITE, PUSH, Group, Shown, scaling
 from hiplora.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def command(
     base: str | None = BASE,
     scaling: Any = Group(scaling),
     logits: bool = Option(True, help="Compare logits too, if the base model is available and fits into memory."),
+    push: str | None = PUSH,
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.
 
@@ -34,7 +35,7 @@ def command(
 
         hiplora export runs/medicine --to lora --out runs/medicine-lora
     """
-    from hiplora.adapters import open_update, save_as_lora, save_dense, server_findings
+    from hiplora.adapters import open_update, push_to_hub, save_as_lora, save_dense, server_findings
     from hiplora.evaluation.updates import choose_scale
 
     if to == "dense" and (pad_rank or prefix):
@@ -49,6 +50,8 @@ def command(
     else:
         record = save_as_lora(update, out, pad_rank=pad_rank, prefix=prefix, dtype=dtype or "float32", **how)
         findings = server_findings(update.renamed(prefix) if prefix else update, pad_rank)
+    if push is not None:
+        push_to_hub(out, push)
     yield record | {"preflight": findings}
     if findings:
         yield "Before you serve it", ("Server", "Problem", "Remedy"), findings

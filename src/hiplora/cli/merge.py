@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import BASE, OUT, OVERWRITE, Group, Shown, numbers, scaling
+from hiplora.cli.common import BASE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling
 from hiplora.cli.export import report_table
 from hiplora.errors import ConfigError
 from hiplora.merging.rules import RULES, Rule, find_rule
@@ -44,6 +44,7 @@ def command(
     drift: bool = Option(True, help="Measure how far the merge drifts from the base, if that is available."),
     html: Path | None = Option(None, help="Also write the report as a page to this file."),
     overwrite: bool = OVERWRITE,
+    push: str | None = PUSH,
 ) -> Shown:
     """Merge adapters of one base model into one, and check what is written.
 
@@ -56,7 +57,7 @@ def command(
 
         hiplora merge runs/medicine runs/law --weights 1,0.5 --out runs/both
     """
-    from hiplora.adapters import read_update, save_as_hiplora, save_as_lora, save_dense
+    from hiplora.adapters import push_to_hub, read_update, save_as_hiplora, save_as_lora, save_dense
     from hiplora.evaluation.updates import choose_scale
     from hiplora.files import check_output_dir, check_output_file
     from hiplora.merge_check import conflict_table, drift_of_merge, save_merge_page
@@ -97,6 +98,8 @@ def command(
     record["export"] = save(update, out, overwrite=overwrite, details=details)  # type: ignore[operator]
     if html is not None:
         save_merge_page(html, report)
+    if push is not None:
+        push_to_hub(out, push)
     yield record | {"conflicts": report}
     if rank is not None:
         rows = [(one["module"], f"{one['relative_error']:.2e}") for one in losses[:10]]

@@ -1,11 +1,9 @@
 """What a training run measured, read back from its folder, and the model card made of it."""
 
 import json
-import logging
 import os
 import resource
 import sys
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hiplora.data.examples import Example
-from hiplora.errors import first_line
 from hiplora.models import hub_name
 
 if TYPE_CHECKING:
     from hiplora.training.recipe import TrainRecipe
 
-log = logging.getLogger("hiplora.training")
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 CARD = """---
@@ -167,30 +163,6 @@ def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> 
         loading=f"This is {method.kind}; stock PEFT loads it without hiplora." if method.kind else OWN_FORMAT,
         recipe=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
     )
-
-
-def push_to_hub(folder: Path, repository: str, export: bool) -> None:
-    """Upload a finished adapter to a private hub repository; `export` makes it a plain LoRA first.
-
-    A run is never lost to the network: what fails is said with the command that does it again.
-    """
-    from huggingface_hub import HfApi
-
-    from hiplora.adapters import save_as_lora
-
-    with tempfile.TemporaryDirectory() as temporary:
-        source = folder
-        if export:
-            source = Path(temporary) / "adapter"
-            save_as_lora(folder, source, check_logits=False)
-        try:
-            api = HfApi()
-            api.create_repo(repository, private=True, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=source, ignore_patterns=["checkpoints/*", ".*"])
-        except Exception as error:
-            log.warning(
-                "%s: not uploaded (%s); run: hf upload %s %s", repository, first_line(error), repository, folder
-            )
 
 
 def peak_bytes() -> int:

@@ -33,7 +33,7 @@ from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
-from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes, push_to_hub
+from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 from hiplora.training.sequences import count_steps, sequences
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def train(
     import torch
     from accelerate import PartialState
 
+    from hiplora.adapters import push_to_hub
+
     recipe, run = _for_this_machine(recipe), RunFolder(Path(out), "recipe.yaml", CONFIG_FILE)
     run.check(recipe.values(), resume=resume, overwrite=overwrite, inputs=_inputs(recipe))
     if run.complete and not overwrite:
@@ -104,7 +106,7 @@ def train(
             if processes.is_main_process:
                 _assemble(recipe, run.path, trainer, result, data.train[0])
                 if recipe.train.push_to_hub is not None:
-                    push_to_hub(run.path, recipe.train.push_to_hub, export=not recipe.method.kind)
+                    push_to_hub(run.path, recipe.train.push_to_hub)
         except BaseException:
             if processes.is_main_process and not any(run.path.glob("checkpoints/checkpoint-*")):
                 shutil.rmtree(run.path, ignore_errors=True)  # nothing to carry on from
