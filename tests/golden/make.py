@@ -492,10 +492,10 @@ def compare(expected, found, same_machine, where=""):
     return [] if near else [f"{where}: expected {expected!r}, found {found!r}"]
 
 
-def check(name):
-    """Make a section and return how it differs from its file, a line each."""
+def check(name, values=None):
+    """Return how a section, made anew unless it is given, differs from its file, a line each."""
     kept = json.loads((HERE / f"{name}.json").read_text())
-    found = json.loads(json.dumps(SECTIONS[name]()))
+    found = json.loads(json.dumps(SECTIONS[name]() if values is None else values))
     return sorted(compare(kept["values"], found, kept["machine"] == machine(), name))
 
 

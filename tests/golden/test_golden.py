@@ -5,9 +5,8 @@ import pytest
 from tests.golden.make import SECTIONS, check
 
 
-@pytest.mark.parametrize(
-    "section", [pytest.param(name, marks=pytest.mark.slow) if name == "pico" else name for name in SECTIONS]
-)
+# pico's are checked in tests/integration/test_study_run.py.
+@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "pico"])
 def test_the_numbers_are_the_golden_ones(section):
     differences = check(section)
     assert not differences, "\n".join(differences[:40])
