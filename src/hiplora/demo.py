@@ -188,7 +188,6 @@ def summary(results: Results) -> "pd.DataFrame":
             column |= {f"KL, {text}": found["kl"] for text, found in drift.items()}
             column["next token changed"] = f"{mean_of(drift, 'greedy_changed'):.1%}"
             column |= {f"{skill}, alone: held-out loss": part["held_out"]["after"] for skill, part in alone.items()}
-            column["training, seconds"] = f"{sum(part['seconds'] for part in alone.values()):.0f}"
         columns["base model" if name == "base" else name] = column
     return pd.DataFrame(columns).rename_axis(index="")
 
