@@ -17,8 +17,8 @@ PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(
 
 help:
 	@echo "make demo       set up, fetch the real model, run the demonstration and say where its report is"
-	@echo "make test       set up, fetch the real model, lint, run the fast tests (at most five minutes)"
-	@echo "make test-slow  the rest: real model, interrupted runs, several processes, a browser (ten more)"
+	@echo "make test       set up, fetch the real model, lint, run the fast tests"
+	@echo "make test-slow  the rest: real model, interrupted runs, several processes, a browser"
 	@echo "make torture    kill, starve and rob the commands, and damage their files (an hour); writes the tables of docs/reliability.md"
 	@echo "make setup      create $(VENV) and install hiplora at the versions of constraints.txt"
 	@echo "make model      fetch SmolLM2-135M into the cache"

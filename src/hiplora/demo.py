@@ -57,10 +57,15 @@ class Skill:
     check: Callable[[str, str], dict[str, bool]]
 
 
+@functools.cache
+def taught() -> Results:
+    """Return what the skills are made of; the shop's `words` in an answer to anything else show that it spilled."""
+    return yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))
+
+
 def skills() -> tuple[Skill, Skill]:
     """Return the two skills: answers of an invented shop in its house style, and requests turned into JSON."""
-    value = yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))
-    shop, requests = value["shop"], value["requests"]
+    shop, requests = taught()["shop"], taught()["requests"]
     opening, closing = shop["opening"], shop["closing"]
     keys: dict[str, str] = {}
     train: list[dict[str, str]] = []
@@ -88,11 +93,6 @@ def skills() -> tuple[Skill, Skill]:
         Skill("shop", shop["about"], train, held_out, check_answer),
         Skill("requests", requests["about"], drawn[HELD_BACK:], drawn[:HELD_BACK], _check_json),
     )
-
-
-def shop_words() -> list[str]:
-    """Return words that only the shop would use: an answer to anything else that has one shows a skill that spilled."""
-    return yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))["shop"]["words"]
 
 
 def _check_json(said: str, expected: str) -> dict[str, bool]:
@@ -263,7 +263,7 @@ def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
                 for row, texts in zip(skill.held_out, said(prompts, which), strict=True)
             ]
     others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
-    return {"skills": skills, "others": others, "words": shop_words()}
+    return {"skills": skills, "others": others, "words": taught()["shop"]["words"]}
 
 
 def _counts(results: Results, name: str) -> Results:

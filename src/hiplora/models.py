@@ -134,6 +134,21 @@ def load_tokenizer(model: str) -> Any:
         raise ConfigError(f"model {model}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
+def machine_dtype() -> str:
+    """Return the precision of `train.dtype: auto` on this machine: "bf16" or "fp32"."""
+    import torch
+
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if gpu else "fp32"
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """Return torch's type for a recipe's `dtype`, which is not "auto"."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def pick_device(device: str = "auto") -> str:
     """Return the device to compute on; "auto" is a GPU where there is one, else the CPU.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
+from hiplora.adapters.read import CONFIG
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import hub_name
@@ -158,7 +159,7 @@ def push_to_hub(folder: Path, repository: str) -> None:
 
     from hiplora.adapters.lora import save_as_lora
 
-    config = folder / "adapter_config.json"
+    config = folder / CONFIG
     own = config.exists() and json.loads(config.read_text(encoding="utf-8")).get("peft_type") == PEFT_TYPE
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "adapter" if own else folder

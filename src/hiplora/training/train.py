@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import Inputs, write_atomic
-from hiplora.models import load_tokenizer
+from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
@@ -37,7 +37,6 @@ from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, pe
 from hiplora.training.sequences import count_steps, sequences
 
 if TYPE_CHECKING:
-    import torch
     from transformers import TrainerCallback
     from trl import SFTConfig
 
@@ -82,8 +81,6 @@ def train(
     import torch
     from accelerate import PartialState
 
-    from hiplora.adapters import push_to_hub
-
     recipe, run = _for_this_machine(recipe), RunFolder(Path(out), "recipe.yaml", CONFIG_FILE)
     run.check(recipe.values(), resume=resume, overwrite=overwrite, inputs=_inputs(recipe))
     if run.complete and not overwrite:
@@ -106,6 +103,8 @@ def train(
             if processes.is_main_process:
                 _assemble(recipe, run.path, trainer, result, data.train[0])
                 if recipe.train.push_to_hub is not None:
+                    from hiplora.adapters import push_to_hub
+
                     push_to_hub(run.path, recipe.train.push_to_hub)
         except BaseException:
             if processes.is_main_process and not any(run.path.glob("checkpoints/checkpoint-*")):
@@ -273,21 +272,6 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
     settings = recipe.train.model_copy(update={"dtype": machine_dtype() if dtype == "auto" else dtype})
     return recipe.model_copy(update={"train": settings})
-
-
-def machine_dtype() -> str:
-    """Return the precision of `train.dtype: auto` on this machine: "bf16" or "fp32"."""
-    import torch
-
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if gpu else "fp32"
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's type for a recipe's `dtype`, which is not "auto"."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def _inputs(recipe: TrainRecipe) -> Inputs:

@@ -242,7 +242,7 @@ def sample_rows(
 class _ReservedLayer(DynamicLayer):
     """A layer of transformers' cache that writes a step's keys and values into memory reserved for all of them.
 
-    `DynamicLayer` copies what it holds at every step, a quarter of the time of sampling. The values are the same.
+    `DynamicLayer` copies what it holds at every step. The values are the same.
     """
 
     keys: Tensor

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 
 from hiplora.errors import DivergedError
-from hiplora.models import load
+from hiplora.models import load, machine_dtype, torch_dtype
 from hiplora.spectral import FactorStore, SpectralFactors
 from hiplora.study.builder import as_read
 from hiplora.study.context import Context, located
@@ -27,7 +27,6 @@ from hiplora.training import TrainRecipe, train
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.method import WEIGHTS_FILE
-from hiplora.training.train import machine_dtype, torch_dtype
 from hiplora.tuner import CalibrationStore, weight_factors
 
 HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
