@@ -54,6 +54,11 @@ def calibration_bytes(shape: Shape) -> int:
     return shape.layers * (inputs + outputs)
 
 
+def passes(shape: Shape) -> int:
+    """Return how often calibration runs over its text: 4 GiB hold the moments of so many modules at a time."""
+    return -(-3 * shape.layers // max(1, (4 << 30) // (8 * shape.mlp**2)))
+
+
 def rows() -> Iterator[tuple[str, ...]]:
     """Yield the table, a column a model."""
     yield "", *SHAPES
@@ -65,13 +70,8 @@ def rows() -> Iterator[tuple[str, ...]]:
             sum(10 * 4 * m * n * (K + 4) for m, n in attention_modules(s)) / 1e12
         ),
         "**calibrate**: largest moment, GB": lambda s: 8 * s.mlp**2 / 1e9,
-        "passes over the text": lambda s: -(-3 * s.layers // max(1, (4 << 30) // (8 * s.mlp**2))),
-        "all passes, 10¹⁵ operations": lambda s: (
-            -(-3 * s.layers // max(1, (4 << 30) // (8 * s.mlp**2)))
-            * s.parameters
-            * (2 * TOKENS + 4 * GRADIENT_TOKENS)
-            / 1e15
-        ),
+        "passes over the text": passes,
+        "all passes, 10¹⁵ operations": lambda s: passes(s) * s.parameters * (2 * TOKENS + 4 * GRADIENT_TOKENS) / 1e15,
         "eigenvectors, 10¹⁵ operations (fp64)": lambda s: s.layers * 9 * (3 * s.mlp**3 + 2 * s.hidden**3) / 1e15,
         "stored in the cache, GB": lambda s: calibration_bytes(s) / 1e9,
         "**attach**: A, B, GB": lambda s: adapter_bytes(mlp_modules(s)) / 1e9,

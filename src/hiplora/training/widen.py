@@ -108,8 +108,11 @@ def protected_by(folder: Path) -> dict[str, Tensor]:
 
 
 def _basis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {key: tensor for key, tensor in tensors.items() if key.endswith((".hiplora_U", ".hiplora_V"))}
-    return {key.removeprefix("base_model.model.").replace(".hiplora_", "."): found[key] for key in found}
+    return {
+        key.removeprefix("base_model.model.").replace(".hiplora_", "."): tensor
+        for key, tensor in tensors.items()
+        if key.endswith((".hiplora_U", ".hiplora_V"))
+    }
 
 
 def join_saved(folder: Path, given: Path) -> None:
