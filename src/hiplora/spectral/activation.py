@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-import numpy
 import scipy.linalg
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from hiplora.spectral.rank import rank_for_energy
 from hiplora.spectral.svd import as_matrix, certify
 
 _CHUNK = 4096  # tokens that are held in float64 at a time
+_LEAST_BLOCK = 256  # columns of a product that is still worth a call
 _INSIDE = 1e-4  # of a unit vector: what lies outside a subspace by less than this counts as inside
 MAX_VECTORS = 2048  # leading eigenvectors kept of a wide input
 
@@ -62,13 +62,13 @@ class SecondMoment:
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         device = torch.device(device)
         self._sum = torch.zeros(width, width, dtype=widest(device), device=device)
-        self._half = device.type == "cpu"  # only the lower triangle is summed up: half the work
+        self._block = max(_LEAST_BLOCK, -(-width // 4))
         self.tokens = 0
 
     @property
     def total(self) -> Float[Tensor, "n n"]:
         """Return the sum, symmetric."""
-        return self._sum.tril() + self._sum.tril(-1).T if self._half else self._sum
+        return self._sum.tril() + self._sum.tril(-1).T
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
         """Add tokens; how they are split over calls changes the sum by rounding only."""
@@ -77,18 +77,10 @@ class SecondMoment:
                 wide = chunk.to(self._sum)
                 if not len(wide):
                     continue
-                if self._half:
-                    self._add_half(wide.contiguous().numpy())
-                else:
-                    self._sum.addmm_(wide.T, wide)
+                for start in range(0, len(self._sum), self._block):  # the lower triangle is enough: half the work
+                    end = start + self._block
+                    self._sum[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
         self.tokens += len(inputs)
-
-    def _add_half(self, wide: numpy.ndarray) -> None:
-        """BLAS' symmetric update, in place; its upper triangle, by columns, is the lower one here."""
-        held = self._sum.numpy().T
-        result = scipy.linalg.blas.dsyrk(1.0, wide.T, beta=1.0, c=held, overwrite_c=1)
-        if not numpy.shares_memory(result, held):
-            held[...] = result
 
     def eigen(self, name: str = "input") -> MomentBasis:
         """Return all eigenvalues and the leading eigenvectors, at most `MAX_VECTORS`, of the mean `C = E[xxᵀ]`.
@@ -122,9 +114,8 @@ class SecondMoment:
             raise FactorError(
                 f"layer {name}: its {what} have NaN or Inf on the calibration text; calibrate in float32"
             )
-        if self._half:
-            options = {"driver": "evd"} if subset is None else {"subset_by_index": subset}
-            values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), **options))
+        if subset is not None and mean.device.type == "cpu":
+            values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), subset_by_index=subset))
         else:
             values, vectors = torch.linalg.eigh(mean)
             if subset is not None:

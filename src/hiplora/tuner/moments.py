@@ -175,7 +175,7 @@ class GradientCollector:
                 gradient[index, at] = score(places[index, at].detach(), self._rows).to(places.dtype)
                 self._tokens += count
             self._rows += 1
-        self._mask = mask
+        self._mask = None if mask.all() else mask
         torch.autograd.backward(places, gradient)
         torch.set_grad_enabled(False)
 
@@ -260,6 +260,6 @@ def score(logits: Tensor, row: int) -> Tensor:
 
 
 def token_mask(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return which tokens of a model's call are not padding, (rows, length); None where it does not say."""
+    """Return which tokens of a model's call are not padding, (rows, length); None where none is, or it does not say."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all() else None
