@@ -26,7 +26,9 @@ def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_
     given = ("generate", tiny_model_dir, "--adapter", adapter, "--prompt", "Why?", "--tokens", 8)
     code, said, err = run(capsys, *given, "--json")
     assert code == 0, err
-    ((row),) = json.loads(said)
+    record = json.loads(said)
+    assert (record["schema"], record["kind"]) == (1, "answers")
+    (row,) = record["prompts"]
     model, tokenizer = load_model(str(tiny_model_dir))
     prompt = chat_prompt(tokenizer, [{"role": "user", "content": "Why?"}])
     with mounted(model, adapter) as adapted:
@@ -36,7 +38,7 @@ def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_
     assert code == 0
     assert "[" in said.partition("mine: ")[2]
     code, said, _ = run(capsys, *given, "--raw", "--json")
-    assert json.loads(said)[0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
+    assert json.loads(said)["prompts"][0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
 
 
 def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, adapter, capsys, monkeypatch):

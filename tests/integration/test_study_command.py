@@ -41,7 +41,7 @@ def test_plan_run_status_report(small, tmp_path, capsys):
     out = tmp_path / "study"
     code, told, _ = run(capsys, "study", "plan", small, "--out", out, "--json")
     plan = json.loads(told)
-    assert (code, plan["jobs"], plan["left"]) == (0, 5, 5)
+    assert (code, plan["kind"], plan["jobs"], plan["left"]) == (0, "study", 5, 5)
     code, told, err = run(capsys, "study", "run", small, "--out", out, "--verbose")
     assert code == 0
     assert "5 of 5 jobs are done" in told

@@ -22,7 +22,7 @@ import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
 from hiplora.adapters.formats import Saved, lora_like
 from hiplora.adapters.hip import hip_update
 from hiplora.adapters.update import AdapterUpdate
-from hiplora.errors import AdapterError, first_line
+from hiplora.errors import AdapterError, ConfigError, first_line
 
 CONFIG = "adapter_config.json"
 _MATCH = """
@@ -61,6 +61,7 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
             saved without their factors, and for OSF.
 
     Raises:
+        ConfigError: there is no adapter in the folder.
         AdapterError: the folder is damaged, its method is not a plain update, or a weight of the base model is
             not the one that the adapter was made for; the message names the file and tensor, and the way out.
     """
@@ -128,7 +129,7 @@ def _plain(value: Any) -> Any:
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an adapter folder's configuration and its tensors, as saved, by plain name."""
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
+        raise ConfigError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (ValueError, RecursionError) as error:

@@ -35,7 +35,8 @@ def command(
     network, tokenizer = load_model(model, device)
     asked = prompt if raw else [chat_prompt(tokenizer, [{"role": "user", "content": one}]) for one in prompt]
     answers = list(zip(prompt, side_by_side(network, tokenizer, named, asked, tokens), strict=True))
-    yield [{"prompt": one, "answers": row} for one, row in answers]
+    prompts = [{"prompt": one, "answers": row} for one, row in answers]
+    yield {"schema": 1, "kind": "answers", "model": model, "prompts": prompts}
     for one, row in answers:
         yield typer.style(f"\n{one}", bold=True)
         yield from _compared(row)

@@ -98,7 +98,7 @@ def run(
     failed = _run(opened, verbose, workers=workers, **cluster)
     found = {**status(opened), "taken": taken}
     _tell_failures(found)
-    yield found
+    yield _record("study", found)
     yield f"{found['jobs'] - found['left']:,} of {found['jobs']:,} jobs are done: {opened.store.path}"
     if failed:
         raise SystemExit(1)
@@ -138,7 +138,7 @@ def report(
     for path in reuse:
         opened.store.take(path)
     found = write(opened, to or opened.store.path / "report", overwrite or to is None)
-    yield found
+    yield _record("study-report", found)
     for name, missing in found["sections"].items():
         if missing:
             yield f"{name}: waits for {missing:,} jobs"
@@ -170,7 +170,7 @@ def _run(opened: Any, verbose: bool, **options: Any) -> set[Any]:
 
 def _shown(found: dict[str, Any]) -> Shown:
     """Show how far a study is."""
-    yield found
+    yield _record("study", found)
     every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
     rows = [
         (kind, n["jobs"], n["jobs"] - n["left"], n["left"], _duration(n["seconds"]))
@@ -185,6 +185,10 @@ def _shown(found: dict[str, Any]) -> Shown:
         yield f"missing from the data folder: {', '.join(found['missing_files'])}"
     yield from (f"running: {name}" for name in found["at_work"])
     _tell_failures(found)
+
+
+def _record(kind: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": 1, "kind": kind, **found}
 
 
 def _duration(seconds: float | None) -> str:

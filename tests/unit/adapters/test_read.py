@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig
 
 from hiplora.adapters import read, read_update, update_from_model
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -238,7 +238,9 @@ def test_nan_is_named_with_file_and_tensor(folder):
     refused(folder, rf"adapter_model\.safetensors: tensor {Q0}.*: 1 of \d+ values")
 
 
-def test_a_cut_off_file_a_broken_configuration_and_an_empty_folder_are_named(folder, tmp_path):
+def test_a_cut_off_file_and_a_broken_configuration_are_named_and_a_folder_without_an_adapter_is_wrong_usage(
+    folder, tmp_path
+):
     edit_config(folder, r=5)
     refused(folder, "rank 4, but the configuration says 5")
     file = folder / "adapter_model.safetensors"
@@ -246,7 +248,8 @@ def test_a_cut_off_file_a_broken_configuration_and_an_empty_folder_are_named(fol
     refused(folder, r"adapter_model\.safetensors: damaged or cut off")
     (folder / "adapter_config.json").write_text('{"peft_type": ')
     refused(folder, r"adapter_config\.json: not valid JSON")
-    refused(tmp_path, r"no adapter_config\.json")
+    with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
+        read_update(tmp_path)
 
 
 @pytest.mark.parametrize(
