@@ -37,8 +37,8 @@ class EncodingReport:
     def warnings(self, max_length: int) -> list[str]:
         """Say what was cut or left out, or may not learn to stop; empty if nothing was."""
         said = {
-            "responses are cut at {} tokens; raise train.max_length to keep them whole": self.truncated,
-            "rows are left out: the prompt alone has {} tokens or more; raise train.max_length or shorten the "
+            "responses are cut at {} tokens; raise max_length to keep them whole": self.truncated,
+            "rows are left out: the prompt alone has {} tokens or more; raise max_length or shorten the "
             "prompts": self.left_out,
             "conversations end on no end-of-turn token, so the model will not learn to stop; put it inside "
             "{{% generation %}} in the chat template, or see what is learned with --preview": self.endless,
@@ -72,7 +72,7 @@ def encode_examples(
     report.sequences = len(rows)
     if not rows:
         raise DataError(
-            f"none of the {len(examples)} rows has room for its response in {max_length} tokens; raise train.max_length"
+            f"none of the {len(examples)} rows has room for its response in {max_length} tokens; raise max_length"
         )
     return rows, report
 
