@@ -15,7 +15,7 @@ from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
 from hiplora.training.result import read_metrics
-from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe
+from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, tensors
 from tests.tiny import tiny_tokenizer, write_jsonl
 
 METHODS = {
@@ -232,6 +232,25 @@ def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoi
     assert TrainResult.read(held.adapter) == held
     with pytest.raises(HipLoraError, match="when it is first measured"):
         train(make(**settings, max_drift=1e-9), tmp_path / "none")
+
+
+def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_loss_also_when_resumed(make, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [{"instruction": f"Say {n}", "output": "never"} for n in range(8)])
+    settings = {"steps": 24, "lr": 0.01, "eval_every": 1, "patience": 3, "warmup_ratio": 0.0}
+    settings |= {"lr_scheduler": "constant", "data": {"held_out": str(other), "held_out_fraction": None}}
+    result = train(make(**settings), tmp_path / "out")
+    losses = {row["step"]: row["held_out_loss"] for row in result.metrics if row["step"]}
+    assert result.steps + 3 == max(losses) < 24
+    assert result.held_out["after"] == losses[result.steps] == min(losses.values())
+    assert (
+        f"train.patience: the held-out loss did not fall further; the adapter is that of step {result.steps}"
+        in (result.warnings[-1])
+    )
+    short = train(make(**settings | {"steps": result.steps, "patience": None}), tmp_path / "short")
+    assert all(value.equal(tensors(result.adapter)[name]) for name, value in tensors(short.adapter).items())
+    with pytest.raises(Stopped):
+        train(make(**settings), tmp_path / "resumed", callbacks=[StopAt(max(losses))])
+    assert_equal_runs(train(make(**settings), tmp_path / "resumed"), result)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "progress.json"])

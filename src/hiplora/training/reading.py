@@ -45,6 +45,7 @@ ELSEWHERE = {
     "train.save_every": "save_steps",
     "train.log_every": "logging_steps",
     "train.eval_every": "eval_steps",
+    "train.patience": "early_stopping_patience",
     "train.dtype": "bf16 fp16 torch_dtype",
     "train.push_to_hub": "hub_model_id",
 }

@@ -132,6 +132,12 @@ class TrainSettings(Block):
         description="Largest drift, in nats a token. It is measured every `eval_every` steps, or ten times; above it "
         "the training ends with the last checkpoint below.",
     )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="The training ends when the held-out loss, measured every `eval_every` steps or ten times, was not "
+        "lowered so many times in a row. The adapter is the one with the lowest, also of a run that is not ended.",
+    )
     push_to_hub: str | None = Field(
         default=None,
         pattern=r"^[\w.-]+/[\w.-]+$",
@@ -197,6 +203,8 @@ class TrainRecipe(Block):
     def _check(self) -> "TrainRecipe":
         if self.train.eval_every is not None and not self.data.has_held_out and self.train.max_drift is None:
             raise ValueError("`train.eval_every` needs `data.held_out`, `data.held_out_fraction` or `train.max_drift`")
+        if self.train.patience is not None and not self.data.has_held_out:
+            raise ValueError("`train.patience` needs `data.held_out` or `data.held_out_fraction`")
         for name in ("kl_weight", "masked_kl_weight", "max_drift") if self.method.moves_base else ():
             if getattr(self.train, name):
                 raise ValueError(

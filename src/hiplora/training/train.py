@@ -184,13 +184,17 @@ def _run(
             trainer.train()
     if record.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}")
+    by_drift = record.best is not None
+    record.return_to_lowest()
+    done = steps if record.best is None else record.best
     if record.best is not None:
-        notes.append(f"stopped by train.max_drift; the adapter is that of step {record.best} of {steps}")
-    losses = [row["held_out_loss"] for row in record.rows if "held_out_loss" in row]
+        why = "stopped by train.max_drift" if by_drift else "train.patience: the held-out loss did not fall further"
+        notes.append(f"{why}; the adapter is that of step {done} of {steps}")
+    losses = [row["held_out_loss"] for row in record.rows if "held_out_loss" in row and row.get("step", 0) <= done]
     return trainer, TrainResult(
         adapter=out,
         metrics=record.rows,
-        steps=steps if record.best is None else record.best,
+        steps=done,
         tokens=record.tokens,
         seconds=record.seconds,
         trainable_parameters=adapted.get_nb_trainable_parameters()[0],

@@ -196,7 +196,9 @@ class Record(TrainerCallback):
         self.tokens, self.seconds, self.micro_batch = 0, 0.0, 0
         self.penalties: dict[str, float] = {}  # sums over the steps since the last row
         self.interrupted = False  # the training is to end with a checkpoint after this step
-        self.best: int | None = None  # the step whose checkpoint is the result, where `max_drift` ended the training
+        self.best: int | None = None  # the step whose checkpoint is the result, if it is not the last step
+        self.lowest: list[float] = []  # the step with the lowest held-out loss, and that loss; with `patience` only
+        self.waited = 0  # measurements since then
         self.settings, self._folder, self._description = settings, folder, description
         self._losses: list[float] = []  # of the steps since the last row
         self._since = (0, 0.0)  # tokens and seconds at the last row
@@ -216,7 +218,7 @@ class Record(TrainerCallback):
 
     def save(self, checkpoint: Path) -> None:
         """Write the counts into a checkpoint; the Trainer writes the rows."""
-        kept = ("tokens", "seconds", "penalties", "_losses", "_since")
+        kept = ("tokens", "seconds", "penalties", "lowest", "waited", "_losses", "_since")
         write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
 
     def restore(self, checkpoint: Path) -> None:
@@ -265,12 +267,14 @@ class Record(TrainerCallback):
         self._losses.append(loss)
         self._bar.update(1)
         row: Row = self._row() if last or step % self.settings.log_every == 0 else {}
-        due = last or step % (self.settings.eval_every or step + 1) == 0
-        if due and self.trainer.eval_dataset is not None:
-            row["held_out_loss"] = self.trainer.held_out_loss()
         every = self.settings.eval_every or max(state.max_steps // 10, 1)
+        due = step % every == 0 if self.settings.eval_every or self.settings.patience else False
+        if (last or due) and self.trainer.eval_dataset is not None:
+            row["held_out_loss"] = self.trainer.held_out_loss()
         if self.settings.max_drift is not None and (last or self.interrupted or step % every == 0):
             self._hold_drift(step, control)
+        if self.settings.patience and "held_out_loss" in row and self.best is None:
+            self._await_progress(step, row["held_out_loss"], control)
         if row:
             self.trainer.log(row)
         if self.interrupted:
@@ -291,14 +295,33 @@ class Record(TrainerCallback):
         self.trainer.session.load(kept)
         self.best, control.should_save, control.should_training_stop = _step_of(kept), False, True
 
+    def _await_progress(self, step: int, loss: float, control: Any) -> None:
+        """Have a checkpoint written of the lowest held-out loss so far; end when it has long been the lowest."""
+        if not self.lowest or loss < self.lowest[1]:
+            self.lowest, self.waited, control.should_save = [step, loss], 0, True
+            return
+        self.waited += 1
+        if self.waited >= (self.settings.patience or 0):
+            control.should_training_stop = True
+
+    def return_to_lowest(self) -> None:
+        """After a training with `patience`: take the adapter with the lowest held-out loss."""
+        if self.lowest and self.lowest[0] != (self.best or self.trainer.state.global_step):
+            self.best = int(self.lowest[0])
+            self.trainer.session.load(self._checkpoint(self.best))
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
+
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Complete a checkpoint with the hashes of its files; then remove those before it."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            folder, limit = self._checkpoint(state.global_step), self.settings.keep_checkpoints
             hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != HASHES_FILE}
             write_atomic(folder / HASHES_FILE, json.dumps(hashes, indent=1))
-            rotate_checkpoints(output_dir=str(args.output_dir), save_total_limit=self.settings.keep_checkpoints)
+            best = str(self._checkpoint(int(self.lowest[0]))) if self.lowest else None
+            rotate_checkpoints(output_dir=str(args.output_dir), save_total_limit=limit, best_model_checkpoint=best)
 
     def _row(self) -> Row:
         (tokens, seconds), steps = self._since, len(self._losses)
