@@ -24,7 +24,7 @@ help:
 	@echo "make model      fetch SmolLM2-135M into the cache"
 	@echo "make lint       formatting, style, types, import direction, documentation"
 	@echo "make docs       regenerate the reference and the tables of results, and build the site in build/site"
-	@echo "make bench      measure side by side: a training step against LoRA, the bootstrap, merges"
+	@echo "make bench      measure side by side: training against LoRA, calibration, SVDs, starting, the bootstrap, merges"
 	@echo "make floors     run the tests of the tuner with the oldest supported versions"
 	@echo "make wheel      build a wheel and try it in a bare environment"
 	@echo "make clean      remove what the above made in this folder"
@@ -60,6 +60,10 @@ torture: $(STAMP)
 
 bench: model
 	@$(PY) benchmarks/step.py --json "$(BENCH_OUT)/step.json"
+	@$(PY) benchmarks/step.py --batch 1 --length 1024 --json "$(BENCH_OUT)/step-1024.json"
+	@$(PY) benchmarks/calibrate.py --json "$(BENCH_OUT)/calibration.json"
+	@$(PY) benchmarks/svd.py --json "$(BENCH_OUT)/svd.json"
+	@$(PY) benchmarks/start.py --json "$(BENCH_OUT)/start.json"
 	@$(PY) benchmarks/bootstrap.py --json "$(BENCH_OUT)/bootstrap.json"
 	@$(PY) benchmarks/merge.py --json "$(BENCH_OUT)/merge.json"
 
