@@ -162,18 +162,51 @@ def figure(records: pd.DataFrame, task: str) -> Any:
     )
 
 
+def shown(equal: pd.DataFrame) -> pd.DataFrame:
+    """Return the comparison at equal loss as the documentation shows it."""
+    from hiplora.reporting import interval
+
+    ratios = equal[["times_as_far", "low", "high"]].itertuples(index=False)
+    return pd.DataFrame(
+        {
+            "task": equal["task"],
+            "rival": equal["rival"].map(lambda name: TITLES.get(name, name)),
+            "drift on": equal["text"],
+            "held-out loss": equal["heldout_loss"].map("{:.3f}".format),
+            "KL, HiP-LoRA": equal["kl_hiplora"].map("{:.4f}".format),
+            "KL, rival": equal["kl_rival"].map("{:.4f}".format),
+            "times as far": [interval(*row, digits=1) for row in ratios],
+            "seeds": equal["seeds"],
+        }
+    )
+
+
+def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the changes of abilities as the documentation shows them, a column a benchmark."""
+    from hiplora.reporting import interval
+
+    units = {"correct": "accuracy, pp", "log_likelihood": "log-likelihood, nats a token"}
+    digits = {"correct": 1, "log_likelihood": 3}
+    told = [interval(row.change, row.low, row.high, digits=digits[row.metric]) for row in found.itertuples()]
+    names = {"method": found["method"].map(lambda name: TITLES.get(name, name)), "metric": found["metric"].map(units)}
+    wide = found.assign(told=told, **names).pivot(index=["task", "metric", "method"], columns="benchmark", values="told")
+    return wide.rename_axis(columns=None).reset_index()
+
+
 def report(out: Path, to: Path) -> None:
     """Write records, tables and figures of what is done."""
-    from hiplora.reporting import save_figure, save_table
+    from hiplora.reporting import save_figure
 
     to.mkdir(parents=True, exist_ok=True)
     records = read_records(out)
     records.to_csv(to / "records.csv.gz", index=False, float_format="%.6g", compression={"method": "gzip", "mtime": 0})
     equal = at_equal_loss(records)
-    save_table(equal, to / "equal-loss")
+    shown(equal).to_csv(to / "equal-loss.csv", index=False)
     (to / "equal-loss.json").write_text(equal.to_json(orient="records", indent=1) + "\n")
     if (out / "base-abilities.json").exists():
-        save_table(abilities(out), to / "abilities")
+        found = abilities(out)
+        shown_abilities(found).to_csv(to / "abilities.csv", index=False)
+        (to / "abilities.json").write_text(found.to_json(orient="records", indent=1) + "\n")
     for task in records["task"].unique():
         save_figure(figure(records, task), to / f"frontier-{task}")
     print(f"{records.groupby(KEYS).ngroups} runs in {to}")
