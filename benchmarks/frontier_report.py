@@ -189,7 +189,8 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
     digits = {"correct": 1, "log_likelihood": 3}
     told = [interval(row.change, row.low, row.high, digits=digits[row.metric]) for row in found.itertuples()]
     names = {"method": found["method"].map(lambda name: TITLES.get(name, name)), "metric": found["metric"].map(units)}
-    wide = found.assign(told=told, **names).pivot(index=["task", "metric", "method"], columns="benchmark", values="told")
+    keys = ["task", "metric", "method"]
+    wide = found.assign(told=told, **names).pivot(index=keys, columns="benchmark", values="told")
     return wide.rename_axis(columns=None).reset_index()
 
 
