@@ -21,6 +21,15 @@ def test_every_module_has_a_row_and_json_is_the_librarys_record(adapter, capsys)
     assert json.loads(out) == inspect_adapter(str(adapter), rank=8)
 
 
+def test_of_many_modules_the_largest_updates_are_printed(adapter, capsys, monkeypatch):
+    monkeypatch.setattr("hiplora.cli.inspect.MOST_ROWS", 3)
+    code, out, _ = run(capsys, "inspect", adapter)
+    modules = inspect_adapter(str(adapter))["modules"]
+    largest = {row["module"] for row in sorted(modules, key=lambda row: -row["norm"])[:3]}
+    assert (code, {row["module"] for row in modules if f"{row['module']} " in out}) == (0, largest)
+    assert f"the 3 largest updates of {len(modules)}" in out
+
+
 def test_html_writes_a_page_that_asks_for_nothing_and_keeps_one_that_exists(adapter, tmp_path, capsys):
     page = tmp_path / "page.html"
     code, out, _ = run(capsys, "inspect", adapter, "--html", page)

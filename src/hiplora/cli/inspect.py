@@ -8,6 +8,7 @@ from typer import Option
 from hiplora.cli.common import ADAPTER, BASE, OVERWRITE, Shown
 
 COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "chance", "largest |δ|/σ", "leak")
+MOST_ROWS = 16  # that are printed
 _DIRECTIONS = {"protected": "directions that it protects", "singular": "leading singular directions"}
 
 
@@ -41,7 +42,12 @@ def command(
     if html is not None:
         _save_page(html, record, title)
     yield record
-    yield title, COLUMNS, _rows(record)
+    rows, modules = _rows(record), record["modules"]
+    if len(modules) > MOST_ROWS:
+        largest = sorted(range(len(modules)), key=lambda at: -modules[at]["norm"])[:MOST_ROWS]
+        rows = [*(rows[at] for at in sorted(largest)), rows[-1]]
+        title += f"; the {MOST_ROWS} largest updates of {len(modules)} (all: --json, --html)"
+    yield title, COLUMNS, rows
     yield record["verdict"]
     if html is not None:
         yield f"report: {html}"
