@@ -1,4 +1,4 @@
-"""Torment the commands that write: killed, out of disk, read-only, robbed of files, two at once. Write a table.
+"""Disturb the commands that write: killed, out of disk, read-only, robbed of files, two at once. Write a table.
 
     python -m tools.torture [--trials 10] [--seed 0] [--only train --only merge] [--out docs/results/torture.csv]
 
@@ -263,7 +263,7 @@ def main() -> int:
                 print(*rows[-1], sep=", ", flush=True)
                 print(*found, sep="\n", end="\n" * bool(found), flush=True)
                 wrong += len(found)
-    header = ("Command", "Torment", "Trials", "Finished", "Stopped, said why", "Killed", "Wrong afterwards")
+    header = ("Command", "Disturbance", "Trials", "Finished", "Stopped, said why", "Killed", "Wrong afterwards")
     with given.out.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *rows])
     return min(wrong, 1)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from hiplora import __version__
 from hiplora.adapters import BaseWeights, read_update
-from hiplora.compare_report import VISIBLE, Results, write_report
+from hiplora.compare_report import SMALL, Results, write_report
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.data.texts import drift_texts, overlap
@@ -337,6 +337,6 @@ def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
             if share
         ),
         "One run of each method with one seed: small differences may be chance.",
-        f"KL divergence in nats a token: below {VISIBLE} a reader sees no difference, around 1 the model writes "
-        "differently on almost every subject.",
+        f"KL divergence in nats a token: at {SMALL} answers are worded differently, but stay on the subject; around 1 "
+        "the model writes differently on almost every subject.",
     ]

@@ -296,7 +296,7 @@ def _write_report(results: Results, out: Path) -> None:
         f"One skill {', the other '.join(found['about'] for found in skills)}. Each was trained until its loss on "
         f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added and "
         "saved as a plain LoRA adapter. KL divergence from the base model is on English prose and Python code, in nats "
-        "a token: below 0.01 a reader sees no difference. One run, one seed."
+        "a token: at 0.01 answers are worded differently, but stay on the subject. One run, one seed."
     )
     own = [row for found in skills for row in found["added"][:SHOWN]]
     sections = [

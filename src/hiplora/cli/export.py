@@ -28,7 +28,7 @@ def command(
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.
 
-    A plain LoRA adapter has rank r + k and is exact; what vLLM or llama.cpp's converter would reject is listed. A
+    A plain LoRA adapter is exact, of rank r, or r + k with the paper's gains; what vLLM or llama.cpp's converter would reject is listed. A
     dense export is the base model with the adapter merged in.
 
     Example:
