@@ -1,8 +1,10 @@
 """What `hiplora compare` found, in words, as a table and as a page."""
 
 import functools
+import html
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,10 @@ def next_steps(results: Results, out: str | os.PathLike) -> str:
     """Return what to do with the adapters, as commands."""
     key = "hiplora" if "hiplora" in results["settings"]["methods"] else results["settings"]["methods"][-1]
     adapter, steps = Path(out) / "adapters" / key, results["settings"]["steps"]
+    folder, lora, recipe = (shlex.quote(str(path)) for path in (adapter, Path(out) / "lora", adapter / "recipe.yaml"))
     return (
-        f"Use it:       hiplora export {adapter} --to lora --out {Path(out) / 'lora'}\n"
-        f"Train longer: hiplora train {adapter / 'recipe.yaml'} --set train.steps={5 * steps} --out runs/longer"
+        f"Use it:       hiplora export {folder} --to lora --out {lora}\n"
+        f"Train longer: hiplora train {recipe} --set train.steps={5 * steps} --out runs/longer"
     )
 
 
@@ -119,7 +122,7 @@ def write_report(results: Results, out: Path) -> None:
         Section("Drift at equal learning", text, {f"At held-out loss {loss:.3f}": summary(results)}, figures),
         Section("What the models say about everything else", html=answers_html(answers[own:])),
         Section("What they say on your task", html=answers_html(task)),
-        Section("What to do next", html=f"<pre>{next_steps(results, out)}</pre>"),
+        Section("What to do next", html=f"<pre>{html.escape(next_steps(results, out))}</pre>"),
         Section("All points", tables={"Points": points}),
     ]
     about = {name: results[name] for name in ("model", "data", "settings")} | results["provenance"]

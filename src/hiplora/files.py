@@ -1,7 +1,6 @@
 """Files that are never half-written: each is written beside its place and renamed into it."""
 
 import contextlib
-import glob
 import os
 import re
 import shutil
@@ -149,12 +148,13 @@ def _replace_dir(new: Path, final: Path) -> None:
 
 def _sweep(final: Path) -> None:
     """Remove what a staged folder left beside its place, but put a folder back that was to be replaced and was not."""
-    name = glob.escape(final.name)
-    for old in final.parent.glob(f".{name}.*.old"):
+    left = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")  # not what belongs to a longer name: model.v2
+    found = [path for path in final.parent.iterdir() if left.fullmatch(path.name)]
+    for old in (path for path in found if path.suffix == ".old"):
         if (old / "old").exists() and not final.exists():
             os.replace(old / "old", final)
         shutil.rmtree(old, ignore_errors=True)
-    for aside in final.parent.glob(f".{name}.*.part"):
+    for aside in (path for path in found if path.suffix == ".part"):
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
 

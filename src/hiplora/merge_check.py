@@ -83,13 +83,15 @@ def merge_check(
         ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
     """
     named, suite = name_adapters(adapters), read_suite(settings.suite, settings.folder)
-    check_output_dir(out, overwrite, {f"adapter {name}": folder for name, folder in named.items()})
+    read = {"the base model": how.base, "the suite": settings.suite, "the data": settings.folder}
+    check_output_dir(out, overwrite, read | {f"adapter {name}": folder for name, folder in named.items()})
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
     updates = {name: read_update(folder, how.base) for name, folder in named.items()}
     merges = _merged(groups, updates, weights, how)
     engine = settings.engine(suite)
     model = how.base or next(iter(updates.values())).base
+    check_output_dir(out, overwrite, {"the base model": model})
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     _check_acts(network, tokenizer, engine.prompts(), merges[how.methods[0]])
@@ -289,7 +291,7 @@ def drift_of_merge(
     except ConfigError:
         return None
     weighted = zip(updates.items(), weights, strict=True)
-    alone = {name: merge([one], weights=[weight], base=merged.base) for (name, one), weight in weighted if weight}
+    alone = {name: merge([one], weights=[weight]) for (name, one), weight in weighted if weight}
     model, everything = load_base(merged.base, torch.float32), {**alone, "merge": merged}
     drift, _ = measure_updates(model, tokenizer, everything, drift_texts(), may_be_nothing=everything)
     ratios = {}

@@ -13,7 +13,7 @@ from hiplora.errors import ConfigError, FactorError
 from hiplora.models import load
 from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
-from hiplora.tuner.sampling import sample_rows
+from hiplora.tuner.sampling import conversation_scripts, sample_rows
 from tests.commands import run
 from tests.contract.conftest import logits, train
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -126,6 +126,21 @@ def test_batches_padding_and_groups_of_layers_change_nothing_but_rounding(tiny, 
     assert_equal_factors(together, alone)
     grouped = calibrated(tiny.make(), tmp_path / "b", rows=data, batch_size=12, max_bytes=8 * 64 * 64 * 3)
     assert_equal_factors(together, grouped, 1e-6)
+
+
+def test_the_output_head_is_measured_on_all_tokens(tiny, tmp_path):
+    rows = [torch.arange(5, 5 + length) for length in (40, 60)]
+    store = CalibrationStore(tmp_path)
+    bases = input_bases(tiny.make(), ["lm_head", "model.layers.0.mlp.down_proj"], rows=rows, store=store)
+    assert [basis.tokens for basis in bases.values()] == [100, 100]
+
+
+def test_a_template_that_writes_the_date_begins_alike_every_day(tiny):
+    tokenizer = tiny_tokenizer()
+    today = "{{ date_string if date_string is defined else strftime_now('%S.%f') }}"
+    tokenizer.chat_template = today + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    openings = [conversation_scripts(tiny.make(), tokenizer, 128)[0].opening for _ in range(2)]
+    assert openings[0] == openings[1]
 
 
 def test_q_k_and_v_share_one_measurement(tiny, tmp_path):

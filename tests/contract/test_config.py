@@ -220,6 +220,8 @@ def test_a_senseless_value_is_refused_by_name_and_value(field, value):
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"principal_channel": False, "gain_lr_ratio": 3.0}, "no use with principal_channel=False"),
+        ({"stability_weight": 100.0}, "stability_weight is 100.0, which has no use with principal_channel=False"),
+        ({"init_weights": "zero"}, "init_weights is 'zero', which has no use with principal_channel=False"),
     ],
 )
 def test_contradictions_are_refused(fields, message):

@@ -11,13 +11,49 @@ from safetensors.torch import load_file, save_file
 
 import hiplora
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.tuner import HipLoraLinear, hip_layers
+from hiplora.tuner import HipLoraLinear, hip_layers, model_fingerprint
+from hiplora.tuner.moments import base_only
 from tests.contract.conftest import ACTIVATION, Base, logits, train
 from tests.tiny import tiny_llama
 
 
 def base_weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if "hiplora_" not in n}
+
+
+def test_a_model_that_was_cast_while_merged_unmerges_in_its_new_dtype(tiny, ids):
+    model = tiny.adapted()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert logits(model, ids).dtype == torch.bfloat16
+
+
+def test_the_leak_and_a_merge_are_exact_under_autocast_too(tiny, ids):
+    model = tiny.adapted(init_weights=False)
+    before = logits(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hiplora.max_leak(model) < 1e-6
+        model.merge_adapter()
+    assert (logits(model, ids) - before).abs().max() < 1e-4
+
+
+def test_gains_that_a_checkpoint_brings_raise_no_alarm(tiny, ids):
+    model, trained = tiny.adapted(), tiny.adapted()
+    train(trained, ids)
+    model.train()(ids, labels=ids).loss.backward()
+    model.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(logits(model, ids), logits(trained, ids))
+    model.train()(ids)
+
+
+def test_the_base_that_is_sampled_from_is_without_trained_copies_of_modules(tiny, ids):
+    model = tiny.adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1.0)
+    with base_only(model):
+        assert torch.equal(model(ids).logits, logits(tiny.make(), ids))
+    assert model_fingerprint(model.get_base_model()) == model_fingerprint(tiny.make())
 
 
 def test_a_new_adapter_changes_nothing_and_only_it_is_trained(base, ids):

@@ -7,7 +7,7 @@ import signal
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import load_data
@@ -15,7 +15,9 @@ from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
 from hiplora.training.result import read_metrics
+from hiplora.training.sequences import keeps_rows_apart
 from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, tensors
+from tests.models.zoo import CASES
 from tests.tiny import tiny_tokenizer, write_jsonl
 
 METHODS = {
@@ -229,6 +231,8 @@ def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoi
     assert max(one["kl"] for one in held.drift.values()) <= limit
     assert 0 < held.steps < 12
     assert "stopped by train.max_drift" in held.warnings[-1]
+    once = train(make(**settings | {"eval_every": None}, max_drift=limit), tmp_path / "once")
+    assert once.held_out["after"] != once.held_out["before"]  # measured anew, at the step that is kept
     assert TrainResult.read(held.adapter) == held
     with pytest.raises(HipLoraError, match="when it is first measured"):
         train(make(**settings, max_drift=1e-9), tmp_path / "none")
@@ -251,6 +255,35 @@ def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_l
     with pytest.raises(Stopped):
         train(make(**settings), tmp_path / "resumed", callbacks=[StopAt(max(losses))])
     assert_equal_runs(train(make(**settings), tmp_path / "resumed"), result)
+
+
+def test_a_mixture_of_experts_trains_and_its_held_out_loss_has_no_share_of_the_routers(rows, tmp_path, caplog):
+    config = MixtralConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+        router_aux_loss_coef=5.0, max_position_embeddings=256, eos_token_id=257,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO", logger="hiplora.training")  # which has the time of a step measured
+    result = train(small_recipe(tmp_path / "model", rows, {"name": "lora"}, steps=2), tmp_path / "out")
+    assert "steps" in caplog.text
+    assert 4 < result.held_out["before"] < 6.5  # log(260) is 5.6
+
+
+@pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "Llama"])
+def test_rows_share_a_sequence_only_where_they_do_not_see_each_other(name, rows, tmp_path):
+    case = next(case for case in CASES if case.name == name)
+    model = case.make()
+    assert keeps_rows_apart(model) == (name == "Llama")
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    if name != "Llama":
+        with pytest.raises(ConfigError, match=r"train\.packing: rows that share a sequence see each other"):
+            train(small_recipe(tmp_path / "model", rows, {"name": "lora"}, packing=True), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "progress.json"])

@@ -114,6 +114,19 @@ def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task
         train(recipe("activation", 0, folders[-1], widen=False), tmp_path / "other")
 
 
+def test_a_widened_training_keeps_the_modules_that_it_trained_whole(recipe, tmp_path):
+    method = {**METHODS["activation"], "modules_to_save": ["lm_head"]}
+    first = train(recipe(method, 0, steps=4), tmp_path / "first").adapter
+    result = train(recipe(method, 1, first, steps=4), tmp_path / "second")
+    head = [next(t for name, t in tensors(folder).items() if "lm_head" in name) for folder in (first, result.adapter)]
+    assert not torch.equal(*head)
+
+
+def test_a_widened_training_has_no_base_to_measure_drift_from(recipe, first):
+    with pytest.raises(ValueError, match=r"set `train\.widen: false`"):
+        recipe("activation", 1, first("activation"), max_drift=0.5, drift_tokens=64)
+
+
 @pytest.mark.parametrize("method", ["soft", "pissa", "split_lora"])
 def test_training_on_changes_the_adapter_and_lowers_the_new_tasks_loss(
     recipe, first, tmp_path, tiny_model_dir, method

@@ -196,6 +196,15 @@ def test_what_killed_processes_left_is_swept_and_a_folder_they_moved_away_is_put
     assert names(tmp_path / "out") == ["mine"]
 
 
+def test_what_another_output_with_a_longer_name_is_writing_is_left_alone(tmp_path):
+    with staged_dir(tmp_path / "model.v2") as other:
+        (other / "mine").touch()
+        with staged_dir(tmp_path / "model"):
+            pass
+    assert names(tmp_path) == ["model", "model.v2"]
+    assert names(tmp_path / "model.v2") == ["mine"]
+
+
 def test_two_processes_do_not_write_one_folder(tmp_path):
     with (
         staged_dir(tmp_path / "out"),

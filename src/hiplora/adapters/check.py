@@ -61,6 +61,8 @@ def compare_logits(update: AdapterUpdate, folder: Path, exact: bool) -> tuple[fl
     Raises:
         AdapterError: they differ by more than rounding, in an export that is to be `exact`.
     """
+    if (kind := update.config.get("task_type")) not in (None, "CAUSAL_LM"):
+        return None, f"logits not compared: the adapter is for {kind}, and only causal language models are"
     if not os.path.isdir(resolve(update.base)):
         return None, f"logits not compared: base model {update.base or '?'} is not a folder here; pass base=… (--base)"
     if why := BaseWeights(update.base).no_room(torch.float32.itemsize):

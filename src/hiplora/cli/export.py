@@ -28,8 +28,8 @@ def command(
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.
 
-    A plain LoRA adapter is exact, of rank r, or r + k with the paper's gains; what vLLM or llama.cpp's converter would reject is listed. A
-    dense export is the base model with the adapter merged in.
+    A plain LoRA adapter is exact, of rank r, or r + k with the paper's gains. What vLLM or llama.cpp's
+    converter would reject is listed. A dense export is the base model with the adapter merged in.
 
     Example:
 

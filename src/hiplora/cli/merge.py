@@ -8,7 +8,8 @@ from typer import Argument, Option
 
 from hiplora.cli.common import BASE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling
 from hiplora.cli.export import report_table
-from hiplora.errors import ConfigError
+from hiplora.errors import ConfigError, first_line
+from hiplora.files import Inputs, parse_yaml
 from hiplora.merging.rules import RULES, Rule, find_rule
 
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
@@ -67,7 +68,8 @@ def command(
     rule = find_rule(method)
     options = rule.options(rule_options(set))
     form = _chosen_format(format, rule, rank)
-    inputs = {f"adapter {place}": folder for place, folder in enumerate(adapters, 1)}
+    inputs: Inputs = {f"adapter {place}": folder for place, folder in enumerate(adapters, 1)}
+    inputs = {**inputs, "the base model": base, "the data": scaling["data"]}
     check_output_dir(out, overwrite, inputs)
     if html is not None:
         check_output_file(html, overwrite, "--html", inputs)
@@ -109,6 +111,8 @@ def command(
         yield "Modules that conflict most", conflict_table(report)
     if record["drift"]:
         yield record["drift"]["verdict"]
+    elif drift:
+        yield f"The drift was not measured: the base model {update.base} is no folder here, or does not fit."
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
@@ -120,16 +124,16 @@ def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
 
 
 def rule_options(given: list[str]) -> dict[str, Any]:
-    """Read options `name=value`, the value as JSON where it is JSON, else as text; ConfigError if one is not so."""
+    """Read options `name=value`, the value as YAML; ConfigError if one is not so."""
     options = {}
     for text in given:
         name, equals, raw = (part.strip() for part in text.partition("="))
         if not name or not equals:
             raise ConfigError(f"--set {text}: expected name=value, for example --set density=0.2")
         try:
-            options[name] = json.loads("null" if raw == "none" else raw)
-        except json.JSONDecodeError:
-            options[name] = raw
+            options[name] = None if raw == "none" else parse_yaml(raw)
+        except ValueError as error:
+            raise ConfigError(f"--set {text}: {first_line(error)}") from None
     return options
 
 

@@ -185,9 +185,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     hub = (name, data.hub_config, data.split or "train")
     rows = hub_rows(*hub) if data.hub else read_rows(Path(name), bad)
     format, values = check_rows(rows, data.format, name, bad)
-    template = data.template
-    if template == "auto":
-        template = "chat" if chat and TEMPLATES.get(format) == "instruction" else None
+    template = _chosen(data.template, format, chat)
     kept = values
     if data.max_characters is not None:
         kept = _short_enough(values, format, data.max_characters, name)
@@ -200,10 +198,12 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         train, held_out = _split(train, data.held_out_fraction, name)
     sources: dict[str, dict[str, Any]] = {"train": {}}
     for path, weight in data.mix.items():
-        more = _examples(*check_rows(read_rows(Path(path), bad), "auto", path, bad), template, None)
+        its, read = check_rows(read_rows(Path(path), bad), "auto", path, bad)
+        more = _examples(its, read, _chosen(data.template, its, chat), None)
         whole, rest = divmod(weight * len(more), len(more))
         train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
-        sources[Path(path).name] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
+        key = path if Path(path).name in sources else Path(path).name
+        sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
     counts = [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
     apart = {_identity(example) for example in held_out}
     distinct = [example for example in train if _identity(example) not in apart]
@@ -214,8 +214,11 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         raise DataError(f"{name}: all rows are copies of held-out rows; give rows that differ, or hold out none")
     held_out = held_out[: data.held_out_limit]
     if data.learn_prompt:
-        if format == "messages":
-            raise DataError(f"{name}: data.learn_prompt does not apply to conversations; remove it")
+        if any(example.messages for example in train):
+            raise DataError(
+                f"{name}: data.learn_prompt does not apply to conversations; remove it, or set data.template: "
+                "instruction"
+            )
         train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
     sources["train"] = _source(data, data.path, len(train))
     if data.max_characters is not None:
@@ -223,6 +226,13 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
     return TrainingData(train, held_out, sources, tuple(counts))
+
+
+def _chosen(template: Any, format: str, chat: bool) -> Any:
+    """Return the template of rows of a format: `auto` is the model's chat template for instructions, if it has one."""
+    if template != "auto":
+        return template
+    return "chat" if chat and TEMPLATES.get(format) == "instruction" else None
 
 
 def _identity(example: Example) -> str:

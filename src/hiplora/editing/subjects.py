@@ -1,6 +1,7 @@
 """What AlphaEdit reads and seeks at the last token of an edit's subject: layer inputs, and the value an edit needs."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,15 @@ def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
         ConfigError: the tokenizer gives no offsets.
         DataError: the prompt does not contain the subject.
     """
-    start = prompt.casefold().rfind(subject.casefold()) if subject else -1
-    if start < 0:
+    places = [found.start() for found in re.finditer(re.escape(subject), prompt, re.IGNORECASE)] if subject else []
+    if not places:
         raise DataError(
             f"edit {prompt!r}: its subject {subject!r} is not in the prompt, where AlphaEdit looks for it; "
             "reword the prompt, or use another method"
         )
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError("the tokenizer gives no offsets of its tokens; AlphaEdit needs a fast one")
-    encoded, end = encode(tokenizer, prompt, f" {answer}"), start + len(subject)
+    encoded, end = encode(tokenizer, prompt, f" {answer}"), places[-1] + len(subject)
     spans = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)["offset_mapping"]
     last = max(i for i, (a, b) in enumerate(spans[: len(encoded.ids)]) if a < end and b > a)
     return Located(encoded, list(encoded.ids[: last + 1]))

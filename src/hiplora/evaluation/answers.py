@@ -24,8 +24,10 @@ def continuations(
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a chat model's end of turn
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
     greedy = GenerationConfig(
-        max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id
+        max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
     rows = [list(one.ids[: one.scored[0]]) for one in encoded]  # what an answer's likelihood is conditioned on

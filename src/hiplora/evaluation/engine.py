@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
+from hiplora.evaluation.likelihood import LOGITS_BYTES
 from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest, own_tasks, runs_code
 from hiplora.evaluation.tasks.rows import own_task
 from hiplora.metrics import answer_likelihood, gold_probability
@@ -29,7 +30,6 @@ from hiplora.metrics import answer_likelihood, gold_probability
 GOLD = "mean probability of the gold choice"
 ANSWER = "likelihood of a token of the answer"
 TEXT = "likelihood of a token of the text"
-_LOGITS = 1 << 30  # bytes of fp32 logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ScoringLM(HFLM):
         try:
             for bits, places in itertools.groupby(order, sizes.__getitem__):
                 part = list(places)
-                fitting = _LOGITS // (4 * self.vocab_size * min(1 << bits, self.max_length))
+                fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
                 self.batch_size_per_gpu = max(1, min(whole, fitting))
                 scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
                 found |= zip(part, scored, strict=True)
@@ -125,7 +125,7 @@ class Engine:
         self._chosen: dict[str, list[int]] = {}
         for name, task in self._tasks.items():
             count = len(task.eval_docs)
-            wanted = min(self._requests[name].limit or limit or count, count)
+            wanted = min(n for n in (self._requests[name].limit, limit, count) if n)
             self._chosen[name] = sorted(random.Random(f"{seed}:{name}").sample(range(count), wanted))
 
     @property

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
 
+LOGITS_BYTES = 1 << 30  # of fp32 logits in memory at once
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -58,13 +60,11 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
     keep = max(len(example.ids) - example.scored[0] for example in batch) + 1
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep)
-    log_probs = output.logits[:, -keep:-1].float().log_softmax(dim=-1)
-    picked = log_probs.gather(2, ids[:, -keep + 1 :, None]).squeeze(2)
-    first = [len(example.ids) - keep + 1 for example in batch]  # the token in column 0 of `picked`
-    return [
-        row[torch.tensor(example.scored, device=device) - offset]
-        for row, example, offset in zip(picked, batch, first, strict=True)
-    ]
+    found = []
+    for example, logits, tokens in zip(batch, output.logits[:, -keep:-1], ids[:, -keep + 1 :], strict=True):
+        at = torch.tensor(example.scored, device=device) - (len(example.ids) - keep + 1)  # the first column's token
+        found.append(logits[at].float().log_softmax(-1).gather(1, tokens[at, None]).squeeze(1))
+    return found
 
 
 @torch.no_grad()
@@ -73,8 +73,11 @@ def score_responses(
 ) -> list[Float[Tensor, " scored"]]:
     """Return `response_log_probs` of any number of examples, in their order, in eval mode."""
     found: dict[int, Tensor] = {}
+    lengths = [len(example.ids) for example in examples]
+    vocabulary = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    batch_size = max(1, min(batch_size, LOGITS_BYTES // (4 * vocabulary * max(lengths, default=1))))
     with eval_mode(model):
-        for batch in by_length([len(example.ids) for example in examples], batch_size):
+        for batch in by_length(lengths, batch_size):
             found |= zip(batch, response_log_probs(model, [examples[index] for index in batch]), strict=True)
     return [found[index] for index in range(len(examples))]
 

@@ -1,7 +1,7 @@
 """Suites: which tasks a model is evaluated on. Nothing here imports torch or lm-eval."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,7 +100,7 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
 
 def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = None) -> Suite:
     """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`."""
-    return Suite(name, tuple(_request(task, limit, data) for task, limit in tasks.items()))
+    return Suite(name, _apart(_request(task, limit, data) for task, limit in tasks.items()))
 
 
 def _from_file(path: Path, name: str, data: Path | None) -> Suite:
@@ -119,15 +119,23 @@ def _from_file(path: Path, name: str, data: Path | None) -> Suite:
     for folder in include:
         if not folder.is_dir():
             raise ConfigError(f"--suite {path}: include: {folder} is not a folder")
-    tasks = {request.name: request for request in (_request(e.task, e.limit, data, path.parent) for e in found.tasks)}
-    return Suite(name, tuple(tasks.values()), include)
+    return Suite(name, _apart(_request(e.task, e.limit, data, path.parent) for e in found.tasks), include)
+
+
+def _apart(requests: Iterable[TaskRequest]) -> tuple[TaskRequest, ...]:
+    """Return requests, each name once; ConfigError if one stands for two files."""
+    tasks: dict[str, TaskRequest] = {}
+    for request in requests:
+        if tasks.setdefault(request.name, request).rows != request.rows:
+            raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
+    return tuple(tasks.values())
 
 
 def _request(task: str, limit: int | None, data: Path | None, folder: Path = Path()) -> TaskRequest:
     if task.endswith(SUFFIXES):
         if not (folder / task).is_file():
             raise ConfigError(f"--suite: {folder / task}: no such file; expected {_expected()}")
-        name = Path(task).name.partition(".")[0]
+        name = next(Path(task).name.removesuffix(suffix) for suffix in SUFFIXES if task.endswith(suffix))
         return TaskRequest(name, name, limit, folder / task)
     options, known = [option.strip() for option in task.split("|")], own_tasks()
     stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]

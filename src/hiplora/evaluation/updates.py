@@ -11,7 +11,7 @@ from torch import nn
 
 from hiplora.adapters import AdapterUpdate, check_base, load_base
 from hiplora.data.encoding import encode_examples
-from hiplora.data.examples import load_examples
+from hiplora.data.examples import DataSettings, load_data
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import BaseReference, Texts, measure_drift
 from hiplora.evaluation.likelihood import Encoded, heldout_loss
@@ -31,7 +31,8 @@ def task_rows(tokenizer: Any, file: str | Path) -> tuple[list[Encoded], list[str
     Raises:
         DataError: the file has no rows that can be used.
     """
-    found, length = load_examples(Path(file)), min(tokenizer.model_max_length, DATA_LENGTH)
+    data, length = DataSettings(path=str(file), template="auto"), min(tokenizer.model_max_length, DATA_LENGTH)
+    found = load_data(data, chat=bool(tokenizer.chat_template)).train  # worded as `hiplora train` words them
     encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
     notes = []
     if len(found) > DATA_ROWS:
@@ -117,6 +118,8 @@ def choose_scale(
         DataError, AdapterError: the rows or the base model cannot be used.
     """
     check_scale_options(scale, tolerance, data)
+    if tolerance is None and data is not None:
+        raise ConfigError("--data: is what --tolerance measures the loss on; give that too, or leave --data out")
     if tolerance is None:
         return 1.0 if scale is None else scale, None
     tokenizer = load_tokenizer(update.base)

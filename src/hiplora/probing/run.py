@@ -167,8 +167,11 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
         log = metric == "kl"
         some = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)
         axes: dict[str, Any] = {"xlabel": "singular value σ", "ylabel": f"{title} (nats per token)", "logx": True}
-        figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", logy=log, **axes)
+        figures = {}
+        if len(some):  # some direction moved the model
+            figure = plots.facets(some, "kind", plots.scatter, x="sigma", y=metric, group="type", logy=log, **axes)
+            figures["A dot is a direction."] = figure
         tables = {"Correlation with σ, 95 % intervals": correlation_table(record["correlations"], metric)}
-        sections.append(Section(title, tables=tables, figures={"A dot is a direction.": figure}))
+        sections.append(Section(title, tables=tables, figures=figures))
     title = f"What single directions of {record['settings']['model']} are worth"
     save_page(path, title, sections, provenance=record["provenance"])

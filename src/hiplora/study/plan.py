@@ -167,6 +167,7 @@ def measure(opened: Opened) -> dict[str, float]:
         asked = first["evaluate"].settings
         tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in asked["tasks"].items()}
         model, _ = context.model()
+        score(context, model, {**asked, "tasks": tasks})  # imports lm-eval, and reads the tasks
         began = time.perf_counter()
         score(context, model, {**asked, "tasks": tasks})
         found["evaluate"] = found["merge"] = (time.perf_counter() - began) / sum(tasks.values())

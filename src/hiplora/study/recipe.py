@@ -148,6 +148,21 @@ class StudyRecipe(Block):
         return self
 
     @model_validator(mode="after")
+    def _titles_are_apart(self) -> "StudyRecipe":
+        told = {
+            "methods": ("title", [method.title for method in self.methods.values()]),
+            "domains": ("title", [domain.title for domain in self.domains.values()]),
+            "domains ": ("task", [domain.task for domain in self.domains.values()]),
+        }
+        for block, (field, given) in told.items():
+            if twice := sorted({one for one in given if given.count(one) > 1}):
+                raise ValueError(
+                    f"`{block.strip()}`: two have the {field} {twice[0]!r}, by which results are told apart; give "
+                    "each its own"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _seeds_fit(self) -> "StudyRecipe":
         if self.rates is not None and self.rates.seed in self.seeds:
             raise ValueError(

@@ -64,7 +64,8 @@ def tidy(results: Results, runs: Iterable[Run], whole: Sequence[str] = ("method"
 def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[float]]]:
     for task, scores in found.get("tasks", {}).items():
         for stored, form in FORMS.items():
-            yield task, form, scores[stored]
+            if scores[stored] is not None:
+                yield task, form, scores[stored]
     for text, drift in (found.get("drift") or {}).items():
         for metric in ("kl", "perplexity_ratio"):
             yield text, metric, [drift[metric]]

@@ -34,7 +34,7 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
     Raises:
         ConfigError: `out` exists and `overwrite` is False, or no job is done.
     """
-    check_output_dir(out, overwrite)
+    check_output_dir(out, overwrite, {"the study": opened.store.path / "results"})
     graph, store, recipe = opened.graph, opened.store, opened.study.recipe
     records = [record for job in graph if (record := store.record(job)) is not None]
     if not records:

@@ -54,7 +54,7 @@ def put_on(
         tensors = load_file(given / WEIGHTS_FILE)
         if method.moves_base:
             tensors, origin = split_difference(tensors)
-    if keeps is not None and origin is not None and not keeps.is_dir():
+    if keeps is not None and origin is not None and not (keeps / WEIGHTS_FILE).is_file():
         keep_start(origin, keeps)
     kept = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
     try:

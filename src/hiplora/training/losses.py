@@ -43,6 +43,7 @@ class TokenLoss:
         if self.own_kl:
             peft_model = getattr(model, "module", model)  # within DDP
             with torch.no_grad(), disabled(peft_model):
+                peft_model.eval()  # no dropout: `disabled` restores the mode
                 base = peft_model(**given).logits[:, :-1][known].float()
             loss = loss + self.own_kl * kl_without_target(base, logits, target).sum()
         return loss / items

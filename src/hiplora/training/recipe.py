@@ -211,6 +211,11 @@ class TrainRecipe(Block):
                     f"`train.{name}` compares with the base model, whose weights {self.method.name} moves; remove it, "
                     "or use another method"
                 )
+        if self.widens and self.train.max_drift is not None:
+            raise ValueError(
+                "`train.max_drift` compares with the base, into which a widened training merges what it starts from; "
+                "remove it, or set `train.widen: false`"
+            )
         self.method.check_training(self.train)
         return self
 

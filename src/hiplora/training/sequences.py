@@ -46,6 +46,25 @@ def sequences(
     return sets[0], sets[1], notes, vars(report)
 
 
+def keeps_rows_apart(model: Any) -> bool:
+    """Return whether rows that follow each other in one sequence do not see each other: packed, or without padding.
+
+    Most attention layers read from restarting position ids where a row begins; others (ALiBi, state spaces) do not.
+    """
+    import torch
+
+    ids, places = torch.arange(16, device=model.device) % 11, torch.arange(16, device=model.device) % 8
+    vocabulary = model.config.get_text_config().vocab_size
+    try:
+        with torch.no_grad():
+            both = model(input_ids=ids[None] % vocabulary, position_ids=places[None], use_cache=False).logits[0, 8:]
+            alone = model(input_ids=ids[None, 8:] % vocabulary, use_cache=False).logits[0]
+    except (ValueError, TypeError):  # refused, or no position ids
+        return False
+    close = 1e-3 if alone.dtype == torch.float32 else 3e-2
+    return bool((both - alone).abs().max() <= close * alone.abs().max())
+
+
 def preview(recipe: TrainRecipe, count: int) -> str:
     """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost.
 

@@ -34,7 +34,7 @@ from hiplora.training.adapt import put_on, save_trained, start_problem
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
-from hiplora.training.sequences import count_steps, sequences
+from hiplora.training.sequences import count_steps, keeps_rows_apart, sequences
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -138,6 +138,11 @@ def _run(
     if torch.cuda.is_available():
         model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
+    apart = keeps_rows_apart(model)
+    if settings.packing and not apart:
+        raise ConfigError(
+            f"train.packing: rows that share a sequence see each other in {type(model).__name__}; set it to false"
+        )
     given, reference = settings.start_from and Path(settings.start_from), None
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
@@ -156,7 +161,7 @@ def _run(
     own = TokenLoss(settings.token_weight, settings.masked_kl_weight)
     trainer = AdapterTrainer(
         model=adapted,
-        args=_arguments(recipe, out / "checkpoints", steps, adapted),
+        args=_arguments(recipe, out / "checkpoints", steps, apart),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -190,7 +195,9 @@ def _run(
     if record.best is not None:
         why = "stopped by train.max_drift" if by_drift else "train.patience: the held-out loss did not fall further"
         notes.append(f"{why}; the adapter is that of step {done} of {steps}")
-    losses = [row["held_out_loss"] for row in record.rows if "held_out_loss" in row and row.get("step", 0) <= done]
+    losses = {row.get("step", 0): row["held_out_loss"] for row in record.rows if "held_out_loss" in row}
+    if losses and done not in losses:
+        losses[done] = trainer.held_out_loss()
     return trainer, TrainResult(
         adapter=out,
         metrics=record.rows,
@@ -199,7 +206,7 @@ def _run(
         seconds=record.seconds,
         trainable_parameters=adapted.get_nb_trainable_parameters()[0],
         peak_memory_bytes=peak_bytes(),
-        held_out={"before": losses[0], "after": losses[-1]} if losses else None,
+        held_out={"before": losses[0], "after": losses[done]} if losses else None,
         data={"sources": sources, "encoding": encoding},
         warnings=notes,
         drift=trainer.drift(),
@@ -317,14 +324,14 @@ def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     write_atomic(file, json.dumps(sources, indent=2))
 
 
-def _arguments(recipe: TrainRecipe, folder: Path, steps: int, model: Any) -> "SFTConfig":
+def _arguments(recipe: TrainRecipe, folder: Path, steps: int, apart: bool) -> "SFTConfig":
     import torch
     from accelerate import PartialState
     from trl import SFTConfig
 
     settings, gpu = recipe.train, torch.cuda.is_available()
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
-    flat = settings.packing or (not gpu and getattr(model.get_base_model(), "_supports_attention_backend", False))
+    flat = settings.packing or (not gpu and apart)
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,

@@ -33,6 +33,7 @@ log = logging.getLogger("hiplora.training")
 TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 PROGRESS_FILE = "progress.json"
 STATE_FILE = "trainer_state.json"
+PLAIN_LOSS = TokenLoss("none", 0.0)  # without a router's loss, as the Trainer's has it
 HASHES_FILE = "hashes.json"  # of the others; the last file of a checkpoint: one without it is not whole
 
 
@@ -100,11 +101,9 @@ class AdapterTrainer(SFTTrainer):
             for _ in range(2):  # the first warms up
                 began = time.perf_counter()
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model.train(), dict(inputs), num_items_in_batch=tokens)
+                    loss = (self.token_loss or PLAIN_LOSS)(self.model.train(), dict(inputs), tokens)
                 loss.backward()
                 self.model.zero_grad()
-        self._metrics["train"].clear()
-        self._total_train_tokens = 0
         return (time.perf_counter() - began) / tokens
 
     def drift(self) -> dict[str, dict[str, float]] | None:
@@ -149,8 +148,7 @@ class AdapterTrainer(SFTTrainer):
             for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    loss = self.compute_loss(model, inputs, num_items_in_batch=1)
-                total += float(loss) / self.accelerator.num_processes  # TRL multiplies by it
+                    total += float(PLAIN_LOSS(model, inputs, 1))
                 count += int((inputs["labels"][:, 1:] != IGNORED).sum())
         return total / max(count, 1)
 

@@ -36,7 +36,8 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
     from peft import PeftModel, get_peft_model
 
     from hiplora.spectral.activation import united_factors
-    from hiplora.tuner import calibrate
+    from hiplora.tuner import calibrate, frozen_weight
+    from hiplora.tuner.experts import unrolled
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder))
     model = adapted.merge_and_unload()
@@ -44,10 +45,11 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
     rows = written_by(model, tokenizer, folder, method.calibration_tokens)
     calibrate(model, config, rows=rows, source="the adapted model, on the finished task and at large")
     before = protected_by(folder)
-    for name, later in config.calibrated.items():
-        weight = model.get_submodule(name).weight
-        old = (before[f"{name}.U"].to(weight), before[f"{name}.V"].to(weight))
-        config.calibrated[name] = united_factors(weight, old, later)
+    with unrolled(model):
+        for name, later in config.calibrated.items():
+            weight = frozen_weight(model.get_submodule(name)).float()
+            old = (before[f"{name}.U"].to(weight), before[f"{name}.V"].to(weight))
+            config.calibrated[name] = united_factors(weight, old, later)
     config.principal_rank_pattern = {name: factors.rank for name, factors in config.calibrated.items()}
     torch.manual_seed(seed)
     return get_peft_model(model, config)
@@ -66,11 +68,12 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
             f"train.start_from: the rows that {folder} was trained on cannot be read, and the basis is widened on "
             f"their prompts ({error}); put them back, or set train.widen: false"
         ) from error
-    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], ROW_LENGTH)[0]
+    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], recipe.train.max_length)[0]
     prompts = []
     for row in rows:
         learned = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
-        prompts.append(torch.tensor(row["input_ids"][: max(learned[0] if learned else 1, 1)]))
+        prompt = row["input_ids"][: max(learned[0] if learned else 1, 1)]
+        prompts.append(torch.tensor(prompt[-ROW_LENGTH // 2 :]))  # leaves as much to write
     found, begun = [], 0
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
@@ -129,6 +132,8 @@ def join_saved(folder: Path, given: Path) -> None:
     for key, tensor in new.items():
         if ".hiplora_A" in key or ".hiplora_B" in key:
             joined[key] = torch.cat([old[key], tensor], dim=0 if ".hiplora_A" in key else 1)
+        elif ".hiplora_" not in key:  # modules_to_save, trained on
+            joined[key] = tensor
     for field in ("r", "lora_alpha"):
         config[field] += added[field]
     for field in ("rank_pattern", "alpha_pattern"):

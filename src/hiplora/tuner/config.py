@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"basis": "weight", "principal_channel": True},
 }
 PROJECTIONS = ("hard", "soft")
+OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
 STABILITY_MODES = ("gradient", "proximal", "none")
 BASES = ("weight", "activation")
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -223,10 +224,14 @@ class HipLoraConfig(PeftConfig):
                 "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
                 "leave it True, or set basis='weight'"
             )
-        if not self.principal_channel and (self.relative_gains or self.gain_lr_ratio != 1):
+        idle = [name for name in OF_THE_GAINS if getattr(self, name) != getattr(HipLoraConfig, name)]
+        if self.stability_weight == 0 or self.stability_mode == "none":  # no price: true without gains
+            idle = [name for name in idle if not name.startswith("stability")]
+        idle += ["init_weights"] * (self.init_weights == "zero")  # with gains only: A and B stay zero
+        if not self.principal_channel and idle and not self.from_checkpoint:
             raise ConfigError(
-                "gain_lr_ratio and relative_gains have no use with principal_channel=False; remove them, or set it to "
-                "True"
+                f"{idle[0]} is {getattr(self, idle[0])!r}, which has no use with principal_channel=False; remove it, "
+                "or set principal_channel=True"
             )
         if not self.residual_projection and not self.principal_channel:
             raise ConfigError(

@@ -18,6 +18,7 @@ from hiplora.spectral import (
     FactorStore,
     SpectralFactors,
     budget_weights,
+    full_precision,
     fused_factors,
     leak,
     penalty,
@@ -162,6 +163,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         for buffers in self.factors_of(adapter_name):
             del buffers[adapter_name]
         self.pending.discard(adapter_name)
+        self._served.discard(adapter_name)
+        self._unserved.pop(adapter_name, None)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._unserved.clear()  # gains that a checkpoint brings were moved by no optimizer
+        super()._load_from_state_dict(*args)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Parameters follow the base layer's device and dtype (as in PEFT); factors its device only."""
@@ -195,7 +202,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return 0.0
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
-        return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
+        with full_precision(A.device):
+            return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
         """Return the sides on which a pass projects A and B; None where they are known to lie in the complement.
@@ -299,7 +307,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return ΔW in the base layer's layout, fp32 at least."""
         A, B = self.lora_factors(adapter)
-        return (B @ A).T if self.transposed else B @ A
+        with full_precision(A.device):
+            return (B @ A).T if self.transposed else B @ A
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:  # noqa: D102 - PEFT asks
         return True
@@ -390,8 +399,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if self.quantization_backend is not None:
             self.base_layer = frozen
         else:
-            if frozen.device != layer.weight.device:
-                frozen.data = frozen.data.to(layer.weight.device)
+            frozen.data = frozen.data.to(layer.weight)  # the model may have been moved, or cast, since
             layer.weight = frozen
         self.merged_adapters.clear()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hiplora.errors import ConfigError
@@ -23,7 +24,8 @@ _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
 @contextlib.contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
     """Disable adapters and switch to eval mode inside the block; restore both, and `requires_grad`, on exit."""
-    adapted = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not m.disable_adapters]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    adapted = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
     with restored(model):
         model.eval()
         for layer in adapted:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ OWN_DATA = (
 )
 CACHES = ("past_key_values", "cache_params", "state")  # what models call the memory of the tokens before
 _SAMPLED_AT_ONCE = 40
+_PLAIN = re.compile(r"\.(base_layer|original_module)\b")  # what adapters put into the names of a model's own weights
 logger = logging.getLogger(__name__)
 _FORMAT = 1  # raised when a measurement changes: old entries are then not found
 
@@ -64,7 +66,7 @@ def model_fingerprint(model: nn.Module) -> str:
                 value = parameter.data
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
-                digest.update(f"{name.replace('.base_layer', '')} {weight_fingerprint(value)}\n".encode())
+                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value)}\n".encode())
     return digest.hexdigest()
 
 
@@ -152,9 +154,10 @@ def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
     marks = ["<1>", "<2>", "<3>"]
     roles = ["user", "assistant", "user"]
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    # Llama's templates write the day; the text, and what is measured on it, would be new every day.
+    write = functools.partial(tokenizer.apply_chat_template, tokenize=False, date_string="26 Jul 2024")
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        opened = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        text, opened = write(messages), write(messages[:1], add_generation_prompt=True)
         opening, reply = opened.split(marks[0])
         return opening, reply, text.split(marks[1])[1].split(marks[2])[0]
     except Exception:  # jinja2's errors, and any shape of template that this does not know

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import QuantizationBackend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -170,6 +170,11 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
         raise ConfigError(
             f"layer {name}: HiP-LoRA adapts linear layers, and this is a {type(base).__name__}; "
             "leave it out with exclude_modules, or train it whole with modules_to_save"
+        )
+    if isinstance(backend := quantization(base), ForwardOnlyQuantizationBackend):
+        raise ConfigError(
+            f"layer {name}: the weights of {backend.backend_name or type(base).__name__} layers cannot be read, so "
+            "nothing can be kept out of their directions; load the model in bf16, or in 4 bits with bitsandbytes"
         )
     return Target(name, (m, n), k)
 

@@ -100,22 +100,24 @@ class CalibrationText:
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
 
-    def run(self) -> None:
-        """Run the model over the text once; padding is on the right."""
+    def run(self, head: bool = True) -> None:
+        """Run the model over the text once, padded on the right; without `head` its head sees the last tokens only."""
         if self._run_model is not None:
             self._run_model()
         else:
-            _run(self._model, self.rows, self._batch_size, "inputs")
+            _run(self._model, self.rows, self._batch_size, "inputs", head)
 
     def inputs(self, modules: Iterable[str], trailing: Mapping[str, int] | None = None) -> Bases:
         """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
         bases: Bases = {}
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
         targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
         for group in memory_groups(targets, "input", self._max_bytes):
             names = [target.name for target in group]
             ranks = {name: trailing[name] for name in names} if trailing else None
             key = ["moments", self.key, names] if ranks is None else ["trailing", self.key, list(ranks.items())]
-            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, self.run, ranks))
+            run = functools.partial(self.run, any(self._model.get_submodule(name) is head for name in names))
+            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, run, ranks))
         return bases
 
     def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
@@ -155,11 +157,11 @@ def _check_runs(model: Any) -> None:
         raise ConfigError(f"{type(model).__name__} does not run on rows of token ids alone; {OWN_DATA}")
 
 
-def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str) -> None:
+def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str, head: bool = True) -> None:
     """Run the model over rows of token ids, padded on the right where they differ in length."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
-    options: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1} if what == "inputs" else {})}
+    options: dict[str, Any] = {"use_cache": False, **({} if head else {"logits_to_keep": 1})}
     starts = range(0, len(rows), batch_size)
     for first in tqdm(starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None):
         batch = rows[first : first + batch_size]

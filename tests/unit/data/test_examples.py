@@ -125,6 +125,20 @@ def test_prompts_are_learned_on_demand_and_never_those_of_conversations(tmp_path
             load_data(DataSettings(path=path, **setting))
 
 
+def test_with_a_chat_template_learned_prompts_are_refused_too_and_mixed_files_have_their_own_wording(tmp_path):
+    main = write_jsonl(tmp_path / "main.jsonl", [METAMATH] * 2)
+    with pytest.raises(DataError, match=r"set data\.template: instruction"):
+        load_data(DataSettings(path=main, template="auto", learn_prompt=True), chat=True)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "P", "completion": "c"}])
+    (tmp_path / "more").mkdir()
+    texts = write_jsonl(tmp_path / "more" / "pairs.jsonl", [{"text": "a text"}])
+    mix = {str(pairs): 1, str(texts): 1}
+    data = load_data(DataSettings(path=main, template="auto", mix=mix), chat=True)
+    assert [bool(example.messages) for example in data.train] == [True, True, False, False]
+    assert [example.prompt for example in data.train[2:]] == ["P", ""]
+    assert {source["sha256"] for source in data.sources.values()} == {file_sha256(f) for f in (main, pairs, texts)}
+
+
 def test_holding_everything_out_is_an_error(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "only"}])
     with pytest.raises(DataError, match="leaves none to train on"):

@@ -41,6 +41,8 @@ def test_a_program_passes_only_if_it_runs_to_its_end(either):
     for source in ("assert False", "import sys; sys.exit(0)", "this is no Python"):
         assert either(source).status == "failed"
     assert "AssertionError" in either("assert False").output
+    late = either("import atexit\natexit.register(print, 'bye')\nassert True")  # last words follow the end
+    assert (late.passed, late.output) == (True, "bye\n")
 
 
 def test_time_on_the_clock_and_of_the_processor_is_limited(either):

@@ -34,6 +34,17 @@ def test_an_alternative_is_taken_by_the_file_that_is_there(tmp_path):
     assert names(read_suite("scienceqa | openbookqa")) == ["scienceqa"]
 
 
+def test_files_of_rows_are_apart_by_their_whole_names(tmp_path):
+    for name in ("med.dev.jsonl", "med.test.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    suite = read_suite(",".join(str(tmp_path / name) for name in ("med.dev.jsonl", "med.test.jsonl")))
+    assert [task.name for task in suite.tasks] == ["med.dev", "med.test"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "med.dev.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"two files are called med\.dev"):
+        read_suite(f"{tmp_path / 'med.dev.jsonl'},{tmp_path / 'other' / 'med.dev.jsonl'}")
+
+
 def test_a_suite_file_limits_tasks_and_includes_folders(tmp_path):
     (tmp_path / "mine").mkdir()
     path = tmp_path / "mine.yaml"

@@ -93,6 +93,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds`"),
         ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
         ("methods: [lora]", "methods: [lora, lora]", "`methods`"),
+        ("methods:\n", "methods:\n  other: {title: LoRA, method: lora}\n", "`methods`: two have the title 'LoRA'"),
         (SINGLE, "ablations: {method: lora}", "`protocols.ablations.method` is 'lora', which has no gains"),
         (SINGLE, "lambda_curve: {method: lora, values: [0.0, 1.0]}", "`protocols.lambda_curve.method` is 'lora'"),
         (SINGLE, "merge_fail: {methods: [lora], sizes: [2]}", "has 2, and there are 1 domains"),

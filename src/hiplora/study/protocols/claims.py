@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
+from scipy import stats
 
 from hiplora.provenance import provenance
 from hiplora.reporting import interval
 from hiplora.study.protocols.settings import Findings, Protocol, Run, Study
 from hiplora.study.records import FORMS, paper
+from hiplora.study.statistics import SEEDS
 
 LEVEL = 0.05
 MOVED = 1.0  # per cent: the median |δ| / σ from which on claims about the gains are exercised
@@ -119,7 +121,13 @@ def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
     estimate, low, high = (math.nan if value is None else float(value) for value in known)
     reach = estimate - low if estimate > none else high - estimate  # to the interval's end that is nearer to none
     distance = abs(estimate - none)
-    p = math.erfc(1.96 * distance / reach / math.sqrt(2)) if reach else float(distance == 0)
+    seeds = row.get("seeds") or 0
+    if not reach:
+        p = float(distance == 0)
+    elif seeds >= SEEDS:  # the interval is Student's
+        p = float(2 * stats.t.sf(distance / reach * stats.t.ppf(0.975, seeds - 1), seeds - 1))
+    else:
+        p = math.erfc(1.96 * distance / reach / math.sqrt(2))
     excluded = None if size is None or math.isnan(low) else high < size if above else low > size
     return {
         **{key: claim[key] for key in ("says", "paper")},

@@ -5,6 +5,7 @@ import math
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from hiplora.study.protocols.claims import holm
 from hiplora.study.records import Findings
@@ -34,6 +35,13 @@ def judged(tmp_path, *rows, claim="retain", form="accuracy", section="single-tas
 def test_a_claim_is_judged_by_the_side_of_its_interval(tmp_path, estimate, low, high, verdict, as_large):
     found = judged(tmp_path, {**RETAIN, "estimate": estimate, "low": low, "high": high})
     assert (found["verdict"], found["as_large"]) == (verdict, as_large)
+
+
+def test_over_five_seeds_the_test_is_students(tmp_path):
+    over_items = {**RETAIN, "estimate": -2.0, "low": -3.0, "high": -1.0}
+    assert judged(tmp_path, {**over_items, "seeds": 3})["p"] == pytest.approx(8.9e-5, rel=0.01)
+    over_seeds = 2 * stats.t.sf(2 * stats.t.ppf(0.975, 4), 4)
+    assert judged(tmp_path, {**over_items, "seeds": 5})["p"] == pytest.approx(over_seeds)
 
 
 def test_at_least_as_well_means_not_worse_by_more_than_the_margin(tmp_path):
