@@ -26,6 +26,7 @@ from hiplora.evaluation.mounting import (
     mounted,
     name_adapters,
     probe,
+    unfit_extras,
 )
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.evaluation.updates import measure_updates
@@ -293,6 +294,8 @@ def drift_of_merge(
     weighted = zip(updates.items(), weights, strict=True)
     alone = {name: merge([one], weights=[weight]) for (name, one), weight in weighted if weight}
     model, everything = load_base(merged.base, torch.float32), {**alone, "merge": merged}
+    if unfit_extras(model, merged):
+        return None
     drift, _ = measure_updates(model, tokenizer, everything, drift_texts(), may_be_nothing=everything)
     ratios = {}
     for text, found in drift["merge"].items():

@@ -2,24 +2,22 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters.base import BaseWeights, check_base, load_base, replace_extras, weight_of
 from hiplora.adapters.check import added, logit_difference, logits_of
 from hiplora.adapters.lora import DTYPES, check_dtype, open_update
-from hiplora.adapters.output import write_record
+from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError
 from hiplora.files import staged_dir
-from hiplora.models import quiet_transformers, resolve
+from hiplora.models import quiet_transformers
 from hiplora.tuner.experts import fuse, unroll
 
 
@@ -68,7 +66,8 @@ def save_dense(
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
     written, logits = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
-        _save(model, update.base, staged)
+        _save(model, staged)
+        save_tokenizer(update, staged, base=True)
         del model
         if expected is not None:
             found = logits_of(load_base(str(staged), "auto"))
@@ -107,8 +106,6 @@ def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | Non
     return differences
 
 
-def _save(model: Any, base: str, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     with quiet_transformers(always=False):
         model.save_pretrained(folder)
-    with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
-        AutoTokenizer.from_pretrained(resolve(base), trust_remote_code=False).save_pretrained(folder)

@@ -57,7 +57,11 @@ class Saved:
         modules: dict[str, dict[str, Tensor]] = {}
         extras: dict[str, Tensor] = {}
         whole = self.config.get("modules_to_save") or []
-        for name, tensor in self.tensors.items():
+        for saved, tensor in self.tensors.items():
+            # Where embeddings are trained whole, PEFT saves its wrappers' copies too, by their inner names.
+            name = saved.replace(".modules_to_save.", ".")
+            if ".original_module." in saved or (name != saved and name in self.tensors):
+                continue
             owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
             if match := re.fullmatch(rf"(?P<module>.+)\.{pattern}", name):
                 modules.setdefault(match["module"], {})[match["part"]] = tensor

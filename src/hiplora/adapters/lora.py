@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hiplora.adapters.base import is_transposed
 from hiplora.adapters.check import TOLERANCE, compare_logits, compare_modules, loadable, refuse_over
-from hiplora.adapters.output import write_record
+from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
@@ -78,6 +78,7 @@ def save_as_lora(
     update = update.renamed(prefix) if prefix else loadable(update, shared_fields(update))
     with staged_dir(path, overwrite) as staged:
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
+        save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
         return verified("lora", update, staged, path, dtype, compare, details)
 

@@ -4,14 +4,17 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoTokenizer
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.read import CONFIG
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, first_line
-from hiplora.models import hub_name
+from hiplora.models import hub_name, resolve
 from hiplora.provenance import provenance
 from hiplora.tuner.config import PEFT_TYPE
 
@@ -172,3 +175,12 @@ def push_to_hub(folder: Path, repository: str) -> None:
         except Exception as error:
             problem = first_line(error)
             log.warning("%s: not uploaded (%s); run: hf upload %s %s", repository, problem, repository, folder)
+
+
+def save_tokenizer(update: AdapterUpdate, folder: Path, base: bool = False) -> None:
+    """Write the tokenizer that lies beside an adapter, which may have tokens of its own; else the `base` model's."""
+    beside = (Path(update.source) / "tokenizer_config.json").is_file()
+    name = update.source if beside else resolve(update.base) if base else None
+    with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
+        if name is not None:
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)

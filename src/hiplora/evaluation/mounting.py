@@ -109,9 +109,21 @@ def _changed(model: nn.Module, update: AdapterUpdate) -> dict[str, nn.Parameter]
             )
         # A new parameter: a weight that is tied to this one stays as it is.
         changed[f"{name}.weight"] = nn.Parameter((weight.float() + delta).to(weight.dtype), requires_grad=False)
+    if unfit := unfit_extras(model, update):
+        raise AdapterError(
+            f"{update.source}: {unfit[0]} has another shape than the base model's, or the base has none (a resized "
+            "vocabulary, or another kind of model), so the two cannot be compared token by token; export it with "
+            "hiplora export --to dense, and use that as a model"
+        )
     for name, tensor in update.extras.items():
         changed[name] = nn.Parameter(tensor.to(model.get_parameter(name)), requires_grad=False)
     return changed
+
+
+def unfit_extras(model: nn.Module, update: AdapterUpdate) -> list[str]:
+    """Return the parameters that an update replaces whole and that the model has not, or in another shape."""
+    own = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return [name for name, tensor in update.extras.items() if own.get(name) != tensor.shape]
 
 
 @contextlib.contextmanager

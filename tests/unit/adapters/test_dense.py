@@ -2,12 +2,13 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hiplora.adapters import dense, save_dense
+from hiplora.adapters import dense, save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -136,3 +137,30 @@ def test_what_cannot_be_merged_is_refused(tiny_model_dir, tmp_path):
     with pytest.raises(AdapterError, match="--base"):
         save_dense(nameless, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [{}, {"save_embedding_layers": False}])
+def test_an_adapter_with_tokens_of_its_own_is_exported_with_its_tokenizer(tiny_model_dir, tmp_path, how):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter", **how)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, len(tokenizer) - 1, 7]])
+    expected = model(ids).logits
+    save_dense(tmp_path / "adapter", tmp_path / "dense", base=str(tiny_model_dir))
+    save_as_lora(tmp_path / "adapter", tmp_path / "plain", base=str(tiny_model_dir))
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(ids).logits, expected)
+    for folder in ("dense", "plain"):
+        assert len(AutoTokenizer.from_pretrained(tmp_path / folder)) == len(tokenizer)
+    assert "im_end" not in (tiny_model_dir / "tokenizer.json").read_text()
