@@ -1,13 +1,14 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
 
 from hiplora import __version__
 from hiplora import provenance as module
-from hiplora.provenance import file_sha256, json_sha256, provenance
+from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 
 
 @pytest.fixture
@@ -66,3 +67,17 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
 def test_the_hash_of_a_json_value_ignores_the_order_of_keys_only():
     assert json_sha256({"a": 1, "b": [1, 2]}) == json_sha256({"b": [1, 2], "a": 1})
     assert json_sha256({"a": [1, 2]}) != json_sha256({"a": [2, 1]})
+
+
+def test_a_copy_of_a_folder_is_the_same_and_a_changed_byte_is_not(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    (tmp_path / "one" / "weights").write_bytes(bytes(1 << 20) * 70)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    os.utime(tmp_path / "two" / "config.json", (0, 0))
+    assert folder_identity(tmp_path / "one") == folder_identity(tmp_path / "two")
+    with open(tmp_path / "two" / "weights", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    assert folder_identity(tmp_path / "one") != folder_identity(tmp_path / "two")
+    assert folder_identity("org/name") is None

@@ -48,17 +48,24 @@ class BaseWeights:
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
 
     def no_room(self, itemsize: int) -> str:
-        """Return why the model is not loaded at `itemsize` bytes a parameter; empty if it fits into memory."""
+        """Return why the model is not loaded at `itemsize` bytes a parameter; empty if it can be, and fits."""
+        if self.is_quantised:
+            return f"base model {self.model} is quantised"
         needed = itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
         if needed <= psutil.virtual_memory().available:
             return ""
         return f"base model {self.model} needs {needed / 2**30:.0f} GiB, more than is free"
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the checkpoint holds quantised weights."""
+        configs = self.config, self.config.get_text_config()
+        return any(getattr(config, "quantization_config", None) for config in configs)
+
     @cached_property
     def whole(self) -> PreTrainedModel:
         """The model, loaded in its own precision; AdapterError if it is quantised or does not fit into memory."""
-        configs = self.config, self.config.get_text_config()
-        if any(getattr(config, "quantization_config", None) for config in configs):
+        if self.is_quantised:
             raise AdapterError(
                 f"base model {self.model}: is quantised, and its weights cannot be read or changed without loss; name "
                 "the unquantised model as base=… (--base)"
@@ -197,7 +204,7 @@ def _readable(model: str) -> Iterator[None]:
         raise AdapterError("the adapter names no base model; pass base=… (--base)")
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: a quantiser's library
         if isinstance(error, HipLoraError):
             raise
         raise AdapterError(

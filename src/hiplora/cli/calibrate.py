@@ -36,7 +36,7 @@ def command(
     import pandas as pd
 
     from hiplora.data.texts import calibration_rows, describe_source
-    from hiplora.models import load, pick_device
+    from hiplora.models import load, machine_dtype, pick_device, torch_dtype
     from hiplora.provenance import provenance
     from hiplora.spectral import parse_rank
     from hiplora.tuner import HipLoraConfig, calibrate
@@ -44,7 +44,7 @@ def command(
     device = pick_device(device)
     modules = targets(target_modules)
     config = HipLoraConfig(target_modules=modules, principal_rank=parse_rank(rank), basis_sides=sides)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, torch_dtype(machine_dtype()))  # as training loads it: other values, other factors
     if text is None:
         given = {"tokens": tokens, "seed": seed, "tokenizer": tokenizer}
     else:
