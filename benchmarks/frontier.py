@@ -261,7 +261,7 @@ class Bench:
         for name, items in self.items.items():
             examples = [encode(self.tokenizer, *pair) for pairs, _ in items for pair in pairs]
             scores: dict[int, float] = {}
-            for part in by_length(range(len(examples)), [len(example.ids) for example in examples], 16):
+            for part in by_length([len(example.ids) for example in examples], 16):
                 rows = response_log_probs(model.eval(), [examples[index] for index in part])
                 scores.update(zip(part, (row.mean().item() for row in rows), strict=True))
             solved, likelihood, first = [], [], 0

@@ -77,7 +77,7 @@ def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_al
 
 def test_batches_of_long_rows_are_split_and_the_order_is_kept(monkeypatch):
     ours = ScoringLM(tiny_llama(), tiny_tokenizer(), batch_size=3)
-    monkeypatch.setattr(module, "_LOGITS", 4 * ours.vocab_size * 200)  # one or two rows at a time
+    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * ours.vocab_size * 200)  # one or two rows at a time
     sizes, call = [], ours._model_call
     monkeypatch.setattr(ours, "_model_call", lambda rows: sizes.append(tuple(rows.shape)) or call(rows))
     found = ours.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
