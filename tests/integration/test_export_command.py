@@ -76,6 +76,7 @@ def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub
         ["--to", "lora", "--out", "there"],
         ["--to", "lora", "--out", "out", "--scale", "0"],
         ["--to", "lora", "--out", "out", "--tolerance", "0.1"],
+        ["--to", "lora", "--out", "out", "--data", "rows.jsonl"],
     ],
 )
 def test_wrong_usage_is_status_2_and_writes_nothing(adapter, tmp_path, monkeypatch, capsys, arguments):

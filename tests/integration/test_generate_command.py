@@ -41,6 +41,14 @@ def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_
     assert json.loads(said)["prompts"][0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
 
 
+def test_an_answer_ends_at_the_models_own_end_of_turn(tiny_model_dir):
+    model, tokenizer = load_model(str(tiny_model_dir))
+    (whole,) = continuations(model, tokenizer, ["Why?"], 8)
+    turn = int(model(torch.tensor([tokenizer("Why?")["input_ids"]])).logits[0, -1].argmax())
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn]
+    assert continuations(model, tokenizer, ["Why?"], 8) == [tokenizer.decode([turn])] != [whole]
+
+
 def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, adapter, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\nAnd then?\n"))
     code, said, err = run(capsys, "chat", tiny_model_dir, "--adapter", adapter, "--tokens", 8)

@@ -138,6 +138,16 @@ def test_a_merge_comes_with_its_report(place, tmp_path):
     assert page.read_text().lower().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("precious", ["base", "data"])
+def test_a_folder_that_holds_what_is_read_is_not_replaced(place, capsys, precious):
+    arguments = ["merge-check", *owned(place), "--suite", "mmlu,scienceqa", "--data", str(place / "data")]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--out", str(place / precious), "--overwrite"])
+    assert left.value.code == 2
+    assert "replacing it would delete" in capsys.readouterr().err
+    assert list((place / precious).iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
