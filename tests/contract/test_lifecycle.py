@@ -47,6 +47,14 @@ def test_gains_that_a_checkpoint_brings_raise_no_alarm(tiny, ids):
     model.train()(ids)
 
 
+def test_a_state_dict_of_the_trainable_parameters_is_enough_to_save(base, ids, tmp_path):
+    model = base.adapted(init_weights=False)
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path, state_dict=trained)
+    loaded = peft.PeftModel.from_pretrained(base.make(), tmp_path)
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+
+
 def test_the_base_that_is_sampled_from_is_without_trained_copies_of_modules(tiny, ids):
     model = tiny.adapted(modules_to_save=["lm_head"])
     with torch.no_grad():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
-from hiplora.tuner.buffers import FACTOR_NAMES
+from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.calibration import calibrate, weight_factors
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
@@ -238,12 +238,17 @@ class HipLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Select what is saved: δ and the factors as they act, whatever the parameters hold while they train."""
         assert isinstance(config, HipLoraConfig)
-        for layer in _layers(model, adapter_name).values():
+        layers = _layers(model, adapter_name)
+        for layer in layers.values():
             layer.ensure_factors(adapter_name)
+        for key in list(state_dict):  # one of the trainable parameters alone has no factors
+            prefix, found, _ = key.partition(f".hiplora_A.{adapter_name}")
+            if found and (owner := layers.get(_layer_of(key))) is not None:
+                for kind in factor_names(config):
+                    state_dict.setdefault(f"{prefix}.{kind}.{adapter_name}", getattr(owner, kind)[adapter_name])
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # FSDP1 gathers tensors under names without its wrappers, which PEFT does not find.
-        names = _layers(model, adapter_name).keys()
-        selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in names}
+        selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in layers}
         selected = retracted_state(selected, config, adapter_name)
         for key, scale in _gain_scales(selected, model, adapter_name):
             selected[key] = selected[key] * scale
