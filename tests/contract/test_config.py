@@ -286,6 +286,13 @@ def test_a_model_without_usual_projections_asks_for_targets():
         peft.get_peft_model(odd, HipLoraConfig(r=2, principal_rank=2))
 
 
+def test_a_copy_of_a_used_configuration_takes_no_other_layers(tiny):
+    used = HipLoraConfig(preset="paper", target_modules=["q_proj"], principal_rank=8)
+    peft.get_peft_model(tiny.make(), used)
+    with pytest.raises(ConfigError, match=r"is of an adapter on model\.layers\.0\.self_attn\.q_proj"):
+        peft.get_peft_model(tiny.make(), dataclasses.replace(used, target_modules=["v_proj"]))
+
+
 def test_a_given_field_wins_over_the_preset():
     assert (HipLoraConfig().basis, HipLoraConfig().principal_channel) == ("activation", False)
     paper = HipLoraConfig(preset="paper")

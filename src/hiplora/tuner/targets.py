@@ -71,7 +71,14 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
     with unrolled(model):
         loaded = getattr(config, "from_checkpoint", False)
-        names = list(chosen.fingerprints) if loaded else _matching(model, chosen)
+        names = matching = _matching(model, chosen)
+        if loaded and matching:
+            names = list(chosen.fingerprints)
+            if others := [name for name in names if name not in matching]:
+                raise ConfigError(
+                    f"the configuration is of an adapter on {others[0]}, and its target_modules "
+                    f"{config.target_modules!r} do not name that; for other layers make a new HipLoraConfig"
+                )
         if not names:
             raise ConfigError(
                 f"target_modules {config.target_modules!r} match no module of {type(model).__name__}, or all that "  # type: ignore[attr-defined]
