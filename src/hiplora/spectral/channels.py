@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hiplora.spectral.factors import full_precision
+
 SIDES = ("both", "input", "output")
 
 
@@ -57,7 +59,8 @@ def leak(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], U: Float[Tensor, "m p
     Frobenius norms; an all-zero factor leaks nothing; NaN and Inf leak infinitely, so that no check of the
     kind `leak > tolerance` lets them pass.
     """
-    return max(_ratio(U.T @ B, B), _ratio(A @ V, A))
+    with full_precision(A.device):
+        return max(_ratio(U.T @ B, B), _ratio(A @ V, A))
 
 
 def fused_factors(

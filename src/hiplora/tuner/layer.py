@@ -49,9 +49,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.out_features, self.in_features = linear_target(base_layer, name).shape
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.quantization_backend = quantization(self.get_base_layer(), **requantise)
-        self.hiplora_A = FactorDict()
-        self.hiplora_B = FactorDict()
-        self.hiplora_delta = FactorDict()
+        self.hiplora_A, self.hiplora_B, self.hiplora_delta = FactorDict(), FactorDict(), FactorDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -202,8 +200,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return 0.0
         self.ensure_factors(adapter)
         A, B, U, V = self._residual(adapter)
-        with full_precision(A.device):
-            return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
+        return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
         """Return the sides on which a pass projects A and B; None where they are known to lie in the complement.
@@ -402,6 +399,3 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             frozen.data = frozen.data.to(layer.weight)  # the model may have been moved, or cast, since
             layer.weight = frozen
         self.merged_adapters.clear()
-
-    def __repr__(self) -> str:
-        return f"hiplora.{super().__repr__()}"
