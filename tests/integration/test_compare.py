@@ -152,6 +152,17 @@ def test_the_headline_says_what_was_found_in_favour_or_not(base, lora, ours, sai
     assert said in headline(results)
 
 
+def test_the_headline_takes_each_method_at_its_best_scale():
+    methods = {
+        n: {"trained": curve((1.0, kl, 0.3)), "scaled": curve((1.0, kl / 4, 0.1))}
+        for n, kl in (("LoRA", 0.4), ("HiP-LoRA", 0.02))
+    }
+    methods["HiP-LoRA"]["scaled"] = curve((1.0, 0.04, 0.2))
+    results = {"base": {"held_out_loss": 2.0}, "equal": at_equal_learning(2.0, methods), "methods": methods}
+    assert "5 times as far" in headline(results)
+    assert "10.0% with LoRA and 30.0% with HiP-LoRA" in headline(results)
+
+
 def test_methods_start_alike_train_on_the_same_tokens_and_adapt_the_modules_of_their_name(done):
     results, out = done
     records = {key: results["methods"][title] for key, title in TITLES.items()}
