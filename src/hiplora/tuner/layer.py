@@ -367,8 +367,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
         if not names:
             return
-        weight = frozen_weight(self)
-        weight = weight.T if self.transposed else weight
+        weight = frozen_weight(self).T if self.transposed else frozen_weight(self)
         merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:
             merged = merged + self.get_delta_weight(name)
