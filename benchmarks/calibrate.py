@@ -15,6 +15,7 @@ from typing import Any
 
 import hiplora
 from hiplora import HipLoraConfig
+from hiplora.files import write_atomic
 from hiplora.models import load
 from hiplora.provenance import provenance
 from hiplora.spectral import SecondMoment
@@ -70,8 +71,7 @@ def main() -> None:
     for stage, duration in record["seconds"].items():
         print(f"{stage:14}{duration:8.1f} s")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,11 @@ def abilities(out: Path) -> pd.DataFrame:
     return found.reset_index()
 
 
+def titled(methods: pd.Series) -> pd.Series:
+    """Return methods by the names that readers see."""
+    return methods.map(lambda name: TITLES.get(name, name))
+
+
 def figure(records: pd.DataFrame, task: str) -> Any:
     """Return held-out loss against drift on prose, a line a method: steps of one run, then scales of its adapter."""
     from hiplora.reporting import plots
@@ -150,7 +155,7 @@ def figure(records: pd.DataFrame, task: str) -> Any:
         index=["method", "step", "scale"], columns="metric", values="value", sort=False
     )
     main = wide.reset_index().query("scale == 1")
-    main = main.assign(method=main["method"].map(lambda name: TITLES.get(name, name)))
+    main = main.assign(method=titled(main["method"]))
     return plots.lines(
         main,
         "heldout_loss",
@@ -170,7 +175,7 @@ def shown(equal: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "task": equal["task"],
-            "rival": equal["rival"].map(lambda name: TITLES.get(name, name)),
+            "rival": titled(equal["rival"]),
             "drift on": equal["text"],
             "held-out loss": equal["heldout_loss"].map("{:.3f}".format),
             "KL, HiP-LoRA": equal["kl_hiplora"].map("{:.4f}".format),
@@ -188,7 +193,7 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
     units = {"correct": "accuracy, pp", "log_likelihood": "log-likelihood, nats a token"}
     digits = {"correct": 1, "log_likelihood": 3}
     told = [interval(row.change, row.low, row.high, digits=digits[row.metric]) for row in found.itertuples()]
-    names = {"method": found["method"].map(lambda name: TITLES.get(name, name)), "metric": found["metric"].map(units)}
+    names = {"method": titled(found["method"]), "metric": found["metric"].map(units)}
     keys = ["task", "metric", "method"]
     wide = found.assign(told=told, **names).pivot(index=keys, columns="benchmark", values="told")
     return wide.rename_axis(columns=None).reset_index()

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from hiplora.files import write_atomic
 from hiplora.provenance import provenance
 
 COMMANDS = {
@@ -46,8 +47,7 @@ def main() -> None:
         print(f"{name:16}{time_taken:7.2f} s")
     print(f"import hiplora / import peft: {record['ratio_hiplora_peft']:.2f}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

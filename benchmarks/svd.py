@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from scipy.sparse.linalg import svds
 
+from hiplora.files import write_atomic
 from hiplora.provenance import provenance
 from hiplora.spectral import truncated_svd
 
@@ -145,8 +146,7 @@ def main() -> None:
     if args.json:
         options = {"rank": args.rank, "rounds": args.rounds, "threads": torch.get_num_threads()}
         record = {"results": results, "options": options, "provenance": provenance()}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from hiplora.evaluation.mounting import (
 )
 from hiplora.evaluation.suite import Suite, read_suite
 from hiplora.evaluation.updates import measure_updates
-from hiplora.files import check_output_dir, staged_dir
+from hiplora.files import Inputs, check_output_dir, staged_dir
 from hiplora.merging import find_rule
 from hiplora.merging.conflict import merge_report
 from hiplora.merging.merger import check_weights, merge
@@ -84,15 +84,14 @@ def merge_check(
         ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
     """
     named, suite = name_adapters(adapters), read_suite(settings.suite, settings.folder)
-    read = {"the base model": how.base, "the suite": settings.suite, "the data": settings.folder}
-    check_output_dir(out, overwrite, read | {f"adapter {name}": folder for name, folder in named.items()})
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
     groups = _groups(list(named), how, suite)
     updates = {name: read_update(folder, how.base) for name, folder in named.items()}
+    model = how.base or next(iter(updates.values())).base
+    inputs: Inputs = {"the base model": model, "the suite": settings.suite, "the data": settings.folder}
+    check_output_dir(out, overwrite, {**inputs, **{f"adapter {name}": folder for name, folder in named.items()}})
     merges = _merged(groups, updates, weights, how)
     engine = settings.engine(suite)
-    model = how.base or next(iter(updates.values())).base
-    check_output_dir(out, overwrite, {"the base model": model})
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     _check_acts(network, tokenizer, engine.prompts(), merges[how.methods[0]])

@@ -149,16 +149,11 @@ class StudyRecipe(Block):
 
     @model_validator(mode="after")
     def _titles_are_apart(self) -> "StudyRecipe":
-        told = {
-            "methods": ("title", [method.title for method in self.methods.values()]),
-            "domains": ("title", [domain.title for domain in self.domains.values()]),
-            "domains ": ("task", [domain.task for domain in self.domains.values()]),
-        }
-        for block, (field, given) in told.items():
+        for block, field in (("methods", "title"), ("domains", "title"), ("domains", "task")):
+            given = [getattr(entry, field) for entry in getattr(self, block).values()]
             if twice := sorted({one for one in given if given.count(one) > 1}):
                 raise ValueError(
-                    f"`{block.strip()}`: two have the {field} {twice[0]!r}, by which results are told apart; give "
-                    "each its own"
+                    f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
                 )
         return self
 

@@ -138,8 +138,9 @@ def _run(
     if torch.cuda.is_available():
         model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
-    apart = keeps_rows_apart(model)
-    if settings.packing and not apart:
+    # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
+    flat = (settings.packing or not torch.cuda.is_available()) and keeps_rows_apart(model)
+    if settings.packing and not flat:
         raise ConfigError(
             f"train.packing: rows that share a sequence see each other in {type(model).__name__}; set it to false"
         )
@@ -161,7 +162,7 @@ def _run(
     own = TokenLoss(settings.token_weight, settings.masked_kl_weight)
     trainer = AdapterTrainer(
         model=adapted,
-        args=_arguments(recipe, out / "checkpoints", steps, apart),
+        args=_arguments(recipe, out / "checkpoints", steps, flat),
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
@@ -324,14 +325,12 @@ def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     write_atomic(file, json.dumps(sources, indent=2))
 
 
-def _arguments(recipe: TrainRecipe, folder: Path, steps: int, apart: bool) -> "SFTConfig":
+def _arguments(recipe: TrainRecipe, folder: Path, steps: int, flat: bool) -> "SFTConfig":
     import torch
     from accelerate import PartialState
     from trl import SFTConfig
 
     settings, gpu = recipe.train, torch.cuda.is_available()
-    # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
-    flat = settings.packing or (not gpu and apart)
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,

@@ -266,7 +266,7 @@ class Record(TrainerCallback):
         self._bar.update(1)
         row: Row = self._row() if last or step % self.settings.log_every == 0 else {}
         every = self.settings.eval_every or max(state.max_steps // 10, 1)
-        due = step % every == 0 if self.settings.eval_every or self.settings.patience else False
+        due = (self.settings.eval_every or self.settings.patience) and step % every == 0
         if (last or due) and self.trainer.eval_dataset is not None:
             row["held_out_loss"] = self.trainer.held_out_loss()
         if self.settings.max_drift is not None and (last or self.interrupted or step % every == 0):
