@@ -5,6 +5,7 @@ rows) and what it disturbed (drift on other text). The methods are compared wher
 """
 
 import functools
+import itertools
 import os
 import shutil
 import time
@@ -63,6 +64,11 @@ class Compared:
     settings: Mapping[str, Any]
     preset: str | None = None
 
+    def block(self, rank: int, principal_rank: int) -> dict[str, Any]:
+        """Return the method's block of a recipe."""
+        block = {"r": rank, "lora_alpha": 2 * rank, **self.settings}
+        return block | ({"principal_rank": principal_rank} if block["name"] == "hiplora" else {})
+
 
 METHODS = {
     "lora": Compared("LoRA", "all linear layers", {"name": "lora", "target_modules": "all-linear"}),
@@ -110,8 +116,9 @@ def compare(
     """
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
-    texts, questions = drift_texts(settings.drift_text), read_questions(settings.prompts)
+    texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
     rows = load_data(next(iter(recipes.values())).data)
+    own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
     plan = {
         "kind": "compare",
         "hiplora": __version__,
@@ -122,24 +129,19 @@ def compare(
     }
     folder = RunFolder(Path(out), "plan.json", "results.json")
     folder.check(plan, overwrite=overwrite, inputs={"the base model": model, "the data": data})
-    own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
     with folder.claimed(plan, overwrite=overwrite):
         base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
         bare = folder.stage("base", lambda: base().read())
         tell(_expected(bare, rows.train, settings, len(recipes)))
         base.cache_clear()  # a training loads the model itself
-        adapters = {key: folder.path / "adapters" / key for key in recipes}
-        records = {}
-        for key, recipe in recipes.items():
-            work = functools.partial(_train, recipe, METHODS[key].title, adapters[key])
-            trained = folder.stage(f"train-{key}", work)
-            records[METHODS[key].title] = {"adapts": METHODS[key].adapts, **trained}
-        for key, adapter in adapters.items():
-            points = folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
-            records[METHODS[key].title] |= points
+        records, adapters = {}, {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
+        for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
+            trained = folder.stage(f"train-{key}", functools.partial(_train, recipe, title, adapter))
+            records[title] = {"adapts": METHODS[key].adapts, **trained}
+        for key, (title, adapter) in zip(recipes, adapters.items(), strict=True):
+            records[title] |= folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
             shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
-        named = {METHODS[key].title: adapter for key, adapter in adapters.items()}
-        said = folder.stage("answers", lambda: {"rows": base().answers(named, [*own, *questions])})["rows"]
+        said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
         prompts = [example.prompt for example in own] + questions
         results = {
             "schema": 3,
@@ -173,15 +175,14 @@ def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
 
 def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | None:
     """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
-    before: Results = {"held_out_loss": base, "drift": {}}
-    for point in points:
-        if point["held_out_loss"] > loss:
-            before = point
+    whole: Sequence[Results] = [{"held_out_loss": base, "drift": {}}, *points]
+    for before, after in itertools.pairwise(whole):
+        if after["held_out_loss"] > loss:
             continue
-        fall = before["held_out_loss"] - point["held_out_loss"]
+        fall = before["held_out_loss"] - after["held_out_loss"]
         share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
         reached = {}
-        for text, now in point["drift"].items():
+        for text, now in after["drift"].items():
             was = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
             root = (1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5
             changed = (1 - share) * was["greedy_changed"] + share * now["greedy_changed"]
@@ -196,26 +197,24 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     Raises:
         ConfigError: a setting or a method is wrong, or the model cannot be found or is not fit for it.
     """
-    methods = list(dict.fromkeys(settings.methods))
-    if unknown := [key for key in methods if key not in METHODS]:
-        raise ConfigError(f"--methods {unknown[0]}: no such method; expected some of {', '.join(METHODS)}")
-    if not methods:
-        raise ConfigError(f"--methods names none; expected some of {', '.join(METHODS)}")
-    targets = check_model(model, settings.principal_rank, {METHODS[key].settings.get("preset") for key in methods})
+    unknown = [key for key in settings.methods if key not in METHODS]
+    if unknown or not settings.methods:
+        raise ConfigError(f"--methods {', '.join(unknown) or 'names none'}: expected some of {', '.join(METHODS)}")
+    methods = {key: METHODS[key] for key in settings.methods}
+    presets = {method.settings.get("preset") for method in methods.values()}
+    targets = check_model(model, settings.principal_rank, presets)
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT}
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False}
     train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
     shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
     recipes = {}
-    for key in methods:
-        method = {"r": settings.rank, "lora_alpha": 2 * settings.rank, **METHODS[key].settings}
-        if method["name"] == "hiplora":
-            method["principal_rank"] = settings.principal_rank
-        if preset := METHODS[key].preset:
-            method["target_modules"] = targets[preset]
+    for key, method in methods.items():
+        block = method.block(settings.rank, settings.principal_rank)
+        if method.preset:
+            block["target_modules"] = targets[method.preset]
         try:
-            recipes[key] = TrainRecipe.model_validate({**shared, "method": method})
+            recipes[key] = TrainRecipe.model_validate({**shared, "method": block})
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
     return recipes
@@ -245,21 +244,17 @@ def check_model(model: str, principal_rank: int, presets: Collection[str | None]
     return targets
 
 
-def read_questions(path: str | os.PathLike | None) -> list[str]:
-    """Return the questions of a file, one a line, else the built-in ones.
-
-    Raises:
-        DataError: the file cannot be read, or has no line.
-    """
+def _questions(path: str | os.PathLike | None) -> list[str]:
+    """Return the questions of a file, one a line, else the built-in ones."""
     if path is None:
         return list(QUESTIONS)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
-    if not (questions := [line.strip() for line in lines if line.strip()]):
+    if not any(map(str.strip, lines)):
         raise DataError(f"--prompts {path}: is empty; give one prompt a line")
-    return questions
+    return [line.strip() for line in lines if line.strip()]
 
 
 class Base:
@@ -283,28 +278,27 @@ class Base:
         """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
         asked = []
         for prompt in prompts:
-            if isinstance(prompt, str):
-                asked.append(chat_prompt(self.tokenizer, [{"role": "user", "content": prompt}]))
-            else:
-                turns = [dict(message) for message in prompt.messages[:-1]]
-                asked.append(chat_prompt(self.tokenizer, turns) if turns else prompt.prompt)
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt.messages[:-1]
+            asked.append(chat_prompt(self.tokenizer, list(map(dict, turns))) if turns else prompt.prompt)
         rows = side_by_side(self.model, self.tokenizer, adapters, asked, tokens)
         return [{name: text.strip() for name, text in row.items()} for row in rows]
 
 
 def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
     """Measure an adapter at the marks along its training, and the finished one at each scale."""
-    steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
+    *early, last = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
     finished = read_update(adapter)
-    updates = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in steps[:-1]}
-    updates |= {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}
-    early = [name for name in updates if name.startswith("step")]  # a first step at rate 0 changes nothing
-    drift, loss = measure_updates(base().model, base().tokenizer, updates, texts, base().held_out, early)
+    marks = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in early}
+    updates = marks | {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}
+    # A first step at rate 0 changes nothing.
+    drift, loss = measure_updates(
+        base().model, base().tokenizer, updates, texts, base().held_out, may_be_nothing=marks
+    )
     found = {name: {"held_out_loss": loss[name], "drift": drift[name]} for name in updates}
-    trained = [{"step": step, **found[f"step {step}"]} for step in steps[:-1]]
+    trained = [{"step": step, **found[f"step {step}"]} for step in early]
     scaled = [{"scale": scale, **found[f"scale {scale}"]} for scale in SCALES]
     return {
-        "trained": [*trained, {"step": steps[-1], **found["end"]}],
+        "trained": [*trained, {"step": last, **found["end"]}],
         "scaled": [*scaled, {"scale": 1.0, **found["end"]}],
     }
 
@@ -330,12 +324,9 @@ def _expected(bare: Results, train: Sequence[Example], settings: CompareSettings
 
 def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
     shares = overlap(texts, [example.prompt + example.response for example in train])
+    told = "{:.0%} of the drift text “{}” stands in the training data too: its drift says little."
     return [
-        *(
-            f"{share:.0%} of the drift text “{name}” stands in the training data too: its drift says little."
-            for name, share in shares.items()
-            if share
-        ),
+        *(told.format(share, name) for name, share in shares.items() if share),
         "One run of each method with one seed: small differences may be chance.",
         f"KL divergence in nats a token: at {SMALL} answers are worded differently, but stay on the subject; around 1 "
         "the model writes differently on almost every subject.",

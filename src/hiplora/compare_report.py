@@ -1,7 +1,5 @@
 """What `hiplora compare` found, in words, as a table and as a page."""
 
-import functools
-import html
 import json
 import os
 import shlex
@@ -13,7 +11,7 @@ import pandas as pd
 
 from hiplora.evaluation.answers import changes
 from hiplora.files import write_atomic
-from hiplora.reporting import Section, answers_html, plots, save_page
+from hiplora.reporting import Section, plots, save_page
 
 LEARNED = 0.02  # nats: a method that learned less has no drift to compare
 SMALL = 0.01  # nats: about one token in twenty-five is another one
@@ -34,11 +32,10 @@ def headline(results: Results) -> str:
     plain, ours = (next((name for name in least if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA"))
     if plain is None or ours is None:
         return f"What each method changed where all have reached a held-out loss of {loss:.3f}"
-    changed = [f"{mean_of(least[name], 'greedy_changed'):.1%} with {name}" for name in (plain, ours)]
+    changed = " and ".join(f"{mean_of(least[name], 'greedy_changed'):.1%} with {name}" for name in (plain, ours))
     said = (
         f"Where both have learned the same, {plain} has moved the model {spread(least[plain], least[ours])} as far on "
-        f"other text as {ours}, each scaled down where that helps. Next tokens chosen differently there: "
-        f"{' and '.join(changed)}."
+        f"other text as {ours}, each scaled down where that helps. Next tokens chosen differently there: {changed}."
     )
     if max(found["kl"] for texts in least.values() for found in texts.values()) < SMALL:
         said += " No method has moved the model far yet: train longer (--steps) to see."
@@ -74,8 +71,10 @@ def next_steps(results: Results, out: str | os.PathLike) -> str:
 
 def shown(rows: Sequence[Results]) -> list[Results]:
     """Return rows of `prompt` and what each model `said`, the base first, with the differences from it for a page."""
-    differences = [{name: changes(row["said"]["base"], text) for name, text in row["said"].items()} for row in rows]
-    return [{**row, "said": said} for row, said in zip(rows, differences, strict=True)]
+    return [
+        {**row, "said": {name: changes(row["said"]["base"], text) for name, text in row["said"].items()}}
+        for row in rows
+    ]
 
 
 def mean_of(drift: Mapping[str, Results], what: str) -> float:
@@ -93,26 +92,26 @@ def spread(drift: Mapping[str, Results], other: Mapping[str, Results]) -> str:
 def write_report(results: Results, out: Path) -> None:
     """Write `report.html` and `results.json` into the folder of a comparison."""
     loss = results["equal"]["loss"]
-    points = pd.DataFrame(
-        [
-            {
-                "method": name,
-                "curve": told,
-                "at": f"step {point['step']}" if "step" in point else f"scale {point['scale']}",
-                "held-out loss": point["held_out_loss"],
-                **{f"KL, {text}": found["kl"] for text, found in point["drift"].items()},
-                "KL": mean_of(point["drift"], "kl"),
-            }
-            for name, record in results["methods"].items()
-            for curve, told in CURVES.items()
-            for point in record[curve]
-        ]
-    )
-    drawn = functools.partial(plots.lines, x="KL", y="held-out loss", line="method", logx=True)
+    rows = [
+        {
+            "method": name,
+            "curve": told,
+            "at": f"step {point['step']}" if "step" in point else f"scale {point['scale']}",
+            "held-out loss": point["held_out_loss"],
+            **{f"KL, {text}": found["kl"] for text, found in point["drift"].items()},
+            "KL": mean_of(point["drift"], "kl"),
+        }
+        for name, record in results["methods"].items()
+        for curve, told in CURVES.items()
+        for point in record[curve]
+    ]
+    points = pd.DataFrame(rows)
     label = "KL from the base model, nats per token, mean over the texts"
     figures = {
-        f"Learned against disturbed, {curve}; lower left is better": drawn(rows, xlabel=label)
-        for curve, rows in points.groupby("curve", sort=False)
+        f"Learned against disturbed, {curve}; lower left is better": plots.lines(
+            part, "KL", "held-out loss", "method", logx=True, xlabel=label
+        )
+        for curve, part in points.groupby("curve", sort=False)
     }
     adapted = ", ".join(f"{name} adapts {record['adapts']}" for name, record in results["methods"].items())
     text = (
@@ -121,12 +120,12 @@ def write_report(results: Results, out: Path) -> None:
         f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n" + "\n\n".join(results["notes"])
     )
     own, answers = len(results["expected"]), shown(results["answers"])
-    task = [{**row, "expected": right} for row, right in zip(answers, results["expected"], strict=False)]
+    task = [row | {"expected": right} for row, right in zip(answers, results["expected"], strict=False)]
     sections = [
         Section("Drift at equal learning", text, {f"At held-out loss {loss:.3f}": summary(results)}, figures),
-        Section("What the models say about everything else", html=answers_html(answers[own:])),
-        Section("What they say on your task", html=answers_html(task)),
-        Section("What to do next", html=f"<pre>{html.escape(next_steps(results, out))}</pre>"),
+        Section("What the models say about everything else", answers=answers[own:]),
+        Section("What they say on your task", answers=task),
+        Section("What to do next", code=next_steps(results, out)),
         Section("All points", tables={"Points": points}),
     ]
     about = {name: results[name] for name in ("model", "data", "settings")} | results["provenance"]

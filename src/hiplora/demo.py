@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,13 +138,10 @@ def demo(
         base, adapters = functools.cache(lambda: Base(settings.model)), folder.path / "adapters"
         methods: Results = {}
         for key in COMPARED:
-            alone = {
-                skill.name: folder.stage(
-                    f"train-{key}-{skill.name}",
-                    functools.partial(_train, settings, key, skill, adapters / f"{key}-{skill.name}"),
-                )
-                for skill in both
-            }
+            alone = {}
+            for skill in both:
+                work = functools.partial(_train, settings, key, skill, adapters / f"{key}-{skill.name}")
+                alone[skill.name] = folder.stage(f"train-{key}-{skill.name}", work)
             added = folder.stage(f"add-{key}", functools.partial(_add, base, adapters, key, both, texts))
             methods[METHODS[key].title] = {"adapts": METHODS[key].adapts, "alone": alone, **added}
         results = {
@@ -206,16 +203,13 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
     files = {name: out.parent.parent / "data" / f"{skill.name}-{name}.jsonl" for name in ("train", "held_out")}
     for name, file in files.items():
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in getattr(skill, name)))
-    method = {"r": settings.rank, "lora_alpha": 2 * settings.rank, "lora_dropout": 0.0, **METHODS[key].settings}
-    if method["name"] == "hiplora":
-        method["principal_rank"] = settings.principal_rank
     schedule = {"steps": settings.steps, "save_every": settings.steps, "eval_every": 2, "warmup_ratio": 0.0}
     batches = {"batch_size": settings.batch_size, "gradient_accumulation": 1, "max_length": 256, "packing": False}
     recipe = TrainRecipe.model_validate(
         {
             "model": settings.model,
             "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
-            "method": method,
+            "method": {"lora_dropout": 0.0, **METHODS[key].block(settings.rank, settings.principal_rank)},
             "train": {**schedule, **batches, "lr": settings.lr, "drift_tokens": 0},
             "seed": settings.seed,
         }
@@ -248,20 +242,21 @@ def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
         named = {METHODS[key].title: adapters / f"{key}-{which}" for key in COMPARED}
         return base.answers(named, prompts, ANSWER_TOKENS)
 
-    skills: Results = {}
-    for skill in both:
-        prompts = [Example(row["prompt"], row["completion"]) for row in skill.held_out]
-        skills[skill.name] = {"about": skill.about}
-        for state, which in (("alone", skill.name), ("added", "added")):
-            skills[skill.name][state] = [
-                {
-                    "prompt": row["prompt"],
-                    "expected": row["completion"].strip(),
-                    "said": texts,
-                    "passed": {name: skill.check(text, row["completion"]) for name, text in texts.items()},
-                }
-                for row, texts in zip(skill.held_out, said(prompts, which), strict=True)
-            ]
+    def asked(skill: Skill, which: str) -> Iterator[Results]:
+        answers = said([Example(row["prompt"], row["completion"]) for row in skill.held_out], which)
+        for row, texts in zip(skill.held_out, answers, strict=True):
+            passed = {name: skill.check(text, row["completion"]) for name, text in texts.items()}
+            expected = row["completion"].strip()
+            yield {"prompt": row["prompt"], "expected": expected, "said": texts, "passed": passed}
+
+    skills = {
+        skill.name: {
+            "about": skill.about,
+            "alone": list(asked(skill, skill.name)),
+            "added": list(asked(skill, "added")),
+        }
+        for skill in both
+    }
     others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
     return {"skills": skills, "others": others, "words": taught()["shop"]["words"]}
 
@@ -277,19 +272,18 @@ def _counts(results: Results, name: str) -> Results:
                 if state == "added" or check == "right":
                     count = sum(one[check] for one in passed)
                     checks[f"{skill}, {state}: {check}"] = [count, len(passed)]
+    others = [row["said"] for row in results["others"]]
     return {
         "asked": sum(len(found["added"]) for found in results["skills"].values()),
         **{f"right {state}": count for state, count in right.items()},
         "checks": checks,
-        "others spilled": sum(
-            any(word in row["said"][name] for word in results["words"]) for row in results["others"]
-        ),
-        "others changed": sum(row["said"][name] != row["said"]["base"] for row in results["others"]),
+        "others spilled": sum(any(word in said[name] for word in results["words"]) for said in others),
+        "others changed": sum(said[name] != said["base"] for said in others),
     }
 
 
 def _write_report(results: Results, out: Path) -> None:
-    from hiplora.reporting import Section, answers_html, formatted, save_page
+    from hiplora.reporting import Section, formatted, save_page
 
     skills = results["skills"].values()
     text = (
@@ -300,9 +294,9 @@ def _write_report(results: Results, out: Path) -> None:
     )
     own = [row for found in skills for row in found["added"][:SHOWN]]
     sections = [
-        Section("What the models say to everything else", html=answers_html(shown(results["others"]))),
+        Section("What the models say to everything else", answers=shown(results["others"])),
         Section("What they know", text, {"Held-back prompts, and the rest": summary(results)}),
-        Section("What they say on the two skills", html=answers_html(shown(own))),
+        Section("What they say on the two skills", answers=shown(own)),
     ]
     about = {"model": results["model"], "settings": results["settings"], **results["provenance"]}
     subtitle = f"{results['model']}, taught two small skills apart, which were then added"

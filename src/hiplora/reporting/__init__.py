@@ -5,6 +5,6 @@ from hiplora.extras import require
 require("reports")
 
 from hiplora.reporting import plots
-from hiplora.reporting.html import Section, answers_html, save_page
+from hiplora.reporting.html import Section, save_page
 from hiplora.reporting.plots import save_figure
 from hiplora.reporting.tables import formatted, interval, save_table

@@ -5,6 +5,7 @@ With `ax` a plot draws there and returns that figure. All know `title`, `xlabel`
 
 import functools
 import io
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ _LOOKS = {
 _COLORS = "#a8478a #6250a8 #5f6b32 #b3354a #3f7f86 #7a5a48 #1f1f1f #c98a00 #8a8f00 #e0708f #57a05a #9b8bd6"
 _OTHERS = tuple(zip(_COLORS.split(), "DX*<>hpHd812", strict=True))
 
-Draw = Callable[..., Figure]
 styled = functools.partial(matplotlib.style.context, STYLE)  # draws in the project's style inside the block
 
 
@@ -54,27 +54,18 @@ def look(name: str, place: int = 0) -> dict[str, Any]:
     return {"color": color, "marker": marker}
 
 
-def _plot(draw: Callable[..., None]) -> Draw:
+def _plot(draw: Callable[..., None]) -> Callable[..., Figure]:
     """Give a drawing function its axes, style and labels, and return the figure."""
 
     @functools.wraps(draw)
-    def plot(
-        df: pd.DataFrame,
-        *args: Any,
-        ax: Axes | None = None,
-        title: str = "",
-        xlabel: str | None = None,
-        ylabel: str | None = None,
-        logx: bool = False,
-        logy: bool = False,
-        **options: Any,
-    ) -> Figure:
+    def plot(df: pd.DataFrame, *args: Any, ax: Axes | None = None, **options: Any) -> Figure:
+        scales: dict[str, Any] = {f"{axis}scale": "log" for axis in "xy" if options.pop(f"log{axis}", False)}
+        labels = {name: options.pop(name) for name in ("title", "xlabel", "ylabel") if name in options}
         with styled():
-            axes = Figure().subplots() if ax is None else ax
-            axes.set(xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+            axes = ax or Figure().subplots()
+            axes.set(**scales)
             draw(axes, df, *args, **options)
-            labels = {"title": title or None, "xlabel": xlabel, "ylabel": ylabel}
-            axes.set(**{name: label for name, label in labels.items() if label is not None})
+            axes.set(**labels)
             return axes.figure  # type: ignore[return-value]
 
     return plot
@@ -143,18 +134,18 @@ def heatmap(ax: Axes, table: pd.DataFrame, *, vmin: float | None = None, vmax: f
             ax.text(column, row, format(value, ".2g"), ha="center", va="center", fontsize=8, color=color)
 
 
-def facets(df: pd.DataFrame, by: str, plot: Draw, **options: Any) -> Figure:
+def facets(df: pd.DataFrame, by: str, plot: Callable[..., Figure], **options: Any) -> Figure:
     """Return one figure with a panel for each value of `by`, three in a row, drawn by one of this module's plots."""
-    names = list(dict.fromkeys(df[by]))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    panels = list(df.groupby(by, sort=False))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with styled():
         figure = Figure(figsize=(3.4 * columns + 0.6, 2.9 * rows + 0.5))
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for ax in grid.flat[len(names) :]:
+        for ax in grid.flat[len(panels) :]:
             ax.set_visible(False)
-        for name, ax in zip(names, grid.flat, strict=False):
-            plot(df[df[by] == name], ax=ax, title=str(name), **options)
+        for (name, part), ax in zip(panels, grid.flat, strict=False):
+            plot(part, ax=ax, title=str(name), **options)
             ax.label_outer()
         _legend(figure.axes[0])
     return figure
@@ -164,10 +155,9 @@ def _groups(df: pd.DataFrame, group: str | None) -> Iterable[tuple[str | None, p
     if group is None:
         yield None, df, look("HiP-LoRA")
         return
-    names = list(dict.fromkeys(df[group]))
-    unknown = [name for name in names if name not in _LOOKS]
-    for name in names:
-        yield str(name), df[df[group] == name], look(name, unknown.index(name) if name in unknown else 0)
+    others = itertools.count()
+    for name, rows in df.groupby(group, sort=False):
+        yield str(name), rows, look(str(name), 0 if name in _LOOKS else next(others))
 
 
 def _margins(rows: pd.DataFrame, value: str, low: str | None, high: str | None) -> np.ndarray | None:

@@ -1,6 +1,5 @@
 """DataFrames as text: for pages, and as CSV, Markdown and LaTeX files."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,15 @@ def formatted(df: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """
     if not isinstance(df.index, pd.RangeIndex):
         df = df.reset_index(names=[name or "" for name in df.index.names])
-    return pd.DataFrame(
-        {place: [_text(value, digits) for value in df.iloc[:, place]] for place in range(df.shape[1])}
-    ).set_axis([_label(name) for name in df.columns], axis="columns")
+    columns = {place: [_text(value, digits) for value in df.iloc[:, place]] for place in range(df.shape[1])}
+    return pd.DataFrame(columns).set_axis([_label(name) for name in df.columns], axis="columns")
 
 
 def interval(estimate: float | None, low: float | None, high: float | None, digits: int = 1) -> str:
     """Return an estimate with its interval as text: `1.2 [0.3, 2.1]`; without known bounds the estimate alone."""
-    if _is_missing(estimate):
+    if pd.isna(estimate):
         return MISSING
-    if _is_missing(low) or _is_missing(high):
+    if pd.isna(low) or pd.isna(high):
         return f"{estimate:.{digits}f}"
     return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -48,18 +46,12 @@ def _label(name: Any) -> str:
     return " ".join(str(part) for part in name if part != "") if isinstance(name, tuple) else str(name)
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
 def _text(value: Any, digits: int) -> str:
     value = value.item() if hasattr(value, "item") else value
-    if _is_missing(value):
+    if pd.api.types.is_scalar(value) and pd.isna(value):
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if 10 ** (digits - 1) <= abs(value) < 1e9 else f"{value:#.{digits}g}"
-    return str(value)
+    if isinstance(value, float) and not 10 ** (digits - 1) <= abs(value) < 1e9:
+        return f"{value:#.{digits}g}"
+    return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)

@@ -11,7 +11,7 @@ from hiplora.reporting import plots, save_figure
 
 ROWS = pd.DataFrame(
     {
-        "method": ["LoRA", "LoRA", "HiP-LoRA", "HiP-LoRA"],
+        "method": ["LoRA", "LoRA", "mine", "yours"],
         "task": ["code", "maths", "code", "maths"],
         "loss": [1.0, 0.5, 1.1, 0.6],
         "drift": [0.1, 0.4, 0.01, 0.05],
@@ -19,11 +19,9 @@ ROWS = pd.DataFrame(
         "high": [0.2, 0.5, 0.02, 0.06],
     }
 )
-BOUNDS = {"low": "low", "high": "high"}
+BOTH = {"low": "low", "high": "high", "x_low": "low", "x_high": "high"}
 CALLS = {
-    "lines": lambda df: plots.lines(
-        df, "loss", "drift", "method", **BOUNDS, x_low="low", x_high="high", label="task", logy=True
-    ),
+    "lines": lambda df: plots.lines(df, "loss", "drift", "method", **BOTH, label="task", logy=True),
     "scatter": lambda df: plots.scatter(df, "loss", "drift", "method", guides=(0.01, 0.1), logx=True, logy=True),
     "heatmap": lambda df: plots.heatmap(df.pivot(index="method", columns="task", values="drift")),
     "facets": lambda df: plots.facets(df, "task", plots.scatter, x="loss", y="drift", group="method"),
@@ -36,19 +34,16 @@ def test_missing_values_and_bounds_are_drawn_as_gaps(name, tmp_path):
     assert save_figure(CALLS[name](gaps), tmp_path / name).stat().st_size > 1000
 
 
-def test_a_line_is_drawn_for_each_method_with_error_bars_from_low_to_high():
-    ax = plots.lines(ROWS, "loss", "drift", "method", **BOUNDS).axes[0]
-    assert ax.get_legend_handles_labels()[1] == ["LoRA", "HiP-LoRA"]
+def test_each_method_has_its_look_and_error_bars_from_low_to_high():
+    ax = plots.lines(ROWS, "loss", "drift", "method", low="low", high="high", xlabel="x").axes[0]
     np.testing.assert_allclose(ax.containers[0].lines[0].get_xydata(), [[1.0, 0.1], [0.5, 0.4]])
     np.testing.assert_allclose(ax.collections[0].get_segments()[0], [[1.0, 0.05], [1.0, 0.2]])
-
-
-def test_a_method_looks_the_same_in_every_figure_and_unknown_methods_differ():
-    others = ROWS.assign(method=["mine", "yours", "HiP-LoRA", "HiP-LoRA"])
-    handles, names = plots.lines(others, "loss", "drift", "method").axes[0].get_legend_handles_labels()
-    drawn = {name: to_hex(handle.lines[0].get_color()) for name, handle in zip(names, handles, strict=True)}
-    assert drawn["HiP-LoRA"] == plots.look("HiP-LoRA")["color"]
-    assert len(set(drawn.values())) == 3
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "drift")
+    handles, names = ax.get_legend_handles_labels()
+    drawn = [to_hex(handle.lines[0].get_color()) for handle in handles]
+    assert names == ["LoRA", "mine", "yours"]
+    assert drawn[0] == plots.look("LoRA")["color"]
+    assert len(set(drawn)) == 3
 
 
 def test_a_heat_map_shows_its_cells_values_and_a_large_one_a_scale():
