@@ -43,20 +43,13 @@ class RunFolder:
         return value if isinstance(value, dict) else None
 
     def check(
-        self,
-        asked: Mapping[str, Any],
-        *,
-        resume: bool = False,
-        overwrite: bool = False,
-        inputs: Inputs | None = None,
+        self, asked: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False, inputs: Inputs | None = None
     ) -> None:
         """Check, without writing, that a run with these settings may work here.
 
         It may in a folder that is new or may be overwritten, and in its own: an unfinished run is carried on, a
         finished one is accepted with `resume`. A folder that is or holds one of the `inputs` is never overwritten.
-
-        Raises:
-            ConfigError: it may not; says what is there and the way out.
+        Else ConfigError says what is there and the way out.
         """
         if overwrite or not self.path.exists() or (self.complete and not resume):
             check_output_dir(self.path, overwrite, inputs)
@@ -75,12 +68,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
-        """Hold the folder against other processes; make it or empty it, and write the settings.
+        """Hold the folder against other processes (or ConfigError); make it or empty it, and write the settings.
 
         A run that fails before anything is finished leaves no folder.
-
-        Raises:
-            ConfigError: another process works there.
         """
         if overwrite and self.path.exists():
             if (self.path / LOCK).exists():
@@ -106,7 +96,7 @@ class RunFolder:
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work, time it and store it if there is none."""
         file = self.path / "stages" / f"{name}.json"
-        if not file.is_file():
+        if not self.has(name):
             began = time.perf_counter()
             value = work()
             write_atomic(file, json.dumps({"seconds": time.perf_counter() - began, "value": value}, indent=1))

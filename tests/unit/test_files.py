@@ -23,6 +23,14 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.fixture
+def out(tmp_path):
+    """A folder of output that holds `old`, alone in its own folder."""
+    (tmp_path / "here" / "out").mkdir(parents=True)
+    (tmp_path / "here" / "out" / "old").write_text("old")
+    return tmp_path / "here" / "out"
+
+
 def test_the_cache_follows_its_environment_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "c"))
     assert cache_dir() == tmp_path / "c"
@@ -38,40 +46,43 @@ def test_a_file_is_written_with_its_parents_and_the_usual_permissions(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    path = tmp_path / "x"
-    path.write_text("old")
-
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(out, monkeypatch, step):
     def fail(*_arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, "new")
+        write_atomic(out / "old", "new")
     monkeypatch.undo()
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["x"]
+    assert (out / "old").read_text() == "old"
+    assert names(out) == ["old"]
 
 
-def test_a_kill_in_mid_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "x"
-    path.write_text("old")
+def test_a_kill_in_mid_write_leaves_the_old_file(out):
     script = f"""
         import os, signal
         from hiplora import files
         files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        files.write_atomic({str(path)!r}, "new" * 1000)
+        files.write_atomic({str(out / "old")!r}, "new" * 1000)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
     assert run.returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
+    assert (out / "old").read_text() == "old"
 
 
-def test_an_output_folder_must_not_exist_unless_it_may_be_replaced(tmp_path):
-    assert check_output_dir(tmp_path / "new") == tmp_path / "new"
+def test_what_exists_is_replaced_only_if_that_is_said(out):
+    assert check_output_dir(out.parent / "new") == out.parent / "new"
+    assert check_output_file(out / "new.html") == out / "new.html"
     with pytest.raises(ConfigError, match=r"exists already; name another folder or pass --overwrite"):
-        check_output_dir(tmp_path)
-    assert check_output_dir(tmp_path, overwrite=True) == tmp_path
+        check_output_dir(out)
+    with pytest.raises(ConfigError, match=r"--html .*exists already; name another file or pass --overwrite"):
+        check_output_file(out / "old", option="--html")
+    assert check_output_dir(out, overwrite=True) == out
+    assert check_output_file(out / "old", overwrite=True) == out / "old"
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_output_file(out, overwrite=True)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        check_output_dir(out / "old", overwrite=True)
 
 
 @pytest.mark.parametrize("precious", ["work", ".", "checkout", "home"])
@@ -83,95 +94,6 @@ def test_overwriting_never_deletes_where_the_user_works_or_lives(tmp_path, monke
     path = tmp_path / precious if precious != "." else "."
     with pytest.raises(ConfigError, match="would delete all of this folder"):
         check_output_dir(path, overwrite=True)
-
-
-def test_a_staged_folder_appears_whole_when_its_block_ends(tmp_path):
-    final = tmp_path / "deep" / "out"
-    with staged_dir(final) as aside:
-        (aside / "x").write_text("1")
-        assert not final.exists()
-    assert (final / "x").read_text() == "1"
-    assert names(final.parent) == ["out"]
-    assert final.stat().st_mode & 0o777 == 0o777 & ~(0o666 ^ file_mode())
-
-
-def test_a_staged_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
-    final = tmp_path / "out"
-    final.mkdir()
-    (final / "old").write_text("1")
-    with pytest.raises(KeyboardInterrupt), staged_dir(final, overwrite=True) as aside:
-        (aside / "new").write_text("2")
-        raise KeyboardInterrupt
-    assert names(tmp_path) == ["out"]
-    assert names(final) == ["old"]
-
-
-def test_a_staged_folder_refuses_before_any_work_is_done(tmp_path):
-    with pytest.raises(ConfigError, match="--overwrite"), staged_dir(tmp_path):
-        raise AssertionError("the block ran")
-
-
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
-    final = tmp_path / "out"
-    with pytest.raises(ConfigError, match="exists already"), staged_dir(final) as aside:
-        (aside / "mine").write_text("1")
-        final.mkdir()
-        (final / "theirs").write_text("2")
-    assert names(final) == ["theirs"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_if_the_new_folder_cannot_take_its_place_the_old_one_is_put_back(tmp_path, monkeypatch):
-    final = tmp_path / "out"
-    final.mkdir()
-    (final / "old").write_text("1")
-    replace = os.replace
-
-    def fail_for_the_new(source, target):
-        if os.fspath(source).endswith(".part"):
-            raise OSError(5, "Input/output error")
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "replace", fail_for_the_new)
-    with pytest.raises(OSError, match="Input/output"), staged_dir(final, overwrite=True) as aside:
-        (aside / "new").write_text("2")
-    assert names(final) == ["old"]
-    assert names(tmp_path) == ["out"]
-
-
-def test_a_file_that_exists_is_written_over_only_if_that_is_said(tmp_path):
-    path = tmp_path / "page.html"
-    assert check_output_file(path) == path
-    path.write_text("mine")
-    with pytest.raises(ConfigError, match=r"--html .*exists already.*--overwrite"):
-        check_output_file(path, option="--html")
-    assert check_output_file(path, overwrite=True) == path
-    with pytest.raises(ConfigError, match="is a folder"):
-        check_output_file(tmp_path, overwrite=True)
-
-
-def test_yaml_is_plain_values_with_the_exponents_of_yaml_1_2():
-    assert parse_yaml("lr: 1e-3\nnames: [a, 2, no]") == {"lr": 1e-3, "names": ["a", 2, False]}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]",
-        "&a [*a]",
-        "base: &b {k: 1}\nmore: {<<: *b}",
-        "[" * 3000,
-        "0x_",
-        "2001-13-45",
-        "!!int x",
-        "{? [1, 2] : 3}",
-        "!!python/object/apply:os.getcwd []",
-        "a\0b",
-    ],
-)
-def test_yaml_that_grows_or_runs_or_cannot_be_built_is_refused(text):
-    with pytest.raises(ValueError, match=r"\w"):
-        parse_yaml(text)
 
 
 @pytest.mark.parametrize("out", ["in", ".", "in/part"])
@@ -186,14 +108,54 @@ def test_no_output_replaces_an_input_or_what_holds_it_or_a_part_of_it(tmp_path, 
     assert check_output_file(tmp_path / "in" / "new.json", True, inputs=inputs)
 
 
-def test_what_killed_processes_left_is_swept_and_a_folder_they_moved_away_is_put_back(tmp_path):
-    (tmp_path / ".out.1.part").mkdir()
-    (tmp_path / ".out.2.old" / "old").mkdir(parents=True)
-    (tmp_path / ".out.2.old" / "old" / "mine").touch()
-    with pytest.raises(ConfigError, match="exists already"), staged_dir(tmp_path / "out"):
-        pass
+def test_a_staged_folder_appears_whole_when_its_block_ends(tmp_path):
+    final = tmp_path / "deep" / "out"
+    with staged_dir(final) as aside:
+        (aside / "x").write_text("1")
+        assert not final.exists()
+    assert (final / "x").read_text() == "1"
+    assert names(final.parent) == ["out"]
+    assert final.stat().st_mode & 0o777 == 0o777 & ~(0o666 ^ file_mode())
+    with pytest.raises(ConfigError, match="--overwrite"), staged_dir(final):
+        raise AssertionError("the block ran")
+
+
+@pytest.mark.parametrize("when", ["in the block", "in the last step"])
+def test_a_staged_folder_that_fails_leaves_the_old_one_and_nothing_else(out, monkeypatch, when):
+    replace = os.replace
+
+    def fail_for_the_new(source, target):
+        if os.fspath(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", fail_for_the_new)
+    with pytest.raises((KeyboardInterrupt, OSError)), staged_dir(out, overwrite=True) as aside:
+        (aside / "new").write_text("2")
+        if when == "in the block":
+            raise KeyboardInterrupt
+    assert names(out) == ["old"]
+    assert names(out.parent) == ["out"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
+    final = tmp_path / "out"
+    with pytest.raises(ConfigError, match="exists already"), staged_dir(final) as aside:
+        (aside / "mine").write_text("1")
+        final.mkdir()
+        (final / "theirs").write_text("2")
+    assert names(final) == ["theirs"]
     assert names(tmp_path) == ["out"]
-    assert names(tmp_path / "out") == ["mine"]
+
+
+def test_what_killed_processes_left_is_swept_and_a_folder_they_moved_away_is_put_back(out):
+    (out.parent / ".out.1.part").mkdir()
+    (out.parent / ".out.2.old").mkdir()
+    out.rename(out.parent / ".out.2.old" / "old")
+    with pytest.raises(ConfigError, match="exists already"), staged_dir(out):
+        pass
+    assert names(out.parent) == ["out"]
+    assert names(out) == ["old"]
 
 
 def test_what_another_output_with_a_longer_name_is_writing_is_left_alone(tmp_path):
@@ -206,10 +168,19 @@ def test_what_another_output_with_a_longer_name_is_writing_is_left_alone(tmp_pat
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path):
-    with (
-        staged_dir(tmp_path / "out"),
-        pytest.raises(ConfigError, match="another process is working there"),
-        staged_dir(tmp_path / "out"),
-    ):
-        pass
+    with staged_dir(tmp_path / "out"), pytest.raises(ConfigError, match="another process is working there"):
+        staged_dir(tmp_path / "out").__enter__()
     assert names(tmp_path) == ["out"]
+
+
+def test_yaml_is_plain_values_with_the_exponents_of_yaml_1_2():
+    assert parse_yaml("lr: 1e-3\nnames: [a, 2, no]") == {"lr": 1e-3, "names": ["a", 2, False]}
+
+
+BROKEN = ("&a [*a]", "base: &b {k: 1}\nmore: {<<: *b}", "[" * 3000, "0x_", "2001-13-45", "!!int x", "{? [1, 2] : 3}")
+
+
+@pytest.mark.parametrize("text", [*BROKEN, "!!python/object/apply:os.getcwd []", "a\0b"])
+def test_yaml_that_grows_or_runs_or_cannot_be_built_is_refused(text):
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_yaml(text)

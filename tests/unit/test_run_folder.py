@@ -13,70 +13,54 @@ def run(request, tmp_path):
     return RunFolder(tmp_path / "out", request.param, "results.json")
 
 
-def test_a_run_is_carried_on_by_its_own_settings_only(run):
+def test_a_run_is_carried_on_by_its_own_settings_and_once_finished_only_to_resume(run):
     run.check(SETTINGS)
     with run.claimed(SETTINGS):
-        pass
-    assert run.stored() == SETTINGS
+        run.stage("one", lambda: {"value": 1})
     run.check(SETTINGS)
     with pytest.raises(ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.1 there, 0\.2 here\)"):
         run.check({"steps": 3, "train": {"lr": 0.2}})
     run.check({"steps": 4}, overwrite=True)
-
-
-def test_a_finished_run_is_accepted_only_to_resume(run):
     with run.claimed(SETTINGS):
+        assert run.stored() == SETTINGS
         (run.path / "results.json").write_text("{}")
-    assert run.complete
     assert not (run.path / ".lock").exists()
     run.check(SETTINGS, resume=True)
     with pytest.raises(ConfigError, match="exists already"):
         run.check(SETTINGS)
     with pytest.raises(ConfigError, match="a finished run with other settings"):
         run.check({"steps": 4}, resume=True)
+    with run.claimed(SETTINGS, overwrite=True):
+        assert not run.has("one")
 
 
 def test_a_folder_of_something_else_is_refused(run):
     run.path.mkdir()
     run.check(SETTINGS)
-    (run.path / "thesis.tex").write_text("…")
-    with pytest.raises(ConfigError, match="exists already"):
-        run.check(SETTINGS)
+    for name, text in ((run.settings, "{ not [ readable"), ("thesis.tex", "…")):
+        (run.path / name).write_text(text)
+        with pytest.raises(ConfigError, match="exists already"):
+            run.check(SETTINGS)
+        (run.path / name).unlink()
 
 
-def test_settings_that_cannot_be_read_are_no_runs_own(run):
-    run.path.mkdir()
-    (run.path / run.settings).write_text("{ not [ readable")
-    with pytest.raises(ConfigError, match="exists already"):
-        run.check(SETTINGS)
-
-
-def test_two_processes_do_not_work_in_one_folder(run):
-    with run.claimed(SETTINGS):
-        for overwrite in (False, True):
-            with (
-                pytest.raises(ConfigError, match="another process is working there"),
-                run.claimed(SETTINGS, overwrite=overwrite),
-            ):
-                pass
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_processes_do_not_work_in_one_folder(run, overwrite):
+    with run.claimed(SETTINGS), pytest.raises(ConfigError, match="another process is working there"):
+        run.claimed(SETTINGS, overwrite=overwrite).__enter__()
     with run.claimed(SETTINGS):
         pass
 
 
-def test_overwriting_removes_what_was_there(run):
-    with run.claimed(SETTINGS):
-        run.stage("one", lambda: {"value": 1})
-    with run.claimed(SETTINGS, overwrite=True):
-        assert not run.has("one")
-
-
-def test_a_finished_stage_is_not_repeated(run):
+def test_a_finished_stage_is_not_repeated_and_a_run_without_one_leaves_no_folder(run):
     calls = []
-    with run.claimed(SETTINGS):
+    with pytest.raises(ZeroDivisionError), run.claimed(SETTINGS):
+        run.stage("one", lambda: {"value": 1 / 0})
+    assert not run.path.exists()
+    with pytest.raises(ZeroDivisionError), run.claimed(SETTINGS):
         for _ in range(2):
             assert run.stage("one", lambda: calls.append(1) or {"value": 1}) == {"value": 1}
-        with pytest.raises(ZeroDivisionError):
-            run.stage("two", lambda: {"value": 1 / 0})
+        run.stage("two", lambda: {"value": 1 / 0})
     assert calls == [1]
     assert run.has("one")
     assert not run.has("one", "two")
@@ -88,12 +72,3 @@ def test_differences_name_what_is_missing_on_either_side():
         "b.c: 2 there, 3 here",
         "d: None there, 4 here",
     ]
-
-
-@pytest.mark.parametrize("finished", [False, True])
-def test_a_run_that_fails_leaves_a_folder_only_if_something_is_finished(run, finished):
-    with pytest.raises(KeyboardInterrupt), run.claimed(SETTINGS):
-        if finished:
-            run.stage("first", lambda: {"x": 1})
-        raise KeyboardInterrupt
-    assert run.path.exists() == finished
