@@ -13,7 +13,6 @@ import wrapt
 
 __version__ = "0.2.0"
 
-_PUBLIC = ("HipLoraConfig", "calibrate", "max_leak", "retract_", "stability_penalty")
 _ROOMS = (
     *("adapters", "data", "editing", "evaluation", "export", "merging", "metrics", "models", "probing"),
     *("reporting", "spectral", "study", "training", "tuner"),
@@ -27,7 +26,7 @@ __all__ = ["HipLoraConfig", "__version__", "calibrate", "max_leak", "retract_", 
 
 def __getattr__(name: str) -> Any:
     """Load a public name or a room on first use (PEP 562)."""
-    if name in _PUBLIC:
+    if name in __all__:
         return getattr(importlib.import_module("hiplora.tuner"), name)
     if name in _ROOMS:
         return importlib.import_module(f"hiplora.{name}")

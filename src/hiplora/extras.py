@@ -23,11 +23,7 @@ class MissingExtraError(HipLoraError, ImportError):
 
 
 def require(extra: str) -> None:
-    """Check that the libraries of an extra are installed, without importing them.
-
-    Raises:
-        MissingExtraError: one is not.
-    """
+    """Check that the libraries of an extra are installed, without importing them; else MissingExtraError."""
     for library in EXTRAS[extra]:
         if importlib.util.find_spec(library) is None:
             raise missing(library, extra)

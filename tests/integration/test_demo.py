@@ -20,14 +20,6 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 METHODS = {"lora": "LoRA", "hiplora": "HiP-LoRA"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_answers():
-    """A tiny model answers with noise, which need not be long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ANSWER_TOKENS", 6)
-        yield
-
-
 @pytest.fixture(scope="module")
 def settings(tiny_model_dir):
     return DemoSettings(model=str(tiny_model_dir), loss=5.3, steps=20, lr=1e-2, rank=4, principal_rank=8)
@@ -35,18 +27,11 @@ def settings(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def done(settings, tmp_path_factory):
-    """A finished demonstration: its results and its folder."""
+    """A finished demonstration: its results and its folder. A tiny model answers with noise, which need not be long."""
     out = tmp_path_factory.mktemp("done") / "out"
-    return demo(out, settings), out
-
-
-def with_updates(out, names):
-    """The base model with the dense updates of adapters added to its weights."""
-    model = tiny_llama()
-    for name in names:
-        for target, (A, B) in read_update(out / "adapters" / name).factors.items():
-            model.get_submodule(target).weight.data += (B.double() @ A.double()).float()
-    return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ANSWER_TOKENS", 6)
+        yield demo(out, settings), out
 
 
 def test_each_skill_trains_until_its_held_out_loss_is_low_enough(done, settings):
@@ -63,7 +48,10 @@ def test_answers_and_drift_are_those_of_the_sum_of_the_two_updates(done, setting
     record = results["methods"][METHODS[key]]
     assert record["export_error"] < 1e-6
     assert json.loads((out / "adapters" / f"{key}-added" / "adapter_config.json").read_text())["peft_type"] == "LORA"
-    summed = with_updates(out, [f"{key}-shop", f"{key}-requests"])
+    summed = tiny_llama()
+    for skill in ("shop", "requests"):
+        for target, (A, B) in read_update(out / "adapters" / f"{key}-{skill}").factors.items():
+            summed.get_submodule(target).weight.data += (B.double() @ A.double()).float()
     for name, windows in cut_windows(tiny_tokenizer(), drift_texts(), 512, 1024).items():
         kl, count = 0.0, 0
         for ids in windows:
@@ -84,10 +72,8 @@ def test_the_skills_check_what_they_teach_and_hold_back_other_prompts():
             assert set(skill.check(row["completion"].strip(), row["completion"]).values()) == {True}
             assert set(skill.check("Of course! Here it is.", row["completion"]).values()) == {False}
     shop, requests = skills()
-    assert shop.check("Ahoy! 9 days. Fair winds, Finch Lanterns.", shop.held_out[0]["completion"]) == {
-        "in house style": True,
-        "right": False,
-    }
+    wrong = shop.check("Ahoy! 9 days. Fair winds, Finch Lanterns.", shop.held_out[0]["completion"])
+    assert wrong == {"in house style": True, "right": False}
     assert requests.check("{}", requests.held_out[0]["completion"]) == {"valid JSON": True, "right": False}
 
 

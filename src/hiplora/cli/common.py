@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -63,16 +64,14 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     A command that prints results yields them: first the record that `--json` prints, then what is shown without it:
     lines, and tables as (title, DataFrame) or (title, columns, rows).
     """
-    signature, printing = inspect.signature(function), inspect.isgeneratorfunction(function)
-    groups = {n: p.default for n, p in signature.parameters.items() if isinstance(p.default, Group)}
-    parameters = [
-        one
-        for name, own in signature.parameters.items()
-        for one in (groups[name].parameters.values() if name in groups else [own])
-    ]
+    own, printing = inspect.signature(function).parameters, inspect.isgeneratorfunction(function)
+    groups = {name: one.default for name, one in own.items() if isinstance(one.default, Group)}
+    parameters: list[inspect.Parameter] = []
+    for name, one in own.items():
+        parameters += groups[name].parameters.values() if name in groups else [one]
     if printing:
         option = Option(False, "--json", help="Print one JSON object instead of a table.")
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter("as_json", kind, default=option, annotation=bool))
 
     @functools.wraps(function)
@@ -122,14 +121,15 @@ def print_table(
 
         df = formatted(table)
         table, rows = list(df.columns), df.to_numpy().tolist()
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[Text(str(cell)) for cell in row] for row in rows]
     printed = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(table):
-        # Names stay whole where the numbers' headings can wrap instead.
-        width = min(24, max((len(row[0]) for row in cells), default=0)) if index == 0 else None
-        printed.add_column(Text(column), justify="right" if index else "left", min_width=width)
+    first, *others = map(Text, table)
+    # Names stay whole where the numbers' headings can wrap instead.
+    printed.add_column(first, min_width=min(24, max((len(row[0]) for row in cells), default=0)))
+    for column in others:
+        printed.add_column(column, justify="right")
     for row in cells:
-        printed.add_row(*map(Text, row))
+        printed.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 120).print(printed)
 
 
@@ -143,16 +143,14 @@ def numbers(option: str, text: str | None, kind: Callable[[str], Kind]) -> list[
     try:
         return [kind(part) for part in text.split(",")] if text else []
     except ValueError:
-        expected = "numbers separated by commas, for example 1,0.5"
-        if kind is int:
-            expected = "whole numbers separated by commas, for example 2,3"
+        expected = (
+            "whole numbers separated by commas, for example 2,3" if kind is int else "numbers, for example 1,0.5"
+        )
         raise ConfigError(f"{option} {text}: expected {expected}") from None
 
 
 def targets(given: str | None) -> str | list[str] | None:
     """Return modules as a list of names; anything else is for PEFT: a regular expression or "all-linear"."""
-    import re
-
     if given is None or given.lower() == "all-linear" or not re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", given):
         return given
     return names(given)
