@@ -14,13 +14,11 @@ import os
 
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-import argparse
-import json
+import functools
 import statistics
-import time
-from pathlib import Path
 
 import numpy as np
+from side_by_side import options, timed, write
 
 from hiplora.metrics import paired_bootstrap
 
@@ -61,9 +59,7 @@ def time_both(rounds: int) -> dict:
     seconds: dict[str, list[float]] = {"hiplora": [], "gather": []}
     for _ in range(rounds):
         for name, run in (("hiplora", paired_bootstrap), ("gather", gather_bootstrap)):
-            start = time.perf_counter()
-            run(values, REPLICATES, 0)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(functools.partial(run, values, REPLICATES, 0))[1]["seconds"])
     ratios = [g / h for g, h in zip(seconds["gather"], seconds["hiplora"], strict=True)]
     return {
         "rounds": rounds,
@@ -87,11 +83,10 @@ def coverage(case: tuple[int, int, float, bool], datasets: int, replicates: int)
 
 def main() -> None:
     """Measure, print, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--datasets", type=int, default=2000)
     parser.add_argument("--replicates", type=int, default=1000, help="of each data set's bootstrap")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     timing = time_both(args.rounds)
     seconds = timing["seconds"]
@@ -101,20 +96,9 @@ def main() -> None:
     for name, case in CASES.items():
         covered[name] = coverage(case, args.datasets, args.replicates)
         print(f"coverage, {name}: {100 * covered[name]:.1f} %")
-    if args.json:
-        from hiplora.files import write_atomic
-        from hiplora.provenance import provenance
-
-        setting = {"seeds": SEEDS, "instances": INSTANCES, "methods": METHODS, "replicates": REPLICATES}
-        report = {
-            "benchmark": "bootstrap",
-            "setting": setting | {"datasets": args.datasets, "replicates_of_datasets": args.replicates},
-            "timing": timing,
-            "coverage": covered,
-            "provenance": provenance(seed=0),
-        }
-        write_atomic(args.json, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        print(f"wrote {args.json}")
+    setting = {"seeds": SEEDS, "instances": INSTANCES, "methods": METHODS, "replicates": REPLICATES}
+    setting |= {"datasets": args.datasets, "replicates_of_datasets": args.replicates}
+    write(args.json, {"benchmark": "bootstrap", "setting": setting, "timing": timing, "coverage": covered}, seed=0)
 
 
 if __name__ == "__main__":

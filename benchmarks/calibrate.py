@@ -6,18 +6,16 @@
 not the model's own forward and backward passes.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from side_by_side import options, write
+
 import hiplora
 from hiplora import HipLoraConfig
-from hiplora.files import write_atomic
 from hiplora.models import load
-from hiplora.provenance import provenance
 from hiplora.spectral import SecondMoment
 from hiplora.tuner import CalibrationStore, text
 
@@ -45,10 +43,9 @@ def timed(seconds: dict[str, float], stage: str, place: Any, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     model, tokenizer = load(args.model)
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -56,9 +53,8 @@ def main() -> None:
         timed(seconds, stage, place, name)
     with tempfile.TemporaryDirectory() as empty:
         config = HipLoraConfig(task_type="CAUSAL_LM")
-        found = hiplora.calibrate(
-            model.to(args.device), config, store=CalibrationStore(Path(empty)), tokenizer=tokenizer
-        )
+        store = CalibrationStore(Path(empty))
+        found = hiplora.calibrate(model.to(args.device), config, store=store, tokenizer=tokenizer)
     record = {
         "benchmark": "calibrate",
         "model": args.model,
@@ -66,12 +62,10 @@ def main() -> None:
         "tokens": found.tokens,
         "layers": len(found.layers),
         "seconds": {"all": found.seconds, **seconds},
-        "provenance": provenance(),
     }
     for stage, duration in record["seconds"].items():
         print(f"{stage:14}{duration:8.1f} s")
-    if args.json:
-        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
+    write(args.json, record)
 
 
 if __name__ == "__main__":

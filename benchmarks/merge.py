@@ -15,16 +15,15 @@ process needs at its peak beyond what it had after its imports. It is set agains
 (in fp32), which is what a dense merge is meant to stay within, beyond the adapters' factors.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from side_by_side import options, timed, write
 
 LAYERS = 32
 ATTENTION = {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096), "o_proj": (4096, 4096)}
@@ -110,12 +109,6 @@ def measure_dense(update: Any, shapes: dict[str, tuple[int, int]], per_shape: in
     return {"shapes": rows, "all_updates": scaled}
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    start = time.perf_counter(), time.process_time()
-    result = work()
-    return result, {"seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1]}
-
-
 def in_own_process(*arguments: Any) -> dict:
     code = (
         "import json, sys; sys.path.insert(0, sys.argv[1]); import merge\n"
@@ -145,7 +138,7 @@ def main() -> None:
     """Run all rules, print what they take, and write JSON where asked."""
     from hiplora.merging import RULES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -153,7 +146,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--modules", type=int, default=2, help="of each shape, for dense rules")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     shapes = shapes_of(args.targets, args.layers)
     everything = 4 * sum(m * n for m, n in shapes.values())
@@ -168,15 +160,9 @@ def main() -> None:
         for rule in args.rules:
             results.append(in_own_process(rule, folders, args.modules, args.threads))
             show(results[-1])
-    if args.json:
-        from hiplora.files import write_atomic
-        from hiplora.provenance import provenance
-
-        setting = {name: value for name, value in vars(args).items() if name not in ("json", "rules")}
-        setting |= {"shapes": "Llama-3.1-8B", "all_updates_of_one_adapter_bytes": everything}
-        record = {"benchmark": "merge", "setting": setting, "results": results, "provenance": provenance()}
-        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
-        print(f"\nwrote {args.json}")
+    setting = {name: value for name, value in vars(args).items() if name not in ("json", "rules")}
+    setting |= {"shapes": "Llama-3.1-8B", "all_updates_of_one_adapter_bytes": everything}
+    write(args.json, {"benchmark": "merge", "setting": setting, "results": results})
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ fresh process per method.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from side_by_side import options, timed, turns, write
 
 METHODS = ("base", "lora", "hiplora")
 
@@ -32,13 +32,8 @@ def make_step(method: str, preset: str, dropout: float, name: str, batch: int, l
     torch.manual_seed(0)
     model, _ = hiplora.models.load(name)
     ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
-    shared = {
-        "r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": dropout,
-        "target_modules": sorted(default_targets(model, preset)),
-        "task_type": "CAUSAL_LM",
-    }
+    shared = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "task_type": "CAUSAL_LM"}
+    shared["target_modules"] = sorted(default_targets(model, preset))
     if method == "lora":
         model = peft.get_peft_model(model, peft.LoraConfig(**shared))
     elif method == "hiplora":
@@ -71,21 +66,18 @@ def time_steps(dropout: float, args: argparse.Namespace) -> dict:
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {m: [] for m in METHODS}
-    for round_index in range(args.rounds):
-        shift = round_index % len(METHODS)
-        for method in METHODS[shift:] + METHODS[:shift]:
-            start = time.perf_counter()
-            steps[method]()
-            seconds[method].append(time.perf_counter() - start)
+    for _, method in turns(METHODS, args.rounds):
+        seconds[method].append(timed(steps[method])[1]["seconds"])
+    medians = {m: statistics.median(s) for m, s in seconds.items()}
     ratios = sorted(h / r for h, r in zip(seconds["hiplora"], seconds["lora"], strict=True))
     return {
         "dropout": dropout,
         "rounds": args.rounds,
-        "seconds": {m: statistics.median(s) for m, s in seconds.items()},
+        "seconds": medians,
         "seconds_fastest": {m: min(s) for m, s in seconds.items()},
         "ratio_hiplora_lora": statistics.median(ratios),
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "overhead_over_base": {m: statistics.median(seconds[m]) / statistics.median(seconds["base"]) for m in METHODS},
+        "overhead_over_base": {m: medians[m] / medians["base"] for m in METHODS},
     }
 
 
@@ -104,14 +96,13 @@ def peak_memory(method: str, dropout: float, args: argparse.Namespace) -> int:
 
 def main() -> None:
     """Run the comparison, print it, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--preset", default="function-aware", choices=("function-aware", "paper"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.05])
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results = []
     peak_memory("hiplora", 0.0, args)  # its calibration is cached then, and is not in the peak of the next
@@ -126,20 +117,9 @@ def main() -> None:
         print(f"dropout {dropout}: " + ", ".join(f"{m} {s[m]:.3f} s" for m in METHODS))
         print(f"  step time, HiP-LoRA / LoRA: {timing['ratio_hiplora_lora']:.3f} (quartiles {q[0]:.3f}–{q[1]:.3f})")
         print(f"  peak memory, HiP-LoRA / LoRA: {ratio:.3f} ({sizes})")
-    if args.json:
-        from hiplora.files import write_atomic
-        from hiplora.provenance import provenance
-
-        setting = {"model": args.model, "preset": args.preset, "batch": args.batch, "length": args.length}
-        setting |= {"r": 16, "k": 32, "dtype": "float32"}
-        report = {
-            "benchmark": "step",
-            "setting": setting,
-            "results": results,
-            "provenance": provenance(seed=0),
-        }
-        write_atomic(args.json, json.dumps(report, indent=2) + "\n")
-        print(f"wrote {args.json}")
+    setting = {name: getattr(args, name) for name in ("model", "preset", "batch", "length")}
+    setting |= {"r": 16, "k": 32, "dtype": "float32"}
+    write(args.json, {"benchmark": "step", "setting": setting, "results": results}, seed=0)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ here in float64 for all methods alike.
 """
 
 import argparse
-import json
+import functools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from scipy.sparse.linalg import svds
+from side_by_side import options, timed, turns, write
 
-from hiplora.files import write_atomic
-from hiplora.provenance import provenance
 from hiplora.spectral import truncated_svd
 
 SHAPES = {
@@ -49,12 +46,9 @@ def power_law(rows: int, columns: int, exponent: float) -> tuple[torch.Tensor, t
 def methods(k: int, weight: torch.Tensor) -> dict[str, Callable]:
     """Every contender as a function from a weight to (U, σ, V); `weight` is what they are timed on."""
 
-    def ours(tol: float) -> Callable:
-        def factor(weight):
-            factors = truncated_svd(weight, k, tol=tol)
-            return factors.U, factors.sigma, factors.V
-
-        return factor
+    def ours(weight):
+        factors = truncated_svd(weight, k, tol=TOLERANCE)
+        return factors.U, factors.sigma, factors.V
 
     def full(weight):
         U, sigma, Vt = torch.linalg.svd(weight, full_matrices=False)
@@ -74,7 +68,7 @@ def methods(k: int, weight: torch.Tensor) -> dict[str, Callable]:
 
     enough = next((n for n in (4, 8, 16, 32, 64) if residual(weight, lowrank(n)(weight)) <= TOLERANCE), 64)
     return {
-        OURS: ours(TOLERANCE),
+        OURS: ours,
         FULL: full,
         "scipy svds": arpack,
         "svd_lowrank, 2 iterations": lowrank(2),
@@ -95,26 +89,21 @@ def measure(name: str, shape: tuple[int, int], exponent: float, args: argparse.N
     """Time all methods on one matrix."""
     weight, sigma = power_law(*shape, exponent)
     contenders = methods(args.rank, weight)
-    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in contenders}
+    spent: dict[str, list[dict[str, float]]] = {method: [] for method in contenders}
     rows = {}
-    order = list(contenders)
-    for turn in range(args.rounds + 1):  # the first is warm-up, except for what takes long
-        for method in order[turn % len(order) :] + order[: turn % len(order)]:
-            once = method == FULL and min(shape) >= 1024
-            if once and seconds[method]:
-                continue
-            start = time.perf_counter(), time.process_time()
-            triplets = contenders[method](weight)
-            elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
-            if turn or once:
-                seconds[method].append(elapsed)
-            error = (triplets[1].double() - sigma[: args.rank]).abs().max().item() / sigma[0].item()
-            rows[method] = {"residual": residual(weight, triplets), "sigma_error": error}
+    for turn, method in turns([*contenders], args.rounds + 1):  # the first is warm-up, except for what takes long
+        once = method == FULL and min(shape) >= 1024
+        if once and spent[method]:
+            continue
+        triplets, took = timed(functools.partial(contenders[method], weight))
+        if turn or once:
+            spent[method].append(took)
+        error = (triplets[1].double() - sigma[: args.rank]).abs().max().item() / sigma[0].item()
+        rows[method] = {"residual": residual(weight, triplets), "sigma_error": error}
     for method, row in rows.items():
-        row["seconds"], row["cpu_seconds"] = map(statistics.median, zip(*seconds[method], strict=True))
+        row |= {key: statistics.median(took[key] for took in spent[method]) for key in spent[method][0]}
     for method, row in rows.items():
-        row["times_ours"] = row["seconds"] / rows[OURS]["seconds"]
-        row["runs"] = len(seconds[method])
+        row |= {"times_ours": row["seconds"] / rows[OURS]["seconds"], "runs": len(spent[method])}
     return {"matrix": name, "shape": list(shape), "exponent": exponent, "methods": rows}
 
 
@@ -128,12 +117,11 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=SHAPES)
     parser.add_argument("--threads", type=int, help="else torch's own choice")
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -143,10 +131,8 @@ def main() -> None:
             for exponent in EXPONENTS:
                 results.append(measure(f"{name} of {model}", shape, exponent, args))
                 show(results[-1])
-    if args.json:
-        options = {"rank": args.rank, "rounds": args.rounds, "threads": torch.get_num_threads()}
-        record = {"results": results, "options": options, "provenance": provenance()}
-        write_atomic(args.json, json.dumps(record, indent=2) + "\n")
+    chosen = {"rank": args.rank, "rounds": args.rounds, "threads": torch.get_num_threads()}
+    write(args.json, {"results": results, "options": chosen})
 
 
 if __name__ == "__main__":

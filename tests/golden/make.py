@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -80,43 +79,24 @@ def sketch(updates):
 
 # What the sections are made of: every setting is explicit, so that another default changes nothing.
 
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": ATTENTION}
+HIP = LORA | {"init_weights": True, "principal_rank": 8, "svd_tolerance": 1e-4, "save_factors": True}
+HIP |= {"stability_weight": 0.1, "stability_gamma": 1.0, "stability_mode": "gradient", "gain_lr_ratio": 1.0}
+HIP |= {"relative_gains": False, "residual_projection": True, "principal_channel": True}
+HIP |= {"basis": "weight", "basis_sides": "both", "projection": "hard"}
+FUNCTION_AWARE = HIP | {"basis": "activation", "principal_channel": False, "target_modules": MLP}
+
 
 def hip_config(**changes):
     from hiplora import HipLoraConfig
 
-    settings = {
-        "r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.05,
-        "target_modules": list(ATTENTION),
-        "init_weights": True,
-        "principal_rank": 8,
-        "stability_weight": 0.1,
-        "stability_gamma": 1.0,
-        "stability_mode": "gradient",
-        "gain_lr_ratio": 1.0,
-        "relative_gains": False,
-        "residual_projection": True,
-        "principal_channel": True,
-        "basis": "weight",
-        "basis_sides": "both",
-        "projection": "hard",
-        "svd_tolerance": 1e-4,
-        "save_factors": True,
-    }
-    return HipLoraConfig(**settings | changes)
+    return HipLoraConfig(**HIP | changes)
 
 
 def lora_config(**changes):
     from peft import LoraConfig
 
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": list(ATTENTION)}
-    return LoraConfig(**settings | changes)
-
-
-def function_aware(**changes):
-    settings = {"basis": "activation", "principal_channel": False, "target_modules": list(MLP)}
-    return hip_config(**settings | changes)
+    return LoraConfig(**LORA | changes)
 
 
 def text_rows():
@@ -159,26 +139,23 @@ def training():
 
     import hiplora
 
-    def on_text(config):
-        hiplora.calibrate(tiny_llama(), config, rows=text_rows(), batch_size=8, gradient_tokens=512)
+    def calibrated(changes, **options):
+        config = hip_config(**FUNCTION_AWARE | changes)
+        hiplora.calibrate(tiny_llama(), config, batch_size=8, **options)
         return config
 
-    def on_samples(config):
-        hiplora.calibrate(tiny_llama(), config, tokens=512, batch_size=8, seed=3, gradient_tokens=256)
-        return config
-
+    proximal = {"stability_mode": "proximal", "relative_gains": True, "gain_lr_ratio": 0.5}
     configs = {
-        "lora": lambda: lora_config(),
-        "hip paper": lambda: hip_config(),
-        "hip function-aware": lambda: on_text(function_aware()),
-        "hip function-aware, soft, on samples": lambda: on_samples(function_aware(projection="soft")),
-        "hip proximal, relative gains": lambda: hip_config(
-            stability_mode="proximal", relative_gains=True, gain_lr_ratio=0.5, principal_rank="energy:0.5"
+        "lora": lora_config(),
+        "hip paper": hip_config(),
+        "hip function-aware": calibrated({}, rows=text_rows(), gradient_tokens=512),
+        "hip function-aware, soft, on samples": calibrated(
+            {"projection": "soft"}, tokens=512, seed=3, gradient_tokens=256
         ),
+        "hip proximal, relative gains": hip_config(**proximal, principal_rank="energy:0.5"),
     }
     found = {}
     for name, config in configs.items():
-        config = config()
         torch.manual_seed(0)
         model = peft.get_peft_model(tiny_llama(), config).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -205,15 +182,9 @@ def merging():
     """Every merge rule, and cutting down to a rank: of each module's merged update, its norm and three projections."""
     from hiplora.merging import RULES, merge
 
-    options = {
-        "addition": {},
-        "ties": {"density": 0.3, "scale": 1.0},
-        "dare": {"density": 0.5, "rescale": True, "seed": 5},
-        "magnitude": {"density": 0.3},
-        "knots": {"density": 0.3, "scale": 1.0},
-        "tsv": {"sv_reduction": None, "scale": 1.0},
-        "iso-c": {"scale": 1.0},
-    }
+    density, scale = {"density": 0.3}, {"scale": 1.0}
+    options = {"addition": {}, "ties": density | scale, "dare": {"density": 0.5, "rescale": True, "seed": 5}}
+    options |= {"magnitude": density, "knots": density | scale, "tsv": scale | {"sv_reduction": None}, "iso-c": scale}
     assert set(options) == set(RULES), "a merge rule came or went: give its options here"
     found = {}
     with tempfile.TemporaryDirectory() as place:
@@ -223,10 +194,8 @@ def merging():
         hips = [save_adapter(base, place / f"hip{seed}", hip_config(init_weights=False), seed) for seed in (1, 2)]
         merges = {f"{rule} of lora": (loras, rule, None) for rule in RULES}
         merges |= {f"{rule} of hip-lora": (hips, rule, None) for rule in ("addition", "ties", "knots", "tsv", "iso-c")}
-        merges |= {
-            f"addition of {kind}, rank 6": (two, "addition", 6)
-            for kind, two in {"lora": loras, "hip-lora": hips}.items()
-        }
+        for kind, two in {"lora": loras, "hip-lora": hips}.items():
+            merges[f"addition of {kind}, rank 6"] = two, "addition", 6
         for name, (adapters, rule, rank) in merges.items():
             merged = merge(adapters, rule, [0.75, 0.5], rank=rank, options=options[rule])
             found[name] = sketch({module: merged.delta(module) for module in merged.modules})
@@ -242,15 +211,12 @@ CHOICES = [
     }
     for i in range(7)
 ]
+BESIDE = "The {} is beside the {} since _ is {} years old."
 DATA = {  # a task of each kind: letters, answers, choices in the context, a last word, a text, a number
     "mmlu_test": CHOICES,
     "arc_easy": CHOICES,
     "winogrande": [
-        {
-            "context": f"The {WORDS[i]} is beside the {WORDS[i + 1]} since _ is {i} years old.",
-            "choices": [WORDS[i], WORDS[i + 1]],
-            "answer": i % 2,
-        }
+        {"context": BESIDE.format(*WORDS[i : i + 2], i), "choices": WORDS[i : i + 2], "answer": i % 2}
         for i in range(6)
     ],
     "lambada": [{"context": f"On day {i} they saw the {WORDS[i]} and the", "answer": WORDS[i + 1]} for i in range(6)],
@@ -265,7 +231,6 @@ def evaluation():
     """`hiplora eval` of a base and two adapters, item by item; drift; and edits, with what they did elsewhere."""
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 
-    found = {}
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         base = save_tiny(place / "base")
@@ -278,12 +243,13 @@ def evaluation():
         suite = "mmlu,arc_easy,winogrande,lambada,wikitext,gsm8k"
         settings = EvalSettings(suite=suite, data=place, limit=5, seed=3, batch_size=4)
         results = evaluate(str(base), [f"{k}={v}" for k, v in adapters.items()], settings, place / "out.json")
-        found["items"] = {task: told["items"] for task, told in results["tasks"].items()}
-        found["runs"] = results["runs"]
-        found["differences"] = results["differences"]
-        found["drift"] = {name: _drift(base, folder) for name, folder in adapters.items()}
-    found["editing"] = _editing()
-    return rounded(found)
+        found = {
+            "items": {task: told["items"] for task, told in results["tasks"].items()},
+            "runs": results["runs"],
+            "differences": results["differences"],
+            "drift": {name: _drift(base, folder) for name, folder in adapters.items()},
+        }
+    return rounded(found | {"editing": _editing()})
 
 
 def _drift(base, folder):
@@ -315,15 +281,9 @@ def _editing():
     kinds = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
     edits = [
         Edit(
-            f"Thing {i} is",
-            "cyan",
-            new,
-            f"thing {i}",
-            kinds[i % 3],
-            f"It, thing {i}, is",
-            (Question(f"Box {i} is", "cyan"),),
+            f"Thing {i} is", "cyan", new, f"thing {i}", kind, f"It, thing {i}, is", (Question(f"Box {i} is", "cyan"),)
         )
-        for i, new in enumerate(("blue", "pink", "grey", "lime"))
+        for i, (new, kind) in enumerate(zip(("blue", "pink", "grey", "lime"), (*kinds, kinds[0]), strict=True))
     ]
     questions = [Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(WORDS[:3])]
     training = EditTraining(steps=20, lr=2e-2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
@@ -372,10 +332,7 @@ def metrics():
         "gold_probability": [m.gold_probability([-4.0, -2.5, -3.0, -900.0], gold) for gold in range(4)],
         "learned_accuracy": [m.learned_accuracy(accuracies), m.learned_accuracy(full)],
         "locality": [asdict(m.locality(yes, no)), asdict(m.locality(yes, no, sums[:4], other[:4]))],
-        "mean_post_merge_drop": [
-            m.mean_post_merge_drop(merged, single),
-            m.mean_post_merge_drop(merged[0], single[0]),
-        ],
+        "mean_post_merge_drop": [m.mean_post_merge_drop(*two) for two in ((merged, single), (merged[0], single[0]))],
         "merge_fail": [m.merge_fail(merged, single, tau) for tau in (0.8, 0.9, 1.0)],
         "merge_instances": [
             m.merge_instances(["a", "b", "c", "d"], [2, 3], [1, 2], 5, 0),
@@ -386,8 +343,8 @@ def metrics():
                 "mean": {name: asdict(interval) for name, interval in result.mean.items()},
                 "difference": {" - ".join(pair): asdict(i) for pair, i in result.difference.items()},
                 "p_value": {
-                    " - ".join(pair): m.sign_flip_p_value(*(values[name][:seeds] for name in pair))
-                    for pair in result.difference
+                    f"{one} - {two}": m.sign_flip_p_value(values[one][:seeds], values[two][:seeds])
+                    for one, two in result.difference
                 },
             }
             for result, seeds in ((boot, 3), (one_seed, 1))
@@ -444,13 +401,7 @@ def _measurement(row):
     return " | ".join(filter(None, label)), numbers
 
 
-SECTIONS = {
-    "training": training,
-    "merging": merging,
-    "evaluation": evaluation,
-    "metrics": metrics,
-    "pico": pico,
-}
+SECTIONS = {make.__name__: make for make in (training, merging, evaluation, metrics, pico)}
 
 
 # Writing and comparing.
@@ -458,38 +409,39 @@ SECTIONS = {
 
 def machine():
     """What digests depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        processor = platform.processor()
-    return {"processor": processor, "torch": torch.__version__, "numpy": np.__version__}
+    from hiplora.provenance import provenance
+
+    return {"processor": provenance()["machine"]["processor"], "torch": torch.__version__, "numpy": np.__version__}
 
 
-def compare(expected, found, same_machine, where=""):
+def flat(value, where):
+    """Yield every value of nested containers with its place."""
+    if not isinstance(value, (dict, list)) or not value:
+        yield where, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from flat(inner, f"{where}/{key}")
+
+
+def near(where, one, two):
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (one, two)):
+        return one == two and type(one) is type(two)
+    points = any(part in where for part in ("/differences/", " | pp", "/claims/"))
+    absolute, relative = DIFFERENCES if points else KL if "drift." in where else ABSOLUTE, RELATIVE
+    if where.startswith("pico/measurements"):
+        absolute, relative = max(absolute, TABLES[0]), TABLES[1]
+    return abs(one - two) <= absolute + relative * max(abs(one), abs(two))
+
+
+def compare(expected, found, same_machine, where):
     """Return what differs, a line each."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        lines = [f"{where}: {key!r} is only in one of them" for key in expected.keys() ^ found.keys()]
-        for key in expected.keys() & found.keys():
-            if same_machine or not key.startswith(DIGEST):
-                lines += compare(expected[key], found[key], same_machine, f"{where}/{key}")
-        return lines
-    if isinstance(expected, list) and isinstance(found, list):
-        if len(expected) != len(found):
-            return [f"{where}: {len(expected)} values were expected, and there are {len(found)}"]
-        pairs = enumerate(zip(expected, found, strict=True))
-        return [line for i, (one, two) in pairs for line in compare(one, two, same_machine, f"{where}/{i}")]
-    numbers = [isinstance(value, (int, float)) and not isinstance(value, bool) for value in (expected, found)]
-    if all(numbers):
-        points = any(part in where for part in ("/differences/", " | pp", "/claims/"))
-        absolute = DIFFERENCES if points else KL if "drift." in where else ABSOLUTE
-        relative = RELATIVE
-        if where.startswith("pico/measurements"):
-            absolute, relative = max(absolute, TABLES[0]), TABLES[1]
-        near = abs(expected - found) <= absolute + relative * max(abs(expected), abs(found))
-    else:
-        near = expected == found and type(expected) is type(found)
-    return [] if near else [f"{where}: expected {expected!r}, found {found!r}"]
+    expected, found = dict(flat(expected, where)), dict(flat(found, where))
+    lines = [f"{place}: is only in one of them" for place in expected.keys() ^ found.keys()]
+    for place in expected.keys() & found.keys():
+        counts = same_machine or f"/{DIGEST}" not in place
+        if counts and not near(place, expected[place], found[place]):
+            lines.append(f"{place}: expected {expected[place]!r}, found {found[place]!r}")
+    return lines
 
 
 def check(name, values=None):
@@ -501,11 +453,8 @@ def check(name, values=None):
 
 def write(name):
     """Make a section and write its file."""
-    kept = {
-        "machine": machine(),
-        "note": " ".join(SECTIONS[name].__doc__.split()),
-        "values": SECTIONS[name](),
-    }
+    note = " ".join(SECTIONS[name].__doc__.split())
+    kept = {"machine": machine(), "note": note, "values": SECTIONS[name]()}
     text = json.dumps(kept, indent=1, ensure_ascii=False)
     lists = re.compile(r"\[\n[^][{}]*\]")  # a list of values goes on one line
     text = lists.sub(lambda found: json.dumps(json.loads(found[0]), ensure_ascii=False), text)
