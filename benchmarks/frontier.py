@@ -22,13 +22,22 @@ import gzip
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
+import peft
 import torch
 import yaml
 from torch import Tensor
+
+from hiplora import HipLoraConfig
+from hiplora.evaluation import BaseReference, encode, heldout_loss, measure_drift, response_log_probs
+from hiplora.evaluation.likelihood import by_length, pad_left
+from hiplora.files import write_atomic
+from hiplora.models import load
+from hiplora.tuner import default_targets, sampled_rows
 
 RECIPE = Path(__file__).with_suffix(".yaml")
 Pair = tuple[str, str]
@@ -54,10 +63,9 @@ def runs(recipe: dict[str, Any], blocks: Sequence[str] | None) -> list[Run]:
     found: dict[str, Run] = {}
     for block in recipe["blocks"]:
         if not blocks or block["name"] in blocks:
-            abilities = block.get("abilities", False)
             axes = itertools.product(block["seeds"], block["tasks"], block["rates"], block["methods"])
             for seed, task, rate, method in axes:
-                run = Run(task, method, float(rate), seed, abilities)
+                run = Run(task, method, float(rate), seed, block.get("abilities", False))
                 found.setdefault(run.name, run)
     return list(found.values())
 
@@ -97,20 +105,22 @@ def drift_texts(data: Path) -> dict[str, str]:
 
 def ability_items(data: Path, count: int) -> dict[str, list[tuple[list[Pair], int]]]:
     """Return per benchmark its first items: (prompt, answer) of every choice, and the right one's index."""
+    question = "Question: {question}\nAnswer:"
+    prompts = {"hellaswag": "{context}", "piqa": question, "arc_easy": question}
+    prompts |= {"boolq": "{passage}\nQuestion: {question}?\nAnswer:", "lambada": "{context}"}
+    found: dict[str, list[tuple[list[Pair], int]]] = {}
+    for name, prompt in prompts.items():
+        found[name] = []
+        for row in read_rows(data / f"{name}.jsonl.gz")[:count]:
+            choices, right = (row["choices"], row["answer"]) if "choices" in row else ([row["answer"]], 0)
+            found[name].append(([(prompt.format(**row), f" {choice}") for choice in choices], right))
+    return found
 
-    def choices(prompt: str, row: dict[str, Any]) -> tuple[list[Pair], int]:
-        return [(prompt, f" {choice}") for choice in row["choices"]], row["answer"]
 
-    def rows(name: str) -> list[dict[str, Any]]:
-        return read_rows(data / f"{name}.jsonl.gz")[:count]
-
-    return {
-        "hellaswag": [choices(row["context"], row) for row in rows("hellaswag")],
-        "piqa": [choices(f"Question: {row['question']}\nAnswer:", row) for row in rows("piqa")],
-        "arc_easy": [choices(f"Question: {row['question']}\nAnswer:", row) for row in rows("arc_easy")],
-        "boolq": [choices(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", row) for row in rows("boolq")],
-        "lambada": [([(row["context"], f" {row['answer']}")], 0) for row in rows("lambada")],
-    }
+def fitting(tokenizer: Any, pairs: list[Pair], count: int, most: int) -> list[Any]:
+    """Return the first `count` tokenized rows of at most so many tokens."""
+    encoded = (encode(tokenizer, *pair) for pair in pairs)
+    return list(itertools.islice((example for example in encoded if len(example.ids) <= most), count))
 
 
 # One run
@@ -120,11 +130,6 @@ _OF_THE_LOOP = ("kl", "replay", "token_weight")
 
 def make_config(model: Any, method: dict[str, Any]) -> Any:
     """Return the PEFT configuration of a method of the recipe; every low-rank update is scaled by 2."""
-    import peft
-
-    from hiplora import HipLoraConfig
-    from hiplora.tuner import default_targets
-
     settings = {key: value for key, value in method.items() if key not in _OF_THE_LOOP}
     tuner, targets = settings.pop("tuner"), settings.pop("targets")
     presets = {"mlp": "function-aware", "attention": "paper"}
@@ -139,9 +144,6 @@ class Bench:
     """The base model with what every run needs, loaded once."""
 
     def __init__(self, recipe: dict[str, Any], model: str, data: Path, out: Path, device: str):
-        from hiplora.evaluation import BaseReference
-        from hiplora.models import load
-
         self.recipe, self.chosen, self.data, self.out = recipe, recipe["measure"], data, out
         self.model, self.tokenizer = load(model)
         self.model.to(device)
@@ -154,28 +156,19 @@ class Bench:
 
     def examples(self, task: str) -> tuple[list[Any], list[Any]]:
         """Return the tokenized rows to train on and to hold out, none longer than the recipe's `max_tokens`."""
-        from hiplora.evaluation import encode
-
-        train, held = task_pairs(task, self.data)
-        kept = []
-        for pairs, count in ((train, 4 * max(self.chosen["steps"])), (held, self.chosen["heldout_rows"])):
-            encoded = (encode(self.tokenizer, prompt, answer + self.tokenizer.eos_token) for prompt, answer in pairs)
-            short = (example for example in encoded if len(example.ids) <= self.chosen["max_tokens"])
-            kept.append(list(itertools.islice(short, count)))
-        return kept[0], kept[1]
+        end, most = self.tokenizer.eos_token, self.chosen["max_tokens"]
+        train, held = ([(prompt, answer + end) for prompt, answer in pairs] for pairs in task_pairs(task, self.data))
+        rows = fitting(self.tokenizer, train, 4 * max(self.chosen["steps"]), most)
+        return rows, fitting(self.tokenizer, held, self.chosen["heldout_rows"], most)
 
     def sampled(self) -> list[Tensor]:
         """Return rows that the bare model wrote, for replay and the KL penalty; sampled once."""
-        from hiplora.tuner import sampled_rows
-
         if self.replayed is None:
             self.replayed = list(sampled_rows(self.model, 10_000))
         return self.replayed
 
     def adapt(self, run: Run) -> Any:
         """Put a fresh adapter on the model."""
-        import peft
-
         config = make_config(self.model, self.recipe["methods"][run.method])
         torch.manual_seed(run.seed)
         return peft.get_peft_model(self.model, config)
@@ -189,22 +182,11 @@ class Bench:
         started = time.perf_counter()
         adapted = self.adapt(run)
         prepared = time.perf_counter() - started
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed)).tolist()
-        loss = Loss(method, sampled, run.seed)
-        size, points, seconds = self.chosen["batch_size"], [], 0.0
+        trainable, points = sum(p.numel() for p in adapted.parameters() if p.requires_grad), []
         try:
-            for step in range(1, max(self.chosen["steps"]) + 1):
-                batch = [train[order[i % len(order)]] for i in range((step - 1) * size, step * size)]
-                begun = time.perf_counter()
-                adapted.train()
-                optimizer.zero_grad(set_to_none=True)
-                loss(adapted, batch, step).backward()
-                torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-                optimizer.step()
-                seconds += time.perf_counter() - begun
-                if step in self.chosen["steps"]:
+            loss = Loss(method, sampled, run.seed)
+            for done in trained(adapted, train, run.rate, run.seed, self.chosen, loss):
+                if (step := done["step"]) in self.chosen["steps"]:
                     points.append({"step": step, "scale": 1.0, **self.measure(adapted, held, own)})
             for scale in self.chosen["scales"] if method["tuner"] != "osf" else ():
                 with scaled(adapted, scale):
@@ -216,9 +198,9 @@ class Bench:
             **run._asdict(),
             "settings": method,
             "measure": self.chosen,
-            "trainable_parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": trainable,
             "preparation_seconds": prepared,
-            "training_seconds": seconds,
+            "training_seconds": done["seconds"],
             "points": points,
         }
 
@@ -226,10 +208,12 @@ class Bench:
         """Return the folder of a finished run's adapter."""
         return self.out / "adapters" / run.name
 
+    def abilities_of_base(self) -> dict[str, Any]:
+        """Measure the abilities of the bare model."""
+        return {"model": self.name, "abilities": self.measure_abilities(self.model)}
+
     def abilities_of(self, run: Run) -> dict[str, Any]:
         """Measure the abilities of a finished run's adapter; the model is bare again afterwards."""
-        import peft
-
         adapted = peft.PeftModel.from_pretrained(self.model, str(self.adapter(run)))
         try:
             return {**run._asdict(), "abilities": self.measure_abilities(adapted)}
@@ -238,8 +222,6 @@ class Bench:
 
     def measure(self, adapted: Any, held: list[Any], own: Any) -> dict[str, Any]:
         """Return the held-out loss, the drift on every text, and the share of greedy tokens that changed."""
-        from hiplora.evaluation import heldout_loss, measure_drift
-
         drift = {**measure_drift(adapted.eval(), self.reference), **measure_drift(adapted, own)}
         return {
             "heldout_loss": heldout_loss(adapted, held),
@@ -254,9 +236,6 @@ class Bench:
         Of several choices the one with the highest log-likelihood a token counts; without choices (LAMBADA), the
         greedy continuation.
         """
-        from hiplora.evaluation import encode, response_log_probs
-        from hiplora.evaluation.likelihood import by_length
-
         found: dict[str, Any] = {}
         for name, items in self.items.items():
             examples = [encode(self.tokenizer, *pair) for pairs, _ in items for pair in pairs]
@@ -272,6 +251,26 @@ class Bench:
                 first += len(pairs)
             found[name] = {"correct": list(map(int, solved)), "log_likelihood": likelihood}
         return found
+
+
+def trained(
+    adapted: Any, rows: list[Any], rate: float, seed: int, chosen: dict[str, Any], loss: Any
+) -> Iterator[dict[str, Any]]:
+    """Train an adapter on rows in random order; yield after each step its number, and all seconds and tokens so far."""
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    size, seconds, tokens = chosen["batch_size"], 0.0, 0
+    for step in range(1, max(chosen["steps"]) + 1):
+        batch = [rows[order[i % len(order)]] for i in range((step - 1) * size, step * size)]
+        begun = time.perf_counter()
+        adapted.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss(adapted, batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        seconds, tokens = seconds + time.perf_counter() - begun, tokens + sum(len(row.ids) for row in batch)
+        yield {"step": step, "seconds": seconds, "tokens": tokens}
 
 
 def is_greedy(model: Any, example: Any) -> bool:
@@ -290,32 +289,27 @@ class Loss:
         self.sampled = sampled
         self.random = torch.Generator().manual_seed(seed + 1)
 
-    def __call__(self, model: Any, batch: list[Any], step: int) -> Tensor:
+    def __call__(self, model: Any, batch: list[Any]) -> Tensor:
         """Return the loss, with gradients to the adapter."""
-        from hiplora.evaluation import response_log_probs
-
         if self.rule:
             total = weighted_loss(model, batch, self.rule)
         else:
             total = -torch.cat(response_log_probs(model, batch)).mean()
         if self.replay:
-            total = (1 - self.replay) * total + self.replay * model(
-                **self._text(model, 2 * KL_TOKENS, labels=True)
-            ).loss
+            ids = self._ids(model, 2 * KL_TOKENS)
+            total = (1 - self.replay) * total + self.replay * model(input_ids=ids, labels=ids).loss
         if self.kl:
-            total = total + self.kl * kl_to_base(model, self._text(model, KL_TOKENS))
+            total = total + self.kl * kl_to_base(model, self._ids(model, KL_TOKENS))
         return total
 
-    def _text(self, model: Any, tokens: int, labels: bool = False) -> dict[str, Tensor]:
+    def _ids(self, model: Any, tokens: int) -> Tensor:
         """Return a window of a sampled row, drawn anew in each step."""
         row = self.sampled[int(torch.randint(len(self.sampled), (1,), generator=self.random))]
-        ids = torch.as_tensor(row)[None, :tokens].to(model.device)
-        return {"input_ids": ids, "labels": ids} if labels else {"input_ids": ids}
+        return torch.as_tensor(row)[None, :tokens].to(model.device)
 
 
 def weighted_loss(model: Any, batch: list[Any], rule: str) -> Tensor:
     """Return the answers' loss with a weight a token: by the recipe option `train.token_weight`."""
-    from hiplora.evaluation.likelihood import pad_left
     from hiplora.training.losses import token_weights
 
     ids, mask, positions = (tensor.to(model.device) for tensor in pad_left([example.ids for example in batch]))
@@ -328,14 +322,14 @@ def weighted_loss(model: Any, batch: list[Any], rule: str) -> Tensor:
     return (token_weights(picked.detach(), targets, rule) * losses).mean()
 
 
-def kl_to_base(model: Any, text: dict[str, Tensor]) -> Tensor:
+def kl_to_base(model: Any, ids: Tensor) -> Tensor:
     """Return the mean KL(base ‖ adapted) a token."""
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.no_grad(), model.disable_adapter():
-        base = model(**text, use_cache=False).logits[0].float().log_softmax(-1)
+        base = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     for parameter, flag in trainable.items():  # PEFT decides anew what is trainable
         parameter.requires_grad_(flag)
-    adapted = model(**text, use_cache=False).logits[0].float().log_softmax(-1)
+    adapted = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     return torch.nn.functional.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
 
 
@@ -355,36 +349,34 @@ def scaled(model: Any, scale: float) -> Iterator[None]:
             parameter.copy_(value)
 
 
+def once(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Write a result to its file and print its figures, unless it is done or another process is at it."""
+    path = out / f"{name}.json"
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(out / f".{name}.lock", timeout=0):
+        if not path.exists():
+            result = make()
+            write_atomic(path, json.dumps(result) + "\n")
+            print(summary(name, result), flush=True)
+
+
 def work(bench: Bench, planned: list[Run]) -> None:
     """Do what is not done and not being done by another process."""
-    import filelock
-
-    from hiplora.files import write_atomic
-
-    def once(name: str, make: Any) -> None:
-        path = bench.out / f"{name}.json"
-        with contextlib.suppress(filelock.Timeout), filelock.FileLock(bench.out / f".{name}.lock", timeout=0):
-            if not path.exists():
-                result = make()
-                write_atomic(path, json.dumps(result) + "\n")
-                print(summary(name, result), flush=True)
-
     for run in planned:
-        once(run.name, lambda run=run: bench.run(run))
-    if any(run.abilities for run in planned):
-        once("base-abilities", lambda: {"model": bench.name, "abilities": bench.measure_abilities(bench.model)})
-    for run in planned:
-        if run.abilities:
-            once(f"{run.name}-abilities", lambda run=run: bench.abilities_of(run))
+        once(bench.out, run.name, lambda run=run: bench.run(run))
+    measured = [run for run in planned if run.abilities]
+    if measured:
+        once(bench.out, "base-abilities", bench.abilities_of_base)
+    for run in measured:
+        once(bench.out, f"{run.name}-abilities", lambda run=run: bench.abilities_of(run))
 
 
 def summary(name: str, result: dict[str, Any]) -> str:
     """Return a run's last unscaled figures in a line."""
-    if "points" not in result:
-        return name
-    last = [point for point in result["points"] if point["scale"] == 1][-1]
-    drift = ", ".join(f"{text} {kl:.4f}" for text, kl in last["kl"].items())
-    return f"{name}: loss {last['heldout_loss']:.3f}; KL {drift}; {result['training_seconds']:.0f} s of training"
+    last = [point for point in result.get("points", [result]) if point.get("scale", 1) == 1][-1]
+    told = [f"loss {last['heldout_loss']:.3f}"] if "heldout_loss" in last else []
+    told += [f"edits {sum(last['success'])}/{len(last['success'])}"] if "success" in last else []
+    told += ["KL " + ", ".join(f"{text} {kl:.4f}" for text, kl in last["kl"].items())] if "kl" in last else []
+    return f"{name}: {'; '.join(told) or 'done'}"
 
 
 def plan(out: Path, planned: list[Run]) -> None:

@@ -151,20 +151,10 @@ def figure(records: pd.DataFrame, task: str) -> Any:
     """Return held-out loss against drift on prose, a line a method: steps of one run, then scales of its adapter."""
     from hiplora.reporting import plots
 
-    wide = records[records["task"] == task].pivot_table(
-        index=["method", "step", "scale"], columns="metric", values="value", sort=False
-    )
-    main = wide.reset_index().query("scale == 1")
-    main = main.assign(method=titled(main["method"]))
-    return plots.lines(
-        main,
-        "heldout_loss",
-        "kl/wikitext",
-        "method",
-        logy=True,
-        xlabel="Held-out loss, nats a token",
-        ylabel="Drift on WikiText, KL in nats a token",
-    )
+    rows = records[(records["task"] == task) & (records["scale"] == 1)]
+    wide = rows.pivot_table(index=["method", "step"], columns="metric", values="value", sort=False).reset_index()
+    axes = {"xlabel": "Held-out loss, nats a token", "ylabel": "Drift on WikiText, KL in nats a token", "logy": True}
+    return plots.lines(wide.assign(method=titled(wide["method"])), "heldout_loss", "kl/wikitext", "method", **axes)
 
 
 def shown(equal: pd.DataFrame) -> pd.DataFrame:
@@ -190,12 +180,12 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
     """Return the changes of abilities as the documentation shows them, a column a benchmark."""
     from hiplora.reporting import interval
 
-    units = {"correct": "accuracy, pp", "log_likelihood": "log-likelihood, nats a token"}
-    digits = {"correct": 1, "log_likelihood": 3}
-    told = [interval(row.change, row.low, row.high, digits=digits[row.metric]) for row in found.itertuples()]
-    names = {"method": titled(found["method"]), "metric": found["metric"].map(units)}
-    keys = ["task", "metric", "method"]
-    wide = found.assign(told=told, **names).pivot(index=keys, columns="benchmark", values="told")
+    units = {"correct": ("accuracy, pp", 1), "log_likelihood": ("log-likelihood, nats a token", 3)}
+    told = [interval(row.change, row.low, row.high, units[row.metric][1]) for row in found.itertuples()]
+    names = {"method": titled(found["method"]), "metric": [units[metric][0] for metric in found["metric"]]}
+    wide = found.assign(told=told, **names).pivot(
+        index=["task", "metric", "method"], columns="benchmark", values="told"
+    )
     return wide.rename_axis(columns=None).reset_index()
 
 

@@ -110,16 +110,9 @@ def _edits_of(relation: Relation) -> Iterator[Row]:
         others = [row for row in facts if not relation.within or row[relation.within] == fact[relation.within]]
         pool = sorted({row[relation.answer] for row in others} - {old})
         pool = [new for new in pool if not any(_stands_in(new, text) for text in texts)]
-        chosen = random.Random(f"{SEED} {texts[0]}").choice(pool)
-        yield {
-            "set": "editset",
-            "category": relation.category,
-            "subject": fact["s"],
-            "prompt": texts[0],
-            "paraphrase": texts[1],
-            "old": old,
-            "new": chosen,
-        }
+        new = random.Random(f"{SEED} {texts[0]}").choice(pool)
+        row = {"set": "editset", "category": relation.category, "subject": fact["s"]}
+        yield row | {"prompt": texts[0], "paraphrase": texts[1], "old": old, "new": new}
 
 
 def _stands_in(answer: str, text: str) -> bool:

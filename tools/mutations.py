@@ -23,35 +23,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+import yaml
 
+from hiplora import HipLoraConfig
 from hiplora.adapters import read_update
 from hiplora.data.examples import load_examples
 from hiplora.errors import HipLoraError
 from hiplora.evaluation.suite import read_suite
 from hiplora.spectral import FactorStore
 from hiplora.study.jobs import Job
-from hiplora.study.recipe import load_study
+from hiplora.study.recipe import load_study, own_studies
 from hiplora.study.store import Store
 from hiplora.training import load_recipe
-from hiplora.training.trainer import last_checkpoint
+from hiplora.training.trainer import HASHES_FILE, last_checkpoint
 from tests.tiny import tiny_llama, write_jsonl
 
 LIMIT = 20  # seconds
-EXTREMES = (
-    b"null",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"NaN",
-    b"[]",
-    b"{}",
-    b'""',
-    b"99999999999999999999",
-    b"true",
-    b"\xff",
-    b"[[",
-)
+EXTREMES = b'null -1 0 1e999 NaN [] {} "" 99999999999999999999 true \xff [['.split()
 Read = Callable[[], Any]
 
 
@@ -89,21 +79,16 @@ def mutated(raw: bytes, chance: random.Random) -> bytes:
 def recipe(folder: Path) -> tuple[Path, Read]:
     """A training recipe with most of its fields."""
     write_jsonl(folder / "rows.jsonl", [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(6)])
-    text = (
-        "model: smollm2-135m\ndata:\n  path: rows.jsonl\n  held_out_fraction: 0.1\nmethod:\n  name: hiplora\n  r: 8\n"
-    )
-    text += (
-        "  preset: paper\n  principal_rank: 16\n  target_modules: [q_proj]\ntrain:\n  steps: 10\n  lr: 1e-3\nout: x\n"
-    )
-    (folder / "recipe.yaml").write_text(text)
+    data, method = {"path": "rows.jsonl", "held_out_fraction": 0.1}, {"name": "hiplora", "r": 8, "preset": "paper"}
+    method |= {"principal_rank": 16, "target_modules": ["q_proj"]}
+    fields = {"model": "smollm2-135m", "data": data, "method": method, "train": {"steps": 10, "lr": 1e-3}, "out": "x"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(fields, sort_keys=False))
     return folder / "recipe.yaml", lambda: load_recipe(folder / "recipe.yaml")
 
 
 def study(folder: Path) -> tuple[Path, Read]:
     """A study's recipe."""
-    import hiplora.study.recipe as module
-
-    shutil.copy(module.own_studies()["pico"], folder / "study.yaml")
+    shutil.copy(own_studies()["pico"], folder / "study.yaml")
     return folder / "study.yaml", lambda: load_study(folder / "study.yaml")
 
 
@@ -121,10 +106,6 @@ def table(folder: Path) -> tuple[Path, Read]:
 
 
 def _adapter(folder: Path) -> None:
-    import peft
-
-    from hiplora import HipLoraConfig
-
     made = HipLoraConfig(preset="paper", r=2, principal_rank=2, target_modules=["q_proj"], layers_to_transform=[0])
     peft.get_peft_model(tiny_llama(), made).save_pretrained(folder)
 
@@ -155,8 +136,6 @@ def entry(folder: Path) -> tuple[Path, Read]:
 
 def checkpoint(folder: Path) -> tuple[Path, Read]:
     """The hashes of a checkpoint's files."""
-    from hiplora.training.trainer import HASHES_FILE
-
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "state.json").write_text("{}")
     known = '{"state.json": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}'
@@ -166,10 +145,8 @@ def checkpoint(folder: Path) -> tuple[Path, Read]:
 
 def tasks(folder: Path) -> tuple[Path, Read]:
     """A suite of evaluation tasks."""
-    text = (
-        "tasks:\n  - gsm8k\n  - {task: mmlu, limit: 10}\n  - {task: arc_easy | arc_challenge, limit: 5}\ninclude: []\n"
-    )
-    (folder / "suite.yaml").write_text(text)
+    listed = ("gsm8k", "{task: mmlu, limit: 10}", "{task: arc_easy | arc_challenge, limit: 5}")
+    (folder / "suite.yaml").write_text("tasks:\n" + "".join(f"  - {one}\n" for one in listed) + "include: []\n")
     return folder / "suite.yaml", lambda: read_suite(str(folder / "suite.yaml"))
 
 

@@ -12,6 +12,7 @@ import collections
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -62,12 +63,8 @@ def main() -> int:
             make_model(hub, name, kind, settings)
         root = Path(__file__).resolve().parent.parent
         paths = [str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")]
-        settings = {
-            "HF_HUB_CACHE": str(hub),
-            "HF_HUB_OFFLINE": "1",
-            "PEFT_SUITE_EVERY": str(given.every),
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
+        settings = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "PEFT_SUITE_EVERY": str(given.every)}
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         files = [f"tests/{suite}.py" for suite in given.suite or SUITES]
         command = [sys.executable, "-m", "pytest", "-p", "tools.peft_suite", "-c", os.devnull, "--rootdir", ".", "-q"]
         command += ["-k", "HIPLORA or HipLora", "-W", "ignore", "--tb=line", *given.options, *files]
@@ -109,18 +106,14 @@ def make_model(hub: Path, name: str, kind: str, settings: dict[str, Any]) -> Non
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
     """Put HiP-LoRA into a test module's lists before pytest reads them."""
-    if not any(
-        module_path.name in given for given in parent.config.args
-    ):  # pytest asks about every file of the folder
-        return
+    if not any(module_path.name in given for given in parent.config.args):
+        return  # pytest asks about every file of the folder
     # PEFT's common tests import diffusers, which none of these tests needs.
     missing = importlib.util.find_spec("diffusers") is None
     if missing:
         stub: Any = types.ModuleType("diffusers")
-        stub.StableDiffusionPipeline, stub.__spec__ = (
-            type("Pipeline", (), {}),
-            importlib.machinery.ModuleSpec("diffusers", None),
-        )
+        stub.StableDiffusionPipeline = type("Pipeline", (), {})
+        stub.__spec__ = importlib.machinery.ModuleSpec("diffusers", None)
         sys.modules["diffusers"] = stub
     module: Any = importlib.import_module(f"tests.{module_path.stem}")
     if missing:
@@ -135,25 +128,16 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
             for row in plain
             for name, variant in VARIANTS.items()
         ]
-        module.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
-            (
-                f"HIPLORA {name} {other}",
-                "hiplora",
-                HipLoraConfig,
-                {"target_modules": ["lin0"], **made},
-                {"target_modules": [other], **made},
-            )
-            for name, variant in VARIANTS.items()
-            for other in ("lin0", "lin1")
-            if (made := {**COMMON, **variant, "init_weights": False})
-        ]
+        cases = module.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES
+        cases.clear()
+        for (name, variant), other in itertools.product(VARIANTS.items(), ("lin0", "lin1")):
+            both = ({"target_modules": [one], **COMMON, **variant, "init_weights": False} for one in ("lin0", other))
+            cases.append((f"HIPLORA {name} {other}", "hiplora", HipLoraConfig, *both))
         _measure_on_random_inputs()
     elif module_path.stem == "test_decoder_models":
+        common = {"task_type": "CAUSAL_LM", "target_modules": None, **COMMON}
         kept = ("paper", "without factors", "function-aware")
-        module.ALL_CONFIGS[:] = [
-            (HipLoraConfig, {"task_type": "CAUSAL_LM", "target_modules": None, **COMMON, **VARIANTS[name]})
-            for name in kept
-        ]
+        module.ALL_CONFIGS[:] = [(HipLoraConfig, common | VARIANTS[name]) for name in kept]
 
 
 @pytest.hookimpl(trylast=True)

@@ -31,9 +31,6 @@ def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-# Commands ------------------------------------------------------------------------------------------------------
-
-
 def commands(group: Any = None) -> dict[str, Any]:
     """Return the commands by name; those of a group as `GROUP COMMAND`."""
     from hiplora.cli.main import app
@@ -104,9 +101,6 @@ def _flat(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-# HipLoraConfig -------------------------------------------------------------------------------------------------
-
-
 def described_fields(cls: type) -> dict[str, str]:
     """Return what a dataclass's docstring says of each field, from its `Args:` section."""
     section = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
@@ -131,15 +125,12 @@ def config_page() -> str:
     from hiplora import HipLoraConfig
 
     texts = described_fields(HipLoraConfig)
-    rows = [
-        (f"`{one.name}`", _field_default(one), _sentence(texts.get(one.name, ""))) for one in own_fields(HipLoraConfig)
-    ]
+    rows = []
+    for one in own_fields(HipLoraConfig):
+        text = texts.get(one.name, "")
+        rows.append((f"`{one.name}`", _field_default(one), text[:1].upper() + text[1:]))
     intro = "# HipLoraConfig\n\nUse it where you would use `peft.LoraConfig`, after `import hiplora`."
     return "\n\n".join([NOTE + intro, table(("field", "default", ""), rows)]) + "\n"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _field_default(field: dataclasses.Field) -> str:
@@ -147,9 +138,6 @@ def _field_default(field: dataclasses.Field) -> str:
         return "" if field.default is None else f"`{field.default!r}`"
     value = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
     return f"`{value!r}`" if value else ""
-
-
-# Recipes -------------------------------------------------------------------------------------------------------
 
 
 def recipes_page() -> str:
@@ -197,11 +185,9 @@ def _references(field: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the blocks that a field refers to, each with what follows the field's name in its path."""
     if "$ref" in field:
         yield field["$ref"].rpartition("/")[2], ""
-    for key in ("anyOf", "oneOf", "allOf"):
-        for one in field.get(key, ()):
-            yield from _references(one)
-    if "items" in field:
-        yield from _references(field["items"])
+    parts = [part for key in ("anyOf", "oneOf", "allOf") for part in field.get(key, ())]
+    for part in [*parts, field["items"]] if "items" in field else parts:
+        yield from _references(part)
     for values in _map_values(field):
         yield from ((ref, f".NAME{below}") for ref, below in _references(values))
 
@@ -213,16 +199,10 @@ def _map_values(field: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _block(schema: dict[str, Any]) -> str:
-    required = schema.get("required", [])
-    rows = [
-        (
-            f"`{name}`",
-            _values(field),
-            "**required**" if name in required else _json_default(field),
-            _flat(field.get("description")),
-        )
-        for name, field in schema["properties"].items()
-    ]
+    rows = []
+    for name, field in schema["properties"].items():
+        default = "**required**" if name in schema.get("required", ()) else _json_default(field)
+        rows.append((f"`{name}`", _values(field), default, _flat(field.get("description"))))
     return table(("field", "value", "default", ""), rows)
 
 
@@ -252,9 +232,6 @@ def _values(field: dict[str, Any]) -> str:
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {field[key]}" for key, sign in signs.items() if key in field]
     return ", ".join([field.get("type", "any"), *bounds])
-
-
-# Tasks ---------------------------------------------------------------------------------------------------------
 
 
 def tasks_page() -> str:

@@ -257,9 +257,8 @@ def main() -> int:
                     how, bad = trial(stage.folder, command, torment, seed, seconds, right)
                     ended[how] += 1
                     found += [f"{command}, {torment}, seed {seed}: {one}" for one in bad]
-                rows.append(
-                    (command, torment, given.trials, *(ended[k] for k in ("done", "stopped", "killed")), len(found))
-                )
+                counts = (ended[how] for how in ("done", "stopped", "killed"))
+                rows.append((command, torment, given.trials, *counts, len(found)))
                 print(*rows[-1], sep=", ", flush=True)
                 print(*found, sep="\n", end="\n" * bool(found), flush=True)
                 wrong += len(found)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import frontier
-from benchmarks.frontier import read_rows, task_pairs
+from benchmarks.frontier import fitting, read_rows, task_pairs
 
 from hiplora.editing import Edit
-from hiplora.evaluation import Encoded, encode
+from hiplora.evaluation import Encoded
 
 CALIBRATION_ROW = 256
 
@@ -22,12 +22,11 @@ class EditSet(NamedTuple):
 def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> tuple[list[Encoded], list[Encoded]]:
     """Return the examples to train on and those to hold out, none longer than the recipe's `max_tokens`."""
     train, held = task_pairs(job, data)
-    kept = []
-    for pairs, count in ((train, measure["train_rows"]), (held, measure["heldout_rows"])):
-        examples = (encode(tokenizer, *pair) for pair in pairs)
-        short = (example for example in examples if len(example.ids) <= measure["max_tokens"])
-        kept.append([example for example, _ in zip(short, range(count), strict=False)])
-    return kept[0], kept[1]
+    most = measure["max_tokens"]
+    return (
+        fitting(tokenizer, train, measure["train_rows"], most),
+        fitting(tokenizer, held, measure["heldout_rows"], most),
+    )
 
 
 def edit_sets(data: Path, sets: int, per_set: int) -> tuple[list[EditSet], dict[str, list[Edit]]]:

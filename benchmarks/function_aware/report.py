@@ -11,6 +11,7 @@ with LoRA's runs of the same seed, and the interval is Student's t over the seed
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -30,10 +31,7 @@ from hiplora.reporting import save_figure
 OUT = HERE.parents[1] / "docs" / "results" / "function-aware"
 ANSWERS = ("success", "paraphrase", "neighbours_kept")
 TEXTS = ("prose", "python code", "german")
-LORA = {
-    "lora-any": ("lora-mlp", "lora-attention", "lora-all"),
-    "lora-attention": ("lora-attention",),
-}
+LORA = {"lora-any": ("lora-mlp", "lora-attention", "lora-all"), "lora-attention": ("lora-attention",)}
 
 
 def drift_at(runs: Iterable[dict[str, Any]], loss: float, text: str) -> float | None:
@@ -44,16 +42,16 @@ def drift_at(runs: Iterable[dict[str, Any]], loss: float, text: str) -> float | 
     found, runs = [], list(runs)
     for run in runs:
         found += [point["kl"][text] for point in run["points"] if point["heldout_loss"] <= loss]
-        for one, two in zip(run["points"], run["points"][1:], strict=False):
+        for one, two in itertools.pairwise(run["points"]):
             high, low = one["heldout_loss"], two["heldout_loss"]
             if low <= loss <= high and high > low:
                 share = (high - loss) / (high - low)
                 first, second = math.log(one["kl"][text]), math.log(two["kl"][text])
                 found.append(math.exp(first + share * (second - first)))
-    furthest = min((p for run in runs for p in run["points"]), key=lambda p: p["heldout_loss"], default=None)
-    if not found and furthest is not None:
-        return furthest["kl"][text]
-    return min(found, default=None)
+    if not found:
+        furthest = min((p for run in runs for p in run["points"]), key=lambda p: p["heldout_loss"], default=None)
+        return furthest and furthest["kl"][text]
+    return min(found)
 
 
 def compared(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -61,18 +59,11 @@ def compared(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, A
     peers = [r for r in runs if r["task"] == run["task"] and r["seed"] == run["seed"]]
     rows = []
     for point in run["points"]:
-        row: dict[str, Any] = {
-            "step": point["step"],
-            "heldout_loss": point["heldout_loss"],
-            "kl": point["kl"],
-        }
+        row: dict[str, Any] = {key: point[key] for key in ("step", "heldout_loss", "kl")}
         for name, variants in LORA.items():
             rivals = [r for r in peers if r["variant"] in variants]
-            ratios = {}
-            for text in TEXTS:
-                rival = drift_at(rivals, point["heldout_loss"], text)
-                ratios[text] = rival / point["kl"][text] if rival else None
-            row[f"times_less_than_{name}"] = ratios
+            drifts = {text: drift_at(rivals, point["heldout_loss"], text) for text in TEXTS}
+            row[f"times_less_than_{name}"] = {t: kl / point["kl"][t] if kl else None for t, kl in drifts.items()}
         rows.append(row)
     return {key: run[key] for key in ("task", "variant", "lr", "seed", "trainable_parameters")} | {"steps": rows}
 
@@ -144,13 +135,8 @@ def edits(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _share(successes: Sequence[bool]) -> dict[str, float]:
     """Return a share with its 95 % interval (Wilson)."""
     result = stats.binomtest(sum(successes), len(successes))
-    interval = result.proportion_ci(method="wilson")
-    return {
-        "share": sum(successes) / len(successes),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "count": len(successes),
-    }
+    low, high = map(float, result.proportion_ci(method="wilson"))
+    return {"share": result.statistic, "low": low, "high": high, "count": len(successes)}
 
 
 def main() -> None:

@@ -10,15 +10,29 @@ that `data.py` names.
 
 import argparse
 import itertools
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
+import torch
 import yaml
+from benchmarks.frontier import Loss, once, trained
+from benchmarks.function_aware.data import calibration_text, drift_texts, edit_sets, job_rows
+
+import hiplora
+from hiplora import HipLoraConfig
+from hiplora.adapters import save_as_lora
+from hiplora.editing import EditTraining, evaluate_edits, train_edits
+from hiplora.evaluation import BaseReference, heldout_loss, measure_drift
+from hiplora.evaluation.mounting import mounted
+from hiplora.files import staged_dir
+from hiplora.merging import merge
+from hiplora.models import load
+from hiplora.training.method import save_adapter
+from hiplora.tuner.layer import HipLoraLinear
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "docs" / "results" / "function-aware" / "recipe.yaml"
@@ -49,10 +63,6 @@ def jobs(recipe: dict[str, Any], chosen: list[str] | None) -> Iterator[Job]:
 
 def make_config(recipe: dict[str, Any], variant: str) -> tuple[Any, dict[str, Any]]:
     """Return the PEFT configuration of a variant and what it is calibrated on; every one scales its update by 2."""
-    import peft
-
-    from hiplora import HipLoraConfig
-
     settings = dict(recipe["variants"][variant])
     calibration = settings.pop("calibration", {})
     settings["target_modules"] = recipe["targets"][settings["target_modules"]]
@@ -66,11 +76,6 @@ class Bench:
     """The base model with what every run needs, loaded once."""
 
     def __init__(self, recipe: dict[str, Any], data: Path, out: Path):
-        from benchmarks.function_aware.data import drift_texts
-
-        from hiplora.evaluation import BaseReference
-        from hiplora.models import load
-
         self.recipe, self.data, self.out = recipe, data, out
         self.model, self.tokenizer = load(recipe["model"])
         tokens = recipe["measure"]["drift_tokens"]
@@ -78,12 +83,6 @@ class Bench:
 
     def adapt(self, job: Job) -> Any:
         """Put a fresh adapter on the model."""
-        import peft
-        import torch
-        from benchmarks.function_aware.data import calibration_text
-
-        import hiplora
-
         config, calibration = make_config(self.recipe, job.variant)
         if getattr(config, "basis", "") == "activation":
             tokens = calibration.get("tokens", 10_000)
@@ -97,8 +96,6 @@ class Bench:
         return peft.get_peft_model(self.model, config)
 
     def measure_drift(self, adapted: Any) -> dict[str, Any]:
-        from hiplora.evaluation import measure_drift
-
         drift = measure_drift(adapted, self.reference)
         return {
             "kl": {name: text.kl for name, text in drift.items()},
@@ -125,47 +122,19 @@ class Bench:
         }
 
     def _frontier(self, adapted: Any, job: Job) -> dict[str, Any]:
-        import torch
-        from benchmarks.function_aware.data import job_rows
-
-        from hiplora.evaluation import heldout_loss
-        from hiplora.evaluation.likelihood import response_log_probs
-
-        chosen = self.recipe["measure"]
+        chosen, points = self.recipe["measure"], []
         train, held = job_rows(job.task, self.data, self.tokenizer, chosen)
         with adapted.disable_adapter():
             before = heldout_loss(adapted, held)
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=job.lr, weight_decay=0.0)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(job.seed)).tolist()
-        size, points, seconds, tokens = chosen["batch_size"], [], 0.0, 0
-        for step in range(1, max(chosen["steps"]) + 1):
-            batch = [train[order[i % len(order)]] for i in range((step - 1) * size, step * size)]
-            start = time.perf_counter()
-            adapted.train()
-            loss = -torch.cat(response_log_probs(adapted, batch)).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            seconds, tokens = seconds + time.perf_counter() - start, tokens + sum(len(e.ids) for e in batch)
-            if step in chosen["steps"]:
-                points.append(
-                    {
-                        "step": step,
-                        "heldout_loss": heldout_loss(adapted.eval(), held),
-                        **self.measure_drift(adapted),
-                        "gains": gains(adapted),
-                    }
-                )
-        return {"heldout_loss_before": before, "points": points, "seconds": seconds, "tokens": tokens}
+        for done in trained(adapted, train, job.lr, job.seed, chosen, Loss({}, [], job.seed)):
+            if done["step"] in chosen["steps"]:
+                loss = heldout_loss(adapted.eval(), held)
+                found = {**self.measure_drift(adapted), "gains": gains(adapted)}
+                points.append({"step": done["step"], "heldout_loss": loss, **found})
+        return {"heldout_loss_before": before, "points": points} | {key: done[key] for key in ("seconds", "tokens")}
 
     def _edits(self, adapted: Any, job: Job) -> dict[str, Any]:
         """Train one set of edits ("edits1" is the first) and keep the adapter at the end, for the merges."""
-        from hiplora.editing import EditTraining, train_edits
-        from hiplora.files import staged_dir
-        from hiplora.training.method import save_adapter
-
         sets, neighbours = self._edit_sets()
         part = sets[int(job.task.removeprefix("edits")) - 1]
         points: list[dict[str, Any]] = []
@@ -183,8 +152,6 @@ class Bench:
         return {"points": points, "tokens": result["tokens"]}
 
     def _edit_sets(self) -> Any:
-        from benchmarks.function_aware.data import edit_sets
-
         chosen = self.recipe["edits"]
         sets, neighbours = edit_sets(self.data, chosen["sets"], chosen["per_set"])
         few = {name: _first_of_each(edits, chosen["neighbours"]) for name, edits in neighbours.items()}
@@ -200,8 +167,6 @@ class Bench:
 
     def measure_answers(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
         """Say which edits work, on their prompt and its paraphrase, and which neighbours kept their answer."""
-        from hiplora.editing import evaluate_edits
-
         edits = [edit for part in sets for edit in part.edits]
         near = [edit for part in sets for edit in neighbours[part.name]]
         asked = evaluate_edits(adapted, self.tokenizer, edits)
@@ -218,10 +183,6 @@ class Bench:
 
     def merge(self, job: Job, count: int) -> dict[str, Any]:
         """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
-        from hiplora.adapters import save_as_lora
-        from hiplora.evaluation.mounting import mounted
-        from hiplora.merging import merge
-
         sets, neighbours = self._edit_sets()
         parts = [self.adapter(job._replace(task=f"edits{index + 1}")) for index in range(count)]
         folder = self.out / "adapters" / f"merged{count}-{job.name}"
@@ -229,18 +190,11 @@ class Bench:
         with mounted(self.model, folder) as adapted:
             point = self.measure_edits(adapted, sets[:count], neighbours)
         shutil.rmtree(folder)
-        return {
-            **job._asdict(),
-            "task": f"merge{count}",
-            "settings": self.recipe["variants"][job.variant],
-            **point,
-        }
+        return {**job._asdict(), "task": f"merge{count}", "settings": self.recipe["variants"][job.variant], **point}
 
 
 def gains(adapted: Any) -> dict[str, float] | None:
     """Return the largest gain and the largest relative gain of all layers, None without a principal channel."""
-    from hiplora.tuner.layer import HipLoraLinear
-
     layers = [m for m in adapted.modules() if isinstance(m, HipLoraLinear) and m.hiplora_delta]
     if not layers:
         return None
@@ -260,47 +214,14 @@ def _first_of_each(edits: Any, count: int) -> list[Any]:
 
 def work(bench: Bench, planned: list[Job]) -> None:
     """Do what is not done and not being done by another process."""
-    import filelock
-
-    from hiplora.files import write_atomic
-
-    def once(name: str, make: Any) -> None:
-        path = bench.out / f"{name}.json"
-        try:
-            with filelock.FileLock(bench.out / f".{name}.lock", timeout=0):
-                if not path.exists():
-                    result = make()
-                    write_atomic(path, json.dumps(result, indent=1) + "\n")
-                    print(summary(name, result), flush=True)
-        except filelock.Timeout:
-            pass
-
     if any(job.task == "edits1" for job in planned):
-        once("base", bench.measure_base)
+        once(bench.out, "base", bench.measure_base)
     for job in planned:
-        once(job.name, lambda job=job: bench.run(job))
-    counts = bench.recipe["edits"]["merges"]
-    for job in (job for job in planned if job.task == "edits1"):
-        for count in counts:
-            parts = [job._replace(task=f"edits{index + 1}") for index in range(count)]
-            if all((bench.out / f"{part.name}.json").exists() for part in parts):
-                once(
-                    job._replace(task=f"merge{count}").name,
-                    lambda job=job, count=count: bench.merge(job, count),
-                )
-
-
-def summary(name: str, result: dict[str, Any]) -> str:
-    """Return a run's last figures in a line."""
-    last = result.get("points", [result])[-1]
-    if "kl" not in last:
-        return f"{name}: edits {sum(last['success'])}/{len(last['success'])}"
-    learned = (
-        f"loss {last['heldout_loss']:.3f}"
-        if "heldout_loss" in last
-        else f"edits {sum(last['success'])}/{len(last['success'])}"
-    )
-    return f"{name}: {learned}; KL " + ", ".join(f"{text} {kl:.4f}" for text, kl in last["kl"].items())
+        once(bench.out, job.name, lambda job=job: bench.run(job))
+    for job, count in itertools.product(planned, bench.recipe["edits"]["merges"]):
+        parts = [job._replace(task=f"edits{index + 1}") for index in range(count)]
+        if job.task == "edits1" and all((bench.out / f"{part.name}.json").exists() for part in parts):
+            once(bench.out, job._replace(task=f"merge{count}").name, lambda j=job, n=count: bench.merge(j, n))
 
 
 def main() -> None:
@@ -310,10 +231,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--series", nargs="+")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)
+        torch.set_num_threads(args.threads)
     recipe = yaml.safe_load(args.recipe.read_text(encoding="utf-8"))
     args.out.mkdir(parents=True, exist_ok=True)
     work(Bench(recipe, args.data, args.out), list(jobs(recipe, args.series)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -27,70 +28,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+import hiplora
+from hiplora.spectral import truncated_svd
+from hiplora.tuner import CalibrationStore
+
+# Hidden and MLP width, layers, heads, heads of keys and values, vocabulary.
+SHAPES = {"8b": (4096, 14336, 32, 32, 8, 128256), "tiny": (64, 160, 2, 4, 2, 512)}
+MLP = ["gate_proj", "up_proj", "down_proj"]
 LIMITS = {"contract": 60, "step": 150, "calibrate": 120, "frontier": 150}  # seconds
 
 
 def llama(size: str, layers: int | None = None, dtype: Any = None) -> Any:
     """Return a random model of Llama-3.1-8B's shapes, or a tiny one, on the device."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    shape = {
-        "8b": {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-        "tiny": {
-            "hidden_size": 64,
-            "intermediate_size": 160,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 512,
-        },
-    }[size]
-    config = LlamaConfig(**{**shape, "num_hidden_layers": layers or shape["num_hidden_layers"]})
+    hidden, mlp, all_layers, heads, keys, vocabulary = SHAPES[size]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers or all_layers, num_attention_heads=heads,
+        num_key_value_heads=keys, vocab_size=vocabulary,
+    )  # fmt: skip
     with torch.device(device()):
         return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.bfloat16).eval()
 
 
 def device() -> str:
     """Return where to run."""
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def synchronize() -> None:
     """Wait for the device."""
-    import torch
-
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def configs(size: str) -> dict[str, Callable[[Any], Any]]:
     """Return the tuners side by side on the MLPs, with about as many trainable parameters: each makes its config."""
-    import peft
-    import torch
-
-    import hiplora
-
-    rank = 16 if size == "8b" else 2
-    shared = {
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "target_modules": ["gate_proj", "up_proj", "down_proj"],
-        "task_type": "CAUSAL_LM",
-    }
+    rank, principal = (16, 32) if size == "8b" else (2, 4)
+    shared = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": MLP, "task_type": "CAUSAL_LM"}
 
     def function_aware(model: Any) -> Any:
-        config = hiplora.HipLoraConfig(**shared, principal_rank=32 if size == "8b" else 4)
+        config = hiplora.HipLoraConfig(**shared, principal_rank=principal)
         rows = torch.randint(0, model.config.vocab_size, (16, 256), generator=torch.Generator().manual_seed(0))
         hiplora.calibrate(model, config, rows=rows, gradient_tokens=1024)
         return config
@@ -98,16 +79,12 @@ def configs(size: str) -> dict[str, Callable[[Any], Any]]:
     return {
         "lora": lambda model: peft.LoraConfig(**shared),
         "hiplora": function_aware,
-        "hiplora-paper": lambda model: hiplora.HipLoraConfig(
-            preset="paper", **shared, principal_rank=32 if size == "8b" else 4
-        ),
+        "hiplora-paper": lambda model: hiplora.HipLoraConfig(preset="paper", **shared, principal_rank=principal),
     }
 
 
 def contract(args: argparse.Namespace) -> dict[str, Any]:
     """Return, per precision and preset, "ok" or what failed."""
-    import torch
-
     found = {}
     for precision in ("float32", "bfloat16", "autocast", "compiled"):
         for name, make in configs("tiny").items():
@@ -121,12 +98,6 @@ def contract(args: argparse.Namespace) -> dict[str, Any]:
 
 def check(make: Callable[[Any], Any], precision: str) -> str:
     """Train, save, load, merge and export one adapter; return "ok" or what is wrong."""
-    import peft
-    import torch
-    from transformers import set_seed
-
-    import hiplora
-
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     set_seed(0)
     base = llama("tiny", dtype=dtype)
@@ -187,11 +158,11 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         shape = f"{rows} × {length}"
         found[shape] = {name: time_step(size, make, rows, length) for name, make in configs(size).items()}
         print(shape, json.dumps(found[shape]), flush=True)
-    import peft
-
-    few, targets = (4 if size == "8b" else 1), ["gate_proj", "up_proj", "down_proj"]
-    osf = {"osf": lambda model: peft.OSFConfig(task_type="CAUSAL_LM", target_modules=targets)}
-    tuners = {"lora": configs(size)["lora"], **osf}
+    few = 4 if size == "8b" else 1
+    tuners = {
+        "lora": configs(size)["lora"],
+        "osf": lambda model: peft.OSFConfig(task_type="CAUSAL_LM", target_modules=MLP),
+    }
     rows, length = (2, 16) if args.tiny else (4, 512)
     found[f"{few} layers, {rows} × {length}"] = {
         name: time_step(size, make, rows, length, few) for name, make in tuners.items()
@@ -204,11 +175,6 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
 
 def time_step(size: str, make: Callable[[Any], Any], rows: int, length: int, layers: int | None = None) -> dict:
     """Return the median of ten steps, and the peak memory of the device."""
-    import gc
-
-    import peft
-    import torch
-
     model = llama(size, layers)
     adapted = peft.get_peft_model(model, make(model)).train()
     adapted.enable_input_require_grads()
@@ -237,10 +203,6 @@ def time_step(size: str, make: Callable[[Any], Any], rows: int, length: int, lay
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of the default calibration, and of the attention matrices' certified factors."""
-    import hiplora
-    from hiplora.spectral import truncated_svd
-    from hiplora.tuner import CalibrationStore
-
     size = "tiny" if args.tiny else "8b"
     model = llama(size)
     config = hiplora.HipLoraConfig(task_type="CAUSAL_LM", principal_rank=4 if args.tiny else 32)
@@ -274,10 +236,6 @@ PARTS = {"contract": contract, "step": step, "calibrate": calibrate, "frontier":
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    import peft
-    import torch
-    import transformers
-
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {"device": name, **versions}

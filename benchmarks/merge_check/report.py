@@ -19,13 +19,9 @@ from hiplora.metrics import retain
 from hiplora.reporting import plots, save_figure
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "merge-check"
-NAMES = {
-    "lora": "LoRA",
-    "lora-mlp": "LoRA on the MLPs",
-    "hiplora-paper": "HiP-LoRA (paper)",
-    "hiplora": "HiP-LoRA",
-}
+NAMES = {"lora": "LoRA", "lora-mlp": "LoRA on the MLPs", "hiplora-paper": "HiP-LoRA (paper)", "hiplora": "HiP-LoRA"}
 TASKS = {"mmlu": "MMLU", "scienceqa": "ScienceQA", "gsm8k": "GSM8K", "humaneval": "HumanEval"}
+FORMS = ("score", "likelihood")
 RULES = {"addition": "All four added", "ties": "All four by TIES"}
 
 
@@ -52,23 +48,20 @@ def main() -> None:
 
 def summarise(record: dict[str, Any]) -> dict[str, Any]:
     """Return what the pages quote: each run's means, each rule's verdicts, Retain."""
-    means = {
-        run: {task: {form: found[form]["estimate"] for form in ("score", "likelihood") if form in found}
-              for task, found in tasks.items()}
-        for run, tasks in record["runs"].items()
-    }  # fmt: skip
-    retained = {
-        form: {
-            domain: retain(_form(means["base"], form), _form(means[domain], form), domain)
-            for domain in record["adapters"]
+    means: dict[str, Any] = {
+        run: {
+            task: {form: found[form]["estimate"] for form in FORMS if form in found} for task, found in tasks.items()
         }
-        for form in ("score", "likelihood")
+        for run, tasks in record["runs"].items()
     }
-    return {
-        "means": means,
-        "verdicts": record["verdicts"],
-        "retain": {form: {**each, "mean": statistics.fmean(each.values())} for form, each in retained.items()},
-    }
+    retained = {}
+    for form in FORMS:
+        base, *alone = (
+            {task: found[form] for task, found in means[run].items()} for run in ("base", *record["adapters"])
+        )
+        each = {name: retain(base, one, name) for name, one in zip(record["adapters"], alone, strict=True)}
+        retained[form] = {**each, "mean": statistics.fmean(each.values())}
+    return {"means": means, "verdicts": record["verdicts"], "retain": retained}
 
 
 def plain(value: Any) -> Any:
@@ -78,18 +71,12 @@ def plain(value: Any) -> Any:
     return value + 0.0 if isinstance(value, float) else value
 
 
-def _form(tasks: dict[str, dict[str, float]], form: str) -> dict[str, float]:
-    return {task: found[form] for task, found in tasks.items()}
-
-
 def figure(summary: dict[str, Any]) -> Figure:
     """Draw each task's likelihood with its own adapter and after the merge, a panel a rule."""
     with plots.styled():
         shown = Figure(figsize=(7.4, 7.5))
         for (rule, title), ax in zip(RULES.items(), shown.subplots(1, 2, sharex=True, sharey=True), strict=True):
-            judged = {
-                NAMES[method]: found["verdicts"][rule]["likelihood"]["tasks"] for method, found in summary.items()
-            }
+            judged = {NAMES[key]: found["verdicts"][rule]["likelihood"]["tasks"] for key, found in summary.items()}
             rows = {
                 f"{task}, {name}": {method: tasks[key][stage] for method, tasks in judged.items()}
                 for key, task in TASKS.items()
