@@ -205,17 +205,16 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in getattr(skill, name)))
     schedule = {"steps": settings.steps, "save_every": settings.steps, "eval_every": 2, "warmup_ratio": 0.0}
     batches = {"batch_size": settings.batch_size, "gradient_accumulation": 1, "max_length": 256, "packing": False}
-    recipe = TrainRecipe.model_validate(
-        {
-            "model": settings.model,
-            "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
-            "method": {"lora_dropout": 0.0, **METHODS[key].block(settings.rank, settings.principal_rank)},
-            "train": {**schedule, **batches, "lr": settings.lr, "drift_tokens": 0},
-            "seed": settings.seed,
-        }
-    )
+    fields = {
+        "model": settings.model,
+        "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
+        "method": {"lora_dropout": 0.0, **METHODS[key].block(settings.rank, settings.principal_rank)},
+        "train": {**schedule, **batches, "lr": settings.lr, "drift_tokens": 0},
+        "seed": settings.seed,
+    }
     title = f"{METHODS[key].title}, {skill.name}"
-    result = train(recipe, out, resume=True, callbacks=[StopAtLoss()], description=title)
+    callbacks = [StopAtLoss()]
+    result = train(TrainRecipe.model_validate(fields), out, resume=True, callbacks=callbacks, description=title)
     kept = ("trainable_parameters", "seconds", "tokens", "held_out")
     return {"steps": result.metrics[-1]["step"], **{name: getattr(result, name) for name in kept}}
 

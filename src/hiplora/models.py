@@ -113,31 +113,31 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
         ConfigError: there is no such folder or hub model, or it is not a causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    path = resolve(model)
-    try:
-        with quiet_transformers(always=False):
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or torch.float32, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
-            f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
-        ) from error
+    tokenizer = load_tokenizer(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return network.eval(), tokenizer
+    return _pretrained(AutoModelForCausalLM, model, dtype=dtype or torch.float32).eval(), tokenizer
 
 
 def load_tokenizer(model: str) -> Any:
     """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none."""
     from transformers import AutoTokenizer
 
+    return _pretrained(AutoTokenizer, model)
+
+
+def _pretrained(kind: Any, model: str, **options: Any) -> Any:
+    path = resolve(model)
     try:
-        return AutoTokenizer.from_pretrained(resolve(model), trust_remote_code=False)
+        with quiet_transformers(always=False):
+            return kind.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model {model}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        raise ConfigError(
+            f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
+            f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
+        ) from error
 
 
 def machine_dtype() -> str:
@@ -175,10 +175,9 @@ def pick_device(device: str = "auto") -> str:
 
 
 def resolve(model: str) -> str:
-    """Return what transformers can load for `model`.
+    """Return what transformers can load: a known model's folder in the cache, fetched if needed; else `model` itself.
 
-    A known model's name gives its folder in the cache, fetched first if needed, and so does the folder in another
-    machine's cache; a path or a hub name is returned as it is. A folder of that name in the working directory wins.
+    A folder in another machine's cache names a known model too; a folder of its name in the working directory wins.
     """
     name = _known(model)
     return str(fetch(name)) if name and not Path(model).is_dir() else model
@@ -204,9 +203,8 @@ def model_dir(name: str) -> Path:
 def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Path:
     """Return the folder of a known model in the cache; it is made if it is missing or damaged.
 
-    Several processes may call this at once: one works, the others wait. The folder appears whole or not at all.
-    `verify` compares the hash of every file, not only the size; `accept_terms` is the user's word on the terms of a
-    model that has some, without which it is not downloaded.
+    Several processes may call this at once: one works, the others wait. `verify` compares the hash of every file, not
+    only the size; `accept_terms` is the user's word on the terms of a model that has some.
 
     Raises:
         ConfigError: unknown name, or terms that were not accepted.
@@ -230,7 +228,10 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
             logger.warning("model %s: %s: %s; making it anew", name, folder, problem)
         with staged_dir(folder, True) as aside:
             model.write(aside)
-            files = {path.name: _identity(path) for path in sorted(aside.iterdir())}
+            files = {
+                path.name: {"sha256": file_sha256(path), "size": path.stat().st_size}
+                for path in sorted(aside.iterdir())
+            }
             record = {"format": _FORMAT, "model": name, "source_sha256": model.source_sha256, "files": files}
             write_atomic(aside / MANIFEST, json.dumps(record, indent=2) + "\n")
     logger.info("model %s: ready in %s", name, folder)
@@ -305,10 +306,6 @@ def _convert(gguf: Path, folder: Path, model: PackagedModel) -> None:
         f"to, not equal to, the originally published ones.\n\nLicence: {model.licence} {model.terms}\n",
         encoding="utf-8",
     )
-
-
-def _identity(path: Path) -> dict[str, Any]:
-    return {"sha256": file_sha256(path), "size": path.stat().st_size}
 
 
 def _damage(folder: Path, model: PackagedModel | MadeModel, full: bool) -> str | None:

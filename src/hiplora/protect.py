@@ -60,18 +60,16 @@ def protect_adapter(
 ) -> dict[str, Any]:
     """Project a trained adapter off its layers' inputs, measure that, and write the result as a plain LoRA folder.
 
+    `principal_rank`, `projection` and `strength` say how: see `hiplora.adapters.protect`. Mask "joint" takes pairs of
+    directions of inputs and outputs out, as few as give the same drift to second order: more of the update stays, at
+    four times its rank.
+
     Args:
-        adapter_dir: an adapter folder that `read_update` reads, or an update.
-        path: output folder; `overwrite` replaces one that exists.
-        principal_rank: with `projection` and `strength`, how the update is projected: see `hiplora.adapters.protect`.
-        mask: "inputs" takes directions of the layers' inputs out; "joint" pairs of directions of inputs and outputs,
-            as few as give the same drift to second order: more of the update stays, at four times its rank.
-        text: what the layers' inputs are measured on: a file, or a data set on the hub; None samples text from the
-            base model, by `seed`. `tokens` are read or sampled.
+        text: a file or a data set on the hub, of which `tokens` are read; else they are sampled from the base model.
         data: a file with rows of the adapter's task, whose loss is measured.
-        drift_text: a file with text to measure drift on; None takes prose and code of Python's own.
-        scale: multiply the result by this number.
-        tolerance: multiply it by the smallest number at which the loss on `data` rises by so many nats at most.
+        drift_text: a file with text to measure drift on, else prose and code of Python's own.
+        scale: multiply the result by this number; `tolerance`: by the smallest number at which the loss on `data`
+            rises by so many nats at most.
         base: base model, path or name, instead of the one in the adapter's configuration.
 
     Returns:
@@ -114,6 +112,7 @@ def protect_adapter(
         scored = sum(len(example.scored) for example in examples)
         loss |= {"file": Path(data).name, "rows": len(examples), "tokens": scored}
     shares, left = remaining(update, projected)
+    calibrated = min(inputs.tokens for inputs in bases.values())
     record: dict[str, Any] = {
         "schema": 1,
         "kind": "protection",
@@ -126,10 +125,7 @@ def protect_adapter(
         "strength": strength,
         "scale": scale,
         "scale_search": search,
-        "calibration": {
-            "source": SELF if text is None else describe_source(text),
-            "tokens": min(inputs.tokens for inputs in bases.values()),
-        },
+        "calibration": {"source": SELF if text is None else describe_source(text), "tokens": calibrated},
         "modules": [
             {"module": module, "k": module_rank(principal_rank, bases[module], module), "norm_share": share}
             for module, share in shares.items()
