@@ -14,14 +14,11 @@ if "HIPLORA_TEST_REAL_CACHE" not in os.environ:
     from hiplora.files import cache_dir
 
     os.environ["HIPLORA_TEST_REAL_CACHE"] = str(cache_dir())
-    os.environ["HIPLORA_CACHE"] = tempfile.mkdtemp(prefix="hiplora-test-cache-")
-    _OWN_CACHE = os.environ["HIPLORA_CACHE"]
+    os.environ["HIPLORA_CACHE"] = _OWN_CACHE = tempfile.mkdtemp(prefix="hiplora-test-cache-")
 else:
     _OWN_CACHE = None
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["MPLBACKEND"] = "agg"
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the processes that tests
 # start in order to interrupt them.

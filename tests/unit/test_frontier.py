@@ -19,28 +19,17 @@ def points(*rows: tuple[float, int, float, float, float]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["rate", "step", "scale", "heldout_loss", "kl/x"])
 
 
-def records(method: str, seed: int, *rows: tuple[int, float, float, float]) -> pd.DataFrame:
-    """A run's records from (step, scale, held-out loss, drift)."""
-    return pd.DataFrame(
-        [
-            ["t", method, 1e-3, seed, step, scale, metric, value]
-            for step, scale, loss, kl in rows
-            for metric, value in (("heldout_loss", loss), ("kl/x", kl))
-        ],
-        columns=["task", "method", "rate", "seed", "step", "scale", "metric", "value"],
-    )
+def records(method: str, seed: int, *rows: tuple[float, float, float, float]) -> pd.DataFrame:
+    """A run's records from points of `points` without their rate."""
+    wide = points(*((1e-3, *row) for row in rows)).assign(task="t", method=method, seed=seed)
+    return wide.melt(["task", "method", "rate", "seed", "step", "scale"], var_name="metric")
 
 
-def test_drift_at_a_loss_is_interpolated_on_the_log_scale_between_neighbours_of_a_curve() -> None:
-    run = points((1e-3, 20, 1.0, 1.0, 0.01), (1e-3, 40, 1.0, 0.8, 0.04))
-    assert drift_at(run, 0.9, "kl/x") == pytest.approx(0.02)
-    assert drift_at(run, 0.8, "kl/x") == pytest.approx(0.04)
-    assert math.isnan(drift_at(run, 0.7, "kl/x"))
-
-
-def test_a_smaller_scale_of_the_finished_adapter_counts_where_it_drifts_less() -> None:
-    run = points((1e-3, 20, 1.0, 1.0, 0.01), (1e-3, 40, 1.0, 0.8, 0.04), (1e-3, 40, 0.5, 0.9, 0.005))
-    assert drift_at(run, 0.9, "kl/x") == pytest.approx(0.005)
+def test_drift_at_a_loss_is_interpolated_on_the_log_scale_along_steps_and_along_scales_of_the_end() -> None:
+    rows = (1e-3, 20, 1.0, 1.0, 0.01), (1e-3, 40, 1.0, 0.8, 0.04)
+    for loss, drift in ((0.9, 0.02), (0.8, 0.04), (0.7, math.nan)):
+        assert drift_at(points(*rows), loss, "kl/x") == pytest.approx(drift, nan_ok=True)
+    assert drift_at(points(*rows, (1e-3, 40, 0.5, 0.9, 0.005)), 0.9, "kl/x") == pytest.approx(0.005)
 
 
 def test_methods_are_compared_at_the_loss_that_both_reach() -> None:
