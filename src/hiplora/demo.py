@@ -7,20 +7,25 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import yaml
+from transformers import TrainerCallback
 
 from hiplora import __version__
+from hiplora.adapters import read_update, save_as_lora
 from hiplora.compare import METHODS, QUESTIONS, Base, Tell, check_model
 from hiplora.compare_report import Results, mean_of, shown, spread
+from hiplora.data.examples import Example
+from hiplora.data.texts import drift_texts
+from hiplora.evaluation.updates import measure_updates
 from hiplora.files import write_atomic
+from hiplora.merging import merge
 from hiplora.provenance import folder_identity, json_sha256, provenance
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from hiplora.data.examples import Example
+from hiplora.reporting import Section, formatted, save_page
+from hiplora.run_folder import RunFolder
+from hiplora.training import TrainRecipe, train
 
 COMPARED = ("lora", "hiplora")
 ANSWER_TOKENS = 40
@@ -118,9 +123,6 @@ def demo(
         ConfigError: model or output folder cannot be used.
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
-    from hiplora.data.texts import drift_texts
-    from hiplora.run_folder import RunFolder
-
     settings, texts, both = settings or DemoSettings(), drift_texts(), skills()
     check_model(settings.model, settings.principal_rank, {"function-aware"})
     plan = {
@@ -171,10 +173,8 @@ def headline(results: Results) -> str:
     )
 
 
-def summary(results: Results) -> "pd.DataFrame":
+def summary(results: Results) -> pd.DataFrame:
     """Return the results as a table, a column a method and the base model first."""
-    import pandas as pd
-
     columns = {}
     for name, counts in results["summary"].items():
         column = {check: f"{passed} of {asked}" for check, (passed, asked) in counts["checks"].items()}
@@ -191,9 +191,6 @@ def summary(results: Results) -> "pd.DataFrame":
 
 def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results:
     """Train one skill with one method until its held-out loss is low enough."""
-    from transformers import TrainerCallback
-
-    from hiplora.training import TrainRecipe, train
 
     class StopAtLoss(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -221,10 +218,6 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
 
 def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skill], texts: dict[str, str]) -> Results:
     """Add a method's adapters, save the sum as a plain LoRA, check that it is exact, and measure all drifts."""
-    from hiplora.adapters import read_update, save_as_lora
-    from hiplora.evaluation.updates import measure_updates
-    from hiplora.merging import merge
-
     parts = [adapters / f"{key}-{skill.name}" for skill in both]
     report = save_as_lora(merge(parts, "addition"), adapters / f"{key}-added", overwrite=True)
     names = [*(skill.name for skill in both), "added"]
@@ -235,9 +228,8 @@ def _add(base: Callable[[], Base], adapters: Path, key: str, both: Sequence[Skil
 
 def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
     """Return what the models answer to each skill's held-back prompts, alone and added, and to unrelated questions."""
-    from hiplora.data.examples import Example
 
-    def said(prompts: "Sequence[Example | str]", which: str) -> list[dict[str, str]]:
+    def said(prompts: Sequence[Example | str], which: str) -> list[dict[str, str]]:
         named = {METHODS[key].title: adapters / f"{key}-{which}" for key in COMPARED}
         return base.answers(named, prompts, ANSWER_TOKENS)
 
@@ -282,8 +274,6 @@ def _counts(results: Results, name: str) -> Results:
 
 
 def _write_report(results: Results, out: Path) -> None:
-    from hiplora.reporting import Section, formatted, save_page
-
     skills = results["skills"].values()
     text = (
         f"One skill {', the other '.join(found['about'] for found in skills)}. Each was trained until its loss on "

@@ -3,6 +3,7 @@
 A section is a function that returns JSON values; its values are in SECTION.json beside this file. See README.md.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -113,6 +114,12 @@ def updates_of(model):
     }
 
 
+@contextlib.contextmanager
+def folder_of_base():
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place), save_tiny(Path(place) / "base")
+
+
 def save_adapter(base, folder, config, seed, size=1.0):
     """Write an adapter of the saved base, its A and B (or all that HiP-LoRA draws) at random."""
     import peft
@@ -187,9 +194,7 @@ def merging():
     options |= {"magnitude": density, "knots": density | scale, "tsv": scale | {"sv_reduction": None}, "iso-c": scale}
     assert set(options) == set(RULES), "a merge rule came or went: give its options here"
     found = {}
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        base = save_tiny(place / "base")
+    with folder_of_base() as (place, base):
         loras = [save_adapter(base, place / f"lora{seed}", lora_config(), seed) for seed in (1, 2)]
         hips = [save_adapter(base, place / f"hip{seed}", hip_config(init_weights=False), seed) for seed in (1, 2)]
         merges = {f"{rule} of lora": (loras, rule, None) for rule in RULES}
@@ -231,9 +236,7 @@ def evaluation():
     """`hiplora eval` of a base and two adapters, item by item; drift; and edits, with what they did elsewhere."""
     from hiplora.evaluation.evaluate import EvalSettings, evaluate
 
-    with tempfile.TemporaryDirectory() as place:
-        place = Path(place)
-        base = save_tiny(place / "base")
+    with folder_of_base() as (place, base):
         for name, rows in DATA.items():
             write_jsonl(place / f"{name}.jsonl", rows)
         adapters = {
@@ -262,16 +265,14 @@ def _drift(base, folder):
     model = AutoModelForCausalLM.from_pretrained(base).requires_grad_(False).eval()
     reference = BaseReference.build(model, tiny_tokenizer(), texts, window=64, max_tokens=200)
     ids = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"]])
-    with torch.no_grad():
-        before = model(input_ids=ids).logits[0]
-        adapted = PeftModel.from_pretrained(model, folder).eval()
-        after = adapted(input_ids=ids).logits[0]
-    agreement = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
+    before = model(input_ids=ids).logits[0].argmax(-1)
+    adapted = PeftModel.from_pretrained(model, folder).eval()
+    after = adapted(input_ids=ids).logits[0].argmax(-1)
     drift = {
         name: {key: getattr(told, key) for key in ("kl", "perplexity_ratio", "tokens")}
         for name, told in measure_drift(adapted, reference).items()
     }
-    return {**drift, "top-1 agreement": agreement}
+    return {**drift, "top-1 agreement": (before == after).double().mean().item()}
 
 
 def _editing():
@@ -304,6 +305,9 @@ def _editing():
     return found
 
 
+OF_STAGES = ("average_accuracy", "backward_transfer", "forgetting", "learned_accuracy")
+
+
 def metrics():
     """Every function of hiplora.metrics on fixed numbers."""
     from dataclasses import asdict
@@ -311,8 +315,8 @@ def metrics():
     from hiplora import metrics as m
 
     draw = np.random.RandomState(11)
-    accuracies = [[50.0, None, None], [45.0, 60.0, None], [48.0, 52.0, 70.0]]
     full = [[50.0, 20.0, 10.0], [45.0, 60.0, 12.0], [48.0, 52.0, 70.0]]
+    accuracies = [[value if stage >= i else None for i, value in enumerate(row)] for stage, row in enumerate(full)]
     draw.uniform(-2, 2, (2, 9, 7))  # the values of metrics that are gone: what follows draws the same numbers
     sums, other = -draw.uniform(1, 9, (2, 8))
     single = [{"a": 60.0, "b": 40.0}, {"a": 62.0, "c": 0.0}, {"b": 50.0, "c": 30.0}]
@@ -325,12 +329,9 @@ def metrics():
     one_seed = m.paired_bootstrap({k: v[:1] for k, v in values.items()}, replicates=1000, seed=0, level=0.9)
     yes, no = [True, False, True, True], [True, True, False, False]
     found = {
+        **{name: [getattr(m, name)(matrix) for matrix in (accuracies, full)] for name in OF_STAGES},
         "answer_likelihood": [m.answer_likelihood(-3.5, 4), m.answer_likelihood(0.0005, 1)],
-        "average_accuracy": [m.average_accuracy(accuracies), m.average_accuracy(full)],
-        "backward_transfer": [m.backward_transfer(accuracies), m.backward_transfer(full)],
-        "forgetting": [m.forgetting(accuracies), m.forgetting(full)],
         "gold_probability": [m.gold_probability([-4.0, -2.5, -3.0, -900.0], gold) for gold in range(4)],
-        "learned_accuracy": [m.learned_accuracy(accuracies), m.learned_accuracy(full)],
         "locality": [asdict(m.locality(yes, no)), asdict(m.locality(yes, no, sums[:4], other[:4]))],
         "mean_post_merge_drop": [m.mean_post_merge_drop(*two) for two in ((merged, single), (merged[0], single[0]))],
         "merge_fail": [m.merge_fail(merged, single, tau) for tau in (0.8, 0.9, 1.0)],
