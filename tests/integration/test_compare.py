@@ -21,7 +21,6 @@ from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 6
 TITLES = {"lora": "LoRA", "lora-mlp": "LoRA on the MLPs", "hiplora": "HiP-LoRA", "hiplora-paper": "HiP-LoRA (paper)"}
-TIMING = ("seconds", "provenance")
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +29,9 @@ def job(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("compare")
     (folder / "drift.txt").write_text(TEXT)
     (folder / "prompts.txt").write_text("What is it?\n\nWho was there?\n")
-    settings = CompareSettings(
-        methods=tuple(TITLES),
-        steps=6,
-        lr=2e-2,
-        max_length=64,
-        rank=4,
-        principal_rank=8,
-        prompts=str(folder / "prompts.txt"),
-        drift_text=str(folder / "drift.txt"),
-        heldout_fraction=0.2,
-    )
+    files = {"prompts": str(folder / "prompts.txt"), "drift_text": str(folder / "drift.txt")}
+    sizes = {"steps": 6, "lr": 2e-2, "max_length": 64, "rank": 4, "principal_rank": 8, "heldout_fraction": 0.2}
+    settings = CompareSettings(methods=tuple(TITLES), **sizes, **files)
     return str(tiny_model_dir), write_jsonl(folder / "rows.jsonl", ROWS), settings
 
 
@@ -50,20 +41,6 @@ def done(job, tmp_path_factory):
     out = tmp_path_factory.mktemp("done") / "out"
     model, data, settings = job
     return compare(model, data, out, settings), out
-
-
-def adapter_model(out, method, scale=1.0):
-    """The base model with an adapter's dense update added, at a scale."""
-    model = tiny_llama()
-    for name, (A, B) in read_update(out / "adapters" / method).factors.items():
-        model.get_submodule(name).weight.data += scale * (B.double() @ A.double()).float()
-    return model
-
-
-def timeless(value):
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMING}
-    return value
 
 
 @torch.no_grad()
@@ -91,7 +68,9 @@ def test_loss_and_drift_are_those_of_the_adapter_at_each_scale(done, job, method
     assert [point["step"] for point in record["trained"]] == [2, 4, 6]
     assert record["trained"][-1]["held_out_loss"] < results["base"]["held_out_loss"]
     for point in (record["scaled"][1], {**record["trained"][-1], "scale": 1.0}):
-        model = adapter_model(out, method, point["scale"])
+        model = tiny_llama()  # with the adapter's dense update added, at the scale
+        for name, (A, B) in read_update(out / "adapters" / method).factors.items():
+            model.get_submodule(name).weight.data += point["scale"] * (B.double() @ A.double()).float()
         assert point["held_out_loss"] == pytest.approx(loss_by_hand(model, rows), abs=1e-4)
         kl, change, count = 0.0, 0.0, 0
         for ids in windows:
@@ -194,7 +173,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
     assert not (tmp_path / "out" / "results.json").exists()
     results = compare(model, data, tmp_path / "out", settings)
     assert len(calls) == 4 + 1  # what was finished is not trained again
-    assert timeless(results["methods"]) == timeless(done[0]["methods"])
+    for title, record in results["methods"].items():
+        assert record | {"seconds": 0} == done[0]["methods"][title] | {"seconds": 0}
 
 
 @pytest.mark.parametrize(
@@ -213,10 +193,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(job, tmp_path, monkeypatch, change, error, said):
-    def never(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    monkeypatch.delattr("transformers.PreTrainedModel.from_pretrained")
     change = dict(change)
     model, data = change.pop("model", job[0]), change.pop("data", job[1])
     with pytest.raises(error, match=said):

@@ -27,8 +27,7 @@ FENCE = re.compile(r"^( *)```(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
 
 def fenced(text: str, *languages: str) -> list[str]:
     """Return the code blocks of a page in one of the languages, without the indentation that they have in lists."""
-    found = [(match[2], textwrap.dedent(match[3])) for match in FENCE.finditer(text)]
-    return [code for language, code in found if language in languages]
+    return [textwrap.dedent(match[3]) for match in FENCE.finditer(text) if match[2] in languages]
 
 
 PYTHON = {page: code for page, text in PAGES.items() if (code := fenced(text, "python"))}
@@ -84,11 +83,6 @@ def test_the_first_ten_minutes_are_as_the_page_says(tmp_path, monkeypatch, capsy
     peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "runs" / "ten-lora"))
 
 
-def test_the_readme_trains_the_default_method():
-    assert "peft_config=hiplora.HipLoraConfig(task_type=" in "\n".join(PYTHON["README.md"])
-    assert HipLoraConfig().preset == "function-aware"
-
-
 @pytest.mark.parametrize(("page", "line"), SHELL, ids=lambda value: value.partition("/")[0][:60])
 def test_a_shell_line_is_a_valid_command(page, line):
     words = shlex.split(line, comments=True)[1:]
@@ -96,6 +90,8 @@ def test_a_shell_line_is_a_valid_command(page, line):
     COMMANDS[name].make_context(name, words[len(name.split()) :])
 
 
-def test_the_readme_lists_every_command():
+def test_the_readme_trains_the_default_method_and_lists_every_command():
+    assert "peft_config=hiplora.HipLoraConfig(task_type=" in "\n".join(PYTHON["README.md"])
+    assert HipLoraConfig().preset == "function-aware"
     listed = re.findall(r"^\| `hiplora ([\w-]+)", PAGES["README.md"], re.MULTILINE)
     assert sorted(listed) == sorted({name.split()[0] for name in COMMANDS})
