@@ -1,6 +1,7 @@
 """Files that are never half-written: each is written beside its place and renamed into it."""
 
 import contextlib
+import contextvars
 import os
 import re
 import shutil
@@ -41,6 +42,17 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
 
 
 Inputs = Mapping[str, "str | os.PathLike | None"]  # what it is → a file or folder, or a name on the hub
+_READ: contextvars.ContextVar[Inputs | None] = contextvars.ContextVar("read", default=None)
+
+
+@contextlib.contextmanager
+def sparing(inputs: Inputs) -> Iterator[None]:
+    """Let no output replace these inputs inside the block, whatever else its writer names."""
+    token = _READ.set({**(_READ.get() or {}), **inputs})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
 
 
 def check_output_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs | None = None) -> Path:
@@ -83,7 +95,7 @@ def _check_replaced(path: Path, overwrite: bool, inputs: Inputs | None, option: 
     if not path.exists():
         return
     final = path.resolve()
-    for what, given in (inputs or {}).items():
+    for what, given in {**(_READ.get() or {}), **(inputs or {})}.items():
         if given and os.path.exists(given):
             place = Path(given).resolve()
             if place.is_relative_to(final) or final.is_relative_to(place):
@@ -106,21 +118,20 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
     final = check_output_dir(path, overwrite, inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(final.parent / f".{final.name}.part.lock", path)
-    beside: dict[str, Any] = {"dir": final.parent, "prefix": f".{final.name}."}
     try:
-        _sweep(final)
+        sweep(final)
         check_output_dir(path, overwrite, inputs)
-        aside = Path(tempfile.mkdtemp(**beside, suffix=".part"))
+        aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
         aside.chmod(0o777 & ~_UMASK)
         yield aside
         for file in aside.rglob("*"):  # safetensors gives its files to their owner alone
             if file.is_file():
                 file.chmod(file_mode())
         if check_output_dir(final, overwrite).exists():
-            os.replace(final, Path(tempfile.mkdtemp(**beside, suffix=".old")) / "old")
+            set_aside(final)
         os.replace(aside, final)  # if it fails, or the process is killed here, the sweep puts the old one back
     finally:
-        _sweep(final)
+        sweep(final)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
 
@@ -137,8 +148,13 @@ def locked(file: Path, out: str | os.PathLike) -> FileLock:
     return lock
 
 
-def _sweep(final: Path) -> None:
-    """Remove what a staged folder left beside its place, but put a folder back that was to be replaced and was not."""
+def set_aside(final: Path) -> None:
+    """Move a folder that is to be replaced to a place beside it, from which `sweep` restores or removes it."""
+    os.replace(final, Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".old")) / "old")
+
+
+def sweep(final: Path) -> None:
+    """Remove what is left beside a folder's place, but put a folder back that was to be replaced and was not."""
     left = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")  # not what belongs to a longer name: model.v2
     for path in filter(Path.is_dir, list(final.parent.iterdir())):
         if left.fullmatch(path.name):

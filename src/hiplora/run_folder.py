@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hiplora.errors import ConfigError
-from hiplora.files import Inputs, check_output_dir, locked, parse_yaml, write_atomic
+from hiplora.files import Inputs, check_output_dir, locked, parse_yaml, set_aside, sweep, write_atomic
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -70,12 +70,12 @@ class RunFolder:
     def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
         """Hold the folder against other processes (or ConfigError); make it or empty it, and write the settings.
 
-        A run that fails before anything is finished leaves no folder.
+        A run that fails before anything is finished leaves no folder, or the one that it was to replace.
         """
         if overwrite and self.path.exists():
             if (self.path / LOCK).exists():
                 locked(self.path / LOCK, self.path).release()
-            shutil.rmtree(self.path)
+            set_aside(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = locked(self.path / LOCK, self.path)
         try:
@@ -89,6 +89,7 @@ class RunFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
         finally:
+            sweep(self.path)
             lock.release()
             if self.complete:  # nobody will work here again
                 (self.path / LOCK).unlink(missing_ok=True)

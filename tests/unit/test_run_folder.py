@@ -72,3 +72,14 @@ def test_differences_name_what_is_missing_on_either_side():
         "b.c: 2 there, 3 here",
         "d: None there, 4 here",
     ]
+
+
+def test_a_start_that_fails_leaves_the_finished_run_that_it_was_to_replace(run):
+    with run.claimed({"steps": 1}):
+        (run.path / "results.json").write_text("finished")
+    with pytest.raises(ConfigError), run.claimed(SETTINGS, overwrite=True):
+        assert not (run.path / "results.json").exists()
+        raise ConfigError("module foo is not in the model")
+    assert (run.path / "results.json").read_text() == "finished"
+    assert run.stored() == {"steps": 1}
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]

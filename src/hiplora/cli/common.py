@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,10 +14,12 @@ import typer
 from typer import Option
 
 from hiplora.errors import ConfigError, first_problem
+from hiplora.files import parse_yaml, sparing
 
 if TYPE_CHECKING:
     import pandas as pd
 
+OUTPUTS = {"out", "html", "to"}  # parameters that name what a command writes
 Kind = TypeVar("Kind")
 Shown = Iterator[Any]
 
@@ -76,18 +78,56 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(*, as_json: bool = False, **given: Any) -> None:
+        read = inputs(given)
         for name, group in groups.items():
             given[name] = group.make(**{part: given.pop(part) for part in group.parameters})
-        found = function(**given)
-        for place, part in enumerate(found if printing else ()):
-            if as_json and place == 0:
-                typer.echo(json.dumps(part, indent=2, default=str))
-            elif not as_json and place > 0:
-                print_table(*part) if isinstance(part, tuple) else typer.echo(part)
+        with sparing(read):
+            found = function(**given)
+            for place, part in enumerate(found if printing else ()):
+                if as_json and place == 0:
+                    typer.echo(json.dumps(part, indent=2, default=str))
+                elif not as_json and place > 0:
+                    print_table(*part) if isinstance(part, tuple) else typer.echo(part)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
+
+
+def inputs(given: Mapping[str, Any]) -> dict[str, Path]:
+    """Return what a command was given to read, and what that names: an adapter's base model, the files of a YAML."""
+    from hiplora.models import KNOWN, model_dir
+
+    found: dict[str, Path] = {}
+    for name in given.keys() - OUTPUTS:
+        for value in given[name] if isinstance(given[name], list) else [given[name]]:
+            if not isinstance(value, (str, Path)):
+                continue
+            path = model_dir(str(value)) if value in KNOWN else Path(str(value).rpartition("=")[2])
+            with contextlib.suppress(OSError, ValueError):  # a text that is no name of a file, a file that is broken
+                if path.name and path.exists():
+                    found[f"an input, {path.name}"] = path
+                    found |= {f"what {path.name} names, {part.name}": part for part in _named_in(path)}
+    return found
+
+
+def _named_in(path: Path) -> list[Path]:
+    """Return the base model that an adapter folder names, or the files that a YAML file names."""
+    config = path / "adapter_config.json"
+    if config.is_file():
+        given = json.loads(config.read_text(encoding="utf-8"))
+        base = given.get("base_model_name_or_path") if isinstance(given, dict) else None
+        return [Path(base)] if isinstance(base, str) else []
+    if path.suffix not in (".yaml", ".yml"):
+        return []
+    left, found = [parse_yaml(path.read_text(encoding="utf-8"))], []
+    while left:
+        value = left.pop()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        found += (
+            [file for file in (Path(value), path.parent / value) if file.is_file()] if isinstance(value, str) else []
+        )
+    return found
 
 
 def tell(text: str) -> None:

@@ -1,0 +1,69 @@
+"""No command replaces what it reads, or what its inputs name."""
+
+import peft
+import pytest
+from transformers import AutoModelForCausalLM
+
+from commands import run
+from tiny import save_tiny, write_jsonl
+
+COMMANDS = [
+    ("train", "d/recipe.yaml", "--out", "d"),
+    ("train", "--model", "base", "--data", "d/rows.jsonl", "--out", "d"),
+    ("train", "--model", "base", "--data", "d/rows.jsonl", "--out", "base"),
+    ("compare", "base", "d/rows.jsonl", "--out", "d"),
+    ("compare", "base", "other.jsonl", "--drift-text", "d/text.txt", "--out", "d"),
+    ("compare", "base", "other.jsonl", "--prompts", "d/text.txt", "--out", "d"),
+    ("eval", "base", "--suite", "d/rows.jsonl", "--out", "d/rows.jsonl"),
+    ("eval", "base", "--suite", "d/suite.yaml", "--out", "d/suite.yaml"),
+    ("eval", "base", "--suite", "d/suite.yaml", "--out", "d/rows.jsonl"),
+    ("export", "adapter", "--to", "dense", "--out", "base"),
+    ("export", "adapter", "--to", "lora", "--tolerance", "1", "--data", "d/rows.jsonl", "--out", "d"),
+    ("inspect", "adapter", "--html", "base/config.json"),
+    ("merge", "adapter", "adapter", "--out", "new", "--html", "base/config.json"),
+    ("merge", "adapter", "adapter", "--out", "adapter"),
+    ("merge-check", "a=adapter", "b=adapter", "--suite", "d/suite.yaml", "--out", "d"),
+    ("merge-check", "a=adapter", "b=adapter", "--suite", "d/suite.yaml", "--out", "base"),
+    ("protect", "adapter", "--drift-text", "d/text.txt", "--out", "d"),
+    ("edit", "base", "d/edits.json", "--out", "d"),
+    ("probe", "base", "--out", "base"),
+    ("init", "--data", "d/rows.jsonl", "--out", "d/rows.jsonl"),
+    ("train", "--model", "smollm2-135m", "--data", "other.jsonl", "--out", "cache/models/smollm2-135m"),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a base model, an adapter, and data."""
+    made = tmp_path_factory.mktemp("made")
+    for folder in ("d", "cache/models/smollm2-135m"):
+        (made / folder).mkdir(parents=True)
+    save_tiny(made / "base")
+    for name in ("d/rows.jsonl", "other.jsonl"):
+        write_jsonl(made / name, [{"prompt": f"question {row}", "completion": "answer"} for row in range(20)])
+    base = AutoModelForCausalLM.from_pretrained(made / "base")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up_proj"])).save_pretrained(made / "adapter")
+    texts = {
+        "d/text.txt": "text to measure on",
+        "d/suite.yaml": "tasks: [rows.jsonl]",
+        "d/recipe.yaml": "model: ../base\ndata: ../other.jsonl\n",
+        "d/edits.json": '[{"prompt": "The capital is", "new": "here"}]',
+    }
+    for name, text in texts.items():
+        (made / name).write_text(text)
+    return made
+
+
+def contents(folder):
+    """Every file of a folder, by its name."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_overwrite_spares_every_input(command, made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    monkeypatch.setenv("HIPLORA_CACHE", str(made / "cache"))
+    before = contents(made)
+    code, _, err = run(capsys, *command, "--overwrite")
+    assert (code, "would delete" in err) == (2, True), err
+    assert contents(made) == before
