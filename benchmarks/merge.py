@@ -7,8 +7,7 @@ formed at a time. Every rule runs in a process of its own. What is measured:
 
 - rules that merge factors: `merge`, all of it, from the folders to the merged update;
 - dense rules: `merge`, then the update of `--modules` modules of each shape, dropped when it is there. The time of all
-  modules is scaled up from these, shape by shape, and both are in the record. With `--write` the measured modules are
-  added to weights that are made up on the fly, written as shards to a temporary folder and read back.
+  modules is scaled up from these, shape by shape, and both are in the record.
 
 Times are seconds on the clock and CPU seconds; look at the latter where the machine has other work. Memory is what the
 process needs at its peak beyond what it had after its imports. It is set against `2 × the largest module × adapters`

@@ -1,7 +1,7 @@
 """The jobs of the experiment, the texts that drift is measured on, and those that a basis is calibrated on."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks import frontier
 from benchmarks.frontier import fitting, read_rows, task_pairs
@@ -10,13 +10,6 @@ from hiplora.editing import Edit
 from hiplora.evaluation import Encoded
 
 CALIBRATION_ROW = 256
-
-
-class EditSet(NamedTuple):
-    """A named collection of edits."""
-
-    name: str
-    edits: tuple[Edit, ...]
 
 
 def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> tuple[list[Encoded], list[Encoded]]:
@@ -29,40 +22,35 @@ def job_rows(job: str, data: Path, tokenizer: Any, measure: dict[str, Any]) -> t
     )
 
 
-def edit_sets(data: Path, sets: int, per_set: int) -> tuple[list[EditSet], dict[str, list[Edit]]]:
-    """Return CounterFact edits in sets, and per set the same edits asked of their neighbours, which must not change.
+def edit_sets(data: Path, sets: int, per_set: int, neighbours: int) -> list[tuple[list[Edit], list[Edit]]]:
+    """Return CounterFact edits in sets, each with the same edits asked of their neighbours, which must not change.
 
-    Edits that share a subject or a prompt are taken once; a neighbour's `old` is the true answer, `new` the edit's.
+    Edits that share a subject are taken once; a neighbour's `old` is the true answer, `new` the edit's.
     """
-    chosen, seen = [], set()
+    chosen: dict[str, dict[str, Any]] = {}
     for row in read_rows(data / "counterfact.jsonl.gz"):
-        if len(row["neighborhood_prompts"]) == 10 and row["subject"] not in seen and row["paraphrase_prompts"]:
-            seen.add(row["subject"])
-            chosen.append(row)
-        if len(chosen) == sets * per_set:
-            break
-    made, neighbours = [], {}
-    for index in range(sets):
-        rows = chosen[index * per_set : (index + 1) * per_set]
-        name = f"set{index + 1}"
-        made.append(EditSet(name, tuple(_edit(row, row["prompt"], row["target_true"]) for row in rows)))
-        neighbours[name] = [
-            _edit(row, prompt, answer)
-            for row in rows
-            for prompt, answer in zip(row["neighborhood_prompts"], row["neighborhood_answers"], strict=True)
-        ]
-    return made, neighbours
+        if len(row["neighborhood_prompts"]) == 10 and row["paraphrase_prompts"]:
+            chosen.setdefault(row["subject"], row)
+    rows = list(chosen.values())
+    parts = [rows[first : first + per_set] for first in range(0, sets * per_set, per_set)]
+    return [
+        (
+            [_edit(row, row["prompt"], row["target_true"]) for row in part],
+            [
+                _edit(row, *asked)
+                for row in part
+                for asked in list(zip(row["neighborhood_prompts"], row["neighborhood_answers"], strict=True))[
+                    :neighbours
+                ]
+            ],
+        )
+        for part in parts
+    ]
 
 
 def _edit(row: dict[str, Any], prompt: str, old: str) -> Edit:
-    return Edit(
-        prompt=prompt,
-        old=old.strip(),
-        new=row["target_new"].strip(),
-        subject=row["subject"],
-        category="Relation/Fact",
-        paraphrase=row["paraphrase_prompts"][0],
-    )
+    new, paraphrase = row["target_new"].strip(), row["paraphrase_prompts"][0]
+    return Edit(prompt, old.strip(), new, row["subject"], "Relation/Fact", paraphrase)
 
 
 def drift_texts(data: Path) -> dict[str, str]:

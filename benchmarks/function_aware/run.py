@@ -135,40 +135,35 @@ class Bench:
 
     def _edits(self, adapted: Any, job: Job) -> dict[str, Any]:
         """Train one set of edits ("edits1" is the first) and keep the adapter at the end, for the merges."""
-        sets, neighbours = self._edit_sets()
-        part = sets[int(job.task.removeprefix("edits")) - 1]
+        part = self._edit_sets()[int(job.task.removeprefix("edits")) - 1]
         points: list[dict[str, Any]] = []
 
         def on_step(step: int) -> None:
             if step in self.recipe["edits"]["steps"]:
-                points.append({"step": step, **self.measure_edits(adapted, [part], neighbours)})
+                points.append({"step": step, **self.measure_edits(adapted, [part])})
                 adapted.train()
 
         steps = max(self.recipe["edits"]["steps"])
-        training = EditTraining(steps, job.lr, batch_size=len(part.edits), weight_decay=0.0, seed=job.seed)
-        result = train_edits(adapted, self.tokenizer, part.edits, training, on_step)
+        training = EditTraining(steps, job.lr, batch_size=len(part[0]), weight_decay=0.0, seed=job.seed)
+        result = train_edits(adapted, self.tokenizer, part[0], training, on_step)
         with staged_dir(self.adapter(job), overwrite=True) as staged:
             save_adapter(adapted, staged)
         return {"points": points, "tokens": result["tokens"]}
 
     def _edit_sets(self) -> Any:
-        chosen = self.recipe["edits"]
-        sets, neighbours = edit_sets(self.data, chosen["sets"], chosen["per_set"])
-        few = {name: _first_of_each(edits, chosen["neighbours"]) for name, edits in neighbours.items()}
-        return sets, few
+        return edit_sets(self.data, *(self.recipe["edits"][key] for key in ("sets", "per_set", "neighbours")))
 
     def measure_base(self) -> dict[str, Any]:
         """Ask the bare base model all edits and their neighbours: what there is to lose, and what is there already."""
-        return {"task": "base", "seed": 0, **self.measure_answers(self.model, *self._edit_sets())}
+        return {"task": "base", "seed": 0, **self.measure_answers(self.model, self._edit_sets())}
 
-    def measure_edits(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
+    def measure_edits(self, adapted: Any, sets: Any) -> dict[str, Any]:
         """Measure answers and drift."""
-        return {**self.measure_answers(adapted, sets, neighbours), **self.measure_drift(adapted)}
+        return {**self.measure_answers(adapted, sets), **self.measure_drift(adapted)}
 
-    def measure_answers(self, adapted: Any, sets: Any, neighbours: Any) -> dict[str, Any]:
+    def measure_answers(self, adapted: Any, sets: Any) -> dict[str, Any]:
         """Say which edits work, on their prompt and its paraphrase, and which neighbours kept their answer."""
-        edits = [edit for part in sets for edit in part.edits]
-        near = [edit for part in sets for edit in neighbours[part.name]]
+        edits, near = ([edit for part in parts for edit in part] for parts in zip(*sets, strict=True))
         asked = evaluate_edits(adapted, self.tokenizer, edits)
         again = evaluate_edits(adapted, self.tokenizer, edits, paraphrase=True)
         kept = evaluate_edits(adapted, self.tokenizer, near)
@@ -183,12 +178,11 @@ class Bench:
 
     def merge(self, job: Job, count: int) -> dict[str, Any]:
         """Add the adapters of the first `count` edit sets, and measure the sum on all their edits."""
-        sets, neighbours = self._edit_sets()
         parts = [self.adapter(job._replace(task=f"edits{index + 1}")) for index in range(count)]
         folder = self.out / "adapters" / f"merged{count}-{job.name}"
         save_as_lora(merge(parts, "addition"), folder, overwrite=True, check_logits=False)
         with mounted(self.model, folder) as adapted:
-            point = self.measure_edits(adapted, sets[:count], neighbours)
+            point = self.measure_edits(adapted, self._edit_sets()[:count])
         shutil.rmtree(folder)
         return {**job._asdict(), "task": f"merge{count}", "settings": self.recipe["variants"][job.variant], **point}
 
@@ -203,13 +197,6 @@ def gains(adapted: Any) -> dict[str, float] | None:
         "largest": max(delta.max().item() for delta, _ in pairs),
         "largest_relative": max((delta / sigma.clamp_min(1e-9)).max().item() for delta, sigma in pairs),
     }
-
-
-def _first_of_each(edits: Any, count: int) -> list[Any]:
-    found: dict[str, list[Any]] = {}
-    for edit in edits:
-        found.setdefault(edit.subject, []).append(edit)
-    return [edit for group in found.values() for edit in group[:count]]
 
 
 def work(bench: Bench, planned: list[Job]) -> None:
