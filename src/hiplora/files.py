@@ -124,9 +124,7 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
         aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.", suffix=".part"))
         aside.chmod(0o777 & ~_UMASK)
         yield aside
-        for file in aside.rglob("*"):  # safetensors gives its files to their owner alone
-            if file.is_file():
-                file.chmod(file_mode())
+        make_readable(aside)
         if check_output_dir(final, overwrite).exists():
             set_aside(final)
         os.replace(aside, final)  # if it fails, or the process is killed here, the sweep puts the old one back
@@ -134,6 +132,12 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
         sweep(final)
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give a folder's files the usual permissions: safetensors gives its own to their owner alone."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(file_mode())
 
 
 def locked(file: Path, out: str | os.PathLike) -> FileLock:
@@ -167,11 +171,17 @@ def parse_yaml(text: str) -> Any:
     """Read YAML of plain values, lists and mappings; `1e-3` is a number, as in YAML 1.2.
 
     Raises:
-        ValueError: it is not YAML, or has an alias, by which a few lines can stand for gigabytes.
+        ValueError: it is not YAML, names a field twice, or has an alias, by which a few lines can stand for gigabytes.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if double := next((key for key in keys if keys.count(key) > 1), None):
+                raise ValueError(f"line {node.start_mark.line + 1}: has {double!r} twice; keep one")
+            return super().construct_mapping(node, deep)
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError(f"line {self.peek_event().start_mark.line + 1}: has an alias (*name); write it out")

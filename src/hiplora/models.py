@@ -110,7 +110,7 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     `dtype` None is float32, `"auto"` the checkpoint's. A tokenizer without a padding token gets its end token as such.
 
     Raises:
-        ConfigError: there is no such folder or hub model, or it is not a causal language model.
+        ConfigError: there is no such folder or hub model, it is not a causal language model, or it is damaged.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -118,7 +118,14 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return _pretrained(AutoModelForCausalLM, model, dtype=dtype or torch.float32).eval(), tokenizer
+    options = {"dtype": dtype or torch.float32, "output_loading_info": True}
+    network, report = _pretrained(AutoModelForCausalLM, model, **options)
+    if missing := sorted(report["missing_keys"]):  # transformers would leave them random
+        raise ConfigError(
+            f"model {model}: its weights lack {len(missing)} of the parameters that config.json describes "
+            f"({', '.join(missing[:3])}); save or download it again"
+        )
+    return network.eval(), tokenizer
 
 
 def load_tokenizer(model: str) -> Any:
@@ -133,7 +140,7 @@ def _pretrained(kind: Any, model: str, **options: Any) -> Any:
     try:
         with quiet_transformers(always=False):
             return kind.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged folder makes of transformers
         raise ConfigError(
             f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
             f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from hiplora.errors import ConfigError
-from hiplora.files import Inputs, check_output_dir, locked, parse_yaml, set_aside, sweep, write_atomic
+from hiplora.files import Inputs, check_output_dir, locked, make_readable, parse_yaml, set_aside, sweep, write_atomic
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -92,6 +92,7 @@ class RunFolder:
             sweep(self.path)
             lock.release()
             if self.complete:  # nobody will work here again
+                make_readable(self.path)
                 (self.path / LOCK).unlink(missing_ok=True)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A packaged model in the cache: whole or absent, verified, rebuilt when damaged. No network, no real model."""
 
 import hashlib
+import json
 import os
+import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +184,21 @@ def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_
     again, tokenizer = load(str(tmp_path), dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16
     assert tokenizer.pad_token == "<|eos|>"
+
+
+DAMAGE = [{"num_hidden_layers": 3}, {"hidden_size": {}}, {"head_dim": -1}, {"vocab_size": 10}, {"dtype": "x"}, None]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, {"mlp_bias": None}, {"rope_parameters": {"rope_type": "x"}}], ids=str)
+def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if damage is None:
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | damage))
+    with pytest.raises(ConfigError, match=r"^model .*model: "):
+        load(str(folder))
 
 
 @pytest.mark.slow

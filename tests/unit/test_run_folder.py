@@ -3,6 +3,7 @@
 import pytest
 
 from hiplora.errors import ConfigError
+from hiplora.files import file_mode
 from hiplora.run_folder import RunFolder, differences
 
 SETTINGS = {"steps": 3, "train": {"lr": 0.1}}
@@ -24,7 +25,9 @@ def test_a_run_is_carried_on_by_its_own_settings_and_once_finished_only_to_resum
     with run.claimed(SETTINGS):
         assert run.stored() == SETTINGS
         (run.path / "results.json").write_text("{}")
+        (run.path / "weights").touch(mode=0o600)
     assert not (run.path / ".lock").exists()
+    assert (run.path / "weights").stat().st_mode & 0o777 == file_mode()
     run.check(SETTINGS, resume=True)
     with pytest.raises(ConfigError, match="exists already"):
         run.check(SETTINGS)
