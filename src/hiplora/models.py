@@ -7,6 +7,7 @@ other name goes to transformers unchanged. `python -m hiplora.models NAME` fetch
 
 import argparse
 import contextlib
+import functools
 import inspect
 import io
 import json
@@ -129,10 +130,48 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none."""
+    """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or its template is harmful."""
     from transformers import AutoTokenizer
 
-    return _pretrained(AutoTokenizer, model)
+    tokenizer = _pretrained(AutoTokenizer, model)
+    given = getattr(tokenizer, "chat_template", None)
+    for template in given.values() if isinstance(given, dict) else [given]:
+        if isinstance(template, str) and not _renders(template):
+            raise ConfigError(
+                f"model {model}: its chat template takes over {_RENDER_SECONDS} s or 2 GiB for one short "
+                "conversation; replace `chat_template` in its tokenizer's files"
+            )
+    return tokenizer
+
+
+_RENDER_SECONDS = 10
+_RENDER = """
+import re, resource, sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+turns = [{"role": role, "content": "text"} for role in ("user", "assistant")]
+try:
+    template = ImmutableSandboxedEnvironment(**options).from_string(re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.read()))
+    template.render(messages=turns, add_generation_prompt=True)
+except MemoryError:
+    sys.exit(3)
+except Exception:
+    pass
+"""
+
+
+@functools.cache
+def _renders(template: str) -> bool:
+    """Return whether a chat template comes to an end, tried in a process that can be stopped: it may never do so.
+
+    What else is wrong with it shows where it is used.
+    """
+    try:
+        command = [sys.executable, "-I", "-c", _RENDER]
+        return subprocess.run(command, input=template, text=True, timeout=_RENDER_SECONDS).returncode != 3
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _pretrained(kind: Any, model: str, **options: Any) -> Any:

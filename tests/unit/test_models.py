@@ -17,8 +17,9 @@ from safetensors import safe_open
 from hiplora import models
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_mode
-from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, model_dir, resolve
+from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, load_tokenizer, model_dir, resolve
 from hiplora.provenance import file_sha256
+from tiny import CHAT_TEMPLATE
 
 GGUF = b"GGUF and then some weights" * 100
 
@@ -186,6 +187,7 @@ def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_
     assert tokenizer.pad_token == "<|eos|>"
 
 
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
 DAMAGE = [{"num_hidden_layers": 3}, {"hidden_size": {}}, {"head_dim": -1}, {"vocab_size": 10}, {"dtype": "x"}, None]
 
 
@@ -199,6 +201,23 @@ def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path)
         config.write_text(json.dumps(json.loads(config.read_text()) | damage))
     with pytest.raises(ConfigError, match=r"^model .*model: "):
         load(str(folder))
+
+
+@pytest.mark.parametrize("template", ["{{ 'x' * 10**10 }}", LOOPS, "{{ messages[9].x.y }}", None], ids=str)
+def test_a_chat_template_that_never_ends_or_eats_the_memory_is_refused(
+    template, tiny_model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "_RENDER_SECONDS", 3)
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    if template:
+        tokenizer = load_tokenizer(str(folder))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+    if template in (None, "{{ messages[9].x.y }}"):  # what is wrong otherwise shows where the template is used
+        assert load_tokenizer(str(folder)).chat_template == (template or CHAT_TEMPLATE)
+    else:
+        with pytest.raises(ConfigError, match="chat template takes over"):
+            load_tokenizer(str(folder))
 
 
 @pytest.mark.slow
