@@ -130,7 +130,7 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
 
 
 def load_tokenizer(model: str) -> Any:
-    """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or its template is harmful."""
+    """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or a harmful one."""
     from transformers import AutoTokenizer
 
     tokenizer = _pretrained(AutoTokenizer, model)
@@ -152,8 +152,8 @@ resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
 turns = [{"role": role, "content": "text"} for role in ("user", "assistant")]
 try:
-    template = ImmutableSandboxedEnvironment(**options).from_string(re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.read()))
-    template.render(messages=turns, add_generation_prompt=True)
+    template = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.read())
+    ImmutableSandboxedEnvironment(**options).from_string(template).render(messages=turns, add_generation_prompt=True)
 except MemoryError:
     sys.exit(3)
 except Exception:
