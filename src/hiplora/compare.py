@@ -27,6 +27,7 @@ from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.updates import measure_updates
+from hiplora.models import load_tokenizer
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
@@ -117,7 +118,7 @@ def compare(
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    rows = load_data(next(iter(recipes.values())).data)
+    rows = load_data(next(iter(recipes.values())).data, chat=bool(load_tokenizer(model).chat_template))
     own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
     plan = {
         "kind": "compare",
@@ -203,9 +204,9 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     methods = {key: METHODS[key] for key in settings.methods}
     presets = {method.settings.get("preset") for method in methods.values()}
     targets = check_model(model, settings.principal_rank, presets)
-    split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT}
+    split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT, "template": "auto"}
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
-    train |= {"gradient_accumulation": 1, "packing": False}
+    train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
     train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
     shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
     recipes = {}
