@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
 
 from hiplora.data.rows import SUFFIXES
 from hiplora.errors import ConfigError, first_line, first_problem
@@ -21,9 +21,7 @@ PREFIX = "hiplora_"  # of the project's tasks in lm-eval, whose own names they m
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """A task: its name in the suite, its name in lm-eval, its number of items (None: all), and a file of one's own
-    rows that it consists of.
-    """
+    """A task: its name in the suite and in lm-eval, how many items (None: all), and the file of one's own rows."""
 
     name: str
     lm_eval: str
@@ -40,17 +38,15 @@ class Suite:
     include: tuple[Path, ...] = ()
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Entry(BaseModel, extra="forbid"):
     task: str = Field(min_length=1)
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: PositiveInt | None = None
 
 
 _Named = Annotated[_Entry, BeforeValidator(lambda given: {"task": given} if isinstance(given, str) else given)]
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _File(BaseModel, extra="forbid"):
     tasks: list[_Named] = Field(min_length=1)
     include: list[str] = []
 
@@ -82,16 +78,12 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
 
     A task may be `a | b`: the first whose file is in the folder `data`, else `a`; or a file of one's own rows, in a
     format of the training data. Names that are not the project's are lm-eval's or those of the suite's `include`
-    folders; lm-eval checks them.
-
-    Raises:
-        ConfigError: the suite does not exist, or the file is not one; the message says what was expected.
+    folders; lm-eval checks them. ConfigError, with what was expected, if the suite does not exist or is none.
     """
-    path = Path(suite)
     if suite in own_suites():
-        return _from_file(SUITES / f"{suite}.yaml", suite, data)
-    if path.suffix in (".yaml", ".yml"):
-        return _from_file(path, path.stem, data)
+        return _from_file(SUITES / f"{suite}.yaml", data)
+    if suite.endswith((".yaml", ".yml")):
+        return _from_file(Path(suite), data)
     names = [part.strip() for part in suite.split(",") if part.strip()]
     if not names:
         raise ConfigError(f"--suite {suite!r}: names no task; expected {_expected()}")
@@ -103,7 +95,7 @@ def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = Non
     return Suite(name, _apart(_request(task, limit, data) for task, limit in tasks.items()))
 
 
-def _from_file(path: Path, name: str, data: Path | None) -> Suite:
+def _from_file(path: Path, data: Path | None) -> Suite:
     try:
         found = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -119,15 +111,17 @@ def _from_file(path: Path, name: str, data: Path | None) -> Suite:
     for folder in include:
         if not folder.is_dir():
             raise ConfigError(f"--suite {path}: include: {folder} is not a folder")
-    return Suite(name, _apart(_request(e.task, e.limit, data, path.parent) for e in found.tasks), include)
+    return Suite(path.stem, _apart(_request(e.task, e.limit, data, path.parent) for e in found.tasks), include)
 
 
 def _apart(requests: Iterable[TaskRequest]) -> tuple[TaskRequest, ...]:
-    """Return requests, each name once; ConfigError if one stands for two files."""
+    """Return requests; ConfigError if two have one name."""
     tasks: dict[str, TaskRequest] = {}
     for request in requests:
-        if tasks.setdefault(request.name, request).rows != request.rows:
-            raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
+        if (first := tasks.setdefault(request.name, request)) is not request:
+            if first.rows != request.rows:
+                raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
+            raise ConfigError(f"--suite: task {request.name} is listed twice; keep one of the two")
     return tuple(tasks.values())
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from hiplora.data.prompts import final_number, normal_number, step_by_step
@@ -56,13 +56,11 @@ def stated_answer(text: str) -> float | str | None:
     if mark is None:
         return None
     line = text.rpartition(mark)[2].strip().partition("\n")[0].strip(" .!?$%")
-    parts = line.split("/")
+    above, slash, below = line.partition("/")
     try:
-        numbers = [Decimal(part.strip()) for part in parts]
-        if len(numbers) > 2 or (len(numbers) == 2 and numbers[1] == 0):
-            return line
-        return float(numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0])
-    except (InvalidOperation, OverflowError, ValueError):
+        number = Decimal(above.strip())
+        return float(number / Decimal(below.strip()) if slash else number)
+    except (ArithmeticError, ValueError):
         return line
 
 
