@@ -1,6 +1,7 @@
 """Put edits into a model and take them out again: the interface, and training them into an adapter of PEFT."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -48,10 +49,7 @@ def train_edits(
 
     Returns the `loss` of each step before its update, `seconds`, and how many `tokens` the model read. The order of the
     edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets the number of each
-    finished step.
-
-    Raises:
-        AdapterError: nothing is trainable, or the loss is not finite.
+    finished step. AdapterError if nothing is trainable, or the loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -134,11 +132,7 @@ class Editor(ABC):
                 parameter.data = values
 
     def close(self) -> None:
-        """Leave the base as it was found.
-
-        Raises:
-            AdapterError: values of its weights changed in place.
-        """
+        """Leave the base as it was found; AdapterError if values of its weights changed in place."""
         for parameter, values, gradient in self._kept.values():
             parameter.data = values
             parameter.requires_grad_(gradient)
@@ -158,14 +152,14 @@ class AdapterEditor(Editor):
         self, model: Any, tokenizer: Any, adapt: PeftConfig | Adapt, training: EditTraining, progress: bool = False
     ):
         super().__init__(model)
-        self._tokenizer, self._training, self._progress = tokenizer, training, progress
         torch.manual_seed(training.seed)
         self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
+        self._train = functools.partial(train_edits, self.model, tokenizer, training=training, progress=progress)
         self._initial = {name: values.clone() for name, values in self.state().items()}
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the adapter on some edits; returns what `train_edits` does."""
-        return train_edits(self.model, self._tokenizer, edits, self._training, progress=self._progress)
+        return self._train(edits)
 
     def state(self) -> dict[str, Tensor]:
         """Return the parameters that are trained."""

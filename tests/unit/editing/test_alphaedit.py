@@ -7,8 +7,14 @@ from pydantic import ValidationError
 
 from hiplora.adapters import read_update
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits, run_edits
-from hiplora.editing.alphaedit import default_layers, null_space, null_space_update
-from hiplora.editing.subjects import locate, search_value, subject_states
+from hiplora.editing.alphaedit import (
+    default_layers,
+    locate,
+    null_space,
+    null_space_update,
+    search_value,
+    subject_states,
+)
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
 from hiplora.tuner import input_bases
@@ -132,7 +138,7 @@ def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():
     assert len(took["search_loss"]) == len(took["value_error"]) == 6
     assert max(took["value_error"]) < 0.75
     assert took["null_space_rank"] == {name: 47}  # of 96, the median itself is not below it
-    ((A, B),) = editor.updates[name]
+    A, B = (editor.state()[f"{name}.{part}"] for part in "AB")
     (P,) = editor._projectors.values()
     assert torch.allclose(B @ A @ P, B @ A, atol=1e-3 * (B @ A).abs().max())
     editor.close()
