@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -74,12 +73,11 @@ class ScoringLM(HFLM):
                     f"{self.max_length}, the model's context: leave its row out"
                 )
         sizes = [min(len(context) + len(answer), self.max_length).bit_length() for _, context, answer in requests]
-        order = sorted(range(len(requests)), key=sizes.__getitem__)
         whole: int = self.batch_size  # type: ignore[assignment]
         found: dict[int, Any] = {}
         try:
-            for bits, places in itertools.groupby(order, sizes.__getitem__):
-                part = list(places)
+            for bits in sorted(set(sizes)):
+                part = [place for place, size in enumerate(sizes) if size == bits]
                 fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
                 self.batch_size_per_gpu = max(1, min(whole, fitting))
                 scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
@@ -273,20 +271,18 @@ def _lm_eval(progress: bool = False) -> Iterator[None]:
 
     Metrics come from no folder of the working directory: `evaluate.load` prefers one, and would run what is in it.
     """
-    disabled, load = logging.root.manager.disable, metrics.load
+    load = metrics.load
 
     def load_from_elsewhere(path: str, *args: Any, **kwargs: Any) -> Any:
         if Path(path).exists():
             raise ConfigError(f"{Path(path).resolve()}: has the name of a metric, and its code would run; move it")
         return load(path, *args, **kwargs)
 
-    logging.disable(logging.WARNING)
-    metrics.load = load_from_elsewhere
-    try:
-        with contextlib.ExitStack() as stack:
-            if not (progress and sys.stderr.isatty()):
-                stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-            yield
-    finally:
-        metrics.load = load
-        logging.disable(disabled)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        stack.callback(setattr, metrics, "load", load)
+        logging.disable(logging.WARNING)
+        metrics.load = load_from_elsewhere
+        if not (progress and sys.stderr.isatty()):
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        yield

@@ -1,7 +1,7 @@
 """Suites: which tasks a model is evaluated on. Nothing here imports torch or lm-eval."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,9 +90,21 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
     return suite_of(suite, dict.fromkeys(names), data)
 
 
-def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = None) -> Suite:
-    """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`."""
-    return Suite(name, _apart(_request(task, limit, data) for task, limit in tasks.items()))
+def suite_of(
+    name: str, tasks: Mapping[str, int | None], data: Path | None = None, folder: Path = Path(), include: Sequence = ()
+) -> Suite:
+    """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`.
+
+    Files of rows and the folders of `include` are relative to `folder`.
+    """
+    requests: dict[str, TaskRequest] = {}
+    for task, limit in tasks.items():
+        request = _request(task, limit, data, folder)
+        if (first := requests.setdefault(request.name, request)).rows != request.rows:
+            raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
+        if first is not request:
+            raise ConfigError(f"--suite: task {request.name} is listed twice; keep one of the two")
+    return Suite(name, tuple(requests.values()), tuple(folder / one for one in include))
 
 
 def _from_file(path: Path, data: Path | None) -> Suite:
@@ -107,25 +119,16 @@ def _from_file(path: Path, data: Path | None) -> Suite:
         ) from None
     except ValueError as error:
         raise ConfigError(f"--suite {path}: is not YAML that can be read ({first_line(error)})") from None
-    include = tuple(path.parent / folder for folder in found.include)
-    for folder in include:
-        if not folder.is_dir():
-            raise ConfigError(f"--suite {path}: include: {folder} is not a folder")
-    return Suite(path.stem, _apart(_request(e.task, e.limit, data, path.parent) for e in found.tasks), include)
+    for name in found.include:
+        if not (path.parent / name).is_dir():
+            raise ConfigError(f"--suite {path}: include: {path.parent / name} is not a folder")
+    names = [one.task for one in found.tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--suite {path}: task {twice[0]} is listed twice; keep one of the two")
+    return suite_of(path.stem, {one.task: one.limit for one in found.tasks}, data, path.parent, found.include)
 
 
-def _apart(requests: Iterable[TaskRequest]) -> tuple[TaskRequest, ...]:
-    """Return requests; ConfigError if two have one name."""
-    tasks: dict[str, TaskRequest] = {}
-    for request in requests:
-        if (first := tasks.setdefault(request.name, request)) is not request:
-            if first.rows != request.rows:
-                raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
-            raise ConfigError(f"--suite: task {request.name} is listed twice; keep one of the two")
-    return tuple(tasks.values())
-
-
-def _request(task: str, limit: int | None, data: Path | None, folder: Path = Path()) -> TaskRequest:
+def _request(task: str, limit: int | None, data: Path | None, folder: Path) -> TaskRequest:
     if task.endswith(SUFFIXES):
         if not (folder / task).is_file():
             raise ConfigError(f"--suite: {folder / task}: no such file; expected {_expected()}")

@@ -31,15 +31,11 @@ GEMMA = {**SMALL, **HEADS, "sliding_window": 8, "layer_types": ["sliding_attenti
 CONFIGS = {
     "mistral with a window": tf.MistralConfig(**SMALL, **HEADS, sliding_window=8),
     "gpt2": tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4),
-    "gpt-neox": tf.GPTNeoXConfig(**SMALL, intermediate_size=48),
     "bloom": tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-    "falcon": tf.FalconConfig(**SMALL),
-    "gemma 3": tf.Gemma3TextConfig(**GEMMA),
     "gemma 3 with pictures": tf.Gemma3Config(
         text_config=GEMMA, vision_config={**SMALL, "intermediate_size": 48, "image_size": 56}
     ),
     "mamba": tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-    "qwen 3 moe": tf.Qwen3MoeConfig(**SMALL, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 
 

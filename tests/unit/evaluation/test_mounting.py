@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from hiplora.adapters import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.evaluation.answers import changes, chat_prompt, continuations, side_by_side
+from hiplora.evaluation.answers import changes, chat_prompt, continuations
 from hiplora.evaluation.mounting import applied, check_adapters, load_model, mounted, name_adapters
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -94,27 +94,18 @@ def test_a_folder_is_called_by_its_own_name_or_by_the_given_one_which_nothing_el
             name_adapters(given)
 
 
-def test_answers_are_greedy_and_do_not_depend_on_the_batch():
+@torch.no_grad()
+def test_answers_are_greedy_end_at_the_models_own_end_of_turn_and_do_not_depend_on_the_batch():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     prompts = ["In the summer", "A", "the market stands by"]
     alone = [continuations(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
     assert continuations(model, tokenizer, prompts, 8, batch_size=2) == alone
-    ids = tokenizer(prompts[0])["input_ids"]
+    ids, written = tokenizer(prompts[0])["input_ids"], []
     for _ in range(8):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert alone[0] == tokenizer.decode(ids, skip_special_tokens=True).removeprefix(prompts[0])
-
-
-def test_answers_stand_side_by_side_and_the_base_is_bare_again(tmp_path):
-    model, tokenizer, folder = tiny_llama(), tiny_tokenizer(), lora_folder(tmp_path)
-    prompts = ["In the summer", "A"]
-    found = side_by_side(model, tokenizer, {"lora": folder}, prompts, 6)
-    assert [row["base"] for row in found] == continuations(model, tokenizer, prompts, 6)
-    with mounted(model, folder) as adapted:
-        assert [row["lora"] for row in found] == continuations(adapted, tokenizer, prompts, 6)
-    apart = side_by_side(model, tokenizer, {"lora": folder}, {"base": ["A"], "lora": ["In the summer"]}, 6)
-    assert apart == [{"base": found[1]["base"], "lora": found[0]["lora"]}]
+        written.append(int(model(torch.tensor([ids + written])).logits[0, -1].argmax()))
+    assert alone[0] == tokenizer.decode(written, skip_special_tokens=True)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, written[0]]
+    assert continuations(model, tokenizer, prompts[:1], 8) == [tokenizer.decode(written[:1])] != alone[:1]
 
 
 @pytest.mark.parametrize(

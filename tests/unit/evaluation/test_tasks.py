@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from hiplora.data.prompts import step_by_step
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.suite import own_suites, own_tasks, read_suite, task_samples
 from hiplora.evaluation.tasks import rows, scoring
@@ -13,19 +14,15 @@ def names(suite):
     return [task.name for task in suite.tasks]
 
 
-def test_every_suite_of_the_project_names_its_own_tasks():
-    for name in own_suites():
-        assert all(task.lm_eval == f"hiplora_{task.name}" for task in read_suite(name).tasks)
-
-
-@pytest.mark.parametrize("name", own_tasks())
-def test_every_task_file_says_what_lm_eval_and_the_report_need(name):
-    task = own_tasks()[name]
-    assert task["task"] == f"hiplora_{name}"
-    assert {"title", "file", "score"} <= set(task["metadata"])
-    assert task["metadata"]["score"] in [entry["metric"] for entry in task["metric_list"]]
-    assert task["metadata"].get("reader", "same") in rows.READERS
-    assert task_samples(name) == (10 if name == "humaneval_10" else 1)
+def test_the_projects_suites_name_its_tasks_whose_files_say_what_lm_eval_and_the_report_need():
+    for suite in own_suites():
+        assert all(task.lm_eval == f"hiplora_{task.name}" for task in read_suite(suite).tasks)
+    for name, task in own_tasks().items():
+        assert task["task"] == f"hiplora_{name}"
+        assert {"title", "file", "score"} <= set(task["metadata"])
+        assert task["metadata"]["score"] in [entry["metric"] for entry in task["metric_list"]]
+        assert task["metadata"].get("reader", "same") in rows.READERS
+        assert task_samples(name) == (10 if name == "humaneval_10" else 1)
 
 
 def test_an_alternative_is_taken_by_the_file_that_is_there(tmp_path):
@@ -185,11 +182,9 @@ def test_an_answer_to_gsm8k_is_right_if_it_is_what_follows_the_solutions_marks(m
     assert match(row, [text]) == {"exact_match": right}
 
 
-def test_a_gap_is_filled_before_what_follows_it_and_a_derivation_is_asked_for():
-    row = {"context": "The box hid the key since _ was large.", "choices": ["box", "key"], "answer": 0}
-    assert scoring.gap_start(row) == ["The box hid the key since box", "The box hid the key since key"]
-    assert (scoring.gap_end(row), scoring.gap_answer(row)) == ("was large.", 0)
-    assert scoring.step_question({"question": "1 + 1?"}) == "Question: 1 + 1? Think step by step.\nAnswer:"
+@pytest.mark.parametrize("name", ["gsm8k_solution", "gsm8k_reference"])
+def test_a_derivation_is_asked_for_as_in_training(name):
+    assert own_tasks()[name]["doc_to_text"].replace("{{question}}", "1 + 1?") == step_by_step("1 + 1?")
 
 
 def test_generated_programs_are_run_with_their_tests():

@@ -1,36 +1,15 @@
-"""What the task files name with `!function`: wording where a template is not enough, and scores lm-eval lacks."""
+"""Scores that lm-eval lacks; the task files name them with `!function`."""
 
 import json
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from hiplora.data.prompts import final_number, normal_number, step_by_step
+from hiplora.data.prompts import final_number, normal_number
 
 # What a derivation says before its answer; the first of these in the text counts.
 MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 Row = Mapping[str, Any]
-
-
-def gap_start(row: Row) -> list[str]:
-    """Return a WinoGrande sentence up to its gap, once with each choice in the gap."""
-    before = row["context"].partition("_")[0]
-    return [before + choice for choice in row["choices"]]
-
-
-def gap_end(row: Row) -> str:
-    """Return what follows the gap: the same for both choices, so that their likelihoods can be compared."""
-    return row["context"].partition("_")[2].strip()
-
-
-def gap_answer(row: Row) -> int:
-    """Return the index of the right choice; lm-eval reads an index as "the choices are in the context"."""
-    return int(row["answer"])
-
-
-def step_question(row: Row) -> str:
-    """Return a question to be answered with its derivation."""
-    return step_by_step(row["question"])
 
 
 def number_match(row: Row, results: Sequence[str]) -> dict[str, float]:
@@ -62,11 +41,6 @@ def stated_answer(text: str) -> float | str | None:
         return float(number / Decimal(below.strip()) if slash else number)
     except (ArithmeticError, ValueError):
         return line
-
-
-def all_responses(responses: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[list[str]]:
-    """Filter that passes every sampled response of a row on, not only the first."""
-    return [list(sampled) for sampled in responses]
 
 
 def humaneval(row: Row, results: Sequence[Sequence[str]]) -> dict[str, float]:
