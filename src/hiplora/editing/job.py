@@ -18,17 +18,10 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining, PositiveFloat
 from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
-from hiplora.editing.measure import (
-    ask,
-    measure_edits,
-    summarise,
-    summarise_locality,
-    unrelated_targets,
-    with_old_answers,
-)
 from hiplora.errors import ConfigError, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
@@ -236,7 +229,7 @@ def run_edits(
     folder: RunFolder | None = None,
     progress: bool = False,
 ) -> Values:
-    """Edit a bare causal language model group after group, measure after each, and leave it bit for bit as it was.
+    """Edit a bare model group after group, measure after each, and leave it bit for bit as it was.
 
     `method` is a configuration of PEFT, a function that puts an adapter on the model, both trained by `training` (the
     paper's 500 steps), or AlphaEdit's settings. `questions` are unrelated ones, which measure the locality. `groups`
@@ -254,7 +247,7 @@ def run_edits(
     edit's subject in its prompt.
     """
     groups = groups or [range(len(edits))]
-    targets = unrelated_targets(questions, edits)
+    targets = measure.unrelated_targets(questions, edits)
     keep: Callable[[str, Callable[[], Values]], Values] = folder.stage if folder else lambda _, work: work()
     if isinstance(method, AlphaEdit):
         editor: Editor = AlphaEditor(model, tokenizer, method)
@@ -262,13 +255,13 @@ def run_edits(
         editor = AdapterEditor(model, tokenizer, method, training or EditTraining(steps=500), progress)
 
     def measured(asked: Sequence[Edit], indices: Iterable[int]) -> Values:
-        records = measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
-        answers = ask(editor.model, tokenizer, questions, targets)
+        records = measure.measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
+        answers = measure.ask(editor.model, tokenizer, questions, targets)
         return {"records": _columns(records), "answers": _columns(answers)}
 
     def bare() -> Values:
         with editor.off():
-            known = with_old_answers(editor.model, tokenizer, edits)
+            known = measure.with_old_answers(editor.model, tokenizer, edits)
             return {"old": [edit.old for edit in known], **measured(known, itertools.chain(*groups))}
 
     def teach(number: int) -> Values:
@@ -330,27 +323,26 @@ def _record(
         return {name: values for name, values in columns.items() if texts or "written" not in name}
 
     bare, asked = (pd.DataFrame(before[name]) for name in ("records", "answers"))
-    found, records, answers = [], [], []
-    for group, stage in zip(groups, stages, strict=True):
-        records.append(pd.DataFrame(stage["records"]))
-        answers.append(pd.DataFrame(stage["answers"]))
-        found.append(
-            {
-                "taught": list(group),
-                "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
-                "newest": summarise(records[-1][records[-1]["index"].isin(group)]),
-                "so_far": summarise(records[-1]),
-                "records": shown(stage["records"]),
-                "locality": summarise_locality(asked, answers[-1]) if questions else None,
-            }
-        )
+    records, answers = ([pd.DataFrame(stage[name]) for stage in stages] for name in ("records", "answers"))
+    found = [
+        {
+            "taught": list(group),
+            "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
+            "newest": measure.summarise(so_far[so_far["index"].isin(group)]),
+            "so_far": measure.summarise(so_far),
+            "records": shown(stage["records"]),
+            "locality": measure.summarise_locality(asked, now) if questions else None,
+        }
+        for group, stage, so_far, now in zip(groups, stages, records, answers, strict=True)
+    ]
     last = slice(-1, None) if sequential else slice(None)  # the last stage of a sequence has all edits
-    summary: Values = {"before": summarise(bare), "after": summarise(pd.concat(records[last], ignore_index=True))}
+    after = measure.summarise(pd.concat(records[last], ignore_index=True))
+    summary: Values = {"before": measure.summarise(bare), "after": after}
     told = None
     if questions:
         summary["locality"] = pd.DataFrame([one["locality"] for one in found[last]]).mean().to_dict()
-        after = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
-        mean = (sum(after) / len(after)).rename(columns={"written": "unchanged"})
+        same = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
+        mean = (sum(same) / len(same)).rename(columns={"written": "unchanged"})
         parts = [pd.DataFrame(map(asdict, questions))] if texts else []
         told = shown(pd.concat([*parts, asked.add_suffix("_before"), mean], axis=1).to_dict("list"))
     return {

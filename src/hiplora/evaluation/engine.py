@@ -55,14 +55,8 @@ class ScoringLM(HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
-        given, answer = super()._encode_pair(context, continuation)
+        given, answer = super()._encode_pair(context, continuation) if context else ([], [])
         return given, answer or self.tok_encode(continuation, add_special_tokens=False)
-
-    def answer_tokens(self, context: str, answer: str) -> int:
-        """Return how many tokens of an answer are scored."""
-        if not context:
-            return len(self.tok_encode(answer, add_special_tokens=False))
-        return len(self._encode_pair(context, answer)[1])
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
         """Score rows of similar length together, as many at once as their logits leave memory for."""
@@ -252,7 +246,7 @@ def _likelihoods(task: Any, rows: Sequence[Mapping[str, Any]], lm: ScoringLM) ->
             pairs = [(pair[0], f"{delimiter}{target}") for pair, target in zip(pairs, targets, strict=True)]
             asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
             scored = lm.loglikelihood(asked, disable_tqdm=True)
-        totals, lengths = [total for total, _ in scored], [lm.answer_tokens(*pair) for pair in pairs]
+        totals, lengths = [total for total, _ in scored], [len(lm._encode_pair(*pair)[1]) for pair in pairs]
     return form, [answer_likelihood(*one) for one in zip(totals, lengths, strict=True)]
 
 

@@ -90,7 +90,6 @@ def test_an_answer_that_merges_into_its_context_is_scored_alone():
     ids = [*tokenizer("is it t")["input_ids"], *tokenizer("h")["input_ids"]]
     alone = model(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item()
     assert total == pytest.approx(alone, abs=1e-4)
-    assert ours.answer_tokens("is it t", "h") == 1
 
 
 @pytest.mark.parametrize("answer", ["", "y" * 3000])
