@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from pydantic import ValidationError
 
 from hiplora.adapters import read_update
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits, run_edits
@@ -26,37 +25,30 @@ DOWN = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
-def preserved(n=24, rank=9, count=500):
-    """Keys (n, count) that lie in a subspace, but for a little noise, and their eigenvectors."""
+def preserved():
+    """Keys (24, 500) that lie in 9 dimensions, but for a little noise, and their eigenvectors."""
     generator = torch.Generator().manual_seed(1)
-    span = torch.linalg.qr(torch.randn(n, rank, generator=generator))[0]
-    keys = torch.randn(count, rank, generator=generator) @ span.T
-    moment = SecondMoment(n)
-    moment.add(keys + 1e-4 * torch.randn(count, n, generator=generator))
+    span = torch.linalg.qr(torch.randn(24, 9, generator=generator))[0]
+    keys = torch.randn(500, 9, generator=generator) @ span.T
+    moment = SecondMoment(24)
+    moment.add(keys + 1e-4 * torch.randn(500, 24, generator=generator))
     return keys.double().T, moment.eigen()
 
 
-def test_the_projector_is_of_the_directions_below_the_threshold(preserved):
-    P = null_space(preserved[1], 0.02)
+def test_the_projector_is_of_the_directions_below_the_threshold_and_an_update_moves_no_other(preserved):
+    keys, basis = preserved
+    P = null_space(basis, 0.02)
     assert torch.allclose(P @ P, P, atol=1e-6)
     assert torch.equal(P, P.T)
     assert P.trace().item() == pytest.approx(24 - 9, abs=1e-4)
     with pytest.raises(FactorError, match=r"layer down: 24 of 24 directions .* raise threshold \(the mean"):
-        null_space(preserved[1], 1e-12, "down")
-
-
-def test_an_update_leaves_the_preserved_keys_where_they_were_and_moves_the_new_ones(preserved):
-    keys, basis = preserved
+        null_space(basis, 1e-12, "down")
     new, residual = torch.randn(24, 3), torch.randn(10, 3)
-    A, B = null_space_update(new, residual, null_space(basis, 0.02), ridge=1e-6)
+    A, B = null_space_update(new, residual, P, ridge=1e-6)
     assert (B @ A @ keys).abs().max() < 1e-3 * (B @ A @ torch.randn(24, 500).double()).abs().max()
     assert torch.allclose(B @ A @ new.double(), residual.double(), atol=1e-3)
     A, B = null_space_update(new, residual, torch.eye(24).double(), ridge=1e-6)
     assert (B @ A @ keys).abs().max() > 0.1
-
-
-def test_an_update_is_the_papers_formula(preserved):
-    P = null_space(preserved[1], 0.02)
     K1, R, Kp = torch.randn(24, 4).double(), torch.randn(10, 4).double(), torch.randn(24, 6).double()
     by_hand = R @ K1.T @ P @ torch.linalg.inv(Kp @ Kp.T @ P + K1 @ K1.T @ P + torch.eye(24))
     A, B = null_space_update(K1, R, P, Kp @ Kp.T)
@@ -69,12 +61,6 @@ def test_layers_end_at_a_quarter_of_the_depth_and_those_that_the_model_lacks_are
     for layers in ((1,), (), (0, 0)):
         with pytest.raises(ConfigError, match=r"layers is .* the model has 2 blocks"):
             AlphaEdit(layers=layers).modules(tiny_llama())
-
-
-@pytest.mark.parametrize("change", [{"value_steps": 1}, {"prefixes": 6}, {"rank": 3}])
-def test_settings_that_make_no_sense_are_errors(change):
-    with pytest.raises(ValidationError, match=next(iter(change))):
-        AlphaEdit(**change)
 
 
 def test_the_subject_is_found_where_it_ends_last_and_in_any_case():

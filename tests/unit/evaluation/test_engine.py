@@ -151,34 +151,33 @@ def test_a_suites_folder_runs_nothing_without_its_flag(tmp_path, monkeypatch):
     assert Path("imported").exists()
 
 
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Put metrics into the working directory whose code must not run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bleu", "code_eval"):
+        Path(name).mkdir()
+        Path(name, f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    yield
+    assert not Path("ran").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval_instruct", "mbpp"])
-def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(tmp_path, monkeypatch, task):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "code_eval").mkdir()
-    (tmp_path / "code_eval" / "code_eval.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(planted, task):
     suite = module.Suite("x", (module.TaskRequest(task, task),))
     with pytest.raises(ConfigError, match="outside any sandbox; score humaneval, humaneval_10, mbpp instead"):
         Engine(suite, EvalSettings(task, allow_code=True))
-    assert not (tmp_path / "ran").exists()
 
 
-def test_a_metric_is_not_taken_from_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bleu").mkdir()
-    (tmp_path / "bleu" / "bleu.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+def test_a_metric_is_not_taken_from_the_working_directory(planted):
     with module._lm_eval(), pytest.raises(ConfigError, match="has the name of a metric"):
         module.metrics.load("bleu")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_every_loading_by_an_auto_class_says_that_no_remote_code_runs():
-    unsaid = []
     for path in Path(hiplora.__file__).parent.rglob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
-        for call in calls:
-            loads = re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func))
-            said = {keyword.arg for keyword in call.keywords} & {"trust_remote_code", None}  # None: **source has it
-            if loads and not said:
-                unsaid.append(f"{path.name}:{call.lineno}")
-    assert unsaid == []
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and re.search(r"Auto\w+\.from_(pretrained|config)$", ast.unparse(call.func)):
+                said = {keyword.arg for keyword in call.keywords}
+                assert said & {"trust_remote_code", None}, f"{path}:{call.lineno}"  # None: **source has it
