@@ -56,13 +56,15 @@ def train_edits(
         raise AdapterError("the model has no trainable parameter; wrap it with peft.get_peft_model first")
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     examples = [encode(tokenizer, edit.prompt, f" {edit.new}") for edit in edits]
-    batches = _batches(len(examples), training.batch_size, training.seed)
+    generator, size = torch.Generator().manual_seed(training.seed), min(training.batch_size, len(edits))
+    # A fresh permutation an epoch; batches go across the seam of two epochs.
+    order = (index for _ in itertools.count() for index in torch.randperm(len(edits), generator=generator).tolist())
     torch.manual_seed(training.seed)
     losses: list[float] = []
     tokens, began = 0, time.perf_counter()
     model.train()
     for step in tqdm(range(1, training.steps + 1), "editing", leave=False, disable=None if progress else True):
-        batch = [examples[index] for index in next(batches)]
+        batch = [examples[index] for index in itertools.islice(order, size)]
         loss = -torch.cat(response_log_probs(model, batch)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -78,15 +80,6 @@ def train_edits(
     return {"loss": losses, "seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of indices without end: a fresh permutation an epoch, batches across the seam of two epochs."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
-    order = itertools.chain.from_iterable(epochs)
-    while True:
-        yield list(itertools.islice(order, min(batch_size, count)))
-
-
 class Editor(ABC):
     """A way to edit one model; `teach` adds to what was taught before.
 
@@ -95,7 +88,6 @@ class Editor(ABC):
     """
 
     model: nn.Module
-    _initial: Mapping[str, Tensor] = {}
 
     def __init__(self, base: nn.Module):
         self._base = base
@@ -113,11 +105,7 @@ class Editor(ABC):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Be as an editor of the same settings was when its `state` was taken."""
-
-    def reset(self) -> None:
-        """Take back all that was taught."""
-        self.restore(self._initial)
+        """Be as an editor of the same settings was when its `state` was taken; an empty one takes back all."""
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -167,8 +155,8 @@ class AdapterEditor(Editor):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give the adapter these parameters."""
-        for name, values in state.items():
+        """Give the adapter these parameters, or those that it began with."""
+        for name, values in (state or self._initial).items():
             self.model.get_parameter(name).copy_(values)
 
     @contextlib.contextmanager

@@ -266,7 +266,7 @@ def run_edits(
 
     def teach(number: int) -> Values:
         if not sequential:
-            editor.reset()
+            editor.restore({})
         elif folder and number > 1:
             editor.restore(load_file(_state(folder, number - 1)))
         took = editor.teach([known[index] for index in groups[number - 1]])
