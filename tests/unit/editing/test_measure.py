@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from hiplora.editing import Edit, evaluate_edits
 from hiplora.editing.measure import (
@@ -18,22 +17,13 @@ from hiplora.editing.measure import (
     with_old_answers,
 )
 from hiplora.evaluation.answers import continuations
+from tests.reference import answer_log_prob
 from tests.tiny import tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def by_hand(model, prompt, answer):
-    """log p(answer | prompt), one token after the other, each from its own forward pass."""
-    ids, total = TOKENIZER(prompt)["input_ids"], 0.0
-    for token in TOKENIZER(answer)["input_ids"]:
-        total += model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token].item()
-        ids = [*ids, token]
-    return total
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("paraphrase", [False, True])
 def test_likelihoods_equal_the_token_by_token_ones_and_the_greedy_text_has_room_for_every_answer(paraphrase):
     model = writer()
@@ -42,7 +32,7 @@ def test_likelihoods_equal_the_token_by_token_ones_and_the_greedy_text_has_room_
     prompts = [edit.paraphrase if paraphrase else edit.prompt for edit in edits]
     assert found["written"].tolist() == continuations(model, TOKENIZER, prompts, 9)  # " eight", and 3 more
     for edit, prompt, row in zip(edits, prompts, found.itertuples(), strict=True):
-        new, old = (by_hand(model, prompt, f" {answer}") for answer in (edit.new, edit.old))
+        new, old = (answer_log_prob(model, TOKENIZER, prompt, f" {answer}") for answer in (edit.new, edit.old))
         assert (row.log_prob_new, row.log_prob_old) == pytest.approx((new, old), abs=1e-4)
         assert (row.preferred, row.success) == (new > old, new > old or row.exact)
 

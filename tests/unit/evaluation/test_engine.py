@@ -20,6 +20,7 @@ from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
+from tests.reference import answer_log_prob
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
 
 CONTEXTS = ["Question: what falls from a cloud?\nAnswer:", "A short one:", "x" * 90]
@@ -43,13 +44,6 @@ def asked(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=given, idx=i) for i, given in enumerate(arguments)]
 
 
-def by_hand(model, tokenizer, context, answer):
-    """log p(answer | context), from the logits of this row alone."""
-    given, whole = (tokenizer(text)["input_ids"] for text in (context, context + answer))
-    log_probs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-    return sum(log_probs[place - 1, whole[place]].item() for place in range(len(given), len(whole)))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_alone(name):
@@ -60,7 +54,7 @@ def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_al
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
     own = score_responses(model, [encode(tokenizer, *pair) for pair in PAIRS], batch_size=5)
     for pair, (total, greedy), (other, other_greedy), row in zip(PAIRS, found, theirs, own, strict=True):
-        alone = by_hand(model, tokenizer, *pair)
+        alone = answer_log_prob(model, tokenizer, *pair)
         assert (total, row.sum().item()) == pytest.approx((alone, alone), abs=1e-3), pair
         assert (other, other_greedy) == (pytest.approx(total, abs=1e-3), greedy)
 
@@ -72,7 +66,7 @@ def test_batches_of_long_rows_are_split_and_the_order_is_kept(monkeypatch):
     monkeypatch.setattr(ours, "_model_call", lambda rows: sizes.append(tuple(rows.shape)) or call(rows))
     found = ours.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx(
-        [by_hand(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
+        [answer_log_prob(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
     )
     assert all(rows == 1 or rows * length <= 200 for rows, length in sizes)
     assert max(rows for rows, _ in sizes) == 3
@@ -117,10 +111,12 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     found = engine.score(model, tokenizer)["mine"]
     assert (found.form, len(found.likelihood)) == (likelihood, len(rows))
     if form == "prompt_completion":
-        parts = [(by_hand(model, tokenizer, *row.values()), len(row["completion"])) for row in rows]
+        parts = [(answer_log_prob(model, tokenizer, *row.values()), len(row["completion"])) for row in rows]
         assert found.likelihood == pytest.approx([100 * math.exp(total / count) for total, count in parts], rel=1e-3)
     if form == "multiple_choice":
-        one, two = (by_hand(model, tokenizer, "Question: Which?\nAnswer:", f" {c}") for c in rows[0]["choices"])
+        one, two = (
+            answer_log_prob(model, tokenizer, "Question: Which?\nAnswer:", f" {c}") for c in rows[0]["choices"]
+        )
         assert found.score == [100.0 * (two > one)]
 
 
