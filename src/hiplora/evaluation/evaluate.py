@@ -67,12 +67,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a base model and adapters (each a folder, or NAME=FOLDER) on the same items; write and return the results.
 
-    The base is loaded once and adapters are mounted on it in turn. Before anything is scored, every adapter is checked
-    to change the logits, and the base to come back bit for bit. Finished models are kept beside `out` until all are
-    done: the same call continues where it stopped.
-
-    ConfigError or DataError if settings, suite, data or `out` cannot be used; AdapterError if an adapter has no effect,
-    does not fit, or leaves the base changed. Nothing is written then.
+    Finished models are kept beside `out` until all are done: the same call continues where it stopped. ConfigError or
+    DataError if settings, suite, data or `out` cannot be used; AdapterError if an adapter has no effect, does not fit,
+    or leaves the base changed. Nothing is scored or written then.
     """
     named = name_adapters(adapters)
     inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
@@ -136,13 +133,15 @@ def collect(tasks: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[s
     fell by less than a point, "lost" if it fell, "cannot tell" else. Intervals are 95 %, from the paired bootstrap over
     items (where all items agree, see `_wide`); p is the sign-flip test's.
     """
-    found: dict[str, Any] = {"tasks": {}, "runs": {name: {} for name in runs}, "differences": {}}
+    found: dict[str, Any] = {
+        "tasks": {},
+        "runs": {name: {} for name in runs},
+        "differences": {task: {} for task in tasks},
+    }
     for task, described in tasks.items():
         scored = {name: run[task] for name, run in runs.items() if task in run}
-        first = next(iter(scored.values()))
-        found["tasks"][task] = {**described, "metrics": {"score": first["metric"], "likelihood": first["form"]}}
-        found["differences"][task] = {}
         for name, run in scored.items():
+            found["tasks"][task] = {**described, "metrics": {"score": run["metric"], "likelihood": run["form"]}}
             found["runs"][name][task] = {"others": run["others"]} if run["others"] else {}
         for form in FORMS:
             values = {name: run[form] for name, run in scored.items()}

@@ -102,10 +102,7 @@ def isolation() -> Isolation:
 
 
 def require_permission(allowed: bool) -> None:
-    """Raise ConfigError, with what would protect the machine, unless the user `allowed` to run what a model writes.
-
-    Warn where bubblewrap is missing.
-    """
+    """Raise ConfigError unless the user `allowed` to run what a model writes; warn where bubblewrap is missing."""
     found = isolation()
     if not allowed:
         raise ConfigError(
@@ -172,9 +169,8 @@ def _bubblewrap(limits: Limits) -> list[str]:
     command += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--die-with-parent", "--new-session"]
     for path in dict.fromkeys(("/usr", "/lib", "/lib64", "/bin", str(Path(_python()[0]).parents[1]))):
         command += ["--ro-bind-try", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--size", str(limits.file_bytes), "--tmpfs", "/tmp"]
-    return [*command, "--chdir", "/tmp", "--remount-ro", "/"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(limits.file_bytes)]
+    return [*command, "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
 
 
 def _python() -> list[str]:

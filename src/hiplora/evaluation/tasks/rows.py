@@ -81,8 +81,9 @@ def _local(folder: Path, file: str) -> list[Row]:
             f"{folder}: has no {file} ({', '.join(SUFFIXES)}); name the folder that does (--data, or ${DATA_VARIABLE})"
         )
     rows = list(read_rows(path))
-    if strange := [place for place, row in rows if not isinstance(row, Mapping)]:
-        raise DataError(f"{path}, {strange[0]}: expected an object with fields")
+    for place, row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{path}, {place}: expected an object with fields")
     if not rows:
         raise DataError(f"{path}: holds no rows; it must hold at least one")
     return [dict(row) for _, row in rows]
