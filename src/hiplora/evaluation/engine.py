@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class TaskScores:
     score: list[float] | None
     form: str
     likelihood: list[float]
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, float]
 
 
 class ScoringLM(HFLM):

