@@ -58,7 +58,7 @@ def test_lm_eval_itself_gives_the_same_numbers(place, score, tmp_path):
     """An adapter's, by lm-eval's command line with the project's task files."""
     tasks, out = KINDS.split(","), tmp_path / "theirs"
     command = [sys.executable, "-W", "ignore", "-m", "lm_eval", "run", "--model", "hf", "--model_args"]
-    command += ["pretrained=base,peft=adapter,dtype=float32", "--tasks"]
+    command += [f"pretrained={place / 'base'},peft={place / 'adapter'},dtype=float32", "--tasks"]
     command += [",".join(f"hiplora_{task}" for task in tasks), "--include_path", str(TASKS)]
     command += ["--device", "cpu", "--batch_size", "4", "--output_path", str(out), "--log_samples"]
     environment = {**os.environ, "HIPLORA_DATA": str(place / "data"), "HF_HUB_OFFLINE": "1"}

@@ -146,11 +146,9 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
     """Do a job and return its record, which `out` gets as edit.json, with the adapters beside it.
 
     A batch, and a sequence of batches, leave `adapter`; several batches apart leave `adapter-001` and so on; edits
-    one by one leave none. AlphaEdit's update is written as a plain LoRA adapter. What was interrupted goes on after
-    the last finished batch.
-
-    ConfigError if a setting does not fit the method, the mode or the model, or `out` cannot be used; DataError if the
-    edits cannot; AdapterError if training diverged, or the base could not be restored.
+    one by one leave none. What was interrupted goes on after the last finished batch. ConfigError if a setting does not
+    fit the method, the mode or the model, or `out` cannot be used; DataError if the edits cannot; AdapterError if
+    training diverged, or the base could not be restored.
     """
     method, batches = job.chosen_method, len(job.groups)
     settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
