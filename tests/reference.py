@@ -185,3 +185,11 @@ def best_of_rank(update, rank):
     U, sigma, Vt = torch.linalg.svd(update.double(), full_matrices=False)
     near = U[:, :rank] @ torch.diag(sigma[:rank]) @ Vt[:rank]
     return near, (torch.linalg.norm(update.double() - near) / torch.linalg.norm(update.double())).item()
+
+
+@torch.no_grad()
+def answer_log_prob(model, tokenizer, prompt, answer):
+    """log p(answer | prompt), from the logits of this row alone; a token a byte, so that the two do not merge."""
+    given, whole = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
+    log_probs = model(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[place - 1, whole[place]].item() for place in range(len(given), len(whole)))

@@ -11,11 +11,10 @@ from hiplora.models import load
 from tests.commands import run
 from tests.tiny import write_jsonl
 
-FAST = ["--steps", "4", "--lr", "1e-2", "--locality", "5", "--limit", "4"]
+FAST = ["--steps", "4", "--lr", "1e-2"]
 ALPHA = ["--set", "calibration_tokens=300", "--set", "value_steps=3", "--set", "prefixes=1"]
 CALIBRATION = ["--set", "calibration_tokens=300", "--set", "r=4", "--set", "principal_rank=4"]
 COUNTERFACT = {
-    "prompt": "The colour of box 0 is",
     "subject": "box 0",
     "target_true": "red",
     "target_new": "blue",
@@ -26,10 +25,18 @@ COUNTERFACT = {
 }
 
 
-def edited(capsys, model, edits, out, *options):
-    code, said, err = run(capsys, "edit", model, edits, "--out", out, *options)
-    assert code == 0, err
-    return said, json.loads((out / "edit.json").read_text())
+@pytest.fixture
+def edit(tiny_model_dir, tmp_path, capsys):
+    """Run `hiplora edit`; return what it said, its record and the names of what it left."""
+
+    def edited(edits, *options):
+        given = ("edit", tiny_model_dir, edits, "--out", tmp_path / "out", "--locality", "5", *options)
+        code, said, err = run(capsys, *given)
+        assert code == 0, err
+        left = {path.name for path in (tmp_path / "out").iterdir()} - {"edit.json", "settings.json"}
+        return said, json.loads((tmp_path / "out" / "edit.json").read_text()), left
+
+    return edited
 
 
 @pytest.mark.parametrize(
@@ -38,21 +45,20 @@ def edited(capsys, model, edits, out, *options):
         ("lora", FAST),
         ("milora", [*FAST, "--set", "rank_pattern={k_proj: 3}"]),
         ("hiplora", FAST + CALIBRATION),
-        ("alphaedit", [*ALPHA, "--locality", "5", "--limit", "4"]),
+        ("alphaedit", ALPHA),
     ],
 )
-def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, capsys, method, options):
-    out = tmp_path / "out"
-    said, record = edited(capsys, tiny_model_dir, "builtin", out, "--method", method, "--json", *options)
+def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, edit, method, options):
+    said, record, left = edit("builtin", "--limit", "4", "--method", method, "--json", *options)
     assert json.loads(said)["summary"] == record["summary"]
-    assert record["adapters"] == ["adapter"]
-    assert record["edits"] == 4
-    assert record["provenance"]["seed"] == 42
+    assert left == set(record["adapters"]) == {"adapter"}
+    assert (record["edits"], record["provenance"]["seed"]) == (4, 42)
     assert record["summary"]["locality"]["questions"] == 5
-    read_update(out / "adapter")
-    assert "[More Information Needed]" not in (out / "adapter" / "README.md").read_text()
+    folder = tmp_path / "out" / "adapter"
+    read_update(folder)
+    assert "[More Information Needed]" not in (folder / "README.md").read_text()
     model, tokenizer = load(str(tiny_model_dir))
-    adapted = PeftModel.from_pretrained(model, str(out / "adapter")).eval()
+    adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4))
     measured = record["stages"][0]["records"]["log_prob_new"]
     assert again["log_prob_new"].tolist() == pytest.approx(measured, abs=1e-3)
@@ -60,37 +66,31 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, t
 
 
 @pytest.mark.parametrize(
-    ("mode", "adapters"), [("batch", ["adapter-001", "adapter-002"]), ("sequential", ["adapter"])]
+    ("mode", "adapters"), [("batch", {"adapter-001", "adapter-002"}), ("sequential", {"adapter"})]
 )
-def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(tiny_model_dir, tmp_path, capsys, mode, adapters):
-    options = ("--method", "lora", "--mode", mode, "--edits-per-batch", "2", *FAST)
-    _, record = edited(capsys, tiny_model_dir, "builtin", tmp_path / "out", *options)
-    assert record["adapters"] == adapters
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {*adapters, "edit.json", "settings.json"}
+def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(edit, mode, adapters):
+    options = ("--method", "lora", "--mode", mode, "--edits-per-batch", "2", "--limit", "4", *FAST)
+    _, record, left = edit("builtin", *options)
+    assert left == set(record["adapters"]) == adapters
     assert len(record["stages"]) == 2
 
 
-def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_measured(
-    tiny_model_dir, tmp_path, capsys
-):
+def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_measured(tmp_path, edit):
     rows = [{**COUNTERFACT, "prompt": f"The colour of box {i} is"} for i in range(4)]
     file = write_jsonl(tmp_path / "cf.jsonl", rows)
-    options = ("--method", "lora", "--mode", "single", "--sample", "2", "--steps", "3", "--locality", "5")
-    said, record = edited(capsys, tiny_model_dir, file, tmp_path / "out", *options)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["edit.json", "settings.json"]
+    said, record, left = edit(file, "--method", "lora", "--mode", "single", "--sample", "2", "--steps", "3")
+    assert not left
     assert [len(stage["taught"]) for stage in record["stages"]] == [1, 1]
     for text in ("2 edits by lora, single", "questions near it kept", "unrelated questions", "Entity/Attribute"):
         assert text in said
 
 
-def test_questions_about_edited_subjects_are_left_out(tiny_model_dir, tmp_path, capsys):
+def test_questions_about_edited_subjects_are_left_out(tmp_path, edit):
     first = load_questions()[0]
-    edit = {"set": "x", "category": "Relation/Fact", "old": "a", "new": "b", "subject": first.subject}
-    file = write_jsonl(tmp_path / "own.jsonl", [{**edit, "prompt": "One", "paraphrase": "Two"}])
-    options = ("--method", "lora", "--steps", "1", "--locality", "3")
-    asked = edited(capsys, tiny_model_dir, file, tmp_path / "out", *options)[1]["questions"]
-    assert first.subject not in asked["subject"]
-    assert len(asked["prompt"]) == 3
+    file = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "One", "new": "b", "subject": first.subject}])
+    asked = edit(file, "--method", "lora", "--steps", "1")[1]["questions"]["subject"]
+    assert len(asked) == 5
+    assert first.subject not in asked
 
 
 @pytest.mark.parametrize(

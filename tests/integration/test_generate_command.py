@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import peft
 import pytest
@@ -22,11 +23,21 @@ def adapter(tmp_path):
     return tmp_path / "mine"
 
 
-def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_dir, adapter, capsys):
-    given = ("generate", tiny_model_dir, "--adapter", adapter, "--prompt", "Why?", "--tokens", 8)
-    code, said, err = run(capsys, *given, "--json")
-    assert code == 0, err
-    record = json.loads(said)
+@pytest.fixture
+def command(tiny_model_dir, adapter, capsys):
+    """Run a command on the model with the adapter; return what it said."""
+
+    def ran(name, *options):
+        code, said, err = run(capsys, name, tiny_model_dir, "--adapter", adapter, *options)
+        assert code == 0, err
+        return said
+
+    return ran
+
+
+def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_dir, command, adapter):
+    given = ("generate", "--prompt", "Why?", "--tokens", 8)
+    record = json.loads(command(*given, "--json"))
     assert (record["schema"], record["kind"]) == (1, "answers")
     (row,) = record["prompts"]
     model, tokenizer = load_model(str(tiny_model_dir))
@@ -34,50 +45,37 @@ def test_answers_are_those_of_each_model_with_the_differences_marked(tiny_model_
     with mounted(model, adapter) as adapted:
         assert row["answers"]["mine"] == continuations(adapted, tokenizer, [prompt], 8)[0]
     assert row["answers"]["mine"] != row["answers"]["base"] == continuations(model, tokenizer, [prompt], 8)[0]
-    code, said, _ = run(capsys, *given)
-    assert code == 0
-    assert "[" in said.partition("mine: ")[2]
-    code, said, _ = run(capsys, *given, "--raw", "--json")
-    assert json.loads(said)["prompts"][0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
+    assert "[" in command(*given).partition("mine: ")[2]
+    raw = json.loads(command(*given, "--raw", "--json"))
+    assert raw["prompts"][0]["answers"]["base"] == continuations(model, tokenizer, ["Why?"], 8)[0]
 
 
-def test_an_answer_ends_at_the_models_own_end_of_turn(tiny_model_dir):
-    model, tokenizer = load_model(str(tiny_model_dir))
-    (whole,) = continuations(model, tokenizer, ["Why?"], 8)
-    turn = int(model(torch.tensor([tokenizer("Why?")["input_ids"]])).logits[0, -1].argmax())
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn]
-    assert continuations(model, tokenizer, ["Why?"], 8) == [tokenizer.decode([turn])] != [whole]
-
-
-def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, adapter, capsys, monkeypatch):
+def test_in_a_chat_each_model_continues_its_own_conversation(tiny_model_dir, command, adapter, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\nAnd then?\n"))
-    code, said, err = run(capsys, "chat", tiny_model_dir, "--adapter", adapter, "--tokens", 8)
-    assert code == 0, err
+    said = re.sub(r"[][]", "", command("chat", "--tokens", 8))  # without the marks
     assert said.count("base: ") == said.count("mine") == 2
     model, tokenizer = load_model(str(tiny_model_dir))
-    turns = []
-    for words in ("Why?", "And then?"):
-        turns.append({"role": "user", "content": words})
-        (answer,) = continuations(model, tokenizer, [chat_prompt(tokenizer, turns)], 8)
-        turns.append({"role": "assistant", "content": answer})
-    assert turns[-1]["content"].strip() in said
+    for folder in (None, adapter):
+        turns = []
+        with mounted(model, folder) as present:
+            for words in ("Why?", "And then?"):
+                turns.append({"role": "user", "content": words})
+                (answer,) = continuations(present, tokenizer, [chat_prompt(tokenizer, turns)], 8)
+                turns.append({"role": "assistant", "content": answer})
+        assert re.sub(r"[][]", "", turns[-1]["content"]).strip() in said
 
 
-def test_drift_is_what_is_measured_and_the_text_may_be_ones_own(tiny_model_dir, adapter, tmp_path, capsys):
+def test_drift_is_what_is_measured_and_the_text_may_be_ones_own(tiny_model_dir, command, adapter, tmp_path):
     text = tmp_path / "prose.txt"
     text.write_text("The harbour master writes down every ship that comes in. " * 3)
-    given = ("drift", tiny_model_dir, "--adapter", adapter, "--text", text, "--tokens", 60)
-    code, said, err = run(capsys, *given, "--json")
-    assert code == 0, err
-    found = json.loads(said)["drift"]["mine"]["prose.txt"]
+    given = ("drift", "--text", text, "--tokens", 60)
     model, tokenizer = load_model(str(tiny_model_dir))
     reference = BaseReference.build(model, tokenizer, {"a": text.read_text()}, max_tokens=60)
     with mounted(model, adapter) as adapted:
         expected = measure_drift(adapted, reference)["a"]
-    assert found == pytest.approx(expected.as_dict())
-    assert 0 < found["greedy_changed"] <= 1
-    code, said, _ = run(capsys, *given)
-    assert code == 0
+    assert 0 < expected.greedy_changed <= 1
+    assert json.loads(command(*given, "--json"))["drift"]["mine"]["prose.txt"] == pytest.approx(expected.as_dict())
+    said = command(*given)
     assert f"{expected.greedy_changed:.1%}" in said
     assert f"hiplora protect {adapter}" in said
 

@@ -1,10 +1,11 @@
 """AlphaEdit (Fang et al. 2024): edits written into MLP weights, kept out of the directions that other text uses."""
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,11 +16,15 @@ from torch import Tensor, nn
 from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
 from hiplora.editing.editors import Editor, PositiveFloat
 from hiplora.editing.edits import Edit
-from hiplora.editing.subjects import BEGINNINGS, Located, locate, search_value, subject_states, write_prefixes
-from hiplora.errors import AdapterError, ConfigError, FactorError
+from hiplora.editing.measure import BATCH_SIZE
+from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
+from hiplora.evaluation.answers import continuations
+from hiplora.evaluation.likelihood import Encoded, encode, pad_left, response_log_probs
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import input_bases
 
+BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
+_ENOUGH = 5e-2  # mean negative log-likelihood of an answer, in nats, at which its search ends
 _WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
 
 
@@ -49,11 +54,7 @@ class AlphaEdit:
     seed: int = 0
 
     def modules(self, model: nn.Module) -> list[str]:
-        """Return the names of the edited weights' modules, in order.
-
-        Raises:
-            ConfigError: the model is not built like a Llama, or has no block of a chosen index.
-        """
+        """Return the edited modules' names, in order; ConfigError if it is no Llama, or has no block of an index."""
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         found = [name for name in names if re.search(r"\.\d+\.mlp\.down_proj$", name)]
         depth = len(found)
@@ -79,13 +80,8 @@ def default_layers(depth: int) -> tuple[int, ...]:
 def null_space(basis: MomentBasis, threshold: float, name: str = "layer") -> Float[Tensor, "n n"]:
     """Return P, the projector on the directions in which `E[kkᵀ]` of the keys to preserve is below a threshold.
 
-    Args:
-        basis: eigenvalues, descending, and eigenvectors of the second moment of the keys: what goes into a weight.
-        threshold: an absolute eigenvalue, as the authors' (0.02); directions below it are free to edit.
-        name: of the layer, for messages.
-
-    Raises:
-        FactorError: no direction is below the threshold, or more are above it than eigenvectors were kept.
+    `basis` is of the second moment of the keys, a layer's inputs; `threshold` an absolute eigenvalue, as the authors'
+    (0.02). FactorError if no direction is below it, or more are above it than eigenvectors were kept.
 
     Source: AlphaEdit, Sect. 3.1.
     """
@@ -109,17 +105,11 @@ def null_space_update(
 ) -> tuple[Float[Tensor, "e n"], Float[Tensor, "m e"]]:
     """Return `(A, B)` with `BA = Δ = R K₁ᵀ P (Kₚ Kₚᵀ P + K₁ K₁ᵀ P + ridge I)⁻¹`, in float64.
 
-    Δ is the change that brings the values of the keys K₁ nearest to their targets (R is what is missing), stays
-    small, moves the keys of former edits little, and leaves every key x with P x = 0 exactly where it was.
+    Δ brings the values of the `keys` K₁ (the weight's inputs at the new edits) nearest to their targets, from which
+    they are the `residual` R away, stays small, moves the keys of former edits (`former` is Kₚ Kₚᵀ) little, and leaves
+    every key x with P x = 0 exactly where it was.
 
-    Args:
-        keys: K₁, inputs of the weight at the new edits, one a column.
-        residual: R, target values less current ones.
-        P: the projector from `null_space`.
-        former: Kₚ Kₚᵀ, of the edits made before, if there were any.
-        ridge: weight of ‖Δ‖²; AlphaEdit's formula has 1.
-
-    Source: AlphaEdit, Eq. 14.
+    Source: AlphaEdit, Eq. 14, where the ridge is 1.
     """
     K = keys.double()
     moment = K @ K.T if former is None else K @ K.T + former.double()
@@ -127,12 +117,127 @@ def null_space_update(
     return torch.linalg.solve(system, P @ K).T, residual.double()
 
 
+class Located(NamedTuple):
+    """A prompt with an answer as tokens, and the tokens up to the last one of the edit's subject."""
+
+    encoded: Encoded
+    ids: list[int]
+
+
+def locate(tokenizer: Any, subject: str, prompt: str, answer: str) -> Located:
+    """Tokenize a prompt and its answer, and find the subject; DataError if the prompt does not contain it."""
+    places = [found.start() for found in re.finditer(re.escape(subject), prompt, re.IGNORECASE)] if subject else []
+    if not places:
+        raise DataError(
+            f"edit {prompt!r}: its subject {subject!r} is not in the prompt, where AlphaEdit looks for it; "
+            "reword the prompt, or use another method"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError("the tokenizer gives no offsets of its tokens; AlphaEdit needs a fast one")
+    encoded, end = encode(tokenizer, prompt, f" {answer}"), places[-1] + len(subject)
+    spans = tokenizer(f"{prompt} {answer}", return_offsets_mapping=True)["offset_mapping"]
+    last = max(i for i, (a, b) in enumerate(spans[: len(encoded.ids)]) if a < end and b > a)
+    return Located(encoded, list(encoded.ids[: last + 1]))
+
+
+@torch.no_grad()
+def subject_states(
+    model: nn.Module, modules: Sequence[str], block: str, rows: Sequence[list[int]]
+) -> tuple[dict[str, Float[Tensor, "n rows"]], Float[Tensor, "d rows"]]:
+    """Return inputs of layers and the output of a block at the last token of each row of tokens, one a column, fp32."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    outputs: list[Tensor] = []
+    with contextlib.ExitStack() as hooks:
+        for name, kept in inputs.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, kept=kept: kept.append(args[0][:, -1].float())
+            )
+            hooks.callback(handle.remove)
+        hooks.enter_context(_output(model, block, lambda hidden: outputs.append(hidden[:, -1].float())))
+        for first in range(0, len(rows), BATCH_SIZE):
+            _logits(model, rows[first : first + BATCH_SIZE])
+    return {name: torch.cat(kept).T for name, kept in inputs.items()}, torch.cat(outputs).T
+
+
+def search_value(
+    model: nn.Module, block: str, prompts: Sequence[Located], essence: list[int], settings: AlphaEdit
+) -> tuple[Float[Tensor, " d"], float]:
+    """Find the output of `block` at an edit's subject under which the new answer is likely; return it and the loss.
+
+    A shift of that output is optimised with Adam: mean negative log-likelihood of the answer over the edit's `prompts`,
+    the bare one first, plus the divergence of what follows the subject (after `essence`, the tokens up to the subject
+    in "<subject> is a") from what followed before, plus a decay; the shift is clamped to a share of the output's norm.
+    No parameter of the model may require gradients.
+
+    Source: ROME (Meng et al. 2022), Sect. 3.1, as AlphaEdit and MEMIT use it.
+    """
+    examples = [item.encoded for item in prompts]
+    places = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
+
+    def log_probs(shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the answers' mean log-likelihood, and the log-probabilities of what follows the essence."""
+        with _output(model, block, lambda hidden: _shifted(hidden, shift, places)):
+            answers = torch.stack([row.mean() for row in response_log_probs(model, examples)]).mean()
+        with _output(model, block, lambda hidden: _shifted(hidden, shift, [-1])):
+            return answers, _logits(model, [essence])[0].log_softmax(-1)
+
+    start = subject_states(model, (), block, [prompts[0].ids])[1][:, 0]
+    shift = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([shift], lr=settings.value_lr)
+    before: Tensor | None = None
+    for step in range(settings.value_steps):
+        answers, now = log_probs(shift)
+        before = now.detach() if before is None else before
+        if -answers < _ENOUGH or step == settings.value_steps - 1:
+            break
+        divergence = (now.exp() * (now - before)).sum()
+        decay = settings.value_decay * shift.norm() / start.norm() ** 2
+        optimizer.zero_grad()
+        (settings.value_kl * divergence + decay - answers).backward()
+        optimizer.step()
+        with torch.no_grad():
+            shift *= (settings.value_clamp * start.norm() / shift.norm().clamp(min=1e-12)).clamp(max=1.0)
+    return start + shift.detach(), -answers.item()
+
+
+def _shifted(hidden: Tensor, shift: Tensor, places: Sequence[int]) -> Tensor:
+    """Add a shift to hidden states (rows, tokens, d), at one token of each row."""
+    moved = hidden.clone()
+    moved[range(len(places)), places] += shift.to(hidden.dtype)
+    return moved
+
+
+@contextlib.contextmanager
+def _output(model: nn.Module, block: str, handle: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Give a block's hidden states to `handle` at each pass; what it returns, if anything, takes their place."""
+
+    def hook(_: nn.Module, args: tuple, result: Any) -> Any:
+        hidden, *rest = result if isinstance(result, tuple) else (result,)
+        changed = handle(hidden)
+        if changed is None:
+            return None
+        return (changed, *rest) if isinstance(result, tuple) else changed
+
+    registered = model.get_submodule(block).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        registered.remove()
+
+
+def _logits(model: nn.Module, rows: Sequence[list[int]]) -> Float[Tensor, "rows vocabulary"]:
+    """Return the logits (fp32) at the end of each row of tokens."""
+    device = next(model.parameters()).device
+    ids, mask, positions = (tensor.to(device) for tensor in pad_left(rows))
+    padded = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    return model(**padded, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+
+
 class AlphaEditor(Editor):
     """Search values, spread what is missing over a few `mlp.down_proj`, update each in its null space.
 
-    Raises (on construction):
-        ConfigError: the settings do not fit the model.
-        FactorError: an edited layer's inputs have no null space at this threshold.
+    On construction, ConfigError if the settings do not fit the model, FactorError if an edited layer's inputs have no
+    null space at this threshold.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: AlphaEdit):
@@ -147,39 +252,40 @@ class AlphaEditor(Editor):
             name: null_space(basis, settings.threshold, name).to(self._weight(name).device)
             for name, basis in bases.items()
         }
-        self._prefixes = write_prefixes(model, tokenizer, settings.prefixes, settings.prefix_tokens)
+        self._texts = [""]  # what stands before a prompt: nothing, or what the model generates after common words
+        for word in BEGINNINGS[: settings.prefixes]:
+            (written,) = continuations(model, tokenizer, [word], settings.prefix_tokens)
+            self._texts.append(" ".join(f"{word}{written}".split()) + ". ")
         self.restore({})
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Write some edits in together; returns each edit's last loss of the search, ranks and seconds.
 
-        Raises:
-            DataError: an edit's subject does not stand in its prompt.
+        DataError if an edit's subject does not stand in its prompt.
         """
-        began, settings = time.perf_counter(), self._settings
-        texts = ["", *self._prefixes]
-        prompts = [
-            [locate(self._tokenizer, edit.subject, text + edit.prompt, edit.new) for text in texts] for edit in edits
-        ]
-        essences = [locate(self._tokenizer, edit.subject, f"{edit.subject} is", "a").ids for edit in edits]
+        began, settings, find = time.perf_counter(), self._settings, self._tokenizer
+        prompts = [[locate(find, one.subject, text + one.prompt, one.new) for text in self._texts] for one in edits]
+        essences = [locate(find, edit.subject, f"{edit.subject} is", "a").ids for edit in edits]
         asked = zip(prompts, essences, strict=True)
         found = [search_value(self.model, self._block, group, essence, settings) for group, essence in asked]
         values = torch.stack([value for value, _ in found], dim=1)
         for done, name in enumerate(self.modules):
             keys, outputs = self._states(prompts)
             missing = (values - outputs) / (len(self.modules) - done)
-            A, B = null_space_update(
-                keys[name], missing, self._projectors[name], self._former.get(name), settings.ridge
-            )
+            former = self._state.get(f"{name}.former")
+            A, B = null_space_update(keys[name], missing, self._projectors[name], former, settings.ridge)
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
-            self.updates.setdefault(name, []).append((A, B))
             weight = self._weight(name)
             # A tensor of its own: the base's stays as it is, to be put back.
-            weight.data = (weight.data.double() + B @ A).to(weight.dtype)
+            weight.data = self._state[f"{name}.weight"] = (weight.data.double() + B @ A).to(weight.dtype)
+            for side, (part, tensor) in enumerate((("A", A), ("B", B))):
+                key = f"{name}.{part}"
+                self._state[key] = torch.cat([self._state[key], tensor], side) if key in self._state else tensor
         keys, outputs = self._states(prompts)
         for name, K in keys.items():
-            self._former[name] = self._former.get(name, 0) + K.double() @ K.double().T
+            moment = K.double() @ K.double().T
+            self._state[f"{name}.former"] = moment + self._state.get(f"{name}.former", 0)
         left = (values - outputs).norm(dim=0) / values.norm(dim=0)
         return {
             "search_loss": [loss for _, loss in found],
@@ -189,35 +295,24 @@ class AlphaEditor(Editor):
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return the edited weights, their updates, and the moments of the keys."""
-        found = {}
-        for name, parts in self.updates.items():
-            found[f"{name}.weight"], found[f"{name}.former"] = self._weight(name).data, self._former[name]
-            for side, tensors in zip("AB", zip(*parts, strict=True), strict=True):
-                found[f"{name}.{side}"] = torch.cat(tensors, dim="AB".index(side))
-        return found
+        """Return each edited `weight`, its update `B` `A`, and the moment of the keys so far, `former`."""
+        return dict(self._state)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Write the edits of a `state` in; without any, put the base's weights back."""
-        self._former: dict[str, Float[Tensor, "n n"]] = {}  # moments of the keys
-        self.updates: dict[str, list[tuple[Tensor, Tensor]]] = {}  # `(A, B)` of each batch, with Δ = BA
+        self._state = {key: tensor.to(self._weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
         for name in self.modules:
-            weight = self._weight(name)
-            weight.data = self._kept[f"{name}.weight"][1]
-            if state:
-                weight.data, former, A, B = (
-                    state[f"{name}.{part}"].to(weight.device) for part in ("weight", "former", "A", "B")
-                )
-                self._former[name], self.updates[name] = former, [(A, B)]
+            self._weight(name).data = self._state.get(f"{name}.weight", self._kept[f"{name}.weight"][1])
 
     def save(self, folder: Path, base: str) -> None:
         """Write the edits so far as a plain LoRA adapter of at most a rank an edit; `base` names the model.
 
-        Raises:
-            AdapterError: what was written differs from the update.
+        AdapterError if what was written differs from the update.
         """
-        state = self.state()
-        factors = {name: (state[f"{name}.A"].float().cpu(), state[f"{name}.B"].float().cpu()) for name in self.updates}
+        factors = {
+            name: (self._state[f"{name}.A"].float().cpu(), self._state[f"{name}.B"].float().cpu())
+            for name in self.modules
+        }
         config = {"target_modules": sorted(factors), "task_type": "CAUSAL_LM"}
         update = AdapterUpdate(base, "lora", config, factors, source="AlphaEdit's updates")
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +326,7 @@ class AlphaEditor(Editor):
         self, prompts: Sequence[list[Located]]
     ) -> tuple[dict[str, Float[Tensor, "n edits"]], Float[Tensor, "d edits"]]:
         """Each edit's keys, half the bare prompt's and half the mean of the prefixed ones, and its current value."""
-        each = len(self._prefixes) + 1
+        each = len(self._texts)
         rows = [item.ids for group in prompts for item in group]
         inputs, outputs = subject_states(self.model, self.modules, self._block, rows)
         share = torch.full((each,), 0.5 / max(each - 1, 1))

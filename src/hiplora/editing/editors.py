@@ -1,6 +1,7 @@
 """Put edits into a model and take them out again: the interface, and training them into an adapter of PEFT."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -48,23 +49,22 @@ def train_edits(
 
     Returns the `loss` of each step before its update, `seconds`, and how many `tokens` the model read. The order of the
     edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets the number of each
-    finished step.
-
-    Raises:
-        AdapterError: nothing is trainable, or the loss is not finite.
+    finished step. AdapterError if nothing is trainable, or the loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise AdapterError("the model has no trainable parameter; wrap it with peft.get_peft_model first")
     optimizer = torch.optim.AdamW(parameters, lr=training.lr, weight_decay=training.weight_decay)
     examples = [encode(tokenizer, edit.prompt, f" {edit.new}") for edit in edits]
-    batches = _batches(len(examples), training.batch_size, training.seed)
+    generator, size = torch.Generator().manual_seed(training.seed), min(training.batch_size, len(edits))
+    # A fresh permutation an epoch; batches go across the seam of two epochs.
+    order = (index for _ in itertools.count() for index in torch.randperm(len(edits), generator=generator).tolist())
     torch.manual_seed(training.seed)
     losses: list[float] = []
     tokens, began = 0, time.perf_counter()
     model.train()
     for step in tqdm(range(1, training.steps + 1), "editing", leave=False, disable=None if progress else True):
-        batch = [examples[index] for index in next(batches)]
+        batch = [examples[index] for index in itertools.islice(order, size)]
         loss = -torch.cat(response_log_probs(model, batch)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -80,15 +80,6 @@ def train_edits(
     return {"loss": losses, "seconds": time.perf_counter() - began, "tokens": tokens}
 
 
-def _batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Yield batches of indices without end: a fresh permutation an epoch, batches across the seam of two epochs."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
-    order = itertools.chain.from_iterable(epochs)
-    while True:
-        yield list(itertools.islice(order, min(batch_size, count)))
-
-
 class Editor(ABC):
     """A way to edit one model; `teach` adds to what was taught before.
 
@@ -97,7 +88,6 @@ class Editor(ABC):
     """
 
     model: nn.Module
-    _initial: Mapping[str, Tensor] = {}
 
     def __init__(self, base: nn.Module):
         self._base = base
@@ -115,11 +105,7 @@ class Editor(ABC):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Be as an editor of the same settings was when its `state` was taken."""
-
-    def reset(self) -> None:
-        """Take back all that was taught."""
-        self.restore(self._initial)
+        """Be as an editor of the same settings was when its `state` was taken; an empty one takes back all."""
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -134,11 +120,7 @@ class Editor(ABC):
                 parameter.data = values
 
     def close(self) -> None:
-        """Leave the base as it was found.
-
-        Raises:
-            AdapterError: values of its weights changed in place.
-        """
+        """Leave the base as it was found; AdapterError if values of its weights changed in place."""
         for parameter, values, gradient in self._kept.values():
             parameter.data = values
             parameter.requires_grad_(gradient)
@@ -158,14 +140,14 @@ class AdapterEditor(Editor):
         self, model: Any, tokenizer: Any, adapt: PeftConfig | Adapt, training: EditTraining, progress: bool = False
     ):
         super().__init__(model)
-        self._tokenizer, self._training, self._progress = tokenizer, training, progress
         torch.manual_seed(training.seed)
         self.model = get_peft_model(model, adapt) if isinstance(adapt, PeftConfig) else adapt(model)
+        self._train = functools.partial(train_edits, self.model, tokenizer, training=training, progress=progress)
         self._initial = {name: values.clone() for name, values in self.state().items()}
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the adapter on some edits; returns what `train_edits` does."""
-        return train_edits(self.model, self._tokenizer, edits, self._training, progress=self._progress)
+        return self._train(edits)
 
     def state(self) -> dict[str, Tensor]:
         """Return the parameters that are trained."""
@@ -173,8 +155,8 @@ class AdapterEditor(Editor):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give the adapter these parameters."""
-        for name, values in state.items():
+        """Give the adapter these parameters, or those that it began with."""
+        for name, values in (state or self._initial).items():
             self.model.get_parameter(name).copy_(values)
 
     @contextlib.contextmanager

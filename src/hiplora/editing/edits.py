@@ -1,20 +1,19 @@
 """Edit sets: facts that a model should state differently from now on, built in or from files of rows."""
 
-import importlib.resources
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from hiplora.data.rows import Row, read_rows
 from hiplora.errors import DataError, first_problem
 
 BUILT_IN = "builtin"
+DATA = Path(__file__).parent / "data"
 Category = Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"]
 ENTITY, RELATION, NUMERIC = CATEGORIES = ("Entity/Attribute", "Relation/Fact", "Temporal/Numeric")
 
@@ -55,10 +54,9 @@ class Edit:
     neighbours: tuple[Question, ...] = ()
 
 
-class _OwnRow(BaseModel):
-    """A row of the project's own format; `prompt` and `new` are all that an edit needs."""
+class _OwnRow(BaseModel, extra="forbid", strict=True):
+    """A row of the project's own format."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Text
     new: Text
     old: Text | None = None
@@ -74,10 +72,9 @@ class _OwnRow(BaseModel):
         return self
 
 
-class _CounterFactRow(BaseModel):
+class _CounterFactRow(BaseModel, strict=True):
     """A row of CounterFact or zsRE; `relation` is a Wikidata property, or "unlabelled" in zsRE."""
 
-    model_config = ConfigDict(strict=True)
     prompt: Text
     subject: Text
     target_true: Text
@@ -94,6 +91,18 @@ class _CounterFactRow(BaseModel):
             raise ValueError(f"{prompts} neighborhood_prompts and {answers} neighborhood_answers; expected as many")
         return self
 
+    def edit(self) -> Edit:
+        """Return the edit that the row is."""
+        return Edit(
+            prompt=self.prompt,
+            old=self.target_true,
+            new=self.target_new,
+            subject=self.subject,
+            category=RELATION_CATEGORIES.get(self.relation) or _category(self.target_true, self.target_new),
+            paraphrase=self.paraphrase_prompts[0],
+            neighbours=tuple(map(Question, self.neighborhood_prompts, self.neighborhood_answers)),
+        )
+
 
 def load_edits(
     source: str | os.PathLike = BUILT_IN, limit: int | None = None, *, category: str | None = None
@@ -105,18 +114,16 @@ def load_edits(
     format come set by set. Rows of CounterFact and zsRE whose two answers are the same, or that repeat a prompt, are
     left out. The first `limit` edits are taken, of one of the `CATEGORIES` alone if it is given.
 
-    Raises:
-        DataError: the file cannot be read, a row is not an edit, or there are fewer than `limit`; it names file, line
-            and remedy.
+    DataError, with file, line and remedy, if the file cannot be read, a row is not an edit, or there are too few.
     """
-    rows = _built_in("editset.jsonl") if str(source) == BUILT_IN else list(read_rows(Path(source)))
+    rows = list(read_rows(DATA / "editset.jsonl" if str(source) == BUILT_IN else Path(source)))
     if not rows:
         raise DataError(f"{source}: has no edits; give one row an edit")
     found: dict[str, Edit] = {}
     if isinstance(rows[0][1], dict) and "target_new" in rows[0][1]:
         for _, row in _checked(rows, source, _CounterFactRow):
             if row.target_true != row.target_new:
-                found.setdefault(row.prompt, _counterfact(row))
+                found.setdefault(row.prompt, row.edit())
     else:
         checked = list(_checked(rows, source, _OwnRow))
         sets = list(dict.fromkeys(own.set for _, own in checked))
@@ -134,12 +141,7 @@ def load_edits(
 
 def load_questions() -> list[Question]:
     """Return the built-in unrelated questions: at least 500, with true answers, about subjects no edit touches."""
-    return [Question(**row) for _, row in _built_in("locality.jsonl")]
-
-
-def _built_in(name: str) -> list[Row]:
-    text = importlib.resources.files("hiplora.editing").joinpath("data", name).read_text(encoding="utf-8")
-    return [(f"line {number}", json.loads(line)) for number, line in enumerate(text.splitlines(), start=1)]
+    return [Question(**row) for _, row in read_rows(DATA / "locality.jsonl")]
 
 
 def _checked(rows: Iterable[Row], where: str | os.PathLike, kind: type[Kind]) -> Iterator[tuple[str, Kind]]:
@@ -148,23 +150,11 @@ def _checked(rows: Iterable[Row], where: str | os.PathLike, kind: type[Kind]) ->
             yield place, kind.model_validate(row)
         except ValidationError as error:
             needed = [name for name, field in kind.model_fields.items() if field.is_required()]
+            free = [name for name in kind.model_fields if name not in needed] or ["nothing else"]
             raise DataError(
                 f"{where}, {place}: {first_problem(error)}; an edit needs {', '.join(needed)}, and may have "
-                f"{', '.join(set(kind.model_fields) - set(needed)) or 'nothing else'}"
+                f"{', '.join(free)}"
             ) from None
-
-
-def _counterfact(row: Any) -> Edit:
-    near = zip(row.neighborhood_prompts, row.neighborhood_answers, strict=True)
-    return Edit(
-        prompt=row.prompt,
-        old=row.target_true,
-        new=row.target_new,
-        subject=row.subject,
-        category=RELATION_CATEGORIES.get(row.relation) or _category(row.target_true, row.target_new),
-        paraphrase=row.paraphrase_prompts[0],
-        neighbours=tuple(Question(*pair) for pair in near),
-    )
 
 
 def _category(*answers: str) -> str:

@@ -18,17 +18,10 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining, PositiveFloat
 from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
-from hiplora.editing.measure import (
-    ask,
-    measure_edits,
-    summarise,
-    summarise_locality,
-    unrelated_targets,
-    with_old_answers,
-)
 from hiplora.errors import ConfigError, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
@@ -63,6 +56,7 @@ beside this folder has every edit, and what the model answered before and after.
 
 {loading}
 """
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -136,31 +130,25 @@ class EditJob:
         chosen = random.Random(self.seed).sample(range(count), min(self.sample or count, count))
         return [[index] for index in sorted(chosen)]
 
-    def run(self, model: Any, tokenizer: Any, start: Path | None = None, **more: Any) -> dict[str, Any]:
+    def run(self, model: Any, tokenizer: Any, start: Path | None = None, **more: Any) -> Values:
         """Edit a bare model, measure, and leave it as it was; `start` as in `put_on`, `more` as in `run_edits`."""
-        method, edited = self.chosen_method, {one.subject.casefold() for one in self.facts}
-        apart = [one for one in load_questions() if one.subject.casefold() not in edited]
-
-        def adapt(model: Any) -> Any:
-            return put_on(method, model, tokenizer, seed=self.seed, start=start)  # type: ignore[arg-type]
-
-        put_in = method if isinstance(method, AlphaEdit) else adapt
+        method: Any = self.chosen_method
+        if not isinstance(method, AlphaEdit):
+            method = functools.partial(put_on, method, tokenizer=tokenizer, seed=self.seed, start=start)
+        edited = {one.subject.casefold() for one in self.facts}
+        apart = [one for one in load_questions() if one.subject.casefold() not in edited][: self.questions]
         more |= {"groups": self.groups, "sequential": self.mode == "sequential"}
-        found = run_edits(model, tokenizer, put_in, self.facts, self.training, apart[: self.questions], **more)
+        found = run_edits(model, tokenizer, method, self.facts, self.training, apart, **more)
         return {"mode": self.mode, "method": self.method, **found}
 
 
-def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
     """Do a job and return its record, which `out` gets as edit.json, with the adapters beside it.
 
     A batch, and a sequence of batches, leave `adapter`; several batches apart leave `adapter-001` and so on; edits
-    one by one leave none. AlphaEdit's update is written as a plain LoRA adapter. What was interrupted goes on after
-    the last finished batch.
-
-    Raises:
-        ConfigError: a setting does not fit the method, the mode or the model, or `out` cannot be used.
-        DataError: the edits cannot be used.
-        AdapterError: training diverged, or the base could not be restored.
+    one by one leave none. What was interrupted goes on after the last finished batch. ConfigError if a setting does not
+    fit the method, the mode or the model, or `out` cannot be used; DataError if the edits cannot; AdapterError if
+    training diverged, or the base could not be restored.
     """
     method, batches = job.chosen_method, len(job.groups)
     settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
@@ -224,9 +212,6 @@ def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     return tables
 
 
-Values = dict[str, Any]
-
-
 def run_edits(
     model: nn.Module,
     tokenizer: Any,
@@ -241,36 +226,26 @@ def run_edits(
     on_edited: Callable[[int, Editor], None] | None = None,
     folder: RunFolder | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Edit a bare model group after group, measure after each, and leave the model behind bit for bit as it was.
+) -> Values:
+    """Edit a bare model group after group, measure after each, and leave it bit for bit as it was.
 
-    Args:
-        model: the bare base model, a causal language model.
-        tokenizer: its tokenizer.
-        method: a configuration of PEFT, a function that puts an adapter on the model, or AlphaEdit's settings.
-        edits: what to teach.
-        training: how adapters are trained on a group; the default is the paper's 500 steps. AlphaEdit has its own.
-        questions: unrelated ones, which measure the locality. The bare model's answers are taken before the first edit.
-        groups: indices of the edits that are taught together (`edit_groups`); None is all.
-        sequential: teach group after group on top of each other, and measure all edits so far; else each group is taken
-            back before the next.
-        texts: whether the record has what the model wrote.
-        on_edited: is given a group's number, from 1, and the editor while its edits are in the model.
-        folder: keeps the finished groups, so that the same call goes on where it was interrupted.
-        progress: show a bar on a terminal.
+    `method` is a configuration of PEFT, a function that puts an adapter on the model, both trained by `training` (the
+    paper's 500 steps), or AlphaEdit's settings. `questions` are unrelated ones, which measure the locality. `groups`
+    are the indices of the edits that are taught together (None: all), each taken back before the next or, if
+    `sequential`, one on top of the other. `on_edited` gets a group's number, from 1, and the editor while its edits are
+    in the model; `folder` keeps the finished groups, so that the same call goes on where it was interrupted.
 
-    Returns:
-        the record, for JSON: `edits`, their number; `summary` (`before`, `after`, and with questions `locality`); what
-        the bare base says about the edits (`before`: columns with a value an edit, as of `measure_edits`); `stages`,
-        each with the indices `taught`, what that `took`, such `records` of the edits in the model, and summaries;
-        `questions`, columns with a value an unrelated question, before and after; `seconds` of teaching.
+    Returns a record for JSON: `edits`, their number; `summary` (`before`, `after`, and with questions `locality`); what
+    the bare base says about the edits (`before`: columns with a value an edit, as of `measure_edits`); `stages`, each
+    with the indices `taught`, what that `took`, such `records` of the edits in the model, and summaries; `questions`,
+    columns with a value an unrelated question, before and after; `seconds` of teaching. What the model wrote is in it
+    unless `texts` is False.
 
-    Raises:
-        AdapterError: the loss is not finite, or the base cannot be restored.
-        DataError: AlphaEdit does not find an edit's subject in its prompt.
+    AdapterError if the loss is not finite, or the base cannot be restored; DataError if AlphaEdit does not find an
+    edit's subject in its prompt.
     """
     groups = groups or [range(len(edits))]
-    targets = unrelated_targets(questions, edits)
+    targets = measure.unrelated_targets(questions, edits)
     keep: Callable[[str, Callable[[], Values]], Values] = folder.stage if folder else lambda _, work: work()
     if isinstance(method, AlphaEdit):
         editor: Editor = AlphaEditor(model, tokenizer, method)
@@ -278,21 +253,22 @@ def run_edits(
         editor = AdapterEditor(model, tokenizer, method, training or EditTraining(steps=500), progress)
 
     def measured(asked: Sequence[Edit], indices: Iterable[int]) -> Values:
-        records = measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
-        answers = ask(editor.model, tokenizer, questions, targets)
+        records = measure.measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})
+        answers = measure.ask(editor.model, tokenizer, questions, targets)
         return {"records": _columns(records), "answers": _columns(answers)}
 
     def bare() -> Values:
         with editor.off():
-            known = with_old_answers(editor.model, tokenizer, edits)
+            known = measure.with_old_answers(editor.model, tokenizer, edits)
             return {"old": [edit.old for edit in known], **measured(known, itertools.chain(*groups))}
 
     def teach(number: int) -> Values:
         if not sequential:
-            editor.reset()
+            editor.restore({})
+        elif folder and number > 1:
+            editor.restore(load_file(_state(folder, number - 1)))
         took = editor.teach([known[index] for index in groups[number - 1]])
-        so_far = groups[:number] if sequential else groups[number - 1 : number]
-        found = {"took": took, **measured(known, itertools.chain(*so_far))}
+        found = {"took": took, **measured(known, itertools.chain(*groups[0 if sequential else number - 1 : number]))}
         if on_edited:
             on_edited(number, editor)
         if folder and sequential:
@@ -305,8 +281,6 @@ def run_edits(
         before = keep("bare", bare)
         known = [replace(edit, old=old) for edit, old in zip(edits, before["old"], strict=True)]
         for number in range(1, len(groups) + 1):
-            if folder and _state(folder, number - 1).is_file() and not folder.has(f"group-{number:03d}"):
-                editor.restore(load_file(_state(folder, number - 1)))
             stages.append(keep(f"group-{number:03d}", functools.partial(teach, number)))
             if folder:
                 _state(folder, number - 1).unlink(missing_ok=True)
@@ -347,27 +321,26 @@ def _record(
         return {name: values for name, values in columns.items() if texts or "written" not in name}
 
     bare, asked = (pd.DataFrame(before[name]) for name in ("records", "answers"))
-    found, records, answers = [], [], []
-    for group, stage in zip(groups, stages, strict=True):
-        records.append(pd.DataFrame(stage["records"]))
-        answers.append(pd.DataFrame(stage["answers"]))
-        found.append(
-            {
-                "taught": list(group),
-                "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
-                "newest": summarise(records[-1][records[-1]["index"].isin(group)]),
-                "so_far": summarise(records[-1]),
-                "records": shown(stage["records"]),
-                "locality": summarise_locality(asked, answers[-1]) if questions else None,
-            }
-        )
+    records, answers = ([pd.DataFrame(stage[name]) for stage in stages] for name in ("records", "answers"))
+    found = [
+        {
+            "taught": list(group),
+            "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
+            "newest": measure.summarise(so_far[so_far["index"].isin(group)]),
+            "so_far": measure.summarise(so_far),
+            "records": shown(stage["records"]),
+            "locality": measure.summarise_locality(asked, now) if questions else None,
+        }
+        for group, stage, so_far, now in zip(groups, stages, records, answers, strict=True)
+    ]
     last = slice(-1, None) if sequential else slice(None)  # the last stage of a sequence has all edits
-    summary: Values = {"before": summarise(bare), "after": summarise(pd.concat(records[last], ignore_index=True))}
+    after = measure.summarise(pd.concat(records[last], ignore_index=True))
+    summary: Values = {"before": measure.summarise(bare), "after": after}
     told = None
     if questions:
         summary["locality"] = pd.DataFrame([one["locality"] for one in found[last]]).mean().to_dict()
-        after = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
-        mean = (sum(after) / len(after)).rename(columns={"written": "unchanged"})
+        same = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
+        mean = (sum(same) / len(same)).rename(columns={"written": "unchanged"})
         parts = [pd.DataFrame(map(asdict, questions))] if texts else []
         told = shown(pd.concat([*parts, asked.add_suffix("_before"), mean], axis=1).to_dict("list"))
     return {

@@ -16,7 +16,6 @@ from hiplora.metrics import locality
 
 BATCH_SIZE = 64  # prompts at once
 EXTRA_TOKENS = 3  # generated beyond the longest answer, to see whether a match ends there
-ALL = "all"
 SHARES = ("success", "preferred", "exact")
 Pairs = Sequence[tuple[str, str]]
 
@@ -43,8 +42,7 @@ def evaluate_edits(
 
 def with_old_answers(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> list[Edit]:
     """Give edits without an old answer the first line that the bare model writes."""
-    lacking = [edit.prompt for edit in edits if edit.old is None]
-    written = iter(continuations(model, tokenizer, lacking, 8))
+    written = iter(continuations(model, tokenizer, [edit.prompt for edit in edits if edit.old is None], 8))
     return [edit if edit.old else replace(edit, old=next(written).strip().partition("\n")[0] or ".") for edit in edits]
 
 
@@ -56,12 +54,7 @@ def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -
     else 0.
     """
     chosen = list(edits.values())
-    near = [
-        (question.prompt, answer)
-        for edit in chosen
-        for question in edit.neighbours
-        for answer in (question.answer, edit.new)
-    ]
+    near = [(one.prompt, answer) for edit in chosen for one in edit.neighbours for answer in (one.answer, edit.new)]
     sums = iter(answer_log_probs(model, tokenizer, near))
     named = pd.DataFrame({"index": list(edits), "category": [edit.category for edit in chosen]})
     named["neighbours_kept"] = [[int(next(sums) > next(sums)) for _ in edit.neighbours] for edit in chosen]
@@ -71,12 +64,12 @@ def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -
 
 
 def summarise(records: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return, for all edits and for each category that occurs, the number of `edits` and shares in per cent.
+    """Return, for `all` edits and for each category that occurs, the number of `edits` and shares in per cent.
 
     `success`, `preferred` and `exact` as in `evaluate_edits`, the same of the paraphrases; `neighbours_kept` is the
     mean over edits of the share of their neighbours. What no edit has is left out.
     """
-    groups = {ALL: records} | {name: records[records["category"] == name] for name in CATEGORIES}
+    groups = {"all": records} | {name: records[records["category"] == name] for name in CATEGORIES}
     columns = [prefix + name for prefix in ("", "paraphrase_") for name in SHARES]
     found = {}
     for name, group in groups.items():
@@ -134,10 +127,7 @@ def summarise_locality(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, f
 def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> list[float]:
     """Return log p(answer | prompt) of each `(prompt, answer)` in nats, summed over the answer's tokens.
 
-    The answer follows the prompt after one space. The model is in eval mode meanwhile.
-
-    Raises:
-        DataError: an answer adds no token.
+    The answer follows the prompt after one space. DataError if an answer adds no token.
     """
     rows = [encode(tokenizer, prompt, f" {answer}") for prompt, answer in pairs]
     return [row.double().sum().item() for row in score_responses(model, rows, BATCH_SIZE)]

@@ -17,20 +17,17 @@ from hiplora.evaluation.mounting import BASE, mounted
 def continuations(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int, batch_size: int = 64
 ) -> list[str]:
-    """Return what the model writes greedily after each prompt, up to `length` tokens, without special tokens.
-
-    A prompt is tokenized as before a response in `encode`. The model is in eval mode meanwhile.
-    """
+    """Return what the model, in eval mode, writes greedily after each prompt, up to `length` tokens."""
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a chat model's end of turn
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
-    rows = [list(one.ids[: one.scored[0]]) for one in encoded]  # what an answer's likelihood is conditioned on
+    rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
     device = next(model.parameters()).device
     written: dict[int, str] = {}
     with eval_mode(model):
@@ -60,10 +57,7 @@ def side_by_side(
 ) -> list[dict[str, str]]:
     """Return, for each prompt, the greedy answers of a bare model (`base`) and of each adapter on it, by name.
 
-    `prompts` are the same for all, or given by name, as many for each.
-
-    Raises:
-        AdapterError: an adapter cannot be put on the model.
+    `prompts` are the same for all, or given by name, as many for each. AdapterError if an adapter does not fit.
     """
     written = {}
     for name, folder in {BASE: None, **adapters}.items():

@@ -14,8 +14,8 @@ from hiplora.data.texts import token_rows
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.likelihood import eval_mode
 
-AdapterOff = Callable[[], contextlib.AbstractContextManager]
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
+Windows = dict[str, list[Int[Tensor, " length"]]]
 
 _KEPT = 1 << 30  # bytes of the base's log-probabilities in memory
 _CHUNK = 128  # positions whose whole distributions are in memory at once
@@ -47,19 +47,14 @@ class BaseReference:
     Log-probabilities are `kept` up to 1 GiB, by text and window, and computed again, with the adapter off, beyond that.
     """
 
-    windows: dict[str, list[Int[Tensor, " length"]]]
+    windows: Windows
     kept: dict[tuple[str, int], Float[Tensor, "positions vocabulary"]] = field(default_factory=dict)
 
     @classmethod
     def build(
         cls, model: nn.Module, tokenizer: Any, texts: Texts, *, window: int = 512, max_tokens: int = 1024
     ) -> "BaseReference":
-        """Run the bare `model` over `texts`: `max_tokens` of each in windows of `window` tokens, or the first window
-        of each document. Windows are at most as long as the model's context.
-
-        Raises:
-            DataError: a text has fewer than two tokens, or `window` or `max_tokens` is below 2.
-        """
+        """Run the bare `model` over `texts`, cut as in `cut_windows`, but into windows no longer than its context."""
         context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or window
         reference = cls(cut_windows(tokenizer, texts, min(window, context), max_tokens))
         held = 0
@@ -74,18 +69,18 @@ class BaseReference:
 
 
 def measure_drift(
-    model: nn.Module, reference: BaseReference, adapter_off: AdapterOff | None = None, *, may_be_nothing: bool = False
+    model: nn.Module,
+    reference: BaseReference,
+    adapter_off: Callable[[], contextlib.AbstractContextManager] | None = None,
+    *,
+    may_be_nothing: bool = False,
 ) -> dict[str, Drift]:
     """Measure how far `model`, with its adapter on, is from the base of `reference`, for each text.
 
-    `adapter_off` is a context manager that restores the base (default: the model's own `disable_adapter`).
-    `may_be_nothing` accepts an adapter that changes no logit.
-
-    Raises:
-        AdapterError: with the adapter off the logits are not the base's bit for bit, or with it on they are, on
-            every text: the measurement would mean nothing.
+    `adapter_off` is a context manager that restores the base (default: the model's own `disable_adapter`). AdapterError
+    if the logits are not the base's bit for bit with the adapter off, or (unless it `may_be_nothing`) are with it on.
     """
-    off: AdapterOff = adapter_off or model.disable_adapter  # type: ignore[assignment]
+    off: Callable = adapter_off or model.disable_adapter  # type: ignore[assignment]
     first, windows = next(iter(reference.windows.items()))
     with off():
         restored = _log_probs(model, windows[0])
@@ -94,9 +89,9 @@ def measure_drift(
             f"with the adapter off the model is not the base bit for bit (text {first!r}); "
             "the base weights were changed, or another base was loaded"
         )
-    results, moved = {}, False
+    results, moved = {}, may_be_nothing
     for name, windows in reference.windows.items():
-        sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+        sums, tokens = torch.zeros(3, dtype=torch.float64), sum(len(ids) - 1 for ids in windows)
         for index, ids in enumerate(windows):
             base = reference.kept.get((name, index))
             if base is None:
@@ -105,10 +100,9 @@ def measure_drift(
             adapted = _log_probs(model, ids)
             moved = moved or not torch.equal(base, adapted)
             sums += _sums(base, adapted, ids)
-            tokens += len(ids) - 1
         kl, nll_change, changed = (sums / tokens).tolist()
         results[name] = Drift(kl, math.exp(nll_change), tokens, changed)
-    if not moved and not may_be_nothing:
+    if not moved:
         raise AdapterError(
             "the adapter changes no logit on any text: it is not active or was never trained; "
             "check that it is loaded and that training took steps at a learning rate above 0"
@@ -116,13 +110,11 @@ def measure_drift(
     return results
 
 
-def cut_windows(tokenizer: Any, texts: Texts, window: int, max_tokens: int) -> dict[str, list[Int[Tensor, " length"]]]:
+def cut_windows(tokenizer: Any, texts: Texts, window: int, max_tokens: int) -> Windows:
     """Cut texts into windows of at most `window` tokens, `max_tokens` of each text in all; of documents, one each.
 
-    Each window starts with the tokenizer's beginning-of-text token where it uses one.
-
-    Raises:
-        DataError: as `BaseReference.build`.
+    Each window starts with the tokenizer's beginning-of-text token where it uses one. DataError if a text, `window` or
+    `max_tokens` is below two tokens.
     """
     if window < 2 or max_tokens < 2:
         raise DataError(f"drift windows of {window} tokens, {max_tokens} in all; expected at least 2 of both")

@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
+from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import LOGITS_BYTES
 from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest, own_tasks, runs_code
 from hiplora.evaluation.tasks.rows import own_task
@@ -44,7 +44,7 @@ class TaskScores:
     score: list[float] | None
     form: str
     likelihood: list[float]
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, float]
 
 
 class ScoringLM(HFLM):
@@ -55,14 +55,8 @@ class ScoringLM(HFLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
-        given, answer = super()._encode_pair(context, continuation)
+        given, answer = super()._encode_pair(context, continuation) if context else ([], [])
         return given, answer or self.tok_encode(continuation, add_special_tokens=False)
-
-    def answer_tokens(self, context: str, answer: str) -> int:
-        """Return how many tokens of an answer are scored."""
-        if not context:
-            return len(self.tok_encode(answer, add_special_tokens=False))
-        return len(self._encode_pair(context, answer)[1])
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:  # type: ignore[override]
         """Score rows of similar length together, as many at once as their logits leave memory for."""
@@ -73,12 +67,11 @@ class ScoringLM(HFLM):
                     f"{self.max_length}, the model's context: leave its row out"
                 )
         sizes = [min(len(context) + len(answer), self.max_length).bit_length() for _, context, answer in requests]
-        order = sorted(range(len(requests)), key=sizes.__getitem__)
         whole: int = self.batch_size  # type: ignore[assignment]
         found: dict[int, Any] = {}
         try:
-            for bits, places in itertools.groupby(order, sizes.__getitem__):
-                part = list(places)
+            for bits in sorted(set(sizes)):
+                part = [place for place, size in enumerate(sizes) if size == bits]
                 fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
                 self.batch_size_per_gpu = max(1, min(whole, fitting))
                 scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
@@ -91,47 +84,29 @@ class ScoringLM(HFLM):
 class Engine:
     """A suite's tasks with their items chosen: every model sees the same items in the same order."""
 
-    def __init__(
-        self,
-        suite: Suite,
-        *,
-        data: Path | None = None,
-        limit: int | None = None,
-        seed: int = 0,
-        allow_code: bool = False,
-        allow_suite_code: bool = False,
-    ):
-        """Load the tasks' rows and draw `limit` of each by `seed` (all if None).
+    def __init__(self, suite: Suite, settings: EvalSettings):
+        """Load the tasks' rows and draw the items.
 
-        `allow_code` lets tasks run what the model writes, in the sandbox; `allow_suite_code` lets the suite's own
-        folders of tasks run theirs, which nothing confines.
-
-        Raises:
-            ConfigError: lm-eval does not know a task, or code would run and that was not allowed.
-            DataError: a task's rows cannot be loaded.
+        ConfigError if lm-eval does not know a task, or code would run and that was not allowed; DataError if a task's
+        rows cannot be loaded.
         """
-        if suite.include and not allow_suite_code:
+        if suite.include and not settings.allow_suite_code:
             raise ConfigError(
                 f"--suite: includes {', '.join(map(str, suite.include))}: task files there may run any code on this "
                 "machine (functions, templates); pass --allow-suite-code if you trust them"
             )
-        self.suite, self.seed, self._allow_code = suite, seed, allow_code
-        self._requests = {request.name: request for request in suite.tasks}
-        self._tasks = _load_tasks(suite, data)
+        self._settings, self._keys = settings, {request.name: request.lm_eval for request in suite.tasks}
+        self._tasks = _load_tasks(suite, settings.folder)
         if any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values()):
             from hiplora.evaluation.sandbox import require_permission
 
-            require_permission(allow_code)
+            require_permission(settings.allow_code)
         self._chosen: dict[str, list[int]] = {}
-        for name, task in self._tasks.items():
-            count = len(task.eval_docs)
-            wanted = min(n for n in (self._requests[name].limit, limit, count) if n)
-            self._chosen[name] = sorted(random.Random(f"{seed}:{name}").sample(range(count), wanted))
-
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, as in the suite."""
-        return list(self._tasks)
+        for request in suite.tasks:
+            count = len(self._tasks[request.name].eval_docs)
+            wanted = min(n for n in (request.limit, settings.limit, count) if n)
+            chosen = random.Random(f"{settings.seed}:{request.name}").sample(range(count), wanted)
+            self._chosen[request.name] = sorted(chosen)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return, per task, its title, its items' places in the data, and a hash of their contents."""
@@ -161,14 +136,13 @@ class Engine:
         tasks: Sequence[str] | None = None,
         progress: bool = False,
     ) -> dict[str, TaskScores]:
-        """Score a model on every chosen item of the tasks (all of the suite if None).
+        """Score a model on every chosen item of the tasks (all if None); `progress` shows lm-eval's bars on a terminal.
 
-        Sampled responses are drawn from the engine's seed, so that a model that is scored again scores the same.
-        `progress` shows lm-eval's bars on a terminal.
+        Sampled responses are drawn from the settings' seed, so that a model that is scored again scores the same.
         """
-        keys = {name: self._requests[name].lm_eval for name in tasks or self.tasks}
-        torch.manual_seed(self.seed)
-        random.seed(self.seed)
+        keys = {name: self._keys[name] for name in tasks or self._tasks}
+        torch.manual_seed(self._settings.seed)
+        random.seed(self._settings.seed)
         with _lm_eval(progress):
             lm = ScoringLM(model, tokenizer, batch_size)
             found = evaluate(
@@ -176,7 +150,7 @@ class Engine:
                 {"tasks": {key: self._tasks[name] for name, key in keys.items()}, "groups": {}},
                 samples={key: self._chosen[name] for name, key in keys.items()},
                 bootstrap_iters=0,
-                confirm_run_unsafe_code=self._allow_code,
+                confirm_run_unsafe_code=self._settings.allow_code,
             )
             return {name: _scores(self._tasks[name], found, key, lm) for name, key in keys.items()}
 
@@ -188,26 +162,25 @@ def foreign_tasks() -> frozenset[str]:
 
 
 def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
-    own = all(request.rows or request.lm_eval.startswith(PREFIX) for request in suite.tasks)
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such folder")
+    own = all(request.rows or request.lm_eval.startswith(PREFIX) for request in suite.tasks)
     folder = {"data": str(data)} if data is not None else {}  # reaches the tasks' own loaders
+    tasks = {}
     with _lm_eval():
         paths = [str(TASKS), *map(str, suite.include)]
         manager = TaskManager(include_path=paths, include_defaults=not own, metadata=folder)
-        tasks = {}
         for request in suite.tasks:
-            name: Any = request.lm_eval
             if request.rows is None:
                 _check_name(manager, request)
             try:
-                named = own_task(name, request.rows) if request.rows else name
+                named: Any = own_task(request.lm_eval, request.rows) if request.rows else request.lm_eval
                 (tasks[request.name],) = manager.load([named])["tasks"].values()
             except HipLoraError:
                 raise
             except Exception as error:  # whatever the task's own loader raises
                 raise DataError(f"--suite: task {request.name} cannot be loaded ({first_line(error)})") from error
-        return tasks
+    return tasks
 
 
 def _check_name(manager: TaskManager, request: TaskRequest) -> None:
@@ -215,17 +188,17 @@ def _check_name(manager: TaskManager, request: TaskRequest) -> None:
 
     Nothing that is named in the task's file is imported for that.
     """
-    name = request.name
-    if request.lm_eval not in manager.all_tasks:
+    name, key = request.name, request.lm_eval
+    if key not in manager.all_tasks:
         known = [task.removeprefix(PREFIX) for task in manager.all_tasks if task.startswith(PREFIX)]
         raise ConfigError(
             f"--suite: task {name!r} is not known; expected one of {', '.join(known)}, one of lm-eval's "
             "(lm_eval ls tasks), or one of the folders that a suite file includes"
         )
-    if request.lm_eval not in manager.all_subtasks:
+    if key not in manager.all_subtasks:
         raise ConfigError(f"--suite: {name} is a group of tasks; name the tasks themselves (lm_eval ls tasks)")
-    file = manager.task_index[request.lm_eval].yaml_path
-    if not request.lm_eval.startswith(PREFIX) and file and load_yaml(file, resolve_func=False).get("unsafe_code"):
+    file = manager.task_index[key].yaml_path
+    if not key.startswith(PREFIX) and file and load_yaml(file, resolve_func=False).get("unsafe_code"):
         raise ConfigError(
             f"--suite: lm-eval's {name} runs what the model writes outside any sandbox; score "
             f"{', '.join(filter(runs_code, own_tasks()))} instead"
@@ -239,19 +212,17 @@ def _metadata(task: Any) -> Mapping[str, Any]:
 def _scores(task: Any, found: Mapping[str, Any], key: str, lm: ScoringLM) -> TaskScores:
     """Read a task's scores off what lm-eval found, by the first of its filters."""
     rows = sorted(found["samples"][key], key=lambda row: row["doc_id"])
-    first = rows[0]["filter"]
-    rows = [row for row in rows if row["filter"] == first]
+    rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
     form, likelihood = _likelihoods(task, rows, lm)
     # The task's score: the metric that it names, else the first with a value per item.
-    named, better = _metadata(task).get("score"), task.higher_is_better()
-    candidates = [named] if named else list(rows[0]["metrics"])
-    metric = next(
-        (name for name in candidates if isinstance(rows[0].get(name), int | float) and better.get(name, True)), None
-    )
+    named, better, row = _metadata(task).get("score"), task.higher_is_better(), rows[0]
+    names = [named] if named else row["metrics"]
+    metric = next((one for one in names if isinstance(row.get(one), int | float) and better.get(one, True)), None)
     others: dict[str, float] = {}
     for result, value in found["results"][key].items():
         other, _, filtered = result.partition(",")
-        if filtered == first and not other.endswith("_stderr") and other != metric and isinstance(value, int | float):
+        reported = filtered == row["filter"] and not other.endswith("_stderr") and other != metric
+        if reported and isinstance(value, int | float):
             others[other] = float(value)
     score = None if metric is None else [100.0 * float(row[metric]) for row in rows]
     return TaskScores(metric or next(iter(others), form), score, form, likelihood, others)
@@ -259,29 +230,30 @@ def _scores(task: Any, found: Mapping[str, Any], key: str, lm: ScoringLM) -> Tas
 
 def _likelihoods(task: Any, rows: Sequence[Mapping[str, Any]], lm: ScoringLM) -> tuple[str, list[float]]:
     """Return the likelihood form of a task's score: its name, and its value in per cent, item by item."""
-    if task.OUTPUT_TYPE == "multiple_choice":
+    form, kind = ANSWER, task.OUTPUT_TYPE
+    if kind == "multiple_choice":
         return GOLD, [_gold(task, row) for row in rows]
-    if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        lengths = [len(lm.tok_encode(row["arguments"][0][0])) for row in rows]
+    if kind == "loglikelihood_rolling":
+        form, lengths = TEXT, [len(lm.tok_encode(row["arguments"][0][0])) for row in rows]
         totals = [row["resps"][0][0] for row in rows]
-        return TEXT, [answer_likelihood(*found) for found in zip(totals, lengths, strict=True)]
-    if task.OUTPUT_TYPE == "loglikelihood":
+    else:
         pairs = [row["arguments"][0] for row in rows]
-        totals = [row["resps"][0][0][0] for row in rows]
-    else:  # the model was asked to write: score the right response
-        targets = [row["target"][0] if isinstance(row["target"], (list, tuple)) else row["target"] for row in rows]
-        delimiter = task.config.target_delimiter
-        pairs = [(row["arguments"][0][0], f"{delimiter}{target}") for row, target in zip(rows, targets, strict=True)]
-        asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
-        totals = [total for total, _ in lm.loglikelihood(asked, disable_tqdm=True)]
-    lengths = [lm.answer_tokens(*pair) for pair in pairs]
-    return ANSWER, [answer_likelihood(*found) for found in zip(totals, lengths, strict=True)]
+        if kind == "loglikelihood":
+            scored = [row["resps"][0][0] for row in rows]
+        else:  # the model was asked to write: score the right response
+            targets = [row["target"][0] if isinstance(row["target"], (list, tuple)) else row["target"] for row in rows]
+            delimiter = task.config.target_delimiter
+            pairs = [(pair[0], f"{delimiter}{target}") for pair, target in zip(pairs, targets, strict=True)]
+            asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+            scored = lm.loglikelihood(asked, disable_tqdm=True)
+        totals, lengths = [total for total, _ in scored], [len(lm._encode_pair(*pair)[1]) for pair in pairs]
+    return form, [answer_likelihood(*one) for one in zip(totals, lengths, strict=True)]
 
 
 def _gold(task: Any, row: Mapping[str, Any]) -> float:
     gold = task.doc_to_text(row["doc"]) if task.multiple_input else row["target"]
     choices = task.doc_to_choice(row["doc"])
-    right = list(gold) if isinstance(gold, (list, tuple)) else [gold]
+    right = gold if isinstance(gold, (list, tuple)) else [gold]
     places = [choices.index(one) if isinstance(one, str) else int(one) for one in right]
     totals = [responses[0][0] for responses in row["resps"][: len(choices)]]
     return sum(gold_probability(totals, place) for place in places)
@@ -293,21 +265,18 @@ def _lm_eval(progress: bool = False) -> Iterator[None]:
 
     Metrics come from no folder of the working directory: `evaluate.load` prefers one, and would run what is in it.
     """
-    disabled, load = logging.root.manager.disable, metrics.load
+    load = metrics.load
 
     def load_from_elsewhere(path: str, *args: Any, **kwargs: Any) -> Any:
         if Path(path).exists():
             raise ConfigError(f"{Path(path).resolve()}: has the name of a metric, and its code would run; move it")
         return load(path, *args, **kwargs)
 
-    logging.disable(logging.WARNING)
-    metrics.load = load_from_elsewhere
-    try:
-        with contextlib.ExitStack() as stack:
-            if not (progress and sys.stderr.isatty()):
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-    finally:
-        metrics.load = load
-        logging.disable(disabled)
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        stack.callback(setattr, metrics, "load", load)
+        logging.disable(logging.WARNING)
+        metrics.load = load_from_elsewhere
+        if not (progress and sys.stderr.isatty()):
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        yield

@@ -31,7 +31,8 @@ class EvalSettings:
     """What models are scored on, and how.
 
     `data` is the folder with the tasks' files (default: $HIPLORA_DATA, else the hub), `limit` the number of items of
-    each task, drawn by `seed`; `allow_code` and `allow_suite_code` as in `Engine`.
+    each task (None: all), drawn by `seed`. `allow_code` lets tasks run what the model writes, in the sandbox;
+    `allow_suite_code` lets the suite's own folders of tasks run theirs, which nothing confines.
     """
 
     suite: str
@@ -50,11 +51,10 @@ class EvalSettings:
         return Path(named) if named else None
 
     def engine(self, suite: Suite) -> "Engine":
-        """Load the suite's tasks; raises what `hiplora.evaluation.engine.Engine` does."""
+        """Load the suite's tasks."""
         from hiplora.evaluation.engine import Engine
 
-        allowed = {"allow_code": self.allow_code, "allow_suite_code": self.allow_suite_code}
-        return Engine(suite, data=self.folder, limit=self.limit, seed=self.seed, **allowed)
+        return Engine(suite, self)
 
 
 def evaluate(
@@ -65,22 +65,11 @@ def evaluate(
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Score a base model and adapters on the same items, write the results and return them.
+    """Score a base model and adapters (each a folder, or NAME=FOLDER) on the same items; write and return the results.
 
-    The base is loaded once and adapters are mounted on it in turn. Before anything is scored, every adapter is checked
-    to change the logits, and the base to come back bit for bit. Finished models are kept beside `out` until all are
-    done: the same call continues where it stopped.
-
-    Args:
-        model: base model: `smollm2-135m`, a folder, or a name on the hub.
-        adapters: folders, each alone or as NAME=FOLDER.
-        settings: suite and items.
-        out: JSON file to write.
-        overwrite: replace it if it exists.
-
-    Raises:
-        ConfigError, DataError: settings, suite, data or `out` cannot be used.
-        AdapterError: an adapter has no effect, does not fit, or leaves the base changed. Nothing is written then.
+    Finished models are kept beside `out` until all are done: the same call continues where it stopped. ConfigError or
+    DataError if settings, suite, data or `out` cannot be used; AdapterError if an adapter has no effect, does not fit,
+    or leaves the base changed. Nothing is scored or written then.
     """
     named = name_adapters(adapters)
     inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
@@ -119,10 +108,9 @@ def evaluate(
 
 
 class Partial:
-    """The scores so far, in a file beside the final one; those of another plan are ignored."""
+    """The scores so far, in a file beside the final one, also of an unfinished call with the same plan."""
 
     def __init__(self, out: Path, plan: Mapping[str, Any]):
-        """Read what an unfinished call with the same plan left."""
         self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
         found = json.loads(self._path.read_text()) if self._path.is_file() else {}
         self.runs: dict[str, dict[str, Any]] = found["runs"] if found.get("plan") == self._plan else {}
@@ -145,37 +133,30 @@ def collect(tasks: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Mapping[s
     fell by less than a point, "lost" if it fell, "cannot tell" else. Intervals are 95 %, from the paired bootstrap over
     items (where all items agree, see `_wide`); p is the sign-flip test's.
     """
-    found: dict[str, Any] = {"tasks": {}, "runs": {name: {} for name in runs}, "differences": {}}
+    found: dict[str, Any] = {
+        "tasks": {},
+        "runs": {name: {} for name in runs},
+        "differences": {task: {} for task in tasks},
+    }
     for task, described in tasks.items():
         scored = {name: run[task] for name, run in runs.items() if task in run}
-        first = next(iter(scored.values()))
-        found["tasks"][task] = {**described, "metrics": {"score": first["metric"], "likelihood": first["form"]}}
-        found["differences"][task] = {}
         for name, run in scored.items():
+            found["tasks"][task] = {**described, "metrics": {"score": run["metric"], "likelihood": run["form"]}}
             found["runs"][name][task] = {"others": run["others"]} if run["others"] else {}
         for form in FORMS:
             values = {name: run[form] for name, run in scored.items()}
-            if any(items is None for items in values.values()):
+            if None in values.values():
                 continue
             result = paired_bootstrap({name: [items] for name, items in values.items()})
             for name, items in values.items():
                 found["runs"][name][task][form] = {**_wide(result.mean[name], items, 0.0), "items": items}
-            found["differences"][task][form] = [
-                {
-                    "of": one,
-                    "against": other,
-                    **_judged(result.difference[one, other], np.subtract(values[one], values[other])),
-                    "p": sign_flip_p_value([values[one]], [values[other]]),
-                }
-                for other, one in itertools.combinations(values, 2)
-            ]
+            rows = found["differences"][task][form] = []
+            for other, one in itertools.combinations(values, 2):
+                apart = _wide(result.difference[one, other], np.subtract(values[one], values[other]), -100.0)
+                verdict = "kept" if apart["low"] > -MARGIN else "lost" if apart["high"] < 0 else "cannot tell"
+                p = sign_flip_p_value([values[one]], [values[other]])
+                rows.append({"of": one, "against": other, **apart, "verdict": verdict, "p": p})
     return found
-
-
-def _judged(found: Interval, differences: Sequence[float]) -> dict[str, Any]:
-    known = _wide(found, differences, -100.0)
-    verdict = "kept" if known["low"] > -MARGIN else "lost" if known["high"] < 0 else "cannot tell"
-    return known | {"verdict": verdict}
 
 
 def _wide(found: Interval, items: Sequence[float], least: float) -> dict[str, float]:

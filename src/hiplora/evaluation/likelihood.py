@@ -23,11 +23,11 @@ class Encoded:
     labels: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check that something is scored."""
+        """Raise DataError if nothing is scored."""
         if not self.scored:
             raise DataError(
-                f"an example of {len(self.ids)} tokens has none to score; expected at least one after the first whose "
-                "label is not -100"
+                f"an example of {len(self.ids)} tokens has none to score; expected a label other than -100 after the "
+                "first token"
             )
 
     @property
@@ -39,15 +39,20 @@ class Encoded:
 def encode(tokenizer: Any, prompt: str, response: str) -> Encoded:
     """Tokenize a completion; everything from the first token in which prompt and whole text differ is scored.
 
-    No end-of-text token is added: the response need not be all that follows.
-
-    Raises:
-        DataError: the response adds no token, or there is nothing before it.
+    No end-of-text token is added: the response need not be all that follows. DataError if the response adds no token,
+    or there is nothing before it.
     """
     whole, given = (_without_end(tokenizer, text) for text in (prompt + response, prompt))
     common = min(len(whole), len(given))
     start = next((i for i in range(common) if whole[i] != given[i]), common)
     return Encoded(tuple(whole), tuple([IGNORED] * start + whole[start:]))
+
+
+def _without_end(tokenizer: Any, text: str) -> list[int]:
+    """Return token ids without the end-of-text token that some tokenizers add."""
+    ids = list(tokenizer(text)["input_ids"])
+    added = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
 
 
 def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float[Tensor, " scored"]]:
@@ -83,17 +88,10 @@ def score_responses(
 
 
 def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int = 8) -> float:
-    """Return the mean negative log-likelihood per response token, in nats, over all `examples` together, in eval mode.
-
-    Every token weighs the same, whichever example it is from.
-
-    Raises:
-        DataError: there are no examples.
-    """
+    """Return the mean negative log-likelihood, in nats, over all response tokens of all examples, in eval mode."""
     if not examples:
         raise DataError("there are no held-out examples; hold back a larger share of the data or give more data")
-    rows = score_responses(model, examples, batch_size)
-    return -sum(row.double().sum().item() for row in rows) / sum(map(len, rows))
+    return -torch.cat(score_responses(model, examples, batch_size)).double().mean().item()
 
 
 def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,10 +118,3 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _without_end(tokenizer: Any, text: str) -> list[int]:
-    """Return token ids without the end-of-text token that some tokenizers add."""
-    ids = list(tokenizer(text)["input_ids"])
-    added = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if added else ids

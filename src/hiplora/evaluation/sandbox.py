@@ -37,20 +37,18 @@ os.write(1, job["token"].encode())
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use: seconds of wall-clock and processor time, bytes of memory (per process), of one file
-    (its output is one) and of all files together, and processes, threads included.
-    """
+    """What one program may use; memory is per process, files are one (its output is one) and all together."""
 
-    seconds: float = 30.0
+    seconds: float = 30.0  # on the clock
     cpu_seconds: int = 5
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20
-    processes: int = 16
+    processes: int = 16  # threads included
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program: `passed` only if it ran to its end. `output` is the end of what it wrote."""
+    """What became of a program, which passed only if it ran to its end, and the last that it wrote."""
 
     status: Literal["passed", "failed", "timed out"]
     output: str = ""
@@ -67,14 +65,11 @@ class Isolation:
 
     bubblewrap: bool
     user: int | None
-    reason: str = ""
+    reason: str = ""  # why there is no bubblewrap
 
     @property
     def processes(self) -> bool:
-        """Whether the number of a program's processes is limited.
-
-        The kernel does not limit those of root, and without bubblewrap it would count all of the user's.
-        """
+        """Whether their number is limited: root's is not, and without bubblewrap all of the user's would count."""
         return self.user is not None or (self.bubblewrap and os.geteuid() != 0)
 
     def __str__(self) -> str:
@@ -95,10 +90,9 @@ def isolation() -> Isolation:
     """Return the strongest isolation that works here, found by running a program in each."""
     if os.name != "posix":
         raise HipLoraError("the code sandbox needs Linux or macOS; on Windows use WSL 2")
-    users = [_NOBODY, None] if os.geteuid() == 0 else [None]
     reason = "bwrap is not on PATH: install the package bubblewrap"
     for bubblewrap in (True, False) if shutil.which("bwrap") else (False,):
-        for user in users:
+        for user in (_NOBODY, None) if os.geteuid() == 0 else (None,):
             how = Isolation(bubblewrap, user, "" if bubblewrap else reason)
             outcome = _run("", Limits(), how)
             if outcome.passed:
@@ -108,11 +102,7 @@ def isolation() -> Isolation:
 
 
 def require_permission(allowed: bool) -> None:
-    """Refuse to run code that a model writes unless the user allowed it; warn where bubblewrap is missing.
-
-    Raises:
-        ConfigError: `allowed` is False. The message says what would protect the machine.
-    """
+    """Raise ConfigError unless the user `allowed` to run what a model writes; warn where bubblewrap is missing."""
     found = isolation()
     if not allowed:
         raise ConfigError(
@@ -131,7 +121,7 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
 
 
 def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
-    token = secrets.token_hex(16)
+    token, timed_out = secrets.token_hex(16), False
     job = json.dumps({"source": source, "token": token, "limits": _rlimits(limits, how)})
     with tempfile.TemporaryDirectory(prefix="hiplora-sandbox-") as folder, tempfile.TemporaryFile() as output:
         account: dict[str, Any] = {}
@@ -151,7 +141,6 @@ def _run(source: str, limits: Limits, how: Isolation) -> Outcome:
             )
         except OSError as error:
             return Outcome("failed", str(error))
-        timed_out = False
         try:
             process.communicate(job.encode(), timeout=limits.seconds)
         except subprocess.TimeoutExpired:
@@ -180,9 +169,8 @@ def _bubblewrap(limits: Limits) -> list[str]:
     command += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--die-with-parent", "--new-session"]
     for path in dict.fromkeys(("/usr", "/lib", "/lib64", "/bin", str(Path(_python()[0]).parents[1]))):
         command += ["--ro-bind-try", path, path]
-    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    command += ["--size", str(limits.file_bytes), "--tmpfs", "/tmp"]
-    return [*command, "--chdir", "/tmp", "--remount-ro", "/"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--size", str(limits.file_bytes)]
+    return [*command, "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
 
 
 def _python() -> list[str]:

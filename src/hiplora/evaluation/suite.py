@@ -1,13 +1,13 @@
 """Suites: which tasks a model is evaluated on. Nothing here imports torch or lm-eval."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, ValidationError
 
 from hiplora.data.rows import SUFFIXES
 from hiplora.errors import ConfigError, first_line, first_problem
@@ -21,9 +21,7 @@ PREFIX = "hiplora_"  # of the project's tasks in lm-eval, whose own names they m
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """A task: its name in the suite, its name in lm-eval, its number of items (None: all), and a file of one's own
-    rows that it consists of.
-    """
+    """A task: its name in the suite and in lm-eval, how many items (None: all), and the file of one's own rows."""
 
     name: str
     lm_eval: str
@@ -40,17 +38,15 @@ class Suite:
     include: tuple[Path, ...] = ()
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _Entry(BaseModel, extra="forbid"):
     task: str = Field(min_length=1)
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: PositiveInt | None = None
 
 
 _Named = Annotated[_Entry, BeforeValidator(lambda given: {"task": given} if isinstance(given, str) else given)]
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _File(BaseModel, extra="forbid"):
     tasks: list[_Named] = Field(min_length=1)
     include: list[str] = []
 
@@ -82,28 +78,47 @@ def read_suite(suite: str, data: Path | None = None) -> Suite:
 
     A task may be `a | b`: the first whose file is in the folder `data`, else `a`; or a file of one's own rows, in a
     format of the training data. Names that are not the project's are lm-eval's or those of the suite's `include`
-    folders; lm-eval checks them.
-
-    Raises:
-        ConfigError: the suite does not exist, or the file is not one; the message says what was expected.
+    folders; lm-eval checks them. ConfigError, with what was expected, if the suite does not exist or is none.
     """
-    path = Path(suite)
     if suite in own_suites():
-        return _from_file(SUITES / f"{suite}.yaml", suite, data)
-    if path.suffix in (".yaml", ".yml"):
-        return _from_file(path, path.stem, data)
+        return _from_file(SUITES / f"{suite}.yaml", data)
+    if suite.endswith((".yaml", ".yml")):
+        return _from_file(Path(suite), data)
     names = [part.strip() for part in suite.split(",") if part.strip()]
     if not names:
         raise ConfigError(f"--suite {suite!r}: names no task; expected {_expected()}")
     return suite_of(suite, dict.fromkeys(names), data)
 
 
-def suite_of(name: str, tasks: Mapping[str, int | None], data: Path | None = None) -> Suite:
-    """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`."""
-    return Suite(name, _apart(_request(task, limit, data) for task, limit in tasks.items()))
+def suite_of(
+    name: str, tasks: Mapping[str, int | None], data: Path | None = None, folder: Path = Path(), include: Sequence = ()
+) -> Suite:
+    """Return a suite of tasks, each with its number of items (None: all); names as in `read_suite`.
+
+    Files of rows and the folders of `include` are relative to `folder`.
+    """
+    requests: dict[str, TaskRequest] = {}
+    known = own_tasks()
+    for task, limit in tasks.items():
+        if suffix := next((suffix for suffix in SUFFIXES if task.endswith(suffix)), ""):
+            file = folder / task
+            if not file.is_file():
+                raise ConfigError(f"--suite: {file}: no such file; expected {_expected()}")
+            one = file.name.removesuffix(suffix)
+            request = TaskRequest(one, one, limit, file)
+        else:
+            options = [option.strip() for option in task.split("|")]
+            stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
+            one = (stored or options)[0]
+            request = TaskRequest(one, f"{PREFIX}{one}" if one in known else one, limit)
+        if (first := requests.setdefault(one, request)).rows != request.rows:
+            raise ConfigError(f"--suite: two files are called {one}; rename one of them")
+        if first is not request:
+            raise ConfigError(f"--suite: task {one} is listed twice; keep one of the two")
+    return Suite(name, tuple(requests.values()), tuple(folder / path for path in include))
 
 
-def _from_file(path: Path, name: str, data: Path | None) -> Suite:
+def _from_file(path: Path, data: Path | None) -> Suite:
     try:
         found = _File.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -115,32 +130,13 @@ def _from_file(path: Path, name: str, data: Path | None) -> Suite:
         ) from None
     except ValueError as error:
         raise ConfigError(f"--suite {path}: is not YAML that can be read ({first_line(error)})") from None
-    include = tuple(path.parent / folder for folder in found.include)
-    for folder in include:
-        if not folder.is_dir():
-            raise ConfigError(f"--suite {path}: include: {folder} is not a folder")
-    return Suite(name, _apart(_request(e.task, e.limit, data, path.parent) for e in found.tasks), include)
-
-
-def _apart(requests: Iterable[TaskRequest]) -> tuple[TaskRequest, ...]:
-    """Return requests, each name once; ConfigError if one stands for two files."""
-    tasks: dict[str, TaskRequest] = {}
-    for request in requests:
-        if tasks.setdefault(request.name, request).rows != request.rows:
-            raise ConfigError(f"--suite: two files are called {request.name}; rename one of them")
-    return tuple(tasks.values())
-
-
-def _request(task: str, limit: int | None, data: Path | None, folder: Path = Path()) -> TaskRequest:
-    if task.endswith(SUFFIXES):
-        if not (folder / task).is_file():
-            raise ConfigError(f"--suite: {folder / task}: no such file; expected {_expected()}")
-        name = next(Path(task).name.removesuffix(suffix) for suffix in SUFFIXES if task.endswith(suffix))
-        return TaskRequest(name, name, limit, folder / task)
-    options, known = [option.strip() for option in task.split("|")], own_tasks()
-    stored = [o for o in options if data and o in known and data_file(data, known[o]["metadata"]["file"])]
-    name = (stored or options)[0]
-    return TaskRequest(name, f"{PREFIX}{name}" if name in known else name, limit)
+    for name in found.include:
+        if not (path.parent / name).is_dir():
+            raise ConfigError(f"--suite {path}: include: {path.parent / name} is not a folder")
+    names = [one.task for one in found.tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"--suite {path}: task {twice[0]} is listed twice; keep one of the two")
+    return suite_of(path.stem, {one.task: one.limit for one in found.tasks}, data, path.parent, found.include)
 
 
 def _expected() -> str:

@@ -28,8 +28,7 @@ DATA_LENGTH = 1024  # tokens of a row at most
 def task_rows(tokenizer: Any, file: str | Path) -> tuple[list[Encoded], list[str]]:
     """Return encoded rows of a task, 256 of at most 1024 tokens, and notes on what was left out.
 
-    Raises:
-        DataError: the file has no rows that can be used.
+    DataError if the file has no rows that can be used.
     """
     data, length = DataSettings(path=str(file), template="auto"), min(tokenizer.model_max_length, DATA_LENGTH)
     found = load_data(data, chat=bool(tokenizer.chat_template)).train  # worded as `hiplora train` words them
@@ -52,11 +51,8 @@ def measure_updates(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Add each update to a bare model's weights in turn, and measure drift on texts and loss on rows of its task.
 
-    Returns:
-        name → text → drift, and name → loss in nats a token, with that of the `base`; no losses without `examples`.
-
-    Raises:
-        AdapterError: an update does not fit the model, or changes no logit and is not in `may_be_nothing`.
+    Returns name → text → drift, and name → loss in nats a token, with that of the `base`; no losses without `examples`.
+    AdapterError if an update does not fit the model, or changes no logit and is not in `may_be_nothing`.
     """
     drift = {}
     with unrolled(model):
@@ -77,10 +73,7 @@ def smallest_scale(loss: Callable[[float], float], tolerance: float, halvings: i
     """Find the smallest scale in (0, 1] at which a loss is at most `tolerance` above that at scale 1, by bisection.
 
     `loss` gives the loss at a scale; the scales at which it is within the tolerance are taken to be without a gap. The
-    scale found is a multiple of 2⁻⁶.
-
-    Returns:
-        `scale`, `tolerance`, and `losses`, the curve: scale and loss of every scale that was tried.
+    scale found is a multiple of 2⁻⁶. Returns `scale`, `tolerance`, and `losses`: scale and loss of all that were tried.
     """
     if not 0 <= tolerance < math.inf:
         raise ConfigError(f"tolerance is {tolerance}; expected a number of nats, 0 or more")
@@ -88,10 +81,7 @@ def smallest_scale(loss: Callable[[float], float], tolerance: float, halvings: i
     for _ in range(halvings):
         middle = (low + high) / 2
         curve[middle] = loss(middle)
-        if curve[middle] <= curve[1.0] + tolerance:
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if curve[middle] <= curve[1.0] + tolerance else (middle, high)
     losses = [{"scale": scale, "loss": curve[scale]} for scale in sorted(curve)]
     return {"scale": high, "tolerance": tolerance, "losses": losses}
 
@@ -113,17 +103,16 @@ def choose_scale(
 ) -> tuple[float, dict[str, Any] | None]:
     """Return a given scale, 1 if none, or the one that a search over the rows of `data` finds, with its record.
 
-    Raises:
-        ConfigError: the options do not go together, or the base model has no tokenizer.
-        DataError, AdapterError: the rows or the base model cannot be used.
+    ConfigError if the options do not go together or the base has no tokenizer; DataError or AdapterError if the rows or
+    the base cannot be used.
     """
     check_scale_options(scale, tolerance, data)
-    if tolerance is None and data is not None:
-        raise ConfigError("--data: is what --tolerance measures the loss on; give that too, or leave --data out")
-    if tolerance is None:
+    if tolerance is None or data is None:
+        if data is not None:
+            raise ConfigError("--data: is what --tolerance measures the loss on; give that too, or leave --data out")
         return 1.0 if scale is None else scale, None
     tokenizer = load_tokenizer(update.base)
-    examples, notes = task_rows(tokenizer, data)  # type: ignore[arg-type]
+    examples, notes = task_rows(tokenizer, data)
     model = load_base(update.base, torch.float32)
     check_base(model, update, update.base)
     found = search_scale(model, update, examples, tolerance)

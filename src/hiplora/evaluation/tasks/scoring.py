@@ -1,36 +1,15 @@
-"""What the task files name with `!function`: wording where a template is not enough, and scores lm-eval lacks."""
+"""Scores that lm-eval lacks; the task files name them with `!function`."""
 
 import json
 from collections.abc import Mapping, Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
-from hiplora.data.prompts import final_number, normal_number, step_by_step
+from hiplora.data.prompts import final_number, normal_number
 
 # What a derivation says before its answer; the first of these in the text counts.
 MARKS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 Row = Mapping[str, Any]
-
-
-def gap_start(row: Row) -> list[str]:
-    """Return a WinoGrande sentence up to its gap, once with each choice in the gap."""
-    before = row["context"].partition("_")[0]
-    return [before + choice for choice in row["choices"]]
-
-
-def gap_end(row: Row) -> str:
-    """Return what follows the gap: the same for both choices, so that their likelihoods can be compared."""
-    return row["context"].partition("_")[2].strip()
-
-
-def gap_answer(row: Row) -> int:
-    """Return the index of the right choice; lm-eval reads an index as "the choices are in the context"."""
-    return int(row["answer"])
-
-
-def step_question(row: Row) -> str:
-    """Return a question to be answered with its derivation."""
-    return step_by_step(row["question"])
 
 
 def number_match(row: Row, results: Sequence[str]) -> dict[str, float]:
@@ -56,19 +35,12 @@ def stated_answer(text: str) -> float | str | None:
     if mark is None:
         return None
     line = text.rpartition(mark)[2].strip().partition("\n")[0].strip(" .!?$%")
-    parts = line.split("/")
+    above, slash, below = line.partition("/")
     try:
-        numbers = [Decimal(part.strip()) for part in parts]
-        if len(numbers) > 2 or (len(numbers) == 2 and numbers[1] == 0):
-            return line
-        return float(numbers[0] / numbers[1] if len(numbers) == 2 else numbers[0])
-    except (InvalidOperation, OverflowError, ValueError):
+        number = Decimal(above.strip())
+        return float(number / Decimal(below.strip()) if slash else number)
+    except (ArithmeticError, ValueError):
         return line
-
-
-def all_responses(responses: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[list[str]]:
-    """Filter that passes every sampled response of a row on, not only the first."""
-    return [list(sampled) for sampled in responses]
 
 
 def humaneval(row: Row, results: Sequence[Sequence[str]]) -> dict[str, float]:

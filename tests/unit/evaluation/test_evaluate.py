@@ -1,0 +1,104 @@
+"""Intervals and verdicts of scores and of merges, and updates that are measured without a folder."""
+
+import numpy as np
+import pytest
+import torch
+
+from hiplora.adapters import AdapterUpdate
+from hiplora.errors import ConfigError
+from hiplora.evaluation import Encoded, heldout_loss
+from hiplora.evaluation.evaluate import collect, judge
+from hiplora.evaluation.updates import choose_scale, measure_updates, search_scale, smallest_scale
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+
+def test_scores_without_chance_give_verdicts_without_doubt():
+    """Task `a` falls from 100 to 60, `b` from 50 to 49: fails where τ > 0.6; drops of 40 and 1."""
+    found = judge([({"a": [100.0] * 4, "b": [50.0] * 4}, {"a": [60.0] * 4, "b": [49.0] * 4})])
+    assert found["mean_drop"] == pytest.approx({"estimate": 20.5, "low": 20.5, "high": 20.5})
+    for tau, row in found["merge_fail"].items():
+        assert row["estimate"] == row["low"] == row["high"] == row["share"] == (1.0 if float(tau) > 0.6 else 0.0)
+
+
+def test_merge_fail_is_the_share_of_merges_with_any_task_below():
+    before = {"a": [100.0], "b": [100.0]}
+    found = judge([(before, {"a": [95.0], "b": [95.0]}), (before, {"a": [100.0], "b": [50.0]})])
+    assert found["merge_fail"]["0.9"]["estimate"] == 0.5
+
+
+def test_the_interval_knows_how_uncertain_the_items_leave_it_and_items_stay_paired():
+    """Before 50 %, after 45 %: exactly at τ = 0.9 on these items, and below it in about half of the redrawn ones."""
+    before = np.random.default_rng(0).permutation([100.0, 0.0] * 100)
+    after = before.copy()
+    after[np.flatnonzero(before)[:10]] = 0.0
+    found = judge([({"a": before}, {"a": after})])["merge_fail"]["0.9"]
+    assert (found["estimate"], found["low"], found["high"]) == (0.0, 0.0, 1.0)
+    assert 0.3 < found["share"] < 0.7
+    assert judge([({"a": before}, {"a": before})])["mean_drop"] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
+
+
+def collected(base, other):
+    """The difference of two runs of a task by their items' scores, and the first run's own mean."""
+    names = {"metric": "acc", "form": "likelihood", "others": {}}
+    runs = {n: {"t": {**names, "score": items, "likelihood": None}} for n, items in (("a", base), ("b", other))}
+    found = collect({"t": {}}, runs)
+    return found["differences"]["t"]["score"][0], found["runs"]["a"]["t"]["score"]
+
+
+@pytest.mark.parametrize(("count", "unseen"), [(1, 0.975), (4, 0.602), (400, 0.0092)])
+def test_items_that_all_agree_have_an_interval_that_narrows_with_their_number(count, unseen):
+    difference, mean = collected([100.0] * count, [100.0] * count)
+    assert (mean["estimate"], mean["high"]) == (100, 100)
+    assert mean["low"] == pytest.approx(100 - 100 * unseen, abs=0.1)
+    assert (difference["low"], difference["high"]) == pytest.approx((-100 * unseen, 100 * unseen), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "verdict"),
+    [
+        ([0.0, 100.0] * 300, [0.0, 100.0] * 300, "kept"),
+        ([0.0, 100.0] * 300, [0.0, 0.0] * 300, "lost"),
+        ([0.0, 100.0] * 300, [100.0, 100.0] * 300, "kept"),
+        ([0.0, 100.0] * 5, [0.0, 100.0] * 4 + [100.0, 0.0], "cannot tell"),
+        ([0.0, 100.0] * 2, [0.0, 100.0] * 2, "cannot tell"),
+    ],
+)
+def test_a_verdict_says_lost_only_where_it_is_sure_and_kept_only_within_a_point(base, other, verdict):
+    assert collected(base, other)[0]["verdict"] == verdict
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.3, 5.0])
+@pytest.mark.parametrize("best", [0.6, 1.0, 2.0])
+def test_the_smallest_scale_within_the_tolerance_is_found(best, tolerance):
+    def loss(scale):
+        return 1 + (scale - best) ** 2
+
+    found = smallest_scale(loss, tolerance)
+    grid = [step / 64 for step in range(1, 65)]
+    assert found["scale"] == min(scale for scale in grid if loss(scale) <= loss(1) + tolerance)
+    assert {row["scale"]: row["loss"] for row in found["losses"]}[1.0] == loss(1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [((0.5, 0.1, "rows"), "give one of them"), ((None, 0.1, None), "needs --data"), ((None, None, "x"), "--data: is")],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, why):
+    with pytest.raises(ConfigError, match=why):
+        choose_scale(AdapterUpdate("", "lora", {}, {}), *arguments)
+    with pytest.raises(ConfigError, match="tolerance is -1"):
+        smallest_scale(lambda scale: scale, -1)
+
+
+def test_a_search_and_a_measurement_leave_the_model_as_it_was():
+    model, generator = tiny_llama(), torch.Generator().manual_seed(0)
+    pair = torch.randn(2, 64, generator=generator), torch.randn(96, 2, generator=generator)
+    update = AdapterUpdate("tiny", "lora", {}, {"model.layers.0.mlp.up_proj": pair})
+    examples = [Encoded((1, 2, 3, 4, 5), (-100, 2, 3, 4, 5))]
+    before = heldout_loss(model, examples)
+    found = search_scale(model, update, examples, 0.05)
+    texts = {"a": "some text to read " * 20}
+    drift, losses = measure_updates(model, tiny_tokenizer(), {"whole": update}, texts, examples)
+    assert heldout_loss(model, examples) == losses["base"] == before
+    assert losses["whole"] == pytest.approx(found["losses"][-1]["loss"])
+    assert drift["whole"]["a"]["kl"] > 0
