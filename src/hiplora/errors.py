@@ -42,7 +42,8 @@ class DivergedError(HipLoraError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error that says something, or the error's type: what a message quotes."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), [*lines, type(error).__name__][0])
 
 
 def first_problem(error: "ValidationError") -> str:

@@ -8,5 +8,5 @@ from hiplora.adapters.lora import SELECTION, open_update, save_as_lora, write_lo
 from hiplora.adapters.native import save_as_hiplora
 from hiplora.adapters.output import push_to_hub, server_findings
 from hiplora.adapters.protection import check_projection, protect, remaining
-from hiplora.adapters.read import WEIGHTS, read_update, update_from_model
+from hiplora.adapters.read import WEIGHTS, read_folder, read_update, update_from_model
 from hiplora.adapters.update import AdapterUpdate, Channels, Pair, model_order, module_place, product_norm

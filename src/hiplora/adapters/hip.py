@@ -73,12 +73,6 @@ def _channels(
 def _recomputed(saved: Saved) -> Callable[[str, int], SpectralFactors]:
     """Return a function for the factors of the base weights as the adapter had them, through the cache."""
     config: Any = saved.config
-    basis = config.get("basis", "weight")
-    if basis != "weight":
-        raise saved.error(
-            f"was saved without its factors, and basis {basis!r} cannot be recomputed from the base weights "
-            "alone; save it with save_factors=True"
-        )
     weights, store = BaseWeights(saved.base), FactorStore()
 
     def factors(module: str, k: int) -> SpectralFactors:

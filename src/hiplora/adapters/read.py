@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model_state_dict
+from pydantic import BaseModel, FiniteFloat, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,21 +35,53 @@ for pattern in patterns:
         compiled.match(name)
 """
 _MATCH_SECONDS = 10
-_TYPES: tuple[tuple[tuple[str, ...], tuple[type, ...], str], ...] = (
-    (("r", "init_r"), (int,), "a whole number"),
-    (("lora_alpha",), (int, float), "a number"),
-    (("rank_pattern", "alpha_pattern", "fingerprints", "principal_ranks"), (dict,), "an object"),
-    (("use_rslora", "fan_in_fan_out", "principal_channel", "save_factors"), (bool,), "true or false"),
-    (("target_modules", "exclude_modules"), (list, str), "a list of names, or a pattern"),
-    (("modules_to_save",), (list,), "a list of names"),
-    (("base_model_name_or_path", "task_type", "bias", "peft_type"), (str,), "text"),
-)
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _READERS: dict[str, Callable[[Saved], AdapterUpdate]] = {
     "HIPLORA": hip_update,
     **{kind.upper(): partial(lora_like, kind) for kind in ("lora", "adalora", "osf")},
 }
+
+
+class _Settings(BaseModel, strict=True):
+    """The settings that are read here or by PEFT, as JSON has them."""
+
+    peft_type: str
+    r: int = 1
+    init_r: int | None = None
+    lora_alpha: FiniteFloat = 1.0
+    lora_dropout: FiniteFloat | None = None
+    rank_pattern: dict[str, int | list[bool]] | None = None  # AdaLoRA: which ranks are left
+    alpha_pattern: dict[str, FiniteFloat] | None = None
+    principal_rank_pattern: dict[str, Any] | None = None
+    principal_ranks: dict[str, int] | None = None
+    fingerprints: dict[str, str] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    principal_channel: bool | None = None
+    save_factors: bool | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None
+    layers_pattern: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    modules_to_save: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    base_precision: str | None = None
+    task_type: str | None = None
+    bias: str | None = None
+
+    def patterns(self) -> list[str]:
+        """Return what PEFT matches with the modules' names as regular expressions."""
+        keys = [
+            key
+            for by_name in (self.rank_pattern, self.alpha_pattern, self.principal_rank_pattern)
+            for key in by_name or ()
+        ]
+        either = (self.target_modules, self.exclude_modules, self.feedforward_modules, self.layers_pattern)
+        texts = [value for value in either if isinstance(value, str)]
+        lists = [self.modules_to_save, self.layers_pattern]
+        return [*keys, *texts, *(one for value in lists if isinstance(value, list) for one in value)]
 
 
 def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None) -> AdapterUpdate:
@@ -68,7 +101,7 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
     if isinstance(adapter_dir, AdapterUpdate):
         adapter_dir.check_low_rank()
         return adapter_dir
-    config, tensors = _read_folder(Path(adapter_dir))
+    config, tensors = read_folder(Path(adapter_dir))
     return _read(Saved(config, tensors, str(adapter_dir), base or config.get("base_model_name_or_path") or ""))
 
 
@@ -126,8 +159,11 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter folder's configuration and its tensors, as saved, by plain name."""
+def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter folder's configuration and its tensors, as saved, by plain name; checked as a stranger's.
+
+    `modules` are names of a model's modules, with which patterns must match in time too. Errors as of `read_update`.
+    """
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no {CONFIG} here; name the folder that `save_pretrained` wrote")
     try:
@@ -149,7 +185,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
     tensors = {_plain_name(name): value for name, value in found.items()}
-    check_config(config, tensors, str(folder / CONFIG))
+    check_config(config, [*tensors, *modules], str(folder / CONFIG))
     return config, tensors
 
 
@@ -171,11 +207,12 @@ def check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str)
     Raises:
         AdapterError: a setting has another type, or a pattern cannot be matched with the names of the tensors in time.
     """
-    for names, types, expected in _TYPES:
-        for name in names:
-            value = config.get(name)
-            if value is not None and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-                raise AdapterError(f"{source}: {name} is {value!r}; expected {expected}")
+    try:
+        settings = _Settings.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = first["msg"].replace("Input should be", "expected")
+        raise AdapterError(f"{source}: {first['loc'][0]} is {first['input']!r}; {why}") from None
     peft_config = PEFT_TYPE_TO_CONFIG_MAPPING.get(config["peft_type"])
     if peft_config is not None:
         known = {field.name for field in dataclasses.fields(peft_config)} | {"peft_version"}
@@ -185,9 +222,13 @@ def check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str)
                 "what the adapter does, update PEFT",
                 stacklevel=2,
             )
-    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
-    patterns += [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), str)]
-    unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                peft_config(**{name: config[name] for name in config.keys() & known - {"peft_type", "peft_version"}})
+            except Exception as error:  # whatever its own checks raise
+                raise AdapterError(f"{source}: PEFT does not accept it ({first_line(error)})") from error
+    unusual = [pattern for pattern in settings.patterns() if not re.fullmatch(r"[\w.-]*", pattern)]
     if unusual:
         _match_in_time(unusual, [name.rpartition(".lora_")[0] or name for name in tensors], source)
 

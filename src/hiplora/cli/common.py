@@ -104,7 +104,9 @@ def inputs(given: Mapping[str, Any]) -> dict[str, Path]:
             if not isinstance(value, (str, Path)):
                 continue
             path = model_dir(str(value)) if value in KNOWN else Path(str(value).rpartition("=")[2])
-            with contextlib.suppress(OSError, ValueError):  # a text that is no name of a file, a file that is broken
+            with contextlib.suppress(
+                OSError, ValueError, RecursionError
+            ):  # a text that is no name of a file, a file that is broken
                 if path.name and path.exists():
                     found[f"an input, {path.name}"] = path
                     found |= {f"what {path.name} names, {part.name}": part for part in _named_in(path)}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading
+from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading, read_folder
 from hiplora.errors import AdapterError, ConfigError, first_line
+from hiplora.models import hub_name
 from hiplora.tuner.experts import unrolled
 
 BASE = "base"  # the base model's name in results, which no adapter gets
@@ -56,24 +58,40 @@ def name_adapters(adapters: Sequence[str | os.PathLike]) -> dict[str, Path]:
 def mounted(model: nn.Module, folder: str | Path | None) -> Iterator[Any]:
     """Put an adapter on a bare model inside the block and yield the PEFT model; None yields the bare model.
 
-    AdapterError if PEFT cannot load the adapter over this model.
+    AdapterError if the folder is damaged (`read_folder`), does not change weights, or is not for this model.
     """
-    from peft import PeftModel
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import ModulesToSaveWrapper
 
     if folder is None:
         yield model
         return
+    config, _ = read_folder(Path(folder), dict(model.named_modules()))
+    kind, given, own = config["peft_type"], config.get("base_model_name_or_path"), getattr(model, "name_or_path", "")
+    if not issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, BaseTuner), BaseTuner):
+        raise AdapterError(f"{folder}: {kind} changes what the model reads, not its weights; it cannot be measured")
+    if given and own and Path(hub_name(given)).resolve().name != Path(hub_name(own)).resolve().name:
+        what = "unless these are the same weights, the results say nothing about the adapter"
+        warnings.warn(f"{folder}: was made for {given}, and is put on {own}; {what}", stacklevel=3)
+    loaded: list[Any] = []
+    watch = model.register_load_state_dict_post_hook(lambda _, keys: loaded.append(keys))
     try:
         with quiet_loading():
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments")  # said by `read_folder`
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     except AdapterError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # PEFT has no types of its own for what does not fit
         raise AdapterError(
             f"{folder}: cannot be put on the model ({first_line(error)}); check that it is for this base"
         ) from error
+    finally:
+        watch.remove()
     try:
+        if foreign := [name for keys in loaded for name in keys.unexpected_keys]:
+            raise AdapterError(f"{folder}: the model has no place for {foreign[0]}; check that it is for this base")
         yield adapted
     finally:
         # `unload` would leave the adapter's copies of whole modules behind.

@@ -1,9 +1,12 @@
+import json
+import warnings
+
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hiplora.adapters import AdapterUpdate
+from hiplora.adapters import AdapterUpdate, read
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.evaluation.answers import changes, chat_prompt, continuations
 from hiplora.evaluation.mounting import applied, check_adapters, load_model, mounted, name_adapters
@@ -40,11 +43,60 @@ def test_an_adapter_acts_while_it_is_mounted_and_leaves_the_bare_model(tmp_path)
     assert torch.equal(logits(model), before)
 
 
-def test_an_adapter_of_another_model_is_refused_by_name(tmp_path):
-    file = lora_folder(tmp_path) / "adapter_model.safetensors"
-    save_file({name: tensor[..., :3].contiguous() for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(AdapterError, match=str(tmp_path)), mounted(tiny_llama(), tmp_path):
+def edit_file(change):
+    def damage(folder):
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor for one in load_file(file).items() for name, tensor in change(*one)}, file)
+
+    return damage
+
+
+def edit_config(**changes):
+    def damage(folder):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return damage
+
+
+DAMAGE = [
+    (edit_file(lambda name, value: [(name, value[..., :3].contiguous())]), "size mismatch"),
+    (edit_file(lambda name, value: [(name, value * float("nan"))]), "values are NaN or Inf"),
+    (edit_file(lambda name, value: [(name, value.to(torch.complex64))]), "is complex"),
+    (
+        edit_file(lambda name, value: [] if "1.self_attn.q_proj.lora_A" in name else [(name, value)]),
+        "missing adapter keys",
+    ),
+    (
+        edit_file(lambda name, value: [(name, value), (name.replace("s.1", "s.7"), value.clone())]),
+        "no place for .*s.7",
+    ),
+    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "damaged or cut off"),
+    (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no peft_type"),
+    (edit_config(r="x"), "r is 'x'"),
+    (edit_config(use_rslora="no"), "use_rslora is 'no'"),
+    (edit_config(exclude_modules="([a-z._0-9]+)+X"), "takes over 1 s"),
+    (edit_config(target_modules="["), "no regular expression"),
+    (edit_config(peft_type="NOPE"), "cannot be put on the model"),
+    (edit_config(peft_type="PROMPT_TUNING"), "changes what the model reads"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGE)
+def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_path, monkeypatch, damage, said):
+    monkeypatch.setattr(read, "_MATCH_SECONDS", 1)
+    damage(lora_folder(tmp_path))
+    with pytest.raises(AdapterError, match=f"{tmp_path}.*{said}"), mounted(tiny_llama(), tmp_path):
         pass
+
+
+def test_an_adapter_over_a_base_of_another_name_warns(tmp_path):
+    model, folder = load_model(str(save_tiny(tmp_path / "base")))[0], lora_folder(tmp_path / "lora")
+    for name, warned in ((str(tmp_path / "base"), 0), ("hub/base", 0), ("hub/other", 1)):
+        edit_config(base_model_name_or_path=name)(folder)
+        with warnings.catch_warnings(record=True) as found, mounted(model, folder):
+            pass
+        assert len([one for one in found if "hub/other, and is put on" in str(one.message)]) == warned
 
 
 def test_pissa_that_was_not_converted_is_caught(tmp_path):
