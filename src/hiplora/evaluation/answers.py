@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation.likelihood import by_length, encode, eval_mode, pad_left
 from hiplora.evaluation.mounting import BASE, mounted
 
@@ -40,11 +41,20 @@ def continuations(
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
-    """Return the text that an assistant's answer follows: by the chat template, or the last message without one."""
+    """Return the text that an assistant's answer follows: by the chat template, or the last message without one.
+
+    ConfigError if the template fails.
+    """
     if not tokenizer.chat_template:
         return messages[-1]["content"]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ConfigError(
+            f"the model's chat template fails for the message {str(messages[-1]['content'])[:40]!r} ({first_line(error)}); "
+            "correct `chat_template` in its tokenizer's files, or remove it: prompts are then continued as text"
+        ) from error
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 

@@ -183,3 +183,21 @@ def test_a_chat_prompt_is_the_templates_or_the_words_themselves_and_begins_once(
     assert chat_prompt(tokenizer, asked).startswith("<|bos|>")  # this tokenizer adds none itself
     tokenizer.chat_template = None
     assert chat_prompt(tokenizer, asked) == "Why?"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ a.b }}",
+        "{{ 1 / 0 }}",
+        "{% if %}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ 1 + '' }}",
+    ],
+)
+def test_a_chat_template_that_fails_is_named(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"the model's chat template fails for the message 'Why\?' \("):
+        chat_prompt(tokenizer, [{"role": "user", "content": "Why?"}])
