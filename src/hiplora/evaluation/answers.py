@@ -51,7 +51,8 @@ def chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program: it may raise anything
         raise ConfigError(
-            f"the model's chat template fails for the message {str(messages[-1]['content'])[:40]!r} ({first_line(error)}); "
+            f"the model's chat template fails for the message {str(messages[-1]['content'])[:40]!r} "
+            f"({first_line(error)}); "
             "correct `chat_template` in its tokenizer's files, or remove it: prompts are then continued as text"
         ) from error
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
