@@ -16,16 +16,12 @@ from hiplora.adapters.base import is_transposed
 from hiplora.adapters.check import TOLERANCE, compare_logits, compare_modules, loadable, refuse_over
 from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
-from hiplora.adapters.update import AdapterUpdate
+from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import check_output_dir, staged_dir
 from hiplora.tuner.experts import shared_side
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What selects the adapted modules; copied, since a stock config selects by the same rules.
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# What else of an adapter's configuration a stock one has too.
-CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
 
 
 def save_as_lora(
@@ -42,14 +38,11 @@ def save_as_lora(
     check_logits: bool = True,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write an adapter as a plain LoRA folder that stock PEFT loads, and verify what was written.
-
-    The folder holds `lora_A` and `lora_B` tensors (and those of `modules_to_save`), a stock `LoraConfig`, a model
-    card and the record. It is read back and compared before it appears under `path`.
+    """Write an adapter as a plain LoRA folder that stock PEFT loads, verified before it appears under `path`.
 
     Args:
         model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, LoRA, AdaLoRA or OSF.
-        path: output folder.
+        path: output folder; `overwrite` replaces one that exists.
         adapter: name of the adapter in a model.
         scale: write the update times this number.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.
@@ -57,9 +50,7 @@ def save_as_lora(
             ("model.language_model"); it then loads over no causal language model, and logits are not compared.
         base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
-        overwrite: replace `path` if it exists.
-        check_logits: also compare logits, of an adapter folder or an update whose base model is at hand and fits into
-            memory.
+        check_logits: also compare logits, if the base model of a folder or an update is at hand and fits into memory.
         details: more fields of `export.json`, for JSON.
 
     Returns:
@@ -71,9 +62,9 @@ def save_as_lora(
         ConfigError: `path` exists, or `dtype` is unknown.
     """
     check_dtype(dtype)
-    model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
     update.check_low_rank()
+    model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     transposed = is_transposed(update, model)
     update = update.renamed(prefix) if prefix else loadable(update, shared_fields(update))
     with staged_dir(path, overwrite) as staged:
@@ -83,16 +74,16 @@ def save_as_lora(
         return verified("lora", update, staged, path, dtype, compare, details)
 
 
-def check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str) -> None:
     """Raise ConfigError if a number format cannot be written."""
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def open_update(
     source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
 ) -> Any:
-    """Return the update to export to `path`, after checking the folder and the update's complement.
+    """Return the update of a model, a folder or itself, to export to `path`.
 
     Raises:
         AdapterError: it cannot be read, or leaks.
@@ -102,7 +93,6 @@ def open_update(
     if isinstance(source, nn.Module):
         update = update_from_model(source, adapter)
     elif not isinstance(source, AdapterUpdate):
-        check_output_dir(path, overwrite, {"the adapter": source})
         update = read_update(source, base)
     update = replace(update, base=base) if base else update
     check_output_dir(path, overwrite, {"the adapter": update.source, "its base model": update.base})
@@ -119,10 +109,9 @@ def verified(
     check_logits: bool,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Read back an adapter that was written into `folder`, compare it with the update, and write and return the record.
+    """Compare an adapter as written into `folder` with its update, and write and return the record.
 
-    Raises:
-        AdapterError: it differs by more than rounding, in fp32.
+    AdapterError if it differs by more than rounding, in fp32.
     """
     written, exact = read_update(folder), dtype == "float32"
     differences = compare_modules(update, written)
@@ -143,10 +132,8 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed` says that the base layers store their weights as (in, out), as GPT-2's `Conv1D` does.
-
-    Raises:
-        AdapterError: a module is an expert, a rank exceeds `pad_rank`, or a value overflows `dtype`.
+    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, a rank exceeds
+    `pad_rank`, or a value overflows `dtype`.
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
@@ -166,11 +153,9 @@ def write_lora(
             tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
             check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
     save_tensors(tensors | dict(update.extras), folder)
-    usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
-    ranks: dict[str, Any] = {"r": usual, "rank_pattern": unusual}
-    alphas = {"lora_alpha": usual, "alpha_pattern": dict(unusual)}  # scaling 1 everywhere
-    config = LoraConfig(**ranks, **alphas, fan_in_fan_out=transposed, **shared_fields(update))
-    config.save_pretrained(str(folder))
+    r, ranks = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
+    scaling_one: dict[str, Any] = {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": dict(ranks)}
+    LoraConfig(**scaling_one, fan_in_fan_out=transposed, **shared_fields(update)).save_pretrained(str(folder))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -193,5 +178,4 @@ def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
     if not selection["target_modules"]:
         selection = {"target_modules": sorted(update.factors)}
     carried = {key: update.config.get(key) for key in CARRIED}
-    base = update.base or None
-    return {"inference_mode": True, "base_model_name_or_path": base, **selection, **carried}
+    return {"inference_mode": True, "base_model_name_or_path": update.base or None, **selection, **carried}

@@ -20,14 +20,11 @@ def save_as_hiplora(
     overwrite: bool = False,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write an update with all its channels as a HiP-LoRA adapter, verify what was written, and return its record.
-
-    Every module of the update must have its channels, as a merge of adapters that share a basis has. The other
-    arguments are those of `save_as_lora`.
+    """Write an update as a HiP-LoRA adapter, verify it, and return its record; arguments as of `save_as_lora`.
 
     Raises:
-        AdapterError: a module has no channels of one basis, left its complement, or protects other sides than the
-            rest; or the result differs. Nothing is written then.
+        AdapterError: a module has no channels of one basis, as all have in a merge of adapters that share it, left its
+            complement, or protects other sides than the rest; or the result differs. Nothing is written then.
         ConfigError: `path` exists.
     """
     update = open_update(update, path, overwrite)
@@ -48,18 +45,17 @@ def save_as_hiplora(
 
 def _channels(update: AdapterUpdate) -> dict[str, Channels]:
     """Return the channels of every module, checked to be of one kind."""
-    kept = {module: update.channels.get(module) for module in update.factors}
-    sides = next((found.sides for found in kept.values() if found), "")
-    for module, found in kept.items():
+    sides = next((found.sides for found in update.channels.values()), "")
+    for module in update.factors:
+        found, why = update.channels.get(module), "has no two channels in one basis there"
+        if found is not None:
+            why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
         if found is None or found.sides != sides:
-            why = "has no two channels in one basis there"
-            if found is not None:
-                why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
             raise AdapterError(
                 f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
                 "as exact"
             )
-    return kept  # type: ignore[return-value]
+    return dict(update.channels)
 
 
 def _config(update: AdapterUpdate, channels: Mapping[str, Channels]) -> HipLoraConfig:
