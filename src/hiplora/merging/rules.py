@@ -25,10 +25,7 @@ _ENTRIES = 1 << 22  # of a matrix whose float64 copies are in memory at a time
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter's update of one module, `weight · B'A'`: A' (q, n) and B' (m, q) in fp32.
-
-    `channels` keeps the two channels of a HiP-LoRA module apart.
-    """
+    """One adapter's update of one module, `weight · B'A'`; `channels` keeps those of a HiP-LoRA module apart."""
 
     factors: Pair
     weight: float = 1.0
@@ -39,8 +36,7 @@ class Term:
 class DenseTerm:
     """One adapter's update of one module as a matrix `delta` (m, n), which a rule may overwrite.
 
-    `key` depends on the module and the values alone, not on the order of the adapters: rules that draw at random seed
-    with it.
+    `key` depends on the module and the values alone: rules that draw at random seed with it.
     """
 
     delta: Tensor
@@ -50,11 +46,11 @@ class DenseTerm:
 
 @dataclass(frozen=True)
 class Rule:
-    """A merge rule.
+    """A merge rule, by what it works on (`kind`).
 
-    `kind` says what it works on. "factors": `combine(terms, **options)` takes a sequence of `Term` and returns merged
-    factors and, where the rule keeps the two channels of HiP-LoRA apart, those too (else None). "dense": it takes an
-    iterable of `DenseTerm` and returns the merged matrix (m, n), in general of full rank.
+    "factors": `combine(terms, **options)` takes a sequence of `Term` and returns merged factors and, where the rule
+    keeps the two channels of HiP-LoRA apart, those too (else None). "dense": it takes an iterable of `DenseTerm` and
+    returns the merged matrix (m, n), in general of full rank.
     """
 
     name: str
@@ -70,11 +66,7 @@ class Rule:
         return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
     def options(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return all its options, some of them given.
-
-        Raises:
-            ConfigError: it has no option of that name, or the value is out of range.
-        """
+        """Return all its options, some of them given; ConfigError if it has none of that name, or a value is wrong."""
         for name, value in (given or {}).items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
@@ -86,11 +78,7 @@ class Rule:
 
 
 def find_rule(name: str) -> Rule:
-    """Return a rule by name.
-
-    Raises:
-        ConfigError: no rule has that name.
-    """
+    """Return a rule by name; ConfigError if no rule has it."""
     if name not in RULES:
         raise ConfigError(f"merge rule {name!r} is not known; expected one of {', '.join(RULES)}")
     return RULES[name]
@@ -135,28 +123,29 @@ def merge_rule(name: str, kind: Literal["factors", "dense"], source: str) -> Cal
 def addition(terms: Sequence[Term]) -> tuple[Pair, Channels | None]:
     """The weighted sum of the updates, exact: gains added in a shared basis, everything else concatenated.
 
-    HiP-LoRA terms with bit-equal U and V share their gains: `δ = Σ w_t δ_t`, and their residual channels are
-    concatenated, so that two adapters of rank r + k make one of rank 2r + k. Everything else is concatenated with
-    its weight folded into `B'`. Channels are returned where all terms share one basis. Terms of weight 0 are left
-    out; if all are, the result is a zero update of the first term's rank.
+    HiP-LoRA terms with bit-equal U and V share their gains, `δ = Σ w_t δ_t`, so that two adapters of rank r + k make
+    one of rank 2r + k. Channels are returned where all terms share one basis. Terms of weight 0 are left out; if all
+    are, the result is a zero update of the first term's rank.
     """
     import torch
 
-    kept = [term for term in terms if term.weight != 0] or [terms[0]]
     groups: list[list[Term]] = []
-    for term in kept:
+    for term in [term for term in terms if term.weight != 0] or terms[:1]:
         group = next((group for group in groups if _share_basis(group[0], term)), None)
         if group is None:
             groups.append([term])
         else:
             group.append(term)
-    merged = [_add_channels(group) if group[0].channels is not None else None for group in groups]
-    pairs = [
-        channels.factors() if channels is not None else (group[0].factors[0], group[0].weight * group[0].factors[1])
-        for group, channels in zip(groups, merged, strict=True)
-    ]
+    pairs, channels = [], None
+    for group in groups:
+        if group[0].channels is not None:
+            channels = _add_channels(group)
+            pairs.append(channels.factors())
+        else:
+            A, B = group[0].factors
+            pairs.append((A, group[0].weight * B))
     factors = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
-    return factors, merged[0] if len(merged) == 1 else None
+    return factors, channels if len(groups) == 1 else None
 
 
 def _share_basis(one: Term, other: Term) -> bool:
@@ -197,11 +186,14 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
     """
     from hiplora.merging.thin import shared_outputs, zero_pair
 
+    A, B = terms[0].factors
     U = shared_outputs([term.factors for term in terms])
     if not U.shape[1]:
-        return zero_pair(terms[0].factors[1].shape[0], terms[0].factors[0].shape[1]), None
-    coordinates = (((U.T @ term.factors[1].double()) @ term.factors[0].double()).float() for term in terms)
-    aligned = [DenseTerm(part, term.weight) for part, term in zip(coordinates, terms, strict=True)]
+        return zero_pair(B.shape[0], A.shape[1]), None
+    aligned = []
+    for term in terms:
+        A, B = term.factors
+        aligned.append(DenseTerm(((U.T @ B.double()) @ A.double()).float(), term.weight))
     return (ties(aligned, density=density, scale=scale), U.float()), None
 
 
