@@ -46,28 +46,18 @@ def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "in
     return k
 
 
-def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tensor, " p"]:
-    """Return which part c_i of each leading eigenvector a projection of strength 1 takes away, in float64.
-
-    Hard: all of the first k (p = k). Soft: `λ_i / (λ_i + λ_k)` of every eigenvector that is kept, the filter
-    `I − (I + C/λ_k)⁻¹`; where λ_k = 0, its limit: all of the directions in which there is any input.
-    """
-    if projection == "hard":
-        return torch.ones(k, dtype=torch.float64)
-    return inputs.soft_shares(k)[: inputs.vectors.shape[1]]
-
-
 def project(
     A: Float[Tensor, "q n"], inputs: MomentBasis, k: int, strength: float = 1.0, projection: str = "hard"
 ) -> Float[Tensor, "q n"]:
     """Project the input side of an update off its layer's inputs: `A(I − s·E diag(c) Eᵀ)`, a new tensor.
 
-    E (n, p) are the leading eigenvectors of the inputs' second moment C, c is `removal` with k directions, s the
-    strength. Computed in float64 in 4qnp flops. What is rounding only becomes zero.
+    E (n, p) are the leading eigenvectors of the inputs' second moment C, s is the strength. Hard: c is 1 for the first
+    k. Soft: `λ_i / (λ_i + λ_k)` of every eigenvector that is kept, the filter `I − (I + C/λ_k)⁻¹`; where λ_k = 0, its
+    limit. Computed in float64 in 4qnp flops. What is rounding only becomes zero.
     """
-    taken = strength * removal(inputs, k, projection)
-    E, wide = inputs.vectors[:, : len(taken)].double(), A.double()
-    projected = wide - ((wide @ E) * taken) @ E.T
+    shares = torch.ones(k) if projection == "hard" else inputs.soft_shares(k)[: inputs.vectors.shape[1]]
+    E, wide = inputs.vectors[:, : len(shares)].double(), A.double()
+    projected = wide - ((wide @ E) * (strength * shares.double())) @ E.T
     if projected.norm() <= _ROUNDING * wide.norm():
         return torch.zeros_like(A)
     return projected.to(A.dtype)
