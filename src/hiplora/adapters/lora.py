@@ -1,4 +1,7 @@
-"""Lossless export to a plain LoRA adapter: `A' = [Ã; Vᵀ]`, `B' = [(α/r)B̃ | U diag(δ)]`, rank r + k, scaling 1."""
+"""Lossless export to an adapter: plain LoRA, or HiP-LoRA where the channels were kept apart, as a merge may do.
+
+Plain LoRA is `A' = [Ã; Vᵀ]`, `B' = [(α/r)B̃ | U diag(δ)]`, of rank r + k and scaling 1.
+"""
 
 import os
 from collections import Counter
@@ -19,6 +22,7 @@ from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, up
 from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import check_output_dir, staged_dir
+from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.experts import shared_side
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -71,7 +75,7 @@ def save_as_lora(
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
         save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
-        return verified("lora", update, staged, path, dtype, compare, details)
+        return _verified("lora", update, staged, path, dtype, compare, details)
 
 
 def check_dtype(dtype: str) -> None:
@@ -83,12 +87,7 @@ def check_dtype(dtype: str) -> None:
 def open_update(
     source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
 ) -> Any:
-    """Return the update of a model, a folder or itself, to export to `path`.
-
-    Raises:
-        AdapterError: it cannot be read, or leaks.
-        ConfigError: `path` exists, or replacing it would delete the adapter or its base model.
-    """
+    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced."""
     update = source
     if isinstance(source, nn.Module):
         update = update_from_model(source, adapter)
@@ -100,7 +99,7 @@ def open_update(
     return update
 
 
-def verified(
+def _verified(
     to: str,
     update: AdapterUpdate,
     folder: Path,
@@ -109,10 +108,7 @@ def verified(
     check_logits: bool,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Compare an adapter as written into `folder` with its update, and write and return the record.
-
-    AdapterError if it differs by more than rounding, in fp32.
-    """
+    """Compare an adapter as written into `folder` with its update; write and return the record, unless fp32 differs."""
     written, exact = read_update(folder), dtype == "float32"
     differences = compare_modules(update, written)
     if exact:
@@ -121,6 +117,68 @@ def verified(
     if check_logits:
         logits = compare_logits(update, folder, exact)
     return write_record(to, update, folder, path, differences, logits, dtype, written.ranks, details)
+
+
+def save_as_hiplora(
+    update: AdapterUpdate,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write an update as a HiP-LoRA adapter, verify it, and return its record; arguments as of `save_as_lora`.
+
+    Raises:
+        AdapterError: a module has no channels of one basis, as all have in a merge of adapters that share it, left its
+            complement, or protects other sides than the rest; or the result differs. Nothing is written then.
+        ConfigError: `path` exists.
+    """
+    update = open_update(update, path, overwrite)
+    config, tensors = _hiplora_config(update), dict(update.extras)
+    for module, found in update.channels.items():
+        for part in ("A", "B", "U", "sigma", "V", *(["delta"] if config.principal_channel else [])):
+            tensor = getattr(found, part)
+            name = f"{module}.hiplora_{part}" + (".weight" if part in ("A", "B", "delta") else "")
+            tensors[name] = torch.zeros_like(found.sigma) if tensor is None else tensor  # no gains are gains of zero
+    with staged_dir(path, overwrite) as staged:
+        _save_tensors(tensors, staged)
+        config.save_pretrained(str(staged))
+        return _verified("hiplora", update, staged, path, "float32", True, details)
+
+
+def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:
+    """Return the configuration of an update whose modules all have channels of one kind; AdapterError if not."""
+    channels = update.channels
+    sides = next((found.sides for found in channels.values()), "")
+    for module in update.factors:
+        found, why = channels.get(module), "has no two channels in one basis there"
+        if found is not None:
+            why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
+        if found is None or found.sides != sides:
+            raise AdapterError(
+                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
+                "as exact"
+            )
+    r, rank_pattern = _pattern({module: c.A.shape[0] for module, c in channels.items()})
+    alpha, alpha_pattern = _pattern({module: c.scaling * c.A.shape[0] for module, c in channels.items()})
+    k, principal_rank_pattern = _pattern({module: len(c.sigma) for module, c in channels.items()})
+    projected = all(c.leak_limit is not None for c in channels.values())
+    return HipLoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        principal_rank=k,
+        principal_rank_pattern=principal_rank_pattern,
+        residual_projection=projected,
+        principal_channel=not projected or any(c.delta is not None for c in channels.values()),
+        basis=update.config.get("basis", "weight"),
+        basis_sides=sides,
+        fingerprints=dict(update.fingerprints),
+        base_precision=update.config.get("base_precision") or "",
+        calibration=dict(update.config.get("calibration") or {}),
+        **shared_fields(update),
+    )
 
 
 def write_lora(
@@ -152,20 +210,20 @@ def write_lora(
         for name, tensor in padded.items():
             tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
             check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
-    save_tensors(tensors | dict(update.extras), folder)
-    r, ranks = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
+    _save_tensors(tensors | dict(update.extras), folder)
+    r, ranks = _pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
     scaling_one: dict[str, Any] = {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": dict(ranks)}
     LoraConfig(**scaling_one, fan_in_fan_out=transposed, **shared_fields(update)).save_pretrained(str(folder))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter's tensors under PEFT's names."""
     contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the most usual value of some modules, and PEFT's pattern for the modules that have another one."""
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most usual of the modules' values, and PEFT's pattern for those that have another one."""
     usual = Counter(values.values()).most_common(1)[0][0]
     # PEFT takes the first pattern that matches a name's end, so longer names come first.
     longest_first = sorted(values.items(), key=lambda item: -len(item[0]))

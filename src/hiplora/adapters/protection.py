@@ -68,8 +68,8 @@ def without_pairs(factors: Pair, inputs: MomentBasis, outputs: MomentBasis, k: i
 
     To second order the KL divergence from the base is `½ tr(G ΔW C ΔWᵀ) = ½ Σ μ_i λ_j X_ij²`, with λ, E the
     eigenpairs of the inputs' second moment C, μ, F those of the output gradients' moment G, and `X = Fᵀ ΔW E`. The
-    entries X_ij with the largest μ_i λ_j become zero, just so many that no more of the sum is left than without the
-    first k columns. CrispEdit (arXiv 2602.15823) masks pairs like that, for editing.
+    entries with the largest μ_i λ_j become zero until no more of the sum is left than without the first k columns
+    (masks of pairs: CrispEdit, arXiv 2602.15823).
     """
     A, B = (factor.double() for factor in factors)
     E, F = inputs.vectors.double(), outputs.vectors.double()

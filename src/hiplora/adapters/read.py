@@ -51,11 +51,8 @@ _HELD |= {f"_osf_{part}_low_init": f"osf_svd_params.{part}_low_init" for part in
 def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None) -> AdapterUpdate:
     """Read an adapter folder as the update it makes to its base model; an `AdapterUpdate` is returned as it is.
 
-    Args:
-        adapter_dir: a folder written by `save_pretrained`: HiP-LoRA, LoRA, AdaLoRA or OSF (PiSSA and the like as
-            the difference that PEFT saves).
-        base: base model, path or name, instead of the one in the configuration. Only read for HiP-LoRA adapters
-            saved without their factors, and for OSF.
+    HiP-LoRA, LoRA, AdaLoRA or OSF (PiSSA and the like as the difference that PEFT saves). `base`, path or name, stands
+    for the base model in the configuration; it is only read for OSF, and for HiP-LoRA saved without factors.
 
     Raises:
         ConfigError: there is no adapter in the folder.
@@ -72,8 +69,7 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
 def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpdate:
     """Read a live PEFT model's adapter as the update it makes; the model is left as it is.
 
-    Raises:
-        AdapterError: there is no such adapter, it is not a plain update, or it has NaN or Inf.
+    AdapterError if there is no such adapter, it is not a plain update, or it has NaN or Inf.
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:

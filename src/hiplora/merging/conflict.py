@@ -1,8 +1,4 @@
-"""Where merged adapters conflict: shared directions, cancelled norm and opposite signs, module by module.
-
-All but the signs is computed in factor space, in float64, on the weighted updates `w_t ΔW_t` as they come, before a
-merge rule drops anything from them.
-"""
+"""Where merged adapters conflict, module by module: in factor space, on the weighted updates before a rule acts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,10 +61,9 @@ def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -
 
 
 def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
-    """Return how much magnitude cancels in the sum, entry by entry, and how much there is before it.
+    """Return how much magnitude cancels in the sum, `Σ_t ‖ΔW_t‖₁ − ‖Σ_t ΔW_t‖₁`, and `Σ_t ‖ΔW_t‖₁`.
 
-    These are `Σ_t ‖ΔW_t‖₁ − ‖Σ_t ΔW_t‖₁` and `Σ_t ‖ΔW_t‖₁`. An entry with the magnitude P of one sign and N of the
-    other loses `2 min(P, N)`: twice what opposes the sign that TIES-Merging would elect there (Yadav et al. 2023).
+    An entry loses twice what opposes the sign that TIES-Merging would elect there (Yadav et al. 2023).
     """
     rows = max(1, _CHUNK // factors[0][0].shape[1])
     before = after = 0.0

@@ -88,7 +88,7 @@ def merge(
 
     Raises:
         AdapterError: an adapter cannot be read, leaks, replaces whole modules, or is for another base model.
-        ConfigError: unknown rule or option, no adapters, or a weight, an option or the rank is out of range.
+        ConfigError: a rule, option, weight or rank that makes no sense, or no adapters.
     """
     rule = find_rule(method)
     settings = rule.options(options)

@@ -46,11 +46,10 @@ class DenseTerm:
 
 @dataclass(frozen=True)
 class Rule:
-    """A merge rule, by what it works on (`kind`).
+    """A merge rule: `combine(terms, **options)`, by what it works on.
 
-    "factors": `combine(terms, **options)` takes a sequence of `Term` and returns merged factors and, where the rule
-    keeps the two channels of HiP-LoRA apart, those too (else None). "dense": it takes an iterable of `DenseTerm` and
-    returns the merged matrix (m, n), in general of full rank.
+    Of kind "factors", it takes a sequence of `Term` and returns merged factors and, where it keeps the two channels of
+    HiP-LoRA apart, those too (else None). "dense": it takes `DenseTerm`s and returns the merged matrix (m, n).
     """
 
     name: str
@@ -149,10 +148,9 @@ def addition(terms: Sequence[Term]) -> tuple[Pair, Channels | None]:
 
 
 def _share_basis(one: Term, other: Term) -> bool:
-    """Return whether two terms' gains belong to the same directions.
+    """Return whether two terms' gains belong to the same directions, bit for bit.
 
-    Only bit-equal bases count: two decompositions of one weight may rotate directions inside a cluster of equal
-    singular values, and then adding gains would not be the sum of the updates.
+    Two decompositions of one weight may rotate directions inside a cluster of equal singular values.
     """
     a, b = one.channels, other.channels
     return a is not None and b is not None and a.sides == b.sides and a.U.equal(b.U) and a.V.equal(b.V)
@@ -181,8 +179,7 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
     """TIES among the updates' coordinates in output directions that they share.
 
     With `[ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ]`, the result is `U · TIES(Σ V_1ᵀ, …, Σ V_Tᵀ)`, of a rank of their ranks' sum
-    at most. U is found in factor space, and `Σ V_tᵀ = Uᵀ ΔW_t` has as many rows as U has columns. `density` (the share
-    of coordinates kept) counts in each module by itself.
+    at most. `density` is the share of each module's coordinates that is kept.
     """
     from hiplora.merging.thin import shared_outputs, zero_pair
 
@@ -201,9 +198,9 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
 def tsv(terms: Sequence[Term], *, sv_reduction: float | None = None, scale: float = 1.0) -> tuple[Pair, None]:
     """The singular triplets of all updates, their directions made orthogonal to each other.
 
-    `ΔW = Û diag(w_1 σ_1, …, w_T σ_T) V̂ᵀ`, where `Û` and `V̂` are the orthogonal polar factors of the updates' left and
-    right singular vectors side by side. `sv_reduction` is the share of each update's triplets that is kept, rounded
-    up; None is the paper's rule, a T-th of min(out, in) for T updates.
+    `ΔW = Û diag(w_1 σ_1, …, w_T σ_T) V̂ᵀ` with the orthogonal polar factors `Û` and `V̂` of the updates' left and right
+    singular vectors side by side. `sv_reduction` is the share of each update's triplets that is kept, rounded up; None
+    is the paper's rule, a T-th of min(out, in) for T updates.
     """
     import torch
 
@@ -263,8 +260,7 @@ def dare(terms: Iterable[DenseTerm], *, density: float = 0.5, rescale: bool = Tr
     """The weighted sum of entries drawn at random, scaled up for those that were dropped.
 
     `Σ_t w_t (M_t ⊙ ΔW_t) / density` with M_t drawn from {0, 1}. `density` is 1 minus the drop rate of the paper;
-    without `rescale` nothing is divided. Each module of each adapter draws by `seed` and its own values: the same
-    whatever it is merged with, and in whatever order.
+    without `rescale` nothing is divided. Each module of each adapter draws by `seed` and its own values alone.
     """
     import torch
     from peft.utils.merge_utils import prune
@@ -285,10 +281,7 @@ def magnitude(terms: Iterable[DenseTerm], *, density: float = 0.2) -> Tensor:
 
 
 def keep_largest_(delta: Tensor, density: float) -> Tensor:
-    """Zero, in place, all but the ⌊density · mn⌋ entries of largest magnitude of a matrix (m, n); return it.
-
-    Entries whose magnitude equals the smallest kept one all stay.
-    """
+    """Zero, in place, all but the ⌊density · mn⌋ largest entries of a matrix (and those as large as the last)."""
     if density >= 1:
         return delta
     count = int(density * delta.numel())
