@@ -228,7 +228,8 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     from hiplora.reporting import interval
 
     def shown(found: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
-        return interval(*(scale * found[key] for key in ("estimate", "low", "high")), digits)
+        estimate, low, high = (scale * found[key] for key in ("estimate", "low", "high"))
+        return interval(estimate, low, high, digits)
 
     tables = {}
     for method, forms in record["verdicts"].items():

@@ -79,15 +79,6 @@ def test_a_second_run_keeps_everything_and_makes_a_damaged_entry_anew(tiny_model
     assert entries[0].read_bytes() == whole
 
 
-def test_the_table_has_a_row_a_kind(tiny_model_dir, capsys, root):
-    code, said, errors = run(capsys, "factorize", tiny_model_dir, "--rank", 8)
-    assert (code, errors) == (0, "")
-    table = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
-    rows = [[cell.strip() for cell in row[:3]] for row in table]
-    shapes = {"q_proj": "64×64", "k_proj": "32×64", "v_proj": "32×64", "o_proj": "64×64"}
-    assert rows == [[name, "2", shape] for name, shape in shapes.items()]
-
-
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 def test_dtype_serves_a_model_that_is_trained_in_another_precision(tmp_path, factorize, no_decomposition, stored):
     """A checkpoint in half precision serves a float32 model as it is."""

@@ -1,10 +1,8 @@
 import json
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer
 
 from hiplora import protect as protection
 from hiplora.adapters import read_update
@@ -136,27 +134,3 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         assert (code, out, "Traceback" in err) == (expected, "", False)
         assert why in err
         assert not (files / "out").exists()
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-def test_drift_of_a_real_models_adapter_falls_on_text_that_it_never_saw(smollm2, files, capsys):
-    """A LoRA adapter of three layers, trained on a few lines about ships; drift on a text about something else."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    lines = [f"Ship {i} comes in on day {3 * i % 7} with {5 * i % 11} crates of oranges." for i in range(8)]
-    write_jsonl(files / "task.jsonl", [{"text": line} for line in lines])
-    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 14, 29]}
-    adapted = peft.get_peft_model(base_model(smollm2), LoraConfig(r=8, lora_alpha=16, **targets))
-    ids = tokenizer(lines, return_tensors="pt", padding=True)["input_ids"]
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        adapted(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    adapted.save_pretrained(files / "ships")
-    (files / "drift.txt").write_text("Bread rises because yeast turns sugar into gas, held by the dough. " * 5)
-    record = protected(capsys, files, files / "ships", "--data", files / "task.jsonl", tokens=400, rank=32)
-    before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
-    assert 0 < after < 0.5 * before
-    assert max(record["loss"]["before"], record["loss"]["after"]) < record["loss"]["base"]
-    assert record["norm_share"] < 0.9

@@ -117,10 +117,10 @@ def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
     changes one of two tied weights. AdapterError if a tensor does not fit.
     """
     for name, tensor in update.extras.items():
-        old = _parameters(model).get(name)
+        old: Any = _parameters(model).get(name)
         layers = model.get_input_embeddings(), model.get_output_embeddings()
-        in_vocabulary = old is not None and any(layer is not None and old is layer.weight for layer in layers)
-        if in_vocabulary and len(tensor) > len(old) and tensor.shape[1:] == old.shape[1:]:
+        is_vocabulary = old is not None and any(old is getattr(layer, "weight", None) for layer in layers)
+        if is_vocabulary and len(tensor) > len(old) and tensor.shape[1:] == old.shape[1:]:
             model.resize_token_embeddings(len(tensor), mean_resizing=False)
     head = model.get_output_embeddings()
     tied = {name for name, one in _parameters(model).items() if is_tied(model) and one is head.weight}

@@ -136,7 +136,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     if multimodal and any(name.startswith("model.layers.") for name in update.factors):
         problem = "the checkpoint is multimodal: it looks for model.language_model.* and ignores other names, silently"
         found.append(("vLLM", problem, "export with --prefix model.language_model"))
-    if is_transposed(update, base and base.skeleton):
+    if is_transposed(update, base.skeleton if base else None):
         found.append(("llama.cpp", "the base model stores transposed weights (as GPT-2)", _DENSE))
     if base and is_tied(base.skeleton) and any(name.rpartition(".")[2] == "lm_head" for name in update.factors):
         found.append(("llama.cpp", "lm_head is adapted, but tied to the embeddings", _DENSE))

@@ -113,7 +113,7 @@ class AdapterUpdate:
 
     def renamed(self, prefix: str) -> "AdapterUpdate":
         """Return the update with `prefix` in place of the leading "model" of every module's and parameter's name."""
-        moved = {
+        moved: dict[str, Any] = {
             part: {re.sub(r"^model(?=\.)", prefix, name): value for name, value in getattr(self, part).items()}
             for part in ("factors", "channels", "extras")
         }

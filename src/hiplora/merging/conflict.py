@@ -108,7 +108,7 @@ def _conflict(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[f
     pairs: list[Record] = []
     for i, j in combinations(range(len(places)), 2):
         if norms[i] and norms[j]:
-            left, right = (overlap(spans[i][side], spans[j][side], size) for side, size in ((0, m), (1, n)))
+            left, right = overlap(spans[i][0], spans[j][0], m), overlap(spans[i][1], spans[j][1], n)
             (A, B), (A_other, B_other) = small[i], small[j]
             inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
             cosine = max(-1.0, min(1.0, inner / (norms[i] * norms[j])))
