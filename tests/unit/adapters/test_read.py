@@ -115,6 +115,7 @@ def test_an_osf_adapter_is_read_as_the_change_of_its_weights(tiny_model_dir, tmp
     config = peft.OSFConfig(target_modules=["q_proj", "v_proj"], effective_rank=8)
     folder, model = saved(tiny_model_dir, tmp_path / "a", config)
     original = base_model(tiny_model_dir).state_dict()
+    model.peft_config["default"].base_model_name_or_path = "nowhere"  # the live model has all it takes
     live, stored = update_from_model(model), read_update(folder)
     merged = model.merge_and_unload().state_dict()
     expected = {m: merged[f"{m}.weight"] - original[f"{m}.weight"] for m in stored.factors}

@@ -98,6 +98,7 @@ def test_hiplora_adapters_keep_their_gains_if_asked_to(adapters):
     torch.testing.assert_close(cut.channels[Q0].delta, gains)
     assert set(cut.ranks.values()) == {4 + 6}
     assert max(cut.errors.values()) > 1e-3
+    assert not merge(folders, rank=4).channels
 
 
 @pytest.mark.parametrize("method", ["addition", "ties"])
