@@ -303,12 +303,11 @@ def save_merge_page(
     """Write the page of a merge: where its adapters conflict and, with a record of `merge_check`, what it broke."""
     from hiplora.reporting import Section, plots, save_page
 
-    sections = []
+    sections, figures = [], {}
     if check is not None:
         sections.append(Section("What the merge broke", "\n\n".join(verdict_notes(check)), verdict_tables(check)))
     names = [adapter["name"] for adapter in report["adapters"]]
     scores = pd.DataFrame(report["modules"]).dropna(subset=["score", "layer"])
-    figures = {}
     if len(scores):
         grid = scores.pivot_table(index="layer", columns="type", values="score", aggfunc="max")
         figures["Conflict of the worst pair, by layer and module"] = plots.heatmap(grid, vmin=0, vmax=1)

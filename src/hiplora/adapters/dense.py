@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +66,8 @@ def save_dense(
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
     written, logits = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
-        _save(model, staged)
+        with quiet_transformers(always=False):
+            model.save_pretrained(staged)
         save_tokenizer(update, staged, base=True)
         del model
         if expected is not None:
@@ -101,8 +101,3 @@ def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | Non
     if dtype is not None:
         model.to(dtype)
     return differences
-
-
-def _save(model: Any, folder: Path) -> None:
-    with quiet_transformers(always=False):
-        model.save_pretrained(folder)

@@ -138,6 +138,10 @@ def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float],
     rows = conflicts(list(updates.values()), weights)
     scored = sorted((row for row in rows if row["score"]), key=lambda row: -row["score"])
     pairs = [pair for row in rows for pair in row["pairs"]]
+
+    def cosine(*places: int) -> float | None:
+        return _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted(places))
+
     return {
         "schema": 1,
         "kind": "merge-report",
@@ -155,13 +159,7 @@ def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float],
         ],
         "modules": rows,
         "most_conflicting": [row["module"] for row in scored[:10]],
-        "cosine": [
-            [
-                _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted((i, j)))
-                for j in range(len(updates))
-            ]
-            for i in range(len(updates))
-        ],
+        "cosine": [[cosine(i, j) for j in range(len(updates))] for i in range(len(updates))],
         "totals": totals(rows),
         "merge": dict(merged),
         "provenance": provenance(),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hiplora.adapters import dense, save_as_lora, save_dense
+from hiplora.adapters import save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -107,13 +107,13 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(adapters, tmp_p
 
 
 def test_a_model_with_other_logits_is_refused_unless_they_are_not_compared(adapters, tmp_path, monkeypatch):
-    save = dense._save
+    save = LlamaForCausalLM.save_pretrained
 
-    def spoilt(model, *arguments):
+    def spoilt(model, folder):
         model.model.norm.weight.data.mul_(2)
-        save(model, *arguments)
+        save(model, folder)
 
-    monkeypatch.setattr(dense, "_save", spoilt)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoilt)
     with pytest.raises(AdapterError, match="logits differ by"):
         save_dense(adapters["one"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
