@@ -18,7 +18,7 @@ from tests.tiny import VOCABULARY
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PROMPTS = torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
 PREFIX = "base_model.model."
-Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+Q0 = "model.layers.0.self_attn.q_proj"
 
 STOCK_ONLY = """
 import sys, torch
