@@ -1,4 +1,4 @@
-"""Budget and retraction in any training loop, through torch's global optimizer hooks.
+"""Budget, retraction and leak of a model: on request, and in any training loop through torch's global optimizer hooks.
 
 Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk (proximal
 mode), and A and B return to the complement. The gains belong to the optimizer that steps them itself: of one that hands
@@ -8,23 +8,66 @@ its steps to another (ZeroRedundancyOptimizer, SAM, Lookahead) only the outcome 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hiplora.errors import DivergedError
+from hiplora.errors import AdapterError, DivergedError
 from hiplora.spectral import full_precision, penalty_gradient, proximal_step
-from hiplora.tuner.buffers import is_sharded, own_part
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.state import is_sharded, own_part
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
 _handles: list[Any] = []
+
+
+def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
+    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
+
+    Raises:
+        AdapterError: the model has no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
+    found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
+    if not found:
+        wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
+        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
+    yield from ((layer.name, layer) for layer in found)
+
+
+def stability_penalty(model: nn.Module) -> Tensor:
+    """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
+
+    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer
+    hooks already apply the budget, and adding it would count it twice.
+
+    Raises:
+        AdapterError: no active adapter has a principal channel.
+    """
+    active = [(layer, name) for _, layer in hip_layers(model) for name in layer.active_adapters]
+    terms = [layer.stability_penalty(name) for layer, name in active if name in layer.hiplora_delta]
+    if not terms:
+        raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def retract_(model: nn.Module) -> None:
+    """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
+    for _, layer in hip_layers(model):
+        for adapter in layer.hiplora_A:
+            with full_precision(layer.hiplora_A[adapter].device):
+                layer.retract_(adapter)
+
+
+def max_leak(model: nn.Module) -> float:
+    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
+    return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
 
 
 def install() -> None:
@@ -82,8 +125,8 @@ def _held(optimizer: Optimizer) -> Iterator[_Held]:
 def _delegates(optimizer: Optimizer) -> bool:
     """Whether the optimizer holds others, which then do its steps."""
     for value in vars(optimizer).values():
-        inside: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        if any(isinstance(one, Optimizer) for one in (inside if isinstance(value, (dict, list, tuple)) else (value,))):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(one, Optimizer) for one in inside):
             return True
     return False
 
@@ -134,14 +177,14 @@ def _budget(held: list[_Held]) -> Tensor | float:
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     held = _stepping.pop(optimizer, [])
-    for one in held:
-        if one.before is not None:
-            one.gains.copy_(one.before + one.config.gain_lr_ratio * (one.gains - one.before))
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
-    skipped = getattr(optimizer, "found_inf", None)
+    found_inf = getattr(optimizer, "found_inf", None)
     for one in held:
-        if one.pays("proximal") and not (skipped is not None and skipped.item()):
-            step = float(one.group.get("lr", 0.0)) * one.config.gain_lr_ratio * one.config.stability_weight
+        ratio = one.config.gain_lr_ratio
+        if one.before is not None:
+            one.gains.copy_(one.before + ratio * (one.gains - one.before))
+        if one.pays("proximal") and not (found_inf is not None and found_inf.item()):
+            step = float(one.group.get("lr", 0.0)) * ratio * one.config.stability_weight
             one.gains.copy_(proximal_step(one.gains, one.weights, step))
     residual = [one for one in held if one.parameters.keys() - {"hiplora_delta"}]
     if residual:
@@ -166,11 +209,7 @@ def _retract_iterates(held: _Held, optimizer: Optimizer) -> None:
 
 
 def _check_finite(held: list[_Held]) -> None:
-    """Stop at the step after which a parameter is not finite.
-
-    Raises:
-        DivergedError: names the layer and the parameter.
-    """
+    """Stop at the step after which a parameter is not finite: a DivergedError that names it."""
     parameters = {
         f"layer {one.layer.name}: {kind} of adapter '{one.adapter}'": parameter
         for one in held
