@@ -35,10 +35,7 @@ class BootstrapResult:
 
 
 def paired_bootstrap(
-    values: Mapping[str, Sequence[Sequence[float]]],
-    replicates: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: Mapping[str, Sequence[Sequence[float]]], replicates: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> BootstrapResult:
     """Return percentile intervals of means and paired differences from a hierarchical bootstrap (paper, C.3).
 

@@ -127,7 +127,7 @@ def answer_likelihood(log_prob: float, tokens: int) -> float:
 
 
 def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
-    """Return the right choice's share of the choices' probability (ℓ in nats), in per cent: `100 · softmax(ℓ)[gold]`."""
+    """Return the right choice's share of the choices' probability (nats), in per cent: `100 · softmax(ℓ)[gold]`."""
     choices, index = finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
     if index >= len(choices):
         raise DataError(f"gold is {index}, and there are {len(choices)} choices; expected an index below that")
@@ -147,7 +147,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Locality:
-    """What editing did to unrelated prompts: change of accuracy, in pp, and of the answers' log-probability, in nats."""
+    """What editing did to unrelated prompts: change of accuracy, in pp, and of answers' log-probability, in nats."""
 
     accuracy_change: float
     log_prob_change: float | None = None

@@ -177,9 +177,7 @@ def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n 
 
 
 def united_factors(
-    weight: Float[Tensor, "m n"],
-    before: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]],
-    later: SpectralFactors,
+    weight: Float[Tensor, "m n"], before: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]], later: SpectralFactors
 ) -> SpectralFactors:
     """Return the factors of a weight that protect the directions (U, V) of `before` and those of `later`.
 

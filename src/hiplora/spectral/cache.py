@@ -124,7 +124,8 @@ class FactorStore(TensorStore):
             return tensors, {key: getattr(factors, key) for key in _RECORD}
 
         tensors, record = self.get_or_make(self.factor_path(fingerprint, k, tol), make)
-        return SpectralFactors(**tensors, **record).to(weight.device)
+        factors = SpectralFactors(tensors["U"], tensors["sigma"], tensors["V"], **record)
+        return factors.to(weight.device)
 
 
 def _checksum(tensors: dict[str, Tensor], record: Any) -> str:

@@ -7,14 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import ConfigError, FactorError
-from hiplora.spectral.factors import (
-    SpectralFactors,
-    Triplets,
-    full_precision,
-    row_chunks,
-    weight_fingerprint,
-    widest,
-)
+from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, row_chunks, weight_fingerprint, widest
 from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
 
 METHODS = ("auto", "exact", "krylov")

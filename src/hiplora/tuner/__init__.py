@@ -2,6 +2,7 @@
 
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
+from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
 from hiplora.tuner.calibration import (
     SELF,
     TOKENS_PER_INPUT,
@@ -12,20 +13,13 @@ from hiplora.tuner.calibration import (
     weight_factors,
 )
 from hiplora.tuner.config import PRESETS, PROJECTIONS, HipLoraConfig
-from hiplora.tuner.hooks import hip_layers, install, max_leak, retract_, stability_penalty
+from hiplora.tuner.hooks import install
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
 from hiplora.tuner.state import OTHER_PRECISION_LIMIT, leak_limit
-from hiplora.tuner.targets import (
-    Target,
-    default_targets,
-    find_targets,
-    for_module,
-    frozen_weight,
-    linear_target,
-)
+from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, linear_target
 
 register()
 install()

@@ -135,7 +135,7 @@ def calibrate(
             ranks: dict[str, int] = {}
             for target in group:
                 basis = inputs[target.name]
-                k = ranks[target.name] = resolve_rank(target.k, target.shape, lambda basis=basis: basis.values)
+                k = ranks[target.name] = resolve_rank(target.k, target.shape, lambda basis=basis: basis.values)  # type: ignore[misc]
                 layers.append(CalibratedLayer(target.name, target.shape, k, basis.effective_rank, basis.energy(k)))
             outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
             for name, k in ranks.items():

@@ -1,4 +1,4 @@
-"""Budget, retraction and leak of a model: on request, and in any training loop through torch's global optimizer hooks.
+"""Budget and retraction in any training loop, through torch's global optimizer hooks.
 
 Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk (proximal
 mode), and A and B return to the complement. The gains belong to the optimizer that steps them itself: of one that hands
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from hiplora.errors import AdapterError, DivergedError
+from hiplora.errors import DivergedError
 from hiplora.spectral import full_precision, penalty_gradient, proximal_step
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
@@ -25,49 +25,6 @@ from hiplora.tuner.state import is_sharded, own_part
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
 _handles: list[Any] = []
-
-
-def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
-    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
-
-    Raises:
-        AdapterError: the model has no such layer.
-    """
-    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
-    found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
-    if not found:
-        wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
-        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
-    yield from ((layer.name, layer) for layer in found)
-
-
-def stability_penalty(model: nn.Module) -> Tensor:
-    """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
-
-    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer
-    hooks already apply the budget, and adding it would count it twice.
-
-    Raises:
-        AdapterError: no active adapter has a principal channel.
-    """
-    active = [(layer, name) for _, layer in hip_layers(model) for name in layer.active_adapters]
-    terms = [layer.stability_penalty(name) for layer, name in active if name in layer.hiplora_delta]
-    if not terms:
-        raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-
-def retract_(model: nn.Module) -> None:
-    """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
-    for _, layer in hip_layers(model):
-        for adapter in layer.hiplora_A:
-            with full_precision(layer.hiplora_A[adapter].device):
-                layer.retract_(adapter)
-
-
-def max_leak(model: nn.Module) -> float:
-    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
-    return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
 
 
 def install() -> None:

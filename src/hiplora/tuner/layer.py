@@ -88,6 +88,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
                 getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
         else:
             self.place_factors(adapter, factor_names(config), factors)
+        self.live.add(self)
         self._initialise(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
         if factors is not None:
@@ -143,14 +144,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return
         if config.basis != "weight":
             raise AdapterError(
-                f"layer {self.name}: no factors were loaded for adapter '{adapter}', and its basis is measured on the "
-                "whole model; run the PEFT model once, call hiplora.calibrate(model, config) before adding the "
-                "adapter, or load it with PeftModel.from_pretrained"
+                f"layer {self.name}: no factors were loaded for adapter '{adapter}', whose basis is measured on the "
+                "whole model; run the PEFT model once, or call hiplora.calibrate before adding the adapter"
             )
-        found = FactorStore().get_or_compute(
-            frozen_weight(self), len(self.hiplora_sigma[adapter]), config.svd_tolerance, name=self.name
-        )
-        self.begin_anew(adapter, found)
+        weight, k = frozen_weight(self), len(self.hiplora_sigma[adapter])
+        self.begin_anew(adapter, FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=self.name))
 
     @torch.no_grad()
     def begin_anew(self, adapter: str, factors: SpectralFactors) -> None:
@@ -166,8 +164,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         BaseTunerLayer.delete_adapter(self, adapter_name)
         for buffers in self.factors_of(adapter_name):
             del buffers[adapter_name]
-        for names in (self.pending, self._served):
-            names.discard(adapter_name)
+        self.pending.discard(adapter_name)
+        self._served.discard(adapter_name)
         self._unserved.pop(adapter_name, None)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -213,14 +211,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
         A pass of a training always does, whatever moves the parameters.
         """
-        config = self.configs[adapter]
+        config, compiling = self.configs[adapter], torch.compiler.is_compiling()
         if not config.is_closed:
             return None
-        if torch.compiler.is_compiling():
-            return config.basis_sides
-        if self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
+        if not compiling and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
             self._astray.add(adapter)
-        return config.basis_sides if adapter in self._astray else None
+        return config.basis_sides if compiling or adapter in self._astray else None
 
     def _trains(self, *parameters: Tensor) -> bool:
         """Whether this may be a pass of a training of any of these parameters."""
@@ -258,8 +254,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def budget(self, adapter: str) -> Tensor:
         """Return the weights w_i of Eq. 6, (k,), for the gains' parameter: times σ² where it is relative."""
         self.ensure_factors(adapter)
-        sigma = self.hiplora_sigma[adapter]
-        weights = self._budget.get(adapter)
+        sigma, weights = self.hiplora_sigma[adapter], self._budget.get(adapter)
         if weights is None or weights.device != sigma.device:
             weights, scale = budget_weights(sigma, self.configs[adapter].stability_gamma), self.gain_scale(adapter)
             weights = self._budget[adapter] = weights if scale is None else weights * scale**2

@@ -25,15 +25,7 @@ from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.state import FACTOR_NAMES, check_checkpoint, check_fingerprints, factor_names, retracted_state
-from hiplora.tuner.targets import (
-    Target,
-    find_targets,
-    for_module,
-    frozen_weight,
-    left_out,
-    precision,
-    short_names,
-)
+from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, precision, short_names
 
 
 class HipLoraModel(BaseTuner):
@@ -70,28 +62,22 @@ class HipLoraModel(BaseTuner):
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
+        config.awaits_file = config.from_checkpoint and config.save_factors
         try:
-            self._find_factors(config, targets)
+            if not config.awaits_file:
+                if config.basis == "weight":
+                    config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
+                elif not config.calibrated:
+                    calibrate(model, config)
+                else:
+                    _check_calibrated(model, config, targets)
+                _check_complement(config, targets)
         except BaseException:
             fuse(model, fused)
             raise
         if config.target_modules is None:
             config.target_modules = set(short_names(model, self._target_names))
         return config
-
-    def _find_factors(self, config: HipLoraConfig, targets: list[Target]) -> None:
-        """Give the configuration the factors of its targets, unless the adapter's file brings them."""
-        model = self.model
-        if config.from_checkpoint and config.save_factors:
-            config.awaits_file = True
-            return
-        if config.basis == "weight":
-            config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
-        elif not config.calibrated:
-            calibrate(model, config)
-        else:
-            _check_calibrated(model, config, targets)
-        _check_complement(config, targets)
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Match what `find_targets` has found, and nothing else."""
@@ -147,14 +133,11 @@ class HipLoraModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
             if isinstance(parent, nn.TransformerEncoderLayer):
-                self._leave_fast_path(layer)
-
-    def _leave_fast_path(self, layer: HipLoraLinear) -> None:
-        """Make torch call the layer in evaluation too: its fused encoder pass leaves out modules that have a hook."""
-        layer.register_forward_pre_hook(_no_fast_path)
-        for module in self.model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
+                # torch calls the layer in evaluation too: its fused encoder pass leaves out modules that have a hook.
+                layer.register_forward_pre_hook(_no_fast_path)
+                for module in self.model.modules():
+                    if isinstance(module, nn.TransformerEncoder):
+                        module.use_nested_tensor = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -186,9 +169,7 @@ class HipLoraModel(BaseTuner):
         if self.training:
             raise AdapterError("Cannot pass `adapter_names` when the model is in training mode, call `eval` first.")
         if any(layer.merged for layer in layers):
-            raise AdapterError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+            raise AdapterError("Cannot pass `adapter_names` with merged adapters, call `unmerge_adapter` first.")
         known = {name for layer in layers for name in layer.hiplora_A}
         if unknown := sorted(set(names) - known - {"__base__"}):
             raise AdapterError(
@@ -197,8 +178,7 @@ class HipLoraModel(BaseTuner):
             )
         if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
-                f"layer {expert}: an expert gets single tokens, not rows, so a batch cannot mix adapters on it; "
-                "run one adapter at a time"
+                f"layer {expert}: an expert gets tokens, not rows; run one adapter at a time, not a mix"
             )
         # Beam search repeats the rows, but not those of an encoder.
         encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
@@ -270,9 +250,8 @@ def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layer_of(key: str) -> str:
-    """Return the name of the layer that a tensor of an adapter belongs to."""
-    layer, found, _ = key.removeprefix("base_model.model.").partition(".hiplora_")
-    return layer if found else ""
+    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
+    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
@@ -307,11 +286,11 @@ def _shared_factors(
     return None
 
 
-def _basis_of(config: HipLoraConfig) -> tuple[Any, ...]:
+def _basis_of(config: HipLoraConfig) -> list[Any]:
     """Return the settings that decide an adapter's factors, and what they were made of."""
-    ranks = (config.principal_rank, config.principal_rank_pattern, config.principal_ranks)
-    made_of = (config.fingerprints, config.calibration)
-    return config.basis, config.basis_sides, config.projection, config.svd_tolerance, *ranks, *made_of
+    names = ("basis", "basis_sides", "projection", "svd_tolerance", "fingerprints", "calibration")
+    ranks = ("principal_rank", "principal_rank_pattern", "principal_ranks")
+    return [getattr(config, name) for name in (*names, *ranks)]
 
 
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:

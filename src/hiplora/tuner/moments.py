@@ -89,13 +89,14 @@ class _Collector:
         expert = None if name in self.moments else shared_side(name)
         if expert is None or not any(other.startswith(f"{expert[0]}.") for other in self.moments):
             return self.moments.get(name, SecondMoment(1))
-        moment = SecondMoment(linear_target(self._model.get_submodule(name), name).shape[self.side == "input"])
+        m, n = linear_target(self._model.get_submodule(name), name).shape
+        moment = SecondMoment(n if self.side == "input" else m)
         moment.tokens = 1
         return moment
 
 
 class MomentCollector(_Collector):
-    """Of layers' inputs. Those that are called in a row with the very same tensor (q, k and v) share one moment."""
+    """Of layers' inputs. Those called in a row with the very same tensor (q, k and v; gate and up) share a moment."""
 
     side = "input"
     _last: tuple[str, Tensor] | None = None
@@ -221,10 +222,7 @@ def shared_space(name: str, side: str) -> str | None:
 
 
 def measure_inputs(
-    model: nn.Module,
-    modules: Sequence[str],
-    run: Callable[[], Any],
-    trailing: Mapping[str, int] | None = None,
+    model: nn.Module, modules: Sequence[str], run: Callable[[], Any], trailing: Mapping[str, int] | None = None
 ) -> Bases:
     """Measure the inputs of some layers while `run` runs the model: leading directions, or the `trailing` last ones."""
     collector = MomentCollector(model, modules)

@@ -9,9 +9,8 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -91,7 +90,7 @@ def sampled_rows(
     length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
     count = -(-tokens // length)
     scripts = conversation_scripts(model, tokenizer or _own_tokenizer(model), length)
-    recipe = [(script.opening, script.reply, script.again) for script in scripts]
+    recipe = [script[:3] for script in scripts]
     rows: list[Tensor] = []
     with base_only(model):
         for first in range(0, count, _SAMPLED_AT_ONCE):
@@ -106,8 +105,7 @@ def sampled_rows(
     return rows
 
 
-@dataclass(frozen=True)
-class Script:
+class Script(NamedTuple):
     """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again."""
 
     opening: list[int]
@@ -237,10 +235,8 @@ def reserve(cache: Any, length: int) -> None:
     """Have the plain layers of transformers' cache reserve memory for `length` tokens; any other cache stays."""
     for layer in getattr(cache, "layers", ()):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            held = (layer.keys, layer.values)
-            layer.rooms = tuple(one.new_empty(*one.shape[:-2], length, one.shape[-1]) for one in held)
-            for room, one in zip(layer.rooms, held, strict=True):
-                room[..., : one.shape[-2], :] = one
+            spare = (0, 0, 0, length - layer.keys.shape[-2])
+            layer.rooms = tuple(nn.functional.pad(held, spare) for held in (layer.keys, layer.values))
             layer.__class__ = _ReservedLayer
 
 
@@ -271,8 +267,9 @@ def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tupl
     """Return the logits of the token that follows each row, and the model's cache, if it has one."""
     accepted = inspect.signature(model.forward).parameters
     name = next((name for name in CACHES if name in accepted), "")
-    options = {"logits_to_keep": 1, "use_cache": bool(name), name: cache}
-    given = {key: value for key, value in options.items() if key in accepted or (name and key == "use_cache")}
+    given = {key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if key in accepted}
+    if name:
+        given |= {"use_cache": True, name: cache}
     output = model(input_ids=ids if cache is None else ids[:, -1:], **given)
     return output.logits[:, -1], getattr(output, name, None) if name else None
 

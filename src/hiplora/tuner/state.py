@@ -13,14 +13,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError
-from hiplora.spectral import (
-    SpectralFactors,
-    factor_mismatch,
-    full_precision,
-    leak,
-    protected,
-    weight_fingerprint,
-)
+from hiplora.spectral import SpectralFactors, factor_mismatch, full_precision, leak, protected, weight_fingerprint
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.functional import retracted
@@ -91,7 +84,6 @@ class FactorBuffers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live.add(self)
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))

@@ -102,24 +102,21 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
 
 def _matching(model: nn.Module, config: Any) -> list[str]:
     """Return the names of the modules that a configuration matches in an unrolled model; of experts, all."""
-    modules, linear = _base_modules(model), copy.copy(config)
-    experts, parameters = copy.copy(config), getattr(config, "target_parameters", None) or []
-    if config.target_modules == "all-linear":
+    linear, experts, everything = copy.copy(config), copy.copy(config), config.target_modules == "all-linear"
+    if everything:
         _maybe_include_all_linear_layers(linear, model)
         experts.target_modules = ".*"
     elif not isinstance(config.target_modules, str):
         linear.target_modules = set(config.target_modules or ())
-        experts.target_modules = {*linear.target_modules, *parameters}
-    names = []
+        experts.target_modules = {*linear.target_modules, *(getattr(config, "target_parameters", None) or ())}
+    names: list[str] = []
     try:
-        for name, module in modules.items():
+        for name, module in _whole_modules(model).items():
             if isinstance(module, ExpertList):
                 if any(check_target_module_exists(experts, alias) for alias in _aliases(name)):
                     names += [f"{name}.{index}" for index in range(len(module))]
-            elif not isinstance(modules.get(name.rpartition(".")[0]), ExpertList):
-                wanted = check_target_module_exists(linear, name)
-                if wanted and (config.target_modules != "all-linear" or is_linear(_base(module))):
-                    names.append(name)
+            elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
+                names.append(name)
     except re.error as error:
         raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
     return names
@@ -134,11 +131,8 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
     names, notes, asked = {target.name for target in targets}, [], config.target_modules
     with unrolled(model):
         modules = _base_modules(model)
-        weights = {
-            re.sub(r"\.base_layer|\.weight$", "", name): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and "hiplora_" not in name
-        }
+        large = {name: one for name, one in model.named_parameters() if one.dim() > 1 and "hiplora_" not in name}
+        weights = {re.sub(r"\.base_layer|\.weight$", "", name): parameter for name, parameter in large.items()}
         total = sum(parameter.numel() for parameter in weights.values())
 
         def share(found: Iterable[str]) -> str:
@@ -155,8 +149,8 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
         if unmatched:
             notes.append(f"target_modules {unmatched} match no module of {type(model).__name__}")
         for role in _ROLES.values():
-            members = [name for name, module in modules.items() if is_linear(_base(module)) and _role(name) == role]
-            missed = [name for name in members if name not in names]
+            members = {name for name, module in modules.items() if is_linear(_base(module)) and _role(name) == role}
+            missed = [name for name in modules if name in members - names]
             if unmatched and missed and len(missed) < len(members):
                 notes.append(f"of the {role} projections, these are left out: {share(missed)}")
         stuck = [name for name, parameter in weights.items() if parameter.dim() == 3 and _role(name) == "MLP"]

@@ -10,10 +10,7 @@ from hiplora.errors import ConfigError, DataError
 from hiplora.metrics import Interval, merge_instances, paired_bootstrap, sign_flip_p_value, student_margin
 from hiplora.metrics.bootstrap import percentile_interval, resampled_means
 
-RAGGED = {
-    "lora": [[10.0, 20.0, 30.0], [40.0], [0.0, 100.0]],
-    "hiplora": [[12.0, 26.0, 31.0], [45.0], [10.0, 90.0]],
-}
+RAGGED = {"lora": [[10.0, 20.0, 30.0], [40.0], [0.0, 100.0]], "hiplora": [[12.0, 26.0, 31.0], [45.0], [10.0, 90.0]]}
 POOL, SEEDS = ["mmlu", "scienceqa", "gsm8k", "code"], [42, 100, 2024]
 
 

@@ -1,6 +1,6 @@
 import os
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import filelock
 import pytest
@@ -53,8 +53,7 @@ def test_a_hit_returns_the_very_bits_of_the_miss(tmp_path, counted):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"k": 3}, {"tol": 1e-3}, {"weight": gaussian(30, 20, seed=1)}, {"weight": gaussian(30, 20).bfloat16()}],
+    "changes", [{"k": 3}, {"tol": 1e-3}, {"weight": gaussian(30, 20, seed=1)}, {"weight": gaussian(30, 20).bfloat16()}]
 )
 def test_another_weight_or_other_options_have_entries_of_their_own(tmp_path, counted, changes):
     FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 4)
@@ -127,12 +126,9 @@ def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
 
 
 def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
-    results, weight = [], gaussian(60, 50)
-    work = lambda: results.append(FactorStore(tmp_path).get_or_compute(weight, 8))  # noqa: E731
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for act in ("start", "join"):
-        for thread in threads:
-            getattr(thread, act)()
+    weight = gaussian(60, 50)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: FactorStore(tmp_path).get_or_compute(weight, 8), range(4)))
     assert len(counted) == 1
     assert all(equal(result, results[0]) for result in results)
 

@@ -1,0 +1,53 @@
+"""What a user calls on a model that carries HiP-LoRA adapters."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hiplora.errors import AdapterError
+from hiplora.spectral import full_precision
+from hiplora.tuner.layer import HipLoraLinear
+
+
+def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
+    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
+
+    Raises:
+        AdapterError: the model has no such layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
+    found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
+    if not found:
+        wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
+        raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
+    yield from ((layer.name, layer) for layer in found)
+
+
+def stability_penalty(model: nn.Module) -> Tensor:
+    """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
+
+    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer
+    hooks already apply the budget, and adding it would count it twice.
+
+    Raises:
+        AdapterError: no active adapter has a principal channel.
+    """
+    active = [(layer, name) for _, layer in hip_layers(model) for name in layer.active_adapters]
+    terms = [layer.stability_penalty(name) for layer, name in active if name in layer.hiplora_delta]
+    if not terms:
+        raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def retract_(model: nn.Module) -> None:
+    """Put every adapter's residual factors back into the complement now, in place (Eq. 4); idempotent."""
+    for _, layer in hip_layers(model):
+        for adapter in layer.hiplora_A:
+            with full_precision(layer.hiplora_A[adapter].device):
+                layer.retract_(adapter)
+
+
+def max_leak(model: nn.Module) -> float:
+    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
+    return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
