@@ -109,10 +109,7 @@ def resample_counts(size: int, replicates: int, generator: np.random.Generator) 
 
 
 def resampled_means(columns: ArrayLike, replicates: int = 10_000, seed: int | Sequence[int] = 0) -> Floats:
-    """Return the means of columns (items, columns) and of every replicate over items: (1 + replicates, columns).
-
-    The columns share their draws, so that scores on the same items stay paired.
-    """
+    """Return the means of columns (items, columns), then of replicates with shared draws: (1 + replicates, columns)."""
     values = finite(columns, "columns", axes=2)
     counts = resample_counts(len(values), replicates, np.random.default_rng(seed))
     return np.concatenate([values.mean(axis=0)[None], *(part @ values / len(values) for part in counts)])

@@ -159,10 +159,7 @@ def locality(
     base_log_probs: ArrayLike | None = None,
     edited_log_probs: ArrayLike | None = None,
 ) -> Locality:
-    """Compare the model after editing with the one before, on unrelated prompts (the paper's appendix C.4).
-
-    `…_correct` say whether each prompt is answered right, `…_log_probs` how likely answers are, in nats: vectors.
-    """
+    """Compare answers to unrelated prompts, right or wrong and in nats, after editing and before (the paper's C.4)."""
     accuracy = _mean_change("correct", base_correct, edited_correct)
     if base_log_probs is None or edited_log_probs is None:
         return Locality(100 * accuracy)

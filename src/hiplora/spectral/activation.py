@@ -82,10 +82,7 @@ class SecondMoment:
         self.tokens += len(inputs)
 
     def eigen(self, name: str = "input") -> MomentBasis:
-        """Return all eigenvalues and the leading eigenvectors, at most `MAX_VECTORS`, of the mean `C = E[xxᵀ]`.
-
-        Raises FactorError, which names the layer, where no token was seen or a value was NaN or Inf.
-        """
+        """Return eigenvalues and leading eigenvectors of the mean `C = E[xxᵀ]`; FactorError: none or not finite."""
         basis = self._eigen(name, "inputs", None)
         return dataclasses.replace(basis, vectors=basis.vectors[:, :MAX_VECTORS].contiguous())
 
@@ -163,10 +160,7 @@ def activation_factors(
 
 
 def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n k"]:
-    """Return an orthonormal basis of the sum of subspaces, given by orthonormal bases; at most `rank` directions.
-
-    The first basis comes whole, then of each further one the directions that lie furthest outside what is there.
-    """
+    """Return an orthonormal basis of a sum of subspaces: the first, then what lies furthest outside, up to `rank`."""
     with full_precision(bases[0].device):
         found = bases[0].to(widest(bases[0].device))
         for basis in bases[1:]:

@@ -133,10 +133,7 @@ class Allocation:
 def allocate(
     P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"], U: Float[Tensor, "m k"], V: Float[Tensor, "n k"]
 ) -> Allocation:
-    """Measure the update `Δ = PQ` against orthonormal bases `U`, `V`, in float64, without forming Δ.
-
-    The norms come from the triangular factors of `P` and `Qᵀ`, and stay accurate where columns nearly cancel.
-    """
+    """Measure the update `Δ = PQ` against orthonormal bases U, V in factor space, in float64, without forming Δ."""
     P, Q, U, V = (tensor.detach().double() for tensor in (P, Q, U, V))
     R_P = torch.linalg.qr(P, mode="r").R
     R_Q = torch.linalg.qr(Q.T, mode="r").R

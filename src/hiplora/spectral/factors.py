@@ -55,11 +55,7 @@ class SpectralFactors:
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """Return the SHA-256, in hexadecimal, of a tensor's shape and values.
-
-    Values are hashed as little-endian float32, so that dtype (a bf16 weight and its exact fp32 copy agree), memory
-    layout, device and machine do not matter.
-    """
+    """Return the SHA-256 of a tensor's shape and float32 values, whatever its dtype, layout, device and machine."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     weight = weight.detach()
     for rows in row_chunks(weight if weight.dim() else weight.reshape(1)):

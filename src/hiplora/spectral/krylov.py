@@ -63,11 +63,7 @@ def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator)
 
 
 def _extend(basis: Tensor, candidates: Tensor, scale: float, generator: torch.Generator) -> _Extension:
-    """Orthonormalise `candidates` against `basis`, twice.
-
-    Columns that are but rounding, where the weight has no more directions to give, are drawn anew: QR alone would
-    return vectors that lie in the basis.
-    """
+    """Orthonormalise `candidates` against `basis`, twice; columns that are but rounding are drawn anew."""
     overlap = basis.T @ candidates
     rest = candidates - basis @ overlap
     correction = basis.T @ rest

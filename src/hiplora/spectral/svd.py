@@ -126,10 +126,7 @@ def projected_factors(
 
 
 def gram_svd(weight: Tensor, k: int) -> Triplets:
-    """Return the leading triplets from the eigenvectors of the smaller Gram matrix, in float64.
-
-    Squaring loses σ_i below about 1e-8 σ_1; the certificate checks it.
-    """
+    """Return the leading triplets from the smaller Gram matrix, in float64; squaring loses σ_i below 1e-8 σ_1."""
     if weight.shape[0] < weight.shape[1]:
         V, sigma, U = gram_svd(weight.T, k)
         return Triplets(U, sigma, V)

@@ -11,11 +11,7 @@ from hiplora.tuner.layer import HipLoraLinear
 
 
 def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
-    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
-
-    Raises:
-        AdapterError: the model has no such layer.
-    """
+    """Yield (name in the base model, layer) for each layer of one adapter, or of any; AdapterError: there is none."""
     layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
     found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
     if not found:

@@ -173,10 +173,7 @@ def weight_factors(
 
 
 def input_bases(model: nn.Module, modules: Sequence[str], **options: Any) -> Bases:
-    """Measure the inputs of some linear layers of a base model: module name → eigenvectors of their second moment.
-
-    Options are `CalibrationText`'s: `rows`, `tokens`, `batch_size`, `seed`, `max_bytes`, `store`.
-    """
+    """Measure linear layers' inputs: module → eigenvectors of their second moment; options as `CalibrationText`."""
     return CalibrationText(model, **options).inputs(modules)
 
 
@@ -205,10 +202,7 @@ def _memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Ite
 
 
 class CalibrationText:
-    """What a model is calibrated on, rows of tokens or a loop of the user's, and the store of what is measured on it.
-
-    `key` identifies model and rows; it is empty for a loop, of which nothing is stored.
-    """
+    """What a model is calibrated on, rows or a loop, and the store of measurements; `key` names rows and model."""
 
     def __init__(
         self,
@@ -222,11 +216,7 @@ class CalibrationText:
         run_model: Callable[[], Any] | None = None,
         tokenizer: Any = None,
     ):
-        """Take `rows` of token ids, or sample about `tokens` from the model; the options are `calibrate`'s.
-
-        Raises:
-            ConfigError: an argument makes no sense, or text cannot be sampled from this model.
-        """
+        """Take `rows` of token ids, or sample about `tokens` from the model; options and errors as `calibrate`."""
         _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
         self._model, self._store, self._max_bytes = model, store or CalibrationStore(), max_bytes
         self._batch_size, self._run_model, self.key = batch_size, run_model, ""

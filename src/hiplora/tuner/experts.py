@@ -22,10 +22,7 @@ class ExpertList(nn.ModuleList):
 
 
 class UnrolledExperts(nn.Module):
-    """An experts module of transformers whose projections are `ExpertList`s; it computes the same.
-
-    The layers' weights are views of the 3-D parameters. `fused` is the original module without them.
-    """
+    """An experts module of transformers as `ExpertList`s, views of its 3-D parameters; `fused` is the rest."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()

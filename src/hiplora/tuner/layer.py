@@ -207,10 +207,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
-        """Return the sides on which a pass projects A and B; None where they are known to lie in the complement.
-
-        A pass of a training always does, whatever moves the parameters.
-        """
+        """Return the sides on which a pass projects A and B: while they train, whatever moves them; else None."""
         config, compiling = self.configs[adapter], torch.compiler.is_compiling()
         if not config.is_closed:
             return None

@@ -115,10 +115,7 @@ class Script(NamedTuple):
 
 
 def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script]:
-    """Return the conversations that rows of this length follow: of the chat template, else of `QUESTIONS`.
-
-    None where there is no tokenizer, or where it does not fit the model.
-    """
+    """Return the conversations that rows follow: the chat template's, else `QUESTIONS`; none without a tokenizer."""
     if tokenizer is None:
         return []
     special = {*special_tokens(model), *tokenizer.all_special_ids}

@@ -69,10 +69,7 @@ def own_part(value: Tensor, parameter: Any) -> Tensor:
 
 
 class FactorBuffers(nn.Module):
-    """Holds U (m, k), σ (k,) and V (n, k) per adapter as buffers, fp32 and shared where equal; a layer's base class.
-
-    Adapters with a soft projection have shrink_U and shrink_V (k, k) too.
-    """
+    """Holds U, σ, V and a soft projection's shrink_U, shrink_V per adapter as buffers; the base class of a layer."""
 
     live: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()  # all layers, copies too: the optimizer hooks look here
 
@@ -183,11 +180,7 @@ class FactorDict(nn.ModuleDict):
 
 
 def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
-    """Compare every weight that the adapter was made for with the model's; AdapterError where one is another.
-
-    Of one that is stored in another precision than the adapter's base was, the saved factors decide, once they are
-    loaded (`check_checkpoint`).
-    """
+    """Compare the weights that an adapter is for with the model's; in another precision `check_checkpoint` decides."""
     config.unverified, wrong = set(), []
     with unrolled(model):
         for name, expected in config.fingerprints.items():

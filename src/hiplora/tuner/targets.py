@@ -123,11 +123,7 @@ def _matching(model: nn.Module, config: Any) -> list[str]:
 
 
 def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[str]:
-    """Say what a new adapter leaves out although its configuration seems to mean it, with its share of the weights.
-
-    These are names that match nothing, with the other projections of the same role, experts that cannot be adapted,
-    and the narrow layers that "all-linear" passes over.
-    """
+    """Say what a new adapter leaves out although its configuration seems to mean it, and its share of the weights."""
     names, notes, asked = {target.name for target in targets}, [], config.target_modules
     with unrolled(model):
         modules = _base_modules(model)
