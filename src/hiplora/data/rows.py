@@ -1,7 +1,4 @@
-"""Rows of data files: readers for JSON, JSON lines, parquet, CSV and text, and the formats that a row may have.
-
-Every row comes with its place ("line 3"), so that an error can name it.
-"""
+"""Rows of data files, each with its place ("line 3") so that an error can name it, and the formats they may have."""
 
 import csv
 import gzip
@@ -139,16 +136,15 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
         raise DataError(f"{path}: is empty; it must have at least one row")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
-        if kind == "parquet":
-            rows = _parquet(path)
-        elif kind in ("jsonl", "ndjson"):
-            with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            if kind == "parquet":
+                yield from _parquet(path)
+            elif kind in ("jsonl", "ndjson"):
                 yield from _json_lines(file, path, bad)
-            return
-        else:
-            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-            rows = {"json": _json, "csv": _csv, "txt": _text}[kind](decoded(raw, path), path)
-        yield from rows
+            elif kind == "txt":
+                yield "line 1", {"text": decoded(file.read(), path)}
+            else:
+                yield from (_json if kind == "json" else _csv)(decoded(file.read(), path), path)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); write it again") from None
 
@@ -186,8 +182,7 @@ def check_rows(
         DataError: there are no rows, or some do not fit; lists them with their places and what is needed.
     """
     values: list[Any] = []
-    problems: list[str] = [] if bad is None else bad
-    before = len(problems)
+    problems: list[str] = []
     for place, value in rows:
         value = _as_messages(value)
         if format == "auto":
@@ -197,13 +192,15 @@ def check_rows(
             values.append(value)
         else:
             problems.append(f"{name}, {place}: {problem}")
-    found = problems[before:]
-    if found and (bad is None or not values):
-        shown = found[:MAX_SHOWN]
-        if len(found) > MAX_SHOWN:
-            shown.append(f"{name}: … and {len(found) - MAX_SHOWN} more")
-        way = f"rows of format {format} need {', '.join(NEEDED[format])}; fix the rows, set data.format"
-        raise DataError("\n".join([*shown, f"{way}, or leave them out with data.skip_bad_rows"]))
+    if bad is not None:
+        bad += problems
+    if problems and (bad is None or not values):
+        shown = problems[:MAX_SHOWN]
+        if len(problems) > MAX_SHOWN:
+            shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
+        needed = f"rows of format {format} need {', '.join(NEEDED[format])}"
+        way = "fix the rows, set data.format, or leave them out with data.skip_bad_rows"
+        raise DataError("\n".join([*shown, f"{needed}; {way}"]))
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
     return format, values
@@ -215,11 +212,9 @@ def _problem(value: Any, format: str) -> str | None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except ValidationError as error:
         missing = error.errors()[0]["type"] == "missing"
-        found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
-        return f"{first_problem(error)}{found}"
+        return first_problem(error) + (f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else "")
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"has half a character ({half!r}), as a text cut within an emoji has; remove it"
+        return f"has half a character ({error.object[error.start]!r}), as a text cut within an emoji has; remove it"
     return None
 
 
@@ -247,8 +242,7 @@ def detect_format(row: Any) -> str | None:
 def _first_format(row: Any, where: str) -> str:
     if (format := detect_format(row)) is not None:
         return format
-    kind = "null" if row is None else type(row).__name__
-    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else kind
+    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         raise DataError(
             f"{where}: is a preference pair, and this is supervised fine-tuning; give `prompt` and `completion`, or "
@@ -274,8 +268,7 @@ def _json_lines(lines: Iterable[bytes], path: Path, bad: list[str] | None = None
     for number, line in enumerate(lines, start=1):
         try:
             if text := decoded(line, path, number).strip():
-                value = _parsed(text, path, number, "; each line must be one JSON object")
-                yield f"line {number}", value
+                yield f"line {number}", _parsed(text, path, number, "; each line must be one JSON object")
         except DataError as error:
             if bad is None:
                 raise
@@ -302,10 +295,6 @@ def _csv(text: str, path: Path) -> Iterator[Row]:
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); write it again") from None
-
-
-def _text(text: str, path: Path) -> Iterator[Row]:
-    yield "line 1", {"text": text}
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -255,6 +255,6 @@ def commented(model: str, data: str) -> str:
     for block, (fields, values) in blocks.items():
         lines += ["", f"{block}:"]
         for name, value in values.items():
-            meaning = (fields.model_fields[name].description or "").partition(". ")[0]
+            meaning = " ".join((fields.model_fields[name].description or "").split()).partition(". ")[0]
             lines.append(f"  {name}: {json.dumps(value)}  # {meaning}")
     return "\n".join(lines) + "\n"

@@ -32,27 +32,23 @@ class AdaLoraMethod(LowRank):
     kind = "an AdaLoRA adapter"
     not_of_peft = ("name", "r", "init_r", "rank_pattern", "alpha_pattern", "tinit", "tfinal", "deltaT")
 
-    name: Literal["adalora"] = Field(default="adalora", description="The method.")
-    init_r: int | None = Field(
-        default=None,
-        ge=2,
-        description="Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The "
-        "update is scaled by lora_alpha / init_r.",
-    )
-    tinit: int | None = Field(default=None, ge=0, description="Steps before the pruning; a tenth of all if empty.")
-    tfinal: int | None = Field(
-        default=None, ge=1, description="Steps after it, with the ranks that are left; a fifth of all if empty."
-    )
-    deltaT: int | None = Field(
-        default=None, ge=1, description="Steps between two allocations; a hundredth of all if empty, from 1 to 10."
-    )
-    beta1: float = Field(
-        default=0.85, gt=0, lt=1, description="Decay of the moving average of a parameter's importance."
-    )
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="Decay of the moving average of its uncertainty.")
-    orth_reg_weight: float = Field(
-        default=0.5, ge=0, description="Price of factors that are not orthonormal, added to the loss once a step."
-    )
+    name: Literal["adalora"] = "adalora"
+    """The method."""
+    init_r: int | None = Field(None, ge=2)
+    """Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The update is scaled
+    by lora_alpha / init_r."""
+    tinit: int | None = Field(None, ge=0)
+    """Steps before the pruning; a tenth of all if empty."""
+    tfinal: int | None = Field(None, ge=1)
+    """Steps after it, with the ranks that are left; a fifth of all if empty."""
+    deltaT: int | None = Field(None, ge=1)
+    """Steps between two allocations; a hundredth of all if empty, from 1 to 10."""
+    beta1: float = Field(0.85, gt=0, lt=1)
+    """Decay of the moving average of a parameter's importance."""
+    beta2: float = Field(0.85, gt=0, lt=1)
+    """Decay of the moving average of its uncertainty."""
+    orth_reg_weight: float = Field(0.5, ge=0)
+    """Price of factors that are not orthonormal, added to the loss once a step."""
 
     @model_validator(mode="after")
     def _something_is_pruned(self) -> "AdaLoraMethod":

@@ -35,48 +35,31 @@ class Spectral(FromInputs, LowRank):
     steering = ("preset", "lora_dropout", "gradient_projection", *OF_THE_GAINS)
     not_of_peft = ("name", "calibration_text", "calibration_tokens")
 
-    preset: Literal["function-aware", "paper"] = Field(
-        default="function-aware",
-        description="Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, "
-        "measured to disturb a model least. `paper`: the attention projections, `basis: weight` and gains.",
-    )
-    target_modules: list[str] | str = Field(
-        default=list(MLP_PROJECTIONS),
-        min_length=1,
-        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
-    )
-    principal_rank: Rank = Field(
-        default=32,
-        description="k: number of leading directions to protect; or a fraction of a layer's smaller side; or "
-        "`energy:0.95`, as many as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis).",
-    )
-    principal_rank_pattern: dict[str, Rank] = Field(
-        default={}, description="Module name or pattern → its own principal_rank."
-    )
-    basis: Literal["weight", "activation"] = Field(
-        default="activation",
-        description="Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs "
-        "that the layer gets, measured on text sampled from the model.",
-    )
-    basis_sides: Literal["both", "input", "output"] = Field(
-        default="both", description="Sides on which the low-rank part is kept out."
-    )
-    projection: Literal["hard", "soft"] = Field(
-        default="hard",
-        description="`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, "
-        "lets each pass the less, the more energy it has.",
-    )
-    gradient_projection: bool = Field(
-        default=True,
-        description="Project the gradients of the low-rank part too, before they are clipped; false is the paper's "
-        "note, retraction after the step alone.",
-    )
-    svd_tolerance: float = Field(
-        default=1e-4, gt=0, le=1e-2, description="Largest accepted residual of a singular triplet, in units of σ₁."
-    )
-    save_factors: bool = Field(
-        default=True, description="Save U, σ and V with the adapter; false computes them again when it is loaded."
-    )
+    preset: Literal["function-aware", "paper"] = "function-aware"
+    """Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, measured to disturb
+    a model least. `paper`: the attention projections, `basis: weight` and gains."""
+    target_modules: list[str] | str = Field(list(MLP_PROJECTIONS), min_length=1)
+    """Modules to adapt: a list of names, one regular expression, or `all-linear`."""
+    principal_rank: Rank = 32
+    """k: number of leading directions to protect; or a fraction of a layer's smaller side; or `energy:0.95`, as many
+    as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis)."""
+    principal_rank_pattern: dict[str, Rank] = Field({})
+    """Module name or pattern → its own principal_rank."""
+    basis: Literal["weight", "activation"] = "activation"
+    """Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs that the layer
+    gets, measured on text sampled from the model."""
+    basis_sides: Literal["both", "input", "output"] = "both"
+    """Sides on which the low-rank part is kept out."""
+    projection: Literal["hard", "soft"] = "hard"
+    """`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, lets each pass
+    the less, the more energy it has."""
+    gradient_projection: bool = True
+    """Project the gradients of the low-rank part too, before they are clipped; false is the paper's note, retraction
+    after the step alone."""
+    svd_tolerance: float = Field(1e-4, gt=0, le=1e-2)
+    """Largest accepted residual of a singular triplet, in units of σ₁."""
+    save_factors: bool = True
+    """Save U, σ and V with the adapter; false computes them again when it is loaded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -145,7 +128,8 @@ class ProjLoraMethod(Spectral):
 
     title = "Proj-LoRA"
 
-    name: Literal["proj_lora"] = Field(default="proj_lora", description="The method.")
+    name: Literal["proj_lora"] = "proj_lora"
+    """The method."""
 
 
 class HipLoraMethod(Spectral):
@@ -153,35 +137,27 @@ class HipLoraMethod(Spectral):
 
     title = "HiP-LoRA"
 
-    name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
-    principal_channel: bool = Field(
-        default=False,
-        description="Learn gains on the protected directions: false with the function-aware preset, true with the "
-        "paper's. The fields below that concern gains need it.",
-    )
-    stability_weight: float = Field(
-        default=0.1, ge=0, description="λ: price of changing the gains. The paper's value is lost; this one is ours."
-    )
-    stability_gamma: float = Field(
-        default=1.0, ge=0, description="γ: how much more large gains cost; 0 prices all alike."
-    )
-    stability_mode: Literal["gradient", "proximal", "none"] = Field(
-        default="gradient",
-        description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
-        "charges nothing (the ablation without a budget).",
-    )
-    gain_lr_ratio: float = Field(default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`.")
-    relative_gains: bool = Field(
-        default=False, description="Step on relative gains δ/σ: strong directions move by more."
-    )
-    residual_projection: bool = Field(
-        default=True, description="Keep the low-rank part out of the protected directions; false is an ablation."
-    )
-    init_weights: bool | Literal["zero"] = Field(
-        default=True,
-        description="true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, "
-        "and stay there. false: a random start, for tests.",
-    )
+    name: Literal["hiplora"] = "hiplora"
+    """The method."""
+    principal_channel: bool = False
+    """Learn gains on the protected directions: false with the function-aware preset, true with the paper's. The fields
+    below that concern gains need it."""
+    stability_weight: float = Field(0.1, ge=0)
+    """λ: price of changing the gains. The paper's value is lost; this one is ours."""
+    stability_gamma: float = Field(1.0, ge=0)
+    """γ: how much more large gains cost; 0 prices all alike."""
+    stability_mode: Literal["gradient", "proximal", "none"] = "gradient"
+    """`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` charges
+    nothing (the ablation without a budget)."""
+    gain_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of the gains, in units of `train.lr`."""
+    relative_gains: bool = False
+    """Step on relative gains δ/σ: strong directions move by more."""
+    residual_projection: bool = True
+    """Keep the low-rank part out of the protected directions; false is an ablation."""
+    init_weights: bool | Literal["zero"] = True
+    """true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, and stay
+    there. false: a random start, for tests."""
 
     @model_validator(mode="after")
     def _gains_have_a_channel(self) -> "HipLoraMethod":

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from hiplora.errors import ConfigError
 from hiplora.files import write_atomic
 from hiplora.training.method import ADAPTER, WEIGHTS_FILE, Begin, FromInputs, LowRank
@@ -34,7 +32,8 @@ class LoraMethod(LowRank):
     title = "LoRA"
     summary = "A plain low-rank update."
 
-    name: Literal["lora"] = Field(default="lora", description="The method.")
+    name: Literal["lora"] = "lora"
+    """The method."""
 
 
 class ResidualInit(LowRank):
@@ -80,7 +79,8 @@ class PissaMethod(ResidualInit):
     start = "the principal part of the base weights"
     peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
-    name: Literal["pissa"] = Field(default="pissa", description="The method.")
+    name: Literal["pissa"] = "pissa"
+    """The method."""
 
 
 class CordaMethod(ResidualInit, FromInputs):
@@ -93,7 +93,8 @@ class CordaMethod(ResidualInit, FromInputs):
     start = "the part of the base weights that the inputs use least"
     peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
 
-    name: Literal["corda"] = Field(default="corda", description="The method.")
+    name: Literal["corda"] = "corda"
+    """The method."""
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
         """Measure the covariances and start where PEFT does."""
@@ -116,7 +117,8 @@ class MiloraMethod(ResidualInit):
     title = "MiLoRA"
     start = "the minor part of the base weights"
 
-    name: Literal["milora"] = Field(default="milora", description="The method.")
+    name: Literal["milora"] = "milora"
+    """The method."""
 
     def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
         """Return the factors of the r smallest singular values."""
@@ -135,7 +137,8 @@ class LoraNullMethod(ResidualInit, FromInputs):
     title = "LoRA-Null"
     start = "the part of the base weights in the directions in which the inputs have least energy"
 
-    name: Literal["lora_null"] = Field(default="lora_null", description="The method.")
+    name: Literal["lora_null"] = "lora_null"
+    """The method."""
 
     def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
         """Measure the inputs; return the factors of W N Nᵀ."""
