@@ -1,5 +1,6 @@
 """Put a method's adapter on a model, new or carried on from a finished one, and save it when it is trained."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,10 @@ def put_on(
     steps: int | None = None,
     given: Path | None = None,
 ) -> "PeftModel":
-    """Put a method's adapter on a bare model: calibrated, initialized, at the point where training begins.
+    """Put a method's adapter on a bare model, which is changed: calibrated, at the point where training begins.
 
-    Args:
-        method: the method.
-        model: the bare base model; it is changed.
-        tokenizer: reads the method's calibration text.
-        seed: of the adapter's random factors.
-        start: for a method that moves the base, the folder that keeps its start: read if it has one, else written.
-        steps: of the training, where the method needs to know them (AdaLoRA).
-        given: folder of a finished adapter to carry on from (`start_problem`), instead of a new one.
+    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `given` is the
+    folder of a finished adapter to carry on from (`start_problem`), instead of a new one.
 
     Raises:
         ConfigError: the method, or the given adapter, does not fit the model.
@@ -48,15 +43,12 @@ def put_on(
 
     from hiplora.tuner import default_targets
 
-    keeps = start if method.moves_base else None
-    tensors = origin = begin = None
-    if given is not None:
-        tensors = load_file(given / WEIGHTS_FILE)
-        if method.moves_base:
-            tensors, origin = split_difference(tensors)
-    if keeps is not None and origin is not None and not (keeps / WEIGHTS_FILE).is_file():
-        keep_start(origin, keeps)
-    kept = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
+    kept = start / WEIGHTS_FILE if method.moves_base and start is not None else None
+    tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
+    if tensors is not None and kept is not None:
+        tensors, origin = split_difference(tensors)
+        if not kept.is_file():
+            keep_start(origin, kept)
     try:
         if given is not None:
             config = method.continued_config(json.loads((given / CONFIG_FILE).read_text(encoding="utf-8")))
@@ -65,8 +57,8 @@ def put_on(
             if method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
                 config.target_modules = {*default_targets(model, "paper")}
             _check_ranks(config, model)
-        if kept:
-            begin = restored(config, keeps)  # type: ignore[arg-type]
+        if kept is not None and kept.is_file():
+            begin = restored(config, kept)
         elif given is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
@@ -80,8 +72,8 @@ def put_on(
             f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "
             "against the model's module names"
         ) from error
-    if keeps is not None and not kept:
-        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), keeps)
+    if kept is not None and not kept.is_file():
+        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
     if tensors is not None:
         _load_tensors(adapted, tensors, given)
     return adapted
@@ -92,10 +84,9 @@ def _check_ranks(config: Any, model: Any) -> None:
     from hiplora.tuner import find_targets, for_module
 
     rank = getattr(config, "init_r", None) or getattr(config, "r", 0)  # AdaLoRA's first
-    try:
+    targets: Any = ()
+    with contextlib.suppress(ConfigError):  # said better by what puts the adapter on, or no linear layers
         targets = find_targets(model, config)
-    except ConfigError:
-        return  # said better by what puts the adapter on, or no linear layers
     for target in targets:
         r = for_module(config.rank_pattern or {}, target.name, rank)
         if isinstance(r, int) and r > min(target.shape):
@@ -131,8 +122,7 @@ def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path |
 def start_problem(method: Any, start_from: str) -> str | None:
     """Say why a training with `method` cannot carry on from the adapter in the folder `start_from`.
 
-    The adapter must be the finished result of a training with the same method and settings; those that only steer the
-    training (`Method.steering`) may differ.
+    It must be the finished result of a training with the same method and settings, but for `Method.steering`.
     """
     folder = Path(start_from)
     for name in (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml"):
@@ -147,12 +137,8 @@ def start_problem(method: Any, start_from: str) -> str | None:
     changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
     if given.name != method.name:
         changes = [f"method {given.name} there, {method.name} here"]
-    if not changes:
-        return None
-    return (
-        f"{folder} holds another adapter ({'; '.join(changes)}); give the recipe the adapter's own method and "
-        "settings, or name another folder"
-    )
+    way = "give the recipe the adapter's own method and settings, or name another folder"
+    return f"{folder} holds another adapter ({'; '.join(changes)}); {way}" if changes else None
 
 
 def _identity(method: Method) -> dict[str, Any]:

@@ -62,11 +62,8 @@ class Session:
         """Wrap measuring and saving: inside, the model is what the training would return now."""
         return contextlib.nullcontext()
 
-    def after_optimizer(self, step: int) -> None:
-        """Act between the optimizer's step and the clearing of its gradients; `step` counts from 0."""
-
     def after_step(self, step: int, last: bool) -> None:
-        """Act after a step; `step` counts from 1."""
+        """Act between the optimizer's step and the clearing of its gradients; `step` counts from 1."""
 
     def save(self, folder: Path) -> None:
         """Write the adapter, and whatever else a resumed training needs, into a checkpoint."""
@@ -100,11 +97,7 @@ class Method(Block):
         return self.model_dump(exclude={*self.not_of_peft})
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
-        """Return the PEFT configuration for a training of so many steps.
-
-        Raises:
-            ConfigError: the method needs to know the steps.
-        """
+        """Return the PEFT configuration for a training of so many steps; ConfigError if it must know them."""
         raise NotImplementedError
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
@@ -134,9 +127,10 @@ class Method(Block):
 
 
 class LowRank(Method):
-    """Base of the methods with low-rank factors, under PEFT's names."""
+    """Base of the methods with low-rank factors, under PEFT's names; LoRA, begun as `peft_start` says."""
 
     steering: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    peft_start: ClassVar[dict[str, Any]] = {}
 
     r: int = Field(16, ge=1)
     """Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."""
@@ -161,7 +155,7 @@ class LowRank(Method):
         """Return a LoRA configuration."""
         from peft import LoraConfig
 
-        return LoraConfig(task_type="CAUSAL_LM", **self.settings())
+        return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
 
 
 class FromInputs(Block):
@@ -177,9 +171,14 @@ class FromInputs(Block):
         """Return the rows of the calibration text, as `hiplora.data.texts` reads it; None for sampled text."""
         from hiplora.data.texts import calibration_rows
 
-        if self.calibration_text is None:
-            return None
-        return calibration_rows(tokenizer, self.calibration_text, self.calibration_tokens)
+        text = self.calibration_text
+        return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens)
+
+    def text(self, model: Any, tokenizer: Any, **options: Any) -> Any:
+        """Return the `CalibrationText` of a bare model."""
+        from hiplora.tuner import CalibrationText
+
+        return CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, **options)
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:

@@ -23,10 +23,11 @@ from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.evaluation.likelihood import eval_mode
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256
-from hiplora.training.losses import TokenLoss, disabled
+from hiplora.training.losses import TokenLoss
 from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
+from hiplora.tuner import base_only
 
 log = logging.getLogger("hiplora.training")
 # TRL's, for report_to; a resumed run counts them anew.
@@ -113,7 +114,7 @@ class AdapterTrainer(SFTTrainer):
         autocast = self.model.__dict__.pop("forward", None)  # accelerate's; the base was measured without
         try:
             with self.session.measuring():
-                off = functools.partial(disabled, self.model)
+                off = functools.partial(base_only, self.model)
                 found = measure_drift(self.model, self.reference, off, may_be_nothing=True)
         except AdapterError as error:
             if self.record.settings.max_drift is not None:
@@ -240,7 +241,7 @@ class Record(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the learning rate of the step, and let the method act."""
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self.trainer.session.after_optimizer(state.global_step)
+        self.trainer.session.after_step(state.global_step + 1, state.global_step + 1 == state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Close the step; log a row if one is due.
@@ -249,7 +250,6 @@ class Record(TrainerCallback):
             DivergedError: the loss is not finite.
         """
         step, last = state.global_step, state.global_step == state.max_steps
-        self.trainer.session.after_step(step, last)
         accelerator = self.trainer.accelerator
         sums = torch.tensor([self._loss, self._step_tokens], dtype=torch.float64, device=accelerator.device)
         loss, tokens = accelerator.reduce(sums, "sum").tolist()

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -64,13 +64,12 @@ class AdaLoraMethod(LowRank):
         return self.init_r if self.init_r is not None else math.ceil(1.5 * self.r)
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        """Return when ranks are pruned in a training of so many steps, under PEFT's names.
-
-        Raises:
-            ConfigError: no step is left to prune in.
-        """
-        shares = {"tinit": round(0.1 * steps), "tfinal": max(round(0.2 * steps), 1)}
-        shares["deltaT"] = min(max(steps // 100, 1), 10)
+        """Return when ranks are pruned, under PEFT's names; ConfigError if no step is left to prune in."""
+        shares = {
+            "tinit": round(0.1 * steps),
+            "tfinal": max(round(0.2 * steps), 1),
+            "deltaT": min(max(steps // 100, 1), 10),
+        }
         found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
         if found["tinit"] + found["tfinal"] >= steps:
             raise ConfigError(
@@ -94,8 +93,8 @@ class AdaLoraMethod(LowRank):
             raise ConfigError(
                 "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
             )
-        ranks: dict[str, Any] = {"init_r": self.first_rank, "target_r": self.r}
-        return AdaLoraConfig(task_type="CAUSAL_LM", **ranks, **self.schedule(steps), **self.settings())
+        values = {**self.schedule(steps), **self.settings(), "init_r": self.first_rank, "target_r": self.r}
+        return AdaLoraConfig(task_type="CAUSAL_LM", **values)
 
     def session(self, model: "PeftModel", sequences: int) -> Session:
         """Prune while training."""
@@ -107,13 +106,13 @@ class AdaLoraSession(Session):
 
     def __init__(self, model: "PeftModel", orthogonality: float):
         super().__init__(model)
-        tuner: Any = model.base_model
-        self._tuner, self._config = tuner, tuner.peft_config[ADAPTER]
+        self._tuner: Any = model.base_model
+        self._config = self._tuner.peft_config[ADAPTER]
         self.penalties = [Orthogonality(orthogonality)] if orthogonality else []
 
-    def after_optimizer(self, step: int) -> None:
-        """Let PEFT weigh and prune the ranks."""
-        self._tuner.update_and_allocate(step)
+    def after_step(self, step: int, last: bool) -> None:
+        """Let PEFT weigh and prune the ranks; it counts from 0."""
+        self._tuner.update_and_allocate(step - 1)
 
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
@@ -159,10 +158,7 @@ class Orthogonality(Penalty):
         import torch
         from peft.tuners.adalora import AdaLoraLayer
 
-        terms: list[Any] = []
-        for layer in model.modules():
-            if isinstance(layer, AdaLoraLayer) and ADAPTER in layer.lora_A:
-                A, B = cast("Tensor", layer.lora_A[ADAPTER]), cast("Tensor", layer.lora_B[ADAPTER])
-                grams = (A @ A.T, B.T @ B)
-                terms += [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
-        return torch.stack(terms).mean()
+        layers: Any = [m for m in model.modules() if isinstance(m, AdaLoraLayer) and ADAPTER in m.lora_A]
+        pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers]
+        grams = [gram for A, B in pairs for gram in (A @ A.T, B.T @ B)]
+        return torch.stack([torch.linalg.norm(g - torch.eye(len(g), device=g.device)) for g in grams]).mean()

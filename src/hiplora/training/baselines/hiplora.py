@@ -71,12 +71,12 @@ class Spectral(FromInputs, LowRank):
 
     @model_validator(mode="after")
     def _basis_fits(self) -> "Spectral":
-        if self.basis != "activation":
-            if self.calibration_text is not None or self.projection == "soft":
-                raise ValueError(
-                    "`calibration_text` and `projection: soft` need `basis: activation`; remove them, or use that"
-                )
-        elif not self.save_factors:
+        measured = self.basis == "activation"
+        if not measured and (self.calibration_text is not None or self.projection == "soft"):
+            raise ValueError(
+                "`calibration_text` and `projection: soft` need `basis: activation`; remove them, or use that"
+            )
+        if measured and not self.save_factors:
             raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
         if not self.gradient_projection and not self.is_closed:
             raise ValueError("`gradient_projection: false` has no use without a hard projection; remove it")
@@ -98,15 +98,13 @@ class Spectral(FromInputs, LowRank):
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
         """Return the configuration with the factors of the given adapter."""
-        factors = {name: given[name] for name in OF_THE_FACTORS if name in given}
-        return replace(self.peft_config(), **factors)
+        return replace(self.peft_config(), **{name: given[name] for name in OF_THE_FACTORS if name in given})
 
     @property
     def widens(self) -> bool:
         """Whether a training that carries on may protect more: the function-aware basis, without gains."""
-        return (
-            self.basis == "activation" and self.projection == "hard" and not getattr(self, "principal_channel", False)
-        )
+        gains = getattr(self, "principal_channel", False)
+        return self.basis == "activation" and self.projection == "hard" and not gains
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
         """Measure the activation basis into the configuration."""
@@ -118,9 +116,11 @@ class Spectral(FromInputs, LowRank):
         from hiplora.data.texts import describe_source
         from hiplora.tuner import calibrate
 
-        source = "" if self.calibration_text is None else describe_source(self.calibration_text)
-        rows, tokens = self.calibration_rows(tokenizer), self.calibration_tokens
-        return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store, tokenizer=tokenizer)
+        text, tokens = self.calibration_text, self.calibration_tokens
+        more: dict[str, Any] = (
+            {"source": describe_source(text), "rows": self.calibration_rows(tokenizer)} if text else {}
+        )
+        return calibrate(model, config, tokens=tokens, store=store, tokenizer=tokenizer, **more)
 
 
 class ProjLoraMethod(Spectral):
@@ -167,6 +167,6 @@ class HipLoraMethod(Spectral):
             raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`")
         if not self.principal_channel and not self.residual_projection:
             raise ValueError(
-                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use method lora"
+                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use lora"
             )
         return self

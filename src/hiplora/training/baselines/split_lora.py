@@ -68,11 +68,7 @@ class SplitLoraMethod(LowRank):
 
 
 def shard_sizes(sequences: int, clients: int) -> list[int]:
-    """Return how many sequences each client has.
-
-    Raises:
-        ConfigError: some client would have none.
-    """
+    """Return how many sequences each client has; ConfigError if some client would have none."""
     if clients > sequences:
         raise ConfigError(
             f"method.clients {clients}: there are only {sequences} training sequences, and every client needs one of "
@@ -96,9 +92,7 @@ class ClientBatches:
         clients, drawn = self.method.clients, list(self.sampler)
         shards = [[i for i in drawn if i % clients == client] for client in range(clients)]
         for start in range(0, len(shards[0]), self.batch_size):
-            for shard in shards:
-                if batch := shard[start : start + self.batch_size]:
-                    yield batch
+            yield from filter(None, (shard[start : start + self.batch_size] for shard in shards))
 
     def __len__(self) -> int:
         return self.method.batches(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
@@ -150,9 +144,7 @@ class SplitSession(Session):
     def after_step(self, step: int, last: bool) -> None:
         """Give every client the average of all sides, weighted by the sizes of their shards (FedAvg), when due."""
         if step % self._method.average_every == 0 or last:
-            means = self._means()
-            for side in self._sides:
-                _copy(side, means)
+            self._set([self._means()] * self.clients)
 
     def save(self, folder: Path) -> None:
         """Save the average, and every client's side."""
@@ -166,9 +158,7 @@ class SplitSession(Session):
         import torch
 
         super().load(folder)
-        stored = torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True)
-        for side, values in zip(self._sides, stored, strict=True):
-            _copy(side, values)
+        self._set(torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True))
 
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
@@ -188,10 +178,10 @@ class SplitSession(Session):
             means.append(sum(steps, start=first.clone()))
         return means
 
-
-def _copy(parameters: "Sequence[nn.Parameter]", values: "Sequence[Tensor]") -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
+    def _set(self, sides: "Sequence[Sequence[Tensor]]") -> None:
+        for own, values in zip(self._sides, sides, strict=True):
+            for parameter, value in zip(own, values, strict=True):
+                parameter.data.copy_(value)
 
 
 def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str]]":
