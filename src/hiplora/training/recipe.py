@@ -173,6 +173,18 @@ class TrainRecipe(Block):
         """Whether the training carries on from an adapter and protects that one's task too."""
         return bool(self.train.start_from and self.train.widen and getattr(self.method, "widens", False))
 
+    def inputs(self) -> dict[str, str | None]:
+        """Return the files, folders and names on the hub that are read, by the fields that name them."""
+        return {
+            "model": self.model,
+            "data.path": self.data.path,
+            "data.held_out": self.data.held_out,
+            "train.kl_text": self.train.kl_text,
+            "method.calibration_text": getattr(self.method, "calibration_text", None),
+            "train.start_from": self.train.start_from,
+            **{f"data.mix {name}": name for name in self.data.mix},
+        }
+
     def values(self) -> dict[str, Any]:
         """Return the recipe as plain values, every default filled in, without its output folder."""
         values = self.model_dump(mode="json", exclude={"out"})
