@@ -150,22 +150,23 @@ class TrainRecipe(Block):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainRecipe":
-        if self.train.eval_every is not None and not self.data.has_held_out and self.train.max_drift is None:
+        train, held_out = self.train, self.data.has_held_out
+        if train.eval_every is not None and not held_out and train.max_drift is None:
             raise ValueError("`train.eval_every` needs `data.held_out`, `data.held_out_fraction` or `train.max_drift`")
-        if self.train.patience is not None and not self.data.has_held_out:
+        if train.patience is not None and not held_out:
             raise ValueError("`train.patience` needs `data.held_out` or `data.held_out_fraction`")
-        for name in ("kl_weight", "masked_kl_weight", "max_drift") if self.method.moves_base else ():
-            if getattr(self.train, name):
-                raise ValueError(
-                    f"`train.{name}` compares with the base model, whose weights {self.method.name} moves; remove it, "
-                    "or use another method"
-                )
-        if self.widens and self.train.max_drift is not None:
+        compared = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
+        if self.method.moves_base and compared:
+            raise ValueError(
+                f"`train.{compared[0]}` compares with the base model, whose weights {self.method.name} moves; remove "
+                "it, or use another method"
+            )
+        if self.widens and train.max_drift is not None:
             raise ValueError(
                 "`train.max_drift` compares with the base, into which a widened training merges what it starts from; "
                 "remove it, or set `train.widen: false`"
             )
-        self.method.check_training(self.train)
+        self.method.check_training(train)
         return self
 
     @property

@@ -77,8 +77,7 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    chat = recipe.data.template == "auto" and bool(load_tokenizer(recipe.model).chat_template)
-    data = load_data(recipe.data, chat=chat)
+    data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
     sources = {**data.sources, **_start(recipe)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
