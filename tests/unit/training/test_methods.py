@@ -9,18 +9,18 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 # A value other than the default for every field of PEFT's.
 LOW_RANK = {
-    **{"r": 3, "lora_alpha": 7, "lora_dropout": 0.25, "target_modules": ["up_proj"], "exclude_modules": ["down_proj"]},
-    **{"layers_to_transform": [1], "layers_pattern": "layers", "modules_to_save": ["lm_head"]},
-}
+    "r": 3, "lora_alpha": 7, "lora_dropout": 0.25, "target_modules": ["up_proj"], "exclude_modules": ["down_proj"],
+    "layers_to_transform": [1], "layers_pattern": "layers", "modules_to_save": ["lm_head"],
+}  # fmt: skip
 PATTERNS = {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"up_proj": 5.0}}
 SPECTRAL = {
-    **{"principal_rank": 9, "principal_rank_pattern": {"up_proj": 4}, "basis": "weight", "svd_tolerance": 1e-3},
-    **{"basis_sides": "input", "save_factors": False, "projection": "hard", "gradient_projection": False},
-}
+    "principal_rank": 9, "principal_rank_pattern": {"up_proj": 4}, "basis": "weight", "svd_tolerance": 1e-3,
+    "basis_sides": "input", "save_factors": False, "projection": "hard", "gradient_projection": False,
+}  # fmt: skip
 GAINS = {
-    **{"principal_channel": True, "gain_lr_ratio": 3.0, "relative_gains": True, "stability_weight": 0.5},
-    **{"stability_gamma": 0.0, "stability_mode": "proximal", "init_weights": "zero"},
-}
+    "principal_channel": True, "gain_lr_ratio": 3.0, "relative_gains": True, "stability_weight": 0.5,
+    "stability_gamma": 0.0, "stability_mode": "proximal", "init_weights": "zero",
+}  # fmt: skip
 SCHEDULE = {"init_r": 9, "tinit": 3, "tfinal": 4, "deltaT": 2, "beta1": 0.5, "beta2": 0.75, "orth_reg_weight": 0.25}
 CHANGED = {
     "adalora": LOW_RANK | SCHEDULE,

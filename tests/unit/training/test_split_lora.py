@@ -81,7 +81,7 @@ def test_a_cut_that_leaves_nothing_to_train_is_an_error():
 
 @pytest.fixture
 def trainer(tmp_path):
-    """A training on nine sequences; `trainer.steps` notes the sequences of every step's batches."""
+    """A training on nine sequences, and the sequences of every step's batches."""
     method = {"name": "split_lora", "clients": 2, "cut_layer": 1, "lora_dropout": 0.0, "average_every": 2}
     train = {"steps": 3, "batch_size": 2, "gradient_accumulation": 2, "warmup_ratio": 0.0, "packing": False}
     train |= {"lr": LR, "weight_decay": DECAY, "max_grad_norm": CLIP, "dtype": "fp32"}
@@ -91,19 +91,17 @@ def trainer(tmp_path):
         ids = torch.randint(0, 250, (12,), generator=generator).tolist()
         learned = int(torch.randint(2, 10, (), generator=generator))
         rows.append({"input_ids": ids, "labels": [-100] * learned + ids[learned:]})
-    texts = {tuple(row["input_ids"]): row for row in rows}
+    texts, steps = {tuple(row["input_ids"]): row for row in rows}, []
 
     class Noting(AdapterTrainer):
-        steps = []
-
         def get_batch_samples(self, *args):
             samples, items = super().get_batch_samples(*args)
             tokens = [batch["input_ids"].flatten().tolist() for batch in samples]
-            self.steps.append([[texts[tuple(t[i : i + 12])] for i in range(0, len(t), 12)] for t in tokens])
+            steps.append([[texts[tuple(t[i : i + 12])] for i in range(0, len(t), 12)] for t in tokens])
             return samples, items
 
     model = put_on(recipe.method, tiny_llama(), tiny_tokenizer(), seed=recipe.seed)
-    return Noting(
+    made = Noting(
         model=model,
         args=_arguments(recipe, tmp_path, 3, flat=True),
         train_dataset=Dataset.from_list(rows),
@@ -111,6 +109,7 @@ def trainer(tmp_path):
         session=recipe.method.session(model, 9),
         record=Record(tmp_path, recipe.train, "test"),
     )
+    return made, steps
 
 
 def whole_models(model):
@@ -140,11 +139,12 @@ def summed_loss(model, sequences):
 def test_training_is_what_the_definition_says(trainer):
     """Three steps, averaged after the second and the last, against whole models with an AdamW each; the shards are
     of 5 and 4 sequences, so the weights of the average differ, and the epoch ends within the run."""
+    trainer, steps = trainer
     clients, parts, optimizers = whole_models(trainer.model)
     start = {name: p.detach().clone() for name, p in clients[0].named_parameters() if p.requires_grad}
     trainer.train()
-    assert [len(step) for step in trainer.steps] == [2, 2, 1]
-    for number, batches in enumerate(trainer.steps, start=1):
+    assert [len(step) for step in steps] == [2, 2, 1]
+    for number, batches in enumerate(steps, start=1):
         present = 1 + len(batches)  # the server, and the clients with a batch
         losses, counts = zip(*map(summed_loss, clients, batches), strict=True)
         for optimizer in optimizers[:present]:
