@@ -48,10 +48,7 @@ def encode_examples(
     """Tokenize examples into rows of `input_ids` and `labels`, none longer than `max_length`.
 
     A response that is too long loses its end, a row without room for any of its response is left out, and plain text
-    is cut into pieces.
-
-    Raises:
-        DataError: no row is left, or the tokenizer cannot format a conversation.
+    is cut into pieces. Raises DataError if no row is left, or the tokenizer cannot format a conversation.
     """
     report, rows = EncodingReport(examples=len(examples)), []
     added = getattr(tokenizer, "added_tokens_decoder", {}).items()

@@ -147,11 +147,7 @@ class TrainingData:
 def load_examples(
     source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
 ) -> list[Example]:
-    """Read the first `limit` rows of a data file as examples; arguments as in `DataSettings`.
-
-    Raises:
-        DataError: the file or some rows cannot be used; names each row and what it lacks.
-    """
+    """Read the first `limit` rows of a data file as examples; DataError names each row that lacks something."""
     return _examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
 
 
@@ -163,8 +159,7 @@ def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
 def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     """Read what a recipe trains and measures on, and split it; `chat` says that template `auto` may be `chat`.
 
-    Raises:
-        DataError: as `load_examples`, or no row is left to train on.
+    Raises DataError if rows cannot be used, or none is left to train on.
     """
     name = data.hub or data.path or ""
     bad: list[str] | None = [] if data.skip_bad_rows else None

@@ -97,11 +97,7 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def hub_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Iterator[Row]:
-    """Yield the rows of a data set on the hub; multiple choice gets its hint, questions about pictures are left out.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Yield the rows of a data set on the hub; multiple choice gets its hint, questions about pictures are left out."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -123,10 +119,8 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", streami
 def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     """Yield every row of a data file; a text file is one row.
 
-    `bad` takes what is wrong with lines that are not JSON, which are then left out.
-
-    Raises:
-        DataError: the file is missing, empty, of an unknown kind or malformed; the message names the line.
+    Raises DataError, with the line, for a file that is malformed, missing, empty or of an unknown kind. `bad` takes
+    what is wrong with lines that are not JSON, which are then left out.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path")
@@ -150,11 +144,7 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
 
 
 def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
-    """Return UTF-8 text, a byte-order mark left out; `line` is the number of its first line.
-
-    Raises:
-        DataError: it is not UTF-8; names the line, and the encoding that it looks like.
-    """
+    """Return UTF-8 text without a byte-order mark; DataError names the line, counted from `line`, that is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -175,11 +165,8 @@ def check_rows(
 ) -> tuple[str, list[Any]]:
     """Check every row against a format and return the format ("auto": that of the first row) and the values.
 
-    ShareGPT's conversations and TRL's conversational prompts and completions become messages. `bad` takes what is
-    wrong with rows that do not fit, which are then left out.
-
-    Raises:
-        DataError: there are no rows, or some do not fit; lists them with their places and what is needed.
+    ShareGPT's conversations and TRL's conversational prompts and completions become messages. Raises DataError if there
+    are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Any] = []
     problems: list[str] = []

@@ -25,11 +25,7 @@ ROW_LENGTH = 256  # tokens in a row of calibration text
 
 
 def drift_texts(path: str | os.PathLike | None = None) -> dict[str, str]:
-    """Return named texts to measure drift on: the file at `path`, else built-in English prose and Python code.
-
-    Raises:
-        DataError: the file is missing, empty or not UTF-8.
-    """
+    """Return named texts to measure drift on: the file at `path`, else built-in English prose and Python code."""
     if path is not None:
         return {Path(path).name: _read(Path(path))}
     from pydoc_data.topics import topics
@@ -63,10 +59,7 @@ def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> "list[T
     """Return up to `tokens` token ids of a text, in rows of 256 that begin as the tokenizer begins a text.
 
     `source` is a training file (by its suffix; prompt and response of each row), a data set on the hub (its train
-    split, streamed), or else a plain text file.
-
-    Raises:
-        DataError: the text cannot be read, is not UTF-8, is empty or has rows that cannot be used.
+    split, streamed), or else a plain text file; DataError says why it cannot be used.
     """
     import torch
 

@@ -11,7 +11,16 @@ from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import parse_yaml
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
-from hiplora.training.method import ADAPTER, ATTENTION_PROJECTIONS, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
+from hiplora.training.method import (
+    ADAPTER,
+    ATTENTION_PROJECTIONS,
+    BASIS_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Method,
+    save_adapter,
+)
+from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,12 +39,8 @@ def put_on(
     """Put a method's adapter on a bare model, which is changed: calibrated, at the point where training begins.
 
     The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `given` is the
-    folder of a finished adapter to carry on from (`start_problem`), instead of a new one.
-
-    Raises:
-        ConfigError: the method, or the given adapter, does not fit the model.
-        DataError, FactorError: as `Method.prepare`.
-        AdapterError: a given HiP-LoRA adapter is damaged.
+    folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if the
+    method or the given adapter does not fit the model, AdapterError if that is damaged, and what `prepare` does.
     """
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
@@ -119,26 +124,33 @@ def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path |
         to_difference(folder, start)
 
 
-def start_problem(method: Any, start_from: str) -> str | None:
-    """Say why a training with `method` cannot carry on from the adapter in the folder `start_from`.
+def start_problem(recipe: TrainRecipe) -> str | None:
+    """Say why a training cannot carry on from the adapter in the folder `train.start_from`, if it names one.
 
     It must be the finished result of a training with the same method and settings, but for `Method.steering`.
     """
-    folder = Path(start_from)
+    if recipe.train.start_from is None:
+        return None
+    folder, method = Path(recipe.train.start_from), recipe.method
     for name in (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml"):
         if not (folder / name).is_file():
-            return f"{folder} has no {name}; name the output folder of a finished `hiplora train`"
+            return f"train.start_from: {folder} has no {name}; name the output folder of a finished `hiplora train`"
     try:
         stored = parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
         given = TypeAdapter(AnyMethod).validate_python(stored["method"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
+        return f"train.start_from: {folder}/recipe.yaml is not a recipe of this version; train the adapter again"
     old, new = _identity(given), _identity(method)
     changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
     if given.name != method.name:
         changes = [f"method {given.name} there, {method.name} here"]
-    way = "give the recipe the adapter's own method and settings, or name another folder"
-    return f"{folder} holds another adapter ({'; '.join(changes)}); {way}" if changes else None
+    if changes:
+        way = "give the recipe the adapter's own method and settings, or name another folder"
+        return f"train.start_from: {folder} holds another adapter ({'; '.join(changes)}); {way}"
+    if not recipe.widens and (folder / BASIS_FILE).is_file():
+        way = "its parts have a basis each, so they cannot be trained on as one; remove `widen: false`"
+        return f"train.widen: {folder} was widened before, and {way}"
+    return None
 
 
 def _identity(method: Method) -> dict[str, Any]:

@@ -107,10 +107,8 @@ class Method(Block):
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin | None:
         """Measure on the bare model what the adapter needs; `config` may be changed. Return how it begins.
 
-        Raises:
-            ConfigError: the settings do not fit the model.
-            DataError: the calibration text cannot be used.
-            FactorError: a layer saw no calibration text, or a weight cannot be decomposed.
+        Raises ConfigError if the settings do not fit the model, DataError if the calibration text cannot be used, and
+        FactorError if a layer saw none of it, or a weight cannot be decomposed.
         """
         return None
 

@@ -59,10 +59,7 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
 
     Relative paths in the file are relative to the file, those in overrides, which may be all there is, to the current
     folder. Data files are read to the end, so that a malformed row is found before a model is loaded. What is not given
-    is as in `DEFAULTS`, or with `preset: paper` as in the paper.
-
-    Raises:
-        ConfigError: something is wrong; the message lists everything that is, with the way out.
+    is as in `DEFAULTS`, or with `preset: paper` as in the paper. ConfigError lists everything that is wrong at once.
     """
     value: dict[str, Any] = {}
     if path is not None:
@@ -107,9 +104,9 @@ def model_problem(model: Any) -> str | None:
 
 def _file_problems(recipe: TrainRecipe) -> list[str]:
     """Say what is wrong with the files that a recipe names."""
-    problems, data, start = [], recipe.data, recipe.train.start_from
-    bad: list[str] | None = [] if data.skip_bad_rows else None
-    formats = {"data.path": data.format, "data.held_out": data.format}
+    problems = []
+    bad: list[str] | None = [] if recipe.data.skip_bad_rows else None
+    formats = dict.fromkeys(("data.path", "data.held_out"), recipe.data.format)
     for name, source in recipe.inputs().items():
         if source is None:
             continue
@@ -120,9 +117,7 @@ def _file_problems(recipe: TrainRecipe) -> list[str]:
                 problems.append(f"{name}: {error}")
         elif name.endswith("_text") and not Path(source).is_file() and not is_hub_name(source):
             problems.append(f"{name}: no such file: {source}; correct the path")
-    if start is not None and (problem := start_problem(recipe.method, start)):
-        problems.append(f"train.start_from: {problem}")
-    return problems
+    return [*problems, *filter(None, [start_problem(recipe)])]
 
 
 def _is_path(name: str) -> bool:

@@ -31,7 +31,7 @@ from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
-from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
+from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 from hiplora.training.sequences import count_steps, keeps_rows_apart, sequences
@@ -77,8 +77,13 @@ def train(
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
+    if problem := start_problem(recipe):
+        raise ConfigError(problem)
     data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
-    sources = {**data.sources, **_start(recipe)}
+    sources = dict(data.sources)
+    if recipe.train.start_from is not None:
+        given = Path(recipe.train.start_from)
+        sources["start"] = {"folder": given.name, "sha256": file_sha256(given / WEIGHTS_FILE)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
@@ -285,21 +290,6 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
     settings = recipe.train.model_copy(update={"dtype": machine_dtype() if dtype == "auto" else dtype})
     return recipe.model_copy(update={"train": settings})
-
-
-def _start(recipe: TrainRecipe) -> dict[str, Any]:
-    """Check the adapter that a recipe starts from; return what the provenance keeps of it."""
-    if recipe.train.start_from is None:
-        return {}
-    if problem := start_problem(recipe.method, recipe.train.start_from):
-        raise ConfigError(f"train.start_from: {problem}")
-    folder = Path(recipe.train.start_from)
-    if not recipe.widens and (folder / BASIS_FILE).is_file():
-        raise ConfigError(
-            f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on "
-            "as one; remove `widen: false`"
-        )
-    return {"start": {"folder": folder.name, "sha256": file_sha256(folder / WEIGHTS_FILE)}}
 
 
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:

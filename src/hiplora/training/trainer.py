@@ -140,11 +140,9 @@ class AdapterTrainer(SFTTrainer):
         Not the Trainer's eval_loss, which is a mean of batch means and repeats rows to fill the processes' last batch:
         every process measures all rows.
         """
-        total, count = 0.0, 0
+        total, count, size = 0.0, 0, self.args.per_device_eval_batch_size
         with self.session.measuring(), eval_mode(self.model):
-            for batch in DataLoader(
-                self.eval_dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator
-            ):
+            for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     total += float(PLAIN_LOSS(self.model, inputs, 1))
@@ -345,11 +343,7 @@ class Record(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, if any: a kill at any moment leaves the one before.
-
-    Raises:
-        HipLoraError: a file of it is missing or was changed since.
-    """
+    """Return the newest whole checkpoint of a folder, if any; HipLoraError if a file of it is missing or changed."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
             hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
