@@ -125,9 +125,3 @@ def test_tokens_that_the_base_finds_unlikely_are_masked():
     expected = [-100, *(y if chances[t, y] >= 0.4 else -100 for t, y in enumerate(ids[1:]))]
     assert module.mask_unlikely(model, [row]) == sum(label == -100 for label in expected) - 1 > 0
     assert row["labels"] == expected
-
-
-def test_replayed_rows_are_the_models_own_and_learned_whole():
-    rows = module.replay_rows(tiny_llama(), 3, 20)
-    assert [len(row["input_ids"]) for row in rows] == [20, 20, 20]
-    assert all(row["labels"] == row["input_ids"] for row in rows)

@@ -48,19 +48,6 @@ def test_settings_that_exclude_those():
         METHODS["adalora"]().peft_config()
 
 
-def test_the_activation_basis_is_measured_and_the_model_keeps_its_modes():
-    model = tiny_llama().train()
-    adapted = put_on(METHODS["hiplora"](principal_rank=4, calibration_tokens=600), model, tiny_tokenizer(), seed=0)
-    assert adapted.peft_config["default"].calibration
-    assert all(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize("name", ["lora", "hiplora", "milora"])
-def test_modules_that_the_model_does_not_have_are_named(name):
-    with pytest.raises(ConfigError, match=r"check method\.target_modules"):
-        put_on(METHODS[name](target_modules=["nowhere"]), tiny_llama(), tiny_tokenizer(), seed=0)
-
-
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "osf"])
 def test_a_rank_above_the_weights_is_refused_before_anything_is_made(name):
     with pytest.raises(ConfigError, match=r"r \d+ exceeds min\(out, in\) = \d+"):

@@ -96,18 +96,6 @@ def test_stock_peft_brings_the_untouched_base_to_the_trained_model(tmp_path, nam
 
 
 @EACH
-def test_a_start_that_was_kept_is_restored_without_computing_it(tmp_path, monkeypatch, name):
-    adapted = started(name, start=tmp_path / "start")
-    for kind in ("svd", "eigh"):
-        monkeypatch.setattr(torch.linalg, kind, lambda *args, **kwargs: pytest.fail("decomposed again"))
-    again = started(name, start=tmp_path / "start")
-    for (path, one), (_, other) in zip(_layers(again), _layers(adapted), strict=True):
-        assert torch.equal(one.get_base_layer().weight, other.get_base_layer().weight), path
-        for kind in ("lora_A", "lora_B"):
-            assert torch.equal(getattr(one, kind)["default"].weight, getattr(other, kind)["default"].weight)
-
-
-@EACH
 def test_in_bf16_the_start_is_exact_to_the_weights_own_rounding(name):
     adapted, base = (started(name, model=tiny_llama(dtype=torch.bfloat16)), tiny_llama(dtype=torch.bfloat16))
     for path, layer in _layers(adapted):
