@@ -41,17 +41,17 @@ class Block(BaseModel):
 class DataSettings(Block):
     """What to train on: a file (JSON lines, JSON, parquet, CSV or text) or a data set on the hub."""
 
-    path: PathText | None = Field(None, min_length=1)
+    path: PathText | None = Field(default=None, min_length=1)
     """File with the training rows: .jsonl, .json (both may be gzipped), .parquet, .csv or .txt. In a recipe, relative
     to the recipe's folder; with --set, to the current folder."""
-    mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field({})
+    mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field(default={})
     """Further files → how often an epoch has each of their rows: 1 once, 2 twice, 0.25 a random quarter of the rows
     once. No rows of theirs are held out."""
-    hub: str | None = Field(None, min_length=1)
+    hub: str | None = Field(default=None, min_length=1)
     """Data set on the Hugging Face hub, instead of `path`."""
     hub_config: str | None = None
     """Configuration (subset) of the hub data set."""
-    split: str | None = Field(None, min_length=1)
+    split: str | None = Field(default=None, min_length=1)
     """Split of the hub data set, `train` if empty."""
     format: Literal[
         "auto",
@@ -75,18 +75,18 @@ class DataSettings(Block):
     `instruction` where there is such a template. Not for messages and text rows."""
     skip_bad_rows: bool = False
     """Leave out rows that cannot be used, and count them."""
-    max_characters: int | None = Field(None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
     """Leave out rows whose question and answer together have more characters."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use at most this many rows, the first that are not left out."""
     learn_prompt: bool = False
     """Learn the tokens of prompts as well."""
-    held_out: PathText | None = Field(None, min_length=1)
+    held_out: PathText | None = Field(default=None, min_length=1)
     """File with rows to measure the loss on before and after training."""
-    held_out_fraction: float | None = Field(None, gt=0, lt=1)
+    held_out_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, not on `seed`.
     Rows that repeat a held-out row are not trained on."""
-    held_out_limit: int | None = Field(None, ge=1)
+    held_out_limit: int | None = Field(default=None, ge=1)
     """Measure on at most this many held-out rows."""
 
     @model_validator(mode="after")

@@ -89,7 +89,7 @@ class Method(Block):
     steering: ClassVar[tuple[str, ...]] = ()
     not_of_peft: ClassVar[tuple[str, ...]] = ("name",)
 
-    target_modules: list[str] | str = Field(list(ATTENTION_PROJECTIONS), min_length=1)
+    target_modules: list[str] | str = Field(default=list(ATTENTION_PROJECTIONS), min_length=1)
     """Modules to adapt: a list of names, one regular expression, or `all-linear`."""
 
     def settings(self) -> dict[str, Any]:
@@ -130,11 +130,11 @@ class LowRank(Method):
     steering: ClassVar[tuple[str, ...]] = ("lora_dropout",)
     peft_start: ClassVar[dict[str, Any]] = {}
 
-    r: int = Field(16, ge=1)
+    r: int = Field(default=16, ge=1)
     """Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."""
-    lora_alpha: int | float = Field(32, gt=0)
+    lora_alpha: int | float = Field(default=32, gt=0)
     """The low-rank update is scaled by lora_alpha / r."""
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     """Dropout on the input of the low-rank update."""
     exclude_modules: list[str] | str | None = None
     """Modules to leave alone, although target_modules names them."""
@@ -142,9 +142,9 @@ class LowRank(Method):
     """Indices of the layers to adapt; all if empty."""
     layers_pattern: list[str] | str | None = None
     """Name of the model's list of layers, where layers_to_transform needs it."""
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field({})
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
     """Module name or pattern → its own r."""
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
     """Module name or pattern → its own lora_alpha."""
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter."""
@@ -159,10 +159,10 @@ class LowRank(Method):
 class FromInputs(Block):
     """The calibration text of methods that measure a layer's inputs."""
 
-    calibration_text: str | None = Field(None, min_length=1)
+    calibration_text: str | None = Field(default=None, min_length=1)
     """Text file, training data or hub data set to measure the layers' inputs on, instead of text sampled from the
     model. In a recipe, relative to the recipe's folder; with --set, to the current folder."""
-    calibration_tokens: int = Field(10_000, ge=2)
+    calibration_tokens: int = Field(default=10_000, ge=2)
     """Tokens to sample, or to read of `calibration_text`."""
 
     def calibration_rows(self, tokenizer: Any) -> "list[Tensor] | None":

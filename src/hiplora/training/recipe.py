@@ -29,76 +29,76 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 class TrainSettings(Block):
     """How to train: AdamW, a linear warm-up, then a learning rate that stays or falls."""
 
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate. The paper's text lacks it; 2e-4 is usual for LoRA."""
-    steps: int | None = Field(2000, ge=1)
+    steps: int | None = Field(default=2000, ge=1)
     """Optimizer steps; 2000 unless `epochs` is given. Give one of the two."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the data, instead of `steps`; `hiplora train` makes 3."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     """Sequences in one forward pass."""
-    gradient_accumulation: int = Field(32, ge=1)
+    gradient_accumulation: int = Field(default=32, ge=1)
     """Forward passes per optimizer step, shared between the processes of a distributed run: batch_size ×
     gradient_accumulation is the global batch (128; 16 in `hiplora train`)."""
-    max_length: int = Field(2048, ge=2)
+    max_length: int = Field(default=2048, ge=2)
     """Tokens in a sequence; 1024 in `hiplora train`. Longer responses are cut at the end, rows whose prompt alone
     fills it are left out, both are counted. Plain text is cut into pieces of this length."""
     packing: bool = True
     """Put several rows into one sequence of max_length; rows never attend to each other. False in `hiplora train`."""
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     """What follows the warm-up: `constant` stays at the peak, `cosine` falls to 0 at the last step."""
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     nonzero_warmup: bool = False
     """Begin the warm-up one step further, so that the first step is not spent at rate 0; true in `hiplora train`."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay; only the adapter is trained."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the gradient to this norm; 0 switches clipping off."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the base model and of the computation; the adapter stays in fp32. `auto` is bf16, the paper's, on a
     GPU that has it, and fp32 elsewhere. fp16 needs a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
     """Steps between two rows of metrics.jsonl."""
     report_to: str | list[str] = "none"
     """Trackers of the Trainer: `tensorboard`, `wandb`, `mlflow`, …, or a list."""
-    save_every: int = Field(100, ge=1)
+    save_every: int = Field(default=100, ge=1)
     """Steps between two checkpoints; the last step always has one."""
-    keep_checkpoints: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(default=1, ge=1)
     """Number of checkpoints to keep, the newest."""
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
     """Steps between measurements of the held-out loss, besides before and after."""
-    kl_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(default=0.0, ge=0)
     """Price of a nat of KL(base ‖ adapted) per token, measured once a step on other text and added to the loss; 0 adds
     nothing. Not for methods that move the base weights."""
-    kl_text: PathText | None = Field(None, min_length=1)
+    kl_text: PathText | None = Field(default=None, min_length=1)
     """Text file or training data to measure it on, instead of sampled text."""
-    kl_tokens: int = Field(256, ge=2)
+    kl_tokens: int = Field(default=256, ge=2)
     """Tokens of that text in each step."""
-    kl_pool: int = Field(10_000, ge=2)
+    kl_pool: int = Field(default=10_000, ge=2)
     """Tokens to sample, or to read of `kl_text`; steps go through them in an order drawn by `seed`."""
-    masked_kl_weight: float = Field(0.0, ge=0)
+    masked_kl_weight: float = Field(default=0.0, ge=0)
     """Price of a nat of KL(base ‖ adapted) on the learned tokens themselves, the right token left out of both (Mask
     the Target). Not for methods that move the base weights."""
     token_weight: Literal["none", "eaft", "stm", "dft"] = "none"
     """Weight of a token in the loss. `eaft`: the entropy of the model's 20 likeliest tokens, as a share of its
     maximum. `dft`: the right token's probability. `stm`: 0 where the base's perplexity is above 2.5."""
-    replay: float = Field(0.0, ge=0, lt=1)
+    replay: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows that the base model writes (self-replay)."""
-    drift_tokens: int = Field(0, ge=0)
+    drift_tokens: int = Field(default=0, ge=0)
     """Tokens of prose and of code on which the drift from the base is measured at the end; 0 measures none. 512 in
     `hiplora train`. Not for methods that move the base weights."""
-    max_drift: float | None = Field(None, gt=0)
+    max_drift: float | None = Field(default=None, gt=0)
     """Largest drift, in nats a token. It is measured every `eval_every` steps, or ten times; above it the training
     ends with the last checkpoint below."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """The training ends when the held-out loss, measured every `eval_every` steps or ten times, was not lowered so
     many times in a row. The adapter is the one with the lowest, also of a run that is not ended."""
-    push_to_hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    push_to_hub: str | None = Field(default=None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Private hub repository that gets the finished adapter."""
-    start_from: PathText | None = Field(None, min_length=1)
+    start_from: PathText | None = Field(default=None, min_length=1)
     """Folder of a finished adapter of the same method to train on."""
     widen: bool = True
     """With `start_from` and HiP-LoRA's function-aware preset: protect what the finished task depends on too, measured
@@ -136,11 +136,11 @@ class TrainRecipe(Block):
         default=METHODS["hiplora"](),
         description=f"{', '.join(METHODS)}: one of them, alone or as {{name: …}} with its settings.",
     )
-    train: TrainSettings = Field(TrainSettings())
+    train: TrainSettings = Field(default=TrainSettings())
     """How to train."""
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of the adapter's start, the order of the rows and dropout."""
-    out: PathText | None = Field(None, min_length=1)
+    out: PathText | None = Field(default=None, min_length=1)
     """Output folder, where the command line names none."""
 
     @model_validator(mode="before")

@@ -34,20 +34,20 @@ class AdaLoraMethod(LowRank):
 
     name: Literal["adalora"] = "adalora"
     """The method."""
-    init_r: int | None = Field(None, ge=2)
+    init_r: int | None = Field(default=None, ge=2)
     """Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The update is scaled
     by lora_alpha / init_r."""
-    tinit: int | None = Field(None, ge=0)
+    tinit: int | None = Field(default=None, ge=0)
     """Steps before the pruning; a tenth of all if empty."""
-    tfinal: int | None = Field(None, ge=1)
+    tfinal: int | None = Field(default=None, ge=1)
     """Steps after it, with the ranks that are left; a fifth of all if empty."""
-    deltaT: int | None = Field(None, ge=1)
+    deltaT: int | None = Field(default=None, ge=1)
     """Steps between two allocations; a hundredth of all if empty, from 1 to 10."""
-    beta1: float = Field(0.85, gt=0, lt=1)
+    beta1: float = Field(default=0.85, gt=0, lt=1)
     """Decay of the moving average of a parameter's importance."""
-    beta2: float = Field(0.85, gt=0, lt=1)
+    beta2: float = Field(default=0.85, gt=0, lt=1)
     """Decay of the moving average of its uncertainty."""
-    orth_reg_weight: float = Field(0.5, ge=0)
+    orth_reg_weight: float = Field(default=0.5, ge=0)
     """Price of factors that are not orthonormal, added to the loss once a step."""
 
     @model_validator(mode="after")
@@ -106,8 +106,8 @@ class AdaLoraSession(Session):
 
     def __init__(self, model: "PeftModel", orthogonality: float):
         super().__init__(model)
-        self._tuner: Any = model.base_model
-        self._config = self._tuner.peft_config[ADAPTER]
+        tuner: Any = model.base_model
+        self._tuner, self._config = tuner, tuner.peft_config[ADAPTER]
         self.penalties = [Orthogonality(orthogonality)] if orthogonality else []
 
     def after_step(self, step: int, last: bool) -> None:

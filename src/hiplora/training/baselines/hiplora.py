@@ -38,12 +38,12 @@ class Spectral(FromInputs, LowRank):
     preset: Literal["function-aware", "paper"] = "function-aware"
     """Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, measured to disturb
     a model least. `paper`: the attention projections, `basis: weight` and gains."""
-    target_modules: list[str] | str = Field(list(MLP_PROJECTIONS), min_length=1)
+    target_modules: list[str] | str = Field(default=list(MLP_PROJECTIONS), min_length=1)
     """Modules to adapt: a list of names, one regular expression, or `all-linear`."""
     principal_rank: Rank = 32
     """k: number of leading directions to protect; or a fraction of a layer's smaller side; or `energy:0.95`, as many
     as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis)."""
-    principal_rank_pattern: dict[str, Rank] = Field({})
+    principal_rank_pattern: dict[str, Rank] = Field(default={})
     """Module name or pattern → its own principal_rank."""
     basis: Literal["weight", "activation"] = "activation"
     """Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs that the layer
@@ -56,7 +56,7 @@ class Spectral(FromInputs, LowRank):
     gradient_projection: bool = True
     """Project the gradients of the low-rank part too, before they are clipped; false is the paper's note, retraction
     after the step alone."""
-    svd_tolerance: float = Field(1e-4, gt=0, le=1e-2)
+    svd_tolerance: float = Field(default=1e-4, gt=0, le=1e-2)
     """Largest accepted residual of a singular triplet, in units of σ₁."""
     save_factors: bool = True
     """Save U, σ and V with the adapter; false computes them again when it is loaded."""
@@ -142,14 +142,14 @@ class HipLoraMethod(Spectral):
     principal_channel: bool = False
     """Learn gains on the protected directions: false with the function-aware preset, true with the paper's. The fields
     below that concern gains need it."""
-    stability_weight: float = Field(0.1, ge=0)
+    stability_weight: float = Field(default=0.1, ge=0)
     """λ: price of changing the gains. The paper's value is lost; this one is ours."""
-    stability_gamma: float = Field(1.0, ge=0)
+    stability_gamma: float = Field(default=1.0, ge=0)
     """γ: how much more large gains cost; 0 prices all alike."""
     stability_mode: Literal["gradient", "proximal", "none"] = "gradient"
     """`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` charges
     nothing (the ablation without a budget)."""
-    gain_lr_ratio: float = Field(1.0, gt=0)
+    gain_lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of the gains, in units of `train.lr`."""
     relative_gains: bool = False
     """Step on relative gains δ/σ: strong directions move by more."""

@@ -31,7 +31,7 @@ class OsfMethod(Method):
     effective_rank: EffectiveRank | None = None
     """Leading singular directions of each weight that are kept; or a share of its smaller side; half of it if empty.
     Of a layer (m, n) the (min(m, n) − effective_rank)(m + n + 1) numbers of the others are trained."""
-    rank_pattern: dict[str, EffectiveRank] = Field({})
+    rank_pattern: dict[str, EffectiveRank] = Field(default={})
     """Regular expression for a module's name → its own effective_rank."""
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
