@@ -64,9 +64,8 @@ def encode_examples(
                 report.learned_tokens += _learned(labels)
     report.sequences = len(rows)
     if not rows:
-        raise DataError(
-            f"none of the {len(examples)} rows has room for its response in {max_length} tokens; raise max_length"
-        )
+        what = f"none of the {len(examples)} rows has room for its response in {max_length} tokens"
+        raise DataError(f"{what}; raise max_length")
     return rows, report
 
 
@@ -148,10 +147,8 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise DataError(
-            "the data are conversations, but the model's tokenizer has no chat template; use a chat model, or give "
-            "the rows as prompt and completion"
-        )
+        what = "the data are conversations, and the model's tokenizer has no chat template"
+        raise DataError(f"{what}; use a chat model, or give the rows as prompt and completion")
     which = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
     try:
         text, spans = _rendered(tokenizer, example)
@@ -163,10 +160,8 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
         ) from error
     ids, labels = _cut_out(tokenizer, text, spans)
     if all(label == IGNORED for label in labels):
-        raise DataError(
-            f"the model's chat template marks nothing to learn in {which}; look for {{% generation %}} in it, or give "
-            "the rows as prompt and completion"
-        )
+        what = f"the model's chat template marks nothing to learn in {which}"
+        raise DataError(f"{what}; look for {{% generation %}} in it, or give the rows as prompt and completion")
     return ids, labels
 
 
@@ -227,11 +222,8 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials:
         header = render(1, prompt=True)[len(render(1)) :] if not index else ""  # nothing renders no messages
         before = render(index, prompt=True) if index else after[: after.find(header) + len(header)]
         if not (full.startswith(after) and after.startswith(before)):
-            raise DataError(
-                f"the model's chat template renders message {index + 1} differently when it is not the last, so the "
-                "assistant's text cannot be found; mark it in the template with {% generation %}, or give the rows "
-                "as prompt and completion"
-            )
+            what = f"the model's chat template renders message {index + 1} differently when it is not the last"
+            raise DataError(f"{what}; mark {{% generation %}} in it, or give the rows as prompt and completion")
         said = after[len(before) :]
         end = max((said.rfind(token) + len(token) for token in specials if token in said), default=len(said))
         yield len(before), len(before) + (end if not said[end:].strip() else len(said))

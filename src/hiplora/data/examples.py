@@ -194,10 +194,8 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     train, held_out = distinct, held_out[: data.held_out_limit]
     if data.learn_prompt:
         if any(example.messages for example in train):
-            raise DataError(
-                f"{name}: data.learn_prompt does not apply to conversations; remove it, or set data.template: "
-                "instruction"
-            )
+            what = "data.learn_prompt does not apply to conversations"
+            raise DataError(f"{name}: {what}; remove it, or set data.template: instruction")
         train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
     sources["train"] = _source(data, data.path, len(train))
     if data.max_characters is not None:
@@ -228,9 +226,8 @@ def _examples(format: str, rows: list[Any], template: str | None = None, chat: b
     if template is not None and default is None:
         raise DataError(f"data.template: {template} does not apply to {format} rows; remove it")
     if format not in (fitting := RESTRICTED.get(template or "", (format,))):
-        raise DataError(
-            f"data.template: {template} applies to {' and '.join(fitting)} rows, not to {format}; remove it"
-        )
+        fit = " and ".join(fitting)
+        raise DataError(f"data.template: {template} applies to {fit} rows, not to {format}; remove it")
     return [_example(row, format, template or default) for row in rows]
 
 
@@ -276,10 +273,8 @@ def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (),
 def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Example], list[Example]]:
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
-        raise DataError(
-            f"{name}: data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on; lower it, "
-            "or give more rows"
-        )
+        what = f"data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on"
+        raise DataError(f"{name}: {what}; lower it, or give more rows")
     held = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
     train = [example for index, example in enumerate(examples) if index not in held]
     return train, [examples[index] for index in sorted(held)]

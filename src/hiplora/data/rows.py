@@ -110,10 +110,8 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", streami
             if readable is not None:
                 yield f"row {number}", readable
     except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
-            "name, its configuration or split, or name a file"
-        ) from error
+        what = f"no such file, and no data set on the hub that can be read ({first_line(error)})"
+        raise DataError(f"{name}: {what}; correct the name, its configuration or split, or name a file") from error
 
 
 def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
@@ -154,10 +152,8 @@ def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
         except UnicodeDecodeError:
             raise DataError(f"{path}, line {line}: is no text ({error.reason}); write it again as UTF-8") from None
         line += raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}; convert it with "
-            f"`iconv -f {looks} -t UTF-8`"
-        ) from None
+        what = f"not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}"
+        raise DataError(f"{path}, line {line}: {what}; convert it with `iconv -f {looks} -t UTF-8`") from None
 
 
 def check_rows(
@@ -231,10 +227,8 @@ def _first_format(row: Any, where: str) -> str:
         return format
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
-        raise DataError(
-            f"{where}: is a preference pair, and this is supervised fine-tuning; give `prompt` and `completion`, or "
-            "use TRL's DPOTrainer with a HipLoraConfig"
-        )
+        what = "is a preference pair, and this is supervised fine-tuning"
+        raise DataError(f"{where}: {what}; give `prompt` and `completion`, or use TRL's DPOTrainer")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
     raise DataError(f"{where}: unknown format, found {found}; rename the fields:\n{needs}")
 

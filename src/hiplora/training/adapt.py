@@ -74,8 +74,7 @@ def put_on(
         if isinstance(error, HipLoraError) and not isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "
-            "against the model's module names"
+            f"method {method.name} does not fit the model: {error}; check method.target_modules"
         ) from error
     if kept is not None and not kept.is_file():
         keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
@@ -95,9 +94,8 @@ def _check_ranks(config: Any, model: Any) -> None:
     for target in targets:
         r = for_module(config.rank_pattern or {}, target.name, rank)
         if isinstance(r, int) and r > min(target.shape):
-            raise ConfigError(
-                f"layer {target.name}: r {r} exceeds min(out, in) = {min(target.shape)}; lower r or set rank_pattern"
-            )
+            least = f"min(out, in) = {min(target.shape)}"
+            raise ConfigError(f"layer {target.name}: r {r} exceeds {least}; lower r or set rank_pattern")
 
 
 def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> None:
@@ -110,10 +108,8 @@ def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> N
         if unfit := sorted((trained & {*loaded.missing_keys}) | {*loaded.unexpected_keys}):
             raise RuntimeError(f"{unfit[0]} is on one side only")
     except RuntimeError as error:
-        raise ConfigError(
-            f"train.start_from: {folder} does not fit this model ({first_line(error)}); it was trained on another one, "
-            "or on other modules of it"
-        ) from error
+        why = f"{first_line(error)}); name one of this model and these modules"
+        raise ConfigError(f"train.start_from: {folder} does not fit this model ({why}") from error
 
 
 def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path | None = None) -> None:

@@ -157,15 +157,11 @@ class TrainRecipe(Block):
             raise ValueError("`train.patience` needs `data.held_out` or `data.held_out_fraction`")
         compared = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
         if self.method.moves_base and compared:
-            raise ValueError(
-                f"`train.{compared[0]}` compares with the base model, whose weights {self.method.name} moves; remove "
-                "it, or use another method"
-            )
+            why = f"compares with the base model, whose weights {self.method.name} moves"
+            raise ValueError(f"`train.{compared[0]}` {why}; remove it, or use another method")
         if self.widens and train.max_drift is not None:
-            raise ValueError(
-                "`train.max_drift` compares with the base, into which a widened training merges what it starts from; "
-                "remove it, or set `train.widen: false`"
-            )
+            why = "compares with the base, which a widened training changes"
+            raise ValueError(f"`train.max_drift` {why}; remove it, or set `train.widen: false`")
         self.method.check_training(train)
         return self
 

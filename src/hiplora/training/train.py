@@ -132,9 +132,8 @@ def _trainer(
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
     flat = (settings.packing or not torch.cuda.is_available()) and keeps_rows_apart(model)
     if settings.packing and not flat:
-        raise ConfigError(
-            f"train.packing: rows that share a sequence see each other in {type(model).__name__}; set it to false"
-        )
+        kind = type(model).__name__
+        raise ConfigError(f"train.packing: rows that share a sequence see each other in {kind}; set it to false")
     reference = None
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
@@ -262,9 +261,7 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
         join_saved(aside, Path(str(recipe.train.start_from)))
     for name, value in load_file(aside / WEIGHTS_FILE).items():
         if not value.isfinite().all():
-            raise DivergedError(
-                f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
-            )
+            raise DivergedError(f"the trained adapter is not finite ({name}); lower train.lr, and pass --overwrite")
     write_atomic(aside / "README.md", model_card(recipe, result, example))
     write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
     os.sync()
@@ -279,10 +276,8 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
 
     processes, passes = int(os.environ.get("WORLD_SIZE", "1")), recipe.train.gradient_accumulation
     if passes % processes:
-        raise ConfigError(
-            f"train.gradient_accumulation {passes} is no multiple of the {processes} processes that share it; change "
-            "one of them"
-        )
+        share = f"is no multiple of the {processes} processes that share it; change one of them"
+        raise ConfigError(f"train.gradient_accumulation {passes} {share}")
     if processes > 1 and recipe.method.name == "split_lora":
         raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
     dtype = recipe.train.dtype
@@ -296,10 +291,8 @@ def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     """Check that what a run reads is what it read when it began."""
     file = folder / "run.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != sources:
-        raise ConfigError(
-            f"--out {folder.parent}: the data changed since this run began, or the adapter that it started from; put "
-            "back what was there to carry on, or pass --overwrite to start anew"
-        )
+        what = "the data changed since this run began, or the adapter that it started from"
+        raise ConfigError(f"--out {folder.parent}: {what}; put them back, or pass --overwrite to start anew")
     write_atomic(file, json.dumps(sources, indent=2))
 
 
@@ -356,10 +349,8 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
         other = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
         if other or (not isinstance(error, SafetensorError) and shutil.disk_usage(place).free >= FULL):
             raise
-        raise OSError(
-            f"{out} cannot be written ({first_line(error)}); make room and run the same command again: it carries on "
-            "from the last checkpoint"
-        ) from error
+        way = "make room and run the same command again: it carries on from the last checkpoint"
+        raise OSError(f"{out} cannot be written ({first_line(error)}); {way}") from error
 
 
 def _silence_libraries(stack: contextlib.ExitStack) -> None:

@@ -238,10 +238,8 @@ class Record(TrainerCallback):
         self.tokens += int(tokens)
         self.seconds += time.perf_counter() - self._began
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {step}; nothing later than the last checkpoint is kept. Lower train.lr, "
-                "use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
-            )
+            way = "lower train.lr, use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
+            raise DivergedError(f"the loss is {loss} at step {step}; {way}")
         self.losses.append(loss)
         self._bar.update(1)
         row: Row = self._row(state) if last or step % self.settings.log_every == 0 else {}
@@ -268,10 +266,8 @@ class Record(TrainerCallback):
             return
         kept = last_checkpoint(Path(str(self.trainer.args.output_dir)))
         if kept is None:
-            raise HipLoraError(
-                f"the drift is {drift:.4f} at step {step}, above train.max_drift {limit} when it is first measured; "
-                "lower train.lr, or measure more often with train.eval_every"
-            )
+            what = f"the drift is {drift:.4f} at step {step}, above train.max_drift {limit} when it is first measured"
+            raise HipLoraError(f"{what}; lower train.lr, or measure more often with train.eval_every")
         self.trainer.session.load(kept)
         self.best, self.why = int(kept.name.rpartition("-")[2]), "stopped by train.max_drift"
         control.should_save, control.should_training_stop = False, True
@@ -354,10 +350,8 @@ def last_checkpoint(folder: Path) -> Path | None:
             hashes = {HASHES_FILE: ""}
         for name, expected in hashes.items():
             if not (path / name).is_file() or file_sha256(path / name) != expected:
-                raise HipLoraError(
-                    f"{path}: {name} is missing or damaged; remove this folder to carry on from the checkpoint before, "
-                    "or pass --overwrite to start anew"
-                )
+                way = "remove this folder to carry on from the checkpoint before, or pass --overwrite"
+                raise HipLoraError(f"{path}: {name} is missing or damaged; {way}")
         return path
     return None
 

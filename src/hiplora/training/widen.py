@@ -61,10 +61,8 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
         recipe = load_recipe(folder / "recipe.yaml")
         examples = load_data(recipe.data, chat=bool(tokenizer.chat_template)).train
     except HipLoraError as error:
-        raise ConfigError(
-            f"train.start_from: the rows that {folder} was trained on cannot be read, and the basis is widened on "
-            f"their prompts ({error}); put them back, or set train.widen: false"
-        ) from error
+        why = f"the rows that {folder} was trained on cannot be read, and their prompts are needed ({error})"
+        raise ConfigError(f"train.start_from: {why}; put them back, or set train.widen: false") from error
     rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], recipe.train.max_length)[0]
     prompts = []
     for row in rows:

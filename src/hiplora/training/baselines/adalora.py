@@ -72,10 +72,8 @@ class AdaLoraMethod(LowRank):
         }
         found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
         if found["tinit"] + found["tfinal"] >= steps:
-            raise ConfigError(
-                f"adalora: tinit {found['tinit']} and tfinal {found['tfinal']} leave none of {steps} steps to prune "
-                "in; lower them, or train longer"
-            )
+            given = f"tinit {found['tinit']} and tfinal {found['tfinal']}"
+            raise ConfigError(f"adalora: {given} leave none of {steps} steps to prune in; lower them, or train longer")
         return {"total_step": steps, **found}
 
     def check_training(self, train: "TrainSettings") -> None:
@@ -90,9 +88,7 @@ class AdaLoraMethod(LowRank):
         from peft import AdaLoraConfig
 
         if steps is None:
-            raise ConfigError(
-                "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
-            )
+            raise ConfigError("adalora prunes its ranks while it trains, which only `hiplora train` does; use lora")
         values = {**self.schedule(steps), **self.settings(), "init_r": self.first_rank, "target_r": self.r}
         return AdaLoraConfig(task_type="CAUSAL_LM", **values)
 

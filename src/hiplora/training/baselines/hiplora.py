@@ -73,9 +73,7 @@ class Spectral(FromInputs, LowRank):
     def _basis_fits(self) -> "Spectral":
         measured = self.basis == "activation"
         if not measured and (self.calibration_text is not None or self.projection == "soft"):
-            raise ValueError(
-                "`calibration_text` and `projection: soft` need `basis: activation`; remove them, or use that"
-            )
+            raise ValueError("`calibration_text` and `projection: soft` need `basis: activation`; remove them")
         if measured and not self.save_factors:
             raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
         if not self.gradient_projection and not self.is_closed:
@@ -166,7 +164,5 @@ class HipLoraMethod(Spectral):
         if changed and not self.principal_channel:
             raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`")
         if not self.principal_channel and not self.residual_projection:
-            raise ValueError(
-                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use lora"
-            )
+            raise ValueError("no gains and no projection is plain LoRA; set `principal_channel`, or use lora")
         return self

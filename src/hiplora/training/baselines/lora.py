@@ -154,10 +154,8 @@ def layer_ranks(config: Any, model: Any) -> dict[str, int]:
         ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
         dtype = modules[target.name].weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ConfigError(
-                f"layer {target.name}: nothing can be subtracted from a weight of type {dtype}; load the model in "
-                "fp32, bf16 or fp16, or use another method"
-            )
+            why = f"nothing can be subtracted from a weight of type {dtype}"
+            raise ConfigError(f"layer {target.name}: {why}; load fp32, bf16 or fp16, or use another method")
     return ranks
 
 

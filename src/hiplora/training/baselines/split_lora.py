@@ -53,10 +53,8 @@ class SplitLoraMethod(LowRank):
     def check_training(self, train: "TrainSettings") -> None:
         """Check that every client has the same number of micro-batches in a step."""
         if train.gradient_accumulation % self.clients:
-            raise ValueError(
-                f"`train.gradient_accumulation` {train.gradient_accumulation} is no multiple of `method.clients` "
-                f"{self.clients}: the micro-batches of a step are the clients' in turn; change one of them"
-            )
+            what = f"`train.gradient_accumulation` {train.gradient_accumulation} is no multiple of"
+            raise ValueError(f"{what} `method.clients` {self.clients}, who take turns in a step; change one of them")
 
     def batches(self, sequences: int, batch_size: int) -> int:
         """Return the number of batches in an epoch, none of which mixes the shards of two clients."""
@@ -70,10 +68,8 @@ class SplitLoraMethod(LowRank):
 def shard_sizes(sequences: int, clients: int) -> list[int]:
     """Return how many sequences each client has; ConfigError if some client would have none."""
     if clients > sequences:
-        raise ConfigError(
-            f"method.clients {clients}: there are only {sequences} training sequences, and every client needs one of "
-            "its own; lower it, give more rows, or, where several rows are packed into one, set train.packing: false"
-        )
+        what = f"method.clients {clients}: there are only {sequences} training sequences, and each client needs one"
+        raise ConfigError(f"{what}; lower it, give more rows, or set train.packing: false")
     return [len(range(client, sequences, clients)) for client in range(clients)]
 
 
@@ -112,16 +108,12 @@ class SplitSession(Session):
         self.clients, self._method = method.clients, method
         config: Any = model.config
         if method.cut_layer > (layers := config.get_text_config().num_hidden_layers):
-            raise ConfigError(
-                f"method.cut_layer {method.cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the "
-                "number of layers on the clients' side"
-            )
+            what = f"method.cut_layer {method.cut_layer}: the model has only {layers} layers"
+            raise ConfigError(f"{what}; expected 0 to {layers}, the number of layers on the clients' side")
         self._places = list(_below(model, method.cut_layer))
         if method.cut_layer and not self._places:
-            raise ConfigError(
-                f"method.cut_layer {method.cut_layer}: no adapted module lies below it; raise it, set it to 0, or let "
-                "target_modules and layers_to_transform choose modules below it"
-            )
+            what = f"method.cut_layer {method.cut_layer}: no adapted module lies below it"
+            raise ConfigError(f"{what}; raise it, set it to 0, or adapt modules below it")
         first = [getattr(module, name) for module, name in self._places]
         self._sides = [first, *([nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:])]
         self._shares = [size / sum(shards) for size in shards]
