@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import train
-from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, tensors
-from tests.tiny import save_tiny, write_jsonl
+from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, small_rows, tensors
+from tests.tiny import save_tiny
 
 METHODS = {
     "hiplora": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
@@ -39,8 +39,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def recipe(tiny_model_dir, folder):
     """Recipes of two tasks."""
-    parts = [[{"prompt": f"{task} {n}: ", "completion": f"{n} it is"} for n in range(12)] for task in ("Say", "Ask")]
-    rows = [write_jsonl(folder / f"{number}.jsonl", part) for number, part in enumerate(parts)]
+    rows = [small_rows(folder / f"{task}.jsonl", task=task) for task in ("Say", "Ask")]
 
     def make(method, task=0, start=None, **settings):
         method = METHODS[method] if isinstance(method, str) else method
