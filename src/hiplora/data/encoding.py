@@ -153,11 +153,9 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
     try:
         text, spans = _rendered(tokenizer, example)
     except (TemplateError, TypeError) as error:
-        roles = "; for a template without system messages, put their text into the user's first message"
-        raise DataError(
-            f"the model's chat template refuses {which} ({first_line(error)})"
-            f"{roles if example.messages[0]['role'] == 'system' else ''}"
-        ) from error
+        system = example.messages[0]["role"] == "system"
+        way = "; put the system message's text into the user's first" if system else ""
+        raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
     ids, labels = _cut_out(tokenizer, text, spans)
     if all(label == IGNORED for label in labels):
         what = f"the model's chat template marks nothing to learn in {which}"

@@ -11,15 +11,7 @@ from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import parse_yaml
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
-from hiplora.training.method import (
-    ADAPTER,
-    ATTENTION_PROJECTIONS,
-    BASIS_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Method,
-    save_adapter,
-)
+from hiplora.training.method import ADAPTER, BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
 from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -59,7 +51,9 @@ def put_on(
             config = method.continued_config(json.loads((given / CONFIG_FILE).read_text(encoding="utf-8")))
         else:
             config = method.peft_config(steps)
-            if method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
+            if (
+                method.target_modules == Method.model_fields["target_modules"].default
+            ):  # whatever this model calls them
                 config.target_modules = {*default_targets(model, "paper")}
             _check_ranks(config, model)
         if kept is not None and kept.is_file():
@@ -73,9 +67,8 @@ def put_on(
     except ValueError as error:
         if isinstance(error, HipLoraError) and not isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"method {method.name} does not fit the model: {error}; check method.target_modules"
-        ) from error
+        way = "check method.target_modules and the patterns"
+        raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
     if kept is not None and not kept.is_file():
         keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
     if tensors is not None:
@@ -108,8 +101,10 @@ def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> N
         if unfit := sorted((trained & {*loaded.missing_keys}) | {*loaded.unexpected_keys}):
             raise RuntimeError(f"{unfit[0]} is on one side only")
     except RuntimeError as error:
-        why = f"{first_line(error)}); name one of this model and these modules"
-        raise ConfigError(f"train.start_from: {folder} does not fit this model ({why}") from error
+        way = "it was trained on another one, or on other modules of it"
+        raise ConfigError(
+            f"train.start_from: {folder} does not fit this model ({first_line(error)}); {way}"
+        ) from error
 
 
 def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path | None = None) -> None:

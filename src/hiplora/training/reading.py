@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,10 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
     method = value.get("method")
     if not isinstance(method, dict) or method.get("preset") != "paper":
-        value |= {block: _filled(value.get(block, {}), given) for block, given in DEFAULTS.items()}
+        for block, defaults in DEFAULTS.items():
+            if isinstance(given := value.get(block, {}), dict):
+                instead = {} if given.get("steps") is None else {"epochs": None}
+                value[block] = {**defaults, **instead, **given}
     problems = [problem] if (problem := model_problem(value.get("model"))) else []
     try:
         recipe = TrainRecipe.model_validate(value)
@@ -80,15 +83,6 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     if problems:
         raise refusal(path or "recipe", problems)
     return recipe
-
-
-def _filled(block: Any, defaults: Mapping[str, Any]) -> Any:
-    """Return a block with the defaults of what it does not give; `steps` stands for `epochs`."""
-    if not isinstance(block, dict):
-        return block
-    if block.get("steps") is not None:
-        defaults = {name: value for name, value in defaults.items() if name != "epochs"}
-    return {**defaults, **block}
 
 
 def model_problem(model: Any) -> str | None:
