@@ -45,8 +45,7 @@ class DataSettings(Block):
     """File with the training rows: .jsonl, .json (both may be gzipped), .parquet, .csv or .txt. In a recipe, relative
     to the recipe's folder; with --set, to the current folder."""
     mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field(default={})
-    """Further files → how often an epoch has each of their rows: 1 once, 2 twice, 0.25 a random quarter of the rows
-    once. No rows of theirs are held out."""
+    """Further files → how often an epoch has each row: 2 twice, 0.25 a random quarter once; none are held out."""
     hub: str | None = Field(default=None, min_length=1)
     """Data set on the Hugging Face hub, instead of `path`."""
     hub_config: str | None = None
@@ -54,15 +53,8 @@ class DataSettings(Block):
     split: str | None = Field(default=None, min_length=1)
     """Split of the hub data set, `train` if empty."""
     format: Literal[
-        "auto",
-        "alpaca",
-        "prompt_completion",
-        "question_answer",
-        "query_response",
-        "multiple_choice",
-        "messages",
-        "text",
-    ] = "auto"
+        "auto", "alpaca", "prompt_completion", "question_answer", "query_response", "multiple_choice", "messages", "text"
+    ] = "auto"  # fmt: skip
     """Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and completion (or
     response). `question_answer`: question and answer. `query_response`: query and response. `multiple_choice`:
     question, choices and the index of the right one as answer. `messages`: a list of {role, content}, with tools and

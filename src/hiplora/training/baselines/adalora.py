@@ -35,8 +35,7 @@ class AdaLoraMethod(LowRank):
     name: Literal["adalora"] = "adalora"
     """The method."""
     init_r: int | None = Field(default=None, ge=2)
-    """Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The update is scaled
-    by lora_alpha / init_r."""
+    """Rank of every module before pruning, above `r`; 1.5·r if empty. The update is scaled by lora_alpha / init_r."""
     tinit: int | None = Field(default=None, ge=0)
     """Steps before the pruning; a tenth of all if empty."""
     tfinal: int | None = Field(default=None, ge=1)

@@ -46,16 +46,13 @@ class Spectral(FromInputs, LowRank):
     principal_rank_pattern: dict[str, Rank] = Field(default={})
     """Module name or pattern → its own principal_rank."""
     basis: Literal["weight", "activation"] = "activation"
-    """Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs that the layer
-    gets, measured on text sampled from the model."""
+    """Source of the protected directions: `weight`, its SVD (the paper's); `activation`, the measured inputs."""
     basis_sides: Literal["both", "input", "output"] = "both"
     """Sides on which the low-rank part is kept out."""
     projection: Literal["hard", "soft"] = "hard"
-    """`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, lets each pass
-    the less, the more energy it has."""
+    """`hard` removes the protected directions from the low-rank part; `soft` (activation basis) damps by energy."""
     gradient_projection: bool = True
-    """Project the gradients of the low-rank part too, before they are clipped; false is the paper's note, retraction
-    after the step alone."""
+    """Project the low-rank part's gradients before clipping; false, as in the paper, only retracts after the step."""
     svd_tolerance: float = Field(default=1e-4, gt=0, le=1e-2)
     """Largest accepted residual of a singular triplet, in units of σ₁."""
     save_factors: bool = True
@@ -138,15 +135,13 @@ class HipLoraMethod(Spectral):
     name: Literal["hiplora"] = "hiplora"
     """The method."""
     principal_channel: bool = False
-    """Learn gains on the protected directions: false with the function-aware preset, true with the paper's. The fields
-    below that concern gains need it."""
+    """Learn gains on the protected directions, as the paper's preset does. The fields below on gains need it."""
     stability_weight: float = Field(default=0.1, ge=0)
     """λ: price of changing the gains. The paper's value is lost; this one is ours."""
     stability_gamma: float = Field(default=1.0, ge=0)
     """γ: how much more large gains cost; 0 prices all alike."""
     stability_mode: Literal["gradient", "proximal", "none"] = "gradient"
-    """`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` charges
-    nothing (the ablation without a budget)."""
+    """`gradient` adds the price's gradient once a step, `proximal` shrinks the gains after it, `none` is no price."""
     gain_lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of the gains, in units of `train.lr`."""
     relative_gains: bool = False
@@ -154,8 +149,7 @@ class HipLoraMethod(Spectral):
     residual_projection: bool = True
     """Keep the low-rank part out of the protected directions; false is an ablation."""
     init_weights: bool | Literal["zero"] = True
-    """true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, and stay
-    there. false: a random start, for tests."""
+    """true: start at the base model; `zero`: both factors start and stay at zero (ablation); false: random."""
 
     @model_validator(mode="after")
     def _gains_have_a_channel(self) -> "HipLoraMethod":

@@ -45,8 +45,7 @@ class SplitLoraMethod(LowRank):
     """Number of clients. Sequence i of the training data belongs to client i mod `clients`; a step takes a batch of
     each in turn, so `train.gradient_accumulation` must be a multiple of it."""
     cut_layer: int = Field(default=3, ge=0)
-    """Layers below this one are on the clients' side, those from it up on the server's; 0 leaves the clients nothing,
-    the number of layers the server nothing."""
+    """Layers below this one are on the clients' side, the others on the server's; 0 leaves the clients nothing."""
     average_every: int = Field(default=25, ge=1)
     """Optimizer steps between two averagings of the clients' sides; the last step has one too."""
 
