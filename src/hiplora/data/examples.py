@@ -53,7 +53,8 @@ class DataSettings(Block):
     split: str | None = Field(default=None, min_length=1)
     """Split of the hub data set, `train` if empty."""
     format: Literal[
-        "auto", "alpaca", "prompt_completion", "question_answer", "query_response", "multiple_choice", "messages", "text"
+        "auto", "alpaca", "prompt_completion", "question_answer", "query_response", "multiple_choice",
+        "messages", "text",
     ] = "auto"  # fmt: skip
     """Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and completion (or
     response). `question_answer`: question and answer. `query_response`: query and response. `multiple_choice`:
