@@ -62,7 +62,7 @@ def plan(
     from hiplora.study import plan as planning
 
     opened = study()
-    planning.check_tasks(opened.graph)
+    planning.check_tasks(opened)
     yield from _shown(planning.status(opened, planning.measure(opened) if measure else None))
 
 

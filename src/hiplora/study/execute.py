@@ -59,8 +59,8 @@ def run_graph(
     try:
         while True:
             taken = dict(running.values())
-            ready = [job for job, can_start in store.unfinished(graph).items() if can_start]
-            ready = [job for job in ready if job not in failed and job not in taken.values()]
+            closed = {*failed, *taken.values()}
+            ready = [job for job, can_start in store.unfinished(graph).items() if can_start and job not in closed]
             if not ready and not running:
                 return failed
             free = [slot for slot in range(pool.slots) if slot not in taken]
@@ -121,8 +121,7 @@ def _do(job: Job, context: Context) -> None:
             f"{found[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
             "in a new folder without --reuse"
         )
-    timing = {"seconds": time.perf_counter() - began, **timing}
-    store.finish(job, found, timing, artifact=step.makes)
+    store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=step.makes)
 
 
 _context: Context | None = None  # of this process, if it is a worker

@@ -105,6 +105,11 @@ class DriftTexts(Block):
                 )
         return self
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files, or data sets, that the texts are read from."""
+        return [source.partition(":")[0] for source in self.texts.values()]
+
     def settings(self) -> dict[str, Any]:
         """Return them as a job's settings, without unused fields, so that those change no key."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -138,8 +143,7 @@ class StudyRecipe(Block):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "StudyRecipe":
-        texts = self.evaluation.drift.texts if self.evaluation.drift else {}
-        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains, "texts": texts}
+        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains}
         _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
         for protocol, settings in self.protocols:
             for kind, names in known.items() if settings is not None else ():

@@ -1,10 +1,12 @@
 """From a recipe to jobs: what is one job, and what makes another."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
 from hiplora.study.builder import Study, as_read, as_written
+from hiplora.study.context import Place
 from hiplora.study.jobs import Graph
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.plan import open_study
@@ -12,7 +14,7 @@ from hiplora.study.recipe import load_study
 
 
 def study(*changes, data=PICO_DATA):
-    return Study(load_study("pico", changes), data)
+    return Study(load_study("pico", changes), Place(Path("none"), "pico", data))
 
 
 HUB = "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}"

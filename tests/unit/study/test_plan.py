@@ -55,7 +55,7 @@ def test_running_code_needs_permission(tmp_path):
 def test_the_status_counts_kinds_and_names_failures_and_divergences(tmp_path):
     found = opened(tmp_path)
     bad, failed = [job for job in found.graph if job.kind == "train"][:2]
-    for job, result in ((found.study.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
+    for job, result in ((found.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
         found.store.finish(job, result, {"seconds": 1.0}, artifact=False)
     found.store.fail(failed, ValueError("no luck"))
     told = status(found)

@@ -10,7 +10,6 @@ from hiplora.study.statistics import (
     drift,
     geometric,
     hierarchical,
-    ratios,
     replicates,
     student,
     summary,
@@ -61,11 +60,11 @@ def test_rows_of_other_items_have_draws_of_their_own():
 
 def test_a_ratio_has_an_interval_only_where_its_denominator_is_positive_for_sure():
     draws = replicates(records({"a": [[-3.0, 3.5]], "b": [[1.0, 3.0]], "c": [[0.0, 0.0]], "d": [[2.0, 6.0]]}), BY)
-    found = ratios(draws)
-    assert found.loc[("d", "b", 0)].tolist() == pytest.approx([2, 2, 2])
-    assert found.estimate[("b", "a", 0)] == pytest.approx(8)
-    assert np.isnan(found.low[("b", "a", 0)])
-    assert np.isnan(found.estimate[("d", "c", 0)])
+    found = summary(differences(draws, ratio=True))
+    assert found.loc[("d", "b"), ["estimate", "low", "high"]].tolist() == pytest.approx([2, 2, 2])
+    assert found.estimate[("b", "a")] == pytest.approx(8)
+    assert np.isnan(found.low[("b", "a")])
+    assert np.isnan(found.estimate[("d", "c")])
 
 
 def test_from_five_seeds_on_the_interval_is_over_the_seeds():

@@ -8,7 +8,7 @@ import pytest
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.study.jobs import Graph, Job
-from hiplora.study.store import Results, Store
+from hiplora.study.store import Store
 
 
 def job(kind, number, **needs):
@@ -109,19 +109,6 @@ def test_reused_records_are_enough_but_for_adapters_that_are_still_read(store):
     assert not store.readable(adapter)
     store.finish(adapter, {}, {}, artifact=True)
     assert ready(Graph([first, second]), store) == (["evaluate 1"], [])
-
-
-def test_results_note_what_is_missing_and_what_diverged(store):
-    scored, bad, open_job = (job("evaluate", n) for n in range(3))
-    store.finish(scored, {"tasks": {}}, {"seconds": 1.0}, artifact=False)
-    store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
-    results = Results(store)
-    assert store.readable(bad)  # nothing more can come of it
-    assert results.get(scored) == {"tasks": {}}
-    assert results.get(bad) is results.get(open_job) is None
-    assert (list(results.missing), list(results.lost)) == (["evaluate 2"], ["evaluate 1"])
-    assert results.record(scored, "timing") == {"seconds": 1.0}
-    assert results.record(open_job, "timing") == {}
 
 
 def test_exported_records_are_taken_by_another_store(store, tmp_path):

@@ -98,7 +98,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (SINGLE, "lambda_curve: {method: lora, values: [0.0, 1.0]}", "`protocols.lambda_curve.method` is 'lora'"),
         (SINGLE, "merge_fail: {methods: [lora], sizes: [2]}", "has 2, and there are 1 domains"),
         (SINGLE, "continual: {methods: [lora]}", "`protocols.continual` needs two or more domains"),
-        (SINGLE, "continual: {methods: [lora], order: [sums, sums]}", "protocols.continual"),
+        (SINGLE, "continual: {methods: [lora], orders: [[sums, sums]]}", "protocols.continual"),
         (SINGLE, "editing: {methods: [lora], lr: {hip: 0.1}}", "`protocols.editing.lr` names 'hip'"),
         (SINGLE, "editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
         (

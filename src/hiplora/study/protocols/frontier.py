@@ -8,7 +8,7 @@ the interval of Student's t.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from hiplora.reporting import interval, plots
-from hiplora.study.protocols.settings import Findings, Positive, Protocol, Results, Run, Study
-from hiplora.study.records import BASE, Tables, joined, measured, scored, tidy
+from hiplora.study.protocols.settings import AboveZero, Done, Findings, Positive, Protocol, Run, Study
+from hiplora.study.records import BASE, Tables, joined, measured, tidy
 from hiplora.study.statistics import averaged, geometric, replicates, student, summary
 
 LOSS = "loss"
@@ -36,10 +36,11 @@ class FrontierSettings(Protocol):
     name: ClassVar[str] = "frontier"
     title: ClassVar[str] = "Learning against drift"
     by: ClassVar[tuple[str, ...]] = ("domain", "method")
+    whole: ClassVar[tuple[str, ...]] = ("domain", *POINT)
     domains: dict[str, list[str]] = Field(
         min_length=1, description="Domain to train on → methods that are compared there."
     )
-    rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, description="Learning rates, for all methods.")
+    rates: list[AboveZero] = Field(min_length=2, description="Learning rates, for all methods.")
     early: dict[str, list[Positive]] = Field(
         default={}, description="Method → further, smaller numbers of steps: early stops."
     )
@@ -58,8 +59,7 @@ class FrontierSettings(Protocol):
         """Yield the methods of each domain too."""
         yield from super().named(kind)
         if kind == "methods":
-            for domain, methods in self.domains.items():
-                yield f"domains.{domain}", methods
+            yield from ((f"domains.{domain}", methods) for domain, methods in self.domains.items())
 
     @model_validator(mode="after")
     def _roles_are_compared(self) -> "FrontierSettings":
@@ -70,9 +70,8 @@ class FrontierSettings(Protocol):
                 )
         known = set(itertools.chain(*self.domains.values()))
         for field, names in (("plain", self.plain), ("early", self.early)):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"`{field}` names {unknown[0]!r}, which no domain compares; add it to one")
         return self
 
     def runs(self, study: Study) -> list[Run]:
@@ -85,20 +84,13 @@ class FrontierSettings(Protocol):
                 stops = self.early.get(method, ()) if domain in (self.early_domains or (domain,)) else ()
                 for steps, rate, seed in itertools.product((None, *stops), self.rates, study.seeds(self)):
                     adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
-                    label = {
-                        "domain": domain,
-                        "method": row.title,
-                        "lr": rate,
-                        "steps": steps or math.inf,
-                        "seed": seed,
-                    }
-                    found += [(adapter, label), (study.score(adapter, tasks), label)]
+                    label = {"domain": domain, "method": row.title, "lr": rate, "steps": steps or math.inf}
+                    found += [(job, {**label, "seed": seed}) for job in (adapter, study.score(adapter, tasks))]
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
         """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
-        records = tidy(results, runs, ("domain", *POINT))
-        reference = study.row(self.reference).title
+        records, reference = tidy(done), study.row(self.reference).title
         plain = [study.row(name).title for name in self.plain]
         found, parts = Findings(), []
         for domain in self.domains:
@@ -125,8 +117,7 @@ class FrontierSettings(Protocol):
 
     def _unlike(self, study: Study) -> list[str]:
         """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
-        drift = study.recipe.evaluation.drift
-        texts = drift.texts if drift is not None else {}
+        texts = study.recipe.evaluation.drift.texts
         calibration = getattr(study.row(self.reference).method, "calibration_text", None)
         return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
@@ -135,28 +126,23 @@ class FrontierSettings(Protocol):
 
         Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
         """
-        own = study.recipe.domains[domain]
+        own, index = study.recipe.domains[domain], [*POINT, "seed"]
         rows = records[records.domain == domain].astype({"lr": float, "steps": float})
-        index = [*POINT, "seed"]
-        items = scored(rows)
-        items = items[items.form == "likelihood"]
-        wide = {
-            LOSS: rows[rows.metric == "held_out_after"],
-            "untrained": rows[rows.metric == "held_out_before"],
-            "likelihood": items[items.task == own.task],
-        }
-        kl = rows[rows.metric == "kl"].pivot(index=index, columns="task", values="value")
-        means = {name: one.groupby(index, sort=False)["value"].mean() for name, one in wide.items()}
-        points = pd.DataFrame(means).join(kl)
-        if len(kl.columns):
-            points[OVER] = np.exp(np.log(kl[self._unlike(study)].clip(lower=FLOOR)).mean(axis=1))
+        kl, others = rows.metric == "kl", (rows.metric == "likelihood") & (rows.task != own.task)
+        names = {"held_out_after": LOSS, "held_out_before": "untrained", "likelihood": "likelihood"}
+        columns = rows.task.where(kl, rows.metric.map(names).where(~others))
+        points = rows.assign(column=columns).pivot_table("value", index, "column", sort=False)
+        points = points.reindex(columns=dict.fromkeys([*names.values(), *sorted(points)]))
+        texts = [text for text in self._unlike(study) if text in points]
+        if texts:
+            points[OVER] = np.exp(np.log(points[texts].clip(lower=FLOOR)).mean(axis=1))
         points = points[np.isfinite(points[LOSS]).groupby(level=POINT).transform("all")]
-        base = scored(records[records.method == BASE])
-        base = base[(base.form == "likelihood") & ~base.task.isin(own.tasks) & base.task.isin(items.task)]
+        base = records[(records.method == BASE) & (records.metric == "likelihood")]
+        base = base[~base.task.isin(own.tasks) & base.task.isin(rows.task[others])]
         if base.empty or points.empty:
             return points, pd.DataFrame()
         before = replicates(base, ["task"])
-        after = replicates(items[items.task.isin(base.task)], [*index, "task"])
+        after = replicates(rows[others & rows.task.isin(base.task)], [*index, "task"])
         fall = before.reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
         return points, averaged(pd.DataFrame(fall, after.index), ["task"])
 
@@ -165,11 +151,11 @@ class Frontier:
     """The lower envelope of a method's points, means over the seeds.
 
     Between points that are neighbours on the grid (the next rate, or the next number of steps) the drift is
-    interpolated, linear in the loss and logarithmic in the divergence; never beyond them.
+    interpolated, linear in the loss and logarithmic in the divergence; never beyond them. Each point has a rate and
+    steps, and by seed x, lower is more learned, and log drift y: (points, seeds).
     """
 
     def __init__(self, rates: Floats, steps: Floats, x: Floats, y: Floats):
-        """Take its points: rate and steps (points,), and (points, seeds): x, lower is more learned, and log drift y."""
         self.rates, self.steps, self.x, self.y = rates, steps, x, y
         self.mean_x, self.mean_y = x.mean(axis=1), y.mean(axis=1)
         self.best = int(self.mean_x.argmin())  # the point that learned most
@@ -226,11 +212,10 @@ def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, f
 def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: list[str]) -> pd.DataFrame:
     """All measurements of a domain."""
     means = points[[LOSS, "untrained"]].groupby(level=POINT, sort=False).mean()
-    whole = means[np.isinf(means.index.get_level_values("steps"))]
-    best = {method: one.idxmin() for method, one in whole[LOSS].groupby(level="method", sort=False)}
+    whole = means[LOSS][np.isinf(means.index.get_level_values("steps"))].groupby(level="method", sort=False)
     loss = measured(student(points[LOSS]), "held-out loss", "nats/token")
     loss["learned"] = (means[LOSS] < means.untrained).to_numpy()
-    loss["best"] = means.index.isin(list(best.values()))
+    loss["best"] = means.index.isin(whole.idxmin())
     parts = [loss, measured(student(points.likelihood.dropna()), "score", "%", form="likelihood")]
     texts = [name for name in points if name not in (LOSS, "untrained", "likelihood")]
     for text in texts:
@@ -238,45 +223,42 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
         parts.append(measured(drift, "geometric drift", "nats/token", text=text))
     if not drops.empty:
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
-    if reference in best:
-        parts.append(_ratios(points, texts, reference, plain))
+    ratios = [row for text in texts for row in _ratios(points[[LOSS, text]], reference, plain)]
+    if ratios:
+        found = pd.DataFrame(ratios)
+        logs = pd.DataFrame(found.pop("apart").tolist()).stack().rename_axis(["row", "seed"])
+        found = geometric(np.exp(logs)).join(found).assign(metric=RATIO, over=reference, unit="ratio")
+        found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
+        found.loc[found.state == NOT_REACHED, "high"] = np.nan
+        parts.append(found)
     return joined(*parts, columns=["which"])
 
 
-def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[str]) -> pd.DataFrame:
-    """How many times as far each method drifts as the reference, at the most that both learned and at its points."""
-    rows, logs = [], []
-    for text in texts:
-        frontiers = {}
-        wide = points[[LOSS, text]].unstack("seed", sort=False).dropna()
-        for method, one in wide.groupby(level="method", sort=False):
-            rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
-            y = np.log(one[text].clip(lower=FLOOR).to_numpy())
-            frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), y)
-        if reference not in frontiers:
-            continue
-        there = frontiers.pop(reference)
-        for at in (None, *range(len(there.rates))):
-            known = []
-            for method, here in frontiers.items():
-                apart, x, state = compared(here, there, at)
-                label = {"method": method, "text": text, LOSS: x, "state": state, "operating": at is None}
-                label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
-                known.append((label, apart))
-            # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
-            lora = [one for one in known if one[0]["method"] in plain]
-            if lora:
-                label, apart = min(lora, key=lambda one: (one[0]["state"] == NOT_REACHED, one[1].mean()))
-                known.append(({**label, "method": BEST_PLAIN, "which": label["method"]}, apart))
-            rows += [label for label, _ in known]
-            logs += [apart for _, apart in known]
-    if not rows:
-        return pd.DataFrame()
-    values = pd.DataFrame(logs).stack().rename_axis(["row", "seed"])
-    found = geometric(np.exp(values)).join(pd.DataFrame(rows)).assign(metric=RATIO, over=reference, unit="ratio")
-    found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
-    found.loc[found.state == NOT_REACHED, "high"] = np.nan
-    return found
+def _ratios(points: pd.DataFrame, reference: str, plain: list[str]) -> Iterator[dict[str, Any]]:
+    """How many times as far on a text each method drifts as the reference, by seed as logarithms under `apart`.
+
+    At the most that both learned, and at each of the reference's points.
+    """
+    text, frontiers = points.columns[1], {}
+    for method, one in points.unstack("seed", sort=False).dropna().groupby(level="method", sort=False):
+        rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
+        frontiers[method] = Frontier(
+            rates, steps, one[LOSS].to_numpy(), np.log(one[text].clip(lower=FLOOR).to_numpy())
+        )
+    there = frontiers.pop(reference, None)
+    for at in (None, *range(len(there.rates))) if there else ():
+        label = {"text": text, "operating": at is None}
+        label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
+        found = [
+            {**label, "method": method, "apart": apart, LOSS: x, "state": state}
+            for method, (apart, x, state) in ((one, compared(here, there, at)) for one, here in frontiers.items())
+        ]
+        yield from found
+        # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
+        lora = [one for one in found if one["method"] in plain]
+        if lora:
+            best = min(lora, key=lambda one: (one["state"] == NOT_REACHED, one["apart"].mean()))
+            yield {**best, "method": BEST_PLAIN, "which": best["method"]}
 
 
 def _best(numbers: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
@@ -318,7 +300,7 @@ def _ratio_tables(numbers: pd.DataFrame, stem: str, title: str, reference: str) 
     equal = wide(ratios[operating], "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
     equal.insert(0, "Held-out loss", ratios[operating & overall].set_index("row").loss.map("{:.3f}".format))
     each = ratios[~operating & overall]
-    each = each.assign(column=[_point(row) + f" (loss {row.loss:.3f})" for row in each.itertuples()])
+    each = each.assign(column=[f"{r.lr:g}{_stop(r.steps)} (loss {r.loss:.3f})" for r in each.itertuples()])
     told = f"{title}: drift at the lowest loss that both reached, against {reference}"
     at_rates = f"{title}: drift over {OVER} at equal loss, against {reference} at each of its rates"
     return {
@@ -335,8 +317,8 @@ def _told(row: Any) -> str:
     return interval(row.estimate, row.low, row.high, 2)
 
 
-def _point(row: Any) -> str:
-    return f"{row.lr:g}" + ("" if np.isinf(row.steps) else f", {row.steps:.0f} steps")
+def _stop(steps: float) -> str:
+    return "" if np.isinf(steps) else f", {steps:.0f} steps"
 
 
 def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain: list[str]) -> dict[str, tuple]:
@@ -345,15 +327,14 @@ def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain
     Points that learned nothing are left out: one method's highest rates would press all others into a corner.
     """
     losses = numbers[numbers.metric == "held-out loss"]
-    losses = losses[losses.learned.astype(bool)].set_index(POINT).estimate
-    rows = numbers[numbers.metric == "geometric drift"].set_index(POINT).drop(columns="loss", errors="ignore")
-    rows = rows.join(losses.rename("loss"), how="inner").reset_index()
-    steps = ["" if np.isinf(n) else f", {n:.0f} steps" for n in rows.steps]
-    rows = rows.assign(line=rows.method + steps).sort_values("lr", kind="stable")
+    losses = losses[losses.learned.astype(bool)]
+    rows = numbers[numbers.metric == "geometric drift"].drop(columns="loss", errors="ignore")
+    rows = rows.join(losses.set_index(POINT).estimate.rename("loss"), on=POINT, how="inner")
+    rows = rows.assign(line=rows.method + rows.steps.map(_stop)).sort_values("lr", kind="stable")
     found = {}
     for group, shown, told in (
         ("lora", rows.method.isin(plain), "plain LoRA"),
-        ("rivals", ~rows.method.isin(plain) & (rows.method != reference), "rivals"),
+        ("rivals", ~rows.method.isin([*plain, reference]), "rivals"),
     ):
         if shown.any():
             figure = plots.facets(

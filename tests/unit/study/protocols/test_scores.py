@@ -5,10 +5,9 @@ import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
 from hiplora.study.builder import Study
-from hiplora.study.pico import PICO_DATA
+from hiplora.study.plan import open_study
 from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
-from hiplora.study.store import Results, Store
 from tests.unit.study.protocols.made import finish, jobs, made_study, row, scored, table, tables, trained
 
 BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}
@@ -59,14 +58,13 @@ def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
     study, _, store = single
     missing = study.score(study.adapter(study.row("lora-mlp"), "facts", 42))
     (store.path / "results" / f"{missing.key}.json").unlink()
-    (found,) = sections(study, Results(Store(store.path)))
+    (found,) = sections(Study(study.recipe, study.place))
     assert set(found.measured.method) == {"Base model", "LoRA"}
     assert found.missing == [missing.name]
 
 
 def test_a_study_without_results_has_empty_sections(tmp_path):
-    study = Study(load_study("pico", ("protocols.editing=null",)), PICO_DATA)
-    found = sections(study, Results(Store(tmp_path)))
+    found = sections(open_study(load_study("pico", ("protocols.editing=null",)), tmp_path, None))
     assert [one.name for one in found if one.name != "claims" and not one.missing] == []
     assert all(one.measured.empty for one in found)
 
@@ -116,7 +114,7 @@ def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path
 
 
 def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(tmp_path):
-    study, store = made_study(tmp_path, "continual: {methods: [lora, hiplora], order: [facts, sums]}")
+    study, store = made_study(tmp_path, "continual: {methods: [lora, hiplora], orders: [[facts, sums]]}")
     settings = study.recipe.protocols.continual
     # method → seed → stage → (items of mmlu, items of gsm8k)
     made = {
