@@ -1,30 +1,20 @@
 """Tidy records, tables made of measurements, and the paper's values beside them."""
 
 import pandas as pd
-import pytest
 
 from hiplora.study.records import paper, paper_value, scored, table, tidy
 from tests.unit.study.protocols.made import finish, made_study, trained
 from tests.unit.study.protocols.made import scored as made_scores
 
 
-@pytest.fixture
-def study(tmp_path):
-    return made_study(tmp_path, "single_task: {methods: [lora]}")
-
-
-def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(study):
-    found, store = study
+def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(tmp_path):
+    found, store = made_study(tmp_path, "single_task: {methods: [lora]}")
     adapter = found.adapter(found.row("lora"), "sums", 42)
     finish(store, adapter, trained())
     score = found.score(adapter)
     finish(store, score, made_scores({"gsm8k": [10, 20]}, {"prose": 0.1}))
-    rows = tidy(
-        [
-            (adapter, store.record(adapter), {"method": "LoRA"}),
-            (score, store.record(score), {"method": "LoRA", "seed": 42}),
-        ]
-    )
+    labels = {adapter: {"method": "LoRA"}, score: {"method": "LoRA", "seed": 42}}
+    rows = tidy([(job, store.record(job), label) for job, label in labels.items()])
     items = scored(rows)
     assert items[["form", "task", "item", "value", "seed"]].to_numpy().tolist() == [
         [form, "gsm8k", item, value, 42]

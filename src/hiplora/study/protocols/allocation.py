@@ -26,27 +26,20 @@ class Allocation(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Look at the adapters of every method and domain, of the first seed."""
-        pairs = [(row, d) for row in map(study.row, self.methods) for d in self.domains or study.recipe.domains]
-        adapters = [(row, domain, study.adapter(row, domain, study.seeds(self)[0])) for row, domain in pairs]
-        return [
-            (
-                study.inspect(adapter, self.rank),
-                {
-                    "method": row.title,
-                    "domain": domain,
-                    "has_gains": getattr(row.method, "principal_channel", False),
-                },
-            )
-            for row, domain, adapter in adapters
-        ]
+        found: list[Run] = []
+        for row in map(study.row, self.methods):
+            label = {"method": row.title, "has_gains": getattr(row.method, "principal_channel", False)}
+            for domain in self.domains or study.recipe.domains:
+                job = study.inspect(study.adapter(row, domain, study.seeds(self)[0]), self.rank)
+                found.append((job, {**label, "domain": domain}))
+        return found
 
     def tables(self, study: Study, done: Sequence[Done]) -> Findings:
         """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
-        found = [(record["result"], labels) for _, record, labels in done]
-        modules = pd.concat([pd.DataFrame(one["modules"]).assign(**labels) for one, labels in found])
-        energy = pd.concat(
-            [pd.DataFrame(one["energy_inside"].items(), columns=["type", "value"]).assign(**at) for one, at in found]
-        )
+        results = [(record["result"], labels) for _, record, labels in done]
+        modules = pd.concat([pd.DataFrame(one["modules"]).assign(**labels) for one, labels in results])
+        energies = [(pd.Series(one["energy_inside"], name="value"), labels) for one, labels in results]
+        energy = pd.concat([one.rename_axis("type").reset_index().assign(**labels) for one, labels in energies])
         means = 100 * energy.groupby(BY, sort=False)["value"].mean().rename("estimate")
         inside = measured(means, "energy inside", "%", low=np.nan, high=np.nan)
         moved = modules[modules.has_gains]

@@ -117,7 +117,7 @@ class FrontierSettings(Protocol):
 
     def _unlike(self, study: Study) -> list[str]:
         """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
-        texts = study.recipe.evaluation.drift.texts
+        texts = study.recipe.evaluation.drift.texts if study.recipe.evaluation.drift else {}
         calibration = getattr(study.row(self.reference).method, "calibration_text", None)
         return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
@@ -160,6 +160,11 @@ class Frontier:
         self.mean_x, self.mean_y = x.mean(axis=1), y.mean(axis=1)
         self.best = int(self.mean_x.argmin())  # the point that learned most
         self.least, self.most = float(self.mean_x.min()), float(self.mean_x.max())
+        pairs = [(point, point) for point in range(len(x))]
+        for kept, ordered in ((steps, rates), (rates, steps)):
+            lines = (np.flatnonzero(kept == value) for value in np.unique(kept))
+            pairs += [pair for line in lines for pair in itertools.pairwise(line[ordered[line].argsort()])]
+        self.pairs = np.array([sorted(pair, key=lambda point: -self.mean_x[point]) for pair in pairs])
 
     def at(self, x: float) -> tuple[float, tuple[int, int], str]:
         """Return the mean log drift at a mean x, the points that it lies between or at, and its state.
@@ -169,28 +174,22 @@ class Frontier:
         """
         if x < self.least:
             return self.mean_y[self.best], (self.best, self.best), NOT_REACHED
-        spots = [(self.mean_y[point], (point, point)) for point in np.flatnonzero(self.mean_x <= x).tolist()]
-        for pair in self._neighbours():
-            one, two = sorted(pair, key=lambda point: -self.mean_x[point])
-            if self.mean_x[two] < x < self.mean_x[one]:
-                share = (self.mean_x[one] - x) / (self.mean_x[one] - self.mean_x[two])
-                spots.append(((1 - share) * self.mean_y[one] + share * self.mean_y[two], (one, two)))
-        y, points = min(spots, key=lambda spot: spot[0])
-        return y, points, REACHED if x <= self.most else PASSED
+        pairs = self.pairs[self.mean_x[self.pairs[:, 1]] <= x]
+        y = _between(self.mean_x, self.mean_y, pairs.T, x)
+        lowest = y.argmin()
+        return float(y[lowest]), tuple(pairs[lowest].tolist()), REACHED if x <= self.most else PASSED
 
     def by_seed(self, x: Floats, points: tuple[int, int]) -> Floats:
         """Return each seed's log drift at its own x, (seeds,), between two points and never beyond them."""
-        (x_one, x_two), (y_one, y_two) = self.x[list(points)], self.y[list(points)]
-        apart = x_one - x_two
-        share = np.where(apart > 0, (x_one - x) / np.where(apart > 0, apart, 1.0), x_one > x).clip(0.0, 1.0)
-        return (1 - share) * y_one + share * y_two
+        return _between(self.x, self.y, points, x)
 
-    def _neighbours(self) -> Iterator[tuple[int, int]]:
-        """Yield the pairs that are next to each other in rate at equal steps, and in steps at an equal rate."""
-        for kept, ordered in ((self.steps, self.rates), (self.rates, self.steps)):
-            for value in np.unique(kept):
-                line = np.flatnonzero(kept == value)
-                yield from itertools.pairwise(line[ordered[line].argsort()])
+
+def _between(x: Floats, y: Floats, points: Any, at: Any) -> Floats:
+    """Interpolate y at some x between two points, or two arrays of points, never beyond them."""
+    one, two = points
+    apart = x[one] - x[two]
+    share = np.where(apart > 0, (x[one] - at) / np.where(apart > 0, apart, 1.0), x[one] > at).clip(0.0, 1.0)
+    return (1 - share) * y[one] + share * y[two]
 
 
 def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, float, str]:
@@ -245,8 +244,10 @@ def _ratios(points: pd.DataFrame, reference: str, plain: list[str]) -> Iterator[
         frontiers[method] = Frontier(
             rates, steps, one[LOSS].to_numpy(), np.log(one[text].clip(lower=FLOOR).to_numpy())
         )
-    there = frontiers.pop(reference, None)
-    for at in (None, *range(len(there.rates))) if there else ():
+    if reference not in frontiers:
+        return
+    there = frontiers.pop(reference)
+    for at in (None, *range(len(there.rates))):
         label = {"text": text, "operating": at is None}
         label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
         found = [

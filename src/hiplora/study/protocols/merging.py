@@ -33,8 +33,8 @@ class Merging(OfMethods):
             for domain in study.recipe.domains:
                 alone = study.score(study.adapter(row, domain, seed))
                 found.append((alone, {**label, "when": "before", "domain": domain}))
-            merge = merge_of(study, row, [(domain, seed) for domain in study.recipe.domains], rule, self.rules[rule])
-            found.append((merge, {**label, "when": "after"}))
+            instance = tuple((domain, seed) for domain in study.recipe.domains)
+            found.append((merge_of(study, row, instance, rule, self.rules[rule]), {**label, "when": "after"}))
         return found
 
     def tables(self, study: Study, done: Sequence[Done]) -> Findings:
