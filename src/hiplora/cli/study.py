@@ -99,7 +99,6 @@ def run(
     check(opened)
     taken = sum(map(opened.store.take, reuse))
     total = len(opened.store.unfinished(opened.graph))
-    cluster = {"executor": executor, "address": address, "gpus_per_job": gpus_per_job}
     with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
         done = itertools.count(1)
 
@@ -111,7 +110,7 @@ def run(
             if verbose:
                 tqdm.write(f"{next(done)}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
 
-        failed = run_graph(opened.graph, opened.place, workers=workers, on_event=on_event, **cluster)
+        failed = run_graph(opened.graph, opened.place, workers, executor, address, gpus_per_job, on_event)
     found = {**status(opened), "taken": taken}
     _tell_failures(found)
     yield {"schema": 1, "kind": "study", **found}

@@ -32,7 +32,6 @@ OnEvent = Callable[[str, Job], None]  # "begin", "done" or "failed"
 def run_graph(
     graph: Graph,
     place: Place,
-    *,
     workers: int = 1,
     executor: str = "local",
     address: str | None = None,

@@ -150,7 +150,7 @@ class StudyRecipe(Block):
     def _of_names(self) -> Iterator[str]:
         """Names of methods and domains that do not exist; titles, tasks and seeds that are not told apart."""
         known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains}
-        yield from _unknown(self.rates and self.rates.domains, self.domains, "rates.domains")
+        yield from _unknown(self.rates.domains if self.rates else None, self.domains, "rates.domains")
         for protocol, settings in self.protocols:
             for kind, names in known.items() if settings is not None else ():
                 for field, given in settings.named(kind):

@@ -9,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from pydantic import TypeAdapter
@@ -46,12 +45,7 @@ def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Fo
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
     }
-    held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]  # empty without a GPU
-    if held:
-        timing["reserved_bytes_mean"] = float(np.mean(held))
-        timing["reserved_bytes_99th"] = float(np.percentile(held, 99))
     return {
         **{name: getattr(result, name) for name in ("steps", "tokens", "trainable_parameters")},
         "adapter_bytes": (result.adapter / WEIGHTS_FILE).stat().st_size,

@@ -49,6 +49,15 @@ def jobs(study, settings):
     return list(dict.fromkeys(job for job, _ in settings.runs(study)))
 
 
+def fill(study, settings, found):
+    """Store what `found` says of each job and its labels, and a training for each adapter; return the findings."""
+    for job, labels in settings.runs(study):
+        finish(study.store, job, found(job, labels))
+        if "adapter" in job.needs:
+            finish(study.store, job.needs["adapter"], trained())
+    return tables(study, settings, study.store)
+
+
 def tables(study, settings, store):
     """What a protocol makes of a study's results, read anew."""
     (found,) = sections(Study(study.recipe, study.place))
