@@ -55,11 +55,11 @@ def fill(study, settings, found):
         finish(study.store, job, found(job, labels))
         if "adapter" in job.needs:
             finish(study.store, job.needs["adapter"], trained())
-    return tables(study, settings, study.store)
+    return tables(study)
 
 
-def tables(study, settings, store):
-    """What a protocol makes of a study's results, read anew."""
+def tables(study):
+    """What the one protocol makes of a study's results, read anew."""
     (found,) = sections(Study(study.recipe, study.place))
     return found
 

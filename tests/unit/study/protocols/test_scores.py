@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
-from hiplora.study.builder import Study
 from hiplora.study.plan import open_study
 from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
@@ -34,11 +33,11 @@ def single(tmp_path):
         finish(store, job, scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
         finish(store, job.needs["adapter"], trained(100 if method == "lora" else 96))
     finish(store, study.score(), scored(BASE))
-    return study, settings, store
+    return study
 
 
 def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(single):
-    found = tables(*single)
+    found = tables(single)
     assert row(found, "score", "Base model", domain="sums", form="accuracy").estimate == 50
     assert row(found, "score", "LoRA", domain="sums", form="accuracy").estimate == pytest.approx(80)
     assert row(found, "mean score", "LoRA", form="accuracy").estimate == pytest.approx(75)
@@ -55,10 +54,9 @@ def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(singl
 
 
 def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
-    study, _, store = single
-    missing = study.score(study.adapter(study.row("lora-mlp"), "facts", 42))
-    (store.path / "results" / f"{missing.key}.json").unlink()
-    (found,) = sections(Study(study.recipe, study.place))
+    missing = single.score(single.adapter(single.row("lora-mlp"), "facts", 42))
+    (single.store.path / "results" / f"{missing.key}.json").unlink()
+    found = tables(single)
     assert set(found.measured.method) == {"Base model", "LoRA"}
     assert found.missing == [missing.name]
 
