@@ -25,14 +25,10 @@ class Domain(Block):
     """What an adapter is trained for: rows to train on, and the tasks that test it."""
 
     title: str = Field(min_length=1, description="Name in tables.")
-    train: DataSettings = Field(
-        description="Rows to train on, some of them held out; file names are relative to the data folder."
-    )
+    train: DataSettings = Field(description="Rows to train on, some held out; files are those of the data folder.")
     hub: DataSettings | None = Field(default=None, description="Rows to train on if the data folder has no such file.")
     tasks: dict[str, Positive | None] = Field(
-        min_length=1,
-        description="Tasks of `hiplora eval`, each with its number of items (null: all). The first one's score is the "
-        "domain's.",
+        min_length=1, description="Task → number of items (null: all). The first one's score is the domain's."
     )
 
     @model_validator(mode="before")
@@ -61,9 +57,7 @@ class StudyMethod(Block):
     title: str = Field(min_length=1, description="Name in tables.")
     method: AnyMethod = Field(description="As in a training recipe.")
     train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
-    lr: AboveZero | Literal["chosen"] = Field(
-        default="chosen", description="Learning rate; `chosen`: the best of the study's grid on held-out rows."
-    )
+    lr: AboveZero | Literal["chosen"] = Field(default="chosen", description="`chosen`: the best of `rates.grid`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -127,15 +121,10 @@ class StudyRecipe(Block):
 
     study: Name = Field(description="Name of the study.")
     title: str = Field(default="", description="Title of its report.")
-    model: str = Field(
-        min_length=1,
-        description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the Hugging Face hub.",
-    )
+    model: str = Field(min_length=1, description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the hub.")
     seeds: list[Seed] = Field(default=[42, 100, 2024], min_length=1, description="Seeds of training.")
     train: TrainSettings = Field(default=TrainSettings(), description="How all methods train.")
-    rates: Rates | None = Field(
-        default=None, description="Search for each method's learning rate; without it all take `train.lr`."
-    )
+    rates: Rates | None = Field(default=None, description="Search for learning rates; none: all take `train.lr`.")
     evaluation: Evaluation = Field(default=Evaluation(), description="How models are scored.")
     domains: dict[Name, Domain] = Field(min_length=1, description="Name → what is trained and tested.")
     methods: dict[Name, StudyMethod] = Field(min_length=1, description="Name → a method and its settings.")

@@ -25,13 +25,8 @@ class Continual(OfMethods):
 
     name: ClassVar[str] = "continual"
     title: ClassVar[str] = "Continual tuning"
-    orders: list[list[str]] = Field(
-        default=[], description="Orders of the domains, of which the numbers are means; none: one, as they stand."
-    )
-    widen: bool = Field(
-        default=True,
-        description="Before each later task, let HiP-LoRA's function-aware basis protect the finished ones too.",
-    )
+    orders: list[list[str]] = Field(default=[], description="Orders of the domains; none: one, as they stand.")
+    widen: bool = Field(default=True, description="Let HiP-LoRA's function-aware basis protect finished tasks too.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
         """Yield the domains of each order too."""

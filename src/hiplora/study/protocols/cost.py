@@ -30,10 +30,7 @@ class CostTable(OfMethods):
     domain: str = Field(description="Domain whose rows are trained on.")
     warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
     steps: Positive = Field(default=200, description="Measured steps.")
-    repeats: Positive = Field(
-        default=1,
-        description="Times that each method is timed, in turn with the others; of one there is no interval.",
-    )
+    repeats: Positive = Field(default=1, description="Times that each method is timed, in turn with the others.")
 
     def runs(self, study: Study) -> list[Run]:
         """Time every method as often as is asked for, in turn, and compute the factors of those with some."""

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from hiplora.editing.edits import BUILT_IN, Category
 from hiplora.reporting import plots
 from hiplora.study.builder import as_written
 from hiplora.study.jobs import Job
@@ -16,8 +17,8 @@ from hiplora.study.records import joined, table, tidy
 from hiplora.study.statistics import differences, drift, opened, replicates, summary
 
 ALPHAEDIT = "alphaedit"  # the editor that trains nothing
-BUILT_IN = "builtin"
 COURSE = "edit success so far"
+Mode = Literal["single", "batch", "sequential"]
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of file names
 SHOWN = {  # metric → heading, unit
     "edit success": ("Edit success", "%"),
@@ -43,12 +44,12 @@ class EditedFacts(Settings):
 
     edits: str = Field(default=BUILT_IN, description="`builtin`, or a file of the data folder.")
     title: str = Field(default="", description="As tables show it.")
-    category: Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"] | None = Field(
-        default=None,
-        description="The edits of one category alone, so that their locality is that category's.",
-    )
+    category: Category | None = Field(default=None, description="The edits, and locality, of one category alone.")
     limit: Positive | None = Field(default=None, description="The first so many edits.")
     neighbours: bool = Field(default=False, description="Ask the file's neighbourhood prompts too.")
+
+
+DEFAULT_SETS = {"edit-set": EditedFacts()}
 
 
 class Editing(OfMethods):
@@ -57,21 +58,13 @@ class Editing(OfMethods):
     name: ClassVar[str] = "editing"
     title: ClassVar[str] = "Knowledge editing"
     by: ClassVar[tuple[str, ...]] = ("set", "mode", "method")
-    sets: dict[SetName, EditedFacts] = Field(
-        default={"edit-set": EditedFacts()}, min_length=1, description="Sets of edits by name."
-    )
-    modes: list[Literal["single", "batch", "sequential"]] = Field(
-        default=["batch"], min_length=1, description="How edits are made."
-    )
-    alphaedit: dict[str, Any] | None = Field(
-        default=None, description="Settings of AlphaEdit as one more row; none: leave it out."
-    )
+    sets: dict[SetName, EditedFacts] = Field(default=DEFAULT_SETS, min_length=1, description="Sets of edits by name.")
+    modes: list[Mode] = Field(default=["batch"], min_length=1, description="How edits are made.")
+    alphaedit: dict[str, Any] | None = Field(default=None, description="Settings of AlphaEdit, as one more row.")
     steps: Positive = Field(default=500, description="Training steps of a batch.")
     single_steps: Positive = Field(default=20, description="Training steps of a single edit.")
     lr: dict[str, AboveZero] = Field(
-        default={},
-        description="Method → learning rate on edits, where it is not `train.lr`; a method's own or chosen rate is "
-        "for tasks and is not used here.",
+        default={}, description="Method → learning rate on edits, if not `train.lr`; a chosen rate is for tasks only."
     )
     edits_per_batch: Positive | None = Field(default=None, description="Edits of a batch (sequential: a stage).")
     sample: Positive | None = Field(default=None, description="How many edits are made one by one.")

@@ -37,22 +37,12 @@ class FrontierSettings(Protocol):
     title: ClassVar[str] = "Learning against drift"
     by: ClassVar[tuple[str, ...]] = ("domain", "method")
     whole: ClassVar[tuple[str, ...]] = ("domain", *POINT)
-    domains: dict[str, list[str]] = Field(
-        min_length=1, description="Domain to train on → methods that are compared there."
-    )
+    domains: dict[str, list[str]] = Field(min_length=1, description="Domain to train on → methods to compare there.")
     rates: list[AboveZero] = Field(min_length=2, description="Learning rates, for all methods.")
-    early: dict[str, list[Positive]] = Field(
-        default={}, description="Method → further, smaller numbers of steps: early stops."
-    )
+    early: dict[str, list[Positive]] = Field(default={}, description="Method → early stops: smaller numbers of steps.")
     early_domains: list[str] | None = Field(default=None, description="Domains of the early stops; all, if empty.")
-    tasks: dict[str, Positive | None] = Field(
-        default={},
-        description="Tasks whose likelihoods are a drift too, with their items; none: all of the domains'.",
-    )
-    plain: list[str] = Field(
-        min_length=1,
-        description="The plain LoRAs among the methods: the best tuned of them is what is to be beaten.",
-    )
+    tasks: dict[str, Positive | None] = Field(default={}, description="Task → items to score; none: the domains'.")
+    plain: list[str] = Field(min_length=1, description="The plain LoRAs: the best tuned of them is to be beaten.")
     reference: str = Field(description="The method that is compared with all others.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:

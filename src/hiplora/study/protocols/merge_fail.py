@@ -14,6 +14,7 @@ from hiplora.study.protocols.settings import Done, Findings, OfMethods, Positive
 from hiplora.study.records import by_form, joined, measured, scored, tidy
 from hiplora.study.statistics import differences, drift, hierarchical, opened
 
+Size = Annotated[int, Field(ge=2)]
 Drawn = list[tuple[int, MergeInstance]]  # (seed of the draw, merge)
 
 
@@ -24,12 +25,8 @@ class MergeFail(OfMethods):
     title: ClassVar[str] = "Merges that fail"
     by: ClassVar[tuple[str, ...]] = ("rule", "method")
     rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options.")
-    sizes: list[Annotated[int, Field(ge=2)]] = Field(
-        default=[2, 3, 4], min_length=1, description="How many adapters are merged."
-    )
-    instances: Positive = Field(
-        default=20, description="Merges of each size drawn for each seed; all, where there are fewer."
-    )
+    sizes: list[Size] = Field(default=[2, 3, 4], min_length=1, description="How many adapters are merged.")
+    instances: Positive = Field(default=20, description="Merges of each size drawn for each seed, or all there are.")
     taus: list[Share] = Field(default=list(DEFAULT_TAUS), min_length=1, description="Thresholds.")
     tau: Share = Field(default=DEFAULT_TAU, description="The one that is reported first.")
     seed: int = Field(default=0, ge=0, description="Draws the merges, the same for all methods.")

@@ -12,6 +12,7 @@ from hiplora.study.protocols.settings import Done, Findings, Positive, Protocol,
 from hiplora.study.records import joined, table
 
 METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
+Basis = Literal["weight", "activation"]
 COEFFICIENTS = ("pearson", "spearman")
 DIGITS = {"Directions": 0, "Pearson": 2, "Pearson p": 4, "Spearman": 2, "Spearman p": 4}
 
@@ -26,9 +27,7 @@ class RankOne(Protocol):
     layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
     directions: Positive = Field(default=8, description="Directions of each module.")
     choice: Literal["log", "even"] = Field(default="log", description="How chosen.")
-    bases: list[Literal["weight", "activation"]] = Field(
-        default=["weight"], min_length=1, description="Whose directions."
-    )
+    bases: list[Basis] = Field(default=["weight"], min_length=1, description="Whose directions.")
     kinds: list[str] = Field(default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions.")
     draws: Positive = Field(default=1, description="Draws of the noise.")
     tokens: int = Field(default=512, ge=2, description="Tokens of each text.")

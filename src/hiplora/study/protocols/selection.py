@@ -20,9 +20,7 @@ class Selection(Protocol):
     domain: str = Field(description="Domain whose held-out rows decide.")
     lambdas: list[AtLeastZero] = Field(min_length=1, description="λ to try.")
     gammas: list[AtLeastZero] = Field(min_length=1, description="γ to try.")
-    residual_ranks: list[Positive] = Field(
-        default=[], description="r to try, at the same `lora_alpha`; none: r is as the method has it."
-    )
+    residual_ranks: list[Positive] = Field(default=[], description="r to try at the same `lora_alpha`, if any.")
     ranks: list[Positive] = Field(min_length=1, description="k to try.")
 
     def runs(self, study: Study) -> list[Run]:
