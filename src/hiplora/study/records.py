@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMS = {"score": "accuracy", "likelihood": "likelihood"}  # a task's items as stored → the form of the score
 BASE = "Base model"
 Run = tuple[Job, dict[str, Any]]  # a job with what tells its rows apart
-Done = tuple[Job, dict[str, Any], dict[str, Any]]  # a finished job, its record, and what tells its rows apart
+Done = Sequence[tuple[Job, dict[str, Any], dict[str, Any]]]  # finished jobs, their records, and the same labels
 Tables = dict[str, tuple[str, pd.DataFrame]]  # file name → caption, table
 
 
@@ -43,7 +43,7 @@ class Findings:
     missing: list[str] = field(default_factory=list)
 
 
-def tidy(done: Sequence[Done]) -> pd.DataFrame:
+def tidy(done: Done) -> pd.DataFrame:
     """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
 
     Of a task, `metric` is `accuracy` or `likelihood` with a row an item, in per cent; of a drift text `kl` and

@@ -58,8 +58,8 @@ def _section(study: Study, settings: Protocol) -> Findings:
     def group(labels: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(labels.get(name, "") for name in settings.whole or settings.by)
 
-    runs = settings.runs(study)
-    records = {job: study.store.record(job) for job, _ in runs}
+    runs, stored = settings.runs(study), study.store.record
+    records = {job: stored(job.needs.get("adapter", job)) and stored(job) for job, _ in runs}  # trainings are read too
     known = {job: record for job, record in records.items() if record and DIVERGED not in record["result"]}
     waiting = {group(labels) for job, labels in runs if job not in known}
     done = [(job, known[job], labels) for job, labels in runs if group(labels) not in waiting]

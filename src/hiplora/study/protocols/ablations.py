@@ -3,7 +3,7 @@
 And with retraction after each step alone, the paper's implementation note, in place of gradients that are projected.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -50,7 +50,7 @@ class Ablations(Protocol):
             found += [(study.inspect(score.needs["adapter"], rank), labels) for score, labels in scores]
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return scores, Retain, MergeFail and losses in both forms, and the training curves."""
         inspections = [one for one in done if one[0].kind == "inspect"]
         merges = [one for one in done if "rule" in one[2]]
@@ -121,7 +121,7 @@ def _losses(trained: pd.DataFrame, full: str) -> Iterator[pd.DataFrame]:
         yield measured(student(apart), "training loss difference", "nats/token", minus=full)
 
 
-def _inspected(inspections: Sequence[Done]) -> Iterator[pd.DataFrame]:
+def _inspected(inspections: Done) -> Iterator[pd.DataFrame]:
     """The mean share of the energy that reads or writes protected directions but not both, and how far gains moved."""
     if not inspections:
         return

@@ -1,6 +1,5 @@
 """Where the updates lie on the spectrum of the base weights: gains against σ, and energy inside the principal part."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -34,7 +33,7 @@ class Allocation(OfMethods):
                 found.append((job, {**label, "domain": domain}))
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
         results = [(record["result"], labels) for _, record, labels in done]
         modules = pd.concat([pd.DataFrame(one["modules"]).assign(**labels) for one, labels in results])

@@ -1,6 +1,6 @@
 """One adapter trained on one domain after the other: the whole matrix of scores, AvgAcc and Forgetting (C.4)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pandas as pd
@@ -46,7 +46,7 @@ class Continual(OfMethods):
                         found.append((study.score(adapter), label))
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the paper's numbers in both forms, every task after every stage, and the drift after the last."""
         records, orders = tidy(done), self._orders(study)
         titles = {domain: study.recipe.domains[domain].title for order in orders.values() for domain in order}

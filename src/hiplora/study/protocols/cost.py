@@ -1,6 +1,6 @@
 """What each method costs: throughput over steady steps, peak memory, and the one-time cost of its factors (Table 5)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -39,7 +39,7 @@ class CostTable(OfMethods):
         factors = [(study.factors(row), {"method": row.title}) for row in rows]
         return [*timed, *((job, label) for job, label in factors if job is not None)]
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return throughput and memory, with ratios to the first method that is named, and the cost of the factors."""
         numbers = joined(pd.DataFrame(list(self._measured(study, done))), columns=BOUNDS).dropna(subset="estimate")
         looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "scale", "digits"])
@@ -64,7 +64,7 @@ class CostTable(OfMethods):
         again = f", time {time + 1}" if time else ""
         return study.job("speed", f"time {row.title}{again}", asked, **needs)
 
-    def _measured(self, study: Study, done: Sequence[Done]) -> Iterator[dict[str, Any]]:
+    def _measured(self, study: Study, done: Done) -> Iterator[dict[str, Any]]:
         """Speeds in tokens per second, peak memory in bytes, both beside the first method's, and the factors."""
         reference, speeds = study.row(self.methods[0]).title, {}
         for title in dict.fromkeys(labels["method"] for *_, labels in done):

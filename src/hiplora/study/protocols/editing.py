@@ -1,7 +1,7 @@
 """Facts edited by each method: whether the edits took, in other words too, and what became of everything else (C.4)."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -81,7 +81,7 @@ class Editing(OfMethods):
             found.append((self._edit(study, method, label), label))
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return a table a set and mode with the drift after the last edit, one by categories, a sequence's course."""
         items = joined(
             *(part.assign(**labels) for _, record, labels in done for part in _items(record, labels["set"]))

@@ -78,7 +78,7 @@ class FrontierSettings(Protocol):
                     found += [(job, {**label, "seed": seed}) for job in (adapter, study.score(adapter, tasks))]
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
         records, reference = tidy(done), study.row(self.reference).title
         plain = [study.row(name).title for name in self.plain]

@@ -1,6 +1,5 @@
 """What the price λ of the gains buys: downstream score against Retain, as in Figure 3 of the paper."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -25,7 +24,7 @@ class LambdaCurve(Protocol):
         domains = self.domains or study.recipe.domains
         return score_runs(study, self._rows(study).values(), study.seeds(self), domains, study.row(self.method))
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return scores and Retain over λ in both forms, and the curve of the likelihoods."""
         title, low, high = study.row(self.method).title, min(self.values), max(self.values)
         prices = {row.title: price for price, row in self._rows(study).items()}

@@ -41,7 +41,7 @@ class MergeFail(OfMethods):
                 found += labelled(study, row, rule, drawn, merges)
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return MergeFail over sizes and thresholds in both forms, differences between methods, and drift."""
         records, taus = tidy(done), list(dict.fromkeys([self.tau, *self.taus]))
         rules = records.groupby("rule", sort=False)

@@ -1,7 +1,7 @@
 """The adapters of all domains merged: before, after, and their difference, as in Tables 2 and 13 of the paper."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -37,7 +37,7 @@ class Merging(OfMethods):
             found.append((merge_of(study, row, instance, rule, self.rules[rule]), {**label, "when": "after"}))
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
         records = tidy(done)
         moved, numbers = drift(records[records.when == "after"], ["rule"]), _measured(study, records)

@@ -43,7 +43,7 @@ class RankOne(Protocol):
             for basis in self.bases
         ]
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
         found, parts = Findings(), []
         for _, record, labels in done:

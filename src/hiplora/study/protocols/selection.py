@@ -1,6 +1,5 @@
 """λ, γ, r and k chosen on held-out rows, one after the other: the paper's coarse-to-fine selection."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import pandas as pd
@@ -49,7 +48,7 @@ class Selection(Protocol):
                 found.append((chosen[field], {"method": method.title, "symbol": symbol, "field": field}))
         return found
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
         rows, shown = [], []
         for _, record, labels in done:

@@ -1,6 +1,6 @@
 """What all protocols share: how their settings are read, and the shape of what they do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -45,7 +45,7 @@ class Protocol(Settings):
         """Return the jobs that the protocol asks for, each with the labels of its rows."""
         raise NotImplementedError
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return what the results of the `runs` that are done say; there is at least one of a method."""
         raise NotImplementedError
 

@@ -24,7 +24,7 @@ class SingleTask(OfMethods):
         """Score the base, and the adapter of every method, domain and seed."""
         return score_runs(study, map(study.row, self.methods), study.seeds(self), study.recipe.domains)
 
-    def tables(self, study: Study, done: Sequence[Done]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the domains' scores and Retain in both forms, the drift, and what was trained."""
         records = tidy(done)
         numbers, moved = scores_and_retain(study, records), drift(records[records.method != BASE])
@@ -38,7 +38,7 @@ class SingleTask(OfMethods):
         figures = {f"{self.name}-retain": ("What was learned, and what it cost elsewhere", retain_figure(numbers))}
         return Findings(joined(numbers, moved), tables, figures, text)
 
-    def _trained(self, study: Study, done: Sequence[Done]) -> pd.DataFrame:
+    def _trained(self, study: Study, done: Done) -> pd.DataFrame:
         """What each method trained: parameters, learning rate, held-out loss before and after."""
         records = tidy(trainings(study, done))
         means = records.pivot_table(index="method", columns="metric", values="value", sort=False)
@@ -70,10 +70,10 @@ def score_runs(study: Study, rows: Iterable[Any], seeds: Sequence[int], domains:
     return [(study.score(), {"method": BASE}), *((study.score(adapter), label) for adapter, label in adapters)]
 
 
-def trainings(study: Study, done: Sequence[Done]) -> list[Done]:
+def trainings(study: Study, done: Done) -> Done:
     """Return the trainings of the adapters that jobs scored, with the same labels."""
     adapters = [(job.needs["adapter"], labels) for job, _, labels in done if "adapter" in job.needs]
-    return [(job, record, labels) for job, labels in adapters if (record := study.store.record(job))]
+    return [(job, study.store.record(job) or {}, labels) for job, labels in adapters]
 
 
 def scores_and_retain(study: Study, records: pd.DataFrame) -> pd.DataFrame:

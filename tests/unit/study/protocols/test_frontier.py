@@ -101,14 +101,19 @@ def test_the_drift_of_a_frontier_at_a_loss(points, x, drift, state):
     assert (np.exp(found[0]), found[2]) == (pytest.approx(drift), state)
 
 
-def test_each_seed_goes_along_the_same_points_at_its_own_loss():
-    found = envelope((1e-3, 10, [2.0, 2.0], [0.01, 0.04]), (1e-2, 10, [1.0, 1.0], [1.0, 4.0]))
-    _, points, _ = found.at(1.5)
-    for x, drift in (([1.5, 1.5], [0.1, 0.4]), ([2.0, 1.0], [0.01, 4.0]), ([9.0, 0.0], [0.01, 4.0])):
-        assert np.exp(found.by_seed(np.array(x), points)) == pytest.approx(drift)
+ALIKE = [(1e-3, 10, [2.0, 2.0], [0.01, 0.04]), (1e-2, 10, [1.0, 1.0], [1.0, 4.0])]
+CROSSED = [(1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.0])]  # one seed the other way round
 
 
-def test_a_seed_whose_points_lie_the_other_way_round_takes_the_one_that_learned_enough():
-    found = envelope((1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.0]))
-    _, points, _ = found.at(1.2)
-    assert np.exp(found.by_seed(np.array([0.8, 1.3]), points)) == pytest.approx([1.0, 0.01])
+@pytest.mark.parametrize(
+    ("points", "mean", "x", "drift"),
+    [
+        (ALIKE, 1.5, [1.5, 1.5], [0.1, 0.4]),
+        (ALIKE, 1.5, [2.0, 1.0], [0.01, 4.0]),
+        (ALIKE, 1.5, [9.0, 0.0], [0.01, 4.0]),
+        (CROSSED, 1.2, [0.8, 1.3], [1.0, 0.01]),  # takes the point that learned enough
+    ],
+)
+def test_each_seed_goes_along_the_same_points_at_its_own_loss(points, mean, x, drift):
+    found = envelope(*points)
+    assert np.exp(found.by_seed(np.array(x), found.at(mean)[1])) == pytest.approx(drift)
