@@ -12,7 +12,7 @@ STAMP := $(VENV)/.hiplora-setup
 # Each test process uses one thread: together they fill the cores.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup model demo test test-slow torture lint bench docs floors wheel clean
+.PHONY: help setup model demo test test-slow torture lint bench docs floors wheel supply newest clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,7 +26,9 @@ help:
 	@echo "make docs       regenerate the reference and the tables of results, and build the site in build/site"
 	@echo "make bench      measure side by side: training against LoRA, calibration, SVDs, starting, the bootstrap, merges"
 	@echo "make floors     run the tests of the tuner with the oldest supported versions"
-	@echo "make wheel      build a wheel and try it in a bare environment"
+	@echo "make wheel      build a wheel, twice the same, and try it in a bare environment"
+	@echo "make supply     list the dependencies' licences, and look for their known vulnerabilities"
+	@echo "make newest     run the tests of the tuner with the newest torch, transformers, PEFT and TRL"
 	@echo "make clean      remove what the above made in this folder"
 
 setup: $(STAMP)
@@ -78,5 +80,12 @@ floors:
 wheel: $(STAMP)
 	@bash tools/try_wheel.sh "$(PY)" "$(PYTHON)"
 
+supply: $(STAMP)
+	@$(PY) -m tools.licences
+	@bash tools/supply.sh audit .venv-audit "$(PYTHON)"
+
+newest:
+	@bash tools/supply.sh newest .venv-newest "$(PYTHON)"
+
 clean:
-	rm -rf "$(VENV)" "$(FLOORS_VENV)" "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf "$(VENV)" "$(FLOORS_VENV)" .venv-audit .venv-newest "$(DEMO_OUT)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

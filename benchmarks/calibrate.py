@@ -17,12 +17,12 @@ import hiplora
 from hiplora import HipLoraConfig
 from hiplora.models import load
 from hiplora.spectral import SecondMoment
-from hiplora.tuner import CalibrationStore, text
+from hiplora.tuner import CalibrationStore, calibration
 
 STAGES = {
-    "sampling": (text, "sampled_rows"),
-    "inputs": (text, "measure_inputs"),
-    "outputs": (text, "measure_outputs"),
+    "sampling": (calibration, "sampled_rows"),
+    "inputs": (calibration, "measure_inputs"),
+    "outputs": (calibration, "measure_outputs"),
     "products": (SecondMoment, "add"),
     "eigenvectors": (SecondMoment, "_eigen"),
 }

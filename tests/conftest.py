@@ -104,3 +104,11 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     return tmp_path / "hub"
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model_dir, tmp_path_factory):
+    """Adapters of the tiny Llama, each trained when first asked for; read them, never change them."""
+    from tests.unit.adapters.samples import Adapters
+
+    return Adapters(tiny_model_dir, tmp_path_factory.mktemp("adapters"))

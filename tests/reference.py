@@ -58,13 +58,6 @@ def update(A, B, delta, U, V, scaling):
     return principal_update(U, delta, V) + residual_update(A, B, U, V, scaling)
 
 
-def effective_weight(weight, A, B, delta, U, sigma, V, scaling):
-    """Eq. 8: the rest of the weight, the gains g = σ + δ, the residual channel."""
-    W, U, sigma, V, delta = f64(weight, U, sigma, V, delta)
-    rest = W - U @ torch.diag(sigma) @ V.T
-    return rest + U @ torch.diag(sigma + delta) @ V.T + residual_update(A, B, U, V, scaling)
-
-
 def weights(sigma, gamma):
     """Eq. 6's weights."""
     powers = [value**gamma for value in sigma.double().tolist()]

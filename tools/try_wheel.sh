@@ -4,8 +4,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$1 python=$2
-rm -rf build/wheel
-"$build" -m pip --disable-pip-version-check wheel -q --no-deps -w build/wheel .
+rm -rf build
+export SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+for place in build/wheel build/again; do
+  "$build" -m pip --disable-pip-version-check wheel -q --no-deps -w "$place" .
+done
+cmp build/wheel/hiplora-*.whl build/again/hiplora-*.whl
 wheel=$(ls "$PWD"/build/wheel/hiplora-*.whl)
 venv=$(mktemp -d)
 trap 'rm -rf "$venv"' EXIT

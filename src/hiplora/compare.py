@@ -279,9 +279,11 @@ class Base:
         """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
         asked = []
         for prompt in prompts:
-            question = [{"role": "user", "content": prompt}]
-            turns = question if isinstance(prompt, str) else [dict(message) for message in prompt.messages[:-1]]
-            asked.append(chat_prompt(self.tokenizer, turns) if turns else prompt.prompt)  # type: ignore[union-attr]
+            if isinstance(prompt, str):
+                asked.append(chat_prompt(self.tokenizer, [{"role": "user", "content": prompt}]))
+            else:
+                turns = [dict(message) for message in prompt.messages[:-1]]
+                asked.append(chat_prompt(self.tokenizer, turns) if turns else prompt.prompt)
         rows = side_by_side(self.model, self.tokenizer, adapters, asked, tokens)
         return [{name: text.strip() for name, text in row.items()} for row in rows]
 

@@ -78,7 +78,10 @@ def merge_check(
 
     Returns:
         a JSON-ready record (schema 1, kind `merge-check`): `tasks`, `runs` and `differences` as in a results file of
-        `hiplora eval`, a rule's name being its merge of all; and `verdicts` by rule and form, as of `verdict`.
+        `hiplora eval`, a rule's name being its merge of all; and by rule and form `verdicts`: `tasks` (an owner's score
+        before, the merge's after, the difference with its interval), `kept` (the same for the tasks of no adapter,
+        before being the base's), `merge_fail` over τ and `mean_drop` over the rule's merges, with intervals,
+        `instances` (how many merges those are) and `notes`.
 
     Raises:
         ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
@@ -90,11 +93,18 @@ def merge_check(
     model = how.base or next(iter(updates.values())).base
     inputs: Inputs = {"the base model": model, "the suite": settings.suite, "the data": settings.folder}
     check_output_dir(out, overwrite, {**inputs, **{f"adapter {name}": folder for name, folder in named.items()}})
-    merges = _merged(groups, updates, weights, how)
+    merges = {}
+    for label, (method, names) in groups.items():
+        own = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
+        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
+        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=own)
     engine = settings.engine(suite)
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
-    _check_acts(network, tokenizer, engine.prompts(), merges[how.methods[0]])
+    before, merged = probe(network, tokenizer, engine.prompts()), merges[how.methods[0]]
+    with applied(network, merged) as changed:
+        on = probe(changed, tokenizer, engine.prompts())
+    check_acts(before, on, probe(network, tokenizer, engine.prompts()), merged.source)
     plan = {
         "kind": "merge-check",
         "hiplora": __version__,
@@ -125,7 +135,7 @@ def merge_check(
         "merge": {name: value for name, value in asdict(how).items() if name not in ("base", "sizes")},
         **found,
         "verdicts": {
-            method: {form: verdict(found, owners, groups, method, form, settings.seed) for form in FORMS}
+            method: {form: _verdict(found, owners, groups, method, form, settings.seed) for form in FORMS}
             for method in how.methods
         },
         "provenance": provenance(plan_sha256=json_sha256(plan)),
@@ -156,66 +166,45 @@ def _groups(names: Sequence[str], how: MergeSettings, suite: Suite) -> dict[str,
     for method, size in itertools.product(how.methods, how.sizes):
         if not 2 <= size <= len(names):
             raise ConfigError(f"--sizes: {size} of {len(names)} adapters; expected 2 to {len(names)}")
-        for chosen in itertools.combinations(names, size):
-            if size < len(names):
+        if size < len(names):
+            for chosen in itertools.combinations(names, size):
                 groups[f"{method}: {' + '.join(chosen)}"] = method, chosen
     return groups
 
 
-def _merged(
-    groups: Mapping[str, Group], updates: Mapping[str, AdapterUpdate], weights: Mapping[str, float], how: MergeSettings
-) -> dict[str, AdapterUpdate]:
-    """Return the merges by label, each with those of the options that its rule has."""
-    merges = {}
-    for label, (method, names) in groups.items():
-        options = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
-        parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
-        merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=options)
-    return merges
-
-
-def _check_acts(network: Any, tokenizer: Any, prompts: Sequence[str], merged: AdapterUpdate) -> None:
-    """Check on a few prompts that a merge changes the logits, and that the base comes back bit for bit."""
-    before = probe(network, tokenizer, prompts)
-    with applied(network, merged) as changed:
-        on = probe(changed, tokenizer, prompts)
-    check_acts(before, on, probe(network, tokenizer, prompts), merged.source)
-
-
-def verdict(
-    found: Mapping[str, Any],
-    owners: Mapping[str, str],
-    groups: Mapping[str, Group],
-    method: str,
-    form: str,
-    seed: int = 0,
+def _verdict(
+    found: Mapping[str, Any], owners: Mapping[str, str], groups: Mapping[str, Group], method: str, form: str, seed: int
 ) -> dict[str, Any]:
     """Judge a rule's merges by one form of the scores, of what `collect` returns.
 
     `owners` says which run was trained for a task; if empty, each task belongs to the adapter that is best at it.
-
-    Returns:
-        `tasks` (an owner's score before, the merge's after, the difference with its interval), `kept` (the same for the
-        tasks of no adapter, before being the base's), `merge_fail` over τ and `mean_drop` over the rule's merges, with
-        intervals, `instances` (how many merges those are) and `notes`.
     """
-    scored = [task for task in found["tasks"] if form in found["runs"][method].get(task, {})]
-
-    def items(run: str, task: str) -> list[float]:
-        return found["runs"][run][task][form]["items"]
-
-    notes = []
+    runs, notes = found["runs"], []
+    scored = [task for task in found["tasks"] if form in runs[method].get(task, {})]
     if not owners:
         names = groups[method][1]
-        owners = {task: max(names, key=lambda name: float(np.mean(items(name, task)))) for task in scored}
+        owners = {
+            task: max(names, key=lambda name: float(np.mean(runs[name][task][form]["items"]))) for task in scored
+        }
         notes.append(_NO_OWNERS)
-    rows = {task: _change(found, task, form, owners.get(task, BASE), method) for task in scored}
+    rows = {}
+    for task in scored:
+        before = owners.get(task, BASE)
+        of = {"of": method, "against": before}
+        row = next(row for row in found["differences"][task][form] if of.items() <= row.items())
+        rows[task] = {
+            "before_of": before,
+            "metric": found["tasks"][task]["metrics"][form],
+            "before": runs[before][task][form]["estimate"],
+            "after": runs[method][task][form]["estimate"],
+            "difference": {key: row[key] for key in ("estimate", "low", "high", "p")},
+        }
     merges = []
     for label, (rule, names) in groups.items():
         own = [task for task in scored if owners.get(task) in names]
         if rule == method and own:
-            before = {task: items(owners[task], task) for task in own}
-            merges.append((before, {task: items(label, task) for task in own}))
+            alone = {task: runs[owners[task]][task][form]["items"] for task in own}
+            merges.append((alone, {task: runs[label][task][form]["items"] for task in own}))
     judged = judge(merges, seed) if merges else {"merge_fail": {}, "mean_drop": None}
     if len(merges) == 1:
         notes.append(_ONE_MERGE)
@@ -225,18 +214,6 @@ def verdict(
         **judged,
         "instances": len(merges),
         "notes": notes,
-    }
-
-
-def _change(found: Mapping[str, Any], task: str, form: str, before: str, after: str) -> dict[str, Any]:
-    rows = found["differences"][task][form]
-    row = next(row for row in rows if row["of"] == after and row["against"] == before)
-    return {
-        "before_of": before,
-        "metric": found["tasks"][task]["metrics"][form],
-        "before": found["runs"][before][task][form]["estimate"],
-        "after": found["runs"][after][task][form]["estimate"],
-        "difference": {key: row[key] for key in ("estimate", "low", "high", "p")},
     }
 
 
@@ -277,9 +254,8 @@ def drift_of_merge(
 ) -> dict[str, Any] | None:
     """Measure how far a merge, and each adapter alone at its weight, drift from the base, and judge that.
 
-    Returns:
-        `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where the base model is no
-        folder on this machine, has no tokenizer, or does not fit into memory.
+    Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where the base model is
+    no folder on this machine, has no tokenizer, or does not fit into memory.
 
     Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum. A
     merge beyond that breaks something that none of its parts does.
@@ -301,12 +277,11 @@ def drift_of_merge(
         parts = sum(drift[name][text]["kl"] for name in alone)
         ratios[text] = found["kl"] / parts if parts else 0.0
     text, worst = max(ratios.items(), key=lambda item: item[1])
+    judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
     if worst <= 1.5:
         judged = "they hardly disturb each other."
     elif worst <= len(alone):
         judged = "they change the same things; smaller --weights or --scale keep more of the base."
-    else:
-        judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
     kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
     verdict = (
         f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "
@@ -328,12 +303,11 @@ def save_merge_page(
     """Write the page of a merge: where its adapters conflict and, with a record of `merge_check`, what it broke."""
     from hiplora.reporting import Section, plots, save_page
 
-    sections = []
+    sections, figures = [], {}
     if check is not None:
         sections.append(Section("What the merge broke", "\n\n".join(verdict_notes(check)), verdict_tables(check)))
     names = [adapter["name"] for adapter in report["adapters"]]
     scores = pd.DataFrame(report["modules"]).dropna(subset=["score", "layer"])
-    figures = {}
     if len(scores):
         grid = scores.pivot_table(index="layer", columns="type", values="score", aggfunc="max")
         figures["Conflict of the worst pair, by layer and module"] = plots.heatmap(grid, vmin=0, vmax=1)

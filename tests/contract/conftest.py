@@ -13,12 +13,7 @@ ACTIVATION = {
     "one-sided": {"basis": "activation", "basis_sides": "input"},
     "soft": {"basis": "activation", "projection": "soft"},
 }
-BASES = [
-    "untied",
-    "tied",
-    *ACTIVATION,
-    pytest.param("smollm2", marks=[pytest.mark.real_model, pytest.mark.slow]),
-]
+BASES = ["untied", "tied", *ACTIVATION, pytest.param("smollm2", marks=[pytest.mark.real_model, pytest.mark.slow])]
 
 
 class Base:

@@ -143,28 +143,18 @@ def test_a_template_that_writes_the_date_begins_alike_every_day(tiny):
     assert openings[0] == openings[1]
 
 
-def test_q_k_and_v_share_one_measurement(tiny, tmp_path):
-    modules = [Q.replace("q_", f"{kind}_") for kind in "qkvo"]
-    bases = input_bases(tiny.make(), modules, rows=rows(), store=CalibrationStore(tmp_path))
-    q, k, v, o = (bases[name] for name in modules)
-    assert q is k is v is not o
-
-
 def test_the_model_is_left_as_it_was(tiny, tmp_path):
     model = tiny.make().train()
     model.get_submodule(Q).requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
     hiplora.calibrate(model, config(), store=CalibrationStore(tmp_path), tokens=300)
-    assert model.training
-    assert model.get_submodule(Q).training
-    assert not hasattr(model, "peft_config")
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, parameter in model.named_parameters():
         flag, value = before[name]
         assert parameter.requires_grad == flag
         assert torch.equal(parameter, value)
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_other_adapters_are_off_while_the_base_is_measured(tiny, ids, tmp_path):
@@ -263,19 +253,12 @@ def test_a_layer_that_is_called_by_keyword_is_calibrated_and_adapted():
     assert not torch.allclose(peft.get_peft_model(model, chosen)(x), before)
 
 
-def test_sampling_is_announced_the_first_time_only(tiny, tmp_path, caplog):
+def test_a_model_in_a_folder_brings_its_own_tokenizer_and_sampling_is_announced_once(tiny_model_dir, tmp_path, caplog):
     caplog.set_level("INFO", logger="hiplora")
-    said = []
-    for _ in range(2):
-        sampled_rows(tiny.make(), 64, store=CalibrationStore(tmp_path))
-        said.append([message for message in caplog.messages if "sampling 1 rows of 64 tokens" in message])
-        caplog.clear()
-    assert [len(messages) for messages in said] == [1, 0]
-
-
-def test_a_model_in_a_folder_brings_its_own_tokenizer(tiny_model_dir, tmp_path):
     model, tokenizer = load(str(tiny_model_dir))
-    rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))
+    for _ in range(2):
+        rows = sampled_rows(model, 512, store=CalibrationStore(tmp_path))
+    assert sum("sampling 2 rows of 256 tokens" in message for message in caplog.messages) == 1
     assert tokenizer.decode(rows[1]).startswith("[user]\n")
 
 
@@ -299,15 +282,8 @@ def test_an_interrupted_calibration_goes_on_where_it_stopped(tiny, tmp_path, mon
     resumed = hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path), **options)
     assert asked == [0, 2, 2]
     assert_equal_factors(
-        resumed,
-        hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options),
-        1e-6,
+        resumed, hiplora.calibrate(tiny.make(), config(), store=CalibrationStore(tmp_path / "b"), **options), 1e-6
     )
-
-
-def test_too_few_tokens_warn_how_many_are_needed(tiny, tmp_path):
-    with pytest.warns(UserWarning, match="calibrated on 80 tokens, few for inputs 64 wide.*at least 128"):
-        calibrated(tiny.make(), tmp_path, rows=rows(2))
 
 
 @pytest.mark.parametrize(
@@ -328,6 +304,8 @@ def test_what_makes_no_sense_is_refused(tiny, changes, options, why):
 
 
 def test_a_calibration_of_nothing_of_other_settings_or_of_another_model_is_refused(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="calibrated on 80 tokens, few for inputs 64 wide.*at least 128"):
+        calibrated(tiny.make(), tmp_path, rows=rows(2))
     with pytest.raises(FactorError, match="no token reached it"):
         hiplora.calibrate(tiny.make(), config(), run_model=lambda: None)
     model, changed, store = tiny.make(), config(), CalibrationStore(tmp_path)
@@ -341,7 +319,7 @@ def test_a_calibration_of_nothing_of_other_settings_or_of_another_model_is_refus
         peft.get_peft_model(model, other)
 
 
-def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_energy(tiny_model_dir, capsys):
+def test_the_command_calibrates_what_recipes_adapt_and_one_side_without_gradients(tiny_model_dir, capsys, monkeypatch):
     options = ["--rank", "energy:0.5", "--tokens", "600", "--json"]
     code, out, _ = run(capsys, "calibrate", str(tiny_model_dir), *options)
     record = json.loads(out)
@@ -350,9 +328,6 @@ def test_the_command_calibrates_what_recipes_adapt_and_takes_a_share_of_the_ener
     assert names == {"gate_proj", "up_proj", "down_proj"}
     assert all(layer["energy"] >= 0.5 or layer["k"] == 32 for layer in record["layers"])
     assert (record["source"], record["tokens"]) == ("self", 768)
-
-
-def test_one_side_needs_half_of_the_work_and_the_table_has_a_row_a_kind(tiny_model_dir, capsys, monkeypatch):
     monkeypatch.setattr(moments.GradientCollector, "watching", lambda self: pytest.fail("measured gradients"))
     code, shown, _ = run(capsys, "calibrate", tiny_model_dir, "--sides", "input", "--tokens", 300)
     assert code == 0

@@ -8,10 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hiplora
-from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError
 from hiplora.tuner import hip_layers
 from tests.contract.conftest import logits, train
@@ -159,29 +158,16 @@ def test_each_row_of_a_mixed_batch_goes_through_its_own_adapter(several, beams):
 @pytest.mark.parametrize(
     ("names", "prepare", "message"),
     [
-        (["default", "c"], None, r"non-existing adapter.*c.*b, default"),
-        (["default"], None, "Length of `adapter_names`"),
+        (["default", "c"], "eval", r"non-existing adapter.*c.*b, default"),
+        (["default"], "eval", "Length of `adapter_names`"),
         (["default", "b"], "train", "training mode"),
         (["default", "b"], "merge_adapter", "merged"),
     ],
 )
 def test_a_mixed_batch_that_cannot_be_computed_is_refused(several, ids, names, prepare, message):
-    if prepare:
-        getattr(several, prepare)()
+    getattr(several, prepare)()
     with pytest.raises(AdapterError, match=message):
         several(input_ids=ids, adapter_names=names)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_fresh_adapter_over_half_precision_is_saved_and_merged(tiny, ids, tmp_path, preset, dtype):
-    model = peft.get_peft_model(tiny.make(dtype), tiny.config(**preset))
-    model.add_adapter("second", tiny.config(**preset, init_weights=False))
-    assert hiplora.max_leak(model) < 1e-6
-    model.save_pretrained(tmp_path)
-    model.merge_adapter(["default", "second"])
-    model.unmerge_adapter()
-    again = peft.PeftModel.from_pretrained(tiny.make(dtype), tmp_path)
-    assert torch.equal(logits(again, ids), logits(tiny.make(dtype), ids))
 
 
 def trl_trainer(method, model, tokenizer, folder, **settings):
@@ -223,31 +209,3 @@ def test_trls_trainers_start_from_the_trained_adapter(tiny, ids, tmp_path, prese
     model.base_model.set_adapter("ref")
     torch.testing.assert_close(logits(model, ids), policy, rtol=1e-5, atol=1e-6)  # projected once more, or once less
     assert hiplora.max_leak(model) < 1e-6
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", hiplora.tuner.PRESETS)
-def test_sft_then_dpo_on_the_real_model_starts_at_ln_2_and_learns(smollm2, tmp_path, preset):
-    from trl import SFTConfig, SFTTrainer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    config = HipLoraConfig(preset=preset, principal_rank=4, layers_to_transform=[0, 29], task_type="CAUSAL_LM")
-    if config.basis == "activation":
-        texts = [f"{i} is written in words and in {i + 1} other ways, which the model reads" for i in range(40)]
-        hiplora.calibrate(base, config, rows=[tokenizer(text)["input_ids"] for text in texts])
-    settings = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "save_strategy": "no"}
-    arguments = SFTConfig(str(tmp_path / "sft"), max_steps=2, per_device_train_batch_size=2, **settings)
-    data = Dataset.from_list([{"prompt": "where is it", "completion": " on the floor"}] * 4)
-    trainer = SFTTrainer(base, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=config)
-    trainer.train()
-    trainer.model.save_pretrained(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    model = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    trainer = trl_trainer("DPO", model, tokenizer, tmp_path / "dpo", learning_rate=1e-3)
-    trainer.train()
-    first, second = (row["loss"] for row in trainer.state.log_history if "loss" in row)
-    assert first == pytest.approx(math.log(2), abs=1e-4)
-    assert second < first
-    assert hiplora.max_leak(model) < 1e-5

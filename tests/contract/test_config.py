@@ -229,13 +229,18 @@ def test_contradictions_are_refused(fields, message):
         HipLoraConfig(**fields)
 
 
-def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_base_alone(tiny, ids):
-    base = tiny.make()
-    reference = logits(base, ids)
+def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_model_alone(tiny, ids):
+    base, model = tiny.make(), tiny.adapted()
+    train(model, ids)
+    expected, impossible = logits(model, ids), {"principal_rank": 33, "target_modules": ["k_proj"]}
     with pytest.raises(FactorError, match=r"model\.layers\.0\.self_attn\.k_proj.*33.*32"):
-        peft.get_peft_model(base, tiny.config(principal_rank=33, target_modules=["k_proj"]))
-    assert torch.equal(logits(base, ids), reference)
+        peft.get_peft_model(base, tiny.config(**impossible))
+    assert torch.equal(logits(base, ids), logits(tiny.make(), ids))
     assert not any(isinstance(module, HipLoraLinear) for module in base.modules())
+    with pytest.raises(FactorError):
+        model.add_adapter("second", tiny.config(**impossible))
+    assert torch.equal(logits(model, ids), expected)
+    assert all(list(one.hiplora_A) == ["default"] for _, one in hip_layers(model))
     with torch.no_grad():
         base.get_submodule(Q1).weight[3, 3] = float("nan")
     with pytest.raises(FactorError, match=Q1.replace(".", r"\.")):
@@ -252,16 +257,6 @@ def test_a_layer_in_which_nothing_could_learn_is_refused(tiny, k):
     assert modules(tiny.adapted(**narrow, principal_channel=False, basis_sides="input"))
 
 
-def test_a_failed_second_adapter_leaves_the_first_working(tiny, ids):
-    model = tiny.adapted()
-    train(model, ids)
-    expected = logits(model, ids)
-    with pytest.raises(FactorError):
-        model.add_adapter("second", tiny.config(principal_rank=33, target_modules=["k_proj"]))
-    assert torch.equal(logits(model, ids), expected)
-    assert all(list(one.hiplora_A) == ["default"] for _, one in hip_layers(model))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -274,18 +269,6 @@ def test_what_does_not_fit_the_model_is_refused(tiny, changes, message):
         tiny.adapted(**changes)
 
 
-def test_all_linear_adapts_every_linear_layer_but_the_head(base):
-    model = base.adapted(target_modules="all-linear", **({"layers_to_transform": [0]} if base.folder else {}))
-    kinds = {name.rpartition(".")[2] for name in modules(model)}
-    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_a_model_without_usual_projections_asks_for_targets():
-    odd = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(ConfigError, match="target_modules"):
-        peft.get_peft_model(odd, HipLoraConfig(r=2, principal_rank=2))
-
-
 def test_a_copy_of_a_used_configuration_takes_no_other_layers(tiny):
     used = HipLoraConfig(preset="paper", target_modules=["q_proj"], principal_rank=8)
     peft.get_peft_model(tiny.make(), used)
@@ -293,22 +276,24 @@ def test_a_copy_of_a_used_configuration_takes_no_other_layers(tiny):
         peft.get_peft_model(tiny.make(), dataclasses.replace(used, target_modules=["v_proj"]))
 
 
-def test_a_given_field_wins_over_the_preset():
-    assert (HipLoraConfig().basis, HipLoraConfig().principal_channel) == ("activation", False)
-    paper = HipLoraConfig(preset="paper")
-    assert (paper.basis, paper.principal_channel) == ("weight", True)
-    mixed = HipLoraConfig(preset="paper", basis="activation", principal_channel=False)
-    assert (mixed.basis, mixed.principal_channel) == ("activation", False)
-
-
-@pytest.mark.parametrize("old", [{}, {"basis": "weight", "principal_channel": False}])
-def test_a_config_saved_before_there_were_presets_keeps_its_meaning(old):
-    loaded = HipLoraConfig(**{"fingerprints": {Q0: "0" * 64}, **old})
-    assert loaded.preset == "paper"
-    assert loaded.basis == "weight"
-    assert loaded.principal_channel is old.get("principal_channel", True)
-    activation = HipLoraConfig(fingerprints={Q0: "0" * 64}, basis="activation", principal_channel=True)
-    assert (activation.preset, activation.principal_channel) == ("function-aware", True)
+@pytest.mark.parametrize(
+    ("given", "preset", "basis", "gains"),
+    [
+        ({}, "function-aware", "activation", False),
+        ({"preset": "paper"}, "paper", "weight", True),
+        ({"preset": "paper", "basis": "activation", "principal_channel": False}, "paper", "activation", False),
+        # Saved before there were presets: the defaults were the paper's.
+        ({"fingerprints": {Q0: "0" * 64}}, "paper", "weight", True),
+        ({"fingerprints": {Q0: "0" * 64}, "principal_channel": False}, "paper", "weight", False),
+        (
+            {"fingerprints": {Q0: "0" * 64}, "basis": "activation", "principal_channel": True},
+            *("function-aware", "activation", True),
+        ),
+    ],
+)
+def test_a_given_field_wins_over_the_preset_and_old_files_keep_their_meaning(given, preset, basis, gains):
+    config = HipLoraConfig(**given)
+    assert (config.preset, config.basis, config.principal_channel) == (preset, basis, gains)
 
 
 def test_the_config_survives_saving(tiny, tmp_path):

@@ -36,36 +36,21 @@ def dense(base_out, x, A, B, delta, U, V, scaling, mask=1.0):
 
 
 @pytest.mark.parametrize("gains", [True, False])
-def test_forward_and_gradients_equal_the_dense_formula(gains):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_output_and_gradients_equal_the_dense_formula_with_dropout_on_the_residual_channels_input_only(gains, dropout):
     case = layer_case()
     if not gains:
         case["delta"] = None
     leaves = [case[n].requires_grad_() for n in ("base_out", "x", "A", "B", "delta") if case[n] is not None]
     weight = torch.randn(4, 5, 6, dtype=torch.float64)
-    expected = dense(**case, scaling=2.0)
-    found = add_channels(**case, scaling=2.0, dropout=0.0)
-    torch.testing.assert_close(found, expected)
-    wanted = torch.autograd.grad((expected * weight).sum(), leaves)
-    given = torch.autograd.grad((found * weight).sum(), leaves)
-    for g, w in zip(given, wanted, strict=True):
-        torch.testing.assert_close(g, w)
-
-
-def test_dropout_acts_on_the_residual_channels_input_only():
-    case = layer_case()
-    for name in ("x", "A", "B", "delta"):
-        case[name].requires_grad_()
     torch.manual_seed(7)
-    found = add_channels(**case, scaling=2.0, dropout=0.4)
+    found = add_channels(**case, scaling=2.0, dropout=dropout)
     torch.manual_seed(7)
-    mask, keep = keep_mask(torch.Size((20, 9)), 0.4, torch.device("cpu"))
-    expected = dense(**case, scaling=2.0, mask=mask.view(4, 5, 9) / keep)
+    mask, keep = keep_mask(torch.Size((20, 9)), dropout, torch.device("cpu"))
+    expected = dense(**case, scaling=2.0, mask=mask.view(4, 5, 9) / keep if dropout else 1.0)
     torch.testing.assert_close(found, expected)
-    leaves = [case[name] for name in ("x", "A", "B", "delta")]
-    for g, w in zip(
-        torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
-    ):
-        torch.testing.assert_close(g, w)
+    given, wanted = (torch.autograd.grad((one * weight).sum(), leaves) for one in (found, expected))
+    torch.testing.assert_close(given, wanted)
 
 
 @pytest.mark.parametrize("dropout", [0.05, 0.5, 1e-6, 0.999])
@@ -75,35 +60,20 @@ def test_the_mask_drops_as_often_as_it_says(dropout):
     assert mask.float().mean().item() == pytest.approx(keep, abs=4 * (keep * (1 - keep) / 1e6) ** 0.5 + 1e-9)
 
 
-def test_dropout_is_off_in_evaluation_and_on_in_training(tiny, ids):
-    model = tiny.adapted(lora_dropout=0.5, init_weights=False)
-    assert torch.equal(logits(model, ids), logits(model, ids))
-    model.train()
-    assert not torch.equal(logits(model, ids), logits(model, ids))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_keep_fp32_adapters_and_factors(base, ids, dtype):
-    if base.kind == "smollm2" and dtype == torch.float16:
+@pytest.mark.parametrize(("dtype", "own"), [("bfloat16", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16")])
+def test_half_precision_bases_have_fp32_factors_and_adapters_as_asked(base, ids, dtype, own):
+    if base.kind == "smollm2" and dtype == "float16":
         pytest.skip("the real model takes long in half precision on a CPU: one kind is enough")
-    model = peft.get_peft_model(base.make(dtype), base.config())
+    dtype, own = getattr(torch, dtype), getattr(torch, own)
+    model = peft.get_peft_model(base.make(dtype), base.config(), autocast_adapter_dtype=own == torch.float32)
     for _, layer in hip_layers(model):
-        assert layer.hiplora_A["default"].dtype == torch.float32
+        assert layer.hiplora_A["default"].dtype == own
         assert layer.hiplora_U["default"].dtype == torch.float32
         assert layer.get_base_layer().weight.dtype == dtype
     assert torch.equal(logits(model, ids), logits(base.make(dtype), ids))
     losses = train(model, ids)
     assert losses[-1] < losses[0]
     assert logits(model, ids).dtype == dtype
-
-
-def test_half_precision_adapters_are_possible_and_their_factors_stay_fp32(tiny, ids):
-    model = peft.get_peft_model(tiny.make(torch.bfloat16), tiny.config(), autocast_adapter_dtype=False)
-    for _, layer in hip_layers(model):
-        assert layer.hiplora_A["default"].dtype == torch.bfloat16
-        assert layer.hiplora_U["default"].dtype == torch.float32
-    losses = train(model, ids, lr=1e-2)
-    assert losses[-1] < losses[0]
 
 
 def test_autocast_trains_and_agrees_with_full_precision(base, ids):
@@ -132,10 +102,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, ids, reentrant):
         model(input_ids=ids, labels=ids).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
-    plain, checkpointed = gradients(False), gradients(True)
-    assert plain.keys() == checkpointed.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+    torch.testing.assert_close(gradients(True), gradients(False))
 
 
 @pytest.mark.slow
@@ -152,27 +119,7 @@ def test_torch_compile_gives_the_same_output_and_gradients(tiny, monkeypatch):
         run(x).square().mean().backward()
         return {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
 
-    wanted, given = gradients(layer), gradients(compiled)
-    assert wanted.keys() == given.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(given[name], gradient, msg=name)
-
-
-def test_gpt2s_transposed_layers_are_adapted_merged_and_restored(ids):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=259)).eval()
-    reference = logits(model, ids)
-    model = peft.get_peft_model(model, HipLoraConfig(preset="paper", r=4, principal_rank=6, lora_dropout=0.0))
-    assert torch.equal(logits(model, ids), reference)
-    train(model, ids)
-    expected = logits(model, ids)
-    model.merge_adapter()
-    assert (logits(model, ids) - expected).norm() <= 1e-5 * expected.norm()
-    model.unmerge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model, ids), reference)
+    torch.testing.assert_close(gradients(compiled), gradients(layer))
 
 
 def test_the_linear_layer_alone_saves_no_more_than_its_input_and_the_thin_activation():

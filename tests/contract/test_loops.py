@@ -19,12 +19,6 @@ def parameters(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_same(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=name, **tolerance)
-
-
 def fresh(seed=0, dtype=torch.float32, **changes):
     torch.manual_seed(seed)
     base = Base("untied")
@@ -58,7 +52,7 @@ def test_gradient_accumulation_equals_the_large_batch():
             optimizer.zero_grad()
         assert hiplora.max_leak(model) < LEAK
         results.append(parameters(model))
-    assert_same(*results, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-8)
 
 
 def written_out(model):
@@ -120,16 +114,6 @@ def test_clipped_adamw_steps_are_those_of_equation_5_as_written(ids, changes):
         assert (layer.get_delta_weight("default") - update).norm() <= 1e-5 * update.norm(), name
 
 
-def test_retraction_alone_is_another_method(ids):
-    alone, default = fresh(gradient_projection=False, stability_mode="none"), fresh(stability_mode="none")
-    for model in (alone, default):
-        train(model, ids)
-    assert hiplora.max_leak(alone) < LEAK
-    (_, a), (_, b) = next(hip_layers(alone)), next(hip_layers(default))
-    update = b.get_delta_weight("default")
-    assert (a.get_delta_weight("default") - update).norm() > 0.1 * update.norm()
-
-
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 def test_the_gradient_mode_on_sgd_equals_the_explicit_loss_of_equation_7(ids, gamma):
     weight, rate = 7.0, 0.3
@@ -149,7 +133,7 @@ def test_the_gradient_mode_on_sgd_equals_the_explicit_loss_of_equation_7(ids, ga
                 p -= rate * p.grad
                 p.grad = None
         hiplora.retract_(explicit)
-    assert_same(parameters(implicit), parameters(explicit), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(parameters(implicit), parameters(explicit), rtol=1e-5, atol=1e-7)
 
 
 def test_the_penalty_helper_is_equation_6_summed_over_modules():
@@ -166,17 +150,6 @@ def test_the_penalty_helper_is_equation_6_summed_over_modules():
         hiplora.stability_penalty(fresh(principal_channel=False))
 
 
-def test_the_proximal_mode_shrinks_each_gain_after_the_step(ids):
-    weight, rate = 20.0, 0.1
-    plain, proximal = fresh(stability_mode="none"), fresh(stability_mode="proximal", stability_weight=weight)
-    for model in (plain, proximal):
-        train(model, ids, steps=1, lr=rate, optimizer=torch.optim.SGD)
-    for (_, a), (_, b) in zip(hip_layers(plain), hip_layers(proximal), strict=True):
-        weights = budget_weights(a.hiplora_sigma["default"], 1.0)
-        expected = a.hiplora_delta["default"] / (1 + 2 * rate * weight * weights)
-        torch.testing.assert_close(b.hiplora_delta["default"], expected)
-
-
 def test_a_scaled_loss_gives_the_same_step_as_an_unscaled_one(ids):
     results = []
     for scale in (None, 64.0):
@@ -189,18 +162,7 @@ def test_a_scaled_loss_gives_the_same_step_as_an_unscaled_one(ids):
             scaler.update()
             optimizer.zero_grad()
         results.append(parameters(model))
-    assert_same(*results, rtol=1e-5, atol=1e-7)
-
-
-def test_an_optimizer_of_other_parameters_is_left_alone(ids):
-    model = fresh(init_weights=False)
-    for _, layer in hip_layers(model):
-        layer.hiplora_B["default"].data.normal_()
-    before = parameters(model)
-    other = torch.nn.Parameter(torch.ones(3))
-    other.grad = torch.ones(3)
-    torch.optim.SGD([other], lr=0.1).step()
-    assert_same(parameters(model), before, rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
 def test_only_the_adapter_in_training_is_touched(ids):
@@ -217,33 +179,15 @@ def test_only_the_adapter_in_training_is_touched(ids):
 def arguments(folder, **changes):
     from transformers import TrainingArguments
 
-    settings = {
-        "output_dir": str(folder),
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-    }
-    return TrainingArguments(**{**settings, "save_strategy": "no", "seed": 0, **changes})
+    settings = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+    settings |= {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 0}
+    return TrainingArguments(**settings, lr_scheduler_type="constant", **changes)
 
 
 def rows(count=16):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 256, (count, 8), generator=generator).tolist()
     return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-
-
-def test_the_transformers_trainer_needs_no_callback(base, tmp_path):
-    from transformers import Trainer
-
-    model = base.adapted()
-    Trainer(model, arguments(tmp_path), train_dataset=rows()).train()
-    assert moved(model)
-    assert hiplora.max_leak(model) < LEAK
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -274,7 +218,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_step_for_step(tmp_path):
     whole.train()
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert_same(parameters(resumed.model), parameters(whole.model), rtol=0, atol=0)
+    torch.testing.assert_close(parameters(resumed.model), parameters(whole.model), rtol=0, atol=0)
+    assert moved(whole.model)
+    assert hiplora.max_leak(whole.model) < LEAK
     losses = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, resumed)]
     assert losses[0] == losses[1]
 
@@ -287,7 +233,7 @@ def test_the_gains_own_learning_rate_is_that_of_a_group_of_their_own(ids, optimi
     rest = [p for name, p in grouped.named_parameters() if p.requires_grad and "delta" not in name]
     own = optimizer([{"params": rest}, {"params": gains, "lr": 0.07}], lr=0.01)
     train(grouped, ids, steps=3, optimizer=lambda parameters, lr: own)
-    assert_same(parameters(ours), parameters(grouped))
+    torch.testing.assert_close(parameters(ours), parameters(grouped))
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
@@ -340,12 +286,13 @@ def step(model, optimizer, ids, with_closure, steps=3):
             optimizer.step()
 
 
-def test_the_budget_of_relative_gains_shrinks_them_by_its_weight_in_their_own_units(ids):
-    plain = fresh(stability_mode="none", relative_gains=True)
-    shrunk = fresh(stability_mode="proximal", stability_weight=5.0, relative_gains=True)
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_proximal_mode_shrinks_each_gain_after_the_step_in_its_own_units(ids, relative):
+    plain = fresh(stability_mode="none", relative_gains=relative)
+    shrunk = fresh(stability_mode="proximal", stability_weight=5.0, relative_gains=relative)
     for model in (plain, shrunk):
         train(model, ids, steps=1, lr=0.1, optimizer=torch.optim.SGD)
     for (_, a), (_, b) in zip(hip_layers(plain), hip_layers(shrunk), strict=True):
         sigma = a.hiplora_sigma["default"]
-        factor = 1 + 2 * 0.1 * 5.0 * budget_weights(sigma, 1.0) * sigma**2
+        factor = 1 + 2 * 0.1 * 5.0 * budget_weights(sigma, 1.0) * (sigma**2 if relative else 1.0)
         torch.testing.assert_close(b.hiplora_delta["default"], a.hiplora_delta["default"] / factor)

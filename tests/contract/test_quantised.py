@@ -65,24 +65,16 @@ def fit(model, ids):
     return losses
 
 
-def test_a_four_bit_base_is_adapted_and_trained(model, ids):
+def test_a_four_bit_base_is_adapted_trained_saved_and_loaded(model, ids, tmp_path):
     assert torch.equal(logits(model, ids), logits(quantised("4bit"), ids))
     losses = fit(model, ids)
     assert losses[-1] < losses[0]
     assert hiplora.max_leak(model) < 1e-6
     assert all(type(layer.get_base_layer()).__name__ == "Linear4bit" for _, layer in hip_layers(model))
-
-
-def test_the_adapter_returns_over_the_same_four_bit_base(model, ids, tmp_path):
-    fit(model, ids)
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(quantised("4bit"), tmp_path).train()
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
-
-def test_the_adapter_loads_over_the_unquantised_base_with_a_warning(model, ids, tmp_path):
-    fit(model, ids)
-    model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="bnb 4bit"):
         loaded = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert (logits(loaded, ids) - logits(model, ids)).norm() < 0.2 * logits(model, ids).norm()

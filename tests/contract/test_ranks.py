@@ -9,9 +9,8 @@ import torch
 import hiplora
 from hiplora.errors import AdapterError
 from hiplora.spectral import squared_singular_values
-from hiplora.tuner import CalibrationStore, frozen_weight, hip_layers
+from hiplora.tuner import frozen_weight, hip_layers
 from tests.contract.conftest import logits, train
-from tests.contract.test_calibrate import config, rows
 
 SPECS = [0.25, "energy:0.8"]
 
@@ -36,31 +35,12 @@ def test_an_adapter_with_ranks_of_the_layers_own_survives_saving_and_export(tiny
         torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"principal_rank": 0.25}, [16, 8, 8, 16]),  # of the smaller side
-        ({"principal_rank": 3, "principal_rank_pattern": {"q_proj": 0.5}}, [32, 3, 3, 3]),
-    ],
-)
-def test_a_fraction_is_one_of_the_smaller_side(tiny, changes, expected):
-    found = ranks(tiny.adapted(**changes))
-    assert [found[f"model.layers.1.self_attn.{kind}_proj"] for kind in "qkvo"] == expected
-
-
 def test_a_share_of_the_weights_energy_is_reached_and_not_overshot(tiny):
     model = tiny.adapted(principal_rank="energy:0.5")
     for _, layer in hip_layers(model):
         shares = squared_singular_values(frozen_weight(layer)).cumsum(0)
         k = len(layer.hiplora_sigma["default"])
         assert shares[k - 1] >= 0.5 * shares[-1] > shares[k - 2]
-
-
-def test_a_share_of_the_inputs_energy_is_what_the_calibration_reports(tiny, tmp_path):
-    chosen = config(principal_rank="energy:0.9")
-    found = hiplora.calibrate(tiny.make(), chosen, rows=rows(), store=CalibrationStore(tmp_path))
-    assert len({layer.k for layer in found.layers}) > 1
-    assert all(layer.energy >= 0.9 or layer.k == min(layer.shape) // 2 for layer in found.layers)
 
 
 def test_a_file_that_lost_its_ranks_is_said_to_be_damaged(tiny, tmp_path):

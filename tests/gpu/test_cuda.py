@@ -9,10 +9,7 @@ from hiplora.tuner import CalibrationStore
 from tests.contract.conftest import Base, logits, train
 from tests.tiny import tiny_llama
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def adapted(**changes):

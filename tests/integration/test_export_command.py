@@ -6,12 +6,12 @@ import torch
 from hiplora.adapters import read_update
 from tests.commands import run
 from tests.tiny import write_jsonl
-from tests.unit.adapters.samples import base_model, hip_config, logits, logits_of_stock_process, product, saved
+from tests.unit.adapters.samples import base_model, logits, product
 
 
-@pytest.fixture(scope="session")
-def adapter(tiny_model_dir, tmp_path_factory):
-    return saved(tiny_model_dir, tmp_path_factory.mktemp("cli") / "adapter", hip_config())
+@pytest.fixture
+def adapter(adapters):
+    return adapters["one"]
 
 
 def export(capsys, folder, to, out, *more):
@@ -19,22 +19,22 @@ def export(capsys, folder, to, out, *more):
 
 
 def test_lora_prints_a_table_or_json_with_what_servers_want(adapter, tmp_path, capsys):
-    code, out, err = export(capsys, adapter[0], "lora", tmp_path / "out", "--pad-rank", 64)
+    code, out, err = export(capsys, adapter, "lora", tmp_path / "out", "--pad-rank", 64)
     assert (code, err) == (0, "")
     assert "--max-lora-rank 64" in out
-    code, out, _ = export(capsys, adapter[0], "lora", tmp_path / "json", "--no-logits", "--json")
+    code, out, _ = export(capsys, adapter, "lora", tmp_path / "json", "--no-logits", "--json")
     record = json.loads(out)
     assert (record["to"], record["rank"], record["path"]) == ("lora", 10, str(tmp_path / "json"))
     assert record["largest_difference"]["relative"] < 1e-6
     assert (record["logit_difference"], record["preflight"]) == (None, [])
 
 
-def test_dense_gives_a_model_that_needs_no_adapter(adapter, tmp_path, capsys):
+def test_dense_gives_a_model_that_needs_no_adapter(adapters, adapter, tmp_path, capsys):
     out = tmp_path / "out"
-    code, said, err = export(capsys, adapter[0], "dense", out, "--json")
+    code, said, err = export(capsys, adapter, "dense", out, "--json")
     assert (code, err, len(json.loads(said)["modules"])) == (0, "", 8)
-    torch.testing.assert_close(logits(base_model(out)), logits(adapter[1]), rtol=1e-4, atol=1e-5)
-    code, said, _ = export(capsys, adapter[0], "dense", tmp_path / "half", "--dtype", "bfloat16", "--no-logits")
+    torch.testing.assert_close(logits(base_model(out)), logits(adapters.models["one"]), rtol=1e-4, atol=1e-5)
+    code, said, _ = export(capsys, adapter, "dense", tmp_path / "half", "--dtype", "bfloat16", "--no-logits")
     assert code == 0
     assert "bfloat16" in said
 
@@ -43,12 +43,12 @@ def test_the_smallest_scale_within_the_tolerance_is_written(adapter, tmp_path, c
     rows = [{"prompt": f"What is {i} plus {i}?", "completion": f" It is {2 * i}."} for i in range(4)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     search = ["--tolerance", "0.01", "--data", tmp_path / "rows.jsonl", "--json"]
-    code, said, err = export(capsys, adapter[0], "lora", tmp_path / "out", *search)
+    code, said, err = export(capsys, adapter, "lora", tmp_path / "out", *search)
     assert (code, err) == (0, "")
     record = json.loads(said)
     losses = {row["scale"]: row["loss"] for row in record["scale_search"]["losses"]}
     assert losses[record["scale"]] <= losses[1.0] + 0.01
-    before, after = read_update(adapter[0]), read_update(tmp_path / "out")
+    before, after = read_update(adapter), read_update(tmp_path / "out")
     module = before.modules[0]
     torch.testing.assert_close(product(after, module), record["scale"] * product(before, module))
 
@@ -58,7 +58,7 @@ def test_the_smallest_scale_within_the_tolerance_is_written(adapter, tmp_path, c
 )
 def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub, tmp_path, capsys, command):
     name, *options = command
-    folders = [adapter[0]] * (2 if name == "merge" else 1)
+    folders = [adapter] * (2 if name == "merge" else 1)
     code, _, err = run(capsys, name, *folders, *options, "--out", tmp_path / "out", "--push-to-hub", "me/mine")
     assert (code, err) == (0, "")
     config = hub / "me" / "mine" / "adapter_config.json"
@@ -82,21 +82,6 @@ def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub
 def test_wrong_usage_is_status_2_and_writes_nothing(adapter, tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    code, out, err = run(capsys, "export", adapter[0], *arguments)
+    code, out, err = run(capsys, "export", adapter, *arguments)
     assert (code, out, "Traceback" in err) == (2, "", False)
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-def test_a_hiplora_adapter_of_the_real_model_is_exported_exactly(smollm2, tmp_path, capsys):
-    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 15, 29]}
-    folder, model = saved(smollm2, tmp_path / "a", hip_config(r=8, principal_rank=16, **targets))
-    expected = logits(model)
-    del model
-    code, out, _ = export(capsys, folder, "lora", tmp_path / "out", "--json")
-    assert code == 0
-    assert json.loads(out)["logit_difference"] < 1e-4
-    found = logits_of_stock_process(smollm2, tmp_path / "out", tmp_path)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    assert (expected - logits(base_model(smollm2))).abs().max() > 0.1

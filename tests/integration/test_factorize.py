@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hiplora import HipLoraConfig
 from hiplora.spectral import cache
 from hiplora.tuner import hip_layers
 from tests.commands import run
-from tests.tiny import save_tiny, tiny_llama
+from tests.tiny import save_tiny
+from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
 
 @pytest.fixture
@@ -47,19 +47,15 @@ def no_decomposition(monkeypatch):
     return lambda: monkeypatch.setattr(cache, "truncated_svd", forbidden)
 
 
-def gpt2():
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("targets", [None, "all-linear", r".*\.1\..*(c_attn|_proj)"])
 def test_training_finds_in_the_store_what_it_adapts_and_nothing_else(
     tmp_path, root, factorize, family, targets, no_decomposition
 ):
     folder = save_tiny(tmp_path / "model")  # with a tokenizer
-    model = tiny_llama() if family == "llama" else gpt2()
-    model.save_pretrained(folder)
+    if family == "gpt2":
+        save_tiny_gpt2(folder)
+    model = base_model(folder)
     record = factorize(folder, "--rank", 8, *(["--target-modules", targets] if targets else []))
     no_decomposition()
     config = HipLoraConfig(preset="paper", principal_rank=8, target_modules=targets)
@@ -69,31 +65,18 @@ def test_training_finds_in_the_store_what_it_adapts_and_nothing_else(
     assert len(list(root.rglob("*.safetensors"))) == len(layers)
 
 
-def test_a_second_run_verifies_and_keeps_everything(tiny_model_dir, factorize, root):
+def test_a_second_run_keeps_everything_and_makes_a_damaged_entry_anew(tiny_model_dir, factorize, root):
     assert not any(layer["reused"] for layer in factorize(tiny_model_dir, "--rank", 8)["layers"])
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    entries = sorted(root.rglob("*.safetensors"))
+    before = {path: path.stat().st_mtime_ns for path in entries}
     assert [layer["reused"] for layer in factorize(tiny_model_dir, "--rank", 8)["layers"]] == [True] * 8
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")} == before
-
-
-def test_a_damaged_entry_is_named_and_made_anew(tiny_model_dir, factorize, root):
-    factorize(tiny_model_dir, "--rank", 8)
-    victim = sorted(root.rglob("*.safetensors"))[0]
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:-3] + b"xyz")
+    whole = entries[0].read_bytes()
+    entries[0].write_bytes(whole[:-3] + b"xyz")
     with pytest.warns(UserWarning, match="cannot be read .* computing it again"):
         record = factorize(tiny_model_dir, "--rank", 8)
     assert sum(layer["reused"] for layer in record["layers"]) == 7
-    assert victim.read_bytes() == whole
-
-
-def test_the_table_has_a_row_a_kind(tiny_model_dir, capsys, root):
-    code, said, errors = run(capsys, "factorize", tiny_model_dir, "--rank", 8)
-    assert (code, errors) == (0, "")
-    table = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
-    rows = [[cell.strip() for cell in row[:3]] for row in table]
-    shapes = {"q_proj": "64×64", "k_proj": "32×64", "v_proj": "32×64", "o_proj": "64×64"}
-    assert rows == [[name, "2", shape] for name, shape in shapes.items()]
+    assert entries[0].read_bytes() == whole
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
@@ -103,44 +86,35 @@ def test_dtype_serves_a_model_that_is_trained_in_another_precision(tmp_path, fac
     trained = torch.float32 if stored == torch.bfloat16 else torch.bfloat16
     factorize(folder, "--rank", 8, *(["--dtype", "bfloat16"] if trained == torch.bfloat16 else []))
     no_decomposition()
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=trained)
-    peft.get_peft_model(base, HipLoraConfig(preset="paper", principal_rank=8))
-
-
-def _spoil(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    peft.get_peft_model(base_model(folder, dtype=trained), HipLoraConfig(preset="paper", principal_rank=8))
 
 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (
-            ["--rank", 33, "--target-modules", "k_proj"],
-            1,
-            "layer model.layers.0.self_attn.k_proj: principal_rank 33 exceeds min(out, in) = 32",
-        ),
+        (["--rank", 33, "--target-modules", "k_proj"], 1, "k_proj: principal_rank 33 exceeds min(out, in) = 32"),
         (["--target-modules", "q_porj"], 2, "target_modules"),
         (["--target-modules", "q_proj,("], 2, "target_modules"),
         (["--target-modules", "mlp"], 2, "LlamaMLP"),
         (["--tolerance", "nan"], 2, "svd_tolerance"),
         (["--device", "abacus"], 2, "--device abacus"),
-        (["spoil"], 1, "layer model.layers.1.self_attn.o_proj: the weight has NaN"),
-        (["absent"], 2, "cannot be loaded"),
+        ([], 1, "layer model.layers.1.self_attn.o_proj: the weight has NaN"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, capsys, root, options, code, message):
     folder = save_tiny(tmp_path / "model")
-    if options == ["spoil"]:
-        _spoil(folder)
-    elif options == ["absent"]:
-        folder = tmp_path / "none"
-    given = options if len(options) > 1 else []
-    status, said, errors = run(capsys, "factorize", folder, *given)
-    assert (status, said) == (code, "")
+    if not options:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = float("nan")
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    status, said, errors = run(capsys, "factorize", folder, *options)
+    assert (status, said, "Traceback" in errors) == (code, "", False)
     assert message in errors
-    assert "Traceback" not in errors
+
+
+def test_a_model_that_is_not_there_is_wrong_usage(tmp_path, capsys):
+    status, _, errors = run(capsys, "factorize", tmp_path / "none")
+    assert (status, "cannot be loaded" in errors) == (2, True)
 
 
 # Stops at the fourth call of a function and says so, for as long as the parent needs to send a signal.

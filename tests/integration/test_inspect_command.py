@@ -4,12 +4,12 @@ import pytest
 
 from hiplora.adapters import inspect_adapter
 from tests.commands import run
-from tests.unit.adapters.samples import ATTENTION, hip_config, saved
+from tests.unit.adapters.samples import ATTENTION
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_model_dir, tmp_path_factory):
-    return saved(tiny_model_dir, tmp_path_factory.mktemp("inspected") / "a", hip_config())[0]
+@pytest.fixture
+def adapter(adapters):
+    return adapters["one"]
 
 
 def test_every_module_has_a_row_and_json_is_the_librarys_record(adapter, capsys):

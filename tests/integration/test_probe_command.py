@@ -83,8 +83,7 @@ def test_the_table_says_why_a_correlation_is_missing_and_layers_are_spread_over_
 ):
     arguments = ["--text", prose, "--tokens", 60, "--directions", 1, "--modules", "q_proj", "--kinds", "zero"]
     code, said, _ = run(capsys, "probe", tiny_model_dir, "--out", tmp_path / "out", *arguments)
-    assert code == 0
-    assert "2 directions; " in said
+    assert (code, "2 directions; " in said) == (0, True)
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert [row["layer"] for row in record["records"]] == [0, 1]
 
@@ -104,8 +103,7 @@ def test_the_table_says_why_a_correlation_is_missing_and_layers_are_spread_over_
 def test_a_users_mistake_is_one_line(tiny_model_dir, prose, tmp_path, capsys, arguments, said):
     given = ["--text", prose, *arguments]
     code, out, err = run(capsys, "probe", tiny_model_dir, "--out", tmp_path / "out", *given)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+    assert (code, out, err.startswith("error: ")) == (2, "", True)
     assert said in err
     assert not (tmp_path / "out").exists()
 

@@ -1,30 +1,16 @@
 import json
 
-import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoTokenizer
 
 from hiplora import protect as protection
 from hiplora.adapters import read_update
 from tests.commands import run
 from tests.tiny import save_tiny, tiny_tokenizer, write_jsonl
-from tests.unit.adapters.samples import ATTENTION, base_model, edit_tensors, hip_config, leaky, logits, saved
+from tests.unit.adapters.samples import base_model, edit_tensors, leaky, logits, saved
 
 PROSE = "The harbour master writes down every ship that comes in, and what it carries, and from where. " * 12
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_model_dir, tmp_path_factory):
-    """Folders of trained adapters of one base model."""
-    root = tmp_path_factory.mktemp("protected")
-    configs = {
-        "lora": LoraConfig(r=4, lora_alpha=16, target_modules=[*ATTENTION, "down_proj"]),
-        "hiplora": hip_config(),
-        "whole": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    }
-    return {name: saved(tiny_model_dir, root / name, config)[0] for name, config in configs.items()}
 
 
 @pytest.fixture
@@ -80,14 +66,14 @@ def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters,
 
 def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapters, files, capsys):
     arguments = ["--out", files / "out", "--tokens", 300, "--data", files / "task.jsonl"]
-    code, out, err = run(capsys, "protect", adapters["hiplora"], *arguments)
+    code, out, err = run(capsys, "protect", adapters["one"], *arguments)
     assert (code, err) == (0, "")
     for said in ("prose", "loss on task.jsonl (6 rows)", "rank 10"):
         assert said in out
 
 
 def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):
-    record = protected(capsys, files, adapters["hiplora"], rank=64)
+    record = protected(capsys, files, adapters["one"], rank=64)
     assert {found["kl"] for found in record["drift"]["after"].values()} == {0.0}
     assert any("the result is the base model" in note for note in record["notes"])
     model = PeftModel.from_pretrained(base_model(tiny_model_dir), files / "out").eval()
@@ -139,8 +125,8 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         (files, [], 2, "no adapter_config.json"),
         (leaking, [], 1, f"{module} leaks"),
         (idle, [], 1, "changes no logit on any text"),
-        (adapters["lora"], ["--principal-rank", "100"], 2, "principal_rank 100 (here 100) exceeds the 96"),
-        (adapters["hiplora"], ["--base", other], 1, "not the one that this adapter was made for"),
+        (adapters["lora"], ["--principal-rank", "100"], 2, "principal_rank 100 (here 100) exceeds the 64"),
+        (adapters["one"], ["--base", other], 1, "not the one that this adapter was made for"),
         (adapters["lora"], ["--out", adapters["lora"], "--overwrite"], 2, "delete the adapter"),
         (adapters["lora"], ["--base", other, "--out", other, "--overwrite"], 2, "delete its base model"),
     ):
@@ -148,27 +134,3 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         assert (code, out, "Traceback" in err) == (expected, "", False)
         assert why in err
         assert not (files / "out").exists()
-
-
-@pytest.mark.real_model
-@pytest.mark.slow
-def test_drift_of_a_real_models_adapter_falls_on_text_that_it_never_saw(smollm2, files, capsys):
-    """A LoRA adapter of three layers, trained on a few lines about ships; drift on a text about something else."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    lines = [f"Ship {i} comes in on day {3 * i % 7} with {5 * i % 11} crates of oranges." for i in range(8)]
-    write_jsonl(files / "task.jsonl", [{"text": line} for line in lines])
-    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 14, 29]}
-    adapted = peft.get_peft_model(base_model(smollm2), LoraConfig(r=8, lora_alpha=16, **targets))
-    ids = tokenizer(lines, return_tensors="pt", padding=True)["input_ids"]
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(3):
-        adapted(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    adapted.save_pretrained(files / "ships")
-    (files / "drift.txt").write_text("Bread rises because yeast turns sugar into gas, held by the dough. " * 5)
-    record = protected(capsys, files, files / "ships", "--data", files / "task.jsonl", tokens=400, rank=32)
-    before, after = (record["drift"][state]["drift.txt"]["kl"] for state in ("before", "after"))
-    assert 0 < after < 0.5 * before
-    assert max(record["loss"]["before"], record["loss"]["after"]) < record["loss"]["base"]
-    assert record["norm_share"] < 0.9

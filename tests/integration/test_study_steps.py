@@ -16,18 +16,11 @@ pytestmark = pytest.mark.slow
 
 DRIFT = {"texts": {"prose": "wikitext2_raw_valid.jsonl"}, "tokens": 64, "window": 64}
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
+ALPHAEDIT = {"calibration_tokens": 300, "value_steps": 3, "prefixes": 1, "prefix_tokens": 3, "ridge": 1e-3}
 METHODS = {
-    "pissa": {"name": "pissa", "r": 4, "lora_alpha": 4},
-    "hiplora": {"name": "hiplora", "r": 4, "principal_rank": 4, "calibration_tokens": 300},
-    "alphaedit": {
-        "name": "alphaedit",
-        "calibration_tokens": 300,
-        "value_steps": 3,
-        "prefixes": 1,
-        "prefix_tokens": 3,
-        "ridge": 1e-3,
-        "threshold": 0.4,
-    },
+    "pissa": {"r": 4, "lora_alpha": 4},
+    "hiplora": {"r": 4, "principal_rank": 4, "calibration_tokens": 300},
+    "alphaedit": {**ALPHAEDIT, "threshold": 0.4},
 }
 
 
@@ -62,11 +55,6 @@ def found(context, one):
     return json.loads(json.dumps(context.store.record(one)))
 
 
-def failure(context, one):
-    assert run_job(one, context) == "failed"
-    return context.store.failure(one)["error"]
-
-
 def recipe(method, lr=1e-2, steps=3):
     sizes = {"batch_size": 2, "gradient_accumulation": 1, "max_length": 128}
     return {
@@ -77,28 +65,12 @@ def recipe(method, lr=1e-2, steps=3):
     }
 
 
-def editing(method, mode="batch", **more):
-    settings = {
-        "method": METHODS[method],
-        "edits": "counterfact.jsonl",
-        "limit": 4,
-        "mode": mode,
-        "edits_per_batch": None,
-        "sample": None,
-        "steps": None if method == "alphaedit" else 3,
-        "lr": None if method == "alphaedit" else 1e-2,
-        "rows": None,
-        "questions": 5,
-        "neighbours": False,
-        "drift": None,
-        "seed": 7,
-    }
-    return job("edit", {**settings, **more})
-
-
 @pytest.mark.parametrize("method", list(METHODS))
 def test_an_edit_job_measures_each_edit_and_the_drift(context, method):
-    result = found(context, editing(method, drift=DRIFT, neighbours=True))["result"]
+    trained = {} if method == "alphaedit" else {"steps": 3, "lr": 1e-2}
+    asked = {"method": {"name": method, **METHODS[method]}, "edits": "counterfact.jsonl", "limit": 4, "mode": "batch"}
+    asked |= {"questions": 5, "neighbours": True, "drift": DRIFT, "seed": 7, **trained}
+    result = found(context, job("edit", asked))["result"]
     (stage,) = result["stages"]
     records, before = stage["records"], result["before"]
     assert records["index"] == [0, 1, 2, 3]
@@ -110,21 +82,14 @@ def test_an_edit_job_measures_each_edit_and_the_drift(context, method):
     assert "seconds" not in json.dumps(result)
 
 
-def probing(**more):
-    settings = {"modules": ["q_proj", "v_proj"], "layers": [1], "directions": 3, "choice": "log"}
-    settings |= {"basis": "weight", "principal_rank": None, "kinds": ["zero", "noise_0.1"], "draws": 2}
-    settings |= {"texts": DRIFT["texts"], "tokens": 64, "seed": 1}
-    return job("probe", {**settings, **more})
-
-
 def test_a_probe_measures_every_direction(context):
-    result = found(context, probing())["result"]
+    settings = {"modules": ["q_proj", "v_proj"], "layers": [1], "directions": 3, "kinds": ["zero", "noise_0.1"]}
+    settings |= {"choice": "log", "basis": "weight", "draws": 2, "texts": DRIFT["texts"], "tokens": 64, "seed": 1}
+    result = found(context, job("probe", settings))["result"]
     assert result["modules"] == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
     kinds = [record["kind"] for record in result["records"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {"zero": 6, "noise_0.1": 12}
     assert all(record["drop"]["kl"] > 0 for record in result["records"] if record["kind"] == "zero")
-    whole = next(row for row in result["correlations"] if row["type"] == "all")
-    assert (whole["points"], abs(whole["pearson"]["estimate"]) <= 1) == (6, True)
 
 
 @pytest.mark.parametrize("basis", ["weight", "activation"])
@@ -139,10 +104,7 @@ def test_factors_are_computed_once_and_found_by_the_training_after(context, basi
     result = first["result"]
     assert (result["basis"], result["layers"], result["k"]) == (basis, 6, 4)
     assert result["bytes"] == 4 * 2 * 4 * ((64 + 128 + 1) * 3)
-    assert (result["residual"] is None, result["energy"] is None) == (
-        basis == "activation",
-        basis == "weight",
-    )
+    assert result["residual" if basis == "activation" else "energy"] is None
 
     def entries():
         return sorted(p for p in (tmp_path / "cache").rglob("*.safetensors") if "models" not in p.parts)
@@ -165,15 +127,12 @@ def test_an_adapter_is_scored_merged_and_inspected(context):
     assert bare["drift"] is None
     assert min(alone["drift"]["prose"]["kl"], merged["drift"]["prose"]["kl"]) > 0
     likelihoods = [one["tasks"]["mmlu"]["likelihood"] for one in (bare, alone, merged)]
-    assert all(len(values) == 4 for values in likelihoods)
+    assert [len(values) for values in likelihoods] == [4, 4, 4]
     assert likelihoods[0] != likelihoods[1] != likelihoods[2]
-    inside = [
-        found(context, job("inspect", {"rank": 8}, adapter=one))["result"]["energy_inside"]
-        for one in adapters.values()
-    ]
-    assert list(inside[0]) == ["all", "k_proj", "o_proj", "q_proj", "v_proj"]
-    assert 0 < inside[0]["all"] < 1
-    assert inside[1]["all"] < 1e-6
+    inspections = [job("inspect", {"rank": 8}, adapter=one) for one in adapters.values()]
+    free, inside = (found(context, one)["result"]["energy_inside"] for one in inspections)
+    assert list(free) == ["all", "k_proj", "o_proj", "q_proj", "v_proj"]
+    assert inside["all"] < 1e-6 < free["all"] < 1
 
 
 def test_speed_is_measured_in_a_process_of_its_own(context):
@@ -198,5 +157,6 @@ def test_a_rate_that_diverges_is_a_result_and_another_one_is_chosen(context):
     chosen = found(context, job("collect", asked, good=good, bad=bad))["result"]
     assert (chosen["value"], chosen["tried"][1]["mean"]) == (1e-3, None)
     context.store.finish(other := job("train", {"recipe": recipe(LORA, 2e30)}), {"held_out_after": 1.0}, {}, False)
-    assert "the reused record, of another machine, has a finite result" in failure(context, other)
+    assert run_job(other, context) == "failed"
+    assert "the reused record, of another machine, has a finite result" in context.store.failure(other)["error"]
     assert not context.store.readable(other)

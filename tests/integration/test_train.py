@@ -16,7 +16,7 @@ from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
 from hiplora.training.result import read_metrics
 from hiplora.training.sequences import keeps_rows_apart
-from tests.integration.training import StopAt, Stopped, assert_equal_runs, small_recipe, tensors
+from tests.integration.training import StopAt, Stopped, assert_equal_runs, numbers, small_recipe, tensors
 from tests.models.zoo import CASES
 from tests.tiny import tiny_tokenizer, write_jsonl
 
@@ -65,10 +65,10 @@ def whole(make, tmp_path_factory):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_trains_and_its_folder_is_complete(whole, make, rows, method):
     result = whole(method)
-    assert {path.name for path in result.adapter.iterdir()} == {
-        *("README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints", "metrics.jsonl"),
-        *("provenance.json", "recipe.yaml"),
-    }
+    files = (
+        "README.md adapter_config.json adapter_model.safetensors checkpoints metrics.jsonl provenance.json recipe.yaml"
+    )
+    assert sorted(path.name for path in result.adapter.iterdir()) == files.split()
     assert read_metrics(result.adapter) == result.metrics
     assert [row["step"] for row in result.metrics] == [0, 2, 4, 6, 8]
     assert result.held_out["after"] < result.held_out["before"]
@@ -85,16 +85,14 @@ def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(whol
     result = whole(method)
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     model = peft.PeftModel.from_pretrained(base, result.adapter).eval()
-    total = count = 0.0
-    for example in load_data(make(method).data).held_out:
-        ((row,), _) = encode_examples(tiny_tokenizer(), [example], 1000)
-        ids, labels = (torch.tensor([row[part]]) for part in ("input_ids", "labels"))
-        learned = int((labels[:, 1:] != -100).sum())
+    losses = []
+    for row in encode_examples(tiny_tokenizer(), load_data(make(method).data).held_out, 1000)[0]:
+        ids, labels = (torch.tensor(row[part]) for part in ("input_ids", "labels"))
         with torch.no_grad():
-            logits = model(ids).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum").item()
-        count += learned
-    assert total / count == pytest.approx(result.held_out["after"], rel=1e-5)
+            logits = model(ids[None]).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="none")
+        losses += each[labels[1:] != -100].tolist()
+    assert sum(losses) / len(losses) == pytest.approx(result.held_out["after"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -128,10 +126,8 @@ def test_a_run_resumed_in_a_later_epoch_in_bf16_with_a_penalty_equals_the_uninte
 def test_a_finished_run_is_returned_on_resume_and_refused_otherwise(make, tmp_path, caplog):
     recipe = make(steps=2)
     result = train(recipe, tmp_path / "out")
-    stamp = (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns
     assert train(recipe, tmp_path / "out", resume=True) == result
     assert "nothing to do" in caplog.text
-    assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="exists already"):
         train(recipe, tmp_path / "out")
     assert train(make(steps=3), tmp_path / "out", overwrite=True).steps == 3
@@ -141,9 +137,7 @@ def test_a_folder_of_another_recipe_other_data_or_damage_is_refused(make, tmp_pa
     data = {"path": write_jsonl(tmp_path / "rows.jsonl", [json.loads(line) for line in rows.read_text().splitlines()])}
     with pytest.raises(Stopped):
         train(make(data=data), tmp_path / "out", callbacks=[StopAt(5)])
-    with pytest.raises(
-        ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.01 there, 0\.02 here\)"
-    ):
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(train\.lr: 0\.01 there, 0\.02 here"):
         train(make(data=data, lr=0.02), tmp_path / "out")
     before = (tmp_path / "rows.jsonl").read_text()
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": f"x{n}", "output": "y"} for n in range(9)])
@@ -166,10 +160,8 @@ def test_accumulating_gradients_equals_the_large_batch(make, tmp_path, method):
     quiet = {**METHODS[method], "lora_dropout": 0.0}
     large = train(make(quiet, **settings, batch_size=4, gradient_accumulation=1), tmp_path / "large")
     small = train(make(quiet, **settings, batch_size=1, gradient_accumulation=4), tmp_path / "small")
-    keys = ("step", "loss", "held_out_loss", "lr", "tokens")
-    for one, other in zip(large.metrics, small.metrics, strict=True):
-        for key in one.keys() & set(keys):
-            assert one[key] == pytest.approx(other[key], rel=1e-4)
+    for one, other in zip(numbers(large.metrics), numbers(small.metrics), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
 
 
 def test_a_packed_sequence_keeps_its_rows_apart(make, tmp_path):
@@ -182,17 +174,14 @@ def test_a_penalty_is_logged_counts_once_a_step_and_holds_the_model_back(make, t
     settings = {"packing": False, "max_grad_norm": 0.0, "log_every": 1, "steps": 24, "save_every": 24}
     settings |= {"kl_tokens": 32, "kl_pool": 128}
     quiet = {"name": "lora", "lora_dropout": 0.0}
-    runs = {
-        name: [row["kl"] for row in train(make(quiet, **settings, **own), tmp_path / name).metrics if "kl" in row]
-        for name, own in {
-            "one": {"kl_weight": 100.0, "batch_size": 4, "gradient_accumulation": 1},
-            "four": {"kl_weight": 100.0, "batch_size": 1, "gradient_accumulation": 4},
-            "cheap": {"kl_weight": 1e-9, "batch_size": 4, "gradient_accumulation": 1},
-        }.items()
-    }
-    assert runs["one"][0] == 0
-    assert runs["one"][2:] == pytest.approx(runs["four"][2:], rel=1e-3)
-    assert runs["one"][-1] < 0.75 * runs["cheap"][-1]
+    runs = []
+    for number, (weight, size) in enumerate([(100.0, 4), (100.0, 1), (1e-9, 4)]):
+        recipe = make(quiet, **settings, kl_weight=weight, batch_size=size, gradient_accumulation=4 // size)
+        runs.append([row["kl"] for row in train(recipe, tmp_path / str(number)).metrics if "kl" in row])
+    one, four, cheap = runs
+    assert one[0] == 0
+    assert one[2:] == pytest.approx(four[2:], rel=1e-3)
+    assert one[-1] < 0.75 * cheap[-1]
 
 
 @pytest.mark.parametrize(
@@ -213,11 +202,9 @@ def test_the_learning_rate_warms_up_and_then_stays_or_falls(make, tmp_path, sett
 @pytest.mark.parametrize(
     "settings", [{"token_weight": "eaft"}, {"token_weight": "dft"}, {"masked_kl_weight": 5.0}, {"replay": 0.25}]
 )
-def test_losses_against_forgetting_train_on_top_of_hiplora(make, tmp_path, settings):
-    result = train(make("paper", steps=4, log_every=1, **settings), tmp_path / "out")
-    assert result.held_out["after"] < result.held_out["before"]
-    plain = train(make("paper", steps=4, log_every=1), tmp_path / "plain")
-    assert plain.held_out["before"] == result.held_out["before"]
+def test_losses_against_forgetting_train_on_top_of_hiplora(whole, make, tmp_path, settings):
+    result, plain = train(make("paper", **settings), tmp_path / "out"), whole("paper")
+    assert result.held_out["after"] < result.held_out["before"] == plain.held_out["before"]
     assert plain.final_loss != result.final_loss
 
 
@@ -246,10 +233,7 @@ def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_l
     losses = {row["step"]: row["held_out_loss"] for row in result.metrics if row["step"]}
     assert result.steps + 3 == max(losses) < 24
     assert result.held_out["after"] == losses[result.steps] == min(losses.values())
-    assert (
-        f"train.patience: the held-out loss did not fall further; the adapter is that of step {result.steps}"
-        in (result.warnings[-1])
-    )
+    assert f"did not fall further; the adapter is that of step {result.steps}" in result.warnings[-1]
     short = train(make(**settings | {"steps": result.steps, "patience": None}), tmp_path / "short")
     assert all(value.equal(tensors(result.adapter)[name]) for name, value in tensors(short.adapter).items())
     with pytest.raises(Stopped):
@@ -263,9 +247,7 @@ def test_a_mixture_of_experts_trains_and_its_held_out_loss_has_no_share_of_the_r
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
         router_aux_loss_coef=5.0, max_position_embeddings=256, eos_token_id=257,
     )  # fmt: skip
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(config)
-    model.save_pretrained(tmp_path / "model")
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     caplog.set_level("INFO", logger="hiplora.training")  # which has the time of a step measured
     result = train(small_recipe(tmp_path / "model", rows, {"name": "lora"}, steps=2), tmp_path / "out")
@@ -292,11 +274,10 @@ def test_a_damaged_checkpoint_is_named_and_not_carried_on_from(make, tmp_path, n
     with pytest.raises(Stopped):
         train(make(), tmp_path / "out", callbacks=[StopAt(4)])
     file = tmp_path / "out" / "checkpoints" / "checkpoint-3" / name
-    if damage == "gone":
-        file.unlink()
-    else:
-        raw = bytearray(file.read_bytes())
-        raw[len(raw) // 2] ^= 1
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.unlink()
+    if damage == "flipped":
         file.write_bytes(raw)
     with pytest.raises(HipLoraError, match=f"checkpoint-3: {name} is missing or damaged; remove this folder"):
         train(make(), tmp_path / "out")

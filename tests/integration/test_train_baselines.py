@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from hiplora.training import train
 from hiplora.training.trainer import AdapterTrainer
-from tests.integration.training import small_recipe, tensors
-from tests.tiny import write_jsonl
+from tests.integration.training import small_recipe, small_rows, tensors
 
 METHOD = {"name": "adalora", "r": 2, "init_r": 6, "tinit": 1, "tfinal": 2, "deltaT": 1}
 SETTINGS = {"gradient_accumulation": 1, "max_length": 96, "log_every": 1}
@@ -19,8 +18,7 @@ SETTINGS = {"gradient_accumulation": 1, "max_length": 96, "log_every": 1}
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model_dir, tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    write_jsonl(path, [{"prompt": f"Say {n}: ", "completion": f"{n} it is"} for n in range(24)])
+    path = small_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 24)
     return functools.partial(small_recipe, tiny_model_dir, path, **SETTINGS)
 
 

@@ -1,7 +1,6 @@
 """Training under torchrun: two processes share the global batch of the recipe, and the first one writes."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,21 +11,9 @@ from safetensors.torch import load_file
 from hiplora.errors import ConfigError
 from hiplora.training import train
 from hiplora.training.reading import load_recipe
-from tests.tiny import write_jsonl
+from tests.integration.training import recipe_file
 
-
-def recipe_file(folder, model, **method):
-    rows = [{"prompt": f"Say {n}: ", "completion": f"{n} it is" * (1 + n % 3)} for n in range(40)]
-    write_jsonl(folder / "rows.jsonl", rows)
-    recipe = {
-        "model": str(model),
-        "data": {"path": "rows.jsonl", "held_out_fraction": 0.2},
-        "method": {"r": 4, "lora_dropout": 0.0, **method},
-        "train": {"steps": 6, "batch_size": 2, "gradient_accumulation": 4, "max_length": 64, "lr": 1e-2}
-        | {"packing": False, "save_every": 3},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    return folder / "recipe.yaml"
+SETTINGS = {"rows": 40, "gradient_accumulation": 4, "packing": False, "save_every": 3}
 
 
 @pytest.mark.slow
@@ -41,11 +28,11 @@ def recipe_file(folder, model, **method):
     ids=lambda method: method["name"],
 )
 def test_two_processes_equal_one_of_the_same_global_batch(tmp_path, tiny_model_dir, method):
-    file = recipe_file(tmp_path, tiny_model_dir, **method)
+    file = recipe_file(tmp_path, tiny_model_dir, {"r": 4, "lora_dropout": 0.0, **method}, **SETTINGS)
     single = train(load_recipe(file), tmp_path / "single")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "hiplora", "train", str(file), "--out", str(tmp_path / "double"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)  # one process prints
     assert (told["steps"], told["tokens"]) == (single.steps, single.tokens)
@@ -58,7 +45,7 @@ def test_two_processes_equal_one_of_the_same_global_batch(tmp_path, tiny_model_d
 
 
 def test_processes_that_cannot_share_the_batch_are_refused(tmp_path, tiny_model_dir, monkeypatch):
-    recipe = load_recipe(recipe_file(tmp_path, tiny_model_dir, name="lora"))
+    recipe = load_recipe(recipe_file(tmp_path, tiny_model_dir, "lora", **SETTINGS))
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="gradient_accumulation 4 is no multiple of the 3 processes"):
         train(recipe, tmp_path / "out")

@@ -4,7 +4,6 @@ The interrupted runs live in forked processes, which have everything imported al
 nobody interrupted.
 """
 
-import json
 import os
 import resource
 import signal
@@ -18,24 +17,15 @@ from transformers import TrainerState
 from hiplora.cli import main as frame
 from hiplora.training import load_recipe, train
 from hiplora.training.trainer import Record, last_checkpoint
-from tests.integration.training import assert_equal_runs
-from tests.tiny import write_jsonl
+from tests.integration import training
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory, tiny_model_dir):
-    folder = tmp_path_factory.mktemp("recipe")
-    rows = [{"prompt": f"Say {n}: ", "completion": f"{n} it is"} for n in range(12)]
-    write_jsonl(folder / "rows.jsonl", rows)
-    settings = {"steps": 6, "batch_size": 2, "gradient_accumulation": 1, "max_length": 64, "lr": 1e-2}
-    recipe = {
-        "model": str(tiny_model_dir),
-        "data": {"path": "rows.jsonl"},
-        "method": {"name": "hiplora", "preset": "paper", "principal_rank": 8},
-        "train": {**settings, "save_every": 2},
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
-    return folder / "recipe.yaml"
+    method = {"preset": "paper", "principal_rank": 8}
+    return training.recipe_file(
+        tmp_path_factory.mktemp("recipe"), tiny_model_dir, method, gradient_accumulation=1, save_every=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +55,7 @@ def in_child(log, work):
 def assert_carries_on(recipe_file, out, whole):
     """Nothing half-written loads, and the run ends as if nobody had interrupted it."""
     assert not (out / "adapter_config.json").exists()
-    assert_equal_runs(train(load_recipe(recipe_file), out), whole)
+    training.assert_equal_runs(train(load_recipe(recipe_file), out), whole)
     assert not list(out.rglob("*.part"))
 
 

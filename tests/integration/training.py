@@ -1,31 +1,39 @@
 """Small trainings: their recipes, a stop in the middle of a step, and when two runs are the same."""
 
+import json
+
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import read_metrics
+from tests.tiny import write_jsonl
 
 SETTINGS = {
-    "steps": 8,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "max_length": 160,
-    "lr": 1e-2,
-    "weight_decay": 0.0,
-    "dtype": "fp32",
-    "save_every": 3,
-    "log_every": 2,
-}
+    "steps": 8, "batch_size": 2, "gradient_accumulation": 2, "max_length": 160, "lr": 1e-2, "weight_decay": 0.0,
+    "dtype": "fp32", "save_every": 3, "log_every": 2,
+}  # fmt: skip
+
+
+def small_rows(path, count=12, task="Say"):
+    return write_jsonl(
+        path, [{"prompt": f"{task} {n}: ", "completion": f"{n} it is" * (1 + n % 3)} for n in range(count)]
+    )
 
 
 def small_recipe(model, rows, method, data=None, seed=42, **settings):
-    data = {"path": rows, "held_out_fraction": 0.2, **(data or {})}
-    train = {**SETTINGS, **settings}
-    return TrainRecipe.model_validate(
-        {"model": str(model), "data": data, "method": method, "train": train, "seed": seed}
+    blocks = {"data": {"path": rows, "held_out_fraction": 0.2, **(data or {})}, "train": {**SETTINGS, **settings}}
+    return TrainRecipe.model_validate({"model": str(model), "method": method, "seed": seed, **blocks})
+
+
+def recipe_file(folder, model, method, rows=12, **settings):
+    data = {"path": str(small_rows(folder / "rows.jsonl", rows)), "held_out_fraction": 0.2}
+    settings = {"steps": 6, "batch_size": 2, "max_length": 64, "lr": 1e-2, **settings}
+    (folder / "recipe.yaml").write_text(
+        json.dumps({"model": str(model), "data": data, "method": method, "train": settings})
     )
+    return folder / "recipe.yaml"
 
 
 class Stopped(Exception):

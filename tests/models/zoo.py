@@ -25,6 +25,28 @@ SIZES = {
 }
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+QWEN_MOE = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+NEMOTRON = {"layers_block_type": ["attention", "mamba", "moe"], "n_routed_experts": 4, "mamba_num_heads": 4}
+NEMOTRON |= {"moe_shared_expert_intermediate_size": 16, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1}
+LINEAR = {f"linear_{kind}": 2 for kind in ("num_key_heads", "num_value_heads")}
+LINEAR |= {f"linear_{kind}": 8 for kind in ("key_head_dim", "value_head_dim")}
+BART = {f"{side}_{kind}": size for side in ("encoder", "decoder") for kind, size in (("layers", 2), ("ffn_dim", 48))}
+BART |= {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
+T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+MPT = {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64}
+DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+CTRL = {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+ALTERNATING = [[["global", "local"], 1]]
+RECURRENT = {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3}
+LFM2 = {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+NEXT = {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+CLIP = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2, "projection_dim": 32}
+LLAVA = {"text_config": {"model_type": "llama", **SIZES}, "vision_config": CLIP}
+GEMMA_3 = {"text_config": {"model_type": "gemma3_text", **SIZES}, "mm_tokens_per_image": 4}
+GEMMA_3["vision_config"] = {**VISION, "num_hidden_layers": 1}
 
 
 def text(model: Any, rows: int = 2) -> dict[str, torch.Tensor]:
@@ -87,10 +109,6 @@ class Case:
         return model.to(dtype).eval()
 
 
-def _vision_text(text_type: str, vision: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"text_config": {"model_type": text_type, **SIZES}, "vision_config": vision, **more}
-
-
 CASES = [
     Case("Llama", "separate projections", "llama"),
     Case("Qwen2", "separate projections", "qwen2"),
@@ -102,181 +120,42 @@ CASES = [
     Case("OPT", "separate projections", "opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     Case("StarCoder2", "separate projections", "starcoder2"),
     Case("GPT-J", "parallel blocks", "gptj", {**GPT, "rotary_dim": 4}),
-    Case(
-        "GPT-Neo",
-        "local attention",
-        "gpt_neo",
-        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    ),
+    Case("GPT-Neo", "local attention", "gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": ALTERNATING}),
     Case("CodeGen", "interleaved qkv", "codegen", {**GPT, "rotary_dim": 4}),
     Case("Phi-3", "fused gate and up", "phi3"),
     Case("GLM-4", "fused gate and up", "glm"),
     Case("GPT-NeoX", "interleaved qkv", "gpt_neox"),
     Case("BLOOM", "interleaved qkv", "bloom", {"n_layer": 2, "n_head": 4}),
     Case("Falcon", "interleaved qkv, additions in place", "falcon"),
-    Case(
-        "MPT",
-        "fused qkv",
-        "mpt",
-        {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64},
-    ),
+    Case("MPT", "fused qkv", "mpt", MPT),
     Case("GPT-2", "Conv1D", "gpt2", GPT),
     Case("GPT-BigCode", "multi-query attention", "gpt_bigcode", GPT),
-    Case(
-        "CTRL",
-        "embeddings scaled in place",
-        "ctrl",
-        {"n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    ),
+    Case("CTRL", "embeddings scaled in place", "ctrl", CTRL),
     Case("Mistral", "sliding window", "mistral", {"sliding_window": 4}),
     Case("Gemma 2", "sliding window", "gemma2", {"sliding_window": 4}),
     Case("Gemma 3", "sliding window", "gemma3_text", {"sliding_window": 4}),
     Case("Mixtral", "experts", "mixtral", {"num_local_experts": 4}),
-    Case(
-        "Qwen2-MoE",
-        "experts and a shared one",
-        "qwen2_moe",
-        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32},
-    ),
+    Case("Qwen2-MoE", "experts and a shared one", "qwen2_moe", QWEN_MOE),
     Case("Qwen3-MoE", "experts", "qwen3_moe", {**EXPERTS, "num_experts": 4}),
     Case("GPT-OSS", "transposed experts with biases", "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    Case(
-        "DeepSeek-V3",
-        "experts, latent attention",
-        "deepseek_v3",
-        {
-            **EXPERTS,
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 8,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 8,
-            "num_key_value_heads": 4,
-        },
-    ),
-    Case(
-        "Nemotron-H",
-        "hybrid, experts without gates",
-        "nemotron_h",
-        {
-            **EXPERTS,
-            "layers_block_type": ["attention", "mamba", "moe"],
-            "n_routed_experts": 4,
-            "moe_shared_expert_intermediate_size": 16,
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 8,
-            "ssm_state_size": 8,
-            "n_groups": 1,
-        },
-    ),
+    Case("DeepSeek-V3", "experts, latent attention", "deepseek_v3", {**EXPERTS, **DEEPSEEK, **LATENT}),
+    Case("Nemotron-H", "hybrid, experts without gates", "nemotron_h", {**EXPERTS, **NEMOTRON}),
     Case("Mamba", "state space", "mamba", {"state_size": 4}, targets=("in_proj",)),
-    Case(
-        "RecurrentGemma",
-        "recurrent and attention blocks",
-        "recurrent_gemma",
-        {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
-    ),
-    Case(
-        "LFM2",
-        "convolutions and attention",
-        "lfm2",
-        {"block_ff_dim": 48, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-    ),
-    Case(
-        "Qwen3-Next",
-        "linear attention, experts",
-        "qwen3_next",
-        {
-            **EXPERTS,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 16,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
-    Case(
-        "T5",
-        "encoder-decoder",
-        "t5",
-        {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-        "AutoModelForSeq2SeqLM",
-    ),
-    Case(
-        "BART",
-        "encoder-decoder",
-        "bart",
-        {
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "decoder_start_token_id": 1,
-        },
-        "AutoModelForSeq2SeqLM",
-    ),
+    Case("RecurrentGemma", "recurrent and attention blocks", "recurrent_gemma", RECURRENT),
+    Case("LFM2", "convolutions and attention", "lfm2", LFM2),
+    Case("Qwen3-Next", "linear attention, experts", "qwen3_next", {**QWEN_MOE, **LINEAR, **NEXT}),
+    Case("T5", "encoder-decoder", "t5", T5, "AutoModelForSeq2SeqLM"),
+    Case("BART", "encoder-decoder", "bart", BART, "AutoModelForSeq2SeqLM"),
     Case("BERT", "encoder", "bert", auto="AutoModelForMaskedLM"),
     Case("RoBERTa", "encoder", "roberta", {"max_position_embeddings": 66}, "AutoModelForMaskedLM"),
     Case("DeBERTa-v2", "encoder", "deberta-v2", auto="AutoModelForMaskedLM"),
     Case("ModernBERT", "fused gate and up", "modernbert", {"global_attn_every_n_layers": 1}, "AutoModelForMaskedLM"),
-    Case(
-        "DistilBERT",
-        "encoder",
-        "distilbert",
-        {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
-        "AutoModelForMaskedLM",
-    ),
+    Case("DistilBERT", "encoder", "distilbert", DISTIL, "AutoModelForMaskedLM"),
     Case("Llama classifier", "classifier", "llama", auto="AutoModelForSequenceClassification", batch=classes),
     Case("BERT classifier", "classifier", "bert", auto="AutoModelForSequenceClassification", batch=classes),
     Case("ViT", "vision", "vit", {"image_size": 16, "patch_size": 8}, "AutoModelForImageClassification", pictures),
-    Case(
-        "Gemma 3 multimodal",
-        "multimodal wrapper",
-        "gemma3",
-        _vision_text(
-            "gemma3_text",
-            {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 4,
-                "image_size": 16,
-                "patch_size": 8,
-            },
-            mm_tokens_per_image=4,
-        ),
-        "AutoModelForImageTextToText",
-        sizes=False,
-    ),
-    Case(
-        "LLaVA",
-        "multimodal wrapper",
-        "llava",
-        _vision_text(
-            "llama",
-            {
-                "model_type": "clip_vision_model",
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "image_size": 16,
-                "patch_size": 8,
-                "projection_dim": 32,
-            },
-        ),
-        "AutoModelForImageTextToText",
-        sizes=False,
-    ),
+    Case("Gemma 3 multimodal", "multimodal wrapper", "gemma3", GEMMA_3, "AutoModelForImageTextToText", sizes=False),
+    Case("LLaVA", "multimodal wrapper", "llava", LLAVA, "AutoModelForImageTextToText", sizes=False),
 ]
 
 

@@ -15,11 +15,7 @@ few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 every_rule = pytest.mark.parametrize("method", RULES)
 
 # What makes a rule leave a single adapter as it is. Iso-C flattens its spectrum whatever its options.
-WHOLE = {
-    "addition": {},
-    "tsv": {},
-    **{name: {"density": 1.0} for name in ("ties", "dare", "magnitude", "knots")},
-}
+WHOLE = {"addition": {}, "tsv": {}, **{name: {"density": 1.0} for name in ("ties", "dare", "magnitude", "knots")}}
 # Rules that are the sum of the updates under these options.
 SUMS = {"addition": {}, "dare": {"density": 1.0}, "magnitude": {"density": 1.0}}
 
@@ -40,10 +36,7 @@ def adapter(kinds, seed):
     )
 
 
-modules = st.one_of(
-    st.fixed_dictionaries({"a": kinds, "b": kinds}),
-    st.fixed_dictionaries({"a": kinds}),
-)
+modules = st.one_of(st.fixed_dictionaries({"a": kinds, "b": kinds}), st.fixed_dictionaries({"a": kinds}))
 some = st.lists(modules, min_size=1, max_size=4).map(
     lambda rows: [adapter(row, seed) for seed, row in enumerate(rows)]
 )

@@ -48,30 +48,21 @@ class BaseWeights:
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
 
     def no_room(self, itemsize: int) -> str:
-        """Return why the model is not loaded at `itemsize` bytes a parameter; empty if it can be, and fits."""
-        if self.is_quantised:
-            return f"base model {self.model} is quantised"
-        needed = itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
-        if needed <= psutil.virtual_memory().available:
-            return ""
-        return f"base model {self.model} needs {needed / 2**30:.0f} GiB, more than is free"
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether the checkpoint holds quantised weights."""
+        """Return why the model cannot be loaded at `itemsize` bytes a parameter, and the way out; empty if it can."""
         configs = self.config, self.config.get_text_config()
-        return any(getattr(config, "quantization_config", None) for config in configs)
+        if any(getattr(config, "quantization_config", None) for config in configs):
+            return f"base model {self.model} is quantised; name the unquantised model as base=… (--base)"
+        needed = itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
+        if needed > psutil.virtual_memory().available:
+            size = f"{needed / 2**30:.0f} GiB"
+            return f"base model {self.model} needs {size}, more than is free; use a machine with more memory"
+        return ""
 
     @cached_property
     def whole(self) -> PreTrainedModel:
         """The model, loaded in its own precision; AdapterError if it is quantised or does not fit into memory."""
-        if self.is_quantised:
-            raise AdapterError(
-                f"base model {self.model}: is quantised, and its weights cannot be read or changed without loss; name "
-                "the unquantised model as base=… (--base)"
-            )
         if why := self.no_room((self.config.dtype or torch.float32).itemsize):
-            raise AdapterError(f"{why}; use a machine with more memory")
+            raise AdapterError(why)
         return load_base(self.model, "auto")
 
     def weight(self, module: str) -> Float[Tensor, "m n"]:
@@ -123,33 +114,33 @@ def replace_extras(model: PreTrainedModel, update: AdapterUpdate) -> bool:
     """Copy the tensors of `modules_to_save` into a bare model, and return whether its output head was untied.
 
     The vocabulary is resized as the adapter's embeddings were. The head gets a weight of its own where the adapter
-    changes one of two tied weights.
-
-    Raises:
-        AdapterError: a tensor does not fit.
+    changes one of two tied weights. AdapterError if a tensor does not fit.
     """
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in update.extras.items():
-        whose = [one for one in (embeddings, head) if one is not None and parameters.get(name) is one.weight]
-        if whose and tensor.shape[0] > len(whose[0].weight) and tensor.shape[1:] == whose[0].weight.shape[1:]:
-            model.resize_token_embeddings(tensor.shape[0], mean_resizing=False)
-            head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-            parameters = dict(model.named_parameters(remove_duplicate=False))
-    changed = {*(f"{module}.weight" for module in update.modules), *update.extras}
-    tied = {name for name, parameter in parameters.items() if is_tied(model) and parameter is head.weight}
+        old: Any = _parameters(model).get(name)
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        is_vocabulary = old is not None and any(old is getattr(layer, "weight", None) for layer in layers)
+        if is_vocabulary and len(tensor) > len(old) and tensor.shape[1:] == old.shape[1:]:
+            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+    head = model.get_output_embeddings()
+    tied = {name for name, one in _parameters(model).items() if is_tied(model) and one is head.weight}
     same = tied <= update.extras.keys() and len({weight_fingerprint(update.extras[name]) for name in tied}) == 1
-    untied = bool(tied & changed) and not same
+    untied = not same and bool(tied & {*(f"{module}.weight" for module in update.modules), *update.extras})
     if untied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
-        parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = _parameters(model)
     for name, tensor in update.extras.items():
         shape = tuple(parameters[name].shape) if name in parameters else "no such parameter"
         if tuple(tensor.shape) != shape:
             raise AdapterError(f"{update.source}: tensor {name} is {tuple(tensor.shape)}, the base model's {shape}")
         parameters[name].copy_(tensor)
     return untied
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return all parameters by name, tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
@@ -162,8 +153,7 @@ def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
 def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> Tensor:
     """Return a weight (out, in) as the adapter saw it; AdapterError if it is not the one it was made for.
 
-    A weight that was quantised or rounded for training is recognised by the adapter's own singular triplets; it is
-    returned as it is.
+    A weight that was quantised or rounded for training is recognised by the adapter's own singular triplets.
     """
     if tuple(weight.shape) != (expected := update.shape(module)):
         raise AdapterError(
@@ -189,8 +179,7 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
 def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | None:
     """Return a stored weight as the adapter saw it, or None if it is not the fingerprinted one.
 
-    A bf16 checkpoint that was loaded in fp32 keeps its values, and its fingerprint; an fp32 checkpoint that was
-    loaded in bf16 (`precision`, a dtype's name) is rounded in the same way first.
+    An fp32 checkpoint that was loaded in bf16 (`precision`, a dtype's name) is rounded in the same way first.
     """
     dtype = getattr(torch, precision, None) if precision else None
     casts = [weight.dtype, dtype] if isinstance(dtype, torch.dtype) and dtype.is_floating_point else [weight.dtype]

@@ -15,23 +15,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hiplora.adapters.base import BaseWeights, check_base, linear_layer, load_base, quiet_loading, replace_extras
-from hiplora.adapters.update import AdapterUpdate, product_norm
+from hiplora.adapters.read import PREFIX
+from hiplora.adapters.update import SELECTION, AdapterUpdate, product_norm
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve
 from hiplora.tuner.experts import unrolled
 
-PREFIX = "base_model.model."
-_DENSE = "export with --to dense, or train without these modules"
 TOLERANCE = 1e-5  # of a module's update, relative, before it is rounded
 _LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
 
 
 def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖/‖ΔW‖ (Frobenius) per module, in float64; 0 where both are zero, infinite where only ΔW is.
-
-    Raises:
-        AdapterError: a module is missing on one side.
-    """
+    """Return ‖ΔW' − ΔW‖/‖ΔW‖ (Frobenius) per module, in float64; 0 where both are zero, infinite where only ΔW is."""
     if missing := set(update.factors) ^ set(written.factors):
         raise AdapterError(f"layer {min(missing)}: was read or written, but not both; nothing was exported")
     differences = {}
@@ -54,12 +49,9 @@ def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
 
 
 def compare_logits(update: AdapterUpdate, folder: Path, exact: bool) -> tuple[float | None, str]:
-    """Compare the logits of an update added beside its base's layers and of its export, loaded by stock PEFT.
+    """Return `logit_difference` of an update beside its base's layers and its export, loaded by stock PEFT.
 
-    Returns the largest difference in units of the largest logit, or None and the reason why it was not compared.
-
-    Raises:
-        AdapterError: they differ by more than rounding, in an export that is to be `exact`.
+    If they were not compared, None and the reason.
     """
     if (kind := update.config.get("task_type")) not in (None, "CAUSAL_LM"):
         return None, f"logits not compared: the adapter is for {kind}, and only causal language models are"
@@ -84,27 +76,23 @@ def compare_logits(update: AdapterUpdate, folder: Path, exact: bool) -> tuple[fl
 def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
     """Return an update whose configuration makes stock PEFT adapt the modules that it has, and no others.
 
-    Tried on the base model's skeleton, without its weights: with `fields`, and with all modules by name.
+    Tried on the base model's skeleton, if that is at hand: with `fields`, and with all modules by name.
 
     Raises:
         AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
             some mixtures of experts.
     """
-    by_name = {"target_modules": sorted(update.factors), "exclude_modules": None, "layers_to_transform": None}
-    by_name |= {"layers_pattern": None}
+    if fields["task_type"] not in (None, "CAUSAL_LM"):
+        return update
+    by_name = dict.fromkeys(SELECTION) | {"target_modules": sorted(update.factors)}
     for selection in (fields, {**fields, **by_name}):
         try:
             skeleton = BaseWeights(update.base).skeleton
-        except AdapterError:  # not at hand: this says nothing then
-            return update
-        if fields["task_type"] not in (None, "CAUSAL_LM"):
+        except AdapterError:
             return update
         with unrolled(skeleton):
             for module in update.modules:
                 linear_layer(skeleton, module, update.base)
-        stock = dict(skeleton.named_modules())
-        if experts := [module for module in update.modules if module not in stock]:
-            raise AdapterError(f"{update.source}: adapts each expert by itself ({experts[0]}), unlike LoRA; {_DENSE}")
         why = "it adapts others"
         try:
             with quiet_loading(), torch.device("meta"):
@@ -116,7 +104,7 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
             why = first_line(error)
     raise AdapterError(
         f"{update.source}: stock PEFT {peft.__version__} cannot adapt these modules of {update.base} ({why}): over "
-        f"this architecture it rewrites target_modules; {_DENSE}"
+        "this architecture it rewrites target_modules; export with --to dense, or train without these modules"
     )
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,9 @@ def save_dense(
 ) -> dict[str, Any]:
     """Write the base model with the adapter merged into it, as a folder that `from_pretrained` loads.
 
-    The base model is loaded from disk in its own precision and checked against the adapter's fingerprints. Each sum is
-    made in fp32 and rounded once. Embeddings that were tied are untied where the adapter changes one side only. The
-    tokenizer and the generation settings come along.
+    The base model is loaded from disk and checked against the adapter's fingerprints. Each sum is made in fp32 and
+    rounded once. Embeddings that were tied are untied where the adapter changes one side only. The tokenizer and the
+    generation settings come along.
 
     Args:
         model_or_dir: a PEFT model, an adapter folder or an update, of low rank or not.
@@ -54,7 +53,8 @@ def save_dense(
             is written then.
         ConfigError: `path` exists, or `dtype` is unknown.
     """
-    check_dtype(dtype)
+    if dtype is not None:
+        check_dtype(dtype)
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
     model: Any = BaseWeights(update.base).whole
     check_base(model, update, update.base)
@@ -66,7 +66,8 @@ def save_dense(
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
     written, logits = str(model.dtype).removeprefix("torch."), None
     with staged_dir(path, overwrite) as staged:
-        _save(model, staged)
+        with quiet_transformers(always=False):
+            model.save_pretrained(staged)
         save_tokenizer(update, staged, base=True)
         del model
         if expected is not None:
@@ -80,11 +81,7 @@ def save_dense(
 def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | None) -> dict[str, float]:
     """Add an update to a bare model's weights, in fp32, rounded once; other weights are cast to `dtype` too.
 
-    Returns:
-        per module ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖ together.
-
-    Raises:
-        AdapterError: a value overflows the number format.
+    Returns per module ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖ together; AdapterError if a value overflows.
     """
     differences = {}
     unroll(model)
@@ -104,8 +101,3 @@ def merge_into(model: nn.Module, update: AdapterUpdate, dtype: torch.dtype | Non
     if dtype is not None:
         model.to(dtype)
     return differences
-
-
-def _save(model: Any, folder: Path) -> None:
-    with quiet_transformers(always=False):
-        model.save_pretrained(folder)

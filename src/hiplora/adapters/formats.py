@@ -1,19 +1,20 @@
-"""What PEFT saves of LoRA, AdaLoRA and OSF, as plain updates; an error for an adapter that does something else."""
+"""What PEFT saves of HiP-LoRA, LoRA, AdaLoRA and OSF, as plain updates; an error for an adapter that does more."""
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hiplora.adapters.base import BaseWeights
-from hiplora.adapters.update import AdapterUpdate, Pair
+from hiplora.adapters.base import BaseWeights, in_precision
+from hiplora.adapters.update import AdapterUpdate, Channels, Pair
 from hiplora.errors import AdapterError
-from hiplora.spectral import full_precision
-from hiplora.tuner import for_module
+from hiplora.spectral import FactorStore, full_precision, protected, retract, soften
+from hiplora.tuner import for_module, leak_limit
 
 # Settings under which a LoRA-like adapter does more than add `B'A'` to linear layers.
 _NOT_PLAIN = (
@@ -27,35 +28,35 @@ _EMBEDDINGS = r"(^|\.)(embed_tokens|lm_head)\.weight$"
 _ADALORA_RANK = 12  # init_r of peft.AdaLoraConfig
 _ADALORA_SMALL = 1e-5  # what PEFT adds to the rank that it divides by
 
-Parts = Mapping[str, Tensor]
+Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter as PEFT saves it: configuration as in JSON, tensors by name without PEFT's prefix.
+    """An adapter as PEFT saves it: configuration as in JSON, tensors by name without PEFT's prefix, name in messages.
 
-    `source` is what messages call it; `model` carries it under the name `adapter`, if it is live.
+    Of a live model, `tensors` also has what a layer holds but does not save: U, σ and V, or where OSF started.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     source: str
     base: str
-    model: nn.Module | None = None
-    adapter: str = "default"
+
+    @cached_property
+    def weights(self) -> BaseWeights:
+        """The base model's weights."""
+        return BaseWeights(self.base)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the base weights, by module, where the adapter recorded them."""
         return dict(self.config.get("fingerprints") or {})
 
-    def sort(self, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-        """Sort the tensors into those of adapted modules, by module and part, and those of `modules_to_save`.
-
-        `pattern` matches what follows the module's name and has the group `part`.
-        """
-        modules: dict[str, dict[str, Tensor]] = {}
-        extras: dict[str, Tensor] = {}
+    def sort(self, prefix: str, part: str) -> tuple[dict[str, Parts], Parts]:
+        """Sort the tensors into those of adapted modules, by module and part, and those of `modules_to_save`."""
+        modules: dict[str, Parts] = {}
+        extras: Parts = {}
         whole = self.config.get("modules_to_save") or []
         for saved, tensor in self.tensors.items():
             # Where embeddings are trained whole, PEFT saves its wrappers' copies too, by their inner names.
@@ -63,8 +64,8 @@ class Saved:
             if ".original_module." in saved or (name != saved and name in self.tensors):
                 continue
             owners = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
-            if match := re.fullmatch(rf"(?P<module>.+)\.{pattern}", name):
-                modules.setdefault(match["module"], {})[match["part"]] = tensor
+            if match := re.fullmatch(rf"(.+)\.{re.escape(prefix)}({part})(\.weight)?", name):
+                modules.setdefault(match[1], {})[match[2]] = tensor
             elif ".base_layer." in name:
                 pass  # PEFT saves a copy of an adapted output head's frozen weight beside its factors
             elif re.search(_EMBEDDINGS, name) or any(owner.endswith(part) for owner in owners for part in whole):
@@ -77,27 +78,19 @@ class Saved:
                 )
         if not modules:
             raise self.error(f"no {self.config['peft_type']} tensors in it; nothing was adapted or saved")
-        return dict(sorted(modules.items())), extras
+        return modules, extras
 
     def setting(self, pattern: str, module: str, default: Any) -> Any:
         """Return what a PEFT pattern (`rank_pattern`, `alpha_pattern`, …) says for a module."""
         return for_module(self.config.get(pattern) or {}, module, default)
 
-    def check_rank(self, module: str, found: int, expected: int | None = None) -> None:
+    def check_rank(self, module: str, found: int, expected: int) -> None:
         """Check a factor's rank against the configuration: with another rank its scaling would be wrong."""
-        if expected is None:
-            expected = self.setting("rank_pattern", module, self.config.get("r"))
         if found != expected:
             raise self.error(
                 f"layer {module}: rank {found}, but the configuration says {expected}; the configuration and the "
                 "weights are of different adapters"
             )
-
-    def check_complete(self, module: str, parts: Parts, names: Iterable[str], written: str) -> None:
-        """Check that a module has the named tensors, `written` (`"{}.weight"`) as they are in the file."""
-        for name in names:
-            if name not in parts:
-                raise self.error(f"tensor {module}.{written.format(name)} is missing; the adapter was not saved whole")
 
     def check_shapes(self, fit: bool, module: str, parts: Parts) -> None:
         """Check that a module's tensors fit together."""
@@ -110,50 +103,68 @@ class Saved:
         return AdapterError(f"{self.source}: {message}")
 
 
-def lora_like(kind: str, saved: Saved) -> AdapterUpdate:
-    """Return a LoRA, AdaLoRA or OSF adapter as an update, its scaling baked into `B'`; AdapterError if it is more."""
-    config = saved.config
-    reasons = [key for key in _NOT_PLAIN if config.get(key)]
-    if config.get("bias", "none") != "none":
+def update_of(saved: Saved) -> AdapterUpdate:
+    """Return an adapter as an update, its scaling baked into `B'`; AdapterError if it is not a plain one or damaged."""
+    config, kind = saved.config, saved.config["peft_type"]
+    if kind not in _FORMATS:
+        raise saved.error(
+            f"an adapter of type {kind} is not read as a plain update; train it as LoRA, AdaLoRA, OSF or HiP-LoRA, "
+            "or convert it first with peft.save_as_lora"
+        )
+    prefix, part, needed, read = _FORMATS[kind]
+    if kind == "HIPLORA":
+        gains, stored = config.get("principal_channel", True), config.get("save_factors", True)
+        needed = (*needed, *(["delta"] if gains else []), *(["U", "sigma", "V"] if stored else []))
+    else:
+        _check_plain(saved)
+    modules, extras = saved.sort(prefix, part)
+    factors, channels = {}, {}
+    for module in sorted({*modules, *saved.fingerprints}):
+        parts = modules.get(module, {})
+        if missing := [name for name in needed if name not in parts]:
+            raise saved.error(f"tensor {module}.{prefix}{missing[0]} is missing; the adapter was not saved whole")
+        found = read(saved, module, parts)
+        if isinstance(found, Channels):
+            channels[module] = found
+        factors[module] = found.factors() if isinstance(found, Channels) else found
+    return AdapterUpdate(
+        saved.base, kind.lower(), dict(config), factors, saved.fingerprints, extras, channels, saved.source
+    )
+
+
+def _check_plain(saved: Saved) -> None:
+    reasons = [key for key in _NOT_PLAIN if saved.config.get(key)]
+    if saved.config.get("bias", "none") != "none":
         reasons.append("bias")
     if reasons:
         raise saved.error(
             f"not a plain low-rank update: {', '.join(reasons)} is set. Merge it into the base model with PEFT "
             "(merge_and_unload), or train it as plain LoRA"
         )
-    start = config.get("init_lora_weights")
+    start = saved.config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_REBASING):
         raise saved.error(
             f"init_lora_weights={start!r} moves the base weights, so its saved factors are no update of them; "
             "save it with model.save_pretrained(path, path_initial_model_for_weight_conversion=…), which writes "
             "the difference as plain LoRA"
         )
-    pattern, written, names, read = _FORMATS[kind]
-    modules, extras = saved.sort(pattern)
-    weights = BaseWeights(saved.base) if kind == "osf" and saved.model is None else None
-    factors = {}
-    for module, parts in modules.items():
-        saved.check_complete(module, parts, names, written)
-        tensors = [parts[name].float() for name in names]
-        factors[module] = read(saved, module, parts, *tensors, *([weights] if kind == "osf" else []))
-    return AdapterUpdate(saved.base, kind, dict(config), factors, saved.fingerprints, extras, source=saved.source)
 
 
-def _lora(saved: Saved, module: str, parts: Parts, A: Tensor, B: Tensor) -> Pair:
+def _lora(saved: Saved, module: str, parts: Parts) -> Pair:
+    A, B = parts["A"].float(), parts["B"].float()
     saved.check_shapes(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1], module, parts)
     r = A.shape[0]
-    saved.check_rank(module, r)
+    saved.check_rank(module, r, saved.setting("rank_pattern", module, saved.config.get("r")))
     alpha = saved.setting("alpha_pattern", module, saved.config.get("lora_alpha", r))
     return A, (alpha / math.sqrt(r) if saved.config.get("use_rslora") else alpha / r) * B
 
 
-def _adalora(saved: Saved, module: str, parts: Parts, A: Tensor, B: Tensor, E: Tensor) -> Pair:
-    """Return `s · B diag(E) A` without the ranks that were pruned.
+def _adalora(saved: Saved, module: str, parts: Parts) -> Pair:
+    """Return `s · B diag(E) A` without the ranks that were pruned; a zero update where none is left.
 
-    PEFT scales by `lora_alpha / (init_r + 1e-5)`, whatever is left of the rank after pruning. A module that lost all
-    of its rank gets a zero update of rank 1.
+    PEFT scales by `lora_alpha / (init_r + 1e-5)`, whatever is left of the rank.
     """
-    E = E.reshape(-1, 1)
+    A, B, E = parts["A"].float(), parts["B"].float(), parts["E"].float().reshape(-1, 1)
     saved.check_shapes(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == len(E), module, parts)
     r, started = A.shape[0], saved.config.get("init_r", _ADALORA_RANK)
     kept = {n.partition(".lora_E")[0]: sum(on) for n, on in (saved.config.get("rank_pattern") or {}).items()}
@@ -164,21 +175,18 @@ def _adalora(saved: Saved, module: str, parts: Parts, A: Tensor, B: Tensor, E: T
     return A * E, (alpha if alpha > 0 else r) / (started + _ADALORA_SMALL) * B
 
 
-def _osf(
-    saved: Saved, module: str, parts: Parts, U: Tensor, S: Tensor, V: Tensor, weights: BaseWeights | None
-) -> Pair:
-    """Return the trained part of a weight less the part that it replaces, of rank 2q.
+def _osf(saved: Saved, module: str, parts: Parts) -> Pair:
+    """Return what the q smallest singular triplets of a weight became less what they were, of rank 2q.
 
-    The adapter holds what the q smallest singular triplets of each weight became. What they were is in the live
-    model's layers, or computed from the base weights on disk as PEFT computes it.
+    What they were is in a live model's layers, or computed from the base weights on disk as PEFT computes it.
     """
+    U, S, V = (parts[f"{name}_low"].float() for name in "USV")
     fit = U.dim() == V.dim() == 2 and U.shape[1] == len(V) == len(S) <= min(len(U), V.shape[1])
     saved.check_shapes(fit, module, parts)
-    if weights is None:
-        layer: Any = saved.model.get_submodule(f"base_model.model.{module}")  # type: ignore[union-attr]
-        U0, S0, V0 = (getattr(layer, f"_osf_{part}_low_init")[saved.adapter].float().cpu() for part in "USV")
+    if "U_low_init" in parts:
+        U0, S0, V0 = (parts[f"{name}_low_init"].float() for name in "USV")
     else:
-        U0, S0, V0 = torch.linalg.svd(weights.weight(module).float(), full_matrices=False)
+        U0, S0, V0 = torch.linalg.svd(saved.weights.weight(module).float(), full_matrices=False)
         kept = len(S0) - len(S)
         U0, S0, V0 = U0[:, kept:], S0[kept:], V0[kept:]
     if U0.shape != U.shape or V0.shape != V.shape:
@@ -190,9 +198,54 @@ def _osf(
         return torch.cat([V, V0]), torch.cat([U * S, -(U0 * S0)], dim=1)
 
 
-# Kind → the pattern of its tensors after the module's name, how a part is written, the parts, and their reader.
-_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[..., Pair]]] = {
-    "lora": (r"(?P<part>lora_[AB])\.weight", "{}.weight", ("lora_A", "lora_B"), _lora),
-    "adalora": (r"(?P<part>lora_[ABE])", "{}", ("lora_A", "lora_B", "lora_E"), _adalora),
-    "osf": (r"osf_svd_params\.(?P<part>[USV]_low)", "osf_svd_params.{}", ("U_low", "S_low", "V_low"), _osf),
+def _hiplora(saved: Saved, module: str, tensors: Parts) -> Channels:
+    config, parts = saved.config, {part: tensor.float() for part, tensor in tensors.items()}
+    k = saved.setting("principal_rank_pattern", module, config.get("principal_rank"))
+    if not isinstance(k, int):
+        k = (config.get("principal_ranks") or {}).get(module)
+    if recomputed := "U" not in parts:
+        parts |= _factors(saved, module, k)
+    A, B = parts["A"], parts["B"]
+    (r, n), m = A.shape if A.dim() == 2 else (0, 0), B.shape[0] if B.dim() == 2 else 0
+    expected = {"A": (r, n), "B": (m, r), "delta": (k,), "U": (m, k), "sigma": (k,), "V": (n, k)}
+    for part, tensor in parts.items():
+        if tensor.shape != (shape := expected.get(part, (k, k))):  # shrink_U and shrink_V
+            raise saved.error(
+                f"tensor {module}.hiplora_{part} is {tuple(tensor.shape)}, expected {shape}; the configuration and "
+                "the weights are of different adapters"
+            )
+    saved.check_rank(module, r, saved.setting("rank_pattern", module, config.get("r")))
+    U, V, sides = parts["U"], parts["V"], config.get("basis_sides", "both")
+    projected = config.get("residual_projection", True)
+    if recomputed and projected:  # as the layer does: recomputed factors may differ by rounding
+        A, B = retract(A, B, *protected(U, V, sides))
+    if config.get("projection", "hard") == "soft":
+        projected = False
+        A, B = soften(A, B, U, V, parts.get("shrink_U"), parts.get("shrink_V"))
+    alpha = saved.setting("alpha_pattern", module, config.get("lora_alpha", r))
+    limit = leak_limit(tensors["A"].dtype) if projected else None
+    delta = parts["delta"] if config.get("principal_channel", True) else None
+    return Channels(A, B, U, parts["sigma"], V, delta, alpha / r, limit, sides)
+
+
+def _factors(saved: Saved, module: str, k: int) -> Parts:
+    """Return U, σ and V of the base weight as the adapter had it, through the cache."""
+    config: Any = saved.config
+    fingerprint, precision = saved.fingerprints.get(module, ""), config.get("base_precision") or ""
+    weight = in_precision(saved.weights.weight(module), fingerprint, precision)
+    if weight is None:
+        raise saved.error(
+            f"layer {module}: the weight in {saved.base} is not the one this adapter was made for; saved "
+            "without its factors, the adapter needs the very same values: pass the right one as base=… (--base)"
+        )
+    found = FactorStore().get_or_compute(weight, k, float(config.get("svd_tolerance", 1e-4)), name=module)
+    return {"U": found.U, "sigma": found.sigma, "V": found.V}
+
+
+# PEFT's type → what stands before a tensor's part in its name, the parts, those that every module has, their reader.
+_FORMATS: dict[str, tuple[str, str, tuple[str, ...], Callable[..., Pair | Channels]]] = {
+    "LORA": ("lora_", "[AB]", ("A", "B"), _lora),
+    "ADALORA": ("lora_", "[ABE]", ("A", "B", "E"), _adalora),
+    "OSF": ("osf_svd_params.", "[USV]_low(?:_init)?", ("U_low", "S_low", "V_low"), _osf),
+    "HIPLORA": ("hiplora_", "A|B|delta|U|sigma|V|shrink_U|shrink_V", ("A", "B"), _hiplora),
 }

@@ -24,20 +24,12 @@ def inspect_adapter(
 ) -> dict[str, Any]:
     """Measure how an adapter's update lies on its own protected directions or on leading singular directions.
 
-    Args:
-        adapter_dir: an adapter folder that `read_update` reads, or an update.
-        base: base model, path or name, instead of the one in the configuration.
-        rank: look at so many leading singular directions of the base weights, at most all; None takes the directions
-            that a HiP-LoRA adapter protects, of other adapters 32 singular ones.
+    `base` stands for the model in the configuration. `rank` is how many leading singular directions of the base weights
+    to look at; None takes those that a HiP-LoRA adapter protects, of other adapters 32 singular ones.
 
-    Returns:
-        the inspection record, schema 1: adapter, base, method, `directions` ("protected" or "singular"), rows per
-        module (see `allocation_rows`), a summary of all modules (`energy_shares`, and the largest leak), and
-        `verdict`, a sentence.
-
-    Raises:
-        AdapterError: the adapter cannot be read or does not fit the base model.
-        ConfigError: `rank` is not positive.
+    Returns the record, schema 1: adapter, base, method, `directions` ("protected" or "singular"), `modules` (see
+    `allocation_rows`), `summary` (`energy_shares` of all, and the largest leak) and `verdict`, a sentence. AdapterError
+    if the adapter cannot be read or does not fit the base, ConfigError if `rank` is not positive.
     """
     update = read_update(adapter_dir, base)
     rows = allocation_rows(update, base, rank)
@@ -62,10 +54,9 @@ def allocation_rows(
 ) -> list[dict[str, Any]]:
     """Return one row per adapted module, in the model's order; arguments and errors are those of `inspect_adapter`.
 
-    A row has: module, layer (index or None), type, rank (of the directions looked at), norm (‖ΔW‖_F), left, right,
-    both (fractions of ‖ΔW‖_F² inside span(U), span(V), both), chance (what a random update has inside either), sigma,
-    gains (diag(UᵀΔWV), the change of each σ) and leak (of a HiP-LoRA residual channel into its own protected
-    directions; None without such a promise).
+    A row has: module, layer, type, rank (of the directions looked at), norm (‖ΔW‖_F), left, right, both (fractions of
+    ‖ΔW‖_F² inside span(U), span(V), both), chance (what a random update has inside either), sigma, gains (diag(UᵀΔWV))
+    and leak (of a HiP-LoRA residual channel into its own protected directions; None without such a promise).
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; expected an integer of at least 1")

@@ -1,4 +1,7 @@
-"""Lossless export to a plain LoRA adapter: `A' = [Ã; Vᵀ]`, `B' = [(α/r)B̃ | U diag(δ)]`, rank r + k, scaling 1."""
+"""Lossless export to an adapter: plain LoRA, or HiP-LoRA where the channels were kept apart, as a merge may do.
+
+Plain LoRA is `A' = [Ã; Vᵀ]`, `B' = [(α/r)B̃ | U diag(δ)]`, of rank r + k and scaling 1.
+"""
 
 import os
 from collections import Counter
@@ -16,16 +19,13 @@ from hiplora.adapters.base import is_transposed
 from hiplora.adapters.check import TOLERANCE, compare_logits, compare_modules, loadable, refuse_over
 from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
-from hiplora.adapters.update import AdapterUpdate
+from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import check_output_dir, staged_dir
+from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.experts import shared_side
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What selects the adapted modules; copied, since a stock config selects by the same rules.
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# What else of an adapter's configuration a stock one has too.
-CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
 
 
 def save_as_lora(
@@ -42,14 +42,11 @@ def save_as_lora(
     check_logits: bool = True,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write an adapter as a plain LoRA folder that stock PEFT loads, and verify what was written.
-
-    The folder holds `lora_A` and `lora_B` tensors (and those of `modules_to_save`), a stock `LoraConfig`, a model
-    card and the record. It is read back and compared before it appears under `path`.
+    """Write an adapter as a plain LoRA folder that stock PEFT loads, verified before it appears under `path`.
 
     Args:
         model_or_dir: a PEFT model, an adapter folder or an update; HiP-LoRA, LoRA, AdaLoRA or OSF.
-        path: output folder.
+        path: output folder; `overwrite` replaces one that exists.
         adapter: name of the adapter in a model.
         scale: write the update times this number.
         pad_rank: write every module at this rank, filled up with zeros, for servers that want one fixed rank.
@@ -57,9 +54,7 @@ def save_as_lora(
             ("model.language_model"); it then loads over no causal language model, and logits are not compared.
         base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
-        overwrite: replace `path` if it exists.
-        check_logits: also compare logits, of an adapter folder or an update whose base model is at hand and fits into
-            memory.
+        check_logits: also compare logits, if the base model of a folder or an update is at hand and fits into memory.
         details: more fields of `export.json`, for JSON.
 
     Returns:
@@ -71,38 +66,32 @@ def save_as_lora(
         ConfigError: `path` exists, or `dtype` is unknown.
     """
     check_dtype(dtype)
-    model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
     update.check_low_rank()
+    model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     transposed = is_transposed(update, model)
     update = update.renamed(prefix) if prefix else loadable(update, shared_fields(update))
     with staged_dir(path, overwrite) as staged:
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
         save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
-        return verified("lora", update, staged, path, dtype, compare, details)
+        return _verified("lora", update, staged, path, dtype, compare, details)
 
 
-def check_dtype(dtype: str | None) -> None:
+def check_dtype(dtype: str) -> None:
     """Raise ConfigError if a number format cannot be written."""
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def open_update(
     source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
 ) -> Any:
-    """Return the update to export to `path`, after checking the folder and the update's complement.
-
-    Raises:
-        AdapterError: it cannot be read, or leaks.
-        ConfigError: `path` exists, or replacing it would delete the adapter or its base model.
-    """
+    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced."""
     update = source
     if isinstance(source, nn.Module):
         update = update_from_model(source, adapter)
     elif not isinstance(source, AdapterUpdate):
-        check_output_dir(path, overwrite, {"the adapter": source})
         update = read_update(source, base)
     update = replace(update, base=base) if base else update
     check_output_dir(path, overwrite, {"the adapter": update.source, "its base model": update.base})
@@ -110,7 +99,7 @@ def open_update(
     return update
 
 
-def verified(
+def _verified(
     to: str,
     update: AdapterUpdate,
     folder: Path,
@@ -119,11 +108,7 @@ def verified(
     check_logits: bool,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Read back an adapter that was written into `folder`, compare it with the update, and write and return the record.
-
-    Raises:
-        AdapterError: it differs by more than rounding, in fp32.
-    """
+    """Compare an adapter as written into `folder` with its update; write and return the record, unless fp32 differs."""
     written, exact = read_update(folder), dtype == "float32"
     differences = compare_modules(update, written)
     if exact:
@@ -132,6 +117,68 @@ def verified(
     if check_logits:
         logits = compare_logits(update, folder, exact)
     return write_record(to, update, folder, path, differences, logits, dtype, written.ranks, details)
+
+
+def save_as_hiplora(
+    update: AdapterUpdate,
+    path: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    details: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write an update as a HiP-LoRA adapter, verify it, and return its record; arguments as of `save_as_lora`.
+
+    Raises:
+        AdapterError: a module has no channels of one basis, as all have in a merge of adapters that share it, left its
+            complement, or protects other sides than the rest; or the result differs. Nothing is written then.
+        ConfigError: `path` exists.
+    """
+    update = open_update(update, path, overwrite)
+    config, tensors = _hiplora_config(update), dict(update.extras)
+    for module, found in update.channels.items():
+        for part in ("A", "B", "U", "sigma", "V", *(["delta"] if config.principal_channel else [])):
+            tensor = getattr(found, part)
+            name = f"{module}.hiplora_{part}" + (".weight" if part in ("A", "B", "delta") else "")
+            tensors[name] = torch.zeros_like(found.sigma) if tensor is None else tensor  # no gains are gains of zero
+    with staged_dir(path, overwrite) as staged:
+        _save_tensors(tensors, staged)
+        config.save_pretrained(str(staged))
+        return _verified("hiplora", update, staged, path, "float32", True, details)
+
+
+def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:
+    """Return the configuration of an update whose modules all have channels of one kind; AdapterError if not."""
+    channels = update.channels
+    sides = next((found.sides for found in channels.values()), "")
+    for module in update.factors:
+        found, why = channels.get(module), "has no two channels in one basis there"
+        if found is not None:
+            why = f"protects the sides {found.sides!r} there, but {sides!r} elsewhere"
+        if found is None or found.sides != sides:
+            raise AdapterError(
+                f"layer {module}: {update.source} {why}, so it is no HiP-LoRA adapter; save it as plain LoRA, which is "
+                "as exact"
+            )
+    r, rank_pattern = _pattern({module: c.A.shape[0] for module, c in channels.items()})
+    alpha, alpha_pattern = _pattern({module: c.scaling * c.A.shape[0] for module, c in channels.items()})
+    k, principal_rank_pattern = _pattern({module: len(c.sigma) for module, c in channels.items()})
+    projected = all(c.leak_limit is not None for c in channels.values())
+    return HipLoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        principal_rank=k,
+        principal_rank_pattern=principal_rank_pattern,
+        residual_projection=projected,
+        principal_channel=not projected or any(c.delta is not None for c in channels.values()),
+        basis=update.config.get("basis", "weight"),
+        basis_sides=sides,
+        fingerprints=dict(update.fingerprints),
+        base_precision=update.config.get("base_precision") or "",
+        calibration=dict(update.config.get("calibration") or {}),
+        **shared_fields(update),
+    )
 
 
 def write_lora(
@@ -143,10 +190,8 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed` says that the base layers store their weights as (in, out), as GPT-2's `Conv1D` does.
-
-    Raises:
-        AdapterError: a module is an expert, a rank exceeds `pad_rank`, or a value overflows `dtype`.
+    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, a rank exceeds
+    `pad_rank`, or a value overflows `dtype`.
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
@@ -165,22 +210,20 @@ def write_lora(
         for name, tensor in padded.items():
             tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
             check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
-    save_tensors(tensors | dict(update.extras), folder)
-    usual, unusual = pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
-    ranks: dict[str, Any] = {"r": usual, "rank_pattern": unusual}
-    alphas = {"lora_alpha": usual, "alpha_pattern": dict(unusual)}  # scaling 1 everywhere
-    config = LoraConfig(**ranks, **alphas, fan_in_fan_out=transposed, **shared_fields(update))
-    config.save_pretrained(str(folder))
+    _save_tensors(tensors | dict(update.extras), folder)
+    r, ranks = _pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
+    scaling_one: dict[str, Any] = {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": dict(ranks)}
+    LoraConfig(**scaling_one, fan_in_fan_out=transposed, **shared_fields(update)).save_pretrained(str(folder))
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write an adapter's tensors under PEFT's names."""
     contiguous = {PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the most usual value of some modules, and PEFT's pattern for the modules that have another one."""
+def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most usual of the modules' values, and PEFT's pattern for those that have another one."""
     usual = Counter(values.values()).most_common(1)[0][0]
     # PEFT takes the first pattern that matches a name's end, so longer names come first.
     longest_first = sorted(values.items(), key=lambda item: -len(item[0]))
@@ -193,5 +236,4 @@ def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
     if not selection["target_modules"]:
         selection = {"target_modules": sorted(update.factors)}
     carried = {key: update.config.get(key) for key in CARRIED}
-    base = update.base or None
-    return {"inference_mode": True, "base_model_name_or_path": base, **selection, **carried}
+    return {"inference_mode": True, "base_model_name_or_path": update.base or None, **selection, **carried}

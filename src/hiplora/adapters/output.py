@@ -54,13 +54,11 @@ def write_record(
     ranks: Mapping[str, int] | None = None,
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `export.json` and the model card into `folder`, and return the record of what was written.
+    """Write `export.json` and the model card into `folder`, which will be at `path`, and return the record.
 
-    `to` is "lora", "hiplora" or "dense"; `folder` will be at `path`. `differences` has a relative difference
-    (Frobenius) per module, of the tensors as written: of an adapter ‖B'A' − ΔW‖/‖ΔW‖, of a dense model
-    ‖W_written − (W + ΔW)‖ in units of ‖W‖ and ‖ΔW‖ together; `logits` the largest difference of a logit in units of
-    the largest logit, or None and why it is not known. `details` are more fields of the record; one that is named like
-    a file is written as one.
+    `to` is "lora", "hiplora" or "dense"; `differences` is relative (Frobenius), per module, `logits` the largest
+    difference of a logit in units of the largest, or None and why it is not known. `details` are more fields of the
+    record; one that is named like a file is written as one.
     """
     ranks, details = ranks or {}, dict(details or {})
     for name in [name for name in details if name.endswith(".json")]:
@@ -116,6 +114,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     ranks = {pad_rank or rank for rank in update.ranks.values()}
     largest = max(ranks)
     allowed = _vllm_rank(largest)
+    found = []
     if update.extras:
         found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
     elif allowed is None:
@@ -126,19 +125,15 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     elif largest > VLLM_DEFAULT_RANK:
         vllm = f"rank {largest} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
         found = [("vLLM", vllm, f"start it with --max-lora-rank {allowed}")]
-    else:
-        found = []
     if len(ranks) > 1:
         problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
-    try:
-        base: BaseWeights | None = BaseWeights(update.base)
-    except AdapterError:  # not at hand: this says less then
-        base = None
+    base: BaseWeights | None = None
+    with suppress(AdapterError):  # not at hand: this says less then
+        base = BaseWeights(update.base)
     architectures = (base and base.config.architectures) or []
-    if any("ConditionalGeneration" in name for name in architectures) and any(
-        name.startswith("model.layers.") for name in update.factors
-    ):
+    multimodal = any("ConditionalGeneration" in name for name in architectures)
+    if multimodal and any(name.startswith("model.layers.") for name in update.factors):
         problem = "the checkpoint is multimodal: it looks for model.language_model.* and ignores other names, silently"
         found.append(("vLLM", problem, "export with --prefix model.language_model"))
     if is_transposed(update, base.skeleton if base else None):

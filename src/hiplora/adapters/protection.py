@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.lora import CARRIED, SELECTION
-from hiplora.adapters.update import AdapterUpdate, Pair, product_norm
+from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate, Pair, product_norm
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.tuner import PROJECTIONS
@@ -30,11 +29,7 @@ def check_projection(principal_rank: RankSpec, strength: float, projection: str)
 
 
 def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "input") -> int:
-    """Return how many directions a layer protects: a number, a fraction of its width, or "energy:0.95".
-
-    Raises:
-        ConfigError: more than the eigenvectors that are kept.
-    """
+    """Return how many directions a layer protects; ConfigError if more than the eigenvectors that are kept."""
     width, kept = inputs.vectors.shape
     if isinstance(principal_rank, str):  # nothing is to be learned beside, so no cap, unlike in training
         k = inputs.rank_for(float(principal_rank.partition(":")[2]))
@@ -51,43 +46,30 @@ def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "in
     return k
 
 
-def removal(inputs: MomentBasis, k: int, projection: str = "hard") -> Float[Tensor, " p"]:
-    """Return which part c_i of each leading eigenvector a projection of strength 1 takes away, in float64.
-
-    Hard: all of the first k (p = k). Soft: `λ_i / (λ_i + λ_k)` of every eigenvector that is kept, the filter
-    `I − (I + C/λ_k)⁻¹`; where λ_k = 0, its limit: all of the directions in which there is any input.
-    """
-    if projection == "hard":
-        return torch.ones(k, dtype=torch.float64)
-    return inputs.soft_shares(k)[: inputs.vectors.shape[1]]
-
-
 def project(
     A: Float[Tensor, "q n"], inputs: MomentBasis, k: int, strength: float = 1.0, projection: str = "hard"
 ) -> Float[Tensor, "q n"]:
     """Project the input side of an update off its layer's inputs: `A(I − s·E diag(c) Eᵀ)`, a new tensor.
 
-    E (n, p) are the leading eigenvectors of the inputs' second moment C, c is `removal` with k directions, s the
-    strength; s = 0 returns equal values. Computed in float64 in 4qnp flops, without forming the projector. What is
-    rounding only becomes zero.
+    E (n, p) are the leading eigenvectors of the inputs' second moment C, s is the strength. Hard: c is 1 for the first
+    k. Soft: `λ_i / (λ_i + λ_k)` of every eigenvector that is kept, the filter `I − (I + C/λ_k)⁻¹`; where λ_k = 0, its
+    limit. Computed in float64 in 4qnp flops. What is rounding only becomes zero.
     """
-    taken = strength * removal(inputs, k, projection)
-    E, wide = inputs.vectors[:, : len(taken)].double(), A.double()
-    projected = wide - ((wide @ E) * taken) @ E.T
+    shares = torch.ones(k) if projection == "hard" else inputs.soft_shares(k)[: inputs.vectors.shape[1]]
+    E, wide = inputs.vectors[:, : len(shares)].double(), A.double()
+    projected = wide - ((wide @ E) * (strength * shares.double())) @ E.T
     if projected.norm() <= _ROUNDING * wide.norm():
         return torch.zeros_like(A)
     return projected.to(A.dtype)
 
 
 def without_pairs(factors: Pair, inputs: MomentBasis, outputs: MomentBasis, k: int) -> Float[Tensor, "m n"]:
-    """Take pairs of directions out of an update: as much drift goes as with the hard projection, and less of it.
+    """Take pairs of directions out of an update: ΔW' in float64, as little of it as gives the hard projection's drift.
 
     To second order the KL divergence from the base is `½ tr(G ΔW C ΔWᵀ) = ½ Σ μ_i λ_j X_ij²`, with λ, E the
     eigenpairs of the inputs' second moment C, μ, F those of the output gradients' moment G, and `X = Fᵀ ΔW E`. The
-    entries X_ij with the largest μ_i λ_j become zero, just so many that no more of the sum is left than without the
-    first k columns. CrispEdit (arXiv 2602.15823) masks pairs like that, for editing.
-
-    Returns ΔW' in float64; its rank is full in general.
+    entries with the largest μ_i λ_j become zero until no more of the sum is left than without the first k columns
+    (masks of pairs: CrispEdit, arXiv 2602.15823).
     """
     A, B = (factor.double() for factor in factors)
     E, F = inputs.vectors.double(), outputs.vectors.double()
@@ -110,13 +92,12 @@ def protect(
     projection: str = "hard",
     outputs: Mapping[str, MomentBasis] | None = None,
 ) -> AdapterUpdate:
-    """Project every module of an update off the directions of its layer's inputs; nothing is trained.
+    """Project every module of an update off the directions of its layer's inputs: a plain update of the same ranks.
 
-    The result is a plain update of the same ranks: HiP-LoRA's two channels are in its factors. Tensors of
-    `modules_to_save` are not projected.
+    Tensors of `modules_to_save` are not projected.
 
     Args:
-        update: the trained adapter.
+        update: the trained adapter; a HiP-LoRA adapter's two channels become one.
         bases: module → eigenvectors of its inputs' second moment (`hiplora.tuner.calibration.input_bases`).
         principal_rank: k: a number, a fraction of the layer's width, or "energy:0.95".
         strength: s from 0, which leaves the update as it is, to 1, which takes the directions away altogether.

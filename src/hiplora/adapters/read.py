@@ -7,8 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import hiplora.tuner  # noqa: F401 - registers HiP-LoRA with PEFT
-from hiplora.adapters.formats import Saved, lora_like
-from hiplora.adapters.hip import hip_update
+from hiplora.adapters.formats import Saved, update_of
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError, first_line
+from hiplora.tuner import HipLoraLinear  # its import registers HiP-LoRA with PEFT
 
 CONFIG = "adapter_config.json"
 _MATCH = """
@@ -37,10 +35,9 @@ for pattern in patterns:
 _MATCH_SECONDS = 10
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_READERS: dict[str, Callable[[Saved], AdapterUpdate]] = {
-    "HIPLORA": hip_update,
-    **{kind.upper(): partial(lora_like, kind) for kind in ("lora", "adalora", "osf")},
-}
+# What a live layer holds for an adapter beside what it saves → the tensor's name.
+_HELD = {f"hiplora_{part}": f"hiplora_{part}" for part in ("U", "sigma", "V", "shrink_U", "shrink_V")}
+_HELD |= {f"_osf_{part}_low_init": f"osf_svd_params.{part}_low_init" for part in "USV"}
 
 
 class _Settings(BaseModel, strict=True):
@@ -71,27 +68,12 @@ class _Settings(BaseModel, strict=True):
     task_type: str | None = None
     bias: str | None = None
 
-    def patterns(self) -> list[str]:
-        """Return what PEFT matches with the modules' names as regular expressions."""
-        keys = [
-            key
-            for by_name in (self.rank_pattern, self.alpha_pattern, self.principal_rank_pattern)
-            for key in by_name or ()
-        ]
-        either = (self.target_modules, self.exclude_modules, self.feedforward_modules, self.layers_pattern)
-        texts = [value for value in either if isinstance(value, str)]
-        lists = [self.modules_to_save, self.layers_pattern]
-        return [*keys, *texts, *(one for value in lists if isinstance(value, list) for one in value)]
-
 
 def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None = None) -> AdapterUpdate:
-    """Read an adapter folder as the update it makes to its base model.
+    """Read an adapter folder as the update it makes to its base model; an `AdapterUpdate` is returned as it is.
 
-    Args:
-        adapter_dir: a folder written by `save_pretrained`: HiP-LoRA, LoRA, AdaLoRA or OSF (PiSSA and the like as
-            the difference that PEFT saves); an `AdapterUpdate` is returned as it is.
-        base: base model, path or name, instead of the one in the configuration. Only read for HiP-LoRA adapters
-            saved without their factors, and for OSF.
+    HiP-LoRA, LoRA, AdaLoRA or OSF (PiSSA and the like as the difference that PEFT saves). `base`, path or name, stands
+    for the base model in the configuration; it is only read for OSF, and for HiP-LoRA saved without factors.
 
     Raises:
         ConfigError: there is no adapter in the folder.
@@ -102,14 +84,13 @@ def read_update(adapter_dir: str | os.PathLike | AdapterUpdate, base: str | None
         adapter_dir.check_low_rank()
         return adapter_dir
     config, tensors = read_folder(Path(adapter_dir))
-    return _read(Saved(config, tensors, str(adapter_dir), base or config.get("base_model_name_or_path") or ""))
+    return update_of(Saved(config, tensors, str(adapter_dir), base or config.get("base_model_name_or_path") or ""))
 
 
 def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpdate:
     """Read a live PEFT model's adapter as the update it makes; the model is left as it is.
 
-    Raises:
-        AdapterError: there is no such adapter, it is not a plain update, or it has NaN or Inf.
+    AdapterError if there is no such adapter, it is not a plain update, or it has NaN or Inf.
     """
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:
@@ -127,8 +108,14 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
     finally:
         if pattern is not None:
             live.rank_pattern = pattern  # PEFT renames its keys when it returns an AdaLoRA adapter's tensors
+    for name, layer in model.named_modules():
+        if isinstance(layer, HipLoraLinear) and adapter in layer.hiplora_A:
+            layer.ensure_factors(adapter)
+        for attribute, saved in _HELD.items():
+            if adapter in (held := getattr(layer, attribute, {})):
+                state[f"{name}.{saved}"] = held[adapter]
     tensors = {name.removeprefix(PREFIX): value.detach().cpu() for name, value in state.items()}
-    return _read(Saved(config, tensors, source, config["base_model_name_or_path"] or "", model, adapter))
+    return update_of(Saved(config, tensors, source, config["base_model_name_or_path"] or ""))
 
 
 def check_finite(tensor: Tensor, what: str) -> None:
@@ -141,16 +128,6 @@ def check_finite(tensor: Tensor, what: str) -> None:
             f"{what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or Inf; the training diverged or the "
             "file is damaged: use an earlier checkpoint"
         )
-
-
-def _read(saved: Saved) -> AdapterUpdate:
-    kind = saved.config["peft_type"]
-    if kind not in _READERS:
-        raise saved.error(
-            f"an adapter of type {kind} is not read as a plain update; train it as LoRA, AdaLoRA, OSF or HiP-LoRA, "
-            "or convert it first with peft.save_as_lora"
-        )
-    return _READERS[kind](saved)
 
 
 def _plain(value: Any) -> Any:
@@ -172,28 +149,25 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
         raise AdapterError(f"{folder / CONFIG}: not valid JSON ({error}); save the adapter again") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise AdapterError(f"{folder / CONFIG}: no peft_type in it; this is not a PEFT adapter")
-    pickled = folder / "adapter_model.bin"
-    file = folder / WEIGHTS if (folder / WEIGHTS).is_file() or not pickled.is_file() else pickled
-    if not file.is_file():
+    file = next((folder / name for name in (WEIGHTS, "adapter_model.bin") if (folder / name).is_file()), None)
+    if file is None:
         raise AdapterError(f"{folder}: has {CONFIG} but no {WEIGHTS}; the adapter was not saved completely")
     try:
         pickle = file.suffix == ".bin"
         found = torch.load(file, map_location="cpu", weights_only=True) if pickle else load_file(file)
     except Exception as error:  # both libraries raise many types for a damaged file, none of them documented
-        why = first_line(error)
-        raise AdapterError(f"{file}: damaged or cut off ({why}); save or copy the adapter again") from error
+        raise AdapterError(f"{file}: damaged or cut off ({first_line(error)}); save or copy it again") from error
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
     tensors = {_plain_name(name): value for name, value in found.items()}
-    check_config(config, [*tensors, *modules], str(folder / CONFIG))
+    _check_config(config, [*tensors, *modules], str(folder / CONFIG))
     return config, tensors
 
 
 def _plain_name(name: str) -> str:
-    """Return a tensor's name without PEFT's prefix, without what wrappers of the model add, and without the adapter's.
+    """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
 
-    torch.compile adds `_orig_mod`, FSDP `_fsdp_wrapped_module`, activation checkpointing `_checkpoint_wrapped_module`,
-    and DDP `module` in front; a state dict that was saved without PEFT has `lora_A.default.weight`.
+    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`.
     """
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
     name = name.removeprefix("module.").removeprefix(PREFIX).removeprefix("module.")
@@ -201,14 +175,10 @@ def _plain_name(name: str) -> str:
     return re.sub(r"\.(lora_E)\.[^.]+$", r".\1", name)
 
 
-def check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
-    """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown.
-
-    Raises:
-        AdapterError: a setting has another type, or a pattern cannot be matched with the names of the tensors in time.
-    """
+def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:
+    """Check the types of the settings that are read, and that no pattern takes long to match; name what is unknown."""
     try:
-        settings = _Settings.model_validate(config)
+        _Settings.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
         why = first["msg"].replace("Input should be", "expected")
@@ -228,7 +198,9 @@ def check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str)
                 peft_config(**{name: config[name] for name in config.keys() & known - {"peft_type", "peft_version"}})
             except Exception as error:  # whatever its own checks raise
                 raise AdapterError(f"{source}: PEFT does not accept it ({first_line(error)})") from error
-    unusual = [pattern for pattern in settings.patterns() if not re.fullmatch(r"[\w.-]*", pattern)]
+    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
+    patterns += [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), str)]
+    unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)]
     if unusual:
         _match_in_time(unusual, [name.rpartition(".lora_")[0] or name for name in tensors], source)
 

@@ -14,15 +14,18 @@ from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import full_precision, fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
+# What selects the adapted modules in a PEFT configuration; a stock one selects by the same rules.
+SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# What else of an adapter's configuration a stock one has too.
+CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
 
 
 @dataclass(frozen=True, eq=False)
 class Channels:
-    """The two channels of one HiP-LoRA module, kept apart; `delta` is None without gains.
+    """The two channels of one HiP-LoRA module, in fp32; `delta` is None without gains.
 
-    A (r, n), B (m, r), U (m, k), sigma (k,), V (n, k), delta (k,), all fp32. `leak_limit` is how far rounding may
-    take A and B out of the complement of U and V, None where the adapter promises no complement; `sides` says on
-    which sides it does: "both", "input" or "output".
+    `leak_limit` is how far rounding may take A and B out of the complement of U and V, None where none is promised;
+    `sides` says on which sides it is: "both", "input" or "output".
     """
 
     A: Float[Tensor, "r n"]
@@ -36,7 +39,7 @@ class Channels:
     sides: str = "both"
 
     def factors(self) -> Pair:
-        """Return `(A', B')` with `B'A' = ΔW`, of rank r + k; of rank r without a principal channel."""
+        """Return `(A', B')` with `B'A' = ΔW`, of rank r + k; of rank r without gains."""
         if self.delta is None:
             return self.A, self.scaling * self.B
         return fused_factors(self.A, self.B, self.delta, self.U, self.V, self.scaling)
@@ -55,12 +58,11 @@ class Channels:
 class AdapterUpdate:
     """What an adapter adds to its base model, independent of the method that trained it.
 
-    `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs,
-    whatever the layout of the base weight. `kind` is "hiplora", "lora", "adalora", "osf", "merged" or "projected";
-    `config` is the adapter's own configuration; `fingerprints` name the base weights where the adapter recorded them;
-    `extras` are the tensors of `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart; `source`
-    is the folder or model, for messages; `errors` has ‖ΔW − ΔW_full‖/‖ΔW_full‖ (Frobenius) of modules that a merge cut
-    down to a lower rank.
+    `factors[module]` is `(A', B')` of shapes (q, n) and (m, q) in fp32 with `ΔW = B'A'`: m outputs, n inputs, whatever
+    the layout of the base weight. `kind` is "hiplora", "lora", "adalora", "osf", "merged" or "projected"; `config` is
+    the adapter's own; `fingerprints` name the base weights where it recorded them; `extras` are the tensors of
+    `modules_to_save` by parameter name; `channels` keeps HiP-LoRA modules apart; `source` is for messages; `errors`
+    has ‖ΔW − ΔW_full‖/‖ΔW_full‖ (Frobenius) of modules that a merge cut down to a lower rank.
     """
 
     base: str
@@ -95,12 +97,7 @@ class AdapterUpdate:
             return B @ A
 
     def scaled(self, scale: float) -> "AdapterUpdate":
-        """Return the update times a number above 0.
-
-        Raises:
-            AdapterError: it replaces whole modules, which have no scale.
-            ConfigError: the number is not above 0.
-        """
+        """Return the update times a number above 0; AdapterError if it replaces whole modules, which have no scale."""
         if not 0 < scale < math.inf:
             raise ConfigError(f"scale is {scale}; expected a number above 0")
         if scale == 1:
@@ -116,14 +113,12 @@ class AdapterUpdate:
 
     def renamed(self, prefix: str) -> "AdapterUpdate":
         """Return the update with `prefix` in place of the leading "model" of every module's and parameter's name."""
-
-        def moved(tensors: Mapping[str, Any]) -> dict[str, Any]:
-            return {re.sub(r"^model(?=\.)", prefix, name): value for name, value in tensors.items()}
-
-        config = dict(self.config) | dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        config["target_modules"] = sorted(moved(self.factors))
-        factors, channels, extras = moved(self.factors), moved(self.channels), moved(self.extras)
-        return replace(self, config=config, factors=factors, channels=channels, extras=extras, fingerprints={})
+        moved: dict[str, Any] = {
+            part: {re.sub(r"^model(?=\.)", prefix, name): value for name, value in getattr(self, part).items()}
+            for part in ("factors", "channels", "extras")
+        }
+        config = {**self.config, **dict.fromkeys(SELECTION), "target_modules": sorted(moved["factors"])}
+        return replace(self, config=config, fingerprints={}, **moved)
 
     def check_low_rank(self) -> None:
         """Raise AdapterError if the update is of full rank, and so has no thin factors."""

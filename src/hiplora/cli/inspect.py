@@ -42,12 +42,12 @@ def command(
     if html is not None:
         _save_page(html, record, title)
     yield record
-    rows, modules = _rows(record), record["modules"]
-    if len(modules) > MOST_ROWS:
-        largest = sorted(range(len(modules)), key=lambda at: -modules[at]["norm"])[:MOST_ROWS]
-        rows = [*(rows[at] for at in sorted(largest)), rows[-1]]
-        title += f"; the {MOST_ROWS} largest updates of {len(modules)} (all: --json, --html)"
-    yield title, COLUMNS, rows
+    *rows, total = _rows(record)
+    if len(rows) > MOST_ROWS:
+        title += f"; the {MOST_ROWS} largest updates of {len(rows)} (all: --json, --html)"
+        largest = sorted(range(len(rows)), key=lambda at: -record["modules"][at]["norm"])[:MOST_ROWS]
+        rows = [rows[at] for at in sorted(largest)]
+    yield title, COLUMNS, [*rows, total]
     yield record["verdict"]
     if html is not None:
         yield f"report: {html}"
@@ -83,9 +83,7 @@ def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
             points, "type", plots.scatter, x="sigma", y="gain", guides=(0.01, 0.1), **axes
         )
     table = pandas.DataFrame(_rows(record), columns=list(COLUMNS))
-    text = (
-        f"{record['verdict']}\n\nShares of each update's energy ‖ΔW‖² that is written into these output directions, "
-        "read from these input directions, or both."
-    )
+    shares = "Shares of each update's energy ‖ΔW‖² that is written into these output directions, read from these input"
+    text = f"{record['verdict']}\n\n{shares} directions, or both."
     section = Section("Spectrum", text, tables={"Modules": table}, figures=figures)
     save_page(path, f"Inspection of {record['adapter']}", [section], subtitle=title)

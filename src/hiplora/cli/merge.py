@@ -75,8 +75,7 @@ def command(
         check_output_file(html, overwrite, "--html", inputs)
     shares = check_weights(numbers("--weights", weights, float) or None, len(adapters))
     updates = [read_update(folder, base) for folder in adapters]
-    apart = form == "hiplora"
-    update = merge(updates, method, shares, base=base, rank=rank, keep_channels=apart, options=options)
+    update = merge(updates, method, shares, base=base, rank=rank, keep_channels=form == "hiplora", options=options)
     scale, search = choose_scale(update, **scaling)
     update, named = update.scaled(scale), _named(adapters, updates)
     record: dict[str, Any] = {
@@ -90,21 +89,21 @@ def command(
         "scale_search": search,
         "drift": drift_of_merge(named, shares, update) if drift else None,
     }
+    losses = sorted(update.errors.items(), key=lambda item: -item[1])
     if rank is not None:
-        worst = sorted(update.errors.items(), key=lambda item: -item[1])
-        losses = [{"module": module, "relative_error": error} for module, error in worst]
-        record["truncation"] = {"rank": rank, "modules": losses}
+        modules = [{"module": module, "relative_error": error} for module, error in losses]
+        record["truncation"] = {"rank": rank, "modules": modules}
     report = merge_report(named, shares, record)
-    save = {"hiplora": save_as_hiplora, "lora": save_as_lora, "dense": save_dense}[form]
+    save: Any = {"hiplora": save_as_hiplora, "lora": save_as_lora, "dense": save_dense}[form]
     details = {"merge": dict(record), "merge-report.json": report}
-    record["export"] = save(update, out, overwrite=overwrite, details=details)  # type: ignore[operator]
+    record["export"] = save(update, out, overwrite=overwrite, details=details)
     if html is not None:
         save_merge_page(html, report)
     if push is not None:
         push_to_hub(out, push)
     yield record | {"conflicts": report}
     if rank is not None:
-        rows = [(one["module"], f"{one['relative_error']:.2e}") for one in losses[:10]]
+        rows = [(module, f"{error:.2e}") for module, error in losses[:10]]
         yield f"Cut down to rank {rank} (the ten modules that lost most)", ("Module", "Lost of ‖ΔW‖"), rows
     yield report_table(record["export"], f"{method} of {len(adapters)} adapters")
     if report["most_conflicting"]:

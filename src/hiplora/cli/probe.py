@@ -68,11 +68,7 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
 
 
 def parse_layers(given: str | None) -> tuple[int, ...] | None:
-    """Turn `0,4-7` into numbers; `all` is (), which stands for every layer.
-
-    Raises:
-        ConfigError: it cannot be read so.
-    """
+    """Turn `0,4-7` into numbers; `all` is (), which stands for every layer."""
     if given is None or given.lower() == "all":
         return None if given is None else ()
     found: set[int] = set()

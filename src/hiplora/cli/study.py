@@ -1,5 +1,6 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def plan(
     from hiplora.study import plan as planning
 
     opened = study()
-    planning.check_tasks(opened.graph)
+    planning.check_tasks(opened)
     yield from _shown(planning.status(opened, planning.measure(opened) if measure else None))
 
 
@@ -86,6 +87,9 @@ def run(
 
         hiplora study run smol --data benchmarks --workers 2 --allow-code-execution
     """
+    from tqdm import tqdm
+
+    from hiplora.study.execute import run_graph
     from hiplora.study.plan import check, status
 
     if executor == "local" and (address is not None or gpus_per_job):
@@ -93,12 +97,23 @@ def run(
         raise ConfigError(f"{given}: is for a Ray cluster; add --executor ray, or remove it")
     opened = study(allow_code=allow_code)
     check(opened)
-    taken = sum(opened.store.take(path) for path in reuse)
-    cluster = {"executor": executor, "address": address, "gpus_per_job": gpus_per_job}
-    failed = _run(opened, verbose, workers=workers, **cluster)
+    taken = sum(map(opened.store.take, reuse))
+    total = len(opened.store.unfinished(opened.graph))
+    with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
+        done = itertools.count(1)
+
+        def on_event(event: str, job: Any) -> None:
+            bar.set_postfix_str(job.name[:60])
+            if event == "begin":
+                return
+            bar.update()
+            if verbose:
+                tqdm.write(f"{next(done)}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
+
+        failed = run_graph(opened.graph, opened.place, workers, executor, address, gpus_per_job, on_event)
     found = {**status(opened), "taken": taken}
     _tell_failures(found)
-    yield _record("study", found)
+    yield {"schema": 1, "kind": "study", **found}
     yield f"{found['jobs'] - found['left']:,} of {found['jobs']:,} jobs are done: {opened.store.path}"
     if failed:
         raise SystemExit(1)
@@ -138,39 +153,14 @@ def report(
     for path in reuse:
         opened.store.take(path)
     found = write(opened, to or opened.store.path / "report", overwrite or to is None)
-    yield _record("study-report", found)
-    for name, missing in found["sections"].items():
-        if missing:
-            yield f"{name}: waits for {missing:,} jobs"
+    yield {"schema": 1, "kind": "study-report", **found}
+    yield from (f"{name}: waits for {missing:,} jobs" for name, missing in found["sections"].items() if missing)
     yield f"{found['measurements']:,} measurements: {found['page']}"
-
-
-def _run(opened: Any, verbose: bool, **options: Any) -> set[Any]:
-    """Run the jobs behind a bar on a terminal; with `verbose` a line for each. Return those that failed."""
-    from tqdm import tqdm
-
-    from hiplora.study.execute import run_graph
-
-    total = len(opened.store.unfinished(opened.graph))
-    with tqdm(total=total, unit="job", file=sys.stderr, disable=None, leave=False) as bar:
-        done = 0
-
-        def on_event(event: str, job: Any) -> None:
-            nonlocal done
-            bar.set_postfix_str(job.name[:60])
-            if event == "begin":
-                return
-            done += 1
-            bar.update()
-            if verbose:
-                tqdm.write(f"{done}/{total}  {'FAILED ' * (event == 'failed')}{job.name}", file=sys.stderr)
-
-        return run_graph(opened.graph, opened.place, on_event=on_event, **options)
 
 
 def _shown(found: dict[str, Any]) -> Shown:
     """Show how far a study is."""
-    yield _record("study", found)
+    yield {"schema": 1, "kind": "study", **found}
     every = {"jobs": found["jobs"], "left": found["left"], "seconds": found["seconds_left"]}
     rows = [
         (kind, n["jobs"], n["jobs"] - n["left"], n["left"], _duration(n["seconds"]))
@@ -185,10 +175,6 @@ def _shown(found: dict[str, Any]) -> Shown:
         yield f"missing from the data folder: {', '.join(found['missing_files'])}"
     yield from (f"running: {name}" for name in found["at_work"])
     _tell_failures(found)
-
-
-def _record(kind: str, found: dict[str, Any]) -> dict[str, Any]:
-    return {"schema": 1, "kind": kind, **found}
 
 
 def _duration(seconds: float | None) -> str:

@@ -56,7 +56,7 @@ def command(
     if preview or dry_run:
         typer.echo(previewed(loaded, preview or 1))
         return
-    where = out or (Path(loaded.out) if loaded.out else None)
+    where = out or loaded.out
     if where is None:
         raise ConfigError("no output folder: pass --out DIR, or write `out:` into the recipe")
     if resume and overwrite:

@@ -1,8 +1,4 @@
-"""From examples to token ids and labels.
-
-Only responses are learned, unless the recipe says otherwise. A prompt keeps the tokens that the model will see when it
-is prompted; whatever is cut or left out is counted.
-"""
+"""From examples to token ids and labels: only responses are learned, and whatever is cut or left out is counted."""
 
 import contextlib
 import re
@@ -52,10 +48,7 @@ def encode_examples(
     """Tokenize examples into rows of `input_ids` and `labels`, none longer than `max_length`.
 
     A response that is too long loses its end, a row without room for any of its response is left out, and plain text
-    is cut into pieces.
-
-    Raises:
-        DataError: no row is left, or the tokenizer cannot format a conversation.
+    is cut into pieces. Raises DataError if no row is left, or the tokenizer cannot format a conversation.
     """
     report, rows = EncodingReport(examples=len(examples)), []
     added = getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -71,17 +64,15 @@ def encode_examples(
                 report.learned_tokens += _learned(labels)
     report.sequences = len(rows)
     if not rows:
-        raise DataError(
-            f"none of the {len(examples)} rows has room for its response in {max_length} tokens; raise max_length"
-        )
+        what = f"none of the {len(examples)} rows has room for its response in {max_length} tokens"
+        raise DataError(f"{what}; raise max_length")
     return rows, report
 
 
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
     """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
     text = ""
-    for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+    for learned, group in groupby(zip(row["input_ids"], row["labels"], strict=True), lambda pair: pair[1] != IGNORED):
         piece = tokenizer.decode([token for token, _ in group])
         text += f"⟦{piece}⟧" if learned else piece
     return text
@@ -110,21 +101,19 @@ def _cut(example: Example, tokens: Tokens, max_length: int, report: EncodingRepo
 def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
     """Tokenize prompts and whole texts in two calls, conversations one by one."""
     plain = [example for example in examples if not example.messages]
-    prompts = iter(_tokenize(tokenizer, [example.prompt for example in plain]))
-    wholes = iter(_tokenize(tokenizer, [example.prompt + example.response for example in plain]))
-    prefix = beginning(tokenizer)
+    prompts = _tokenize(tokenizer, [example.prompt for example in plain])
+    wholes = _tokenize(tokenizer, [example.prompt + example.response for example in plain])
+    prefix, pairs = beginning(tokenizer), zip(prompts, wholes, strict=True)
     return [
-        _conversation(tokenizer, example)
-        if example.messages
-        else _join(tokenizer, prefix, next(prompts), next(wholes), example)
+        _conversation(tokenizer, example) if example.messages else _join(tokenizer, prefix, *next(pairs), example)
         for example in examples
     ]
 
 
 def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
     """Join prompt and response; a response whose first token spans the boundary is tokenized by itself."""
-    spans = whole[: len(prompt)] != prompt
-    response = _continuation(tokenizer, example.response) if spans else whole[len(prompt) :]
+    apart = whole[: len(prompt)] == prompt
+    response = whole[len(prompt) :] if apart else _continuation(tokenizer, example.response)
     end = tokenizer.eos_token_id
     if end is not None and response[-1:] != [end]:
         response = [*response, end]
@@ -158,24 +147,19 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise DataError(
-            "the data are conversations, but the model's tokenizer has no chat template; use a chat model, or give "
-            "the rows as prompt and completion"
-        )
+        what = "the data are conversations, and the model's tokenizer has no chat template"
+        raise DataError(f"{what}; use a chat model, or give the rows as prompt and completion")
+    which = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
     try:
         text, spans = _rendered(tokenizer, example)
     except (TemplateError, TypeError) as error:
-        roles = "; for a template without system messages, put their text into the user's first message"
-        raise DataError(
-            f"the model's chat template refuses the conversation that begins {_beginning(example)} "
-            f"({first_line(error)}){roles if example.messages[0]['role'] == 'system' else ''}"
-        ) from error
+        system = example.messages[0]["role"] == "system"
+        way = "; put the system message's text into the user's first" if system else ""
+        raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
     ids, labels = _cut_out(tokenizer, text, spans)
-    if not any(label != IGNORED for label in labels):
-        raise DataError(
-            f"the model's chat template marks nothing to learn in the conversation that begins {_beginning(example)}; "
-            "look for {% generation %} in it, or give the rows as prompt and completion"
-        )
+    if all(label == IGNORED for label in labels):
+        what = f"the model's chat template marks nothing to learn in {which}"
+        raise DataError(f"{what}; look for {{% generation %}} in it, or give the rows as prompt and completion")
     return ids, labels
 
 
@@ -193,10 +177,6 @@ def _cut_out(tokenizer: Any, text: str, spans: Sequence[Span]) -> Tokens:
         ids += piece
         labels += piece if (first, last) in spans else [IGNORED] * len(piece)
     return ids, labels
-
-
-def _beginning(example: Example) -> str:
-    return repr(example.messages[0]["content"][:40])
 
 
 def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
@@ -240,11 +220,8 @@ def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials:
         header = render(1, prompt=True)[len(render(1)) :] if not index else ""  # nothing renders no messages
         before = render(index, prompt=True) if index else after[: after.find(header) + len(header)]
         if not (full.startswith(after) and after.startswith(before)):
-            raise DataError(
-                f"the model's chat template renders message {index + 1} differently when it is not the last, so the "
-                "assistant's text cannot be found; mark it in the template with {% generation %}, or give the rows "
-                "as prompt and completion"
-            )
+            what = f"the model's chat template renders message {index + 1} differently when it is not the last"
+            raise DataError(f"{what}; mark {{% generation %}} in it, or give the rows as prompt and completion")
         said = after[len(before) :]
         end = max((said.rfind(token) + len(token) for token in specials if token in said), default=len(said))
         yield len(before), len(before) + (end if not said[end:].strip() else len(said))

@@ -33,73 +33,54 @@ PathText = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isin
 class Block(BaseModel):
     """Base of every recipe block: unknown fields are errors, values are not coerced, nothing changes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class DataSettings(Block):
     """What to train on: a file (JSON lines, JSON, parquet, CSV or text) or a data set on the hub."""
 
-    path: PathText | None = Field(
-        default=None,
-        min_length=1,
-        description="File with the training rows: .jsonl, .json (both may be gzipped), .parquet, .csv or .txt. In a "
-        "recipe, relative to the recipe's folder; with --set, to the current folder.",
-    )
-    mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field(
-        default={},
-        description="Further files → how often an epoch has each of their rows: 1 once, 2 twice, 0.25 a random "
-        "quarter of the rows once. No rows of theirs are held out.",
-    )
-    hub: str | None = Field(
-        default=None, min_length=1, description="Data set on the Hugging Face hub, instead of `path`."
-    )
-    hub_config: str | None = Field(default=None, description="Configuration (subset) of the hub data set.")
-    split: str | None = Field(default=None, min_length=1, description="Split of the hub data set, `train` if empty.")
+    path: PathText | None = Field(default=None, min_length=1)
+    """File with the training rows: .jsonl, .json (both may be gzipped), .parquet, .csv or .txt. In a recipe, relative
+    to the recipe's folder; with --set, to the current folder."""
+    mix: dict[PathText, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Further files → how often an epoch has each row: 2 twice, 0.25 a random quarter once; none are held out."""
+    hub: str | None = Field(default=None, min_length=1)
+    """Data set on the Hugging Face hub, instead of `path`."""
+    hub_config: str | None = None
+    """Configuration (subset) of the hub data set."""
+    split: str | None = Field(default=None, min_length=1)
+    """Split of the hub data set, `train` if empty."""
     format: Literal[
-        "auto",
-        "alpaca",
-        "prompt_completion",
-        "question_answer",
-        "query_response",
-        "multiple_choice",
-        "messages",
-        "text",
-    ] = Field(
-        default="auto",
-        description="Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and "
-        "completion (or response). `question_answer`: question and answer. `query_response`: query and response. "
-        "`multiple_choice`: question, choices and the index of the right one as answer. `messages`: a list of "
-        "{role, content}, with tools and tool_calls; ShareGPT's conversations are read too. `text`: plain text. `auto` "
-        "reads it off the first row.",
-    )
-    template: Literal["auto", "instruction", "verbatim", "direct", "step_by_step", "chat"] | None = Field(
-        default=None,
-        description="How a prompt is worded. `instruction`: Alpaca style (default for alpaca, question_answer and "
-        "query_response rows). `verbatim`: the prompt as it is (default for prompt_completion). `direct`: as the "
-        "evaluation tasks do, answered by the letter or the final number alone (default for multiple_choice). "
-        "`step_by_step`: answered by the derivation, as in the task gsm8k_solution. `chat`: through the tokenizer's "
-        "chat template. `auto`: `chat` instead of `instruction` where there is such a template. Not for messages and "
-        "text rows.",
-    )
-    skip_bad_rows: bool = Field(default=False, description="Leave out rows that cannot be used, and count them.")
-    max_characters: int | None = Field(
-        default=None, ge=1, description="Leave out rows whose question and answer together have more characters."
-    )
-    limit: int | None = Field(
-        default=None, ge=1, description="Use at most this many rows, the first that are not left out."
-    )
-    learn_prompt: bool = Field(default=False, description="Learn the tokens of prompts as well.")
-    held_out: PathText | None = Field(
-        default=None, min_length=1, description="File with rows to measure the loss on before and after training."
-    )
-    held_out_fraction: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, "
-        "not on `seed`. Rows that repeat a held-out row are not trained on.",
-    )
-    held_out_limit: int | None = Field(default=None, ge=1, description="Measure on at most this many held-out rows.")
+        "auto", "alpaca", "prompt_completion", "question_answer", "query_response", "multiple_choice",
+        "messages", "text",
+    ] = "auto"  # fmt: skip
+    """Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and completion (or
+    response). `question_answer`: question and answer. `query_response`: query and response. `multiple_choice`:
+    question, choices and the index of the right one as answer. `messages`: a list of {role, content}, with tools and
+    tool_calls; ShareGPT's conversations are read too. `text`: plain text. `auto` reads it off the first row."""
+    template: Literal["auto", "instruction", "verbatim", "direct", "step_by_step", "chat"] | None = None
+    """How a prompt is worded. `instruction`: Alpaca style (default for alpaca, question_answer and query_response
+    rows). `verbatim`: the prompt as it is (default for prompt_completion). `direct`: as the evaluation tasks do,
+    answered by the letter or the final number alone (default for multiple_choice). `step_by_step`: answered by the
+    derivation, as in the task gsm8k_solution. `chat`: through the tokenizer's chat template. `auto`: `chat` instead of
+    `instruction` where there is such a template. Not for messages and text rows."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be used, and count them."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Leave out rows whose question and answer together have more characters."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use at most this many rows, the first that are not left out."""
+    learn_prompt: bool = False
+    """Learn the tokens of prompts as well."""
+    held_out: PathText | None = Field(default=None, min_length=1)
+    """File with rows to measure the loss on before and after training."""
+    held_out_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of `held_out`: hold back this share of the rows. Which rows depends on the data alone, not on `seed`.
+    Rows that repeat a held-out row are not trained on."""
+    held_out_limit: int | None = Field(default=None, ge=1)
+    """Measure on at most this many held-out rows."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
@@ -114,8 +95,6 @@ class DataSettings(Block):
             raise ValueError("`held_out_limit` needs `held_out` or `held_out_fraction`")
         if self.template not in (None, "auto") and self.format in ("messages", "text"):
             raise ValueError(f"`template` does not apply to {self.format} rows; remove it")
-        if self.learn_prompt and (self.template == "chat" or self.format == "messages"):
-            raise ValueError("`learn_prompt` does not apply to conversations; remove it")
         return self
 
     @property
@@ -128,9 +107,9 @@ class DataSettings(Block):
 class Example:
     """A prompt and the response to learn.
 
-    Plain text has an empty prompt and is learned whole. A conversation has `messages` ({"role", "content", …}) and may
-    have `tools`, which go through the tokenizer's chat template; its assistant messages from the index `learn_from` on
-    are learned, and `prompt` and `response` are the text before the last of them, and that message.
+    Plain text has an empty prompt and is learned whole. Of a conversation's `messages`, which go through the chat
+    template with its `tools`, the assistant's from the index `learn_from` on are learned; `prompt` and `response` are
+    the text before the last of them, and that message.
     """
 
     prompt: str
@@ -161,78 +140,62 @@ class TrainingData:
 def load_examples(
     source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
 ) -> list[Example]:
-    """Read the first `limit` rows of a data file as examples; arguments as in `DataSettings`.
-
-    Raises:
-        DataError: the file or some rows cannot be used; names each row and what it lacks.
-    """
-    return _examples(*check_rows(read_rows(Path(source)), format, source), template, limit)
+    """Read the first `limit` rows of a data file as examples; DataError names each row that lacks something."""
+    return _examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
 
 
 def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
     """Return rows of any known format as examples; errors call their source `name`."""
-    return _examples(*check_rows(rows, "auto", name), None, None)
+    return _examples(*check_rows(rows, "auto", name))
 
 
 def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
-    """Read what a recipe trains and measures on, and split it; `chat` says what template `auto` is.
+    """Read what a recipe trains and measures on, and split it; `chat` says that template `auto` may be `chat`.
 
-    Raises:
-        DataError: as `load_examples`, or the held-out share leaves no row to train on.
+    Raises DataError if rows cannot be used, or none is left to train on.
     """
     name = data.hub or data.path or ""
     bad: list[str] | None = [] if data.skip_bad_rows else None
-    hub = (name, data.hub_config, data.split or "train")
-    rows = hub_rows(*hub) if data.hub else read_rows(Path(name), bad)
-    format, values = check_rows(rows, data.format, name, bad)
-    template = _chosen(data.template, format, chat)
-    kept = values
-    if data.max_characters is not None:
-        kept = _short_enough(values, format, data.max_characters, name)
-    train, held_out = _examples(format, kept, template, data.limit), []
+
+    def read(path: str, format: str) -> tuple[str, list[Any]]:
+        return check_rows(read_rows(Path(path), bad), format, path, bad)
+
+    if data.hub is not None:
+        format, rows = check_rows(hub_rows(name, data.hub_config, data.split or "train"), data.format, name, bad)
+    else:
+        format, rows = read(name, data.format)
+    kept = rows if data.max_characters is None else _short_enough(rows, format, data.max_characters, name)
+    train, held_out = _examples(format, kept[: data.limit], data.template, chat), []
     if data.held_out is not None:
-        held_out = _examples(
-            *check_rows(read_rows(Path(data.held_out), bad), format, data.held_out, bad), template, None
-        )
+        held_out = _examples(*read(data.held_out, format), data.template, chat)
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
     sources: dict[str, dict[str, Any]] = {"train": {}}
     for path, weight in data.mix.items():
-        its, read = check_rows(read_rows(Path(path), bad), "auto", path, bad)
-        more = _examples(its, read, _chosen(data.template, its, chat), None)
+        more = _examples(*read(path, "auto"), data.template, chat)
         whole, rest = divmod(weight * len(more), len(more))
         train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
         key = path if Path(path).name in sources else Path(path).name
         sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
-    counts = [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
+    notes = [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
     apart = {_identity(example) for example in held_out}
     distinct = [example for example in train if _identity(example) not in apart]
-    if len(distinct) < len(train):
-        counts.append(f"{len(train) - len(distinct)} rows are copies of held-out rows and are not trained on")
-        train = distinct
-    if not train:
+    if not distinct:
         raise DataError(f"{name}: all rows are copies of held-out rows; give rows that differ, or hold out none")
-    held_out = held_out[: data.held_out_limit]
+    if copies := len(train) - len(distinct):
+        notes.append(f"{copies} rows are copies of held-out rows and are not trained on")
+    train, held_out = distinct, held_out[: data.held_out_limit]
     if data.learn_prompt:
         if any(example.messages for example in train):
-            raise DataError(
-                f"{name}: data.learn_prompt does not apply to conversations; remove it, or set data.template: "
-                "instruction"
-            )
+            what = "data.learn_prompt does not apply to conversations"
+            raise DataError(f"{name}: {what}; remove it, or set data.template: instruction")
         train, held_out = ([replace(e, learn_prompt=True) for e in part] for part in (train, held_out))
     sources["train"] = _source(data, data.path, len(train))
     if data.max_characters is not None:
-        sources["train"]["too_long"] = len(values) - len(kept)
+        sources["train"]["too_long"] = len(rows) - len(kept)
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
-    return TrainingData(train, held_out, sources, tuple(counts))
-
-
-def _chosen(template: Any, format: str, chat: bool) -> Any:
-    """Return the template of rows of a format: `auto` is the model's chat template for instructions, if it has one."""
-    if template != "auto":
-        return template
-    return "chat" if chat and TEMPLATES.get(format) == "instruction" else None
+    return TrainingData(train, held_out, sources, tuple(notes))
 
 
 def _identity(example: Example) -> str:
@@ -249,19 +212,19 @@ def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[A
     return kept
 
 
-def _examples(format: str, rows: list[Any], template: str | None, limit: int | None) -> list[Example]:
-    if template is not None and format not in TEMPLATES:
+def _examples(format: str, rows: list[Any], template: str | None = None, chat: bool = False) -> list[Example]:
+    default = TEMPLATES.get(format)
+    if template == "auto":
+        template = "chat" if chat and default == "instruction" else None
+    if template is not None and default is None:
         raise DataError(f"data.template: {template} does not apply to {format} rows; remove it")
     if format not in (fitting := RESTRICTED.get(template or "", (format,))):
-        raise DataError(
-            f"data.template: {template} applies to {' and '.join(fitting)} rows, not to {format}; remove it"
-        )
-    return [_example(row, format, template or TEMPLATES.get(format, "")) for row in rows[:limit]]
+        fit = " and ".join(fitting)
+        raise DataError(f"data.template: {template} applies to {fit} rows, not to {format}; remove it")
+    return [_example(row, format, template or default) for row in rows]
 
 
-def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
-    if format == "text":
-        return Example("", row["text"])
+def _example(row: Mapping[str, Any], format: str, template: str | None) -> Example:
     if format == "messages":
         return _conversation(row["messages"], row.get("tools") or (), row.get("learn_from", 0))
     if template == "direct" and format == "question_answer":
@@ -281,15 +244,16 @@ def _example(row: Mapping[str, Any], format: str, template: str) -> Example:
 
 def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
     """Return a row's task, material and response."""
+    if format == "text":
+        return "", "", row["text"]
     if format == "alpaca":
         return row["instruction"], row.get("input") or "", row["output"]
     if format == "multiple_choice":
         return lettered(row), "", letters(row)[row["answer"]]
     if format == "prompt_completion":
         return row["prompt"], "", row.get("completion", row.get("response"))
-    if format == "query_response":
-        return row["query"], "", row["response"]
-    return (row["text"], "", "") if format == "text" else (row["question"], "", row["answer"])
+    question, answer = ("query", "response") if format == "query_response" else ("question", "answer")
+    return row[question], "", row[answer]
 
 
 def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), learn_from: int = 0) -> Example:
@@ -302,10 +266,8 @@ def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (),
 def _split(examples: list[Example], fraction: float, name: str) -> tuple[list[Example], list[Example]]:
     count = max(1, round(fraction * len(examples)))
     if count >= len(examples):
-        raise DataError(
-            f"{name}: data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on; lower it, "
-            "or give more rows"
-        )
+        what = f"data.held_out_fraction {fraction} of {len(examples)} rows leaves none to train on"
+        raise DataError(f"{name}: {what}; lower it, or give more rows")
     held = set(random.Random(SPLIT_SEED).sample(range(len(examples)), count))
     train = [example for index, example in enumerate(examples) if index not in held]
     return train, [examples[index] for index in sorted(held)]

@@ -1,7 +1,4 @@
-"""Rows of data files: readers for JSON, JSON lines, parquet, CSV and text, and the formats that a row may have.
-
-Every row comes with its place ("line 3"), so that an error can name it.
-"""
+"""Rows of data files, each with its place ("line 3") so that an error can name it, and the formats they may have."""
 
 import csv
 import gzip
@@ -100,11 +97,7 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def hub_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Iterator[Row]:
-    """Yield the rows of a data set on the hub; multiple choice gets its hint, questions about pictures are left out.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Yield the rows of a data set on the hub; multiple choice gets its hint, questions about pictures are left out."""
     from datasets import Image, load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -117,19 +110,15 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", streami
             if readable is not None:
                 yield f"row {number}", readable
     except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(
-            f"{name}: no such file, and no data set on the hub that can be read ({first_line(error)}); correct the "
-            "name, its configuration or split, or name a file"
-        ) from error
+        what = f"no such file, and no data set on the hub that can be read ({first_line(error)})"
+        raise DataError(f"{name}: {what}; correct the name, its configuration or split, or name a file") from error
 
 
 def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     """Yield every row of a data file; a text file is one row.
 
-    `bad` takes what is wrong with lines that are not JSON, which are then left out.
-
-    Raises:
-        DataError: the file is missing, empty, of an unknown kind or malformed; the message names the line.
+    Raises DataError, with the line, for a file that is malformed, missing, empty or of an unknown kind. `bad` takes
+    what is wrong with lines that are not JSON, which are then left out.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path")
@@ -139,26 +128,21 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
         raise DataError(f"{path}: is empty; it must have at least one row")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
-        if kind == "parquet":
-            rows = _parquet(path)
-        elif kind in ("jsonl", "ndjson"):
-            with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            if kind == "parquet":
+                yield from _parquet(path)
+            elif kind in ("jsonl", "ndjson"):
                 yield from _json_lines(file, path, bad)
-            return
-        else:
-            raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
-            rows = {"json": _json, "csv": _csv, "txt": _text}[kind](decoded(raw, path), path)
-        yield from rows
+            elif kind == "txt":
+                yield "line 1", {"text": decoded(file.read(), path)}
+            else:
+                yield from (_json if kind == "json" else _csv)(decoded(file.read(), path), path)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); write it again") from None
 
 
 def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
-    """Return UTF-8 text, a byte-order mark left out; `line` is the number of its first line.
-
-    Raises:
-        DataError: it is not UTF-8; names the line, and the encoding that it looks like.
-    """
+    """Return UTF-8 text without a byte-order mark; DataError names the line, counted from `line`, that is not UTF-8."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -168,10 +152,8 @@ def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
         except UnicodeDecodeError:
             raise DataError(f"{path}, line {line}: is no text ({error.reason}); write it again as UTF-8") from None
         line += raw.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}; convert it with "
-            f"`iconv -f {looks} -t UTF-8`"
-        ) from None
+        what = f"not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}"
+        raise DataError(f"{path}, line {line}: {what}; convert it with `iconv -f {looks} -t UTF-8`") from None
 
 
 def check_rows(
@@ -179,15 +161,11 @@ def check_rows(
 ) -> tuple[str, list[Any]]:
     """Check every row against a format and return the format ("auto": that of the first row) and the values.
 
-    ShareGPT's conversations and TRL's conversational prompts and completions become messages. `bad` takes what is
-    wrong with rows that do not fit, which are then left out.
-
-    Raises:
-        DataError: there are no rows, or some do not fit; lists them with their places and what is needed.
+    ShareGPT's conversations and TRL's conversational prompts and completions become messages. Raises DataError if there
+    are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Any] = []
-    problems: list[str] = [] if bad is None else bad
-    before = len(problems)
+    problems: list[str] = []
     for place, value in rows:
         value = _as_messages(value)
         if format == "auto":
@@ -197,13 +175,15 @@ def check_rows(
             values.append(value)
         else:
             problems.append(f"{name}, {place}: {problem}")
-    found = problems[before:]
-    if found and (bad is None or not values):
-        shown = found[:MAX_SHOWN]
-        if len(found) > MAX_SHOWN:
-            shown.append(f"{name}: … and {len(found) - MAX_SHOWN} more")
-        way = f"rows of format {format} need {', '.join(NEEDED[format])}; fix the rows, set data.format"
-        raise DataError("\n".join([*shown, f"{way}, or leave them out with data.skip_bad_rows"]))
+    if bad is not None:
+        bad += problems
+    if problems and (bad is None or not values):
+        shown = problems[:MAX_SHOWN]
+        if len(problems) > MAX_SHOWN:
+            shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
+        needed = f"rows of format {format} need {', '.join(NEEDED[format])}"
+        way = "fix the rows, set data.format, or leave them out with data.skip_bad_rows"
+        raise DataError("\n".join([*shown, f"{needed}; {way}"]))
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
     return format, values
@@ -215,11 +195,9 @@ def _problem(value: Any, format: str) -> str | None:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except ValidationError as error:
         missing = error.errors()[0]["type"] == "missing"
-        found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
-        return f"{first_problem(error)}{found}"
+        return first_problem(error) + (f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else "")
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"has half a character ({half!r}), as a text cut within an emoji has; remove it"
+        return f"has half a character ({error.object[error.start]!r}), as a text cut within an emoji has; remove it"
     return None
 
 
@@ -247,13 +225,10 @@ def detect_format(row: Any) -> str | None:
 def _first_format(row: Any, where: str) -> str:
     if (format := detect_format(row)) is not None:
         return format
-    kind = "null" if row is None else type(row).__name__
-    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else kind
+    found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
-        raise DataError(
-            f"{where}: is a preference pair, and this is supervised fine-tuning; give `prompt` and `completion`, or "
-            "use TRL's DPOTrainer with a HipLoraConfig"
-        )
+        what = "is a preference pair, and this is supervised fine-tuning"
+        raise DataError(f"{where}: {what}; give `prompt` and `completion`, or use TRL's DPOTrainer")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
     raise DataError(f"{where}: unknown format, found {found}; rename the fields:\n{needs}")
 
@@ -274,8 +249,7 @@ def _json_lines(lines: Iterable[bytes], path: Path, bad: list[str] | None = None
     for number, line in enumerate(lines, start=1):
         try:
             if text := decoded(line, path, number).strip():
-                value = _parsed(text, path, number, "; each line must be one JSON object")
-                yield f"line {number}", value
+                yield f"line {number}", _parsed(text, path, number, "; each line must be one JSON object")
         except DataError as error:
             if bad is None:
                 raise
@@ -302,10 +276,6 @@ def _csv(text: str, path: Path) -> Iterator[Row]:
             yield f"line {reader.line_num}", row
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); write it again") from None
-
-
-def _text(text: str, path: Path) -> Iterator[Row]:
-    yield "line 1", {"text": text}
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -1,8 +1,4 @@
-"""Where merged adapters conflict: shared directions, cancelled norm and opposite signs, module by module.
-
-All but the signs is computed in factor space, in float64, on the weighted updates `w_t ΔW_t` as they come, before a
-merge rule drops anything from them.
-"""
+"""Where merged adapters conflict, module by module: in factor space, on the weighted updates before a rule acts."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,8 +29,7 @@ def compress(factors: Sequence[Pair]) -> list[Pair]:
     """Return the updates in coordinates of what they span together: small factors with the same geometry, float64.
 
     `ΔW_t = Q_L (B'_t A'_t) Q_Rᵀ` with orthonormal `Q_L`, `Q_R` that are never formed: `B'_t` and `A'_tᵀ` are blocks of
-    the triangular factors of all `B_t` side by side and all `A_tᵀ` side by side. Norms, inner products, singular values
-    and principal angles of the small updates are those of the updates.
+    the triangular factors of all `B_t` side by side and all `A_tᵀ` side by side.
     """
     ranks = [A.shape[0] for A, _ in factors]
     left = torch.linalg.qr(torch.cat([B for _, B in factors], dim=1).double(), mode="r").R
@@ -45,7 +40,7 @@ def compress(factors: Sequence[Pair]) -> list[Pair]:
 def spaces(factors: Pair) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], float]:
     """Return orthonormal bases of an update's column space (outputs) and row space (inputs), and ‖ΔW‖_F; float64.
 
-    r is the numerical rank, the number of singular values above `RANK_TOLERANCE` of the largest; 0 for a zero update.
+    r is the number of singular values above `RANK_TOLERANCE` of the largest; 0 for a zero update.
     """
     U, sigma, V = thin_svd(factors)
     A, B = factors
@@ -57,19 +52,18 @@ def spaces(factors: Pair) -> tuple[Float[Tensor, "m r"], Float[Tensor, "n r"], f
 def overlap(P: Float[Tensor, "s p"], Q: Float[Tensor, "s q"], dimensions: int) -> dict[str, float]:
     """Return how much the spans of two orthonormal bases share, in a space of n `dimensions`.
 
-    `mean` is the mean squared cosine of their principal angles, `Σ_i cos²θ_i / min(p, q)` (the angles: Björck and
-    Golub 1973; the mean: LoRA's subspace similarity, Hu et al. 2021, Eq. 4): 0 where they are orthogonal, 1 where the
-    smaller one lies in the other. `chance` is the mean that random subspaces have: `max(p, q) / n`.
+    `mean` is the mean squared cosine of their principal angles, `Σ_i cos²θ_i / min(p, q)` (Björck and Golub 1973; Hu et
+    al. 2021, Eq. 4): 0 where they are orthogonal, 1 where the smaller one lies in the other. `chance` is the mean that
+    random subspaces have: `max(p, q) / n`.
     """
     cosines = torch.linalg.svdvals(P.T @ Q).clamp_max(1.0)
     return {"mean": cosines.square().mean().item(), "chance": max(P.shape[1], Q.shape[1]) / dimensions}
 
 
 def cancelled(factors: Sequence[Pair]) -> tuple[float, float]:
-    """Return how much magnitude cancels in the sum, entry by entry, and how much there is before it.
+    """Return how much magnitude cancels in the sum, `Σ_t ‖ΔW_t‖₁ − ‖Σ_t ΔW_t‖₁`, and `Σ_t ‖ΔW_t‖₁`.
 
-    These are `Σ_t ‖ΔW_t‖₁ − ‖Σ_t ΔW_t‖₁` and `Σ_t ‖ΔW_t‖₁`. An entry with the magnitude P of one sign and N of the
-    other loses `2 min(P, N)`: twice what opposes the sign that TIES-Merging would elect there (Yadav et al. 2023).
+    An entry loses twice what opposes the sign that TIES-Merging would elect there (Yadav et al. 2023).
     """
     rows = max(1, _CHUNK // factors[0][0].shape[1])
     before = after = 0.0
@@ -96,63 +90,58 @@ def conflicts(updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> lis
     """
     modules = sorted({module for update in updates for module in update.factors}, key=model_order)
     with full_precision(torch.device("cpu")):
-        return [
-            _module(module, updates, weights)
-            for module in tqdm(modules, "how the adapters conflict", disable=None, delay=2)
-        ]
+        return [_conflict(module, updates, weights) for module in tqdm(modules, "conflicts", disable=None, delay=2)]
 
 
-def _module(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Record:
+def _conflict(module: str, updates: Sequence[AdapterUpdate], weights: Sequence[float]) -> Record:
     places = [place for place, update in enumerate(updates) if module in update.factors]
-    pairs = [(updates[place].factors[module], weights[place]) for place in places]
-    factors = [(A.detach().float(), weight * B.detach().float()) for (A, B), weight in pairs]
-    small = compress(factors)
+    factors = []
+    for place in places:
+        A, B = updates[place].factors[module]
+        factors.append((A.detach().float(), weights[place] * B.detach().float()))
+    (m, n), small = updates[places[0]].shape(module), compress(factors)
     spans = [spaces(pair) for pair in small]
     norms = [norm for _, _, norm in spans]
     total = sum(norms)
-    lost, magnitude = cancelled(factors)
     sum_norm = (torch.cat([B for _, B in small], dim=1) @ torch.cat([A for A, _ in small])).norm().item()
-    shape = updates[places[0]].shape(module)
-    found = [
-        {"adapters": [places[i], places[j]], **_pair((small[i], small[j]), (spans[i], spans[j]), shape)}
-        for i, j in combinations(range(len(places)), 2)
-        if norms[i] and norms[j]
-    ]
+    lost, magnitude = cancelled(factors)
+    pairs: list[Record] = []
+    for i, j in combinations(range(len(places)), 2):
+        if norms[i] and norms[j]:
+            left, right = overlap(spans[i][0], spans[j][0], m), overlap(spans[i][1], spans[j][1], n)
+            (A, B), (A_other, B_other) = small[i], small[j]
+            inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
+            cosine = max(-1.0, min(1.0, inner / (norms[i] * norms[j])))
+            score = math.sqrt(left["mean"] * right["mean"]) * (1 - cosine) / 2
+            both = [places[i], places[j]]
+            pairs.append({"adapters": both, "left": left, "right": right, "cosine": cosine, "score": score})
     return {
         **module_place(module),
         "adapters": places,
         "norms": norms,
         "sum_norm": sum_norm,
-        "norm_ratio": sum_norm / total if total else None,
-        "unrelated": math.hypot(*norms) / total if total else None,
+        "norm_ratio": _share(sum_norm, total),
+        "unrelated": _share(math.hypot(*norms), total),
         "magnitude": magnitude,
-        "sign_conflict": lost / magnitude if magnitude else None,
-        "pairs": found,
-        "score": max((pair["score"] for pair in found), default=None),
+        "sign_conflict": _share(lost, magnitude),
+        "pairs": pairs,
+        "score": max((pair["score"] for pair in pairs), default=None),
     }
 
 
-def _pair(factors: tuple[Pair, Pair], spans: tuple, shape: tuple[int, int]) -> Record:
-    (U, V, norm), (U_other, V_other, norm_other) = spans
-    (A, B), (A_other, B_other) = factors
-    left, right = overlap(U, U_other, shape[0]), overlap(V, V_other, shape[1])
-    inner = ((B.T @ B_other) * (A @ A_other.T)).sum().item()
-    cosine = max(-1.0, min(1.0, inner / (norm * norm_other)))
-    score = math.sqrt(left["mean"] * right["mean"]) * (1 - cosine) / 2
-    return {"left": left, "right": right, "cosine": cosine, "score": score}
-
-
 def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: Mapping[str, Any]) -> Record:
-    """Measure how adapters, by name, go together, and return the report as a JSON-ready record, schema 1.
+    """Return how adapters, by name, go together, as a JSON-ready record (schema 1, kind `merge-report`).
 
-    Returns:
-        `adapters` (name, weight, method, modules, source, sha256 of the weights where it is a folder), `modules` (see
-        `conflicts`), `most_conflicting` (up to ten module names, worst first), `cosine` (the matrix of the means over
-        the modules that both change), `totals`, `merge` (the record of the merge, as given), `provenance`.
+    It has `adapters`, `modules` (see `conflicts`), `most_conflicting` (up to ten module names, worst first), `cosine`
+    (the matrix of the means over the modules that both change), `totals`, and `merge`, the record of the merge.
     """
     rows = conflicts(list(updates.values()), weights)
     scored = sorted((row for row in rows if row["score"]), key=lambda row: -row["score"])
     pairs = [pair for row in rows for pair in row["pairs"]]
+
+    def cosine(*places: int) -> float | None:
+        return _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted(places))
+
     return {
         "schema": 1,
         "kind": "merge-report",
@@ -170,13 +159,7 @@ def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float],
         ],
         "modules": rows,
         "most_conflicting": [row["module"] for row in scored[:10]],
-        "cosine": [
-            [
-                _mean(pair["cosine"] for pair in pairs if pair["adapters"] == sorted((i, j)))
-                for j in range(len(updates))
-            ]
-            for i in range(len(updates))
-        ],
+        "cosine": [[cosine(i, j) for j in range(len(updates))] for i in range(len(updates))],
         "totals": totals(rows),
         "merge": dict(merged),
         "provenance": provenance(),
@@ -186,16 +169,16 @@ def merge_report(updates: Mapping[str, AdapterUpdate], weights: Sequence[float],
 def totals(rows: Sequence[Record]) -> Record:
     """Return the numbers of all modules together.
 
-    Overlaps (`left`, `right`, beside what chance gives) and `cosine` are means over all pairs of all modules. Norms are
-    of all modules as one long vector; `unrelated` and `unrelated_sign_conflict` are what unrelated updates of these
-    sizes would give. `shared` counts the modules that two or more adapters change.
+    Overlaps and `cosine` are means over all pairs of all modules, norms of all modules as one long vector; `unrelated`
+    and `unrelated_sign_conflict` are what unrelated updates of these sizes would give. `shared` counts the modules that
+    two or more adapters change.
     """
     pairs = [pair for row in rows for pair in row["pairs"]]
-    squares: dict[int, float] = {}
+    alone: dict[int, list[float]] = {}
     for row in rows:
         for place, norm in zip(row["adapters"], row["norms"], strict=True):
-            squares[place] = squares.get(place, 0.0) + norm**2
-    norms = [math.sqrt(square) for square in squares.values()]
+            alone.setdefault(place, []).append(norm)
+    norms = [math.hypot(*own) for own in alone.values()]
     total, magnitude = sum(norms), sum(row["magnitude"] for row in rows)
     clash = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
     expected = sum(row["magnitude"] * (1 - row["unrelated"]) for row in rows if row["unrelated"] is not None)
@@ -205,13 +188,17 @@ def totals(rows: Sequence[Record]) -> Record:
         **{side: _mean(pair[side]["mean"] for pair in pairs) for side in ("left", "right")},
         **{f"{side}_chance": _mean(pair[side]["chance"] for pair in pairs) for side in ("left", "right")},
         "cosine": _mean(pair["cosine"] for pair in pairs),
-        "norm_ratio": math.hypot(*(row["sum_norm"] for row in rows)) / total if total else None,
-        "unrelated": math.hypot(*norms) / total if total else None,
-        "sign_conflict": clash / magnitude if magnitude else None,
-        "unrelated_sign_conflict": expected / magnitude if magnitude else None,
+        "norm_ratio": _share(math.hypot(*(row["sum_norm"] for row in rows)), total),
+        "unrelated": _share(math.hypot(*norms), total),
+        "sign_conflict": _share(clash, magnitude),
+        "unrelated_sign_conflict": _share(expected, magnitude),
     }
 
 
 def _mean(values: Iterable[float]) -> float | None:
     present = list(values)
     return fmean(present) if present else None
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hiplora.adapters import (
-    SELECTION,
-    AdapterUpdate,
-    BaseWeights,
-    Pair,
-    product_norm,
-    read_update,
-)
+from hiplora.adapters import SELECTION, AdapterUpdate, BaseWeights, Pair, product_norm, read_update
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import RULES, DenseTerm, Rule, Term, find_rule, is_count, is_number
 from hiplora.merging.thin import balanced, thin_svd, zero_pair
@@ -28,10 +21,9 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class DenseMerge(AdapterUpdate):
-    """The update of a merge by a dense rule, of full rank; it has no thin factors.
+    """The update of a merge by a dense rule, of full rank: it has no thin factors.
 
-    Only the adapters' factors are held (`terms`, by module). `delta` computes the update of one module; all of them
-    together would be a second model.
+    Only the adapters' factors are held (`terms`, by module); all updates together would be a second model.
     """
 
     terms: Mapping[str, Sequence[Term]] = field(default_factory=dict)
@@ -77,8 +69,8 @@ def merge(
 ) -> AdapterUpdate:
     """Merge adapters of one base model into one update.
 
-    HiP-LoRA, LoRA and AdaLoRA adapters of any ranks, scalings and targets go together; a module that an adapter does
-    not adapt gets nothing from it. An adapter of weight 0 takes no part, unless all have weight 0.
+    Adapters of any methods, ranks, scalings and targets go together; a module that an adapter does not adapt gets
+    nothing from it. An adapter of weight 0 takes no part, unless all have weight 0.
 
     Args:
         adapter_dirs: adapter folders or updates, at least one.
@@ -96,7 +88,7 @@ def merge(
 
     Raises:
         AdapterError: an adapter cannot be read, leaks, replaces whole modules, or is for another base model.
-        ConfigError: unknown rule or option, no adapters, or a weight, an option or the rank is out of range.
+        ConfigError: a rule, option, weight or rank that makes no sense, or no adapters.
     """
     rule = find_rule(method)
     settings = rule.options(options)
@@ -106,7 +98,7 @@ def merge(
     updates = [read_update(adapter, base) for adapter in adapter_dirs]
     for update in updates:
         update.check_leak()
-    check_compatible(updates, base)
+    _check_compatible(updates, base)
     pairs = list(zip(updates, numbers, strict=True))
     kept = [(update, weight) for update, weight in pairs if weight] or pairs
     shared: dict[str, Any] = {
@@ -137,25 +129,22 @@ def merge(
 def truncate(update: AdapterUpdate, rank: int, keep_channels: bool = False) -> AdapterUpdate:
     """Cut every module of an update down to its `rank` strongest singular directions (Eckart and Young 1936).
 
-    In factor space: QR of both thin factors, SVD of the small matrix between them. Modules of no higher rank are left
-    as they are. With `keep_channels`, a module that has its two channels apart keeps the gains, and only its residual
-    channel is cut. The result's `errors` say what each module lost.
+    With `keep_channels`, a module that has its two channels apart keeps the gains, and only its residual channel is
+    cut. The result's `errors` say what each module lost.
     """
     factors, channels, errors = dict(update.factors), dict(update.channels), {}
     with full_precision(_CPU):
-        for module in factors:
+        for module, (A, B) in update.factors.items():
             apart = channels.get(module) if keep_channels else None
             if apart is not None:
-                (A, B), lost = _cut((apart.A, apart.B), rank)
+                (A_cut, B_cut), lost = _cut((apart.A, apart.B), rank)
                 lost *= abs(apart.scaling)
-                channels[module] = replace(apart, A=A, B=B)
+                channels[module] = replace(apart, A=A_cut, B=B_cut)
                 factors[module] = channels[module].factors()
             else:
-                before = factors[module]
-                factors[module], lost = _cut(before, rank)
-                if factors[module] is not before:
+                factors[module], lost = _cut((A, B), rank)
+                if A.shape[0] > rank:
                     channels.pop(module, None)
-            A, B = update.factors[module]
             errors[module] = lost / product_norm(B, A) if lost else 0.0
     return replace(update, factors=factors, channels=channels, errors=errors)
 
@@ -196,14 +185,11 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return [float(weight) for weight in weights]
 
 
-def check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None:
+def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None:
     """Check that adapters change the same base weights and that none of several replaces whole modules.
 
     With `base`, every adapter is compared with that model's weights; else with each other, by shapes, fingerprints
     and, where they share none, the names of their base models.
-
-    Raises:
-        AdapterError: naming the adapters, the layer and the way out.
     """
     whole = [update for update in updates if update.extras]
     if whole and len(updates) > 1:
@@ -217,13 +203,14 @@ def check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> None
             for module in update.factors:
                 weights.fitting_weight(module, update)
         return
-    seen: dict[tuple[str, str], tuple[Any, AdapterUpdate]] = {}
+    shapes: dict[str, tuple[Any, AdapterUpdate]] = {}
+    prints: dict[str, tuple[Any, AdapterUpdate]] = {}
     for update in updates:
-        shares = any(("fingerprint", module) in seen for module in update.fingerprints)
-        facts = {("shape", module): update.shape(module) for module in update.factors}
-        facts |= {("fingerprint", module): value for module, value in update.fingerprints.items()}  # type: ignore[misc]
-        for (what, module), value in facts.items():
-            known, other = seen.setdefault((what, module), (value, update))
+        shares = not prints.keys().isdisjoint(update.fingerprints)
+        facts = [(shapes, module, update.shape(module)) for module in update.factors]
+        facts += [(prints, module, value) for module, value in update.fingerprints.items()]  # type: ignore[misc]
+        for seen, module, value in facts:
+            known, other = seen.setdefault(module, (value, update))
             if known != value:
                 raise AdapterError(
                     f"layer {module}: {other.source} and {update.source} were made for different base weights (of "

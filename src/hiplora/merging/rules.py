@@ -25,10 +25,7 @@ _ENTRIES = 1 << 22  # of a matrix whose float64 copies are in memory at a time
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter's update of one module, `weight · B'A'`: A' (q, n) and B' (m, q) in fp32.
-
-    `channels` keeps the two channels of a HiP-LoRA module apart.
-    """
+    """One adapter's update of one module, `weight · B'A'`; `channels` keeps those of a HiP-LoRA module apart."""
 
     factors: Pair
     weight: float = 1.0
@@ -39,8 +36,7 @@ class Term:
 class DenseTerm:
     """One adapter's update of one module as a matrix `delta` (m, n), which a rule may overwrite.
 
-    `key` depends on the module and the values alone, not on the order of the adapters: rules that draw at random seed
-    with it.
+    `key` depends on the module and the values alone: rules that draw at random seed with it.
     """
 
     delta: Tensor
@@ -50,11 +46,10 @@ class DenseTerm:
 
 @dataclass(frozen=True)
 class Rule:
-    """A merge rule.
+    """A merge rule: `combine(terms, **options)`, by what it works on.
 
-    `kind` says what it works on. "factors": `combine(terms, **options)` takes a sequence of `Term` and returns merged
-    factors and, where the rule keeps the two channels of HiP-LoRA apart, those too (else None). "dense": it takes an
-    iterable of `DenseTerm` and returns the merged matrix (m, n), in general of full rank.
+    Of kind "factors", it takes a sequence of `Term` and returns merged factors and, where it keeps the two channels of
+    HiP-LoRA apart, those too (else None). "dense": it takes `DenseTerm`s and returns the merged matrix (m, n).
     """
 
     name: str
@@ -70,11 +65,7 @@ class Rule:
         return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
     def options(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return all its options, some of them given.
-
-        Raises:
-            ConfigError: it has no option of that name, or the value is out of range.
-        """
+        """Return all its options, some of them given; ConfigError if it has none of that name, or a value is wrong."""
         for name, value in (given or {}).items():
             if name not in self.defaults:
                 known = ", ".join(self.defaults) or "none"
@@ -86,11 +77,7 @@ class Rule:
 
 
 def find_rule(name: str) -> Rule:
-    """Return a rule by name.
-
-    Raises:
-        ConfigError: no rule has that name.
-    """
+    """Return a rule by name; ConfigError if no rule has it."""
     if name not in RULES:
         raise ConfigError(f"merge rule {name!r} is not known; expected one of {', '.join(RULES)}")
     return RULES[name]
@@ -135,35 +122,35 @@ def merge_rule(name: str, kind: Literal["factors", "dense"], source: str) -> Cal
 def addition(terms: Sequence[Term]) -> tuple[Pair, Channels | None]:
     """The weighted sum of the updates, exact: gains added in a shared basis, everything else concatenated.
 
-    HiP-LoRA terms with bit-equal U and V share their gains: `δ = Σ w_t δ_t`, and their residual channels are
-    concatenated, so that two adapters of rank r + k make one of rank 2r + k. Everything else is concatenated with
-    its weight folded into `B'`. Channels are returned where all terms share one basis. Terms of weight 0 are left
-    out; if all are, the result is a zero update of the first term's rank.
+    HiP-LoRA terms with bit-equal U and V share their gains, `δ = Σ w_t δ_t`, so that two adapters of rank r + k make
+    one of rank 2r + k. Channels are returned where all terms share one basis. Terms of weight 0 are left out; if all
+    are, the result is a zero update of the first term's rank.
     """
     import torch
 
-    kept = [term for term in terms if term.weight != 0] or [terms[0]]
     groups: list[list[Term]] = []
-    for term in kept:
+    for term in [term for term in terms if term.weight != 0] or terms[:1]:
         group = next((group for group in groups if _share_basis(group[0], term)), None)
         if group is None:
             groups.append([term])
         else:
             group.append(term)
-    merged = [_add_channels(group) if group[0].channels is not None else None for group in groups]
-    pairs = [
-        channels.factors() if channels is not None else (group[0].factors[0], group[0].weight * group[0].factors[1])
-        for group, channels in zip(groups, merged, strict=True)
-    ]
+    pairs, channels = [], None
+    for group in groups:
+        if group[0].channels is not None:
+            channels = _add_channels(group)
+            pairs.append(channels.factors())
+        else:
+            A, B = group[0].factors
+            pairs.append((A, group[0].weight * B))
     factors = torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
-    return factors, merged[0] if len(merged) == 1 else None
+    return factors, channels if len(groups) == 1 else None
 
 
 def _share_basis(one: Term, other: Term) -> bool:
-    """Return whether two terms' gains belong to the same directions.
+    """Return whether two terms' gains belong to the same directions, bit for bit.
 
-    Only bit-equal bases count: two decompositions of one weight may rotate directions inside a cluster of equal
-    singular values, and then adding gains would not be the sum of the updates.
+    Two decompositions of one weight may rotate directions inside a cluster of equal singular values.
     """
     a, b = one.channels, other.channels
     return a is not None and b is not None and a.sides == b.sides and a.U.equal(b.U) and a.V.equal(b.V)
@@ -192,16 +179,18 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
     """TIES among the updates' coordinates in output directions that they share.
 
     With `[ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ]`, the result is `U · TIES(Σ V_1ᵀ, …, Σ V_Tᵀ)`, of a rank of their ranks' sum
-    at most. U is found in factor space, and `Σ V_tᵀ = Uᵀ ΔW_t` has as many rows as U has columns. `density` (the share
-    of coordinates kept) counts in each module by itself.
+    at most. `density` is the share of each module's coordinates that is kept.
     """
     from hiplora.merging.thin import shared_outputs, zero_pair
 
+    A, B = terms[0].factors
     U = shared_outputs([term.factors for term in terms])
     if not U.shape[1]:
-        return zero_pair(terms[0].factors[1].shape[0], terms[0].factors[0].shape[1]), None
-    coordinates = (((U.T @ term.factors[1].double()) @ term.factors[0].double()).float() for term in terms)
-    aligned = [DenseTerm(part, term.weight) for part, term in zip(coordinates, terms, strict=True)]
+        return zero_pair(B.shape[0], A.shape[1]), None
+    aligned = []
+    for term in terms:
+        A, B = term.factors
+        aligned.append(DenseTerm(((U.T @ B.double()) @ A.double()).float(), term.weight))
     return (ties(aligned, density=density, scale=scale), U.float()), None
 
 
@@ -209,9 +198,9 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
 def tsv(terms: Sequence[Term], *, sv_reduction: float | None = None, scale: float = 1.0) -> tuple[Pair, None]:
     """The singular triplets of all updates, their directions made orthogonal to each other.
 
-    `ΔW = Û diag(w_1 σ_1, …, w_T σ_T) V̂ᵀ`, where `Û` and `V̂` are the orthogonal polar factors of the updates' left and
-    right singular vectors side by side. `sv_reduction` is the share of each update's triplets that is kept, rounded
-    up; None is the paper's rule, a T-th of min(out, in) for T updates.
+    `ΔW = Û diag(w_1 σ_1, …, w_T σ_T) V̂ᵀ` with the orthogonal polar factors `Û` and `V̂` of the updates' left and right
+    singular vectors side by side. `sv_reduction` is the share of each update's triplets that is kept, rounded up; None
+    is the paper's rule, a T-th of min(out, in) for T updates.
     """
     import torch
 
@@ -271,8 +260,7 @@ def dare(terms: Iterable[DenseTerm], *, density: float = 0.5, rescale: bool = Tr
     """The weighted sum of entries drawn at random, scaled up for those that were dropped.
 
     `Σ_t w_t (M_t ⊙ ΔW_t) / density` with M_t drawn from {0, 1}. `density` is 1 minus the drop rate of the paper;
-    without `rescale` nothing is divided. Each module of each adapter draws by `seed` and its own values: the same
-    whatever it is merged with, and in whatever order.
+    without `rescale` nothing is divided. Each module of each adapter draws by `seed` and its own values alone.
     """
     import torch
     from peft.utils.merge_utils import prune
@@ -293,10 +281,7 @@ def magnitude(terms: Iterable[DenseTerm], *, density: float = 0.2) -> Tensor:
 
 
 def keep_largest_(delta: Tensor, density: float) -> Tensor:
-    """Zero, in place, all but the ⌊density · mn⌋ entries of largest magnitude of a matrix (m, n); return it.
-
-    Entries whose magnitude equals the smallest kept one all stay.
-    """
+    """Zero, in place, all but the ⌊density · mn⌋ largest entries of a matrix (and those as large as the last)."""
     if density >= 1:
         return delta
     count = int(density * delta.numel())

@@ -57,11 +57,10 @@ def shared_outputs(factors: Sequence[Pair]) -> Float[Tensor, "m q"]:
 
 
 def polar(columns: Float[Tensor, "m q"]) -> Float[Tensor, "m q"]:
-    """Return the orthogonal factor of the polar decomposition: the orthonormal columns nearest to the given ones.
+    """Return the orthogonal polar factor: `P Oᵀ` of the columns' SVD `P S Oᵀ`, the nearest orthonormal columns.
 
-    That is `P Oᵀ` of their SVD `P S Oᵀ` (the Procrustes problem). Where the columns are linearly dependent it is not
-    unique, and directions that none of them has would be made up: they are left out, so that the result is a partial
-    isometry, the one that does not depend on the order of the columns.
+    Of linearly dependent columns, directions that none of them has are left out: a partial isometry, whatever their
+    order.
     """
     P, sigma, Ot = torch.linalg.svd(columns, full_matrices=False)
     kept = sigma > _SAME_DIRECTION

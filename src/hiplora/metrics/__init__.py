@@ -3,12 +3,13 @@
 from hiplora.metrics.bootstrap import (
     BootstrapResult,
     Interval,
+    MergeInstance,
+    merge_instances,
     paired_bootstrap,
     resample_counts,
     sign_flip_p_value,
     student_margin,
 )
-from hiplora.metrics.instances import MergeInstance, merge_instances
 from hiplora.metrics.scores import (
     CONTINUAL,
     DEFAULT_TAU,

@@ -1,6 +1,7 @@
-"""Intervals and tests: the hierarchical bootstrap of the paper, a plain one over items, sign flips, Student's t."""
+"""What is drawn at random: the paper's hierarchical bootstrap, a plain one, sign flips, and the merges to try."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from hiplora.errors import ConfigError, DataError
 from hiplora.metrics.scores import Floats, finite, whole_number
 
-Pair = tuple[str, str]
+MergeInstance = tuple[tuple[str, int], ...]  # (task, seed of its adapter), in the pool's order of tasks
 _CHUNK = 1 << 20  # draws in memory at once
 _EXACT = 16  # differences whose 2ⁿ sign patterns are all tried
 
@@ -30,31 +31,25 @@ class BootstrapResult:
     """Intervals of every method's mean and of every paired difference `(a, b)`, a − b, in both orders."""
 
     mean: Mapping[str, Interval]
-    difference: Mapping[Pair, Interval]
+    difference: Mapping[tuple[str, str], Interval]
 
 
 def paired_bootstrap(
-    values: Mapping[str, Sequence[Sequence[float]]],
-    replicates: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
+    values: Mapping[str, Sequence[Sequence[float]]], replicates: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> BootstrapResult:
-    """Return percentile intervals of means and paired differences from a hierarchical bootstrap.
+    """Return percentile intervals of means and paired differences from a hierarchical bootstrap (paper, C.3).
 
     Each replicate draws seeds with replacement, and in each drawn seed instances with replacement; all methods get
     the same draw. The estimate is the mean over seeds of the mean over instances. With a single seed only instances
     are drawn, and the interval says nothing about other seeds.
 
     `values[method][seed][instance]` are finite, in any unit. The i-th instance of a seed is the same item for all
-    methods; seeds may have different items and numbers of items. `level` is the share of the replicates inside the
-    interval, in (0, 1).
+    methods; seeds may have different numbers of items. `level` is the share of the replicates inside the interval.
 
     Raises:
         ConfigError: `replicates`, `seed` or `level` is out of range.
         DataError: there are no methods, seeds or instances, their numbers differ between methods, or a value is not
             finite; the error names the method and the seed.
-
-    Source: HiP-LoRA, appendix C.3. What the interval covers, and what it does not: docs/explanation/metrics.md.
     """
     whole_number(replicates, "replicates", 1)
     whole_number(seed, "seed", 0)
@@ -114,10 +109,7 @@ def resample_counts(size: int, replicates: int, generator: np.random.Generator) 
 
 
 def resampled_means(columns: ArrayLike, replicates: int = 10_000, seed: int | Sequence[int] = 0) -> Floats:
-    """Return the means of columns (items, columns) and of every replicate over items: (1 + replicates, columns).
-
-    The columns share their draws, so that scores on the same items stay paired.
-    """
+    """Return the means of columns (items, columns), then of replicates with shared draws: (1 + replicates, columns)."""
     values = finite(columns, "columns", axes=2)
     counts = resample_counts(len(values), replicates, np.random.default_rng(seed))
     return np.concatenate([values.mean(axis=0)[None], *(part @ values / len(values) for part in counts)])
@@ -156,10 +148,47 @@ def sign_flip_p_value(
 
 
 def student_margin(sd: Any, count: Any) -> Any:
-    """Return half the width of Student's 95 % interval of the mean of `count` values with sample deviation `sd`.
-
-    Elementwise where these are arrays.
-    """
+    """Return half of Student's 95 % interval of the mean of `count` values with sample deviation `sd`, elementwise."""
     from scipy import stats
 
     return stats.t.ppf(0.975, count - 1) * sd / count**0.5
+
+
+def merge_instances(
+    tasks: Sequence[str], sizes: Sequence[int], seeds: Sequence[int], count: int, seed: int
+) -> dict[int, list[MergeInstance]]:
+    """Draw the merges of the paper's protocol (appendix C.3): `count` distinct ones for each size T.
+
+    A merge is a uniform subset of T of the `tasks`, each with one of the training `seeds`, uniform; all merges where
+    there are no more than `count`. The draw depends on the arguments only, and on no other size: draw once and use the
+    same merges for every method.
+
+    Raises:
+        ConfigError: a size is not in 2 … len(tasks), or `count` or `seed` is out of range.
+    """
+    whole_number(count, "count", 1)
+    whole_number(seed, "seed", 0)
+    for size in sizes:
+        if whole_number(size, "size", 2) > len(tasks):
+            raise ConfigError(f"size is {size}, and the pool has {len(tasks)} tasks; lower it or add tasks")
+    return {size: _draw_merges(tasks, size, seeds, count, np.random.default_rng([seed, size])) for size in sizes}
+
+
+def _draw_merges(
+    tasks: Sequence[str], size: int, seeds: Sequence[int], count: int, generator: np.random.Generator
+) -> list[MergeInstance]:
+    total = math.comb(len(tasks), size) * len(seeds) ** size
+    if total <= 2 * count:
+        everything = [
+            tuple(zip(subset, trained, strict=True))
+            for subset in itertools.combinations(tasks, size)
+            for trained in itertools.product(seeds, repeat=size)
+        ]
+        kept = generator.choice(total, min(count, total), replace=False)
+        return [everything[index] for index in sorted(kept)]
+    drawn: dict[MergeInstance, None] = {}
+    while len(drawn) < count:
+        subset = sorted(generator.choice(len(tasks), size, replace=False))
+        trained = generator.integers(len(seeds), size=size)
+        drawn[tuple((tasks[i], seeds[j]) for i, j in zip(subset, trained, strict=True))] = None
+    return list(drawn)

@@ -25,12 +25,9 @@ _ABOVE_ZERO = 1e-3  # nats by which rounding may lift a sum of log-probabilities
 
 
 def retain(base: Scores, adapted: Scores, domain: str) -> float:
-    """Return the paper's Retain: the mean drop on all benchmarks but the adapter's own, in percentage points.
+    """Return the paper's Retain (appendix C.2, Eq. 11): the mean of `base[b] − adapted[b]` over all b ≠ domain.
 
-    `mean over b ≠ domain of base[b] − adapted[b]`; lower is better, and a gain is a negative drop. The scores on
-    `domain` are not used, and `adapted` need not have one.
-
-    Source: HiP-LoRA, appendix C.2, Eq. 11.
+    In percentage points; lower is better, a gain is negative. `adapted` need not have a score on `domain`.
     """
     if domain not in base:
         raise ConfigError(f"domain {domain!r} is not among the benchmarks; expected one of {', '.join(base)}")
@@ -42,14 +39,10 @@ def retain(base: Scores, adapted: Scores, domain: str) -> float:
 
 
 def merge_fail(merged: Sequence[Scores], single: Sequence[Scores], tau: float) -> float:
-    """Return MergeFail: the fraction, in [0, 1], of merges that fail; lower is better.
+    """Return the paper's MergeFail (appendix C.3): the fraction, in [0, 1], of merges that fail; lower is better.
 
-    A merge fails if any of its tasks has `merged < tau · single`. A score that equals the threshold, up to rounding,
-    does not fail, and neither does a task whose single score is 0.
-
-    `merged` has the merged model's score on each task of each merge, `single` that of the task's adapter alone.
-
-    Source: HiP-LoRA, appendix C.3.
+    `merged` has the merged model's score on each task of each merge, `single` that of the task's adapter alone. A merge
+    fails if any of its tasks has `merged < tau · single`, more than rounding.
     """
     if not 0 < tau <= 1:
         raise ConfigError(f"tau is {tau}; expected a threshold in (0, 1]")
@@ -68,11 +61,9 @@ def falls_below(merged: ArrayLike, single: ArrayLike, tau: float) -> NDArray[np.
 
 
 def mean_post_merge_drop(merged: Scores | Sequence[Scores], single: Scores | Sequence[Scores]) -> float:
-    """Return the mean of `|single − merged|` over every task of every merge, in percentage points; lower is better.
+    """Return the paper's mean drop (table 2): the mean of `|single − merged|` over every task of every merge, in pp.
 
-    It is absolute: a task that merging improved counts as a change, too. Takes one table of scores, or one per merge.
-
-    Source: HiP-LoRA, table 2.
+    Lower is better; a task that merging improved counts, too. Takes one table of scores, or one per merge.
     """
     after = [merged] if isinstance(merged, Mapping) else merged
     before = [single] if isinstance(single, Mapping) else single
@@ -86,36 +77,25 @@ def mean_post_merge_drop(merged: Scores | Sequence[Scores], single: Scores | Seq
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
-    """Return AvgAcc, the mean score over all tasks after the last stage, in per cent: `(1/T) Σ_i Acc[T, i]`.
-
-    Source: HiP-LoRA, appendix C.4.
-    """
+    """Return AvgAcc (the paper's appendix C.4), the mean over tasks after the last stage, `(1/T) Σ_i Acc[T, i]`."""
     return float(CONTINUAL["average accuracy"](_accuracies(matrix)))
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """Return how far tasks fell below their best earlier score, in percentage points; lower is better.
+    """Return how far tasks fell below their best earlier score, `1/(T−1) Σ_{i<T} (max_{t<T} Acc[t, i] − Acc[T, i])`.
 
-    `1/(T−1) Σ_{i<T} (max_{t<T} Acc[t, i] − Acc[T, i])`, the maximum over all earlier stages that were measured.
-
-    Source: HiP-LoRA, appendix C.4; Chaudhry et al. 2018.
+    In percentage points; lower is better. Source: HiP-LoRA, appendix C.4; Chaudhry et al. 2018.
     """
     return float(CONTINUAL["forgetting"](_accuracies(matrix, stages=2)))
 
 
 def backward_transfer(matrix: ArrayLike) -> float:
-    """Return BWT, `1/(T−1) Σ_{i<T} (Acc[T, i] − Acc[i, i])`, in percentage points; higher is better.
-
-    Source: Lopez-Paz and Ranzato 2017 (GEM).
-    """
+    """Return BWT (Lopez-Paz and Ranzato 2017), `1/(T−1) Σ_{i<T} (Acc[T, i] − Acc[i, i])`, in pp; higher is better."""
     return float(CONTINUAL["backward transfer"](_accuracies(matrix, stages=2)))
 
 
 def learned_accuracy(matrix: ArrayLike) -> float:
-    """Return the mean score of each task just after it was trained, in per cent: the mean of the diagonal.
-
-    Source: Riemer et al. 2019 (MER), "learning accuracy".
-    """
+    """Return each task's score just after it was trained, the mean in per cent (Riemer et al. 2019)."""
     return float(CONTINUAL["learned accuracy"](_accuracies(matrix)))
 
 
@@ -139,10 +119,7 @@ def _accuracies(matrix: ArrayLike, stages: int = 1) -> Floats:
 
 
 def answer_likelihood(log_prob: float, tokens: int) -> float:
-    """Return how likely a token of the answer is, in per cent: `100 · exp(log_prob / tokens)`.
-
-    `log_prob` is summed over the answer's tokens, in nats.
-    """
+    """Return how likely a token of the answer is, in per cent: `100 · exp(log_prob / tokens)`, log_prob in nats."""
     count = whole_number(tokens, "tokens", 1)
     if not log_prob <= _ABOVE_ZERO:
         raise DataError(f"log_prob is {log_prob}; a log-probability is at most 0")
@@ -150,10 +127,7 @@ def answer_likelihood(log_prob: float, tokens: int) -> float:
 
 
 def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
-    """Return the right choice's share of the probability of all choices, in per cent: `100 · softmax(ℓ)[gold]`.
-
-    `log_likelihoods` of each choice are in nats, shape (choices,); only their differences matter.
-    """
+    """Return the right choice's share of the choices' probability (nats), in per cent: `100 · softmax(ℓ)[gold]`."""
     choices, index = finite(log_likelihoods, "log_likelihoods"), whole_number(gold, "gold", 0)
     if index >= len(choices):
         raise DataError(f"gold is {index}, and there are {len(choices)} choices; expected an index below that")
@@ -162,10 +136,7 @@ def gold_probability(log_likelihoods: ArrayLike, gold: int) -> float:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Return the unbiased estimate of pass@k, in [0, 1]: `1 − C(n−c, k) / C(n, k)` of n samples with c right.
-
-    Source: Chen et al. 2021 (HumanEval), Eq. 1.
-    """
+    """Return the unbiased pass@k of n samples with c right, `1 − C(n−c, k) / C(n, k)` (Chen et al. 2021, Eq. 1)."""
     n, c, k = whole_number(n, "n", 1), whole_number(c, "c", 0), whole_number(k, "k", 1)
     if c > n:
         raise DataError(f"c is {c} right samples of n = {n}; expected at most n")
@@ -176,11 +147,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Locality:
-    """What editing did to unrelated prompts.
-
-    `accuracy_change` is accuracy after − before, in percentage points: negative is damage. `log_prob_change` is the
-    mean change of their answers' log-probability, in nats; None if not given.
-    """
+    """What editing did to unrelated prompts: change of accuracy, in pp, and of answers' log-probability, in nats."""
 
     accuracy_change: float
     log_prob_change: float | None = None
@@ -192,26 +159,18 @@ def locality(
     base_log_probs: ArrayLike | None = None,
     edited_log_probs: ArrayLike | None = None,
 ) -> Locality:
-    """Compare the model after editing with the one before, on unrelated prompts.
+    """Compare answers to unrelated prompts, right or wrong and in nats, after editing and before (the paper's C.4)."""
+    accuracy = _mean_change("correct", base_correct, edited_correct)
+    if base_log_probs is None or edited_log_probs is None:
+        return Locality(100 * accuracy)
+    return Locality(100 * accuracy, _mean_change("log_probs", base_log_probs, edited_log_probs))
 
-    `…_correct` say whether the model answers each prompt right, shape (prompts,); `…_log_probs` are the optional
-    log-probabilities of answers, in nats, shape (answers,).
 
-    Source: HiP-LoRA, appendix C.4.
-    """
-    changes = []
-    for name, base, edited in (
-        ("correct", base_correct, edited_correct),
-        ("log_probs", base_log_probs, edited_log_probs),
-    ):
-        if base is not None and edited is not None:
-            before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
-            if len(before) != len(after):
-                raise DataError(
-                    f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many"
-                )
-            changes.append(float(after.mean() - before.mean()))
-    return Locality(100 * changes[0], *changes[1:])
+def _mean_change(name: str, base: ArrayLike, edited: ArrayLike) -> float:
+    before, after = finite(base, f"base_{name}"), finite(edited, f"edited_{name}")
+    if len(before) != len(after):
+        raise DataError(f"base_{name} has {len(before)} values, edited_{name} has {len(after)}; expected as many")
+    return float(after.mean() - before.mean())
 
 
 def whole_number(value: Any, name: str, least: int) -> int:
@@ -219,8 +178,8 @@ def whole_number(value: Any, name: str, least: int) -> int:
     try:
         found = operator.index(value)
     except TypeError:
-        found = None
-    if found is None or found < least:
+        found = least - 1
+    if found < least:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least {least}")
     return found
 
@@ -244,7 +203,7 @@ def finite(values: ArrayLike, what: str, axes: int = 1) -> Floats:
 
 def _require(good: NDArray[np.bool_], array: NDArray, what: str, expected: str) -> None:
     if not good.all():
-        place = tuple(int(index) for index in np.argwhere(~good)[0])
+        place = tuple(np.argwhere(~good)[0].tolist())
         shown = "".join(f"[{index}]" for index in place)
         raise DataError(f"{what}{shown} is {array[place]}; expected {expected}")
 

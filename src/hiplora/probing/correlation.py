@@ -24,9 +24,9 @@ REPLICATES = 10_000
 def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
     """Return how y goes with x, each (points,): `points`, and `pearson` and `spearman`.
 
-    A coefficient has `estimate`, two-sided `p_value`, and the bounds `low` and `high` of its 95 % percentile interval
-    over 10,000 bootstrap samples of the points; all are None if it is not defined, and `reason` says why. Estimates
-    and p-values are scipy's, which take the points for independent; of up to 8 points Spearman's p-value is exact.
+    A coefficient has `estimate`, two-sided `p_value`, and `low` and `high` of its 95 % percentile interval over 10,000
+    bootstrap samples of the points; all are None if it is not defined, and `reason` says why. Estimates and p-values
+    are scipy's; of up to 8 points Spearman's p-value is exact.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if reason := _undefined(x, y):
@@ -66,18 +66,19 @@ def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     `points`, `pearson` and `spearman` as of `correlate`, without p-values.
     """
     found = []
-    pairs = itertools.combinations(dict.fromkeys(row["kind"] for row in rows), 2)
-    for metric, (kind, minus) in itertools.product(rows[0]["drop"], list(pairs)):
+    pairs = list(itertools.combinations(dict.fromkeys(row["kind"] for row in rows), 2))
+    for metric, (kind, minus) in itertools.product(rows[0]["drop"], pairs):
         both = pd.concat([_points(rows, name, metric) for name in (kind, minus)], axis=1).dropna()
         x, (ours, theirs) = both.index.get_level_values("sigma"), both.to_numpy(dtype=np.float64).T
         one, other = correlate(x, ours, seed), correlate(x, theirs, seed)
         row = {"kind": kind, "minus": minus, "metric": metric, "points": len(both)}
-        if reason := one["pearson"]["reason"] or other["pearson"]["reason"]:
-            found.append(row | {name: _coefficient(reason=reason) for name in COEFFICIENTS})
-            continue
-        apart = _sampled(x, ours, seed) - _sampled(x, theirs, seed)
+        reason = one["pearson"]["reason"] or other["pearson"]["reason"]
+        apart = None if reason else _sampled(x, ours, seed) - _sampled(x, theirs, seed)
         for place, name in enumerate(COEFFICIENTS):
-            row[name] = _coefficient(one[name]["estimate"] - other[name]["estimate"], None, apart[:, place])
+            if apart is None:
+                row[name] = _coefficient(reason=reason)
+            else:
+                row[name] = _coefficient(one[name]["estimate"] - other[name]["estimate"], None, apart[:, place])
         found.append(row)
     return found
 

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hiplora.adapters import module_place
+from hiplora.adapters.base import weight_of
 from hiplora.errors import ConfigError
 from hiplora.evaluation.mounting import holding
 from hiplora.spectral import MomentBasis, activation_factors, truncated_svd
@@ -23,9 +25,9 @@ PROTECTED = 32  # directions of the activation basis; the default of HipLoraConf
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One rank-1 component `σ u vᵀ` of a module's weight (m, n).
+    """One rank-1 component `σ u vᵀ` of a module's weight (m, n); u and v have unit length, fp32.
 
-    u (m,) and v (n,) have unit length, fp32. `index` runs from 0, the strongest, to `rank` − 1; `relative` is σ_i/σ_1.
+    `index` runs from 0, the strongest, to `rank` − 1; `relative` is σ_i/σ_1.
     """
 
     module: str
@@ -43,13 +45,10 @@ def find_modules(
     """Return the names of the layers that an adapter with these target modules would be on, in the model's order.
 
     `target_modules` as in PEFT: ends of names, a regular expression, `"all-linear"`, or None for the attention
-    projections; `layers` keeps some layers only.
-
-    Raises:
-        ConfigError: nothing matches, or a layer has no match.
+    projections; `layers` keeps some layers only. ConfigError if nothing matches, or a layer has no match.
     """
     config = HipLoraConfig(preset="paper", target_modules=target_modules, principal_rank=1)
-    found = {target.name: layer_of(target.name) for target in find_targets(model, config)}
+    found = {target.name: module_place(target.name)["layer"] for target in find_targets(model, config)}
     if missing := sorted(set(layers or ()) - set(found.values())):
         known = ", ".join(map(str, sorted({number for number in found.values() if number is not None})))
         raise ConfigError(
@@ -58,19 +57,11 @@ def find_modules(
     return [name for name, number in found.items() if layers is None or number in layers]
 
 
-def layer_of(module: str) -> int | None:
-    """Return the first number in a module's name, which is that of its layer; None if it has none."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
-
-
 def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
     """Return the indices, ascending, of `count` different directions among `size`, sorted by descending σ.
 
     `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`; both from the
-    first to the last.
-
-    Raises:
-        ConfigError: `count` is not in 1…size.
+    first to the last. ConfigError if `count` is not in 1…size.
     """
     if not 1 <= count <= size:
         raise ConfigError(f"{count} directions of {size}: expected 1 to {size}; give another number")
@@ -101,8 +92,7 @@ def directions_of(
         FactorError: a weight cannot be decomposed.
     """
     for name in modules:
-        layer: Any = model.get_submodule(name)
-        matrix = layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
+        matrix = weight_of(model.get_submodule(name))
         size = min(matrix.shape)
         if bases is None:
             factors = truncated_svd(matrix, min(rank or size, size), method="exact", name=name)
@@ -121,11 +111,7 @@ def directions_of(
 
 
 def intervention_factor(kind: str, normal: float = 0.0) -> float:
-    """Return c of `W + c σ u vᵀ`: −1 for zero, −2 for flip, ε ~ N(0, S²) for noise_S; `normal` is a draw of N(0, 1).
-
-    Raises:
-        ConfigError: there is no such intervention.
-    """
+    """Return c of `W + c σ u vᵀ`: −1 for zero, −2 for flip, S times a draw of N(0, 1) for noise_S; else ConfigError."""
     if kind in ("zero", "flip"):
         return -1.0 if kind == "zero" else -2.0
     with contextlib.suppress(ValueError):
@@ -139,8 +125,7 @@ def intervention_factor(kind: str, normal: float = 0.0) -> float:
 def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterator[nn.Module]:
     """Replace a module's weight by `W + factor · σ u vᵀ` inside the block; restore the very same weight on exit.
 
-    The sum is made in fp32 and rounded to the weight's own precision. The changed weight is a parameter of its own:
-    one that is tied to another leaves that alone. Works for `nn.Linear` and for GPT-2's `Conv1D`.
+    The sum is made in fp32 and rounded to the weight's own precision. A weight that is tied to it is left alone.
     """
     module: Any = model.get_submodule(direction.module)
     weight, left, right = module.weight, direction.u, direction.v
@@ -165,20 +150,17 @@ def probe(
 ) -> list[dict[str, Any]]:
     """Apply each of the interventions `kinds` to each direction, one at a time, and return a row for each, in order.
 
-    A row has `module`, `layer`, `type` (the last part of the module's name), `index`, `rank`, `sigma`, `relative`; the
-    intervention's `kind`, the number of the noise's `draw`, its `factor`; and `drop`, what was measured, None where it
-    is not a finite number. The bare model is left as it was, bit for bit, also after an error.
+    A row has `module`, `layer`, `type`, `index`, `rank`, `sigma`, `relative`; the intervention's `kind`, the number of
+    the noise's `draw`, its `factor`; and `drop`, what was measured, None where it is not finite. The bare model is left
+    as it was, bit for bit, also after an error.
 
     `measure`, called with the intervened model, returns by name how much worse it became: base − intervened of a
     score, intervened − base of a loss. Noise is drawn `draws` times; a draw depends on `seed`, module, index and its
     number alone: noises of two scales are the same but for the scale.
-
-    Raises:
-        ConfigError: an intervention is unknown.
     """
     rows = []
     for one in directions:
-        named = {"module": one.module, "layer": layer_of(one.module), "type": one.module.rpartition(".")[2]}
+        named = module_place(one.module)
         named |= {name: getattr(one, name) for name in ("index", "rank", "sigma", "relative")}
         for kind in kinds:
             for draw in range(draws if kind.startswith("noise") else 1):

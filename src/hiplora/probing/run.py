@@ -32,13 +32,10 @@ CALIBRATION_TOKENS = 10_000  # sampled from the model for the activation basis
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What is probed, and how.
+    """What is probed, and how: see `find_modules`, `choose_directions`, `directions_of` and `intervention_factor`.
 
-    `modules` and `layers` as in `find_modules`; `layers` None is the first, a middle and the last one, () is all.
-    `directions` of each module are chosen by `choice` (`choose_directions`) among the first `principal_rank`
-    (`directions_of`) in the basis of the weight or of the layer's inputs. `kinds` are interventions
-    (`intervention_factor`); noise is drawn `draws` times. Drift is measured on the first `tokens` tokens of each text:
-    the file `text`, else the built-in prose and code.
+    `layers` None is the first, a middle and the last one, () is all. Drift is measured on the first `tokens` tokens of
+    the file `text`, else of built-in prose and of code.
     """
 
     model: str
@@ -66,21 +63,16 @@ class ProbeSettings:
 def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
 
-    What was interrupted goes on after the last finished direction.
-
-    Raises:
-        ConfigError: `out` cannot be used, or a setting does not fit the model.
-        DataError: the text cannot be used.
-        FactorError: a weight cannot be decomposed.
+    What was interrupted goes on after the last finished direction. ConfigError, DataError or FactorError if `out`, a
+    setting, the text or a weight cannot be used.
     """
     texts = drift_texts(settings.text)
     sources = {"model": folder_identity(resolve(settings.model)), "texts": json_sha256(texts)}
     run, asked = RunFolder(Path(out), "settings.json", "probe.json"), {**asdict(settings), **sources}
     run.check(asked, overwrite=overwrite, inputs={"the model": settings.model, "the text": settings.text})
     model, tokenizer = load(settings.model)  # in fp32: single directions are worth less than bf16 resolves
-    reference = BaseReference.build(
-        model.to(pick_device(settings.device)), tokenizer, texts, max_tokens=settings.tokens
-    )
+    model = model.to(pick_device(settings.device))
+    reference = BaseReference.build(model, tokenizer, texts, max_tokens=settings.tokens)
     with run.claimed(asked, overwrite=overwrite):
         rows = probe_model(model, reference, settings, run)
         record = {
@@ -106,11 +98,7 @@ def probe_model(
 
     A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. At every
     measurement the base's weights are put back for a while, and the base must then be itself bit for bit. `folder`
-    keeps the finished directions; with it, a bar is shown.
-
-    Raises:
-        ConfigError: a setting does not fit the model.
-        FactorError: a weight cannot be decomposed.
+    keeps the finished directions; with it, a bar is shown. ConfigError if a setting does not fit the model.
     """
     layers: Sequence[int] | None = settings.layers
     if layers is None:
@@ -147,14 +135,13 @@ def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) ->
     from hiplora.reporting import interval
 
     rows = []
-    for found in correlations:
-        if found["metric"] == metric:
-            row = {"intervention": f"{found['kind']}, {found['type']}", "directions": found["points"]}
-            for name in COEFFICIENTS:
-                one, p_value = found[name], found[name]["p_value"]
-                row[name.capitalize()] = interval(one["estimate"], one["low"], one["high"], 2)
-                row[f"{name.capitalize()} p"] = "–" if p_value is None else f"{p_value:.2g}"
-            rows.append(row | {"note": found["pearson"]["reason"]})
+    for found in (one for one in correlations if one["metric"] == metric):
+        row = {"intervention": f"{found['kind']}, {found['type']}", "directions": found["points"]}
+        for name in COEFFICIENTS:
+            one, p_value = found[name], found[name]["p_value"]
+            row[name.capitalize()] = interval(one["estimate"], one["low"], one["high"], 2)
+            row[f"{name.capitalize()} p"] = "–" if p_value is None else f"{p_value:.2g}"
+        rows.append(row | {"note": found["pearson"]["reason"]})
     return pd.DataFrame(rows)
 
 

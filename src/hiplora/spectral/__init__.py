@@ -1,15 +1,18 @@
 """The mathematics of one weight matrix: certified factors, channels, budget, activation basis, and their store."""
 
 from hiplora.spectral.activation import MAX_VECTORS, MomentBasis, SecondMoment, activation_factors
-from hiplora.spectral.budget import budget_weights, penalty, penalty_gradient, proximal_step
 from hiplora.spectral.cache import FactorStore, TensorStore
 from hiplora.spectral.channels import (
     SIDES,
     Allocation,
     allocate,
+    budget_weights,
     fused_factors,
     leak,
+    penalty,
+    penalty_gradient,
     protected,
+    proximal_step,
     retract,
     soften,
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import scipy.linalg
 import torch
@@ -24,8 +25,8 @@ MAX_VECTORS = 2048  # leading eigenvectors kept of a wide input
 class MomentBasis:
     """Eigenvalues of a second moment, descending, float64, and the leading eigenvectors (n, q), fp32.
 
-    All n eigenvalues, or the q that belong to the vectors; `tokens` is how many vectors were summed up. Energy and
-    effective rank are over the eigenvalues given. `SecondMoment.trailing` returns the last ones instead.
+    All n eigenvalues, or the q that belong to the vectors (`SecondMoment.trailing`: the last ones instead); `tokens` is
+    how many vectors were summed up.
     """
 
     values: Float[Tensor, " p"]
@@ -75,19 +76,13 @@ class SecondMoment:
         with full_precision(self._sum.device):
             for chunk in inputs.detach().split(_CHUNK):
                 wide = chunk.to(self._sum)
-                if not len(wide):
-                    continue
                 for start in range(0, len(self._sum), self._block):  # the lower triangle is enough: half the work
                     end = start + self._block
                     self._sum[start:end, :end].addmm_(wide[:, start:end].T, wide[:, :end])
         self.tokens += len(inputs)
 
     def eigen(self, name: str = "input") -> MomentBasis:
-        """Return all eigenvalues and the leading eigenvectors, at most `MAX_VECTORS`, of the mean `C = E[xxᵀ]`.
-
-        Raises:
-            FactorError: no token was seen, or a value was NaN or Inf; the message names the layer.
-        """
+        """Return eigenvalues and leading eigenvectors of the mean `C = E[xxᵀ]`; FactorError: none or not finite."""
         basis = self._eigen(name, "inputs", None)
         return dataclasses.replace(basis, vectors=basis.vectors[:, :MAX_VECTORS].contiguous())
 
@@ -97,10 +92,7 @@ class SecondMoment:
         return self._eigen(name, "gradients", (n - min(k, n), n - 1))
 
     def trailing(self, k: int, name: str = "input") -> MomentBasis:
-        """Return the k smallest eigenvalues, at most n, and their eigenvectors, descending; errors as `eigen`.
-
-        Where the tokens do not span the space, the last of them lie in its null space.
-        """
+        """Return the k smallest eigenvalues, at most n, and their eigenvectors, descending; errors as `eigen`."""
         return self._eigen(name, "inputs", (0, min(k, len(self._sum)) - 1))
 
     def _eigen(self, name: str, what: str, subset: tuple[int, int] | None) -> MomentBasis:
@@ -117,10 +109,8 @@ class SecondMoment:
         if subset is not None and mean.device.type == "cpu":
             values, vectors = map(torch.from_numpy, scipy.linalg.eigh(mean.numpy(), subset_by_index=subset))
         else:
-            values, vectors = torch.linalg.eigh(mean)
-            if subset is not None:
-                values, vectors = values[subset[0] : subset[1] + 1], vectors[:, subset[0] : subset[1] + 1]
-            values, vectors = values.cpu(), vectors.cpu()
+            first, last = subset or (0, len(mean) - 1)
+            values, vectors = (found[..., first : last + 1].cpu() for found in torch.linalg.eigh(mean))
         return MomentBasis(values.flip(0).clamp_min(0.0), vectors.flip(1).float().contiguous(), self.tokens)
 
 
@@ -137,10 +127,9 @@ def activation_factors(
 
     V spans the k leading eigenvectors of the input second moment C. U spans the images of V where only the input side
     is protected, so that `Wv_i = σ_i u_i` exactly; else the k leading eigenvectors of `outputs`, the second moment G
-    of the gradients at the layer's output: to second order the KL divergence that an update ΔW causes is
-    `½ E[(gᵀΔWx)²]`, which K-FAC's assumption makes `½ tr(GΔWCΔWᵀ)`, so these are the outputs that the model's
-    predictions depend on. Both are rotated inside their subspaces so that `UᵀWV` is diagonal, with `σ_i ≥ 0` in
-    descending order: a gain δ_i is the change of one number, as in Eq. 2.
+    of the gradients at the layer's output. To second order the KL divergence that an update ΔW causes is
+    `½ E[(gᵀΔWx)²]`, under K-FAC's assumption `½ tr(GΔWCΔWᵀ)`. Both are rotated inside their subspaces so that `UᵀWV`
+    is diagonal, `σ_i ≥ 0` descending: a gain δ_i is the change of one number, as in Eq. 2.
 
     Raises:
         FactorError: shapes do not fit, k exceeds min(m, n) or the eigenvectors given, or a value is not finite.
@@ -162,22 +151,16 @@ def activation_factors(
         else:
             U = outputs.vectors[:, :k].to(wide)
         factors = _diagonal(matrix, wide, U, V, "eigen")
-        shrink_U = _shrink(outputs, factors.U) if sides != "input" and outputs is not None else None
-        shrink_V = _shrink(inputs, factors.V) if sides != "output" else None
-    return dataclasses.replace(
-        factors,
-        basis=f"activation:{sides}",
-        fingerprint=weight_fingerprint(weight),
-        shrink_U=shrink_U,
-        shrink_V=shrink_V,
-    )
+        found: dict[str, Any] = {"basis": f"activation:{sides}", "fingerprint": weight_fingerprint(weight)}
+        if sides != "input" and outputs is not None:
+            found["shrink_U"] = _shrink(outputs, factors.U)
+        if sides != "output":
+            found["shrink_V"] = _shrink(inputs, factors.V)
+    return dataclasses.replace(factors, **found)
 
 
 def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n k"]:
-    """Return an orthonormal basis of the sum of subspaces, given by orthonormal bases; at most `rank` directions.
-
-    The first basis comes whole, then of each further one the directions that lie furthest outside what is there.
-    """
+    """Return an orthonormal basis of a sum of subspaces: the first, then what lies furthest outside, up to `rank`."""
     with full_precision(bases[0].device):
         found = bases[0].to(widest(bases[0].device))
         for basis in bases[1:]:
@@ -188,14 +171,11 @@ def unite(bases: Sequence[Float[Tensor, "n _"]], rank: int) -> Float[Tensor, "n 
 
 
 def united_factors(
-    weight: Float[Tensor, "m n"],
-    before: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]],
-    later: SpectralFactors,
+    weight: Float[Tensor, "m n"], before: tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]], later: SpectralFactors
 ) -> SpectralFactors:
     """Return the factors of a weight that protect the directions (U, V) of `before` and those of `later`.
 
-    Both sides get as many directions, at most half of min(m, n), so that a complement to learn in is left. `UᵀWV` is
-    diagonal as in `activation_factors`.
+    Both sides get as many directions, at most half of min(m, n), so that a complement to learn in is left.
     """
     most = max(later.rank, before[0].shape[1], min(weight.shape) // 2)
     U, V = (unite([old, new.to(old)], most) for old, new in zip(before, (later.U, later.V), strict=True))
@@ -207,10 +187,7 @@ def united_factors(
 
 
 def _diagonal(weight: Tensor, wide: Tensor, U: Tensor, V: Tensor, method: str) -> SpectralFactors:
-    """Return orthonormal U (m, k) and V (n, k), rotated inside their subspaces so that `UᵀWV` is diagonal.
-
-    `wide` is the weight in the precision of U and V.
-    """
+    """Rotate U (m, k) and V (n, k) inside their subspaces so that `UᵀWV` is diagonal; `wide` is W in their dtype."""
     P, sigma, Qt = torch.linalg.svd(U.T @ wide @ V)
     return certify(weight, Triplets(U @ P, sigma, V @ Qt.T), method)
 

@@ -1,10 +1,11 @@
 """Tensors on disk under the hash of what they were made from: whole or absent, and verified on every read."""
 
+import contextlib
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
 from hiplora.spectral.svd import truncated_svd
 
 _LOCK_SECONDS = 3600.0  # the longest wait for another process that computes the same entry
-_TENSORS = ("U", "sigma", "V")
 _RECORD = ("residual", "orthogonality", "method", "basis", "fingerprint")
 Entry = tuple[dict[str, Tensor], Any]  # named tensors and a record of JSON values
 
@@ -27,8 +27,8 @@ Entry = tuple[dict[str, Tensor], Any]  # named tensors and a record of JSON valu
 class TensorStore:
     """Content-addressed entries of named tensors with a JSON record.
 
-    An entry is written to a temporary file and renamed. One process computes it while others wait. A damaged entry is
-    reported and computed again. `made` counts the entries that this object computed instead of reading them.
+    One process computes an entry while others wait; a damaged one is reported and computed again. `made` counts the
+    entries that this object computed instead of reading them.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -41,25 +41,20 @@ class TensorStore:
         return self.root / digest[:2] / f"{digest}.safetensors"
 
     def get_or_make(self, path: Path, make: Callable[[], Entry]) -> Entry:
-        """Return the entry in a file of this store; what `make` returns, stored there, if there is none.
-
-        Raises:
-            StoreError: the entry cannot be written.
-        """
+        """Return the entry in a file of this store, else store what `make` returns (StoreError: it cannot be)."""
         if (entry := self._read(path)) is not None:
             return entry
-        try:
+        with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            held = filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS).acquire()
-        except (OSError, NotImplementedError) as error:
-            raise self._cannot_write(path, error) from error
-        with held:
+            lock = filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS).acquire()
+        with lock:
             # Another process may have computed it while this one waited.
             entry = self._read(path, quiet=True)
             if entry is None:
                 entry = make()
                 self.made += 1
-                self._write(path, *entry)
+                with self._writing(path):
+                    _write(path, *entry)
         return entry
 
     def _read(self, path: Path, quiet: bool = False) -> Entry | None:
@@ -79,24 +74,27 @@ class TensorStore:
                 warnings.warn(f"{path}: cannot be read ({error}); computing it again", stacklevel=3)
             return None
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], record: Any) -> None:
-        """Write an entry. The lock is held, so other temporary files of it were left by a killed process."""
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        # One metadata key: safetensors writes several in random order, and equal entries should be equal files.
-        stored = json.dumps({"record": record, "checksum": _checksum(tensors, record)}, sort_keys=True)
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Say what to do where the store cannot be written or locked."""
         try:
-            for leftover in path.parent.glob(f".{path.name}.*.part"):
-                leftover.unlink(missing_ok=True)
-            write_atomic(path, save_tensors(tensors, {"hiplora": stored}))
-        except OSError as error:
-            raise self._cannot_write(path, error) from error
+            yield
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise StoreError(
+                f"cache {self.root}: cannot write {path.name} ({reason}); free some space or set HIPLORA_CACHE to "
+                "another folder"
+            ) from error
 
-    def _cannot_write(self, path: Path, error: Exception) -> StoreError:
-        reason = getattr(error, "strerror", None) or error
-        return StoreError(
-            f"cache {self.root}: cannot write {path.name} ({reason}); free some space or set HIPLORA_CACHE to another "
-            "folder"
-        )
+
+def _write(path: Path, tensors: dict[str, Tensor], record: Any) -> None:
+    """Write an entry. The lock is held, so other temporary files of it were left by a killed process."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # One metadata key: safetensors writes several in random order, and equal entries should be equal files.
+    stored = json.dumps({"record": record, "checksum": _checksum(tensors, record)}, sort_keys=True)
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        leftover.unlink(missing_ok=True)
+    write_atomic(path, save_tensors(tensors, {"hiplora": stored}))
 
 
 class FactorStore(TensorStore):
@@ -114,11 +112,7 @@ class FactorStore(TensorStore):
     def get_or_compute(self, weight: Tensor, k: int, tol: float = 1e-4, *, name: str = "weight") -> SpectralFactors:
         """Return the stored factors of a weight (m, n), or compute and store them; on the weight's device.
 
-        A hit and a miss give the same bits. `name` appears in messages.
-
-        Raises:
-            FactorError, ConfigError: as `truncated_svd`.
-            StoreError: the entry cannot be written.
+        A hit and a miss give the same bits. Errors as `truncated_svd`, and StoreError: the entry cannot be written.
         """
         if weight.is_meta or weight.dim() != 2:  # nothing to hash: the decomposition says what is wrong
             return truncated_svd(weight, k, tol, name=name)
@@ -126,7 +120,7 @@ class FactorStore(TensorStore):
 
         def make() -> Entry:
             factors = truncated_svd(weight, k, tol, name=name, fingerprint=fingerprint)
-            tensors = {key: getattr(factors, key) for key in _TENSORS}
+            tensors = {"U": factors.U, "sigma": factors.sigma, "V": factors.V}
             return tensors, {key: getattr(factors, key) for key in _RECORD}
 
         tensors, record = self.get_or_make(self.factor_path(fingerprint, k, tol), make)

@@ -27,9 +27,9 @@ class SpectralFactors:
 
     U (m, k) and V (n, k) have orthonormal columns, σ (k,) is descending; all are fp32. `residual` is
     `max_i max(‖Wv_i − σ_i u_i‖, ‖Wᵀu_i − σ_i v_i‖) / σ_1`, measured on these very tensors in float64 (0 for an
-    all-zero weight); `orthogonality` is `max |UᵀU − I|, |VᵀV − I|`. `method` is the one that was used in the end.
-    `fingerprint` identifies the factored weight (`weight_fingerprint`). `shrink_U` and `shrink_V` (k, k), symmetric,
-    are the soft projection's filters inside the two subspaces (`soften`); only the activation basis has them.
+    all-zero weight); `orthogonality` is `max |UᵀU − I|, |VᵀV − I|`; `method` the one used in the end; `fingerprint`
+    the factored weight's. `shrink_U` and `shrink_V` (k, k) are the soft projection's filters (`soften`), of the
+    activation basis only.
     """
 
     U: Float[Tensor, "m k"]
@@ -55,11 +55,7 @@ class SpectralFactors:
 
 
 def weight_fingerprint(weight: Tensor) -> str:
-    """Return the SHA-256, in hexadecimal, of a tensor's shape and values.
-
-    Values are hashed row by row as little-endian float32, so the fingerprint does not depend on dtype (a bf16 weight
-    and its exact fp32 copy agree), memory layout, device or machine.
-    """
+    """Return the SHA-256 of a tensor's shape and float32 values, whatever its dtype, layout, device and machine."""
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     weight = weight.detach()
     for rows in row_chunks(weight if weight.dim() else weight.reshape(1)):
@@ -76,10 +72,7 @@ def row_chunks(tensor: Tensor) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast, TF32 or bf16 shortcuts inside the block.
-
-    Under any of them products have ten bits, and no decomposition could meet its tolerance.
-    """
+    """Compute without gradients, autocast, TF32 or bf16 shortcuts inside the block: they leave products ten bits."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

@@ -37,9 +37,8 @@ def block_size(k: int) -> int:
 def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator) -> Triplets:
     """Return k leading Ritz triplets of an fp32 weight (m, n) whose estimated residual is below `tol`·σ_1.
 
-    The basis grows a block at a time; when it holds `MAX_BLOCKS` blocks it is compressed to its best Ritz
-    pairs and goes on (thick restart), so memory is bounded. Needs `min(m, n) > MAX_BLOCKS` blocks. After
-    a great many products it returns what it has: the caller's certificate decides.
+    The basis grows a block at a time; when it holds `MAX_BLOCKS` blocks it is compressed to its best Ritz pairs (thick
+    restart). Needs `min(m, n) > MAX_BLOCKS` blocks. After a great many products the caller's certificate decides.
     """
     (m, n), block = weight.shape, block_size(k)
     space = _Space(weight.new_empty(m, 0), weight.new_empty(n, 0), weight.new_empty(0, 0, dtype=widest(weight.device)))
@@ -64,11 +63,7 @@ def block_krylov(weight: Tensor, k: int, tol: float, generator: torch.Generator)
 
 
 def _extend(basis: Tensor, candidates: Tensor, scale: float, generator: torch.Generator) -> _Extension:
-    """Orthonormalise `candidates` against `basis`, twice; columns that are but rounding are drawn anew.
-
-    The redrawn columns keep the basis orthonormal when the weight has no more directions to give (rank
-    deficiency, structured zeros), where QR alone would return vectors that lie in the basis.
-    """
+    """Orthonormalise `candidates` against `basis`, twice; columns that are but rounding are drawn anew."""
     overlap = basis.T @ candidates
     rest = candidates - basis @ overlap
     correction = basis.T @ rest

@@ -1,5 +1,6 @@
 """How many directions to protect in a layer: a number, a share of its rank, or a share of its energy."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,10 +29,8 @@ def is_rank(spec: Any) -> bool:
 def parse_rank(text: str) -> RankSpec:
     """Read a rank as a user types it: `32`, `0.1` or `energy:0.95`; what is none of these comes back as it is."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -39,9 +38,8 @@ def resolve_rank(spec: RankSpec, shape: tuple[int, int], energies: Callable[[], 
     """Return k for a weight of shape (m, n).
 
     An integer is taken as it is; a fraction is one of min(m, n), rounded, at least 1; "energy:x" is the smallest k
-    whose directions hold the share x of the sum of `energies()`, which descend: the eigenvalues of the inputs'
-    second moment, or the squared singular values of the weight; at most half of min(m, n), so that there is a
-    complement to learn in.
+    whose directions hold the share x of the sum of `energies()`, which descend (eigenvalues of the inputs' second
+    moment, or σ² of the weight), at most half of min(m, n), so that there is a complement to learn in.
     """
     limit = min(shape)
     if isinstance(spec, int):

@@ -7,14 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import ConfigError, FactorError
-from hiplora.spectral.factors import (
-    SpectralFactors,
-    Triplets,
-    full_precision,
-    row_chunks,
-    weight_fingerprint,
-    widest,
-)
+from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, row_chunks, weight_fingerprint, widest
 from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
 
 METHODS = ("auto", "exact", "krylov")
@@ -38,15 +31,11 @@ def truncated_svd(
 
     `method="exact"` decomposes densely in float64. `"krylov"` only multiplies by W and Wᵀ until the residual is below
     `tol` (weights too small for its basis are decomposed exactly). `"auto"` takes the cheaper of the two, and the
-    exact one where the iteration missed the tolerance.
-
-    Any floating dtype, device and memory layout. Everything is computed from the weight's fp32 values and a seeded
-    generator, so equal values give equal factors; in each u the entry of largest magnitude is positive. `fingerprint`
-    saves hashing a weight whose fingerprint is known.
+    exact one where the iteration missed the tolerance. Equal fp32 values give equal factors; in each u the entry of
+    largest magnitude is positive. `fingerprint` saves hashing a weight whose fingerprint is known.
 
     Raises:
-        FactorError: not a finite floating matrix, k outside 1 … min(m, n), or the tolerance was missed; the message
-            begins with `layer {name}`.
+        FactorError: not a finite floating matrix, k outside 1 … min(m, n), or the tolerance was missed.
         ConfigError: unknown method, or a tolerance that is not positive.
     """
     if method not in METHODS:
@@ -68,11 +57,7 @@ def truncated_svd(
 
 
 def as_matrix(weight: Tensor, k: int, name: str) -> Float[Tensor, "m n"]:
-    """Return a weight as a contiguous fp32 matrix of which k directions can be taken.
-
-    Raises:
-        FactorError: the weight is not a finite matrix of floating-point values, or k is not in 1 … min(m, n).
-    """
+    """Return a weight as a contiguous fp32 matrix of which k directions can be taken, or raise FactorError."""
     if weight.dim() != 2 or weight.numel() == 0:
         raise FactorError(f"layer {name}: expected a matrix (out, in), got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -113,23 +98,16 @@ def factor_mismatch(
     V: Float[Tensor, "n k"],
     basis: str = "weight",
 ) -> float:
-    """Return how far factors are from being a weight's, in units of σ_1: about 0 for its own, about 1 for another's.
-
-    Singular triplets satisfy `Wv_i = σ_i u_i` and `Wᵀu_i = σ_i v_i`; those of the activation basis only make `UᵀWV`
-    diagonal.
-    """
+    """Return how far factors are from being a weight's, in units of σ_1: about 0 for its own, about 1 for another's."""
     if basis == "weight":
         off = torch.maximum((weight @ V - U * sigma).norm(dim=0), (weight.T @ U - V * sigma).norm(dim=0))
     else:
-        off = (U.T @ weight @ V - sigma.diag()).norm(dim=0)
+        off = (U.T @ weight @ V - sigma.diag()).norm(dim=0)  # the activation basis only makes UᵀWV diagonal
     return (off.max() / sigma[0]).item() if sigma[0] > 0 else off.max().item()
 
 
 def minor_svd_factors(weight: Float[Tensor, "m n"], r: int) -> tuple[Float[Tensor, "m {r}"], Float[Tensor, "{r} n"]]:
-    """Return B, A with BA = Σ σᵢuᵢvᵢᵀ over the r smallest singular values, √σ to each, fp32; r is at most min(m, n).
-
-    MiLoRA's initialisation (Wang et al. 2025, arXiv 2406.09044).
-    """
+    """Return B, A with BA = Σ σᵢuᵢvᵢᵀ over the r smallest singular values, √σ to each, fp32 (MiLoRA, 2406.09044)."""
     with full_precision(weight.device):
         U, sigma, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
         root = sigma[-r:].sqrt()
@@ -139,10 +117,7 @@ def minor_svd_factors(weight: Float[Tensor, "m n"], r: int) -> tuple[Float[Tenso
 def projected_factors(
     weight: Float[Tensor, "m n"], directions: Float[Tensor, "n r"]
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
-    """Return B, A with BA = W N Nᵀ, the weight restricted to orthonormal input directions N (n, r), √σ to each; r ≤ m.
-
-    LoRA-Null's initialisation (Tang et al. 2025, arXiv 2503.02659).
-    """
+    """Return B, A with BA = W N Nᵀ for orthonormal inputs N (n, r), √σ to each; r ≤ m (LoRA-Null, 2503.02659)."""
     with full_precision(weight.device):
         N = directions.to(weight.device, torch.float32)
         U, sigma, Rt = torch.linalg.svd(weight.float() @ N, full_matrices=False)
@@ -151,10 +126,7 @@ def projected_factors(
 
 
 def gram_svd(weight: Tensor, k: int) -> Triplets:
-    """Return the leading triplets from the eigenvectors of the smaller Gram matrix, in float64.
-
-    Squaring loses σ_i below about 1e-8 σ_1, which is less than fp32 factors resolve; the certificate checks it.
-    """
+    """Return the leading triplets from the smaller Gram matrix, in float64; squaring loses σ_i below 1e-8 σ_1."""
     if weight.shape[0] < weight.shape[1]:
         V, sigma, U = gram_svd(weight.T, k)
         return Triplets(U, sigma, V)
@@ -163,18 +135,11 @@ def gram_svd(weight: Tensor, k: int) -> Triplets:
         wide = rows.double()
         gram.addmm_(wide.T, wide)
     V = torch.linalg.eigh(gram).eigenvectors[:, -k:].flip(1)
-    image = torch.cat([rows.double() @ V for rows in row_chunks(weight)])
     # The columns of WV are orthogonal up to rounding; QR also completes the ones that are zero.
-    U, triangle = torch.linalg.qr(image)
+    U, triangle = torch.linalg.qr(torch.cat([rows.double() @ V for rows in row_chunks(weight)]))
     gains = triangle.diagonal()
     sigma, order = gains.abs().sort(descending=True)
     return Triplets((U * torch.where(gains < 0, -1.0, 1.0).to(U))[:, order], sigma, V[:, order])
-
-
-def full_svd(weight: Tensor, k: int) -> Triplets:
-    """Return the leading triplets from LAPACK's full SVD in float64: slow, and accurate whatever the spectrum."""
-    U, sigma, Vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    return Triplets(U[:, :k], sigma[:k], Vt[:k].T)
 
 
 def _factor(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Generator) -> SpectralFactors:
@@ -191,7 +156,10 @@ def _factor(matrix: Tensor, k: int, tol: float, method: str, generator: torch.Ge
         if factors.residual <= tol or method == "krylov":
             return factors
     factors = certify(matrix, gram_svd(matrix, k), "exact")
-    return factors if factors.residual <= tol else certify(matrix, full_svd(matrix, k), "exact")
+    if not factors.residual <= tol:  # LAPACK's full SVD in float64: slow, and accurate whatever the spectrum
+        U, sigma, Vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+        factors = certify(matrix, Triplets(U[:, :k], sigma[:k], Vt[:k].T), "exact")
+    return factors
 
 
 def _residual(matrix: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> float:

@@ -1,7 +1,7 @@
 """From a study's recipe to its jobs: the same call twice gives the same job, whichever protocol makes it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,10 @@ from hiplora.data.rows import is_hub_name
 from hiplora.evaluation.suite import own_tasks
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
-from hiplora.study.context import located
-from hiplora.study.jobs import Job, result
+from hiplora.study.context import Place, located
+from hiplora.study.jobs import Graph, Job, result
 from hiplora.study.steps import STEPS
-from hiplora.study.store import Results
+from hiplora.study.store import Store
 from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
 
@@ -29,14 +29,14 @@ OF_THE_FACTORS = (
 
 
 class Study:
-    """A study's recipe at a data folder, and the jobs that follow from both.
+    """A study at its place: the recipe, the jobs that follow from it and the data, and the store of their results.
 
-    `missing` collects the files that jobs read and the folder lacks.
+    `missing` collects the files that jobs read and the data folder lacks.
     """
 
-    def __init__(self, recipe: "StudyRecipe", data: Path | None):
-        """Take a recipe, its file names relative to the data folder; nothing is read yet."""
-        self.recipe, self.data = recipe, data
+    def __init__(self, recipe: "StudyRecipe", place: Place):
+        self.recipe, self.place, self.store = recipe, place, Store(place.folder)
+        self.tasks = {domain.task: name for name, domain in recipe.domains.items()}  # of each domain, the first
         self.missing: dict[str, None] = {}
         self._hashes: dict[Path, str | None] = {}
         self._made: dict[tuple[Any, ...], Job] = {}  # protocols ask for the same jobs again and again
@@ -46,9 +46,15 @@ class Study:
         """The base model in every job's key: its name, or the hash of a folder's files."""
         return folder_identity(self.recipe.model) or self.recipe.model
 
-    def seeds(self, settings: Any = None) -> list[int]:
+    @functools.cached_property
+    def graph(self) -> Graph:
+        """The jobs that the study's protocols want, and what those need."""
+        protocols = filter(None, dict(self.recipe.protocols).values())
+        return Graph(job for settings in protocols for job, _ in settings.runs(self))
+
+    def seeds(self, settings: Any) -> list[int]:
         """Return the seeds of a protocol: its own, else the study's."""
-        return list((settings.seeds if settings is not None else None) or self.recipe.seeds)
+        return settings.seeds or self.recipe.seeds
 
     def row(self, method: str) -> "StudyMethod":
         """Return a method of the study by its name."""
@@ -68,22 +74,12 @@ class Study:
         search = self.recipe.rates
         if row.lr != "chosen" or search is None:
             return None
+        domains = search.domains or self.recipe.domains
         candidates = {
-            rate: {
-                f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate)
-                for domain in search.domains or self.recipe.domains
-            }
+            rate: {f"{domain}-{rate:g}": self.adapter(row, domain, search.seed, lr=rate) for domain in domains}
             for rate in search.grid
         }
         return self.choice(f"rate of {row.title}", candidates)
-
-    def chosen_rate(self, row: "StudyMethod", results: Results) -> tuple[float | None, str]:
-        """Return a method's learning rate, None while it is not chosen, and whether it is at the edge of the grid."""
-        choice = self.rate(row)
-        if choice is None:
-            return self.recipe.given_rate(row), ""
-        found = results.get(choice) or {}
-        return found.get("value"), "at the edge of the grid" if found.get("at_the_edge") else ""
 
     def choice(self, name: str, candidates: Mapping[float, Mapping[str, Job]]) -> Job:
         """Return the job that chooses the value whose trainings have the lowest mean loss on held-out rows.
@@ -92,8 +88,9 @@ class Study:
         """
         listed = [{"value": value, "needs": list(runs)} for value, runs in candidates.items()]
         settings = {"field": "held_out_after", "prefer": "low", "candidates": listed}
-        needs = {need: job for runs in candidates.values() for need, job in runs.items()}
-        return self.job("collect", name, settings, **needs)
+        return self.job(
+            "collect", name, settings, **{need: job for runs in candidates.values() for need, job in runs.items()}
+        )
 
     def adapter(
         self,
@@ -112,13 +109,12 @@ class Study:
 
         Its learning rate is `lr`, else that of `like` or of the method itself, given or chosen (a variant takes its
         parent's). `steps` cuts the training short; `start` is a training to carry on from, which may `widen` the basis
-        of methods that have a function-aware one. `chosen` maps fields of the
-        method, which its factors do not depend on, to the jobs that choose them.
+        of methods that have a function-aware one. `chosen` maps fields of the method, which its factors do not depend
+        on, to the jobs that choose them.
         """
         by, chosen = like or row, chosen or {}
-        others = (start and start.key, *((field, job.key) for field, job in chosen.items()))
         widen = widen and start is not None and getattr(row.method, "widens", False)
-        key = (row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, widen, *others)
+        key = (row.model_dump_json(), by.model_dump_json(), domain, seed, lr, steps, start, widen, *chosen.items())
         if key in self._made:
             return self._made[key]
         optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row), "start": start}
@@ -134,14 +130,13 @@ class Study:
             train=self.recipe.training(row, **({} if steps is None else {"steps": steps})),
             seed=seed,
         )
-        files = [recipe.data.path, recipe.data.held_out]
-        files += [getattr(recipe.method, "calibration_text", None), recipe.train.kl_text]
         rate = result("rate", "value") if "rate" in needs else lr or self.recipe.given_rate(by)
         written = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "model"})
         written["train"] = {**written.get("train", {}), "lr": rate, **({"widen": True} if widen else {})}
         written["method"] = as_written(row.method) | {field: result(field, "value") for field in chosen}
-        settings = {"recipe": {**written, "seed": seed}, "files": self.hashes(files)}
-        self._made[key] = self.job("train", name, settings, **needs)
+        calibration = getattr(recipe.method, "calibration_text", None)
+        files = self.hashes([recipe.data.path, recipe.data.held_out, calibration, recipe.train.kl_text])
+        self._made[key] = self.job("train", name, {"recipe": {**written, "seed": seed}, "files": files}, **needs)
         return self._made[key]
 
     def factors(self, row: "StudyMethod") -> Job | None:
@@ -149,25 +144,21 @@ class Study:
         if not isinstance(row.method, Spectral):
             return None
         shared = row.method.model_dump(exclude_defaults=True, mode="json", include=set(OF_THE_FACTORS))
-        settings = {
-            "method": {"name": "proj_lora", **shared},
-            "files": self.hashes([row.method.calibration_text]),
-        }
-        return self.job("factorize", f"factors of {row.title}", settings)
+        files = self.hashes([row.method.calibration_text])
+        return self.job(
+            "factorize", f"factors of {row.title}", {"method": {"name": "proj_lora", **shared}, "files": files}
+        )
 
-    def score(
-        self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None, drift: bool = True
-    ) -> Job:
+    def score(self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None) -> Job:
         """Return the job that scores an adapter, or the base, on tasks (None: all of the domains')."""
         if adapter is None:
             return self.job("evaluate", "score the base", self.scoring(tasks, drift=False))
         name = f"score {adapter.name.partition(' ')[2]}"
-        return self.job("evaluate", name, self.scoring(tasks, drift), adapter=adapter)
+        return self.job("evaluate", name, self.scoring(tasks, drift=True), adapter=adapter)
 
     def inspect(self, adapter: Job, rank: int) -> Job:
         """Return the job that locates an adapter's update on the spectrum of the base weights."""
-        name = f"inspect {adapter.name.partition(' ')[2]}"
-        return self.job("inspect", name, {"rank": rank}, adapter=adapter)
+        return self.job("inspect", f"inspect {adapter.name.partition(' ')[2]}", {"rank": rank}, adapter=adapter)
 
     def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
         """Return a job of any kind, with the base model in its settings."""
@@ -180,38 +171,26 @@ class Study:
         if tasks is None:
             domains = self.recipe.domains.values()
             tasks = {task: items for domain in domains for task, items in domain.tasks.items()}
-        evaluation = self.recipe.evaluation
+        evaluation, files = self.recipe.evaluation, {}
+        for task in tasks:
+            if task in own_tasks():  # else one of lm-eval's own
+                stem = own_tasks()[task]["metadata"]["file"]
+                path = data_file(self.place.data, stem) if self.place.data is not None else None
+                files[stem] = None if path is None else self._hash(path)
         texts = evaluation.drift if drift else None
-        files = self._task_files(tasks)
-        if texts is not None:
-            files |= self.hashes([source.partition(":")[0] for source in texts.texts.values()])
-        measured = None if texts is None else texts.settings()
-        return {"tasks": dict(tasks), "seed": evaluation.seed, "drift": measured, "files": files}
+        files |= self.hashes(texts.files if texts else ())
+        return {"tasks": dict(tasks), "seed": evaluation.seed, "drift": texts and texts.settings(), "files": files}
 
     def source(self, domain: str) -> DataSettings:
         """Return a domain's rows: the file, or the hub's if the data folder has no such file."""
-        found = self.recipe.domains[domain]
-        here = self.data is not None and found.train.path and (self.data / found.train.path).is_file()
+        found, data = self.recipe.domains[domain], self.place.data
+        here = data is not None and found.train.path and (data / found.train.path).is_file()
         return found.hub if found.hub is not None and not here else found.train
 
-    def hashes(self, names: Sequence[str | None]) -> dict[str, str | None]:
+    def hashes(self, names: Iterable[str | None]) -> dict[str, str | None]:
         """Return name → hash for files of the data folder; None for hub data sets and missing files."""
-        found: dict[str, str | None] = {}
-        for name in names:
-            if name is not None:
-                found[name] = self._hash(Path(located(name, self.data)))
-                if found[name] is None and not is_hub_name(name):
-                    self.missing[name] = None
-        return found
-
-    def _task_files(self, tasks: Mapping[str, int | None]) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
-        for task in tasks:
-            if task not in own_tasks():
-                continue  # one of lm-eval's own
-            stem = own_tasks()[task]["metadata"]["file"]
-            path = data_file(self.data, stem) if self.data is not None else None
-            found[stem] = None if path is None else self._hash(path)
+        found = {name: self._hash(Path(located(name, self.place.data))) for name in names if name is not None}
+        self.missing |= {name: None for name, known in found.items() if known is None and not is_hub_name(name)}
         return found
 
     def _hash(self, path: Path) -> str | None:

@@ -31,7 +31,6 @@ class Context:
     """A worker's tools. Models and engines are loaded on first use and kept."""
 
     def __init__(self, place: Place):
-        """Take a study's place; nothing is loaded yet."""
         self.place, self.store = place, Store(place.folder)
         self._model: tuple[Any, Any] | None = None
         self._engines: dict[str, Any] = {}
@@ -68,8 +67,7 @@ class Context:
         key = json.dumps([texts, tokens, window, documents])
         if key not in self._references:
             contents = {name: self.text(source, documents) for name, source in texts.items()}
-            model, tokenizer = self.model()
-            self._references[key] = BaseReference.build(model, tokenizer, contents, window=window, max_tokens=tokens)
+            self._references[key] = BaseReference.build(*self.model(), contents, window=window, max_tokens=tokens)
         return self._references[key]
 
     def text(self, source: str, documents: int | None = None) -> str | list[str]:

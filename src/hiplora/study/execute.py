@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +21,10 @@ from hiplora.study.jobs import DIVERGED, Graph, Job, filled
 from hiplora.study.steps import STEPS
 from hiplora.study.store import Store
 
-DEATHS = 2  # a job that ends its process so often has failed
 PAUSE = 0.3  # seconds between two looks at jobs that other runs hold
 LOST = (
-    f"its process died {DEATHS} times ({{}}), usually for lack of memory; use fewer --workers or a machine with more "
-    "memory, and run the study again"
+    "its process died twice ({}), usually for lack of memory; use fewer --workers or a machine with more memory, and "
+    "run the study again"
 )
 OnEvent = Callable[[str, Job], None]  # "begin", "done" or "failed"
 
@@ -34,7 +32,6 @@ OnEvent = Callable[[str, Job], None]  # "begin", "done" or "failed"
 def run_graph(
     graph: Graph,
     place: Place,
-    *,
     workers: int = 1,
     executor: str = "local",
     address: str | None = None,
@@ -51,7 +48,7 @@ def run_graph(
         ConfigError: Ray is not installed, or there is no cluster at the address.
         OSError: the folder cannot be written.
     """
-    store, failed, deaths = Store(place.folder), set[Job](), Counter[Job]()
+    store, failed, died = Store(place.folder), set[Job](), set[Job]()
     running: dict[Future[str], tuple[int, Job]] = {}
     if not store.unfinished(graph):
         return failed
@@ -59,8 +56,8 @@ def run_graph(
     try:
         while True:
             taken = dict(running.values())
-            ready = [job for job, can_start in store.unfinished(graph).items() if can_start]
-            ready = [job for job in ready if job not in failed and job not in taken.values()]
+            closed = {*failed, *taken.values()}
+            ready = [job for job, can_start in store.unfinished(graph).items() if can_start and job not in closed]
             if not ready and not running:
                 return failed
             free = [slot for slot in range(pool.slots) if slot not in taken]
@@ -75,8 +72,8 @@ def run_graph(
                 try:
                     outcome = future.result()
                 except pool.died as error:
-                    deaths[job] += 1
-                    outcome = "busy" if deaths[job] < DEATHS else "failed"
+                    outcome = "failed" if job in died else "busy"
+                    died.add(job)
                     if outcome == "failed":
                         store.fail(job, HipLoraError(LOST.format(type(error).__name__)))
                 if outcome == "failed":
@@ -121,8 +118,7 @@ def _do(job: Job, context: Context) -> None:
             f"{found[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
             "in a new folder without --reuse"
         )
-    timing = {"seconds": time.perf_counter() - began, **timing}
-    store.finish(job, found, timing, artifact=step.makes)
+    store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=step.makes)
 
 
 _context: Context | None = None  # of this process, if it is a worker
@@ -161,16 +157,15 @@ class _Processes:
 
 def start_child() -> None:
     """Prepare a process that was started for jobs: quiet, and ended when its parent ends, however that ended."""
+
+    def exit_with_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
     os.environ["TQDM_DISABLE"] = "1"  # the study has one bar
     os.dup2(2, 1)  # libraries print to standard error, which leaves standard output to --json
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _start_worker(slot: int, workers: int) -> None:

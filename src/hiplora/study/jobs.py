@@ -10,7 +10,6 @@ from hiplora.provenance import json_sha256
 
 RESULT = "$result"  # {"$result": "need.field"}: a setting that is the result of another job
 DIVERGED = "diverged"  # the only field in the result of a training that diverged: the reason
-KEY_LENGTH = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +18,7 @@ class Job:
 
     `settings` are JSON values and hold everything that the result depends on, hashes of data and model included; one
     may be `{"$result": "NEED.FIELD"}`, a field in the result of `needs[NEED]`. `version` is that of the step's code.
-    `name` is for people and not part of the key.
+    `name` is for people and not part of the key. Jobs of one key are equal.
     """
 
     kind: str
@@ -31,11 +30,9 @@ class Job:
     @functools.cached_property
     def key(self) -> str:
         """The job's name in the store: equal keys mean equal results."""
-        needs = {name: job.key for name, job in self.needs.items()}
-        return key_of(self.kind, self.version, self.settings, needs)
+        return key_of(self.kind, self.version, self.settings, {name: job.key for name, job in self.needs.items()})
 
     def __eq__(self, other: object) -> bool:
-        """Two jobs are equal if their keys are."""
         return isinstance(other, Job) and self.key == other.key
 
     def __hash__(self) -> int:
@@ -44,8 +41,7 @@ class Job:
 
 def key_of(kind: str, version: int, settings: Mapping[str, Any], needs: Mapping[str, str]) -> str:
     """Return the key of a job; `needs` maps names to the keys of the jobs it needs."""
-    parts = {"kind": kind, "version": version, "settings": dict(settings), "needs": dict(needs)}
-    return json_sha256(parts)[:KEY_LENGTH]
+    return json_sha256({"kind": kind, "version": version, "settings": dict(settings), "needs": dict(needs)})[:20]
 
 
 def result(need: str, name: str) -> dict[str, str]:
@@ -66,20 +62,18 @@ def filled(settings: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
 
 
 class Graph:
-    """The jobs a study wants and everything they need, each once, needed jobs first."""
+    """The `wanted` jobs and everything they need, each once, needed jobs first, else in the order of `wanted`."""
 
     def __init__(self, wanted: Iterable[Job]):
-        """Order the jobs; the order of `wanted` is kept as far as needs allow."""
-        self.wanted: tuple[Job, ...] = tuple(dict.fromkeys(wanted))
+        self.wanted = tuple(dict.fromkeys(wanted))
         self._jobs: dict[Job, None] = {}
-        for job in self.wanted:
-            self._add(job)
+        self._add(self.wanted)
 
-    def _add(self, job: Job) -> None:
-        if job not in self._jobs:
-            for need in job.needs.values():
-                self._add(need)
-            self._jobs[job] = None
+    def _add(self, jobs: Iterable[Job]) -> None:
+        for job in jobs:
+            if job not in self._jobs:
+                self._add(job.needs.values())
+                self._jobs[job] = None
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)

@@ -1,10 +1,10 @@
 """A study at its folder: open it, check it before it runs, how far it is, and how long the rest will take."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pydantic import ValidationError
 
 from hiplora.errors import ConfigError, DataError, first_problem
@@ -12,27 +12,15 @@ from hiplora.evaluation.suite import own_tasks, runs_code
 from hiplora.merging import find_rule
 from hiplora.study.builder import Study
 from hiplora.study.context import Context, Place
-from hiplora.study.jobs import Graph, Job
+from hiplora.study.jobs import Job
 from hiplora.study.pico import PICO, PICO_DATA
-from hiplora.study.protocols import all_jobs
 from hiplora.study.recipe import StudyRecipe
-from hiplora.study.store import Store
 
 ONE_BATCH = 8  # items that are scored to measure an item's time
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A study at its folder: the recipe's jobs, the store, and where its jobs find model and data."""
-
-    study: Study
-    graph: Graph
-    store: Store
-    place: Place
-
-
-def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False) -> Opened:
-    """Return a study's jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
+def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False) -> Study:
+    """Return a study with its jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
 
     Raises:
         DataError: there is no such data folder.
@@ -49,39 +37,38 @@ def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None,
     files = Path(data).resolve() if data is not None else PICO_DATA if recipe.model == PICO else None
     if files is not None and not files.is_dir():
         raise DataError(f"--data {data}: no such folder; name the one with the study's files")
-    study = Study(recipe, files)
-    try:
-        graph = Graph(all_jobs(study))
-    except ValidationError as error:  # settings that are valid alone but not together
-        raise ConfigError(f"study {recipe.study}: {first_problem(error)}") from None
     # Absolute paths, for workers that run in another folder.
     model = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
-    return Opened(study, graph, Store(folder), Place(Path(folder).resolve(), model, files, allow_code))
+    study = Study(recipe, Place(Path(folder).resolve(), model, files, allow_code))
+    try:
+        len(study.graph)
+    except ValidationError as error:  # settings that are valid alone but not together
+        raise ConfigError(f"study {recipe.study}: {first_problem(error)}") from None
+    return study
 
 
-def check(opened: Opened) -> None:
+def check(study: Study) -> None:
     """Check, before anything runs, that the files exist, the tasks are known, and code may run if a task needs it.
 
     Raises:
         DataError: files are missing.
         ConfigError: tasks are unknown, or run code that the model writes, and that was not allowed.
     """
-    if missing := list(opened.study.missing):
-        where = f" in {opened.place.data}" if opened.place.data else "; name their folder with --data"
-        raise DataError(f"files of the study are missing{where}: {', '.join(missing)}")
-    risky = sorted(task for task in check_tasks(opened.graph) if runs_code(task))
-    if risky and not opened.place.allow_code:
+    if study.missing:
+        where = f" in {study.place.data}" if study.place.data else "; name their folder with --data"
+        raise DataError(f"files of the study are missing{where}: {', '.join(study.missing)}")
+    risky = sorted(task for task in check_tasks(study) if runs_code(task))
+    if risky and not study.place.allow_code:
         raise ConfigError(
             f"tasks {', '.join(risky)} run code that the model writes; allow it with --allow-code-execution "
             "(docs/howto/code-execution.md), or remove them from the recipe"
         )
 
 
-def check_tasks(graph: Graph) -> set[str]:
+def check_tasks(study: Study) -> set[str]:
     """Return the tasks; raises ConfigError with those that are neither hiplora's nor lm-eval's."""
-    tasks = {task for job in graph for task in job.settings.get("tasks") or ()}
-    foreign = tasks - set(own_tasks())
-    if foreign:
+    tasks = {task for job in study.graph for task in job.settings.get("tasks") or ()}
+    if foreign := tasks - set(own_tasks()):
         from hiplora.evaluation.engine import foreign_tasks
 
         if unknown := sorted(foreign - foreign_tasks()):
@@ -92,49 +79,51 @@ def check_tasks(graph: Graph) -> set[str]:
     return tasks
 
 
-def status(opened: Opened, measured: dict[str, float] | None = None) -> dict[str, Any]:
+def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, Any]:
     """Return how far a study is, as JSON values: counts by kind, running, failed and diverged jobs, time and memory.
 
     Times come from the jobs done in the study's folder and from what `measure` found; those of other kinds are unknown
     until one is done. Seconds are those of one worker.
     """
-    store, measured = opened.store, measured or {}
-    left = store.unfinished(opened.graph)
-    by_kind: dict[str, list[Job]] = {}
-    for job in opened.graph:
-        by_kind.setdefault(job.kind, []).append(job)
-    kinds = {kind: _remaining(jobs, set(left), store, measured.get(kind)) for kind, jobs in by_kind.items()}
+    store, measured = study.store, measured or {}
+    left = store.unfinished(study.graph)
+    timings = {job: (store.record(job) or {"timing": {}})["timing"] for job in study.graph}
+    jobs = pd.DataFrame(
+        [(job.kind, _size(job), job in left, timings[job].get("seconds")) for job in study.graph],
+        columns=["kind", "size", "left", "seconds"],
+    )
+    kinds = {kind: _remaining(rows, measured.get(kind)) for kind, rows in jobs.groupby("kind", sort=False)}
     known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
-    trained = by_kind.get("train", ())
-    peaks = [(store.record(job) or {"timing": {}})["timing"].get("peak_memory_bytes") for job in trained]
+    trained = [job for job in study.graph if job.kind == "train"]
+    peaks = [timings[job].get("peak_memory_bytes") for job in trained]
     failures = {job.name: store.failure(job) for job in left}
     diverged = {job.name: store.diverged(job) for job in trained}
     return {
-        "study": opened.study.recipe.study,
-        "jobs": len(opened.graph),
+        "study": study.recipe.study,
+        "jobs": len(study.graph),
         "left": len(left),
         "kinds": kinds,
         "seconds_left": sum(known) if known or not left else None,
         "without_estimate": [kind for kind, one in kinds.items() if one["seconds"] is None],
         "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
-        "missing_files": list(opened.study.missing),
+        "missing_files": list(study.missing),
         "at_work": [job.name for job in left if store.at_work(job)],
         "failed": {name: failure["error"] for name, failure in failures.items() if failure},
         "diverged": {name: reason for name, reason in diverged.items() if reason},
     }
 
 
-def _remaining(jobs: list[Job], left: set[Job], store: Store, rate: float | None) -> dict[str, Any]:
+def _remaining(jobs: pd.DataFrame, rate: float | None) -> dict[str, Any]:
     """Count the jobs of a kind and estimate the seconds for those left, by steps or items; None if unknown."""
-    sizes = {job: _size(job) for job in jobs}
-    if not all(sizes.values()):
-        sizes, rate = dict.fromkeys(jobs, 1), None
-    waiting = [job for job in jobs if job in left]
-    done = {job: record for job in jobs if job not in left and (record := store.record(job)) is not None}
-    if done:
-        rate = sum(record["timing"]["seconds"] for record in done.values()) / sum(sizes[job] for job in done)
-    seconds = None if rate is None and waiting else (rate or 0.0) * sum(sizes[job] for job in waiting)
-    return {"jobs": len(jobs), "left": len(waiting), "seconds": seconds}
+    size = jobs["size"]
+    if not all(size):
+        size, rate = size * 0 + 1, None
+    done = ~jobs.left & jobs.seconds.notna()
+    if done.any():
+        rate = jobs.seconds[done].sum() / size[done].sum()
+    waiting = int(jobs.left.sum())
+    seconds = None if rate is None and waiting else float((rate or 0.0) * size[jobs.left].sum())
+    return {"jobs": len(jobs), "left": waiting, "seconds": seconds}
 
 
 def _size(job: Job) -> int:
@@ -148,7 +137,7 @@ def _size(job: Job) -> int:
     return 1
 
 
-def measure(opened: Opened) -> dict[str, float]:
+def measure(study: Study) -> dict[str, float]:
     """Time one training step and one evaluation batch of a study on this machine; needs its model and data.
 
     Returns the seconds of a step under `train`, those of an item under `evaluate` and `merge`, and `peak_memory_bytes`.
@@ -156,19 +145,18 @@ def measure(opened: Opened) -> dict[str, float]:
     from hiplora.study.steps.measure import score
     from hiplora.study.steps.train import placed_recipe, timed
 
-    context, found = Context(opened.place), dict[str, float]()
-    first = {job.kind: job for job in reversed(list(opened.graph))}
+    context, found = Context(study.place), dict[str, float]()
+    first = {job.kind: job.settings for job in reversed(list(study.graph))}
     if "train" in first:
-        recipe = placed_recipe(context, first["train"].settings["recipe"])
+        recipe = placed_recipe(context, first["train"]["recipe"])
         recipe["train"]["lr"] = 1e-4  # may still have to be chosen
         took = timed(recipe, warmup=1, steps=1)
         found |= {"train": took["step_seconds_median"], "peak_memory_bytes": took["peak_memory_bytes"]}
     if "evaluate" in first:
-        asked = first["evaluate"].settings
-        tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in asked["tasks"].items()}
+        tasks = {task: min(n or ONE_BATCH, ONE_BATCH) for task, n in first["evaluate"]["tasks"].items()}
         model, _ = context.model()
-        score(context, model, {**asked, "tasks": tasks})  # imports lm-eval, and reads the tasks
+        score(context, model, {**first["evaluate"], "tasks": tasks})  # imports lm-eval, and reads the tasks
         began = time.perf_counter()
-        score(context, model, {**asked, "tasks": tasks})
+        score(context, model, {**first["evaluate"], "tasks": tasks})
         found["evaluate"] = found["merge"] = (time.perf_counter() - began) / sum(tasks.values())
     return found

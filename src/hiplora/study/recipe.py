@@ -1,8 +1,9 @@
 """The recipe of a study: a model, domains, methods, seeds, and the protocols to run; and how it is read from YAML."""
 
 import importlib.resources
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,27 +13,22 @@ from hiplora.data.examples import Block, DataSettings
 from hiplora.data.rows import is_hub_name
 from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
-from hiplora.study.protocols.settings import Seed
+from hiplora.study.protocols.settings import AboveZero, Positive, Seed
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.reading import described, put_over, read_yaml, refusal
 from hiplora.training.recipe import TrainSettings, expand_short_forms
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]  # becomes part of the names of jobs and files
-Items = Annotated[int, Field(ge=1)] | None
 
 
 class Domain(Block):
     """What an adapter is trained for: rows to train on, and the tasks that test it."""
 
     title: str = Field(min_length=1, description="Name in tables.")
-    train: DataSettings = Field(
-        description="Rows to train on, some of them held out; file names are relative to the data folder."
-    )
+    train: DataSettings = Field(description="Rows to train on, some held out; files are those of the data folder.")
     hub: DataSettings | None = Field(default=None, description="Rows to train on if the data folder has no such file.")
-    tasks: dict[str, Items] = Field(
-        min_length=1,
-        description="Tasks of `hiplora eval`, each with its number of items (null: all). The first one's score is the "
-        "domain's.",
+    tasks: dict[str, Positive | None] = Field(
+        min_length=1, description="Task → number of items (null: all). The first one's score is the domain's."
     )
 
     @model_validator(mode="before")
@@ -61,9 +57,7 @@ class StudyMethod(Block):
     title: str = Field(min_length=1, description="Name in tables.")
     method: AnyMethod = Field(description="As in a training recipe.")
     train: dict[str, Any] = Field(default={}, description="Training settings of this method alone.")
-    lr: Annotated[float, Field(gt=0)] | Literal["chosen"] = Field(
-        default="chosen", description="Learning rate; `chosen`: the best of the study's grid on held-out rows."
-    )
+    lr: AboveZero | Literal["chosen"] = Field(default="chosen", description="`chosen`: the best of `rates.grid`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +68,7 @@ class StudyMethod(Block):
 class Rates(Block):
     """The learning rates to try, the same for all methods; the lowest loss on held-out rows decides."""
 
-    grid: list[Annotated[float, Field(gt=0)]] = Field(min_length=1, description="Learning rates to try.")
+    grid: list[AboveZero] = Field(min_length=1, description="Learning rates to try.")
     domains: list[str] | None = Field(default=None, description="Domains to try them in; all, if empty.")
     seed: Seed = Field(default=7, description="Seed of these runs, not one of the study's.")
 
@@ -105,6 +99,11 @@ class DriftTexts(Block):
                 )
         return self
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files, or data sets, that the texts are read from."""
+        return [source.partition(":")[0] for source in self.texts.values()]
+
     def settings(self) -> dict[str, Any]:
         """Return them as a job's settings, without unused fields, so that those change no key."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -122,95 +121,78 @@ class StudyRecipe(Block):
 
     study: Name = Field(description="Name of the study.")
     title: str = Field(default="", description="Title of its report.")
-    model: str = Field(
-        min_length=1,
-        description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the Hugging Face hub.",
-    )
+    model: str = Field(min_length=1, description="Base model: `smollm2-135m`, `pico`, a folder, or a name on the hub.")
     seeds: list[Seed] = Field(default=[42, 100, 2024], min_length=1, description="Seeds of training.")
     train: TrainSettings = Field(default=TrainSettings(), description="How all methods train.")
-    rates: Rates | None = Field(
-        default=None, description="Search for each method's learning rate; without it all take `train.lr`."
-    )
+    rates: Rates | None = Field(default=None, description="Search for learning rates; none: all take `train.lr`.")
     evaluation: Evaluation = Field(default=Evaluation(), description="How models are scored.")
     domains: dict[Name, Domain] = Field(min_length=1, description="Name → what is trained and tested.")
     methods: dict[Name, StudyMethod] = Field(min_length=1, description="Name → a method and its settings.")
     protocols: Protocols = Field(description="Protocols to run.")
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> "StudyRecipe":
-        texts = self.evaluation.drift.texts if self.evaluation.drift else {}
-        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains, "texts": texts}
-        _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
+    def _fits_together(self) -> "StudyRecipe":
+        for problem in itertools.chain(self._of_names(), self._of_protocols(), self._of_trainings()):
+            raise ValueError(problem)
+        return self
+
+    def _of_names(self) -> Iterator[str]:
+        """Names of methods and domains that do not exist; titles, tasks and seeds that are not told apart."""
+        known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains}
+        yield from _unknown(self.rates.domains if self.rates else None, self.domains, "rates.domains")
         for protocol, settings in self.protocols:
             for kind, names in known.items() if settings is not None else ():
                 for field, given in settings.named(kind):
-                    _check(given, names, f"protocols.{protocol}.{field}")
-        return self
-
-    @model_validator(mode="after")
-    def _titles_are_apart(self) -> "StudyRecipe":
+                    yield from _unknown(given, names, f"protocols.{protocol}.{field}")
         for block, field in (("methods", "title"), ("domains", "title"), ("domains", "task")):
             given = [getattr(entry, field) for entry in getattr(self, block).values()]
-            if twice := sorted({one for one in given if given.count(one) > 1}):
-                raise ValueError(
-                    f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _seeds_fit(self) -> "StudyRecipe":
+            for twice in sorted({one for one in given if given.count(one) > 1}):
+                yield f"`{block}`: two have the {field} {twice!r}, by which results are told apart; give each its own"
         if self.rates is not None and self.rates.seed in self.seeds:
-            raise ValueError(
+            yield (
                 f"`rates.seed` {self.rates.seed} is one of the study's seeds; rates must be chosen on runs that are "
                 "not reported: change it"
             )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("`seeds` lists a seed twice; name each once")
-        return self
+            yield "`seeds` lists a seed twice; name each once"
 
-    @model_validator(mode="after")
-    def _protocols_fit(self) -> "StudyRecipe":
+    def _of_protocols(self) -> Iterator[str]:
         protocols = self.protocols
         for name in ("lambda_curve", "ablations", "selection"):
             settings = getattr(protocols, name)
             if settings and not getattr(self.methods[settings.method].method, "principal_channel", False):
-                raise ValueError(
+                yield (
                     f"`protocols.{name}.method` is {settings.method!r}, which has no gains; name a HiP-LoRA with "
                     "`principal_channel: true`"
                 )
-        if protocols.frontier is not None and self.evaluation.drift is None:
-            raise ValueError("`protocols.frontier` compares drifts; set `evaluation.drift`")
-        if protocols.merge_fail is not None and max(protocols.merge_fail.sizes) > len(self.domains):
-            raise ValueError(
-                f"`protocols.merge_fail.sizes` has {max(protocols.merge_fail.sizes)}, and there are "
-                f"{len(self.domains)} domains; lower it or add domains"
+        if protocols.frontier and self.evaluation.drift is None:
+            yield "`protocols.frontier` compares drifts; set `evaluation.drift`"
+        if protocols.merge_fail and (most := max(protocols.merge_fail.sizes)) > len(self.domains):
+            yield (
+                f"`protocols.merge_fail.sizes` has {most}, and there are {len(self.domains)} domains; lower it or add "
+                "domains"
             )
-        if protocols.continual is not None:
+        if protocols.continual:
             first, *others = protocols.continual.orders or [list(self.domains)]
             if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
-                raise ValueError("`protocols.continual` needs two or more domains in order, each once in each order")
-        if protocols.editing is not None:
+                yield "`protocols.continual` needs two or more domains in order, each once in each order"
+        if protocols.editing:
             if "alphaedit" in protocols.editing.methods:
-                raise ValueError("`protocols.editing.methods`: 'alphaedit' is an editor; rename the method")
-            _check(protocols.editing.lr, protocols.editing.methods, "protocols.editing.lr")
-        return self
+                yield "`protocols.editing.methods`: 'alphaedit' is an editor; rename the method"
+            yield from _unknown(protocols.editing.lr, protocols.editing.methods, "protocols.editing.lr")
 
-    @model_validator(mode="after")
-    def _methods_train(self) -> "StudyRecipe":
+    def _of_trainings(self) -> Iterator[str]:
         for name, method in self.methods.items():
             try:
                 self.training(method)
             except ValidationError as error:
-                raise ValueError(f"`methods.{name}.train`: {first_problem(error)}") from None
-        return self
+                yield f"`methods.{name}.train`: {first_problem(error)}"
 
     def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
         """Return how a method trains: the study's settings, its own over them, and `changes` over both."""
         own = {**self.train.model_dump(exclude_unset=True), **method.train, **changes}
-        if "steps" in changes:
-            own.pop("epochs", None)
-        elif "epochs" in own:
-            own.pop("steps", None)
+        if "epochs" in own:
+            own.pop("epochs" if "steps" in changes else "steps", None)
         return TrainSettings.model_validate(own)
 
     def given_rate(self, method: StudyMethod) -> float:
@@ -218,10 +200,10 @@ class StudyRecipe(Block):
         return self.training(method).lr if method.lr == "chosen" else method.lr
 
 
-def _check(names: Iterable[str] | None, known: Iterable[str], where: str) -> None:
+def _unknown(names: Iterable[str] | None, known: Iterable[str], where: str) -> Iterator[str]:
     for name in names or ():
         if name not in known:
-            raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}")
+            yield f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}"
 
 
 def own_studies() -> dict[str, Path]:
@@ -233,11 +215,8 @@ def own_studies() -> dict[str, Path]:
 def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> StudyRecipe:
     """Read a study's recipe, put `overrides` (`train.steps=20`) over it, and check all of it.
 
-    A recipe may have `extends:`, the name of another or a file beside it; its own values go over that one's.
-
-    Args:
-        recipe: a YAML file, or a name of `own_studies`.
-        overrides: `a.b=value` each; the value is read as YAML.
+    It is a YAML file or a name of `own_studies`; with `extends:`, the name of another or a file beside it, its own
+    values go over that one's. An override's value is read as YAML.
 
     Raises:
         ConfigError: something is wrong; the message lists everything that is, with the way out.

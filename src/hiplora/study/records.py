@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from hiplora.reporting import interval
 from hiplora.study.jobs import Job
 from hiplora.study.statistics import differences, summary
-from hiplora.study.store import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FORMS = {"score": "accuracy", "likelihood": "likelihood"}  # a task's items as stored → the form of the score
 BASE = "Base model"
 Run = tuple[Job, dict[str, Any]]  # a job with what tells its rows apart
+Done = Sequence[tuple[Job, dict[str, Any], dict[str, Any]]]  # finished jobs, their records, and the same labels
 Tables = dict[str, tuple[str, pd.DataFrame]]  # file name → caption, table
 
 
@@ -42,19 +43,17 @@ class Findings:
     missing: list[str] = field(default_factory=list)
 
 
-def tidy(results: Results, runs: Iterable[Run], whole: Sequence[str] = ("method",)) -> pd.DataFrame:
+def tidy(done: Done) -> pd.DataFrame:
     """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
 
     Of a task, `metric` is `accuracy` or `likelihood` with a row an item, in per cent; of a drift text `kl` and
-    `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`. Rows that
-    are equal in the labels `whole` belong together: where a job of them is not done, all are left out.
+    `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`.
     """
-    runs = list(runs)
-    names = list(dict.fromkeys(name for _, labels in runs for name in labels))
+    names = list(dict.fromkeys(name for *_, labels in done for name in labels))
     rows = [
         (*(labels.get(name, "") for name in names), job.key, task, metric, list(values))
-        for job, found, labels in results.whole(runs, whole)
-        for task, metric, values in _numbers(found)
+        for job, record, labels in done
+        for task, metric, values in _numbers(record["result"])
     ]
     frame = pd.DataFrame(rows, columns=[*names, "run", "task", "metric", "value"])
     frame = frame.explode("value").astype({"value": float})
@@ -78,9 +77,13 @@ def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, str, Sequence[floa
                 yield "training", metric, [found[metric]]
 
 
-def scored(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a tidy table that are scores of tasks; their metric is the column `form` then."""
-    return frame[frame.metric.isin(FORMS.values())].rename(columns={"metric": "form"})
+def scored(frame: pd.DataFrame, tasks: Mapping[str, str] | None = None, column: str = "on") -> pd.DataFrame:
+    """Return the rows of a tidy table that are scores, their metric as the column `form`.
+
+    With `tasks` those of these tasks alone, and what stands for each in another column.
+    """
+    rows = frame[frame.metric.isin(FORMS.values())].rename(columns={"metric": "form"})
+    return rows if tasks is None else rows[rows.task.isin(tasks)].assign(**{column: lambda one: one.task.map(tasks)})
 
 
 def measured(frame: pd.DataFrame, metric: str, unit: str = "", **labels: Any) -> pd.DataFrame:
@@ -96,20 +99,19 @@ def with_differences(draws: pd.DataFrame, metric: str, unit: str = "pp") -> pd.D
 
 def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
     """Return measurements below each other, with the columns of all parts and some more."""
-    names = dict.fromkeys(name for frame in (*parts, columns) for name in frame)
+    names = list(dict.fromkeys(name for frame in (*parts, columns) for name in frame))
     known = [part for part in parts if len(part)]
-    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=list(names))
-    return found.reindex(columns=list(names))
+    found = pd.concat(known, ignore_index=True) if known else pd.DataFrame(columns=names)
+    return found.reindex(columns=names)
 
 
 def with_jobs(frame: pd.DataFrame, runs: Iterable[Run], by: Sequence[str]) -> pd.DataFrame:
-    """Return measurements with the short keys of the jobs that have their labels `by`, where they have none yet."""
+    """Return measurements with the short keys of the jobs that have their labels `by`, where these tell it."""
     by = list(by)
-    if frame.empty or "jobs" in frame or not set(by) <= set(frame):
+    if frame.empty or not set(by) <= set(frame):
         return frame
-    keys = pd.DataFrame([(*(labels.get(name, "") for name in by), job.key[:8]) for job, labels in runs])
-    keys = keys.set_axis([*by, "jobs"], axis=1).drop_duplicates()
-    return frame.join(keys.groupby(by, sort=False)["jobs"].agg(" ".join), on=by)
+    keys = pd.DataFrame([{**{name: labels.get(name, "") for name in by}, "jobs": job.key[:8]} for job, labels in runs])
+    return frame.join(keys.drop_duplicates().groupby(by, sort=False)["jobs"].agg(" ".join), on=by)
 
 
 def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Sequence[str] = ()) -> pd.DataFrame:
@@ -118,8 +120,6 @@ def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Seq
     The frame's `column` names the column of each, its `digits`, if it has them, the decimal places. Columns of `order`
     come first. `paper` names the paper's table whose values stand behind ours; the paper reports accuracies only.
     """
-    from hiplora.reporting import interval
-
     texts = []
     for row in frame.itertuples():
         text = interval(row.estimate, row.low, row.high, int(getattr(row, "digits", 1)))
@@ -153,8 +153,7 @@ def paper() -> dict[str, Any]:
     """Return what the paper reports: its model, tables and claims, as `paper.yaml` has them."""
     import yaml
 
-    text = importlib.resources.files("hiplora.study").joinpath("paper.yaml").read_text("utf-8")
-    return yaml.safe_load(text)
+    return yaml.safe_load(importlib.resources.files("hiplora.study").joinpath("paper.yaml").read_text("utf-8"))
 
 
 def _plain(name: str) -> str:

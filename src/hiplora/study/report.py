@@ -1,10 +1,8 @@
 """A study's report: tables, figures, tidy measurements, one page, and the records that it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -12,19 +10,14 @@ from hiplora.errors import ConfigError
 from hiplora.files import check_output_dir, staged_dir, write_atomic
 from hiplora.provenance import json_sha256, provenance
 from hiplora.reporting import Section, save_figure, save_page, save_table
+from hiplora.study.builder import Study
 from hiplora.study.protocols import sections
 from hiplora.study.records import Findings, joined, paper
-from hiplora.study.store import Results
 
-if TYPE_CHECKING:
-    from hiplora.study.plan import Opened
-
-RECORDS = "records.jsonl.gz"
 _FIRST = ["protocol", "method", "metric", "domain", "form", "estimate", "low", "high", "sd", "seeds", "items", "unit"]
-_NAMED = 5  # jobs that a section names as missing
 
 
-def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
+def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write what a study found so far into the folder `out`; return the page's place and what is still missing.
 
     The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (every number, a row
@@ -34,23 +27,24 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
     Raises:
         ConfigError: `out` exists and `overwrite` is False, or no job is done.
     """
-    check_output_dir(out, overwrite, {"the study": opened.store.path / "results"})
-    graph, store, recipe = opened.graph, opened.store, opened.study.recipe
+    check_output_dir(out, overwrite, {"the study": study.store.path / "results"})
+    graph, store, recipe = study.graph, study.store, study.recipe
     records = [record for job in graph if (record := store.record(job)) is not None]
     if not records:
         raise ConfigError(f"study {recipe.study}: none of its {len(graph)} jobs is done in {store.path}; run it first")
-    found = sections(opened.study, Results(store))
+    found = sections(study)
     numbers = measurements(found)
     seconds = sum(record["timing"].get("seconds") or 0 for record in records)
     subtitle = (
         f"{len(records):,} of {len(graph):,} jobs are done, {seconds / 3600:.1f} hours of work. Model {recipe.model}, "
         f"seeds {', '.join(map(str, recipe.seeds))}. Values marked as the paper's are of {paper()['model']}."
     )
+    origins = [record["provenance"] for record in records]
     origin = {
         "report": provenance(),
         "recipe_sha256": json_sha256(recipe.model_dump(mode="json", exclude_defaults=True)),
-        "commits of the jobs": sorted({str(record["provenance"]["commit"]) for record in records}),
-        "machines": sorted({str(record["provenance"]["machine"]["processor"]) for record in records}),
+        "commits of the jobs": sorted({str(one["commit"]) for one in origins}),
+        "machines": sorted({str(one["machine"]["processor"]) for one in origins}),
     }
     with staged_dir(out, overwrite) as folder:
         for name in ("tables", "figures"):
@@ -63,10 +57,9 @@ def report(opened: Opened, out: str | Path, overwrite: bool = False) -> dict[str
             for name, text in one.files.items():
                 write_atomic(folder / name, text)
         write_atomic(folder / "measurements.csv", numbers.to_csv(index=False, float_format="%.6g"))
-        store.export(graph, folder / RECORDS)
-        save_page(
-            folder / "report.html", recipe.title or recipe.study, [_section(one) for one in found], subtitle, origin
-        )
+        store.export(graph, folder / "records.jsonl.gz")
+        title = recipe.title or recipe.study
+        save_page(folder / "report.html", title, [_section(one) for one in found], subtitle, origin)
     return {
         "page": str(Path(out) / "report.html"),
         "sections": {one.name: len(one.missing) for one in found},
@@ -86,6 +79,6 @@ def measurements(found: Sequence[Findings]) -> pd.DataFrame:
 def _section(one: Findings) -> Section:
     text = one.text
     if one.missing:
-        named = "; ".join(one.missing[:_NAMED]) + (" …" if len(one.missing) > _NAMED else "")
+        named = "; ".join(one.missing[:5]) + (" …" if len(one.missing) > 5 else "")
         text += f"\n\n{len(one.missing)} jobs are not done yet: {named}"
     return Section(one.title, text, tables=dict(one.tables.values()), figures=dict(one.figures.values()))

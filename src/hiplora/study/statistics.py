@@ -15,7 +15,6 @@ from hiplora.metrics.bootstrap import paired_bootstrap, resampled_means, student
 
 REPLICATES = 10_000
 SEEDS = 5  # from so many on, intervals are Student's t over the seeds
-LOW_HIGH = (0.025, 0.975)
 
 
 def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -33,8 +32,6 @@ def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             seed = [0, zlib.crc32(str(task).encode()), len(items)]
             means = resampled_means(items.to_numpy(), REPLICATES, seed)
             parts.append(pd.DataFrame(means.T, index=items.columns))
-    if not parts:
-        return pd.DataFrame(np.zeros((0, REPLICATES + 1)), pd.MultiIndex.from_tuples([], names=by))
     return pd.concat(parts)
 
 
@@ -46,40 +43,27 @@ def averaged(draws: pd.DataFrame, over: Sequence[str]) -> pd.DataFrame:
 
 def summary(draws: pd.DataFrame) -> pd.DataFrame:
     """Return estimate, low and high of the means over the seeds, their sd over the seeds and number."""
-    found = student(draws[0])
-    over_items = np.quantile(averaged(draws, ["seed"]).to_numpy()[:, 1:], LOW_HIGH, axis=1) if len(draws) else ((), ())
-    for side, values in zip(("low", "high"), over_items, strict=True):
+    found, means = student(draws[0]), averaged(draws, ["seed"]).to_numpy()[:, 1:]
+    bounds = np.quantile(means, (0.025, 0.975), axis=1) if len(means) else ((), ())
+    for side, values in zip(("low", "high"), bounds, strict=True):
         found[side] = found[side].where(found.seeds >= SEEDS, values)
     return found
 
 
-def differences(draws: pd.DataFrame, first: bool = False) -> pd.DataFrame:
-    """Return the paired differences of each method's replicates to every one before it, or to the first alone."""
-    names = list(draws.index.unique("method"))
-    parts = {
-        (here, there): draws.xs(here, level="method") - draws.xs(there, level="method")
-        for place, here in enumerate(names)
-        for there in names[: 1 if first and place else place]
-    }
+def differences(draws: pd.DataFrame, first: bool = False, ratio: bool = False) -> pd.DataFrame:
+    """Return the paired differences of each method's replicates to every one before it, or to the first alone.
+
+    With `ratio` the quotients instead, NaN where the denominator is not positive, so that such rows have no interval.
+    """
+    names, parts = list(draws.index.unique("method")), {}
+    for place, name in enumerate(names):
+        for other in names[: 1 if first and place else place]:
+            here, there = (draws.xs(one, level="method") for one in (name, other))
+            here, there = here.align(there, "inner", axis=0)
+            parts[name, other] = here / there.where(there > 0) if ratio else (here - there).dropna(subset=0)
     if not parts:
         return draws.iloc[:0].assign(minus="").set_index("minus", append=True)
-    found = pd.concat(parts, names=["method", "minus"])
-    return found[found[0].notna()]
-
-
-def ratios(draws: pd.DataFrame) -> pd.DataFrame:
-    """Return the ratios of each method's replicates to every one before it, index as of `differences`.
-
-    Where a replicate of the denominator is not positive there is no interval; where its value is not, no ratio.
-    """
-    index = differences(draws).index
-    here = draws.reindex(index.droplevel("minus").reorder_levels(draws.index.names)).to_numpy()
-    there = index.droplevel("method").rename("method", level="minus").reorder_levels(draws.index.names)
-    below = draws.reindex(there).to_numpy()
-    below = np.where(below > 0, below, np.nan)
-    low, high = np.quantile((here / below)[:, 1:], LOW_HIGH, axis=1) if len(index) else ((), ())
-    found = {"estimate": here[:, 0] / below[:, 0], "low": low, "high": high}
-    return pd.DataFrame(found, index.rename("over", level="minus"))
+    return pd.concat(parts, names=["method", "minus"])
 
 
 def student(values: pd.Series) -> pd.DataFrame:
@@ -98,13 +82,13 @@ def geometric(values: pd.Series) -> pd.DataFrame:
 
 def hierarchical(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the means for each value of `by` with the paper's interval: seeds are drawn, then values within each."""
-    found = {}
-    for label, rows in records.groupby(list(by), sort=False):
+
+    def interval(rows: pd.DataFrame) -> pd.Series:
         seeds = [one.to_numpy() for _, one in rows.groupby("seed", sort=False)["value"]]
-        interval = paired_bootstrap({"": seeds}).mean[""]
-        found[label] = (rows["value"].mean(), interval.low, interval.high)
-    index = pd.MultiIndex.from_tuples(found, names=by)
-    return pd.DataFrame(list(found.values()), index, columns=["estimate", "low", "high"])
+        found = paired_bootstrap({"": seeds}).mean[""]
+        return pd.Series({"estimate": rows["value"].mean(), "low": found.low, "high": found.high})
+
+    return records.groupby(list(by), sort=False)[["seed", "value"]].apply(interval)
 
 
 def opened(found: pd.DataFrame, counts: pd.Series) -> pd.DataFrame:
@@ -123,23 +107,22 @@ def drift(records: pd.DataFrame, by: Sequence[str] = (), shared: bool = False) -
     Ratios are geometric means over paired runs, with Student's interval over the seeds; without one where runs of
     different seeds are of `shared` adapters.
     """
-    kl = records[records.metric == "kl"].rename(columns={"task": "text"})
+    records = records.rename(columns={"task": "text"})
+    kl, grown = (records[records.metric == metric] for metric in ("kl", "perplexity_ratio"))
     if kl.empty:
         return pd.DataFrame(columns=["metric", *by, "method", "text", "estimate"])
     pairing = [name for name in ("domain", "merge") if name in kl]
     values = kl.set_index([*by, "method", "text", "seed", *pairing])["value"]
-    seeds = values.groupby(level=[*by, "method", "text", "seed"], sort=False).mean()
-    means = student(seeds).assign(low=np.nan, high=np.nan)
+    means = student(averaged(values, pairing)).assign(low=np.nan, high=np.nan)
     apart = differences(np.log(values.where(values > 0)).to_frame(0)).rename_axis(index={"minus": "over"})
     over = geometric(np.exp(averaged(apart, pairing)[0]))
     if shared:
         means["sd"] = over["low"] = over["high"] = np.nan
-    grown = records[records.metric == "perplexity_ratio"].rename(columns={"task": "text"})
-    grown = np.log(grown.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
+    growth = np.log(grown.groupby([*by, "method", "text"], sort=False)["value"].mean()).rename("estimate")
     return pd.concat(
         [
             means.reset_index().assign(metric="drift", unit="nats/token"),
             over.reset_index().assign(metric="drift ratio", unit="ratio"),
-            grown.reset_index().assign(metric="loss growth", unit="nats/token"),
+            growth.reset_index().assign(metric="loss growth", unit="nats/token"),
         ]
     )

@@ -13,7 +13,7 @@ import json
 import os
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ from hiplora.study.steps import STEPS
 
 
 class Store:
-    """The folder of a study's results. Any number of processes may use it at once."""
+    """The folder of a study's results, which need not exist yet. Any number of processes may use it at once."""
 
     def __init__(self, path: str | os.PathLike):
-        """Open the folder, which need not exist; nothing is written."""
         self.path = Path(path)
         self._kept: dict[str, dict[str, Any]] = {}
 
@@ -64,10 +63,8 @@ class Store:
 
     def readable(self, job: Job) -> bool:
         """Whether later jobs can read all that a job leaves: its result, and its artifact if it makes one."""
-        if not self.finished(job):
-            return False
         whole = not STEPS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
-        return whole or self.diverged(job) is not None
+        return self.finished(job) and (whole or self.diverged(job) is not None)
 
     def artifact(self, job: Job) -> Path:
         """Return the folder with what a job makes for others."""
@@ -79,11 +76,7 @@ class Store:
             write_atomic(self.artifact(job) / ".complete", "")
         if not self.finished(job):
             record = {
-                "key": job.key,
-                "kind": job.kind,
-                "version": job.version,
-                "name": job.name,
-                "settings": job.settings,
+                **{name: getattr(job, name) for name in ("key", "kind", "version", "name", "settings")},
                 "needs": {name: need.key for name, need in job.needs.items()},
                 "result": result,
                 "timing": timing,
@@ -108,22 +101,19 @@ class Store:
     @contextlib.contextmanager
     def claimed(self, job: Job) -> Iterator[bool]:
         """Hold a job's lock inside the block; yields False, at once, if another process holds it."""
-        folder = self.path / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{job.key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        path = self._lock(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(FileLock(path, timeout=0))
+                mine = True
+            except Timeout:
+                mine = False
+            yield mine
 
     def at_work(self, job: Job) -> bool:
         """Whether a process holds a job's lock now."""
-        if not (self.path / "locks" / f"{job.key}.lock").exists():
+        if not self._lock(job).exists():
             return False
         with self.claimed(job) as mine:
             return not mine
@@ -135,30 +125,28 @@ class Store:
             fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
             yield
 
-    def take(self, records: str | os.PathLike) -> int:
+    def take(self, path: Path) -> int:
         """Add the records of a file that `export` wrote; return how many were new.
 
         Raises:
             ConfigError: the file does not exist or holds no records.
         """
-        path, new = Path(records), 0
         try:
             raw = path.read_bytes()
             lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
-            taken = {_checked_key(json.loads(line)): line for line in lines if line}
+            taken = {self._file("results", _checked_key(json.loads(line))): line for line in lines if line}
         except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             raise ConfigError(
                 f"--reuse {path}: cannot be read ({error}); expected the records.jsonl.gz of a study's report"
             ) from None
-        for key, line in taken.items():
-            if not self._file("results", key).exists():
-                write_atomic(self._file("results", key), line)
-                new += 1
-        return new
+        new = {file: line for file, line in taken.items() if not file.exists()}
+        for file, line in new.items():
+            write_atomic(file, line)
+        return len(new)
 
     def export(self, jobs: Iterable[Job], path: str | os.PathLike) -> None:
         """Write the records of the finished jobs to one gzipped file, from which `take` continues elsewhere."""
-        records = sorted((r for job in jobs if (r := self.record(job)) is not None), key=lambda r: r["key"])
+        records = sorted(filter(None, map(self.record, jobs)), key=lambda record: record["key"])
         text = "".join(json.dumps(record) + "\n" for record in records)
         write_atomic(path, gzip.compress(text.encode(), mtime=0))
 
@@ -169,56 +157,24 @@ class Store:
         reused). Jobs no wanted result depends on are not done.
         """
         open_jobs = [job for job in graph.wanted if not self.finished(job)]
-        wanted: set[Job] = set()
+        left: set[Job] = set()
         while open_jobs:
             job = open_jobs.pop()
-            if job not in wanted:
-                wanted.add(job)
+            if job not in left:
+                left.add(job)
                 present = self.readable if STEPS[job.kind].reads else self.finished
                 open_jobs += [need for need in job.needs.values() if not present(need)]
-        return {job: wanted.isdisjoint(job.needs.values()) for job in graph if job in wanted}
+        return {job: left.isdisjoint(job.needs.values()) for job in graph if job in left}
 
     def _file(self, folder: str, key: str) -> Path:
         return self.path / folder / f"{key}.json"
 
+    def _lock(self, job: Job) -> Path:
+        return self.path / "locks" / f"{job.key}.lock"
+
 
 def _checked_key(record: Mapping[str, Any]) -> str:
-    parts = {name: record[name] for name in ("kind", "version", "settings", "needs")}
-    if record["key"] != key_of(**parts) or not {"result", "timing", "provenance"} <= record.keys():
+    key = key_of(*(record[name] for name in ("kind", "version", "settings", "needs")))
+    if record["key"] != key or not {"result", "timing", "provenance"} <= record.keys():
         raise ValueError(f"record {record['key']!r} does not match its key")
-    return str(record["key"])
-
-
-class Results:
-    """The results in a store, for protocols.
-
-    `missing` and `lost` collect the names of the jobs that were asked for and are not done, or whose training diverged.
-    """
-
-    def __init__(self, store: Store):
-        """Take a store; records are read when they are asked for."""
-        self._store = store
-        self.missing: dict[str, None] = {}
-        self.lost: dict[str, None] = {}
-
-    def get(self, job: Job) -> dict[str, Any] | None:
-        """Return a job's result; None, with a note of it, if it is not done or its training diverged."""
-        found = self._store.result(job)
-        if found is None:
-            self.missing[job.name] = None
-        elif DIVERGED in found:
-            self.lost[job.name] = None
-            return None
-        return found
-
-    def whole(
-        self, runs: Iterable[tuple[Job, Mapping[str, Any]]], by: Sequence[str]
-    ) -> list[tuple[Job, dict[str, Any], Mapping[str, Any]]]:
-        """Return jobs, results and labels; of runs that are equal in the labels `by`, all of them or none."""
-        found = [(job, self.get(job), labels, tuple(labels.get(name, "") for name in by)) for job, labels in runs]
-        lost = {group for _, result, _, group in found if result is None}
-        return [(job, result or {}, labels) for job, result, labels, group in found if group not in lost]
-
-    def record(self, job: Job, part: str) -> dict[str, Any]:
-        """Return the `timing` or `provenance` in a job's record; empty if it is not done."""
-        return (self._store.record(job) or {}).get(part) or {}
+    return key

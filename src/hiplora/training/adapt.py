@@ -1,5 +1,6 @@
 """Put a method's adapter on a model, new or carried on from a finished one, and save it when it is trained."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import parse_yaml
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
-from hiplora.training.method import ADAPTER, ATTENTION_PROJECTIONS, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
+from hiplora.training.method import ADAPTER, BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
+from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,21 +28,11 @@ def put_on(
     steps: int | None = None,
     given: Path | None = None,
 ) -> "PeftModel":
-    """Put a method's adapter on a bare model: calibrated, initialized, at the point where training begins.
+    """Put a method's adapter on a bare model, which is changed: calibrated, at the point where training begins.
 
-    Args:
-        method: the method.
-        model: the bare base model; it is changed.
-        tokenizer: reads the method's calibration text.
-        seed: of the adapter's random factors.
-        start: for a method that moves the base, the folder that keeps its start: read if it has one, else written.
-        steps: of the training, where the method needs to know them (AdaLoRA).
-        given: folder of a finished adapter to carry on from (`start_problem`), instead of a new one.
-
-    Raises:
-        ConfigError: the method, or the given adapter, does not fit the model.
-        DataError, FactorError: as `Method.prepare`.
-        AdapterError: a given HiP-LoRA adapter is damaged.
+    The folder `start` keeps the start of a method that moves the base: read if it has one, else written. `given` is the
+    folder of a finished adapter to carry on from (`start_problem`), instead of a new one. Raises ConfigError if the
+    method or the given adapter does not fit the model, AdapterError if that is damaged, and what `prepare` does.
     """
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
@@ -48,25 +40,24 @@ def put_on(
 
     from hiplora.tuner import default_targets
 
-    keeps = start if method.moves_base else None
-    tensors = origin = begin = None
-    if given is not None:
-        tensors = load_file(given / WEIGHTS_FILE)
-        if method.moves_base:
-            tensors, origin = split_difference(tensors)
-    if keeps is not None and origin is not None and not (keeps / WEIGHTS_FILE).is_file():
-        keep_start(origin, keeps)
-    kept = keeps is not None and (keeps / WEIGHTS_FILE).is_file()
+    kept = start / WEIGHTS_FILE if method.moves_base and start is not None else None
+    tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
+    if tensors is not None and kept is not None:
+        tensors, origin = split_difference(tensors)
+        if not kept.is_file():
+            keep_start(origin, kept)
     try:
         if given is not None:
             config = method.continued_config(json.loads((given / CONFIG_FILE).read_text(encoding="utf-8")))
         else:
             config = method.peft_config(steps)
-            if method.target_modules == list(ATTENTION_PROJECTIONS):  # whatever this model calls them
+            if (
+                method.target_modules == Method.model_fields["target_modules"].default
+            ):  # whatever this model calls them
                 config.target_modules = {*default_targets(model, "paper")}
             _check_ranks(config, model)
-        if kept:
-            begin = restored(config, keeps)  # type: ignore[arg-type]
+        if kept is not None and kept.is_file():
+            begin = restored(config, kept)
         elif given is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
@@ -76,12 +67,10 @@ def put_on(
     except ValueError as error:
         if isinstance(error, HipLoraError) and not isinstance(error, ConfigError):
             raise
-        raise ConfigError(
-            f"method {method.name} does not fit the model: {error}; check method.target_modules and the patterns "
-            "against the model's module names"
-        ) from error
-    if keeps is not None and not kept:
-        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), keeps)
+        way = "check method.target_modules and the patterns"
+        raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
+    if kept is not None and not kept.is_file():
+        keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
     if tensors is not None:
         _load_tensors(adapted, tensors, given)
     return adapted
@@ -92,16 +81,14 @@ def _check_ranks(config: Any, model: Any) -> None:
     from hiplora.tuner import find_targets, for_module
 
     rank = getattr(config, "init_r", None) or getattr(config, "r", 0)  # AdaLoRA's first
-    try:
+    targets: Any = ()
+    with contextlib.suppress(ConfigError):  # said better by what puts the adapter on, or no linear layers
         targets = find_targets(model, config)
-    except ConfigError:
-        return  # said better by what puts the adapter on, or no linear layers
     for target in targets:
         r = for_module(config.rank_pattern or {}, target.name, rank)
         if isinstance(r, int) and r > min(target.shape):
-            raise ConfigError(
-                f"layer {target.name}: r {r} exceeds min(out, in) = {min(target.shape)}; lower r or set rank_pattern"
-            )
+            least = f"min(out, in) = {min(target.shape)}"
+            raise ConfigError(f"layer {target.name}: r {r} exceeds {least}; lower r or set rank_pattern")
 
 
 def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> None:
@@ -114,9 +101,9 @@ def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> N
         if unfit := sorted((trained & {*loaded.missing_keys}) | {*loaded.unexpected_keys}):
             raise RuntimeError(f"{unfit[0]} is on one side only")
     except RuntimeError as error:
+        way = "it was trained on another one, or on other modules of it"
         raise ConfigError(
-            f"train.start_from: {folder} does not fit this model ({first_line(error)}); it was trained on another one, "
-            "or on other modules of it"
+            f"train.start_from: {folder} does not fit this model ({first_line(error)}); {way}"
         ) from error
 
 
@@ -128,31 +115,33 @@ def save_trained(method: Method, model: "PeftModel", folder: Path, start: Path |
         to_difference(folder, start)
 
 
-def start_problem(method: Any, start_from: str) -> str | None:
-    """Say why a training with `method` cannot carry on from the adapter in the folder `start_from`.
+def start_problem(recipe: TrainRecipe) -> str | None:
+    """Say why a training cannot carry on from the adapter in the folder `train.start_from`, if it names one.
 
-    The adapter must be the finished result of a training with the same method and settings; those that only steer the
-    training (`Method.steering`) may differ.
+    It must be the finished result of a training with the same method and settings, but for `Method.steering`.
     """
-    folder = Path(start_from)
+    if recipe.train.start_from is None:
+        return None
+    folder, method = Path(recipe.train.start_from), recipe.method
     for name in (CONFIG_FILE, WEIGHTS_FILE, "recipe.yaml"):
         if not (folder / name).is_file():
-            return f"{folder} has no {name}; name the output folder of a finished `hiplora train`"
+            return f"train.start_from: {folder} has no {name}; name the output folder of a finished `hiplora train`"
     try:
         stored = parse_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"))
         given = TypeAdapter(AnyMethod).validate_python(stored["method"])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder}/recipe.yaml is not a recipe of this version; train the adapter again"
+        return f"train.start_from: {folder}/recipe.yaml is not a recipe of this version; train the adapter again"
     old, new = _identity(given), _identity(method)
     changes = [f"method.{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]]
     if given.name != method.name:
         changes = [f"method {given.name} there, {method.name} here"]
-    if not changes:
-        return None
-    return (
-        f"{folder} holds another adapter ({'; '.join(changes)}); give the recipe the adapter's own method and "
-        "settings, or name another folder"
-    )
+    if changes:
+        way = "give the recipe the adapter's own method and settings, or name another folder"
+        return f"train.start_from: {folder} holds another adapter ({'; '.join(changes)}); {way}"
+    if not recipe.widens and (folder / BASIS_FILE).is_file():
+        way = "its parts have a basis each, so they cannot be trained on as one; remove `widen: false`"
+        return f"train.widen: {folder} was widened before, and {way}"
+    return None
 
 
 def _identity(method: Method) -> dict[str, Any]:

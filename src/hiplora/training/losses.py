@@ -3,9 +3,8 @@
 The base model is the adapted one with its adapter disabled, so it takes no memory of its own.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from hiplora.data.encoding import IGNORED
 from hiplora.data.texts import ROW_LENGTH, calibration_rows
 from hiplora.training.method import Penalty
 from hiplora.training.recipe import TrainRecipe
-from hiplora.tuner import restored, sampled_rows
+from hiplora.tuner import base_only, restored, sampled_rows
 
 EAFT_TOP = 20  # tokens whose entropy EAFT measures
 STM_PERPLEXITY = 2.5  # above which STM leaves a token out
@@ -41,10 +40,9 @@ class TokenLoss:
         right = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
         loss = -(token_weights(logits.detach(), target, self.kind) * right).sum()
         if self.own_kl:
-            peft_model = getattr(model, "module", model)  # within DDP
-            with torch.no_grad(), disabled(peft_model):
-                peft_model.eval()  # no dropout: `disabled` restores the mode
-                base = peft_model(**given).logits[:, :-1][known].float()
+            bare = getattr(model, "module", model)  # within DDP
+            with torch.no_grad(), base_only(bare):
+                base = bare(**given).logits[:, :-1][known].float()
             loss = loss + self.own_kl * kl_without_target(base, logits, target).sum()
         return loss / items
 
@@ -74,7 +72,7 @@ def kl_without_target(base: Tensor, adapted: Tensor, target: Tensor) -> Tensor:
 def mask_unlikely(model: Any, rows: Sequence[dict[str, list[int]]]) -> int:
     """Take the tokens from the labels whose perplexity under the bare model is above 2.5 (STM, arXiv 2501.14315).
 
-    Returns how many were taken.
+    Return how many were taken.
     """
     taken = 0
     for row in rows:
@@ -123,36 +121,21 @@ class KlPenalty(Penalty):
     def __call__(self, model: Any, step: int) -> Tensor:
         """Return the divergence, with gradients to the adapter only."""
         pieces = self.batch(step)
-        inputs = {
-            "input_ids": torch.cat(pieces)[None].to(model.device),
-            "position_ids": torch.cat([torch.arange(len(piece)) for piece in pieces])[None].to(model.device),
-        }
+        ids, places = torch.cat(pieces), torch.cat([torch.arange(len(piece)) for piece in pieces])
+        inputs = {"input_ids": ids[None].to(model.device), "position_ids": places[None].to(model.device)}
         with restored(model):
             model.eval()
-            with torch.no_grad(), disabled(model):
+            with torch.no_grad(), base_only(model):
                 base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
             adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
 
 
 def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
-    """Return the penalty of a recipe, if any; `model` is bare, and text is sampled from it if none is named.
-
-    Raises:
-        DataError: the text cannot be read.
-    """
+    """Return the penalty of a recipe, if any; `model` is bare, and text is sampled from it if none is named."""
     settings = recipe.train
     if not settings.kl_weight:
         return None
-    if settings.kl_text is None:
-        rows = sampled_rows(model, settings.kl_pool)
-    else:
-        rows = calibration_rows(tokenizer, settings.kl_text, settings.kl_pool)
+    text, pool = settings.kl_text, settings.kl_pool
+    rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool)
     return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed)
-
-
-@contextlib.contextmanager
-def disabled(model: Any) -> Iterator[None]:
-    """Disable the adapter; restore what is trainable on exit, since PEFT decides that anew."""
-    with restored(model), model.disable_adapter():
-        yield

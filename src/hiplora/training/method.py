@@ -62,11 +62,8 @@ class Session:
         """Wrap measuring and saving: inside, the model is what the training would return now."""
         return contextlib.nullcontext()
 
-    def after_optimizer(self, step: int) -> None:
-        """Act between the optimizer's step and the clearing of its gradients; `step` counts from 0."""
-
     def after_step(self, step: int, last: bool) -> None:
-        """Act after a step; `step` counts from 1."""
+        """Act between the optimizer's step and the clearing of its gradients; `step` counts from 1."""
 
     def save(self, folder: Path) -> None:
         """Write the adapter, and whatever else a resumed training needs, into a checkpoint."""
@@ -92,22 +89,15 @@ class Method(Block):
     steering: ClassVar[tuple[str, ...]] = ()
     not_of_peft: ClassVar[tuple[str, ...]] = ("name",)
 
-    target_modules: list[str] | str = Field(
-        default=list(ATTENTION_PROJECTIONS),
-        min_length=1,
-        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
-    )
+    target_modules: list[str] | str = Field(default=list(ATTENTION_PROJECTIONS), min_length=1)
+    """Modules to adapt: a list of names, one regular expression, or `all-linear`."""
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that PEFT's configuration has too."""
         return self.model_dump(exclude={*self.not_of_peft})
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
-        """Return the PEFT configuration for a training of so many steps.
-
-        Raises:
-            ConfigError: the method needs to know the steps.
-        """
+        """Return the PEFT configuration for a training of so many steps; ConfigError if it must know them."""
         raise NotImplementedError
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
@@ -117,10 +107,8 @@ class Method(Block):
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin | None:
         """Measure on the bare model what the adapter needs; `config` may be changed. Return how it begins.
 
-        Raises:
-            ConfigError: the settings do not fit the model.
-            DataError: the calibration text cannot be used.
-            FactorError: a layer saw no calibration text, or a weight cannot be decomposed.
+        Raises ConfigError if the settings do not fit the model, DataError if the calibration text cannot be used, and
+        FactorError if a layer saw none of it, or a weight cannot be decomposed.
         """
         return None
 
@@ -137,61 +125,58 @@ class Method(Block):
 
 
 class LowRank(Method):
-    """Base of the methods with low-rank factors, under PEFT's names."""
+    """Base of the methods with low-rank factors, under PEFT's names; LoRA, begun as `peft_start` says."""
 
     steering: ClassVar[tuple[str, ...]] = ("lora_dropout",)
+    peft_start: ClassVar[dict[str, Any]] = {}
 
-    r: int = Field(
-        default=16, ge=1, description="Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."
-    )
-    lora_alpha: int | float = Field(default=32, gt=0, description="The low-rank update is scaled by lora_alpha / r.")
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the input of the low-rank update.")
-    exclude_modules: list[str] | str | None = Field(
-        default=None, description="Modules to leave alone, although target_modules names them."
-    )
-    layers_to_transform: list[int] | int | None = Field(
-        default=None, description="Indices of the layers to adapt; all if empty."
-    )
-    layers_pattern: list[str] | str | None = Field(
-        default=None, description="Name of the model's list of layers, where layers_to_transform needs it."
-    )
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        default={}, description="Module name or pattern → its own r."
-    )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Module name or pattern → its own lora_alpha."
-    )
-    modules_to_save: list[str] | None = Field(
-        default=None, description="Modules to train in full and save with the adapter."
-    )
+    r: int = Field(default=16, ge=1)
+    """Rank of the low-rank factors (of the residual channel, for HiP-LoRA)."""
+    lora_alpha: int | float = Field(default=32, gt=0)
+    """The low-rank update is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Dropout on the input of the low-rank update."""
+    exclude_modules: list[str] | str | None = None
+    """Modules to leave alone, although target_modules names them."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the layers to adapt; all if empty."""
+    layers_pattern: list[str] | str | None = None
+    """Name of the model's list of layers, where layers_to_transform needs it."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default={})
+    """Module name or pattern → its own r."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    """Module name or pattern → its own lora_alpha."""
+    modules_to_save: list[str] | None = None
+    """Modules to train in full and save with the adapter."""
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
         """Return a LoRA configuration."""
         from peft import LoraConfig
 
-        return LoraConfig(task_type="CAUSAL_LM", **self.settings())
+        return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
 
 
 class FromInputs(Block):
     """The calibration text of methods that measure a layer's inputs."""
 
-    calibration_text: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Text file, training data or hub data set to measure the layers' inputs on, instead of text "
-        "sampled from the model. In a recipe, relative to the recipe's folder; with --set, to the current folder.",
-    )
-    calibration_tokens: int = Field(
-        default=10_000, ge=2, description="Tokens to sample, or to read of `calibration_text`."
-    )
+    calibration_text: str | None = Field(default=None, min_length=1)
+    """Text file, training data or hub data set to measure the layers' inputs on, instead of text sampled from the
+    model. In a recipe, relative to the recipe's folder; with --set, to the current folder."""
+    calibration_tokens: int = Field(default=10_000, ge=2)
+    """Tokens to sample, or to read of `calibration_text`."""
 
     def calibration_rows(self, tokenizer: Any) -> "list[Tensor] | None":
         """Return the rows of the calibration text, as `hiplora.data.texts` reads it; None for sampled text."""
         from hiplora.data.texts import calibration_rows
 
-        if self.calibration_text is None:
-            return None
-        return calibration_rows(tokenizer, self.calibration_text, self.calibration_tokens)
+        text = self.calibration_text
+        return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens)
+
+    def text(self, model: Any, tokenizer: Any, **options: Any) -> Any:
+        """Return the `CalibrationText` of a bare model."""
+        from hiplora.tuner import CalibrationText
+
+        return CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, **options)
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:

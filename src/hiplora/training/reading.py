@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +50,16 @@ ELSEWHERE = {
     "train.push_to_hub": "hub_model_id",
 }
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
-PATHS = (("out",), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
+PATHS = (("", "out"), ("data", "path"), ("data", "held_out"), ("train", "start_from"))
 TEXTS = (("method", "calibration_text"), ("train", "kl_text"))
 
 
 def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -> TrainRecipe:
     """Read a training recipe from YAML, put `overrides` (`train.lr=1e-4`) over it, and check all of it.
 
-    Relative paths in the file are relative to the file, those in overrides to the current folder. Data files are read
-    to the end, so that a malformed row is found before a model is loaded. Without a file the overrides are the recipe.
-    What is not given is as in `DEFAULTS`, or with `preset: paper` as in the paper.
-
-    Raises:
-        ConfigError: something is wrong; the message lists everything that is, with the way out.
+    Relative paths in the file are relative to the file, those in overrides, which may be all there is, to the current
+    folder. Data files are read to the end, so that a malformed row is found before a model is loaded. What is not given
+    is as in `DEFAULTS`, or with `preset: paper` as in the paper. ConfigError lists everything that is wrong at once.
     """
     value: dict[str, Any] = {}
     if path is not None:
@@ -73,9 +70,11 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
     method = value.get("method")
     if not isinstance(method, dict) or method.get("preset") != "paper":
-        value |= {block: _filled(value.get(block, {}), given) for block, given in DEFAULTS.items()}
-    problem = model_problem(value.get("model"))
-    problems = [problem] if problem else []
+        for block, defaults in DEFAULTS.items():
+            if isinstance(given := value.get(block, {}), dict):
+                instead = {} if given.get("steps") is None else {"epochs": None}
+                value[block] = {**defaults, **instead, **given}
+    problems = [problem] if (problem := model_problem(value.get("model"))) else []
     try:
         recipe = TrainRecipe.model_validate(value)
         problems += _file_problems(recipe)
@@ -84,15 +83,6 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     if problems:
         raise refusal(path or "recipe", problems)
     return recipe
-
-
-def _filled(block: Any, defaults: Mapping[str, Any]) -> Any:
-    """Return a block with the defaults of what it does not give; `steps` stands for `epochs`."""
-    if not isinstance(block, dict):
-        return block
-    if block.get("steps") is not None:
-        defaults = {name: value for name, value in defaults.items() if name != "epochs"}
-    return {**defaults, **block}
 
 
 def model_problem(model: Any) -> str | None:
@@ -110,26 +100,18 @@ def _file_problems(recipe: TrainRecipe) -> list[str]:
     """Say what is wrong with the files that a recipe names."""
     problems = []
     bad: list[str] | None = [] if recipe.data.skip_bad_rows else None
-    files = {
-        "path": recipe.data.path,
-        "held_out": recipe.data.held_out,
-        **{f"mix.{file}": file for file in recipe.data.mix},
-    }
-    for name, source in files.items():
-        if source is not None:
+    formats = dict.fromkeys(("data.path", "data.held_out"), recipe.data.format)
+    for name, source in recipe.inputs().items():
+        if source is None:
+            continue
+        if name.startswith("data."):
             try:
-                format = "auto" if name.startswith("mix") else recipe.data.format
-                check_rows(read_rows(Path(source), bad), format, source, bad)
+                check_rows(read_rows(Path(source), bad), formats.get(name, "auto"), source, bad)
             except (DataError, OSError) as error:
-                problems.append(f"data.{name}: {error}")
-    for block, name in TEXTS:
-        text = getattr(getattr(recipe, block), name, None)
-        if text is not None and not Path(text).is_file() and not is_hub_name(text):
-            problems.append(f"{block}.{name}: no such file: {text}; correct the path")
-    if recipe.train.start_from is not None:
-        problem = start_problem(recipe.method, recipe.train.start_from)
-        problems += [f"train.start_from: {problem}"] if problem else []
-    return problems
+                problems.append(f"{name}: {error}")
+        elif name.endswith("_text") and not Path(source).is_file() and not is_hub_name(source):
+            problems.append(f"{name}: no such file: {source}; correct the path")
+    return [*problems, *filter(None, [start_problem(recipe)])]
 
 
 def _is_path(name: str) -> bool:
@@ -138,30 +120,27 @@ def _is_path(name: str) -> bool:
 
 def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make a recipe's paths absolute; a model and a text may be names on the hub instead."""
+
+    def absolute(path: str) -> str:
+        return os.path.normpath(folder / Path(path).expanduser())
+
     value = {key: dict(block) if isinstance(block, dict) else block for key, block in value.items()}
-    for loc in (("model",), *PATHS, *TEXTS):
-        block, name = value if len(loc) == 1 else value.get(loc[0]), loc[-1]
-        given = block.get(name) if isinstance(block, dict) else None
+    for loc in (("", "model"), *PATHS, *TEXTS):
+        block: Any = value.get(loc[0]) if loc[0] else value
+        given = block.get(loc[1]) if isinstance(block, dict) else None
         if not isinstance(given, str) or not given:
             continue
-        path = os.path.normpath(folder / Path(given).expanduser())
-        on_the_hub = not _is_path(given) if name == "model" else is_hub_name(given)
-        if loc in PATHS or not on_the_hub or os.path.exists(path):
-            block[name] = path  # type: ignore[index]
+        on_the_hub = not _is_path(given) if loc[1] == "model" else is_hub_name(given)
+        if loc in PATHS or not on_the_hub or os.path.exists(absolute(given)):
+            block[loc[1]] = absolute(given)
     data = value.get("data")
     if isinstance(data, dict) and isinstance(data.get("mix"), dict):
-        data["mix"] = {
-            os.path.normpath(folder / Path(str(path)).expanduser()): one for path, one in data["mix"].items()
-        }
+        data["mix"] = {absolute(str(path)): weight for path, weight in data["mix"].items()}
     return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing or unreadable, or is not a YAML mapping.
-    """
+    """Read a YAML mapping; ConfigError if the file is missing or unreadable, or has something else."""
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -176,11 +155,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def put_over(value: dict[str, Any], override: str) -> None:
-    """Put one `a.b=value` over a recipe, in place; the value is read as YAML.
-
-    Raises:
-        ConfigError: the override is malformed, or `a` is not a block.
-    """
+    """Put one `a.b=value`, the value in YAML, over a recipe; ConfigError if it is malformed, or `a` is no block."""
     key, equals, raw = override.partition("=")
     *parents, last = key.strip().split(".")
     if not equals or not all((*parents, last)):
@@ -226,8 +201,8 @@ def _message(details: Any, name: str, in_method: bool, known: Iterable[str]) -> 
         owners = [title for title, method in METHODS.items() if name in method.model_fields]
         if in_method and owners:
             return f"not a field of this method but of {', '.join(owners)}; remove it or change method.name"
-        blocks: dict[str, type[BaseModel]] = {"data": DataSettings, "train": TrainSettings}
-        near = [f"{title}.{name}" for title, model in blocks.items() if name in model.model_fields]
+        blocks = {"data": DataSettings.model_fields, "train": TrainSettings.model_fields}
+        near = [f"{block}.{name}" for block, fields in blocks.items() if name in fields]
         near = near or [ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()]
         near = near or difflib.get_close_matches(name, [*known], n=1)
         return f"unknown field; did you mean `{near[0]}`?" if near else "unknown field; remove it"
@@ -255,6 +230,6 @@ def commented(model: str, data: str) -> str:
     for block, (fields, values) in blocks.items():
         lines += ["", f"{block}:"]
         for name, value in values.items():
-            meaning = (fields.model_fields[name].description or "").partition(". ")[0]
+            meaning = " ".join((fields.model_fields[name].description or "").split()).partition(". ")[0]
             lines.append(f"  {name}: {json.dumps(value)}  # {meaning}")
     return "\n".join(lines) + "\n"

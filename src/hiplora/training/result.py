@@ -68,9 +68,8 @@ Row = dict[str, Any]
 class TrainResult:
     """A finished run: where the adapter is, and what was measured.
 
-    `metrics` are the rows of metrics.jsonl. `seconds` is training alone, over all sessions. `peak_memory_bytes` is
-    resident memory on a CPU, allocated memory on a GPU. `held_out` has the loss per learned token `before` and `after`,
-    `drift` the drift from the base by text.
+    `metrics` are the rows of metrics.jsonl; `seconds` is training alone, over all sessions; `peak_memory_bytes` as
+    `peak_bytes`; `held_out` the loss per learned token `before` and `after`; `drift` that from the base by text.
     """
 
     adapter: Path
@@ -110,8 +109,7 @@ class TrainResult:
 
 def read_metrics(folder: str | os.PathLike) -> list[Row]:
     """Read the rows of a run's metrics.jsonl."""
-    lines = (Path(folder) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in (Path(folder) / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def result_rows(result: TrainResult) -> list[tuple[str, str]]:
@@ -133,24 +131,18 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
 
 
 def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> str:
-    """Return the card: method, results, how to load, ask and export, recipe; of a path only its last part.
-
-    `example` is a training row, whose prompt is that of the usage example.
-    """
+    """Return the card, with the prompt of a training row as the example of use; of a path it has only the last part."""
     method, values = recipe.method, recipe.values()
     for block in (values, values["data"], values["method"], values["train"]):
         for key, value in block.items():
             if isinstance(value, str) and Path(value).is_absolute():
                 block[key] = Path(value).name
+    asked = "with prompts worded like this one" if example.prompt else "it continues plain text"
+    prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
     if example.messages:
         asked = "through the tokenizer's chat template"
-        template = (
-            '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
-        )
-        prompt = f"inputs = tokenizer.apply_chat_template({template})"
-    else:
-        asked = "with prompts worded like this one" if example.prompt else "it continues plain text"
-        prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
+        given = '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
+        prompt = f"inputs = tokenizer.apply_chat_template({given})"
     return CARD.format(
         base=values["model"],
         hub=hub_name(values["model"]),

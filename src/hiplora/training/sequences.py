@@ -33,17 +33,17 @@ def sequences(
         notes.append(f"stm leaves out {taken:,} of {report.learned_tokens:,} tokens")
     if settings.replay:
         rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
-    parts = [rows, encode_examples(tokenizer, data.held_out, length)[0] if data.held_out else None]
-    sets = [None if part is None else Dataset.from_list(part) for part in parts]
+    parts = [rows, *([encode_examples(tokenizer, data.held_out, length)[0]] if data.held_out else [])]
+    sets = [Dataset.from_list(part) for part in parts]
     if settings.packing:
-        sets = [part and pack_dataset(part, length, "bfd") for part in sets]
+        sets = [pack_dataset(part, length, "bfd") for part in sets]
     text = getattr(recipe.method, "calibration_text", None)
     if text and recipe.data.path and Path(text).resolve() == Path(recipe.data.path).resolve():
         notes.append(
             "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
-    return sets[0], sets[1], notes, vars(report)
+    return sets[0], sets[1] if data.held_out else None, notes, vars(report)
 
 
 def keeps_rows_apart(model: Any) -> bool:
@@ -66,15 +66,11 @@ def keeps_rows_apart(model: Any) -> bool:
 
 
 def preview(recipe: TrainRecipe, count: int) -> str:
-    """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost.
-
-    Raises:
-        DataError: as `train`.
-    """
+    """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost."""
     from hiplora.data.encoding import encode_examples, shown
 
     tokenizer, settings = load_tokenizer(recipe.model), recipe.train
-    data = load_data(recipe.data, chat=recipe.data.template == "auto" and bool(tokenizer.chat_template))
+    data = load_data(recipe.data, chat=bool(tokenizer.chat_template))
     rows, report = encode_examples(tokenizer, data.train, settings.max_length)
     lines = [f"row {number}\n{shown(tokenizer, row)}\n" for number, row in enumerate(rows[:count], 1)]
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"

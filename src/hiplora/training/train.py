@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
-from hiplora.files import Inputs, write_atomic
+from hiplora.files import write_atomic
 from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
-from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
+from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
 from hiplora.training.sequences import count_steps, keeps_rows_apart, sequences
@@ -55,21 +55,12 @@ def train(
     callbacks: "Sequence[TrainerCallback]" = (),
     description: str = "train",
 ) -> TrainResult:
-    """Train an adapter and write it, its card, recipe, metrics and provenance to `out`.
+    """Train an adapter and write it, its card, recipe, metrics and provenance to the folder `out`.
 
     Everything in the recipe is checked, the data to the last row, before the model is loaded. An unfinished run of the
-    same recipe in `out` goes on from its last checkpoint, step for step as if it had not been stopped.
-
-    Args:
-        recipe: what to train.
-        out: the output folder.
-        resume: return the result if the run in `out` is finished already, instead of refusing.
-        overwrite: replace what is in `out`.
-        callbacks: more callbacks for the Trainer.
-        description: name of the progress bar, which is shown on a terminal's stderr.
-
-    The logger "hiplora.training" gets the cost before the training and, where there is no bar, a line for every logged
-    step, as INFO.
+    same recipe in `out` goes on from its last checkpoint, step for step as if it had not been stopped; with `resume` a
+    finished one is returned instead of refused. `description` is the name of the progress bar on a terminal's stderr.
+    The logger "hiplora.training" gets, as INFO, the cost and, where there is no bar, a line for every logged step.
 
     Raises:
         KeyboardInterrupt: Ctrl-C, or SIGTERM, after a checkpoint of the step that ran; a second one stops at once.
@@ -82,13 +73,17 @@ def train(
     from accelerate import PartialState
 
     recipe, run = _for_this_machine(recipe), RunFolder(Path(out), "recipe.yaml", CONFIG_FILE)
-    run.check(recipe.values(), resume=resume, overwrite=overwrite, inputs=_inputs(recipe))
+    run.check(recipe.values(), resume=resume, overwrite=overwrite, inputs=recipe.inputs())
     if run.complete and not overwrite:
         log.warning("%s holds this run already, finished; nothing to do", run.path)
         return TrainResult.read(run.path)
-    chat = recipe.data.template == "auto" and bool(load_tokenizer(recipe.model).chat_template)
-    data = load_data(recipe.data, chat=chat)
-    sources = {**data.sources, **_start(recipe)}
+    if problem := start_problem(recipe):
+        raise ConfigError(problem)
+    data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
+    sources = dict(data.sources)
+    if recipe.train.start_from is not None:
+        given = Path(recipe.train.start_from)
+        sources["start"] = {"folder": given.name, "sha256": file_sha256(given / WEIGHTS_FILE)}
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()  # all have looked at the folder before the first one writes
     with contextlib.ExitStack() as stack:
@@ -99,7 +94,8 @@ def train(
             _check_inputs(run.path / "checkpoints", sources)
         processes.wait_for_everyone()
         try:
-            trainer, result = _run(recipe, run.path, data, sources, callbacks, description)
+            trainer, notes, encoding = _trainer(recipe, run.path, data, callbacks, description)
+            result = _run(recipe, run.path, trainer, notes, {"sources": sources, "encoding": encoding})
             if processes.is_main_process:
                 _assemble(recipe, run.path, trainer, result, data.train[0])
                 if recipe.train.push_to_hub is not None:
@@ -114,15 +110,10 @@ def train(
     return result
 
 
-def _run(
-    recipe: TrainRecipe,
-    out: Path,
-    data: TrainingData,
-    sources: dict[str, Any],
-    callbacks: "Sequence[TrainerCallback]",
-    description: str,
-) -> "tuple[AdapterTrainer, TrainResult]":
-    """Train in a folder that is held."""
+def _trainer(
+    recipe: TrainRecipe, out: Path, data: TrainingData, callbacks: "Sequence[TrainerCallback]", description: str
+) -> "tuple[AdapterTrainer, list[str], dict[str, int]]":
+    """Return the trainer of an adapted model, what the user should know about the data, and counts of them."""
     import torch
     from accelerate import PartialState
 
@@ -130,7 +121,7 @@ def _run(
     from hiplora.evaluation.drift import BaseReference
     from hiplora.models import load
     from hiplora.training.losses import TokenLoss, kl_penalty
-    from hiplora.training.trainer import AdapterTrainer, Record, duration, last_checkpoint
+    from hiplora.training.trainer import AdapterTrainer, Record
     from hiplora.training.widen import put_on_widened
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
@@ -141,24 +132,21 @@ def _run(
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
     flat = (settings.packing or not torch.cuda.is_available()) and keeps_rows_apart(model)
     if settings.packing and not flat:
-        raise ConfigError(
-            f"train.packing: rows that share a sequence see each other in {type(model).__name__}; set it to false"
-        )
-    given, reference = settings.start_from and Path(settings.start_from), None
+        kind = type(model).__name__
+        raise ConfigError(f"train.packing: rows that share a sequence see each other in {kind}; set it to false")
+    reference = None
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
     with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
         rows, held_out, notes, encoding = sequences(recipe, data, tokenizer, model)
-        steps = count_steps(recipe, len(rows))
-        penalty = kl_penalty(recipe, model, tokenizer)
+        steps, penalty = count_steps(recipe, len(rows)), kl_penalty(recipe, model, tokenizer)
+        given = Path(settings.start_from) if settings.start_from else None
         if given and recipe.widens:
             adapted = put_on_widened(method, model, tokenizer, given, seed=recipe.seed, steps=steps)
         else:
             start = out / "checkpoints" / "start"
-            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, given=given or None)
-    for note in notes if processes.is_main_process else ():
-        log.warning("%s", note)
-    session, record = method.session(adapted, len(rows)), Record(out, settings, description)
+            adapted = put_on(method, model, tokenizer, seed=recipe.seed, start=start, steps=steps, given=given)
+    session = method.session(adapted, len(rows))
     own = TokenLoss(settings.token_weight, settings.masked_kl_weight)
     trainer = AdapterTrainer(
         model=adapted,
@@ -168,20 +156,26 @@ def _run(
         processing_class=tokenizer,
         callbacks=list(callbacks),
         session=session,
-        record=record,
+        record=Record(out, settings, description),
         penalties=[*([penalty] if penalty else []), *session.penalties],
         token_loss=own if own.kind in ("eaft", "dft") or own.own_kl else None,
         reference=reference,
     )
+    return trainer, notes, encoding
+
+
+def _run(
+    recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", notes: list[str], data: dict[str, Any]
+) -> TrainResult:
+    """Train, from the last checkpoint if there is one, and return to the step whose adapter is the result."""
+    from hiplora.training.trainer import last_checkpoint
+
+    record, steps, main = trainer.record, trainer.args.max_steps, trainer.is_world_process_zero()
+    for note in notes if main else ():
+        log.warning("%s", note)
     last = last_checkpoint(out / "checkpoints")
-    if log.isEnabledFor(logging.INFO) and processes.is_main_process:
-        # An epoch ends with a step, however few batches are left for it.
-        epoch = math.ceil(method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
-        tokens = sum(map(len, rows["input_ids"]))
-        passes = f"{steps} steps = {steps / epoch:.1f} passes" if steps > epoch else f"{steps} steps"
-        if processes.num_processes == 1:  # TRL's loss gathers from all processes
-            passes += f", about {duration(tokens * steps / epoch * trainer.seconds_per_token())}"
-        log.info("%s", f"{encoding['examples']:,} rows, {tokens:,} tokens, {passes}")
+    if log.isEnabledFor(logging.INFO) and main:
+        log.info("%s", f"{data['encoding']['examples']:,} rows, {_cost(recipe, trainer)}")
     with _stoppable(record):
         if last is not None:
             log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
@@ -190,28 +184,39 @@ def _run(
             trainer.train()
     if record.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {steps}")
-    by_drift = record.best is not None
-    record.return_to_lowest()
-    done = steps if record.best is None else record.best
-    if record.best is not None:
-        why = "stopped by train.max_drift" if by_drift else "train.patience: the held-out loss did not fall further"
-        notes.append(f"{why}; the adapter is that of step {done} of {steps}")
+    done = record.return_to_best()
+    if record.why:
+        notes.append(f"{record.why}; the adapter is that of step {done} of {steps}")
     losses = {row.get("step", 0): row["held_out_loss"] for row in record.rows if "held_out_loss" in row}
     if losses and done not in losses:
         losses[done] = trainer.held_out_loss()
-    return trainer, TrainResult(
+    return TrainResult(
         adapter=out,
         metrics=record.rows,
         steps=done,
         tokens=record.tokens,
         seconds=record.seconds,
-        trainable_parameters=adapted.get_nb_trainable_parameters()[0],
+        trainable_parameters=trainer.model.get_nb_trainable_parameters()[0],
         peak_memory_bytes=peak_bytes(),
         held_out={"before": losses[0], "after": losses[done]} if losses else None,
-        data={"sources": sources, "encoding": encoding},
+        data=data,
         warnings=notes,
         drift=trainer.drift(),
     )
+
+
+def _cost(recipe: TrainRecipe, trainer: "AdapterTrainer") -> str:
+    """Return how much a training reads, and about how long it takes."""
+    from hiplora.training.trainer import duration
+
+    rows, steps, settings = trainer.train_dataset, trainer.args.max_steps, recipe.train
+    # An epoch ends with a step, however few batches are left for it.
+    epoch = math.ceil(recipe.method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
+    tokens = sum(map(len, rows["input_ids"]))
+    cost = f"{tokens:,} tokens, {steps} steps" + (f" = {steps / epoch:.1f} passes" if steps > epoch else "")
+    if trainer.accelerator.num_processes > 1:  # TRL's loss gathers from all processes
+        return cost
+    return f"{cost}, about {duration(tokens * steps / epoch * trainer.seconds_per_token())}"
 
 
 @contextlib.contextmanager
@@ -252,13 +257,11 @@ def _assemble(recipe: TrainRecipe, out: Path, trainer: "AdapterTrainer", result:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_trained(recipe.method, trainer.model, aside, out / "checkpoints" / "start")
-    if recipe.widens and recipe.train.start_from:
-        join_saved(aside, Path(recipe.train.start_from))
+    if recipe.widens:
+        join_saved(aside, Path(str(recipe.train.start_from)))
     for name, value in load_file(aside / WEIGHTS_FILE).items():
         if not value.isfinite().all():
-            raise DivergedError(
-                f"the trained adapter is not finite ({name}); lower train.lr and start anew with --overwrite"
-            )
+            raise DivergedError(f"the trained adapter is not finite ({name}); lower train.lr, and pass --overwrite")
     write_atomic(aside / "README.md", model_card(recipe, result, example))
     write_atomic(aside / PROVENANCE_FILE, json.dumps(made, indent=2) + "\n")
     os.sync()
@@ -273,10 +276,8 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
 
     processes, passes = int(os.environ.get("WORLD_SIZE", "1")), recipe.train.gradient_accumulation
     if passes % processes:
-        raise ConfigError(
-            f"train.gradient_accumulation {passes} is no multiple of the {processes} processes that share it; change "
-            "one of them"
-        )
+        share = f"is no multiple of the {processes} processes that share it; change one of them"
+        raise ConfigError(f"train.gradient_accumulation {passes} {share}")
     if processes > 1 and recipe.method.name == "split_lora":
         raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
     dtype = recipe.train.dtype
@@ -286,42 +287,12 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"train": settings})
 
 
-def _inputs(recipe: TrainRecipe) -> Inputs:
-    """Return what a recipe reads, by the fields that name it."""
-    return {
-        "model": recipe.model,
-        "data.path": recipe.data.path,
-        "data.held_out": recipe.data.held_out,
-        "train.kl_text": recipe.train.kl_text,
-        "method.calibration_text": getattr(recipe.method, "calibration_text", None),
-        "train.start_from": recipe.train.start_from,
-        **{f"data.mix {name}": name for name in recipe.data.mix},
-    }
-
-
-def _start(recipe: TrainRecipe) -> dict[str, Any]:
-    """Check the adapter that a recipe starts from; return what the provenance keeps of it."""
-    if recipe.train.start_from is None:
-        return {}
-    if problem := start_problem(recipe.method, recipe.train.start_from):
-        raise ConfigError(f"train.start_from: {problem}")
-    folder = Path(recipe.train.start_from)
-    if not recipe.widens and (folder / BASIS_FILE).is_file():
-        raise ConfigError(
-            f"train.widen: {folder} was widened before, and its parts have a basis each, so they cannot be trained on "
-            "as one; remove `widen: false`"
-        )
-    return {"start": {"folder": folder.name, "sha256": file_sha256(folder / WEIGHTS_FILE)}}
-
-
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     """Check that what a run reads is what it read when it began."""
     file = folder / "run.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != sources:
-        raise ConfigError(
-            f"--out {folder.parent}: the data changed since this run began, or the adapter that it started from; put "
-            "back what was there to carry on, or pass --overwrite to start anew"
-        )
+        what = "the data changed since this run began, or the adapter that it started from"
+        raise ConfigError(f"--out {folder.parent}: {what}; put them back, or pass --overwrite to start anew")
     write_atomic(file, json.dumps(sources, indent=2))
 
 
@@ -378,10 +349,8 @@ def _full_disk_explained(out: Path) -> Iterator[None]:
         other = isinstance(error, OSError) and error.errno not in (None, errno.ENOSPC, errno.EDQUOT)
         if other or (not isinstance(error, SafetensorError) and shutil.disk_usage(place).free >= FULL):
             raise
-        raise OSError(
-            f"{out} cannot be written ({first_line(error)}); make room and run the same command again: it carries on "
-            "from the last checkpoint"
-        ) from error
+        way = "make room and run the same command again: it carries on from the last checkpoint"
+        raise OSError(f"{out} cannot be written ({first_line(error)}); {way}") from error
 
 
 def _silence_libraries(stack: contextlib.ExitStack) -> None:

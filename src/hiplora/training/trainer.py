@@ -23,18 +23,18 @@ from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.evaluation.likelihood import eval_mode
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256
-from hiplora.training.losses import TokenLoss, disabled
+from hiplora.training.losses import TokenLoss
 from hiplora.training.method import Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
+from hiplora.tuner import base_only
 
 log = logging.getLogger("hiplora.training")
 # TRL's, for report_to; a resumed run counts them anew.
 TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 PROGRESS_FILE = "progress.json"
-STATE_FILE = "trainer_state.json"
-PLAIN_LOSS = TokenLoss("none", 0.0)  # without a router's loss, as the Trainer's has it
 HASHES_FILE = "hashes.json"  # of the others; the last file of a checkpoint: one without it is not whole
+PLAIN_LOSS = TokenLoss("none", 0.0)  # without a router's loss, as the Trainer's has it
 
 
 class AdapterTrainer(SFTTrainer):
@@ -50,8 +50,7 @@ class AdapterTrainer(SFTTrainer):
         reference: BaseReference | None = None,
         **kwargs: Any,
     ):
-        """Take SFTTrainer's arguments, the method's session, the record of the run, what is added to the loss or
-        replaces it, and the base's predictions to measure drift from."""
+        """Take what SFTTrainer does, what is added to its loss or replaces it, and what to measure drift from."""
         self.session, self.record, self.penalties = session, record, penalties
         self.token_loss, self.reference = token_loss, reference
         super().__init__(*args, **kwargs)
@@ -61,17 +60,16 @@ class AdapterTrainer(SFTTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on one micro-batch; the first ones of a step carry the penalties, one for each client."""
-        number = self.record.micro_batch
+        record, clients, number = self.record, self.session.clients, self.record.micro_batch
         tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         with self.session.micro_batch(number):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.record.add(loss, int(tokens))
-            for penalty in self.penalties if number < self.session.clients else ():
+            for penalty in self.penalties if number < clients else ():
                 with self.compute_loss_context_manager():
                     value = penalty(self.model, self.state.global_step)
-                self.accelerator.backward(penalty.weight / self.session.clients * value)
-                self.record.penalties.setdefault(penalty.name, 0.0)
-                self.record.penalties[penalty.name] += value.item() / self.session.clients
+                self.accelerator.backward(penalty.weight / clients * value)
+                record.penalties[penalty.name] = record.penalties.get(penalty.name, 0.0) + value.item() / clients
+        record.add(loss, int(tokens))
         return loss
 
     def compute_loss(
@@ -113,7 +111,7 @@ class AdapterTrainer(SFTTrainer):
         autocast = self.model.__dict__.pop("forward", None)  # accelerate's; the base was measured without
         try:
             with self.session.measuring():
-                off = functools.partial(disabled, self.model)
+                off = functools.partial(base_only, self.model)
                 found = measure_drift(self.model, self.reference, off, may_be_nothing=True)
         except AdapterError as error:
             if self.record.settings.max_drift is not None:
@@ -127,8 +125,8 @@ class AdapterTrainer(SFTTrainer):
 
     def carry_on(self, checkpoint: Path) -> None:
         """Train on from a checkpoint."""
-        self.record.restore(checkpoint)
-        state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self.record.__dict__.update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < self.args.max_steps:
             self.train(resume_from_checkpoint=str(checkpoint))
         else:  # stopped between the last step and the end; the Trainer would take one step more
@@ -142,13 +140,12 @@ class AdapterTrainer(SFTTrainer):
         Not the Trainer's eval_loss, which is a mean of batch means and repeats rows to fill the processes' last batch:
         every process measures all rows.
         """
-        model, size = self.model, self.args.per_device_eval_batch_size
-        total, count = 0.0, 0
-        with self.session.measuring(), eval_mode(model):
+        total, count, size = 0.0, 0, self.args.per_device_eval_batch_size
+        with self.session.measuring(), eval_mode(self.model):
             for batch in DataLoader(self.eval_dataset, size, collate_fn=self.data_collator):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
-                    total += float(PLAIN_LOSS(model, inputs, 1))
+                    total += float(PLAIN_LOSS(self.model, inputs, 1))
                 count += int((inputs["labels"][:, 1:] != IGNORED).sum())
         return total / max(count, 1)
 
@@ -173,7 +170,8 @@ class AdapterTrainer(SFTTrainer):
         folder = Path(output_dir or str(self.args.output_dir))
         with self.session.measuring():
             self.session.save(folder)
-        self.record.save(folder)
+        kept = {name: getattr(self.record, name) for name in ("tokens", "seconds", "losses", "penalties")}
+        write_atomic(folder / PROGRESS_FILE, json.dumps(kept))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.session.load(Path(resume_from_checkpoint))
@@ -191,16 +189,13 @@ class Record(TrainerCallback):
     trainer: AdapterTrainer
 
     def __init__(self, folder: Path, settings: TrainSettings, description: str):
-        self.tokens, self.seconds, self.micro_batch = 0, 0.0, 0
-        self.penalties: dict[str, float] = {}  # sums over the steps since the last row
+        self.settings, self._folder, self._description = settings, folder, description
+        self.tokens, self.seconds = 0, 0.0
+        self.losses: list[float] = []  # of the steps since the last row
+        self.penalties: dict[str, float] = {}  # sums over these steps
         self.interrupted = False  # the training is to end with a checkpoint after this step
         self.best: int | None = None  # the step whose checkpoint is the result, if it is not the last step
-        self.lowest: list[float] = []  # the step with the lowest held-out loss, and that loss; with `patience` only
-        self.waited = 0  # measurements since then
-        self.settings, self._folder, self._description = settings, folder, description
-        self._losses: list[float] = []  # of the steps since the last row
-        self._since = (0, 0.0)  # tokens and seconds at the last row
-        self._loss, self._step_tokens, self._lr, self._began = 0.0, 0, 0.0, 0.0
+        self.why = ""
 
     @property
     def rows(self) -> list[Row]:
@@ -214,15 +209,6 @@ class Record(TrainerCallback):
         self._step_tokens += tokens
         self.micro_batch += 1
 
-    def save(self, checkpoint: Path) -> None:
-        """Write the counts into a checkpoint; the Trainer writes the rows."""
-        kept = ("tokens", "seconds", "penalties", "lowest", "waited", "_losses", "_since")
-        write_atomic(checkpoint / PROGRESS_FILE, json.dumps({name: getattr(self, name) for name in kept}))
-
-    def restore(self, checkpoint: Path) -> None:
-        """Read what `save` wrote."""
-        self.__dict__.update(json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8")))
-
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Drop rows that were written after the checkpoint; measure the held-out loss before the first step."""
         if state.is_world_process_zero:
@@ -235,78 +221,73 @@ class Record(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
-        self.micro_batch, self._began = 0, time.perf_counter()
+        self.micro_batch, self._loss, self._step_tokens, self._began = 0, 0.0, 0, time.perf_counter()
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the learning rate of the step, and let the method act."""
         self._lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self.trainer.session.after_optimizer(state.global_step)
+        step = state.global_step + 1
+        self.trainer.session.after_step(step, step == state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Close the step; log a row if one is due.
-
-        Raises:
-            DivergedError: the loss is not finite.
-        """
-        step, last = state.global_step, state.global_step == state.max_steps
-        self.trainer.session.after_step(step, last)
-        accelerator = self.trainer.accelerator
+        """Close the step; log a row if one is due. Raises DivergedError if the loss is not finite."""
+        step, last, accelerator = state.global_step, state.global_step == state.max_steps, self.trainer.accelerator
         sums = torch.tensor([self._loss, self._step_tokens], dtype=torch.float64, device=accelerator.device)
         loss, tokens = accelerator.reduce(sums, "sum").tolist()
         loss /= accelerator.num_processes
-        self._loss, self._step_tokens = 0.0, 0
         self.tokens += int(tokens)
         self.seconds += time.perf_counter() - self._began
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {step}; nothing later than the last checkpoint is kept. Lower train.lr, "
-                "use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
-            )
-        self._losses.append(loss)
+            way = "lower train.lr, use train.dtype bf16 or fp32 instead of fp16, or look at the data of this step"
+            raise DivergedError(f"the loss is {loss} at step {step}; {way}")
+        self.losses.append(loss)
         self._bar.update(1)
-        row: Row = self._row() if last or step % self.settings.log_every == 0 else {}
+        row: Row = self._row(state) if last or step % self.settings.log_every == 0 else {}
         every = self.settings.eval_every or max(state.max_steps // 10, 1)
         due = (self.settings.eval_every or self.settings.patience) and step % every == 0
         if (last or due) and self.trainer.eval_dataset is not None:
             row["held_out_loss"] = self.trainer.held_out_loss()
         if self.settings.max_drift is not None and (last or self.interrupted or step % every == 0):
-            self._hold_drift(step, control)
-        if self.settings.patience and "held_out_loss" in row and self.best is None:
-            self._await_progress(step, row["held_out_loss"], control)
+            self._hold_drift(self.settings.max_drift, step, control)
         if row:
             self.trainer.log(row)
+        if self.settings.patience and "held_out_loss" in row and self.best is None:
+            _, waited = self._lowest()
+            control.should_save = control.should_save or not waited
+            control.should_training_stop = control.should_training_stop or waited >= self.settings.patience
         if self.interrupted:
             control.should_save, control.should_training_stop = self.best is None, True
 
-    def _hold_drift(self, step: int, control: Any) -> None:
+    def _hold_drift(self, limit: float, step: int, control: Any) -> None:
         """Have a checkpoint written if the drift is small enough; else go back to the last one and end."""
         drift = max(one["kl"] for one in (self.trainer.drift() or {}).values())
-        if drift <= (self.settings.max_drift or 0.0):
+        if drift <= limit:
             control.should_save = True
             return
         kept = last_checkpoint(Path(str(self.trainer.args.output_dir)))
         if kept is None:
-            raise HipLoraError(
-                f"the drift is {drift:.4f} at step {step}, above train.max_drift {self.settings.max_drift} when it is "
-                "first measured; lower train.lr, or measure more often with train.eval_every"
-            )
+            what = f"the drift is {drift:.4f} at step {step}, above train.max_drift {limit} when it is first measured"
+            raise HipLoraError(f"{what}; lower train.lr, or measure more often with train.eval_every")
         self.trainer.session.load(kept)
-        self.best, control.should_save, control.should_training_stop = _step_of(kept), False, True
+        self.best, self.why = int(kept.name.rpartition("-")[2]), "stopped by train.max_drift"
+        control.should_save, control.should_training_stop = False, True
 
-    def _await_progress(self, step: int, loss: float, control: Any) -> None:
-        """Have a checkpoint written of the lowest held-out loss so far; end when it has long been the lowest."""
-        if not self.lowest or loss < self.lowest[1]:
-            self.lowest, self.waited, control.should_save = [step, loss], 0, True
-            return
-        self.waited += 1
-        if self.waited >= (self.settings.patience or 0):
-            control.should_training_stop = True
+    def _lowest(self) -> tuple[int | None, int]:
+        """Return the step with the lowest held-out loss, for `patience`, and the number of measurements since."""
+        measured = [(row["held_out_loss"], row["step"]) for row in self.rows if row["step"] and "held_out_loss" in row]
+        if not measured or not self.settings.patience:
+            return None, 0
+        place = measured.index(min(measured))
+        return measured[place][1], len(measured) - 1 - place
 
-    def return_to_lowest(self) -> None:
-        """After a training with `patience`: take the adapter with the lowest held-out loss."""
-        if self.lowest and self.lowest[0] != (self.best or self.trainer.state.global_step):
-            self.best = int(self.lowest[0])
-            self.trainer.session.load(self._checkpoint(self.best))
+    def return_to_best(self) -> int:
+        """After the training: take the adapter with the lowest held-out loss, with `patience`; return its step."""
+        done, (lowest, _) = self.best or self.trainer.state.global_step, self._lowest()
+        if lowest is None or lowest == done:
+            return done
+        self.why = self.why or "train.patience: the held-out loss did not fall further"
+        self.trainer.session.load(self._checkpoint(lowest))
+        return lowest
 
     def _checkpoint(self, step: int) -> Path:
         return Path(str(self.trainer.args.output_dir)) / f"checkpoint-{step}"
@@ -315,32 +296,34 @@ class Record(TrainerCallback):
         """Complete a checkpoint with the hashes of its files; then remove those before it."""
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            folder, limit = self._checkpoint(state.global_step), self.settings.keep_checkpoints
+            folder, (lowest, _) = self._checkpoint(state.global_step), self._lowest()
             hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != HASHES_FILE}
             write_atomic(folder / HASHES_FILE, json.dumps(hashes, indent=1))
-            best = str(self._checkpoint(int(self.lowest[0]))) if self.lowest else None
-            rotate_checkpoints(output_dir=str(args.output_dir), save_total_limit=limit, best_model_checkpoint=best)
+            best = str(self._checkpoint(lowest)) if lowest else None
+            rotate_checkpoints(str(args.output_dir), self.settings.keep_checkpoints, best_model_checkpoint=best)
 
-    def _row(self) -> Row:
-        (tokens, seconds), steps = self._since, len(self._losses)
+    def _row(self, state: TrainerState) -> Row:
+        """Return the row of the steps since the last one."""
+        before = next((row for row in reversed(self.rows) if "loss" in row), {"tokens": 0, "seconds": 0.0})
+        speed = (self.tokens - before["tokens"]) / max(self.seconds - before["seconds"], 1e-9)
         row = {
-            "loss": sum(self._losses) / steps,
-            **{name: total / steps for name, total in self.penalties.items()},
+            "loss": sum(self.losses) / len(self.losses),
+            **{name: total / len(self.losses) for name, total in self.penalties.items()},
             "lr": self._lr,
             "tokens": self.tokens,
-            "tokens_per_second": (self.tokens - tokens) / max(self.seconds - seconds, 1e-9),
+            "tokens_per_second": speed,
             "seconds": self.seconds,
         }
         if torch.cuda.is_available():
             row["reserved_bytes"] = torch.cuda.memory_reserved()
-        self._losses, self.penalties, self._since = [], {}, (self.tokens, self.seconds)
+        self.losses, self.penalties = [], {}
         self._bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        state = self.trainer.state
         if self._bar.disable and state.is_world_process_zero:
-            left = duration((state.max_steps - state.global_step) * self.seconds / max(state.global_step, 1))
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+            left = duration((state.max_steps - state.global_step) * self.seconds / state.global_step)
             place = f"step {state.global_step}/{state.max_steps}"
-            log.info("%s", f"{place}  loss {row['loss']:.4f}  lr {self._lr:.2e}  {speed}  {left} left")
+            log.info(
+                "%s  loss %.4f  lr %.2e  %s tokens/s  %s left", place, row["loss"], self._lr, f"{speed:,.0f}", left
+            )
         return row
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -356,11 +339,7 @@ class Record(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of a folder, if any: a kill at any moment leaves the one before.
-
-    Raises:
-        HipLoraError: a file of it is missing or was changed since.
-    """
+    """Return the newest whole checkpoint of a folder, if any; HipLoraError if a file of it is missing or changed."""
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
             hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
@@ -371,10 +350,8 @@ def last_checkpoint(folder: Path) -> Path | None:
             hashes = {HASHES_FILE: ""}
         for name, expected in hashes.items():
             if not (path / name).is_file() or file_sha256(path / name) != expected:
-                raise HipLoraError(
-                    f"{path}: {name} is missing or damaged; remove this folder to carry on from the checkpoint before, "
-                    "or pass --overwrite to start anew"
-                )
+                way = "remove this folder to carry on from the checkpoint before, or pass --overwrite"
+                raise HipLoraError(f"{path}: {name} is missing or damaged; {way}")
         return path
     return None
 
@@ -384,7 +361,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

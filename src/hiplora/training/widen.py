@@ -30,8 +30,7 @@ AT_ONCE = 20  # rows
 def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, seed: int, steps: int) -> "PeftModel":
     """Merge the adapter in `folder` into a bare model, and put a new one on it that protects its task too.
 
-    Raises:
-        ConfigError: the rows of the finished task cannot be read, or the adapter does not fit the model.
+    Raises ConfigError if the rows of the finished task cannot be read, or the adapter does not fit the model.
     """
     from peft import PeftModel, get_peft_model
 
@@ -40,11 +39,9 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
     from hiplora.tuner.experts import unrolled
 
     adapted: Any = PeftModel.from_pretrained(model, str(folder))
-    model = adapted.merge_and_unload()
-    config = method.peft_config(steps)
+    model, config, before = adapted.merge_and_unload(), method.peft_config(steps), protected_by(folder)
     rows = written_by(model, tokenizer, folder, method.calibration_tokens)
     calibrate(model, config, rows=rows, source="the adapted model, on the finished task and at large")
-    before = protected_by(folder)
     with unrolled(model):
         for name, later in config.calibrated.items():
             weight = frozen_weight(model.get_submodule(name)).float()
@@ -64,26 +61,21 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
         recipe = load_recipe(folder / "recipe.yaml")
         examples = load_data(recipe.data, chat=bool(tokenizer.chat_template)).train
     except HipLoraError as error:
-        raise ConfigError(
-            f"train.start_from: the rows that {folder} was trained on cannot be read, and the basis is widened on "
-            f"their prompts ({error}); put them back, or set train.widen: false"
-        ) from error
+        why = f"the rows that {folder} was trained on cannot be read, and their prompts are needed ({error})"
+        raise ConfigError(f"train.start_from: {why}; put them back, or set train.widen: false") from error
     rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], recipe.train.max_length)[0]
     prompts = []
     for row in rows:
-        learned = [place for place, label in enumerate(row["labels"]) if label != IGNORED]
-        prompt = row["input_ids"][: max(learned[0] if learned else 1, 1)]
-        prompts.append(torch.tensor(prompt[-ROW_LENGTH // 2 :]))  # leaves as much to write
-    found, begun = [], 0
+        learned = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)
+        prompts.append(
+            torch.tensor(row["input_ids"][: max(learned, 1)][-ROW_LENGTH // 2 :])
+        )  # leaves as much to write
+    found: list[Tensor] = []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        for first in range(0, len(prompts), AT_ONCE):
-            part = prompts[first : first + AT_ONCE]
-            found += _continued(model, tokenizer, part)
-            begun += sum(len(row) for row in found[first:])
-            if begun >= tokens // 2:
-                break
-    return [*found, *sampled_rows(model, max(tokens - begun, tokens // 2))]
+        while len(found) < len(prompts) and sum(map(len, found)) < tokens // 2:
+            found += _continued(model, tokenizer, prompts[len(found) : len(found) + AT_ONCE])
+    return [*found, *sampled_rows(model, max(tokens - sum(map(len, found)), tokens // 2))]
 
 
 def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor]:

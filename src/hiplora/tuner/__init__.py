@@ -3,23 +3,23 @@
 import peft as _peft  # complete before any module here uses a part of it: its import registers the tuner
 
 from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
-from hiplora.tuner.calibration import SELF, TOKENS_PER_INPUT, Calibration, calibrate, input_bases, weight_factors
-from hiplora.tuner.config import BASES, PRESETS, PROJECTIONS, STABILITY_MODES, HipLoraConfig
-from hiplora.tuner.hooks import install as install_hooks
+from hiplora.tuner.calibration import (
+    SELF,
+    TOKENS_PER_INPUT,
+    Calibration,
+    CalibrationText,
+    calibrate,
+    input_bases,
+    weight_factors,
+)
+from hiplora.tuner.config import PRESETS, PROJECTIONS, HipLoraConfig
+from hiplora.tuner.hooks import install
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, file_names, register
 from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
-from hiplora.tuner.targets import (
-    Target,
-    default_targets,
-    find_targets,
-    for_module,
-    frozen_weight,
-    linear_target,
-)
-from hiplora.tuner.text import CalibrationText
-from hiplora.tuner.verify import OTHER_PRECISION_LIMIT, leak_limit
+from hiplora.tuner.state import OTHER_PRECISION_LIMIT, leak_limit
+from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, linear_target
 
 register()
-install_hooks()
+install()

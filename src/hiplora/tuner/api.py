@@ -11,19 +11,13 @@ from hiplora.tuner.layer import HipLoraLinear
 
 
 def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
-    """Yield (module name in the base model, layer) for each adapted layer, of one adapter or of any.
-
-    Raises:
-        AdapterError: the model has no such layer.
-    """
-    found = False
-    for module in model.modules():
-        if isinstance(module, HipLoraLinear) and (adapter is None or adapter in module.hiplora_A):
-            found = True
-            yield module.name, module
+    """Yield (name in the base model, layer) for each layer of one adapter, or of any; AdapterError: there is none."""
+    layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
+    found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
     if not found:
         wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
         raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
+    yield from ((layer.name, layer) for layer in found)
 
 
 def stability_penalty(model: nn.Module) -> Tensor:
@@ -35,12 +29,8 @@ def stability_penalty(model: nn.Module) -> Tensor:
     Raises:
         AdapterError: no active adapter has a principal channel.
     """
-    terms = [
-        layer.stability_penalty(adapter)
-        for _, layer in hip_layers(model)
-        for adapter in layer.active_adapters
-        if adapter in layer.hiplora_delta
-    ]
+    active = [(layer, name) for _, layer in hip_layers(model) for name in layer.active_adapters]
+    terms = [layer.stability_penalty(name) for layer, name in active if name in layer.hiplora_delta]
     if not terms:
         raise AdapterError("no active HiP-LoRA adapter has a principal channel, so there is nothing to penalise")
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()

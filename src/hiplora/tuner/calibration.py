@@ -1,25 +1,37 @@
-"""The factors of a model's layers in either basis: calibrated on text, or of the weights, from the store."""
+"""What a model is calibrated on, and the factors that follow; in the weight basis, those of the weights alone."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from hiplora.errors import ConfigError
-from hiplora.spectral import FactorStore, SpectralFactors, activation_factors, resolve_rank, squared_singular_values
+from hiplora.spectral import (
+    FactorStore,
+    MomentBasis,
+    SpectralFactors,
+    activation_factors,
+    resolve_rank,
+    squared_singular_values,
+)
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import shared_side, unrolled
-from hiplora.tuner.moments import Bases
-from hiplora.tuner.targets import Target, find_targets, frozen_weight
-from hiplora.tuner.text import CalibrationStore, CalibrationText, Rows, check_counts, memory_groups
+from hiplora.tuner.moments import Bases, measure_inputs, measure_outputs
+from hiplora.tuner.sampling import OWN_DATA, CalibrationStore, model_fingerprint, sampled_rows
+from hiplora.tuner.targets import Target, find_targets, frozen_weight, linear_target
 
+Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
 SELF = "self"  # the source: text sampled from the model itself
 TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy moment
 
@@ -87,9 +99,9 @@ def calibrate(
     Args:
         model: the base model; a causal language model where neither `run_model` nor `rows` is given.
         config: its `basis` must be "activation"; it is given the factors.
-        run_model: runs the model over your own calibration data, once for each group of layers. Padding is left
-            out where an `attention_mask` is passed. Twice as often where the output side is protected, which needs
-            the model's logits. What it measures is not stored.
+        run_model: runs the model over your own calibration data, once for each group of layers, twice where the output
+            side is protected, which needs the model's logits. Padding is left out where an `attention_mask` is passed.
+            What it measures is not stored.
         rows: token ids to calibrate on, rows of any length; instead of `run_model`.
         source: what to call `rows` in reports.
         tokens: how many to sample from the model where nothing else is given; half of them are conversations that the
@@ -109,40 +121,36 @@ def calibrate(
         raise ConfigError(f"basis is {config.basis!r}, which needs no calibration; set basis='activation'")
     if run_model is not None and rows is not None:
         raise ConfigError("calibrate got both run_model and rows; pass the one that holds your data")
-    check_counts(gradient_tokens=gradient_tokens)
+    _check_counts(gradient_tokens=gradient_tokens)
     start = time.perf_counter()
     targets = find_targets(model, config)
     text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model, tokenizer)
-    if run_model is None and rows is None:
-        source = SELF
     layers: list[CalibratedLayer] = []
     factors: dict[str, SpectralFactors] = {}
     seen = 0
     with unrolled(model):
-        for group in memory_groups(targets, config.basis_sides, max_bytes):
+        for group in _memory_groups(targets, config.basis_sides, max_bytes):
             inputs = text.inputs([target.name for target in group])
             seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
             ranks: dict[str, int] = {}
             for target in group:
-                basis, shape = inputs[target.name], target.shape
-                k = resolve_rank(target.k, shape, lambda basis=basis: basis.values)  # type: ignore[misc]
-                ranks[target.name] = k
-                layers.append(CalibratedLayer(target.name, shape, k, basis.effective_rank, basis.energy(k)))
+                basis = inputs[target.name]
+                k = ranks[target.name] = resolve_rank(target.k, target.shape, lambda basis=basis: basis.values)  # type: ignore[misc]
+                layers.append(CalibratedLayer(target.name, target.shape, k, basis.effective_rank, basis.energy(k)))
             outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
             for name, k in ranks.items():
-                weight = frozen_weight(model.get_submodule(name))
-                factors[name] = activation_factors(
-                    weight, inputs[name], k, config.basis_sides, outputs.get(name), name=name
-                )
+                weight, sides = frozen_weight(model.get_submodule(name)), config.basis_sides
+                factors[name] = activation_factors(weight, inputs[name], k, sides, outputs.get(name), name=name)
     widest = max(target.shape[1] for target in targets)
-    if seen < TOKENS_PER_INPUT * widest:
+    if seen < (needed := TOKENS_PER_INPUT * widest):
         warnings.warn(
             f"calibrated on {seen} tokens, few for inputs {widest} wide: the protected directions are noisy; give at "
-            f"least {TOKENS_PER_INPUT * widest} tokens",
+            f"least {needed} tokens",
             stacklevel=2,
         )
-    source = source or ("rows" if run_model is None else "run_model")
-    calibration = Calibration(source, seen, text.key[:16], time.perf_counter() - start, layers, factors)
+    if rows is None:
+        source = SELF if run_model is None else source or "run_model"
+    calibration = Calibration(source or "rows", seen, text.key[:16], time.perf_counter() - start, layers, factors)
     config.calibration, config.calibrated = calibration.record(), factors
     return calibration
 
@@ -153,13 +161,9 @@ def weight_factors(
     """Yield each layer that an adapter of this configuration would sit on, with its certified factors.
 
     They are stored one by one (by default in the user's cache), so an interrupted run goes on where it stopped.
-
-    Raises:
-        ConfigError: as `find_targets`.
-        FactorError, StoreError: as `FactorStore.get_or_compute`.
+    Errors are those of `find_targets` and `FactorStore.get_or_compute`.
     """
-    store = store or FactorStore()
-    targets = find_targets(model, config)
+    store, targets = store or FactorStore(), find_targets(model, config)
     with unrolled(model):
         for target in tqdm(targets, "factoring weights", unit=" modules", delay=2, leave=False, disable=None):
             weight = frozen_weight(model.get_submodule(target.name))
@@ -169,8 +173,139 @@ def weight_factors(
 
 
 def input_bases(model: nn.Module, modules: Sequence[str], **options: Any) -> Bases:
-    """Measure the inputs of some linear layers of a base model: module name → eigenvectors of their second moment.
-
-    Options are `CalibrationText`'s: `rows`, `tokens`, `batch_size`, `seed`, `max_bytes`, `store`.
-    """
+    """Measure linear layers' inputs: module → eigenvectors of their second moment; options as `CalibrationText`."""
     return CalibrationText(model, **options).inputs(modules)
+
+
+def _check_counts(**counts: Any) -> None:
+    """Check that numbers of tokens, rows or bytes are positive integers (ConfigError)."""
+    for name, value in counts.items():
+        least = 2 if name == "tokens" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
+
+
+def _memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iterator[list[Target]]:
+    """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
+    group: list[Target] = []
+    held = 0
+    for target in targets:
+        m, n = target.shape
+        size = 8 * (n**2 if sides == "input" else max(m, n) ** 2)  # the sides are measured one after the other
+        if group and held + size > max_bytes:
+            yield group
+            group, held = [], 0
+        group.append(target)
+        held += size
+    if group:
+        yield group
+
+
+class CalibrationText:
+    """What a model is calibrated on, rows or a loop, and the store of measurements; `key` names rows and model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Rows = None,
+        tokens: int = 10_000,
+        batch_size: int = 8,
+        seed: int = 0,
+        store: CalibrationStore | None = None,
+        max_bytes: int = 4 << 30,
+        run_model: Callable[[], Any] | None = None,
+        tokenizer: Any = None,
+    ):
+        """Take `rows` of token ids, or sample about `tokens` from the model; options and errors as `calibrate`."""
+        _check_counts(tokens=tokens, batch_size=batch_size, max_bytes=max_bytes)
+        self._model, self._store, self._max_bytes = model, store or CalibrationStore(), max_bytes
+        self._batch_size, self._run_model, self.key = batch_size, run_model, ""
+        self.rows: list[Tensor] = []
+        if run_model is not None:
+            return
+        identity = model_fingerprint(model)
+        if rows is None:
+            self.rows = sampled_rows(model, tokens, seed, self._store, identity, tokenizer)
+        else:
+            self.rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+            accepted = inspect.signature(model.forward).parameters
+            if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or "input_ids" not in accepted:
+                raise ConfigError(f"{type(model).__name__} does not run on rows of token ids alone; {OWN_DATA}")
+        if not self.rows:
+            raise ConfigError("rows is empty; calibration needs token ids")
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        digest = hashlib.sha256(identity.encode())
+        for index, row in enumerate(self.rows):
+            if row.dim() != 1 or len(row) == 0:
+                raise ConfigError(f"rows[{index}] has shape {tuple(row.shape)}; expected a list of token ids")
+            if vocabulary is not None and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+                raise ConfigError(
+                    f"rows[{index}] has token ids from {row.min()} to {row.max()}, and the model's vocabulary has "
+                    f"{vocabulary}; encode the text with the model's own tokenizer"
+                )
+            digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
+        self.key = digest.hexdigest()
+
+    def run(self, head: bool = True) -> None:
+        """Run the model over the text once, padded on the right; without `head` its head sees the last tokens only."""
+        if self._run_model is not None:
+            self._run_model()
+        else:
+            _run(self._model, self.rows, self._batch_size, "inputs", head)
+
+    def inputs(self, modules: Iterable[str], trailing: Mapping[str, int] | None = None) -> Bases:
+        """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
+        bases: Bases = {}
+        head = getattr(self._model, "get_output_embeddings", lambda: None)()
+        targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
+        for group in _memory_groups(targets, "input", self._max_bytes):
+            names = [target.name for target in group]
+            ranks = {name: trailing[name] for name in names} if trailing else None
+            key = ["moments", self.key, names] if ranks is None else ["trailing", self.key, list(ranks.items())]
+            run = functools.partial(self.run, any(self._model.get_submodule(name) is head for name in names))
+            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, run, ranks))
+        return bases
+
+    def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
+        """Measure which outputs of some layers matter: k directions of each, on `limit` tokens."""
+        before = itertools.accumulate((len(row) for row in self.rows), initial=0)
+        rows = [row for row, total in zip(self.rows, before, strict=False) if total < limit]
+        few = -(-self._batch_size // 2)  # a backward pass holds all activations
+        run = self._run_model or functools.partial(_run, self._model, rows, few, "gradients")
+        measure = functools.partial(measure_outputs, self._model, ranks, run, limit)
+        return self._stored(["outputs", self.key, limit, list(ranks.items())], measure)
+
+    def _stored(self, key: list[Any], measure: Callable[[], Bases]) -> Bases:
+        """Return the stored measurement, or measure and store it; a basis that layers share is stored once."""
+        if not self.key:
+            return measure()
+
+        def make() -> tuple[dict[str, Tensor], Any]:
+            bases = measure()
+            first: dict[int, str] = {}
+            leader = {name: first.setdefault(id(basis), name) for name, basis in bases.items()}
+            parts = ("values", "vectors")
+            tensors = {f"{n}.{part}": getattr(bases[n], part) for n in first.values() for part in parts}
+            return tensors, {"leader": leader, "tokens": min(basis.tokens for basis in bases.values())}
+
+        tensors, record = self._store.get_or_make(self._store.path(*key), make)
+        led = {
+            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
+            for name in set(record["leader"].values())
+        }
+        return {name: led[leader] for name, leader in record["leader"].items()}
+
+
+def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str, head: bool = True) -> None:
+    """Run the model over rows of token ids, padded on the right where they differ in length."""
+    device = next(model.parameters()).device
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False, **({} if head else {"logits_to_keep": 1})}
+    starts = range(0, len(rows), batch_size)
+    for first in tqdm(starts, desc=f"calibrating: {what}", unit=" batches", delay=2, leave=False, disable=None):
+        batch = rows[first : first + batch_size]
+        ids = nn.utils.rnn.pad_sequence(list(batch), batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in batch], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        given = {"attention_mask": mask.long(), **options}
+        model(input_ids=ids, **{name: value for name, value in given.items() if name in accepted})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,35 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"basis": "weight", "principal_channel": True},
 }
 PROJECTIONS = ("hard", "soft")
-OF_THE_GAINS = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
-STABILITY_MODES = ("gradient", "proximal", "none")
-BASES = ("weight", "activation")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "preset": tuple(PRESETS),
-    "basis": BASES,
+    "basis": ("weight", "activation"),
     "basis_sides": SIDES,
     "projection": PROJECTIONS,
-    "stability_mode": STABILITY_MODES,
+    "stability_mode": ("gradient", "proximal", "none"),
     "init_weights": (True, False, "zero"),
-    "principal_channel": (True, False),
-    "residual_projection": (True, False),
-    "gradient_projection": (True, False),
-    "relative_gains": (True, False),
-    "save_factors": (True, False),
+    **dict.fromkeys(("principal_channel", "residual_projection", "gradient_projection"), (True, False)),
+    **dict.fromkeys(("relative_gains", "save_factors"), (True, False)),
 }
+
+
+def _number(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a check of finite numbers."""
+    kinds = (int, float)
+    return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and accept(v)
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_number(lambda v: isinstance(v, int) and v >= 1), "an integer of at least 1"),
+    "principal_rank": (is_rank, EXPECTED_RANK),
+    "lora_alpha": (_number(lambda v: v > 0), "a number above 0"),
+    "lora_dropout": (_number(lambda v: 0 <= v < 1), "a probability in [0, 1)"),
+    "stability_weight": (_number(lambda v: v >= 0), "a number of at least 0"),
+    "stability_gamma": (_number(lambda v: v >= 0), "a number of at least 0"),
+    "gain_lr_ratio": (_number(lambda v: v > 0), "a number above 0"),
+    "svd_tolerance": (_number(lambda v: 0 < v <= 1e-2), "a number in (0, 0.01]"),
+}
+PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "principal_rank": "principal_rank_pattern"}
 
 
 @dataclass
@@ -56,16 +70,15 @@ class HipLoraConfig(PeftConfig):
     """Configuration of a HiP-LoRA adapter.
 
     Args:
-        preset: what the fields that are not given default to. "function-aware", the default: `basis="activation"`,
-            `principal_channel=False`, on the MLP projections. "paper": `basis="weight"`, `principal_channel=True`, on
-            the attention projections, as in the paper (Appendix B). All other defaults are the paper's.
+        preset: what fields that are not given default to. "function-aware", the default: `basis="activation"`,
+            `principal_channel=False`, on the MLP projections. "paper" (Appendix B): `basis="weight"`,
+            `principal_channel=True`, on the attention projections. All other defaults are the paper's.
         r: rank of the residual channel, ≥ 1.
         lora_alpha: the residual channel is scaled by `lora_alpha / r` (Eq. 3); the gains never are.
         lora_dropout: dropout on the residual channel's input, in [0, 1).
-        target_modules: names, a regular expression, or "all-linear"; None takes the preset's, found by their role in
-            the architecture.
-        target_parameters: names of 3-D parameters that hold a mixture's experts (`experts.down_proj`), whose experts
-            are adapted one by one; a name in `target_modules` means the experts' projection too.
+        target_modules: names, a regular expression, or "all-linear"; None takes the preset's, found by their role.
+        target_parameters: names of 3-D parameters that hold a mixture's experts (`experts.down_proj`), adapted one by
+            one; a name in `target_modules` means the experts' projection too.
         exclude_modules: names or a regular expression of modules to leave alone.
         layers_to_transform: indices of the layers to adapt; all if None.
         layers_pattern: name of the layer list, where `layers_to_transform` needs it.
@@ -86,13 +99,12 @@ class HipLoraConfig(PeftConfig):
         gain_lr_ratio: learning rate of the gains, in units of the optimizer's.
         relative_gains: step on the relative gains ρ = δ/σ instead of δ: strong directions move by more.
         residual_projection: keep the residual channel in the two-sided complement (Eq. 4).
-        gradient_projection: project the gradients of the residual channel too, before clipping and before the optimizer
-            sees them, so that they are those of Eq. 5 as written. False is the paper's implementation note, retraction
-            after the step alone. Adapters saved before this field existed were trained so, and carry on so.
+        gradient_projection: project the gradients of the residual channel too, before clipping and the optimizer, so
+            that they are those of Eq. 5 as written. False is the paper's implementation note, retraction after the step
+            alone; adapters saved before this field existed carry on so.
         principal_channel: learn gains δ on the protected directions (Eq. 2).
-        basis: where the protected directions come from. "weight": the weight's own SVD. "activation": the inputs that
-            the layer gets, and the outputs that the model's predictions depend on (`hiplora.calibrate`; without it,
-            measured on text sampled from the model).
+        basis: where the protected directions come from. "weight": the weight's SVD. "activation": the layer's inputs,
+            and the outputs that predictions depend on (`hiplora.calibrate`, by default on text sampled from the model).
         basis_sides: which sides the residual channel keeps out of: "both", "input" or "output".
         svd_tolerance: largest accepted residual of the singular triplets, in units of σ₁.
         projection: "hard" keeps the residual channel out of the protected directions altogether (Eq. 4); "soft" (with
@@ -143,19 +155,17 @@ class HipLoraConfig(PeftConfig):
     how_to_load: str = HOW_TO_LOAD
 
     def __post_init__(self) -> None:
-        """Take the preset's values for what is not given, and refuse values that make no sense."""
+        """Take the preset's values for what is not given, and refuse what makes no sense."""
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]  # a string where PEFT has an enum
         self.how_to_load = HOW_TO_LOAD
-        # Only a config read from an adapter folder is born with fingerprints: its base is then verified.
-        self.from_checkpoint = bool(self.fingerprints)
+        self.from_checkpoint = bool(self.fingerprints)  # born with them, of an adapter folder: its base is verified
         self.awaits_file = False  # whether a file is expected to bring the factors
-        # Modules whose saved factors must vouch for a base in another precision.
-        self.unverified: set[str] = set()
+        self.unverified: set[str] = set()  # modules whose saved factors must vouch for a base in another precision
         self.calibrated: dict[str, SpectralFactors] = {}  # module → factors, until the tuner has taken them
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+            if isinstance(given := getattr(self, name), list):
+                setattr(self, name, set(given))
         if self.preset is None:
             # A saved configuration from before there were presets: its defaults were the paper's.
             old = self.from_checkpoint and self.basis != "activation"
@@ -190,66 +200,37 @@ class HipLoraConfig(PeftConfig):
     def _check_values(self) -> None:
         for name in CHOICES:
             self._check_choice(name)
-        for name, value in self._with_patterns("r", "rank_pattern"):
-            _check_number(name, value, lambda v: isinstance(v, int) and v >= 1, "an integer of at least 1")
-        for name, value in self._with_patterns("principal_rank", "principal_rank_pattern"):
-            if not is_rank(value):
-                raise ConfigError(f"{name} is {value!r}; expected {EXPECTED_RANK}")
-        for name, value in self._with_patterns("lora_alpha", "alpha_pattern"):
-            _check_number(name, value, lambda v: v > 0, "a number above 0")
-        _check_number("lora_dropout", self.lora_dropout, lambda v: 0 <= v < 1, "a probability in [0, 1)")
-        for name in ("stability_weight", "stability_gamma"):
-            _check_number(name, getattr(self, name), lambda v: v >= 0, "a number of at least 0")
-        _check_number("gain_lr_ratio", self.gain_lr_ratio, lambda v: v > 0, "a number above 0")
-        _check_number("svd_tolerance", self.svd_tolerance, lambda v: 0 < v <= 1e-2, "a number in (0, 0.01]")
-
-    def _with_patterns(self, name: str, pattern: str) -> list[tuple[str, Any]]:
-        """Return a field and each of its exceptions as (name for messages, value)."""
-        exceptions = getattr(self, pattern).items()
-        return [(name, getattr(self, name)), *((f"{pattern}[{key!r}]", value) for key, value in exceptions)]
+        for name, (accept, expected) in RANGES.items():
+            values = {name: getattr(self, name)}
+            if name in PATTERNS:
+                values |= {f"{PATTERNS[name]}[{key!r}]": own for key, own in getattr(self, PATTERNS[name]).items()}
+            for label, value in values.items():
+                if not accept(value):
+                    raise ConfigError(f"{label} is {value!r}; expected {expected}")
 
     def _check_combinations(self) -> None:
-        if self.projection == "soft" and (self.basis != "activation" or not self.residual_projection):
-            raise ConfigError(
-                "projection is 'soft', which goes by the energy of the inputs and needs basis='activation' and "
-                "residual_projection=True; set them, or use 'hard'"
-            )
-        if not self.gradient_projection and not self.is_closed:
-            raise ConfigError(
-                "gradient_projection is False, which leaves only the retraction after the step, but there is none with "
-                f"residual_projection={self.residual_projection} and projection={self.projection!r}; leave it out"
-            )
-        if self.basis == "activation" and not self.save_factors:
-            raise ConfigError(
-                "save_factors is False, but the activation basis cannot be computed again from the base weights alone; "
-                "leave it True, or set basis='weight'"
-            )
-        idle = [name for name in OF_THE_GAINS if getattr(self, name) != getattr(HipLoraConfig, name)]
+        gains = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
+        idle = [name for name in gains if getattr(self, name) != getattr(HipLoraConfig, name)]
         if self.stability_weight == 0 or self.stability_mode == "none":  # no price: true without gains
             idle = [name for name in idle if not name.startswith("stability")]
         idle += ["init_weights"] * (self.init_weights == "zero")  # with gains only: A and B stay zero
-        if not self.principal_channel and idle and not self.from_checkpoint:
-            raise ConfigError(
-                f"{idle[0]} is {getattr(self, idle[0])!r}, which has no use with principal_channel=False; remove it, "
-                "or set principal_channel=True"
+        layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(self, name) is not None]
+        wrong = ""
+        if self.projection == "soft" and (self.basis != "activation" or not self.residual_projection):
+            wrong = "projection is 'soft', which needs basis='activation' and residual_projection=True; or use 'hard'"
+        elif not self.gradient_projection and not self.is_closed:
+            wrong = "gradient_projection is False, but without a hard projection nothing retracts; leave it out"
+        elif self.basis == "activation" and not self.save_factors:
+            wrong = "save_factors is False, but the activation basis cannot be recomputed from weights; leave it True"
+        elif idle and not self.principal_channel and not self.from_checkpoint:
+            wrong = f"{idle[0]} is {getattr(self, idle[0])!r}, which has no use with principal_channel=False; drop it"
+        elif not self.residual_projection and not self.principal_channel:
+            wrong = (
+                "residual_projection and principal_channel are both False, which is plain LoRA; use peft.LoraConfig"
             )
-        if not self.residual_projection and not self.principal_channel:
-            raise ConfigError(
-                "residual_projection and principal_channel are both False, which is plain LoRA; "
-                "use peft.LoraConfig, or set one of them to True"
-            )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} cannot be combined with target_modules as a regular expression "
-                        f"({self.target_modules!r}); put the layer into the expression or list the names"
-                    )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ConfigError("layers_pattern needs layers_to_transform; set both or neither")
-
-
-def _check_number(name: str, value: Any, accept: Any, expected: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not accept(value):
-        raise ConfigError(f"{name} is {value!r}; expected {expected}")
+        elif layers and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            wrong = f"{layers[0]} does not go with the regular expression {self.target_modules!r}; put it in there"
+        elif layers == ["layers_pattern"]:
+            wrong = "layers_pattern needs layers_to_transform; set both or neither"
+        if wrong:
+            raise ConfigError(wrong)

@@ -22,11 +22,7 @@ class ExpertList(nn.ModuleList):
 
 
 class UnrolledExperts(nn.Module):
-    """An experts module of transformers whose projections are `ExpertList`s; it computes the same.
-
-    The layers' weights are views of the 3-D parameters. `fused` is the original module without them: its biases,
-    activation and settings.
-    """
+    """An experts module of transformers as `ExpertList`s, views of its 3-D parameters; `fused` is the rest."""
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
@@ -46,7 +42,8 @@ class UnrolledExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts: (tokens, n) in, (tokens, n) out."""
         fused: Any = self.fused
-        up = self.gate_up_proj if fused.has_gate else self.up_proj
+        name, _ = _projections(fused)
+        up = getattr(self, name)
         result = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= len(up):  # where expert parallelism sends the tokens of other ranks
@@ -54,9 +51,8 @@ class UnrolledExperts(nn.Module):
             token, choice = torch.where(top_k_index == expert)
             x = up[expert](hidden_states[token])
             if fused.has_bias:
-                x = x + (fused.gate_up_proj_bias if fused.has_gate else fused.up_proj_bias)[expert]
-            x = fused._apply_gate(x) if fused.has_gate else fused.act_fn(x)
-            x = self.down_proj[expert](x)
+                x = x + getattr(fused, f"{name}_bias")[expert]
+            x = self.down_proj[expert](fused._apply_gate(x) if fused.has_gate else fused.act_fn(x))
             if fused.has_bias:
                 x = x + fused.down_proj_bias[expert]
             if getattr(fused, "has_post_expert_norm", False):
@@ -67,9 +63,8 @@ class UnrolledExperts(nn.Module):
 
 def unroll(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Replace the experts modules of a model by unrolled ones; return their 3-D parameters, for `fuse`."""
-    found = {name: module for name, module in model.named_modules() if can_unroll(module)}
     fused: dict[str, dict[str, nn.Parameter]] = {}
-    for name, module in found.items():
+    for name, module in [(name, module) for name, module in model.named_modules() if can_unroll(module)]:
         fused[name] = {projection: getattr(module, projection) for projection in _projections(module)}
         _put(model, name, UnrolledExperts(module))
     return fused
@@ -80,10 +75,9 @@ def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = No
     for name, module in list(model.named_modules()):
         if not isinstance(module, UnrolledExperts) or (fused is not None and name not in fused):
             continue
-        lists = {key: child for key, child in module.named_children() if isinstance(child, ExpertList)}
+        lists: dict[str, Any] = {key: child for key, child in module.named_children() if isinstance(child, ExpertList)}
         if any(type(layer) is not nn.Linear for layers in lists.values() for layer in layers):
             continue  # still adapted
-        layers: Any
         for projection, layers in lists.items():
             parameter = (fused or {}).get(name, {}).get(projection)
             if parameter is None:
@@ -106,9 +100,8 @@ def unrolled(model: nn.Module) -> Iterator[None]:
 
 def can_unroll(module: nn.Module) -> bool:
     """Whether a module holds its experts as transformers' own interface for them expects."""
-    if isinstance(module, UnrolledExperts):
-        return False
-    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate")):
+    interface = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
+    if isinstance(module, UnrolledExperts) or not all(hasattr(module, name) for name in interface):
         return False
     weights = [getattr(module, name, None) for name in _projections(module)]
     return all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in weights)
@@ -131,8 +124,7 @@ def _projections(module: Any) -> tuple[str, str]:
 
 def _linear(weight: Tensor) -> nn.Linear:
     """Return a linear layer without bias over a weight (m, n), sharing its memory."""
-    m, n = weight.shape
-    layer = nn.Linear(n, m, bias=False, device="meta")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
 

@@ -1,8 +1,7 @@
 """The forward and backward pass of the two channels on a frozen linear layer, fused.
 
 `y = base_out + [s·B | U diag(δ)] ([A; Vᵀ] x)`: both channels go through one pair of thin products of width r + k.
-The hand-written backward keeps only the layer's input and the thin activation (and, with dropout, one byte an
-element).
+The hand-written backward keeps only the layer's input and the thin activation (with dropout, one byte an element too).
 """
 
 import contextlib
@@ -31,20 +30,11 @@ def add_channels(
     sides: str | None = None,
     project_gradients: bool = True,
 ) -> Tensor:
-    """Return `base_out` plus the residual and the principal channel's output (Eq. 1, 2 and 5 on activations).
+    """Return `base_out` (..., m) plus both channels' output for inputs x (..., n) (Eq. 1, 2 and 5 on activations).
 
-    Args:
-        base_out: output (..., m) of the frozen layer; the result has its dtype.
-        x: the layer's inputs, (..., n), any float dtype.
-        A: residual factor (r, n); its dtype is the one computed in (autocast's, inside autocast).
-        B: residual factor (m, r).
-        delta: gain deviations (k,), or None for an adapter without principal channel.
-        U: left protected directions (m, k); needed with `delta` or `sides`.
-        V: right protected directions (n, k); likewise.
-        scaling: α/r, applied to the residual channel only.
-        dropout: probability of dropping an element of the residual channel's input; 0 when not training.
-        sides: the sides on which A and B act through the projection of Eq. 4 (`protected`); None: as they are.
-        project_gradients: whether the gradients of A and B pass through that projection too, as those of Eq. 5 do.
+    A (r, n) and B (m, r), whose dtype is computed in (autocast's, inside autocast), are scaled by α/r; gains δ (k,), or
+    None, act between U (m, k) and V (n, k). `dropout` is that of the residual channel's input. A and B act through the
+    projection of Eq. 4 on `sides` (None: as they are), and so do their gradients with `project_gradients` (Eq. 5).
     """
     device = x.device.type
     if torch.compiler.is_compiling():  # the same in differentiable operations, to be fused as the compiler sees fit
@@ -59,12 +49,15 @@ def add_channels(
         if delta is not None and U is not None and V is not None:
             update = update + F.linear((inputs @ V.to(dtype)) * delta, U.to(dtype))
         return (base_out + update).to(base_out.dtype)
-    autocast = torch.is_autocast_enabled(device)
-    compute = torch.get_autocast_dtype(device) if autocast else A.dtype
-    with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
+    with _no_autocast(device):
         return _AddChannels.apply(
             base_out, x, A, B, delta, U, V, scaling, dropout, compute, sides, sides is not None and project_gradients
         )
+
+
+def _no_autocast(device: str) -> Any:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 def retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor, Tensor]:
@@ -76,15 +69,13 @@ def retracted(A: Tensor, B: Tensor, U: Any, V: Any, sides: str) -> tuple[Tensor,
 def keep_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
     """Return a boolean mask of kept elements and the exact probability of keeping one.
 
-    On the CPU four elements share one 64-bit draw, several times quicker than `torch.nn.functional.dropout`; the
-    probability is therefore rounded to 1/65536, and the value returned is the one in force.
+    On the CPU, to be several times quicker than torch's, four elements share one 64-bit draw: it is rounded to 1/65536.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - dropout), 1 - dropout
     dropped = min(round(dropout * _DRAWS), _DRAWS - 1)
-    count = shape.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    lanes = draws.view(torch.int16)[:count].view(shape)
+    draws = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    lanes = draws.view(torch.int16)[: shape.numel()].view(shape)
     return lanes >= dropped - _DRAWS // 2, 1 - dropped / _DRAWS
 
 
@@ -111,8 +102,7 @@ class _AddChannels(torch.autograd.Function):
         if sides is not None:
             A, B = retracted(A, B, U, V, sides)
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
-        principal = (None, None) if delta is None else (U, V)
-        down = _down(A, principal[1], compute)
+        down = _down(A, None if delta is None else V, compute)
         mask, keep = None, 1.0
         if dropout > 0:
             mask, keep = keep_mask(inputs.shape, dropout, x.device)
@@ -120,7 +110,7 @@ class _AddChannels(torch.autograd.Function):
             thin = residual if delta is None else torch.cat([residual, inputs @ down[r:].T], dim=1)
         else:
             thin = inputs @ down.T
-        up = _up(B, principal[0], delta, scaling / keep, compute)
+        up = _up(B, None if delta is None else U, delta, scaling / keep, compute)
         flat = base_out.reshape(-1, base_out.shape[-1])
         y = torch.addmm(flat.to(compute), thin, up.T).to(base_out.dtype)
         ctx.save_for_backward(x, A, B, delta, U, V, thin, mask)
@@ -131,9 +121,7 @@ class _AddChannels(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        device = grad_out.device.type
-        active = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if active else contextlib.nullcontext():
+        with _no_autocast(grad_out.device.type):
             return grad_out, *_gradients(ctx, grad_out), *[None] * 7
 
 
@@ -162,16 +150,10 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if delta is not None:
             back[:, r:].mul_(delta)
         down = _down(A, None if delta is None else V, compute)
-        dx = _input_gradient(back, down, mask, r).view(x.shape).to(x.dtype)
+        # The mask is the residual channel's alone.
+        dx = back @ down if mask is None else (back[:, :r] @ down[:r]).mul_(mask).addmm_(back[:, r:], down[r:])
+        dx = dx.view(x.shape).to(x.dtype)
     return dx, d_A, d_B, d_delta
-
-
-def _input_gradient(back: Tensor, down: Tensor, mask: Tensor | None, r: int) -> Tensor:
-    """Gradient of the inputs (N, n) through both channels; the mask is the residual channel's alone."""
-    if mask is None:
-        return back @ down
-    dx = (back[:, :r] @ down[:r]).mul_(mask)
-    return dx.addmm_(back[:, r:], down[r:])
 
 
 def _down(A: Tensor, V: Tensor | None, dtype: torch.dtype) -> Tensor:

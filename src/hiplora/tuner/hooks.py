@@ -8,7 +8,7 @@ its steps to another (ZeroRedundancyOptimizer, SAM, Lookahead) only the outcome 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from hiplora.errors import DivergedError
 from hiplora.spectral import full_precision, penalty_gradient, proximal_step
-from hiplora.tuner.buffers import is_sharded, own_part
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
+from hiplora.tuner.state import is_sharded, own_part
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
 _handles: list[Any] = []
@@ -82,8 +82,8 @@ def _held(optimizer: Optimizer) -> Iterator[_Held]:
 def _delegates(optimizer: Optimizer) -> bool:
     """Whether the optimizer holds others, which then do its steps."""
     for value in vars(optimizer).values():
-        inside: Iterable[Any] = value.values() if isinstance(value, dict) else value
-        if any(isinstance(one, Optimizer) for one in (inside if isinstance(value, (dict, list, tuple)) else (value,))):
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        if any(isinstance(one, Optimizer) for one in inside):
             return True
     return False
 
@@ -134,14 +134,14 @@ def _budget(held: list[_Held]) -> Tensor | float:
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     held = _stepping.pop(optimizer, [])
-    for one in held:
-        if one.before is not None:
-            one.gains.copy_(one.before + one.config.gain_lr_ratio * (one.gains - one.before))
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
-    skipped = getattr(optimizer, "found_inf", None)
+    found_inf = getattr(optimizer, "found_inf", None)
     for one in held:
-        if one.pays("proximal") and not (skipped is not None and skipped.item()):
-            step = float(one.group.get("lr", 0.0)) * one.config.gain_lr_ratio * one.config.stability_weight
+        ratio = one.config.gain_lr_ratio
+        if one.before is not None:
+            one.gains.copy_(one.before + ratio * (one.gains - one.before))
+        if one.pays("proximal") and not (found_inf is not None and found_inf.item()):
+            step = float(one.group.get("lr", 0.0)) * ratio * one.config.stability_weight
             one.gains.copy_(proximal_step(one.gains, one.weights, step))
     residual = [one for one in held if one.parameters.keys() - {"hiplora_delta"}]
     if residual:
@@ -166,11 +166,7 @@ def _retract_iterates(held: _Held, optimizer: Optimizer) -> None:
 
 
 def _check_finite(held: list[_Held]) -> None:
-    """Stop at the step after which a parameter is not finite.
-
-    Raises:
-        DivergedError: names the layer and the parameter.
-    """
+    """Stop at the step after which a parameter is not finite: a DivergedError that names it."""
     parameters = {
         f"layer {one.layer.name}: {kind} of adapter '{one.adapter}'": parameter
         for one in held

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,11 +24,18 @@ from hiplora.spectral import (
     protected,
     soften,
 )
-from hiplora.tuner.buffers import FactorBuffers, FactorDict, factor_names, is_flat, is_sharded, own_part
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.functional import add_channels, retracted
+from hiplora.tuner.state import (
+    FactorBuffers,
+    FactorDict,
+    check_checkpoint,
+    factor_names,
+    is_flat,
+    is_sharded,
+    own_part,
+)
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
-from hiplora.tuner.verify import check_checkpoint
 
 
 class HipLoraLinear(FactorBuffers, BaseTunerLayer):
@@ -67,21 +73,22 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def add_adapter(
         self, adapter: str, config: HipLoraConfig, r: int, alpha: float, k: int, factors: SpectralFactors | None
     ) -> None:
-        """Add an adapter of residual rank `r`, scale `alpha / r` and principal rank `k`.
-
-        Without `factors` room is reserved for those of a file that is about to be loaded.
-        """
+        """Add an adapter of residual rank `r`, scale `alpha / r` and principal rank `k`; factors may come later."""
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, alpha / r
         self.hiplora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self.configs[adapter] = config
-        self.hiplora_A[adapter] = nn.Parameter(torch.empty(r, self.in_features))
-        self.hiplora_B[adapter] = nn.Parameter(torch.empty(self.out_features, r))
+        m, n = self.out_features, self.in_features
+        self.hiplora_A[adapter], self.hiplora_B[adapter] = (nn.Parameter(torch.empty(s)) for s in ((r, n), (m, r)))
         if config.principal_channel:
             self.hiplora_delta[adapter] = nn.Parameter(torch.empty(k))
         if factors is None:
-            self.expect_factors(adapter, config, (self.out_features, self.in_features), k)
+            self.pending.add(adapter)
+            sizes = {"hiplora_U": (m, k), "hiplora_sigma": (k,), "hiplora_V": (n, k)}
+            for name in factor_names(config):
+                getattr(self, name)[adapter] = torch.full(sizes.get(name, (k, k)), math.nan)
         else:
-            self.set_factors(adapter, config, factors)
+            self.place_factors(adapter, factor_names(config), factors)
+        self.live.add(self)
         self._initialise(adapter)
         self._move_adapter_to_device_of_base_layer(adapter)
         if factors is not None:
@@ -102,9 +109,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             for delta in gains:
                 nn.init.normal_(delta, std=0.02)
 
-    def load_factors(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take an adapter's factors from a file."""
-        super().load_factors(adapter, tensors)
+    def load_factors(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Take an adapter's factors from a file: as buffers of its own, or another adapter's where they are equal."""
+        names = [name for name in factor_names(self.configs[adapter]) if name in tensors]
+        device = self.hiplora_U[adapter].device
+        self.place_factors(adapter, names, {name: tensors[name].to(device, torch.float32) for name in names})
+        self.pending.discard(adapter)
         self._budget.pop(adapter, None)
         self._unserved.pop(adapter, None)
 
@@ -115,11 +125,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     @torch.no_grad()
     def ensure_factors(self, adapter: str) -> None:
-        """See that the adapter has what was to come from a file; where nothing came, it begins anew.
-
-        Raises:
-            AdapterError: what came does not fit, or nothing came and the activation basis needs a calibration.
-        """
+        """See that an adapter has what was to come from a file, and that it fits; without a file it begins anew."""
         if adapter not in self.pending:
             return
         config = self.configs[adapter]
@@ -138,13 +144,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return
         if config.basis != "weight":
             raise AdapterError(
-                f"layer {self.name}: no factors were loaded for adapter '{adapter}', and its basis is measured on the "
-                "whole model; run the PEFT model once, call hiplora.calibrate(model, config) before adding the "
-                "adapter, or load it with PeftModel.from_pretrained"
+                f"layer {self.name}: no factors were loaded for adapter '{adapter}', whose basis is measured on the "
+                "whole model; run the PEFT model once, or call hiplora.calibrate before adding the adapter"
             )
-        k = len(self.hiplora_sigma[adapter])
-        weight, tol = frozen_weight(self), config.svd_tolerance
-        self.begin_anew(adapter, FactorStore().get_or_compute(weight, k, tol, name=self.name))
+        weight, k = frozen_weight(self), len(self.hiplora_sigma[adapter])
+        self.begin_anew(adapter, FactorStore().get_or_compute(weight, k, config.svd_tolerance, name=self.name))
 
     @torch.no_grad()
     def begin_anew(self, adapter: str, factors: SpectralFactors) -> None:
@@ -190,7 +194,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._astray.discard(adapter)
 
     def retracted(self, adapter: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A and B, in fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
+        """Return A and B, fp32 at least, in the complement of an adapter's protected directions (Eq. 4)."""
         self.ensure_factors(adapter)
         return retracted(A, B, self.hiplora_U[adapter], self.hiplora_V[adapter], self.configs[adapter].basis_sides)
 
@@ -203,19 +207,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         return leak(A, B, *protected(U, V, self.configs[adapter].basis_sides))
 
     def _projected_sides(self, adapter: str) -> str | None:
-        """Return the sides on which a pass projects A and B; None where they are known to lie in the complement.
-
-        A pass of a training always does: whatever moves the parameters, with or without the hooks, what the projection
-        takes away then acts on nothing.
-        """
-        config = self.configs[adapter]
+        """Return the sides on which a pass projects A and B: while they train, whatever moves them; else None."""
+        config, compiling = self.configs[adapter], torch.compiler.is_compiling()
         if not config.is_closed:
             return None
-        if torch.compiler.is_compiling():
-            return config.basis_sides
-        if self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
+        if not compiling and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
             self._astray.add(adapter)
-        return config.basis_sides if adapter in self._astray else None
+        return config.basis_sides if compiling or adapter in self._astray else None
 
     def _trains(self, *parameters: Tensor) -> bool:
         """Whether this may be a pass of a training of any of these parameters."""
@@ -225,13 +223,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         """Return A and B as they act: through the soft projection where there is one."""
         if self.configs[adapter].projection == "hard":
             return A, B
-        held, both = factor_names(self.configs[adapter]), ("hiplora_shrink_U", "hiplora_shrink_V")
-        filters = [getattr(self, name)[adapter] if name in held else None for name in both]
+        filters = [dict(held.items()).get(adapter) for held in (self.hiplora_shrink_U, self.hiplora_shrink_V)]
         soft_A, soft_B = soften(A.float(), B.float(), self.hiplora_U[adapter], self.hiplora_V[adapter], *filters)
         return soft_A.to(A.dtype), soft_B.to(B.dtype)
 
     def _residual(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return (A, B, U, V) in one dtype, fp32 at least."""
+        """Return (A, B, U, V), fp32 at least."""
         A, B = self.hiplora_A.whole(adapter).detach(), self.hiplora_B.whole(adapter).detach()
         dtype = torch.promote_types(A.dtype, torch.float32)
         return A.to(dtype), B.to(dtype), self.hiplora_U[adapter].to(dtype), self.hiplora_V[adapter].to(dtype)
@@ -242,7 +239,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return None
         self.ensure_factors(adapter)
         sigma = self.hiplora_sigma[adapter]
-        return torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+        return torch.where(sigma > 0, sigma, 1.0)
 
     def gains(self, adapter: str) -> Tensor | None:
         """Return δ (k,), differentiable; None for an adapter without principal channel."""
@@ -254,8 +251,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def budget(self, adapter: str) -> Tensor:
         """Return the weights w_i of Eq. 6, (k,), for the gains' parameter: times σ² where it is relative."""
         self.ensure_factors(adapter)
-        sigma = self.hiplora_sigma[adapter]
-        weights = self._budget.get(adapter)
+        sigma, weights = self.hiplora_sigma[adapter], self._budget.get(adapter)
         if weights is None or weights.device != sigma.device:
             weights, scale = budget_weights(sigma, self.configs[adapter].stability_gamma), self.gain_scale(adapter)
             weights = self._budget[adapter] = weights if scale is None else weights * scale**2
@@ -272,11 +268,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._unserved.pop(adapter, None)
 
     def _expect_service(self, adapter: str) -> None:
-        """Refuse to go on after a step that the optimizer hooks did not see, if it should have cost the gains a price.
-
-        Raises:
-            AdapterError: the gains moved, and no torch optimizer holds them.
-        """
+        """Refuse to go on after a step that the optimizer hooks did not see, where it should have cost a price."""
         if adapter not in self.hiplora_delta or adapter in self._served or torch.compiler.is_compiling():
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
@@ -313,19 +305,15 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def forward(
         self, x: Tensor | None = None, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """Return the base layer's output plus both channels of every active adapter, or of each row's own.
-
-        Raises:
-            AdapterError: there are not as many `adapter_names` as rows.
-        """
+        """Return the base layer's output plus both channels of every active adapter, or of each row's own."""
         if x is None:  # as some models call an nn.Linear
             x = kwargs.pop("input")
         if self._disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and len(x) != len(adapter_names):
             raise AdapterError(
-                f"layer {self.name}: Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"layer {self.name}: Length of `adapter_names` should be the number of inputs, {len(x)}, and is "
+                f"{len(adapter_names)}"
             )
         if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
@@ -361,17 +349,14 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base weight by W + ΔW; the frozen weight itself is kept and comes back with `unmerge`.
 
-        Raises:
-            AdapterError: with `safe_merge`, the merged weight would not be finite.
+        With `safe_merge` a merged weight that is not finite is an AdapterError.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hiplora_A]
         if not names:
             return
         weight = frozen_weight(self).T if self.transposed else frozen_weight(self)
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        for name in names:
-            merged = merged + self.get_delta_weight(name)
-        merged = merged.to(weight.dtype)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        merged = sum((self.get_delta_weight(name) for name in names), wide).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise AdapterError(f"layer {self.name}: merging {names} gives a weight with NaN or Inf; nothing is merged")
         layer, quantised = self.get_base_layer(), self.quantization_backend is not None

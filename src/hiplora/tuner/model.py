@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
-from hiplora.tuner.buffers import FACTOR_NAMES, factor_names
 from hiplora.tuner.calibration import calibrate, weight_factors
-from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
+from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, short_names
-from hiplora.tuner.verify import check_checkpoint, check_fingerprints, precision, retracted_state
+from hiplora.tuner.state import FACTOR_NAMES, check_checkpoint, check_fingerprints, factor_names, retracted_state
+from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, precision, short_names
 
 
 class HipLoraModel(BaseTuner):
@@ -39,7 +37,7 @@ class HipLoraModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names of the frozen factors, for DDP to leave alone: they are broadcast here, once, not before every pass."""
+        """Name the frozen factors, for DDP to leave alone: they are broadcast here, once, not before every pass."""
         factors = {name: buffer for name, buffer in self.named_buffers() if f".{self.prefix}" in name}
         for buffer in factors.values() if torch.distributed.is_initialized() else ():
             torch.distributed.broadcast(buffer, 0)
@@ -51,10 +49,7 @@ class HipLoraModel(BaseTuner):
             check_fingerprints(self.model, config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
-        """Choose the preset's modules where no target is given, and find the factors of all.
-
-        Whatever can go wrong does so here, before any layer is replaced.
-        """
+        """Choose modules where no target is given, and find the factors of all: what can go wrong does so here."""
         config, model = peft_config, self.model
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
@@ -67,8 +62,16 @@ class HipLoraModel(BaseTuner):
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
+        config.awaits_file = config.from_checkpoint and config.save_factors
         try:
-            self._find_factors(config, targets)
+            if not config.awaits_file:
+                if config.basis == "weight":
+                    config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
+                elif not config.calibrated:
+                    calibrate(model, config)
+                else:
+                    _check_calibrated(model, config, targets)
+                _check_complement(config, targets)
         except BaseException:
             fuse(model, fused)
             raise
@@ -76,28 +79,13 @@ class HipLoraModel(BaseTuner):
             config.target_modules = set(short_names(model, self._target_names))
         return config
 
-    def _find_factors(self, config: HipLoraConfig, targets: list[Target]) -> None:
-        """Give the configuration the factors of its targets, unless the adapter's file brings them."""
-        model = self.model
-        if config.from_checkpoint and config.save_factors:
-            config.awaits_file = True
-            return
-        if config.basis == "weight":
-            config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
-        elif not config.calibrated:
-            calibrate(model, config)
-        else:
-            _check_calibrated(model, config, targets)
-        _check_complement(config, targets)
-
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
         """Match what `find_targets` has found, and nothing else."""
         found = super()._check_target_module_exists(peft_config, key)
         return found if isinstance(found, _ExcludedModule) else key in self._target_names
 
     def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
-        """Experts were injected as the layers that they are unrolled to."""
-        return list(peft_config.target_parameters)
+        return list(peft_config.target_parameters)  # injected already, as the layers that experts are unrolled to
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
@@ -145,31 +133,22 @@ class HipLoraModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
             if isinstance(parent, nn.TransformerEncoderLayer):
-                self._leave_fast_path(layer)
-
-    def _leave_fast_path(self, layer: HipLoraLinear) -> None:
-        """Make torch call the layer in evaluation too: its fused encoder pass leaves out modules that have a hook."""
-        layer.register_forward_pre_hook(_no_fast_path)
-        for module in self.model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
+                # torch calls the layer in evaluation too: its fused encoder pass leaves out modules that have a hook.
+                layer.register_forward_pre_hook(_no_fast_path)
+                for module in self.model.modules():
+                    if isinstance(module, nn.TransformerEncoder):
+                        module.use_nested_tensor = False
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers.
-
-        Raises:
-            AdapterError: `adapter_names` has a name that the model has not, or the model is in training mode.
-        """
+        """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers."""
         for adapter in self.active_adapters:
             self._begin_anew(adapter)
-        names = kwargs.get("adapter_names")
-        handles = [] if names is None else self._hook_rows(list(names), kwargs.get("num_beams") or 1)
-        try:
+        with ExitStack() as handles:
+            if (names := kwargs.get("adapter_names")) is not None:
+                for handle in self._hook_rows(list(names), kwargs.get("num_beams") or 1):
+                    handles.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _begin_anew(self, adapter: str) -> None:
         """Calibrate an adapter whose configuration came from a file, but whose tensors did not."""
@@ -177,23 +156,20 @@ class HipLoraModel(BaseTuner):
         if not config.awaits_file or config.basis == "weight":
             return
         config.awaits_file = False
-        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
-        if layers:
+        if layers := [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]:
             chosen = copy.copy(config)
             chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
             calibrate(self.model, chosen)
             config.calibration = chosen.calibration
-        for layer in layers:
-            layer.begin_anew(adapter, chosen.calibrated[layer.name])
+            for layer in layers:
+                layer.begin_anew(adapter, chosen.calibrated[layer.name])
 
     def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
         layers = [module for module in self.modules() if isinstance(module, HipLoraLinear)]
         if self.training:
             raise AdapterError("Cannot pass `adapter_names` when the model is in training mode, call `eval` first.")
         if any(layer.merged for layer in layers):
-            raise AdapterError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+            raise AdapterError("Cannot pass `adapter_names` with merged adapters, call `unmerge_adapter` first.")
         known = {name for layer in layers for name in layer.hiplora_A}
         if unknown := sorted(set(names) - known - {"__base__"}):
             raise AdapterError(
@@ -202,26 +178,20 @@ class HipLoraModel(BaseTuner):
             )
         if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
-                f"layer {expert}: an expert gets single tokens, not rows, so a batch cannot mix adapters on it; "
-                "run one adapter at a time"
+                f"layer {expert}: an expert gets tokens, not rows; run one adapter at a time, not a mix"
             )
         # Beam search repeats the rows, but not those of an encoder.
         encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
         repeated = [name for name in names for _ in range(beams)]
-        return [
-            module.register_forward_pre_hook(
-                functools.partial(_name_rows, names if module in encoder else repeated), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, (HipLoraLinear, AuxiliaryTrainingWrapper))
-        ]
+
+        def name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": names if module in encoder else repeated}
+
+        hooked = [module for module in self.modules() if isinstance(module, (HipLoraLinear, AuxiliaryTrainingWrapper))]
+        return [module.register_forward_pre_hook(name_rows, with_kwargs=True) for module in hooked]
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: adapters are combined in their folders, by one of the rules of `hiplora.merging`.
-
-        Raises:
-            AdapterError: always.
-        """
+        """Refuse: adapters are combined in their folders, by one of the rules of `hiplora.merging`."""
         raise AdapterError(
             "add_weighted_adapter is PEFT's for LoRA and IA³; save the HiP-LoRA adapters and combine them with "
             "hiplora.merging.merge(folders, method=…, weights=…) (hiplora merge), or export them to LoRA first"
@@ -231,13 +201,12 @@ class HipLoraModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: PeftConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Select what is saved: δ and the factors as they act, whatever the parameters hold while they train."""
-        assert isinstance(config, HipLoraConfig)
         layers = _layers(model, adapter_name)
         for layer in layers.values():
             layer.ensure_factors(adapter_name)
@@ -250,7 +219,7 @@ class HipLoraModel(BaseTuner):
         # FSDP1 gathers tensors under names without its wrappers, which PEFT does not find.
         selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in layers}
         selected = retracted_state(selected, config, adapter_name)
-        for key, scale in _gain_scales(selected, model, adapter_name):
+        for key, scale in _gain_scales(selected, layers, adapter_name):
             selected[key] = selected[key] * scale
         # PEFT goes on to add the layer of an adapted output head, base weight and all, from this very dict.
         for key in [key for key in state_dict if ".base_layer." in key]:
@@ -260,17 +229,16 @@ class HipLoraModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
-        assert isinstance(config, HipLoraConfig)
         layers = _layers(model, adapter_name)
         named = file_names(state_dict)
         for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
             layers[name].load_factors(adapter_name, tensors)
         for name, layer in layers.items() if not config.save_factors else ():  # computed already, and not missing
             named |= {f"base_model.model.{name}.{kind}": getattr(layer, kind)[adapter_name] for kind in FACTOR_NAMES}
-        for key, scale in _gain_scales(named, model, adapter_name):
+        for key, scale in _gain_scales(named, layers, adapter_name):
             named[key] = named[key] / scale
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
 
@@ -282,32 +250,25 @@ def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layer_of(key: str) -> str:
-    """Return the name of the layer that a tensor of an adapter belongs to."""
-    layer, found, _ = key.removeprefix("base_model.model.").partition(".hiplora_")
-    return layer if found else ""
+    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
+    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
     """Do nothing: it is there to be seen."""
 
 
-def _name_rows(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": names}
-
-
 def _layers(model: nn.Module, adapter: str) -> dict[str, HipLoraLinear]:
     return {m.name: m for m in model.modules() if isinstance(m, HipLoraLinear) and adapter in m.hiplora_A}
 
 
-def _gain_scales(state: Mapping[str, Tensor], model: nn.Module, adapter: str) -> list[tuple[str, Tensor]]:
+def _gain_scales(
+    state: Mapping[str, Tensor], layers: Mapping[str, HipLoraLinear], adapter: str
+) -> list[tuple[str, Tensor]]:
     """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
-    layers, found = _layers(model, adapter), []
-    for key, value in state.items():
-        name = _layer_of(key) if ".hiplora_delta" in key else ""
-        scale = layers[name].gain_scale(adapter) if name in layers else None
-        if scale is not None:
-            found.append((key, scale.to(value.device)))
-    return found
+    keys = [key for key in state if ".hiplora_delta" in key and _layer_of(key) in layers]
+    scales = {key: layers[_layer_of(key)].gain_scale(adapter) for key in keys}
+    return [(key, scale.to(state[key].device)) for key, scale in scales.items() if scale is not None]
 
 
 def _shared_factors(
@@ -325,20 +286,18 @@ def _shared_factors(
     return None
 
 
-def _basis_of(config: HipLoraConfig) -> tuple[Any, ...]:
+def _basis_of(config: HipLoraConfig) -> list[Any]:
     """Return the settings that decide an adapter's factors, and what they were made of."""
-    ranks = (config.principal_rank, config.principal_rank_pattern, config.principal_ranks)
-    made_of = (config.fingerprints, config.calibration)
-    return config.basis, config.basis_sides, config.projection, config.svd_tolerance, *ranks, *made_of
+    names = ("basis", "basis_sides", "projection", "svd_tolerance", "fingerprints", "calibration")
+    ranks = ("principal_rank", "principal_rank_pattern", "principal_ranks")
+    return [getattr(config, name) for name in (*names, *ranks)]
 
 
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
     """Refuse a layer in which nothing could learn, and warn of one in which only the gains can."""
     for target in targets if config.is_closed else ():
-        k, (m, n), sides = config.calibrated[target.name].rank, target.shape, config.basis_sides
-        full = [f"{m} outputs"] if k >= m and sides != "input" else []
-        full += [f"{n} inputs"] if k >= n and sides != "output" else []
-        if full:
+        k, sides = config.calibrated[target.name].rank, zip(("output", "input"), target.shape, strict=True)
+        if full := [f"{n} {side}s" for side, n in sides if k >= n and config.basis_sides in ("both", side)]:
             found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {full[0]}"
             remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"
             if not config.principal_channel:
@@ -348,13 +307,10 @@ def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
 
 def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:
     """Refuse a pattern that matches nothing: it would be accepted and ignored."""
-    for field in ("rank_pattern", "alpha_pattern", "principal_rank_pattern"):
+    for field in PATTERNS.values():
         for pattern in getattr(config, field):
             if not any(get_pattern_key([pattern], name) == pattern for name in names):
-                raise ConfigError(
-                    f"{field}[{pattern!r}] matches none of the adapted modules, such as '{names[0]}'; correct or "
-                    "remove it"
-                )
+                raise ConfigError(f"{field}[{pattern!r}] matches no adapted module, such as '{names[0]}'; remove it")
 
 
 def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
@@ -375,10 +331,7 @@ def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable
 
 
 def register() -> None:
-    """Make PEFT know HiP-LoRA; calling it again changes nothing.
-
-    The type is a plain string: PEFT's own register function accepts only names of its enum.
-    """
+    """Make PEFT know HiP-LoRA; its own register function accepts only names of its enum."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = HipLoraConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = HipLoraModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = HipLoraModel.prefix  # type: ignore[index]

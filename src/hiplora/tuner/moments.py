@@ -17,7 +17,6 @@ from hiplora.tuner.experts import shared_side
 from hiplora.tuner.targets import linear_target
 
 Bases = dict[str, MomentBasis]
-_NOTHING = SecondMoment(1)  # of a layer that no token reached: its use is an error that names the layer
 _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
 
 
@@ -51,18 +50,56 @@ def restored(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-class MomentCollector:
-    """Sums up the second moments of the inputs of some layers while the model runs; padding does not count.
+class _Collector:
+    """Sums up second moments, of a layer or of the experts that share a space, while the model runs; padding is out."""
 
-    Layers that are called in a row with the very same tensor (q, k and v; gate and up) share one moment.
-    """
+    side: str
+    moments: dict[str, SecondMoment]
+    leader: dict[str, str]  # layer → the layer whose moment it shares
 
     def __init__(self, model: nn.Module, modules: Sequence[str]):
-        self.leader: dict[str, str] = {}  # layer → the layer whose moment it shares
-        self.moments: dict[str, SecondMoment] = {}
+        self.moments, self.leader = {}, {}
         self._model, self._modules = model, modules
         self._mask: Tensor | None = None
-        self._last: tuple[str, Tensor] | None = None
+
+    def add(self, name: str, vectors: Tensor, mask: Tensor | None) -> None:
+        """Add the vectors (…, n) of one call to a moment, without padding where the mask fits them."""
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        if mask is not None and mask.shape == vectors.shape[:-1]:
+            flat = flat[mask.to(flat.device).flatten()]
+        if name not in self.moments:
+            self.moments[name] = SecondMoment(vectors.shape[-1], vectors.device)
+        self.moments[name].add(flat)
+
+    def bases(
+        self, ranks: Mapping[str, int | None], directions: Callable[[SecondMoment, Any, str], MomentBasis]
+    ) -> Bases:
+        """Return so many `directions` of each layer's moment; layers that share it and k share one object."""
+        found: dict[tuple[str, int | None], MomentBasis] = {}
+        bases: Bases = {}
+        for name, k in ranks.items():
+            space = self.leader.get(name) or shared_space(name, self.side) or name
+            if (space, k) not in found:
+                found[space, k] = directions(self._moment(space), k, name)
+            bases[name] = found[space, k]
+        return bases
+
+    def _moment(self, name: str) -> SecondMoment:
+        """Return a moment: empty where no token came, zero for an expert that got none while others got some."""
+        expert = None if name in self.moments else shared_side(name)
+        if expert is None or not any(other.startswith(f"{expert[0]}.") for other in self.moments):
+            return self.moments.get(name, SecondMoment(1))
+        m, n = linear_target(self._model.get_submodule(name), name).shape
+        moment = SecondMoment(n if self.side == "input" else m)
+        moment.tokens = 1
+        return moment
+
+
+class MomentCollector(_Collector):
+    """Of layers' inputs. Those called in a row with the very same tensor (q, k and v; gate and up) share a moment."""
+
+    side = "input"
+    _last: tuple[str, Tensor] | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -86,32 +123,28 @@ class MomentCollector:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             x, last = next(iter((*args, *kwargs.values()))), self._last
             if shared is not None:
-                _add(self.moments, shared, x, None)
-                return
-            if last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
+                self.add(shared, x, None)
+            elif last is not None and x is last[1] and self.leader.get(name, last[0]) == last[0]:
                 self.leader[name] = last[0]
-                return
-            if self.leader.setdefault(name, name) != name:
-                return  # its leader has been summed up already, in this very pass
-            self._last = (name, x)
-            _add(self.moments, self.leader[name], x, self._mask)
+            elif self.leader.setdefault(name, name) == name:  # else its leader has been summed up, in this very pass
+                self._last = (name, x)
+                self.add(name, x, self._mask)
 
         return hook
 
 
-class GradientCollector:
-    """Sums up the second moments of the gradients at the outputs of some layers, while the model runs.
+class GradientCollector(_Collector):
+    """Of the gradients at layers' outputs, of `−log p(y)` with y drawn from the model's own distribution everywhere.
 
-    The gradient is of `−log p(y)` with y drawn from the model's own next-token distribution at every position, so
-    that the moment is the layer's factor of the Fisher information. A draw depends on the number of its row only. The
-    first `limit` tokens are used, to the end of their row; padding does not count.
+    So the moment is the layer's factor of the Fisher information. A draw depends on the number of its row only. The
+    first `limit` tokens are used, to the end of their row.
     """
 
+    side = "output"
+
     def __init__(self, model: nn.Module, modules: Sequence[str], limit: int):
-        self.moments: dict[str, SecondMoment] = {}  # of a layer, or of the experts that share a space
-        self._model, self._modules, self._limit = model, modules, limit
-        self._rows = self._tokens = 0
-        self._mask: Tensor | None = None
+        super().__init__(model, modules)
+        self._limit, self._rows, self._tokens = limit, 0, 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -150,7 +183,7 @@ class GradientCollector:
                 return output
             if not output.requires_grad:  # the first layer: the graph begins here, with what may be changed in place
                 output = output.detach().requires_grad_(True).clone()
-            output.register_hook(lambda gradient: _add(self.moments, space, gradient, self._mask))
+            output.register_hook(lambda gradient: self.add(space, gradient, self._mask))
             return output
 
         return hook
@@ -188,50 +221,16 @@ def shared_space(name: str, side: str) -> str | None:
     return found[0] if found is not None and found[1] == side else None
 
 
-def _add(moments: dict[str, SecondMoment], name: str, vectors: Tensor, mask: Tensor | None) -> None:
-    """Add the vectors (…, n) of one call to a moment, without padding where the mask fits them."""
-    flat = vectors.reshape(-1, vectors.shape[-1])
-    if mask is not None and mask.shape == vectors.shape[:-1]:
-        flat = flat[mask.to(flat.device).flatten()]
-    if name not in moments:
-        moments[name] = SecondMoment(vectors.shape[-1], vectors.device)
-    moments[name].add(flat)
-
-
-def _moment(moments: Mapping[str, SecondMoment], name: str, width: int) -> SecondMoment:
-    """Return a layer's moment; zero for an expert to which no token was routed, while others of its kind had some."""
-    if name in moments or (found := shared_side(name)) is None:
-        return moments.get(name, _NOTHING)
-    if not any(other.startswith(f"{found[0]}.") for other in moments):
-        return _NOTHING
-    zero = SecondMoment(width)
-    zero.tokens = 1
-    return zero
-
-
 def measure_inputs(
-    model: nn.Module,
-    modules: Sequence[str],
-    run: Callable[[], Any],
-    trailing: Mapping[str, int] | None = None,
+    model: nn.Module, modules: Sequence[str], run: Callable[[], Any], trailing: Mapping[str, int] | None = None
 ) -> Bases:
-    """Measure the inputs of some layers while `run` runs the model: their leading directions, or `trailing` last ones.
-
-    Layers that share an input share one object.
-    """
+    """Measure the inputs of some layers while `run` runs the model: leading directions, or the `trailing` last ones."""
     collector = MomentCollector(model, modules)
     with collector.watching():
         run()
-    found: dict[tuple[str, int | None], MomentBasis] = {}
-    bases: Bases = {}
-    for name in modules:
-        space = collector.leader.get(name) or shared_space(name, "input") or name
-        k = None if trailing is None else trailing[name]
-        if (space, k) not in found:
-            moment = _moment(collector.moments, space, linear_target(model.get_submodule(name), name).shape[1])
-            found[space, k] = moment.eigen(name) if k is None else moment.trailing(k, name)
-        bases[name] = found[space, k]
-    return bases
+    if trailing is None:
+        return collector.bases(dict.fromkeys(modules), lambda moment, _, name: moment.eigen(name))
+    return collector.bases({name: trailing[name] for name in modules}, SecondMoment.trailing)
 
 
 def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[], Any], limit: int) -> Bases:
@@ -239,15 +238,7 @@ def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[]
     collector = GradientCollector(model, list(ranks), limit)
     with collector.watching():
         run()
-    found: dict[tuple[str, int], MomentBasis] = {}
-    bases: Bases = {}
-    for name, k in ranks.items():
-        space = shared_space(name, "output") or name
-        if (space, k) not in found:
-            width = linear_target(model.get_submodule(name), name).shape[0]
-            found[space, k] = _moment(collector.moments, space, width).leading(k, name)
-        bases[name] = found[space, k]
-    return bases
+    return collector.bases(ranks, SecondMoment.leading)
 
 
 def score(logits: Tensor, row: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -57,12 +57,10 @@ class CalibrationStore(TensorStore):
 
 def model_fingerprint(model: nn.Module) -> str:
     """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
-    digest, seen = hashlib.sha256(), set()
+    digest = hashlib.sha256()
     with unrolled(model):
         for name, parameter in model.named_parameters():
-            own = not any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split("."))
-            if own and id(parameter) not in seen:
-                seen.add(id(parameter))
+            if not any(part.startswith(("hiplora_", "lora_", "modules_to_save")) for part in name.split(".")):
                 value = parameter.data
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
@@ -84,10 +82,7 @@ def sampled_rows(
     else questions and answers. The rest is text begun by a random token; all of it, where there is no tokenizer.
 
     What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
-    `tokenizer` None is the one in the folder, or of the hub name, that the model was loaded from.
-
-    Raises:
-        ConfigError: the model is not a causal language model.
+    `tokenizer` None is the one that the model was loaded with. ConfigError: it is not a causal language model.
     """
     check_causal(model)
     store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
@@ -95,43 +90,32 @@ def sampled_rows(
     length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
     count = -(-tokens // length)
     scripts = conversation_scripts(model, tokenizer or _own_tokenizer(model), length)
-    recipe = [(script.opening, script.reply, script.again) for script in scripts]
+    recipe = [script[:3] for script in scripts]
     rows: list[Tensor] = []
     with base_only(model):
         for first in range(0, count, _SAMPLED_AT_ONCE):
             part = range(first, min(first + _SAMPLED_AT_ONCE, count))
             path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
             if not path.is_file():
-                logger.info(
-                    "first run with this model: sampling %d rows of %d tokens to measure its layers on, kept in %s",
-                    len(part),
-                    length,
-                    store.root,
-                )
+                said = "first run with this model: sampling %d rows of %d tokens to measure its layers on, kept in %s"
+                logger.info(said, len(part), length, store.root)
             sample = functools.partial(sample_rows, model, part, length, seed, scripts)
             made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
             rows.extend(made["rows"].long())
     return rows
 
 
-@dataclass(frozen=True)
-class Script:
-    """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again.
-
-    `ends` says whether a sampled token ends a turn.
-    """
+class Script(NamedTuple):
+    """How two sides take turns in a row: token ids that open it, end the first side's turn, and begin it again."""
 
     opening: list[int]
     reply: list[int]
     again: list[int]
-    ends: Callable[[int], bool]
+    ends: Callable[[int], bool]  # whether a sampled token ends a turn
 
 
 def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script]:
-    """Return the conversations that calibration rows of this length follow: of the chat template, else of `QUESTIONS`.
-
-    None where there is no tokenizer, or where it does not fit the model.
-    """
+    """Return the conversations that rows follow: the chat template's, else `QUESTIONS`; none without a tokenizer."""
     if tokenizer is None:
         return []
     special = {*special_tokens(model), *tokenizer.all_special_ids}
@@ -142,24 +126,20 @@ def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script
         texts, ends, begin = [chat], special.__contains__, []
     pieces = [[tokenizer(text, add_special_tokens=False)["input_ids"] for text in one] for one in texts]
     scripts = [Script(begin + opening, reply, again, ends) for opening, reply, again in pieces]
-    return [
-        script
-        for script in scripts
-        if len(script.opening) < length / 2 and max(script.opening + script.reply + script.again) < vocabulary
-    ]
+    fitting = [one for one in scripts if len(one.opening) < length / 2]
+    return [one for one in fitting if max(one.opening + one.reply + one.again) < vocabulary]
 
 
 def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
     """Return what a chat template writes before the user's first turn, between the turns, and before the next one."""
-    marks = ["<1>", "<2>", "<3>"]
-    roles = ["user", "assistant", "user"]
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    turns = {"<1>": "user", "<2>": "assistant", "<3>": "user"}
+    messages = [{"role": role, "content": mark} for mark, role in turns.items()]
     # Llama's templates write the day; the text, and what is measured on it, would be new every day.
     write = functools.partial(tokenizer.apply_chat_template, tokenize=False, date_string="26 Jul 2024")
     try:
         text, opened = write(messages), write(messages[:1], add_generation_prompt=True)
-        opening, reply = opened.split(marks[0])
-        return opening, reply, text.split(marks[1])[1].split(marks[2])[0]
+        opening, reply = opened.split("<1>")
+        return opening, reply, text.split("<2>")[1].split("<3>")[0]
     except Exception:  # jinja2's errors, and any shape of template that this does not know
         return None
 
@@ -167,23 +147,15 @@ def _chat_pieces(tokenizer: Any) -> tuple[str, str, str] | None:
 def _own_tokenizer(model: Any) -> Any:
     """Return the tokenizer of the folder or hub name that a model was loaded from, if this machine has it."""
     name = getattr(model, "name_or_path", "")
-    if not name:
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception:  # whatever transformers raises: the model may have come without one
-        return None
+    with contextlib.suppress(Exception):  # whatever transformers raises: the model may have come without one
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False) if name else None
+    return None
 
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one.
-
-    Raises:
-        ConfigError: it does not; says what to pass.
-    """
-    config = getattr(model, "config", None)
-    why = ""
+    """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one."""
+    config, why = getattr(model, "config", None), ""
     if config is None or config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
         why = "is not a causal language model"
     else:
@@ -207,8 +179,7 @@ def sample_rows(
     """Sample rows of token ids from a causal language model, at temperature 1.
 
     Odd rows follow the `scripts`, if any; the others begin with a random token. A row depends on the model, the seed
-    and its own number only, not on the rows sampled with it: its random numbers are its own, looked up in the model's
-    distribution. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
+    and its own number only. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
     """
     vocabulary, begin = _vocabulary(model)
     device = next(model.parameters()).device
@@ -243,10 +214,7 @@ def sample_rows(
 
 
 class _ReservedLayer(DynamicLayer):
-    """A layer of transformers' cache that writes a step's keys and values into memory reserved for all of them.
-
-    `DynamicLayer` copies what it holds at every step. The values are the same.
-    """
+    """A layer of transformers' cache in memory reserved for all steps; `DynamicLayer` copies what it holds at each."""
 
     keys: Tensor
     values: Tensor
@@ -264,10 +232,8 @@ def reserve(cache: Any, length: int) -> None:
     """Have the plain layers of transformers' cache reserve memory for `length` tokens; any other cache stays."""
     for layer in getattr(cache, "layers", ()):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            held = (layer.keys, layer.values)
-            layer.rooms = tuple(one.new_empty(*one.shape[:-2], length, one.shape[-1]) for one in held)
-            for room, one in zip(layer.rooms, held, strict=True):
-                room[..., : one.shape[-2], :] = one
+            spare = (0, 0, 0, length - layer.keys.shape[-2])
+            layer.rooms = tuple(nn.functional.pad(held, spare) for held in (layer.keys, layer.values))
             layer.__class__ = _ReservedLayer
 
 
@@ -297,13 +263,11 @@ class _Writer:
 def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tuple[Tensor, Any]:
     """Return the logits of the token that follows each row, and the model's cache, if it has one."""
     accepted = inspect.signature(model.forward).parameters
-    name = next((name for name in CACHES if name in accepted), None)
-    few: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    if name is None:
-        few |= {"use_cache": False} if "use_cache" in accepted else {}
-    else:
-        few |= {"use_cache": True, name: cache}
-    output = model(input_ids=ids if cache is None else ids[:, -1:], **few)
+    name = next((name for name in CACHES if name in accepted), "")
+    given = {key: value for key, value in {"logits_to_keep": 1, "use_cache": False}.items() if key in accepted}
+    if name:
+        given |= {"use_cache": True, name: cache}
+    output = model(input_ids=ids if cache is None else ids[:, -1:], **given)
     return output.logits[:, -1], getattr(output, name, None) if name else None
 
 
@@ -316,9 +280,8 @@ def _vocabulary(model: Any) -> tuple[int, list[int]]:
 
 def special_tokens(model: Any) -> list[int]:
     """Return the ids of the tokens that begin, end or pad a text, as the model's configurations name them."""
-    found: set[int] = set()
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, (list, tuple)) else [value] if value is not None else [])
-    return sorted(found)
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = [getattr(config, name, None) for config in configs for name in names]
+    listed = [value if isinstance(value, (list, tuple)) else [value] for value in values if value is not None]
+    return sorted({token for tokens in listed for token in tokens})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,37 +60,38 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
     """Return the layers that an adapter of this configuration would sit on, in the model's order.
 
     `config` may be of any PEFT method with `target_modules`; where it names none, they are those of its `preset`. An
-    expert of a mixture, whose weights are 3-D parameters, is named `…experts.PARAMETER.NUMBER`. A preset and
-    "all-linear" leave out layers of no more inputs or outputs than the principal rank, and those that Mamba's fused
-    kernels read without a call.
+    expert of a mixture is named `…experts.PARAMETER.NUMBER`. A preset and "all-linear" leave out layers as narrow as
+    the principal rank, and those that Mamba's fused kernels read without a call.
 
     Raises:
         ConfigError: no module matches, or one that does is not a linear layer that is called.
     """
     chosen: Any = copy.copy(config)
-    if chosen.target_modules is None and not getattr(chosen, "target_parameters", None):
+    given, loaded = chosen.target_modules, getattr(config, "from_checkpoint", False)
+    if given is None and not getattr(chosen, "target_parameters", None):
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
     with unrolled(model):
-        loaded = getattr(config, "from_checkpoint", False)
         names = matching = _matching(model, chosen)
         if loaded and matching:
             names = list(chosen.fingerprints)
             if others := [name for name in names if name not in matching]:
                 raise ConfigError(
-                    f"the configuration is of an adapter on {others[0]}, and its target_modules "
-                    f"{config.target_modules!r} do not name that; for other layers make a new HipLoraConfig"
+                    f"the configuration is of an adapter on {others[0]}, and its target_modules {given!r} do not name "
+                    "that; for other layers make a new HipLoraConfig"
                 )
         if not names:
             raise ConfigError(
-                f"target_modules {config.target_modules!r} match no module of {type(model).__name__}, or all that "  # type: ignore[attr-defined]
-                "match are excluded; name some of its linear layers"
+                f"target_modules {given!r} match no module of {type(model).__name__}, or all that match are excluded; "
+                "name some of its linear layers"
             )
         patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
         ranks = {name: for_module(patterns, name, default) for name in names}
         targets = [linear_target(model.get_submodule(name), name, k) for name, k in ranks.items()]
     uncalled = {name for name in names if _read_by_kernels(model, name)}
-    if config.target_modules in (None, "all-linear"):  # type: ignore[attr-defined]
-        return [t for t in targets if not _too_narrow(t) and t.name not in uncalled] or targets
+    if given in (None, "all-linear"):
+        # A share of the energy is at most half of them, whatever the energies.
+        broad = [t for t in targets if resolve_rank(t.k, t.shape, lambda: torch.ones(1)) < min(t.shape)]
+        return [target for target in broad if target.name not in uncalled] or targets
     if uncalled and not loaded:
         raise ConfigError(
             f"layer {min(uncalled)}: Mamba's fused kernels read its weight and never call it, so that an adapter would "
@@ -100,43 +102,33 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
 
 def _matching(model: nn.Module, config: Any) -> list[str]:
     """Return the names of the modules that a configuration matches in an unrolled model; of experts, all."""
-    modules, linear = _base_modules(model), copy.copy(config)
-    experts, parameters = copy.copy(config), getattr(config, "target_parameters", None) or []
-    if config.target_modules == "all-linear":
+    linear, experts, everything = copy.copy(config), copy.copy(config), config.target_modules == "all-linear"
+    if everything:
         _maybe_include_all_linear_layers(linear, model)
         experts.target_modules = ".*"
     elif not isinstance(config.target_modules, str):
         linear.target_modules = set(config.target_modules or ())
-        experts.target_modules = {*linear.target_modules, *parameters}
-    names = []
+        experts.target_modules = {*linear.target_modules, *(getattr(config, "target_parameters", None) or ())}
+    names: list[str] = []
     try:
-        for name, module in modules.items():
+        for name, module in _whole_modules(model).items():
             if isinstance(module, ExpertList):
                 if any(check_target_module_exists(experts, alias) for alias in _aliases(name)):
                     names += [f"{name}.{index}" for index in range(len(module))]
-            elif not isinstance(modules.get(name.rpartition(".")[0]), ExpertList):
-                wanted = check_target_module_exists(linear, name)
-                if wanted and (config.target_modules != "all-linear" or is_linear(_base(module))):
-                    names.append(name)
+            elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
+                names.append(name)
     except re.error as error:
         raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
     return names
 
 
 def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[str]:
-    """Say what a new adapter leaves out although its configuration seems to mean it; empty if nothing.
-
-    These are names that match nothing, with the other projections of the same role, experts that cannot be adapted,
-    and the narrow layers that "all-linear" passes over, each with its share of the model's weights.
-    """
+    """Say what a new adapter leaves out although its configuration seems to mean it, and its share of the weights."""
     names, notes, asked = {target.name for target in targets}, [], config.target_modules
     with unrolled(model):
         modules = _base_modules(model)
-        weights = {
-            re.sub(r"\.base_layer|\.weight$", "", name): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.dim() > 1 and "hiplora_" not in name
-        }
+        large = {name: one for name, one in model.named_parameters() if one.dim() > 1 and "hiplora_" not in name}
+        weights = {re.sub(r"\.base_layer|\.weight$", "", name): parameter for name, parameter in large.items()}
         total = sum(parameter.numel() for parameter in weights.values())
 
         def share(found: Iterable[str]) -> str:
@@ -145,32 +137,26 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
             return f"{', '.join(kinds)} ({sum(sizes.values()) / total:.1%} of the model's weights)"
 
         if asked == "all-linear" and (narrow := [name for name in _matching(model, config) if name not in names]):
-            notes.append(
-                f"'all-linear' leaves out layers as narrow as principal_rank, or never called: {share(narrow)}"
-            )
+            notes.append(f"'all-linear' leaves out layers as narrow as principal_rank or not called: {share(narrow)}")
         experts = [name for name, module in modules.items() if isinstance(module, ExpertList)]
         known = [*modules, *(alias for name in experts for alias in _aliases(name))]
         listed = [*(() if isinstance(asked, str) else asked or ()), *(config.target_parameters or ())]
         unmatched = sorted(t for t in listed if not any(n == t or n.endswith(f".{t}") for n in known))
         if unmatched:
             notes.append(f"target_modules {unmatched} match no module of {type(model).__name__}")
-        for role, belongs in _ROLES.values():
-            members = [name for name, module in modules.items() if is_linear(_base(module)) and belongs(name)]
-            missed = [name for name in members if name not in names]
+        for role in _ROLES.values():
+            members = {name for name, module in modules.items() if is_linear(_base(module)) and _role(name) == role}
+            missed = [name for name in modules if name in members - names]
             if unmatched and missed and len(missed) < len(members):
                 notes.append(f"of the {role} projections, these are left out: {share(missed)}")
-        stuck = [name for name, parameter in weights.items() if parameter.dim() == 3 and _in_mlp(name)]
-        if stuck and (asked == "all-linear" or any(map(_in_mlp, names))):
+        stuck = [name for name, parameter in weights.items() if parameter.dim() == 3 and _role(name) == "MLP"]
+        if stuck and (asked == "all-linear" or any(_role(name) == "MLP" for name in names)):
             notes.append(f"HiP-LoRA cannot adapt these 3-D parameters, which are left out: {share(stuck)}")
     return notes
 
 
 def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
-    """Describe a linear layer, adapted already or not.
-
-    Raises:
-        ConfigError: the module is not a linear layer.
-    """
+    """Describe a linear layer, adapted already or not; another module is a ConfigError."""
     base = _base(module)
     n, m = _get_in_out_features(base) if is_linear(base) else (None, None)
     if m is None or n is None:
@@ -187,11 +173,8 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module without adapters multiplies by one weight matrix, quantised or not, when it is called.
-
-    `nn.MultiheadAttention` never calls its output projection.
-    """
-    if isinstance(module, NonDynamicallyQuantizableLinear):
+    """Whether a module without adapters multiplies by one weight matrix, quantised or not, when it is called."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its output projection
         return False
     return isinstance(module, (nn.Linear, Conv1D)) or quantization(module) is not None
 
@@ -249,20 +232,13 @@ def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
 def default_targets(model: nn.Module, preset: str = "function-aware") -> list[str]:
     """Return the `target_modules` of a preset for this model: its MLP projections, or the paper's attention ones.
 
-    The names are as short as they can be without matching another module. Of a multimodal model that generates text,
-    they are the text decoder's. Experts that are 3-D parameters are named like them (`experts.gate_up_proj`).
-
-    Raises:
-        ConfigError: the model has none that can be recognised.
+    The names are as short as they can be without matching another module, experts' those of their 3-D parameters. Of a
+    multimodal model that generates text, they are the text decoder's. ConfigError: none can be recognised.
     """
-    role, belongs = _ROLES[preset]
+    role = _ROLES[preset]
     with unrolled(model):
-        modules = _whole_modules(model)
-    chosen = [
-        name
-        for name, module in modules.items()
-        if belongs(name) and (isinstance(module, ExpertList) or is_linear(_base(module)))
-    ]
+        modules = {name: module for name, module in _whole_modules(model).items() if _role(name) == role}
+    chosen = [name for name, one in modules.items() if isinstance(one, ExpertList) or is_linear(_base(one))]
     if getattr(model, "can_generate", bool)():
         chosen = [name for name in chosen if not any(map(_TOWER.fullmatch, name.lower().split(".")))] or chosen
     if not chosen:
@@ -282,25 +258,23 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(next(tail for tail in _tails(name) if tail not in others) for name in chosen))
 
 
-def _in_mlp(name: str) -> bool:
-    *parents, own = name.lower().split(".")
-    if not any(part.isdigit() for part in parents) or any(map(_ATTENTION.fullmatch, parents)):
-        return False
-    if _ROUTER.fullmatch(own):
-        return False
-    named = _MLP_PROJECTION.fullmatch(own) is not None or (parents[-1], own) in _MLP_PAIRS
-    return named or any(map(_MLP_CONTAINER.fullmatch, parents))
-
-
-def _in_attention(name: str) -> bool:
+def _role(name: str) -> str:
+    """Return whether a module is part of a numbered block's "attention" or "MLP"; else an empty string."""
     *parents, own = name.lower().split(".")
     if not any(part.isdigit() for part in parents) or _ROUTER.fullmatch(own):
-        return False
-    inside = any(map(_ATTENTION.fullmatch, parents))
-    return inside or (_ATTENTION_PROJECTION.fullmatch(own) is not None and not _in_mlp(name))
+        return ""
+    if any(map(_ATTENTION.fullmatch, parents)):
+        return "attention"
+    if (
+        _MLP_PROJECTION.fullmatch(own)
+        or (parents[-1], own) in _MLP_PAIRS
+        or any(map(_MLP_CONTAINER.fullmatch, parents))
+    ):
+        return "MLP"
+    return "attention" if _ATTENTION_PROJECTION.fullmatch(own) else ""
 
 
-_ROLES = {"function-aware": ("MLP", _in_mlp), "paper": ("attention", _in_attention)}
+_ROLES = {"function-aware": "MLP", "paper": "attention"}
 
 
 def _aliases(experts: str) -> list[str]:
@@ -326,21 +300,14 @@ def _base(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _too_narrow(target: Target) -> bool:
-    side = min(target.shape)
-    return resolve_rank(target.k, target.shape, lambda: torch.ones(side)) >= side
-
-
 def _read_by_kernels(model: nn.Module, name: str) -> bool:
     """Whether a layer is one of a Mamba mixer's whose weight its fused kernels take without a call."""
     parent, _, own = name.rpartition(".")
     if own not in ("x_proj", "dt_proj", "out_proj"):
         return False
-    mixer = model.get_submodule(parent)
-    return hasattr(mixer, "A_log") and hasattr(mixer, "in_proj")
+    return all(hasattr(model.get_submodule(parent), part) for part in ("A_log", "in_proj"))
 
 
 def _tails(name: str) -> list[str]:
     """Return the ends of a name, from its last part to the whole."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in reversed(range(len(parts)))]
+    return [*itertools.accumulate(reversed(name.split(".")), lambda tail, part: f"{part}.{tail}")]

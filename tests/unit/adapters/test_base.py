@@ -8,37 +8,26 @@ from hiplora.adapters import BaseWeights
 from hiplora.adapters.base import in_precision
 from hiplora.errors import AdapterError
 from hiplora.spectral import weight_fingerprint
-from tests.tiny import tiny_llama
+from tests.tiny import save_tiny
 from tests.unit.adapters.samples import base_model, save_tiny_gpt2
 
 
-def linear_layers(model):
-    return {name: m.weight for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
-
-
-@pytest.mark.parametrize("kind", ["tied", "bf16"])
-def test_every_weight_is_read_as_stored(tmp_path, kind):
-    model = tiny_llama(tie=kind == "tied", dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
-    model.save_pretrained(tmp_path / "m")
-    weights = BaseWeights(str(tmp_path / "m"))
-    for name, weight in linear_layers(model).items():
-        assert torch.equal(weights.weight(name), weight)
-
-
-def test_transposed_weights_come_as_out_by_in(tmp_path):
-    base = save_tiny_gpt2(tmp_path / "gpt2")
-    weights = BaseWeights(str(base))
-    for name, weight in linear_layers(base_model(base)).items():
-        assert torch.equal(weights.weight(name), weight if name == "lm_head" else weight.T)
-
-
-@pytest.mark.parametrize("module", ["model.layers.9.self_attn.q_proj", "model.norm"])
-def test_a_layer_that_the_model_lacks_is_named(tiny_model_dir, module):
-    with pytest.raises(AdapterError, match=f"has no linear layer {module}.*--base"):
-        BaseWeights(str(tiny_model_dir)).weight(module)
+@pytest.mark.parametrize("kind", ["tied", "bf16", "gpt2"])
+def test_every_weight_is_read_as_stored_and_transposed_ones_as_out_by_in(tmp_path, kind):
+    if kind == "gpt2":
+        save_tiny_gpt2(tmp_path)
+    else:
+        save_tiny(tmp_path, tie=kind == "tied", dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+    weights = BaseWeights(str(tmp_path))
+    for name, layer in base_model(tmp_path, dtype="auto").named_modules():
+        if type(layer).__name__ in ("Linear", "Conv1D"):
+            stored = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+            assert torch.equal(weights.weight(name), stored)
 
 
 def test_a_model_that_cannot_be_read_is_named_with_the_way_out(tiny_model_dir, tmp_path):
+    with pytest.raises(AdapterError, match=r"has no linear layer model\.norm.*--base"):
+        BaseWeights(str(tiny_model_dir)).weight("model.norm")
     with pytest.raises(AdapterError, match=r"nowhere.*--base"):
         BaseWeights(str(tmp_path / "nowhere"))
     broken = shutil.copytree(tiny_model_dir, tmp_path / "broken")

@@ -5,14 +5,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hiplora.adapters import dense, save_as_lora, save_dense
+from hiplora.adapters import save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
-    ATTENTION,
     base_model,
     edit_config,
     edit_tensors,
@@ -31,12 +29,11 @@ def assert_same_model(folder, model, base_dir):
 
 
 @pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("kind", ["hiplora", "lora"])
-def test_the_folder_is_a_whole_model_with_equal_logits(tiny_model_dir, tmp_path, kind, live):
-    config = hip_config() if kind == "hiplora" else LoraConfig(r=4, target_modules=ATTENTION)
-    folder, model = saved(tiny_model_dir, tmp_path / "a", config)
-    report = save_dense(model if live else folder, tmp_path / "out")
-    assert_same_model(tmp_path / "out", model, tiny_model_dir)
+@pytest.mark.parametrize("name", ["one", "lora"])
+def test_the_folder_is_a_whole_model_with_equal_logits(adapters, tmp_path, name, live):
+    folder = adapters[name]
+    report = save_dense(adapters.models[name] if live else folder, tmp_path / "out")
+    assert_same_model(tmp_path / "out", adapters.models[name], adapters.base)
     assert report["logit_difference"] < 1e-5
     assert report["largest_difference"]["relative"] < 1e-7
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -53,22 +50,17 @@ def test_the_folder_is_a_whole_model_with_equal_logits(tiny_model_dir, tmp_path,
         ({"target_modules": ["q_proj", "lm_head"]}, True),
         ({"modules_to_save": ["lm_head"]}, True),
         ({"modules_to_save": ["embed_tokens"]}, True),
+        ({"target_modules": ["c_attn", "c_proj", "c_fc"]}, False),
     ],
 )
 def test_tied_embeddings_are_untied_only_where_the_adapter_changes_one_side(tmp_path, changes, untied):
-    base = save_tiny(tmp_path / "tied", tie=True)
+    gpt2 = "c_attn" in changes.get("target_modules", ())  # tied too, and its layers are transposed
+    base = save_tiny_gpt2(tmp_path / "tied") if gpt2 else save_tiny(tmp_path / "tied", tie=True)
     folder, model = saved(base, tmp_path / "a", hip_config(**changes))
     assert save_dense(folder, tmp_path / "out")["untied"] == untied
     merged = base_model(tmp_path / "out")
     assert merged.config.tie_word_embeddings is not untied
-    assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight) is not untied
-    assert_same_model(tmp_path / "out", model, base)
-
-
-def test_transposed_layers_are_merged_in_their_own_layout(tmp_path):
-    base = save_tiny_gpt2(tmp_path / "gpt2")
-    folder, model = saved(base, tmp_path / "a", hip_config(target_modules=["c_attn", "c_proj", "c_fc"]))
-    save_dense(folder, tmp_path / "out")
+    assert torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight) is not untied
     assert_same_model(tmp_path / "out", model, base)
 
 
@@ -86,57 +78,46 @@ def test_each_sum_is_rounded_once_to_the_base_models_format_or_the_one_asked_for
     assert 1e-4 < save_dense(folder, tmp_path / "half", dtype="bfloat16")["largest_difference"]["relative"] < 1e-2
 
 
-def test_another_base_model_is_refused_and_nothing_is_written(hip, tiny_model_dir, tmp_path):
-    lora, _ = saved(tiny_model_dir, tmp_path / "a", LoraConfig(r=4, target_modules=["k_proj"]))
-    settings = LlamaConfig.from_pretrained(tiny_model_dir)
-    settings.num_key_value_heads = 4
-    LlamaForCausalLM(settings).save_pretrained(tmp_path / "wide")
-    quantised = shutil.copytree(tiny_model_dir, tmp_path / "quantised")
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(adapters, tmp_path):
+    shape = {"vocab_size": 259, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**shape, hidden_size=64, num_key_value_heads=4)).save_pretrained(tmp_path / "wide")
+    quantised = shutil.copytree(adapters.base, tmp_path / "quantised")
     config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (quantised / "config.json").write_text(json.dumps(config))
-    for folder, base, why in (
-        (hip[0], save_tiny(tmp_path / "other", seed=1), r"k_proj: the weight in .* is not the one"),
-        (hip[0], save_tiny_gpt2(tmp_path / "gpt2"), r"has no linear layer model\.layers\.0"),
-        (lora, tmp_path / "wide", "the adapter is for 32 × 64, the weight in .* is 64 × 64"),
-        (hip[0], quantised, "unquantised"),
+    leaking, module = leaky(adapters.base, tmp_path / "leaky")
+    cut, nameless = (shutil.copytree(adapters["hip whole"], tmp_path / name) for name in ("cut", "nameless"))
+    head = "base_model.model.lm_head.weight"
+    edit_tensors(cut, lambda tensors: tensors.update({head: tensors[head][:-3]}))
+    edit_config(nameless, base_model_name_or_path=None)
+    for folder, options, why in (
+        (adapters["one"], {"base": save_tiny(tmp_path / "b", seed=1)}, r"k_proj: the weight in .* is not the one"),
+        (adapters["one"], {"base": save_tiny_gpt2(tmp_path / "g")}, r"has no linear layer model\.layers\.0"),
+        (adapters["lora"], {"base": tmp_path / "wide"}, "the adapter is for 32 × 64, the weight in .* is 64 × 64"),
+        (adapters["one"], {"base": quantised}, "unquantised"),
+        (leaking, {}, f"{module} leaks"),
+        (cut, {}, r"lm_head\.weight is \(256, 64\), the base model's \(259, 64\)"),
+        (cut, {"dtype": "int8"}, "dtype is 'int8'"),
+        (nameless, {}, "--base"),
     ):
-        with pytest.raises(AdapterError, match=why):
-            save_dense(folder, tmp_path / "out", base=str(base))
+        options = {name: str(value) for name, value in options.items()}
+        with pytest.raises(ConfigError if "dtype" in options else AdapterError, match=why):
+            save_dense(folder, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
 
 
-def test_a_model_with_other_logits_is_refused_unless_they_are_not_compared(hip, tmp_path, monkeypatch):
-    save = dense._save
+def test_a_model_with_other_logits_is_refused_unless_they_are_not_compared(adapters, tmp_path, monkeypatch):
+    save = LlamaForCausalLM.save_pretrained
 
-    def spoilt(model, *arguments):
+    def spoilt(model, folder):
         model.model.norm.weight.data.mul_(2)
-        save(model, *arguments)
+        save(model, folder)
 
-    monkeypatch.setattr(dense, "_save", spoilt)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", spoilt)
     with pytest.raises(AdapterError, match="logits differ by"):
-        save_dense(hip[0], tmp_path / "out")
+        save_dense(adapters["one"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    report = save_dense(hip[0], tmp_path / "out", check_logits=False)
-    assert report["logit_difference"] is None
-
-
-def test_what_cannot_be_merged_is_refused(tiny_model_dir, tmp_path):
-    leaking, module = leaky(tiny_model_dir, tmp_path / "leaky")
-    nameless, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(modules_to_save=["lm_head"]))
-    name = "base_model.model.lm_head.weight"
-    edit_tensors(nameless, lambda tensors: tensors.update({name: tensors[name][:-3]}))
-    for folder, error, why, options in (
-        (leaking, AdapterError, f"{module} leaks", {}),
-        (nameless, AdapterError, r"lm_head\.weight is \(256, 64\), the base model's \(259, 64\)", {}),
-        (nameless, ConfigError, "dtype is 'int8'", {"dtype": "int8"}),
-    ):
-        with pytest.raises(error, match=why):
-            save_dense(folder, tmp_path / "out", **options)
-    edit_config(nameless, base_model_name_or_path=None)
-    with pytest.raises(AdapterError, match="--base"):
-        save_dense(nameless, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert save_dense(adapters["one"], tmp_path / "out", check_logits=False)["logit_difference"] is None
 
 
 @pytest.mark.parametrize("how", [{}, {"save_embedding_layers": False}])
@@ -145,10 +126,8 @@ def test_an_adapter_with_tokens_of_its_own_is_exported_with_its_tokenizer(tiny_m
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False
-    )
-    model = peft.get_peft_model(base, config).eval()
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"], "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **whole)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
@@ -159,8 +138,7 @@ def test_an_adapter_with_tokens_of_its_own_is_exported_with_its_tokenizer(tiny_m
     expected = model(ids).logits
     save_dense(tmp_path / "adapter", tmp_path / "dense", base=str(tiny_model_dir))
     save_as_lora(tmp_path / "adapter", tmp_path / "plain", base=str(tiny_model_dir))
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    torch.testing.assert_close(dense(ids).logits, expected)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(ids).logits, expected)
     for folder in ("dense", "plain"):
         assert len(AutoTokenizer.from_pretrained(tmp_path / folder)) == len(tokenizer)
     assert "im_end" not in (tiny_model_dir / "tokenizer.json").read_text()

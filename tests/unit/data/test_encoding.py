@@ -1,8 +1,13 @@
 """Tokens and labels: only responses are learned, prompts keep their own tokens, nothing is lost uncounted."""
 
-import pytest
+import re
 
-from hiplora.data.encoding import IGNORED, encode_examples
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from hiplora.data.encoding import IGNORED, encode_examples, shown
 from hiplora.data.examples import Example
 from hiplora.errors import DataError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -15,40 +20,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def encode_example(tokenizer, example):
-    (row,), _ = encode_examples(tokenizer, [example], 1000)
-    return row["input_ids"], row["labels"]
-
-
-def learned(tokenizer, example):
-    """The text that is learned, in pieces between what is not."""
-    ids, labels = encode_example(tokenizer, example)
-    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    pieces, current = [], []
-    for token, label in zip(ids, labels, strict=True):
-        if label == IGNORED:
-            pieces, current = [*pieces, current] if current else pieces, []
-        else:
-            current.append(token)
-    return [tokenizer.decode(piece) for piece in [*pieces, current] if piece]
-
-
-def test_the_response_is_learned_with_its_end_and_the_prompt_is_not(tokenizer):
-    ids, _ = encode_example(tokenizer, Example("Say hi:", " hi"))
-    assert tokenizer.decode(ids) == "Say hi: hi<|eos|>"
-    assert learned(tokenizer, Example("Say hi:", " hi")) == [" hi<|eos|>"]
-
-
-def test_the_prompt_is_learned_too_where_that_is_asked(tokenizer):
-    asked = Example("Say hi:", " hi", learn_prompt=True)
-    assert learned(tokenizer, asked) == ["Say hi: hi<|eos|>"]
-    assert encode_example(tokenizer, asked)[0] == encode_example(tokenizer, Example("Say hi:", " hi"))[0]
-    assert learned(with_bos(), asked) == ["Say hi: hi<|eos|>"]
-
-
 def with_bos():
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", 256)]
@@ -56,13 +28,37 @@ def with_bos():
     return tokenizer
 
 
-def test_a_beginning_of_text_token_is_there_once_and_given_not_learned():
-    ids, labels = encode_example(with_bos(), Example("ab", "c"))
-    assert ids[0] == 256
-    assert ids.count(256) == 1
-    assert labels[0] == IGNORED
-    ids, labels = encode_example(with_bos(), Example("", "c"))
-    assert (ids[0], labels[0]) == (256, IGNORED)
+def templated(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def encode_example(tokenizer, example):
+    (row,), _ = encode_examples(tokenizer, [example], 1000)
+    ids, labels = row["input_ids"], row["labels"]
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    return ids, labels
+
+
+def learned(tokenizer, example):
+    """The text that is learned, in pieces between what is not."""
+    (row,), _ = encode_examples(tokenizer, [example], 1000)
+    return re.findall("⟦(.*?)⟧", shown(tokenizer, row), re.S)
+
+
+def test_the_response_is_learned_with_its_end_and_the_prompt_where_that_is_asked(tokenizer):
+    example, asked = Example("Say hi:", " hi"), Example("Say hi:", " hi", learn_prompt=True)
+    assert tokenizer.decode(encode_example(tokenizer, example)[0]) == "Say hi: hi<|eos|>"
+    assert learned(tokenizer, example) == [" hi<|eos|>"]
+    assert encode_example(tokenizer, asked)[0] == encode_example(tokenizer, example)[0]
+    assert learned(tokenizer, asked) == learned(with_bos(), asked) == ["Say hi: hi<|eos|>"]
+
+
+@pytest.mark.parametrize("prompt", ["ab", ""])
+def test_a_beginning_of_text_token_is_there_once_and_given_not_learned(prompt):
+    ids, labels = encode_example(with_bos(), Example(prompt, "c"))
+    assert (ids[0], ids.count(256), labels[0]) == (256, 1, IGNORED)
 
 
 class Merging:
@@ -71,12 +67,9 @@ class Merging:
     eos_token_id = 2
 
     def __call__(self, texts, add_special_tokens=True):
-        if isinstance(texts, str):
-            return {"input_ids": self._one(texts)}
-        return {"input_ids": [self._one(text) for text in texts]}
-
-    def _one(self, text):
-        return [1 if piece == "\0" else ord(piece) for piece in text.replace(": ", "\0")]
+        if not isinstance(texts, str):
+            return {"input_ids": [self(text)["input_ids"] for text in texts]}
+        return {"input_ids": [1 if piece == "\0" else ord(piece) for piece in texts.replace(": ", "\0")]}
 
 
 def test_a_prompt_keeps_its_own_tokens_where_the_response_would_merge_into_it():
@@ -96,12 +89,11 @@ TALK = (
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN_TEMPLATE])
 def test_all_that_the_assistant_says_is_learned_and_nothing_else(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    said = learned(tokenizer, Example("", "2", TALK))
-    assert [piece.strip() for piece in said] == ["1<|eos|>", "2<|eos|>"]
-    ids, _ = encode_example(tokenizer, Example("", "2", TALK))
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False)
+    tokenizer, talk = templated(template), Example("", "2", TALK)
+    assert [piece.strip() for piece in learned(tokenizer, talk)] == ["1<|eos|>", "2<|eos|>"]
+    whole = tokenizer.apply_chat_template(list(TALK), tokenize=False)
+    assert tokenizer.decode(encode_example(tokenizer, talk)[0]) == whole
+    assert learned(tokenizer, Example("", "2", TALK, learn_from=4)) == ["2<|eos|>"]
 
 
 def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):
@@ -115,12 +107,10 @@ def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):
     said = " ".join(report.warnings(10))
     assert "1 of 3 responses are cut at 10 tokens" in said
     assert "1 of 3 rows are left out" in said
-
-
-def test_a_prompt_that_fills_the_length_exactly_leaves_no_response(tokenizer):
-    examples = [Example("p" * 10, "r"), Example("p" * 9, "r")]
-    rows, report = encode_examples(tokenizer, examples, 10)
+    rows, report = encode_examples(tokenizer, [Example("p" * 10, "r"), Example("p" * 9, "r")], 10)
     assert (len(rows), report.left_out, report.truncated) == (1, 1, 1)
+    with pytest.raises(DataError, match="none of the 2 rows has room"):
+        encode_examples(tokenizer, [Example("p" * 20, "r")] * 2, 10)
 
 
 def test_long_text_is_cut_into_pieces_and_no_token_is_lost(tokenizer):
@@ -130,11 +120,6 @@ def test_long_text_is_cut_into_pieces_and_no_token_is_lost(tokenizer):
     assert tokenizer.decode([token for row in rows for token in row["input_ids"]]) == text + "<|eos|>"
     assert all(row["labels"] == row["input_ids"] for row in rows)
     assert report.truncated == 0
-
-
-def test_no_room_for_any_response_is_an_error(tokenizer):
-    with pytest.raises(DataError, match="none of the 2 rows has room"):
-        encode_examples(tokenizer, [Example("p" * 20, "r")] * 2, 10)
 
 
 CALL = {"type": "function", "function": {"name": "tide", "arguments": {"day": "Monday"}}}
@@ -149,12 +134,6 @@ BARE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
-
-
-def templated(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_tools_and_calls_reach_the_template():
@@ -182,10 +161,6 @@ def test_marks_that_begin_at_the_first_token_end_where_they_end_and_an_answer_wi
     assert "1 of 1 conversations end on no end-of-turn token" in " ".join(report.warnings(100))
 
 
-def test_only_what_follows_a_conversational_prompt_is_learned(tokenizer):
-    assert learned(tokenizer, Example("", "2", TALK, learn_from=4)) == ["2<|eos|>"]
-
-
 @pytest.mark.parametrize(
     ("template", "said"),
     [
@@ -202,18 +177,9 @@ def test_a_template_that_is_missing_refuses_rewrites_or_marks_nothing_is_named(t
 
 def sentencepiece():
     """A tokenizer as Llama 2's: a blank before every text, then blanks as part of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {symbol: index for index, symbol in enumerate("▁abcdefghijklmnopqrstuvwxyz\n[]/INST")}
-    vocabulary = letters | {
-        "▁y": len(letters),
-        "▁ye": len(letters) + 1,
-        "▁yes": len(letters) + 2,
-        "</s>": len(letters) + 3,
-    }
-    model = models.BPE(vocab=vocabulary, merges=[("▁", "y"), ("▁y", "e"), ("▁ye", "s")])
-    inner = Tokenizer(model)
+    symbols = [*dict.fromkeys("▁abcdefghijklmnopqrstuvwxyz\n[]/INST"), "▁y", "▁ye", "▁yes", "</s>"]
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "y"), ("▁y", "e"), ("▁ye", "s")]))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
     made.chat_template = (
@@ -229,10 +195,8 @@ def test_an_answer_has_the_tokens_that_the_whole_has(said):
     talk = ({"role": "user", "content": "is it"}, {"role": "assistant", "content": said})
     ids, labels = encode_example(tokenizer, Example("", said, talk))
     assert ids == tokenizer(f"[INST]is it[/INST]{said}</s>", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])[-1] == "</s>"
-    assert tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])[0] == (
-        "▁yes" if said[0] == " " else "y"
-    )
+    tokens = tokenizer.convert_ids_to_tokens([label for label in labels if label != IGNORED])
+    assert tokens == [*(["▁yes"] if said[0] == " " else "yes"), "</s>"]
 
 
 def test_a_response_after_a_blank_gets_no_second_blank():

@@ -38,13 +38,15 @@ def test_tables_and_texts_are_rows_too(tmp_path):
 def test_bad_rows_are_left_out_and_said_on_demand(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"tex\n{"txt": 1}\n{"text": "\xff"}\n{"text": "b"}\n')
     bad = []
-    assert check_rows(read_rows(tmp_path / "a.jsonl", bad), "auto", "a.jsonl", bad) == ("text", ROWS_AB)
+    assert check_rows(read_rows(tmp_path / "a.jsonl", bad), "auto", "a.jsonl", bad) == (
+        "text",
+        [{"text": "a"}, {"text": "b"}],
+    )
     assert [problem.partition(":")[0].rpartition(" ")[2] for problem in sorted(bad)] == ["2", "4", "3"]
     with pytest.raises(DataError, match="line 3: text: Field required"):
         check_rows([("line 3", {"txt": 1})], "text", "a.jsonl", [])
 
 
-ROWS_AB = [{"text": "a"}, {"text": "b"}]
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 
 
@@ -87,22 +89,22 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, name, content, said):
 
 
 @pytest.mark.parametrize(
-    ("row", "format"),
+    ("fields", "format"),
     [
-        ({"messages": [], "text": ""}, "messages"),
-        ({"instruction": "", "input": "", "output": ""}, "alpaca"),
-        ({"prompt": "", "completion": ""}, "prompt_completion"),
-        ({"prompt": "", "response": ""}, "prompt_completion"),
-        ({"question": "", "choices": [], "answer": 0}, "multiple_choice"),
-        ({"question": "", "answer": ""}, "question_answer"),
-        ({"query": "", "response": ""}, "query_response"),
-        ({"text": ""}, "text"),
-        ({"label": 1}, None),
-        ("text", None),
+        ("messages text", "messages"),
+        ("instruction input output", "alpaca"),
+        ("prompt completion", "prompt_completion"),
+        ("prompt response", "prompt_completion"),
+        ("question choices answer", "multiple_choice"),
+        ("question answer", "question_answer"),
+        ("query response", "query_response"),
+        ("text", "text"),
+        ("label", None),
     ],
 )
-def test_the_format_is_read_off_the_fields(row, format):
-    assert detect_format(row) == format
+def test_the_format_is_read_off_the_fields(fields, format):
+    assert detect_format(dict.fromkeys(fields.split())) == format
+    assert detect_format("text") is None
 
 
 CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
@@ -147,15 +149,12 @@ def test_many_problems_are_counted_and_no_rows_are_an_error():
         check_rows([("line 1", {"label": 1})], "auto", "rows.jsonl")
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "data/notes.txt", "data/rows.jsonl", "/a/b", "one", "a/b/c"])
-def test_what_looks_like_a_path_is_not_a_name_on_the_hub(name):
-    assert not is_hub_name(name)
-
-
-def test_a_file_goes_before_a_data_set_of_its_name(tmp_path, monkeypatch):
+def test_a_path_or_a_file_goes_before_a_data_set_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    paths = ("notes.txt", "data/notes.txt", "data/rows.jsonl", "/a/b", "one", "a/b/c")
+    assert not any(map(is_hub_name, paths))
     assert is_hub_name("harbour/logs:long")
-    (tmp_path / "harbour").mkdir()
     assert is_hub_name("harbour/logs")
+    (tmp_path / "harbour").mkdir()
     (tmp_path / "harbour" / "logs").write_text("Low water.")
     assert not is_hub_name("harbour/logs")

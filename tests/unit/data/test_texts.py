@@ -15,9 +15,7 @@ from tests.tiny import tiny_tokenizer, write_jsonl
 def test_the_built_in_texts_are_prose_and_code_of_this_python_and_always_the_same():
     texts = drift_texts()
     assert list(texts) == ["prose", "python code"]
-    assert texts == drift_texts()
     assert texts["prose"].count(". ") > 40
-    assert texts["python code"].count("\n    ") > 100
     assert texts["python code"][:3600] == Path(textwrap.__file__).read_text(encoding="utf-8")[1000:4600]
     assert all(len(text) > 10_000 for text in texts.values())  # enough for 2048 tokens of four to five characters
 
@@ -66,28 +64,22 @@ def test_a_text_is_cut_into_rows_of_256(tmp_path):
 
 
 def test_of_training_rows_prompt_and_response_stand_together(tmp_path):
-    file = write_jsonl(
-        tmp_path / "a.jsonl", [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}]
-    )
+    rows = [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
     assert text_of(calibration_rows(tiny_tokenizer(), file, 50)) == "One? Two.\n\nA? B."
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one data set of many rows; it counts what is read and knows what was asked for."""
-    asked = {"rows": 0}
+    """A hub with one data set of many rows; returns what was asked for, and every row read."""
+    asked = []
 
-    def load_dataset(name, config, split, streaming):
-        asked.update(name=name, config=config, split=split, streaming=streaming)
+    def load_dataset(name, *how, **options):
+        asked.append((name, *how, options))
         if name != "harbour/logs":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
-
-        def rows():
-            for index in range(10_000):
-                asked["rows"] += 1
-                yield {"text": f"Ship {index} came in.", "id": index}
-
-        return rows()
+        rows = ({"text": f"Ship {index} came in.", "id": index} for index in range(10_000))
+        return (asked.append(row) or row for row in rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
@@ -97,8 +89,8 @@ def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
     rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100)
     assert text_of(rows).startswith("Ship 0 came in.\n\nShip 1 came in.")
     assert sum(map(len, rows)) == 100
-    assert (hub["name"], hub["config"], hub["split"], hub["streaming"]) == ("harbour/logs", "long", "train", True)
-    assert hub["rows"] < 100
+    assert hub[0] == ("harbour/logs", "long", {"split": "train", "streaming": True})
+    assert len(hub) < 100
     assert describe_source("harbour/logs:long") == "data set harbour/logs:long"
 
 

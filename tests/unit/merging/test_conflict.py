@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hiplora.adapters import AdapterUpdate
-from hiplora.merging.conflict import RANK_TOLERANCE, conflicts, merge_report, totals
+from hiplora.merging.conflict import RANK_TOLERANCE, conflicts, merge_report
 from tests import reference
+from tests.unit.merging.terms import lora_term
 
 
 def update(source="adapter", **factors):
@@ -18,14 +19,8 @@ def update(source="adapter", **factors):
     return AdapterUpdate("base", "lora", {}, factors, source=source)
 
 
-def dense(matrix):
-    """A matrix as factors (A, B)."""
-    return torch.eye(matrix.shape[1]), matrix
-
-
 def random_pair(m, n, rank, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rank, n, generator=generator), torch.randn(m, rank, generator=generator)
+    return lora_term(seed, m=m, n=n, rank=rank).factors
 
 
 def view(record):
@@ -43,7 +38,7 @@ def only(pairs, weights=None):
 
 def test_unrelated_updates_in_the_same_directions_score_a_half():
     rotation, reflection = torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
-    (pair,) = only([dense(rotation), dense(reflection)]).pairs
+    (pair,) = only([(torch.eye(2), rotation), (torch.eye(2), reflection)]).pairs
     assert (pair.left.mean, pair.right.mean, pair.cosine, pair.score) == pytest.approx((1, 1, 0, 0.5))
 
 
@@ -54,22 +49,6 @@ def test_an_update_of_zero_is_compared_with_nothing(weight):
     assert [(pair.adapters, pair.cosine) for pair in row.pairs] == [((0, 2), pytest.approx(1))]
     row = only([(A, 0 * B), (A, 0 * B)])
     assert (row.norm_ratio, row.unrelated, row.sign_conflict, row.score) == (None, None, None, None)
-
-
-def test_modules_are_compared_among_the_adapters_that_have_them_in_the_model_s_order():
-    pair = random_pair(6, 5, 2, 0)
-    one = update(**{"layers.10.q": pair, "layers.2.q": pair})
-    two = update(**{"layers.2.q": pair, "layers.2.v": pair})
-    three = update(**{"layers.2.q": pair, "layers.10.q": pair, "lm_head": pair})
-    rows = view(conflicts([one, two, three], [1.0, 1.0, 1.0]))
-    assert [(row.module, row.layer, row.adapters) for row in rows] == [
-        ("layers.2.q", 2, (0, 1, 2)),
-        ("layers.2.v", 2, (1,)),
-        ("layers.10.q", 10, (0, 2)),
-        ("lm_head", None, (2,)),
-    ]
-    assert [len(row.pairs) for row in rows] == [3, 0, 1, 0]
-    assert rows[2].pairs[0].adapters == (0, 2)
 
 
 @st.composite
@@ -114,36 +93,29 @@ def test_every_number_is_that_of_the_dense_updates(case):
             assert side.mean == pytest.approx(mean, abs=1e-4)
 
 
-E = torch.eye(4)
+def along(direction, size=1.0):
+    """The rank-one update that writes to one direction what it reads from it."""
+    E = torch.eye(4)
+    return E[[direction]], size * E[:, [direction]]
 
 
-def along(column, row, size=1.0):
-    """The rank-one update that writes to direction `column` what it reads from direction `row`."""
-    return E[[row]], size * E[:, [column]]
-
-
-def three():
-    """Two that oppose each other in q, a third that meets only the second, in v."""
-    return [
-        update("one", q=along(0, 0, 3.0)),
-        update("two", q=along(0, 0, -1.0), v=along(1, 1)),
-        update("three", v=along(1, 1, 2.0), o=along(2, 2)),
-    ]
-
-
-def test_the_report_has_a_row_a_module_and_means_over_the_modules_that_both_change():
-    named = {one.source: one for one in three()}
+def test_the_report_compares_modules_among_the_adapters_that_have_them_and_takes_all_as_one_vector():
+    """Norms 3, √2 and √(1 + 1/4) apart; together 2 in layer 2, 2 in v, 1/2 in o; of 6.5 in magnitude 2 cancel."""
+    named = {
+        "one": update("one", **{"layers.2.q": along(0, 3.0)}),
+        "two": update("two", **{"layers.10.v": along(1), "layers.2.q": along(0, -1.0)}),
+        "three": update("three", **{"layers.10.v": along(1, 2.0), "o": along(2)}),
+    }
     report = json.loads(json.dumps(merge_report(named, [1.0, 1.0, 0.5], {"method": "addition"})))
     assert (report["schema"], report["kind"], report["base"]) == (1, "merge-report", "base")
-    assert [row["module"] for row in report["modules"]] == ["o", "q", "v"]
-    assert report["most_conflicting"] == ["q"]
+    assert [(row["module"], row["layer"], row["adapters"], len(row["pairs"])) for row in report["modules"]] == [
+        ("layers.2.q", 2, [0, 1], 1),
+        ("layers.10.v", 10, [1, 2], 1),
+        ("o", None, [2], 0),
+    ]
+    assert report["most_conflicting"] == ["layers.2.q"]
     assert report["cosine"] == [[None, -1.0, None], [-1.0, None, 1.0], [None, 1.0, None]]
-
-
-def test_totals_take_all_modules_as_one_vector():
-    """Norms 3, √2 and √2 apart; together 2 in q, 2 in v, 1/2 in o; of 6.5 in magnitude 2 cancel, in q."""
-    found = totals(conflicts(three(), [1.0, 1.0, 0.5]))
-    apart = 3 + math.sqrt(2) + math.sqrt(1 + 0.25)
+    found, apart = report["totals"], 3 + math.sqrt(2) + math.sqrt(1 + 0.25)
     assert found["norm_ratio"] == pytest.approx(math.sqrt(4 + 4 + 0.25) / apart)
     assert found["unrelated"] == pytest.approx(math.sqrt(9 + 2 + 1.25) / apart)
     assert found["sign_conflict"] == pytest.approx(2 / 6.5)

@@ -1,6 +1,5 @@
 """Merging whole adapters: sums, truncation, dense merges, and what is refused."""
 
-import json
 import shutil
 
 import pytest
@@ -13,54 +12,42 @@ from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging import RULES, DenseMerge, merge
 from tests import reference
 from tests.tiny import save_tiny
-from tests.unit.adapters.samples import base_model, deltas, edit_config, hip_config, leaky, product, saved
+from tests.unit.adapters.samples import (
+    Q0,
+    assert_is,
+    base_model,
+    deltas,
+    edit_config,
+    hip_config,
+    leaky,
+    product,
+    saved,
+    weighted_sum,
+)
 from tests.unit.merging.terms import lora_term
 
 ALL = ("one", "two", "three", "other rank", "proj", "lora", "mlp", "patterns", "adalora", "pissa")
-Q0, UP0 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
-
-
-def assert_is_sum(update, terms):
-    """The merged update is Σ w · ΔW, from the adapters read apart."""
-    expected = {}
-    for weight, folder in terms:
-        alone = read_update(folder)
-        for module in alone.factors:
-            expected[module] = expected.get(module, 0) + weight * product(alone, module)
-    assert set(update.factors) == set(expected)
-    for module, delta in expected.items():
-        torch.testing.assert_close(product(update, module), delta, rtol=1e-4, atol=1e-6)
+WEIGHTS = (1, -1, 0.5, 0, 2, -0.25, 1, 0.5, -2, 0.1)
 
 
 def delta(update, module):
     return update.delta(module) if isinstance(update, DenseMerge) else product(update, module)
 
 
-def same_factors(one, other):
-    return all(torch.equal(a, b) for m in other.factors for a, b in zip(one.factors[m], other.factors[m], strict=True))
+def copy(folder, to, **changes):
+    edit_config(shutil.copytree(folder, to), **changes)
+    return to
 
 
-def rename_base(folder, to, name):
-    copy = shutil.copytree(folder, to)
-    file = copy / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
-    return copy
-
-
-def test_a_merge_of_all_kinds_of_adapters_is_the_weighted_sum_of_their_updates(adapters):
-    weights = (1, -1, 0.5, 0, 2, -0.25, 1, 0.5, -2, 0.1)
+def test_a_merge_of_all_kinds_is_the_weighted_sum_in_memory_and_loaded_by_stock_peft(adapters, tmp_path):
     folders = [adapters[name] for name in ALL]
-    assert_is_sum(merge(folders, weights=weights), list(zip(weights, folders, strict=True)))
-
-
-def test_a_merge_saved_and_loaded_by_stock_peft_is_the_merge_in_memory(adapters, tiny_model_dir, tmp_path):
-    update = merge([adapters[name] for name in ALL])
+    update = merge(folders, weights=WEIGHTS)
+    assert_is(update, weighted_sum(map(read_update, folders), WEIGHTS), rtol=1e-4)
     save_as_lora(update, tmp_path / "out")
-    assert same_factors(read_update(tmp_path / "out"), update)
-    model = PeftModel.from_pretrained(base_model(tiny_model_dir), tmp_path / "out").eval()
-    assert set(deltas(model)) == set(update.factors)
-    for module, found in deltas(model).items():
-        torch.testing.assert_close(found, product(update, module), rtol=1e-5, atol=1e-6)
+    assert_is(update, deltas(PeftModel.from_pretrained(base_model(adapters.base), tmp_path / "out").eval()))
+    again = read_update(tmp_path / "out")
+    for module, pair in update.factors.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, again.factors[module], strict=True))
 
 
 @pytest.mark.parametrize("method", RULES)
@@ -82,9 +69,8 @@ def test_weights_and_options_reach_the_rule(adapters):
 
 
 def test_each_module_draws_by_itself():
-    rule, term = RULES["dare"], lora_term(1)
-    terms = {"a": [term], "b": [term]}
-    update = DenseMerge("", "merged", {}, {}, terms=terms, rule=rule, options=rule.options())
+    rule, terms = RULES["dare"], [lora_term(1)]
+    update = DenseMerge("", "merged", {}, {}, terms={"a": terms, "b": terms}, rule=rule, options=rule.options())
     assert not torch.equal(update.delta("a"), update.delta("b"))
 
 
@@ -112,51 +98,40 @@ def test_hiplora_adapters_keep_their_gains_if_asked_to(adapters):
     torch.testing.assert_close(cut.channels[Q0].delta, gains)
     assert set(cut.ranks.values()) == {4 + 6}
     assert max(cut.errors.values()) > 1e-3
-
-
-def test_two_revisions_of_one_base_are_two_bases(adapters, tmp_path):
-    folders = [shutil.copytree(adapters[name], tmp_path / name) for name in ("lora", "mlp")]
-    edit_config(folders[1], revision="v2")
-    with pytest.raises(AdapterError, match="revision v2"):
-        merge(folders)
-    edit_config(folders[0], revision="v2")
-    assert merge(folders).config["revision"] == "v2"
+    assert not merge(folders, rank=4).channels
 
 
 @pytest.mark.parametrize("method", ["addition", "ties"])
-def test_no_rule_merges_adapters_of_different_base_weights(adapters, tmp_path, method):
+def test_adapters_of_different_base_weights_are_refused(adapters, tmp_path, method):
     other = save_tiny(tmp_path / "other", seed=1)
     foreign, _ = saved(other, tmp_path / "foreign", hip_config())
-    with pytest.raises(AdapterError, match=r"layer model\.layers\.0\.self_attn\.k_proj: .*different base weights"):
-        merge([adapters["one"], foreign], method)
-    with pytest.raises(AdapterError, match="not the one that this adapter was made for"):
-        merge([adapters["one"], adapters["lora"]], method, base=str(other))
+    renamed = copy(adapters["lora"], tmp_path / "renamed", base_model_name_or_path="somebody/else")
+    revised = copy(adapters["mlp"], tmp_path / "revised", revision="v2")
+    whole = r"replaces whole modules \(lm_head\.weight\)"
+    leaking, module = leaky(adapters.base, tmp_path / "leaky")
+    for folders, base, why in (
+        (["one", foreign], None, r"layer model\.layers\.0\.self_attn\.k_proj: .*different base weights"),
+        (["one", "lora"], str(other), "not the one that this adapter was made for"),
+        (["mlp", renamed], None, r"somebody/else; if these are the same model, name it: pass base=…"),
+        (["lora", revised], None, "revision v2"),
+        (["one", "hip whole"], None, whole),
+        (["one", leaking], None, f"{module} leaks"),
+    ):
+        with pytest.raises(AdapterError, match=why):
+            merge([adapters[one] if isinstance(one, str) else one for one in folders], method, base=base)
+    assert merge([revised, revised]).config["revision"] == "v2"
 
 
-def test_differently_named_bases_are_refused_unless_the_base_or_fingerprints_settle_it(
-    adapters, tiny_model_dir, tmp_path
-):
-    renamed = rename_base(adapters["lora"], tmp_path / "renamed", "somebody/else")
-    with pytest.raises(AdapterError, match=r"somebody/else; if these are the same model, name it: pass base=…"):
-        merge([adapters["mlp"], renamed])
-    update = merge([adapters["one"], renamed], base=str(tiny_model_dir))
-    assert_is_sum(update, [(1, adapters["one"]), (1, adapters["lora"])])
-    moved = rename_base(adapters["two"], tmp_path / "moved", "a/copy")
-    assert_is_sum(merge([adapters["one"], moved]), [(1, adapters["one"]), (1, adapters["two"])])
+def test_differently_named_bases_are_merged_if_the_base_or_fingerprints_settle_it(adapters, tmp_path):
+    for name, base in (("lora", str(adapters.base)), ("two", None)):
+        moved = copy(adapters[name], tmp_path / name, base_model_name_or_path="a/copy")
+        expected = weighted_sum([read_update(adapters["one"]), read_update(adapters[name])], [1, 1])
+        assert_is(merge([adapters["one"], moved], base=base), expected, rtol=1e-4)
 
 
-def test_modules_saved_whole_cannot_be_added(adapters, tiny_model_dir, tmp_path):
-    whole, _ = saved(tiny_model_dir, tmp_path / "a", hip_config(modules_to_save=["lm_head"]))
-    with pytest.raises(AdapterError, match=r"replaces whole modules \(lm_head\.weight\)"):
-        merge([adapters["one"], whole])
-    assert set(merge([whole]).extras) == {"lm_head.weight"}
-    assert set(merge([whole], "ties", rank=3).extras) == {"lm_head.weight"}
-
-
-def test_a_leaky_adapter_is_refused(adapters, tiny_model_dir, tmp_path):
-    folder, module = leaky(tiny_model_dir, tmp_path / "a")
-    with pytest.raises(AdapterError, match=f"{module} leaks"):
-        merge([adapters["one"], folder])
+def test_one_adapter_alone_keeps_the_modules_that_it_saves_whole(adapters):
+    for how in ({}, {"method": "ties", "rank": 3}):
+        assert set(merge([adapters["hip whole"]], **how).extras) == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize(

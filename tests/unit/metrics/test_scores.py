@@ -18,33 +18,18 @@ SINGLE = [{"a": 80.0, "b": 50.0}, {"a": 80.0, "c": 20.0}, {"b": 50.0, "c": 20.0}
 MERGED = [{"a": 72.0, "b": 45.0}, {"a": 79.0, "c": 17.9}, {"b": 52.0, "c": 18.5}, {"a": 9.9, "b": 4.0}]
 MATRIX = [[50.0, None, None], [45.0, 60.0, math.nan], [48.0, 52.0, 70.0]]
 
-tables = st.lists(st.dictionaries(st.sampled_from("abcd"), st.floats(0, 100), min_size=1), min_size=1, max_size=6)
-
-
-@st.composite
-def merges(draw):
-    single = draw(tables)
-    return [{task: draw(st.floats(0, 100)) for task in table} for table in single], single
-
 
 def test_retain_is_the_mean_drop_on_the_other_benchmarks():
     # ((60 − 50) + (70 − 73) + (30 − 25)) / 3: a gain is a negative drop, gsm8k is left out.
     assert m.retain(BASE, ADAPTED, "gsm8k") == pytest.approx(4.0)
     others = {name: score for name, score in ADAPTED.items() if name != "gsm8k"}
-    assert m.retain(BASE, others, "gsm8k") == m.retain(BASE, ADAPTED, "gsm8k")
+    assert m.retain(BASE, others, "gsm8k") == pytest.approx(4.0)
 
 
 def test_a_merge_fails_if_any_task_falls_below_the_threshold():
     # Smallest merged/single of each: 0.9, 0.895, 0.925, 0.4.
     found = [m.merge_fail(MERGED, SINGLE, tau) for tau in (0.4, 0.5, m.DEFAULT_TAU, 0.91, 1.0)]
     assert found == [0, 0.25, 0.5, 0.75, 1]
-
-
-@few
-@given(merges())
-def test_a_stricter_threshold_never_fails_fewer(case):
-    shares = [m.merge_fail(*case, tau) for tau in m.DEFAULT_TAUS]
-    assert shares == sorted(shares)
 
 
 def test_a_score_on_the_threshold_passes_whatever_the_rounding():
@@ -96,41 +81,31 @@ def test_locality_is_the_change_on_unrelated_prompts():
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("error", "call", "message"),
     [
-        (lambda: m.retain(BASE, {**ADAPTED, "x": 1.0}, "gsm8k"), "base: benchmark 'x' is missing"),
-        (lambda: m.retain(BASE, {"mmlu": 1.0}, "gsm8k"), "adapted: benchmark 'scienceqa' is missing"),
-        (lambda: m.retain(BASE, {**ADAPTED, "code": math.nan}, "gsm8k"), r"adapted\['code'\] is nan"),
-        (lambda: m.retain({"gsm8k": 1.0}, ADAPTED, "gsm8k"), "no benchmark but the domain"),
-        (lambda: m.merge_fail([], [], 0.9), "merged has 0 merges"),
-        (lambda: m.merge_fail(MERGED, SINGLE[:3], 0.9), "merged has 4 merges, single has 3"),
-        (lambda: m.merge_fail([{"a": 1.0}], [{"a": -3.0}], 0.9), r"single\[0\]\['a'\] is -3.0"),
-        (lambda: m.forgetting([[1.0]]), "has 1 stage"),
-        (lambda: m.forgetting([[1.0, 2.0]]), "one row per stage"),
-        (lambda: m.forgetting([[1.0, 2.0], [None, 2.0]]), r"matrix\[1\]\[0\] is nan"),
-        (lambda: m.answer_likelihood(0.1, 1), "at most 0"),
-        (lambda: m.gold_probability([1.0], 1), "gold is 1"),
-        (lambda: m.pass_at_k(3, 4, 1), "c is 4"),
-        (lambda: m.locality([], []), "not empty"),
-        (lambda: m.locality([1], [1, 0]), "base_correct has 1 values"),
+        (DataError, lambda: m.retain(BASE, {**ADAPTED, "x": 1.0}, "gsm8k"), "base: benchmark 'x' is missing"),
+        (DataError, lambda: m.retain(BASE, {"mmlu": 1.0}, "gsm8k"), "adapted: benchmark 'scienceqa' is missing"),
+        (DataError, lambda: m.retain(BASE, {**ADAPTED, "code": math.nan}, "gsm8k"), r"adapted\['code'\] is nan"),
+        (DataError, lambda: m.retain({"gsm8k": 1.0}, ADAPTED, "gsm8k"), "no benchmark but the domain"),
+        (DataError, lambda: m.merge_fail([], [], 0.9), "merged has 0 merges"),
+        (DataError, lambda: m.merge_fail(MERGED, SINGLE[:3], 0.9), "merged has 4 merges, single has 3"),
+        (DataError, lambda: m.merge_fail([{"a": 1.0}], [{"a": -3.0}], 0.9), r"single\[0\]\['a'\] is -3.0"),
+        (DataError, lambda: m.forgetting([[1.0]]), "has 1 stage"),
+        (DataError, lambda: m.forgetting([[1.0, 2.0]]), "one row per stage"),
+        (DataError, lambda: m.forgetting([[1.0, 2.0], [None, 2.0]]), r"matrix\[1\]\[0\] is nan"),
+        (DataError, lambda: m.answer_likelihood(0.1, 1), "at most 0"),
+        (DataError, lambda: m.gold_probability([1.0], 1), "gold is 1"),
+        (DataError, lambda: m.pass_at_k(3, 4, 1), "c is 4"),
+        (DataError, lambda: m.locality([], []), "not empty"),
+        (DataError, lambda: m.locality([1], [1, 0]), "base_correct has 1 values"),
+        (ConfigError, lambda: m.retain(BASE, ADAPTED, "humaneval"), "expected one of mmlu, "),
+        (ConfigError, lambda: m.merge_fail(MERGED, SINGLE, 90), r"tau is 90; expected a threshold in \(0, 1\]"),
+        (ConfigError, lambda: m.answer_likelihood(-1.0, 0), "tokens is 0"),
+        (ConfigError, lambda: m.gold_probability([1.0], -1), "gold is -1"),
+        (ConfigError, lambda: m.pass_at_k(3, 1, 4), "k is 4"),
+        (ConfigError, lambda: m.pass_at_k(3.5, 1, 1), "n is 3.5"),
     ],
 )
-def test_values_that_cannot_be_used_are_named(call, message):
-    with pytest.raises(DataError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: m.retain(BASE, ADAPTED, "humaneval"), "expected one of mmlu, "),
-        (lambda: m.merge_fail(MERGED, SINGLE, 90), r"tau is 90; expected a threshold in \(0, 1\]"),
-        (lambda: m.answer_likelihood(-1.0, 0), "tokens is 0"),
-        (lambda: m.gold_probability([1.0], -1), "gold is -1"),
-        (lambda: m.pass_at_k(3, 1, 4), "k is 4"),
-        (lambda: m.pass_at_k(3.5, 1, 1), "n is 3.5"),
-    ],
-)
-def test_parameters_out_of_range_are_named(call, message):
-    with pytest.raises(ConfigError, match=message):
+def test_what_cannot_be_used_is_named(error, call, message):
+    with pytest.raises(error, match=message):
         call()

@@ -1,6 +1,6 @@
 import os
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import filelock
 import pytest
@@ -9,8 +9,6 @@ import torch
 from hiplora.errors import FactorError, StoreError
 from hiplora.spectral import FactorStore, cache, truncated_svd, weight_fingerprint
 from tests.unit.spectral.matrices import gaussian
-
-TENSORS = ("U", "sigma", "V")
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +32,9 @@ def counted(monkeypatch):
 
 
 def equal(one, other):
-    return (
-        all(torch.equal(getattr(one, key), getattr(other, key)) for key in TENSORS)
-        and one.residual == other.residual
-        and one.orthogonality == other.orthogonality
-        and (one.method, one.basis, one.fingerprint) == (other.method, other.basis, other.fingerprint)
+    record = ("residual", "orthogonality", "method", "basis", "fingerprint")
+    return all(torch.equal(getattr(one, key), getattr(other, key)) for key in ("U", "sigma", "V")) and all(
+        getattr(one, key) == getattr(other, key) for key in record
     )
 
 
@@ -57,8 +53,7 @@ def test_a_hit_returns_the_very_bits_of_the_miss(tmp_path, counted):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"k": 3}, {"tol": 1e-3}, {"weight": gaussian(30, 20, seed=1)}, {"weight": gaussian(30, 20).bfloat16()}],
+    "changes", [{"k": 3}, {"tol": 1e-3}, {"weight": gaussian(30, 20, seed=1)}, {"weight": gaussian(30, 20).bfloat16()}]
 )
 def test_another_weight_or_other_options_have_entries_of_their_own(tmp_path, counted, changes):
     FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 4)
@@ -101,36 +96,25 @@ def test_a_truncated_entry_is_reported_recomputed_and_replaced(tmp_path, counted
     assert len(counted) == 2
 
 
-def test_what_killed_processes_left_behind_is_removed(tmp_path):
-    store_, weight = FactorStore(tmp_path), gaussian(30, 20)
-    path = store_.factor_path(weight_fingerprint(weight), 4)
-    path.parent.mkdir(parents=True)
-    leftover = path.parent / f".{path.name}.abc123.part"
-    leftover.write_bytes(b"half")
-    store_.get_or_compute(weight, 4)
-    assert sorted(file.name for file in path.parent.iterdir()) == [".lock", path.name]
-
-
-def test_a_failed_write_is_an_error_with_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
+def test_what_cannot_be_written_or_locked_is_an_error_with_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(StoreError, match=r"cannot write .*No space left.*HIPLORA_CACHE"):
-        FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 4)
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [".lock"]
-
-
-def test_a_place_that_cannot_hold_a_store_is_an_error_and_so_is_a_lock_that_is_not_given_up(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write"):
         FactorStore(tmp_path / "file").get_or_compute(gaussian(30, 20), 4)
-    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.05)
     store, weight = FactorStore(tmp_path), gaussian(30, 20)
     path = store.factor_path(weight_fingerprint(weight), 4)
-    path.parent.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match=r"cannot write .*No space.*HIPLORA_CACHE"):
+        patch.setattr(os, "replace", full)
+        store.get_or_compute(weight, 4)
+    assert [file.name for file in path.parent.iterdir()] == [".lock"]
+    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.05)
     with filelock.FileLock(path.parent / ".lock"), pytest.raises(StoreError, match="cannot write"):
         store.get_or_compute(weight, 4)
+    (path.parent / f".{path.name}.abc123.part").write_bytes(b"half")  # left behind by a killed process
+    store.get_or_compute(weight, 4)
+    assert sorted(file.name for file in path.parent.iterdir()) == [".lock", path.name]
 
 
 def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
@@ -142,13 +126,9 @@ def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
 
 
 def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
-    results, weight = [], gaussian(60, 50)
-    work = lambda: results.append(FactorStore(tmp_path).get_or_compute(weight, 8))  # noqa: E731
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    weight = gaussian(60, 50)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: FactorStore(tmp_path).get_or_compute(weight, 8), range(4)))
     assert len(counted) == 1
     assert all(equal(result, results[0]) for result in results)
 

@@ -1,25 +1,26 @@
 """From a recipe to jobs: what is one job, and what makes another."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 
 from hiplora.study.builder import Study, as_read, as_written
+from hiplora.study.context import Place
 from hiplora.study.jobs import Graph
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.plan import open_study
 from hiplora.study.recipe import load_study
 
-
-def study(*changes, data=PICO_DATA):
-    return Study(load_study("pico", changes), data)
-
-
 HUB = "domains.mathematics.hub={hub: openai/gsm8k, held_out_fraction: 0.1}"
 
 
-def adapter(found, *given, **more):
-    return found.adapter(found.row("lora"), "mathematics", 42, *given, **more)
+def study(*changes, data=PICO_DATA):
+    return Study(load_study("pico", changes), Place(Path("none"), "pico", data))
+
+
+def adapter(found, **more):
+    return found.adapter(found.row("lora"), "mathematics", 42, **more)
 
 
 @pytest.mark.parametrize(
@@ -43,75 +44,60 @@ def test_a_projection_of_gradients_is_in_every_key_that_it_matters_for():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "matters"),
     [
-        "train.steps=7",
-        "train.max_length=64",
-        "methods.lora.method.r=5",
-        "domains.mathematics.train.held_out_limit=3",
-        "rates.grid=[1e-3]",
-        "methods.lora.lr=1e-3",
+        ("train.steps=7", True),
+        ("train.max_length=64", True),
+        ("methods.lora.method.r=5", True),
+        ("domains.mathematics.train.held_out_limit=3", True),
+        ("rates.grid=[1e-3]", True),
+        ("methods.lora.lr=1e-3", True),
+        ("title=x", False),
+        ("methods.lora.title=y", False),
+        ("domains.code.tasks.mbpp=1", False),
+        ("protocols.adalora=null", False),
+        ("seeds=[1]", False),
     ],
 )
-def test_what_a_training_depends_on_makes_another_job(change):
-    assert adapter(study()) != adapter(study(change))
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["title=x", "methods.lora.title=y", "domains.code.tasks.mbpp=1", "protocols.adalora=null", "seeds=[1]"],
-)  # fmt: skip
-def test_what_it_does_not_depend_on_keeps_the_job(change):
-    assert adapter(study()) == adapter(study(change))
-
-
-def test_changed_data_make_another_job(tmp_path):
-    (tmp_path / "gsm8k_train.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
-    assert adapter(study(data=tmp_path)) != adapter(study())
+def test_what_a_training_depends_on_makes_another_job_and_nothing_else_does(change, matters):
+    assert (adapter(study()) != adapter(study(change))) == matters
 
 
 def test_a_rate_is_chosen_on_other_runs_than_those_that_are_reported():
     found = study()
     choice = found.rate(found.row("lora"))
-    trained = [job for job in Graph([choice]) if job.kind == "train"]
-    assert [job.settings["recipe"]["train"]["lr"] for job in trained] == [1e-3, 1e-2]
-    assert {job.settings["recipe"]["seed"] for job in trained} == {7}
+    trained = [job.settings["recipe"] for job in Graph([choice]) if job.kind == "train"]
+    assert [(one["train"]["lr"], one["seed"]) for one in trained] == [(1e-3, 7), (1e-2, 7)]
     assert adapter(found).settings["recipe"]["train"]["lr"] == {"$result": "rate.value"}
     assert adapter(found).needs["rate"] == choice
 
 
-def test_a_given_rate_is_taken_as_it_is():
-    found = study("methods.lora.lr=3e-3")
-    assert found.rate(found.row("lora")) is None
-    assert adapter(found).settings["recipe"]["train"]["lr"] == 3e-3
-    assert adapter(found, lr=0.5).settings["recipe"]["train"]["lr"] == 0.5
-    without = study("rates=null")
-    assert adapter(without).settings["recipe"]["train"]["lr"] == 1e-2
-    own = study("rates=null", "methods.lora.train={lr: 5e-3}")
-    assert adapter(own).settings["recipe"]["train"]["lr"] == 5e-3
+@pytest.mark.parametrize(
+    ("change", "lr", "taken"),
+    [
+        ("methods.lora.lr=3e-3", None, 3e-3),
+        ("methods.lora.lr=3e-3", 0.5, 0.5),
+        ("rates=null", None, 1e-2),
+        ("methods.lora={title: L, method: lora, lr: chosen, train: {lr: 5e-3}}", None, 5e-3),
+    ],
+)
+def test_a_given_rate_is_taken_as_it_is(change, lr, taken):
+    found = adapter(study("rates=null", change), lr=lr)
+    assert found.settings["recipe"]["train"]["lr"] == taken
+    assert "rate" not in found.needs
 
 
-def test_a_variant_changes_its_settings_and_may_take_its_parents_rate():
+def test_a_variant_takes_its_parents_rate_and_settings_that_other_jobs_choose():
     found = study()
     parent, variant = found.row("hiplora"), found.variant("hiplora", stability_weight=0.5)
     assert (parent.method.stability_weight, variant.method.stability_weight) == (0.1, 0.5)
-    assert variant.method.basis == "weight"
     job = found.adapter(variant, "code", 42, like=parent)
     assert job.needs["rate"] == found.rate(parent)
-    assert job != found.adapter(parent, "code", 42)
-
-
-def test_a_setting_may_be_what_another_job_chooses():
-    found = study()
-    row = found.row("hiplora")
     choice = found.choice("λ", {0.1: {"one": adapter(found)}, 1.0: {"other": adapter(found, lr=0.5)}})
-    job = found.adapter(row, "code", 42, chosen={"stability_weight": choice})
-    assert job.settings["recipe"]["method"]["stability_weight"] == {"$result": "stability_weight.value"}
-    assert job.needs["stability_weight"] == choice
-    assert job != found.adapter(row, "code", 42)
-    assert found.adapter(row, "code", 42).settings["recipe"]["method"] == {
-        name: value for name, value in job.settings["recipe"]["method"].items() if name != "stability_weight"
-    }
+    chosen = found.adapter(parent, "code", 42, chosen={"stability_weight": choice})
+    assert chosen.settings["recipe"]["method"]["stability_weight"] == {"$result": "stability_weight.value"}
+    assert chosen.needs["stability_weight"] == choice
+    assert len({job, chosen, found.adapter(parent, "code", 42)}) == 3
 
 
 def test_factors_are_shared_by_what_they_depend_on():
@@ -123,19 +109,13 @@ def test_factors_are_shared_by_what_they_depend_on():
     assert weight != found.factors(found.row("hiplora-activation"))
 
 
-def test_the_base_has_no_drift_and_adapters_have():
-    found = study()
-    assert found.score().settings["drift"] is None
-    assert found.score(adapter(found)).settings["drift"]["texts"]["prose"] == "wikitext2_raw_valid.jsonl"
-    assert set(found.score(tasks={"gsm8k": 2}).settings["tasks"]) == {"gsm8k"}
-
-
-def test_missing_files_are_named_and_hub_data_taken_instead(tmp_path):
+def test_changed_data_make_another_job_missing_files_are_named_and_hub_data_taken_instead(tmp_path):
     found = study(data=tmp_path)
     adapter(found)
     assert "gsm8k_train.jsonl" in found.missing
     hub = study(HUB, data=tmp_path)
-    job = adapter(hub)
-    assert job.settings["recipe"]["data"]["hub"] == "openai/gsm8k"
+    assert adapter(hub).settings["recipe"]["data"]["hub"] == "openai/gsm8k"
     assert hub.missing == {}
     assert adapter(study(HUB)) == adapter(study())
+    (tmp_path / "gsm8k_train.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}\n')
+    assert adapter(study(data=tmp_path)) != adapter(study())

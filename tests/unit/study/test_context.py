@@ -1,25 +1,16 @@
 """What a worker reads of the drift texts."""
 
-import pytest
-
 from hiplora.study.context import Context, Place, located
 from tests.tiny import write_jsonl
 
 
-@pytest.fixture
-def context(tmp_path):
+def test_rows_are_one_text_or_texts_of_their_own(tmp_path):
     write_jsonl(tmp_path / "wiki.jsonl", [{"title": f"T{n}", "text": f"Text {n}."} for n in range(5)])
-    return Context(Place(tmp_path / "store", "pico", tmp_path))
-
-
-def test_rows_are_one_text_or_texts_of_their_own(context):
+    context = Context(Place(tmp_path / "store", "pico", tmp_path))
     assert context.text("wiki.jsonl") == "Text 0.Text 1.Text 2.Text 3.Text 4."
     assert context.text("wiki.jsonl:title") == "T0\nT1\nT2\nT3\nT4"
     assert context.text("wiki.jsonl", 2) == ["Text 0.", "Text 1."]
     assert context.text("wiki.jsonl:title+text", 1) == ["T0Text 0."]
-
-
-def test_files_of_the_data_folder_win_over_hub_names(context, tmp_path):
     assert located("wiki.jsonl", tmp_path) == str(tmp_path / "wiki.jsonl")
     assert located("owner/name", tmp_path) == "owner/name"
     assert located("wiki.jsonl", None) == "wiki.jsonl"

@@ -1,26 +1,20 @@
 """Tidy records, tables made of measurements, and the paper's values beside them."""
 
 import pandas as pd
-import pytest
 
 from hiplora.study.records import paper, paper_value, scored, table, tidy
-from hiplora.study.store import Results
 from tests.unit.study.protocols.made import finish, made_study, trained
 from tests.unit.study.protocols.made import scored as made_scores
 
 
-@pytest.fixture
-def study(tmp_path):
-    return made_study(tmp_path, "single_task: {methods: [lora]}")
-
-
-def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(study):
-    found, store = study
+def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(tmp_path):
+    found, store = made_study(tmp_path, "single_task: {methods: [lora]}")
     adapter = found.adapter(found.row("lora"), "sums", 42)
     finish(store, adapter, trained())
     score = found.score(adapter)
     finish(store, score, made_scores({"gsm8k": [10, 20]}, {"prose": 0.1}))
-    rows = tidy(Results(store), [(adapter, {"method": "LoRA"}), (score, {"method": "LoRA", "seed": 42})])
+    labels = {adapter: {"method": "LoRA"}, score: {"method": "LoRA", "seed": 42}}
+    rows = tidy([(job, store.record(job), label) for job, label in labels.items()])
     items = scored(rows)
     assert items[["form", "task", "item", "value", "seed"]].to_numpy().tolist() == [
         [form, "gsm8k", item, value, 42]
@@ -30,16 +24,6 @@ def test_every_number_of_a_job_is_a_row_with_the_jobs_labels(study):
     assert rows[rows.metric == "kl"].value.tolist() == [0.1]
     assert rows[rows.metric == "loss"].dropna().set_index("item")["value"].to_dict() == {1: 2.0, 2: 1.0}
     assert set(rows.run) == {adapter.key, score.key}
-
-
-def test_rows_that_belong_together_are_left_out_where_one_of_them_is_not_done(study):
-    found, store = study
-    jobs = [found.score(found.adapter(found.row(name), "sums", 42)) for name in ("lora", "pissa")]
-    finish(store, jobs[0], made_scores({"gsm8k": [10]}))
-    results = Results(store)
-    runs = [(jobs[0], {"method": "a"}), (jobs[0], {"method": "b"}), (jobs[1], {"method": "b"})]
-    assert set(tidy(results, runs).method) == {"a"}
-    assert list(results.missing) == [jobs[1].name]
 
 
 def test_a_table_shows_intervals_and_the_papers_value_as_such_in_the_order_of_the_rows():

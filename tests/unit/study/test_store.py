@@ -8,7 +8,7 @@ import pytest
 
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.study.jobs import Graph, Job
-from hiplora.study.store import Results, Store
+from hiplora.study.store import Store
 
 
 def job(kind, number, **needs):
@@ -24,10 +24,6 @@ def store(tmp_path):
     return Store(tmp_path / "study")
 
 
-def names(jobs):
-    return [job.name for job in jobs]
-
-
 def test_a_finished_job_has_its_result_and_provenance(store):
     one = collect(1, up=collect(0))
     assert store.result(one) is None
@@ -38,12 +34,6 @@ def test_a_finished_job_has_its_result_and_provenance(store):
     assert record["provenance"]["libraries"]["torch"]
     Store(store.path).finish(one, {"value": 4}, {}, artifact=False)
     assert Store(store.path).result(one) == {"value": 3}  # the first record stays
-
-
-def test_a_damaged_note_of_a_failure_is_not_read(store):
-    store.fail(collect(1), ValueError("no"))
-    (store.path / "failures" / f"{collect(1).key}.json").write_text("{")
-    assert store.failure(collect(1)) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": null}'])
@@ -80,7 +70,7 @@ def test_a_claim_ends_with_its_process(store):
 
 def ready(graph, store):
     left = store.unfinished(graph)
-    return names(job for job in left if left[job]), names(job for job in left if not left[job])
+    return [job.name for job in left if left[job]], [job.name for job in left if not left[job]]
 
 
 def test_jobs_become_ready_when_their_needs_are_done(store):
@@ -91,10 +81,13 @@ def test_jobs_become_ready_when_their_needs_are_done(store):
 
 
 def test_a_failure_is_kept_until_the_job_succeeds(store):
+    note = store.path / "failures" / f"{collect(1).key}.json"
     store.fail(collect(1), ValueError("no luck"))
     assert store.failure(collect(1))["error"] == "no luck"
-    store.finish(collect(1), {}, {}, artifact=False)
+    note.write_text("{")  # damaged
     assert store.failure(collect(1)) is None
+    store.finish(collect(1), {}, {}, artifact=False)
+    assert not note.exists()
 
 
 def test_reused_records_are_enough_but_for_adapters_that_are_still_read(store):
@@ -109,19 +102,6 @@ def test_reused_records_are_enough_but_for_adapters_that_are_still_read(store):
     assert not store.readable(adapter)
     store.finish(adapter, {}, {}, artifact=True)
     assert ready(Graph([first, second]), store) == (["evaluate 1"], [])
-
-
-def test_results_note_what_is_missing_and_what_diverged(store):
-    scored, bad, open_job = (job("evaluate", n) for n in range(3))
-    store.finish(scored, {"tasks": {}}, {"seconds": 1.0}, artifact=False)
-    store.finish(bad, {"diverged": "the loss is nan"}, {}, artifact=False)
-    results = Results(store)
-    assert store.readable(bad)  # nothing more can come of it
-    assert results.get(scored) == {"tasks": {}}
-    assert results.get(bad) is results.get(open_job) is None
-    assert (list(results.missing), list(results.lost)) == (["evaluate 2"], ["evaluate 1"])
-    assert results.record(scored, "timing") == {"seconds": 1.0}
-    assert results.record(open_job, "timing") == {}
 
 
 def test_exported_records_are_taken_by_another_store(store, tmp_path):
@@ -140,11 +120,7 @@ def test_exported_records_are_taken_by_another_store(store, tmp_path):
 GZIPPED = gzip.compress(b"[1]" * 9, mtime=0)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [b"{}", b"no json", GZIPPED, GZIPPED[:-6], GZIPPED[:11] + b"\xff" + GZIPPED[12:]],
-    ids=["{}", "no JSON", "gzip", "cut off", "damaged"],
-)
+@pytest.mark.parametrize("text", [b"{}", b"no json", GZIPPED, GZIPPED[:-6], GZIPPED[:11] + b"\xff" + GZIPPED[12:]])
 def test_a_file_without_records_is_refused(store, tmp_path, text):
     for name in ("records.jsonl", "records.jsonl.gz"):
         (tmp_path / name).write_bytes(text)

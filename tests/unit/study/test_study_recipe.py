@@ -35,11 +35,6 @@ def test_a_recipe_is_read_with_the_papers_defaults(tmp_path):
     assert recipe.protocols.merging is None
 
 
-def test_fields_are_overridden(tmp_path):
-    recipe = load_study(write(tmp_path), ["train.steps=3", "seeds=[1]", "domains.sums.tasks.gsm8k=2"])
-    assert (recipe.train.steps, recipe.seeds, recipe.domains["sums"].tasks) == (3, [1], {"gsm8k": 2})
-
-
 def test_a_method_may_have_its_own_training(tmp_path):
     recipe = load_study(write(tmp_path), ["methods.lora.train={batch_size: 2, epochs: 1.5}"])
     row = recipe.methods["lora"]
@@ -98,9 +93,16 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (SINGLE, "lambda_curve: {method: lora, values: [0.0, 1.0]}", "`protocols.lambda_curve.method` is 'lora'"),
         (SINGLE, "merge_fail: {methods: [lora], sizes: [2]}", "has 2, and there are 1 domains"),
         (SINGLE, "continual: {methods: [lora]}", "`protocols.continual` needs two or more domains"),
-        (SINGLE, "continual: {methods: [lora], order: [sums, sums]}", "protocols.continual"),
+        (SINGLE, "continual: {methods: [lora], orders: [[sums, sums]]}", "protocols.continual"),
         (SINGLE, "editing: {methods: [lora], lr: {hip: 0.1}}", "`protocols.editing.lr` names 'hip'"),
         (SINGLE, "editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
+        (
+            f"lora: {{title: LoRA, method: lora}}\nprotocols:\n  {SINGLE}",
+            "alphaedit: {title: A, method: lora}\nprotocols:\n  editing: {methods: [alphaedit]}",
+            "'alphaedit' is an editor; rename the method",
+        ),
+        (SINGLE, "continual: {methods: [lora], order: [sums]}", "order: unknown field; did you mean `orders`?"),
+        (SINGLE, "aims: {}", "protocols.aims: unknown field"),
         (
             SINGLE,
             "frontier: {domains: {sums: [lora]}, rates: [0.1, 0.2], plain: [lora], reference: lora}",
@@ -115,23 +117,12 @@ def test_a_mistake_is_reported_with_its_place(tmp_path, old, new, said):
     assert said in str(error.value)
 
 
-def test_a_method_may_not_have_the_name_of_an_editor(tmp_path):
-    method, edited = "methods.alphaedit={title: A, method: lora}", "protocols.editing={methods: [alphaedit]}"
-    with pytest.raises(ConfigError, match="'alphaedit' is an editor; rename the method"):
-        load_study(write(tmp_path), [method, edited])
-
-
 def test_texts_of_the_hub_need_a_number_of_rows(tmp_path):
     drift = "evaluation.drift={texts: {wiki: owner/name:text}, window: 32%s}"
     with pytest.raises(ConfigError, match=r"texts\.wiki.*documents: 100"):
         load_study(write(tmp_path), [drift % ""])
     settings = load_study(write(tmp_path), [drift % ", documents: 3"]).evaluation.drift.settings()
     assert settings == {"texts": {"wiki": "owner/name:text"}, "tokens": 512, "window": 32, "documents": 3}
-
-
-def test_an_unused_setting_of_the_drift_is_not_in_a_jobs_settings(tmp_path):
-    recipe = load_study(write(tmp_path), ["evaluation.drift={texts: {prose: a.txt}}"])
-    assert recipe.evaluation.drift.settings() == {"texts": {"prose": "a.txt"}, "tokens": 512, "window": 512}
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

@@ -105,14 +105,10 @@ def test_what_is_left_out_is_named_with_its_share(case):
         assert re.search(expected, " ".join(notes))
 
 
-def test_a_model_without_an_mlp_asks_for_targets():
+def test_what_fused_kernels_read_without_a_call_is_refused_and_a_model_without_an_mlp_asks_for_targets():
     model = skeleton("mamba")
     with pytest.raises(ConfigError, match=r"no MLP projections .* MambaForCausalLM; set it to a list"):
         default_targets(model)
-
-
-def test_what_fused_kernels_read_without_a_call_is_refused():
-    model = skeleton("mamba")
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer\.out_proj: .*never call"):
         find_targets(model, HipLoraConfig(target_modules=["in_proj", "out_proj"]))
     names = names_of(model, HipLoraConfig(target_modules="all-linear", principal_rank=4))
@@ -128,13 +124,9 @@ def test_the_choice_is_the_same_on_an_adapted_model():
     assert len(find_targets(base, HipLoraConfig(target_modules="all-linear", principal_rank=4))) == 14
 
 
-def test_any_method_of_peft_can_be_asked():
-    found = find_targets(tiny_llama(), LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]))
-    assert [target.name for target in found] == ["model.layers.1.self_attn.v_proj"]
-    assert found[0].shape == (32, 64)
-
-
-@pytest.mark.parametrize("targets", [["nothing"], "*_proj"])
-def test_targets_that_match_nothing_are_refused(targets):
-    with pytest.raises(ConfigError, match="target_modules"):
-        find_targets(tiny_llama(), HipLoraConfig(target_modules=targets))
+def test_any_method_of_peft_can_be_asked_and_targets_that_match_nothing_are_refused():
+    (found,) = find_targets(tiny_llama(), LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]))
+    assert (found.name, found.shape) == ("model.layers.1.self_attn.v_proj", (32, 64))
+    for targets in (["nothing"], "*_proj"):
+        with pytest.raises(ConfigError, match="target_modules"):
+            find_targets(tiny_llama(), HipLoraConfig(target_modules=targets))

@@ -1,12 +1,11 @@
 """The protocols of a study, one a file: settings, the jobs that they ask for, and a function from results to tables."""
 
-import logging
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hiplora.study.builder import Study
-from hiplora.study.jobs import Job
+from hiplora.study.jobs import DIVERGED
 from hiplora.study.protocols.ablations import Ablations
 from hiplora.study.protocols.allocation import Allocation
 from hiplora.study.protocols.claims import Claims
@@ -19,13 +18,9 @@ from hiplora.study.protocols.merge_fail import MergeFail
 from hiplora.study.protocols.merging import Merging
 from hiplora.study.protocols.rank_one import RankOne
 from hiplora.study.protocols.selection import Selection
-from hiplora.study.protocols.settings import Settings
+from hiplora.study.protocols.settings import Protocol, Settings
 from hiplora.study.protocols.single_task import AdaLora, SingleTask
-from hiplora.study.records import Findings, with_jobs
-from hiplora.study.store import Results
-
-_NAMED = 12  # jobs that a section lists
-log = logging.getLogger(__name__)
+from hiplora.study.records import BASE, Findings, with_jobs
 
 
 class Protocols(Settings):
@@ -46,40 +41,35 @@ class Protocols(Settings):
     frontier: FrontierSettings | None = Field(default=None, description="Frontiers of learning against drift.")
     claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_is_gone(cls, value: Any) -> Any:
-        """Leave out what recipes of 0.1 may have: two protocols, and a field of a third."""
-        if not isinstance(value, dict):
-            return value
-        kept = {name: block for name, block in value.items() if name not in ("aims", "metamath")}
-        if isinstance(merging := kept.get("merging"), dict):
-            kept["merging"] = {name: field for name, field in merging.items() if name != "passing"}
-        if kept != value:
-            log.warning("protocols.aims, protocols.metamath and protocols.merging.passing are ignored: they are gone")
-        return kept
 
-
-def all_jobs(study: Study) -> list[Job]:
-    """Return the jobs that a study's protocols want; what those need comes with them."""
-    return [job for _, settings in study.recipe.protocols if settings for job, _ in settings.runs(study)]
-
-
-def sections(study: Study, results: Results) -> list[Findings]:
+def sections(study: Study) -> list[Findings]:
     """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
     found: list[Findings] = []
     for settings in filter(None, dict(study.recipe.protocols).values()):
-        results.missing.clear()
-        results.lost.clear()
-        if isinstance(settings, Claims):
-            one = settings.judge(study, found)
-        else:
-            runs = settings.runs(study)
-            one = settings.tables(study, results, runs)
-            one.measured = with_jobs(one.measured, runs, settings.by)
-        one.name, one.title, one.missing = settings.name, settings.title, list(results.missing)
-        if results.lost:
-            named = "; ".join(list(results.lost)[:_NAMED]) + (" …" if len(results.lost) > _NAMED else "")
-            one.text += f"\n\n{len(results.lost)} jobs diverged in training, there are no results: {named}."
+        one = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
+        one.name, one.title = settings.name, settings.title
         found.append(one)
     return sorted(found, key=lambda one: one.name != Claims.name)
+
+
+def _section(study: Study, settings: Protocol) -> Findings:
+    """What a protocol found. Runs that are equal in the labels `whole` are left out where one of them is not done."""
+
+    def group(labels: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(labels.get(name, "") for name in settings.whole or settings.by)
+
+    runs, stored = settings.runs(study), study.store.record
+    records = {job: stored(job.needs.get("adapter", job)) and stored(job) for job, _ in runs}  # trainings are read too
+    known = {job: record for job, record in records.items() if record and DIVERGED not in record["result"]}
+    waiting = {group(labels) for job, labels in runs if job not in known}
+    done = [(job, known[job], labels) for job, labels in runs if group(labels) not in waiting]
+    asked, ready = ({labels.get("method") for *_, labels in some} for some in (runs, done))
+    found = Findings()
+    if ready - {BASE} and (BASE in ready or BASE not in asked):  # nothing is compared without the base
+        found = settings.tables(study, done)
+        found.measured = with_jobs(found.measured, runs, settings.by)
+    found.missing = [job.name for job, record in records.items() if record is None]
+    if lost := [job.name for job, record in records.items() if record and job not in known]:
+        named = "; ".join(lost[:12]) + (" …" if len(lost) > 12 else "")
+        found.text += f"\n\n{len(lost)} jobs diverged in training, there are no results: {named}."
+    return found

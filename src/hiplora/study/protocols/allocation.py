@@ -1,6 +1,5 @@
 """Where the updates lie on the spectrum of the base weights: gains against σ, and energy inside the principal part."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -8,7 +7,7 @@ import pandas as pd
 from pydantic import Field
 
 from hiplora.reporting import plots
-from hiplora.study.protocols.settings import Findings, OfMethods, Positive, Results, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, OfMethods, Positive, Run, Study
 from hiplora.study.records import joined, measured, table
 from hiplora.study.statistics import hierarchical
 
@@ -26,31 +25,27 @@ class Allocation(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Look at the adapters of every method and domain, of the first seed."""
-        found = []
+        found: list[Run] = []
         for row in map(study.row, self.methods):
+            label = {"method": row.title, "has_gains": getattr(row.method, "principal_channel", False)}
             for domain in self.domains or study.recipe.domains:
                 job = study.inspect(study.adapter(row, domain, study.seeds(self)[0]), self.rank)
-                gains = getattr(row.method, "principal_channel", False)
-                found.append((job, {"method": row.title, "domain": domain, "has_gains": gains}))
+                found.append((job, {**label, "domain": domain}))
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the energy inside and how gains follow σ; the gains over σ, by module type."""
-        energies, modules = [], []
-        for _, inspected, labels in results.whole(runs, self.by):
-            inside = pd.Series(inspected["energy_inside"], name="value").rename_axis("type").reset_index()
-            energies.append(inside.assign(**labels))
-            modules.append(pd.DataFrame(inspected["modules"]).assign(**labels))
-        energy, modules = (joined(*parts, columns=[*BY, "has_gains"]) for parts in (energies, modules))
-        found = Findings()
-        if energy.empty:
-            return found
+        results = [(record["result"], labels) for _, record, labels in done]
+        modules = pd.concat([pd.DataFrame(one["modules"]).assign(**labels) for one, labels in results])
+        energies = [(pd.Series(one["energy_inside"], name="value"), labels) for one, labels in results]
+        energy = pd.concat([one.rename_axis("type").reset_index().assign(**labels) for one, labels in energies])
         means = 100 * energy.groupby(BY, sort=False)["value"].mean().rename("estimate")
         inside = measured(means, "energy inside", "%", low=np.nan, high=np.nan)
-        moved = with_all(modules[modules.has_gains.astype(bool)])
+        moved = modules[modules.has_gains]
+        moved = pd.concat([moved.assign(type=ALL), moved])
         followed = joined(_follows(moved), relative_gains(moved))
-        found.measured = joined(inside, followed).assign(rank=self.rank)
         caption = "Energy inside the principal subspaces, %"
+        found = Findings(joined(inside, followed).assign(rank=self.rank))
         found.tables[f"{self.name}-energy"] = caption, _table(inside, 2)
         if len(followed):
             shown = followed.assign(method=followed.method + ", " + followed.metric)
@@ -69,11 +64,6 @@ class Allocation(OfMethods):
             "of |δ| / σ, in per cent."
         )
         return found
-
-
-def with_all(modules: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of each type of module, and once more as of all types."""
-    return pd.concat([modules.assign(type=ALL), modules], ignore_index=True)
 
 
 def relative_gains(modules: pd.DataFrame) -> pd.DataFrame:

@@ -8,9 +8,10 @@ the quantity that a claim is about did not move, the claim is not exercised.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 from scipy import stats
@@ -18,7 +19,7 @@ from scipy import stats
 from hiplora.provenance import provenance
 from hiplora.reporting import interval
 from hiplora.study.protocols.settings import Findings, Protocol, Run, Study
-from hiplora.study.records import FORMS, paper
+from hiplora.study.records import FORMS, joined, paper
 from hiplora.study.statistics import SEEDS
 
 LEVEL = 0.05
@@ -43,7 +44,17 @@ class Claims(Protocol):
 
     def judge(self, study: Study, found: Sequence[Findings]) -> Findings:
         """Return a row for every claim and form, with the measured effect and the verdict; and claims.json."""
-        rows = pd.DataFrame(self._checked(study, {one.name: one.measured for one in found}))
+        numbers = joined(*(one.measured.assign(section=one.name) for one in found), columns=["metric", "method"])
+        rows = pd.DataFrame(list(self._checked(study, numbers)))
+        rows["p"] = holm(rows.p.where(~rows.still))
+        verdicts = {
+            "not exercised": rows.still,
+            "not measured": rows.estimate.isna(),
+            "cannot tell": ~(rows.p < LEVEL),
+            "supported": rows.as_claimed,
+        }
+        rows["verdict"] = np.select(list(verdicts.values()), list(verdicts), "not supported")
+        rows["as_large"] = rows.as_large.where(~rows.still, "–")
         effects = [interval(r.estimate, r.low, r.high, 4 if r.unit == "nats/token" else 2) for r in rows.itertuples()]
         shown = pd.DataFrame(
             {
@@ -52,7 +63,7 @@ class Claims(Protocol):
                 "Form": rows.form.replace("", "–"),
                 "Measured effect": effects,
                 "Unit": rows.unit,
-                "p (Holm)": ["–" if math.isnan(p) else f"{p:.3g}" for p in rows.p],
+                "p (Holm)": rows.p.map("{:.3g}".format).where(rows.p.notna(), "–"),
                 "The paper's": rows.paper,
                 "An effect as large": rows.as_large,
             }
@@ -72,45 +83,39 @@ class Claims(Protocol):
         )
         return Findings(tables={self.name: ("Claim by claim", shown)}, files={"claims.json": file}, text=text)
 
-    def _checked(self, study: Study, numbers: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
-        """Every claim that the study's methods allow to check, in each of its forms, with its verdict."""
+    def _checked(self, study: Study, numbers: pd.DataFrame) -> Iterator[dict[str, Any]]:
+        """Every claim that the study's methods allow to check, in each of its forms."""
         roles = {name: getattr(self, name) for name in Claims.model_fields}
-        gain = ("median relative gain", study.row(self.hiplora).title)
-        moved = _first(numbers, "allocation", *gain, type="all") or _first(numbers, "ablations", *gain, type="all")
-        rows = []
+        gain = {"metric": "median relative gain", "method": study.row(self.hiplora).title, "type": "all"}
+        moved = _first(numbers, section="allocation", **gain) or _first(numbers, section="ablations", **gain)
+        still = bool(moved) and moved["estimate"] < MOVED
         for name, claim in paper()["claims"].items():
             named = {key: claim[key] for key in ("method", "minus", "over") if key in claim}
             if any(roles.get(role, "") is None for role in named.values()):
                 continue
-            titles = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
-            labels = {**titles, **claim.get("setting", {})}
-            still = claim.get("of_gains", False) and bool(moved) and moved["estimate"] < MOVED
+            wanted = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
+            wanted |= {"section": claim["section"], "metric": claim["metric"], **claim.get("setting", {})}
             for form in FORMS.values() if claim.get("scored", True) else ("",):
-                row = _first(numbers, claim["section"], claim["metric"], **labels, **({"form": form} if form else {}))
-                rows.append({"name": name, "form": form, "still": still, **_compared(claim, row)})
-        adjusted = holm([math.nan if row["still"] else row["p"] for row in rows])
-        return [{**row, "p": p, **_verdict(row, p)} for row, p in zip(rows, adjusted, strict=True)]
+                row = _first(numbers, **wanted, **({"form": form} if form else {}))
+                yield {
+                    "name": name,
+                    "form": form,
+                    "still": still and claim.get("of_gains", False),
+                    **_compared(claim, row),
+                }
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: pd.Series) -> pd.Series:
     """Return p-values corrected for their number by Holm's method; those that are nan stay so and do not count."""
-    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
-    found, worst = [math.nan] * len(p_values), 0.0
-    for rank, (p, place) in enumerate(order):
-        worst = max(worst, min(1.0, (len(order) - rank) * p))
-        found[place] = worst
-    return found
+    known = p_values.sort_values(kind="stable").dropna()
+    return (known * np.arange(len(known), 0, -1)).clip(upper=1.0).cummax().reindex(p_values.index)
 
 
-def _first(
-    numbers: Mapping[str, pd.DataFrame], section: str, metric: str, method: str, **labels: Any
-) -> dict[str, Any]:
+def _first(numbers: pd.DataFrame, **wanted: Any) -> dict[str, Any]:
     """The first measurement that has all the labels; nothing, if there is none."""
-    wanted, rows = {"metric": metric, "method": method, **labels}, numbers.get(section)
-    if rows is None or not set(wanted) <= set(rows):
-        return {}
-    fits = (rows[list(wanted)] == pd.Series(wanted)).all(axis=1)
-    return rows[fits].iloc[0].to_dict() if fits.any() else {}
+    rows = numbers.reindex(columns=list(wanted))
+    fits = (rows == pd.Series(wanted)).all(axis=1)
+    return numbers[fits].iloc[0].to_dict() if fits.any() else {}
 
 
 def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +125,11 @@ def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
     known = [row.get(name) for name in ("estimate", "low", "high")]
     estimate, low, high = (math.nan if value is None else float(value) for value in known)
     reach = estimate - low if estimate > none else high - estimate  # to the interval's end that is nearer to none
-    distance = abs(estimate - none)
-    seeds = row.get("seeds") or 0
-    if not reach:
-        p = float(distance == 0)
-    elif seeds >= SEEDS:  # the interval is Student's
-        p = float(2 * stats.t.sf(distance / reach * stats.t.ppf(0.975, seeds - 1), seeds - 1))
-    else:
-        p = math.erfc(1.96 * distance / reach / math.sqrt(2))
+    distance, seeds = abs(estimate - none), row.get("seeds") or 0
+    test, width = stats.norm(), 1.96
+    if seeds >= SEEDS:  # the interval is Student's
+        test = stats.t(seeds - 1)
+        width = test.ppf(0.975)
     excluded = None if size is None or math.isnan(low) else high < size if above else low > size
     return {
         **{key: claim[key] for key in ("says", "paper")},
@@ -135,18 +137,8 @@ def _compared(claim: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any
         "estimate": estimate,
         "low": low,
         "high": high,
-        "p": p,
+        "p": float(2 * test.sf(width * distance / reach)) if reach else float(distance == 0),
         "as_claimed": (estimate > none) == above,
         "paper_effect": size,
         "as_large": {None: "–", True: "excluded", False: "possible"}[excluded],
     }
-
-
-def _verdict(row: Mapping[str, Any], p: float) -> dict[str, str]:
-    if row["still"]:
-        return {"verdict": "not exercised", "as_large": "–"}
-    if math.isnan(row["estimate"]):
-        return {"verdict": "not measured"}
-    if not p < LEVEL:
-        return {"verdict": "cannot tell"}
-    return {"verdict": "supported" if row["as_claimed"] else "not supported"}

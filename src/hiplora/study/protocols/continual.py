@@ -1,16 +1,16 @@
 """One adapter trained on one domain after the other: the whole matrix of scores, AvgAcc and Forgetting (C.4)."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hiplora.metrics import CONTINUAL
-from hiplora.study.protocols.settings import Findings, OfMethods, Results, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, OfMethods, Run, Study
 from hiplora.study.protocols.single_task import drift_table
 from hiplora.study.records import BASE, by_form, joined, measured, scored, tidy, with_differences
-from hiplora.study.statistics import averaged, drift, ratios, replicates, summary
+from hiplora.study.statistics import averaged, differences, drift, replicates, summary
 
 COLUMNS = {
     "average accuracy": "AvgAcc",
@@ -25,26 +25,13 @@ class Continual(OfMethods):
 
     name: ClassVar[str] = "continual"
     title: ClassVar[str] = "Continual tuning"
-    orders: list[list[str]] = Field(
-        default=[], description="Orders of the domains, of which the numbers are means; none: one, as they stand."
-    )
-    widen: bool = Field(
-        default=True,
-        description="Before each later task, let HiP-LoRA's function-aware basis protect the finished ones too.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_order(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("order") is None:
-            return value
-        return {**{name: one for name, one in value.items() if name != "order"}, "orders": [value["order"]]}
+    orders: list[list[str]] = Field(default=[], description="Orders of the domains; none: one, as they stand.")
+    widen: bool = Field(default=True, description="Let HiP-LoRA's function-aware basis protect finished tasks too.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
         """Yield the domains of each order too."""
         yield from super().named(kind)
-        if kind == "domains":
-            yield from (("orders", order) for order in self.orders)
+        yield from (("orders", order) for order in self.orders if kind == "domains")
 
     def runs(self, study: Study) -> list[Run]:
         """Score the base, and every stage of every method and seed on the tasks of all domains."""
@@ -59,32 +46,29 @@ class Continual(OfMethods):
                         found.append((study.score(adapter), label))
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the paper's numbers in both forms, every task after every stage, and the drift after the last."""
-        records = tidy(results, runs)
-        orders = self._orders(study)
+        records, orders = tidy(done), self._orders(study)
         titles = {domain: study.recipe.domains[domain].title for order in orders.values() for domain in order}
         moved = drift(records[(records.stage == len(titles)) & (records.method != BASE)])
         numbers = self._measured(study, records)
-        found = Findings(joined(numbers, moved))
         shown = numbers.assign(column=numbers.metric.map(COLUMNS)).dropna(subset="column")
-        shown = shown[shown.order == ""]
-        found.tables = by_form(self.name, self.title, shown, paper=self.name)
-        scores = numbers[numbers.metric == "score"]
-        told = {
-            (name, stage): f", {name}, after {titles[domain]}" if name else f", after {titles[domain]}"
+        tables = by_form(self.name, self.title, shown[shown.order == ""], paper=self.name)
+        after = {
+            (name, stage): f"{', ' * bool(name)}{name}, after {titles[domain]}"
             for name, order in orders.items()
             for stage, domain in enumerate(order, 1)
         }
-        after = [told.get(at, "") for at in zip(scores.order, scores.stage, strict=True)]
-        scores = scores.assign(row=scores.method + after, column=scores.domain.map(titles))
-        found.tables |= by_form(f"{self.name}-stages", "Every task after every stage, %", scores, "row")
-        found.tables[f"{self.name}-drift"] = drift_table(moved, "Drift after all stages")
-        found.text = (
+        scores = numbers[numbers.metric == "score"]
+        told = [after.get(at, "") for at in zip(scores.order, scores.stage, strict=True)]
+        scores = scores.assign(row=scores.method + told, column=scores.domain.map(titles))
+        tables |= by_form(f"{self.name}-stages", "Every task after every stage, %", scores, "row")
+        tables[f"{self.name}-drift"] = drift_table(moved, "Drift after all stages")
+        text = (
             "AvgAcc: mean over the tasks after the last stage; Forgetting: mean fall from the best earlier stage, "
             "lower is better; backward transfer: mean change since a task's own stage."
         )
-        return found
+        return Findings(joined(numbers, moved), tables, text=text)
 
     def _orders(self, study: Study) -> dict[str, list[str]]:
         """The orders of the domains by name; one alone has none."""
@@ -94,25 +78,21 @@ class Continual(OfMethods):
     def _measured(self, study: Study, records: pd.DataFrame) -> pd.DataFrame:
         """Scores after each stage, and the paper's numbers: of each order, where there are several, and their means."""
         orders = self._orders(study)
-        domains = {study.recipe.domains[domain].task: domain for order in orders.values() for domain in order}
-        items = scored(records)
-        items = items[items.task.isin(domains)].assign(domain=items.task.map(domains))
-        draws = replicates(items, ["form", "method", "seed", "order", "stage", "domain"])
-        columns = ["form", "method", "metric", "order", "stage", "domain", "estimate", "low", "high"]
-        if draws.empty:
-            return joined(columns=columns)
+        named = next(iter(orders.values()))
+        tasks = {task: domain for task, domain in study.tasks.items() if domain in named}
+        draws = replicates(scored(records, tasks, "domain"), ["form", "method", "seed", "order", "stage", "domain"])
         is_base = draws.index.get_level_values("method") == BASE
         base = averaged(draws[is_base], ["domain", "stage", "order"])
         parts = [
             measured(summary(draws), "score", "%"),
             measured(summary(base), "average accuracy", "%", order=""),
         ]
-        by, learned = ["form", "method", "seed", "order"], draws[~is_base]
-        for metric, function in CONTINUAL.items() if len(learned) else ():
+        by = ["form", "method", "seed", "order"]
+        for metric, function in CONTINUAL.items():
             values = {}
-            for label, rows in learned.groupby(level=by, sort=False):
-                matrix = pd.MultiIndex.from_product([range(1, len(domains) + 1), orders[label[-1]]])
-                cells = rows.droplevel(by).reindex(matrix).to_numpy().reshape(len(domains), len(domains), -1)
+            for label, rows in draws[~is_base].groupby(level=by, sort=False):
+                matrix = pd.MultiIndex.from_product([range(1, len(named) + 1), orders[label[-1]]])
+                cells = rows.droplevel(by).reindex(matrix).to_numpy().reshape(len(named), len(named), -1)
                 values[label] = function(cells)
             found = pd.DataFrame(values.values(), pd.MultiIndex.from_tuples(values, names=by))
             means, unit = averaged(found, ["order"]), "%" if "accuracy" in metric else "pp"
@@ -120,6 +100,6 @@ class Continual(OfMethods):
             if len(orders) > 1:
                 parts.append(with_differences(found, metric, unit))
             if metric == "forgetting":
-                over = ratios(averaged(means, ["seed"]))
+                over = summary(differences(averaged(means, ["seed"]), ratio=True)).rename_axis(index={"minus": "over"})
                 parts.append(measured(over, "forgetting ratio", "ratio", seeds=len(study.seeds(self)), order=""))
-        return joined(*parts, columns=columns)
+        return joined(*parts)

@@ -1,13 +1,13 @@
 """What each method costs: throughput over steady steps, peak memory, and the one-time cost of its factors (Table 5)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
 from hiplora.study.jobs import Job
-from hiplora.study.protocols.settings import Findings, OfMethods, Positive, Results, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, OfMethods, Positive, Run, Study
 from hiplora.study.records import joined, table
 from hiplora.study.statistics import student
 
@@ -19,6 +19,7 @@ SHOWN = {  # metric → heading ({} is the first method), units in one of the ta
     "factors": ("SVD minutes", 60, 2),
     "cache": ("Cache size, GB", 1e9, 4),
 }
+BOUNDS = ["estimate", "low", "high"]
 
 
 class CostTable(OfMethods):
@@ -29,10 +30,7 @@ class CostTable(OfMethods):
     domain: str = Field(description="Domain whose rows are trained on.")
     warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
     steps: Positive = Field(default=200, description="Measured steps.")
-    repeats: Positive = Field(
-        default=1,
-        description="Times that each method is timed, in turn with the others; of one there is no interval.",
-    )
+    repeats: Positive = Field(default=1, description="Times that each method is timed, in turn with the others.")
 
     def runs(self, study: Study) -> list[Run]:
         """Time every method as often as is asked for, in turn, and compute the factors of those with some."""
@@ -41,26 +39,21 @@ class CostTable(OfMethods):
         factors = [(study.factors(row), {"method": row.title}) for row in rows]
         return [*timed, *((job, label) for job, label in factors if job is not None)]
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return throughput and memory, with ratios to the first method that is named, and the cost of the factors."""
-        rows = pd.DataFrame(list(self._measured(study, results, runs)))
-        numbers = joined(rows, columns=["estimate", "low", "high"]).dropna(subset="estimate")
-        found, machines = Findings(numbers), "–"
-        if len(numbers):
-            looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "scale", "digits"])
-            shown = looks.join(numbers.set_index("metric"), how="inner")
-            shown["column"] = shown.column.map(lambda one: one.format(study.row(self.methods[0]).title))
-            bounds = ["estimate", "low", "high"]
-            shown[bounds] = shown[bounds].astype(float).div(shown.scale, axis=0)
-            found.tables[f"{self.name}-table"] = self.title, table(shown, paper=self.name)
-            machines = "; ".join(sorted(numbers.machine.dropna().unique()))
-        found.text = (
+        numbers = joined(pd.DataFrame(list(self._measured(study, done))), columns=BOUNDS).dropna(subset="estimate")
+        looks = pd.DataFrame.from_dict(SHOWN, orient="index", columns=["column", "scale", "digits"])
+        shown = looks.join(numbers.set_index("metric"), how="inner")
+        shown["column"] = shown.column.map(lambda one: one.format(study.row(self.methods[0]).title))
+        shown[BOUNDS] = shown[BOUNDS].astype(float).div(shown.scale, axis=0)
+        machines = "; ".join(sorted(numbers.machine.unique()))
+        text = (
             f"Measured on {machines}, each method in a process of its own while nothing else of the study ran, over "
             f"{self.steps} steps after {self.warmup} to warm up, {self.repeats} times in turn; intervals are Student's "
             "t over the times. Factors: computing the protected directions once for a base model, with calibration; no "
             "time where the cache had them. Cache: k(m + n + 1) numbers a matrix."
         )
-        return found
+        return Findings(numbers, {f"{self.name}-table": (self.title, table(shown, paper=self.name))}, text=text)
 
     def _speed(self, study: Study, row: Any, time: int) -> Job:
         """The job that times a method, the n-th time: its training at the study's rate, which changes no time."""
@@ -71,34 +64,26 @@ class CostTable(OfMethods):
         again = f", time {time + 1}" if time else ""
         return study.job("speed", f"time {row.title}{again}", asked, **needs)
 
-    def _measured(self, study: Study, results: Results, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    def _measured(self, study: Study, done: Done) -> Iterator[dict[str, Any]]:
         """Speeds in tokens per second, peak memory in bytes, both beside the first method's, and the factors."""
         reference, speeds = study.row(self.methods[0]).title, {}
-        for row in map(study.row, self.methods):
-            jobs = [job for job, labels in runs if labels["method"] == row.title]
-            timed = [job for job in jobs if job.kind == "speed"]
-            if None in [results.get(job) for job in timed]:
-                continue
-            times = pd.DataFrame([results.record(job, "timing") for job in timed])
-            machine = results.record(timed[0], "provenance").get("machine", {})
+        for title in dict.fromkeys(labels["method"] for *_, labels in done):
+            own = [(job, record) for job, record, labels in done if labels["method"] == title]
+            timed = [record for job, record in own if job.kind == "speed"]
+            times = pd.DataFrame([record["timing"] for record in timed])
+            machine = timed[0]["provenance"].get("machine", {})
             told = [times.gpu[0], f"{machine.get('processor')}, {machine.get('cores')} cores"]
-            speeds[row.title] = times.tokens_per_second, times.peak_memory_bytes.astype(float).max()
-            speed, memory = speeds[row.title]
-            label = {
-                "method": row.title,
-                "machine": ", ".join(filter(None, told)),
-            }
+            speed, memory = speeds[title] = times.tokens_per_second, times.peak_memory_bytes.astype(float).max()
+            label = {"method": title, "machine": ", ".join(filter(None, told))}
             yield {**label, "metric": "throughput", "estimate": speed.mean(), "unit": "tokens/s"}
             yield {**label, "metric": "peak memory", "estimate": memory, "unit": "bytes"}
             if reference in speeds:
                 # The methods were timed in turn: the n-th times are compared with each other.
                 ratio = student(pd.concat({0: speed / speeds[reference][0]}, names=["of", "seed"])).iloc[0]
                 over = {**label, "over": reference, "unit": "ratio"}
-                yield {**over, "metric": "throughput ratio", **ratio[["estimate", "low", "high"]]}
+                yield {**over, "metric": "throughput ratio", **ratio[BOUNDS]}
                 yield {**over, "metric": "peak memory ratio", "estimate": memory / speeds[reference][1]}
-            for job in jobs[len(timed) :]:
-                made, timing = results.get(job), results.record(job, "timing")
-                if made is not None and not timing["reused"]:  # from the cache they cost nothing
+            for made, timing in ((one["result"], one["timing"]) for job, one in own if job.kind == "factorize"):
+                if not timing["reused"]:  # from the cache they cost nothing
                     yield {**label, "metric": "factors", "estimate": timing["factorize_seconds"], "unit": "seconds"}
-                if made is not None:
-                    yield {**label, "metric": "cache", "estimate": made["bytes"], "unit": "bytes"}
+                yield {**label, "metric": "cache", "estimate": made["bytes"], "unit": "bytes"}

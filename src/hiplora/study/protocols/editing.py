@@ -1,22 +1,24 @@
 """Facts edited by each method: whether the edits took, in other words too, and what became of everything else (C.4)."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from hiplora.editing.edits import BUILT_IN, Category
 from hiplora.reporting import plots
 from hiplora.study.builder import as_written
 from hiplora.study.jobs import Job
-from hiplora.study.protocols.settings import Findings, OfMethods, Positive, Results, Run, Settings, Study
+from hiplora.study.protocols.settings import AboveZero, Done, Findings, OfMethods, Positive, Run, Settings, Study
 from hiplora.study.records import joined, table, tidy
 from hiplora.study.statistics import differences, drift, opened, replicates, summary
 
 ALPHAEDIT = "alphaedit"  # the editor that trains nothing
-BUILT_IN = "builtin"
+COURSE = "edit success so far"
+Mode = Literal["single", "batch", "sequential"]
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of file names
 SHOWN = {  # metric → heading, unit
     "edit success": ("Edit success", "%"),
@@ -42,12 +44,12 @@ class EditedFacts(Settings):
 
     edits: str = Field(default=BUILT_IN, description="`builtin`, or a file of the data folder.")
     title: str = Field(default="", description="As tables show it.")
-    category: Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"] | None = Field(
-        default=None,
-        description="The edits of one category alone, so that their locality is that category's.",
-    )
+    category: Category | None = Field(default=None, description="The edits, and locality, of one category alone.")
     limit: Positive | None = Field(default=None, description="The first so many edits.")
     neighbours: bool = Field(default=False, description="Ask the file's neighbourhood prompts too.")
+
+
+DEFAULT_SETS = {"edit-set": EditedFacts()}
 
 
 class Editing(OfMethods):
@@ -56,21 +58,13 @@ class Editing(OfMethods):
     name: ClassVar[str] = "editing"
     title: ClassVar[str] = "Knowledge editing"
     by: ClassVar[tuple[str, ...]] = ("set", "mode", "method")
-    sets: dict[SetName, EditedFacts] = Field(
-        default={"edit-set": EditedFacts()}, min_length=1, description="Sets of edits by name."
-    )
-    modes: list[Literal["single", "batch", "sequential"]] = Field(
-        default=["batch"], min_length=1, description="How edits are made."
-    )
-    alphaedit: dict[str, Any] | None = Field(
-        default=None, description="Settings of AlphaEdit as one more row; none: leave it out."
-    )
+    sets: dict[SetName, EditedFacts] = Field(default=DEFAULT_SETS, min_length=1, description="Sets of edits by name.")
+    modes: list[Mode] = Field(default=["batch"], min_length=1, description="How edits are made.")
+    alphaedit: dict[str, Any] | None = Field(default=None, description="Settings of AlphaEdit, as one more row.")
     steps: Positive = Field(default=500, description="Training steps of a batch.")
     single_steps: Positive = Field(default=20, description="Training steps of a single edit.")
-    lr: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        default={},
-        description="Method → learning rate on edits, where it is not `train.lr`; a method's own or chosen rate is "
-        "for tasks and is not used here.",
+    lr: dict[str, AboveZero] = Field(
+        default={}, description="Method → learning rate on edits, if not `train.lr`; a chosen rate is for tasks only."
     )
     edits_per_batch: Positive | None = Field(default=None, description="Edits of a batch (sequential: a stage).")
     sample: Positive | None = Field(default=None, description="How many edits are made one by one.")
@@ -81,17 +75,18 @@ class Editing(OfMethods):
         """Edit every set in every mode by every method, AlphaEdit among them if asked for."""
         methods = [*self.methods, *([ALPHAEDIT] if self.alphaedit is not None else [])]
         found = []
-        for name, mode, method in itertools.product(self.sets, self.modes, methods):
+        for name, mode, method, seed in itertools.product(self.sets, self.modes, methods, study.seeds(self)):
             title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
-            for seed in study.seeds(self):
-                label = {"set": name, "mode": mode, "method": title, "seed": seed}
-                found.append((self._edit(study, method, label), label))
+            label = {"set": name, "mode": mode, "method": title, "seed": seed}
+            found.append((self._edit(study, method, label), label))
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return a table a set and mode with the drift after the last edit, one by categories, a sequence's course."""
-        moved = drift(tidy(results, runs, self.by), ["set", "mode"])
-        numbers = joined(_measured(self._items(results, runs)), moved, columns=["text"])
+        items = joined(
+            *(part.assign(**labels) for _, record, labels in done for part in _items(record, labels["set"]))
+        )
+        numbers = joined(_measured(items), drift(tidy(done), ["set", "mode"]), columns=["text"])
         found = Findings(numbers)
         for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
             facts, stem = self.sets[name], f"{self.name}-{name}-{mode}"
@@ -101,8 +96,8 @@ class Editing(OfMethods):
             kinds = rows[rows.category.notna()]
             kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
             found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
-            course = rows[rows.metric == "edit success so far"]
-            if not course.empty:
+            if mode == "sequential":
+                course = rows[rows.metric == COURSE].sort_values("edits", kind="stable")
                 figure = plots.lines(
                     course, "edits", "estimate", "method", low="low", high="high",
                     xlabel="edits so far", ylabel="edit success (%)",
@@ -125,13 +120,12 @@ class Editing(OfMethods):
     def _edit(self, study: Study, method: str, label: dict[str, Any]) -> Job:
         """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
         facts, trains, single = self.sets[label["set"]], method != ALPHAEDIT, label["mode"] == "single"
-        given, factors = {"name": ALPHAEDIT, **(self.alphaedit or {})}, None
+        given, needs = {"name": ALPHAEDIT, **(self.alphaedit or {})}, {}
         if trains:
             given, factors = as_written(study.row(method).method), study.factors(study.row(method))
-        evaluation = study.recipe.evaluation.drift
-        texts = None if evaluation is None or single else evaluation.settings()
+            needs = {} if factors is None else {"factors": factors}
+        texts = None if single else study.recipe.evaluation.drift
         files = [None if facts.edits == BUILT_IN else facts.edits, given.get("calibration_text")]
-        files += [source.partition(":")[0] for source in (texts or {"texts": {}})["texts"].values()]
         asked = {
             "method": given,
             **facts.model_dump(include={"edits", "limit", "neighbours"}),
@@ -142,27 +136,21 @@ class Editing(OfMethods):
             "lr": self._rate(study, method) if trains else None,
             "rows": self.rows if trains else None,
             "questions": self.questions,
-            "drift": texts,
+            "drift": texts and texts.settings(),
             "seed": label["seed"],
-            "files": study.hashes(files),
+            "files": study.hashes([*files, *(texts.files if texts else ())]),
             **({} if facts.category is None else {"category": facts.category}),
         }
-        name = "edit {set} by {method}, {mode}, seed {seed}".format(**label)
-        return study.job("edit", name, asked, **({} if factors is None else {"factors": factors}))
-
-    def _items(self, results: Results, runs: Sequence[Run]) -> pd.DataFrame:
-        """A row an edit or question: set, mode, method, seed, metric, task, item, value; category, or edits so far."""
-        parts = []
-        for _, found, labels in results.whole(runs, self.by):
-            parts += [part.assign(**labels) for part in _of_edits(found, labels["set"])]
-            if found["questions"]:
-                parts.append(_of_questions(found["questions"]).assign(**labels))
-        return joined(*parts, columns=[*self.by, "seed", "metric", "category", "edits", "task", "item", "value"])
+        return study.job("edit", "edit {set} by {method}, {mode}, seed {seed}".format(**label), asked, **needs)
 
 
-def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
-    """All edits that count (after the last stage of a sequence, else of every stage), by category, and the course."""
-    frames = []
+def _items(record: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
+    """A row an edit or question: metric, task, item, value; category, or edits so far.
+
+    All edits that count (after the last stage of a sequence, else of every stage), by category too, and the course of a
+    sequence; then the questions.
+    """
+    found, frames = record["result"], []
     for stage in found["stages"]:
         records = dict(stage["records"])
         near = records.pop("neighbours_kept", None) or [[]] * len(records["index"])
@@ -173,59 +161,49 @@ def _of_edits(found: dict[str, Any], name: str) -> Iterator[pd.DataFrame]:
         frames.append(frame)
         if found["mode"] == "sequential":
             course = frame[["item"]].assign(value=frame["edit success"], task=f"{name} edits")
-            yield course.assign(metric="edit success so far", edits=len(frame))
+            yield course.assign(metric=COURSE, edits=len(frame))
     whole = frames[-1] if found["mode"] == "sequential" else pd.concat(frames)
     long = whole.melt(["item", "category"], var_name="metric").dropna(subset="value")
     kinds = long[long.metric.isin(("edit success", "paraphrase success"))]
     yield kinds.assign(metric=kinds.metric + " by category", task=name + " " + kinds.category)
     near = long.metric == "neighbours kept"
     yield long.drop(columns="category").assign(task=np.where(near, f"{name} neighbours", f"{name} edits"))
-
-
-def _of_questions(asked: dict[str, list[float]]) -> pd.DataFrame:
-    """What became of the unrelated questions: in pp and %, and in nats."""
-    q = pd.DataFrame(asked).astype(float)
-    values = {
-        "locality": 100 * (q.correct_before - q.correct),
-        "locality damage": 100 * (1 - q.unchanged),
-        "log-probability change": q.log_prob - q.log_prob_before,
-        "edited log-probability change": q.edited_log_prob - q.edited_log_prob_before,
-    }
-    long = pd.DataFrame(values).rename_axis("item").reset_index().melt("item", var_name="metric")
-    return long.assign(task="questions")
+    if found["questions"]:
+        q = pd.DataFrame(found["questions"]).astype(float)
+        values = {
+            "locality": 100 * (q.correct_before - q.correct),
+            "locality damage": 100 * (1 - q.unchanged),
+            "log-probability change": q.log_prob - q.log_prob_before,
+            "edited log-probability change": q.edited_log_prob - q.edited_log_prob_before,
+        }
+        long = pd.DataFrame(values).rename_axis("item").reset_index().melt("item", var_name="metric")
+        yield long.assign(task="questions")
 
 
 def _measured(items: pd.DataFrame) -> pd.DataFrame:
     """Means, by category and stage too, and differences; an edit counts with its mean over the seeds that made it."""
-    by = ["set", "mode", "metric", "method"]
-    parts = []
-    for rows, further in (
-        (items[items.category.notna()], ["category"]),
-        (items[items.edits.notna()], ["edits"]),
-        (items[items.metric.isin(SHOWN)], []),
-    ):
-        if rows.empty:
-            continue
-        draws, groups = replicates(rows, [*by, *further]), rows.groupby([*by, *further])
-        counts = {"items": groups["item"].nunique(), "seeds": groups["seed"].nunique()}
-        parts.append(summary(draws).assign(**counts).reset_index())
-        if not further:
-            apart = summary(differences(draws)).join(counts["items"].rename("items")).reset_index()
-            parts.append(apart.assign(metric=apart.metric + " difference"))
-    found = joined(*parts, columns=[*by, "category", "unit", "items", "estimate", "low", "high"])
-    units = found.metric.str.removesuffix(" difference").map(lambda one: SHOWN.get(one, ("", "%"))[1])
-    is_difference = found.metric.str.endswith(" difference")
-    found = found.assign(unit=units.where(~is_difference, units.replace("%", "pp")))
+    labels = ["set", "mode", "metric", "method", "category", "edits"]
+    items = items.reindex(columns=[*labels, "seed", "task", "item", "value"]).fillna({"category": "", "edits": 0})
+    draws, groups = replicates(items, labels), items.groupby(labels)
+    counts = groups["item"].nunique().rename("items")
+    own = summary(draws).assign(items=counts, seeds=groups["seed"].nunique()).reset_index()
+    apart = summary(differences(draws.query("category == '' and edits == 0"))).join(counts).reset_index()
+    units = {metric: unit for metric, (_, unit) in SHOWN.items()}
+    found = joined(
+        own.assign(unit=own.metric.map(units).fillna("%")),
+        apart.assign(unit=apart.metric.map(units).replace("%", "pp"), metric=apart.metric + " difference"),
+    )
     shares = found.unit.isin(("%", "pp"))
-    return pd.concat([opened(found[shares], found["items"][shares].astype(float)), found[~shares]]).sort_index()
+    found.loc[shares] = opened(found[shares], found["items"][shares])
+    return found.assign(category=found.category.where(found.category != ""), edits=found.edits.where(found.edits > 0))
 
 
 def _table(rows: pd.DataFrame, paper: str) -> pd.DataFrame:
     drifts = rows.metric == "drift"
-    headings = rows.metric.map({metric: heading for metric, (heading, _) in SHOWN.items()})
+    headings = {metric: heading for metric, (heading, _) in SHOWN.items()}
     shown = rows.assign(
-        column=headings.where(~drifts, "Drift, " + rows.text.astype(str)),
+        column=rows.metric.map(headings).where(~drifts, "Drift, " + rows.text.astype(str)),
         estimate=rows.estimate.where(~drifts, 1000 * rows.estimate),
         digits=np.where(rows.unit.isin(("nats", "nats/token")), 2, 1),
     )
-    return table(shown[shown.column.notna()], paper=paper, order=[heading for heading, _ in SHOWN.values()])
+    return table(shown[shown.column.notna()], paper=paper, order=list(headings.values()))

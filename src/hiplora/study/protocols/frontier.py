@@ -8,7 +8,7 @@ the interval of Student's t.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from hiplora.reporting import interval, plots
-from hiplora.study.protocols.settings import Findings, Positive, Protocol, Results, Run, Study
-from hiplora.study.records import BASE, Tables, joined, measured, scored, tidy
+from hiplora.study.protocols.settings import AboveZero, Done, Findings, Positive, Protocol, Run, Study
+from hiplora.study.records import BASE, Tables, joined, measured, tidy
 from hiplora.study.statistics import averaged, geometric, replicates, student, summary
 
 LOSS = "loss"
@@ -36,30 +36,20 @@ class FrontierSettings(Protocol):
     name: ClassVar[str] = "frontier"
     title: ClassVar[str] = "Learning against drift"
     by: ClassVar[tuple[str, ...]] = ("domain", "method")
-    domains: dict[str, list[str]] = Field(
-        min_length=1, description="Domain to train on → methods that are compared there."
-    )
-    rates: list[Annotated[float, Field(gt=0)]] = Field(min_length=2, description="Learning rates, for all methods.")
-    early: dict[str, list[Positive]] = Field(
-        default={}, description="Method → further, smaller numbers of steps: early stops."
-    )
+    whole: ClassVar[tuple[str, ...]] = ("domain", *POINT)
+    domains: dict[str, list[str]] = Field(min_length=1, description="Domain to train on → methods to compare there.")
+    rates: list[AboveZero] = Field(min_length=2, description="Learning rates, for all methods.")
+    early: dict[str, list[Positive]] = Field(default={}, description="Method → early stops: smaller numbers of steps.")
     early_domains: list[str] | None = Field(default=None, description="Domains of the early stops; all, if empty.")
-    tasks: dict[str, Positive | None] = Field(
-        default={},
-        description="Tasks whose likelihoods are a drift too, with their items; none: all of the domains'.",
-    )
-    plain: list[str] = Field(
-        min_length=1,
-        description="The plain LoRAs among the methods: the best tuned of them is what is to be beaten.",
-    )
+    tasks: dict[str, Positive | None] = Field(default={}, description="Task → items to score; none: the domains'.")
+    plain: list[str] = Field(min_length=1, description="The plain LoRAs: the best tuned of them is to be beaten.")
     reference: str = Field(description="The method that is compared with all others.")
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
         """Yield the methods of each domain too."""
         yield from super().named(kind)
         if kind == "methods":
-            for domain, methods in self.domains.items():
-                yield f"domains.{domain}", methods
+            yield from ((f"domains.{domain}", methods) for domain, methods in self.domains.items())
 
     @model_validator(mode="after")
     def _roles_are_compared(self) -> "FrontierSettings":
@@ -70,9 +60,8 @@ class FrontierSettings(Protocol):
                 )
         known = set(itertools.chain(*self.domains.values()))
         for field, names in (("plain", self.plain), ("early", self.early)):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"`{field}` names {name!r}, which no domain compares; add it to one")
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"`{field}` names {unknown[0]!r}, which no domain compares; add it to one")
         return self
 
     def runs(self, study: Study) -> list[Run]:
@@ -85,20 +74,13 @@ class FrontierSettings(Protocol):
                 stops = self.early.get(method, ()) if domain in (self.early_domains or (domain,)) else ()
                 for steps, rate, seed in itertools.product((None, *stops), self.rates, study.seeds(self)):
                     adapter = study.adapter(row, domain, seed, lr=rate, steps=steps)
-                    label = {
-                        "domain": domain,
-                        "method": row.title,
-                        "lr": rate,
-                        "steps": steps or math.inf,
-                        "seed": seed,
-                    }
-                    found += [(adapter, label), (study.score(adapter, tasks), label)]
+                    label = {"domain": domain, "method": row.title, "lr": rate, "steps": steps or math.inf}
+                    found += [(job, {**label, "seed": seed}) for job in (adapter, study.score(adapter, tasks))]
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return for each domain each method at its best rate, and the drift ratios at equal learning."""
-        records = tidy(results, runs, ("domain", *POINT))
-        reference = study.row(self.reference).title
+        records, reference = tidy(done), study.row(self.reference).title
         plain = [study.row(name).title for name in self.plain]
         found, parts = Findings(), []
         for domain in self.domains:
@@ -125,8 +107,7 @@ class FrontierSettings(Protocol):
 
     def _unlike(self, study: Study) -> list[str]:
         """The drift texts that are not of the file that calibrated the reference; all, if none is left."""
-        drift = study.recipe.evaluation.drift
-        texts = drift.texts if drift is not None else {}
+        texts = study.recipe.evaluation.drift.texts if study.recipe.evaluation.drift else {}
         calibration = getattr(study.row(self.reference).method, "calibration_text", None)
         return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
@@ -135,28 +116,23 @@ class FrontierSettings(Protocol):
 
         Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
         """
-        own = study.recipe.domains[domain]
+        own, index = study.recipe.domains[domain], [*POINT, "seed"]
         rows = records[records.domain == domain].astype({"lr": float, "steps": float})
-        index = [*POINT, "seed"]
-        items = scored(rows)
-        items = items[items.form == "likelihood"]
-        wide = {
-            LOSS: rows[rows.metric == "held_out_after"],
-            "untrained": rows[rows.metric == "held_out_before"],
-            "likelihood": items[items.task == own.task],
-        }
-        kl = rows[rows.metric == "kl"].pivot(index=index, columns="task", values="value")
-        means = {name: one.groupby(index, sort=False)["value"].mean() for name, one in wide.items()}
-        points = pd.DataFrame(means).join(kl)
-        if len(kl.columns):
-            points[OVER] = np.exp(np.log(kl[self._unlike(study)].clip(lower=FLOOR)).mean(axis=1))
+        kl, others = rows.metric == "kl", (rows.metric == "likelihood") & (rows.task != own.task)
+        names = {"held_out_after": LOSS, "held_out_before": "untrained", "likelihood": "likelihood"}
+        columns = rows.task.where(kl, rows.metric.map(names).where(~others))
+        points = rows.assign(column=columns).pivot_table("value", index, "column", sort=False)
+        points = points.reindex(columns=dict.fromkeys([*names.values(), *sorted(points)]))
+        texts = [text for text in self._unlike(study) if text in points]
+        if texts:
+            points[OVER] = np.exp(np.log(points[texts].clip(lower=FLOOR)).mean(axis=1))
         points = points[np.isfinite(points[LOSS]).groupby(level=POINT).transform("all")]
-        base = scored(records[records.method == BASE])
-        base = base[(base.form == "likelihood") & ~base.task.isin(own.tasks) & base.task.isin(items.task)]
+        base = records[(records.method == BASE) & (records.metric == "likelihood")]
+        base = base[~base.task.isin(own.tasks) & base.task.isin(rows.task[others])]
         if base.empty or points.empty:
             return points, pd.DataFrame()
         before = replicates(base, ["task"])
-        after = replicates(items[items.task.isin(base.task)], [*index, "task"])
+        after = replicates(rows[others & rows.task.isin(base.task)], [*index, "task"])
         fall = before.reindex(after.index.get_level_values("task")).to_numpy() - after.to_numpy()
         return points, averaged(pd.DataFrame(fall, after.index), ["task"])
 
@@ -165,15 +141,20 @@ class Frontier:
     """The lower envelope of a method's points, means over the seeds.
 
     Between points that are neighbours on the grid (the next rate, or the next number of steps) the drift is
-    interpolated, linear in the loss and logarithmic in the divergence; never beyond them.
+    interpolated, linear in the loss and logarithmic in the divergence; never beyond them. Each point has a rate and
+    steps, and by seed x, lower is more learned, and log drift y: (points, seeds).
     """
 
     def __init__(self, rates: Floats, steps: Floats, x: Floats, y: Floats):
-        """Take its points: rate and steps (points,), and (points, seeds): x, lower is more learned, and log drift y."""
         self.rates, self.steps, self.x, self.y = rates, steps, x, y
         self.mean_x, self.mean_y = x.mean(axis=1), y.mean(axis=1)
         self.best = int(self.mean_x.argmin())  # the point that learned most
         self.least, self.most = float(self.mean_x.min()), float(self.mean_x.max())
+        pairs = [(point, point) for point in range(len(x))]
+        for kept, ordered in ((steps, rates), (rates, steps)):
+            lines = (np.flatnonzero(kept == value) for value in np.unique(kept))
+            pairs += [pair for line in lines for pair in itertools.pairwise(line[ordered[line].argsort()])]
+        self.pairs = np.array([sorted(pair, key=lambda point: -self.mean_x[point]) for pair in pairs])
 
     def at(self, x: float) -> tuple[float, tuple[int, int], str]:
         """Return the mean log drift at a mean x, the points that it lies between or at, and its state.
@@ -183,28 +164,22 @@ class Frontier:
         """
         if x < self.least:
             return self.mean_y[self.best], (self.best, self.best), NOT_REACHED
-        spots = [(self.mean_y[point], (point, point)) for point in np.flatnonzero(self.mean_x <= x).tolist()]
-        for pair in self._neighbours():
-            one, two = sorted(pair, key=lambda point: -self.mean_x[point])
-            if self.mean_x[two] < x < self.mean_x[one]:
-                share = (self.mean_x[one] - x) / (self.mean_x[one] - self.mean_x[two])
-                spots.append(((1 - share) * self.mean_y[one] + share * self.mean_y[two], (one, two)))
-        y, points = min(spots, key=lambda spot: spot[0])
-        return y, points, REACHED if x <= self.most else PASSED
+        pairs = self.pairs[self.mean_x[self.pairs[:, 1]] <= x]
+        y = _between(self.mean_x, self.mean_y, pairs.T, x)
+        lowest = y.argmin()
+        return float(y[lowest]), tuple(pairs[lowest].tolist()), REACHED if x <= self.most else PASSED
 
     def by_seed(self, x: Floats, points: tuple[int, int]) -> Floats:
         """Return each seed's log drift at its own x, (seeds,), between two points and never beyond them."""
-        (x_one, x_two), (y_one, y_two) = self.x[list(points)], self.y[list(points)]
-        apart = x_one - x_two
-        share = np.where(apart > 0, (x_one - x) / np.where(apart > 0, apart, 1.0), x_one > x).clip(0.0, 1.0)
-        return (1 - share) * y_one + share * y_two
+        return _between(self.x, self.y, points, x)
 
-    def _neighbours(self) -> Iterator[tuple[int, int]]:
-        """Yield the pairs that are next to each other in rate at equal steps, and in steps at an equal rate."""
-        for kept, ordered in ((self.steps, self.rates), (self.rates, self.steps)):
-            for value in np.unique(kept):
-                line = np.flatnonzero(kept == value)
-                yield from itertools.pairwise(line[ordered[line].argsort()])
+
+def _between(x: Floats, y: Floats, points: Any, at: Any) -> Floats:
+    """Interpolate y at some x between two points, or two arrays of points, never beyond them."""
+    one, two = points
+    apart = x[one] - x[two]
+    share = np.where(apart > 0, (x[one] - at) / np.where(apart > 0, apart, 1.0), x[one] > at).clip(0.0, 1.0)
+    return (1 - share) * y[one] + share * y[two]
 
 
 def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, float, str]:
@@ -226,11 +201,10 @@ def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, f
 def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: list[str]) -> pd.DataFrame:
     """All measurements of a domain."""
     means = points[[LOSS, "untrained"]].groupby(level=POINT, sort=False).mean()
-    whole = means[np.isinf(means.index.get_level_values("steps"))]
-    best = {method: one.idxmin() for method, one in whole[LOSS].groupby(level="method", sort=False)}
+    whole = means[LOSS][np.isinf(means.index.get_level_values("steps"))].groupby(level="method", sort=False)
     loss = measured(student(points[LOSS]), "held-out loss", "nats/token")
     loss["learned"] = (means[LOSS] < means.untrained).to_numpy()
-    loss["best"] = means.index.isin(list(best.values()))
+    loss["best"] = means.index.isin(whole.idxmin())
     parts = [loss, measured(student(points.likelihood.dropna()), "score", "%", form="likelihood")]
     texts = [name for name in points if name not in (LOSS, "untrained", "likelihood")]
     for text in texts:
@@ -238,45 +212,44 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
         parts.append(measured(drift, "geometric drift", "nats/token", text=text))
     if not drops.empty:
         parts.append(measured(summary(drops), "likelihood drop", "pp", form="likelihood"))
-    if reference in best:
-        parts.append(_ratios(points, texts, reference, plain))
+    ratios = [row for text in texts for row in _ratios(points[[LOSS, text]], reference, plain)]
+    if ratios:
+        found = pd.DataFrame(ratios)
+        logs = pd.DataFrame(found.pop("apart").tolist()).stack().rename_axis(["row", "seed"])
+        found = geometric(np.exp(logs)).join(found).assign(metric=RATIO, over=reference, unit="ratio")
+        found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
+        found.loc[found.state == NOT_REACHED, "high"] = np.nan
+        parts.append(found)
     return joined(*parts, columns=["which"])
 
 
-def _ratios(points: pd.DataFrame, texts: list[str], reference: str, plain: list[str]) -> pd.DataFrame:
-    """How many times as far each method drifts as the reference, at the most that both learned and at its points."""
-    rows, logs = [], []
-    for text in texts:
-        frontiers = {}
-        wide = points[[LOSS, text]].unstack("seed", sort=False).dropna()
-        for method, one in wide.groupby(level="method", sort=False):
-            rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
-            y = np.log(one[text].clip(lower=FLOOR).to_numpy())
-            frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), y)
-        if reference not in frontiers:
-            continue
-        there = frontiers.pop(reference)
-        for at in (None, *range(len(there.rates))):
-            known = []
-            for method, here in frontiers.items():
-                apart, x, state = compared(here, there, at)
-                label = {"method": method, "text": text, LOSS: x, "state": state, "operating": at is None}
-                label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
-                known.append((label, apart))
-            # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
-            lora = [one for one in known if one[0]["method"] in plain]
-            if lora:
-                label, apart = min(lora, key=lambda one: (one[0]["state"] == NOT_REACHED, one[1].mean()))
-                known.append(({**label, "method": BEST_PLAIN, "which": label["method"]}, apart))
-            rows += [label for label, _ in known]
-            logs += [apart for _, apart in known]
-    if not rows:
-        return pd.DataFrame()
-    values = pd.DataFrame(logs).stack().rename_axis(["row", "seed"])
-    found = geometric(np.exp(values)).join(pd.DataFrame(rows)).assign(metric=RATIO, over=reference, unit="ratio")
-    found.loc[found.state == PASSED, "low"] = np.nan  # a bound has no end on its open side
-    found.loc[found.state == NOT_REACHED, "high"] = np.nan
-    return found
+def _ratios(points: pd.DataFrame, reference: str, plain: list[str]) -> Iterator[dict[str, Any]]:
+    """How many times as far on a text each method drifts as the reference, by seed as logarithms under `apart`.
+
+    At the most that both learned, and at each of the reference's points.
+    """
+    text, frontiers = points.columns[1], {}
+    for method, one in points.unstack("seed", sort=False).dropna().groupby(level="method", sort=False):
+        rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
+        frontiers[method] = Frontier(
+            rates, steps, one[LOSS].to_numpy(), np.log(one[text].clip(lower=FLOOR).to_numpy())
+        )
+    if reference not in frontiers:
+        return
+    there = frontiers.pop(reference)
+    for at in (None, *range(len(there.rates))):
+        label = {"text": text, "operating": at is None}
+        label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
+        found = [
+            {**label, "method": method, "apart": apart, LOSS: x, "state": state}
+            for method, (apart, x, state) in ((one, compared(here, there, at)) for one, here in frontiers.items())
+        ]
+        yield from found
+        # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
+        lora = [one for one in found if one["method"] in plain]
+        if lora:
+            best = min(lora, key=lambda one: (one["state"] == NOT_REACHED, one["apart"].mean()))
+            yield {**best, "method": BEST_PLAIN, "which": best["method"]}
 
 
 def _best(numbers: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
@@ -318,7 +291,7 @@ def _ratio_tables(numbers: pd.DataFrame, stem: str, title: str, reference: str) 
     equal = wide(ratios[operating], "text", sorted(ratios.text.unique(), key=lambda text: (text != OVER, text)))
     equal.insert(0, "Held-out loss", ratios[operating & overall].set_index("row").loss.map("{:.3f}".format))
     each = ratios[~operating & overall]
-    each = each.assign(column=[_point(row) + f" (loss {row.loss:.3f})" for row in each.itertuples()])
+    each = each.assign(column=[f"{r.lr:g}{_stop(r.steps)} (loss {r.loss:.3f})" for r in each.itertuples()])
     told = f"{title}: drift at the lowest loss that both reached, against {reference}"
     at_rates = f"{title}: drift over {OVER} at equal loss, against {reference} at each of its rates"
     return {
@@ -335,8 +308,8 @@ def _told(row: Any) -> str:
     return interval(row.estimate, row.low, row.high, 2)
 
 
-def _point(row: Any) -> str:
-    return f"{row.lr:g}" + ("" if np.isinf(row.steps) else f", {row.steps:.0f} steps")
+def _stop(steps: float) -> str:
+    return "" if np.isinf(steps) else f", {steps:.0f} steps"
 
 
 def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain: list[str]) -> dict[str, tuple]:
@@ -345,15 +318,14 @@ def _figures(numbers: pd.DataFrame, stem: str, title: str, reference: str, plain
     Points that learned nothing are left out: one method's highest rates would press all others into a corner.
     """
     losses = numbers[numbers.metric == "held-out loss"]
-    losses = losses[losses.learned.astype(bool)].set_index(POINT).estimate
-    rows = numbers[numbers.metric == "geometric drift"].set_index(POINT).drop(columns="loss", errors="ignore")
-    rows = rows.join(losses.rename("loss"), how="inner").reset_index()
-    steps = ["" if np.isinf(n) else f", {n:.0f} steps" for n in rows.steps]
-    rows = rows.assign(line=rows.method + steps).sort_values("lr", kind="stable")
+    losses = losses[losses.learned.astype(bool)]
+    rows = numbers[numbers.metric == "geometric drift"].drop(columns="loss", errors="ignore")
+    rows = rows.join(losses.set_index(POINT).estimate.rename("loss"), on=POINT, how="inner")
+    rows = rows.assign(line=rows.method + rows.steps.map(_stop)).sort_values("lr", kind="stable")
     found = {}
     for group, shown, told in (
         ("lora", rows.method.isin(plain), "plain LoRA"),
-        ("rivals", ~rows.method.isin(plain) & (rows.method != reference), "rivals"),
+        ("rivals", ~rows.method.isin([*plain, reference]), "rivals"),
     ):
         if shown.any():
             figure = plots.facets(

@@ -1,14 +1,13 @@
 """What the price λ of the gains buys: downstream score against Retain, as in Figure 3 of the paper."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pandas as pd
 from pydantic import Field
 
-from hiplora.study.protocols.settings import AtLeastZero, Findings, Protocol, Results, Run, Study
+from hiplora.study.protocols.settings import AtLeastZero, Done, Findings, Protocol, Run, Study
 from hiplora.study.protocols.single_task import retain_figure, score_runs, scores_and_retain, trainings, with_columns
-from hiplora.study.records import BASE, joined, table, tidy
+from hiplora.study.records import BASE, FORMS, joined, table, tidy
 
 
 class LambdaCurve(Protocol):
@@ -25,35 +24,31 @@ class LambdaCurve(Protocol):
         domains = self.domains or study.recipe.domains
         return score_runs(study, self._rows(study).values(), study.seeds(self), domains, study.row(self.method))
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return scores and Retain over λ in both forms, and the curve of the likelihoods."""
-        title = study.row(self.method).title
+        title, low, high = study.row(self.method).title, min(self.values), max(self.values)
         prices = {row.title: price for price, row in self._rows(study).items()}
-        numbers = scores_and_retain(study, tidy(results, runs))
+        numbers = scores_and_retain(study, tidy(done))
         numbers = numbers[numbers.method != BASE].assign(**{"lambda": lambda one: one.method.map(prices)})
-        low, high = min(self.values), max(self.values)
         change = numbers[(numbers.metric == "retain difference") & (numbers["lambda"] == high)]
-        change = change.assign(**{"from": change.get("minus", change.method).map(prices), "to": high})
+        change = change.assign(**{"from": change.minus.map(prices), "to": high})
         change = change[change["from"] == low].assign(method=title, metric="retain change")
-        losses = tidy(results, trainings(runs))
+        losses = tidy(trainings(study, done))
         loss = losses[losses.metric == "held_out_after"].groupby("method", sort=False)["value"].mean()
         found = Findings(joined(numbers, change))
-        for form in ("accuracy", "likelihood"):
-            shown = with_columns(study, numbers[numbers.form == form], self.domains or (), "Downstream")
-            wide = table(shown)
+        for form in FORMS.values():
+            wide = table(with_columns(study, numbers[numbers.form == form], self.domains or (), "Downstream"))
             wide["Held-out loss"] = loss.reindex(wide.index).map("{:.3f}".format)
             wide.index = pd.Index([f"{prices[row]:g}" for row in wide.index], name="λ")
             found.tables[f"{self.name}-{form}"] = f"{title}, scores over λ: {form}, %", wide
-        figure = retain_figure(numbers.sort_values("lambda", kind="stable"), "method", title)
-        if figure is not None:
-            found.figures[self.name] = "What was learned, and what it cost elsewhere, over λ", figure
+        figure = retain_figure(numbers.sort_values("lambda", kind="stable"), title)
+        found.figures[self.name] = "What was learned, and what it cost elsewhere, over λ", figure
         found.text = "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
         return found
 
     def _rows(self, study: Study) -> dict[float, Any]:
         """The method at every λ."""
-        title = study.row(self.method).title
+        title = f"{study.row(self.method).title}, λ = "
         return {
-            price: study.variant(self.method, f"{title}, λ = {price:g}", stability_weight=price)
-            for price in self.values
+            price: study.variant(self.method, f"{title}{price:g}", stability_weight=price) for price in self.values
         }

@@ -1,7 +1,7 @@
 """The adapters of all domains merged: before, after, and their difference, as in Tables 2 and 13 of the paper."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -9,12 +9,11 @@ from pydantic import Field
 
 from hiplora.metrics import MergeInstance, pass_at_k
 from hiplora.study.jobs import Job
-from hiplora.study.protocols.settings import Findings, OfMethods, Results, Rules, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, OfMethods, Rules, Run, Study
 from hiplora.study.protocols.single_task import drift_table
 from hiplora.study.records import Tables, by_form, joined, measured, scored, table, tidy, with_differences
 from hiplora.study.statistics import averaged, drift, replicates, summary
 
-PASSES = (5, 10)
 _TITLES = {"ties": "TIES", "dare": "DARE", "knots": "KnOTS", "tsv": "TSV", "iso-c": "Iso-C"}
 
 
@@ -30,20 +29,18 @@ class Merging(OfMethods):
         """Merge the adapters of each seed by every rule; score each merge, and each adapter, on the domains' tasks."""
         found = []
         for rule, method, seed in itertools.product(self.rules, self.methods, study.seeds(self)):
-            row, instance = study.row(method), tuple((domain, seed) for domain in study.recipe.domains)
-            label = {"rule": rule, "method": row.title, "seed": seed}
-            for domain, _ in instance:
+            row, label = study.row(method), {"rule": rule, "method": study.row(method).title, "seed": seed}
+            for domain in study.recipe.domains:
                 alone = study.score(study.adapter(row, domain, seed))
                 found.append((alone, {**label, "when": "before", "domain": domain}))
-            merge = merge_of(study, row, instance, rule, self.rules[rule])
-            found.append((merge, {**label, "when": "after"}))
+            instance = tuple((domain, seed) for domain in study.recipe.domains)
+            found.append((merge_of(study, row, instance, rule, self.rules[rule]), {**label, "when": "after"}))
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return before, after and difference by rule in both forms, the mean drop of all rules, and drift."""
-        records = tidy(results, runs, self.by)
-        moved = drift(records[records.when == "after"], ["rule"])
-        numbers = _measured(study, records)
+        records = tidy(done)
+        moved, numbers = drift(records[records.when == "after"], ["rule"]), _measured(study, records)
         found = Findings(joined(numbers, moved))
         rows, drops = _before_and_after(numbers), numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
         for rule in self.rules:
@@ -51,10 +48,8 @@ class Merging(OfMethods):
             found.tables |= by_form(f"{self.name}-{rule}", caption, rows[rows.rule == rule], "row")
         found.tables |= drift_tables(self.name, self.rules, moved)
         drops = drops.assign(row=titled(drops), column=drops.metric + ", " + drops.form)
-        found.tables[f"{self.name}-rules"] = (
-            "Mean drop by rule, percentage points",
-            table(drops, "row", paper="merge-rules"),
-        )
+        rules = table(drops, "row", paper="merge-rules")
+        found.tables[f"{self.name}-rules"] = "Mean drop by rule, percentage points", rules
         found.text = (
             "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
             "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
@@ -83,28 +78,22 @@ def merge_of(
     """
     adapters = {domain: study.adapter(row, domain, seed, like=like) for domain, seed in instance}
     whole = len(adapters) == len(study.recipe.domains) and len({seed for _, seed in instance}) == 1
-    told = " + ".join(f"{domain} {seed}" for domain, seed in instance)
     domains = [study.recipe.domains[name] for name in adapters]
     settings = study.scoring({one.task: one.tasks[one.task] for one in domains}, drift or whole)
     settings |= {"rule": rule, "options": dict(options)}
+    told = " + ".join(f"{domain} {seed}" for domain, seed in instance)
     return study.job("merge", f"merge by {rule}: {row.title}, {told}", settings, **adapters)
 
 
 def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:
     """Return the drift of the merged models, a table a rule."""
-    return {
-        f"{name}-drift-{rule}": drift_table(
-            moved[moved.rule == rule], f"Drift of the models merged by {rule_title(rule)}"
-        )
-        for rule in (rules if len(moved) else ())
-    }
+    titles = {rule: f"Drift of the models merged by {rule_title(rule)}" for rule in (rules if len(moved) else ())}
+    return {f"{name}-drift-{rule}": drift_table(moved[moved.rule == rule], title) for rule, title in titles.items()}
 
 
 def _measured(study: Study, records: pd.DataFrame) -> pd.DataFrame:
     by = ["rule", "form", "when", "method", "domain", "reported", "seed"]
-    draws = replicates(_reported(study, scored(records)), by)
-    if draws.empty:
-        return joined(columns=[*by, "metric", "estimate", "low", "high"])
+    draws = replicates(_reported(study, scored(records, study.tasks)), by)
     before, after = (draws.xs(when, level="when") for when in ("before", "after"))
     change, over = before - after, ["domain", "reported"]
     return joined(
@@ -123,15 +112,16 @@ def _reported(study: Study, items: pd.DataFrame) -> pd.DataFrame:
     """
     from hiplora.evaluation.suite import task_samples
 
-    parts = []
-    for name, domain in study.recipe.domains.items():
-        own = items[items.domain.isin((name, "")) & (items.task == domain.task)].assign(domain=name)
-        parts.append(own.assign(reported=domain.title))
-        passed, n = own[own.form == "accuracy"], task_samples(domain.task)
-        for k in PASSES:
+    parts, items = [], items[(items.domain == "") | (items.domain == items.on)]  # after a merge, or its own before
+    for name in study.recipe.domains:
+        own = items[items.on == name].assign(domain=name)
+        title = study.recipe.domains[name].title
+        parts.append(own.assign(reported=title))
+        passed, n = own[own.form == "accuracy"], task_samples(study.recipe.domains[name].task)
+        for k in (5, 10):
             if k <= n:
                 values = [100 * pass_at_k(n, round(share * n / 100), k) for share in passed.value]
-                parts.append(passed.assign(value=values, reported=f"{domain.title} pass@{k}"))
+                parts.append(passed.assign(value=values, reported=f"{title} pass@{k}"))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -8,10 +8,11 @@ from pydantic import Field
 
 from hiplora.probing import contrasts, findings
 from hiplora.reporting import plots
-from hiplora.study.protocols.settings import Findings, Positive, Protocol, Results, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, Positive, Protocol, Run, Study
 from hiplora.study.records import joined, table
 
 METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
+Basis = Literal["weight", "activation"]
 COEFFICIENTS = ("pearson", "spearman")
 DIGITS = {"Directions": 0, "Pearson": 2, "Pearson p": 4, "Spearman": 2, "Spearman p": 4}
 
@@ -26,9 +27,7 @@ class RankOne(Protocol):
     layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
     directions: Positive = Field(default=8, description="Directions of each module.")
     choice: Literal["log", "even"] = Field(default="log", description="How chosen.")
-    bases: list[Literal["weight", "activation"]] = Field(
-        default=["weight"], min_length=1, description="Whose directions."
-    )
+    bases: list[Basis] = Field(default=["weight"], min_length=1, description="Whose directions.")
     kinds: list[str] = Field(default=["zero", "flip", "noise_0.1"], min_length=1, description="Interventions.")
     draws: Positive = Field(default=1, description="Draws of the noise.")
     tokens: int = Field(default=512, ge=2, description="Tokens of each text.")
@@ -36,29 +35,26 @@ class RankOne(Protocol):
     def runs(self, study: Study) -> list[Run]:
         """Probe the base in each basis."""
         drift = study.recipe.evaluation.drift
-        texts = dict(drift.texts) if drift is not None else {}
         asked = self.model_dump(include={"modules", "layers", "directions", "choice", "kinds", "draws", "tokens"})
-        asked |= {"texts": texts, "seed": study.recipe.evaluation.seed}
-        asked["files"] = study.hashes([source.partition(":")[0] for source in texts.values()])
+        asked |= {"texts": dict(drift.texts) if drift else {}, "seed": study.recipe.evaluation.seed}
+        asked["files"] = study.hashes(drift.files if drift else ())
         return [
             (study.job("probe", f"probe the base, {basis} basis", {**asked, "basis": basis}), {"basis": basis})
             for basis in self.bases
         ]
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the correlations of the loss with σ for every intervention, and the losses over σ."""
         found, parts = Findings(), []
-        for job, labels in runs:
-            basis, probed = labels["basis"], results.get(job)
-            if probed is None:
-                continue
-            parts.append(_numbers(probed).assign(basis=basis))
+        for _, record, labels in done:
+            basis, records = labels["basis"], record["result"]["records"]
+            parts.append(_numbers(records, record["result"]["correlations"]).assign(basis=basis))
             for metric, title in METRICS.items():
                 stem = f"{self.name}-{basis}-{metric.replace('_', '-')}"
                 caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
                 in_paper = basis == "weight" and metric == "log_perplexity"
                 found.tables[stem] = caption, _table(parts[-1], metric, self.name if in_paper else "")
-            points = pd.DataFrame(probed["records"])
+            points = pd.DataFrame(records)
             points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
             points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
             if not points.empty:
@@ -66,8 +62,7 @@ class RankOne(Protocol):
                     points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
                     xlabel="σ", ylabel="KL (nats a token)",
                 )  # fmt: skip
-                caption = f"What single directions are worth, {basis} basis"
-                found.figures[f"{self.name}-{basis}"] = caption, figure
+                found.figures[f"{self.name}-{basis}"] = f"What single directions are worth, {basis} basis", figure
         found.measured = joined(*parts)
         found.text = (
             "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."
@@ -80,15 +75,14 @@ def _named(kind: str) -> str:
     return kind.replace("_", " ").capitalize()
 
 
-def _numbers(probed: dict[str, Any]) -> pd.DataFrame:
+def _numbers(records: list[dict[str, Any]], correlations: list[dict[str, Any]]) -> pd.DataFrame:
     """The correlations, how far those of two interventions are apart, and Pearson's without the largest σ."""
-    records = probed["records"]
     strongest = max(records, key=lambda one: one["sigma"])
     name = (strongest["module"], strongest["index"])  # this direction may make a correlation alone
     left = [{**one, "type": "all"} for one in records if (one["module"], one["index"]) != name]
     without = _rows(findings(left), COEFFICIENTS[:1], " without the strongest").drop(columns=["type", "p"])
     return joined(
-        _rows(probed["correlations"], COEFFICIENTS),
+        _rows(correlations, COEFFICIENTS),
         _rows(contrasts(records), COEFFICIENTS, " difference").drop(columns=["type", "p"]),
         without.assign(without=f"{strongest['module']}, σ = {strongest['sigma']:.1f}"),
     )
@@ -97,16 +91,11 @@ def _numbers(probed: dict[str, Any]) -> pd.DataFrame:
 def _rows(correlations: list[dict[str, Any]], coefficients: Sequence[str], ending: str = "") -> pd.DataFrame:
     """A row a correlation that has a value."""
     rows = [
-        {
-            "method": _named(one["kind"]),
-            "minus": _named(one["minus"]) if "minus" in one else None,
-            "metric": name + ending,
-            "of": one["metric"],
-            "type": one.get("type"),
-            "items": one["points"],
-            "p": one[name]["p_value"],
-            **{key: one[name][key] for key in ("estimate", "low", "high")},
-        }
+        (
+            *(_named(one["kind"]), _named(one["minus"]) if "minus" in one else None, name + ending),
+            *(one["metric"], one.get("type"), one["points"], one[name]["p_value"]),
+            *(one[name][key] for key in ("estimate", "low", "high")),
+        )
         for one in correlations
         for name in coefficients
         if one[name]["estimate"] is not None

@@ -1,13 +1,12 @@
 """λ, γ, r and k chosen on held-out rows, one after the other: the paper's coarse-to-fine selection."""
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import pandas as pd
 from pydantic import Field
 
 from hiplora.study.jobs import Job
-from hiplora.study.protocols.settings import AtLeastZero, Findings, Positive, Protocol, Results, Run, Study
+from hiplora.study.protocols.settings import AtLeastZero, Done, Findings, Positive, Protocol, Run, Study
 
 
 class Selection(Protocol):
@@ -15,13 +14,12 @@ class Selection(Protocol):
 
     name: ClassVar[str] = "selection"
     title: ClassVar[str] = "Selection of λ, γ, r and k"
+    whole: ClassVar[tuple[str, ...]] = ("symbol",)
     method: str = Field(description="A HiP-LoRA with gains.")
     domain: str = Field(description="Domain whose held-out rows decide.")
     lambdas: list[AtLeastZero] = Field(min_length=1, description="λ to try.")
     gammas: list[AtLeastZero] = Field(min_length=1, description="γ to try.")
-    residual_ranks: list[Positive] = Field(
-        default=[], description="r to try, at the same `lora_alpha`; none: r is as the method has it."
-    )
+    residual_ranks: list[Positive] = Field(default=[], description="r to try at the same `lora_alpha`, if any.")
     ranks: list[Positive] = Field(min_length=1, description="k to try.")
 
     def runs(self, study: Study) -> list[Run]:
@@ -38,8 +36,7 @@ class Selection(Protocol):
         ):
             before, candidates = "".join(f", chosen {name}" for name in chosen), {}
             for value in values:
-                title = f"{method.title}, {symbol} = {value:g}{before}"
-                row = study.variant(self.method, title, **{field: value})
+                row = study.variant(self.method, f"{method.title}, {symbol} = {value:g}{before}", **{field: value})
                 candidates[value] = {
                     f"{self.domain}-{value:g}-{seed}": study.adapter(
                         row, self.domain, seed, like=method, chosen=chosen
@@ -51,26 +48,24 @@ class Selection(Protocol):
                 found.append((chosen[field], {"method": method.title, "symbol": symbol, "field": field}))
         return found
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return everything that was tried, with what was chosen and whether at the edge of its grid."""
         rows, shown = [], []
-        for choice, labels in runs:
-            swept = results.get(choice) or {"tried": []}
+        for _, record, labels in done:
+            swept = record["result"]
             for tried in swept["tried"]:
                 value, loss, chosen = tried["value"], tried["mean"], tried["value"] == swept["value"]
                 # Below 0 there is no better value: 0 is not the edge of a grid.
-                edge = chosen and swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
-                told = ("chosen, at the edge of the grid" if edge else "chosen") if chosen else ""
+                edge = swept["at_the_edge"] and (value != 0 or len(swept["tried"]) == 1)
+                told = "chosen" + ", at the edge of the grid" * edge if chosen else ""
                 shown.append((f"{labels['symbol']} = {value:g}", "diverged" if loss is None else f"{loss:.4f}", told))
                 row = {"method": labels["method"], "metric": "held-out loss", "unit": "nats/token", "estimate": loss}
                 rows.append({**row, "domain": self.domain, labels["field"]: value, "chosen": chosen})
-        found = Findings(pd.DataFrame(rows, columns=None if rows else ["estimate"]).dropna(subset="estimate"))
-        if shown:
-            wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
-            found.tables[self.name] = "What was tried and what was chosen", wide
-        found.text = (
+        wide = pd.DataFrame(shown, columns=["Value", "Held-out loss", "Choice"]).set_index("Value")
+        text = (
             f"Loss on held-out rows of {study.recipe.domains[self.domain].title} after training, nats a token. Each "
             f"sweep keeps what the ones above it chose, at the learning rate of {study.row(self.method).title}. The "
             "study's other rows keep the settings of the recipe."
         )
-        return found
+        tables = {self.name: ("What was tried and what was chosen", wide)}
+        return Findings(pd.DataFrame(rows).dropna(subset="estimate"), tables, text=text)

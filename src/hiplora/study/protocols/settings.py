@@ -1,29 +1,27 @@
 """What all protocols share: how their settings are read, and the shape of what they do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hiplora.study.builder import Study
-from hiplora.study.records import Findings, Run
-from hiplora.study.store import Results
+from hiplora.study.records import Done, Findings, Run
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[float, Field(ge=0)]
+AboveZero = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rules = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
-Names = Annotated[list[str], Field(min_length=1)]
 
 # The fields that name methods, domains or drift texts of the study; the study checks that it has them.
 NAMING = {
-    "texts": ("text",),
     "methods": (
         *("methods", "method", "reference", "plain", "early"),
         *("hiplora", "lora", "proj_lora", "pissa", "split_lora", "adalora"),
     ),
-    "domains": ("domains", "domain", "early_domains", "order"),
+    "domains": ("domains", "domain", "early_domains"),
 }
 
 
@@ -39,15 +37,16 @@ class Protocol(Settings):
     name: ClassVar[str]
     title: ClassVar[str]
     by: ClassVar[tuple[str, ...]] = ("method",)  # the labels that a measurement shares with its runs
+    whole: ClassVar[tuple[str, ...]] = ()  # the labels of runs that are shown together or not at all, if not these
 
     seeds: list[Seed] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
 
-    def runs(self, study: Study) -> Sequence[Run]:
+    def runs(self, study: Study) -> list[Run]:
         """Return the jobs that the protocol asks for, each with the labels of its rows."""
         raise NotImplementedError
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
-        """Return what the results of `runs` say."""
+    def tables(self, study: Study, done: Done) -> Findings:
+        """Return what the results of the `runs` that are done say; there is at least one of a method."""
         raise NotImplementedError
 
     @model_validator(mode="after")
@@ -59,7 +58,7 @@ class Protocol(Settings):
         return self
 
     def named(self, kind: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield the fields that name `methods`, `domains` or drift `texts` of the study, with the names."""
+        """Yield the fields that name `methods` or `domains` of the study, with the names."""
         for field in NAMING[kind]:
             value = getattr(self, field, None)
             if value is not None:
@@ -69,4 +68,4 @@ class Protocol(Settings):
 class OfMethods(Protocol):
     """A protocol that compares methods."""
 
-    methods: Names = Field(description="Methods to compare, in the order of the table.")
+    methods: list[str] = Field(min_length=1, description="Methods to compare, in the order of the table.")

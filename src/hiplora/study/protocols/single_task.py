@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from hiplora.reporting import plots
-from hiplora.study.protocols.settings import Findings, OfMethods, Results, Run, Study
+from hiplora.study.protocols.settings import Done, Findings, OfMethods, Run, Study
 from hiplora.study.records import BASE, by_form, joined, measured, scored, tidy, with_differences
 from hiplora.study.statistics import averaged, drift, replicates, summary
 
@@ -24,28 +24,29 @@ class SingleTask(OfMethods):
         """Score the base, and the adapter of every method, domain and seed."""
         return score_runs(study, map(study.row, self.methods), study.seeds(self), study.recipe.domains)
 
-    def tables(self, study: Study, results: Results, runs: Sequence[Run]) -> Findings:
+    def tables(self, study: Study, done: Done) -> Findings:
         """Return the domains' scores and Retain in both forms, the drift, and what was trained."""
-        records = tidy(results, runs)
+        records = tidy(done)
         numbers, moved = scores_and_retain(study, records), drift(records[records.method != BASE])
-        found = Findings(joined(numbers, moved))
-        found.tables = by_form(self.name, f"{self.title}, %", with_columns(study, numbers), paper=self.name)
-        found.tables[f"{self.name}-drift"] = drift_table(moved)
-        found.tables[f"{self.name}-training"] = "What was trained", self._trained(study, results, runs)
-        found.text = (
+        tables = by_form(self.name, f"{self.title}, %", with_columns(study, numbers), paper=self.name)
+        tables[f"{self.name}-drift"] = drift_table(moved)
+        tables[f"{self.name}-training"] = "What was trained", self._trained(study, done)
+        text = (
             "Each domain is scored by the adapter that was trained on it. Retain: mean drop on the other domains' "
             "tasks against the base model, in percentage points; lower is better."
         )
-        figure = retain_figure(numbers)
-        if figure is not None:
-            found.figures[f"{self.name}-retain"] = "What was learned, and what it cost elsewhere", figure
-        return found
+        figures = {f"{self.name}-retain": ("What was learned, and what it cost elsewhere", retain_figure(numbers))}
+        return Findings(joined(numbers, moved), tables, figures, text)
 
-    def _trained(self, study: Study, results: Results, runs: Sequence[Run]) -> pd.DataFrame:
+    def _trained(self, study: Study, done: Done) -> pd.DataFrame:
         """What each method trained: parameters, learning rate, held-out loss before and after."""
-        records = tidy(results, trainings(runs))
+        records = tidy(trainings(study, done))
         means = records.pivot_table(index="method", columns="metric", values="value", sort=False)
-        rows = {row.title: study.chosen_rate(row, results) for row in map(study.row, self.methods)}
+        rows = {}
+        for row in map(study.row, self.methods):
+            choice = study.rate(row)
+            found = (study.store.result(choice) or {}) if choice else {"value": study.recipe.given_rate(row)}
+            rows[row.title] = found.get("value"), "at the edge of the grid" if found.get("at_the_edge") else ""
         found = pd.DataFrame.from_dict(rows, orient="index", columns=["Learning rate", ""]).rename_axis("Method")
         means = means.reindex(found.index, columns=["parameters", "held_out_before", "held_out_after"])
         found.insert(0, "Trainable parameters", means.parameters.astype("Int64"))
@@ -64,27 +65,20 @@ def score_runs(study: Study, rows: Iterable[Any], seeds: Sequence[int], domains:
 
     `like` is the method whose learning rate all of them take.
     """
-    found: list[Run] = [(study.score(), {"method": BASE})]
-    for row in rows:
-        for seed in seeds:
-            for domain in domains:
-                job = study.score(study.adapter(row, domain, seed, like=like))
-                found.append((job, {"method": row.title, "domain": domain, "seed": seed}))
-    return found
+    labels = [(row, {"method": row.title, "domain": d, "seed": s}) for row in rows for s in seeds for d in domains]
+    adapters = [(study.adapter(row, one["domain"], one["seed"], like=like), one) for row, one in labels]
+    return [(study.score(), {"method": BASE}), *((study.score(adapter), label) for adapter, label in adapters)]
 
 
-def trainings(runs: Iterable[Run]) -> list[Run]:
-    """Return the trainings of the adapters that jobs score, with the same labels."""
-    return [(job.needs["adapter"], labels) for job, labels in runs if "adapter" in job.needs]
+def trainings(study: Study, done: Done) -> Done:
+    """Return the trainings of the adapters that jobs scored, with the same labels."""
+    adapters = [(job.needs["adapter"], labels) for job, _, labels in done if "adapter" in job.needs]
+    return [(job, study.store.record(job) or {}, labels) for job, labels in adapters]
 
 
 def scores_and_retain(study: Study, records: pd.DataFrame) -> pd.DataFrame:
     """Return each method's scores on its own domains, their mean, Retain, and paired differences, as measurements."""
-    domains = {domain.task: name for name, domain in study.recipe.domains.items()}
-    items = scored(records)
-    items = items[items.task.isin(domains)].assign(on=items.task.map(domains))
-    if BASE not in set(items.method):
-        return joined(columns=["method", "form", "metric", "estimate", "low", "high", "domain"])
+    items = scored(records, study.tasks)
     items["domain"] = items.domain.where(items.method != BASE, items.on)  # each domain is the base's own
     draws = replicates(items, ["form", "method", "domain", "seed", "on"])
     is_own = draws.index.get_level_values("domain") == draws.index.get_level_values("on")
@@ -114,16 +108,14 @@ def drift_table(moved: pd.DataFrame, title: str = "Drift from the base model") -
     return f"{title}: KL in thousandths of a nat a token", wide.rename_axis(columns=None).round(2)
 
 
-def retain_figure(numbers: pd.DataFrame, label: str | None = None, title: str = "") -> Any:
-    """Return the figure of Retain over the mean likelihood; None without adapters."""
+def retain_figure(numbers: pd.DataFrame, title: str = "") -> Any:
+    """Return the figure of Retain over the mean likelihood: a line of its own for each method or, with `title`, one."""
     shown = numbers[(numbers.form == "likelihood") & (numbers.method != BASE)]
-    if shown.empty:
-        return None
     mean, retain = (shown[shown.metric == metric].set_index("method") for metric in ("mean score", "retain"))
     points = retain.join(mean[["estimate", "low", "high"]].add_prefix("x_")).reset_index()
     points["line"] = title or points.method
     return plots.lines(
         points, "x_estimate", "estimate", "line", low="low", high="high", x_low="x_low", x_high="x_high",
-        label="method" if label else None, xlabel="mean likelihood, own domain (%)",
+        label="method" if title else None, xlabel="mean likelihood, own domain (%)",
         ylabel="Retain (pp, lower is better)",
     )  # fmt: skip

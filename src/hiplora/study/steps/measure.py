@@ -43,8 +43,7 @@ def score(context: Context, model: Any, settings: Mapping[str, Any]) -> dict[str
     """Return, for each task, its metric's name and the items' scores, and both for the likelihood form."""
     if not settings["tasks"]:
         return {}
-    engine = context.engine(settings["tasks"], settings["seed"])
-    scores = engine.score(model, context.model()[1], BATCH)
+    scores = context.engine(settings["tasks"], settings["seed"]).score(model, context.model()[1], BATCH)
     return {task: asdict(found) for task, found in scores.items()}
 
 

@@ -1,23 +1,21 @@
 """Jobs that train: an adapter, the factors that trainings share, and how fast a recipe trains."""
 
 import copy
-import itertools
 import multiprocessing
-import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from pydantic import TypeAdapter
 
 from hiplora.errors import DivergedError
 from hiplora.models import load, machine_dtype, torch_dtype
-from hiplora.spectral import FactorStore, SpectralFactors
+from hiplora.spectral import FactorStore
 from hiplora.study.builder import as_read
 from hiplora.study.context import Context, located
 from hiplora.study.execute import start_child
@@ -28,8 +26,6 @@ from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.hiplora import Spectral
 from hiplora.training.method import WEIGHTS_FILE
 from hiplora.tuner import CalibrationStore, weight_factors
-
-HELD_OUT = ("held_out", "held_out_fraction", "held_out_limit")
 
 
 def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
@@ -49,19 +45,11 @@ def train_adapter(context: Context, job: Job, settings: Mapping[str, Any]) -> Fo
         "training_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_reserved_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
     }
-    held = [row["reserved_bytes"] for row in result.metrics if "reserved_bytes" in row]  # empty without a GPU
-    if held:
-        timing["reserved_bytes_mean"] = float(np.mean(held))
-        timing["reserved_bytes_99th"] = float(np.percentile(held, 99))
     return {
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "trainable_parameters": result.trainable_parameters,
+        **{name: getattr(result, name) for name in ("steps", "tokens", "trainable_parameters")},
         "adapter_bytes": (result.adapter / WEIGHTS_FILE).stat().st_size,
-        "held_out_before": result.held_out["before"] if result.held_out else None,
-        "held_out_after": result.held_out["after"] if result.held_out else None,
+        **{f"held_out_{when}": result.held_out[when] if result.held_out else None for when in ("before", "after")},
         "curve": [[row["step"], row["loss"]] for row in result.metrics if "loss" in row],
         "warnings": result.warnings,
     }, timing
@@ -71,33 +59,37 @@ def placed_recipe(context: Context, recipe: Mapping[str, Any]) -> dict[str, Any]
     """Return a recipe with the base model at hand and this machine's paths for the study's file names."""
     placed = {**copy.deepcopy(dict(recipe)), "model": context.place.model, "method": as_read(recipe["method"])}
     files = {"data": ("path", "held_out"), "train": ("kl_text",), "method": ("calibration_text",)}
-    for block, names in files.items():
-        for name in names:
-            if placed.get(block, {}).get(name) is not None:
-                placed[block][name] = located(placed[block][name], context.place.data)
+    for block, name in ((block, name) for block, names in files.items() for name in names):
+        if placed.get(block, {}).get(name) is not None:
+            placed[block][name] = located(placed[block][name], context.place.data)
     return placed
 
 
 def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     """Compute a `method`'s protected factors on the base, so that the trainings that share them find them in the cache.
 
-    They are those of the weights in the precision of a training with `dtype: auto` on this machine. The result has the
-    number of `layers`; `k`, the common one or a list; `bytes` of all factors; the largest `residual` (weight basis);
-    `energy`, the mean share of the inputs' energy in the basis (activation basis).
+    They are those of the weights in the precision of a training with `dtype: auto` on this machine, which on a GPU need
+    not be the one the base is scored in. The result has the number of `layers`; `k`, the common one or a list; `bytes`
+    of all factors; the largest `residual` (weight basis); `energy`, the mean share of the inputs' energy in the basis
+    (activation basis).
     """
     placed = placed_recipe(context, {"method": settings["method"]})["method"]
     method: Spectral = TypeAdapter(AnyMethod).validate_python(placed)
-    model, tokenizer = _as_trained(context)
+    model, tokenizer = context.model()
+    if model.dtype != (dtype := torch_dtype(machine_dtype())):
+        model, tokenizer = load(context.place.model, dtype)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     began = time.perf_counter()
-    factors: Sequence[SpectralFactors]
     config: Any = method.peft_config()
+    store: Any
     if method.basis == "activation":
-        kept = CalibrationStore()
-        measured = method.calibrate(config, model, tokenizer, kept)
-        factors, reused = list(measured.factors.values()), kept.made == 0
+        store = CalibrationStore()
+        measured = method.calibrate(config, model, tokenizer, store)
+        factors = list(measured.factors.values())
         residual, energy = None, sum(layer.energy for layer in measured.layers) / len(measured.layers)
     else:
-        factors, reused = _weight_factors(model, config)
+        store = FactorStore()
+        factors = [found for _, found in weight_factors(model, config, store)]
         residual, energy = max(one.residual for one in factors), None
     ranks = [one.rank for one in factors]
     return {
@@ -107,35 +99,19 @@ def factorize(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
         "residual": residual,
         "bytes": sum(part.nbytes for one in factors for part in (one.U, one.sigma, one.V)),
         "energy": energy,
-    }, {"factorize_seconds": time.perf_counter() - began, "reused": reused}
-
-
-def _as_trained(context: Context) -> tuple[Any, Any]:
-    """Return the base in the precision of trainings, which on a GPU need not be the one it is scored in."""
-    model, tokenizer = context.model()
-    dtype = torch_dtype(machine_dtype())
-    if model.dtype == dtype:
-        return model, tokenizer
-    model, tokenizer = load(context.place.model, dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def _weight_factors(model: Any, config: Any) -> tuple[list[SpectralFactors], bool]:
-    store = FactorStore()
-    return [factors for _, factors in weight_factors(model, config, store)], store.made == 0
+    }, {"factorize_seconds": time.perf_counter() - began, "reused": store.made == 0}
 
 
 def speed(context: Context, job: Job, settings: Mapping[str, Any]) -> Found:
     """Measure how fast a `recipe` trains in `steps` after a `warmup`, alone on the machine, and its peak memory."""
     context.reset()  # its model would lie in memory beside the one that is measured
     measured = timed(placed_recipe(context, settings["recipe"]), settings["warmup"], settings["steps"])
-    found = {name: measured.pop(name) for name in ("tokens", "parameters")}
-    return found, measured
+    return {name: measured.pop(name) for name in ("tokens", "parameters")}, measured
 
 
 def timed(recipe: Mapping[str, Any], warmup: int, steps: int) -> dict[str, Any]:
     """Train a recipe for `warmup` + `steps` steps in a new process and return what the last `steps` took."""
-    data = {name: value for name, value in recipe["data"].items() if name not in HELD_OUT}
+    data = {k: v for k, v in recipe["data"].items() if k not in ("held_out", "held_out_fraction", "held_out_limit")}
     settings = {k: v for k, v in recipe.get("train", {}).items() if k not in ("epochs", "eval_every")}
     settings |= {"steps": warmup + steps, "log_every": 1, "save_every": warmup + steps}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_child) as pool:
@@ -145,14 +121,13 @@ def timed(recipe: Mapping[str, Any], warmup: int, steps: int) -> dict[str, Any]:
 def _measure(recipe: dict[str, Any], warmup: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="hiplora-") as temporary:
         result = train(TrainRecipe.model_validate(recipe), Path(temporary) / "run")
-    steady = [{"step": 0, "tokens": 0, "seconds": 0.0}, *result.metrics][warmup:]
-    seconds = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(steady)]
-    tokens = steady[-1]["tokens"] - steady[0]["tokens"]
+    ends = pd.DataFrame([{"tokens": 0, "seconds": 0.0}, *result.metrics])[["tokens", "seconds"]]
+    each = ends.diff()[warmup + 1 :]  # by step
     return {
-        "tokens": tokens / len(seconds),
+        "tokens": float(each.tokens.mean()),
         "parameters": result.trainable_parameters,
-        "tokens_per_second": tokens / sum(seconds),
-        "step_seconds_median": statistics.median(seconds),
+        "tokens_per_second": float(each.tokens.sum() / each.seconds.sum()),
+        "step_seconds_median": float(each.seconds.median()),
         "peak_memory_bytes": result.peak_memory_bytes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -13,12 +13,10 @@ from hiplora.training.method import Method
 
 
 def _found() -> dict[str, type[Method]]:
-    methods: dict[str, type[Method]] = {}
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, Method) and "name" in value.model_fields:
-                methods[value.model_fields["name"].default] = value
-    return dict(sorted(methods.items()))
+    modules = [importlib.import_module(found.name) for found in pkgutil.iter_modules(__path__, f"{__name__}.")]
+    kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
+    methods = [kind for kind in kinds if issubclass(kind, Method) and "name" in kind.model_fields]
+    return dict(sorted((method.model_fields["name"].default, method) for method in methods))
 
 
 METHODS = _found()

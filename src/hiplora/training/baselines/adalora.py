@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -32,27 +32,22 @@ class AdaLoraMethod(LowRank):
     kind = "an AdaLoRA adapter"
     not_of_peft = ("name", "r", "init_r", "rank_pattern", "alpha_pattern", "tinit", "tfinal", "deltaT")
 
-    name: Literal["adalora"] = Field(default="adalora", description="The method.")
-    init_r: int | None = Field(
-        default=None,
-        ge=2,
-        description="Rank of every module before the pruning, above `r`, the mean rank after it; 1.5·r if empty. The "
-        "update is scaled by lora_alpha / init_r.",
-    )
-    tinit: int | None = Field(default=None, ge=0, description="Steps before the pruning; a tenth of all if empty.")
-    tfinal: int | None = Field(
-        default=None, ge=1, description="Steps after it, with the ranks that are left; a fifth of all if empty."
-    )
-    deltaT: int | None = Field(
-        default=None, ge=1, description="Steps between two allocations; a hundredth of all if empty, from 1 to 10."
-    )
-    beta1: float = Field(
-        default=0.85, gt=0, lt=1, description="Decay of the moving average of a parameter's importance."
-    )
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="Decay of the moving average of its uncertainty.")
-    orth_reg_weight: float = Field(
-        default=0.5, ge=0, description="Price of factors that are not orthonormal, added to the loss once a step."
-    )
+    name: Literal["adalora"] = "adalora"
+    """The method."""
+    init_r: int | None = Field(default=None, ge=2)
+    """Rank of every module before pruning, above `r`; 1.5·r if empty. The update is scaled by lora_alpha / init_r."""
+    tinit: int | None = Field(default=None, ge=0)
+    """Steps before the pruning; a tenth of all if empty."""
+    tfinal: int | None = Field(default=None, ge=1)
+    """Steps after it, with the ranks that are left; a fifth of all if empty."""
+    deltaT: int | None = Field(default=None, ge=1)
+    """Steps between two allocations; a hundredth of all if empty, from 1 to 10."""
+    beta1: float = Field(default=0.85, gt=0, lt=1)
+    """Decay of the moving average of a parameter's importance."""
+    beta2: float = Field(default=0.85, gt=0, lt=1)
+    """Decay of the moving average of its uncertainty."""
+    orth_reg_weight: float = Field(default=0.5, ge=0)
+    """Price of factors that are not orthonormal, added to the loss once a step."""
 
     @model_validator(mode="after")
     def _something_is_pruned(self) -> "AdaLoraMethod":
@@ -68,19 +63,16 @@ class AdaLoraMethod(LowRank):
         return self.init_r if self.init_r is not None else math.ceil(1.5 * self.r)
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        """Return when ranks are pruned in a training of so many steps, under PEFT's names.
-
-        Raises:
-            ConfigError: no step is left to prune in.
-        """
-        shares = {"tinit": round(0.1 * steps), "tfinal": max(round(0.2 * steps), 1)}
-        shares["deltaT"] = min(max(steps // 100, 1), 10)
+        """Return when ranks are pruned, under PEFT's names; ConfigError if no step is left to prune in."""
+        shares = {
+            "tinit": round(0.1 * steps),
+            "tfinal": max(round(0.2 * steps), 1),
+            "deltaT": min(max(steps // 100, 1), 10),
+        }
         found = {name: share if getattr(self, name) is None else getattr(self, name) for name, share in shares.items()}
         if found["tinit"] + found["tfinal"] >= steps:
-            raise ConfigError(
-                f"adalora: tinit {found['tinit']} and tfinal {found['tfinal']} leave none of {steps} steps to prune "
-                "in; lower them, or train longer"
-            )
+            given = f"tinit {found['tinit']} and tfinal {found['tfinal']}"
+            raise ConfigError(f"adalora: {given} leave none of {steps} steps to prune in; lower them, or train longer")
         return {"total_step": steps, **found}
 
     def check_training(self, train: "TrainSettings") -> None:
@@ -95,11 +87,9 @@ class AdaLoraMethod(LowRank):
         from peft import AdaLoraConfig
 
         if steps is None:
-            raise ConfigError(
-                "method adalora prunes its ranks while it trains, which only `hiplora train` does; use lora here"
-            )
-        ranks: dict[str, Any] = {"init_r": self.first_rank, "target_r": self.r}
-        return AdaLoraConfig(task_type="CAUSAL_LM", **ranks, **self.schedule(steps), **self.settings())
+            raise ConfigError("adalora prunes its ranks while it trains, which only `hiplora train` does; use lora")
+        values = {**self.schedule(steps), **self.settings(), "init_r": self.first_rank, "target_r": self.r}
+        return AdaLoraConfig(task_type="CAUSAL_LM", **values)
 
     def session(self, model: "PeftModel", sequences: int) -> Session:
         """Prune while training."""
@@ -115,9 +105,9 @@ class AdaLoraSession(Session):
         self._tuner, self._config = tuner, tuner.peft_config[ADAPTER]
         self.penalties = [Orthogonality(orthogonality)] if orthogonality else []
 
-    def after_optimizer(self, step: int) -> None:
-        """Let PEFT weigh and prune the ranks."""
-        self._tuner.update_and_allocate(step)
+    def after_step(self, step: int, last: bool) -> None:
+        """Let PEFT weigh and prune the ranks; it counts from 0."""
+        self._tuner.update_and_allocate(step - 1)
 
     def save(self, folder: Path) -> None:
         """Save the adapter at its full ranks, the mask of ranks that are left, and the importance estimates."""
@@ -163,10 +153,7 @@ class Orthogonality(Penalty):
         import torch
         from peft.tuners.adalora import AdaLoraLayer
 
-        terms: list[Any] = []
-        for layer in model.modules():
-            if isinstance(layer, AdaLoraLayer) and ADAPTER in layer.lora_A:
-                A, B = cast("Tensor", layer.lora_A[ADAPTER]), cast("Tensor", layer.lora_B[ADAPTER])
-                grams = (A @ A.T, B.T @ B)
-                terms += [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
-        return torch.stack(terms).mean()
+        layers: Any = [m for m in model.modules() if isinstance(m, AdaLoraLayer) and ADAPTER in m.lora_A]
+        pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers]
+        grams = [gram for A, B in pairs for gram in (A @ A.T, B.T @ B)]
+        return torch.stack([torch.linalg.norm(g - torch.eye(len(g), device=g.device)) for g in grams]).mean()

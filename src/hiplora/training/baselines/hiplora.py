@@ -35,48 +35,28 @@ class Spectral(FromInputs, LowRank):
     steering = ("preset", "lora_dropout", "gradient_projection", *OF_THE_GAINS)
     not_of_peft = ("name", "calibration_text", "calibration_tokens")
 
-    preset: Literal["function-aware", "paper"] = Field(
-        default="function-aware",
-        description="Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, "
-        "measured to disturb a model least. `paper`: the attention projections, `basis: weight` and gains.",
-    )
-    target_modules: list[str] | str = Field(
-        default=list(MLP_PROJECTIONS),
-        min_length=1,
-        description="Modules to adapt: a list of names, one regular expression, or `all-linear`.",
-    )
-    principal_rank: Rank = Field(
-        default=32,
-        description="k: number of leading directions to protect; or a fraction of a layer's smaller side; or "
-        "`energy:0.95`, as many as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis).",
-    )
-    principal_rank_pattern: dict[str, Rank] = Field(
-        default={}, description="Module name or pattern → its own principal_rank."
-    )
-    basis: Literal["weight", "activation"] = Field(
-        default="activation",
-        description="Source of the protected directions: `weight`, its SVD, as in the paper; `activation`, the inputs "
-        "that the layer gets, measured on text sampled from the model.",
-    )
-    basis_sides: Literal["both", "input", "output"] = Field(
-        default="both", description="Sides on which the low-rank part is kept out."
-    )
-    projection: Literal["hard", "soft"] = Field(
-        default="hard",
-        description="`hard` keeps the low-rank part out of the protected directions; `soft`, with `basis: activation`, "
-        "lets each pass the less, the more energy it has.",
-    )
-    gradient_projection: bool = Field(
-        default=True,
-        description="Project the gradients of the low-rank part too, before they are clipped; false is the paper's "
-        "note, retraction after the step alone.",
-    )
-    svd_tolerance: float = Field(
-        default=1e-4, gt=0, le=1e-2, description="Largest accepted residual of a singular triplet, in units of σ₁."
-    )
-    save_factors: bool = Field(
-        default=True, description="Save U, σ and V with the adapter; false computes them again when it is loaded."
-    )
+    preset: Literal["function-aware", "paper"] = "function-aware"
+    """Defaults of the other fields. `function-aware`: the MLP projections and `basis: activation`, measured to disturb
+    a model least. `paper`: the attention projections, `basis: weight` and gains."""
+    target_modules: list[str] | str = Field(default=list(MLP_PROJECTIONS), min_length=1)
+    """Modules to adapt: a list of names, one regular expression, or `all-linear`."""
+    principal_rank: Rank = 32
+    """k: number of leading directions to protect; or a fraction of a layer's smaller side; or `energy:0.95`, as many
+    as hold this share of the energy of a layer's inputs (of ‖W‖², for the weight basis)."""
+    principal_rank_pattern: dict[str, Rank] = Field(default={})
+    """Module name or pattern → its own principal_rank."""
+    basis: Literal["weight", "activation"] = "activation"
+    """Source of the protected directions: `weight`, its SVD (the paper's); `activation`, the measured inputs."""
+    basis_sides: Literal["both", "input", "output"] = "both"
+    """Sides on which the low-rank part is kept out."""
+    projection: Literal["hard", "soft"] = "hard"
+    """`hard` removes the protected directions from the low-rank part; `soft` (activation basis) damps by energy."""
+    gradient_projection: bool = True
+    """Project the low-rank part's gradients before clipping; false, as in the paper, only retracts after the step."""
+    svd_tolerance: float = Field(default=1e-4, gt=0, le=1e-2)
+    """Largest accepted residual of a singular triplet, in units of σ₁."""
+    save_factors: bool = True
+    """Save U, σ and V with the adapter; false computes them again when it is loaded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -88,12 +68,10 @@ class Spectral(FromInputs, LowRank):
 
     @model_validator(mode="after")
     def _basis_fits(self) -> "Spectral":
-        if self.basis != "activation":
-            if self.calibration_text is not None or self.projection == "soft":
-                raise ValueError(
-                    "`calibration_text` and `projection: soft` need `basis: activation`; remove them, or use that"
-                )
-        elif not self.save_factors:
+        measured = self.basis == "activation"
+        if not measured and (self.calibration_text is not None or self.projection == "soft"):
+            raise ValueError("`calibration_text` and `projection: soft` need `basis: activation`; remove them")
+        if measured and not self.save_factors:
             raise ValueError("`save_factors: false` needs basis weight; remove it, or use preset paper")
         if not self.gradient_projection and not self.is_closed:
             raise ValueError("`gradient_projection: false` has no use without a hard projection; remove it")
@@ -115,15 +93,13 @@ class Spectral(FromInputs, LowRank):
 
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
         """Return the configuration with the factors of the given adapter."""
-        factors = {name: given[name] for name in OF_THE_FACTORS if name in given}
-        return replace(self.peft_config(), **factors)
+        return replace(self.peft_config(), **{name: given[name] for name in OF_THE_FACTORS if name in given})
 
     @property
     def widens(self) -> bool:
         """Whether a training that carries on may protect more: the function-aware basis, without gains."""
-        return (
-            self.basis == "activation" and self.projection == "hard" and not getattr(self, "principal_channel", False)
-        )
+        gains = getattr(self, "principal_channel", False)
+        return self.basis == "activation" and self.projection == "hard" and not gains
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> None:
         """Measure the activation basis into the configuration."""
@@ -135,9 +111,11 @@ class Spectral(FromInputs, LowRank):
         from hiplora.data.texts import describe_source
         from hiplora.tuner import calibrate
 
-        source = "" if self.calibration_text is None else describe_source(self.calibration_text)
-        rows, tokens = self.calibration_rows(tokenizer), self.calibration_tokens
-        return calibrate(model, config, rows=rows, source=source, tokens=tokens, store=store, tokenizer=tokenizer)
+        text, tokens = self.calibration_text, self.calibration_tokens
+        more: dict[str, Any] = (
+            {"source": describe_source(text), "rows": self.calibration_rows(tokenizer)} if text else {}
+        )
+        return calibrate(model, config, tokens=tokens, store=store, tokenizer=tokenizer, **more)
 
 
 class ProjLoraMethod(Spectral):
@@ -145,7 +123,8 @@ class ProjLoraMethod(Spectral):
 
     title = "Proj-LoRA"
 
-    name: Literal["proj_lora"] = Field(default="proj_lora", description="The method.")
+    name: Literal["proj_lora"] = "proj_lora"
+    """The method."""
 
 
 class HipLoraMethod(Spectral):
@@ -153,35 +132,24 @@ class HipLoraMethod(Spectral):
 
     title = "HiP-LoRA"
 
-    name: Literal["hiplora"] = Field(default="hiplora", description="The method.")
-    principal_channel: bool = Field(
-        default=False,
-        description="Learn gains on the protected directions: false with the function-aware preset, true with the "
-        "paper's. The fields below that concern gains need it.",
-    )
-    stability_weight: float = Field(
-        default=0.1, ge=0, description="λ: price of changing the gains. The paper's value is lost; this one is ours."
-    )
-    stability_gamma: float = Field(
-        default=1.0, ge=0, description="γ: how much more large gains cost; 0 prices all alike."
-    )
-    stability_mode: Literal["gradient", "proximal", "none"] = Field(
-        default="gradient",
-        description="`gradient` adds the price's gradient once per step, `proximal` shrinks the gains after it, `none` "
-        "charges nothing (the ablation without a budget).",
-    )
-    gain_lr_ratio: float = Field(default=1.0, gt=0, description="Learning rate of the gains, in units of `train.lr`.")
-    relative_gains: bool = Field(
-        default=False, description="Step on relative gains δ/σ: strong directions move by more."
-    )
-    residual_projection: bool = Field(
-        default=True, description="Keep the low-rank part out of the protected directions; false is an ablation."
-    )
-    init_weights: bool | Literal["zero"] = Field(
-        default=True,
-        description="true: start at the base model. `zero`: both low-rank factors start at zero, the paper's ablation, "
-        "and stay there. false: a random start, for tests.",
-    )
+    name: Literal["hiplora"] = "hiplora"
+    """The method."""
+    principal_channel: bool = False
+    """Learn gains on the protected directions, as the paper's preset does. The fields below on gains need it."""
+    stability_weight: float = Field(default=0.1, ge=0)
+    """λ: price of changing the gains. The paper's value is lost; this one is ours."""
+    stability_gamma: float = Field(default=1.0, ge=0)
+    """γ: how much more large gains cost; 0 prices all alike."""
+    stability_mode: Literal["gradient", "proximal", "none"] = "gradient"
+    """`gradient` adds the price's gradient once a step, `proximal` shrinks the gains after it, `none` is no price."""
+    gain_lr_ratio: float = Field(default=1.0, gt=0)
+    """Learning rate of the gains, in units of `train.lr`."""
+    relative_gains: bool = False
+    """Step on relative gains δ/σ: strong directions move by more."""
+    residual_projection: bool = True
+    """Keep the low-rank part out of the protected directions; false is an ablation."""
+    init_weights: bool | Literal["zero"] = True
+    """true: start at the base model; `zero`: both factors start and stay at zero (ablation); false: random."""
 
     @model_validator(mode="after")
     def _gains_have_a_channel(self) -> "HipLoraMethod":
@@ -190,7 +158,5 @@ class HipLoraMethod(Spectral):
         if changed and not self.principal_channel:
             raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`")
         if not self.principal_channel and not self.residual_projection:
-            raise ValueError(
-                "neither gains nor a projection is plain LoRA; set `principal_channel: true`, or use method lora"
-            )
+            raise ValueError("no gains and no projection is plain LoRA; set `principal_channel`, or use lora")
         return self

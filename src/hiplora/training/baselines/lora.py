@@ -13,19 +13,18 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
 from hiplora.errors import ConfigError
 from hiplora.files import write_atomic
 from hiplora.training.method import ADAPTER, WEIGHTS_FILE, Begin, FromInputs, LowRank
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from torch import Tensor
 
-    Factors = Callable[[str, Any], tuple[Tensor, Tensor]]  # of a layer by its name: B (m, r), A (r, n)
+    Pair = tuple[Tensor, Tensor]  # B (m, r), A (r, n)
 
 A_NAME, B_NAME = ".lora_A.weight", ".lora_B.weight"
+SUMMARY = "Trained from {}; saved as a plain LoRA of twice the rank."
 
 
 class LoraMethod(LowRank):
@@ -34,42 +33,36 @@ class LoraMethod(LowRank):
     title = "LoRA"
     summary = "A plain low-rank update."
 
-    name: Literal["lora"] = Field(default="lora", description="The method.")
+    name: Literal["lora"] = "lora"
+    """The method."""
 
 
 class ResidualInit(LowRank):
-    """Base of the initialisations: what they start from, and PEFT's name of it where it is PEFT's own."""
+    """Base of the initialisations; those that are PEFT's own have a `peft_start`, the others `parts`."""
 
     moves_base = True
-    start: ClassVar[str]
-    peft_start: ClassVar[dict[str, Any]] = {}
     not_of_peft = ("name", "calibration_text", "calibration_tokens")
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        cls.summary = f"Trained from {cls.start}; saved as a plain LoRA of twice the rank."
-
-    def peft_config(self, steps: int | None = None) -> "PeftConfig":
-        """Return a LoRA configuration, with PEFT's own start where PEFT has it."""
-        from peft import LoraConfig
-
-        return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
-
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
-        """Start at `factors`; where they are PEFT's, subtract them as they are: PEFT rounds them afterwards."""
+        """Start at `parts`, divided by √s, or where PEFT starts; subtract that in fp32, which PEFT does not."""
+        from peft.utils.other import transpose
+
         ranks = layer_ranks(config, model)
-        if not self.peft_start:
-            return _begin_at(self.factors(ranks, model, tokenizer))
-        before = {name: model.get_submodule(name).weight.data for name in ranks}
+        before = {name: model.get_submodule(name).weight.data for name in ranks if self.peft_start}
+        part = None if self.peft_start else self.parts(ranks, model, tokenizer)
 
-        def of_peft(name: str, layer: Any) -> "tuple[Tensor, Tensor]":
-            layer.get_base_layer().weight.data = before[name]
-            return layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
+        def factors(name: str, layer: Any) -> "Pair":
+            if part is None:
+                layer.get_base_layer().weight.data = before[name]
+                return layer.lora_B[ADAPTER].weight.data, layer.lora_A[ADAPTER].weight.data
+            B, A = part(name, transpose(layer.get_base_layer().weight.detach(), layer.fan_in_fan_out))
+            root = layer.scaling[ADAPTER] ** 0.5
+            return B / root, A / root
 
-        return _begin_at(of_peft)
+        return _begin_at(factors)
 
-    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
-        """Return how the factors of a layer are found."""
+    def parts(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Callable[[str, Tensor], Pair]":
+        """Return what gives the factors B, A of the part of a layer's weight (m, n) to start from."""
         raise NotImplementedError
 
 
@@ -77,10 +70,11 @@ class PissaMethod(ResidualInit):
     """PiSSA (Meng et al. 2024, arXiv 2404.02948), from PEFT: starts from the principal part of the weights."""
 
     title = "PiSSA"
-    start = "the principal part of the base weights"
+    summary = SUMMARY.format("the principal part of the base weights")
     peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "pissa"}
 
-    name: Literal["pissa"] = Field(default="pissa", description="The method.")
+    name: Literal["pissa"] = "pissa"
+    """The method."""
 
 
 class CordaMethod(ResidualInit, FromInputs):
@@ -90,23 +84,23 @@ class CordaMethod(ResidualInit, FromInputs):
     """
 
     title = "CorDA"
-    start = "the part of the base weights that the inputs use least"
+    summary = SUMMARY.format("the part of the base weights that the inputs use least")
     peft_start: ClassVar[dict[str, Any]] = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
 
-    name: Literal["corda"] = Field(default="corda", description="The method.")
+    name: Literal["corda"] = "corda"
+    """The method."""
 
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin:
         """Measure the covariances and start where PEFT does."""
         from peft.tuners.lora.corda import preprocess_corda
 
-        from hiplora.tuner import CalibrationText, base_only
+        from hiplora.tuner import base_only
 
         begin = super().prepare(config, model, tokenizer)
         if config.target_modules == "all-linear":  # PEFT's preprocessing takes it for a regular expression
             config.target_modules = list(layer_ranks(config, model))
-        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, batch_size=1)
         with base_only(model):
-            preprocess_corda(model, config, text.run)
+            preprocess_corda(model, config, self.text(model, tokenizer, batch_size=1).run)
         return begin
 
 
@@ -114,15 +108,16 @@ class MiloraMethod(ResidualInit):
     """MiLoRA (Wang et al. 2025, arXiv 2406.09044): starts from the r smallest singular values of the weights."""
 
     title = "MiLoRA"
-    start = "the minor part of the base weights"
+    summary = SUMMARY.format("the minor part of the base weights")
 
-    name: Literal["milora"] = Field(default="milora", description="The method.")
+    name: Literal["milora"] = "milora"
+    """The method."""
 
-    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
-        """Return the factors of the r smallest singular values."""
+    def parts(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Callable[[str, Tensor], Pair]":
+        """Return what gives the part of the r smallest singular values."""
         from hiplora.spectral import minor_svd_factors
 
-        return _scaled(lambda name, weight: minor_svd_factors(weight, ranks[name]))
+        return lambda name, weight: minor_svd_factors(weight, ranks[name])
 
 
 class LoraNullMethod(ResidualInit, FromInputs):
@@ -133,26 +128,21 @@ class LoraNullMethod(ResidualInit, FromInputs):
     """
 
     title = "LoRA-Null"
-    start = "the part of the base weights in the directions in which the inputs have least energy"
+    summary = SUMMARY.format("the part of the base weights in the directions in which the inputs have least energy")
 
-    name: Literal["lora_null"] = Field(default="lora_null", description="The method.")
+    name: Literal["lora_null"] = "lora_null"
+    """The method."""
 
-    def factors(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Factors":
-        """Measure the inputs; return the factors of W N Nᵀ."""
+    def parts(self, ranks: Mapping[str, int], model: Any, tokenizer: Any) -> "Callable[[str, Tensor], Pair]":
+        """Measure the inputs; return what gives W N Nᵀ."""
         from hiplora.spectral import projected_factors
-        from hiplora.tuner import CalibrationText
 
-        text = CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens)
-        least = text.inputs(ranks, trailing=ranks)
-        return _scaled(lambda name, weight: projected_factors(weight, least[name].vectors))
+        least = self.text(model, tokenizer).inputs(ranks, trailing=ranks)
+        return lambda name, weight: projected_factors(weight, least[name].vectors)
 
 
 def layer_ranks(config: Any, model: Any) -> dict[str, int]:
-    """Return the rank of every layer to adapt.
-
-    Raises:
-        ConfigError: a weight has a type from which nothing can be subtracted.
-    """
+    """Return the rank of every layer to adapt; ConfigError if nothing can be subtracted from a weight's type."""
     import torch
 
     from hiplora.tuner import find_targets, for_module
@@ -164,26 +154,12 @@ def layer_ranks(config: Any, model: Any) -> dict[str, int]:
         ranks[target.name] = for_module(config.rank_pattern or {}, target.name, config.r)
         dtype = modules[target.name].weight.dtype
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ConfigError(
-                f"layer {target.name}: nothing can be subtracted from a weight of type {dtype}; load the model in "
-                "fp32, bf16 or fp16, or use another method"
-            )
+            why = f"nothing can be subtracted from a weight of type {dtype}"
+            raise ConfigError(f"layer {target.name}: {why}; load fp32, bf16 or fp16, or use another method")
     return ranks
 
 
-def _scaled(part: "Callable[[str, Tensor], tuple[Tensor, Tensor]]") -> "Factors":
-    """Return factors (B, A) of a part of each weight, divided by √s."""
-    from peft.utils.other import transpose
-
-    def factors(name: str, layer: Any) -> "tuple[Tensor, Tensor]":
-        B, A = part(name, transpose(layer.get_base_layer().weight.detach(), layer.fan_in_fan_out))
-        root = layer.scaling[ADAPTER] ** 0.5
-        return B / root, A / root
-
-    return factors
-
-
-def _begin_at(factors: "Factors") -> Begin:
+def _begin_at(factors: "Callable[[str, Any], Pair]") -> Begin:
     """Start every layer at its factors, in fp32, and subtract their scaled product from its base weight."""
     import torch
     from peft.utils.other import transpose
@@ -193,9 +169,9 @@ def _begin_at(factors: "Factors") -> Begin:
     def begin(adapted: "PeftModel") -> None:
         layers = list(_layers(adapted))
         for name, layer in tqdm(layers, "decomposing", unit=" layers", delay=2, leave=False, disable=None):
-            B, A = factors(name, layer)
+            pair = factors(name, layer)
             weight = layer.get_base_layer().weight
-            A, B = (factor.to(weight.device, torch.float32).contiguous() for factor in (A, B))
+            B, A = (factor.to(weight.device, torch.float32).contiguous() for factor in pair)
             layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data = A, B
             part = transpose(layer.scaling[ADAPTER] * B @ A, layer.fan_in_fan_out)
             weight.data = (weight.float() - part).to(weight.dtype)  # a new tensor: others may hold the old one
@@ -203,22 +179,22 @@ def _begin_at(factors: "Factors") -> Begin:
     return begin
 
 
-def restored(config: Any, folder: Path) -> Begin:
-    """Begin at the start in a folder; `config` is changed so that PEFT computes none."""
+def restored(config: Any, file: Path) -> Begin:
+    """Begin at the start kept in a file; `config` is changed so that PEFT computes none."""
     from safetensors.torch import load_file
 
-    start = load_file(folder / WEIGHTS_FILE)
+    start = load_file(file)
     config.init_lora_weights, config.corda_config = True, None
-    names = ("base_model.model.{}" + B_NAME, "base_model.model.{}" + A_NAME)
-    return _begin_at(lambda name, layer: tuple(start[kind.format(name)] for kind in names))  # type: ignore[arg-type, return-value]
+    prefix = "base_model.model."
+    return _begin_at(lambda name, _: (start[f"{prefix}{name}{B_NAME}"], start[f"{prefix}{name}{A_NAME}"]))
 
 
-def keep_start(tensors: "Mapping[str, Tensor]", folder: Path) -> None:
-    """Keep the factors that an adapter starts from, under their names; the file is whole or absent."""
+def keep_start(tensors: "Mapping[str, Tensor]", file: Path) -> None:
+    """Keep the factors that an adapter starts from, under their names."""
     from safetensors.torch import save
 
     kept = {name: value.cpu().contiguous() for name, value in tensors.items() if name.endswith((A_NAME, B_NAME))}
-    write_atomic(folder / WEIGHTS_FILE, save(kept))
+    write_atomic(file, save(kept))
 
 
 def to_difference(folder: Path, start: Path) -> None:
@@ -228,17 +204,15 @@ def to_difference(folder: Path, start: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors, origin = load_file(folder / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
-    for name, trained in tensors.items():
-        if name.endswith(A_NAME):
-            tensors[name] = torch.cat([trained, origin[name].to(trained.dtype)], dim=0)
-        elif name.endswith(B_NAME):
-            tensors[name] = torch.cat([trained, -origin[name].to(trained.dtype)], dim=1)
+    for name, value in origin.items():
+        on, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
+        tensors[name] = torch.cat([tensors[name], sign * value.to(tensors[name].dtype)], dim=on)
     save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     config: Any = PeftConfig.from_pretrained(str(folder))
-    config.r *= 2  # and α with it: the scaling α/r stays
-    config.lora_alpha *= 2
-    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {name: 2 * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    for field in ("r", "lora_alpha"):  # both, so that the scaling α/r stays
+        setattr(config, field, 2 * getattr(config, field))
+    for field in ("rank_pattern", "alpha_pattern"):
+        setattr(config, field, {name: 2 * value for name, value in (getattr(config, field) or {}).items()})
     config.init_lora_weights, config.corda_config = True, None
     config.save_pretrained(str(folder))
 
@@ -248,8 +222,9 @@ def split_difference(tensors: "Mapping[str, Tensor]") -> "tuple[dict[str, Tensor
     trained, start = dict(tensors), {}
     for name, value in tensors.items():
         if name.endswith((A_NAME, B_NAME)):
-            own, origin = value.chunk(2, dim=0 if name.endswith(A_NAME) else 1)
-            trained[name], start[name] = own.contiguous(), origin if name.endswith(A_NAME) else -origin
+            on, sign = (0, 1) if name.endswith(A_NAME) else (1, -1)
+            own, origin = value.chunk(2, dim=on)
+            trained[name], start[name] = own.contiguous(), sign * origin
     return trained, start
 
 

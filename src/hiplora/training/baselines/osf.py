@@ -26,15 +26,13 @@ class OsfMethod(Method):
     )
     kind = "an OSF adapter"
 
-    name: Literal["osf"] = Field(default="osf", description="The method.")
-    effective_rank: EffectiveRank | None = Field(
-        default=None,
-        description="Leading singular directions of each weight that are kept; or a share of its smaller side; half of "
-        "it if empty. Of a layer (m, n) the (min(m, n) − effective_rank)(m + n + 1) numbers of the others are trained.",
-    )
-    rank_pattern: dict[str, EffectiveRank] = Field(
-        default={}, description="Regular expression for a module's name → its own effective_rank."
-    )
+    name: Literal["osf"] = "osf"
+    """The method."""
+    effective_rank: EffectiveRank | None = None
+    """Leading singular directions of each weight that are kept; or a share of its smaller side; half of it if empty.
+    Of a layer (m, n) the (min(m, n) − effective_rank)(m + n + 1) numbers of the others are trained."""
+    rank_pattern: dict[str, EffectiveRank] = Field(default={})
+    """Regular expression for a module's name → its own effective_rank."""
 
     def peft_config(self, steps: int | None = None) -> "PeftConfig":
         """Return an OSF configuration."""

@@ -39,32 +39,21 @@ class SplitLoraMethod(LowRank):
     steering = ("lora_dropout", *OWN)
     not_of_peft = ("name", *OWN)
 
-    name: Literal["split_lora"] = Field(default="split_lora", description="The method.")
-    clients: int = Field(
-        default=4,
-        ge=1,
-        description="Number of clients. Sequence i of the training data belongs to client i mod `clients`; a step "
-        "takes a batch of each in turn, so `train.gradient_accumulation` must be a multiple of it.",
-    )
-    cut_layer: int = Field(
-        default=3,
-        ge=0,
-        description="Layers below this one are on the clients' side, those from it up on the server's; 0 leaves the "
-        "clients nothing, the number of layers the server nothing.",
-    )
-    average_every: int = Field(
-        default=25,
-        ge=1,
-        description="Optimizer steps between two averagings of the clients' sides; the last step has one too.",
-    )
+    name: Literal["split_lora"] = "split_lora"
+    """The method."""
+    clients: int = Field(default=4, ge=1)
+    """Number of clients. Sequence i of the training data belongs to client i mod `clients`; a step takes a batch of
+    each in turn, so `train.gradient_accumulation` must be a multiple of it."""
+    cut_layer: int = Field(default=3, ge=0)
+    """Layers below this one are on the clients' side, the others on the server's; 0 leaves the clients nothing."""
+    average_every: int = Field(default=25, ge=1)
+    """Optimizer steps between two averagings of the clients' sides; the last step has one too."""
 
     def check_training(self, train: "TrainSettings") -> None:
         """Check that every client has the same number of micro-batches in a step."""
         if train.gradient_accumulation % self.clients:
-            raise ValueError(
-                f"`train.gradient_accumulation` {train.gradient_accumulation} is no multiple of `method.clients` "
-                f"{self.clients}: the micro-batches of a step are the clients' in turn; change one of them"
-            )
+            what = f"`train.gradient_accumulation` {train.gradient_accumulation} is no multiple of"
+            raise ValueError(f"{what} `method.clients` {self.clients}, who take turns in a step; change one of them")
 
     def batches(self, sequences: int, batch_size: int) -> int:
         """Return the number of batches in an epoch, none of which mixes the shards of two clients."""
@@ -76,16 +65,10 @@ class SplitLoraMethod(LowRank):
 
 
 def shard_sizes(sequences: int, clients: int) -> list[int]:
-    """Return how many sequences each client has.
-
-    Raises:
-        ConfigError: some client would have none.
-    """
+    """Return how many sequences each client has; ConfigError if some client would have none."""
     if clients > sequences:
-        raise ConfigError(
-            f"method.clients {clients}: there are only {sequences} training sequences, and every client needs one of "
-            "its own; lower it, give more rows, or, where several rows are packed into one, set train.packing: false"
-        )
+        what = f"method.clients {clients}: there are only {sequences} training sequences, and each client needs one"
+        raise ConfigError(f"{what}; lower it, give more rows, or set train.packing: false")
     return [len(range(client, sequences, clients)) for client in range(clients)]
 
 
@@ -104,9 +87,7 @@ class ClientBatches:
         clients, drawn = self.method.clients, list(self.sampler)
         shards = [[i for i in drawn if i % clients == client] for client in range(clients)]
         for start in range(0, len(shards[0]), self.batch_size):
-            for shard in shards:
-                if batch := shard[start : start + self.batch_size]:
-                    yield batch
+            yield from filter(None, (shard[start : start + self.batch_size] for shard in shards))
 
     def __len__(self) -> int:
         return self.method.batches(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
@@ -126,16 +107,12 @@ class SplitSession(Session):
         self.clients, self._method = method.clients, method
         config: Any = model.config
         if method.cut_layer > (layers := config.get_text_config().num_hidden_layers):
-            raise ConfigError(
-                f"method.cut_layer {method.cut_layer}: the model has only {layers} layers; expected 0 to {layers}, the "
-                "number of layers on the clients' side"
-            )
+            what = f"method.cut_layer {method.cut_layer}: the model has only {layers} layers"
+            raise ConfigError(f"{what}; expected 0 to {layers}, the number of layers on the clients' side")
         self._places = list(_below(model, method.cut_layer))
         if method.cut_layer and not self._places:
-            raise ConfigError(
-                f"method.cut_layer {method.cut_layer}: no adapted module lies below it; raise it, set it to 0, or let "
-                "target_modules and layers_to_transform choose modules below it"
-            )
+            what = f"method.cut_layer {method.cut_layer}: no adapted module lies below it"
+            raise ConfigError(f"{what}; raise it, set it to 0, or adapt modules below it")
         first = [getattr(module, name) for module, name in self._places]
         self._sides = [first, *([nn.Parameter(p.detach().clone()) for p in first] for _ in shards[1:])]
         self._shares = [size / sum(shards) for size in shards]
@@ -158,9 +135,7 @@ class SplitSession(Session):
     def after_step(self, step: int, last: bool) -> None:
         """Give every client the average of all sides, weighted by the sizes of their shards (FedAvg), when due."""
         if step % self._method.average_every == 0 or last:
-            means = self._means()
-            for side in self._sides:
-                _copy(side, means)
+            self._set([self._means()] * self.clients)
 
     def save(self, folder: Path) -> None:
         """Save the average, and every client's side."""
@@ -174,9 +149,7 @@ class SplitSession(Session):
         import torch
 
         super().load(folder)
-        stored = torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True)
-        for side, values in zip(self._sides, stored, strict=True):
-            _copy(side, values)
+        self._set(torch.load(folder / CLIENTS_FILE, map_location=self.model.device, weights_only=True))
 
     @contextlib.contextmanager
     def _seated(self, side: "Sequence[nn.Parameter]") -> Iterator[None]:
@@ -196,10 +169,10 @@ class SplitSession(Session):
             means.append(sum(steps, start=first.clone()))
         return means
 
-
-def _copy(parameters: "Sequence[nn.Parameter]", values: "Sequence[Tensor]") -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data.copy_(value)
+    def _set(self, sides: "Sequence[Sequence[Tensor]]") -> None:
+        for own, values in zip(self._sides, sides, strict=True):
+            for parameter, value in zip(own, values, strict=True):
+                parameter.data.copy_(value)
 
 
 def _below(model: Any, cut_layer: int) -> "Iterator[tuple[nn.Module, str]]":

@@ -1,10 +1,10 @@
 """Results made by hand, put into a store as if jobs had found them."""
 
 from hiplora.study.builder import Study
+from hiplora.study.context import Place
 from hiplora.study.pico import PICO_DATA
 from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
-from hiplora.study.store import Results, Store
 
 TWO_DOMAINS = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "
@@ -16,7 +16,8 @@ TWO_DOMAINS = (
 def made_study(folder, protocols, *changes):
     """A study over pico's data with some protocols, and an empty store."""
     changes = (*(changes or TWO_DOMAINS), f"protocols={{{protocols}}}")
-    return Study(load_study("pico", changes), PICO_DATA), Store(folder / "store")
+    study = Study(load_study("pico", changes), Place(folder / "store", "pico", PICO_DATA))
+    return study, study.store
 
 
 def finish(store, job, found, **timing):
@@ -48,9 +49,18 @@ def jobs(study, settings):
     return list(dict.fromkeys(job for job, _ in settings.runs(study)))
 
 
-def tables(study, settings, store):
-    """What a protocol makes of a store's results, read anew."""
-    (found,) = sections(study, Results(Store(store.path)))
+def fill(study, settings, found):
+    """Store what `found` says of each job and its labels, and a training for each adapter; return the findings."""
+    for job, labels in settings.runs(study):
+        finish(study.store, job, found(job, labels))
+        if "adapter" in job.needs:
+            finish(study.store, job.needs["adapter"], trained())
+    return tables(study)
+
+
+def tables(study):
+    """What the one protocol makes of a study's results, read anew."""
+    (found,) = sections(Study(study.recipe, study.place))
     return found
 
 

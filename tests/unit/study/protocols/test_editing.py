@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.study.protocols.made import finish, jobs, made_study, row, table, tables
+from tests.unit.study.protocols.made import fill, made_study, row, table
 
 EDITING = (
     "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, "
@@ -27,12 +27,9 @@ def edits(mode, correct, *stages):
 
 
 def filled(tmp_path, mode, lora, others):
-    study, store = made_study(tmp_path, EDITING.replace("MODE", mode))
+    study, _ = made_study(tmp_path, EDITING.replace("MODE", mode))
     settings = study.recipe.protocols.editing
-    for job in jobs(study, settings):
-        seed = job.settings["seed"]
-        finish(store, job, lora[seed] if " by LoRA," in job.name else others)
-    return study, settings, store
+    return fill(study, settings, lambda job, at: lora[at["seed"]] if at["method"] == "LoRA" else others)
 
 
 def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_questions(tmp_path):
@@ -41,7 +38,7 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
         100: edits("batch", [1, 1], stage([0, 1], [1, 1]), stage([2, 3], [0, 0])),
     }
     others = edits("batch", [0, 0], stage([0, 1], [1, 1]), stage([2, 3], [1, 1]))
-    found = tables(*filled(tmp_path, "batch", lora, others))
+    found = filled(tmp_path, "batch", lora, others)
     success = row(found, "edit success", "LoRA", set="facts", mode="batch")
     assert (success.estimate, success["items"], success.seeds) == (pytest.approx(100 * 2.5 / 4), 4, 2)
     assert row(found, "locality", "LoRA").estimate == pytest.approx(25)
@@ -55,7 +52,7 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
 
 def test_of_a_sequence_all_edits_so_far_count_after_each_stage(tmp_path):
     run = edits("sequential", [1, 1], stage([0, 1], [1, 1]), stage([0, 1, 2, 3], [1, 0, 0, 0]))
-    found = tables(*filled(tmp_path, "sequential", {42: run, 100: run}, run))
+    found = filled(tmp_path, "sequential", {42: run, 100: run}, run)
     assert row(found, "edit success", "LoRA").estimate == 25
     course = found.measured[(found.measured.metric == "edit success so far") & (found.measured.method == "LoRA")]
     assert course.set_index("edits").estimate.to_dict() == {2: 100, 4: 25}

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hiplora.errors import ConfigError
 from hiplora.study.protocols.frontier import NOT_REACHED, PASSED, REACHED, Frontier
 from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables, trained
 
@@ -26,15 +27,16 @@ EQUAL = {"metric": "drift ratio at equal loss", "text": "all texts"}
 @pytest.fixture
 def found(tmp_path):
     study, store = made_study(tmp_path, FRONTIER)
-    settings = study.recipe.protocols.frontier
-    finish(store, study.score(), scored({"gsm8k": [20, 40], "mmlu": [60, 80]}))
-    for (method, rate), seeds in FOUND.items():
-        for seed, (loss, kl, own) in zip(study.seeds(settings), seeds, strict=True):
-            adapter = study.adapter(study.row(method), "sums", seed, lr=rate)
-            finish(store, adapter, trained(before=2.5, after=loss))
-            drift = {"prose": kl, "code": 4 * kl}
-            finish(store, study.score(adapter), scored({"gsm8k": [own, own], "mmlu": AFTER[method]}, drift))
-    return tables(study, settings, store)
+    names = {study.row(name).title: name for name in AFTER}
+    for job, at in study.recipe.protocols.frontier.runs(study):
+        if at["method"] == "Base model":
+            finish(store, job, scored({"gsm8k": [20, 40], "mmlu": [60, 80]}))
+            continue
+        method = names[at["method"]]
+        loss, kl, own = FOUND[method, at["lr"]][study.recipe.seeds.index(at["seed"])]
+        after = scored({"gsm8k": [own, own], "mmlu": AFTER[method]}, {"prose": kl, "code": 4 * kl})
+        finish(store, job, after if job.kind == "evaluate" else trained(before=2.5, after=loss))
+    return tables(study)
 
 
 def test_drift_at_equal_loss_is_paired_by_seed_and_bounded_where_a_method_learned_less(found):
@@ -65,8 +67,6 @@ def test_what_other_tasks_lose_is_the_fall_of_their_likelihoods(found):
 
 
 def test_a_domain_without_the_reference_is_refused(tmp_path):
-    from hiplora.errors import ConfigError
-
     with pytest.raises(ConfigError, match="lacks the `reference` 'hiplora'"):
         made_study(tmp_path, FRONTIER.replace("lora-mlp, hiplora]", "lora-mlp]"))
 
@@ -101,14 +101,19 @@ def test_the_drift_of_a_frontier_at_a_loss(points, x, drift, state):
     assert (np.exp(found[0]), found[2]) == (pytest.approx(drift), state)
 
 
-def test_each_seed_goes_along_the_same_points_at_its_own_loss():
-    found = envelope((1e-3, 10, [2.0, 2.0], [0.01, 0.04]), (1e-2, 10, [1.0, 1.0], [1.0, 4.0]))
-    _, points, _ = found.at(1.5)
-    for x, drift in (([1.5, 1.5], [0.1, 0.4]), ([2.0, 1.0], [0.01, 4.0]), ([9.0, 0.0], [0.01, 4.0])):
-        assert np.exp(found.by_seed(np.array(x), points)) == pytest.approx(drift)
+ALIKE = [(1e-3, 10, [2.0, 2.0], [0.01, 0.04]), (1e-2, 10, [1.0, 1.0], [1.0, 4.0])]
+CROSSED = [(1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.0])]  # one seed the other way round
 
 
-def test_a_seed_whose_points_lie_the_other_way_round_takes_the_one_that_learned_enough():
-    found = envelope((1e-3, 10, [2.0, 1.1], [0.01, 0.01]), (1e-2, 10, [0.8, 1.2], [1.0, 1.0]))
-    _, points, _ = found.at(1.2)
-    assert np.exp(found.by_seed(np.array([0.8, 1.3]), points)) == pytest.approx([1.0, 0.01])
+@pytest.mark.parametrize(
+    ("points", "mean", "x", "drift"),
+    [
+        (ALIKE, 1.5, [1.5, 1.5], [0.1, 0.4]),
+        (ALIKE, 1.5, [2.0, 1.0], [0.01, 4.0]),
+        (ALIKE, 1.5, [9.0, 0.0], [0.01, 4.0]),
+        (CROSSED, 1.2, [0.8, 1.3], [1.0, 0.01]),  # takes the point that learned enough
+    ],
+)
+def test_each_seed_goes_along_the_same_points_at_its_own_loss(points, mean, x, drift):
+    found = envelope(*points)
+    assert np.exp(found.by_seed(np.array(x), found.at(mean)[1])) == pytest.approx(drift)

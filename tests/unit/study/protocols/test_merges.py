@@ -4,8 +4,7 @@ import pytest
 
 from hiplora.metrics import merge_fail as merge_fail_share
 from hiplora.metrics import pass_at_k
-from hiplora.study.protocols.merging import merge_of
-from tests.unit.study.protocols.made import finish, made_study, row, scored, table, tables
+from tests.unit.study.protocols.made import fill, made_study, row, scored, table
 
 CODE = (
     "domains={sums: {title: Sums, train: {path: gsm8k_train.jsonl, held_out_fraction: 0.1}, tasks: {gsm8k: 2}}, "
@@ -13,33 +12,29 @@ CODE = (
     "rates=null",
 )
 MERGING = "merging: {methods: [lora, lora-mlp], rules: {addition: {}, ties: {}}}"
-# rule → seed → (gsm8k, humaneval_10) of the merged model; alone they are [60, 80], [100, 0]
+# (method, rule, seed) → items of gsm8k, of humaneval_10 after the merge; alone they are [60, 80], [100, 0]
 AFTER = {
-    "lora": {
-        "addition": {42: ([40, 60], [0, 0]), 100: ([80, 100], [100, 0])},
-        "ties": dict.fromkeys((42, 100), ([60, 80], [100, 0])),
-    },
-    "lora-mlp": {rule: dict.fromkeys((42, 100), ([50, 70], [100, 0])) for rule in ("addition", "ties")},
+    ("LoRA", "addition", 42): ([40, 60], [0, 0]),
+    ("LoRA", "addition", 100): ([80, 100], [100, 0]),
+    **{("LoRA", "ties", seed): ([60, 80], [100, 0]) for seed in (42, 100)},
+    **{("LoRA on the MLPs", rule, seed): ([50, 70], [100, 0]) for rule in ("addition", "ties") for seed in (42, 100)},
 }
 
 
 @pytest.fixture
 def merged(tmp_path):
-    study, store = made_study(tmp_path, MERGING, *CODE)
-    for method, rules in AFTER.items():
-        for seed in (42, 100):
-            own = {domain: study.adapter(study.row(method), domain, seed) for domain in ("sums", "code")}
-            finish(store, study.score(own["sums"]), scored({"gsm8k": [60, 80], "humaneval_10": [0, 0]}))
-            finish(store, study.score(own["code"]), scored({"gsm8k": [0, 0], "humaneval_10": [100, 0]}))
-            for rule, seeds in rules.items():
-                sums, code = seeds[seed]
-                merge = merge_of(study, study.row(method), tuple((domain, seed) for domain in own), rule, {})
-                finish(store, merge, scored({"gsm8k": sums, "humaneval_10": code}, {"prose": 0.1}))
-    return study, study.recipe.protocols.merging, store
+    study, _ = made_study(tmp_path, MERGING, *CODE)
+
+    def of(job, at):
+        alone = {"sums": ([60, 80], [0, 0]), "code": ([0, 0], [100, 0])}
+        sums, code = alone[at["domain"]] if "domain" in at else AFTER[at["method"], at["rule"], at["seed"]]
+        return scored({"gsm8k": sums, "humaneval_10": code}, {"prose": 0.1})
+
+    return fill(study, study.recipe.protocols.merging, of)
 
 
 def test_before_is_each_domains_own_adapter_and_after_the_merge(merged):
-    found = tables(*merged)
+    found = merged
     asked = {"rule": "addition", "form": "likelihood"}
     assert row(found, "merge score", "LoRA", reported="Sums", when="before", **asked).estimate == 70
     assert row(found, "merge score", "LoRA", reported="Sums", when="after", **asked).estimate == 70
@@ -55,7 +50,7 @@ def test_before_is_each_domains_own_adapter_and_after_the_merge(merged):
 
 
 def test_pass_rates_follow_from_how_many_samples_of_an_item_passed(merged):
-    found = tables(*merged)
+    found = merged
     for k, name in ((1, "Code"), (5, "Code pass@5"), (10, "Code pass@10")):
         asked = {"rule": "addition", "form": "accuracy", "reported": name}
         alone = 100 * pass_at_k(10, 10, k) / 2
@@ -68,31 +63,29 @@ FAIL = "merge_fail: {methods: [lora, lora-mlp], sizes: [2], instances: 9, taus: 
 ALONE = [100, 80]  # of every adapter on its own task
 # (seed of sums, seed of facts) → items of gsm8k, of mmlu, and KL of the merge
 MERGES = {
-    "lora": {
+    "LoRA": {
         (42, 42): ([40, 40], [100, 80], 0.4),  # fails at every threshold
         (42, 100): ([90, 72], [100, 80], 0.4),  # 81 of 90: not below 0.9, below 1
         (100, 42): ([100, 80], [70, 70], 0.4),  # fails at 0.9 and 1
         (100, 100): ([100, 80], [100, 80], 0.4),
     },
-    "lora-mlp": dict.fromkeys([(42, 42), (42, 100), (100, 42), (100, 100)], ([100, 80], [100, 90], 0.1)),
+    "LoRA on the MLPs": dict.fromkeys([(42, 42), (42, 100), (100, 42), (100, 100)], ([100, 80], [100, 90], 0.1)),
 }
 
 
 def test_a_merge_fails_if_any_of_its_tasks_falls_below_the_threshold(tmp_path):
-    study, store = made_study(tmp_path, FAIL)
-    tasks = {"sums": "gsm8k", "facts": "mmlu"}
-    for method, merges in MERGES.items():
-        title = study.row(method)
-        for domain, task in tasks.items():
-            for seed in (42, 100):
-                items = {other: [0, 0] for other in tasks.values()} | {task: ALONE}
-                finish(store, study.score(study.adapter(title, domain, seed)), scored(items))
-        for seeds, (sums, facts, kl) in merges.items():
-            instance = tuple(zip(tasks, seeds, strict=True))
-            merge = merge_of(study, title, instance, "addition", {}, drift=True)
-            finish(store, merge, scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
-    found = tables(study, study.recipe.protocols.merge_fail, store)
-    means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in MERGES["lora"].values()]
+    study, _ = made_study(tmp_path, FAIL)
+    settings = study.recipe.protocols.merge_fail
+    tasks, drawn = {"sums": "gsm8k", "facts": "mmlu"}, settings._drawn(study)
+
+    def of(job, at):
+        if "alone" in at:
+            return scored({"gsm8k": [0, 0], "mmlu": [0, 0], tasks[at["alone"]]: ALONE})
+        sums, facts, kl = MERGES[at["method"]][tuple(seed for _, seed in drawn[at["merge"]][1])]
+        return scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl})
+
+    found = fill(study, settings, of)
+    means = [{"sums": sum(s) / 2, "facts": sum(f) / 2} for s, f, _ in MERGES["LoRA"].values()]
     alone = [{"sums": 90, "facts": 90}] * 4
     for tau in (0.5, 0.9, 1.0):
         one = row(found, "merge fail", "LoRA", form="accuracy", tau=tau, size="all")

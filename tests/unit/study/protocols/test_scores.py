@@ -4,12 +4,10 @@ import pandas as pd
 import pytest
 
 from hiplora.metrics import average_accuracy, backward_transfer, forgetting, learned_accuracy
-from hiplora.study.builder import Study
-from hiplora.study.pico import PICO_DATA
+from hiplora.study.plan import open_study
 from hiplora.study.protocols import sections
 from hiplora.study.recipe import load_study
-from hiplora.study.store import Results, Store
-from tests.unit.study.protocols.made import finish, jobs, made_study, row, scored, table, tables, trained
+from tests.unit.study.protocols.made import fill, finish, made_study, row, scored, table, tables, trained
 
 BASE = {"gsm8k": [40, 60], "mmlu": [40, 40]}
 # method → domain of the adapter → (items of gsm8k, items of mmlu, KL), one a seed
@@ -28,18 +26,18 @@ FOUND = {
 @pytest.fixture
 def single(tmp_path):
     study, store = made_study(tmp_path, "single_task: {methods: [lora, lora-mlp]}")
+    settings = study.recipe.protocols.single_task
+    for job, labels in settings.runs(study)[1:]:
+        method = {"LoRA": "lora", "LoRA on the MLPs": "lora-mlp"}[labels["method"]]
+        sums, facts, kl = FOUND[method][labels["domain"]][study.recipe.seeds.index(labels["seed"])]
+        finish(store, job, scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
+        finish(store, job.needs["adapter"], trained(100 if method == "lora" else 96))
     finish(store, study.score(), scored(BASE))
-    for method, domains in FOUND.items():
-        for domain, seeds in domains.items():
-            for seed, (sums, facts, kl) in zip(study.recipe.seeds, seeds, strict=True):
-                adapter = study.adapter(study.row(method), domain, seed)
-                finish(store, adapter, trained(100 if method == "lora" else 96))
-                finish(store, study.score(adapter), scored({"gsm8k": sums, "mmlu": facts}, {"prose": kl}))
-    return study, study.recipe.protocols.single_task, store
+    return study
 
 
 def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(single):
-    found = tables(*single)
+    found = tables(single)
     assert row(found, "score", "Base model", domain="sums", form="accuracy").estimate == 50
     assert row(found, "score", "LoRA", domain="sums", form="accuracy").estimate == pytest.approx(80)
     assert row(found, "mean score", "LoRA", form="accuracy").estimate == pytest.approx(75)
@@ -56,30 +54,27 @@ def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(singl
 
 
 def test_a_method_that_is_not_done_is_left_out_and_its_jobs_are_missing(single):
-    study, _, store = single
-    missing = study.score(study.adapter(study.row("lora-mlp"), "facts", 42))
-    (store.path / "results" / f"{missing.key}.json").unlink()
-    (found,) = sections(study, Results(Store(store.path)))
+    missing = single.score(single.adapter(single.row("lora-mlp"), "facts", 42))
+    (single.store.path / "results" / f"{missing.key}.json").unlink()
+    found = tables(single)
     assert set(found.measured.method) == {"Base model", "LoRA"}
     assert found.missing == [missing.name]
 
 
 def test_a_study_without_results_has_empty_sections(tmp_path):
-    study = Study(load_study("pico", ("protocols.editing=null",)), PICO_DATA)
-    found = sections(study, Results(Store(tmp_path)))
+    found = sections(open_study(load_study("pico", ("protocols.editing=null",)), tmp_path, None))
     assert [one.name for one in found if one.name != "claims" and not one.missing] == []
     assert all(one.measured.empty for one in found)
 
 
 def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
-    study, store = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
-    settings = study.recipe.protocols.lambda_curve
-    finish(store, study.score(), scored(BASE))
-    for job in jobs(study, settings)[1:]:
-        facts = 10 if "λ = 0 " in job.name else 30
-        finish(store, job.needs["adapter"], trained())
-        finish(store, job, scored({"gsm8k": [60, 80], "mmlu": [facts, facts]}))
-    found = tables(study, settings, store)
+    study, _ = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
+
+    def of(job, labels):
+        facts = 10 if "λ = 0" in labels["method"] else 30
+        return scored({"gsm8k": [60, 80], "mmlu": [facts, facts]} if "domain" in labels else BASE)
+
+    found = fill(study, study.recipe.protocols.lambda_curve, of)
     change = row(found, "retain change", "HiP-LoRA (paper)", form="accuracy")
     assert (change.estimate, change["from"], change.to) == (pytest.approx(10 - 30), 0, 10)
     assert list(table(found, "lambda-curve-accuracy").index) == ["0", "10"]
@@ -89,24 +84,19 @@ def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path
     study, store = made_study(tmp_path, "ablations: {method: hiplora}")
     settings = study.recipe.protocols.ablations
     full, without, *_ = settings.variants(study)
-    for job in jobs(study, settings):
-        worse = full.title not in job.name.split(" on ")[0] or without.title in job.name
-        if job.kind == "evaluate" and "adapter" in job.needs:
+
+    def of(job, labels):
+        worse, good = labels["method"] != full.title, {"gsm8k": [80, 80], "mmlu": [80, 80]}
+        if "adapter" in job.needs:
             loss = 2.0 if worse else 1.0
             finish(store, job.needs["adapter"], trained(after=loss, curve=((1, loss),)))
         if job.kind == "inspect":
-            module = {"norm": 2.0, "left": 0.5, "right": 0.25, "both": 0.25}
-            finish(store, job, {"modules": [module], "energy_inside": {}})
-        elif job.kind == "merge":
-            finish(
-                store,
-                job,
-                scored({"gsm8k": [0, 0], "mmlu": [80, 80]} if worse else {"gsm8k": [80, 80], "mmlu": [80, 80]}),
-            )
-        else:
-            base = "adapter" not in job.needs
-            finish(store, job, scored(BASE if base else {"gsm8k": [80, 80], "mmlu": [80, 80]}))
-    found = tables(study, settings, store)
+            return {"modules": [{"norm": 2.0, "left": 0.5, "right": 0.25, "both": 0.25, "gains": []}]}
+        if job.kind == "merge" and worse:
+            return scored({**good, "gsm8k": [0, 0]})
+        return scored(good if "adapter" in job.needs or job.kind == "merge" else BASE)
+
+    found = fill(study, settings, of)
     assert row(found, "merge fail", full.title, form="accuracy").estimate == 0
     assert row(found, "merge fail", without.title, form="accuracy").estimate == 100
     assert row(found, "merge fail difference", without.title, form="accuracy").minus == full.title
@@ -115,25 +105,22 @@ def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path
     assert "MergeFail" in table(found, "ablations-accuracy")
 
 
+# method → seed → stage → (items of mmlu, items of gsm8k)
+STAGES = {
+    "LoRA": {42: [([80, 90], [10, 10]), ([40, 60], [70, 90])], 100: [([80, 90], [10, 30]), ([60, 60], [70, 70])]},
+    "HiP-LoRA (paper)": {seed: [([80, 80], [10, 10]), ([70, 80], [60, 70])] for seed in (42, 100)},
+    "Base model": {None: [([20, 40], [0, 20])]},
+}
+
+
 def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(tmp_path):
-    study, store = made_study(tmp_path, "continual: {methods: [lora, hiplora], order: [facts, sums]}")
-    settings = study.recipe.protocols.continual
-    # method → seed → stage → (items of mmlu, items of gsm8k)
-    made = {
-        "lora": {
-            42: [([80, 90], [10, 10]), ([40, 60], [70, 90])],
-            100: [([80, 90], [10, 30]), ([60, 60], [70, 70])],
-        },
-        "hiplora": {seed: [([80, 80], [10, 10]), ([70, 80], [60, 70])] for seed in (42, 100)},
-    }
-    finish(store, study.score(), scored({"mmlu": [20, 40], "gsm8k": [0, 20]}))
-    for method, seeds in made.items():
-        for seed, stages in seeds.items():
-            adapter = None
-            for domain, (facts, sums) in zip(("facts", "sums"), stages, strict=True):
-                adapter = study.adapter(study.row(method), domain, seed, start=adapter)
-                finish(store, study.score(adapter), scored({"mmlu": facts, "gsm8k": sums}, {"prose": 0.1}))
-    found = tables(study, settings, store)
+    study, _ = made_study(tmp_path, "continual: {methods: [lora, hiplora], orders: [[facts, sums]]}")
+
+    def of(job, labels):
+        facts, sums = STAGES[labels["method"]][labels.get("seed")][labels["stage"] - 1]
+        return scored({"mmlu": facts, "gsm8k": sums}, {"prose": 0.1})
+
+    found = fill(study, study.recipe.protocols.continual, of)
     matrix = [[85, 15], [55, 75]]  # LoRA's mean over the seeds
     for metric, function in (
         ("average accuracy", average_accuracy), ("forgetting", forgetting),
@@ -147,26 +134,20 @@ def test_continual_tuning_gives_the_papers_numbers_and_every_cell_of_the_matrix(
     assert row(found, "average accuracy", "Base model", form="accuracy").estimate == 20
     ratio = row(found, "forgetting ratio", "HiP-LoRA (paper)", form="accuracy", over="LoRA")
     assert ratio.estimate == pytest.approx(5 / 30)
-    assert list(table(found, "continual-stages-accuracy").index[:3]) == [
-        "Base model",
-        "LoRA, after Facts",
-        "LoRA, after Sums",
-    ]
+    rows = list(table(found, "continual-stages-accuracy").index[:3])
+    assert rows == ["Base model", "LoRA, after Facts", "LoRA, after Sums"]
 
 
 def test_numbers_of_several_orders_are_their_means_and_only_the_function_aware_basis_widens(tmp_path):
     asked = "continual: {methods: [lora, hiplora-activation], orders: [[facts, sums], [sums, facts]], seeds: [42]}"
-    study, store = made_study(tmp_path, asked)
-    settings = study.recipe.protocols.continual
-    for job, labels in settings.runs(study):
-        first = labels.get("order") == "order 1"
-        falls = labels["stage"] == 2 and first
-        finish(store, job, scored({"mmlu": [20, 40] if falls else [60, 80], "gsm8k": [50, 70]}))
-        recipe = job.needs["adapter"].settings["recipe"] if "adapter" in job.needs else {}
-        widens = labels["method"] == "HiP-LoRA" and labels["stage"] == 2
-        assert recipe.get("train", {}).get("widen", False) == widens
-    found = tables(study, settings, store)
-    values = [
-        row(found, "forgetting", "LoRA", form="accuracy", order=order).estimate for order in ("order 1", "order 2", "")
-    ]
-    assert values == pytest.approx([40, 0, 20])
+    study, _ = made_study(tmp_path, asked)
+
+    def of(job, labels):
+        recipe = job.needs["adapter"].settings["recipe"] if "adapter" in job.needs else {"train": {}}
+        assert recipe["train"].get("widen", False) == (labels["method"] == "HiP-LoRA" and labels["stage"] == 2)
+        falls = labels["stage"] == 2 and labels["order"] == "order 1"
+        return scored({"mmlu": [20, 40] if falls else [60, 80], "gsm8k": [50, 70]})
+
+    found = fill(study, study.recipe.protocols.continual, of)
+    falls = [row(found, "forgetting", "LoRA", form="accuracy", order=order) for order in ("order 1", "order 2", "")]
+    assert [one.estimate for one in falls] == pytest.approx([40, 0, 20])

@@ -1,0 +1,289 @@
+"""The tensors of a layer's adapters: how a layer holds them, whether they fit the base model, what of them is saved."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from hiplora.errors import AdapterError
+from hiplora.spectral import SpectralFactors, factor_mismatch, full_precision, leak, protected, weight_fingerprint
+from hiplora.tuner.config import HipLoraConfig
+from hiplora.tuner.experts import unrolled
+from hiplora.tuner.functional import retracted
+from hiplora.tuner.targets import frozen_weight, precision
+
+if TYPE_CHECKING:
+    from hiplora.tuner.layer import HipLoraLinear
+
+FACTOR_NAMES = ("hiplora_U", "hiplora_sigma", "hiplora_V")
+_ALL = (*FACTOR_NAMES, "hiplora_shrink_U", "hiplora_shrink_V")
+# A weight stored in another precision still carries the same triplets: 8 and 16 bits move them by less than 1 %
+# of σ₁, 4 bits by a few per cent; another weight moves them by about 100 %.
+OTHER_PRECISION_LIMIT = 0.1
+ORTHOGONALITY_LIMIT = 1e-3
+
+
+def leak_limit(dtype: torch.dtype) -> float:
+    """Return the largest leak that rounding explains: about 1e-6 in fp32, 4e-3 in half; a step leaves 0.1 or more."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+
+
+def factor_names(config: HipLoraConfig) -> list[str]:
+    """Return the buffers that an adapter has: the factors, and a soft projection's filters of the protected sides."""
+    filters = {"hiplora_shrink_U": "output", "hiplora_shrink_V": "input"} if config.projection == "soft" else {}
+    return [*FACTOR_NAMES, *(name for name, side in filters.items() if config.basis_sides in ("both", side))]
+
+
+def is_flat(parameter: Tensor) -> bool:
+    """Whether a parameter is a piece of one of FSDP1's flat parameters."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has only a part of a parameter (FSDP, tensor parallelism)."""
+    return hasattr(parameter, "device_mesh") or is_flat(parameter)
+
+
+def own_part(value: Tensor, parameter: Any) -> Tensor:
+    """Return this process's part of a value of a parameter's whole size; one that is flat must be a vector (k,)."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if not is_flat(parameter):
+        return value
+    if not hasattr(parameter, "hiplora_start"):  # FSDP1 says nowhere which part it is, but parts are in order of rank
+        sizes = torch.zeros(dist.get_world_size(), dtype=torch.long, device=parameter.device)
+        sizes[dist.get_rank()] = parameter.numel()
+        dist.all_reduce(sizes)
+        parameter.hiplora_start = int(sizes[: dist.get_rank()].sum())
+    part = value[parameter.hiplora_start :][: parameter.numel()]
+    return nn.functional.pad(part, (0, parameter.numel() - len(part)))
+
+
+class FactorBuffers(nn.Module):
+    """Holds U, σ, V and a soft projection's shrink_U, shrink_V per adapter as buffers; the base class of a layer."""
+
+    live: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()  # all layers, copies too: the optimizer hooks look here
+
+    hiplora_U: BufferDict
+    hiplora_sigma: BufferDict
+    hiplora_V: BufferDict
+    hiplora_shrink_U: BufferDict
+    hiplora_shrink_V: BufferDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: set[str] = set()  # adapters whose factors are to come from a file
+        for name in _ALL:
+            setattr(self, name, BufferDict(persistent=True))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take part in the hooks as a deep copy or out of a pickle too."""
+        super().__setstate__(state)
+        self.live.add(self)
+
+    def place_factors(self, adapter: str, names: list[str], factors: SpectralFactors | Mapping[str, Tensor]) -> None:
+        """Register factors, or new values of them; those that another adapter already has are shared with it."""
+        for name in names:
+            own = factors[name] if isinstance(factors, Mapping) else getattr(factors, name.removeprefix("hiplora_"))
+            buffers = getattr(self, name)
+            others = (held for key, held in buffers.items() if key != adapter and held.device == own.device)
+            buffers[adapter] = next((held for held in others if torch.equal(held, own)), own)
+
+    def has_factors(self, adapter: str) -> bool:
+        """Whether the factors are in the layer, although nothing said so: transformers writes them into it."""
+        return adapter not in self.pending or not self.hiplora_sigma[adapter].isnan().any()
+
+    def spectral_factors(self, adapter: str, config: HipLoraConfig, fingerprint: str) -> SpectralFactors:
+        """Return an adapter's factors, to be shared with another of the same basis."""
+        held = {name.removeprefix("hiplora_"): getattr(self, name)[adapter] for name in factor_names(config)}
+        basis = "weight" if config.basis == "weight" else f"activation:{config.basis_sides}"
+        return SpectralFactors(
+            **held, residual=0.0, orthogonality=0.0, method="shared", basis=basis, fingerprint=fingerprint
+        )
+
+    def factors_of(self, adapter: str) -> list[Any]:
+        """Return the dictionaries of buffers in which an adapter has an entry."""
+        return [buffers for name in _ALL if adapter in (buffers := getattr(self, name))]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move with the model, but keep the factors in fp32 and shared: their certificate holds for fp32."""
+        before = {(name, adapter): b for name in _ALL for adapter, b in getattr(self, name).items()}
+        super()._apply(fn, recurse)
+        moved: dict[int, Tensor] = {}
+        for (name, adapter), old in before.items():
+            new = getattr(self, name)[adapter]
+            new = new if new.dtype == torch.float32 else old.to(new.device)
+            getattr(self, name)[adapter] = moved.setdefault(id(old), new)
+        return self
+
+
+class _Held(nn.Module):
+    """Holds one parameter, `weight`; called only where FSDP wraps it, whose parameters are whole within a call."""
+
+    weight: nn.Parameter
+
+    def forward(self) -> Tensor:
+        return self.weight.clone()
+
+
+class FactorDict(nn.ModuleDict):
+    """Adapter → parameter, registered as `<adapter>.weight` as in LoRA: TRL copies what has `.default.` in its name.
+
+    Indexing gives the parameter; `items` and `values` give the modules that hold them, which PEFT asks about.
+    """
+
+    _modules: dict[str, Any]  # type: ignore[assignment]
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:  # type: ignore[override]
+        return self._modules[adapter].weight
+
+    def __setitem__(self, adapter: str, value: Tensor) -> None:  # type: ignore[override]
+        if adapter not in self:
+            self.add_module(adapter, _Held())
+        held = self._modules[adapter]
+        trains = getattr(held, "weight", value).requires_grad
+        held.weight = value if isinstance(value, nn.Parameter) else nn.Parameter(value, trains)
+
+    def parameter(self, adapter: str) -> nn.Parameter:
+        """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""
+        return next(self._modules[adapter].parameters())
+
+    def whole(self, adapter: str) -> Tensor:
+        """Return an adapter's parameter, gathered where processes share it; FSDP1's are an AdapterError."""
+        parameter: Any = self.parameter(adapter)
+        if is_flat(parameter):
+            raise AdapterError(
+                f"adapter '{adapter}': FSDP shards its parameters, so they cannot be read here; save it with "
+                "save_pretrained(folder, state_dict=…) from the gathered state dict, and load the folder"
+            )
+        return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+    def acting(self, adapter: str) -> Tensor:
+        """Return an adapter's parameter for a forward pass."""
+        held = self._modules[adapter]
+        return held.weight if isinstance(held, _Held) else held()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for adapter in self:  # names of 0.1
+            if f"{prefix}{adapter}" in state_dict:
+                state_dict[f"{prefix}{adapter}.weight"] = state_dict.pop(f"{prefix}{adapter}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
+    """Compare the weights that an adapter is for with the model's; in another precision `check_checkpoint` decides."""
+    config.unverified, wrong = set(), []
+    with unrolled(model):
+        for name, expected in config.fingerprints.items():
+            try:
+                module = model.get_submodule(name)
+                found, stored = weight_fingerprint(frozen_weight(module)), precision(module)
+            except AttributeError:
+                raise AdapterError(
+                    f"layer {name}: the adapter was made for it, but this base model has no such module; "
+                    f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+                ) from None
+            if getattr(module, "merged", False):
+                raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
+            if found != expected and (stored == config.base_precision or not config.save_factors):
+                wrong.append(name)
+            elif found != expected:
+                config.unverified.add(name)
+    if wrong:
+        raise _other_weights(wrong, config)
+
+
+def _other_weights(names: list[str], config: HipLoraConfig) -> AdapterError:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    why = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
+    return AdapterError(
+        f"layer {names[0]}{more}: the base model's weight is not the one that this adapter was made for{why}; "
+        f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+    )
+
+
+def check_checkpoint(
+    layers: Mapping[str, HipLoraLinear], config: HipLoraConfig, adapter: str, state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Check an adapter file against the layers that it is meant for; return each layer's tensors by kind.
+
+    Raises:
+        AdapterError: a tensor is missing, misshapen or not finite, the factors are not orthonormal, or they do
+            not belong to the base model's weight.
+    """
+    factors = factor_names(config) if config.save_factors else []
+    plain = {key.removeprefix("base_model.model.").removesuffix(".weight"): tensor for key, tensor in state.items()}
+    checked: dict[str, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        tensors = checked[name] = {}
+        for kind in (*layer.held_by(adapter), *factors):
+            if (found := plain.get(f"{name}.{kind}")) is None:
+                raise AdapterError(f"layer {name}: the adapter file has no {kind}; it is damaged, fetch it again")
+            tensors[kind] = found
+            wanted = getattr(layer, kind)[adapter].shape
+            if found.shape != wanted:
+                raise AdapterError(
+                    f"layer {name}: {kind} in the adapter file is {tuple(found.shape)}, expected {tuple(wanted)}; "
+                    "the file and adapter_config.json do not belong together"
+                )
+            if not torch.isfinite(found).all():
+                raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
+        if "hiplora_U" in tensors:
+            _check_factors(layer, config, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
+    if config.unverified:
+        warnings.warn(
+            f"the base model is stored in another precision than the adapter's ({config.base_precision}); the "
+            "adapter's own factors were checked against it and are used",
+            stacklevel=2,
+        )
+    return checked
+
+
+def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+    for label, basis in (("U", U), ("V", V)):
+        error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max().item()
+        if not error <= ORTHOGONALITY_LIMIT:
+            raise AdapterError(
+                f"layer {layer.name}: the columns of {label} in the adapter file are not orthonormal "
+                f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
+            )
+    if layer.name in config.unverified:
+        off = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
+        if not off <= OTHER_PRECISION_LIMIT:
+            raise _other_weights([layer.name], config)
+
+
+def retracted_state(state: Mapping[str, Tensor], config: HipLoraConfig, adapter: str) -> dict[str, Tensor]:
+    """Return what is saved of an adapter: A and B as they act, projected where they left the complement.
+
+    They do where the optimizer hooks did not see the optimizer, or could not retract its shards. A tensor that is not
+    finite is an AdapterError.
+    """
+    state = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
+    for key, tensor in state.items():
+        if ".hiplora_" in key and not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{key.removeprefix('base_model.model.')}: has NaN or Inf, so the adapter is not saved: its training "
+                "diverged; lower the learning rate and train again"
+            )
+    kept = dict(state)
+    for key, A in state.items() if config.is_closed else ():
+        module, found, end = key.partition(f".hiplora_A.{adapter}")
+        if not found:
+            continue
+        name_B = f"{module}.hiplora_B.{adapter}{end}"
+        B, U, V = state[name_B], *(state[f"{module}.hiplora_{one}.{adapter}"].float() for one in "UV")
+        if not leak(A.float(), B.float(), *protected(U, V, config.basis_sides)) <= leak_limit(A.dtype):
+            with full_precision(A.device):
+                found_A, found_B = retracted(A, B, U, V, config.basis_sides)
+            kept |= {key: found_A.to(A.dtype), name_B: found_B.to(B.dtype)}
+    return kept
