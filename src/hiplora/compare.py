@@ -141,7 +141,6 @@ def compare(
             records[title] = {"adapts": METHODS[key].adapts, **trained}
         for key, (title, adapter) in zip(recipes, adapters.items(), strict=True):
             records[title] |= folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
-            shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
         said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
         prompts = [example.prompt for example in own] + questions
         results = {
@@ -159,6 +158,8 @@ def compare(
             "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
         write_report(results, folder.path)
+        for adapter in adapters.values():
+            shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
     return results
 
 
@@ -290,7 +291,10 @@ class Base:
 
 def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:
     """Measure an adapter at the marks along its training, and the finished one at each scale."""
-    *early, last = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
+    if not steps:
+        raise ConfigError(f"{adapter}: has no checkpoints to measure any more; pass --overwrite to start anew")
+    *early, last = steps
     finished = read_update(adapter)
     marks = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in early}
     updates = marks | {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from hiplora.errors import ConfigError
+from hiplora.provenance import json_sha256
 
 
 def cache_dir() -> Path:
@@ -39,6 +41,22 @@ def write_atomic(path: str | os.PathLike, data: str | bytes) -> Path:
             os.unlink(aside)
         raise
     return path
+
+
+def write_state(path: str | os.PathLike, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON object for `read_state`, and return it as that will."""
+    state: dict[str, Any] = json.loads(json.dumps(value))
+    write_atomic(path, json.dumps({"sha256": json_sha256(state), "value": state}, indent=1))
+    return state
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Return what `write_state` wrote; None if there is no such file, or it is damaged."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return found["value"] if found["sha256"] == json_sha256(found["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 Inputs = Mapping[str, "str | os.PathLike | None"]  # what it is → a file or folder, or a name on the hub

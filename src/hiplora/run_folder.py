@@ -6,7 +6,6 @@ The first file written holds the settings of the run, the last one completes it;
 import contextlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,18 @@ from typing import Any
 import yaml
 
 from hiplora.errors import ConfigError
-from hiplora.files import Inputs, check_output_dir, locked, make_readable, parse_yaml, set_aside, sweep, write_atomic
+from hiplora.files import (
+    Inputs,
+    check_output_dir,
+    locked,
+    make_readable,
+    parse_yaml,
+    read_state,
+    set_aside,
+    sweep,
+    write_atomic,
+    write_state,
+)
 
 LOCK = ".lock"
 WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
@@ -96,17 +106,10 @@ class RunFolder:
                 (self.path / LOCK).unlink(missing_ok=True)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the stored result of a stage; do its work, time it and store it if there is none."""
+        """Return the stored result of a stage; do its work and store it if there is none, or it is damaged."""
         file = self.path / "stages" / f"{name}.json"
-        if not self.has(name):
-            began = time.perf_counter()
-            value = work()
-            write_atomic(file, json.dumps({"seconds": time.perf_counter() - began, "value": value}, indent=1))
-        return json.loads(file.read_text(encoding="utf-8"))["value"]
-
-    def has(self, *stages: str) -> bool:
-        """Return whether all these stages are finished."""
-        return all((self.path / "stages" / f"{name}.json").is_file() for name in stages)
+        found = read_state(file)
+        return write_state(file, work()) if found is None else found
 
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

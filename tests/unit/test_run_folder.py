@@ -34,7 +34,7 @@ def test_a_run_is_carried_on_by_its_own_settings_and_once_finished_only_to_resum
     with pytest.raises(ConfigError, match="a finished run with other settings"):
         run.check({"steps": 4}, resume=True)
     with run.claimed(SETTINGS, overwrite=True):
-        assert not run.has("one")
+        assert not (run.path / "stages").exists()
 
 
 def test_a_folder_of_something_else_is_refused(run):
@@ -65,8 +65,18 @@ def test_a_finished_stage_is_not_repeated_and_a_run_without_one_leaves_no_folder
             assert run.stage("one", lambda: calls.append(1) or {"value": 1}) == {"value": 1}
         run.stage("two", lambda: {"value": 1 / 0})
     assert calls == [1]
-    assert run.has("one")
-    assert not run.has("one", "two")
+    assert [path.name for path in (run.path / "stages").iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "", "null", "[]", "{}", '{"value": {"n": 2}}', '{"sha256": 3, "value": {}}', "[" * 9999]
+)
+def test_a_damaged_stage_is_not_there(run, text):
+    with pytest.raises(ZeroDivisionError), run.claimed(SETTINGS):
+        run.stage("one", lambda: {"n": 1})
+        (run.path / "stages" / "one.json").write_text(text)
+        assert [run.stage("one", lambda n=n: {"n": n}) for n in (3, 4)] == [{"n": 3}] * 2
+        run.stage("two", lambda: {"n": 1 / 0})
 
 
 def test_differences_name_what_is_missing_on_either_side():

@@ -15,14 +15,15 @@ import pandas as pd
 from peft import PeftConfig
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
 from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining, PositiveFloat
 from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
-from hiplora.errors import ConfigError, first_problem
+from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
 from hiplora.models import hub_name
@@ -266,7 +267,7 @@ def run_edits(
         if not sequential:
             editor.restore({})
         elif folder and number > 1:
-            editor.restore(load_file(_state(folder, number - 1)))
+            editor.restore(_taught(folder, number - 1))
         took = editor.teach([known[index] for index in groups[number - 1]])
         found = {"took": took, **measured(known, itertools.chain(*groups[0 if sequential else number - 1 : number]))}
         if on_edited:
@@ -298,6 +299,17 @@ def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
 def _state(folder: RunFolder, number: int) -> Path:
     """Where a sequence keeps what it was after so many groups."""
     return folder.path / "stages" / f"group-{number:03d}.safetensors"
+
+
+def _taught(folder: RunFolder, number: int) -> dict[str, Tensor]:
+    """Return what a sequence was after so many groups."""
+    try:
+        return load_file(_state(folder, number))
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"--out {folder.path}: cannot be carried on after batch {number} ({first_line(error)}); pass --overwrite "
+            "to start anew"
+        ) from error
 
 
 def _columns(table: pd.DataFrame) -> Values:

@@ -13,7 +13,7 @@ import numpy as np
 from hiplora import __version__
 from hiplora.evaluation.mounting import BASE, check_adapters, load_model, mounted, name_adapters
 from hiplora.evaluation.suite import Suite, read_suite
-from hiplora.files import check_output_file, write_atomic
+from hiplora.files import check_output_file, read_state, write_atomic, write_state
 from hiplora.metrics import DEFAULT_TAUS, Interval, paired_bootstrap, sign_flip_p_value
 from hiplora.metrics.bootstrap import percentile_interval, resampled_means
 from hiplora.metrics.scores import fails
@@ -112,13 +112,13 @@ class Partial:
 
     def __init__(self, out: Path, plan: Mapping[str, Any]):
         self._path, self._plan = out.with_name(f".{out.name}.partial"), json_sha256(dict(plan))
-        found = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        found = read_state(self._path) or {}
         self.runs: dict[str, dict[str, Any]] = found["runs"] if found.get("plan") == self._plan else {}
 
     def add(self, name: str, scores: "Mapping[str, TaskScores]") -> None:
         """Keep a model's scores."""
         self.runs[name] = {task: asdict(found) for task, found in scores.items()}
-        write_atomic(self._path, json.dumps({"plan": self._plan, "runs": self.runs}))
+        write_state(self._path, {"plan": self._plan, "runs": self.runs})
 
     def remove(self) -> None:
         """Remove the file once the results are written."""

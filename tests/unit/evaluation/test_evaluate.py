@@ -1,5 +1,7 @@
 """Intervals and verdicts of scores and of merges, and updates that are measured without a folder."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 from hiplora.adapters import AdapterUpdate
 from hiplora.errors import ConfigError
 from hiplora.evaluation import Encoded, heldout_loss
-from hiplora.evaluation.evaluate import collect, judge
+from hiplora.evaluation.engine import TaskScores
+from hiplora.evaluation.evaluate import Partial, collect, judge
 from hiplora.evaluation.updates import choose_scale, measure_updates, search_scale, smallest_scale
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -35,6 +38,19 @@ def test_the_interval_knows_how_uncertain_the_items_leave_it_and_items_stay_pair
     assert (found["estimate"], found["low"], found["high"]) == (0.0, 0.0, 1.0)
     assert 0.3 < found["share"] < 0.7
     assert judge([({"a": before}, {"a": before})])["mean_drop"] == {"estimate": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_scores_so_far_are_those_of_the_same_plan_in_a_file_that_is_whole(tmp_path):
+    out, scores = tmp_path / "out.json", {"t": TaskScores("acc", [1.0], "likelihood", [0.5], {})}
+    Partial(out, {"seed": 0}).add("base", scores)
+    kept = Partial(out, {"seed": 0})
+    assert kept.runs == {"base": {"t": asdict(scores["t"])}}
+    assert not Partial(out, {"seed": 1}).runs
+    for text in ("[", "[]", "3", '{"plan": 1}', "\xff"):
+        (tmp_path / ".out.json.partial").write_text(text, encoding="latin-1")
+        assert not Partial(out, {"seed": 0}).runs
+    kept.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def collected(base, other):
