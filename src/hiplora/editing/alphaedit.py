@@ -19,7 +19,7 @@ from hiplora.editing.edits import Edit
 from hiplora.editing.measure import BATCH_SIZE
 from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
 from hiplora.evaluation.answers import continuations
-from hiplora.evaluation.likelihood import Encoded, encode, pad_left, response_log_probs
+from hiplora.evaluation.likelihood import Encoded, can_pad, encode, pad_left, response_log_probs
 from hiplora.spectral import MomentBasis
 from hiplora.tuner import input_bases
 
@@ -172,6 +172,7 @@ def search_value(
     Source: ROME (Meng et al. 2022), Sect. 3.1, as AlphaEdit and MEMIT use it.
     """
     examples = [item.encoded for item in prompts]
+    can_pad(model, (1, 2))  # tried now: no row may pass below but the prompts
     places = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
 
     def log_probs(shift: Tensor) -> tuple[Tensor, Tensor]:

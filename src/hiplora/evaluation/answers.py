@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hiplora.errors import ConfigError, first_line
-from hiplora.evaluation.likelihood import by_length, encode, eval_mode, pad_left
+from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
 from hiplora.evaluation.mounting import BASE, mounted
 
 
@@ -29,10 +29,10 @@ def continuations(
     )
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
     rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
-    device = next(model.parameters()).device
+    lengths, device = [len(row) for row in rows], next(model.parameters()).device
     written: dict[int, str] = {}
     with eval_mode(model):
-        for batch in by_length([len(row) for row in rows], batch_size):
+        for batch in by_length(lengths, batch_size if can_pad(model, lengths) else 1):
             ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

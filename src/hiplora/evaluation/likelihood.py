@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -59,8 +60,11 @@ def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float
     """Return, per example, the log-probability (nats, fp32) of each scored token given all tokens before it.
 
     Examples are padded on the left, so that all responses end together and the output head runs over the last
-    positions only. Differentiable; gradients and the model's mode are the caller's choice.
+    positions only; in a model that reads its padding they go one by one. Differentiable; gradients and the model's mode
+    are the caller's choice.
     """
+    if not can_pad(model, [len(example.ids) for example in batch]):
+        return [response_log_probs(model, [example])[0] for example in batch]
     device = next(model.parameters()).device
     ids, mask, positions = (tensor.to(device) for tensor in pad_left([example.ids for example in batch]))
     keep = max(len(example.ids) - example.scored[0] for example in batch) + 1
@@ -92,6 +96,32 @@ def heldout_loss(model: nn.Module, examples: Sequence[Encoded], batch_size: int 
     if not examples:
         raise DataError("there are no held-out examples; hold back a larger share of the data or give more data")
     return -torch.cat(score_responses(model, examples, batch_size)).double().mean().item()
+
+
+_CAN_PAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def can_pad(model: nn.Module, lengths: Sequence[int]) -> bool:
+    """Return whether rows of these lengths may share a batch: they are as long, or the model does not read its padding.
+
+    Recurrent layers may leave the mask out; what the padding is then changes what follows.
+    """
+    if len({*lengths}) < 2:
+        return True
+    if model not in _CAN_PAD:
+        vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator, assignment]
+        row = [token % vocabulary for token in range(16)]
+        ids, mask, positions = pad_left([row[:8], row[:8], row])
+        ids[1, :8] = vocabulary - 1
+        first = next(model.parameters())
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with eval_mode(model):
+            output = model(**{name: one.to(first.device) for name, one in given.items()}, use_cache=False)
+        one, two, _ = output.logits[:, 8:].float()
+        close = 1e-3 if first.dtype == torch.float32 else 2e-2
+        _CAN_PAD[model] = bool((one - two).abs().max() <= close * one.abs().max())
+    return _CAN_PAD[model]
 
 
 def pad_left(rows: Sequence[Sequence[int]], token: int = 0) -> tuple[Tensor, Tensor, Tensor]:

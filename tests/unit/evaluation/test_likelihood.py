@@ -5,6 +5,8 @@ import torch
 from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
 from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
+from hiplora.evaluation.likelihood import can_pad
+from tests.models.zoo import CASES
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -30,8 +32,20 @@ def test_batched_log_probabilities_equal_each_example_scored_alone(model):
         torch.testing.assert_close(found.double(), dense(model, example), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["RecurrentGemma", "Mamba", "Mixtral"])
+@torch.no_grad()
+def test_a_row_scores_the_same_in_any_batch_of_a_model_that_reads_its_padding(name):
+    model = next(case for case in CASES if case.name == name).make()
+    assert can_pad(model, (3, 4)) == (name != "RecurrentGemma")
+    rows = [tuple(range(3, last)) for last in (9, 31, 60)]
+    examples = [Encoded(row, (IGNORED, *row[1:])) for row in rows]
+    for found, example in zip(response_log_probs(model, examples), examples, strict=True):
+        torch.testing.assert_close(found.double(), dense(model, example), atol=2e-5, rtol=0)
+
+
 def test_the_output_head_runs_over_the_responses_only():
     model, seen = tiny_llama(), []
+    can_pad(model, (1, 2))
     model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
     texts = (("a long prompt, much of it. " * 3, "yes"), ("x", "no"))
     response_log_probs(model, [encode(TOKENIZER, *text) for text in texts])
