@@ -50,7 +50,8 @@ def edit(tiny_model_dir, tmp_path, capsys):
 )
 def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, edit, method, options):
     said, record, left = edit("builtin", "--limit", "4", "--method", method, "--json", *options)
-    assert json.loads(said)["summary"] == record["summary"]
+    shown = json.loads(said)
+    assert [shown[key] for key in ("schema", "kind", "summary")] == [3, "edit", record["summary"]]
     assert left == set(record["adapters"]) == {"adapter"}
     assert (record["edits"], record["provenance"]["seed"]) == (4, 42)
     assert record["summary"]["locality"]["questions"] == 5

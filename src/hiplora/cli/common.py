@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -130,6 +131,11 @@ def _named_in(path: Path) -> list[Path]:
             [file for file in (Path(value), path.parent / value) if file.is_file()] if isinstance(value, str) else []
         )
     return found
+
+
+def command_line(why: str, *parts: object) -> str:
+    """Return a line that says what to do next, with the command."""
+    return f"{why}: hiplora {' '.join(shlex.quote(str(part)) for part in parts)}"
 
 
 def tell(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked
+from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked, command_line
 
 EDITS_HELP = (
     "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
@@ -70,9 +70,12 @@ def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE)
 
     with quiet_transformers(always=False):
         record = edit(job, out, overwrite=overwrite)
-    yield {"out": str(out), **{key: record[key] for key in ("method", "mode", "edits", "adapters", "summary")}}
+    shown = ("schema", "kind", "method", "mode", "edits", "adapters", "summary")
+    yield {"out": str(out), **{key: record[key] for key in shown}}
     yield f"{record['edits']} edits by {job.method}, {job.mode}"
     yield from summary_tables(record["summary"]).items()
     yield f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}"
     for name in record["adapters"][:1]:
-        yield f'Ask it: hiplora generate {job.model} --adapter {out / name} --prompt "…"'
+        yield command_line("Ask it", "generate", job.model, "--adapter", out / name, "--prompt", "…")
+    if not record["adapters"]:
+        yield command_line("Keep the edits", "edit", job.model, job.edits, "--method", job.method, "--out", "DIR")

@@ -5,7 +5,7 @@ from typing import Any
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, OVERWRITE, Group, Shown
+from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, OVERWRITE, Group, Shown, command_line
 
 SUITE_HELP = (
     "What to score on: paper, retention or quick; a file of your own rows (JSON lines, JSON or parquet, as for "
@@ -65,6 +65,7 @@ def command(
     yield results
     base, *others = results["runs"]
     rows: list[list[str]] = []
+    lost: list[str] = []
     for task, described in results["tasks"].items():
         for form, metric in described["metrics"].items():
             if form in results["runs"][base][task]:
@@ -72,12 +73,21 @@ def command(
                 apart = {row["of"]: row for row in results["differences"][task][form] if row["against"] == base}
                 row = [f"{described['title']}: {metric}", _cell(scores[base])]
                 for name in others:
+                    lost += [name] * (apart[name]["verdict"] == "lost")
                     row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
                 rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
     title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
     yield title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows
     yield f"\nWritten: {out}"
+    if not others:
+        more = ("--adapter", "DIR", "--suite", settings.suite, "--out", "FILE")
+        yield command_line("Score an adapter too", "eval", model, *more)
+    elif lost:
+        yield command_line("Lose less", "protect", results["adapters"][lost[0]], "--out", "DIR")
+    else:
+        folder = results["adapters"][others[0]]
+        yield command_line("See its answers", "generate", model, "--adapter", folder, "--prompt", "…")
 
 
 def _cell(found: dict[str, Any], sign: str = "") -> str:

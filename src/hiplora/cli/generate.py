@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import typer
 from typer import Option
 
-from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, Shown
+from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, Shown, command_line
 
 TOKENS = Option(96, min=1, help="Length of an answer, at most.")
 
@@ -40,6 +40,12 @@ def command(
     for one, row in answers:
         yield typer.style(f"\n{one}", bold=True)
         yield from _compared(row)
+    folders = [part for folder in named.values() for part in ("--adapter", folder)]
+    yield ""
+    if folders:
+        yield command_line("Measure how far they are", "drift", model, *folders)
+    else:
+        yield command_line("Talk to it", "chat", model)
 
 
 def chat(model: str = MODEL, adapter: list[str] = ADAPTERS, tokens: int = TOKENS, device: str = DEVICE) -> None:
