@@ -1,6 +1,7 @@
 """`hiplora edit` on a tiny model: every method and mode leaves what it promises."""
 
 import json
+import re
 
 import pytest
 from peft import PeftModel
@@ -92,6 +93,15 @@ def test_questions_about_edited_subjects_are_left_out(tmp_path, edit):
     asked = edit(file, "--method", "lora", "--steps", "1")[1]["questions"]["subject"]
     assert len(asked) == 5
     assert first.subject not in asked
+
+
+@pytest.mark.parametrize("row", [{"new": "1" * 50_000}, {"new": "b", "paraphrase": "é" * 1100}, {"new": "b" * 2044}])
+def test_an_edit_that_is_longer_than_the_context_is_refused(tiny_model_dir, tmp_path, capsys, row):
+    file = write_jsonl(tmp_path / "own.jsonl", [{"prompt": "a", "new": "c"}, {"prompt": "One", **row}])
+    code, _, err = run(capsys, "edit", tiny_model_dir, file, "--out", tmp_path / "out", "--method", "lora")
+    assert code == 2
+    assert re.search(r"the longest prompt, .* tokens, and the longest answer, .*; the model's context is 2048", err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -242,10 +242,11 @@ def run_edits(
     columns with a value an unrelated question, before and after; `seconds` of teaching. What the model wrote is in it
     unless `texts` is False.
 
-    AdapterError if the loss is not finite, or the base cannot be restored; DataError if AlphaEdit does not find an
-    edit's subject in its prompt.
+    AdapterError if the loss is not finite, or the base cannot be restored; DataError if the edits do not fit
+    into the model's context, or AlphaEdit does not find an edit's subject in its prompt.
     """
     groups = groups or [range(len(edits))]
+    measure.check_lengths(model, tokenizer, edits)
     targets = measure.unrelated_targets(questions, edits)
     keep: Callable[[str, Callable[[], Values]], Values] = folder.stage if folder else lambda _, work: work()
     if isinstance(method, AlphaEdit):

@@ -10,6 +10,7 @@ import pandas as pd
 from torch import nn
 
 from hiplora.editing.edits import CATEGORIES, Edit, Question
+from hiplora.errors import DataError
 from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.metrics import locality
@@ -38,6 +39,21 @@ def evaluate_edits(
     preferred, exact = (new > old).astype(int), _right(written, [edit.new for edit in edits])
     columns = {"success": preferred | exact, "preferred": preferred, "exact": exact}
     return pd.DataFrame({**columns, "log_prob_new": new, "log_prob_old": old, "written": written})
+
+
+def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
+    """Raise DataError if the longest prompt and the longest answer, as asked together, exceed the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    near = [one for edit in edits for one in edit.neighbours]
+    prompts = [one.prompt for one in (*edits, *near)] + [edit.paraphrase or "" for edit in edits]
+    answers = [edit.new for edit in edits] + [edit.old or "" for edit in edits] + [one.answer for one in near]
+    texts = [max(some, key=lambda text: len(text.encode())) for some in (prompts, answers)]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
+    if sum(lengths) + EXTRA_TOKENS >= context:
+        raise DataError(
+            f"edits: the longest prompt, {texts[0][:40]!r}, has {lengths[0]} tokens, and the longest answer, "
+            f"{texts[1][:40]!r}, {lengths[1]}; the model's context is {context}: shorten them, or leave them out"
+        )
 
 
 def with_old_answers(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> list[Edit]:
