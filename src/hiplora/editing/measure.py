@@ -45,7 +45,9 @@ def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
     """Raise DataError if the longest prompt and the longest answer, as asked together, exceed the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     near = [one for edit in edits for one in edit.neighbours]
-    prompts = [one.prompt for one in (*edits, *near)] + [edit.paraphrase or "" for edit in edits]
+    prompts = (
+        [edit.paraphrase or "" for edit in edits] + [one.prompt for one in near] + [edit.prompt for edit in edits]
+    )
     answers = [edit.new for edit in edits] + [edit.old or "" for edit in edits] + [one.answer for one in near]
     texts = [max(some, key=lambda text: len(text.encode())) for some in (prompts, answers)]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
