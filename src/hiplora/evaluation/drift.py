@@ -17,6 +17,7 @@ from hiplora.evaluation.likelihood import eval_mode
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
 Windows = dict[str, list[Int[Tensor, " length"]]]
 
+DIVERGED = "its training diverged, or it is for another base: use an earlier checkpoint"
 _KEPT = 1 << 30  # bytes of the base's log-probabilities in memory
 _CHUNK = 128  # positions whose whole distributions are in memory at once
 
@@ -101,7 +102,9 @@ def measure_drift(
             moved = moved or not torch.equal(base, adapted)
             sums += _sums(base, adapted, ids)
         kl, nll_change, changed = (sums / tokens).tolist()
-        results[name] = Drift(kl, math.exp(nll_change), tokens, changed)
+        if not math.isfinite(kl + nll_change):
+            raise AdapterError(f"the adapter makes the model's logits NaN or Inf on the text {name!r}; {DIVERGED}")
+        results[name] = Drift(kl, math.exp(min(nll_change, 700.0)), tokens, changed)  # no float holds exp(710)
     if not moved:
         raise AdapterError(
             "the adapter changes no logit on any text: it is not active or was never trained; "

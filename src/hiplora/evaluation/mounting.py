@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading, read_folder
 from hiplora.errors import AdapterError, ConfigError, first_line
+from hiplora.evaluation.drift import DIVERGED
 from hiplora.models import hub_name
 from hiplora.tuner.experts import unrolled
 
@@ -186,6 +187,8 @@ def check_acts(base: Tensor, on: Tensor, off: Tensor, name: str) -> None:
             "compared; adapters that change the base weights on loading (PiSSA and the like) must be saved as plain "
             "LoRA first (path_initial_model_for_weight_conversion)"
         )
+    if not torch.isfinite(on).all():
+        raise AdapterError(f"{name}: makes the model's logits NaN or Inf; {DIVERGED}")
     if torch.equal(base, on):
         raise AdapterError(
             f"{name}: changes no logit: it is not active or was never trained, and its scores would be the "

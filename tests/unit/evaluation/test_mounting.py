@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from hiplora.adapters import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.evaluation.answers import changes, chat_prompt, continuations
+from hiplora.evaluation.drift import BaseReference, measure_drift
 from hiplora.evaluation.mounting import applied, check_adapters, load_model, mounted, name_adapters
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
@@ -21,8 +22,8 @@ def logits(model):
         return model(input_ids=torch.arange(1, 20)[None], use_cache=False).logits[0]
 
 
-def lora_folder(path, init=False):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+def lora_folder(path, init=False, target="q_proj"):
+    config = peft.LoraConfig(r=4, target_modules=[target], init_lora_weights=init)
     peft.get_peft_model(tiny_llama(), config).save_pretrained(path)
     return path
 
@@ -99,6 +100,16 @@ def test_an_adapter_over_a_base_of_another_name_warns(tmp_path):
         with warnings.catch_warnings(record=True) as found, mounted(model, folder):
             pass
         assert len([one for one in found if "hub/other, and is put on" in str(one.message)]) == warned
+
+
+def test_factors_that_overflow_are_an_error_and_no_score(tmp_path):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    edit_file(lambda name, value: [(name, value * 1e30)])(lora_folder(tmp_path, target="up_proj"))
+    with pytest.raises(AdapterError, match="mine: makes the model's logits NaN or Inf"):
+        check_adapters(model, tokenizer, ["a prompt"], {"mine": tmp_path})
+    reference = BaseReference.build(model, tokenizer, {"a": "some text"})
+    with pytest.raises(AdapterError, match="NaN or Inf on the text 'a'"), mounted(model, tmp_path) as adapted:
+        measure_drift(adapted, reference)
 
 
 def test_pissa_that_was_not_converted_is_caught(tmp_path):
