@@ -2,10 +2,12 @@
 
     python -m benchmarks.frontier plan   --data FOLDER --out FOLDER
     python -m benchmarks.frontier run    --data FOLDER --out FOLDER [--block main ...] [--model MODEL] [--device auto]
+    python -m benchmarks.frontier spread --data FOLDER --out FOLDER --to FOLDER
     python -m benchmarks.frontier report --out FOLDER --to FOLDER
 
 `run` is one bare training loop on torch, transformers and PEFT, so that it runs on any machine, with or without a GPU.
 A run is one JSON file, written when it is done: a series goes on where it stopped, and several processes share it.
+`spread` measures the finished adapters again, on text from more places, to see what the choice of text does.
 `report` turns the files into one tidy table (`records.csv`: run, task, method, rate, seed, step, scale, metric, value),
 the comparison at equal learning and its figure. `--data` holds the JSON lines that the functions below name.
 
@@ -18,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gzip
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -42,6 +46,7 @@ from hiplora.tuner import default_targets, sampled_rows
 RECIPE = Path(__file__).with_suffix(".yaml")
 Pair = tuple[str, str]
 CLIP, KL_TOKENS = 1.0, 128
+SPREAD = {"documents": 12, "window": 256}  # of each text, and tokens of each document
 
 
 class Run(NamedTuple):
@@ -93,14 +98,19 @@ def task_pairs(task: str, data: Path) -> tuple[list[Pair], list[Pair]]:
     raise SystemExit(f"task {task!r} is unknown; expected gsm8k or code")
 
 
-def drift_texts(data: Path) -> dict[str, str]:
-    """Return the texts that no run trains or calibrates on."""
-    code = read_rows(data / "humaneval.jsonl")
-    return {
-        "wikitext": "".join(row["text"] for row in read_rows(data / "wikitext2_raw_valid.jsonl.gz")),
-        "python": "\n".join(row["prompt"] + row["canonical_solution"] for row in code),
-        "german": "\n".join(row["de"] for row in read_rows(data / "flores_dev.jsonl.gz")),
+def drift_texts(data: Path, documents: int = 0) -> dict[str, Any]:
+    """Return the texts that no run trains or calibrates on: whole, or `documents` of each, spread over its corpus."""
+    prose = "".join(row["text"] for row in read_rows(data / "wikitext2_raw_valid.jsonl.gz"))
+    code = [row["prompt"] + row["canonical_solution"] for row in read_rows(data / "humaneval.jsonl")]
+    german = [row["de"] for row in read_rows(data / "flores_dev.jsonl.gz")]
+    if not documents:
+        return {"wikitext": prose, "python": "\n".join(code), "german": "\n".join(german)}
+    corpora = {
+        "wikitext": re.split(r"^(?= = [^=].* = $)", prose, flags=re.MULTILINE)[1:],  # at the titles of articles
+        "python": ["\n".join(code[start : start + 3]) for start in range(0, len(code), 3)],
+        "german": ["\n".join(german[start : start + 10]) for start in range(0, len(german), 10)],
     }
+    return {name: [parts[i * len(parts) // documents] for i in range(documents)] for name, parts in corpora.items()}
 
 
 def ability_items(data: Path, count: int) -> dict[str, list[tuple[list[Pair], int]]]:
@@ -148,9 +158,8 @@ class Bench:
         self.model, self.tokenizer = load(model)
         self.model.to(device)
         self.name = model
-        self.texts = drift_texts(data)
-        self.build = lambda texts, tokens: BaseReference.build(self.model, self.tokenizer, texts, max_tokens=tokens)
-        self.reference = self.build(self.texts, self.chosen["drift_tokens"])
+        self.build = functools.partial(BaseReference.build, self.model, self.tokenizer)
+        self.reference = self.build(drift_texts(data), max_tokens=self.chosen["drift_tokens"])
         self.items = ability_items(data, self.chosen["items"])
         self.replayed: list[Tensor] | None = None
 
@@ -178,7 +187,7 @@ class Bench:
         method, (train, held) = self.recipe["methods"][run.method], self.examples(run.task)
         sampled = self.sampled() if "kl" in method or "replay" in method else []
         prompts = "\n\n".join(prompt for prompt, _ in task_pairs(run.task, self.data)[1][:40])
-        own = self.build({"task": prompts}, self.chosen["drift_tokens"] // 2)
+        own = self.build({"task": prompts}, max_tokens=self.chosen["drift_tokens"] // 2)
         started = time.perf_counter()
         adapted = self.adapt(run)
         prepared = time.perf_counter() - started
@@ -220,9 +229,23 @@ class Bench:
         finally:
             self.model = adapted.unload()
 
-    def measure(self, adapted: Any, held: list[Any], own: Any) -> dict[str, Any]:
+    def spread_of(self, run: Run) -> dict[str, Any]:
+        """Measure a finished run's adapter at every scale on documents spread over the texts' corpora."""
+        (_, held), step, points = self.examples(run.task), max(self.chosen["steps"]), []
+        adapted = peft.PeftModel.from_pretrained(self.model, str(self.adapter(run)))
+        try:
+            for scale in (*self.chosen["scales"], 1.0):
+                with scaled(adapted, scale):
+                    points.append({"step": step, "scale": scale, **self.measure(adapted, held)})
+        finally:
+            self.model = adapted.unload()
+        return {**run._asdict(), "measure": {**self.chosen, **SPREAD}, "points": points}
+
+    def measure(self, adapted: Any, held: list[Any], own: Any = None) -> dict[str, Any]:
         """Return the held-out loss, the drift on every text, and the share of greedy tokens that changed."""
-        drift = {**measure_drift(adapted.eval(), self.reference), **measure_drift(adapted, own)}
+        drift = measure_drift(adapted.eval(), self.reference)
+        if own is not None:
+            drift |= measure_drift(adapted, own)
         return {
             "heldout_loss": heldout_loss(adapted, held),
             "kl": {name: text.kl for name, text in drift.items()},
@@ -392,7 +415,7 @@ def plan(out: Path, planned: list[Run]) -> None:
 def main() -> None:
     """Do, plan or report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("plan", "run", "report"))
+    parser.add_argument("command", choices=("plan", "run", "spread", "report"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--to", type=Path)
@@ -411,8 +434,16 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.command == "plan":
         plan(args.out, planned)
-    else:
-        work(Bench(recipe, args.model, args.data, args.out, args.device), planned)
+        return
+    bench = Bench(recipe, args.model, args.data, args.out, args.device)
+    if args.command == "run":
+        work(bench, planned)
+        return
+    args.to.mkdir(parents=True, exist_ok=True)
+    bench.reference = bench.build(drift_texts(args.data, SPREAD["documents"]), window=SPREAD["window"])
+    for run in planned:
+        if bench.adapter(run).exists():
+            once(args.to, run.name, lambda run=run: bench.spread_of(run))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ REFERENCE = "hiplora"
 KEYS = ["task", "method", "rate", "seed"]
 TITLES = {
     "hiplora": "HiP-LoRA",
+    "hiplora-k128": "HiP-LoRA, k = 128",
     "hiplora-paper": "HiP-LoRA (paper)",
     "hiplora-retraction": "HiP-LoRA, retraction only",
     "hiplora-kl": "HiP-LoRA + KL",

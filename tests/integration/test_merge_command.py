@@ -10,8 +10,7 @@ from hiplora.adapters import read_update
 from hiplora.cli import merge as command
 from hiplora.merging import RULES, merge
 from tests.commands import run
-from tests.tiny import save_tiny
-from tests.unit.adapters.samples import assert_is, base_model, hip_config, logits, saved, weighted_sum
+from tests.unit.adapters.samples import assert_is, base_model, logits, weighted_sum
 
 
 def merged(capsys, *arguments):
@@ -117,14 +116,3 @@ def test_wrong_usage_is_status_2_and_writes_nothing(adapters, tmp_path, monkeypa
     code, err = refused(capsys, tmp_path, adapters["one"], adapters["lora"], "--out", "out", *arguments)
     assert code == 2
     assert why in err
-
-
-@pytest.mark.parametrize("form", ["lora", "dense", "hiplora"])
-def test_neither_an_adapter_nor_the_base_model_is_ever_replaced(tmp_path, capsys, form):
-    base = save_tiny(tmp_path / "base")
-    folder, _ = saved(base, tmp_path / "a", hip_config())
-    for out, why in ((base, "delete its base model"), (folder, "delete adapter 1")):
-        code, err = refused(capsys, tmp_path, folder, "--out", out, "--overwrite", "--format", form)
-        assert (code, why in err) == (2, True)
-    assert base_model(base) is not None
-    assert read_update(folder).kind == "hiplora"
