@@ -106,7 +106,7 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
 )
 def test_wrong_usage_is_status_2_before_the_model_loads(adapters, files, monkeypatch, capsys, arguments, why):
     monkeypatch.chdir(files)
-    monkeypatch.setattr(protection, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(protection, "load_for", lambda *_: pytest.fail("the model was loaded"))
     (files / "there").mkdir()
     (files / "empty.txt").touch()
     write_jsonl(files / "wrong.jsonl", [{"nothing": "useful"}])
@@ -127,8 +127,8 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         (idle, [], 1, "changes no logit on any text"),
         (adapters["lora"], ["--principal-rank", "100"], 2, "principal_rank 100 (here 100) exceeds the 64"),
         (adapters["one"], ["--base", other], 1, "not the one that this adapter was made for"),
-        (adapters["lora"], ["--out", adapters["lora"], "--overwrite"], 2, "delete the adapter"),
-        (adapters["lora"], ["--base", other, "--out", other, "--overwrite"], 2, "delete its base model"),
+        (adapters["lora"], ["--out", adapters["lora"], "--overwrite"], 2, "replacing it would delete"),
+        (adapters["lora"], ["--base", other, "--out", other, "--overwrite"], 2, "replacing it would delete"),
     ):
         code, out, err = protect(capsys, files, folder, *more)
         assert (code, out, "Traceback" in err) == (expected, "", False)

@@ -40,6 +40,7 @@ def save_as_lora(
     dtype: str = "float32",
     overwrite: bool = False,
     check_logits: bool = True,
+    device: str = "auto",
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an adapter as a plain LoRA folder that stock PEFT loads, verified before it appears under `path`.
@@ -55,6 +56,7 @@ def save_as_lora(
         base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
         check_logits: also compare logits, if the base model of a folder or an update is at hand and fits into memory.
+        device: to compare them on, in fp32; "auto" is a GPU where there is one.
         details: more fields of `export.json`, for JSON.
 
     Returns:
@@ -75,7 +77,7 @@ def save_as_lora(
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
         save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
-        return _verified("lora", update, staged, path, dtype, compare, details)
+        return _verified("lora", update, staged, path, dtype, compare, device, details)
 
 
 def check_dtype(dtype: str) -> None:
@@ -106,6 +108,7 @@ def _verified(
     path: str | os.PathLike,
     dtype: str,
     check_logits: bool,
+    device: str,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Compare an adapter as written into `folder` with its update; write and return the record, unless fp32 differs."""
@@ -115,7 +118,7 @@ def _verified(
         refuse_over(differences, TOLERANCE)
     logits: Any = (None, "logits not compared: switched off, of a live model, or with other names")
     if check_logits:
-        logits = compare_logits(update, folder, exact)
+        logits = compare_logits(update, folder, exact, device)
     return write_record(to, update, folder, path, differences, logits, dtype, written.ranks, details)
 
 
@@ -124,6 +127,7 @@ def save_as_hiplora(
     path: str | os.PathLike,
     *,
     overwrite: bool = False,
+    device: str = "auto",
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an update as a HiP-LoRA adapter, verify it, and return its record; arguments as of `save_as_lora`.
@@ -143,7 +147,7 @@ def save_as_hiplora(
     with staged_dir(path, overwrite) as staged:
         _save_tensors(tensors, staged)
         config.save_pretrained(str(staged))
-        return _verified("hiplora", update, staged, path, "float32", True, details)
+        return _verified("hiplora", update, staged, path, "float32", True, device, details)
 
 
 def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.read import CONFIG
@@ -130,7 +130,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
     base: BaseWeights | None = None
     with suppress(AdapterError):  # not at hand: this says less then
-        base = BaseWeights(update.base)
+        base = BaseWeights.of(update)
     architectures = (base and base.config.architectures) or []
     multimodal = any("ConditionalGeneration" in name for name in architectures)
     if multimodal and any(name.startswith("model.layers.") for name in update.factors):
@@ -173,9 +173,17 @@ def push_to_hub(folder: Path, repository: str) -> None:
 
 
 def save_tokenizer(update: AdapterUpdate, folder: Path, base: bool = False) -> None:
-    """Write the tokenizer that lies beside an adapter, which may have tokens of its own; else the `base` model's."""
+    """Write the tokenizer that lies beside an adapter, which may have tokens of its own; else the `base` model's.
+
+    Of a base model for pictures or sound, what prepares these comes along.
+    """
     beside = (Path(update.source) / "tokenizer_config.json").is_file()
-    name = update.source if beside else resolve(update.base) if base else None
-    with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
-        if name is not None:
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
+    found: list[tuple[Any, str]] = [(AutoTokenizer, update.source)] if beside else []
+    if base:
+        name = resolve(update.base)
+        found = found or [(AutoTokenizer, name)]
+        if any(Path(name).glob("*processor_config.json")):
+            found.insert(0, (AutoProcessor, name))
+    for kind, source in found:
+        with suppress(Exception):  # what transformers raises where a model has none of it: the folder has none then
+            kind.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)

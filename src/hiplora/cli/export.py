@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, OUT, OVERWRITE, PUSH, Group, Shown, scaling
+from hiplora.cli.common import ADAPTER, BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, scaling
 from hiplora.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def command(
     base: str | None = BASE,
     scaling: Any = Group(scaling),
     logits: bool = Option(True, help="Compare logits too, if the base model is available and fits into memory."),
+    device: str = DEVICE,
     push: str | None = PUSH,
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.
@@ -41,14 +42,15 @@ def command(
     if to == "dense" and (pad_rank or prefix):
         raise ConfigError("--pad-rank, --prefix: only with --to lora; leave them out or export to lora")
     update = open_update(adapter, out, overwrite, base=base)
-    scale, search = choose_scale(update, **scaling)
+    scale, search = choose_scale(update, **scaling, device=device)
     how: dict[str, Any] = {"scale": scale, "overwrite": overwrite, "check_logits": logits}
     how["details"] = {"scale": scale, "scale_search": search}
     findings: list[tuple[str, str, str]] = []
     if to == "dense":
         record = save_dense(update, out, dtype=dtype, **how)
     else:
-        record = save_as_lora(update, out, pad_rank=pad_rank, prefix=prefix, dtype=dtype or "float32", **how)
+        how |= {"pad_rank": pad_rank, "prefix": prefix, "device": device}
+        record = save_as_lora(update, out, dtype=dtype or "float32", **how)
         findings = server_findings(update.renamed(prefix) if prefix else update, pad_rank)
     if push is not None:
         push_to_hub(out, push)

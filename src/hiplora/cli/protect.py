@@ -5,7 +5,18 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, CALIBRATION_TEXT, DRIFT_TEXT, OUT, OVERWRITE, Group, Shown, scaling
+from hiplora.cli.common import (
+    ADAPTER,
+    BASE,
+    CALIBRATION_TEXT,
+    DEVICE,
+    DRIFT_TEXT,
+    OUT,
+    OVERWRITE,
+    Group,
+    Shown,
+    scaling,
+)
 
 MASK_HELP = (
     "inputs: directions of the layers' inputs; joint: pairs of input and output directions, which costs less of the "
@@ -31,6 +42,7 @@ def command(
     tokens: int = Option(10_000, min=2, help="Tokens to sample, or to read of the text."),
     seed: int = Option(0, min=0, help="Seed of the sampling."),
     scaling: Any = Group(scaling),
+    device: str = DEVICE,
     drift_text: Path | None = DRIFT_TEXT,
     overwrite: bool = OVERWRITE,
 ) -> Shown:
