@@ -63,9 +63,9 @@ def save_as_lora(
         the record in `export.json`, without the provenance.
 
     Raises:
-        AdapterError: the adapter cannot be read, left its complement, needs a higher rank than `pad_rank`, or the
-            result differs by more than rounding; nothing is written then.
-        ConfigError: `path` exists, or `dtype` is unknown.
+        AdapterError: the adapter cannot be read, left its complement, or the result differs by more than rounding;
+            nothing is written then.
+        ConfigError: `path` exists, `dtype` is unknown, or a module has a higher rank than `pad_rank`.
     """
     check_dtype(dtype)
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
@@ -194,8 +194,8 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, a rank exceeds
-    `pad_rank`, or a value overflows `dtype`.
+    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, or a value
+    overflows `dtype`; ConfigError if a rank exceeds `pad_rank`.
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
@@ -206,7 +206,7 @@ def write_lora(
             )
         missing = 0 if pad_rank is None else pad_rank - A.shape[0]
         if missing < 0:
-            raise AdapterError(
+            raise ConfigError(
                 f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {pad_rank}; pass at "
                 f"least {A.shape[0]}"
             )
