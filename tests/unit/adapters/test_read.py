@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, OSFConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from hiplora.adapters import read, read_update, update_from_model
+from hiplora.adapters import read, read_update, save_dense, update_from_model
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
@@ -183,6 +183,29 @@ def test_a_state_dict_that_was_saved_without_peft_is_read(adapters, tmp_path, ki
 
 
 # Damage
+
+
+class Harmful:
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("part", ["adapter_model", "pytorch_model"])
+def test_pickled_weights_run_nothing(adapters, tmp_path, part):
+    folder = shutil.copytree(adapters["lora"], tmp_path / "a")
+    base = shutil.copytree(adapters.base, tmp_path / "base")
+    harmful = Harmful()
+    harmful.path = str(tmp_path / "ran")
+    place = folder if part == "adapter_model" else base
+    weights = next(place.glob("*model.safetensors"))
+    tensors = load_file(weights)
+    weights.unlink()
+    torch.save(tensors, place / f"{part}.bin")
+    save_dense(folder, tmp_path / "out", base=str(base))  # plain tensors are read
+    torch.save({**tensors, "lora_A": harmful}, place / f"{part}.bin")
+    with pytest.raises(AdapterError, match=r"damaged or cut off|cannot be read"):
+        save_dense(folder, tmp_path / "again", base=str(base))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture(params=["one", "lora"])
