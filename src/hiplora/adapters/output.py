@@ -29,7 +29,7 @@ _PEFT = 'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder
 _CARDS = {
     "lora": ("Plain LoRA adapter", _PEFT),
     "hiplora": ("HiP-LoRA adapter", f"import hiplora\n{_PEFT}"),
-    "dense": ("Standalone model", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")'),
+    "dense": ("Standalone model", 'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto")'),
 }
 
 _SERVING = """
@@ -85,8 +85,12 @@ def write_record(
     stored = record | {"provenance": provenance()}
     (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
     base, (title, code) = hub_name(update.base or "") or "unknown", _CARDS[to]
+    if to == "dense":
+        (own,) = json.loads((folder / "config.json").read_text())["architectures"]
+        kind = "AutoModelForCausalLM" if own.endswith(("ForCausalLM", "LMHeadModel")) else f"transformers.{own}"
+        code = code.format(kind=kind)
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
-    allowed = _vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
+    allowed = vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
     serving = _SERVING.format(base=base, rank=allowed) if allowed else ""
     compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
     (folder / "README.md").write_text(f"""---
@@ -113,7 +117,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     """Return what servers reject or misread of an adapter padded to `pad_rank`: (server, problem, remedy) each."""
     ranks = {pad_rank or rank for rank in update.ranks.values()}
     largest = max(ranks)
-    allowed = _vllm_rank(largest)
+    allowed = vllm_rank(largest)
     found = []
     if update.extras:
         found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
@@ -143,7 +147,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     return found
 
 
-def _vllm_rank(rank: int) -> int | None:
+def vllm_rank(rank: int) -> int | None:
     """Return the smallest `--max-lora-rank` of vLLM's that admits a rank; None where it has none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 

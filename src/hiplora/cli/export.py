@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, scaling
+from hiplora.cli.common import ADAPTER, BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, next_step, scaling, try_step
 from hiplora.errors import ConfigError
 
 
@@ -37,6 +37,7 @@ def command(
         hiplora export runs/medicine --to lora --out runs/medicine-lora
     """
     from hiplora.adapters import open_update, push_to_hub, save_as_lora, save_dense, server_findings
+    from hiplora.adapters.output import vllm_rank
     from hiplora.evaluation.updates import choose_scale
 
     if to == "dense" and (pad_rank or prefix):
@@ -58,6 +59,12 @@ def command(
     if findings:
         yield "Before you serve it", ("Server", "Problem", "Remedy"), findings
     yield report_table(record, "Export")
+    if prefix:
+        rank = vllm_rank(record["rank"]) or record["rank"]
+        serve = ("--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={out}")
+        yield next_step("vllm", "serve", update.base, *serve)
+    else:
+        yield try_step(out, update, to == "dense")
 
 
 def report_table(report: dict[str, Any], title: str) -> tuple[str, tuple[str, ...], list[tuple[str, Any]]]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling
+from hiplora.cli.common import BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling, try_step
 from hiplora.cli.export import report_table
 from hiplora.errors import ConfigError, first_line
 from hiplora.files import Inputs, parse_yaml
@@ -114,6 +114,7 @@ def command(
         yield record["drift"]["verdict"]
     elif drift:
         yield f"The drift was not measured: {drift_problem(update, device)}"
+    yield try_step(out, update, form == "dense")
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hiplora.cli.common import (
     OVERWRITE,
     Group,
     Shown,
+    next_step,
     scaling,
 )
 
@@ -78,3 +79,5 @@ def command(
     yield title, ("", "base model", "before", "after"), rows
     yield from (f"note: {note}" for note in record["notes"])
     yield f"written to {out}: plain LoRA of rank {record['export']['rank']}"
+    both = ("--adapter", f"before={adapter}", "--adapter", f"after={out}")
+    yield next_step("hiplora", "generate", record["base"], *both, "--prompt", "Why is the sky blue?")
