@@ -42,9 +42,8 @@ _NO_OWNERS = (
     "before the merge look slightly better than they are."
 )
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
-# KL divergences below it (nats a token) are rounding of the model, and by how much the limit of a verdict is exceeded.
-_KL_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
-_AGREEING = 1.25
+_KL_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # nats a token; a smaller divergence says nothing
+_BEYOND = 1.1  # times the limit of adapters that agree: no verdict rests on rounding
 _SCORES = ("task", "metric", "before, of", "before", "after", "difference")
 Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
 
@@ -260,8 +259,9 @@ def drift_of_merge(
     Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where `drift_problem`
     says why not.
 
-    Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum. A
-    merge beyond that breaks something that none of its parts does.
+    Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum, and
+    large ones the mean of what each has at T times its size (KL is convex in the logits). A merge beyond both breaks
+    something that none of its parts does.
     """
     if drift_problem(merged, device):
         return None
@@ -269,21 +269,28 @@ def drift_of_merge(
     weighted = zip(updates.items(), weights, strict=True)
     alone = {name: merge([one], weights=[weight]) for (name, one), weight in weighted if weight}
     model, everything = load_for(merged, device), {**alone, "merge": merged}
-    drift, _ = measure_updates(model, tokenizer, everything, drift_texts(), may_be_nothing=everything)
+    texts = drift_texts()
+    drift, _ = measure_updates(model, tokenizer, everything, texts, may_be_nothing=everything)
     ratios = {}
     for text, found in drift["merge"].items():
         parts = sum(drift[name][text]["kl"] for name in alone)
         ratios[text] = found["kl"] / max(parts, _KL_ROUNDING[model.dtype])
     text, worst = max(ratios.items(), key=lambda item: item[1])
-    judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    judged = "they change the same things; smaller --weights or --scale keep more of the base."
     if worst <= 1.5:
         judged = "they hardly disturb each other."
-    elif worst <= _AGREEING * len(alone):  # the same adapter several times is at the limit
-        judged = "they change the same things; smaller --weights or --scale keep more of the base."
-    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    elif worst > len(alone):
+        larger = {name: one.scaled(len(alone)) for name, one in alone.items()}
+        agreeing, _ = measure_updates(model, tokenizer, larger, {text: texts[text]}, may_be_nothing=larger)
+        if kl > _BEYOND * sum(found[text]["kl"] for found in agreeing.values()) / len(alone):
+            judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    share = f"{worst:.2g} times what the adapters drift alone, added up"
+    if kl < _KL_ROUNDING[model.dtype]:
+        share = "no more than rounding"
     verdict = (
         f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "
-        f"{worst:.2g} times what the adapters drift alone, added up: {judged}"
+        f"{share}: {judged}"
     )
     return {"drift": drift, "verdict": verdict}
 
