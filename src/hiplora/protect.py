@@ -26,7 +26,7 @@ from hiplora.evaluation.updates import (
     search_scale,
     task_rows,
 )
-from hiplora.files import check_output_dir
+from hiplora.files import Inputs
 from hiplora.models import load_tokenizer
 from hiplora.spectral import MAX_VECTORS, MomentBasis, RankSpec
 from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
@@ -85,8 +85,8 @@ def protect_adapter(
     if mask == "joint" and (projection, strength) != ("hard", 1.0):
         raise ConfigError("mask 'joint' takes no projection and no strength; leave them out")
     check_scale_options(scale, tolerance, data)
-    check_output_dir(path, overwrite, {"the data": data, "the text": text, "the drift text": drift_text})
-    update = open_update(adapter_dir, path, overwrite, base=base)
+    inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
+    update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
     # All that can be wrong is found before the model loads.
     texts, tokenizer = drift_texts(drift_text), load_tokenizer(update.base)
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)

@@ -21,7 +21,7 @@ from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
 from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.files import check_output_dir, staged_dir
+from hiplora.files import Inputs, check_output_dir, staged_dir
 from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.experts import shared_side
 
@@ -87,16 +87,24 @@ def check_dtype(dtype: str) -> None:
 
 
 def open_update(
-    source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
+    source: Any,
+    path: str | os.PathLike,
+    overwrite: bool,
+    adapter: str = "default",
+    base: str | None = None,
+    inputs: Inputs | None = None,
 ) -> Any:
-    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced."""
+    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced.
+
+    What is replaced must hold neither the adapter, nor its base model, nor one of the `inputs`.
+    """
     update = source
     if isinstance(source, nn.Module):
         update = update_from_model(source, adapter)
     elif not isinstance(source, AdapterUpdate):
         update = read_update(source, base)
     update = replace(update, base=base) if base else update
-    check_output_dir(path, overwrite, {"the adapter": update.source, "its base model": update.base})
+    check_output_dir(path, overwrite, {**(inputs or {}), "the adapter": update.source, "its base model": update.base})
     update.check_leak()
     return update
 
