@@ -232,7 +232,7 @@ def check_model(model: str, principal_rank: int, presets: Collection[str | None]
     if problem := model_problem(model):
         raise ConfigError(problem)
     try:
-        skeleton = BaseWeights(model).skeleton
+        skeleton = BaseWeights(model, "CAUSAL_LM").skeleton
     except AdapterError as error:
         raise ConfigError(str(error)) from error
     targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}

@@ -25,7 +25,11 @@ class DataError(HipLoraError, ValueError):
 
 
 class FactorError(HipLoraError, ValueError):
-    """A weight cannot be factored as asked (NaN, rank too high, tolerance missed); it names the module."""
+    """A weight cannot be factored as asked (damaged, NaN); it names the module."""
+
+
+class FactorSettingError(FactorError, ConfigError):
+    """A rank, tolerance or threshold that a weight or its calibration does not admit; it names the module."""
 
 
 class StoreError(HipLoraError, OSError):

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from hiplora import __version__
-from hiplora.adapters import AdapterUpdate, BaseWeights, load_base, read_update
+from hiplora.adapters import AdapterUpdate, BaseWeights, load_for, read_update
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
@@ -42,6 +42,8 @@ _NO_OWNERS = (
     "before the merge look slightly better than they are."
 )
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
+_KL_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # nats a token; a smaller divergence says nothing
+_BEYOND = 1.1  # times the limit of adapters that agree: no verdict rests on rounding
 _SCORES = ("task", "metric", "before, of", "before", "after", "difference")
 Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
 
@@ -250,44 +252,63 @@ def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def drift_of_merge(
-    updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: AdapterUpdate
+    updates: Mapping[str, AdapterUpdate], weights: Sequence[float], merged: AdapterUpdate, device: str = "auto"
 ) -> dict[str, Any] | None:
     """Measure how far a merge, and each adapter alone at its weight, drift from the base, and judge that.
 
-    Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where the base model is
-    no folder on this machine, has no tokenizer, or does not fit into memory.
+    Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where `drift_problem`
+    says why not.
 
-    Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum. A
-    merge beyond that breaks something that none of its parts does.
+    Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum, and
+    large ones the mean of what each has at T times its size (KL is convex in the logits). A merge beyond both breaks
+    something that none of its parts does.
     """
-    if not os.path.isdir(resolve(merged.base)) or BaseWeights(merged.base).no_room(4):
+    if drift_problem(merged, device):
         return None
-    try:
-        tokenizer = load_tokenizer(merged.base)
-    except ConfigError:
-        return None
+    tokenizer = load_tokenizer(merged.base)
     weighted = zip(updates.items(), weights, strict=True)
     alone = {name: merge([one], weights=[weight]) for (name, one), weight in weighted if weight}
-    model, everything = load_base(merged.base, torch.float32), {**alone, "merge": merged}
-    if unfit_extras(model, merged):
-        return None
-    drift, _ = measure_updates(model, tokenizer, everything, drift_texts(), may_be_nothing=everything)
+    model, everything = load_for(merged, device), {**alone, "merge": merged}
+    texts = drift_texts()
+    drift, _ = measure_updates(model, tokenizer, everything, texts, may_be_nothing=everything)
     ratios = {}
     for text, found in drift["merge"].items():
         parts = sum(drift[name][text]["kl"] for name in alone)
-        ratios[text] = found["kl"] / parts if parts else 0.0
+        ratios[text] = found["kl"] / max(parts, _KL_ROUNDING[model.dtype])
     text, worst = max(ratios.items(), key=lambda item: item[1])
-    judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    judged = "they change the same things; smaller --weights or --scale keep more of the base."
     if worst <= 1.5:
         judged = "they hardly disturb each other."
-    elif worst <= len(alone):
-        judged = "they change the same things; smaller --weights or --scale keep more of the base."
-    kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
+    elif worst > len(alone):
+        larger = {name: one.scaled(len(alone)) for name, one in alone.items()}
+        agreeing, _ = measure_updates(model, tokenizer, larger, {text: texts[text]}, may_be_nothing=larger)
+        if kl > _BEYOND * sum(found[text]["kl"] for found in agreeing.values()) / len(alone):
+            judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
+    share = f"{worst:.2g} times what the adapters drift alone, added up"
+    if kl < _KL_ROUNDING[model.dtype]:
+        share = "no more than rounding"
     verdict = (
         f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "
-        f"{worst:.2g} times what the adapters drift alone, added up: {judged}"
+        f"{share}: {judged}"
     )
     return {"drift": drift, "verdict": verdict}
+
+
+def drift_problem(update: AdapterUpdate, device: str = "auto") -> str:
+    """Return why the drift of an update from its base cannot be measured; empty if it can."""
+    if not os.path.isdir(resolve(update.base)):
+        return f"base model {update.base or '?'} is no folder on this machine"
+    weights = BaseWeights.of(update)
+    if not weights.skeleton.can_generate() or weights.config.is_encoder_decoder:
+        return f"base model {update.base} writes no text by itself"
+    if unfit := unfit_extras(weights.skeleton, update):
+        return f"{unfit[0]} has another shape than the base model's"
+    try:
+        load_tokenizer(update.base)
+    except ConfigError as error:
+        return str(error)
+    return weights.no_room(device)
 
 
 def conflict_table(report: Mapping[str, Any]) -> pd.DataFrame:

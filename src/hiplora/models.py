@@ -220,6 +220,14 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
+def measuring_place(device: str = "auto") -> "tuple[str, torch.dtype]":
+    """Return where a model is measured and in which precision: in bf16 on a GPU, in fp32 on the CPU."""
+    import torch
+
+    place = pick_device(device)
+    return place, torch.float32 if place == "cpu" else torch.bfloat16
+
+
 def resolve(model: str) -> str:
     """Return what transformers can load: a known model's folder in the cache, fetched if needed; else `model` itself.
 

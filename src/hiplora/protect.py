@@ -5,13 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hiplora.adapters import (
     AdapterUpdate,
-    check_base,
     check_projection,
-    load_base,
+    load_for,
     open_update,
     protect,
     remaining,
@@ -29,7 +26,7 @@ from hiplora.evaluation.updates import (
     search_scale,
     task_rows,
 )
-from hiplora.files import check_output_dir
+from hiplora.files import Inputs
 from hiplora.models import load_tokenizer
 from hiplora.spectral import MAX_VECTORS, MomentBasis, RankSpec
 from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
@@ -56,6 +53,7 @@ def protect_adapter(
     scale: float | None = None,
     tolerance: float | None = None,
     base: str | None = None,
+    device: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Project a trained adapter off its layers' inputs, measure that, and write the result as a plain LoRA folder.
@@ -71,6 +69,7 @@ def protect_adapter(
         scale: multiply the result by this number; `tolerance`: by the smallest number at which the loss on `data`
             rises by so many nats at most.
         base: base model, path or name, instead of the one in the adapter's configuration.
+        device: to measure on, in bf16 on a GPU; "auto" is a GPU where there is one.
 
     Returns:
         a JSON-ready record: `norm_share` (what is left of the update's ‖ΔW‖²; `modules`: of each), `drift` before and
@@ -86,8 +85,8 @@ def protect_adapter(
     if mask == "joint" and (projection, strength) != ("hard", 1.0):
         raise ConfigError("mask 'joint' takes no projection and no strength; leave them out")
     check_scale_options(scale, tolerance, data)
-    check_output_dir(path, overwrite, {"the data": data, "the text": text, "the drift text": drift_text})
-    update = open_update(adapter_dir, path, overwrite, base=base)
+    inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
+    update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
     # All that can be wrong is found before the model loads.
     texts, tokenizer = drift_texts(drift_text), load_tokenizer(update.base)
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
@@ -96,8 +95,7 @@ def protect_adapter(
     read = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
     if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, read).items() if share]:
         notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")
-    model: Any = load_base(update.base, torch.float32)
-    check_base(model, update, update.base)
+    model: Any = load_for(update, device)
     measured = CalibrationText(model, rows=rows, tokens=tokens, seed=seed)
     with unrolled(model):
         bases, outputs = _moments(measured, update, mask)
@@ -136,7 +134,9 @@ def protect_adapter(
         "loss": loss or None,
         "notes": [*notes, *_notes(update, projected, bases)],
     }
-    return record | {"export": save_as_lora(projected, path, overwrite=overwrite, details={"protection": record})}
+    del model  # the export's check loads its own
+    details = {"protection": record}
+    return record | {"export": save_as_lora(projected, path, overwrite=overwrite, device=device, details=details)}
 
 
 def _moments(text: CalibrationText, update: AdapterUpdate, mask: str) -> tuple[Moments, Moments | None]:

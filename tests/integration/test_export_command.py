@@ -72,6 +72,7 @@ def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub
         ["--to", "gguf", "--out", "out"],
         ["--to", "lora"],
         ["--to", "lora", "--out", "out", "--pad-rank", "0"],
+        ["--to", "lora", "--out", "out", "--pad-rank", "2"],
         ["--to", "dense", "--out", "out", "--pad-rank", "64"],
         ["--to", "lora", "--out", "there"],
         ["--to", "lora", "--out", "out", "--scale", "0"],

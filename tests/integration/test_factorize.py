@@ -92,11 +92,12 @@ def test_dtype_serves_a_model_that_is_trained_in_another_precision(tmp_path, fac
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--rank", 33, "--target-modules", "k_proj"], 1, "k_proj: principal_rank 33 exceeds min(out, in) = 32"),
+        (["--rank", 33, "--target-modules", "k_proj"], 2, "k_proj: principal_rank 33 exceeds min(out, in) = 32"),
         (["--target-modules", "q_porj"], 2, "target_modules"),
         (["--target-modules", "q_proj,("], 2, "target_modules"),
         (["--target-modules", "mlp"], 2, "LlamaMLP"),
         (["--tolerance", "nan"], 2, "svd_tolerance"),
+        (["--tolerance", "1e-30"], 2, "svd_tolerance"),
         (["--device", "abacus"], 2, "--device abacus"),
         ([], 1, "layer model.layers.1.self_attn.o_proj: the weight has NaN"),
     ],

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from hiplora.adapters import read_update
 from hiplora.cli import merge as command
+from hiplora.merge_check import drift_of_merge
 from hiplora.merging import RULES, merge
 from tests.commands import run
 from tests.unit.adapters.samples import assert_is, base_model, logits, weighted_sum
@@ -116,3 +117,15 @@ def test_wrong_usage_is_status_2_and_writes_nothing(adapters, tmp_path, monkeypa
     code, err = refused(capsys, tmp_path, adapters["one"], adapters["lora"], "--out", "out", *arguments)
     assert code == 2
     assert why in err
+
+
+@pytest.mark.parametrize("name", ["one", "lora"])
+@pytest.mark.parametrize(("scale", "verdict"), [(1e-3, "hardly disturb"), (0.1, "change the same things")])
+def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale, verdict):
+    for times in (2, 3):
+        same = {str(number): read_update(adapters[name]).scaled(scale) for number in range(times)}
+        found = drift_of_merge(same, [1.0] * times, merge(list(same.values())))
+        assert verdict in found["verdict"]
+        assert ("no more than rounding" in found["verdict"]) == (scale < 0.01)
+    larger = merge(list(same.values())).scaled(1 / scale)
+    assert "breaks what none" in drift_of_merge(same, [1.0] * times, larger)["verdict"]

@@ -106,7 +106,7 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
 )
 def test_wrong_usage_is_status_2_before_the_model_loads(adapters, files, monkeypatch, capsys, arguments, why):
     monkeypatch.chdir(files)
-    monkeypatch.setattr(protection, "load_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(protection, "load_for", lambda *_: pytest.fail("the model was loaded"))
     (files / "there").mkdir()
     (files / "empty.txt").touch()
     write_jsonl(files / "wrong.jsonl", [{"nothing": "useful"}])

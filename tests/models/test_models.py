@@ -6,9 +6,11 @@ import re
 import peft
 import pytest
 import torch
+import transformers
 
 import hiplora
 from hiplora import HipLoraConfig
+from hiplora.adapters import save_dense
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.tuner import find_targets, hip_layers, sampled_rows
 from tests.models.zoo import CASES, VOCABULARY
@@ -165,11 +167,19 @@ def test_half_precision(case, tmp_path):
 
 
 def test_export(case, adapted, tmp_path):
-    """As plain LoRA, stock PEFT computes the same; adapters on experts are refused."""
-    if case.has_experts:
-        with pytest.raises(AdapterError, match="expert"):
-            hiplora.export.save_as_lora(adapted, tmp_path / "lora")
-        return
-    hiplora.export.save_as_lora(adapted, tmp_path / "lora")
-    lora = peft.PeftModel.from_pretrained(case.make(), tmp_path / "lora")
-    assert_same(logits(lora, case), logits(adapted, case), 1e-3)
+    """Of the model and of its folder: as plain LoRA, unless on experts, and dense, others compute the same."""
+    case.make().save_pretrained(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    folder = {"model_or_dir": tmp_path / "adapter", "base": str(tmp_path / "base")}
+    for number, source in enumerate(({"model_or_dir": adapted}, folder)):
+        out = tmp_path / f"lora{number}"
+        if case.has_experts:
+            with pytest.raises(AdapterError, match="--to dense"):
+                hiplora.export.save_as_lora(**source, path=out)
+            continue
+        hiplora.export.save_as_lora(**source, path=out)
+        lora = peft.PeftModel.from_pretrained(case.make(), out)
+        assert_same(logits(lora, case), logits(adapted, case), 1e-3)
+    save_dense(**folder, path=tmp_path / "dense")
+    dense = getattr(transformers, case.auto).from_pretrained(tmp_path / "dense").eval()
+    assert_same(logits(dense, case), logits(adapted, case), 1e-3)

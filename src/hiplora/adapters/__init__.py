@@ -1,6 +1,6 @@
 """Adapters as plain updates: read, inspect, project and export them."""
 
-from hiplora.adapters.base import BaseWeights, check_base, is_transposed, linear_layer, load_base, quiet_loading
+from hiplora.adapters.base import BaseWeights, is_transposed, linear_layer, load_for, quiet_loading
 from hiplora.adapters.check import compare_modules, refuse_over
 from hiplora.adapters.dense import save_dense
 from hiplora.adapters.inspection import allocation_rows, energy_shares, inspect_adapter

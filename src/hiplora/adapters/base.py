@@ -1,31 +1,37 @@
 """The base model of an adapter: its configuration and weights, and whether the adapter fits."""
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import psutil
 import torch
+import transformers
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, HipLoraError, first_line
-from hiplora.models import quiet_transformers, resolve
+from hiplora.models import measuring_place, quiet_transformers, resolve
 from hiplora.spectral import factor_mismatch, weight_fingerprint
 from hiplora.tuner import OTHER_PRECISION_LIMIT
 from hiplora.tuner.experts import unrolled
 
-
-def load_base(name: str, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load a base model by folder, hub name or hiplora's own name, in evaluation mode; AdapterError if it cannot."""
-    with _readable(name), quiet_transformers(always=False):
-        return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype, trust_remote_code=False).eval()
+# PEFT's task → transformers' class of a model for it; the first is that of an adapter without a task.
+_TASKS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
+}
+_UNASKED = 16 << 30  # bytes of a model that are loaded in fp32 on the CPU without --device cpu
 
 
 @contextmanager
@@ -38,32 +44,100 @@ def quiet_loading() -> Iterator[None]:
 
 
 class BaseWeights:
-    """Configuration and weights of a causal language model on disk; the weights are loaded when first asked for."""
+    """Configuration and weights of a base model on disk; the weights are loaded when first asked for."""
 
-    def __init__(self, model: str):
-        """Open a model folder or hub name; AdapterError if it cannot be read."""
-        self.model = model
+    def __init__(
+        self,
+        model: str,
+        task: str | None = None,
+        names: Iterable[str] = (),
+        extras: Mapping[str, Tensor] | None = None,
+    ):
+        """Open a model folder or hub name, as the class that an adapter is for; AdapterError if it cannot be read.
+
+        That is the class of PEFT's `task`, the one that wrote the checkpoint, or that of another task: the first that
+        has the layers `names` and the parameters `extras`, which also say how many labels a classifier has.
+        """
+        self.model, extras = model, extras or {}
         with _readable(model), torch.device("meta"):
             self.config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
-            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            self.skeleton: PreTrainedModel = self._skeleton(task, {*names, *extras})
+            shapes = {name: one.shape for name, one in _parameters(self.skeleton).items()}
+            for name, tensor in extras.items():
+                own, found = self.skeleton.config, shapes.get(name, ())
+                if found and found[0] == own.num_labels != len(tensor) and found[1:] == tensor.shape[1:]:
+                    own.num_labels = len(tensor)
+                    self.skeleton = type(self.skeleton)._from_config(own)
 
-    def no_room(self, itemsize: int) -> str:
-        """Return why the model cannot be loaded at `itemsize` bytes a parameter, and the way out; empty if it can."""
+    @classmethod
+    def of(cls, update: AdapterUpdate) -> "BaseWeights":
+        """Open the base model of an adapter."""
+        return cls(update.base, update.config.get("task_type"), update.modules, update.extras)
+
+    def _skeleton(self, task: str | None, names: set[str]) -> PreTrainedModel:
+        own = [getattr(transformers, name, None) for name in self.config.architectures or []]
+        own = [kind for kind in own if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+        built, problems = [], []
+        for kind in dict.fromkeys([*filter(None, [_TASKS.get(task or "")]), *own, *_TASKS.values()]):
+            config: Any = copy.deepcopy(self.config)
+            try:
+                is_auto = kind in _TASKS.values()
+                skeleton = kind.from_config(config, trust_remote_code=False) if is_auto else kind._from_config(config)
+            except (ValueError, ImportError) as error:  # most often: this task has no class for the configuration
+                problems.append(error)
+                continue
+            built.append(skeleton)
+            with unrolled(skeleton):
+                if names <= {*dict(skeleton.named_modules()), *_parameters(skeleton)}:
+                    return skeleton
+        if not built:
+            raise problems[0]
+        return built[0]
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model gives logits of tokens for token ids alone."""
+        return self.skeleton.main_input_name == "input_ids" and self.skeleton.get_output_embeddings() is not None
+
+    def no_room(self, device: str = "cpu", dtype: torch.dtype | None = None) -> str:
+        """Return why the model cannot be loaded on a device, and the way out; empty if it can.
+
+        Without a `dtype` it is that of measuring there; "auto" refuses what takes a CPU very long.
+        """
         configs = self.config, self.config.get_text_config()
         if any(getattr(config, "quantization_config", None) for config in configs):
             return f"base model {self.model} is quantised; name the unquantised model as base=… (--base)"
-        needed = itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
-        if needed > psutil.virtual_memory().available:
-            size = f"{needed / 2**30:.0f} GiB"
-            return f"base model {self.model} needs {size}, more than is free; use a machine with more memory"
+        place, usual = measuring_place(device)
+        needed = (dtype or usual).itemsize * sum(parameter.numel() for parameter in self.skeleton.parameters())
+        on_gpu, said = place.startswith("cuda"), f"base model {self.model} needs {needed / 2**30:.0f} GiB"
+        if needed > (torch.cuda.mem_get_info(place)[0] if on_gpu else psutil.virtual_memory().available):
+            where = f" on {place}; pass --device cpu, or" if on_gpu else ";"
+            return f"{said}, more than is free{where} use a machine with more memory"
+        if device == "auto" and place == "cpu" and needed > _UNASKED:
+            return f"{said} and this machine has no GPU; pass --device cpu to load it nevertheless, which is slow"
         return ""
+
+    def load(self, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Load the model in evaluation mode; AdapterError if it cannot be. Arguments as of `no_room`."""
+        if why := self.no_room(device, dtype):
+            raise AdapterError(why)
+        place, usual = measuring_place(device)
+        return self._loaded(dtype or usual).to(place)  # type: ignore[arg-type]
+
+    def _loaded(self, dtype: torch.dtype | str) -> PreTrainedModel:
+        with _readable(self.model), quiet_transformers(always=False):
+            return (
+                type(self.skeleton)
+                .from_pretrained(resolve(self.model), config=self.skeleton.config, dtype=dtype)
+                .eval()
+            )
 
     @cached_property
     def whole(self) -> PreTrainedModel:
         """The model, loaded in its own precision; AdapterError if it is quantised or does not fit into memory."""
-        if why := self.no_room((self.config.dtype or torch.float32).itemsize):
+        if why := self.no_room("cpu", self.config.dtype or torch.float32):
             raise AdapterError(why)
-        return load_base(self.model, "auto")
+        return self._loaded("auto")
 
     def weight(self, module: str) -> Float[Tensor, "m n"]:
         """Return a linear layer's weight as (out, in), as stored; AdapterError if there is no such layer."""
@@ -97,7 +171,7 @@ def weight_of(layer: Any) -> Float[Tensor, "m n"]:
 def is_transposed(update: AdapterUpdate, model: nn.Module | None = None) -> bool:
     """Return whether the base model stores weights as (in, out), as far as it is at hand."""
     try:
-        model = model or BaseWeights(update.base).skeleton
+        model = model or BaseWeights.of(update).skeleton
     except AdapterError:
         return bool(update.config.get("fan_in_fan_out"))
     return any(isinstance(layer, Conv1D) for layer in model.modules())
@@ -150,6 +224,15 @@ def check_base(model: nn.Module, update: AdapterUpdate, name: str) -> None:
             check_fit(weight_of(linear_layer(model, module, name)), update, module, name)
 
 
+def load_for(update: AdapterUpdate, device: str = "auto") -> PreTrainedModel:
+    """Load an adapter's base model to measure on, as `BaseWeights.load`, after `check_base`."""
+    weights = BaseWeights.of(update)
+    model = weights.load(device)
+    same = model.dtype in (torch.float32, weights.config.dtype)  # else rounded: another weight than the adapter saw
+    check_base(model if same else weights.whole, update, update.base)
+    return model
+
+
 def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> Tensor:
     """Return a weight (out, in) as the adapter saw it; AdapterError if it is not the one it was made for.
 
@@ -193,9 +276,9 @@ def _readable(model: str) -> Iterator[None]:
         raise AdapterError("the adapter names no base model; pass base=… (--base)")
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: a quantiser's library
-        if isinstance(error, HipLoraError):
-            raise
+    except HipLoraError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes of transformers, or a quantiser's library that lacks
         raise AdapterError(
             f"base model {model}: cannot be read ({first_line(error)}); pass a folder or a hub name that this machine "
             "can reach as base=… (--base)"

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from hiplora.adapters.base import BaseWeights, check_base, linear_layer, load_base, quiet_loading, replace_extras
+from hiplora.adapters.base import BaseWeights, check_base, linear_layer, quiet_loading, replace_extras
 from hiplora.adapters.read import PREFIX
 from hiplora.adapters.update import SELECTION, AdapterUpdate, product_norm
 from hiplora.errors import AdapterError, first_line
@@ -48,25 +48,26 @@ def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
         )
 
 
-def compare_logits(update: AdapterUpdate, folder: Path, exact: bool) -> tuple[float | None, str]:
+def compare_logits(update: AdapterUpdate, folder: Path, exact: bool, device: str) -> tuple[float | None, str]:
     """Return `logit_difference` of an update beside its base's layers and its export, loaded by stock PEFT.
 
     If they were not compared, None and the reason.
     """
-    if (kind := update.config.get("task_type")) not in (None, "CAUSAL_LM"):
-        return None, f"logits not compared: the adapter is for {kind}, and only causal language models are"
     if not os.path.isdir(resolve(update.base)):
         return None, f"logits not compared: base model {update.base or '?'} is not a folder here; pass base=… (--base)"
-    if why := BaseWeights(update.base).no_room(torch.float32.itemsize):
+    weights = BaseWeights.of(update)
+    if not weights.predicts_tokens:
+        return None, f"logits not compared: {type(weights.skeleton).__name__} gives none of tokens"
+    if why := weights.no_room(device, torch.float32):
         return None, f"logits not compared: {why}"
-    bare = load_base(update.base, torch.float32)
+    bare: Any = weights.load(device, torch.float32)
     check_base(bare, update, update.base)
     replace_extras(bare, update)
     with added(bare, update):
         expected = logits_of(bare)
     with quiet_loading():
         if update.extras:
-            bare, rows = load_base(update.base, torch.float32), len(bare.get_input_embeddings().weight)
+            bare, rows = weights.load(device, torch.float32), len(bare.get_input_embeddings().weight)
             if rows != len(bare.get_input_embeddings().weight):
                 bare.resize_token_embeddings(rows, mean_resizing=False)
         stock = PeftModel.from_pretrained(bare, str(folder)).eval()
@@ -82,12 +83,10 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
         AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
             some mixtures of experts.
     """
-    if fields["task_type"] not in (None, "CAUSAL_LM"):
-        return update
     by_name = dict.fromkeys(SELECTION) | {"target_modules": sorted(update.factors)}
     for selection in (fields, {**fields, **by_name}):
         try:
-            skeleton = BaseWeights(update.base).skeleton
+            skeleton = BaseWeights.of(update).skeleton
         except AdapterError:
             return update
         with unrolled(skeleton):
@@ -121,11 +120,13 @@ def logit_difference(found: Tensor, expected: Tensor, source: str, exact: bool) 
 
 @torch.no_grad()
 def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
-    """Return a causal language model's logits on four rows of random tokens, the same each time, in fp32."""
+    """Return a language model's logits on four rows of random tokens, the same each time, in fp32."""
     config: Any = model.config
     generator = torch.Generator().manual_seed(20240131)
     ids = torch.randint(0, config.get_text_config().vocab_size, (4, 16), generator=generator)
-    return model(input_ids=ids.to(next(model.parameters()).device)).logits.float().cpu()
+    ids = ids.to(next(model.parameters()).device)
+    also = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    return model(input_ids=ids, **also).logits.float().cpu()
 
 
 @contextmanager
@@ -137,7 +138,8 @@ def added(model: nn.Module, update: AdapterUpdate) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(unrolled(model))
+        device = next(model.parameters()).device
         for module, (A, B) in update.factors.items():
-            handle = model.get_submodule(module).register_forward_hook(hook(A, B))
+            handle = model.get_submodule(module).register_forward_hook(hook(A.to(device), B.to(device)))
             stack.callback(handle.remove)
         yield

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hiplora.adapters.base import BaseWeights, check_base, load_base, replace_extras, weight_of
+from hiplora.adapters.base import BaseWeights, check_base, replace_extras, weight_of
 from hiplora.adapters.check import added, logit_difference, logits_of
 from hiplora.adapters.lora import DTYPES, check_dtype, open_update
 from hiplora.adapters.output import save_tokenizer, write_record
@@ -56,11 +57,12 @@ def save_dense(
     if dtype is not None:
         check_dtype(dtype)
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
-    model: Any = BaseWeights(update.base).whole
+    weights = BaseWeights.of(update)
+    model: Any = weights.whole
     check_base(model, update, update.base)
     exact, untied = model.dtype == torch.float32, replace_extras(model, update)
     expected = None
-    if check_logits and update.factors:
+    if check_logits and update.factors and weights.predicts_tokens:
         with added(model, update):
             expected = logits_of(model)
     differences = merge_into(model, update, DTYPES[dtype] if dtype else None)
@@ -69,11 +71,11 @@ def save_dense(
         with quiet_transformers(always=False):
             model.save_pretrained(staged)
         save_tokenizer(update, staged, base=True)
-        del model
+        del model, weights
         if expected is not None:
-            found = logits_of(load_base(str(staged), "auto"))
+            found = logits_of(BaseWeights.of(replace(update, base=str(staged))).whole)
             logits = logit_difference(found, expected, update.source, exact and written == "float32")
-        note = "" if expected is not None else "logits not compared: switched off or not of low rank"
+        note = "" if expected is not None else "logits not compared: switched off, not of low rank, or none of tokens"
         more = {"untied": untied, **(details or {})}
         return write_record("dense", update, staged, path, differences, (logits, note), written, details=more)
 

@@ -46,7 +46,7 @@ class Saved:
     @cached_property
     def weights(self) -> BaseWeights:
         """The base model's weights."""
-        return BaseWeights(self.base)
+        return BaseWeights(self.base, self.config.get("task_type"), self.fingerprints)
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -61,7 +62,7 @@ def allocation_rows(
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; expected an integer of at least 1")
     update = read_update(adapter_dir, base)
-    weights, store = cache(lambda: BaseWeights(base or update.base)), FactorStore()
+    weights, store = cache(lambda: BaseWeights.of(replace(update, base=base or update.base))), FactorStore()
     rows = []
     for module in tqdm(sorted(update.factors, key=model_order), "inspecting modules", disable=None, delay=2):
         (A, B), channels, (m, n) = update.factors[module], update.channels.get(module), update.shape(module)

@@ -21,7 +21,7 @@ from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
 from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.files import check_output_dir, staged_dir
+from hiplora.files import Inputs, check_output_dir, staged_dir
 from hiplora.tuner import HipLoraConfig
 from hiplora.tuner.experts import shared_side
 
@@ -40,6 +40,7 @@ def save_as_lora(
     dtype: str = "float32",
     overwrite: bool = False,
     check_logits: bool = True,
+    device: str = "auto",
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an adapter as a plain LoRA folder that stock PEFT loads, verified before it appears under `path`.
@@ -55,15 +56,16 @@ def save_as_lora(
         base: base model, path or name, instead of the one in the configuration.
         dtype: "float32", "bfloat16" or "float16"; the last two round, and the record says how much.
         check_logits: also compare logits, if the base model of a folder or an update is at hand and fits into memory.
+        device: to compare them on, in fp32; "auto" is a GPU where there is one.
         details: more fields of `export.json`, for JSON.
 
     Returns:
         the record in `export.json`, without the provenance.
 
     Raises:
-        AdapterError: the adapter cannot be read, left its complement, needs a higher rank than `pad_rank`, or the
-            result differs by more than rounding; nothing is written then.
-        ConfigError: `path` exists, or `dtype` is unknown.
+        AdapterError: the adapter cannot be read, left its complement, or the result differs by more than rounding;
+            nothing is written then.
+        ConfigError: `path` exists, `dtype` is unknown, or a module has a higher rank than `pad_rank`.
     """
     check_dtype(dtype)
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
@@ -75,7 +77,7 @@ def save_as_lora(
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
         save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
-        return _verified("lora", update, staged, path, dtype, compare, details)
+        return _verified("lora", update, staged, path, dtype, compare, device, details)
 
 
 def check_dtype(dtype: str) -> None:
@@ -85,16 +87,24 @@ def check_dtype(dtype: str) -> None:
 
 
 def open_update(
-    source: Any, path: str | os.PathLike, overwrite: bool, adapter: str = "default", base: str | None = None
+    source: Any,
+    path: str | os.PathLike,
+    overwrite: bool,
+    adapter: str = "default",
+    base: str | None = None,
+    inputs: Inputs | None = None,
 ) -> Any:
-    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced."""
+    """Return the update to export to `path`; an error if it leaks, or `path` may not be made or replaced.
+
+    What is replaced must hold neither the adapter, nor its base model, nor one of the `inputs`.
+    """
     update = source
     if isinstance(source, nn.Module):
         update = update_from_model(source, adapter)
     elif not isinstance(source, AdapterUpdate):
         update = read_update(source, base)
     update = replace(update, base=base) if base else update
-    check_output_dir(path, overwrite, {"the adapter": update.source, "its base model": update.base})
+    check_output_dir(path, overwrite, {**(inputs or {}), "the adapter": update.source, "its base model": update.base})
     update.check_leak()
     return update
 
@@ -106,6 +116,7 @@ def _verified(
     path: str | os.PathLike,
     dtype: str,
     check_logits: bool,
+    device: str,
     details: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Compare an adapter as written into `folder` with its update; write and return the record, unless fp32 differs."""
@@ -115,7 +126,7 @@ def _verified(
         refuse_over(differences, TOLERANCE)
     logits: Any = (None, "logits not compared: switched off, of a live model, or with other names")
     if check_logits:
-        logits = compare_logits(update, folder, exact)
+        logits = compare_logits(update, folder, exact, device)
     return write_record(to, update, folder, path, differences, logits, dtype, written.ranks, details)
 
 
@@ -124,6 +135,7 @@ def save_as_hiplora(
     path: str | os.PathLike,
     *,
     overwrite: bool = False,
+    device: str = "auto",
     details: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write an update as a HiP-LoRA adapter, verify it, and return its record; arguments as of `save_as_lora`.
@@ -143,7 +155,7 @@ def save_as_hiplora(
     with staged_dir(path, overwrite) as staged:
         _save_tensors(tensors, staged)
         config.save_pretrained(str(staged))
-        return _verified("hiplora", update, staged, path, "float32", True, details)
+        return _verified("hiplora", update, staged, path, "float32", True, device, details)
 
 
 def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:
@@ -190,8 +202,8 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, a rank exceeds
-    `pad_rank`, or a value overflows `dtype`.
+    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, or a value
+    overflows `dtype`; ConfigError if a rank exceeds `pad_rank`.
     """
     tensors = {}
     for module, (A, B) in update.factors.items():
@@ -202,7 +214,7 @@ def write_lora(
             )
         missing = 0 if pad_rank is None else pad_rank - A.shape[0]
         if missing < 0:
-            raise AdapterError(
+            raise ConfigError(
                 f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {pad_rank}; pass at "
                 f"least {A.shape[0]}"
             )

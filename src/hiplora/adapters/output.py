@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.read import CONFIG
@@ -29,7 +29,7 @@ _PEFT = 'model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder
 _CARDS = {
     "lora": ("Plain LoRA adapter", _PEFT),
     "hiplora": ("HiP-LoRA adapter", f"import hiplora\n{_PEFT}"),
-    "dense": ("Standalone model", 'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")'),
+    "dense": ("Standalone model", 'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto")'),
 }
 
 _SERVING = """
@@ -85,8 +85,12 @@ def write_record(
     stored = record | {"provenance": provenance()}
     (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
     base, (title, code) = hub_name(update.base or "") or "unknown", _CARDS[to]
+    if to == "dense":
+        (own,) = json.loads((folder / "config.json").read_text())["architectures"]
+        kind = "AutoModelForCausalLM" if own.endswith(("ForCausalLM", "LMHeadModel")) else f"transformers.{own}"
+        code = code.format(kind=kind)
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
-    allowed = _vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
+    allowed = vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
     serving = _SERVING.format(base=base, rank=allowed) if allowed else ""
     compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
     (folder / "README.md").write_text(f"""---
@@ -113,7 +117,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     """Return what servers reject or misread of an adapter padded to `pad_rank`: (server, problem, remedy) each."""
     ranks = {pad_rank or rank for rank in update.ranks.values()}
     largest = max(ranks)
-    allowed = _vllm_rank(largest)
+    allowed = vllm_rank(largest)
     found = []
     if update.extras:
         found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
@@ -130,7 +134,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
     base: BaseWeights | None = None
     with suppress(AdapterError):  # not at hand: this says less then
-        base = BaseWeights(update.base)
+        base = BaseWeights.of(update)
     architectures = (base and base.config.architectures) or []
     multimodal = any("ConditionalGeneration" in name for name in architectures)
     if multimodal and any(name.startswith("model.layers.") for name in update.factors):
@@ -143,7 +147,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     return found
 
 
-def _vllm_rank(rank: int) -> int | None:
+def vllm_rank(rank: int) -> int | None:
     """Return the smallest `--max-lora-rank` of vLLM's that admits a rank; None where it has none."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
@@ -173,9 +177,17 @@ def push_to_hub(folder: Path, repository: str) -> None:
 
 
 def save_tokenizer(update: AdapterUpdate, folder: Path, base: bool = False) -> None:
-    """Write the tokenizer that lies beside an adapter, which may have tokens of its own; else the `base` model's."""
+    """Write the tokenizer that lies beside an adapter, which may have tokens of its own; else the `base` model's.
+
+    Of a base model for pictures or sound, what prepares these comes along.
+    """
     beside = (Path(update.source) / "tokenizer_config.json").is_file()
-    name = update.source if beside else resolve(update.base) if base else None
-    with suppress(OSError, ValueError):  # a base model without a tokenizer gives a merged model without one
-        if name is not None:
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
+    found: list[tuple[Any, str]] = [(AutoTokenizer, update.source)] if beside else []
+    if base:
+        name = resolve(update.base)
+        found = found or [(AutoTokenizer, name)]
+        if any(Path(name).glob("*processor_config.json")):
+            found.insert(0, (AutoProcessor, name))
+    for kind, source in found:
+        with suppress(Exception):  # what transformers raises where a model has none of it: the folder has none then
+            kind.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)

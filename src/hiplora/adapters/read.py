@@ -167,12 +167,13 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
 def _plain_name(name: str) -> str:
     """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
 
-    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`.
+    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`, `hiplora_U.default`.
     """
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
     name = name.removeprefix("module.").removeprefix(PREFIX).removeprefix("module.")
-    name = re.sub(r"\.(lora_[AB]|hiplora_(?:A|B|delta))\.[^.]+\.weight$", r".\1.weight", name)
-    return re.sub(r"\.(lora_E)\.[^.]+$", r".\1", name)
+    name = re.sub(r"\.((?:lora|hiplora)_\w+)\.(?!weight$)[^.]+(\.weight)?$", r".\1\2", name)
+    name = re.sub(r"\.osf_svd_params\.[^.]+(?=\.[USV]_low$)", ".osf_svd_params", name)
+    return name.replace(".modules_to_save.default.", ".")
 
 
 def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:

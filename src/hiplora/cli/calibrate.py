@@ -4,7 +4,7 @@ from typing import Literal
 
 from typer import Option
 
-from hiplora.cli.common import CALIBRATION_TEXT, DEVICE, MLP_TARGETS, MODEL, Shown, targets
+from hiplora.cli.common import CALIBRATION_TEXT, DEVICE, MLP_TARGETS, MODEL, Shown, targets, train_step
 
 
 def command(
@@ -62,3 +62,5 @@ def command(
     source = "text written by the model" if found.source == "self" else found.source
     yield f"{model}: calibrated on {found.tokens:,} tokens, {source} (medians over layers)", table.reset_index()
     yield f"{found.seconds:.1f} s; factors take {found.bytes / 1e6:.1f} MB"
+    method = {"target_modules": modules, "basis_sides": sides, "calibration_text": text, "calibration_tokens": tokens}
+    yield train_step(model, principal_rank=parse_rank(rank), **method)

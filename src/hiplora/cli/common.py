@@ -143,6 +143,26 @@ def tell(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def next_step(*words: Any, why: str = "") -> str:
+    """Return the last line that a command prints: the command that does what comes next, to copy."""
+    return f"next: {shlex.join(map(str, words))}" + (f"   ({why})" if why else "")
+
+
+def try_step(out: Path, update: Any, dense: bool = False) -> str:
+    """Return `next_step` after an update was written to `out`: run it, where it is of a model that writes text."""
+    if update.config.get("task_type") not in (None, "CAUSAL_LM") or not (dense or update.base):
+        return f"next: load {out} as its README.md says" if dense else next_step("hiplora", "inspect", out)
+    model = [out] if dense else [update.base, "--adapter", out]
+    return next_step("hiplora", "generate", *model, "--prompt", "Why is the sky blue?")
+
+
+def train_step(model: str, **method: Any) -> str:
+    """Return `next_step` after a model was measured for training, with the settings that find the measurements."""
+    given = {key: value if isinstance(value, str) else json.dumps(value) for key, value in method.items() if value}
+    settings = [word for key, value in given.items() for word in ("--set", f"method.{key}={value}")]
+    return next_step("hiplora", "train", "--model", model, "--data", "rows.jsonl", *settings, "--out", "runs/first")
+
+
 @contextlib.contextmanager
 def told_to_repeat(out: Path | str) -> Iterator[None]:
     """Say at Ctrl-C that the same command continues in `out`."""

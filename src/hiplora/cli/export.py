@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, OUT, OVERWRITE, PUSH, Group, Shown, scaling
+from hiplora.cli.common import ADAPTER, BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, next_step, scaling, try_step
 from hiplora.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def command(
     base: str | None = BASE,
     scaling: Any = Group(scaling),
     logits: bool = Option(True, help="Compare logits too, if the base model is available and fits into memory."),
+    device: str = DEVICE,
     push: str | None = PUSH,
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.
@@ -36,19 +37,21 @@ def command(
         hiplora export runs/medicine --to lora --out runs/medicine-lora
     """
     from hiplora.adapters import open_update, push_to_hub, save_as_lora, save_dense, server_findings
+    from hiplora.adapters.output import vllm_rank
     from hiplora.evaluation.updates import choose_scale
 
     if to == "dense" and (pad_rank or prefix):
         raise ConfigError("--pad-rank, --prefix: only with --to lora; leave them out or export to lora")
     update = open_update(adapter, out, overwrite, base=base)
-    scale, search = choose_scale(update, **scaling)
+    scale, search = choose_scale(update, **scaling, device=device)
     how: dict[str, Any] = {"scale": scale, "overwrite": overwrite, "check_logits": logits}
     how["details"] = {"scale": scale, "scale_search": search}
     findings: list[tuple[str, str, str]] = []
     if to == "dense":
         record = save_dense(update, out, dtype=dtype, **how)
     else:
-        record = save_as_lora(update, out, pad_rank=pad_rank, prefix=prefix, dtype=dtype or "float32", **how)
+        how |= {"pad_rank": pad_rank, "prefix": prefix, "device": device}
+        record = save_as_lora(update, out, dtype=dtype or "float32", **how)
         findings = server_findings(update.renamed(prefix) if prefix else update, pad_rank)
     if push is not None:
         push_to_hub(out, push)
@@ -56,6 +59,12 @@ def command(
     if findings:
         yield "Before you serve it", ("Server", "Problem", "Remedy"), findings
     yield report_table(record, "Export")
+    if prefix:
+        rank = vllm_rank(record["rank"]) or record["rank"]
+        serve = ("--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={out}")
+        yield next_step("vllm", "serve", update.base, *serve)
+    else:
+        yield try_step(out, update, to == "dense")
 
 
 def report_table(report: dict[str, Any], title: str) -> tuple[str, tuple[str, ...], list[tuple[str, Any]]]:

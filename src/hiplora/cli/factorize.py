@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, Shown, targets, tell
+from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, Shown, targets, tell, train_step
 
 
 def command(
@@ -62,3 +62,4 @@ def command(
     }
     yield f"{model}: factors in {store.root}", pd.DataFrame(columns).reset_index()
     yield f"{len(df)} weights, {seconds:.1f} s"
+    yield train_step(model, preset="paper", target_modules=modules, principal_rank=rank, svd_tolerance=tolerance)

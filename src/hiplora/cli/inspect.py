@@ -5,7 +5,7 @@ from typing import Any
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, OVERWRITE, Shown
+from hiplora.cli.common import ADAPTER, BASE, OVERWRITE, Shown, next_step
 
 COLUMNS = ("Module", "‖ΔW‖", "written into", "read from", "both", "chance", "largest |δ|/σ", "leak")
 MOST_ROWS = 16  # that are printed
@@ -51,6 +51,8 @@ def command(
     yield record["verdict"]
     if html is not None:
         yield f"report: {html}"
+    same = ["--base", base] if base else []
+    yield next_step("hiplora", "protect", adapter, *same, "--out", f"{adapter}-protected")
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:

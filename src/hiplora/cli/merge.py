@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import BASE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling
+from hiplora.cli.common import BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling, try_step
 from hiplora.cli.export import report_table
 from hiplora.errors import ConfigError, first_line
 from hiplora.files import Inputs, parse_yaml
@@ -43,6 +43,7 @@ def command(
     base: str | None = BASE,
     scaling: Any = Group(scaling),
     drift: bool = Option(True, help="Measure how far the merge drifts from the base, if that is available."),
+    device: str = DEVICE,
     html: Path | None = Option(None, help="Also write the report as a page to this file."),
     overwrite: bool = OVERWRITE,
     push: str | None = PUSH,
@@ -61,7 +62,7 @@ def command(
     from hiplora.adapters import push_to_hub, read_update, save_as_hiplora, save_as_lora, save_dense
     from hiplora.evaluation.updates import choose_scale
     from hiplora.files import check_output_dir, check_output_file
-    from hiplora.merge_check import conflict_table, drift_of_merge, save_merge_page
+    from hiplora.merge_check import conflict_table, drift_of_merge, drift_problem, save_merge_page
     from hiplora.merging.conflict import merge_report
     from hiplora.merging.merger import check_weights, merge
 
@@ -76,7 +77,7 @@ def command(
     shares = check_weights(numbers("--weights", weights, float) or None, len(adapters))
     updates = [read_update(folder, base) for folder in adapters]
     update = merge(updates, method, shares, base=base, rank=rank, keep_channels=form == "hiplora", options=options)
-    scale, search = choose_scale(update, **scaling)
+    scale, search = choose_scale(update, **scaling, device=device)
     update, named = update.scaled(scale), _named(adapters, updates)
     record: dict[str, Any] = {
         "schema": 1,
@@ -87,7 +88,7 @@ def command(
         "options": options,
         "scale": scale,
         "scale_search": search,
-        "drift": drift_of_merge(named, shares, update) if drift else None,
+        "drift": drift_of_merge(named, shares, update, device) if drift else None,
     }
     losses = sorted(update.errors.items(), key=lambda item: -item[1])
     if rank is not None:
@@ -96,7 +97,8 @@ def command(
     report = merge_report(named, shares, record)
     save: Any = {"hiplora": save_as_hiplora, "lora": save_as_lora, "dense": save_dense}[form]
     details = {"merge": dict(record), "merge-report.json": report}
-    record["export"] = save(update, out, overwrite=overwrite, details=details)
+    placed = {} if form == "dense" else {"device": device}
+    record["export"] = save(update, out, overwrite=overwrite, details=details, **placed)
     if html is not None:
         save_merge_page(html, report)
     if push is not None:
@@ -111,7 +113,8 @@ def command(
     if record["drift"]:
         yield record["drift"]["verdict"]
     elif drift:
-        yield f"The drift was not measured: the base model {update.base} is no folder here, or does not fit."
+        yield f"The drift was not measured: {drift_problem(update, device)}"
+    yield try_step(out, update, form == "dense")
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from typer import Argument, Option
 
-from hiplora.cli.common import BASE, OUT, OVERWRITE, Group, Shown, numbers
+from hiplora.cli.common import BASE, OUT, OVERWRITE, Group, Shown, next_step, numbers
 from hiplora.cli.eval import eval_settings
 from hiplora.cli.merge import METHOD_HELP, SET, WEIGHTS, rule_options
 
@@ -49,3 +49,8 @@ def command(
     yield from verdict_tables(record).items()
     yield from verdict_notes(record)
     yield f"\nWritten: {out}"
+    given = {"--weights": weights, "--rank": rank, "--base": base}
+    options = [word for key, value in given.items() if value is not None for word in (key, value)]
+    options += [word for one in set for word in ("--set", one)]
+    merged = f"{out}-merged"
+    yield next_step("hiplora", "merge", *record["adapters"].values(), "--method", method[0], *options, "--out", merged)

@@ -5,7 +5,19 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ATTENTION_TARGETS, DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked, names, targets
+from hiplora.cli.common import (
+    ATTENTION_TARGETS,
+    DEVICE,
+    MODEL,
+    OUT,
+    OVERWRITE,
+    Group,
+    Shown,
+    checked,
+    names,
+    next_step,
+    targets,
+)
 from hiplora.errors import ConfigError
 
 KINDS_HELP = "Interventions, separated by commas: zero, flip, noise_S with the standard deviation S as a share of σ."
@@ -65,6 +77,8 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
         table = correlation_table(record["correlations"], metric)
         yield f"{title} (nats per token) against σ, {len(record['modules'])} modules", table
     yield f"Written to {out}: probe.json, report.html"
+    measure = "factorize" if settings.basis == "weight" else "calibrate"
+    yield next_step("hiplora", measure, settings.model, why="what training will protect")
 
 
 def parse_layers(given: str | None) -> tuple[int, ...] | None:

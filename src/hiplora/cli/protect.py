@@ -5,7 +5,19 @@ from typing import Any, Literal
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTER, BASE, CALIBRATION_TEXT, DRIFT_TEXT, OUT, OVERWRITE, Group, Shown, scaling
+from hiplora.cli.common import (
+    ADAPTER,
+    BASE,
+    CALIBRATION_TEXT,
+    DEVICE,
+    DRIFT_TEXT,
+    OUT,
+    OVERWRITE,
+    Group,
+    Shown,
+    next_step,
+    scaling,
+)
 
 MASK_HELP = (
     "inputs: directions of the layers' inputs; joint: pairs of input and output directions, which costs less of the "
@@ -31,6 +43,7 @@ def command(
     tokens: int = Option(10_000, min=2, help="Tokens to sample, or to read of the text."),
     seed: int = Option(0, min=0, help="Seed of the sampling."),
     scaling: Any = Group(scaling),
+    device: str = DEVICE,
     drift_text: Path | None = DRIFT_TEXT,
     overwrite: bool = OVERWRITE,
 ) -> Shown:
@@ -66,3 +79,5 @@ def command(
     yield title, ("", "base model", "before", "after"), rows
     yield from (f"note: {note}" for note in record["notes"])
     yield f"written to {out}: plain LoRA of rank {record['export']['rank']}"
+    both = ("--adapter", f"before={adapter}", "--adapter", f"after={out}")
+    yield next_step("hiplora", "generate", record["base"], *both, "--prompt", "Why is the sky blue?")

@@ -17,7 +17,7 @@ from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse
 from hiplora.editing.editors import Editor, PositiveFloat
 from hiplora.editing.edits import Edit
 from hiplora.editing.measure import BATCH_SIZE
-from hiplora.errors import AdapterError, ConfigError, DataError, FactorError
+from hiplora.errors import AdapterError, ConfigError, DataError, FactorSettingError
 from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.likelihood import Encoded, can_pad, encode, pad_left, response_log_probs
 from hiplora.spectral import MomentBasis
@@ -88,7 +88,7 @@ def null_space(basis: MomentBasis, threshold: float, name: str = "layer") -> Flo
     n, held = basis.vectors.shape
     above = int((basis.values >= threshold).sum())
     if above >= n or above > held:
-        raise FactorError(
+        raise FactorSettingError(
             f"layer {name}: {above} of {n} directions of its inputs are above the threshold {threshold}, at most "
             f"{min(n - 1, held)} can be; raise threshold (the mean over the directions is {basis.values.mean():.2g})"
         )

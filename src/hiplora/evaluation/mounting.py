@@ -21,15 +21,15 @@ BASE = "base"  # the base model's name in results, which no adapter gets
 
 
 def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
-    """Load a model and its tokenizer for measuring: in bf16 on a GPU, in fp32 on the CPU; `device` as `pick_device`.
+    """Load a model and its tokenizer for measuring: on a device and in a precision as `measuring_place`.
 
     Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
     differently with and without them, and the base must score the same before and after.
     """
-    from hiplora.models import load, pick_device
+    from hiplora.models import load, measuring_place
 
-    place = pick_device(device)
-    network, tokenizer = load(model, torch.float32 if place == "cpu" else torch.bfloat16)
+    place, dtype = measuring_place(device)
+    network, tokenizer = load(model, dtype)
     return network.to(place).requires_grad_(False), tokenizer
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from hiplora.adapters import AdapterUpdate, check_base, load_base
+from hiplora.adapters import AdapterUpdate, load_for
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import DataSettings, load_data
 from hiplora.errors import ConfigError
@@ -99,7 +98,11 @@ def search_scale(
 
 
 def choose_scale(
-    update: AdapterUpdate, scale: float | None, tolerance: float | None, data: str | Path | None
+    update: AdapterUpdate,
+    scale: float | None,
+    tolerance: float | None,
+    data: str | Path | None,
+    device: str = "auto",
 ) -> tuple[float, dict[str, Any] | None]:
     """Return a given scale, 1 if none, or the one that a search over the rows of `data` finds, with its record.
 
@@ -113,9 +116,7 @@ def choose_scale(
         return 1.0 if scale is None else scale, None
     tokenizer = load_tokenizer(update.base)
     examples, notes = task_rows(tokenizer, data)
-    model = load_base(update.base, torch.float32)
-    check_base(model, update, update.base)
-    found = search_scale(model, update, examples, tolerance)
+    found = search_scale(load_for(update, device), update, examples, tolerance)
     return found["scale"], found | {"notes": notes}
 
 

@@ -198,7 +198,7 @@ def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> Non
             "merged with another adapter; train it without modules_to_save"
         )
     if base is not None:
-        weights = BaseWeights(base)
+        weights = BaseWeights.of(replace(updates[0], base=base))
         for update in updates:
             for module in update.factors:
                 weights.fitting_weight(module, update)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.errors import FactorError
+from hiplora.errors import FactorError, FactorSettingError
 from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, weight_fingerprint, widest
 from hiplora.spectral.rank import rank_for_energy
 from hiplora.spectral.svd import as_matrix, certify
@@ -139,7 +139,7 @@ def activation_factors(
     for what, moment, width in (("inputs", inputs, n), ("outputs", outputs, m)):
         size, kept = (0, 0) if moment is None else moment.vectors.shape
         if (what == "inputs" or sides != "input") and (size != width or kept < k):
-            raise FactorError(
+            raise FactorSettingError(
                 f"layer {name}: principal_rank {k} takes as many directions of its {width} {what}, and the calibration "
                 f"has {kept} of {size} numbers; lower it, or calibrate on this very model"
             )

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.errors import ConfigError, FactorError
+from hiplora.errors import ConfigError, FactorError, FactorSettingError
 from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, row_chunks, weight_fingerprint, widest
 from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
 
@@ -49,7 +49,7 @@ def truncated_svd(
         except torch.linalg.LinAlgError as error:
             raise FactorError(f"layer {name}: LAPACK could not decompose the weight ({error})") from error
     if not factors.residual <= tol:
-        raise FactorError(
+        raise FactorSettingError(
             f"layer {name}: the {factors.method} decomposition reached a residual of {factors.residual:.1e}, "
             f"expected at most svd_tolerance {tol:.1e} (of the largest singular value); raise svd_tolerance"
         )
@@ -67,9 +67,9 @@ def as_matrix(weight: Tensor, k: int, name: str) -> Float[Tensor, "m n"]:
     if weight.is_meta:
         raise FactorError(f"layer {name}: the weight is on the meta device and has no values; load it first")
     if k < 1:
-        raise FactorError(f"layer {name}: principal_rank {k} is below 1; raise it or leave the layer out")
+        raise FactorSettingError(f"layer {name}: principal_rank {k} is below 1; raise it or leave the layer out")
     if k > min(weight.shape):
-        raise FactorError(
+        raise FactorSettingError(
             f"layer {name}: principal_rank {k} exceeds min(out, in) = {min(weight.shape)}; "
             "lower it or set principal_rank_pattern"
         )

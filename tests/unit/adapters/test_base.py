@@ -1,10 +1,11 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hiplora.adapters import BaseWeights
+from hiplora.adapters import BaseWeights, base
 from hiplora.adapters.base import in_precision
 from hiplora.errors import AdapterError
 from hiplora.spectral import weight_fingerprint
@@ -38,6 +39,29 @@ def test_a_model_that_cannot_be_read_is_named_with_the_way_out(tiny_model_dir, t
     (broken / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     with pytest.raises(AdapterError, match=r"broken: cannot be read"):
         BaseWeights(str(broken))
+
+
+@pytest.mark.parametrize(
+    ("free", "unasked", "device", "way_out"),
+    [
+        (10**9, 10**9, "auto", ""),
+        (10**9, 1000, "auto", "no GPU; pass --device cpu"),
+        (10**9, 1000, "cpu", ""),
+        (1000, 10**9, "auto", "more than is free; use a machine with more memory"),
+    ],
+)
+def test_what_is_too_large_to_measure_is_not_loaded_unasked(
+    tiny_model_dir, monkeypatch, free, unasked, device, way_out
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(base.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(base, "_UNASKED", unasked)
+    weights = BaseWeights(str(tiny_model_dir))
+    if not way_out:
+        assert weights.load(device).dtype == torch.float32
+        return
+    with pytest.raises(AdapterError, match=f"needs .* GiB.*{way_out}"):
+        weights.load(device)
 
 
 def test_a_weight_is_recognised_in_the_precision_that_the_adapter_saw():

@@ -5,7 +5,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hiplora.adapters import save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
@@ -76,6 +83,19 @@ def test_each_sum_is_rounded_once_to_the_base_models_format_or_the_one_asked_for
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor.bfloat16(), same[name])
     assert 1e-4 < save_dense(folder, tmp_path / "half", dtype="bfloat16")["largest_difference"]["relative"] < 1e-2
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", None])
+def test_a_classifier_over_a_base_of_another_class_keeps_its_labels(tiny_model_dir, tmp_path, task):
+    kind = AutoModelForTokenClassification if task == "TOKEN_CLS" else AutoModelForSequenceClassification
+    network = kind.from_pretrained(tiny_model_dir, num_labels=5, pad_token_id=0)
+    config = hip_config(task_type=task, modules_to_save=["score"], init_weights=False)
+    model = peft.get_peft_model(network, config).eval()
+    model.save_pretrained(tmp_path / "a")
+    save_dense(tmp_path / "a", tmp_path / "out")
+    dense = kind.from_pretrained(tmp_path / "out", pad_token_id=0).eval()
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-4, atol=1e-5)
+    assert logits(dense).shape[-1] == 5
 
 
 def test_what_cannot_be_merged_is_refused_and_nothing_is_written(adapters, tmp_path):

@@ -157,7 +157,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(adapters, tmp_pa
     edit_tensors(stray, rename)
     for folder, options, error, why in (
         (stray, {}, AdapterError, r"has no linear layer model\.layers\.0\.self_attx\.k_proj"),
-        (adapters["one"], {"pad_rank": 8}, AdapterError, r"rank 10, which does not fit .* pass at least 10"),
+        (adapters["one"], {"pad_rank": 8}, ConfigError, r"rank 10, which does not fit .* pass at least 10"),
         (adapters["one"], {"base": other}, AdapterError, "not the one that this adapter was made for"),
         (adapters["whole"], {"scale": 0.5}, AdapterError, r"lm_head\.weight.*cannot be scaled"),
         (adapters["one"], {"scale": 0}, ConfigError, "scale is 0; expected a number above 0"),

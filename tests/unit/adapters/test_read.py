@@ -1,12 +1,14 @@
 import dataclasses
+import re
 import shutil
 
 import peft
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, OSFConfig
+from safetensors.torch import load_file, save_file
 
-from hiplora.adapters import read, read_update, update_from_model
+from hiplora.adapters import read, read_update, save_dense, update_from_model
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
@@ -23,6 +25,7 @@ from tests.unit.adapters.samples import (
     hip_config,
     product,
     saved,
+    train,
 )
 
 
@@ -146,8 +149,8 @@ def test_what_is_not_a_plain_update_is_refused_and_named(tiny_model_dir, tmp_pat
     [
         ("lora", lambda name: name.replace(".model.layers", "._orig_mod.model.layers")),
         ("lora", lambda name: "module." + name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn.")),
-        ("lora", lambda name: name.replace(".weight", ".default.weight").removeprefix(PREFIX)),
         ("one", lambda name: name.replace(".layers.", ".layers._checkpoint_wrapped_module.")),
+        ("adalora", lambda name: f"{name}.default"),
     ],
 )
 def test_names_that_wrappers_of_the_model_left_are_read_as_the_modules_own(adapters, tmp_path, kind, renamed):
@@ -161,7 +164,48 @@ def test_names_that_wrappers_of_the_model_left_are_read_as_the_modules_own(adapt
     assert_is(read_update(folder), deltas(adapters.models[kind]))
 
 
+@pytest.mark.parametrize("kind", ["one", "lora", "hip whole", "osf"])
+def test_a_state_dict_that_was_saved_without_peft_is_read(adapters, tmp_path, kind):
+    if kind == "osf":
+        model = peft.get_peft_model(base_model(adapters.base), OSFConfig(target_modules=["q_proj"], effective_rank=8))
+        train(model).save_pretrained(tmp_path / "a")
+    else:
+        shutil.copytree(adapters[kind], tmp_path / "a")
+        model = adapters.models[kind]
+    expected, parts = read_update(tmp_path / "a"), r"lora_|osf_svd_params|modules_to_save|original_module"
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items() if re.search(parts, name)}
+    assert any(".default" in name for name in raw)
+    save_file(raw, tmp_path / "a" / "adapter_model.safetensors")
+    found = read_update(tmp_path / "a")
+    assert found.extras.keys() == expected.extras.keys()
+    for module in expected.modules:
+        torch.testing.assert_close(found.delta(module), expected.delta(module))
+
+
 # Damage
+
+
+class Harmful:
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("part", ["adapter_model", "pytorch_model"])
+def test_pickled_weights_run_nothing(adapters, tmp_path, part):
+    folder = shutil.copytree(adapters["lora"], tmp_path / "a")
+    base = shutil.copytree(adapters.base, tmp_path / "base")
+    harmful = Harmful()
+    harmful.path = str(tmp_path / "ran")
+    place = folder if part == "adapter_model" else base
+    weights = next(place.glob("*model.safetensors"))
+    tensors = load_file(weights)
+    weights.unlink()
+    torch.save(tensors, place / f"{part}.bin")
+    save_dense(folder, tmp_path / "out", base=str(base))  # plain tensors are read
+    torch.save({**tensors, "lora_A": harmful}, place / f"{part}.bin")
+    with pytest.raises(AdapterError, match=r"damaged or cut off|cannot be read"):
+        save_dense(folder, tmp_path / "again", base=str(base))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture(params=["one", "lora"])

@@ -1,0 +1,54 @@
+"""The last line of a command is the command that does what comes next, and it works as it stands."""
+
+import shlex
+import shutil
+
+import pytest
+
+from tests.commands import run
+from tests.tiny import write_jsonl
+
+
+@pytest.fixture
+def place(adapters, tiny_model_dir, tmp_path, monkeypatch):
+    """A working directory with adapters, their base model and rows; one of the names has a space."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(adapters["one"], "my one")
+    shutil.copytree(adapters["lora"], "lora")
+    shutil.copytree(tiny_model_dir, "base")
+    rows = [{"question": f"What is {i}?", "choices": ["red", "blue"], "answer": i % 2} for i in range(4)]
+    write_jsonl(tmp_path / "items.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "completion": f" It is {i}."} for i in range(4)])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "follows"),
+    [
+        (["export", "my one", "--to", "lora", "--out", "out"], "generate"),
+        (["export", "my one", "--to", "dense", "--out", "out"], "generate"),
+        (["merge", "my one", "lora", "--out", "out", "--no-drift"], "generate"),
+        (["merge", "my one", "lora", "--out", "out", "--method", "ties", "--no-drift"], "generate"),
+        (["merge-check", "my one", "lora", "--suite", "items.jsonl", "--out", "out", "--weights", "1,0.5"], "merge"),
+        (["inspect", "my one"], "protect"),
+        (["protect", "my one", "--out", "out", "--tokens", "200"], "generate"),
+        (["calibrate", "base", "--tokens", "200", "--rank", "energy:0.5"], "train"),
+        (["factorize", "base", "--rank", "4", "--target-modules", "q_proj,v_proj"], "train"),
+        (["probe", "base", "--layers", "0", "--directions", "2", "--tokens", "32", "--out", "out"], "factorize"),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else value,
+)
+def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
+    code, said, err = run(capsys, *command)
+    assert code == 0, err
+    last = said.splitlines()[-1]
+    assert last.startswith("next: hiplora ")
+    _, name, *rest = shlex.split(last.removeprefix("next: ").partition("   (")[0])
+    assert name == follows
+    code, _, err = run(capsys, name, *rest, *(["--dry-run"] if name == "train" else []))
+    assert code == 0, err
+
+
+def test_json_has_no_such_line(place, capsys):
+    assert "next:" not in run(capsys, "inspect", "lora", "--json")[1]
