@@ -68,6 +68,37 @@ def own_part(value: Tensor, parameter: Any) -> Tensor:
     return nn.functional.pad(part, (0, parameter.numel() - len(part)))
 
 
+class Watch:
+    """Tells whether gains are trained by steps that the optimizer hooks do not see.
+
+    They are where they move after a backward pass and a step of other tensors (flat or master copies), or twice without
+    any; once, and without a step, SAM moves them, or a user.
+    """
+
+    steps_of_others: ClassVar[int] = 0
+
+    def __init__(self, gains: Tensor) -> None:
+        self.gains, self.steps, self.moves, self.differentiated = (
+            gains.detach().clone(),
+            Watch.steps_of_others,
+            0,
+            False,
+        )
+        gains.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        self.differentiated = True
+
+    def finds_training(self, gains: Tensor) -> bool:
+        """Look at the gains in another training pass."""
+        if torch.equal(self.gains, gains):
+            return False
+        self.moves += self.differentiated
+        found = self.differentiated and (self.moves > 1 or self.steps < Watch.steps_of_others)
+        self.gains, self.steps, self.differentiated = gains.detach().clone(), Watch.steps_of_others, False
+        return found
+
+
 class FactorBuffers(nn.Module):
     """Holds U, σ, V and a soft projection's shrink_U, shrink_V per adapter as buffers; the base class of a layer."""
 
@@ -82,12 +113,16 @@ class FactorBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
+        self._unserved: dict[
+            str, Watch
+        ] = {}  # the gains that no optimizer hook has seen, since the first training pass
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take part in the hooks as a deep copy or out of a pickle too."""
         super().__setstate__(state)
+        self._unserved = {}
         self.live.add(self)
 
     def place_factors(self, adapter: str, names: list[str], factors: SpectralFactors | Mapping[str, Tensor]) -> None:
