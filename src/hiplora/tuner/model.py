@@ -6,7 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -25,7 +25,16 @@ from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.state import FACTOR_NAMES, check_checkpoint, check_fingerprints, factor_names, retracted_state
-from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, precision, short_names
+from hiplora.tuner.targets import (
+    Target,
+    find_targets,
+    for_module,
+    frozen_weight,
+    left_out,
+    pattern_key,
+    precision,
+    short_names,
+)
 
 
 class HipLoraModel(BaseTuner):
@@ -34,6 +43,7 @@ class HipLoraModel(BaseTuner):
     prefix = "hiplora_"
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
+    _rowless: tuple[int, str | None] = (0, None)  # of so many layers, one whose input has no rows in front
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -139,6 +149,13 @@ class HipLoraModel(BaseTuner):
                     if isinstance(module, nn.TransformerEncoder):
                         module.use_nested_tensor = False
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; PEFT passes MPT's `adapter_names` on to here, and MPT drops them."""
+        if kwargs.get("adapter_names") is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(**kwargs):
+            return super().forward(*args, **{key: kwargs[key] for key in kwargs.keys() - {"adapter_names"}})
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers."""
@@ -179,6 +196,13 @@ class HipLoraModel(BaseTuner):
         if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
                 f"layer {expert}: an expert gets tokens, not rows; run one adapter at a time, not a mix"
+            )
+        if self._rowless[0] != len(layers):
+            self._rowless = len(layers), _without_rows(self.model, layers)
+        if self._rowless[1] is not None:
+            raise AdapterError(
+                f"layer {self._rowless[1]}: this model does not give it one row of the batch after the other, so that "
+                "rows cannot have adapters of their own; run one adapter at a time, not a mix"
             )
         # Beam search repeats the rows, but not those of an encoder.
         encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
@@ -249,6 +273,24 @@ def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{key}.weight" if old.search(key) else key: value for key, value in tensors.items()}
 
 
+@torch.no_grad()
+def _without_rows(model: Any, layers: Iterable[HipLoraLinear]) -> str | None:
+    """Return a layer whose inputs do not begin with the model's rows, such as Longformer's; a small pass tells."""
+    found: list[tuple[int, str]] = []
+
+    def note(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append((len(next(iter((*args, *kwargs.values())))), layer.name))
+
+    rows = -1
+    with ExitStack() as handles, suppress(Exception):  # models that need more, or other, than tokens
+        for layer in layers:
+            handles.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        tokens = {key: value.clamp(max=1).to(model.device) for key, value in model.dummy_inputs.items()}
+        rows = len(tokens["input_ids"])
+        model(**tokens)
+    return next((name for length, name in found if length != rows), None)
+
+
 def _layer_of(key: str) -> str:
     """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
     return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
@@ -309,7 +351,7 @@ def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:
     """Refuse a pattern that matches nothing: it would be accepted and ignored."""
     for field in PATTERNS.values():
         for pattern in getattr(config, field):
-            if not any(get_pattern_key([pattern], name) == pattern for name in names):
+            if not any(pattern_key([pattern], name) == pattern for name in names):
                 raise ConfigError(f"{field}[{pattern!r}] matches no adapted module, such as '{names[0]}'; remove it")
 
 
