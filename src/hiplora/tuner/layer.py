@@ -132,8 +132,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if self.has_factors(adapter):
             if self.hiplora_A[adapter].isnan().any():
                 raise AdapterError(
-                    f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, under names that transformers "
-                    "does not find; load it with peft.PeftModel.from_pretrained(base, folder), and save it again"
+                    f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, or without PEFT, under names "
+                    "that transformers does not find; load it with peft.PeftModel.from_pretrained(base, folder), and "
+                    "save it again"
                 )
             held = self.held_by(adapter) | {name: getattr(self, name) for name in factor_names(config)}
             state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items()}

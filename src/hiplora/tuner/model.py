@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,7 +23,15 @@ from hiplora.tuner.calibration import calibrate, weight_factors
 from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.state import FACTOR_NAMES, check_checkpoint, check_fingerprints, factor_names, retracted_state
+from hiplora.tuner.state import (
+    FACTOR_NAMES,
+    check_checkpoint,
+    check_fingerprints,
+    factor_names,
+    file_names,
+    layer_of,
+    retracted_state,
+)
 from hiplora.tuner.targets import (
     Target,
     find_targets,
@@ -73,6 +80,8 @@ class HipLoraModel(BaseTuner):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
         config.awaits_file = config.from_checkpoint and config.save_factors
+        if config.awaits_file:
+            self._unloaded = model.register_forward_pre_hook(self._begin_unloaded)
         try:
             if not config.awaits_file:
                 if config.basis == "weight":
@@ -168,18 +177,37 @@ class HipLoraModel(BaseTuner):
             yield
 
     def _begin_anew(self, adapter: str) -> None:
-        """Calibrate an adapter whose configuration came from a file, but whose tensors did not."""
+        """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it."""
         config: Any = self.peft_config[adapter]
-        if not config.awaits_file or config.basis == "weight":
+        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
+        if not config.awaits_file or not layers:
             return
         config.awaits_file = False
-        if layers := [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]:
-            chosen = copy.copy(config)
-            chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
-            calibrate(self.model, chosen)
-            config.calibration = chosen.calibration
+        if config.basis == "weight":
             for layer in layers:
-                layer.begin_anew(adapter, chosen.calibrated[layer.name])
+                layer.ensure_factors(adapter)
+            return
+        chosen = copy.copy(config)
+        chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
+        calibrate(self.model, chosen)
+        config.calibration = chosen.calibration
+        for layer in layers:
+            layer.begin_anew(adapter, chosen.calibrated[layer.name])
+
+    def _begin_unloaded(self, *_: Any) -> None:
+        """Begin, in a pass without PEFT's model (transformers' own interface), what a file should have brought."""
+        self._unloaded.remove()
+        for adapter, config in self.peft_config.items():
+            if getattr(config, "awaits_file", False) and not all(
+                layer.has_factors(adapter) for layer in _layers(self, adapter).values()
+            ):
+                warnings.warn(
+                    f"adapter '{adapter}' has a configuration from a file, but none of the tensors, so it begins anew, "
+                    "untrained; if a file was to bring them, transformers does not find its names: load it with "
+                    "peft.PeftModel.from_pretrained(base, folder)",
+                    stacklevel=2,
+                )
+                self._begin_anew(adapter)
 
     def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
         layers = [module for module in self.modules() if isinstance(module, HipLoraLinear)]
@@ -236,12 +264,12 @@ class HipLoraModel(BaseTuner):
             layer.ensure_factors(adapter_name)
         for key in list(state_dict):  # one of the trainable parameters alone has no factors
             prefix, found, _ = key.partition(f".hiplora_A.{adapter_name}")
-            if found and (owner := layers.get(_layer_of(key))) is not None:
+            if found and (owner := layers.get(layer_of(key))) is not None:
                 for kind in factor_names(config):
                     state_dict.setdefault(f"{prefix}.{kind}.{adapter_name}", getattr(owner, kind)[adapter_name])
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # FSDP1 gathers tensors under names without its wrappers, which PEFT does not find.
-        selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in layers}
+        selected |= {key: value for key, value in state_dict.items() if layer_of(key) in layers}
         selected = retracted_state(selected, config, adapter_name)
         for key, scale in _gain_scales(selected, layers, adapter_name):
             selected[key] = selected[key] * scale
@@ -257,7 +285,7 @@ class HipLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
         layers = _layers(model, adapter_name)
-        named = file_names(state_dict)
+        named = file_names(state_dict, layers)
         for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
             layers[name].load_factors(adapter_name, tensors)
         for name, layer in layers.items() if not config.save_factors else ():  # computed already, and not missing
@@ -265,12 +293,6 @@ class HipLoraModel(BaseTuner):
         for key, scale in _gain_scales(named, layers, adapter_name):
             named[key] = named[key] / scale
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
-
-
-def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
-    old = re.compile(r"\.hiplora_(A|B|delta)$")
-    return {f"{key}.weight" if old.search(key) else key: value for key, value in tensors.items()}
 
 
 @torch.no_grad()
@@ -291,11 +313,6 @@ def _without_rows(model: Any, layers: Iterable[HipLoraLinear]) -> str | None:
     return next((name for length, name in found if length != rows), None)
 
 
-def _layer_of(key: str) -> str:
-    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
-    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
-
-
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
     """Do nothing: it is there to be seen."""
 
@@ -308,8 +325,8 @@ def _gain_scales(
     state: Mapping[str, Tensor], layers: Mapping[str, HipLoraLinear], adapter: str
 ) -> list[tuple[str, Tensor]]:
     """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
-    keys = [key for key in state if ".hiplora_delta" in key and _layer_of(key) in layers]
-    scales = {key: layers[_layer_of(key)].gain_scale(adapter) for key in keys}
+    keys = [key for key in state if ".hiplora_delta" in key and layer_of(key) in layers]
+    scales = {key: layers[layer_of(key)].gain_scale(adapter) for key in keys}
     return [(key, scale.to(state[key].device)) for key, scale in scales.items() if scale is not None]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,6 +40,32 @@ def factor_names(config: HipLoraConfig) -> list[str]:
     """Return the buffers that an adapter has: the factors, and a soft projection's filters of the protected sides."""
     filters = {"hiplora_shrink_U": "output", "hiplora_shrink_V": "input"} if config.projection == "soft" else {}
     return [*FACTOR_NAMES, *(name for name, side in filters.items() if config.basis_sides in ("both", side))]
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
+
+    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`.
+    """
+    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
+    name = name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
+    name = re.sub(r"\.(lora_[AB]|hiplora_(?:A|B|delta))\.[^.]+\.weight$", r".\1.weight", name)
+    return re.sub(r"\.(lora_E|hiplora_(?:U|V|sigma|shrink_U|shrink_V))\.[^.]+$", r".\1", name)
+
+
+def file_names(tensors: Mapping[str, Tensor], layers: Container[str] = ()) -> dict[str, Tensor]:
+    """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = re.sub(r"\.hiplora_(A|B|delta)$", r"\g<0>.weight", plain_name(key))
+        name = f"module.{name}" if layer_of(f"module.{name}") in layers else name  # the model's own `module`
+        named[f"base_model.model.{name}"] = value
+    return named
+
+
+def layer_of(key: str) -> str:
+    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
+    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
 
 
 def is_flat(parameter: Tensor) -> bool:
