@@ -37,6 +37,7 @@ from hiplora.tuner.targets import (
     find_targets,
     for_module,
     frozen_weight,
+    keep_unpacked,
     left_out,
     pattern_key,
     precision,
@@ -62,6 +63,7 @@ class HipLoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        keep_unpacked(self.model)
         if isinstance(config, HipLoraConfig) and config.from_checkpoint:
             check_fingerprints(self.model, config)
 

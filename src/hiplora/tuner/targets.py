@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -201,6 +201,16 @@ def frozen_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Have 4-bit layers stay as they are: evaluation would pack them on some CPUs, and no gradient passes then."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            layer, unpacked = cast(Any, module), _unpacked(module).weight
+            layer.hiplora_was_packed = _is_packed(layer)  # which has rounded it
+            layer.weight.data, layer.weight.quant_state = unpacked.data, unpacked.quant_state
+            layer.support_avx512bf16_for_cpu = False
+
+
 def _unpacked(base: Any) -> Any:
     """Return a 4-bit layer's weight, in `weight`, as it was before a pass on a CPU with AVX512-BF16 packed it anew."""
     if not _is_packed(base):
@@ -223,7 +233,8 @@ def precision(module: nn.Module) -> str:
     backend = quantization(base)
     if backend is None:
         return str(base.weight.dtype).removeprefix("torch.")
-    return f"{backend.backend_name}{' packed' if _is_packed(base) else ''}"
+    packed = _is_packed(base) or getattr(base, "hiplora_was_packed", False)
+    return f"{backend.backend_name}{' packed' if packed else ''}"
 
 
 def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
