@@ -1,9 +1,12 @@
 """Models of which something is refused, or left out of the presets."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import torch
 
+import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.tuner import default_targets
@@ -40,3 +43,27 @@ def test_a_preset_leaves_out_what_only_lies_in_an_mlp(name, preset, expected):
 def test_experts_that_cannot_be_adapted_leave_no_default():
     with pytest.raises(ConfigError, match="no MLP projections were recognised"):
         default_targets(CASES["JetMoE"].make())
+
+
+def test_a_state_that_is_written_in_place_is_left_off_while_gradients_are_taken():
+    model = CASES["RWKV"].make()
+    made = HipLoraConfig(r=2, principal_rank=4)
+    hiplora.calibrate(model, made, lambda: model(**CASES["RWKV"].batch(model)))
+    assert made.calibrated
+
+
+def test_a_model_that_overwrites_what_its_gradients_need_is_told_the_way_out():
+    class Overwriting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"fc1": torch.nn.Linear(16, 16)})])
+
+        def forward(self, x):
+            y = self.layers[0]["fc1"](x).exp()
+            kept = y.square()
+            y.zero_()
+            return SimpleNamespace(logits=kept)
+
+    model = Overwriting()
+    with pytest.raises(ConfigError, match=r"in place.*basis_sides='input'"):
+        hiplora.calibrate(model, HipLoraConfig(r=2, principal_rank=4), lambda: model(torch.randn(2, 3, 16)))
