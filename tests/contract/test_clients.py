@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hiplora
+from hiplora import HipLoraConfig
+from hiplora.adapters import read_update
 from hiplora.errors import AdapterError
 from hiplora.tuner import hip_layers
 from tests.contract.conftest import logits, train
@@ -54,15 +57,20 @@ def test_trls_reference_is_the_trained_adapter(tiny, ids, tmp_path, preset, from
     assert torch.equal(logits(model, ids), policy)
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_loaded_configuration_makes_a_fresh_adapter(tiny, ids, tmp_path, preset, beside):
+@pytest.mark.parametrize("how", ["beside", "alone", "transformers"])
+def test_a_loaded_configuration_makes_a_fresh_adapter(tiny, ids, tmp_path, preset, how):
     model = tiny.adapted(**preset)
     model.save_pretrained(tmp_path)
     config = peft.PeftConfig.from_pretrained(tmp_path)
     config.inference_mode = False
-    if beside:
+    if how == "beside":
         model.add_adapter("fresh", config)
         model.set_adapter("fresh")
+    elif how == "transformers":
+        model = tiny.make()
+        model.add_adapter(config, "fresh")
+        with pytest.warns(UserWarning, match="'fresh' has a configuration from a file.*begins anew"):
+            logits(model, ids)
     else:
         model = peft.get_peft_model(tiny.make(), config)
     assert torch.equal(logits(model, ids), logits(tiny.make(), ids))
@@ -71,9 +79,47 @@ def test_a_loaded_configuration_makes_a_fresh_adapter(tiny, ids, tmp_path, prese
     assert hiplora.max_leak(model) < 1e-6
 
 
-def names_of_0_1(folder):
+def rename(folder, renamed):
     file = folder / "adapter_model.safetensors"
-    save_file({name.removesuffix(".weight"): tensor for name, tensor in load_file(file).items()}, file)
+    save_file({renamed(name): tensor for name, tensor in load_file(file).items()}, file)
+
+
+WRAPPED = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "DDP of the base": lambda name: name.replace("base_model.model.", "base_model.model.module."),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}",
+    "FSDP of a layer": lambda name: name.replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+    "checkpointing": lambda name: name.replace(".layers.1.", ".layers.1._checkpoint_wrapped_module."),
+    "a state dict": lambda name: re.sub(r"(hiplora_[A-Za-z]+)(\.weight)?$", r"\1.default\2", name),
+    "no prefix": lambda name: name.removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_an_adapter_file_loads_under_the_names_of_wrappers(tiny, ids, tmp_path, preset, wrapped):
+    model = tiny.adapted(**preset)
+    train(model, ids)
+    model.save_pretrained(tmp_path / "as saved")
+    model.save_pretrained(tmp_path / "wrapped")
+    rename(tmp_path / "wrapped", WRAPPED[wrapped])
+    loaded = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / "wrapped")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    again, expected = (read_update(tmp_path / folder).factors for folder in ("wrapped", "as saved"))
+    torch.testing.assert_close(again, expected, rtol=0, atol=0)
+
+
+def test_a_model_with_a_part_called_module_keeps_its_names(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"module": torch.nn.Linear(16, 12)})
+
+    config = HipLoraConfig(preset="paper", r=2, principal_rank=4, target_modules=["module"], init_weights=False)
+    model = peft.get_peft_model(make(), config)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path)
+    for (_, one), (_, other) in zip(hip_layers(model), hip_layers(loaded), strict=True):
+        assert torch.equal(one.get_delta_weight("default"), other.get_delta_weight("default"))
 
 
 def test_an_adapter_file_of_0_1_still_loads(tiny, ids, tmp_path, preset):
@@ -81,7 +127,7 @@ def test_an_adapter_file_of_0_1_still_loads(tiny, ids, tmp_path, preset):
     train(model, ids)
     model.save_pretrained(tmp_path)
     old = {n.removesuffix(".weight") if "hiplora_" in n else n: t.clone() for n, t in model.state_dict().items()}
-    names_of_0_1(tmp_path)
+    rename(tmp_path, lambda name: name.removesuffix(".weight"))
     assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny.make(), tmp_path), ids), logits(model, ids))
     fresh = tiny.adapted(**preset)
     fresh.load_state_dict(old)
@@ -100,7 +146,7 @@ def test_transformers_own_interface_loads_adds_trains_and_saves(tiny, ids, tmp_p
             again.load_adapter(tmp_path / "adapter")
         assert torch.equal(logits(again, ids), expected)
         again.delete_adapter("default")
-    names_of_0_1(tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda name: name.removesuffix(".weight"))
     again = tiny.make()
     again.load_adapter(tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"q_proj: .*PeftModel\.from_pretrained"):

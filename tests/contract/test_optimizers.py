@@ -98,6 +98,34 @@ class Sam(torch.optim.Optimizer):
         self.inner.step()
 
 
+class Hidden(torch.optim.Optimizer):
+    """Calls the step of an optimizer that it does not have as an attribute, after scaling the gradients in place."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups[0]["params"], {})
+        self.call = lambda: inner.step()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.mul_(1.0)
+        self.call()
+
+
+class Helped(torch.optim.Optimizer):
+    """Steps some parameters itself, and leaves those of an optimizer inside to that."""
+
+    def __init__(self, own, helper, rest=()):
+        super().__init__([*own, *rest], {"lr": 0.1})
+        self.own, self.helper = own, helper
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.own:
+            parameter.sub_(parameter.grad, alpha=0.1)
+        self.helper.step()
+
+
 def zero_redundancy(parameters, **options):
     import torch.distributed as dist
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -123,6 +151,15 @@ OPTIMIZERS = {
     "a wrapper of two": lambda model: [Wrapper(sgd(matrices(model)), sgd(gains(model)))],
     "ZeRO-1": lambda model: [zero_redundancy(trainable(model), lr=0.1)],
     "Lookahead": lambda model: [Lookahead(sgd(trainable(model)))],
+    "a hidden optimizer": lambda model: [Hidden(sgd(trainable(model)))],
+    "a helper for the matrices": lambda model: [Helped(gains(model), sgd(matrices(model)))],
+    "a helper among its own": lambda model: [Helped(gains(model), sgd(matrices(model)), matrices(model))],
+    "a helper for the gains": lambda model: [Helped(matrices(model), sgd(gains(model)))],
+    "one after the other": lambda model: [
+        sgd(matrices(model)),
+        sgd(gains(model)),
+        torch.optim.SGD(gains(model), lr=0),
+    ],
     "SAM": lambda model: [Sam(sgd(trainable(model)))],
     "gains first": lambda model: [sgd(gains(model)), sgd(matrices(model))],
     "matrices first": lambda model: [sgd(matrices(model)), sgd(gains(model))],
@@ -161,8 +198,10 @@ def test_a_step_that_does_not_happen_changes_nothing(ids, how, settings):
     optimizer = sgd(trainable(model), fused="fused" in how)
     if how == "fails":
         loss_of(model, ids).backward()
+        gradients = [p.grad.clone() for p in gains(model)]
         with pytest.raises(RuntimeError, match="out of memory"):
             Failing(trainable(model), lr=0.1).step()
+        torch.testing.assert_close([p.grad for p in gains(model)], gradients, rtol=0, atol=0)
     else:
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         scaler.scale(loss_of(model, ids)).backward()
@@ -226,6 +265,35 @@ def test_gains_whose_price_no_hook_can_charge_are_refused_after_the_first_step(i
     with pytest.raises(AdapterError, match=r"not the model's.*stability_mode='none'"):
         flat_training(moved(**SETTINGS[settings]), ids, 2)
     flat_training(moved(stability_mode="none"), ids, 2)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("how", ["SAM in two steps", "by hand", "by hand after each pass"])
+def test_gains_may_move_before_the_first_step(ids, how, settings):
+    model = moved(**SETTINGS[settings])
+    optimizer = sgd(trainable(model))
+    for _ in range(3):
+        for amount in (0.01, -0.01):
+            loss = loss_of(model, ids)
+            if how.startswith("SAM"):
+                loss.backward()
+            with torch.no_grad():
+                for parameter in gains(model):
+                    parameter.add_(amount)
+        if how.startswith("SAM"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("settings", ["gradient", "proximal", "pace"])
+def test_gains_trained_without_an_optimizer_are_refused(ids, settings):
+    model = moved(**SETTINGS[settings])
+    with pytest.raises(AdapterError, match=r"not the model's.*stability_mode='none'"):
+        for _ in range(3):
+            loss_of(model, ids).backward()
+            with torch.no_grad():
+                for parameter in trainable(model):
+                    parameter.sub_(parameter.grad, alpha=0.1)
+                    parameter.grad = None
 
 
 def test_the_average_of_a_schedule_free_optimizer_lies_in_the_complement(ids, tmp_path):

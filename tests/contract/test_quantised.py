@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import hiplora
+from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError
 from hiplora.tuner import frozen_weight, hip_layers
 from tests.contract.conftest import logits, train
@@ -112,3 +113,21 @@ def test_a_four_bit_weight_reads_the_same_after_an_evaluation_pass(tiny, ids, tm
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="another precision"):
         peft.PeftModel.from_pretrained(quantised(kind), tmp_path)
+
+
+@pytest.mark.parametrize("preset", ["paper", "function-aware"])
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_evaluation_takes_no_gradient_from_a_4_bit_base(ids, preset, evaluated):
+    """Where the CPU has AVX512-BF16, bitsandbytes packs weights in evaluation, and nothing could be trained on then."""
+    base = quantised("4bit").eval()
+    if evaluated:
+        logits(base, ids)
+    settings = {"r": 4, "principal_rank": 4, "target_modules": ["q_proj"], "principal_channel": True}
+    model = peft.get_peft_model(base, HipLoraConfig(preset=preset, **settings))
+    for _ in range(2):
+        logits(model.eval(), ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        last = model.get_submodule(f"base_model.model.{Q}").hiplora_delta["default"]
+        assert last.grad is not None
+        assert last.grad.abs().max() > 0
+        last.grad = None

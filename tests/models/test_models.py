@@ -142,8 +142,6 @@ def test_mixed_batch(case, base, adapted):
         with pytest.raises(ValueError, match="expert"):
             logits(adapted, case, adapter_names=names)
         return
-    if case.kind == "mpt":
-        pytest.xfail("PEFT's forward pass for MPT drops adapter_names")
     mixed, alone = logits(adapted, case, adapter_names=names), logits(adapted, case)
     assert_same(mixed[0], alone[0])
     assert_same(mixed[1], base[1])

@@ -157,6 +157,20 @@ CASES = [
     Case("Gemma 3 multimodal", "multimodal wrapper", "gemma3", GEMMA_3, "AutoModelForImageTextToText", sizes=False),
     Case("LLaVA", "multimodal wrapper", "llava", LLAVA, "AutoModelForImageTextToText", sizes=False),
 ]
+# Models of which something is refused, or left out: tests/models/test_peculiar.py.
+XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
+NLLB = {**BART, "num_experts": 4, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
+JETMOE = {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+LXMERT = {"l_layers": 1, "x_layers": 1, "r_layers": 1}
+PECULIAR = [
+    Case("Longformer", "positions before rows", "longformer", {"attention_window": 4}, "AutoModelForMaskedLM"),
+    Case("XLNet", "positions before rows", "xlnet", XLNET, sizes=False),
+    Case("NLLB-MoE", "a router with a classifier", "nllb-moe", NLLB, "AutoModelForSeq2SeqLM"),
+    Case("HunYuan-MoE", "a router with a layer", "hunyuan_v1_moe", {"num_experts": 4, "moe_topk": [2, 2]}),
+    Case("JetMoE", "experts of its own", "jetmoe", JETMOE),
+    Case("LXMERT", "attention that ends in `output`", "lxmert", LXMERT, "AutoModelForPreTraining"),
+    Case("RWKV", "tensors changed in place", "rwkv", {"attention_hidden_size": 32, "context_length": 64}),
+]
 
 
 def described(case: Case) -> dict[str, Any]:
@@ -167,8 +181,6 @@ def described(case: Case) -> dict[str, Any]:
     model = case.make()
     row: dict[str, Any] = {"name": case.name, "example_of": case.example_of, "class": type(model).__name__}
     row["refused"] = {} if case.writes else {"self_calibration": "own data"}
-    if case.kind == "mpt":
-        row["refused"] |= {"mixed_batch": "no: PEFT drops the names"}
     if case.has_experts:
         row["refused"] |= {"mixed_batch": "no", "export": "no"}
     for preset in ("function-aware", "paper"):

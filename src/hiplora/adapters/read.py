@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hiplora.adapters.formats import Saved, update_of
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError, first_line
-from hiplora.tuner import HipLoraLinear  # its import registers HiP-LoRA with PEFT
+from hiplora.tuner import HipLoraLinear, plain_name  # its import registers HiP-LoRA with PEFT
 
 CONFIG = "adapter_config.json"
 _MATCH = """
@@ -159,21 +159,9 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
         raise AdapterError(f"{file}: damaged or cut off ({first_line(error)}); save or copy it again") from error
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
-    tensors = {_plain_name(name): value for name, value in found.items()}
+    tensors = {plain_name(name): value for name, value in found.items()}
     _check_config(config, [*tensors, *modules], str(folder / CONFIG))
     return config, tensors
-
-
-def _plain_name(name: str) -> str:
-    """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
-
-    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`, `hiplora_U.default`.
-    """
-    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
-    name = name.removeprefix("module.").removeprefix(PREFIX).removeprefix("module.")
-    name = re.sub(r"\.((?:lora|hiplora)_\w+)\.(?!weight$)[^.]+(\.weight)?$", r".\1\2", name)
-    name = re.sub(r"\.osf_svd_params\.[^.]+(?=\.[USV]_low$)", ".osf_svd_params", name)
-    return name.replace(".modules_to_save.default.", ".")
 
 
 def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str) -> None:

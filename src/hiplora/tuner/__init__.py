@@ -15,10 +15,10 @@ from hiplora.tuner.calibration import (
 from hiplora.tuner.config import PRESETS, PROJECTIONS, HipLoraConfig
 from hiplora.tuner.hooks import install
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.model import HipLoraModel, file_names, register
+from hiplora.tuner.model import HipLoraModel, register
 from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
-from hiplora.tuner.state import OTHER_PRECISION_LIMIT, leak_limit
+from hiplora.tuner.state import OTHER_PRECISION_LIMIT, file_names, leak_limit, plain_name
 from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, linear_target
 
 register()

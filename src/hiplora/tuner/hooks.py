@@ -1,18 +1,20 @@
 """Budget and retraction in any training loop, through torch's global optimizer hooks.
 
 Just before a step the gradient of λ·R(δ) is added to the gains' gradients; just after it the gains are shrunk (proximal
-mode), and A and B return to the complement. The gains belong to the optimizer that steps them itself: of one that hands
-its steps to another (ZeroRedundancyOptimizer, SAM, Lookahead) only the outcome is retracted.
+mode), A and B return to the complement, and the gradients are what they were, as after a step that fails. The gains
+belong to the optimizer that steps them itself: of one that hands its steps to another (ZeroRedundancyOptimizer, SAM,
+Lookahead) only the outcome is retracted.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -21,7 +23,7 @@ from hiplora.errors import DivergedError
 from hiplora.spectral import full_precision, penalty_gradient, proximal_step
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.state import is_sharded, own_part
+from hiplora.tuner.state import Watch, is_sharded, own_part
 
 _ITERATE = "z"  # under which schedule-free optimizers keep the second point that they average
 _handles: list[Any] = []
@@ -44,6 +46,7 @@ class _Held:
     group: dict[str, Any]
     weights: Any = None  # of the gains in the budget, where the optimizer steps them itself
     before: Tensor | None = None  # the gains before the step, where they go at a pace of their own
+    charged: tuple[Tensor, int, Tensor | None] | None = None  # a gradient with the budget, its version, what it was
 
     @property
     def config(self) -> HipLoraConfig:
@@ -64,6 +67,49 @@ class _Held:
         weight = self.config.stability_weight
         return -weight if self.group.get("maximize") else weight
 
+    def _is_charged(self) -> bool:
+        """Whether the budget is in the gains' gradient, and nobody has changed that since."""
+        return (
+            self.charged is not None
+            and self.gains.grad is self.charged[0]
+            and self.charged[1] == self.charged[0]._version
+        )
+
+    @torch.no_grad()
+    def charge(self, scale: Tensor | None) -> None:
+        """Add the budget to the gains' gradient, once to each."""
+        if self.pays("gradient") and not self._is_charged():
+            grad, gradient = self.gains.grad, self.price * penalty_gradient(self.gains, self.weights)
+            before = grad.clone()
+            grad.add_(gradient if scale is None else gradient * scale)
+            self.charged = grad, grad._version, before
+
+    @torch.no_grad()
+    def discharge(self) -> None:
+        """Put the gains' gradient back as it was, where nobody has changed it since it was charged."""
+        if self.charged is not None and self.charged[2] is not None and self._is_charged():
+            self.gains.grad.copy_(self.charged[2])
+            self.charged = None
+
+    def leave_to(self, inner: _Held) -> None:
+        """Leave the gains to an optimizer that this one has called; what it has done to a charged gradient stays."""
+        if self.gains is inner.gains:
+            self.discharge()
+            if self.charged is not None and self.gains.grad is self.charged[0]:
+                inner.charged = self.charged[0], self.charged[0]._version, None
+            self.weights = self.before = self.charged = None
+
+
+class _Arguments(tuple):
+    """The arguments of a step, held by torch alone: they go when the step has ended, and if it failed only they do."""
+
+    held: Sequence[_Held] = ()
+
+    def __del__(self) -> None:
+        for one in self.held:
+            one.discharge()
+            one.charged = None
+
 
 _stepping: weakref.WeakKeyDictionary[Optimizer, list[_Held]] = weakref.WeakKeyDictionary()
 
@@ -79,49 +125,64 @@ def _held(optimizer: Optimizer) -> Iterator[_Held]:
                 yield _Held(layer, adapter, found, groups.get(id(found.get("hiplora_delta")), {}))
 
 
-def _delegates(optimizer: Optimizer) -> bool:
-    """Whether the optimizer holds others, which then do its steps."""
+def _inside(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Return the parameters of the optimizers that an optimizer holds, which step them for it."""
+    found: dict[int, Tensor] = {}
     for value in vars(optimizer).values():
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        if any(isinstance(one, Optimizer) for one in inside):
-            return True
-    return False
+        for one in inside:
+            if isinstance(one, Optimizer):
+                found |= {id(parameter): parameter for group in one.param_groups for parameter in group["params"]}
+    return found
 
 
 def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     # torch passes the optimizer itself as the first positional argument.
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-    held = _stepping[optimizer] = list(_held(optimizer))
-    for one in held if not _delegates(optimizer) else ():
-        if one.gains is not None:
+    held, running = list(_held(optimizer)), [one for held in _stepping.values() for one in held]
+    Watch.steps_of_others += not held
+    if not held:
+        return None
+    _stepping[optimizer] = held
+    inside = _inside(optimizer)
+    shared = any(id(parameter) in inside for group in optimizer.param_groups for parameter in group["params"])
+    # ZeroRedundancyOptimizer leaves the rest to other processes.
+    elsewhere = shared and dist.is_initialized() and dist.get_world_size() > 1
+    known = any(id(p) in inside for layer in HipLoraLinear.live if inside for p in layer.parameters())
+    for one in held:
+        if one.gains is None or (
+            not known and any(p.dim() == 1 and len(p) >= len(one.gains) for p in inside.values())
+        ):
+            continue  # the optimizers inside hold copies
+        one.layer.serve(one.adapter)
+        for outer in running:
+            outer.leave_to(one)
+        if not elsewhere and id(one.gains) not in inside:
             one.weights = own_part(one.layer.budget(one.adapter), one.gains)
             one.before = one.gains.detach().clone() if one.config.gain_lr_ratio != 1 else None
-            one.layer.serve(one.adapter)
     if closure is None:
-        _add_budget_gradients(held, optimizer)
-        return None
+        _charge(held, optimizer)
+    else:
 
-    def with_budget(closure: Callable[[], Any] = closure) -> Any:
-        """Re-evaluate the loss, then add the budget to it and to the fresh gradients."""
-        loss = closure()
-        _add_budget_gradients(held, optimizer)
-        return loss + _budget(held) if isinstance(loss, (Tensor, float)) else loss
+        def with_budget() -> Any:
+            """Re-evaluate the loss, then add the budget to it and to the fresh gradients."""
+            loss = closure()
+            _charge(held, optimizer)
+            return loss + _budget(held) if isinstance(loss, (Tensor, float)) else loss
 
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": with_budget}
-    return (args[0], with_budget, *args[2:]), kwargs
+        if "closure" in kwargs:
+            kwargs = {**kwargs, "closure": with_budget}
+        else:
+            args = (args[0], with_budget, *args[2:])
+    arguments = _Arguments(args)
+    arguments.held = held
+    return arguments, kwargs
 
 
-@torch.no_grad()
-def _add_budget_gradients(held: list[_Held], optimizer: Optimizer) -> None:
+def _charge(held: list[_Held], optimizer: Optimizer) -> None:
     # An AMP scaler sets `grad_scale` on optimizers that unscale gradients themselves.
-    scale = getattr(optimizer, "grad_scale", None)
     for one in held:
-        # Not twice to one gradient: a step that failed may be tried again.
-        if one.pays("gradient") and getattr(grad := one.gains.grad, "hiplora_charged", None) != grad._version:
-            gradient = one.price * penalty_gradient(one.gains, one.weights)
-            grad.add_(gradient if scale is None else gradient * scale)
-            grad.hiplora_charged = grad._version
+        one.charge(getattr(optimizer, "grad_scale", None))
 
 
 @torch.no_grad()
@@ -137,6 +198,7 @@ def _after_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     # A fused optimizer goes through the motions of a step that an AMP scaler skips.
     found_inf = getattr(optimizer, "found_inf", None)
     for one in held:
+        one.discharge()
         ratio = one.config.gain_lr_ratio
         if one.before is not None:
             one.gains.copy_(one.before + ratio * (one.gains - one.before))

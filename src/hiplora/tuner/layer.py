@@ -29,6 +29,7 @@ from hiplora.tuner.functional import add_channels, retracted
 from hiplora.tuner.state import (
     FactorBuffers,
     FactorDict,
+    Watch,
     check_checkpoint,
     factor_names,
     is_flat,
@@ -63,7 +64,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.configs: dict[str, HipLoraConfig] = {}
         self._budget: dict[str, Tensor] = {}
         self._served: set[str] = set()  # adapters whose gains are in an optimizer that the hooks saw
-        self._unserved: dict[str, Tensor] = {}  # the gains of the others, as they were in the first training pass
         self._astray: set[str] = set()  # adapters that may have been trained since they were last retracted
         # The base weight while merged, or the quantised layer; in a list, so as not to be registered as a child.
         self._frozen: list[Any] = []
@@ -132,8 +132,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         if self.has_factors(adapter):
             if self.hiplora_A[adapter].isnan().any():
                 raise AdapterError(
-                    f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, under names that transformers "
-                    "does not find; load it with peft.PeftModel.from_pretrained(base, folder), and save it again"
+                    f"layer {self.name}: adapter '{adapter}' was saved by hiplora 0.1, or without PEFT, under names "
+                    "that transformers does not find; load it with peft.PeftModel.from_pretrained(base, folder), and "
+                    "save it again"
                 )
             held = self.held_by(adapter) | {name: getattr(self, name) for name in factor_names(config)}
             state = {f"{self.name}.{kind}": tensors[adapter] for kind, tensors in held.items()}
@@ -268,15 +269,16 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._unserved.pop(adapter, None)
 
     def _expect_service(self, adapter: str) -> None:
-        """Refuse to go on after a step that the optimizer hooks did not see, where it should have cost a price."""
+        """Refuse to go on after steps that the optimizer hooks did not see, where they should have cost a price."""
         if adapter not in self.hiplora_delta or adapter in self._served or torch.compiler.is_compiling():
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
         priced = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
         if not priced or is_sharded(delta) or not self._trains(delta):
             return
-        before = self._unserved.setdefault(adapter, delta.detach().clone())
-        if not torch.equal(before, delta):
+        if adapter not in self._unserved:
+            self._unserved[adapter] = Watch(delta)
+        elif self._unserved[adapter].finds_training(delta):
             raise AdapterError(
                 f"layer {self.name}: the gains of adapter '{adapter}' were trained by an optimizer whose parameters "
                 "are not the model's (flat or master copies), so neither stability_weight nor gain_lr_ratio can act; "

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.model import _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -24,8 +23,26 @@ from hiplora.tuner.calibration import calibrate, weight_factors
 from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
-from hiplora.tuner.state import FACTOR_NAMES, check_checkpoint, check_fingerprints, factor_names, retracted_state
-from hiplora.tuner.targets import Target, find_targets, for_module, frozen_weight, left_out, precision, short_names
+from hiplora.tuner.state import (
+    FACTOR_NAMES,
+    check_checkpoint,
+    check_fingerprints,
+    factor_names,
+    file_names,
+    layer_of,
+    retracted_state,
+)
+from hiplora.tuner.targets import (
+    Target,
+    find_targets,
+    for_module,
+    frozen_weight,
+    keep_unpacked,
+    left_out,
+    pattern_key,
+    precision,
+    short_names,
+)
 
 
 class HipLoraModel(BaseTuner):
@@ -34,6 +51,7 @@ class HipLoraModel(BaseTuner):
     prefix = "hiplora_"
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
+    _rowless: tuple[int, str | None] = (0, None)  # of so many layers, one whose input has no rows in front
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -45,6 +63,7 @@ class HipLoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        keep_unpacked(self.model)
         if isinstance(config, HipLoraConfig) and config.from_checkpoint:
             check_fingerprints(self.model, config)
 
@@ -63,6 +82,8 @@ class HipLoraModel(BaseTuner):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
         config.awaits_file = config.from_checkpoint and config.save_factors
+        if config.awaits_file:
+            self._unloaded = model.register_forward_pre_hook(self._begin_unloaded)
         try:
             if not config.awaits_file:
                 if config.basis == "weight":
@@ -139,6 +160,13 @@ class HipLoraModel(BaseTuner):
                     if isinstance(module, nn.TransformerEncoder):
                         module.use_nested_tensor = False
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; PEFT passes MPT's `adapter_names` on to here, and MPT drops them."""
+        if kwargs.get("adapter_names") is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(**kwargs):
+            return super().forward(*args, **{key: kwargs[key] for key in kwargs.keys() - {"adapter_names"}})
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Prepare a pass of the PEFT model: measure what no file brought, and name each row's adapter to the layers."""
@@ -151,18 +179,37 @@ class HipLoraModel(BaseTuner):
             yield
 
     def _begin_anew(self, adapter: str) -> None:
-        """Calibrate an adapter whose configuration came from a file, but whose tensors did not."""
+        """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it."""
         config: Any = self.peft_config[adapter]
-        if not config.awaits_file or config.basis == "weight":
+        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
+        if not config.awaits_file or not layers:
             return
         config.awaits_file = False
-        if layers := [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]:
-            chosen = copy.copy(config)
-            chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
-            calibrate(self.model, chosen)
-            config.calibration = chosen.calibration
+        if config.basis == "weight":
             for layer in layers:
-                layer.begin_anew(adapter, chosen.calibrated[layer.name])
+                layer.ensure_factors(adapter)
+            return
+        chosen = copy.copy(config)
+        chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
+        calibrate(self.model, chosen)
+        config.calibration = chosen.calibration
+        for layer in layers:
+            layer.begin_anew(adapter, chosen.calibrated[layer.name])
+
+    def _begin_unloaded(self, *_: Any) -> None:
+        """Begin, in a pass without PEFT's model (transformers' own interface), what a file should have brought."""
+        self._unloaded.remove()
+        for adapter, config in self.peft_config.items():
+            if getattr(config, "awaits_file", False) and not all(
+                layer.has_factors(adapter) for layer in _layers(self, adapter).values()
+            ):
+                warnings.warn(
+                    f"adapter '{adapter}' has a configuration from a file, but none of the tensors, so it begins anew, "
+                    "untrained; if a file was to bring them, transformers does not find its names: load it with "
+                    "peft.PeftModel.from_pretrained(base, folder)",
+                    stacklevel=2,
+                )
+                self._begin_anew(adapter)
 
     def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
         layers = [module for module in self.modules() if isinstance(module, HipLoraLinear)]
@@ -179,6 +226,13 @@ class HipLoraModel(BaseTuner):
         if expert := next((layer.name for layer in layers if shared_side(layer.name)), None):
             raise AdapterError(
                 f"layer {expert}: an expert gets tokens, not rows; run one adapter at a time, not a mix"
+            )
+        if self._rowless[0] != len(layers):
+            self._rowless = len(layers), _without_rows(self.model, layers)
+        if self._rowless[1] is not None:
+            raise AdapterError(
+                f"layer {self._rowless[1]}: this model does not give it one row of the batch after the other, so that "
+                "rows cannot have adapters of their own; run one adapter at a time, not a mix"
             )
         # Beam search repeats the rows, but not those of an encoder.
         encoder = set() if beams == 1 or (found := _get_encoder(self.model)) is None else set(found.modules())
@@ -212,12 +266,12 @@ class HipLoraModel(BaseTuner):
             layer.ensure_factors(adapter_name)
         for key in list(state_dict):  # one of the trainable parameters alone has no factors
             prefix, found, _ = key.partition(f".hiplora_A.{adapter_name}")
-            if found and (owner := layers.get(_layer_of(key))) is not None:
+            if found and (owner := layers.get(layer_of(key))) is not None:
                 for kind in factor_names(config):
                     state_dict.setdefault(f"{prefix}.{kind}.{adapter_name}", getattr(owner, kind)[adapter_name])
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # FSDP1 gathers tensors under names without its wrappers, which PEFT does not find.
-        selected |= {key: value for key, value in state_dict.items() if _layer_of(key) in layers}
+        selected |= {key: value for key, value in state_dict.items() if layer_of(key) in layers}
         selected = retracted_state(selected, config, adapter_name)
         for key, scale in _gain_scales(selected, layers, adapter_name):
             selected[key] = selected[key] * scale
@@ -233,7 +287,7 @@ class HipLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
         layers = _layers(model, adapter_name)
-        named = file_names(state_dict)
+        named = file_names(state_dict, layers)
         for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
             layers[name].load_factors(adapter_name, tensors)
         for name, layer in layers.items() if not config.save_factors else ():  # computed already, and not missing
@@ -243,15 +297,22 @@ class HipLoraModel(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, named)
 
 
-def file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
-    old = re.compile(r"\.hiplora_(A|B|delta)$")
-    return {f"{key}.weight" if old.search(key) else key: value for key, value in tensors.items()}
+@torch.no_grad()
+def _without_rows(model: Any, layers: Iterable[HipLoraLinear]) -> str | None:
+    """Return a layer whose inputs do not begin with the model's rows, such as Longformer's; a small pass tells."""
+    found: list[tuple[int, str]] = []
 
+    def note(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append((len(next(iter((*args, *kwargs.values())))), layer.name))
 
-def _layer_of(key: str) -> str:
-    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
-    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
+    rows = -1
+    with ExitStack() as handles, suppress(Exception):  # models that need more, or other, than tokens
+        for layer in layers:
+            handles.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+        tokens = {key: value.clamp(max=1).to(model.device) for key, value in model.dummy_inputs.items()}
+        rows = len(tokens["input_ids"])
+        model(**tokens)
+    return next((name for length, name in found if length != rows), None)
 
 
 def _no_fast_path(module: nn.Module, args: tuple) -> None:
@@ -266,8 +327,8 @@ def _gain_scales(
     state: Mapping[str, Tensor], layers: Mapping[str, HipLoraLinear], adapter: str
 ) -> list[tuple[str, Tensor]]:
     """Return the keys of gains that are δ in a file and ρ = δ/σ in the model, each with its σ."""
-    keys = [key for key in state if ".hiplora_delta" in key and _layer_of(key) in layers]
-    scales = {key: layers[_layer_of(key)].gain_scale(adapter) for key in keys}
+    keys = [key for key in state if ".hiplora_delta" in key and layer_of(key) in layers]
+    scales = {key: layers[layer_of(key)].gain_scale(adapter) for key in keys}
     return [(key, scale.to(state[key].device)) for key, scale in scales.items() if scale is not None]
 
 
@@ -309,7 +370,7 @@ def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:
     """Refuse a pattern that matches nothing: it would be accepted and ignored."""
     for field in PATTERNS.values():
         for pattern in getattr(config, field):
-            if not any(get_pattern_key([pattern], name) == pattern for name in names):
+            if not any(pattern_key([pattern], name) == pattern for name in names):
                 raise ConfigError(f"{field}[{pattern!r}] matches no adapted module, such as '{names[0]}'; remove it")
 
 

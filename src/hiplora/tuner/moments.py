@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis, SecondMoment
 from hiplora.tuner.experts import shared_side
-from hiplora.tuner.targets import linear_target
+from hiplora.tuner.targets import keep_unpacked, linear_target
 
 Bases = dict[str, MomentBasis]
 _INPUT_SIDE = "set basis_sides='input', which needs no gradients"
@@ -25,6 +26,7 @@ def base_only(model: nn.Module) -> Iterator[None]:
     """Disable adapters and switch to eval mode inside the block; restore both, and `requires_grad`, on exit."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     adapted = [m for m in model.modules() if isinstance(m, kinds) and not m.disable_adapters]
+    keep_unpacked(model)
     with restored(model):
         model.eval()
         for layer in adapted:
@@ -166,7 +168,7 @@ class GradientCollector(_Collector):
         """Whether as many tokens as were requested have been used."""
         return self._tokens >= self._limit
 
-    def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if torch.is_inference_mode_enabled():
             raise ConfigError(
                 "run_model runs under torch.inference_mode(), which allows no gradients; use torch.no_grad(), or "
@@ -174,6 +176,9 @@ class GradientCollector(_Collector):
             )
         self._mask = token_mask(args, kwargs)
         torch.set_grad_enabled(not self.done)
+        if "use_cache" in inspect.signature(model.forward).parameters:  # RWKV would write its state in place
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
 
     def _hook(self, name: str) -> Callable[..., Tensor]:
         space = shared_space(name, "output") or name
@@ -211,7 +216,15 @@ class GradientCollector(_Collector):
                 self._tokens += count
             self._rows += 1
         self._mask = None if mask.all() else mask
-        torch.autograd.backward(places, gradient)
+        try:
+            torch.autograd.backward(places, gradient)
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise ConfigError(
+                f"{type(model).__name__} changes in place what its gradients need, and the output side of the "
+                f"activation basis comes from them; {_INPUT_SIDE}"
+            ) from error
         torch.set_grad_enabled(False)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -41,6 +42,33 @@ def factor_names(config: HipLoraConfig) -> list[str]:
     return [*FACTOR_NAMES, *(name for name, side in filters.items() if config.basis_sides in ("both", side))]
 
 
+def plain_name(name: str) -> str:
+    """Return a tensor's name without PEFT's prefix, and without what torch.compile, FSDP, checkpointing and DDP add.
+
+    A state dict that was saved without PEFT has the adapter's name too: `lora_A.default.weight`, `hiplora_U.default`.
+    """
+    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
+    name = name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
+    name = re.sub(r"\.((?:lora|hiplora)_\w+)\.(?!weight$)[^.]+(\.weight)?$", r".\1\2", name)
+    name = re.sub(r"\.osf_svd_params\.[^.]+(?=\.[USV]_low$)", ".osf_svd_params", name)
+    return name.replace(".modules_to_save.default.", ".")
+
+
+def file_names(tensors: Mapping[str, Tensor], layers: Container[str] = ()) -> dict[str, Tensor]:
+    """Return an adapter file's tensors under today's names; 0.1 wrote `hiplora_A` for `hiplora_A.weight`."""
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = re.sub(r"\.hiplora_(A|B|delta)$", r"\g<0>.weight", plain_name(key))
+        name = f"module.{name}" if layer_of(f"module.{name}") in layers else name  # the model's own `module`
+        named[f"base_model.model.{name}"] = value
+    return named
+
+
+def layer_of(key: str) -> str:
+    """Return the layer that a tensor of an adapter belongs to; of another tensor, a name that no layer has."""
+    return key.removeprefix("base_model.model.").partition(".hiplora_")[0]
+
+
 def is_flat(parameter: Tensor) -> bool:
     """Whether a parameter is a piece of one of FSDP1's flat parameters."""
     return getattr(parameter, "_fsdp_flattened", False)
@@ -68,6 +96,37 @@ def own_part(value: Tensor, parameter: Any) -> Tensor:
     return nn.functional.pad(part, (0, parameter.numel() - len(part)))
 
 
+class Watch:
+    """Tells whether gains are trained by steps that the optimizer hooks do not see.
+
+    They are where they move after a backward pass and a step of other tensors (flat or master copies), or twice without
+    any; once, and without a step, SAM moves them, or a user.
+    """
+
+    steps_of_others: ClassVar[int] = 0
+
+    def __init__(self, gains: Tensor) -> None:
+        self.gains, self.steps, self.moves, self.differentiated = (
+            gains.detach().clone(),
+            Watch.steps_of_others,
+            0,
+            False,
+        )
+        gains.register_hook(self._note)
+
+    def _note(self, gradient: Tensor) -> None:
+        self.differentiated = True
+
+    def finds_training(self, gains: Tensor) -> bool:
+        """Look at the gains in another training pass."""
+        if torch.equal(self.gains, gains):
+            return False
+        self.moves += self.differentiated
+        found = self.differentiated and (self.moves > 1 or self.steps < Watch.steps_of_others)
+        self.gains, self.steps, self.differentiated = gains.detach().clone(), Watch.steps_of_others, False
+        return found
+
+
 class FactorBuffers(nn.Module):
     """Holds U, σ, V and a soft projection's shrink_U, shrink_V per adapter as buffers; the base class of a layer."""
 
@@ -82,12 +141,16 @@ class FactorBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
+        self._unserved: dict[
+            str, Watch
+        ] = {}  # the gains that no optimizer hook has seen, since the first training pass
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take part in the hooks as a deep copy or out of a pickle too."""
         super().__setstate__(state)
+        self._unserved = {}
         self.live.add(self)
 
     def place_factors(self, adapter: str, names: list[str], factors: SpectralFactors | Mapping[str, Tensor]) -> None:

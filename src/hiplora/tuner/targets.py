@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _ExcludedModule,
     _get_in_out_features,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
@@ -27,11 +28,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import RankSpec, resolve_rank
-from hiplora.tuner.experts import ALIASES, ExpertList, unrolled
+from hiplora.tuner.experts import ALIASES, ExpertList, shared_side, unrolled
 
 # Parts of a module's path, lower case. A projection of an MLP is a linear layer in a numbered block, outside attention,
 # that lies in an MLP container or has the name of an MLP projection.
-_ATTENTION = re.compile(r".*attn.*|.*attention.*")
+_ATTENTION = re.compile(r".*attn.*|.*attention.*|(.*_)?att")
 _ATTENTION_PROJECTION = re.compile(r"[qkvo]_proj|qkv_proj|query_key_value|wqkv")
 _MLP_CONTAINER = re.compile(
     r"mlp|.*_mlp|mlp_.*|ffn?s?|ffn_.*|.*feed_?forward.*|densereludense|experts?|shared_experts?"
@@ -113,7 +114,8 @@ def _matching(model: nn.Module, config: Any) -> list[str]:
     try:
         for name, module in _whole_modules(model).items():
             if isinstance(module, ExpertList):
-                if any(check_target_module_exists(experts, alias) for alias in _aliases(name)):
+                found = [check_target_module_exists(experts, alias) for alias in _aliases(name)]
+                if any(found) and not any(isinstance(one, _ExcludedModule) for one in found):
                     names += [f"{name}.{index}" for index in range(len(module))]
             elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
                 names.append(name)
@@ -199,6 +201,16 @@ def frozen_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Have 4-bit layers stay as they are: evaluation would pack them on some CPUs, and no gradient passes then."""
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            layer, unpacked = cast(Any, module), _unpacked(module).weight
+            layer.hiplora_was_packed = _is_packed(layer)  # which has rounded it
+            layer.weight.data, layer.weight.quant_state = unpacked.data, unpacked.quant_state
+            layer.support_avx512bf16_for_cpu = False
+
+
 def _unpacked(base: Any) -> Any:
     """Return a 4-bit layer's weight, in `weight`, as it was before a pass on a CPU with AVX512-BF16 packed it anew."""
     if not _is_packed(base):
@@ -221,12 +233,19 @@ def precision(module: nn.Module) -> str:
     backend = quantization(base)
     if backend is None:
         return str(base.weight.dtype).removeprefix("torch.")
-    return f"{backend.backend_name}{' packed' if _is_packed(base) else ''}"
+    packed = _is_packed(base) or getattr(base, "hiplora_was_packed", False)
+    return f"{backend.backend_name}{' packed' if packed else ''}"
 
 
 def for_module(pattern: dict[str, Any], name: str, default: Any) -> Any:
     """Return a module's own value from one of PEFT's patterns (`rank_pattern`), else the default."""
-    return pattern.get(get_pattern_key(list(pattern), name), default)
+    return pattern.get(pattern_key(pattern, name), default)
+
+
+def pattern_key(pattern: Iterable[str], name: str) -> str:
+    """Return the key of a pattern that means a module, or all experts of its list; without one the module's name."""
+    keys, experts = list(pattern), _aliases(name.rpartition(".")[0]) if shared_side(name) else []
+    return next((key for one in (name, *experts) if (key := get_pattern_key(keys, one)) in keys), name)
 
 
 def default_targets(model: nn.Module, preset: str = "function-aware") -> list[str]:
@@ -261,7 +280,7 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _role(name: str) -> str:
     """Return whether a module is part of a numbered block's "attention" or "MLP"; else an empty string."""
     *parents, own = name.lower().split(".")
-    if not any(part.isdigit() for part in parents) or _ROUTER.fullmatch(own):
+    if not any(part.isdigit() for part in parents) or any(map(_ROUTER.fullmatch, (*parents, own))):
         return ""
     if any(map(_ATTENTION.fullmatch, parents)):
         return "attention"

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError
-from hiplora.tuner import PRESETS, default_targets, find_targets
+from hiplora.tuner import PRESETS, default_targets, find_targets, hip_layers
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.targets import left_out
 from tests.models.zoo import CASES, Case
@@ -130,3 +130,28 @@ def test_any_method_of_peft_can_be_asked_and_targets_that_match_nothing_are_refu
     for targets in (["nothing"], "*_proj"):
         with pytest.raises(ConfigError, match="target_modules"):
             find_targets(tiny_llama(), HipLoraConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        (["experts.gate_up_proj"], {"down_proj"}),
+        (["w1"], {"down_proj"}),
+        (["experts.down_proj"], {"gate_up_proj"}),
+        (r".*experts\.w2", {"gate_up_proj"}),
+    ],
+)
+def test_experts_are_excluded_by_any_of_their_names(excluded, left):
+    targets = {"target_modules": ["gate_proj", "up_proj", "down_proj"], "exclude_modules": excluded}
+    found = names_of(skeleton("mixtral"), HipLoraConfig(**targets))
+    assert {name.split(".")[-2] for name in found} == left
+
+
+def test_a_pattern_means_all_experts_of_a_list():
+    settings = {"preset": "paper", "r": 2, "principal_rank": 4, "target_modules": ["gate_up_proj", "down_proj"]}
+    patterns = {"rank_pattern": {"down_proj": 3}, "principal_rank_pattern": {"w1": 5, r"layers\.0.*down_proj": 6}}
+    adapted = get_peft_model(CASE["mixtral"].make(), HipLoraConfig(**settings, **patterns))
+    found = {name: (layer.r["default"], len(layer.hiplora_sigma["default"])) for name, layer in hip_layers(adapted)}
+    assert {(r, k) for name, (r, k) in found.items() if "gate_up_proj" in name} == {(2, 5)}
+    assert {(r, k) for name, (r, k) in found.items() if "down_proj" in name and "layers.0." in name} == {(3, 6)}
+    assert {(r, k) for name, (r, k) in found.items() if "down_proj" in name and "layers.1." in name} == {(3, 4)}
