@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.files import write_atomic
-from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
+from hiplora.models import load_tokenizer, machine_dtype, skeleton, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
+from hiplora.training.fit import fitting_config
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from hiplora.training.trainer import AdapterTrainer
 
+MANY_STEPS = 10**9  # for what is checked before the rows are counted
 FULL = 2**20  # bytes free below which a failed write needs no other explanation
 log = logging.getLogger("hiplora.training")
 
@@ -79,6 +81,7 @@ def train(
         return TrainResult.read(run.path)
     if problem := start_problem(recipe):
         raise ConfigError(problem)
+    fitting_config(recipe.method, skeleton(recipe.model), MANY_STEPS)
     data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
     sources = dict(data.sources)
     if recipe.train.start_from is not None:
