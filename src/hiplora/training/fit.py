@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.errors import ConfigError
 from hiplora.training.method import Method
+from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+
+def check_fit(recipe: TrainRecipe) -> Any:
+    """Check that a recipe's method fits its model, as `fitting_config`; return the model without weights."""
+    from hiplora.models import skeleton
+
+    bare = skeleton(recipe.model)
+    fitting_config(recipe.method, bare, steps=10**9)  # the rows are not counted yet
+    return bare
 
 
 def fitting_config(
@@ -29,10 +39,11 @@ def fitting_config(
     targets: Any = ()
     try:
         targets = find_targets(model, config)
-    except ConfigError:
+    except ConfigError as error:
         with unrolled(model):  # other methods of PEFT adapt embeddings too
             if isinstance(config, HipLoraConfig) or not matching_names(model, config):
-                raise
+                way = "check method.target_modules and the patterns"
+                raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
     for target in targets:
         method.check_layer(config, target)
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
