@@ -124,7 +124,7 @@ def demo(
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
     settings, texts, both = settings or DemoSettings(), drift_texts(), skills()
-    ranks = {"rank": settings.rank, "principal_rank": settings.principal_rank}
+    ranks: dict[str, Any] = {"rank": settings.rank, "principal_rank": settings.principal_rank}
     method_recipes(settings.model, "skills", CompareSettings(methods=COMPARED, **ranks))  # checks that they fit
     plan = {
         "kind": "demo",

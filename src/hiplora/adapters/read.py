@@ -156,5 +156,5 @@ def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str
                 "what the adapter does, update PEFT",
                 stacklevel=2,
             )
-    names = [name.rpartition(".lora_")[0] or name for name in tensors]
-    check_patterns(config, names, f"{source}: ", AdapterError)
+    modules = [name.rpartition(".lora_")[0] or name for name in tensors]
+    check_patterns(config, modules, f"{source}: ", AdapterError)

@@ -23,7 +23,7 @@ def check_fit(recipe: TrainRecipe) -> Any:
 
 
 def fitting_config(
-    method: Method, model: Any, steps: int | None = None, given: Mapping[str, Any] | None = None
+    method: Any, model: Any, steps: int | None = None, given: Mapping[str, Any] | None = None
 ) -> "PeftConfig":
     """Return the PEFT configuration of a method's adapter on a model, which may be without weights.
 

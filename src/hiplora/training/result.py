@@ -148,7 +148,7 @@ def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> 
         asked = "through the tokenizer's chat template"
         given = '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
         prompt = f"inputs = tokenizer.apply_chat_template({given})"
-    front = {"base_model": hub_name(values["model"]), "library_name": "peft"}
+    front: dict[str, Any] = {"base_model": hub_name(values["model"]), "library_name": "peft"}
     front["tags"] = [*dict.fromkeys(("peft", method.name, "hiplora"))]
     return CARD.format(
         base=values["model"],

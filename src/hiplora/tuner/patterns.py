@@ -34,7 +34,7 @@ def check_patterns(
 
     Raises `error`, its message after `source`, where they are not.
     """
-    given = {field: config.get(field) or () for field in (*FIELDS, *WHOLE)}
+    given: dict[str, Any] = {field: config.get(field) or () for field in (*FIELDS, *WHOLE)}
     listed = {field: [value] if isinstance(value, str) else value for field, value in given.items()}
     patterns = [(field, one) for field in FIELDS for one in listed[field] if isinstance(one, str)]
     patterns += [(field, given[field]) for field in WHOLE if isinstance(given[field], str)]

@@ -98,12 +98,14 @@ class Spectral(FromInputs, LowRank):
 
     def check_layer(self, config: Any, layer: Any) -> None:
         """Check that a residual of rank r is left beside the protected directions."""
+        import torch
+
         from hiplora.spectral import resolve_rank
 
         super().check_layer(config, layer)
         (m, n), r, least = layer.shape, self.rank_of(config, layer), min(layer.shape)
         # A share of the energy is known when it is measured.
-        k = 0 if isinstance(layer.k, str) else resolve_rank(layer.k, layer.shape, lambda: None)
+        k = 0 if isinstance(layer.k, str) else resolve_rank(layer.k, layer.shape, lambda: torch.ones(1))
         taken = k if self.is_closed else 0
         left = min(m - taken * (self.basis_sides != "input"), n - taken * (self.basis_sides != "output"))
         if k > least or r > left:
