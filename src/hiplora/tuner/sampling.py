@@ -109,11 +109,11 @@ def sampled_rows(
 
 def _seconds(model: Any, rows: int, length: int) -> float:
     """Estimate how long rows take to be sampled, token by token, and then measured on, forward and backward."""
-    took = []
+    took, device = [], next(model.parameters()).device
     for shape in ((rows, 1), (rows, 1), (1, length)):  # the first warms up
         began = time.perf_counter()
         with torch.no_grad():
-            float(model(input_ids=torch.zeros(shape, dtype=torch.long, device=model.device)).logits[0, -1, 0])
+            float(model(input_ids=torch.zeros(shape, dtype=torch.long, device=device)).logits[0, -1, 0])
         took.append(time.perf_counter() - began)
     return length * took[1] + 3 * rows * took[2]
 
