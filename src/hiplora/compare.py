@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from hiplora import __version__
-from hiplora.adapters import BaseWeights, read_update
+from hiplora.adapters import read_update
 from hiplora.compare_report import SMALL, Results, write_report
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.data.texts import drift_texts, overlap
-from hiplora.errors import AdapterError, ConfigError, DataError, first_line, first_problem
+from hiplora.errors import ConfigError, DataError, first_line, first_problem
 from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.updates import measure_updates
-from hiplora.models import load_tokenizer
+from hiplora.models import load_tokenizer, skeleton
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
+from hiplora.training.fit import fitting_config
 from hiplora.training.reading import model_problem
-from hiplora.tuner import PRESETS, HipLoraConfig, default_targets, find_targets
+from hiplora.tuner import default_targets
 
 HELDOUT_LIMIT = 64  # held-out rows at most: all methods are measured on the same, at some ten points each
 ANSWER_TOKENS = 48
@@ -203,8 +204,9 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     if unknown or not settings.methods:
         raise ConfigError(f"--methods {', '.join(unknown) or 'names none'}: expected some of {', '.join(METHODS)}")
     methods = {key: METHODS[key] for key in settings.methods}
-    presets = {method.settings.get("preset") for method in methods.values()}
-    targets = check_model(model, settings.principal_rank, presets)
+    if problem := model_problem(model):
+        raise ConfigError(problem)
+    bare = skeleton(model)
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT, "template": "auto"}
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
@@ -214,36 +216,13 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     for key, method in methods.items():
         block = method.block(settings.rank, settings.principal_rank)
         if method.preset:
-            block["target_modules"] = targets[method.preset]
+            block["target_modules"] = default_targets(bare, method.preset)
         try:
             recipes[key] = TrainRecipe.model_validate({**shared, "method": block})
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
+        fitting_config(recipes[key].method, bare)
     return recipes
-
-
-def check_model(model: str, principal_rank: int, presets: Collection[str | None]) -> dict[str, list[str]]:
-    """Return the modules that each preset of HiP-LoRA adapts, read off the model's configuration without its weights.
-
-    Raises:
-        ConfigError: the model cannot be found, has no such modules, or those of `presets` have at most `principal_rank`
-            directions.
-    """
-    if problem := model_problem(model):
-        raise ConfigError(problem)
-    try:
-        skeleton = BaseWeights(model, "CAUSAL_LM").skeleton
-    except AdapterError as error:
-        raise ConfigError(str(error)) from error
-    targets = {preset: default_targets(skeleton, preset) for preset in PRESETS}
-    for preset in filter(presets.__contains__, PRESETS):
-        for found in find_targets(skeleton, HipLoraConfig(target_modules=targets[preset])):
-            if min(found.shape) <= principal_rank:
-                raise ConfigError(
-                    f"--principal-rank is {principal_rank}, but layer {found.name} has only min(out, in) = "
-                    f"{min(found.shape)} directions, which leaves none for the residual channel; lower it"
-                )
-    return targets
 
 
 def _questions(path: str | os.PathLike | None) -> list[str]:

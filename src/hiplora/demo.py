@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from hiplora import __version__
 from hiplora.adapters import read_update, save_as_lora
-from hiplora.compare import METHODS, QUESTIONS, Base, Tell, check_model
+from hiplora.compare import METHODS, QUESTIONS, Base, CompareSettings, Tell, method_recipes
 from hiplora.compare_report import Results, mean_of, shown, spread
 from hiplora.data.examples import Example
 from hiplora.data.texts import drift_texts
@@ -124,7 +124,8 @@ def demo(
         HipLoraError: training failed, or a merged adapter is not the sum of its parts.
     """
     settings, texts, both = settings or DemoSettings(), drift_texts(), skills()
-    check_model(settings.model, settings.principal_rank, {"function-aware"})
+    ranks: dict[str, Any] = {"rank": settings.rank, "principal_rank": settings.principal_rank}
+    method_recipes(settings.model, "skills", CompareSettings(methods=COMPARED, **ranks))  # checks that they fit
     plan = {
         "kind": "demo",
         "hiplora": __version__,

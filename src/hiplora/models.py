@@ -129,6 +129,19 @@ def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any
     return network.eval(), tokenizer
 
 
+def skeleton(model: str) -> Any:
+    """Return a causal language model without weights, made of its configuration; ConfigError as `load`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _pretrained(AutoConfig, model)
+    try:
+        with torch.device("meta"), quiet_transformers(always=False):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever an odd configuration makes of transformers
+        raise ConfigError(f"model {model}: is no causal language model ({first_line(error)}); name one") from error
+
+
 def load_tokenizer(model: str) -> Any:
     """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or a harmful one."""
     from transformers import AutoTokenizer

@@ -189,7 +189,8 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
         ({"steps": 0}, ConfigError, r"setting train\.steps: Input should be greater"),
         ({"lr": math.nan}, ConfigError, r"setting train\.lr"),
         ({"heldout_fraction": 1.0}, ConfigError, r"setting data\.held_out_fraction"),
-        ({"principal_rank": 32}, ConfigError, r"--principal-rank is 32, but layer .*_proj has only .* 32 direct"),
+        ({"principal_rank": 61}, ConfigError, r"layer .*_proj: principal_rank 61 and r 4 do not fit"),
+        ({"rank": 5000}, ConfigError, r"layer .*_proj: r 5000 exceeds min\(out, in\) = \d+"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(job, tmp_path, monkeypatch, change, error, said):

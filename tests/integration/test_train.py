@@ -2,19 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from hiplora.data.encoding import encode_examples
-from hiplora.data.examples import load_data
+from hiplora.data.examples import Example, load_data
 from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
-from hiplora.training.result import read_metrics
+from hiplora.training.result import model_card, read_metrics
 from hiplora.training.sequences import keeps_rows_apart
 from tests.integration.training import StopAt, Stopped, assert_equal_runs, numbers, small_recipe, tensors
 from tests.models.zoo import CASES
@@ -268,19 +270,73 @@ def test_rows_share_a_sequence_only_where_they_do_not_see_each_other(name, rows,
         assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture(scope="module")
+def stopped(make, tmp_path_factory):
+    """A run that stopped after its first checkpoint."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    with pytest.raises(Stopped):
+        train(make(), out, callbacks=[StopAt(4)])
+    return out
+
+
+CHECKPOINT = "checkpoints/checkpoint-3"
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "progress.json"])
 @pytest.mark.parametrize("damage", ["gone", "flipped"])
-def test_a_damaged_checkpoint_is_named_and_not_carried_on_from(make, tmp_path, name, damage):
-    with pytest.raises(Stopped):
-        train(make(), tmp_path / "out", callbacks=[StopAt(4)])
-    file = tmp_path / "out" / "checkpoints" / "checkpoint-3" / name
+def test_a_damaged_checkpoint_is_named_and_not_carried_on_from(stopped, make, tmp_path, name, damage):
+    file = shutil.copytree(stopped, tmp_path / "out") / CHECKPOINT / name
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.unlink()
     if damage == "flipped":
         file.write_bytes(raw)
-    with pytest.raises(HipLoraError, match=f"checkpoint-3: {name} is missing or damaged; remove this folder"):
+    with pytest.raises(HipLoraError, match=f"checkpoint-3: {name} is missing or damaged; remove it"):
         train(make(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "null", '{"progress.json": 3}', "\xff", "[" * 99_999])
+@pytest.mark.parametrize("name", [f"{CHECKPOINT}/hashes.json", "checkpoints/run.json", CHECKPOINT])
+def test_what_is_damaged_is_not_taken_for_verified(stopped, make, tmp_path, name, content):
+    file = shutil.copytree(stopped, tmp_path / "out") / name
+    shutil.rmtree(file, ignore_errors=True)
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(HipLoraError, match=r"is missing or damaged|is damaged|put them back"):
+        train(make(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [None, "[", "{}", "null", '{"result": {}}', '{"result": 3}', "\xff"])
+@pytest.mark.parametrize("name", ["provenance.json", "metrics.jsonl"])
+def test_a_finished_run_that_is_damaged_says_which_file(whole, make, tmp_path, name, content):
+    file = shutil.copytree(whole("lora").adapter, tmp_path / "out") / name
+    file.unlink()
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    with pytest.raises(HipLoraError, match=rf"{name}: is missing or damaged .*; put it back, or pass --overwrite"):
+        train(make("lora"), tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        (
+            "lora",
+            {"report_to": "nope"},
+            "train.report_to: 'nope' is no tracker; expected none, all or some of .*wandb",
+        ),
+        ("lora", {"report_to": ["tensorboard", "none"]}, "train.report_to: "),
+        ("lora", {"report_to": "clearml"}, "train.report_to: clearml is not installed"),
+        ({"name": "lora", "modules_to_save": ["zzz"]}, {}, "modules_to_save 'zzz' matches no module"),
+        ({"name": "osf", "effective_rank": 64}, {}, "leaves none to train"),
+        ({"name": "adalora", "r": 64}, {}, "r 96 exceeds min"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_weights_are_read(make, tmp_path, monkeypatch, method, settings, said):
+    monkeypatch.delattr("transformers.PreTrainedModel.from_pretrained")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match=said):
+        train(make(method, **settings), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out").exists()
 
 
 def test_ctrl_c_ends_the_step_with_a_checkpoint_that_is_carried_on_from(whole, make, tmp_path, caplog):
@@ -355,3 +411,13 @@ def test_the_card_says_what_the_adapter_is_and_names_no_path(whole, tiny_model_d
         assert said in card
         assert f"{whole(method).held_out['after']:.4f}" in card
         assert str(tiny_model_dir.parent) not in card
+
+
+def test_any_name_of_a_model_is_good_yaml_and_no_folder_of_a_mix_is_in_the_card(make, whole, rows):
+    recipe = make("lora", data={"mix": {str(rows): 1.0}})
+    recipe = recipe.model_copy(update={"model": '/models/od: d # "x'})
+    card = model_card(recipe, whole("lora"), Example("Say ", "1"))
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["tags"]) == ('od: d # "x', ["peft", "lora", "hiplora"])
+    assert str(rows.parent) not in card
+    assert "rows.jsonl: 1.0" in card

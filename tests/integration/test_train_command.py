@@ -89,7 +89,13 @@ def test_a_preview_shows_what_is_learned_and_trains_nothing(recipe_file, tmp_pat
     assert shown.startswith(
         "row 1\n0+1=⟦1<|eos|>⟧\n\nrow 2\n1+1=⟦2<|eos|>⟧\n\n8 rows, 16 of 48 tokens are learned; 2 steps"
     )
+    assert re.search(r"roughly \d+ s here", shown)
     assert not (tmp_path / "out").exists()
+    assert run(recipe_file, "--dry-run", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["kind"], printed["rows"], printed["steps"]) == ("preview", ["0+1=⟦1<|eos|>⟧"], 2)
+    assert printed["seconds"] > 0
+    assert run(recipe_file, "--preview", "-1") == 2
 
 
 def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_dir, monkeypatch, capsys):
@@ -101,8 +107,10 @@ def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_di
     assert run("mine.yaml", "--dry-run") == 0
 
 
-def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_default(recipe_file, tmp_path):
+def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_default(recipe_file, tmp_path, capsys):
     assert run(recipe_file, "--set", "method=lora", "--set", "train.lr=3e-3") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(rf"next: hiplora generate \S+ --adapter {tmp_path / 'own-out'} --prompt", last)
     config = json.loads((tmp_path / "own-out" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert "lr: 0.003" in (tmp_path / "own-out" / "recipe.yaml").read_text()
@@ -116,6 +124,8 @@ def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_d
         (["--set", "data.path=gone.jsonl"], r"gone\.jsonl: no such file"),
         (["--resume", "--overwrite"], "pass one of them"),
         (["--set", "method.target_modules=[nope]"], r"check method\.target_modules"),
+        (["--set", "train.batch_size=1000000000000000000000"], r"train\.batch_size: should be less than"),
+        (["--dry-run", "--set", "method.r=60"], "principal_rank 8 and r 60 do not fit|r 60 exceeds"),
     ],
 )
 def test_a_users_mistake_is_exit_2_and_a_message_without_traceback(recipe_file, tmp_path, capsys, arguments, said):

@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import os
-import re
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,9 @@ from torch import Tensor, nn
 from hiplora.adapters.formats import Saved, update_of
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError, first_line
-from hiplora.tuner import HipLoraLinear, plain_name  # its import registers HiP-LoRA with PEFT
+from hiplora.tuner import HipLoraLinear, check_patterns, plain_name  # its import registers HiP-LoRA with PEFT
 
 CONFIG = "adapter_config.json"
-_MATCH = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for pattern in patterns:
-    compiled = re.compile(rf"(.*\\.)?({pattern})$")
-    for name in names:
-        compiled.match(name)
-"""
-_MATCH_SECONDS = 10
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # What a live layer holds for an adapter beside what it saves → the tensor's name.
@@ -187,25 +175,5 @@ def _check_config(config: Mapping[str, Any], tensors: Iterable[str], source: str
                 peft_config(**{name: config[name] for name in config.keys() & known - {"peft_type", "peft_version"}})
             except Exception as error:  # whatever its own checks raise
                 raise AdapterError(f"{source}: PEFT does not accept it ({first_line(error)})") from error
-    patterns = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or {}]
-    patterns += [config[name] for name in ("target_modules", "exclude_modules") if isinstance(config.get(name), str)]
-    unusual = [pattern for pattern in patterns if not re.fullmatch(r"[\w.-]*", pattern)]
-    if unusual:
-        _match_in_time(unusual, [name.rpartition(".lora_")[0] or name for name in tensors], source)
-
-
-def _match_in_time(patterns: Sequence[str], names: Sequence[str], source: str) -> None:
-    """Match patterns as PEFT does in a process that can be stopped: those of a stranger's adapter may never end."""
-    probes = [*names, *(f"{name}!" for name in names)]  # a name that fits but for its end takes longest
-    given = json.dumps([list(patterns), probes])
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", _MATCH], input=given, capture_output=True, text=True, timeout=_MATCH_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise AdapterError(
-            f"{source}: matching its patterns ({', '.join(patterns)}) with the modules' names takes over "
-            f"{_MATCH_SECONDS} s; write them without nested repetition"
-        ) from None
-    if done.returncode:
-        raise AdapterError(f"{source}: a pattern is no regular expression ({done.stderr.strip().splitlines()[-1]})")
+    modules = [name.rpartition(".lora_")[0] or name for name in tensors]
+    check_patterns(config, modules, f"{source}: ", AdapterError)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import typer
@@ -25,7 +26,7 @@ def command(
         [], metavar="KEY=VALUE", help="Override a value of the recipe, for example train.lr=1e-4; may be repeated."
     ),
     out: Path | None = Option(None, help="Output folder; the recipe's `out`, if not given."),
-    preview: int = Option(0, help="Show so many rows as they are learned, and train nothing."),
+    preview: int | None = Option(None, min=1, help="Show so many rows as they are learned, and train nothing."),
     dry_run: bool = Option(False, "--dry-run", help="The same with one row."),
     resume: bool = Option(
         False, "--resume", help="Continue an unfinished run in the output folder; leave a finished one as it is."
@@ -54,7 +55,7 @@ def command(
         raise ConfigError("name a recipe, or give --model and --data; `hiplora init` writes a recipe")
     loaded = load_recipe(recipe, [*words, *set])
     if preview or dry_run:
-        typer.echo(previewed(loaded, preview or 1))
+        yield from previewed(loaded, preview or 1)
         return
     where = out or loaded.out
     if where is None:
@@ -76,8 +77,13 @@ def command(
         return
     yield {"schema": 1, "kind": "training", "out": str(result.adapter), **result.summary()}
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
+    folder = shlex.quote(str(where))
     if not loaded.method.kind:
-        yield f"next: hiplora export {where} --to lora --out {where}-lora   (for vLLM, llama.cpp and stock PEFT)"
+        to = shlex.quote(f"{where}-lora")
+        yield f"next: hiplora export {folder} --to lora --out {to}   (for vLLM, llama.cpp and stock PEFT)"
+    else:
+        model = shlex.quote(loaded.model)
+        yield f"next: hiplora generate {model} --adapter {folder} --prompt TEXT   (beside the base model's answer)"
 
 
 def init(

@@ -58,8 +58,9 @@ class DataSettings(Block):
     ] = "auto"  # fmt: skip
     """Format of a row. `alpaca`: instruction, input (optional), output. `prompt_completion`: prompt and completion (or
     response). `question_answer`: question and answer. `query_response`: query and response. `multiple_choice`:
-    question, choices and the index of the right one as answer. `messages`: a list of {role, content}, with tools and
-    tool_calls; ShareGPT's conversations are read too. `text`: plain text. `auto` reads it off the first row."""
+    question, choices and the index of the right one as answer. These three may have a context. `messages`: a list of
+    {role, content}, with tools and tool_calls; a system message may stand apart, and ShareGPT's conversations are read
+    too. `text`: plain text. `auto` reads it off the first row."""
     template: Literal["auto", "instruction", "verbatim", "direct", "step_by_step", "chat"] | None = None
     """How a prompt is worded. `instruction`: Alpaca style (default for alpaca, question_answer and query_response
     rows). `verbatim`: the prompt as it is (default for prompt_completion). `direct`: as the evaluation tasks do,
@@ -199,7 +200,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
 
 
 def _identity(example: Example) -> str:
-    return json.dumps([example.prompt, example.response, example.messages])
+    return json.dumps([example.prompt, example.response, example.messages], default=str)
 
 
 def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:
@@ -227,19 +228,23 @@ def _examples(format: str, rows: list[Any], template: str | None = None, chat: b
 def _example(row: Mapping[str, Any], format: str, template: str | None) -> Example:
     if format == "messages":
         return _conversation(row["messages"], row.get("tools") or (), row.get("learn_from", 0))
-    if template == "direct" and format == "question_answer":
-        return Example(direct_question(row), f" {final_number(row)}")
     task, material, response = _parts(row, format)
+    if template == "direct" and format == "question_answer":
+        return Example(direct_question({"question": _with_context(row, task)}), f" {final_number(row)}")
     if template == "direct":
         return Example(task, f" {response}")
     if template == "step_by_step":
-        return Example(step_by_step(task), response)
+        return Example(step_by_step(_with_context(row, task)), response)
     if template == "instruction":
         return Example(instruction_prompt(task, material), response)
     prompt = f"{task}\n\n{material}" if material.strip() else task
     if template == "chat":
         return _conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
     return Example(prompt, response)
+
+
+def _with_context(row: Mapping[str, Any], question: str) -> str:
+    return f"{context}\n\n{question}" if (context := (row.get("context") or "").strip()) else question
 
 
 def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
@@ -249,11 +254,12 @@ def _parts(row: Mapping[str, Any], format: str) -> tuple[str, str, str]:
     if format == "alpaca":
         return row["instruction"], row.get("input") or "", row["output"]
     if format == "multiple_choice":
-        return lettered(row), "", letters(row)[row["answer"]]
+        question = _with_context(row, row["question"])
+        return lettered({**row, "question": question}), "", letters(row)[row["answer"]]
     if format == "prompt_completion":
         return row["prompt"], "", row.get("completion", row.get("response"))
     question, answer = ("query", "response") if format == "query_response" else ("question", "answer")
-    return row[question], "", row[answer]
+    return row[question], row.get("context") or "", row[answer]
 
 
 def _conversation(given: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), learn_from: int = 0) -> Example:

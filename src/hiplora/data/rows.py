@@ -1,5 +1,7 @@
 """Rows of data files, each with its place ("line 3") so that an error can name it, and the formats they may have."""
 
+import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -46,7 +48,8 @@ def _says_something(messages: list[Any]) -> list[Any]:
 
 
 def _is_a_choice(answer: int, info: ValidationInfo) -> int:
-    if not 0 <= answer < len(choices := info.data.get("choices", ())):
+    choices = info.data.get("choices", ())
+    if not 0 <= answer < len(choices):
         raise ValueError(f"{answer} is not the index of a choice, 0 to {len(choices) - 1}")
     return answer
 
@@ -62,6 +65,7 @@ def _model(**fields: Any) -> type[BaseModel]:
 
 
 Text = (Annotated[str, AfterValidator(_not_empty)], ...)
+Context = (str | None, None)
 Message = _model(
     role=(Literal["system", "user", "assistant", "tool"], ...),
     tool_calls=(list[dict[str, Any]] | None, None),
@@ -74,14 +78,19 @@ FORMATS: dict[str, type[BaseModel]] = {
     "messages": _model(
         messages=(Annotated[list[Message], AfterValidator(_says_something)], ...),  # type: ignore[valid-type]
         tools=(list[dict[str, Any]] | None, None),
+        system=(str | None, None),
+        learn_from=(int, 0),
     ),
     "alpaca": _model(instruction=Text, output=Text, input=(str | None, None)),
     "prompt_completion": _model(prompt=(str, ...), completion=Completion),
     "multiple_choice": _model(
-        question=Text, choices=(Choices, ...), answer=(Annotated[int, AfterValidator(_is_a_choice)], ...)
+        question=Text,
+        choices=(Choices, ...),
+        answer=(Annotated[int, AfterValidator(_is_a_choice)], ...),
+        context=Context,
     ),
-    "question_answer": _model(question=Text, answer=Text),
-    "query_response": _model(query=Text, response=Text),
+    "question_answer": _model(question=Text, answer=Text, context=Context),
+    "query_response": _model(query=Text, response=Text, context=Context),
     "text": _model(text=Text),
 }
 NEEDED = {
@@ -136,30 +145,50 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
             elif kind == "txt":
                 yield "line 1", {"text": decoded(file.read(), path)}
             else:
-                yield from (_json if kind == "json" else _csv)(decoded(file.read(), path), path)
+                text = decoded(file.read(), path, lenient=bad is not None)
+                yield from _json(text, path, bad) if kind == "json" else _csv(text, path)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); write it again") from None
 
 
-def decoded(raw: bytes, path: str | Path, line: int = 1) -> str:
-    """Return UTF-8 text without a byte-order mark; DataError names the line, counted from `line`, that is not UTF-8."""
+def decoded(raw: bytes, path: str | Path, line: int = 1, lenient: bool = False) -> str:
+    """Return UTF-8 text without a byte-order mark; DataError names the line, counted from `line`, that is not UTF-8.
+
+    A `lenient` reading marks such bytes instead, as half characters, which no row may have.
+    """
+    if wide := _wide(raw[:64]):
+        raise DataError(f"{path}, line {line}: not UTF-8, it looks like {wide}; {_CONVERT.format(wide)}")
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig", "surrogateescape" if lenient else "strict")
     except UnicodeDecodeError as error:
-        utf16 = raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw[:64]
-        try:
-            looks = "UTF-16" if utf16 else raw.decode("cp1252") and "WINDOWS-1252"
-        except UnicodeDecodeError:
-            raise DataError(f"{path}, line {line}: is no text ({error.reason}); write it again as UTF-8") from None
         line += raw.count(b"\n", 0, error.start)
-        what = f"not UTF-8 (byte 0x{raw[error.start]:02x}), it looks like {looks}"
-        raise DataError(f"{path}, line {line}: {what}; convert it with `iconv -f {looks} -t UTF-8`") from None
+        what = f"{path}, line {line}: not UTF-8 (byte 0x{raw[error.start]:02x})"
+        try:
+            raw.decode(looks := "WINDOWS-1252")
+        except UnicodeDecodeError:
+            raise DataError(f"{what}, and no text that is known; write it again as UTF-8") from None
+        raise DataError(f"{what}, it looks like {looks}; {_CONVERT.format(looks)}") from None
+
+
+_CONVERT = "convert it with `iconv -f {} -t UTF-8`"
+
+
+def _wide(head: bytes) -> str:
+    """Name UTF-16 or UTF-32 where a file begins with its byte-order mark, or has a zero in many of its first bytes."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    zeros = head.count(0)
+    if 8 * zeros < max(len(head), 8):
+        return ""
+    return f"UTF-{32 if 5 * zeros > 3 * len(head) else 16}{'LE' if head[0] else 'BE'}"
 
 
 def check_rows(
     rows: Iterable[Row], format: str, name: str | Path, bad: list[str] | None = None
 ) -> tuple[str, list[Any]]:
-    """Check every row against a format and return the format ("auto": that of the first row) and the values.
+    """Check every row against a format and return the format ("auto": that of the first good row) and the values.
 
     ShareGPT's conversations and TRL's conversational prompts and completions become messages. Raises DataError if there
     are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
@@ -167,51 +196,92 @@ def check_rows(
     values: list[Any] = []
     problems: list[str] = []
     for place, value in rows:
-        value = _as_messages(value)
-        if format == "auto":
-            format = _first_format(value, f"{name}, {place}")
-        problem = _problem(value, format)
-        if problem is None:
-            values.append(value)
+        where = f"{name}, {place}"
+        try:
+            value = _as_messages(value)
+            own = _first_format(value) if format == "auto" else format
+            if bad is None:
+                format = own
+            _check(value, own)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where}: {error}")
+            if format == "auto" and bad is None:
+                break
         else:
-            problems.append(f"{name}, {place}: {problem}")
+            values.append(value)
+            format = own
     if bad is not None:
         bad += problems
     if problems and (bad is None or not values):
         shown = problems[:MAX_SHOWN]
         if len(problems) > MAX_SHOWN:
             shown.append(f"{name}: … and {len(problems) - MAX_SHOWN} more")
-        needed = f"rows of format {format} need {', '.join(NEEDED[format])}"
-        way = "fix the rows, set data.format, or leave them out with data.skip_bad_rows"
-        raise DataError("\n".join([*shown, f"{needed}; {way}"]))
+        if format != "auto":
+            way = "fix the rows, set data.format, or leave them out with data.skip_bad_rows"
+            shown.append(f"rows of format {format} need {', '.join(NEEDED[format])}; {way}")
+        raise DataError("\n".join(shown))
     if not values:
         raise DataError(f"{name}: has no rows; it must have at least one")
     return format, values
 
 
-def _problem(value: Any, format: str) -> str | None:
+def _check(value: Any, format: str) -> None:
+    """Raise ValueError if a row does not fit a format."""
     try:
         FORMATS[format].model_validate(value)
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except ValidationError as error:
         missing = error.errors()[0]["type"] == "missing"
-        return first_problem(error) + (f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else "")
+        found = f" (found {', '.join(map(str, value)) or 'no fields'})" if missing else ""
+        raise ValueError(first_problem(error) + found) from None
     except UnicodeEncodeError as error:
-        return f"has half a character ({error.object[error.start]!r}), as a text cut within an emoji has; remove it"
-    return None
+        half = error.object[error.start]
+        if "\udc80" <= half <= "\udcff":
+            raise ValueError(f"not UTF-8 (byte 0x{ord(half) - 0xDC00:02x})") from None
+        raise ValueError(f"has half a character ({half!r}), as a text cut within an emoji has; remove it") from None
 
 
 def _as_messages(row: Any) -> Any:
-    """Return ShareGPT's and TRL's conversational rows as messages; others as they are."""
+    """Return conversational rows as messages, whether ShareGPT's, TRL's or OpenAI's; others as they are."""
     if not isinstance(row, Mapping):
         return row
-    said = row.get("conversations")
-    if isinstance(said, list) and all(isinstance(one, Mapping) and "from" in one for one in said):
-        named = ((_ROLES.get(one["from"], one["from"]), one.get("value")) for one in said)
-        return {**row, "messages": [{"role": role, "content": content} for role, content in named]}
-    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        return {**row, "messages": [*row["prompt"], *row["completion"]], "learn_from": len(row["prompt"])}
-    return row
+    said, prompt, completion = row.get("conversations"), row.get("prompt"), row.get("completion", row.get("response"))
+    if isinstance(said, list) and all(isinstance(one, Mapping) for one in said):
+        row = {**row, "messages": said}
+    elif isinstance(prompt, list) or (isinstance(completion, list) and prompt is not None):
+        before, after = _turns(prompt, "user"), _turns(completion, "assistant")
+        row = {**row, "messages": [*before, *after], "learn_from": len(before)}
+    if not isinstance(row.get("messages"), list):
+        return row
+    messages, system, tools = [_message(one) for one in row["messages"]], row.get("system"), row.get("tools")
+    if isinstance(system, str) and system.strip() and not any(_role(one) == "system" for one in messages[:1]):
+        messages.insert(0, {"role": "system", "content": system})
+        row = {**row, **({"learn_from": row["learn_from"] + 1} if isinstance(row.get("learn_from"), int) else {})}
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools or "null")
+        row = {**row, "tools": tools}
+    return {**row, "messages": messages}
+
+
+def _turns(said: Any, role: str) -> list[Any]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _message(one: Any) -> Any:
+    """Return a message under its usual names, with ShareGPT's roles renamed and parts of text put together."""
+    if not isinstance(one, Mapping):
+        return one
+    role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
+    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    role = _ROLES.get(role, role) if isinstance(role, str) else role
+    return {**{key: one[key] for key in one if key not in ("from", "value")}, "role": role, "content": content}
 
 
 def detect_format(row: Any) -> str | None:
@@ -222,15 +292,16 @@ def detect_format(row: Any) -> str | None:
     return next((name for name, needed in NEEDED.items() if fields >= {*needed}), None)
 
 
-def _first_format(row: Any, where: str) -> str:
+def _first_format(row: Any) -> str:
+    """Return the format that a row's fields belong to; ValueError if there is none."""
     if (format := detect_format(row)) is not None:
         return format
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         what = "is a preference pair, and this is supervised fine-tuning"
-        raise DataError(f"{where}: {what}; give `prompt` and `completion`, or use TRL's DPOTrainer")
+        raise ValueError(f"{what}; give `prompt` and `completion`, or use TRL's DPOTrainer")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
-    raise DataError(f"{where}: unknown format, found {found}; rename the fields:\n{needs}")
+    raise ValueError(f"unknown format, found {found}; rename the fields:\n{needs}")
 
 
 def _parsed(text: str, path: Path, line: int, hint: str = "") -> Any:
@@ -256,13 +327,14 @@ def _json_lines(lines: Iterable[bytes], path: Path, bad: list[str] | None = None
             bad.append(str(error))
 
 
-def _json(text: str, path: Path) -> Iterator[Row]:
+def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     try:
         rows = _parsed(text, path, 1)
     except DataError as error:
         if "Extra data" not in str(error):
             raise
-        yield from _json_lines(text.encode().splitlines(), path)  # JSON lines named .json, as many data sets are
+        lines = text.encode(errors="surrogateescape").splitlines()
+        yield from _json_lines(lines, path, bad)  # JSON lines named .json, as many data sets are
         return
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")

@@ -1,6 +1,5 @@
 """Put a method's adapter on a model, new or carried on from a finished one, and save it when it is trained."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import parse_yaml
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.baselines.lora import keep_start, restored, split_difference, to_difference
+from hiplora.training.fit import fitting_config
 from hiplora.training.method import ADAPTER, BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE, Method, save_adapter
 from hiplora.training.recipe import TrainRecipe
 
@@ -38,24 +38,15 @@ def put_on(
     from peft import get_peft_model, get_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from hiplora.tuner import default_targets
-
     kept = start / WEIGHTS_FILE if method.moves_base and start is not None else None
     tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
     if tensors is not None and kept is not None:
         tensors, origin = split_difference(tensors)
         if not kept.is_file():
             keep_start(origin, kept)
+    stored = None if given is None else json.loads((given / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = fitting_config(method, model, steps, stored)
     try:
-        if given is not None:
-            config = method.continued_config(json.loads((given / CONFIG_FILE).read_text(encoding="utf-8")))
-        else:
-            config = method.peft_config(steps)
-            if (
-                method.target_modules == Method.model_fields["target_modules"].default
-            ):  # whatever this model calls them
-                config.target_modules = {*default_targets(model, "paper")}
-            _check_ranks(config, model)
         if kept is not None and kept.is_file():
             begin = restored(config, kept)
         elif given is None:
@@ -69,26 +60,15 @@ def put_on(
             raise
         way = "check method.target_modules and the patterns"
         raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
+    if not adapted.get_nb_trainable_parameters()[0]:
+        raise ConfigError(
+            f"method {method.name} leaves no parameter to train; check its ranks and method.target_modules"
+        )
     if kept is not None and not kept.is_file():
         keep_start(get_peft_model_state_dict(adapted, adapter_name=ADAPTER, save_embedding_layers=False), kept)
     if tensors is not None:
         _load_tensors(adapted, tensors, given)
     return adapted
-
-
-def _check_ranks(config: Any, model: Any) -> None:
-    """Check, before PEFT makes them, that no factors are larger than the weight that they change."""
-    from hiplora.tuner import find_targets, for_module
-
-    rank = getattr(config, "init_r", None) or getattr(config, "r", 0)  # AdaLoRA's first
-    targets: Any = ()
-    with contextlib.suppress(ConfigError):  # said better by what puts the adapter on, or no linear layers
-        targets = find_targets(model, config)
-    for target in targets:
-        r = for_module(config.rank_pattern or {}, target.name, rank)
-        if isinstance(r, int) and r > min(target.shape):
-            least = f"min(out, in) = {min(target.shape)}"
-            raise ConfigError(f"layer {target.name}: r {r} exceeds {least}; lower r or set rank_pattern")
 
 
 def _load_tensors(model: Any, tensors: dict[str, Any], folder: Path | None) -> None:

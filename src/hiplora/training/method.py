@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from hiplora.data.examples import Block
+from hiplora.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -104,6 +105,9 @@ class Method(Block):
         """Return the configuration of a training that carries on an adapter, whose own configuration is `given`."""
         return self.peft_config()
 
+    def check_layer(self, config: Any, layer: Any) -> None:
+        """Check that a layer, a `Target`, has as many directions as `config` asks of it; ConfigError names both."""
+
     def prepare(self, config: Any, model: Any, tokenizer: Any) -> Begin | None:
         """Measure on the bare model what the adapter needs; `config` may be changed. Return how it begins.
 
@@ -154,6 +158,19 @@ class LowRank(Method):
         from peft import LoraConfig
 
         return LoraConfig(task_type="CAUSAL_LM", **self.peft_start, **self.settings())
+
+    def check_layer(self, config: Any, layer: Any) -> None:
+        """Check that no factor is larger than the weight that it changes, which PEFT would make."""
+        r, least = self.rank_of(config, layer), min(layer.shape)
+        if r > least:
+            raise ConfigError(f"layer {layer.name}: r {r} exceeds min(out, in) = {least}; lower r or set rank_pattern")
+
+    @staticmethod
+    def rank_of(config: Any, layer: Any) -> int:
+        """Return the rank of a layer's factors when the training begins."""
+        from hiplora.tuner import for_module
+
+        return for_module(config.rank_pattern or {}, layer.name, getattr(config, "init_r", None) or config.r)
 
 
 class FromInputs(Block):

@@ -31,13 +31,13 @@ class TrainSettings(Block):
 
     lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate. The paper's text lacks it; 2e-4 is usual for LoRA."""
-    steps: int | None = Field(default=2000, ge=1)
+    steps: int | None = Field(default=2000, ge=1, le=10**9)
     """Optimizer steps; 2000 unless `epochs` is given. Give one of the two."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=10**6)
     """Passes over the data, instead of `steps`; `hiplora train` makes 3."""
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=4, ge=1, le=10**6)
     """Sequences in one forward pass."""
-    gradient_accumulation: int = Field(default=32, ge=1)
+    gradient_accumulation: int = Field(default=32, ge=1, le=10**6)
     """Forward passes per optimizer step, shared between the processes of a distributed run: batch_size ×
     gradient_accumulation is the global batch (128; 16 in `hiplora train`)."""
     max_length: int = Field(default=2048, ge=2)

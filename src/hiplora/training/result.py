@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from hiplora.data.examples import Example
+from hiplora.errors import HipLoraError, first_line
 from hiplora.models import hub_name
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 PROVENANCE_FILE = "provenance.json"
 METRICS_FILE = "metrics.jsonl"
 CARD = """---
-base_model: {hub}
-library_name: peft
-tags: [{tags}]
----
+{front}---
 
 # {method.title} adapter for {base}
 
@@ -38,7 +36,7 @@ tags: [{tags}]
 {register}from hiplora.models import load
 from peft import PeftModel
 
-base, tokenizer = load("{base}")
+base, tokenizer = load({quoted})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 {prompt}
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))
@@ -102,9 +100,19 @@ class TrainResult:
     @classmethod
     def read(cls, folder: Path) -> "TrainResult":
         """Read the result of a finished run from its folder."""
-        stored = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))["result"]
-        stored |= {"adapter": folder, "metrics": read_metrics(folder)}
-        return cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
+        try:
+            file = PROVENANCE_FILE
+            text = (folder / file).read_text(encoding="utf-8")
+            stored = {**json.loads(text)["result"], "adapter": folder, "metrics": []}
+            found = cls(**{item.name: stored[item.name] for item in fields(cls) if item.name in stored})
+            file = METRICS_FILE
+            found.metrics.extend(read_metrics(folder))
+            if not any("loss" in row for row in found.metrics):
+                raise ValueError("no loss in it")
+            return found
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{folder / file}: is missing or damaged ({first_line(error)})"
+            raise HipLoraError(f"{what}; put it back, or pass --overwrite to train again") from error
 
 
 def read_metrics(folder: str | os.PathLike) -> list[Row]:
@@ -133,28 +141,36 @@ def result_rows(result: TrainResult) -> list[tuple[str, str]]:
 def model_card(recipe: "TrainRecipe", result: TrainResult, example: Example) -> str:
     """Return the card, with the prompt of a training row as the example of use; of a path it has only the last part."""
     method, values = recipe.method, recipe.values()
-    for block in (values, values["data"], values["method"], values["train"]):
-        for key, value in block.items():
-            if isinstance(value, str) and Path(value).is_absolute():
-                block[key] = Path(value).name
+    values = _without_folders(values)
     asked = "with prompts worded like this one" if example.prompt else "it continues plain text"
     prompt = f'inputs = tokenizer({example.prompt or "…"!r}, return_tensors="pt")'
     if example.messages:
         asked = "through the tokenizer's chat template"
         given = '[{"role": "user", "content": "…"}], add_generation_prompt=True, return_tensors="pt", return_dict=True'
         prompt = f"inputs = tokenizer.apply_chat_template({given})"
+    front: dict[str, Any] = {"base_model": hub_name(values["model"]), "library_name": "peft"}
+    front["tags"] = [*dict.fromkeys(("peft", method.name, "hiplora"))]
     return CARD.format(
         base=values["model"],
-        hub=hub_name(values["model"]),
+        quoted=json.dumps(values["model"], ensure_ascii=False),
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         prompt=prompt,
         asked=asked,
         method=method,
-        tags=", ".join(dict.fromkeys(("peft", method.name, "hiplora"))),
         results="\n".join(f"| {name} | {value} |" for name, value in result_rows(result)),
         register="" if method.kind else "import hiplora  # teaches PEFT the method\n",
         loading=f"This is {method.kind}; stock PEFT loads it without hiplora." if method.kind else OWN_FORMAT,
         recipe=yaml.safe_dump(values, sort_keys=False, allow_unicode=True),
     )
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a recipe's values with the last part of each absolute path, which says whose machine it was."""
+    if isinstance(value, dict):
+        return {_without_folders(key): _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def peak_bytes() -> int:

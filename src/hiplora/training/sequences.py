@@ -1,12 +1,14 @@
 """The tokenized rows of a recipe: what is trained on, and a preview of it."""
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import DataError
-from hiplora.models import load_tokenizer
+from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
+from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -65,19 +67,52 @@ def keeps_rows_apart(model: Any) -> bool:
     return bool((both - alone).abs().max() <= close * alone.abs().max())
 
 
-def preview(recipe: TrainRecipe, count: int) -> str:
-    """Return what a recipe would train on: `count` tokenized rows, what is learned in ⟦ ⟧, and the cost."""
+def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
+    """Return what a recipe would train on, for machines and people.
+
+    `count` tokenized rows, what is learned in ⟦ ⟧, and the cost. Raises what is found before a model is loaded.
+    """
     from hiplora.data.encoding import encode_examples, shown
 
+    bare = check_fit(recipe)
     tokenizer, settings = load_tokenizer(recipe.model), recipe.train
     data = load_data(recipe.data, chat=bool(tokenizer.chat_template))
     rows, report = encode_examples(tokenizer, data.train, settings.max_length)
-    lines = [f"row {number}\n{shown(tokenizer, row)}\n" for number, row in enumerate(rows[:count], 1)]
+    texts = [shown(tokenizer, row) for row in rows[:count]]
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
-    steps = count_steps(recipe, len(rows)) if not settings.packing else settings.steps or "fewer, longer"
+    steps = None if settings.packing and settings.steps is None else count_steps(recipe, len(rows))
     batch = settings.batch_size * settings.gradient_accumulation
-    lines.append(f"{report.sequences:,} rows, {learned}; {steps} steps of {batch} sequences")
-    return "\n".join([*lines, *data.notes, *report.warnings(settings.max_length)])
+    read = (settings.epochs or 1) * report.tokens
+    if settings.steps is not None:
+        read = settings.steps * batch * (settings.max_length if settings.packing else report.tokens / len(rows))
+    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(settings.max_length)]
+    cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
+    lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
+    lines += [f"{report.sequences:,} rows, {learned}; {cost}", *notes]
+    record = {"schema": 1, "kind": "preview", "rows": texts, "data": vars(report), "steps": steps, "seconds": seconds}
+    return {**record, "notes": notes}, "\n".join(lines)
+
+
+def rough_seconds(bare: Any, tokens: float) -> float:
+    """Estimate how long a training reads so many tokens, from the size of a model and a product that is timed here."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    device, dtype = pick_device("auto"), torch_dtype(machine_dtype())
+    x, weight = (torch.ones(size, 1024, device=device, dtype=dtype) for size in (512, 1024))
+    for _ in range(3):  # the first warms up
+        began = time.perf_counter()
+        float((x @ weight)[0, 0])
+    a_product = (time.perf_counter() - began) / (512 * 1024 * 1024)
+    linear = [one for one in bare.modules() if isinstance(one, (torch.nn.Linear, Conv1D))]
+    return 2 * tokens * a_product * sum(one.weight.numel() for one in linear)  # forward, and backward to the inputs
+
+
+def duration(seconds: float) -> str:
+    """Return a time as one reads it: 40 s, 3 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def count_steps(recipe: TrainRecipe, count: int) -> int:

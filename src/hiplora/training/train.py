@@ -31,10 +31,11 @@ from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
+from hiplora.training.fit import check_fit
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
-from hiplora.training.sequences import count_steps, keeps_rows_apart, sequences
+from hiplora.training.sequences import count_steps, duration, keeps_rows_apart, sequences
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -79,6 +80,7 @@ def train(
         return TrainResult.read(run.path)
     if problem := start_problem(recipe):
         raise ConfigError(problem)
+    check_fit(recipe)
     data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
     sources = dict(data.sources)
     if recipe.train.start_from is not None:
@@ -207,8 +209,6 @@ def _run(
 
 def _cost(recipe: TrainRecipe, trainer: "AdapterTrainer") -> str:
     """Return how much a training reads, and about how long it takes."""
-    from hiplora.training.trainer import duration
-
     rows, steps, settings = trainer.train_dataset, trainer.args.max_steps, recipe.train
     # An epoch ends with a step, however few batches are left for it.
     epoch = math.ceil(recipe.method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
@@ -280,6 +280,7 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError(f"train.gradient_accumulation {passes} {share}")
     if processes > 1 and recipe.method.name == "split_lora":
         raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
+    _check_trackers(recipe.train.report_to)
     dtype = recipe.train.dtype
     if dtype == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
@@ -287,12 +288,30 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     return recipe.model_copy(update={"train": settings})
 
 
+def _check_trackers(given: str | list[str]) -> None:
+    """Check that the Trainer knows the trackers of `report_to`, and that they are installed."""
+    from transformers.integrations import integration_utils
+
+    known, found = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
+    for name in [] if given in ("none", "all", ["none"], ["all"]) else [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise ConfigError(
+                f"train.report_to: {name!r} is no tracker; expected none, all or some of {', '.join(known)}"
+            )
+        if name not in (*found, "azure_ml", "flyte"):  # of these two the list says less
+            raise ConfigError(f"train.report_to: {name} is not installed; install its package, or remove it")
+
+
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
     """Check that what a run reads is what it read when it began."""
     file = folder / "run.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != sources:
-        what = "the data changed since this run began, or the adapter that it started from"
-        raise ConfigError(f"--out {folder.parent}: {what}; put them back, or pass --overwrite to start anew")
+    what = "the data changed since this run began, or the adapter that it started from; put them back"
+    try:
+        same = not file.is_file() or json.loads(file.read_text(encoding="utf-8")) == sources
+    except (ValueError, RecursionError) as error:
+        same, what = False, f"checkpoints/{file.name}, by which a run is continued, is damaged ({first_line(error)})"
+    if not same:
+        raise ConfigError(f"--out {folder.parent}: {what}, or pass --overwrite to start anew")
     write_atomic(file, json.dumps(sources, indent=2))
 
 

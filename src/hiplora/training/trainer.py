@@ -24,9 +24,10 @@ from hiplora.evaluation.likelihood import eval_mode
 from hiplora.files import write_atomic
 from hiplora.provenance import file_sha256
 from hiplora.training.losses import TokenLoss
-from hiplora.training.method import Penalty, Session
+from hiplora.training.method import WEIGHTS_FILE, Penalty, Session
 from hiplora.training.recipe import TrainSettings
 from hiplora.training.result import METRICS_FILE, Row
+from hiplora.training.sequences import duration
 from hiplora.tuner import base_only
 
 log = logging.getLogger("hiplora.training")
@@ -34,6 +35,7 @@ log = logging.getLogger("hiplora.training")
 TRLS = ("entropy", "mean_token_accuracy", "num_tokens", "aux_loss")
 PROGRESS_FILE = "progress.json"
 HASHES_FILE = "hashes.json"  # of the others; the last file of a checkpoint: one without it is not whole
+WHOLE = {PROGRESS_FILE, "trainer_state.json", WEIGHTS_FILE}  # what no checkpoint lacks
 PLAIN_LOSS = TokenLoss("none", 0.0)  # without a router's loss, as the Trainer's has it
 
 
@@ -340,24 +342,21 @@ class Record(TrainerCallback):
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest whole checkpoint of a folder, if any; HipLoraError if a file of it is missing or changed."""
+    if file := next((path for path in folder.glob("checkpoint-*") if path.is_file()), None):
+        raise HipLoraError(f"{file}: is damaged, a file in a checkpoint's place; remove it, or pass --overwrite")
     for path in map(Path, reversed(sort_checkpoints(str(folder)))):
         try:
             hashes = json.loads((path / HASHES_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             log.warning("%s is not whole: its writing was cut off, or another version wrote it", path)
             continue
-        except ValueError:
+        except (ValueError, RecursionError):
+            hashes = None
+        if not isinstance(hashes, dict) or not hashes.keys() >= WHOLE:
             hashes = {HASHES_FILE: ""}
         for name, expected in hashes.items():
             if not (path / name).is_file() or file_sha256(path / name) != expected:
-                way = "remove this folder to carry on from the checkpoint before, or pass --overwrite"
+                way = "remove it to carry on from the checkpoint before, or pass --overwrite"
                 raise HipLoraError(f"{path}: {name} is missing or damaged; {way}")
         return path
     return None
-
-
-def duration(seconds: float) -> str:
-    """Return a time as one reads it: 40 s, 3 min, 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -17,9 +17,18 @@ from hiplora.tuner.hooks import install
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.model import HipLoraModel, register
 from hiplora.tuner.moments import base_only, restored
+from hiplora.tuner.patterns import check_patterns
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
 from hiplora.tuner.state import OTHER_PRECISION_LIMIT, file_names, leak_limit, plain_name
-from hiplora.tuner.targets import Target, default_targets, find_targets, for_module, frozen_weight, linear_target
+from hiplora.tuner.targets import (
+    Target,
+    default_targets,
+    find_targets,
+    for_module,
+    frozen_weight,
+    linear_target,
+    matching_names,
+)
 
 register()
 install()

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +98,24 @@ def sampled_rows(
             part = range(first, min(first + _SAMPLED_AT_ONCE, count))
             path = store.path("sampled", identity, length, seed, part.start, part.stop, recipe)
             if not path.is_file():
-                said = "first run with this model: sampling %d rows of %d tokens to measure its layers on, kept in %s"
-                logger.info(said, len(part), length, store.root)
+                minutes = max(1, round(_seconds(model, len(part), length) / 60))
+                said = "first run with this model: measuring what its layers are fed, on %d rows that it writes, once"
+                logger.info(f"{said}: about %d min; kept in %s", len(part), minutes, store.root)
             sample = functools.partial(sample_rows, model, part, length, seed, scripts)
             made, _ = store.get_or_make(path, lambda sample=sample: ({"rows": sample().int()}, {}))  # type: ignore[misc]
             rows.extend(made["rows"].long())
     return rows
+
+
+def _seconds(model: Any, rows: int, length: int) -> float:
+    """Estimate how long rows take to be sampled, token by token, and then measured on, forward and backward."""
+    took, device = [], next(model.parameters()).device
+    for shape in ((rows, 1), (rows, 1), (1, length)):  # the first warms up
+        began = time.perf_counter()
+        with torch.no_grad():
+            float(model(input_ids=torch.zeros(shape, dtype=torch.long, device=device)).logits[0, -1, 0])
+        took.append(time.perf_counter() - began)
+    return length * took[1] + 3 * rows * took[2]
 
 
 class Script(NamedTuple):

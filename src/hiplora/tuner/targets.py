@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import RankSpec, resolve_rank
 from hiplora.tuner.experts import ALIASES, ExpertList, shared_side, unrolled
+from hiplora.tuner.patterns import check_patterns
 
 # Parts of a module's path, lower case. A projection of an MLP is a linear layer in a numbered block, outside attention,
 # that lies in an MLP container or has the name of an MLP projection.
@@ -72,7 +73,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
     if given is None and not getattr(chosen, "target_parameters", None):
         chosen.target_modules = set(default_targets(model, getattr(chosen, "preset", "function-aware")))
     with unrolled(model):
-        names = matching = _matching(model, chosen)
+        names = matching = matching_names(model, chosen)
         if loaded and matching:
             names = list(chosen.fingerprints)
             if others := [name for name in names if name not in matching]:
@@ -101,8 +102,12 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
     return targets
 
 
-def _matching(model: nn.Module, config: Any) -> list[str]:
-    """Return the names of the modules that a configuration matches in an unrolled model; of experts, all."""
+def matching_names(model: nn.Module, config: Any) -> list[str]:
+    """Return the names of the modules that a configuration matches in an unrolled model; of experts, all.
+
+    ConfigError if one of its patterns is no regular expression, or takes too long to match.
+    """
+    check_patterns(vars(config), dict(model.named_modules()))
     linear, experts, everything = copy.copy(config), copy.copy(config), config.target_modules == "all-linear"
     if everything:
         _maybe_include_all_linear_layers(linear, model)
@@ -111,16 +116,13 @@ def _matching(model: nn.Module, config: Any) -> list[str]:
         linear.target_modules = set(config.target_modules or ())
         experts.target_modules = {*linear.target_modules, *(getattr(config, "target_parameters", None) or ())}
     names: list[str] = []
-    try:
-        for name, module in _whole_modules(model).items():
-            if isinstance(module, ExpertList):
-                found = [check_target_module_exists(experts, alias) for alias in _aliases(name)]
-                if any(found) and not any(isinstance(one, _ExcludedModule) for one in found):
-                    names += [f"{name}.{index}" for index in range(len(module))]
-            elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
-                names.append(name)
-    except re.error as error:
-        raise ConfigError(f"target_modules {config.target_modules!r}: {error}") from error
+    for name, module in _whole_modules(model).items():
+        if isinstance(module, ExpertList):
+            found = [check_target_module_exists(experts, alias) for alias in _aliases(name)]
+            if any(found) and not any(isinstance(one, _ExcludedModule) for one in found):
+                names += [f"{name}.{index}" for index in range(len(module))]
+        elif check_target_module_exists(linear, name) and (not everything or is_linear(_base(module))):
+            names.append(name)
     return names
 
 
@@ -138,7 +140,7 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
             kinds = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in sizes)
             return f"{', '.join(kinds)} ({sum(sizes.values()) / total:.1%} of the model's weights)"
 
-        if asked == "all-linear" and (narrow := [name for name in _matching(model, config) if name not in names]):
+        if asked == "all-linear" and (narrow := [name for name in matching_names(model, config) if name not in names]):
             notes.append(f"'all-linear' leaves out layers as narrow as principal_rank or not called: {share(narrow)}")
         experts = [name for name, module in modules.items() if isinstance(module, ExpertList)]
         known = [*modules, *(alias for name in experts for alias in _aliases(name))]

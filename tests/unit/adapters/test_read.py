@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, OSFConfig
 from safetensors.torch import load_file, save_file
 
-from hiplora.adapters import read, read_update, save_dense, update_from_model
+from hiplora.adapters import read_update, save_dense, update_from_model
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
@@ -285,7 +285,7 @@ def test_a_cut_off_file_and_a_broken_configuration_are_named_and_a_folder_withou
     ],
 )
 def test_a_strangers_settings_are_refused_by_name_and_no_pattern_hangs(folder, monkeypatch, changes, why):
-    monkeypatch.setattr(read, "_MATCH_SECONDS", 1)
+    monkeypatch.setattr("hiplora.tuner.patterns.MATCH_SECONDS", 1)
     edit_config(folder, **changes)
     refused(folder, why)
 

@@ -38,6 +38,14 @@ def examples(tmp_path, *rows, **options):
         (SUM, "step_by_step", Example(STEPS, SUM["answer"])),
         (METAMATH, None, Example(instruction_prompt(METAMATH["query"]), METAMATH["response"])),
         (METAMATH, "step_by_step", Example(STEPS, METAMATH["response"])),
+        ({**SUM, "context": "Add."}, None, Example(instruction_prompt(SUM["question"], "Add."), SUM["answer"])),
+        ({**SUM, "context": "Add."}, "direct", Example("Question: Add.\n\nWhat is 2 + 3?\nAnswer:", " 1005")),
+        ({**METAMATH, "context": "Add."}, "verbatim", Example("What is 2 + 3?\n\nAdd.", METAMATH["response"])),
+        (
+            {**CHOICE, "context": "Drinks."},
+            None,
+            Example("Question: Drinks.\n\nWhich is warm?\nA. ice\nB. tea\nC. snow\nAnswer:", " B"),
+        ),
         (CHOICE, None, Example("Question: Which is warm?\nA. ice\nB. tea\nC. snow\nAnswer:", " B")),
     ],
 )

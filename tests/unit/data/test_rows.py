@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from hiplora.data.examples import DataSettings, load_data
 from hiplora.data.rows import check_rows, detect_format, is_hub_name, read_rows
 from hiplora.errors import DataError
 
@@ -55,11 +56,77 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes
     [
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]}, None),
         ({"prompt": TALK[:1], "completion": TALK[1:]}, 1),
+        ({"prompt": TALK[:1], "completion": "Yes?"}, 1),
+        ({"conversations": TALK}, None),
+        ({"messages": [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in TALK]}, None),
+        ({"messages": TALK, "system": ""}, None),
     ],
 )
 def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
     format, (made,) = check_rows([("row 1", row)], "auto", "rows")
     assert (format, made["messages"], made.get("learn_from")) == ("messages", TALK, learn_from)
+
+
+def test_a_system_message_and_tools_that_stand_apart_are_read():
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
+    rows = [{"conversations": talk, "system": "Be brief.", "tools": '[{"name": "look"}]'}]
+    rows.append({"prompt": TALK[:1], "completion": TALK[1:], "system": "Be brief."})
+    _, (made, learned) = check_rows([("row 1", row) for row in rows], "auto", "rows")
+    assert made["messages"] == learned["messages"] == [{"role": "system", "content": "Be brief."}, *TALK]
+    assert (made["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
+
+
+GOOD = {
+    "messages": {"messages": TALK, "tools": [], "system": "Be brief."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]},
+    "trl": {"prompt": TALK[:1], "completion": TALK[1:]},
+    "alpaca": {"instruction": "Sort.", "input": "b a", "output": "a b"},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "prompt_response": {"prompt": "a", "response": "b"},
+    "multiple_choice": {"question": "Which?", "choices": ["ice", "tea"], "answer": 1, "context": "Drinks."},
+    "question_answer": {"question": "Which?", "answer": "tea", "context": "Drinks."},
+    "query_response": {"query": "Which?", "response": "tea"},
+    "text": {"text": "a"},
+}
+ODD = (None, 3, -1, 1.5, True, "", " ", "\ud800", [], ["x"], [None], [[]], [{}], {}, {"from": ["x"]}, {"x": {"y": 1}})
+SAID = ({"role": "user", "content": "Hi"}, {"from": "gpt", "value": "a"})
+ODD_MESSAGES = [
+    *([{**one, field: value}] for one in SAID for field in one for value in ODD),
+    *([{**SAID[1], "value": [{"type": kind, "text": value}]}] for kind in ("text", "image") for value in ODD),
+]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_no_odd_value_of_a_field_ends_in_anything_but_its_line(tmp_path, name):
+    path, good = tmp_path / "rows.json", GOOD[name]
+    fields = {*good, "learn_from", "tools", "system", "context", "messages", "conversations", "completion"}
+    rows = [{**good, field: value} for field in fields for value in ODD]
+    rows += [{**good, field: value} for field in ("messages", "conversations", "prompt") for value in ODD_MESSAGES]
+    for row in [*rows, *({key: value for key, value in good.items() if key != field} for field in good), *ODD]:
+        path.write_text(json.dumps([row]))
+        said = str(path)
+        try:
+            assert load_data(DataSettings(path=str(path))).train[0].whole.strip()
+        except DataError as error:
+            said = str(error)
+        assert str(path) in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'{"x": 1}\n{"prompt": 1, "completion": "b"}\n{"prompt": "a", "completion": "b"}\n'),
+        ("rows.jsonl", b'3\n{"text": 1}\n{"prompt": "a", "completion": "b"}\n'),
+        ("rows.csv", b"prompt,completion\na,\xe9\nx,\na,b\n"),
+        ("rows.json", b'[{"prompt": "a", "completion": "\xe9"}, {"text": " "}, {"prompt": "a", "completion": "b"}]'),
+        ("rows.json", b'{"prompt": "a"}\n{"prompt"\n{"prompt": "a", "completion": "b"}\n'),
+    ],
+)
+def test_bad_rows_are_left_out_wherever_they_stand(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    data = load_data(DataSettings(path=str(tmp_path / name), skip_bad_rows=True))
+    assert [(one.prompt, one.response) for one in data.train] == [("a", "b")]
+    assert data.notes[0].startswith("2 rows are left out")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +138,12 @@ def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
         ("rows.jsonl", b'{"text": "a"}\n{"text"', r"line 2: not valid JSON"),
         ("rows.json", b'{"text": "a"', r"line 1: not valid JSON"),
         ("rows.json", b'"a"', "expected a list of rows"),
-        ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8 .* looks like UTF-16"),
+        ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), "line 1: not UTF-8, .* looks like UTF-16;"),
+        *[
+            (name, '[{"text": "a ä"}]'.encode(wide), f"line 1: not UTF-8, .* looks like {wide};")
+            for wide in ("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE", "UTF-32")
+            for name in ("rows.jsonl", "rows.json", "rows.csv")
+        ],
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\x80"}', "line 2: not UTF-8 .* looks like WINDOWS-1252"),
         ("rows.csv", b"text\na\n\xe4", "line 3: not UTF-8"),
         ("rows.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
@@ -131,6 +203,9 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
         ),
         ("text", {"text": "cut \ud83d"}, "half a character"),
         ("auto", {"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
+        ("multiple_choice", {**CHOICE, "answer": -1}, "answer: .*-1 is not the index of a choice, 0 to 1"),
+        ("messages", {"conversations": [{"from": ["x"], "value": "a"}]}, "messages.0.role: Input should be"),
+        ("question_answer", {"question": "a", "answer": "b", "context": {}}, "context: Input should be"),
         ("multiple_choice", {**CHOICE, "answer": 2}, "answer: .*2 is not the index of a choice"),
         ("multiple_choice", {**CHOICE, "choices": ["one"]}, "choices: List should have at least 2 items"),
     ],

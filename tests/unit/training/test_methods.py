@@ -1,10 +1,12 @@
 """A method is one file: every setting reaches PEFT's configuration, and methods are what they are called."""
 
 import pytest
+import torch
 
 from hiplora.errors import ConfigError
 from hiplora.training.adapt import put_on
 from hiplora.training.baselines import METHODS
+from hiplora.training.fit import fitting_config
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 # A value other than the default for every field of PEFT's.
@@ -52,3 +54,68 @@ def test_settings_that_exclude_those():
 def test_a_rank_above_the_weights_is_refused_before_anything_is_made(name):
     with pytest.raises(ConfigError, match=r"r \d+ exceeds min\(out, in\) = \d+"):
         put_on(METHODS[name](r=50_000_000), tiny_llama(), tiny_tokenizer(), seed=0, steps=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("osf", {"effective_rank": 64}, r"layer .*: effective_rank 64 .* leaves none to train"),
+        ("osf", {"rank_pattern": {"v_proj": 10_000}}, r"layer .*v_proj: effective_rank 10000"),
+        ("osf", {"rank_pattern": {"zzz": 2}}, "rank_pattern 'zzz' matches no adapted layer"),
+        (
+            "hiplora",
+            {"r": 1, "principal_rank": 64},
+            r"principal_rank 64 and r 1 do not fit into its min\(out, in\) = 64",
+        ),
+        ("proj_lora", {"r": 33, "principal_rank": 0.5}, "principal_rank 32 and r 33 do not fit"),
+        (
+            "hiplora",
+            {"principal_rank_pattern": {"layers.1.mlp.up_proj": 60}},
+            "layers.1.mlp.up_proj: principal_rank 60",
+        ),
+        ("hiplora", {"principal_rank_pattern": {"zzz": 3}}, "principal_rank_pattern 'zzz' matches no adapted layer"),
+        ("lora", {"rank_pattern": {"up_proj": 3}}, "rank_pattern 'up_proj' matches no adapted layer"),
+        ("pissa", {"alpha_pattern": {"zzz": 3.0}}, "alpha_pattern 'zzz' matches no adapted layer"),
+        (
+            "lora",
+            {"modules_to_save": ["lm_head", "zzz"]},
+            "modules_to_save 'zzz' matches no module of LlamaForCausalLM",
+        ),
+        ("hiplora", {"modules_to_save": ["zzz"]}, "modules_to_save 'zzz' matches no module"),
+        ("lora", {"exclude_modules": ["k_proj", "zzz"]}, "exclude_modules 'zzz' matches no module"),
+        ("lora", {"target_modules": ["q_proj", "zzz"]}, "target_modules 'zzz' matches no module"),
+        ("lora", {"target_modules": ["zzz"]}, "match no module of LlamaForCausalLM"),
+        ("lora", {"layers_to_transform": [0, 99]}, "layers_to_transform 99 matches no adapted layer"),
+        ("lora", {"target_modules": ["lm_head"]}, "layer lm_head: the training reads the output head's weight"),
+        ("lora", {"target_modules": "["}, r"target_modules '\[' is no regular expression"),
+        ("lora", {"rank_pattern": {"(": 2}}, r"rank_pattern '\(' is no regular expression"),
+        ("lora", {"target_modules": "([a-z._0-9]+)+X"}, "takes over 1 s to match"),
+        ("hiplora", {"exclude_modules": "([a-z._0-9]+)+X"}, "takes over 1 s to match"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_found_without_its_weights(name, settings, said, monkeypatch):
+    monkeypatch.setattr("hiplora.tuner.patterns.MATCH_SECONDS", 1)
+    with torch.device("meta"), pytest.raises(ConfigError, match=said):
+        fitting_config(METHODS[name](**settings), tiny_llama())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("lora", {"target_modules": ["embed_tokens", "q_proj"]}),
+        (
+            "lora",
+            {
+                "target_modules": r".*layers\.1\..*_proj",
+                "modules_to_save": ["lm_head"],
+                "exclude_modules": ["up_proj"],
+            },
+        ),
+        ("osf", {"rank_pattern": {"self_attn": 2, "^model": 3}}),
+        ("hiplora", {"r": 32, "principal_rank": 32}),
+        ("hiplora", {"r": 60, "principal_rank": 32, "projection": "soft"}),
+        ("hiplora", {"principal_rank": "energy:0.99", "r": 60}),
+    ],
+)
+def test_what_fits_is_taken(name, settings):
+    fitting_config(METHODS[name](**settings), tiny_llama())

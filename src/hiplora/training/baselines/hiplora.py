@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from hiplora.errors import ConfigError
 from hiplora.training.method import ATTENTION_PROJECTIONS, FromInputs, LowRank
 
 if TYPE_CHECKING:
@@ -94,6 +95,24 @@ class Spectral(FromInputs, LowRank):
     def continued_config(self, given: Mapping[str, Any]) -> "PeftConfig":
         """Return the configuration with the factors of the given adapter."""
         return replace(self.peft_config(), **{name: given[name] for name in OF_THE_FACTORS if name in given})
+
+    def check_layer(self, config: Any, layer: Any) -> None:
+        """Check that a residual of rank r is left beside the protected directions."""
+        import torch
+
+        from hiplora.spectral import resolve_rank
+
+        super().check_layer(config, layer)
+        (m, n), r, least = layer.shape, self.rank_of(config, layer), min(layer.shape)
+        # A share of the energy is known when it is measured.
+        k = 0 if isinstance(layer.k, str) else resolve_rank(layer.k, layer.shape, lambda: torch.ones(1))
+        taken = k if self.is_closed else 0
+        left = min(m - taken * (self.basis_sides != "input"), n - taken * (self.basis_sides != "output"))
+        if k > least or r > left:
+            raise ConfigError(
+                f"layer {layer.name}: principal_rank {k} and r {r} do not fit into its min(out, in) = {least} "
+                "directions; lower one of them, or set principal_rank_pattern or rank_pattern"
+            )
 
     @property
     def widens(self) -> bool:

@@ -1,9 +1,11 @@
 """OSF, Orthogonal Subspace Fine-tuning (Nayak et al. 2025, arXiv 2504.07097), from PEFT."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from hiplora.errors import ConfigError
 from hiplora.training.method import Method
 
 if TYPE_CHECKING:
@@ -39,3 +41,11 @@ class OsfMethod(Method):
         from peft import OSFConfig
 
         return OSFConfig(task_type="CAUSAL_LM", **self.settings())
+
+    def check_layer(self, config: Any, layer: Any) -> None:
+        """Check that directions are left to train; PEFT would train none, in silence."""
+        own = (rank for pattern, rank in self.rank_pattern.items() if re.search(pattern, layer.name))
+        rank, least = next(own, self.effective_rank), min(layer.shape)
+        if isinstance(rank, int) and rank >= least:
+            what = f"effective_rank {rank} keeps all of its min(out, in) = {least} directions and leaves none to train"
+            raise ConfigError(f"layer {layer.name}: {what}; lower it or set rank_pattern")
