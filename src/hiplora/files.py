@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import glob
 import json
 import os
 import re
@@ -153,9 +154,11 @@ def staged_dir(path: str | os.PathLike, overwrite: bool = False, inputs: Inputs 
 
 
 def make_readable(folder: Path) -> None:
-    """Give a folder's files the usual permissions: safetensors gives its own to their owner alone."""
-    for file in filter(Path.is_file, folder.rglob("*")):
-        file.chmod(file_mode())
+    """Let others read a folder's files as usual: safetensors gives its own to their owner alone."""
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with contextlib.suppress(PermissionError):  # another owner's
+                file.chmod(file.stat().st_mode | (file_mode() & 0o444))
 
 
 def locked(file: Path, out: str | os.PathLike) -> FileLock:
@@ -178,11 +181,16 @@ def set_aside(final: Path) -> None:
 def sweep(final: Path) -> None:
     """Remove what is left beside a folder's place, but put a folder back that was to be replaced and was not."""
     left = re.compile(rf"\.{re.escape(final.name)}\.[^.]+\.(part|old)")  # not what belongs to a longer name: model.v2
-    for path in filter(Path.is_dir, list(final.parent.iterdir())):
-        if left.fullmatch(path.name):
-            if (path / "old").exists() and path.suffix == ".old" and not final.exists():
-                os.replace(path / "old", final)
-            shutil.rmtree(path, ignore_errors=True)
+    found = [path for path in final.parent.iterdir() if left.fullmatch(path.name) and path.is_dir()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime):  # of several, the first that was set aside
+        if (path / "old").exists() and path.suffix == ".old" and not final.exists():
+            os.replace(path / "old", final)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_set_aside(final: Path) -> bool:
+    """Return whether a folder that was to be replaced waits beside its place."""
+    return any(final.parent.glob(f".{glob.escape(final.name)}.*.old/old"))
 
 
 def parse_yaml(text: str) -> Any:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from hiplora.errors import ConfigError
 from hiplora.files import (
     Inputs,
     check_output_dir,
+    is_set_aside,
     locked,
     make_readable,
     parse_yaml,
@@ -61,6 +63,9 @@ class RunFolder:
         finished one is accepted with `resume`. A folder that is or holds one of the `inputs` is never overwritten.
         Else ConfigError says what is there and the way out.
         """
+        if not self.path.exists() and is_set_aside(self.place):
+            with self._swapping():  # a process was killed before it had anything in place of the run that it replaces
+                sweep(self.place)
         if overwrite or not self.path.exists() or (self.complete and not resume):
             check_output_dir(self.path, overwrite, inputs)
             return
@@ -80,14 +85,19 @@ class RunFolder:
     def claimed(self, asked: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[None]:
         """Hold the folder against other processes (or ConfigError); make it or empty it, and write the settings.
 
-        A run that fails before anything is finished leaves no folder, or the one that it was to replace.
+        A run that fails before anything is finished leaves no folder, or the one that it was to replace. That is kept
+        beside it until the new one is complete.
         """
-        if overwrite and self.path.exists():
-            if (self.path / LOCK).exists():
-                locked(self.path / LOCK, self.path).release()
-            set_aside(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = locked(self.path / LOCK, self.path)
+        with self._swapping():
+            if overwrite and self.path.exists():
+                if (self.path / LOCK).exists():
+                    locked(self.path / LOCK, self.path).release()
+                if is_set_aside(self.place) and not self.complete:  # what was to be replaced is not this
+                    shutil.rmtree(self.place)
+                else:
+                    set_aside(self.place)
+            self.place.mkdir(exist_ok=True)
+            lock = locked(self.path / LOCK, self.path)
         try:
             text = json.dumps(asked, indent=2) + "\n"
             if Path(self.settings).suffix == ".yaml":
@@ -96,14 +106,30 @@ class RunFolder:
             yield
         except BaseException:
             if not any((self.path / name).exists() for name in WORK - {LOCK}):  # nothing to carry on with
-                shutil.rmtree(self.path, ignore_errors=True)
+                with self._swapping():
+                    shutil.rmtree(self.place, ignore_errors=True)
+                    sweep(self.place)
             raise
         finally:
-            sweep(self.path)
             lock.release()
             if self.complete:  # nobody will work here again
                 make_readable(self.path)
                 (self.path / LOCK).unlink(missing_ok=True)
+                sweep(self.place)
+
+    @property
+    def place(self) -> Path:
+        """Where the folder really is: its path may be a link."""
+        return self.path.resolve()
+
+    @contextlib.contextmanager
+    def _swapping(self) -> Iterator[None]:
+        """Keep other processes from replacing or restoring the folder meanwhile."""
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        file = self.place.parent / f".{self.place.name}.swap.lock"
+        with FileLock(file, timeout=60):
+            yield
+        file.unlink(missing_ok=True)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work and store it if there is none, or it is damaged."""

@@ -1,10 +1,13 @@
 """No command replaces what it reads, or what its inputs name."""
 
+import shutil
+
 import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
 from commands import run
+from hiplora.cli.common import inputs
 from tiny import save_tiny, write_jsonl
 
 COMMANDS = [
@@ -22,6 +25,8 @@ COMMANDS = [
     ("inspect", "adapter", "--html", "base/config.json"),
     ("merge", "adapter", "adapter", "--out", "new", "--html", "base/config.json"),
     ("merge", "adapter", "adapter", "--out", "adapter"),
+    ("merge", "x/adapter", "adapter", "--out", "x/adapter"),
+    ("merge", "adapter", "x/lr=1e-3", "--out", "x/lr=1e-3"),
     ("merge-check", "a=adapter", "b=adapter", "--suite", "d/suite.yaml", "--out", "d"),
     ("merge-check", "a=adapter", "b=adapter", "--suite", "d/suite.yaml", "--out", "base"),
     ("protect", "adapter", "--drift-text", "d/text.txt", "--out", "d"),
@@ -43,6 +48,8 @@ def made(tmp_path_factory):
         write_jsonl(made / name, [{"prompt": f"question {row}", "completion": "answer"} for row in range(20)])
     base = AutoModelForCausalLM.from_pretrained(made / "base")
     peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up_proj"])).save_pretrained(made / "adapter")
+    for name in ("adapter", "lr=1e-3"):
+        shutil.copytree(made / "adapter", made / "x" / name)
     texts = {
         "d/text.txt": "text to measure on",
         "d/suite.yaml": "tasks: [rows.jsonl]",
@@ -67,3 +74,8 @@ def test_overwrite_spares_every_input(command, made, monkeypatch, capsys):
     code, _, err = run(capsys, *command, "--overwrite")
     assert (code, "would delete" in err) == (2, True), err
     assert contents(made) == before
+
+
+def test_what_is_no_input_is_no_obstacle(made, monkeypatch):
+    monkeypatch.chdir(made)
+    assert inputs({"method": "d", "recipe": "d", "data": "d", "out": "d", "model": "other.jsonl" * 99}) == {}

@@ -1,7 +1,10 @@
 """A run folder is new, its own, or refused; finished stages are not repeated."""
 
+import shutil
+
 import pytest
 
+from hiplora import run_folder
 from hiplora.errors import ConfigError
 from hiplora.files import file_mode
 from hiplora.run_folder import RunFolder, differences
@@ -96,3 +99,34 @@ def test_a_start_that_fails_leaves_the_finished_run_that_it_was_to_replace(run):
     assert (run.path / "results.json").read_text() == "finished"
     assert run.stored() == {"steps": 1}
     assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_the_run_that_a_killed_process_was_replacing_stays_until_another_is_complete(run, monkeypatch):
+    with run.claimed({"steps": 1}):
+        (run.path / "results.json").write_text("finished")
+    with monkeypatch.context() as patched:
+        patched.setattr(run_folder, "sweep", lambda final: None)
+        for _ in range(2):  # killed twice; the second replaces what the first began
+            with pytest.raises(KeyboardInterrupt), run.claimed(SETTINGS, overwrite=True):
+                (run.path / "stages").mkdir()
+                raise KeyboardInterrupt
+    shutil.rmtree(run.path)
+    with pytest.raises(ConfigError, match="exists already"):
+        run.check(SETTINGS)
+    assert (run.path / "results.json").read_text() == "finished"
+    with run.claimed(SETTINGS, overwrite=True):
+        (run.path / "results.json").write_text("new")
+    assert (run.path / "results.json").read_text() == "new"
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_a_run_behind_a_link_is_replaced_where_it_is(run, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").write_text("old")
+    run.path.symlink_to("real")
+    with pytest.raises(ConfigError), run.claimed(SETTINGS, overwrite=True):
+        raise ConfigError("module foo is not in the model")
+    assert (run.path / "old").read_text() == "old"
+    with run.claimed(SETTINGS, overwrite=True):
+        (run.path / "results.json").write_text("new")
+    assert (tmp_path / "real" / "results.json").read_text() == "new"

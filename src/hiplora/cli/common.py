@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import json
+import os
 import re
 import shlex
 import sys
@@ -20,7 +21,9 @@ from hiplora.files import parse_yaml, sparing
 if TYPE_CHECKING:
     import pandas as pd
 
-OUTPUTS = {"out", "html", "to"}  # parameters that name what a command writes
+# Parameters that name what a command reads; of some only files: a folder of data may hold outputs.
+FILES = {"data", "recipe"}
+INPUTS = FILES | {"adapter", "adapters", "base", "drift_text", "edits", "model", "prompts", "suite", "text"}
 Kind = TypeVar("Kind")
 Shown = Iterator[Any]
 
@@ -97,21 +100,25 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
 
 def inputs(given: Mapping[str, Any]) -> dict[str, Path]:
     """Return what a command was given to read, and what that names: an adapter's base model, the files of a YAML."""
+    found: dict[str, Path] = {}
+    for name in given.keys() & INPUTS:
+        for value in map(str, given[name] if isinstance(given[name], list) else [given[name]]):
+            path = next((place for place in _places(value) if name not in FILES or place.is_file()), None)
+            if path is not None:
+                found[f"an input, {path}"] = path
+                with contextlib.suppress(OSError, ValueError, RecursionError):  # a file that is broken
+                    found |= {f"what {path} names, {part}": part for part in _named_in(path)}
+    return found
+
+
+def _places(value: str) -> list[Path]:
+    """Return the files and folders that a value of an option may mean: a known model's, its own, NAME=FOLDER's."""
     from hiplora.models import KNOWN, model_dir
 
-    found: dict[str, Path] = {}
-    for name in given.keys() - OUTPUTS:
-        for value in given[name] if isinstance(given[name], list) else [given[name]]:
-            if not isinstance(value, (str, Path)):
-                continue
-            path = model_dir(str(value)) if value in KNOWN else Path(str(value).rpartition("=")[2])
-            with contextlib.suppress(
-                OSError, ValueError, RecursionError
-            ):  # a text that is no name of a file, a file that is broken
-                if path.name and path.exists():
-                    found[f"an input, {path.name}"] = path
-                    found |= {f"what {path.name} names, {part.name}": part for part in _named_in(path)}
-    return found
+    places = [model_dir(value)] if value in KNOWN else [Path(value), Path(value.partition("=")[2] or value)]
+    with contextlib.suppress(OSError, ValueError):  # a text that no file can be named
+        return [place for place in places if place.name and place.exists()]
+    return []
 
 
 def _named_in(path: Path) -> list[Path]:
@@ -121,16 +128,13 @@ def _named_in(path: Path) -> list[Path]:
         given = json.loads(config.read_text(encoding="utf-8"))
         base = given.get("base_model_name_or_path") if isinstance(given, dict) else None
         return [Path(base)] if isinstance(base, str) else []
-    if path.suffix not in (".yaml", ".yml"):
-        return []
-    left, found = [parse_yaml(path.read_text(encoding="utf-8"))], []
+    left = [parse_yaml(path.read_text(encoding="utf-8"))] if path.suffix in (".yaml", ".yml") else []
+    texts: list[str] = []
     while left:
         value = left.pop()
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        found += (
-            [file for file in (Path(value), path.parent / value) if file.is_file()] if isinstance(value, str) else []
-        )
-    return found
+        texts += [value] if isinstance(value, str) else []
+    return [file for text in texts for file in _places(os.path.join(path.parent, text)) if file.is_file()]
 
 
 def command_line(why: str, *parts: object) -> str:

@@ -96,6 +96,8 @@ class DataSettings(Block):
             raise ValueError("`held_out_limit` needs `held_out` or `held_out_fraction`")
         if self.template not in (None, "auto") and self.format in ("messages", "text"):
             raise ValueError(f"`template` does not apply to {self.format} rows; remove it")
+        if self.learn_prompt and (self.template == "chat" or self.format == "messages"):
+            raise ValueError("`learn_prompt` does not apply to conversations; remove it")
         return self
 
     @property

@@ -194,7 +194,7 @@ def check_rows(
     are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
     values: list[Any] = []
-    problems: list[str] = []
+    problems: list[str] = [] if bad is None else bad  # those that could not be read are there already, in order
     for place, value in rows:
         where = f"{name}, {place}"
         try:
@@ -210,8 +210,6 @@ def check_rows(
         else:
             values.append(value)
             format = own
-    if bad is not None:
-        bad += problems
     if problems and (bad is None or not values):
         shown = problems[:MAX_SHOWN]
         if len(problems) > MAX_SHOWN:

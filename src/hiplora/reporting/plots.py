@@ -136,7 +136,7 @@ def heatmap(ax: Axes, table: pd.DataFrame, *, vmin: float | None = None, vmax: f
 
 def facets(df: pd.DataFrame, by: str, plot: Callable[..., Figure], **options: Any) -> Figure:
     """Return one figure with a panel for each value of `by`, three in a row, drawn by one of this module's plots."""
-    panels = list(df.groupby(by, sort=False))
+    panels = list(df.groupby(by, sort=False, dropna=False))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     with styled():
@@ -156,7 +156,7 @@ def _groups(df: pd.DataFrame, group: str | None) -> Iterable[tuple[str | None, p
         yield None, df, look("HiP-LoRA")
         return
     others = itertools.count()
-    for name, rows in df.groupby(group, sort=False):
+    for name, rows in df.groupby(group, sort=False, dropna=False):
         yield str(name), rows, look(str(name), 0 if name in _LOOKS else next(others))
 
 

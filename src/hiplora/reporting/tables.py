@@ -52,6 +52,8 @@ def _text(value: Any, digits: int) -> str:
         return MISSING
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float) and not 10 ** (digits - 1) <= abs(value) < 1e9:
         return f"{value:#.{digits}g}"
-    return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -72,7 +72,7 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     if not isinstance(method, dict) or method.get("preset") != "paper":
         for block, defaults in DEFAULTS.items():
             if isinstance(given := value.get(block, {}), dict):
-                instead = {} if given.get("steps") is None else {"epochs": None}
+                instead = {"epochs": None} if "epochs" in defaults and given.get("steps") is not None else {}
                 value[block] = {**defaults, **instead, **given}
     problems = [problem] if (problem := model_problem(value.get("model"))) else []
     try:

@@ -276,8 +276,11 @@ class Record(TrainerCallback):
 
     def _lowest(self) -> tuple[int | None, int]:
         """Return the step with the lowest held-out loss, for `patience`, and the number of measurements since."""
-        measured = [(row["held_out_loss"], row["step"]) for row in self.rows if row["step"] and "held_out_loss" in row]
-        if not measured or not self.settings.patience:
+        rows = self.rows if self.settings.patience else []
+        last = self.best or self.trainer.state.max_steps  # after `max_drift` what came later does not count
+        measured = [(row["held_out_loss"], row["step"]) for row in rows if "held_out_loss" in row]
+        measured = [(loss, step) for loss, step in measured if 0 < step <= last]
+        if not measured:
             return None, 0
         place = measured.index(min(measured))
         return measured[place][1], len(measured) - 1 - place
@@ -306,7 +309,8 @@ class Record(TrainerCallback):
 
     def _row(self, state: TrainerState) -> Row:
         """Return the row of the steps since the last one."""
-        before = next((row for row in reversed(self.rows) if "loss" in row), {"tokens": 0, "seconds": 0.0})
+        logged = (row for row in reversed(state.log_history) if "loss" in row and "tokens" in row)
+        before = next(logged, {"tokens": 0, "seconds": 0.0})
         speed = (self.tokens - before["tokens"]) / max(self.seconds - before["seconds"], 1e-9)
         row = {
             "loss": sum(self.losses) / len(self.losses),
