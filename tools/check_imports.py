@@ -23,7 +23,14 @@ LAYERS = (
     {"adapters", "data", "metrics"},
     {"tuner"},
     {"spectral", "models"},
-    {"errors", "extras", "files", "provenance", "run_folder"},  # small modules that may use each other
+    {
+        "chat_template",
+        "errors",
+        "extras",
+        "files",
+        "provenance",
+        "run_folder",
+    },  # small modules that may use each other
 )
 _DEPTH = {room: depth for depth, layer in enumerate(LAYERS) for room in layer}
 

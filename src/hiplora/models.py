@@ -7,7 +7,6 @@ other name goes to transformers unchanged. `python -m hiplora.models NAME` fetch
 
 import argparse
 import contextlib
-import functools
 import inspect
 import io
 import json
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from hiplora.chat_template import SECONDS, renders
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.files import cache_dir, staged_dir, write_atomic
 from hiplora.provenance import file_sha256
@@ -149,49 +149,12 @@ def load_tokenizer(model: str) -> Any:
     tokenizer = _pretrained(AutoTokenizer, model)
     given = getattr(tokenizer, "chat_template", None)
     for template in given.values() if isinstance(given, dict) else [given]:
-        if isinstance(template, str) and not _renders(template):
+        if isinstance(template, str) and not renders(template):
             raise ConfigError(
-                f"model {model}: its chat template takes over {_RENDER_SECONDS} s or 2 GiB for one short "
-                "conversation; replace `chat_template` in its tokenizer's files"
+                f"model {model}: its chat template takes over {SECONDS} s or 2 GiB for one short conversation; "
+                "replace `chat_template` in its tokenizer's files"
             )
     return tokenizer
-
-
-_RENDER_SECONDS = 30  # with the start of a process
-_RENDER = """
-import contextlib, json, re, sys
-sys.path[:0] = json.loads(sys.argv[1])
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-with contextlib.suppress(ImportError, ValueError, OSError):
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-turns = [{"role": role, "content": "text"} for role in ("user", "assistant")]
-try:
-    template = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", sys.stdin.buffer.read().decode("utf-8", "replace"))
-    ImmutableSandboxedEnvironment(**options).from_string(template).render(messages=turns, add_generation_prompt=True)
-except MemoryError:
-    sys.exit(3)
-except Exception:
-    pass
-"""
-
-
-@functools.cache
-def _renders(template: str) -> bool:
-    """Return whether a chat template comes to an end, tried in a process that can be stopped: it may never do so.
-
-    What else is wrong with it shows where it is used; so does a template that cannot be tried.
-    """
-    paths = [path for path in sys.path if path and Path(path) != Path.cwd()]  # nothing of a working folder runs
-    command = [sys.executable, "-I", "-c", _RENDER, json.dumps(paths)]
-    try:
-        done = subprocess.run(
-            command, input=template.encode(errors="replace"), capture_output=True, timeout=_RENDER_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    return done.returncode in (0, 1)
 
 
 def _pretrained(kind: Any, model: str, **options: Any) -> Any:

@@ -6,9 +6,9 @@ import peft
 import pytest
 from transformers import AutoModelForCausalLM
 
-from commands import run
 from hiplora.cli.common import inputs
-from tiny import save_tiny, write_jsonl
+from tests.commands import run
+from tests.tiny import save_tiny, write_jsonl
 
 COMMANDS = [
     ("train", "d/recipe.yaml", "--out", "d"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hiplora import models
+from hiplora import chat_template, models
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_mode
 from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, load_tokenizer, model_dir, resolve
@@ -207,7 +207,7 @@ def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path)
 def test_a_chat_template_that_never_ends_or_eats_the_memory_is_refused(
     template, tiny_model_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(models, "_RENDER_SECONDS", 3)
+    monkeypatch.setattr(chat_template, "SECONDS", 3)
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     if template:
         tokenizer = load_tokenizer(str(folder))

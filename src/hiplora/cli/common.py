@@ -137,11 +137,6 @@ def _named_in(path: Path) -> list[Path]:
     return [file for text in texts for file in _places(os.path.join(path.parent, text)) if file.is_file()]
 
 
-def command_line(why: str, *parts: object) -> str:
-    """Return a line that says what to do next, with the command."""
-    return f"{why}: hiplora {' '.join(shlex.quote(str(part)) for part in parts)}"
-
-
 def tell(text: str) -> None:
     """Print a line about the work to standard error."""
     typer.echo(text, err=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from typer import Option
 
-from hiplora.cli.common import DEVICE, MODEL, Shown, command_line
+from hiplora.cli.common import DEVICE, MODEL, Shown, next_step
 
 
 def command(
@@ -44,5 +44,5 @@ def command(
     columns = ("adapter", "text", "KL, nats per token", "greedy tokens changed", "perplexity", "tokens")
     yield f"Drift from {model}", columns, rows
     furthest = max(found, key=lambda name: max(one.kl for one in found[name].values()))
-    yield command_line("See it", "generate", model, "--adapter", named[furthest], "--prompt", "…")
-    yield command_line("Lower it", "protect", named[furthest], "--out", "DIR")
+    yield next_step("hiplora", "generate", model, "--adapter", named[furthest], "--prompt", "…", why="see it")
+    yield next_step("hiplora", "protect", named[furthest], "--out", "DIR", why="lower it")

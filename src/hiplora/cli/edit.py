@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from typer import Argument, Option
 
-from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked, command_line
+from hiplora.cli.common import DEVICE, MODEL, OUT, OVERWRITE, Group, Shown, checked, next_step
 
 EDITS_HELP = (
     "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
@@ -76,6 +76,8 @@ def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE)
     yield from summary_tables(record["summary"]).items()
     yield f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}"
     for name in record["adapters"][:1]:
-        yield command_line("Ask it", "generate", job.model, "--adapter", out / name, "--prompt", "…")
+        yield next_step("hiplora", "generate", job.model, "--adapter", out / name, "--prompt", "…", why="ask it")
     if not record["adapters"]:
-        yield command_line("Keep the edits", "edit", job.model, job.edits, "--method", job.method, "--out", "DIR")
+        yield next_step(
+            "hiplora", "edit", job.model, job.edits, "--method", job.method, "--out", "DIR", why="keep the edits"
+        )

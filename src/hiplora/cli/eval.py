@@ -5,7 +5,7 @@ from typing import Any
 
 from typer import Option
 
-from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, OVERWRITE, Group, Shown, command_line
+from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, OVERWRITE, Group, Shown, next_step
 
 SUITE_HELP = (
     "What to score on: paper, retention or quick; a file of your own rows (JSON lines, JSON or parquet, as for "
@@ -82,12 +82,12 @@ def command(
     yield f"\nWritten: {out}"
     if not others:
         more = ("--adapter", "DIR", "--suite", settings.suite, "--out", "FILE")
-        yield command_line("Score an adapter too", "eval", model, *more)
+        yield next_step("hiplora", "eval", model, *more, why="score an adapter too")
     elif lost:
-        yield command_line("Lose less", "protect", results["adapters"][lost[0]], "--out", "DIR")
+        yield next_step("hiplora", "protect", results["adapters"][lost[0]], "--out", "DIR", why="lose less")
     else:
         folder = results["adapters"][others[0]]
-        yield command_line("See its answers", "generate", model, "--adapter", folder, "--prompt", "…")
+        yield next_step("hiplora", "generate", model, "--adapter", folder, "--prompt", "…", why="see its answers")
 
 
 def _cell(found: dict[str, Any], sign: str = "") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import typer
 from typer import Option
 
-from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, Shown, command_line
+from hiplora.cli.common import ADAPTERS, DEVICE, MODEL, Shown, next_step
 
 TOKENS = Option(96, min=1, help="Length of an answer, at most.")
 
@@ -43,9 +43,9 @@ def command(
     folders = [part for folder in named.values() for part in ("--adapter", folder)]
     yield ""
     if folders:
-        yield command_line("Measure how far they are", "drift", model, *folders)
+        yield next_step("hiplora", "drift", model, *folders, why="measure how far they are")
     else:
-        yield command_line("Talk to it", "chat", model)
+        yield next_step("hiplora", "chat", model, why="talk to it")
 
 
 def chat(model: str = MODEL, adapter: list[str] = ADAPTERS, tokens: int = TOKENS, device: str = DEVICE) -> None:
