@@ -147,7 +147,7 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
         raise AdapterError(f"{file}: damaged or cut off ({first_line(error)}); save or copy it again") from error
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
-    tensors = {plain_name(name): value for name, value in found.items()}
+    tensors = {plain_name(name).replace(".modules_to_save.default.", "."): value for name, value in found.items()}
     _check_config(config, [*tensors, *modules], str(folder / CONFIG))
     return config, tensors
 

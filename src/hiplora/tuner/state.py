@@ -50,8 +50,7 @@ def plain_name(name: str) -> str:
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", name).lstrip(".")
     name = name.removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
     name = re.sub(r"\.((?:lora|hiplora)_\w+)\.(?!weight$)[^.]+(\.weight)?$", r".\1\2", name)
-    name = re.sub(r"\.osf_svd_params\.[^.]+(?=\.[USV]_low$)", ".osf_svd_params", name)
-    return name.replace(".modules_to_save.default.", ".")
+    return re.sub(r"\.osf_svd_params\.[^.]+(?=\.[USV]_low$)", ".osf_svd_params", name)
 
 
 def file_names(tensors: Mapping[str, Tensor], layers: Container[str] = ()) -> dict[str, Tensor]:
