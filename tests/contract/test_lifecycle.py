@@ -90,7 +90,7 @@ with torch.no_grad(): assert torch.equal(model(input_ids=ids).logits, expected)
 def test_a_saved_adapter_gives_equal_logits_in_another_process(base, ids, tmp_path, save_factors):
     base.make().save_pretrained(tmp_path / "base")
     if base.kind in ACTIVATION and not save_factors:
-        with pytest.raises(ConfigError, match="cannot be computed again"):
+        with pytest.raises(ConfigError, match="cannot be recomputed"):
             base.config(save_factors=False)
         return
     model = base.adapted(save_factors=save_factors)

@@ -112,7 +112,7 @@ def test_the_last_line_is_the_next_command(
     given = [str(option).format(**places) for option in options] + ["--adapter", adapter] * adapted
     code, said, err = run(capsys, name, tiny_model_dir, *given)
     assert code == 0, err
-    assert said.splitlines()[-1].partition(": ")[2] == f"hiplora {next_command.format(**places)}"
+    assert said.splitlines()[-1].partition("   (")[0] == f"next: hiplora {next_command.format(**places)}"
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
