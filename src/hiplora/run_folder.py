@@ -128,8 +128,10 @@ class RunFolder:
         self.place.parent.mkdir(parents=True, exist_ok=True)
         file = self.place.parent / f".{self.place.name}.swap.lock"
         with FileLock(file, timeout=60):
-            yield
-        file.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def stage(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored result of a stage; do its work and store it if there is none, or it is damaged."""

@@ -54,6 +54,7 @@ def test_a_folder_of_something_else_is_refused(run):
 def test_two_processes_do_not_work_in_one_folder(run, overwrite):
     with run.claimed(SETTINGS), pytest.raises(ConfigError, match="another process is working there"):
         run.claimed(SETTINGS, overwrite=overwrite).__enter__()
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
     with run.claimed(SETTINGS):
         pass
 
