@@ -277,7 +277,7 @@ def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -
     finished = read_update(adapter)
     marks = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in early}
     updates = marks | {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}
-    # A first step at rate 0 changes nothing.
+    # A few steps at a small rate may change no logit.
     drift, loss = measure_updates(
         base().model, base().tokenizer, updates, texts, base().held_out, may_be_nothing=marks
     )

@@ -35,7 +35,7 @@ def command(
     from hiplora.files import check_output_file
 
     if html is not None:
-        check_output_file(html, overwrite, "--html", {"the adapter": adapter, "the base model": base})
+        check_output_file(html, overwrite, "--html")
     record = inspect_adapter(adapter, base, rank)
     where = _DIRECTIONS[record["directions"]]
     title = f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the {where}"

@@ -9,7 +9,7 @@ from typer import Argument, Option
 from hiplora.cli.common import BASE, DEVICE, OUT, OVERWRITE, PUSH, Group, Shown, numbers, scaling, try_step
 from hiplora.cli.export import report_table
 from hiplora.errors import ConfigError, first_line
-from hiplora.files import Inputs, parse_yaml
+from hiplora.files import parse_yaml
 from hiplora.merging.rules import RULES, Rule, find_rule
 
 _DENSE_RULES = ", ".join(name for name, rule in RULES.items() if rule.kind == "dense")
@@ -69,11 +69,9 @@ def command(
     rule = find_rule(method)
     options = rule.options(rule_options(set))
     form = _chosen_format(format, rule, rank)
-    inputs: Inputs = {f"adapter {place}": folder for place, folder in enumerate(adapters, 1)}
-    inputs = {**inputs, "the base model": base, "the data": scaling["data"]}
-    check_output_dir(out, overwrite, inputs)
+    check_output_dir(out, overwrite)
     if html is not None:
-        check_output_file(html, overwrite, "--html", inputs)
+        check_output_file(html, overwrite, "--html")
     shares = check_weights(numbers("--weights", weights, float) or None, len(adapters))
     updates = [read_update(folder, base) for folder in adapters]
     update = merge(updates, method, shares, base=base, rank=rank, keep_channels=form == "hiplora", options=options)

@@ -3,13 +3,12 @@
 import json
 import logging
 import os
-import shlex
 from pathlib import Path
 
 import typer
 from typer import Argument, Option
 
-from hiplora.cli.common import OVERWRITE, Shown, tell
+from hiplora.cli.common import OVERWRITE, Shown, next_step, tell
 from hiplora.errors import ConfigError
 
 
@@ -77,13 +76,12 @@ def command(
         return
     yield {"schema": 1, "kind": "training", "out": str(result.adapter), **result.summary()}
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
-    folder = shlex.quote(str(where))
     if not loaded.method.kind:
-        to = shlex.quote(f"{where}-lora")
-        yield f"next: hiplora export {folder} --to lora --out {to}   (for vLLM, llama.cpp and stock PEFT)"
+        lora = ("--to", "lora", "--out", f"{where}-lora")
+        yield next_step("hiplora", "export", where, *lora, why="for vLLM, llama.cpp and stock PEFT")
     else:
-        model = shlex.quote(loaded.model)
-        yield f"next: hiplora generate {model} --adapter {folder} --prompt TEXT   (beside the base model's answer)"
+        adapter = ("--adapter", where, "--prompt", "TEXT")
+        yield next_step("hiplora", "generate", loaded.model, *adapter, why="beside the base model's answer")
 
 
 def init(
@@ -102,4 +100,4 @@ def init(
     from hiplora.training.reading import commented
 
     write_atomic(check_output_file(out, overwrite), commented(model, data))
-    typer.echo(f"next: hiplora train {out} --dry-run   (shows what is learned), then with --out DIR")
+    typer.echo(next_step("hiplora", "train", out, "--dry-run", why="shows what is learned; then with --out DIR"))

@@ -61,12 +61,12 @@ def _unmatched(config: Any, model: Any, modules: Iterable[str], adapted: list[st
     from hiplora.tuner.experts import unrolled
 
     free = {"exclude_modules": None, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None}
-    for field in ("target_modules", "exclude_modules"):
-        value = getattr(config, field, None) or ()
-        for name in [value] if isinstance(value, str) else sorted(value):
-            alone = copy.copy(config)
-            vars(alone).update(free, target_modules=value if isinstance(value, str) else {name})
-            with unrolled(model):
+    with unrolled(model):
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(config, field, None) or ()
+            for name in [value] if isinstance(value, str) else sorted(value):
+                alone = copy.copy(config)
+                vars(alone).update(free, target_modules=value if isinstance(value, str) else {name})
                 if not matching_names(model, alone):
                     yield f"{field} {name!r} matches no module"
     for name in getattr(config, "modules_to_save", None) or ():
