@@ -11,6 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hiplora import HipLoraConfig
 from hiplora.errors import ConfigError, FactorError
 from hiplora.spectral import FactorStore
+from hiplora.training.baselines.hiplora import HipLoraMethod
 from hiplora.tuner import HipLoraLinear, hip_layers
 from tests.contract.conftest import logits, train
 
@@ -220,13 +221,32 @@ def test_a_senseless_value_is_refused_by_name_and_value(field, value):
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"principal_channel": False, "gain_lr_ratio": 3.0}, "no use with principal_channel=False"),
-        ({"stability_weight": 100.0}, "stability_weight is 100.0, which has no use with principal_channel=False"),
-        ({"init_weights": "zero"}, "init_weights is 'zero', which has no use with principal_channel=False"),
+        ({"principal_channel": False, "stability_weight": 9.0}, "stability_weight is 9.0, which has no use"),
+        ({"principal_channel": False, "init_weights": "zero"}, "init_weights is 'zero', which has no use"),
     ],
 )
 def test_contradictions_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         HipLoraConfig(**fields)
+
+
+@pytest.mark.parametrize("read", [HipLoraConfig, HipLoraMethod], ids=["python", "recipe"])
+@pytest.mark.parametrize(
+    ("fields", "gains"),
+    [
+        ({}, False),
+        ({"preset": "paper"}, True),
+        ({"stability_weight": 1.0}, True),
+        ({"relative_gains": True}, True),
+        ({"stability_mode": "none"}, False),
+        ({"stability_weight": 0.0, "stability_gamma": 2.0}, False),
+        ({"stability_mode": "none", "gain_lr_ratio": 2.0}, True),
+        ({"preset": "paper", "principal_channel": False}, False),
+    ],
+)
+def test_an_option_of_the_gains_brings_them(read, fields, gains):
+    given = {"name": "hiplora", **fields} if read is HipLoraMethod else fields
+    assert read(**given).principal_channel is gains
 
 
 def test_a_weight_that_cannot_be_factored_is_refused_by_name_and_leaves_the_model_alone(tiny, ids):

@@ -102,7 +102,8 @@ class HipLoraConfig(PeftConfig):
         gradient_projection: project the gradients of the residual channel too, before clipping and the optimizer, so
             that they are those of Eq. 5 as written. False is the paper's implementation note, retraction after the step
             alone; adapters saved before this field existed carry on so.
-        principal_channel: learn gains δ on the protected directions (Eq. 2).
+        principal_channel: learn gains δ on the protected directions (Eq. 2). None takes the preset's, or True where an
+            option of the gains is given.
         basis: where the protected directions come from. "weight": the weight's SVD. "activation": the layer's inputs,
             and the outputs that predictions depend on (`hiplora.calibrate`, by default on text sampled from the model).
         basis_sides: which sides the residual channel keeps out of: "both", "input" or "output".
@@ -171,6 +172,8 @@ class HipLoraConfig(PeftConfig):
             old = self.from_checkpoint and self.basis != "activation"
             self.preset = "paper" if old else "function-aware"
         self._check_choice("preset")
+        if self.principal_channel is None and self._given_of_gains():
+            self.principal_channel = True
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -208,12 +211,16 @@ class HipLoraConfig(PeftConfig):
                 if not accept(value):
                     raise ConfigError(f"{label} is {value!r}; expected {expected}")
 
+    def _given_of_gains(self) -> list[str]:
+        """Return the fields with a value that only means something where there are gains."""
+        names = ["gain_lr_ratio", "relative_gains"]
+        if self.stability_weight != 0 and self.stability_mode != "none":  # else no price: true without gains
+            names = ["stability_weight", "stability_gamma", "stability_mode", *names]
+        given = [name for name in names if getattr(self, name) != getattr(HipLoraConfig, name)]
+        return given + ["init_weights"] * (self.init_weights == "zero")  # A and B stay zero
+
     def _check_combinations(self) -> None:
-        gains = ("stability_weight", "stability_gamma", "stability_mode", "gain_lr_ratio", "relative_gains")
-        idle = [name for name in gains if getattr(self, name) != getattr(HipLoraConfig, name)]
-        if self.stability_weight == 0 or self.stability_mode == "none":  # no price: true without gains
-            idle = [name for name in idle if not name.startswith("stability")]
-        idle += ["init_weights"] * (self.init_weights == "zero")  # with gains only: A and B stay zero
+        idle = self._given_of_gains()
         layers = [name for name in ("layers_to_transform", "layers_pattern") if getattr(self, name) is not None]
         wrong = ""
         if self.projection == "soft" and (self.basis != "activation" or not self.residual_projection):

@@ -117,7 +117,7 @@ def test_values_are_not_coerced_and_must_be_finite():
         {"train": {"masked_kl_weight": 0.1}, "method": "milora"},
         {"train": {"max_drift": 0.1}},
         {"method": {"name": "proj_lora", "projection": "soft", "basis": "weight"}},
-        {"method": {"name": "hiplora", "stability_weight": 0.5}},
+        {"method": {"name": "hiplora", "stability_weight": 0.5, "principal_channel": False}},
         {"method": {"name": "hiplora", "residual_projection": False}},
         {"method": {"name": "split_lora", "clients": 3}, "train": {"gradient_accumulation": 4}},
         {"method": {"name": "adalora", "tinit": 5}, "train": {"steps": 6}},

@@ -62,10 +62,18 @@ class Spectral(FromInputs, LowRank):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("preset") != "paper":
+        if not isinstance(value, dict):
             return value
+        paper = value.get("preset") == "paper"
         gains = {"principal_channel": True} if "principal_channel" in cls.model_fields else {}
-        return {**PAPER, **gains, **value}
+        return {**(PAPER if paper else {}), **(gains if paper or cls._of_the_gains(value) else {}), **value}
+
+    @classmethod
+    def _of_the_gains(cls, value: Mapping[str, Any]) -> list[str]:
+        """Return the fields whose value only means something where there are gains, as `HipLoraConfig` sees it."""
+        free = value.get("stability_weight") == 0 or value.get("stability_mode") == "none"
+        names = [name for name in OF_THE_GAINS if name in value and not (free and name.startswith("stability"))]
+        return [name for name in names if value[name] != cls.model_fields[name].default]
 
     @model_validator(mode="after")
     def _basis_fits(self) -> "Spectral":
@@ -154,7 +162,7 @@ class HipLoraMethod(Spectral):
     name: Literal["hiplora"] = "hiplora"
     """The method."""
     principal_channel: bool = False
-    """Learn gains on the protected directions, as the paper's preset does. The fields below on gains need it."""
+    """Learn gains on the protected directions, as the paper's preset does; a field below on gains brings them too."""
     stability_weight: float = Field(default=0.1, ge=0)
     """λ: price of changing the gains. The paper's value is lost; this one is ours."""
     stability_gamma: float = Field(default=1.0, ge=0)
@@ -172,10 +180,9 @@ class HipLoraMethod(Spectral):
 
     @model_validator(mode="after")
     def _gains_have_a_channel(self) -> "HipLoraMethod":
-        fields = type(self).model_fields
-        changed = [name for name in OF_THE_GAINS if getattr(self, name) != fields[name].default]
-        if changed and not self.principal_channel:
-            raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; set `principal_channel: true`")
+        given = {} if self.principal_channel else {name: getattr(self, name) for name in OF_THE_GAINS}
+        if changed := self._of_the_gains(given):
+            raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; remove `principal_channel: false`")
         if not self.principal_channel and not self.residual_projection:
             raise ValueError("no gains and no projection is plain LoRA; set `principal_channel`, or use lora")
         return self
