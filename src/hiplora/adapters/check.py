@@ -1,5 +1,6 @@
 """Verify an export: per module in factor space, and by the logits of the model that carries it."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,15 +12,15 @@ import peft
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from hiplora.adapters.base import BaseWeights, check_base, linear_layer, quiet_loading, replace_extras
 from hiplora.adapters.read import PREFIX
-from hiplora.adapters.update import SELECTION, AdapterUpdate, product_norm
+from hiplora.adapters.update import SELECTION, AdapterUpdate, model_order, product_norm
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve
-from hiplora.tuner.experts import unrolled
+from hiplora.tuner.experts import stacks, unrolled
 
 TOLERANCE = 1e-5  # of a module's update, relative, before it is rounded
 _LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
@@ -74,37 +75,66 @@ def compare_logits(update: AdapterUpdate, folder: Path, exact: bool, device: str
     return logit_difference(logits_of(stock), expected, update.source, exact), ""
 
 
-def loadable(update: AdapterUpdate, fields: Mapping[str, Any]) -> AdapterUpdate:
+def loadable(update: AdapterUpdate, fields: Mapping[str, Any], model: nn.Module | None = None) -> AdapterUpdate:
     """Return an update whose configuration makes stock PEFT adapt the modules that it has, and no others.
 
-    Tried on the base model's skeleton, if that is at hand: with `fields`, and with all modules by name.
+    Tried on the skeleton of the base model, if that is at hand, or of the live `model` that has the adapter: with
+    `fields`, and with all modules by name.
 
     Raises:
         AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
             some mixtures of experts.
     """
-    by_name = dict.fromkeys(SELECTION) | {"target_modules": sorted(update.factors)}
+    layers = sorted(name for name, (_, modules) in stacks(update.factors).items() if modules == [name])
+    by_name = dict.fromkeys(SELECTION) | {"target_modules": layers}
     for selection in (fields, {**fields, **by_name}):
-        try:
-            skeleton = BaseWeights.of(update).skeleton
-        except AdapterError:
+        if (skeleton := _skeleton(update, model)) is None:
             return update
-        with unrolled(skeleton):
-            for module in update.modules:
-                linear_layer(skeleton, module, update.base)
-        why = "it adapts others"
+        why = ""
         try:
             with quiet_loading(), torch.device("meta"):
                 adapted = PeftModel(skeleton, LoraConfig(r=1, **selection))
-            layers = [name for name, layer in adapted.named_modules() if isinstance(layer, LoraLayer)]
-            if {name.removeprefix(PREFIX) for name in layers} == set(update.modules):
-                return replace(update, config={**update.config, **{key: selection.get(key) for key in by_name}})
         except (ValueError, NotImplementedError) as error:
             why = first_line(error)
+        else:
+            if (found := set(_adapted(adapted))) == set(update.modules):
+                return replace(update, config={**update.config, **{key: selection.get(key) for key in by_name}})
+    if not why:
+        wrong = sorted(found ^ set(update.modules), key=model_order)
+        told = "does not adapt" if wrong[0] in update.factors else "adapts"
+        why = f"{told} {wrong[0]}" + (f" and {len(wrong) - 1} more are wrong" if wrong[1:] else "")
     raise AdapterError(
-        f"{update.source}: stock PEFT {peft.__version__} cannot adapt these modules of {update.base} ({why}): over "
-        "this architecture it rewrites target_modules; export with --to dense, or train without these modules"
+        f"{update.source}: stock PEFT {peft.__version__} cannot have exactly these modules of the base model ({why}): "
+        "over some mixtures of experts it rewrites gate_proj, up_proj and down_proj outside the experts; export with "
+        "--to dense, or train without those modules (exclude_modules)"
     )
+
+
+def _skeleton(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | None:
+    """Return the base model without weights; None if it is not at hand; AdapterError if it lacks an adapted layer."""
+    try:
+        if model is None:
+            skeleton: nn.Module = BaseWeights.of(update).skeleton
+        else:
+            inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+            with torch.device("meta"):
+                skeleton = type(inner)._from_config(copy.deepcopy(inner.config))
+    except (AdapterError, AttributeError):  # no such folder; or no model of transformers
+        return None
+    with unrolled(skeleton):
+        for module in update.modules:
+            linear_layer(skeleton, module, update.base)
+    return skeleton
+
+
+def _adapted(model: nn.Module) -> Iterator[str]:
+    """Yield the layers that a stock LoRA adapts, experts one by one."""
+    for name, layer in model.named_modules():
+        plain = name.removeprefix(PREFIX).replace(".base_layer", "")
+        if isinstance(layer, ParamWrapper):
+            yield from (f"{plain}.{layer.parameter_name}.{expert}" for expert in range(layer.num_experts))
+        elif isinstance(layer, LoraLayer):
+            yield plain
 
 
 def logit_difference(found: Tensor, expected: Tensor, source: str, exact: bool) -> float:

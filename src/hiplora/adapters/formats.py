@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,11 @@ from hiplora.adapters.update import AdapterUpdate, Channels, Pair
 from hiplora.errors import AdapterError
 from hiplora.spectral import FactorStore, full_precision, protected, retract, soften
 from hiplora.tuner import for_module, leak_limit
+from hiplora.tuner.experts import stacks
 
 # Settings under which a LoRA-like adapter does more than add `B'A'` to linear layers.
 _NOT_PLAIN = (
-    *("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "alora_invocation_tokens"),
+    *("use_dora", "lora_bias", "trainable_token_indices", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication"),
 )
 # These initialisations subtract B₀A₀ from the base weights: the saved factors alone are no update of them.
@@ -118,7 +119,7 @@ def update_of(saved: Saved) -> AdapterUpdate:
     else:
         _check_plain(saved)
     modules, extras = saved.sort(prefix, part)
-    factors, channels = {}, {}
+    factors, channels = _of_experts(saved, modules) if kind == "LORA" else {}, {}
     for module in sorted({*modules, *saved.fingerprints}):
         parts = modules.get(module, {})
         if missing := [name for name in needed if name not in parts]:
@@ -157,6 +158,44 @@ def _lora(saved: Saved, module: str, parts: Parts) -> Pair:
     saved.check_rank(module, r, saved.setting("rank_pattern", module, saved.config.get("r")))
     alpha = saved.setting("alpha_pattern", module, saved.config.get("lora_alpha", r))
     return A, (alpha / math.sqrt(r) if saved.config.get("use_rslora") else alpha / r) * B
+
+
+def _of_experts(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
+    """Take LoRA's factors of `target_parameters` out of `modules`: those of each expert, by its layer's name.
+
+    PEFT names them after the module that has the parameters, and wraps the one that comes last around the other. The
+    factors of all E experts are one pair: A (E·r, n), expert by expert, and B (m, r·E), with the experts innermost.
+    """
+    targets = saved.config.get("target_parameters") or ()
+    factors: dict[str, Pair] = {}
+    for module in sorted({name.removesuffix(".base_layer") for name in modules} if targets else ()):
+        own = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
+        names = {name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)}
+        if _is_layer(saved.config.get("target_modules") or (), module) or names == {f"{module}.weight"}:
+            continue  # a layer; of its own weight the factors are the same
+        found = stacks(f"{name}.0" for name in names)
+        if not names or {called for called, _ in found.values()} != {n for n in modules if n.startswith(module)}:
+            raise saved.error(
+                f"layer {module}: its tensors are not those of experts that target_parameters names; the configuration "
+                "and the weights are of different adapters, or of experts of another kind: merge it with PEFT instead"
+            )
+        for name, (called, _) in found.items():
+            parts, r = modules.pop(called), saved.setting("rank_pattern", name, saved.config.get("r"))
+            whole = all(part in parts and parts[part].dim() == 2 for part in "AB")
+            saved.check_shapes(whole and r > 0 and len(parts["A"]) % r == 0, name, parts)
+            A, experts = parts["A"].split(r), len(parts["A"]) // r
+            saved.check_shapes(parts["B"].shape[1] == experts * r, name, parts)
+            B = parts["B"].unflatten(1, (r, experts)).unbind(2)
+            pairs = ({"A": A[expert], "B": B[expert]} for expert in range(experts))
+            factors |= {f"{name}.{expert}": _lora(saved, name, pair) for expert, pair in enumerate(pairs)}
+    return factors
+
+
+def _is_layer(targets: str | Sequence[str], module: str) -> bool:
+    """Return whether `target_modules` select a module."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, module))
+    return f".{module}".endswith(tuple(f".{target}" for target in targets))
 
 
 def _adalora(saved: Saved, module: str, parts: Parts) -> Pair:

@@ -23,7 +23,7 @@ from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import Inputs, check_output_dir, staged_dir
 from hiplora.tuner import HipLoraConfig
-from hiplora.tuner.experts import shared_side
+from hiplora.tuner.experts import stacks
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -72,7 +72,7 @@ def save_as_lora(
     update.check_low_rank()
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
     transposed = is_transposed(update, model)
-    update = update.renamed(prefix) if prefix else loadable(update, shared_fields(update))
+    update = update.renamed(prefix) if prefix else loadable(update, lora_fields(update), model)
     with staged_dir(path, overwrite) as staged:
         write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
         save_tokenizer(update, staged)
@@ -202,30 +202,32 @@ def write_lora(
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a module is an expert, or a value
-    overflows `dtype`; ConfigError if a rank exceeds `pad_rank`.
+    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a value overflows `dtype`; ConfigError
+    if a rank exceeds `pad_rank`.
     """
-    tensors = {}
-    for module, (A, B) in update.factors.items():
-        if shared_side(module) is not None:
-            raise AdapterError(
-                f"layer {module}: is one of a mixture's experts, each adapted by itself, unlike LoRA; export with "
-                "--to dense, or train without the experts"
-            )
-        missing = 0 if pad_rank is None else pad_rank - A.shape[0]
-        if missing < 0:
+    tensors, ranks = {}, {}
+    for name, (called, modules) in stacks(update.factors).items():
+        pairs = [update.factors[module] for module in modules]
+        largest = max(len(A) for A, _ in pairs)
+        ranks[name] = rank = pad_rank or largest
+        if largest > rank:
             raise ConfigError(
-                f"layer {module}: has rank {A.shape[0]}, which does not fit into --pad-rank {pad_rank}; pass at "
-                f"least {A.shape[0]}"
+                f"layer {name}: has rank {largest}, which does not fit into --pad-rank {pad_rank}; pass at least "
+                f"{largest}"
             )
-        padded = {"lora_A": nn.functional.pad(A, (0, 0, 0, missing)), "lora_B": nn.functional.pad(B, (0, missing))}
-        for name, tensor in padded.items():
-            tensors[f"{module}.{name}.weight"] = tensor.to(dtype)
-            check_finite(tensor.to(dtype), f"layer {module}: {name} in {str(dtype).removeprefix('torch.')}")
+        A = torch.cat([nn.functional.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs])
+        B = torch.stack([nn.functional.pad(B, (0, rank - B.shape[1])) for _, B in pairs], dim=2).flatten(1)
+        for part, tensor in (("lora_A", A), ("lora_B", B)):
+            tensors[f"{called}.{part}.weight"] = tensor.to(dtype)
+            check_finite(tensor.to(dtype), f"layer {name}: {part} in {str(dtype).removeprefix('torch.')}")
     _save_tensors(tensors | dict(update.extras), folder)
-    r, ranks = _pattern({module: pad_rank or rank for module, rank in update.ranks.items()})
-    scaling_one: dict[str, Any] = {"r": r, "rank_pattern": ranks, "lora_alpha": r, "alpha_pattern": dict(ranks)}
-    LoraConfig(**scaling_one, fan_in_fan_out=transposed, **shared_fields(update)).save_pretrained(str(folder))
+    r, other = _pattern(ranks)
+    scaling_one: dict[str, Any] = {"r": r, "rank_pattern": other, "lora_alpha": r, "alpha_pattern": dict(other)}
+    # PEFT's LoRA over a 3-D parameter finds its layout itself.
+    fields = lora_fields(update)
+    LoraConfig(**scaling_one, fan_in_fan_out=transposed and not fields["target_parameters"], **fields).save_pretrained(
+        str(folder)
+    )
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -240,6 +242,16 @@ def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     # PEFT takes the first pattern that matches a name's end, so longer names come first.
     longest_first = sorted(values.items(), key=lambda item: -len(item[0]))
     return usual, {module: value for module, value in longest_first if value != usual}
+
+
+def lora_fields(update: AdapterUpdate) -> dict[str, Any]:
+    """Return `shared_fields` as a stock LoRA needs them: experts are parameters, beside which layers go by name."""
+    found = stacks(update.factors)
+    parameters = [name for name, (_, modules) in found.items() if modules != [name]]
+    fields = {**shared_fields(update), "target_parameters": sorted(parameters) or None}
+    if parameters:
+        fields |= {**dict.fromkeys(SELECTION), "target_modules": sorted(found.keys() - set(parameters))}
+    return fields
 
 
 def shared_fields(update: AdapterUpdate) -> dict[str, Any]:

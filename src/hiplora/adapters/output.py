@@ -17,6 +17,7 @@ from hiplora.errors import AdapterError, first_line
 from hiplora.models import hub_name, resolve
 from hiplora.provenance import provenance
 from hiplora.tuner.config import PEFT_TYPE
+from hiplora.tuner.experts import shared_side
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +120,14 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     largest = max(ranks)
     allowed = vllm_rank(largest)
     found = []
-    if update.extras:
-        found = [(server, "it replaces whole modules", _DENSE) for server in ("vLLM", "llama.cpp")]
+    experts = any(shared_side(module) for module in update.factors)
+    if update.extras or experts:
+        why = (
+            "experts are adapted, as 3-D parameters: it fails or ignores them"
+            if experts
+            else "it replaces whole modules"
+        )
+        found = [(server, why, _DENSE) for server in ("vLLM", "llama.cpp")]
     elif allowed is None:
         found = [("vLLM", f"rank above {VLLM_RANKS[-1]}", _DENSE)]
     elif len(ranks) > 1:
@@ -129,7 +136,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
     elif largest > VLLM_DEFAULT_RANK:
         vllm = f"rank {largest} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
         found = [("vLLM", vllm, f"start it with --max-lora-rank {allowed}")]
-    if len(ranks) > 1:
+    if len(ranks) > 1 and not experts:
         problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))
     base: BaseWeights | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -116,6 +116,25 @@ def shared_side(name: str) -> tuple[str, str] | None:
     if not own.isdigit() or parent.rpartition(".")[2] not in ALIASES:
         return None
     return parent, "output" if parent.endswith("down_proj") else "input"
+
+
+def stacks(names: Iterable[str]) -> dict[str, tuple[str, list[str]]]:
+    """Return layers as PEFT's LoRA knows them: name → (what its tensors are called after, the layers in it, in order).
+
+    A linear layer is itself. Experts of a projection are one 3-D parameter; where both projections of a module are
+    adapted, PEFT wraps the one that comes last around the other.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):  # expert 10 after expert 9
+        side = shared_side(name)
+        found.setdefault(side[0] if side else name, []).append(name)
+    parameters = [name for name, layers in found.items() if layers != [name]]
+    around = {name.rpartition(".")[0]: name for name in sorted(parameters, key=lambda name: "down_proj" in name)}
+    called = {}
+    for name in parameters:
+        module = name.rpartition(".")[0]
+        called[name] = module if around[module] == name else f"{module}.base_layer"
+    return {name: (called.get(name, name), layers) for name, layers in found.items()}
 
 
 def _projections(module: Any) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hiplora.adapters import lora, read_update, save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
@@ -176,17 +176,33 @@ def test_a_prefix_renames_the_modules_for_servers_of_multimodal_checkpoints(adap
     assert all(name.startswith("model.language_model.") for name in config_of(tmp_path / "out")["target_modules"])
 
 
-def test_over_a_mixture_of_experts_peft_would_load_an_export_elsewhere_and_a_dense_one_is_exact(tmp_path):
+def test_experts_beside_layers_are_exported_for_stock_peft_padded_too(tmp_path):
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 259}
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     settings |= {"shared_expert_intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, **experts}
     base = tmp_path / "moe"
     Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings)).save_pretrained(base)
-    folder, model = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=["down_proj"]))
-    with pytest.raises(AdapterError, match=r"export with --to dense"):
-        save_as_lora(folder, tmp_path / "out", check_logits=False)
+    targets = ["down_proj", "gate_up_proj", "q_proj"]
+    config = hip_config(r=2, principal_rank=2, target_modules=targets, rank_pattern={"experts.down_proj.1": 5})
+    folder, model = saved(base, tmp_path / "a", config)
+    for pad in (None, 9):
+        out = tmp_path / f"out{pad}"
+        assert save_as_lora(folder, out, pad_rank=pad)["logit_difference"] < 1e-4
+        stock = logits_of_stock_process(base, out, tmp_path)
+        torch.testing.assert_close(stock, logits(model), rtol=1e-4, atol=1e-5)
     save_dense(folder, tmp_path / "dense")
     torch.testing.assert_close(logits(base_model(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_where_peft_takes_a_layer_for_the_experts_the_export_names_it(tmp_path):
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259, "num_attention_heads": 2, "head_dim": 16}
+    settings |= {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    base = tmp_path / "moe"
+    mixed = Qwen3MoeConfig(**settings, intermediate_size=64, mlp_only_layers=[0])
+    Qwen3MoeForCausalLM(mixed).save_pretrained(base)
+    folder, _ = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=["down_proj"]))
+    with pytest.raises(AdapterError, match=r"does not adapt model\.layers\.0\.mlp\.down_proj.*--to dense"):
+        save_as_lora(folder, tmp_path / "out", check_logits=False)
 
 
 def test_modules_that_a_pattern_would_not_select_are_named_one_by_one(adapters, tmp_path):

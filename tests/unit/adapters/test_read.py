@@ -7,8 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, OSFConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
-from hiplora.adapters import read_update, save_dense, update_from_model
+from hiplora.adapters import read_update, save_as_lora, save_dense, update_from_model
+from hiplora.adapters.check import added
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import FactorStore
 from tests.tiny import save_tiny
@@ -23,6 +25,7 @@ from tests.unit.adapters.samples import (
     edit_config,
     edit_tensors,
     hip_config,
+    logits,
     product,
     saved,
     train,
@@ -128,6 +131,31 @@ def test_an_osf_adapter_is_read_as_the_change_of_its_weights(tiny_model_dir, tmp
         assert_is(update, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [MixtralConfig, GptOssConfig], ids=["output first", "input first"])
+@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.down_proj"], ["down_proj"]])
+def test_a_lora_of_experts_is_read_as_the_updates_of_each(tmp_path, kind, parameters):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48}
+    base = AutoModelForCausalLM.from_config(
+        kind(vocab_size=259, hidden_size=32, num_hidden_layers=2, **heads, **experts)
+    )
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, rank_pattern={"down_proj": 3})
+    folder, model = saved(tmp_path / "base", tmp_path / "a", config)
+    for update in (read_update(folder), update_from_model(model)):
+        assert len(update.factors) == 2 * (1 + 3 * len(parameters))
+        assert update.ranks["model.layers.0.mlp.experts.down_proj.2"] == 3
+        bare = base_model(tmp_path / "base")
+        with added(bare, update):
+            torch.testing.assert_close(logits(bare), logits(model), rtol=1e-4, atol=1e-5)
+        assert (logits(bare) - logits(model)).abs().max() > 1e-3
+    save_as_lora(folder, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(base_model(tmp_path / "base"), str(tmp_path / "again"))
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+    edit_config(folder, target_parameters=["gate_up_proj"] * len(parameters))
+    refused(folder, r"experts(: its tensors are not those|.gate_up_proj: A .* are not factors)")
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
@@ -135,7 +163,6 @@ def test_an_osf_adapter_is_read_as_the_change_of_its_weights(tiny_model_dir, tmp
         (LoraConfig(target_modules=ATTENTION, trainable_token_indices=[1, 2]), "token"),
         (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens"),
         (LoraConfig(target_modules=ATTENTION, bias="all"), "bias"),
-        (LoraConfig(target_modules=[], target_parameters=[f"{Q0}.weight"]), "parameters"),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "IA3"),
     ],
 )

@@ -24,6 +24,7 @@ def test_ranks_that_differ_trouble_both_servers_and_padding_is_the_remedy():
     assert remedies(uneven) == {"vLLM": "export with --pad-rank 64", "llama.cpp": "export with --pad-rank 40"}
     assert remedies(uneven, pad_rank=64).keys() == {"vLLM"}
     assert remedies({"a.q_proj": 8}, extras=["lm_head.weight"]).keys() == {"vLLM", "llama.cpp"}
+    assert remedies({"a.experts.down_proj.0": 8}).keys() == {"vLLM", "llama.cpp"}
 
 
 def test_a_tied_output_head_and_transposed_weights_trouble_llama_cpp(tmp_path):

@@ -182,7 +182,9 @@ class HipLoraMethod(Spectral):
     def _gains_have_a_channel(self) -> "HipLoraMethod":
         given = {} if self.principal_channel else {name: getattr(self, name) for name in OF_THE_GAINS}
         if changed := self._of_the_gains(given):
-            raise ValueError(f"`{changed[0]}` concerns the gains, and there are none; remove `principal_channel: false`")
+            raise ValueError(
+                f"`{changed[0]}` concerns the gains, and there are none; remove `principal_channel: false`"
+            )
         if not self.principal_channel and not self.residual_projection:
             raise ValueError("no gains and no projection is plain LoRA; set `principal_channel`, or use lora")
         return self
