@@ -15,6 +15,7 @@ from tests.tiny import write_jsonl
 FAST = ["--steps", "4", "--lr", "1e-2"]
 ALPHA = ["--set", "calibration_tokens=300", "--set", "value_steps=3", "--set", "prefixes=1"]
 CALIBRATION = ["--set", "calibration_tokens=300", "--set", "r=4", "--set", "principal_rank=4"]
+CRISP = ["--set", "calibration_tokens=300"]
 COUNTERFACT = {
     "subject": "box 0",
     "target_true": "red",
@@ -47,6 +48,7 @@ def edit(tiny_model_dir, tmp_path, capsys):
         ("milora", [*FAST, "--set", "rank_pattern={k_proj: 3}"]),
         ("hiplora", FAST + CALIBRATION),
         ("alphaedit", ALPHA),
+        ("crispedit", [*FAST, *CRISP]),
     ],
 )
 def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, edit, method, options):
@@ -110,6 +112,7 @@ def test_an_edit_that_is_longer_than_the_context_is_refused(tiny_model_dir, tmp_
         (["--method", "rome"], "method is 'rome'; expected one of adalora, corda, hiplora"),
         (["--method", "alphaedit", "--steps", "3"], "steps has no use with alphaedit"),
         (["--method", "alphaedit", "--set", "rank=3"], "--set rank: "),
+        (["--method", "crispedit", "--set", "energy=1.5"], "--set energy: "),
         (["--method", "lora", "--set", "k=3"], "--set k: "),
         (["--set", "r"], "expected key=value"),
         (["--mode", "single", "--edits-per-batch", "2", "--method", "lora"], "no use in the mode single"),

@@ -21,6 +21,7 @@ METHODS = {
     "pissa": {"r": 4, "lora_alpha": 4},
     "hiplora": {"r": 4, "principal_rank": 4, "calibration_tokens": 300},
     "alphaedit": {**ALPHAEDIT, "threshold": 0.4},
+    "crispedit": {"calibration_tokens": 300},
 }
 
 

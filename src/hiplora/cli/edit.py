@@ -11,8 +11,8 @@ EDITS_HELP = (
     "What to edit: builtin, or a file: JSON lines in hiplora's format, CounterFact or zsRE (docs/howto/edit.md)."
 )
 METHOD_HELP = (
-    "A method of the recipes, trained on the edits (hiplora, lora, pissa, milora, corda, lora_null, …), or alphaedit, "
-    "which computes its update."
+    "A method of the recipes, trained on the edits (hiplora, lora, pissa, milora, corda, lora_null, …); or alphaedit, "
+    "which computes its update; or crispedit, which trains a few weights off the directions that other text needs."
 )
 MODE_HELP = (
     "batch: all edits together, or separate batches on the bare model; sequential: batch after batch into one adapter; "

@@ -4,7 +4,6 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -13,8 +12,8 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
-from hiplora.editing.editors import Editor, PositiveFloat
+from hiplora.adapters.update import Pair
+from hiplora.editing.editors import PositiveFloat, WeightEditor, WeightEdits
 from hiplora.editing.edits import Edit
 from hiplora.editing.measure import BATCH_SIZE
 from hiplora.errors import AdapterError, ConfigError, DataError, FactorSettingError
@@ -25,24 +24,20 @@ from hiplora.tuner import input_bases
 
 BEGINNINGS = ("The", "Therefore", "Because", "I", "You")
 _ENOUGH = 5e-2  # mean negative log-likelihood of an answer, in nats, at which its search ends
-_WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class AlphaEdit:
+class AlphaEdit(WeightEdits):
     """AlphaEdit's settings; the defaults are those of its formula and of its authors' published configurations.
 
-    `layers` are the blocks whose `mlp.down_proj` is edited; None is five that end at a quarter of the depth (4 to 8 of
-    32). `threshold` bounds the null space (see `null_space`), measured on `calibration_tokens` of text. `ridge` is the
+    `threshold` bounds the null space (see `null_space`), measured on `calibration_tokens` of text. `ridge` is the
     weight of the update's size. The `value_…` settings are for the search for each edit's value (`search_value`);
     `value_lr` is in units of the hidden state (the authors': 0.5 for GPT-J, 0.1 for Llama 3): raise it if the record's
     `search_loss` stays high. Search and keys see the prompt bare and behind `prefixes` texts of `prefix_tokens` tokens
     that the model generates.
     """
 
-    layers: tuple[int, ...] | None = None
     threshold: PositiveFloat = 0.02
-    calibration_tokens: Annotated[int, Field(ge=2)] = 10_000
     ridge: PositiveFloat = 1.0
     value_steps: Annotated[int, Field(ge=2)] = 25
     value_lr: PositiveFloat = 0.5
@@ -51,30 +46,6 @@ class AlphaEdit:
     value_clamp: PositiveFloat = 0.75
     prefixes: Annotated[int, Field(ge=0, le=len(BEGINNINGS))] = 5
     prefix_tokens: PositiveInt = 10
-    seed: int = 0
-
-    def modules(self, model: nn.Module) -> list[str]:
-        """Return the edited modules' names, in order; ConfigError if it is no Llama, or has no block of an index."""
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        found = [name for name in names if re.search(r"\.\d+\.mlp\.down_proj$", name)]
-        depth = len(found)
-        if depth < 2:
-            raise ConfigError(
-                "the model has no blocks with a linear layer mlp.down_proj; AlphaEdit edits Llama-like models only"
-            )
-        layers = default_layers(depth) if self.layers is None else self.layers
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > depth - 2:
-            raise ConfigError(
-                f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
-                f"{depth} blocks, and something must come after the last that is edited"
-            )
-        return [found[index] for index in layers]
-
-
-def default_layers(depth: int) -> tuple[int, ...]:
-    """Return up to five blocks that end at a quarter of the depth: 4 to 8 of 32, as AlphaEdit's authors chose."""
-    last = min(round(depth / 4), depth - 2)
-    return tuple(range(max(0, last - 4), last + 1))
 
 
 def null_space(basis: MomentBasis, threshold: float, name: str = "layer") -> Float[Tensor, "n n"]:
@@ -234,7 +205,7 @@ def _logits(model: nn.Module, rows: Sequence[list[int]]) -> Float[Tensor, "rows 
     return model(**padded, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
 
-class AlphaEditor(Editor):
+class AlphaEditor(WeightEditor):
     """Search values, spread what is missing over a few `mlp.down_proj`, update each in its null space.
 
     On construction, ConfigError if the settings do not fit the model, FactorError if an edited layer's inputs have no
@@ -242,15 +213,12 @@ class AlphaEditor(Editor):
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: AlphaEdit):
-        self.model: nn.Module = model
+        super().__init__(model, settings)
         self._tokenizer, self._settings = tokenizer, settings
-        self.modules = settings.modules(model)
         self._block = self.modules[-1].removesuffix(".mlp.down_proj")
-        super().__init__(model)
-        model.eval().requires_grad_(False)
         bases = input_bases(model, self.modules, tokens=settings.calibration_tokens, seed=settings.seed)
         self._projectors = {
-            name: null_space(basis, settings.threshold, name).to(self._weight(name).device)
+            name: null_space(basis, settings.threshold, name).to(self.weight(name).device)
             for name, basis in bases.items()
         }
         self._texts = [""]  # what stands before a prompt: nothing, or what the model generates after common words
@@ -277,7 +245,7 @@ class AlphaEditor(Editor):
             A, B = null_space_update(keys[name], missing, self._projectors[name], former, settings.ridge)
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
-            weight = self._weight(name)
+            weight = self.weight(name)
             # A tensor of its own: the base's stays as it is, to be put back.
             weight.data = self._state[f"{name}.weight"] = (weight.data.double() + B @ A).to(weight.dtype)
             for side, (part, tensor) in enumerate((("A", A), ("B", B))):
@@ -301,27 +269,13 @@ class AlphaEditor(Editor):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Write the edits of a `state` in; without any, put the base's weights back."""
-        self._state = {key: tensor.to(self._weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
+        self._state = {key: tensor.to(self.weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
         for name in self.modules:
-            self._weight(name).data = self._state.get(f"{name}.weight", self._kept[f"{name}.weight"][1])
+            self.weight(name).data = self._state.get(f"{name}.weight", self.of_base(name))
 
-    def save(self, folder: Path, base: str) -> None:
-        """Write the edits so far as a plain LoRA adapter of at most a rank an edit; `base` names the model.
-
-        AdapterError if what was written differs from the update.
-        """
-        factors = {
-            name: (self._state[f"{name}.A"].float().cpu(), self._state[f"{name}.B"].float().cpu())
-            for name in self.modules
-        }
-        config = {"target_modules": sorted(factors), "task_type": "CAUSAL_LM"}
-        update = AdapterUpdate(base, "lora", config, factors, source="AlphaEdit's updates")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_lora(update, folder)
-        refuse_over(compare_modules(update, read_update(folder)), _WRITTEN)
-
-    def _weight(self, name: str) -> nn.Parameter:
-        return self.model.get_submodule(name).get_parameter("weight")
+    def factors(self) -> dict[str, Pair]:
+        """Return each module's update, of at most a rank an edit."""
+        return {name: (self._state[f"{name}.A"].float(), self._state[f"{name}.B"].float()) for name in self.modules}
 
     def _states(
         self, prompts: Sequence[list[Located]]

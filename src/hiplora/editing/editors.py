@@ -1,27 +1,32 @@
-"""Put edits into a model and take them out again: the interface, and training them into an adapter of PEFT."""
+"""Put edits into a model and take them out again: the interfaces, and training them into an adapter of PEFT."""
 
 import contextlib
 import functools
 import itertools
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from pydantic import Field, PositiveInt
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hiplora.adapters import AdapterUpdate, compare_modules, read_update, refuse_over, write_lora
+from hiplora.adapters.update import Pair
 from hiplora.editing.edits import Edit
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, ConfigError
 from hiplora.evaluation.likelihood import encode, response_log_probs
 from hiplora.tuner import model_fingerprint
 
 Adapt = Callable[[Any], PeftModel]
+_WRITTEN = 1e-5  # share of an update's norm that may be lost in writing
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -169,3 +174,74 @@ class AdapterEditor(Editor):
         """Unload the adapter."""
         self.model.unload()  # type: ignore[operator]
         super().close()
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class WeightEdits:
+    """What methods that edit weights share: which, and the text that says what to preserve.
+
+    `layers` are the blocks whose `mlp.down_proj` is edited; None is five that end at a quarter of the depth (4 to 8 of
+    32). The model samples `calibration_tokens` of text itself, by `seed`.
+    """
+
+    layers: tuple[int, ...] | None = None
+    calibration_tokens: Annotated[int, Field(ge=2)] = 10_000
+    seed: int = 0
+
+    def modules(self, model: nn.Module) -> list[str]:
+        """Return the edited modules' names, in order; ConfigError if it is no Llama, or has no block of an index."""
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        found = [name for name in names if re.search(r"\.\d+\.mlp\.down_proj$", name)]
+        depth = len(found)
+        if depth < 2:
+            raise ConfigError(
+                "the model has no blocks with a linear layer mlp.down_proj, which this method edits; use a method that "
+                "trains an adapter"
+            )
+        layers = default_layers(depth) if self.layers is None else self.layers
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > depth - 2:
+            raise ConfigError(
+                f"layers is {list(layers)}; expected rising indices from 0 to {depth - 2}: the model has "
+                f"{depth} blocks, and something must come after the last that is edited"
+            )
+        return [found[index] for index in layers]
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """Return up to five blocks that end at a quarter of the depth: 4 to 8 of 32, as AlphaEdit's authors chose."""
+    last = min(round(depth / 4), depth - 2)
+    return tuple(range(max(0, last - 4), last + 1))
+
+
+class WeightEditor(Editor):
+    """Edits in the weights of a few layers, `modules`, themselves; ConfigError if the model has not those."""
+
+    def __init__(self, model: Any, settings: WeightEdits):
+        self.model: nn.Module = model
+        self.modules = settings.modules(model)
+        super().__init__(model)
+        model.eval().requires_grad_(False)
+
+    @abstractmethod
+    def factors(self) -> dict[str, Pair]:
+        """Return each module's update as (A, B) of `ΔW = BA`, in fp32."""
+
+    def weight(self, name: str) -> nn.Parameter:
+        """Return a module's weight as it is now."""
+        return self.model.get_submodule(name).get_parameter("weight")
+
+    def of_base(self, name: str) -> Tensor:
+        """Return a module's weight as it was."""
+        return self._kept[f"{name}.weight"][1]
+
+    def save(self, folder: Path, base: str) -> None:
+        """Write the edits so far as a plain LoRA adapter; `base` names the model.
+
+        AdapterError if what was written differs from the update.
+        """
+        factors = {name: (A.cpu(), B.cpu()) for name, (A, B) in self.factors().items()}
+        config = {"target_modules": sorted(factors), "task_type": "CAUSAL_LM"}
+        update = AdapterUpdate(base, "lora", config, factors, source="the edits")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_lora(update, folder)
+        refuse_over(compare_modules(update, read_update(folder)), _WRITTEN)

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
-from hiplora.editing.editors import Adapt, AdapterEditor, Editor, EditTraining, PositiveFloat
+from hiplora.editing.crispedit import CrispEdit, CrispEditor
+from hiplora.editing.editors import (
+    Adapt,
+    AdapterEditor,
+    Editor,
+    EditTraining,
+    PositiveFloat,
+    WeightEditor,
+    WeightEdits,
+)
 from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
 from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.evaluation.mounting import load_model
@@ -34,7 +43,8 @@ from hiplora.training.baselines import METHODS
 from hiplora.training.method import Method
 from hiplora.training.result import OWN_FORMAT
 
-ALPHAEDIT = "alphaedit"
+EDITORS: dict[str, type[WeightEdits]] = {"alphaedit": AlphaEdit, "crispedit": CrispEdit}
+TITLES = {AlphaEdit: "AlphaEdit", CrispEdit: "CrispEdit"}
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.
 DEFAULT_STEPS = {"single": (20, 2e-3), "batch": (500, 2e-4), "sequential": (500, 2e-4)}
 MEASURES = {
@@ -64,10 +74,10 @@ Values = dict[str, Any]
 class EditJob:
     """What to edit and how. None is the default, which for steps and learning rate depends on the mode.
 
-    `edits`, `limit` and `category` as in `load_edits`; `method` is a recipe's method or "alphaedit", `method_settings`
-    its settings; `mode` is "batch" (batches of `edits_per_batch` apart from each other; None is all in one),
-    "sequential" (batch after batch on top of each other) or "single" (each edit alone; `sample` draws so many);
-    `rows` are the edits of a training step; `questions` is how many unrelated questions measure the locality;
+    `edits`, `limit` and `category` as in `load_edits`; `method` is a recipe's method, "alphaedit" or "crispedit",
+    `method_settings` its settings; `mode` is "batch" (batches of `edits_per_batch` apart from each other; None is all
+    in one), "sequential" (batch after batch on top of each other) or "single" (each edit alone; `sample` draws so
+    many); `rows` are the edits of a training step; `questions` is how many unrelated questions measure the locality;
     `neighbours` asks the questions near each edit, if the file has some. What follows from these raises a ConfigError
     or DataError where it cannot be had.
     """
@@ -90,18 +100,18 @@ class EditJob:
     device: str = "auto"
 
     @cached_property
-    def chosen_method(self) -> Method | AlphaEdit:
+    def chosen_method(self) -> Method | WeightEdits:
         """The method with its settings."""
-        kind: Any = AlphaEdit if self.method == ALPHAEDIT else METHODS.get(self.method)
+        kind: Any = EDITORS.get(self.method) or METHODS.get(self.method)
         if kind is None:
-            raise ConfigError(f"method is {self.method!r}; expected one of {', '.join([*METHODS, ALPHAEDIT])}")
+            raise ConfigError(f"method is {self.method!r}; expected one of {', '.join([*METHODS, *EDITORS])}")
         given = [name for name in ("steps", "lr", "rows") if getattr(self, name) is not None]
         if kind is AlphaEdit and given:
             raise ConfigError(
                 f"{given[0]} has no use with alphaedit, which does not train; set value_steps and the like"
             )
         try:
-            return kind(**({"seed": self.seed} if kind is AlphaEdit else {}) | self.method_settings)
+            return kind(**({"seed": self.seed} if self.method in EDITORS else {}) | self.method_settings)
         except ValidationError as error:
             raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
 
@@ -134,7 +144,7 @@ class EditJob:
     def run(self, model: Any, tokenizer: Any, start: Path | None = None, **more: Any) -> Values:
         """Edit a bare model, measure, and leave it as it was; `start` as in `put_on`, `more` as in `run_edits`."""
         method: Any = self.chosen_method
-        if not isinstance(method, AlphaEdit):
+        if not isinstance(method, WeightEdits):
             method = functools.partial(put_on, method, tokenizer=tokenizer, seed=self.seed, start=start)
         edited = {one.subject.casefold() for one in self.facts}
         apart = [one for one in load_questions() if one.subject.casefold() not in edited][: self.questions]
@@ -162,7 +172,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
         if job.mode == "single" or (job.mode == "sequential" and number < batches):
             return
         with staged_dir(run.path / (f"adapter-{number:03d}" if apart else "adapter"), overwrite=True) as folder:
-            if isinstance(editor, AlphaEditor):
+            if isinstance(editor, WeightEditor):
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
@@ -186,7 +196,8 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
 
 
 def _card(job: EditJob, method: Any) -> str:
-    title, kind = ("AlphaEdit", "a plain LoRA") if isinstance(method, AlphaEdit) else (method.title, method.kind)
+    own = TITLES.get(type(method))
+    title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)
     loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
     return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)
 
@@ -216,7 +227,7 @@ def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def run_edits(
     model: nn.Module,
     tokenizer: Any,
-    method: PeftConfig | Adapt | AlphaEdit,
+    method: PeftConfig | Adapt | AlphaEdit | CrispEdit,
     edits: Sequence[Edit],
     training: EditTraining | None = None,
     questions: Sequence[Question] = (),
@@ -230,11 +241,12 @@ def run_edits(
 ) -> Values:
     """Edit a bare model group after group, measure after each, and leave it bit for bit as it was.
 
-    `method` is a configuration of PEFT, a function that puts an adapter on the model, both trained by `training` (the
-    paper's 500 steps), or AlphaEdit's settings. `questions` are unrelated ones, which measure the locality. `groups`
-    are the indices of the edits that are taught together (None: all), each taken back before the next or, if
-    `sequential`, one on top of the other. `on_edited` gets a group's number, from 1, and the editor while its edits are
-    in the model; `folder` keeps the finished groups, so that the same call goes on where it was interrupted.
+    `method` is a configuration of PEFT, a function that puts an adapter on the model, or the settings of AlphaEdit or
+    CrispEdit; all but AlphaEdit are trained by `training` (the paper's 500 steps). `questions` are unrelated ones that
+    measure the locality. `groups` are the indices of the edits that are taught together (None: all), each taken back
+    before the next or, if `sequential`, one on top of the other. `on_edited` gets a group's number, from 1, and the
+    editor while its edits are in the model; `folder` keeps the finished groups, so that the same call goes on where it
+    was interrupted.
 
     Returns a record for JSON: `edits`, their number; `summary` (`before`, `after`, and with questions `locality`); what
     the bare base says about the edits (`before`: columns with a value an edit, as of `measure_edits`); `stages`, each
@@ -249,10 +261,13 @@ def run_edits(
     measure.check_lengths(model, tokenizer, edits)
     targets = measure.unrelated_targets(questions, edits)
     keep: Callable[[str, Callable[[], Values]], Values] = folder.stage if folder else lambda _, work: work()
+    training = training or EditTraining(steps=500)
     if isinstance(method, AlphaEdit):
         editor: Editor = AlphaEditor(model, tokenizer, method)
+    elif isinstance(method, CrispEdit):
+        editor = CrispEditor(model, tokenizer, method, training, progress)
     else:
-        editor = AdapterEditor(model, tokenizer, method, training or EditTraining(steps=500), progress)
+        editor = AdapterEditor(model, tokenizer, method, training, progress)
 
     def measured(asked: Sequence[Edit], indices: Iterable[int]) -> Values:
         records = measure.measure_edits(editor.model, tokenizer, {index: asked[index] for index in indices})

@@ -7,13 +7,13 @@ from peft import PeftModel
 from hiplora.adapters import read_update
 from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits, run_edits
 from hiplora.editing.alphaedit import (
-    default_layers,
     locate,
     null_space,
     null_space_update,
     search_value,
     subject_states,
 )
+from hiplora.editing.editors import default_layers
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
 from hiplora.tuner import input_bases

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 import hiplora
-from hiplora.editing import AlphaEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
+from hiplora.editing import AlphaEdit, CrispEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
 from hiplora.errors import AdapterError
 from hiplora.run_folder import RunFolder
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -27,6 +27,7 @@ METHODS = {
     "alphaedit": AlphaEdit(
         threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=3, prefixes=1, prefix_tokens=3
     ),
+    "crispedit": CrispEdit(calibration_tokens=400),
     "factory": lambda model: peft.get_peft_model(model, copy.deepcopy(LORA)),
 }
 
@@ -129,7 +130,7 @@ def test_a_method_that_writes_into_the_base_is_found_out_and_a_failure_leaves_th
         run(model=model, on_edited=interrupt)
 
 
-@pytest.mark.parametrize("method", ["lora", "alphaedit"])
+@pytest.mark.parametrize("method", ["lora", "alphaedit", "crispedit"])
 def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(method):
     apart = run(method, size=2)
     assert [stage["records"]["index"] for stage in apart["stages"]] == [[0, 1], [2, 3], [4, 5]]
@@ -146,7 +147,9 @@ def test_groups_apart_do_not_know_of_each_other_and_those_of_a_sequence_do(metho
     assert new_answers(second)[2:] != pytest.approx(new_answers(alone), abs=1e-4)
 
 
-@pytest.mark.parametrize(("method", "sequential"), [("lora", True), ("lora", False), ("alphaedit", True)])
+@pytest.mark.parametrize(
+    ("method", "sequential"), [("lora", True), ("lora", False), ("alphaedit", True), ("crispedit", True)]
+)
 def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequential):
     folder = RunFolder(tmp_path / "run", "settings.json", "edit.json")
     asked = {"size": 2, "sequential": sequential, "questions": QUESTIONS}

@@ -16,7 +16,7 @@ from hiplora.study.protocols.settings import AboveZero, Done, Findings, OfMethod
 from hiplora.study.records import joined, table, tidy
 from hiplora.study.statistics import differences, drift, opened, replicates, summary
 
-ALPHAEDIT = "alphaedit"  # the editor that trains nothing
+EDITORS = {"alphaedit": "AlphaEdit", "crispedit": "CrispEdit"}  # those that edit weights, with their titles
 COURSE = "edit success so far"
 Mode = Literal["single", "batch", "sequential"]
 SetName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")]  # becomes part of file names
@@ -61,6 +61,7 @@ class Editing(OfMethods):
     sets: dict[SetName, EditedFacts] = Field(default=DEFAULT_SETS, min_length=1, description="Sets of edits by name.")
     modes: list[Mode] = Field(default=["batch"], min_length=1, description="How edits are made.")
     alphaedit: dict[str, Any] | None = Field(default=None, description="Settings of AlphaEdit, as one more row.")
+    crispedit: dict[str, Any] | None = Field(default=None, description="Settings of CrispEdit, as one more row.")
     steps: Positive = Field(default=500, description="Training steps of a batch.")
     single_steps: Positive = Field(default=20, description="Training steps of a single edit.")
     lr: dict[str, AboveZero] = Field(
@@ -72,11 +73,11 @@ class Editing(OfMethods):
     questions: int = Field(default=500, ge=0, description="Unrelated questions for the locality.")
 
     def runs(self, study: Study) -> list[Run]:
-        """Edit every set in every mode by every method, AlphaEdit among them if asked for."""
-        methods = [*self.methods, *([ALPHAEDIT] if self.alphaedit is not None else [])]
+        """Edit every set in every mode by every method, and by those that edit weights if asked for."""
+        methods = [*self.methods, *(name for name in EDITORS if getattr(self, name) is not None)]
         found = []
         for name, mode, method, seed in itertools.product(self.sets, self.modes, methods, study.seeds(self)):
-            title = study.row(method).title if method != ALPHAEDIT else "AlphaEdit"
+            title = EDITORS.get(method) or study.row(method).title
             label = {"set": name, "mode": mode, "method": title, "seed": seed}
             found.append((self._edit(study, method, label), label))
         return found
@@ -119,9 +120,10 @@ class Editing(OfMethods):
 
     def _edit(self, study: Study, method: str, label: dict[str, Any]) -> Job:
         """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
-        facts, trains, single = self.sets[label["set"]], method != ALPHAEDIT, label["mode"] == "single"
-        given, needs = {"name": ALPHAEDIT, **(self.alphaedit or {})}, {}
-        if trains:
+        facts, trains, single = self.sets[label["set"]], method != "alphaedit", label["mode"] == "single"
+        if method in EDITORS:
+            given, needs = {"name": method, **getattr(self, method)}, {}
+        else:
             given, factors = as_written(study.row(method).method), study.factors(study.row(method))
             needs = {} if factors is None else {"factors": factors}
         texts = None if single else study.recipe.evaluation.drift

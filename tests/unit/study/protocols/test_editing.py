@@ -5,7 +5,7 @@ import pytest
 from tests.unit.study.protocols.made import fill, made_study, row, table
 
 EDITING = (
-    "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, "
+    "editing: {methods: [lora, hiplora], modes: [MODE], alphaedit: {layers: [0]}, crispedit: {energy: 0.5}, "
     "sets: {facts: {title: Facts}}, questions: 2, lr: {hiplora: 0.5}}"
 )
 CATEGORIES = ("Relation/Fact", "Entity/Attribute", "Entity/Attribute", "Temporal/Numeric")
@@ -46,7 +46,7 @@ def test_an_edit_counts_with_its_mean_over_the_seeds_and_losses_are_of_the_quest
     assert row(found, "log-probability change", "AlphaEdit").estimate == pytest.approx(-1.5)
     kind = row(found, "edit success by category", "LoRA", category="Entity/Attribute")
     assert kind.estimate == pytest.approx(75)
-    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA (paper)", "AlphaEdit"]
+    assert list(table(found, "editing-facts-batch").index) == ["LoRA", "HiP-LoRA (paper)", "AlphaEdit", "CrispEdit"]
     assert "HiP-LoRA (paper) 0.5" in found.text
 
 

@@ -1,0 +1,125 @@
+"""Edits trained into MLP weights, kept out of the pairs of directions that the model's other text depends on.
+
+The idea is CrispEdit's (arXiv 2602.15823): to second order the KL divergence from the base is `½ tr(G ΔW C ΔWᵀ)`, with
+C the second moment of a layer's inputs and G that of the gradients at its outputs, so ΔW keeps to their eigenpairs with
+small products of eigenvalues. Weights are trained whole, so that the mask is exact.
+"""
+
+import contextlib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hiplora.adapters.update import Pair
+from hiplora.editing.editors import EditTraining, WeightEditor, WeightEdits, train_edits
+from hiplora.editing.edits import Edit
+from hiplora.spectral import MomentBasis
+from hiplora.tuner import CalibrationText
+
+GRADIENT_TOKENS = 4096  # of the text, that the gradients at the outputs are measured on
+_NOTHING = 1e-6  # of the largest singular value: what is left out of the factors that are saved
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class CrispEdit(WeightEdits):
+    """Settings: `energy` is the share that the protected pairs hold of a random update's KL to second order."""
+
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
+
+
+def protected_pairs(inputs: MomentBasis, outputs: MomentBasis, energy: float) -> Bool[Tensor, "p q"]:
+    """Return which eigenpairs (i, j) are protected: the fewest that hold a share of `Σ μ_i λ_j`, of outputs and inputs.
+
+    p and q are the eigenvectors that are kept of the outputs and of the inputs.
+    """
+    values = [basis.values.double()[: basis.vectors.shape[1]].clamp(min=0) for basis in (outputs, inputs)]
+    products = torch.outer(*values)
+    order = products.flatten().argsort(descending=True, stable=True)
+    before = products.flatten()[order].cumsum(0) - products.flatten()[order]
+    protected = torch.zeros(products.numel(), dtype=torch.bool)
+    protected[order[before < energy * products.sum()]] = True
+    return protected.view_as(products)
+
+
+class _Masked(nn.Module):
+    """A weight with a trained update beside it, less what that has in the protected pairs."""
+
+    def __init__(self, weight: Float[Tensor, "m n"], inputs: MomentBasis, outputs: MomentBasis, energy: float):
+        super().__init__()
+        self.update = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        self._E, self._F = inputs.vectors.to(self.update), outputs.vectors.to(self.update)
+        self._pairs = protected_pairs(inputs, outputs, energy).to(self.update)
+
+    def masked(self) -> Float[Tensor, "m n"]:
+        """Return the update without the protected pairs; its gradient is masked by the same."""
+        return self.update - self._F @ (self._pairs * (self._F.T @ self.update @ self._E)) @ self._E.T
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the edited weight."""
+        return weight + self.masked().to(weight.dtype)
+
+
+class CrispEditor(WeightEditor):
+    """Train the weights of a few `mlp.down_proj` on the edits, off the protected pairs."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, settings: CrispEdit, training: EditTraining, progress: bool = False
+    ):
+        super().__init__(model, settings)
+        self._train = functools.partial(train_edits, model, tokenizer, training=training, progress=progress)
+        text = CalibrationText(model, tokens=settings.calibration_tokens, seed=settings.seed, tokenizer=tokenizer)
+        inputs = text.inputs(self.modules)
+        outputs = text.outputs({name: len(self.weight(name)) for name in self.modules}, GRADIENT_TOKENS)
+        model.requires_grad_(False)
+        self._masked = {
+            name: _Masked(self.weight(name), inputs[name], outputs[name], settings.energy) for name in self.modules
+        }
+
+    def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Train the weights on some edits; returns what `train_edits` does, and the shares of pairs protected."""
+        self._write(edited=False)
+        with contextlib.ExitStack() as stack:
+            for name, masked in self._masked.items():
+                layer = self.model.get_submodule(name)
+                parametrize.register_parametrization(layer, "weight", masked)
+                stack.callback(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False)
+            found = self._train(edits)
+        self._write(edited=True)
+        shares = {name: masked._pairs.mean().item() for name, masked in self._masked.items()}
+        return {**found, "protected_pairs": shares}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return each layer's trained update, before the mask."""
+        return {f"{name}.update": masked.update.detach() for name, masked in self._masked.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Write the edits of a `state` in; without any, put the base's weights back."""
+        for name, masked in self._masked.items():
+            masked.update.copy_(state[f"{name}.update"]) if state else masked.update.zero_()
+        self._write(edited=bool(state))
+
+    @torch.no_grad()
+    def factors(self) -> dict[str, Pair]:
+        """Return each layer's update as thin factors, of its numerical rank."""
+        found = {}
+        for name, masked in self._masked.items():
+            U, sigma, Vt = torch.linalg.svd(masked.masked().double().cpu(), full_matrices=False)
+            q = max(int((sigma > _NOTHING * sigma[0]).sum()), 1)
+            root = sigma[:q].sqrt()
+            found[name] = (root[:, None] * Vt[:q]).float(), (U[:, :q] * root).float()
+        return found
+
+    @torch.no_grad()
+    def _write(self, edited: bool) -> None:
+        """Put the weights as edited in the model, each a tensor of its own, or the base's."""
+        for name, masked in self._masked.items():
+            base = self.of_base(name)
+            self.weight(name).data = masked(base) if edited else base
