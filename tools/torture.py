@@ -1,10 +1,11 @@
 """Disturb the commands that write: killed, out of disk, read-only, robbed of files, two at once. Write a table.
 
-    python -m tools.torture [--trials 10] [--seed 0] [--only train --only merge] [--out docs/results/torture.csv]
+    python -m tools.torture [--trials 10] [--seed 0] [--only train] [--how SIGKILL] [--out docs/results/torture.csv]
 
 Each trial runs a command on a tiny model in a forked process, torments it at a random moment, and judges: it must not
 show a traceback; a run that ends with 0 has the same tensors as an undisturbed run; every file that it left loads; and
-the same command, repeated in peace, ends with 0 and those tensors. What is not so is printed and kept.
+the same command, repeated in peace, ends with 0 and those tensors. What is not so is printed. Rows of the table that
+were measured before are replaced, the others stay.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from hiplora.cli.main import main as hiplora
 from tests.tiny import save_tiny, write_jsonl
 
 FEW = ["rates=null", "seeds=[42]", "protocols.single_task.methods=[hiplora]", "protocols.merging=null"]
+HEADER = ("Command", "Disturbance", "Trials", "Finished", "Stopped, said why", "Killed", "Wrong afterwards")
 SAID = (0, 1, 2, 130, 128 + signal.SIGTERM)  # exit statuses of a command that ended by itself
 
 
@@ -223,15 +225,27 @@ def trial(stage: Path, command: str, torment: str, seed: int, seconds: float, ri
         return ended, list(problems(scene, command, torment, codes, log, right))
 
 
+def record(table: Path, row: tuple) -> None:
+    """Put a row into the table, in place of an older one of the same command and disturbance."""
+    kept: dict[tuple[str, str], list[str]] = {}
+    if table.exists():
+        with table.open(encoding="utf-8", newline="") as file:
+            kept = {(found[0], found[1]): found for found in list(csv.reader(file))[1:]}
+    kept[row[0], row[1]] = list(map(str, row))
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEADER, *kept.values()])
+
+
 def main() -> int:
     """Run the trials and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10, help="of each command and torment")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", help="a command; repeatable")
+    parser.add_argument("--how", action="append", choices=TORMENTS, help="a disturbance; repeatable")
     parser.add_argument("--out", type=Path, default=Path("docs/results/torture.csv"))
     given = parser.parse_args()
-    rows, wrong = [], 0
+    wrong = 0
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch).chmod(0o755)
         stage = Scene(Path(scratch) / "stage")
@@ -251,20 +265,18 @@ def main() -> int:
             shutil.rmtree(stage.cache)
             shutil.rmtree(stage.out, ignore_errors=True)
             stage.cache.mkdir()
-            for torment in TORMENTS:
+            for torment in given.how or TORMENTS:
                 ended, found = Counter[str](), []
                 for seed in range(given.seed, given.seed + given.trials):
                     how, bad = trial(stage.folder, command, torment, seed, seconds, right)
                     ended[how] += 1
                     found += [f"{command}, {torment}, seed {seed}: {one}" for one in bad]
                 counts = (ended[how] for how in ("done", "stopped", "killed"))
-                rows.append((command, torment, given.trials, *counts, len(found)))
-                print(*rows[-1], sep=", ", flush=True)
+                row = (command, torment, given.trials, *counts, len(found))
+                print(*row, sep=", ", flush=True)
                 print(*found, sep="\n", end="\n" * bool(found), flush=True)
+                record(given.out, row)
                 wrong += len(found)
-    header = ("Command", "Disturbance", "Trials", "Finished", "Stopped, said why", "Killed", "Wrong afterwards")
-    with given.out.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
     return min(wrong, 1)
 
 
