@@ -62,7 +62,7 @@ def command(
     from hiplora.adapters import push_to_hub, read_update, save_as_hiplora, save_as_lora, save_dense
     from hiplora.evaluation.updates import choose_scale
     from hiplora.files import check_output_dir, check_output_file
-    from hiplora.merge_check import conflict_table, drift_of_merge, drift_problem, save_merge_page
+    from hiplora.merge_check import drift_of_merge, drift_problem, save_merge_page
     from hiplora.merging.conflict import merge_report
     from hiplora.merging.merger import check_weights, merge
 
@@ -102,17 +102,28 @@ def command(
     if push is not None:
         push_to_hub(out, push)
     yield record | {"conflicts": report}
-    if rank is not None:
-        rows = [(module, f"{error:.2e}") for module, error in losses[:10]]
-        yield f"Cut down to rank {rank} (the ten modules that lost most)", ("Module", "Lost of ‖ΔW‖"), rows
-    yield report_table(record["export"], f"{method} of {len(adapters)} adapters")
+    yield from _told(record, report)
+    if drift and not record["drift"]:
+        yield f"The drift was not measured: {drift_problem(update, device)}"
+    yield try_step(out, update, form == "dense")
+
+
+def _told(record: dict[str, Any], report: dict[str, Any]) -> Shown:
+    """Yield what a person is told of a merge."""
+    from hiplora.merge_check import conflict_table
+
+    if cut := record.get("truncation"):
+        rows = [(one["module"], f"{one['relative_error']:.2e}") for one in cut["modules"][:10]]
+        yield (
+            f"Cut down to rank {cut['rank']} (the ten modules that lost most)",
+            ("Module", "Lost of ‖ΔW‖"),
+            rows,
+        )
+    yield report_table(record["export"], f"{record['method']} of {len(record['adapters'])} adapters")
     if report["most_conflicting"]:
         yield "Modules that conflict most", conflict_table(report)
     if record["drift"]:
         yield record["drift"]["verdict"]
-    elif drift:
-        yield f"The drift was not measured: {drift_problem(update, device)}"
-    yield try_step(out, update, form == "dense")
 
 
 def _named(folders: list[Path], updates: list[Any]) -> dict[str, Any]:
