@@ -31,6 +31,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 import hiplora
@@ -225,9 +226,16 @@ def frontier(args: argparse.Namespace) -> dict[str, Any]:
     """Run the long frontier until the limit; its runs are files of their own in OUT/frontier."""
     if args.data is None:
         return {"skipped": "no --data"}
-    recipe = ["--recipe", str(args.recipe)] if args.recipe else []
-    command = [sys.executable, "-m", "benchmarks.frontier", "run", "--data", args.data, "--out", args.out / "frontier"]
-    done = subprocess.run([*map(str, command), *recipe])
+    from benchmarks.frontier import RECIPE
+
+    recipe, command = args.recipe or RECIPE, [sys.executable, "-m", "benchmarks.frontier", "run"]
+    if args.tiny:
+        recipe = args.out / "frontier-tiny.yaml"
+        whole = yaml.safe_load((args.recipe or RECIPE).read_text())
+        whole["measure"] |= {"steps": [1, 2], "scales": [0.5], "heldout_rows": 4, "drift_tokens": 64, "items": 2}
+        whole["blocks"] = [{**whole["blocks"][0], "seeds": [0]}]
+        recipe.write_text(yaml.safe_dump(whole))
+    done = subprocess.run([*command, "--recipe", recipe, "--data", args.data, "--out", args.out / "frontier"])
     return {"status": done.returncode, "runs": len(list((args.out / "frontier").glob("*.json")))}
 
 
