@@ -114,14 +114,18 @@ def drift_texts(data: Path, documents: int = 0) -> dict[str, Any]:
 
 
 def ability_items(data: Path, count: int) -> dict[str, list[tuple[list[Pair], int]]]:
-    """Return per benchmark its first items: (prompt, answer) of every choice, and the right one's index."""
+    """Return per benchmark so many items: (prompt, answer) of every choice, and the right one's index.
+
+    They are the first ones, but of BoolQ, which is sorted by its answers, from all over the file.
+    """
     question = "Question: {question}\nAnswer:"
     prompts = {"hellaswag": "{context}", "piqa": question, "arc_easy": question}
     prompts |= {"boolq": "{passage}\nQuestion: {question}?\nAnswer:", "lambada": "{context}"}
     found: dict[str, list[tuple[list[Pair], int]]] = {}
     for name, prompt in prompts.items():
         found[name] = []
-        for row in read_rows(data / f"{name}.jsonl.gz")[:count]:
+        rows = read_rows(data / f"{name}.jsonl.gz")
+        for row in rows[:: max(len(rows) // count, 1) if name == "boolq" else 1][:count]:
             choices, right = (row["choices"], row["answer"]) if "choices" in row else ([row["answer"]], 0)
             found[name].append(([(prompt.format(**row), f" {choice}") for choice in choices], right))
     return found
