@@ -142,6 +142,18 @@ def skeleton(model: str) -> Any:
         raise ConfigError(f"model {model}: is no causal language model ({first_line(error)}); name one") from error
 
 
+def context_length(model: Any) -> int | None:
+    """Return how many tokens a model reads at most; None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def within_context(length: int, model: Any) -> int:
+    """Return a length in tokens, or the model's context where that is shorter."""
+    return min(length, context_length(model) or length)
+
+
 def load_tokenizer(model: str) -> Any:
     """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or a harmful one."""
     from transformers import AutoTokenizer

@@ -99,6 +99,17 @@ def test_a_warning_is_one_line_without_the_place_in_the_code(boom, words, shown)
     assert warnings.formatwarning("few", UserWarning, "x.py", 3).startswith("x.py:3: ")
 
 
+def test_the_notes_of_libraries_to_each_other_are_shown_with_debug_only(boom, recwarn):
+    class Noted(ConfigError):
+        def __str__(self):
+            warnings.warn("is deprecated", FutureWarning, stacklevel=2)
+            return "no"
+
+    for words, shown in ((["boom"], False), (["boom", "--debug"], True)):
+        boom(Noted(), *words)
+        assert bool(len(recwarn)) == shown
+
+
 def test_ctrl_c_leaves_with_130_and_says_that_the_same_command_continues(boom, capsys):
     assert boom(KeyboardInterrupt())[0] == 130
     with pytest.raises(KeyboardInterrupt), told_to_repeat("runs/compare"):

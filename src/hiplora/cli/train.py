@@ -17,7 +17,9 @@ def command(
         None, help="YAML file that says what to train (docs/reference/recipes.md lists every field)."
     ),
     model: str | None = Option(None, help="Base model, instead of the recipe's."),
-    data: str | None = Option(None, help="File with training rows, instead of the recipe's."),
+    data: str | None = Option(
+        None, help="File with training rows, or a hub data set (owner/name), instead of the recipe's."
+    ),
     method: str | None = Option(None, help="Method, instead of the recipe's or hiplora."),
     lr: float | None = Option(None, help="Learning rate, instead of the recipe's or 2e-4."),
     epochs: float | None = Option(None, help="Passes over the data, instead of the recipe's or 3."),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hiplora.data.examples import Block, DataSettings, PathText
+from hiplora.data.rows import is_hub_name
 from hiplora.training.baselines import METHODS, AnyMethod
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -130,7 +131,7 @@ class TrainRecipe(Block):
     model: PathText = Field(min_length=1)
     """Base model: `smollm2-135m` (fetched without a hub), a folder, or a name on the Hugging Face hub."""
     data: DataSettings
-    """What to train on; a bare string is short for {path: …}."""
+    """What to train on; a bare string is short for {path: …}, or for {hub: …} where it reads owner/name."""
     method: AnyMethod = Field(
         default=METHODS["hiplora"](),
         description=f"{', '.join(METHODS)}: one of them, alone or as {{name: …}} with its settings.",
@@ -189,10 +190,12 @@ class TrainRecipe(Block):
 
 
 def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `method: lora` and `data: rows.jsonl` out as blocks; a method without a name is HiP-LoRA."""
+    """Write `method: lora` and `data: rows.jsonl` or `data: owner/name` out as blocks; HiP-LoRA needs no name."""
     value = dict(value)
     if isinstance(value.get("data"), (str, os.PathLike)):
-        value["data"] = {"path": os.fspath(value["data"])}
+        data = os.fspath(value["data"])
+        name, _, config = data.partition(":")
+        value["data"] = {"hub": name, "hub_config": config or None} if is_hub_name(data) else {"path": data}
     if isinstance(value.get("method"), str):
         value["method"] = {"name": value["method"]}
     if isinstance(value.get("method"), dict):
