@@ -211,6 +211,8 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     if problem := model_problem(model):
         raise ConfigError(problem)
     bare = skeleton(model)
+    if getattr(bare.config, "quantization_config", None):
+        raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
     if any(map(can_unroll, bare.modules())) and (unfit := methods.keys() & {"lora", "lora-mlp"}):
         why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
         raise ConfigError(f"--methods {min(unfit)}: {why}; compare lora-attention,hiplora")

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "train.eval_every": "eval_steps",
     "train.patience": "early_stopping_patience",
     "train.dtype": "bf16 fp16 torch_dtype",
+    "train.load_in_4bit": "load_in_8bit load_in quantization quantization_bit quantization_config use_4bit qlora",
     "train.push_to_hub": "hub_model_id",
 }
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.

@@ -59,6 +59,9 @@ class TrainSettings(Block):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the base model and of the computation; the adapter stays in fp32. `auto` is bf16, the paper's, on a
     GPU that has it, and fp32 elsewhere. fp16 needs a GPU."""
+    load_in_4bit: bool = False
+    """Hold the weights of the base model's linear layers in 4 bits (NF4 with double quantisation, as QLoRA), by
+    bitsandbytes. Not for methods that move the base weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     log_every: int = Field(default=1, ge=1)
@@ -155,6 +158,9 @@ class TrainRecipe(Block):
             raise ValueError("`train.eval_every` needs `data.held_out`, `data.held_out_fraction` or `train.max_drift`")
         if train.patience is not None and not held_out:
             raise ValueError("`train.patience` needs `data.held_out` or `data.held_out_fraction`")
+        if train.load_in_4bit and self.method.moves_base:
+            why = f"holds weights that {self.method.name} moves"
+            raise ValueError(f"`train.load_in_4bit` {why}; remove it, or use another method")
         compared = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
         if self.method.moves_base and compared:
             why = f"compares with the base model, whose weights {self.method.name} moves"
