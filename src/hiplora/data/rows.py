@@ -297,7 +297,8 @@ def _first_format(row: Any) -> str:
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         what = "is a preference pair, and this is supervised fine-tuning"
-        raise ValueError(f"{what}; give `prompt` and `completion`, or use TRL's DPOTrainer (docs/tutorials/preferences-and-rewards.md)")
+        way = "TRL's DPOTrainer (docs/tutorials/preferences-and-rewards.md)"
+        raise ValueError(f"{what}; give `prompt` and `completion`, or use {way}")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
     raise ValueError(f"unknown format, found {found}; rename the fields:\n{needs}")
 
