@@ -22,6 +22,7 @@ from hiplora.adapters import read_update
 from hiplora.compare_report import SMALL, Results, write_report
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
+from hiplora.data.rows import decoded
 from hiplora.data.texts import drift_texts, overlap
 from hiplora.errors import ConfigError, DataError, first_line, first_problem
 from hiplora.evaluation import Encoded, heldout_loss
@@ -239,8 +240,8 @@ def _questions(path: str | os.PathLike | None) -> list[str]:
     if path is None:
         return list(QUESTIONS)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decoded(Path(path).read_bytes(), path).splitlines()
+    except OSError as error:
         raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
     if not any(map(str.strip, lines)):
         raise DataError(f"--prompts {path}: is empty; give one prompt a line")

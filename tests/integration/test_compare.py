@@ -29,7 +29,7 @@ def job(tmp_path_factory, tiny_model_dir):
     """Arguments of a comparison: model, data, settings."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "drift.txt").write_text(TEXT)
-    (folder / "prompts.txt").write_text("What is it?\n\nWho was there?\n")
+    (folder / "prompts.txt").write_text("\ufeffWhat is it?\n\nWho was there?\n")  # as Windows saves it
     files = {"prompts": str(folder / "prompts.txt"), "drift_text": str(folder / "drift.txt")}
     sizes = {"steps": 6, "lr": 2e-2, "max_length": 64, "rank": 4, "principal_rank": 8, "heldout_fraction": 0.2}
     settings = CompareSettings(methods=tuple(TITLES), **sizes, **files)

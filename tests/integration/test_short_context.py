@@ -56,6 +56,12 @@ def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsy
         assert json.loads(said)["data"]["tokens"] <= CONTEXT * json.loads(said)["data"]["sequences"]
 
 
+@pytest.mark.parametrize("prompt", ["Gr\udcfc", "\ud83d"])
+def test_a_prompt_that_is_no_text_is_refused(prompt, model, capsys):
+    code, _, err = run(capsys, "generate", model, "--prompt", prompt)
+    assert (code, "is not UTF-8, or has half a character" in err) == (2, True)
+
+
 def test_a_prompt_that_fills_it_is_refused_by_name(model, capsys):
     code, _, err = run(capsys, "generate", model, "--prompt", "Why? " * CONTEXT)
     assert code == 2

@@ -21,7 +21,7 @@ def continuations(
 ) -> list[str]:
     """Return what the model, in eval mode, writes greedily after each prompt: `length` tokens, or what has room.
 
-    ConfigError if a prompt fills the model's context.
+    ConfigError if a prompt fills the model's context, or is no text.
     """
     from transformers import GenerationConfig
 
@@ -31,6 +31,8 @@ def continuations(
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
+    if broken := next((prompt for prompt in prompts if prompt != prompt.encode(errors="ignore").decode()), None):
+        raise ConfigError(f"the prompt {broken[:40]!a} is not UTF-8, or has half a character; write it again")
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
     rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
     lengths, device = [len(row) for row in rows], next(model.parameters()).device
