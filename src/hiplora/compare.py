@@ -240,7 +240,7 @@ def _questions(path: str | os.PathLike | None) -> list[str]:
     if path is None:
         return list(QUESTIONS)
     try:
-        lines = decoded(Path(path).read_bytes(), path).splitlines()
+        lines = decoded(Path(path).read_bytes(), Path(path)).splitlines()
     except OSError as error:
         raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
     if not any(map(str.strip, lines)):

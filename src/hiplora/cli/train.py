@@ -101,5 +101,9 @@ def init(
     from hiplora.files import check_output_file, write_atomic
     from hiplora.training.reading import commented
 
-    write_atomic(check_output_file(out, overwrite), commented(model, data))
+    def from_its_folder(name: str) -> str:
+        near = Path(name).exists() and not Path(name).is_absolute()
+        return os.path.relpath(name, out.parent) if near else name
+
+    write_atomic(check_output_file(out, overwrite), commented(from_its_folder(model), from_its_folder(data)))
     typer.echo(next_step("hiplora", "train", out, "--dry-run", why="shows what is learned; then with --out DIR"))

@@ -227,7 +227,7 @@ def commented(model: str, data: str) -> str:
         "method": (method, {"name": "hiplora", "r": 16, "lora_alpha": 32, "principal_rank": 32}),
         "train": (TrainSettings, {"lr": 2e-4, "batch_size": 4, **DEFAULTS["train"]}),
     }
-    lines = [f"model: {model}  # {TrainRecipe.model_fields['model'].description}"]
+    lines = [f"model: {json.dumps(model, ensure_ascii=False)}  # {TrainRecipe.model_fields['model'].description}"]
     for block, (fields, values) in blocks.items():
         lines += ["", f"{block}:"]
         for name, value in values.items():
