@@ -341,7 +341,8 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
 
 
 def _csv(text: str, path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # Excel's is a semicolon where the comma is the decimal
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns", delimiter=delimiter)
     try:
         for row in reader:
             yield f"line {reader.line_num}", row
