@@ -6,6 +6,7 @@ rows) and what it disturbed (drift on other text). The methods are compared wher
 
 import functools
 import itertools
+import math
 import os
 import shutil
 import time
@@ -21,19 +22,21 @@ from hiplora.adapters import read_update
 from hiplora.compare_report import SMALL, Results, write_report
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
+from hiplora.data.rows import decoded
 from hiplora.data.texts import drift_texts, overlap
 from hiplora.errors import ConfigError, DataError, first_line, first_problem
 from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.updates import measure_updates
-from hiplora.models import load_tokenizer, skeleton
+from hiplora.models import context_length, load_tokenizer, skeleton, within_context
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
 from hiplora.training.fit import fitting_config
 from hiplora.training.reading import model_problem
 from hiplora.tuner import default_targets
+from hiplora.tuner.experts import can_unroll
 
 HELDOUT_LIMIT = 64  # held-out rows at most: all methods are measured on the same, at some ten points each
 ANSWER_TOKENS = 48
@@ -119,8 +122,10 @@ def compare(
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    rows = load_data(next(iter(recipes.values())).data, chat=bool(load_tokenizer(model).chat_template))
-    own = [example for example in rows.held_out if example.prompt][:OWN_ROWS]
+    tokenizer, context = load_tokenizer(model), context_length(skeleton(model)) or math.inf
+    rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
+    asked = (example for example in rows.held_out if example.prompt)
+    own = [one for one in asked if len(tokenizer(one.prompt)["input_ids"]) + ANSWER_TOKENS < context][:OWN_ROWS]
     plan = {
         "kind": "compare",
         "hiplora": __version__,
@@ -207,6 +212,11 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     if problem := model_problem(model):
         raise ConfigError(problem)
     bare = skeleton(model)
+    if getattr(bare.config, "quantization_config", None):
+        raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
+    if any(map(can_unroll, bare.modules())) and (unfit := methods.keys() & {"lora", "lora-mlp"}):
+        why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
+        raise ConfigError(f"--methods {min(unfit)}: {why}; compare lora-attention,hiplora")
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT, "template": "auto"}
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
@@ -230,8 +240,8 @@ def _questions(path: str | os.PathLike | None) -> list[str]:
     if path is None:
         return list(QUESTIONS)
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decoded(Path(path).read_bytes(), Path(path)).splitlines()
+    except OSError as error:
         raise DataError(f"--prompts {path}: cannot be read ({first_line(error)}); give a text file") from None
     if not any(map(str.strip, lines)):
         raise DataError(f"--prompts {path}: is empty; give one prompt a line")
@@ -243,7 +253,8 @@ class Base:
 
     def __init__(self, model: str, held_out: Sequence[Example] = (), max_length: int = 512):
         self.model, self.tokenizer = load_model(model)
-        rows = encode_examples(self.tokenizer, held_out, max_length)[0] if held_out else []
+        length = within_context(max_length, self.model)
+        rows = encode_examples(self.tokenizer, held_out, length)[0] if held_out else []
         self.held_out = [Encoded(tuple(row["input_ids"]), tuple(row["labels"])) for row in rows]
 
     def read(self) -> Results:

@@ -105,21 +105,27 @@ KNOWN: dict[str, PackagedModel | MadeModel] = {
 }
 
 
-def load(model: str, dtype: "torch.dtype | str | None" = None) -> tuple[Any, Any]:
+def load(
+    model: str, dtype: "torch.dtype | str | None" = None, in_4bit: "torch.device | None" = None
+) -> tuple[Any, Any]:
     """Load `(model, tokenizer)` by name, folder or hub name, in evaluation mode.
 
-    `dtype` None is float32, `"auto"` the checkpoint's. A tokenizer without a padding token gets its end token as such.
+    `dtype` None is float32, `"auto"` the checkpoint's. `in_4bit` is the device to hold linear layers in 4 bits on, as
+    QLoRA does, and to compute in `dtype`. A tokenizer without a padding token gets its end token as such.
 
     Raises:
         ConfigError: there is no such folder or hub model, it is not a causal language model, or it is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = {"dtype": dtype or torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype or torch.float32, "output_loading_info": True}
+    if in_4bit is not None:
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": in_4bit}}
     network, report = _pretrained(AutoModelForCausalLM, model, **options)
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random
         raise ConfigError(
@@ -140,6 +146,18 @@ def skeleton(model: str) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # whatever an odd configuration makes of transformers
         raise ConfigError(f"model {model}: is no causal language model ({first_line(error)}); name one") from error
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many tokens a model reads at most; None if its configuration does not say."""
+    config = getattr(model, "config", None)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def within_context(length: int, model: Any) -> int:
+    """Return a length in tokens, or the model's context where that is shorter."""
+    return min(length, context_length(model) or length)
 
 
 def load_tokenizer(model: str) -> Any:

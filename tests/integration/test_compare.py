@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
+from transformers import MixtralConfig
 
 from hiplora import compare as module
 from hiplora.adapters import read_update
@@ -28,7 +29,7 @@ def job(tmp_path_factory, tiny_model_dir):
     """Arguments of a comparison: model, data, settings."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "drift.txt").write_text(TEXT)
-    (folder / "prompts.txt").write_text("What is it?\n\nWho was there?\n")
+    (folder / "prompts.txt").write_text("\ufeffWhat is it?\n\nWho was there?\n")  # as Windows saves it
     files = {"prompts": str(folder / "prompts.txt"), "drift_text": str(folder / "drift.txt")}
     sizes = {"steps": 6, "lr": 2e-2, "max_length": 64, "rank": 4, "principal_rank": 8, "heldout_fraction": 0.2}
     settings = CompareSettings(methods=tuple(TITLES), **sizes, **files)
@@ -200,6 +201,12 @@ def test_mistakes_are_found_before_a_model_is_loaded(job, tmp_path, monkeypatch,
     with pytest.raises(error, match=said):
         compare(model, data, tmp_path / "out", replace(job[2], **change))
     assert not (tmp_path / "out").exists()
+
+
+def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
+    MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"--methods lora: .* compare lora-attention,hiplora"):
+        method_recipes(str(tmp_path / "model"), job[1], job[2])
 
 
 def test_the_command_says_how_long_it_takes_and_prints_json_that_it_also_stores(job, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`hiplora edit` on a tiny model: every method and mode leaves what it promises."""
 
+import html
 import json
 import re
 
@@ -8,6 +9,7 @@ from peft import PeftModel
 
 from hiplora.adapters import read_update
 from hiplora.editing import evaluate_edits, load_edits, load_questions
+from hiplora.editing.report import verdict
 from hiplora.models import load
 from tests.commands import run
 from tests.tiny import write_jsonl
@@ -35,7 +37,7 @@ def edit(tiny_model_dir, tmp_path, capsys):
         given = ("edit", tiny_model_dir, edits, "--out", tmp_path / "out", "--locality", "5", *options)
         code, said, err = run(capsys, *given)
         assert code == 0, err
-        left = {path.name for path in (tmp_path / "out").iterdir()} - {"edit.json", "settings.json"}
+        left = {path.name for path in (tmp_path / "out").iterdir()} - {"edit.json", "settings.json", "report.html"}
         return said, json.loads((tmp_path / "out" / "edit.json").read_text()), left
 
     return edited
@@ -87,6 +89,42 @@ def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_me
     assert [len(stage["taught"]) for stage in record["stages"]] == [1, 1]
     for text in ("2 edits by lora, single", "questions near it kept", "unrelated questions", "Entity/Attribute"):
         assert text in said
+
+
+@pytest.mark.parametrize("locality", [4, 0])
+@pytest.mark.parametrize(
+    ("mode", "options"), [("batch", ["--edits-per-batch", "2"]), ("sequential", []), ("single", [])]
+)
+def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(tmp_path, edit, mode, options, locality):
+    rows = [{"prompt": f"Box {n} is", "new": f"blue<{n}>", "old": "red"} for n in range(3)]
+    rows[1]["paraphrase"] = "The second box is"
+    given = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
+    said, record, _ = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *given)
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert record["verdict"] in page
+    assert record["verdict"] in said
+    assert page.count("blue<") >= 6
+    assert ("Not measured (--locality 0)." in page) == (locality == 0)
+    for question in (record["questions"] or {}).get("prompt", ()):
+        assert question in page
+
+
+@pytest.mark.parametrize(
+    ("after", "locality", "said"),
+    [
+        ({"success": 75.0}, None, "75 % of 4 edits work (25 % did before). What else moved was not measured"),
+        ({"success": 75.0, "paraphrase_success": 50.0}, None, "before), 50 % when asked in other words. What"),
+        ({"success": 0.0, "neighbours_kept": 90.0}, None, "of the questions near them 90 % keep their answers (80 %"),
+        (
+            {"success": 0.0},
+            {"questions": 20, "unchanged": 95.0, "accuracy_before": 60.0, "accuracy": 55.0},
+            "Of 20 unrelated questions 95 % are answered as before; 60 % of them were right before, 55 % are now.",
+        ),
+    ],
+)
+def test_the_verdict_says_whether_edits_work_and_what_else_moved(after, locality, said):
+    summary = {"before": {"all": {"success": 25.0, "neighbours_kept": 80.0}}, "after": {"all": after}}
+    assert said in verdict({"edits": 4, "summary": summary | ({"locality": locality} if locality else {})})
 
 
 def test_questions_about_edited_subjects_are_left_out(tmp_path, edit):

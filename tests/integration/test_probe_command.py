@@ -1,5 +1,6 @@
 """`hiplora probe` on tiny models: what it measures and refuses."""
 
+import html
 import json
 
 import pytest
@@ -48,7 +49,31 @@ def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, pr
     assert ("noise_0.5", "kl", "all", 6) in groups
     assert record["text"] == "file prose.txt"
     assert {"commit", "seed", "texts"} <= set(record["provenance"])
-    assert "q_proj" in (tmp_path / "out" / "report.html").read_text()
+    assert "q_proj" in (page := html.unescape((tmp_path / "out" / "report.html").read_text()))
+    assert record["verdict"] in page
+
+
+@pytest.mark.parametrize(
+    ("intervals", "drop", "said"),
+    [
+        (((0.1, 0.9), (0.2, 0.8)), 0.5, "The larger a direction's σ, the further zero (ρ 0.50 [0.10, 0.90]) and flip"),
+        (((-0.9, -0.1), (0.2, 0.8)), 0.5, "; the smaller a direction's σ, the further zero (ρ"),
+        (
+            ((-0.1, 0.9), (None, None)),
+            0.5,
+            "Whether σ says how far zero (ρ 0.50 [-0.10, 0.90]) and flip (ρ 0.50) moved",
+        ),
+        (((-0.1, 0.9), (0.2, 0.8)), 0.5, "Furthest: flip of direction 3 of q, by 0.5 nats a token."),
+        (((-0.1, 0.9), (0.2, 0.8)), None, "of direction 3 of q, after which its predictions are not finite."),
+    ],
+)
+def test_the_verdict_is_what_the_intervals_say(intervals, drop, said):
+    rows = [{"kind": "flip", "index": i, "module": "q", "drop": {"kl": kl}} for i, kl in ((2, 0.1), (3, drop))]
+    found = [
+        {"metric": "kl", "type": "all", "kind": kind, "spearman": {"estimate": 0.5, "low": low, "high": high}}
+        for kind, (low, high) in zip(("zero", "flip"), intervals, strict=True)
+    ]
+    assert said in probe_run.verdict(rows, found)
 
 
 def test_a_drop_is_the_drift_of_the_intervened_model(tiny_model_dir, prose, tmp_path, capsys):

@@ -98,6 +98,16 @@ def test_a_preview_shows_what_is_learned_and_trains_nothing(recipe_file, tmp_pat
     assert run(recipe_file, "--preview", "-1") == 2
 
 
+def test_the_recipe_that_init_writes_elsewhere_finds_what_it_was_given(tmp_path, tiny_model_dir, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("near model").symlink_to(tiny_model_dir)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    with contextlib.suppress(SystemExit):
+        frame.main(["init", "--model", "near model", "--data", "rows.jsonl", "--out", "recipes/mine.yaml"])
+    assert run("recipes/mine.yaml", "--dry-run") == 2  # the data are all the same
+    assert "copies of held-out rows" in capsys.readouterr().err
+
+
 def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(SystemExit):

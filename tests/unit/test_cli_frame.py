@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -97,6 +98,26 @@ def test_a_warning_is_one_line_without_the_place_in_the_code(boom, words, shown)
 
     assert f"error: {shown}" in boom(Warned(), *words)[2]
     assert warnings.formatwarning("few", UserWarning, "x.py", 3).startswith("x.py:3: ")
+
+
+def test_an_output_that_lacks_a_character_gets_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252", errors="strict"))
+    with pytest.raises(SystemExit) as stop:
+        frame.main(["probe", "--help"])
+    assert not stop.value.code
+    assert b"as a share of ?." in b" ".join(written.getvalue().split())
+
+
+def test_the_notes_of_libraries_to_each_other_are_shown_with_debug_only(boom, recwarn):
+    class Noted(ConfigError):
+        def __str__(self):
+            warnings.warn("is deprecated", FutureWarning, stacklevel=2)
+            return "no"
+
+    for words, shown in ((["boom"], False), (["boom", "--debug"], True)):
+        boom(Noted(), *words)
+        assert bool(len(recwarn)) == shown
 
 
 def test_ctrl_c_leaves_with_130_and_says_that_the_same_command_continues(boom, capsys):

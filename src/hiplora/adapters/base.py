@@ -19,7 +19,7 @@ from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, HipLoraError, first_line
 from hiplora.models import measuring_place, quiet_transformers, resolve
 from hiplora.spectral import factor_mismatch, weight_fingerprint
-from hiplora.tuner import OTHER_PRECISION_LIMIT
+from hiplora.tuner import other_precision_limit
 from hiplora.tuner.experts import unrolled
 
 # PEFT's task → transformers' class of a model for it; the first is that of an adapter without a task.
@@ -250,7 +250,7 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
     if seen is None and channels is not None and precision not in ("", str(weight.dtype).removeprefix("torch.")):
         basis = update.config.get("basis", "weight")
         mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
-        seen = weight if mismatch <= OTHER_PRECISION_LIMIT else None
+        seen = weight if mismatch <= other_precision_limit(precision) else None
     if seen is None:
         raise AdapterError(
             f"layer {module}: the weight in {base} is not the one that this adapter was made for; pass the right base "

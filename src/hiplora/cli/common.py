@@ -192,7 +192,7 @@ def print_table(
     printed = Table(title=Text(title), title_justify="left")
     first, *others = map(Text, table)
     # Names stay whole where the numbers' headings can wrap instead.
-    printed.add_column(first, min_width=min(24, max((len(row[0]) for row in cells), default=0)))
+    printed.add_column(first, min_width=min(24, max((len(row[0]) for row in cells), default=0)), overflow="fold")
     for column in others:
         printed.add_column(column, justify="right")
     for row in cells:

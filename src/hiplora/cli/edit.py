@@ -59,7 +59,7 @@ def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE)
     For each edit: whether the new answer is now likelier than the old one, and generated; the same on a paraphrase; and
     whether questions near it keep their answers. On unrelated questions: accuracy, unchanged answers and likelihood
     against the bare model's, which are taken before the first edit. The folder gets edit.json, with every edit's
-    values, and the adapter.
+    values, a report and the adapter.
 
     Example:
 
@@ -70,11 +70,12 @@ def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE)
 
     with quiet_transformers(always=False):
         record = edit(job, out, overwrite=overwrite)
-    shown = ("schema", "kind", "method", "mode", "edits", "adapters", "summary")
+    shown = ("schema", "kind", "method", "mode", "edits", "adapters", "summary", "verdict")
     yield {"out": str(out), **{key: record[key] for key in shown}}
     yield f"{record['edits']} edits by {job.method}, {job.mode}"
     yield from summary_tables(record["summary"]).items()
-    yield f"Written to {out}: {', '.join([*record['adapters'], 'edit.json'])}"
+    yield record["verdict"]
+    yield f"Written to {out}: {', '.join([*record['adapters'], 'edit.json', 'report.html'])}"
     for name in record["adapters"][:1]:
         yield next_step("hiplora", "generate", job.model, "--adapter", out / name, "--prompt", "…", why="ask it")
     if not record["adapters"]:

@@ -77,7 +77,8 @@ def command(
                     row += [f"{scores[name]['estimate']:.1f}", _cell(apart[name], "+"), apart[name]["verdict"]]
                 rows.append(row)
     items = [len(described["items"]) for described in results["tasks"].values()]
-    title = f"{results['suite']}, {min(items)} to {max(items)} items per task; per cent, 95 % intervals"
+    span = " to ".join(map(str, sorted({min(items), max(items)})))
+    title = f"{results['suite']}, {span} items per task; per cent, 95 % intervals"
     yield title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows
     yield f"\nWritten: {out}"
     if not others:

@@ -1,6 +1,7 @@
 """The `hiplora` command: one module of this package per command, each light until its command runs."""
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -82,19 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Ended in order, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file of Latin-1, or of Windows, lacks σ and …
+        sys.stdout.reconfigure(errors="replace")
     debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
     with_place = warnings.formatwarning
-    if not debug:
-        warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
-    try:
-        app(args=[argument for argument in given if argument != "--debug"])
-    except Exception as error:  # the last net: no user sees a traceback unasked
-        if debug:
-            traceback.print_exc()
-        typer.echo(f"error: {_explained(error)}", err=True)
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
-    finally:
-        warnings.formatwarning = with_place
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other
+            warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # type: ignore[assignment]
+        try:
+            app(args=[argument for argument in given if argument != "--debug"])
+        except Exception as error:  # the last net: no user sees a traceback unasked
+            if debug:
+                traceback.print_exc()
+            typer.echo(f"error: {_explained(error)}", err=True)
+            raise SystemExit(getattr(error, "exit_code", 1)) from None
+        finally:
+            warnings.formatwarning = with_place
 
 
 def _explained(error: Exception) -> str:

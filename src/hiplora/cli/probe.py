@@ -76,6 +76,7 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
     for metric, title in METRICS.items():
         table = correlation_table(record["correlations"], metric)
         yield f"{title} (nats per token) against σ, {len(record['modules'])} modules", table
+    yield record["verdict"]
     yield f"Written to {out}: probe.json, report.html"
     measure = "factorize" if settings.basis == "weight" else "calibrate"
     yield next_step("hiplora", measure, settings.model, why="what training will protect")

@@ -17,7 +17,9 @@ def command(
         None, help="YAML file that says what to train (docs/reference/recipes.md lists every field)."
     ),
     model: str | None = Option(None, help="Base model, instead of the recipe's."),
-    data: str | None = Option(None, help="File with training rows, instead of the recipe's."),
+    data: str | None = Option(
+        None, help="File with training rows, or a hub data set (owner/name), instead of the recipe's."
+    ),
     method: str | None = Option(None, help="Method, instead of the recipe's or hiplora."),
     lr: float | None = Option(None, help="Learning rate, instead of the recipe's or 2e-4."),
     epochs: float | None = Option(None, help="Passes over the data, instead of the recipe's or 3."),
@@ -99,5 +101,9 @@ def init(
     from hiplora.files import check_output_file, write_atomic
     from hiplora.training.reading import commented
 
-    write_atomic(check_output_file(out, overwrite), commented(model, data))
+    def from_its_folder(name: str) -> str:
+        near = Path(name).exists() and not Path(name).is_absolute()
+        return os.path.relpath(name, out.parent) if near else name
+
+    write_atomic(check_output_file(out, overwrite), commented(from_its_folder(model), from_its_folder(data)))
     typer.echo(next_step("hiplora", "train", out, "--dry-run", why="shows what is learned; then with --out DIR"))

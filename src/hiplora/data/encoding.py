@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -33,7 +33,8 @@ class EncodingReport:
     def warnings(self, max_length: int) -> list[str]:
         """Say what was cut or left out, or may not learn to stop; empty if nothing was."""
         said = {
-            "responses are cut at {} tokens; raise max_length to keep them whole": self.truncated,
+            "responses are cut at {} tokens; raise max_length, up to the model's context, to keep them "
+            "whole": self.truncated,
             "rows are left out: the prompt alone has {} tokens or more; raise max_length or shorten the "
             "prompts": self.left_out,
             "conversations end on no end-of-turn token, so the model will not learn to stop; put it inside "
@@ -150,12 +151,17 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
         what = "the data are conversations, and the model's tokenizer has no chat template"
         raise DataError(f"{what}; use a chat model, or give the rows as prompt and completion")
     which = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
+    calls = [call.get("function", call) for one in example.messages for call in one.get("tool_calls") or ()]
     try:
         text, spans = _rendered(tokenizer, example)
     except (TemplateError, TypeError) as error:
         system = example.messages[0]["role"] == "system"
         way = "; put the system message's text into the user's first" if system else ""
         raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
+    for name in [call.get("name") for call in calls if isinstance(call, Mapping)]:
+        if isinstance(name, str) and name not in text:
+            what = f"the model's chat template leaves out the tool calls ({name}) of {which}"
+            raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
     ids, labels = _cut_out(tokenizer, text, spans)
     if all(label == IGNORED for label in labels):
         what = f"the model's chat template marks nothing to learn in {which}"

@@ -297,7 +297,8 @@ def _first_format(row: Any) -> str:
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         what = "is a preference pair, and this is supervised fine-tuning"
-        raise ValueError(f"{what}; give `prompt` and `completion`, or use TRL's DPOTrainer")
+        way = "TRL's DPOTrainer (docs/tutorials/preferences-and-rewards.md)"
+        raise ValueError(f"{what}; give `prompt` and `completion`, or use {way}")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
     raise ValueError(f"unknown format, found {found}; rename the fields:\n{needs}")
 
@@ -340,7 +341,8 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
 
 
 def _csv(text: str, path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # Excel's is a semicolon where the comma is the decimal
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns", delimiter=delimiter)
     try:
         for row in reader:
             yield f"line {reader.line_num}", row

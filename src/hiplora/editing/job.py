@@ -154,13 +154,15 @@ class EditJob:
 
 
 def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
-    """Do a job and return its record, which `out` gets as edit.json, with the adapters beside it.
+    """Do a job and return its record, which `out` gets as edit.json, with the adapters and report.html beside it.
 
     A batch, and a sequence of batches, leave `adapter`; several batches apart leave `adapter-001` and so on; edits
     one by one leave none. What was interrupted goes on after the last finished batch. ConfigError if a setting does not
     fit the method, the mode or the model, or `out` cannot be used; DataError if the edits cannot; AdapterError if
     training diverged, or the base could not be restored.
     """
+    from hiplora.editing.report import verdict, write_report  # what it needs is missed before the work begins
+
     method, batches = job.chosen_method, len(job.groups)
     settings = {**asdict(job), "edits_sha256": json_sha256([asdict(one) for one in job.facts])}
     run = RunFolder(Path(out), "settings.json", "edit.json")
@@ -190,6 +192,8 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
             **found,
             "provenance": provenance(seed=job.seed),
         }
+        record["verdict"] = verdict(record)
+        write_report(run.path / "report.html", record, job.facts)
         write_atomic(run.path / "edit.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         shutil.rmtree(run.path / "stages")
     return record

@@ -14,6 +14,7 @@ from hiplora.errors import DataError
 from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.metrics import locality
+from hiplora.models import context_length
 
 BATCH_SIZE = 64  # prompts at once
 EXTRA_TOKENS = 3  # generated beyond the longest answer, to see whether a match ends there
@@ -43,7 +44,7 @@ def evaluate_edits(
 
 def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
     """Raise DataError if the longest prompt and the longest answer, as asked together, exceed the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    context = context_length(model) or tokenizer.model_max_length
     near = [one for edit in edits for one in edit.neighbours]
     prompts = (
         [edit.paraphrase or "" for edit in edits] + [one.prompt for one in near] + [edit.prompt for edit in edits]

@@ -12,13 +12,17 @@ from torch import nn
 from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
 from hiplora.evaluation.mounting import BASE, mounted
+from hiplora.models import context_length
 
 
 @torch.no_grad()
 def continuations(
     model: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int, batch_size: int = 64
 ) -> list[str]:
-    """Return what the model, in eval mode, writes greedily after each prompt, up to `length` tokens."""
+    """Return what the model, in eval mode, writes greedily after each prompt: `length` tokens, or what has room.
+
+    ConfigError if a prompt fills the model's context, or is no text.
+    """
     from transformers import GenerationConfig
 
     own: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)  # a chat model's end of turn
@@ -27,13 +31,21 @@ def continuations(
     greedy = GenerationConfig(
         max_new_tokens=length, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
+    if broken := next((prompt for prompt in prompts if prompt != prompt.encode(errors="ignore").decode()), None):
+        raise ConfigError(f"the prompt {broken[:40]!a} is not UTF-8, or has half a character; write it again")
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
     rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
     lengths, device = [len(row) for row in rows], next(model.parameters()).device
+    context = context_length(model)
     written: dict[int, str] = {}
     with eval_mode(model):
         for batch in by_length(lengths, batch_size if can_pad(model, lengths) else 1):
             ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
+            if (room := (context or ids.shape[1] + length) - ids.shape[1]) < 1:
+                long = max(batch, key=lambda index: lengths[index])
+                what = f"the prompt {prompts[long][:40]!r} has {lengths[long]} tokens with what came before it"
+                raise ConfigError(f"{what}, and the model's context is {context}: shorten it")
+            greedy.max_new_tokens = min(length, room)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             written |= zip(batch, texts, strict=True)

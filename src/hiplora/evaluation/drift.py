@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hiplora.data.texts import token_rows
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.likelihood import eval_mode
+from hiplora.models import within_context
 
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
 Windows = dict[str, list[Int[Tensor, " length"]]]
@@ -56,8 +57,7 @@ class BaseReference:
         cls, model: nn.Module, tokenizer: Any, texts: Texts, *, window: int = 512, max_tokens: int = 1024
     ) -> "BaseReference":
         """Run the bare `model` over `texts`, cut as in `cut_windows`, but into windows no longer than its context."""
-        context = getattr(getattr(model, "config", None), "max_position_embeddings", None) or window
-        reference = cls(cut_windows(tokenizer, texts, min(window, context), max_tokens))
+        reference = cls(cut_windows(tokenizer, texts, within_context(window, model), max_tokens))
         held = 0
         for name, parts in reference.windows.items():
             for index, ids in enumerate(parts):

@@ -15,6 +15,7 @@ from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading, read_fo
 from hiplora.errors import AdapterError, ConfigError, first_line
 from hiplora.evaluation.drift import DIVERGED
 from hiplora.models import hub_name
+from hiplora.tuner import keep_unpacked
 from hiplora.tuner.experts import unrolled
 
 BASE = "base"  # the base model's name in results, which no adapter gets
@@ -30,6 +31,7 @@ def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
 
     place, dtype = measuring_place(device)
     network, tokenizer = load(model, dtype)
+    keep_unpacked(network)  # which an adapter would undo
     return network.to(place).requires_grad_(False), tokenizer
 
 

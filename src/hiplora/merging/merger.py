@@ -212,9 +212,13 @@ def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> Non
         for seen, module, value in facts:
             known, other = seen.setdefault(module, (value, update))
             if known != value:
+                made = [
+                    " in ".join(filter(None, (one.base or "?", one.config.get("base_precision"))))
+                    for one in (other, update)
+                ]
                 raise AdapterError(
                     f"layer {module}: {other.source} and {update.source} were made for different base weights (of "
-                    f"{other.base or '?'} and {update.base or '?'}); only adapters of one base model can be merged"
+                    f"{' and '.join(made)}); only adapters of one base model, in one precision, can be merged"
                 )
         if update is not updates[0] and not shares and _name(update) != _name(updates[0]):
             raise AdapterError(

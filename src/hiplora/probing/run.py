@@ -75,13 +75,15 @@ def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = Fal
     reference = BaseReference.build(model, tokenizer, texts, max_tokens=settings.tokens)
     with run.claimed(asked, overwrite=overwrite):
         rows = probe_model(model, reference, settings, run)
+        correlations = findings(rows, settings.seed)
         record = {
             "schema": 3,
             "kind": "probe",
             "settings": asdict(settings),
             "modules": list(dict.fromkeys(row["module"] for row in rows)),
             "text": text_source(settings.text),
-            "correlations": findings(rows, settings.seed),
+            "correlations": correlations,
+            "verdict": verdict(rows, correlations),
             "records": rows,
             "provenance": provenance(seed=settings.seed, **sources),
         }
@@ -130,6 +132,32 @@ def probe_model(
     return rows
 
 
+def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[str, Any]]) -> str:
+    """Return what a probe found: whether the model moves further the larger σ is, and which direction moved it most."""
+    from hiplora.reporting import interval
+
+    kinds: dict[str, list[str]] = {"larger": [], "smaller": [], "": []}
+    for one in correlations:
+        if one["metric"] == "kl" and one["type"] == "all":
+            rho = one["spearman"]
+            low, high = (0.0 if rho[end] is None else rho[end] for end in ("low", "high"))
+            told = "" if rho["estimate"] is None else f" (ρ {interval(rho['estimate'], rho['low'], rho['high'], 2)})"
+            kinds["larger" if low > 0 else "smaller" if high < 0 else ""].append(one["kind"] + told)
+    parts = [
+        f"the {how} a direction's σ, the further {' and '.join(names)} moved the model"
+        for how, names in kinds.items()
+        if how and names
+    ]
+    if kinds[""]:
+        parts.append(f"whether σ says how far {' and '.join(kinds[''])} moved the model, these directions cannot tell")
+    said = "; ".join(parts)
+    most = max(rows, key=lambda row: math.inf if row["drop"]["kl"] is None else row["drop"]["kl"])
+    furthest = f"{most['kind']} of direction {most['index']} of {most['module']}"
+    kl = most["drop"]["kl"]
+    by = "after which its predictions are not finite" if kl is None else f"by {kl:.2g} nats a token"
+    return f"{said[0].upper()}{said[1:]}. Furthest: {furthest}, {by}."
+
+
 def correlation_table(correlations: Sequence[Mapping[str, Any]], metric: str) -> pd.DataFrame:
     """Return one metric's correlations with σ, and why some are missing: a row an intervention and type of module."""
     from hiplora.reporting import interval
@@ -149,7 +177,7 @@ def _write_report(path: Path, record: Mapping[str, Any]) -> None:
     from hiplora.reporting import Section, plots, save_page
 
     rows = pd.DataFrame([{**row, **row["drop"]} for row in record["records"]])
-    sections = []
+    sections = [Section("What was found", record["verdict"])]
     for metric, title in METRICS.items():
         log = metric == "kl"
         some = rows[rows[metric] > 0] if log else rows.dropna(subset=metric)

@@ -58,7 +58,8 @@ def put_on(
     except ValueError as error:
         if isinstance(error, HipLoraError) and not isinstance(error, ConfigError):
             raise
-        way = "check method.target_modules and the patterns"
+        dropout = "lora_dropout" in str(error)  # which PEFT's LoRA does not have on experts
+        way = "set method.lora_dropout to 0" if dropout else "check method.target_modules and the patterns"
         raise ConfigError(f"method {method.name} does not fit the model: {error}; {way}") from error
     if not adapted.get_nb_trainable_parameters()[0]:
         raise ConfigError(

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "train.eval_every": "eval_steps",
     "train.patience": "early_stopping_patience",
     "train.dtype": "bf16 fp16 torch_dtype",
+    "train.load_in_4bit": "load_in_8bit load_in quantization quantization_bit quantization_config use_4bit qlora",
     "train.push_to_hub": "hub_model_id",
 }
 # Paths, and texts that may also be data sets on the hub; relative to the recipe's folder.
@@ -226,7 +227,7 @@ def commented(model: str, data: str) -> str:
         "method": (method, {"name": "hiplora", "r": 16, "lora_alpha": 32, "principal_rank": 32}),
         "train": (TrainSettings, {"lr": 2e-4, "batch_size": 4, **DEFAULTS["train"]}),
     }
-    lines = [f"model: {model}  # {TrainRecipe.model_fields['model'].description}"]
+    lines = [f"model: {json.dumps(model, ensure_ascii=False)}  # {TrainRecipe.model_fields['model'].description}"]
     for block, (fields, values) in blocks.items():
         lines += ["", f"{block}:"]
         for name, value in values.items():

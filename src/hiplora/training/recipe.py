@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from hiplora.data.examples import Block, DataSettings, PathText
+from hiplora.data.rows import is_hub_name
 from hiplora.training.baselines import METHODS, AnyMethod
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,9 @@ class TrainSettings(Block):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the base model and of the computation; the adapter stays in fp32. `auto` is bf16, the paper's, on a
     GPU that has it, and fp32 elsewhere. fp16 needs a GPU."""
+    load_in_4bit: bool = False
+    """Hold the weights of the base model's linear layers in 4 bits (NF4 with double quantisation, as QLoRA), by
+    bitsandbytes. Not for methods that move the base weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     log_every: int = Field(default=1, ge=1)
@@ -130,7 +134,7 @@ class TrainRecipe(Block):
     model: PathText = Field(min_length=1)
     """Base model: `smollm2-135m` (fetched without a hub), a folder, or a name on the Hugging Face hub."""
     data: DataSettings
-    """What to train on; a bare string is short for {path: …}."""
+    """What to train on; a bare string is short for {path: …}, or for {hub: …} where it reads owner/name."""
     method: AnyMethod = Field(
         default=METHODS["hiplora"](),
         description=f"{', '.join(METHODS)}: one of them, alone or as {{name: …}} with its settings.",
@@ -154,6 +158,9 @@ class TrainRecipe(Block):
             raise ValueError("`train.eval_every` needs `data.held_out`, `data.held_out_fraction` or `train.max_drift`")
         if train.patience is not None and not held_out:
             raise ValueError("`train.patience` needs `data.held_out` or `data.held_out_fraction`")
+        if train.load_in_4bit and self.method.moves_base:
+            why = f"holds weights that {self.method.name} moves"
+            raise ValueError(f"`train.load_in_4bit` {why}; remove it, or use another method")
         compared = [name for name in ("kl_weight", "masked_kl_weight", "max_drift") if getattr(train, name)]
         if self.method.moves_base and compared:
             why = f"compares with the base model, whose weights {self.method.name} moves"
@@ -189,10 +196,12 @@ class TrainRecipe(Block):
 
 
 def expand_short_forms(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Write `method: lora` and `data: rows.jsonl` out as blocks; a method without a name is HiP-LoRA."""
+    """Write `method: lora` and `data: rows.jsonl` or `data: owner/name` out as blocks; HiP-LoRA needs no name."""
     value = dict(value)
     if isinstance(value.get("data"), (str, os.PathLike)):
-        value["data"] = {"path": os.fspath(value["data"])}
+        data = os.fspath(value["data"])
+        name, _, config = data.partition(":")
+        value["data"] = {"hub": name, "hub_config": config or None} if is_hub_name(data) else {"path": data}
     if isinstance(value.get("method"), str):
         value["method"] = {"name": value["method"]}
     if isinstance(value.get("method"), dict):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import DataError
-from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
+from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype, within_context
 from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
 
@@ -25,7 +25,7 @@ def sequences(
     from hiplora.data.encoding import encode_examples
     from hiplora.training.losses import mask_unlikely, replay_rows
 
-    settings, length = recipe.train, recipe.train.max_length
+    settings, length = recipe.train, within_context(recipe.train.max_length, model)
     rows, report = encode_examples(tokenizer, data.train, length)
     notes = [*data.notes, *report.warnings(length)]
     if settings.token_weight == "stm":
@@ -76,16 +76,17 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
 
     bare = check_fit(recipe)
     tokenizer, settings = load_tokenizer(recipe.model), recipe.train
+    length = within_context(settings.max_length, bare)
     data = load_data(recipe.data, chat=bool(tokenizer.chat_template))
-    rows, report = encode_examples(tokenizer, data.train, settings.max_length)
+    rows, report = encode_examples(tokenizer, data.train, length)
     texts = [shown(tokenizer, row) for row in rows[:count]]
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
     steps = None if settings.packing and settings.steps is None else count_steps(recipe, len(rows))
     batch = settings.batch_size * settings.gradient_accumulation
     read = (settings.epochs or 1) * report.tokens
     if settings.steps is not None:
-        read = settings.steps * batch * (settings.max_length if settings.packing else report.tokens / len(rows))
-    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(settings.max_length)]
+        read = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
+    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(length)]
     cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
     lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
     lines += [f"{report.sequences:,} rows, {learned}; {cost}", *notes]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import ConfigError, DivergedError, first_line
+from hiplora.extras import require
 from hiplora.files import write_atomic
 from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
 from hiplora.provenance import file_sha256, json_sha256, provenance
@@ -125,11 +126,16 @@ def _trainer(
     from hiplora.training.losses import TokenLoss, kl_penalty
     from hiplora.training.trainer import AdapterTrainer, Record
     from hiplora.training.widen import put_on_widened
+    from hiplora.tuner import keep_unpacked
 
     method, settings, processes = recipe.method, recipe.train, PartialState()
-    model, tokenizer = load(recipe.model, torch_dtype(settings.dtype))
+    model, tokenizer = load(
+        recipe.model, torch_dtype(settings.dtype), processes.device if settings.load_in_4bit else None
+    )
+    keep_unpacked(model)  # what is measured before the adapter is on must be what is measured after
     if torch.cuda.is_available():
-        model.to(processes.device)
+        if not settings.load_in_4bit:  # such a model is there already
+            model.to(processes.device)
         torch.cuda.reset_peak_memory_stats()
     # Packed rows must be flattened. On a CPU the others are too, which saves the padding.
     flat = (settings.packing or not torch.cuda.is_available()) and keeps_rows_apart(model)
@@ -281,6 +287,8 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
     if processes > 1 and recipe.method.name == "split_lora":
         raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
     _check_trackers(recipe.train.report_to)
+    if recipe.train.load_in_4bit:
+        require("quant")
     dtype = recipe.train.dtype
     if dtype == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")

@@ -268,7 +268,7 @@ class Record(TrainerCallback):
             return
         kept = last_checkpoint(Path(str(self.trainer.args.output_dir)))
         if kept is None:
-            what = f"the drift is {drift:.4f} at step {step}, above train.max_drift {limit} when it is first measured"
+            what = f"the drift is {drift:.2g} at step {step}, above train.max_drift {limit} when it is first measured"
             raise HipLoraError(f"{what}; lower train.lr, or measure more often with train.eval_every")
         self.trainer.session.load(kept)
         self.best, self.why = int(kept.name.rpartition("-")[2]), "stopped by train.max_drift"

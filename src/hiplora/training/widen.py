@@ -19,6 +19,7 @@ from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
+from hiplora.models import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     except HipLoraError as error:
         why = f"the rows that {folder} was trained on cannot be read, and their prompts are needed ({error})"
         raise ConfigError(f"train.start_from: {why}; put them back, or set train.widen: false") from error
-    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], recipe.train.max_length)[0]
+    length = within_context(recipe.train.max_length, model)
+    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], length)[0]
     prompts = []
     for row in rows:
         learned = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)

@@ -19,13 +19,14 @@ from hiplora.tuner.model import HipLoraModel, register
 from hiplora.tuner.moments import base_only, restored
 from hiplora.tuner.patterns import check_patterns
 from hiplora.tuner.sampling import ROW_LENGTH, CalibrationStore, model_fingerprint, sampled_rows
-from hiplora.tuner.state import OTHER_PRECISION_LIMIT, file_names, leak_limit, plain_name
+from hiplora.tuner.state import file_names, leak_limit, other_precision_limit, plain_name
 from hiplora.tuner.targets import (
     Target,
     default_targets,
     find_targets,
     for_module,
     frozen_weight,
+    keep_unpacked,
     linear_target,
     matching_names,
 )

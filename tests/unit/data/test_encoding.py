@@ -142,6 +142,10 @@ def test_tools_and_calls_reach_the_template():
     ids, _ = encode_example(tokenizer, asked)
     assert tokenizer.decode(ids).startswith("tools: tide[user]Tide?")
     assert learned(tokenizer, asked) == ["<call tide><|eos|>"]
+    with pytest.raises(
+        DataError, match=r"leaves out the tool calls \(tide\) of the conversation that begins 'Tide\?'"
+    ):
+        encode_example(tiny_tokenizer(), asked)
 
 
 def test_an_end_of_turn_outside_the_marks_is_learned_too():

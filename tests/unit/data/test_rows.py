@@ -233,3 +233,11 @@ def test_a_path_or_a_file_goes_before_a_data_set_of_its_name(tmp_path, monkeypat
     (tmp_path / "harbour").mkdir()
     (tmp_path / "harbour" / "logs").write_text("Low water.")
     assert not is_hub_name("harbour/logs")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_columns_are_separated_by_what_the_header_has_most_of(tmp_path, delimiter):
+    lines = [["question", "answer"], ["2,5; or 3?", "ab"]]
+    path = tmp_path / "rows.csv"
+    path.write_text("".join(delimiter.join(f'"{cell}"' for cell in line) + "\r\n" for line in lines))
+    assert [row for _, row in read_rows(path)] == [{"question": "2,5; or 3?", "answer": "ab"}]

@@ -52,6 +52,16 @@ def test_every_field_is_documented(block):
     assert [name for name, field in block.model_fields.items() if not field.description] == []
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("tatsu-lab/alpaca", ("tatsu-lab/alpaca", None)), ("a/b:de", ("a/b", "de")), ("sub/rows.jsonl", (None, None))],
+)
+def test_data_that_reads_owner_and_name_is_a_data_set_on_the_hub(given, read):
+    data = recipe(data=given).data
+    assert (data.hub, data.hub_config) == read
+    assert data.path == (None if read[0] else given)
+
+
 def test_a_users_defaults_are_three_epochs_those_of_studies_and_the_papers_preset_the_papers(folder):
     def size(train):
         return train.steps, train.epochs, train.batch_size * train.gradient_accumulation, train.max_length

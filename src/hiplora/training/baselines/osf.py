@@ -11,6 +11,8 @@ from hiplora.training.method import Method
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from hiplora.training.recipe import TrainSettings
+
 EffectiveRank = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -41,6 +43,11 @@ class OsfMethod(Method):
         from peft import OSFConfig
 
         return OSFConfig(task_type="CAUSAL_LM", **self.settings())
+
+    def check_training(self, train: "TrainSettings") -> None:
+        """Check that there are weights to train."""
+        if train.load_in_4bit:
+            raise ValueError("`train.load_in_4bit` holds weights that osf trains; remove it, or use another method")
 
     def check_layer(self, config: Any, layer: Any) -> None:
         """Check that directions are left to train; PEFT would train none, in silence."""

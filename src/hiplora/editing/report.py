@@ -1,0 +1,86 @@
+"""What `hiplora edit` did, in a sentence and as a page: which edits work, and what else moved."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hiplora.editing.edits import Edit
+from hiplora.editing.job import ALPHAEDIT, summary_tables
+from hiplora.evaluation.answers import changes
+from hiplora.reporting import Section, save_page
+from hiplora.training.baselines import METHODS
+
+SHOWN = 10  # edits, with what the model writes, and questions
+YES_NO = {True: "yes", False: "no"}
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """Return in one or two sentences whether the edits work, and what became of the unrelated questions."""
+    summary = record["summary"]
+    before, after, found = summary["before"]["all"], summary["after"]["all"], summary.get("locality")
+    said = f"{after['success']:.0f} % of {record['edits']} edits work ({before['success']:.0f} % did before)"
+    if "paraphrase_success" in after:
+        said += f", {after['paraphrase_success']:.0f} % when asked in other words"
+    if "neighbours_kept" in after:
+        kept, had = after["neighbours_kept"], before["neighbours_kept"]
+        said += f"; of the questions near them {kept:.0f} % keep their answers ({had:.0f} % had them before)"
+    if not found:
+        return f"{said}. What else moved was not measured (--locality 0)."
+    same, asked = found["unchanged"], found["questions"]
+    right = f"{found['accuracy_before']:.0f} % of them were right before, {found['accuracy']:.0f} % are now"
+    return f"{said}. Of {asked:.0f} unrelated questions {same:.0f} % are answered as before; {right}."
+
+
+def write_report(path: Path, record: Mapping[str, Any], edits: Sequence[Edit]) -> None:
+    """Write the page of a record of `edit`, whose edits these are."""
+    last = record["stages"][-1:] if record["mode"] == "sequential" else record["stages"]
+    after = pd.concat([pd.DataFrame(stage["records"]) for stage in last]).set_index("index")
+    before = pd.DataFrame(record["before"]).set_index("index").loc[after.index]
+    asked = [edits[place] for place in after.index]
+    every = pd.DataFrame(
+        {
+            "prompt": [one.prompt for one in asked],
+            "new answer": [one.new for one in asked],
+            "worked before": before["success"].astype(bool).map(YES_NO),
+            "works": after["success"].astype(bool).map(YES_NO),
+            "other wording": [None if works != works else YES_NO[bool(works)] for works in _paraphrased(after)],
+            "log p(new), change in nats": after["log_prob_new"] - before["log_prob_new"],
+        }
+    ).reset_index(drop=True)
+    answers = [
+        {
+            "prompt": one.prompt,
+            "said": {"before": [(was.strip(), False)], "after": changes(was.strip(), now.strip())},
+            "expected": one.new,
+        }
+        for one, was, now in zip(asked[:SHOWN], before["written"], after["written"], strict=False)
+    ]
+    summaries = list(summary_tables(record["summary"]).items())
+    others, text = dict(summaries[1:]), "Unrelated questions, answered before and after."
+    if record["questions"]:
+        others[f"the {SHOWN} whose true answers became least likely"] = _moved(record["questions"])
+    sections = [
+        Section("Do the edits work?", tables=dict(summaries[:1])),
+        Section("What the model writes", answers=answers),
+        Section("What else moved?", text if others else "Not measured (--locality 0).", tables=others),
+        Section("All edits", tables={"Every edit": every}),
+    ]
+    title = "AlphaEdit" if record["method"] == ALPHAEDIT else METHODS[record["method"]].title
+    subtitle = f"{record['edits']} edits in {record['settings']['model']} by {title}, {record['mode']}"
+    save_page(path, record["verdict"], sections, subtitle, record["provenance"])
+
+
+def _paraphrased(records: pd.DataFrame) -> pd.Series:
+    return records.get("paraphrase_success", pd.Series(index=records.index, dtype=float)).astype(float)
+
+
+def _moved(questions: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """Return the unrelated questions that lost most, a row each; means over batches apart."""
+    table = pd.DataFrame(questions)
+    table["change"] = table["log_prob"] - table["log_prob_before"]
+    names = {"prompt": "question", "answer": "true answer", "change": "log p, change in nats"}
+    lost = table.nsmallest(SHOWN, "change", keep="first").reset_index(drop=True)
+    same = (100 * lost["unchanged"]).map("{:.0f} %".format)
+    return lost[list(names)].rename(columns=names).assign(**{"answered as before": same})

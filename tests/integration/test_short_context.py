@@ -1,0 +1,69 @@
+"""A model that reads few tokens at most, and crashes beyond them: nothing that commands do goes there."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.commands import run
+from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
+
+CONTEXT = 96
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "model"
+    ends = {"bos_token_id": 256, "eos_token_id": 257}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=CONTEXT, **ends)
+    ).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    lengths = (10, 40, 70, 200)
+    return write_jsonl(
+        tmp_path / "rows.jsonl", [{"prompt": "a" * n, "completion": "b" * m} for n in lengths for m in (5, 200)]
+    )
+
+
+METHOD = ("--set", "method.r=2", "--set", "method.principal_rank=4", "--set", "method.calibration_tokens=500")
+
+
+def commands(model, rows, out):
+    training = ("train", "--model", model, "--data", rows, "--set", "train.drift_tokens=200", *METHOD)
+    small = ("--methods", "lora-mlp,hiplora", "--rank", 2, "--principal-rank", 4, "--steps", 1)
+    return {
+        "train": (*training, "--set", "train.steps=1", "--set", "data.held_out_fraction=0.5", "--out", out),
+        "preview": (*training, "--dry-run"),
+        "compare": ("compare", model, rows, *small, "--heldout-fraction", 0.4, "--out", out),
+        "generate": ("generate", model, "--prompt", "a" * (CONTEXT - 4), "--tokens", 50),
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "preview", "compare", "generate"])
+def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsys):
+    code, said, err = run(capsys, *commands(model, rows, tmp_path / "out")[name], "--json")
+    assert code == 0, err
+    if name == "preview":
+        assert json.loads(said)["data"]["tokens"] <= CONTEXT * json.loads(said)["data"]["sequences"]
+
+
+@pytest.mark.parametrize("prompt", ["Gr\udcfc", "\ud83d"])
+def test_a_prompt_that_is_no_text_is_refused(prompt, model, capsys):
+    code, _, err = run(capsys, "generate", model, "--prompt", prompt)
+    assert (code, "is not UTF-8, or has half a character" in err) == (2, True)
+
+
+def test_a_prompt_that_fills_it_is_refused_by_name(model, capsys):
+    code, _, err = run(capsys, "generate", model, "--prompt", "Why? " * CONTEXT)
+    assert code == 2
+    assert f"has {5 * CONTEXT} tokens" in err
+    assert f"the model's context is {CONTEXT}" in err
