@@ -44,7 +44,7 @@ from hiplora.training.method import Method
 from hiplora.training.result import OWN_FORMAT
 
 EDITORS: dict[str, type[WeightEdits]] = {"alphaedit": AlphaEdit, "crispedit": CrispEdit}
-TITLES = {AlphaEdit: "AlphaEdit", CrispEdit: "CrispEdit"}
+TITLES = {"alphaedit": "AlphaEdit", "crispedit": "CrispEdit"}
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.
 DEFAULT_STEPS = {"single": (20, 2e-3), "batch": (500, 2e-4), "sequential": (500, 2e-4)}
 MEASURES = {
@@ -200,7 +200,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
 
 
 def _card(job: EditJob, method: Any) -> str:
-    own = TITLES.get(type(method))
+    own = TITLES.get(job.method)
     title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)
     loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
     return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)
