@@ -1,6 +1,7 @@
 """The base model of an adapter: its configuration and weights, and whether the adapter fits."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -159,12 +160,14 @@ def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
     layer = dict(model.named_modules()).get(module)
     weight = getattr(layer, "weight", None)
     if layer is None or not (isinstance(weight, nn.Parameter) and weight.dim() == 2):
-        stacked = any(f"{module}.".startswith(f"{one}.") for one, held in model.named_parameters() if held.dim() == 3)
-        way = (
-            "its experts are one parameter of a kind that hiplora cannot take apart: merge it with PEFT instead"
-            if stacked
-            else "the adapter was made for another model: pass the right one as base=… (--base)"
-        )
+        way = "the adapter was made for another model: pass the right one as base=… (--base)"
+        if any(f"{module}.".startswith(f"{one}.") for one, held in model.named_parameters() if held.dim() == 3):
+            way = "its experts are one parameter of a kind that hiplora cannot take apart: merge it with PEFT instead"
+        elif re.search(r"\.experts\.\d+\.\w+$", module):
+            way = (
+                "transformers 5 has a mixture's experts as one parameter: load the adapter with "
+                "peft.PeftModel.from_pretrained(base, folder), which converts it, and save it again"
+            )
         raise AdapterError(f"base model {name}: has no linear layer {module}; {way}")
     return layer
 

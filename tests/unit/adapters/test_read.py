@@ -208,6 +208,13 @@ def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(
     )
     with pytest.raises(AdapterError, match=reason):
         save_dense(folder, tmp_path / "dense")
+    # As transformers 4 named them.
+    A, B = torch.randn(2, 32), torch.randn(48, 2)
+    names = [f"{PREFIX}model.layers.1.mlp.experts.0.w1.lora_{part}.weight" for part in "AB"]
+    save_file(dict(zip(names, (A, B), strict=True)), folder / "adapter_model.safetensors")
+    edit_config(folder, target_modules=["w1"], target_parameters=None)
+    with pytest.raises(AdapterError, match="which converts it, and save it again"):
+        save_dense(folder, tmp_path / "dense")
 
 
 @pytest.mark.parametrize(
