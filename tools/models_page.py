@@ -33,8 +33,8 @@ share of the weights.
 """
 
 NOTES = """
-- What does not work is refused with what to do. Adapters on experts are exported as a whole model (`--to dense`),
-  not as plain LoRA, and a batch cannot mix them. Where a model writes no text, the default preset needs
+- What does not work is refused with what to do. A batch cannot mix adapters on experts; vLLM and llama.cpp take
+  these as a whole model (`--to dense`). Where a model writes no text, the default preset needs
   `hiplora.calibrate(model, config, run_model=...)` on your data, with `basis_sides="input"` where it gives no logits.
 - **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower name its modules,
   and calibrate with `run_model` on data with pictures.
@@ -63,6 +63,6 @@ def models_page() -> str:
 
 
 def _exception(row: dict, name: str, operations: tuple[str, ...]) -> str:
-    if refused := [row["refused"][operation] for operation in operations if operation in row["refused"]]:
-        return name if refused[0] in ("no", "own data") else f"{name} ({refused[0].removeprefix('no: ')})"
+    if row["refused"].keys() & set(operations):
+        return name
     return "" if all(row["found"].get(operation) == "passed" for operation in operations) else f"{name}: not yet"

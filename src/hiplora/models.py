@@ -165,6 +165,8 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     tokenizer = _pretrained(AutoTokenizer, model)
+    if not knows_text(tokenizer):
+        raise ConfigError(f"model {model}: has no tokenizer; put the files of its tokenizer into the folder")
     given = getattr(tokenizer, "chat_template", None)
     for template in given.values() if isinstance(given, dict) else [given]:
         if isinstance(template, str) and not renders(template):
@@ -173,6 +175,11 @@ def load_tokenizer(model: str) -> Any:
                 "replace `chat_template` in its tokenizer's files"
             )
     return tokenizer
+
+
+def knows_text(tokenizer: Any) -> bool:
+    """Whether a tokenizer has tokens for text: for many models without one transformers makes up an empty one."""
+    return bool(tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens})
 
 
 def _pretrained(kind: Any, model: str, **options: Any) -> Any:

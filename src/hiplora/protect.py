@@ -14,6 +14,7 @@ from hiplora.adapters import (
     remaining,
     save_as_lora,
 )
+from hiplora.adapters.base import is_product
 from hiplora.adapters.protection import module_rank
 from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
 from hiplora.errors import ConfigError
@@ -92,7 +93,7 @@ def protect_adapter(
     model: Any = load_for(update, device)
     measured = CalibrationText(model, rows=read.rows, tokens=tokens, seed=seed)
     with unrolled(model):
-        bases, outputs = _moments(measured, update, mask)
+        bases, outputs = _moments(measured, update, mask, model)
     projected = protect(update, bases, principal_rank, strength, projection, outputs)
     search = None if tolerance is None else search_scale(model, projected, read.examples, tolerance)
     scale = search["scale"] if search else 1.0 if scale is None else scale
@@ -146,8 +147,13 @@ class _Read:
             self.scored = {"file": Path(data).name, "rows": len(self.examples), "tokens": count}
 
 
-def _moments(text: CalibrationText, update: AdapterUpdate, mask: str) -> tuple[Moments, Moments | None]:
+def _moments(text: CalibrationText, update: AdapterUpdate, mask: str, model: Any) -> tuple[Moments, Moments | None]:
     """Return the eigenvectors of each layer's inputs and, for pairs of directions, of its output gradients."""
+    others = [name for name in update.modules if not is_product(model.get_submodule(name))]
+    if others and mask != "inputs":
+        raise ConfigError(
+            f"layer {others[0]}: is no linear layer, so that its outputs have no directions; use --mask inputs"
+        )
     inputs = text.inputs(list(update.factors))
     if mask == "inputs":
         return inputs, None

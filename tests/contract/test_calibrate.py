@@ -5,12 +5,14 @@ import json
 import peft
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
 import hiplora
 from hiplora import HipLoraConfig
+from hiplora.adapters import save_dense
 from hiplora.errors import ConfigError, FactorError
-from hiplora.models import load
+from hiplora.models import load, load_tokenizer
 from hiplora.tuner import CalibrationStore, input_bases, moments, sampled_rows, sampling
 from hiplora.tuner.moments import score
 from hiplora.tuner.sampling import conversation_scripts, sample_rows
@@ -347,3 +349,20 @@ def test_what_cannot_be_calibrated_is_refused_by_the_command(tiny_model_dir, cap
     code, out, err = run(capsys, "calibrate", str(tiny_model_dir), *options, "--json")
     assert (code, out) == (2, "")
     assert said in err
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma", "cohere"])
+def test_a_folder_without_a_tokenizer_for_which_transformers_makes_one_up_has_none(tmp_path, kind):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path / "base")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "base")) < 10
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    names = {"target_modules": ["c_fc"]} if kind == "gpt2" else {}
+    adapted = peft.get_peft_model(model, HipLoraConfig(r=2, principal_rank=4, init_weights=False, **names))
+    store = CalibrationStore(tmp_path / "cache")
+    assert torch.stack(sampled_rows(adapted, 256, store=store)).max() < 64
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        load_tokenizer(str(tmp_path / "base"))
+    save_dense(adapted, tmp_path / "dense")
+    assert not list((tmp_path / "dense").glob("*token*"))

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hiplora
 from hiplora.errors import AdapterError
@@ -115,3 +116,35 @@ def test_two_processes_train_save_and_carry_on_as_one(tmp_path, kind):
             for key, value in expected.items():
                 torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=1e-4, msg=f"{settings}: {key}")
         assert hiplora.max_leak(started(settings, found / "second")) < 1e-5
+
+
+def mixture():
+    """Adapt the experts of a mixture, most of which get no token of one row."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 48, "hidden_size": 32}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=256, **heads, **experts))
+    config = {"r": 2, "principal_rank": 4, "lora_dropout": 0.0, "preset": "paper"}
+    return peft.get_peft_model(model, hiplora.HipLoraConfig(target_modules=["down_proj"], **config)).train()
+
+
+def expert_worker(rank, kind, folder):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+    plain = mixture()
+    model, gathered = sharded(plain, kind)
+    trained(model, gathered, plain, f"{folder}/two", range(3), slice(2 * rank, 2 * rank + 2))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_experts_that_get_tokens_in_one_process_only_are_trained_as_in_one(tmp_path, kind):
+    torch.multiprocessing.spawn(expert_worker, args=(kind, str(tmp_path)), nprocs=2)
+    model = mixture()
+    trained(model, model.state_dict, model, tmp_path / "one", range(3))
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)

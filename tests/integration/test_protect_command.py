@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hiplora import protect as protection
 from hiplora.adapters import read_update
@@ -133,3 +134,18 @@ def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny
         assert (code, out, "Traceback" in err) == (expected, "", False)
         assert why in err
         assert not (files / "out").exists()
+
+
+def test_the_experts_and_the_router_of_a_mixture_are_protected_too(files, capsys, tmp_path):
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "head_dim": 16}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = tmp_path / "base"
+    MixtralForCausalLM(MixtralConfig(**sizes, **experts)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    folder, _ = saved(base, tmp_path / "a", LoraConfig(r=3, target_modules="all-linear"))
+    record = protected(capsys, files, folder)
+    shares = {row["module"].rpartition("mlp.")[2]: row["norm_share"] for row in record["modules"]}
+    assert {"gate", "experts.down_proj.0", "experts.gate_up_proj.1"} < shares.keys()
+    assert 0 < shares["gate"] < 1
+    code, _, err = protect(capsys, files, folder, "--mask", "joint", "--overwrite")
+    assert (code, "mlp.gate: is no linear layer" in err, "--mask inputs" in err) == (2, True, True)

@@ -1,6 +1,8 @@
 """Training under torchrun: two processes share the global batch of the recipe, and the first one writes."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -11,6 +13,8 @@ from safetensors.torch import load_file
 from hiplora.errors import ConfigError
 from hiplora.training import train
 from hiplora.training.reading import load_recipe
+from hiplora.training.result import TrainResult
+from hiplora.training.trainer import Record, last_checkpoint
 from tests.integration.training import recipe_file
 
 SETTINGS = {"rows": 40, "gradient_accumulation": 4, "packing": False, "save_every": 3}
@@ -49,3 +53,41 @@ def test_processes_that_cannot_share_the_batch_are_refused(tmp_path, tiny_model_
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="gradient_accumulation 4 is no multiple of the 3 processes"):
         train(recipe, tmp_path / "out")
+
+
+def worker(rank, processes, port, file, out, last):
+    """Train as one of several processes; all of them die after step `last`, as with the machine."""
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    note = Record.on_step_end
+
+    def on_step_end(self, args, state, *more, **options):
+        note(self, args, state, *more, **options)
+        if state.global_step == last:
+            os._exit(9)
+
+    Record.on_step_end = on_step_end
+    train(load_recipe(file), out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_an_interrupted_run_goes_on_with_another_number_of_processes(tmp_path, tiny_model_dir, before, after):
+    method = {"name": "hiplora", "preset": "paper", "principal_rank": 8, "r": 4, "lora_dropout": 0.0}
+    file = recipe_file(tmp_path, tiny_model_dir, method, **SETTINGS)
+    single, out = train(load_recipe(file), tmp_path / "single"), tmp_path / "out"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 9"):
+        torch.multiprocessing.spawn(worker, args=(before, port, file, out, 4), nprocs=before)
+    assert last_checkpoint(out / "checkpoints").name == "checkpoint-3"
+    torch.multiprocessing.spawn(worker, args=(after, port, file, out, -1), nprocs=after)
+    result = TrainResult.read(out)
+    assert (result.steps, result.tokens) == (single.steps, single.tokens)
+    assert result.held_out == pytest.approx(single.held_out, rel=1e-4)
+    one, other = (load_file(at / "adapter_model.safetensors") for at in (tmp_path / "single", out))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)

@@ -94,11 +94,6 @@ class Case:
     def has_experts(self) -> bool:
         return "expert" in self.example_of
 
-    @property
-    def peft_rewrites(self) -> bool:
-        """Whether PEFT 0.21 takes names of modules outside the experts for the experts'."""
-        return self.kind in ("deepseek_v3", "qwen3_next")
-
     def make(self, dtype: torch.dtype = torch.float32) -> Any:
         """Make the model, the same every time, in evaluation mode."""
         settings = {**(SIZES if self.sizes else {}), **self.settings}
@@ -188,8 +183,6 @@ def described(case: Case) -> dict[str, Any]:
     row["refused"] = {} if case.writes else {"self_calibration": "own data"}
     if case.has_experts:
         row["refused"] |= {"mixed_batch": "no"}
-    if case.peft_rewrites:
-        row["refused"] |= {"export": "no: PEFT rewrites the targets"}
     for preset in ("function-aware", "paper"):
         try:
             names = default_targets(model, preset)

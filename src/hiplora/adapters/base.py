@@ -1,6 +1,7 @@
 """The base model of an adapter: its configuration and weights, and whether the adapter fits."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,14 +153,28 @@ class BaseWeights:
 
 
 def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
-    """Return a linear layer of the model that messages call `name`; AdapterError if it has none of that name."""
+    """Return a layer with one weight matrix of the model that messages call `name`; AdapterError if it has none there.
+
+    It is linear, or one that only `target_parameters` adapt, as a mixture's router.
+    """
     layer = dict(model.named_modules()).get(module)
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise AdapterError(
-            f"base model {name}: has no linear layer {module}; the adapter was made for another model: pass the right "
-            "one as base=… (--base)"
-        )
+    weight = getattr(layer, "weight", None)
+    if layer is None or not (isinstance(weight, nn.Parameter) and weight.dim() == 2):
+        way = "the adapter was made for another model: pass the right one as base=… (--base)"
+        if any(f"{module}.".startswith(f"{one}.") for one, held in model.named_parameters() if held.dim() == 3):
+            way = "its experts are one parameter of a kind that hiplora cannot take apart: merge it with PEFT instead"
+        elif re.search(r"\.experts\.\d+\.\w+$", module):
+            way = (
+                "transformers 5 has a mixture's experts as one parameter: load the adapter with "
+                "peft.PeftModel.from_pretrained(base, folder), which converts it, and save it again"
+            )
+        raise AdapterError(f"base model {name}: has no linear layer {module}; {way}")
     return layer
+
+
+def is_product(layer: nn.Module) -> bool:
+    """Whether a layer's output is its input times its weight, so that an update can be added to the output."""
+    return isinstance(layer, (nn.Linear, Conv1D))
 
 
 def weight_of(layer: Any) -> Float[Tensor, "m n"]:

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from hiplora.adapters.base import BaseWeights, check_base, linear_layer, quiet_loading, replace_extras
+from hiplora.adapters.base import BaseWeights, check_base, is_product, linear_layer, quiet_loading, replace_extras
 from hiplora.adapters.read import PREFIX
 from hiplora.adapters.update import SELECTION, AdapterUpdate, model_order, product_norm
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve
-from hiplora.tuner.experts import stacks, unrolled
+from hiplora.tuner.experts import ALIASES, stacks, unrolled
 
 TOLERANCE = 1e-5  # of a module's update, relative, before it is rounded
 _LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
@@ -79,38 +79,54 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any], model: nn.Module 
     """Return an update whose configuration makes stock PEFT adapt the modules that it has, and no others.
 
     Tried on the skeleton of the base model, if that is at hand, or of the live `model` that has the adapter: with
-    `fields`, and with all modules by name.
+    `fields`, with all modules by name, and with those that PEFT would take for experts, or for no layer, by their
+    weight's name as one of the `target_parameters`.
 
     Raises:
         AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
             some mixtures of experts.
     """
-    layers = sorted(name for name, (_, modules) in stacks(update.factors).items() if modules == [name])
-    by_name = dict.fromkeys(SELECTION) | {"target_modules": layers}
-    for selection in (fields, {**fields, **by_name}):
-        if (skeleton := _skeleton(update, model)) is None:
-            return update
+    if (skeleton := _skeleton(update, model)) is None:
+        return update
+    for selection in _selections(update, fields, skeleton):
         why = ""
         try:
             with quiet_loading(), torch.device("meta"):
-                adapted = PeftModel(skeleton, LoraConfig(r=1, **selection))
+                adapted = PeftModel(copy.deepcopy(skeleton), LoraConfig(r=1, **selection))
         except (ValueError, NotImplementedError) as error:
             why = first_line(error)
         else:
-            if (found := set(_adapted(adapted))) == set(update.modules):
-                return replace(update, config={**update.config, **{key: selection.get(key) for key in by_name}})
+            if (found := set(_adapted(adapted, selection["target_parameters"] or ()))) == set(update.modules):
+                chosen = {key: selection.get(key) for key in (*SELECTION, "target_parameters")}
+                return replace(update, config={**update.config, **chosen})
     if not why:
         wrong = sorted(found ^ set(update.modules), key=model_order)
         told = "does not adapt" if wrong[0] in update.factors else "adapts"
         why = f"{told} {wrong[0]}" + (f" and {len(wrong) - 1} more are wrong" if wrong[1:] else "")
     raise AdapterError(
-        f"{update.source}: stock PEFT {peft.__version__} cannot have exactly these modules of the base model ({why}): "
-        "over some mixtures of experts it rewrites gate_proj, up_proj and down_proj outside the experts; export with "
-        "--to dense, or train without those modules (exclude_modules)"
+        f"{update.source}: stock PEFT {peft.__version__} cannot have exactly these modules of the base model ({why}); "
+        "export with --to dense, or train without those modules (exclude_modules)"
     )
 
 
-def _skeleton(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | None:
+def _selections(update: AdapterUpdate, fields: Mapping[str, Any], skeleton: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield ways to tell PEFT the modules: as configured, by name, and by their weights' names where PEFT needs it.
+
+    It takes what is called `gate_proj`, `up_proj` or `down_proj` for the experts', also outside them, and adapts a
+    router only as a parameter.
+    """
+    layers = sorted(name for name, (_, modules) in stacks(update.factors).items() if modules == [name])
+    by_name = {**fields, **dict.fromkeys(SELECTION), "target_modules": layers}
+    yield dict(fields)
+    yield by_name
+    called = {alias for aliases in ALIASES.values() for alias in aliases}
+    plain = [n for n in layers if n.rpartition(".")[2] not in called and is_product(skeleton.get_submodule(n))]
+    weights = {f"{name}.weight" for name in {*layers} - {*plain}}
+    parameters = sorted(weights | {*(fields["target_parameters"] or ())})
+    yield {**by_name, "target_modules": plain, "target_parameters": parameters}
+
+
+def _skeleton(update: AdapterUpdate, model: nn.Module | None) -> Any:
     """Return the base model without weights; None if it is not at hand; AdapterError if it lacks an adapted layer."""
     try:
         if model is None:
@@ -127,13 +143,15 @@ def _skeleton(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | Non
     return skeleton
 
 
-def _adapted(model: nn.Module) -> Iterator[str]:
-    """Yield the layers that a stock LoRA adapts, experts one by one."""
+def _adapted(model: nn.Module, parameters: Container[str]) -> Iterator[str]:
+    """Yield the layers that a stock LoRA adapts, experts one by one; a weight not among `parameters` as a weight."""
     for name, layer in model.named_modules():
         plain = name.removeprefix(PREFIX).replace(".base_layer", "")
-        if isinstance(layer, ParamWrapper):
+        if isinstance(layer, ParamWrapper) and layer.parameter_name == "weight":
+            yield plain if (weight := f"{plain}.weight") in parameters else weight
+        elif isinstance(layer, ParamWrapper):
             yield from (f"{plain}.{layer.parameter_name}.{expert}" for expert in range(layer.num_experts))
-        elif isinstance(layer, LoraLayer):
+        elif isinstance(layer, LoraLayer) and len(layer.lora_A):  # an embedding has other factors
             yield plain
 
 
@@ -161,7 +179,7 @@ def logits_of(model: nn.Module) -> Float[Tensor, "prompts length vocabulary"]:
 
 @contextmanager
 def added(model: nn.Module, update: AdapterUpdate) -> Iterator[None]:
-    """Add an update beside a bare model's layers inside the block, as an adapter does."""
+    """Add an update beside a bare model's layers inside the block, as an adapter does; to the weights of a router."""
 
     def hook(A: Tensor, B: Tensor) -> Any:
         return lambda _, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
@@ -170,6 +188,11 @@ def added(model: nn.Module, update: AdapterUpdate) -> Iterator[None]:
         stack.enter_context(unrolled(model))
         device = next(model.parameters()).device
         for module, (A, B) in update.factors.items():
-            handle = model.get_submodule(module).register_forward_hook(hook(A.to(device), B.to(device)))
-            stack.callback(handle.remove)
+            layer: Any = model.get_submodule(module)
+            if is_product(layer):
+                stack.callback(layer.register_forward_hook(hook(A.to(device), B.to(device))).remove)
+            else:
+                stack.callback(setattr, layer, "weight", layer.weight)
+                wide = layer.weight.detach().float() + update.delta(module).to(device)
+                layer.weight = nn.Parameter(wide.to(layer.weight.dtype), requires_grad=False)
         yield

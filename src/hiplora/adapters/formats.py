@@ -119,7 +119,7 @@ def update_of(saved: Saved) -> AdapterUpdate:
     else:
         _check_plain(saved)
     modules, extras = saved.sort(prefix, part)
-    factors, channels = _of_experts(saved, modules) if kind == "LORA" else {}, {}
+    factors, channels = _of_parameters(saved, modules) if kind == "LORA" else {}, {}
     for module in sorted({*modules, *saved.fingerprints}):
         parts = modules.get(module, {})
         if missing := [name for name in needed if name not in parts]:
@@ -160,29 +160,44 @@ def _lora(saved: Saved, module: str, parts: Parts) -> Pair:
     return A, (alpha / math.sqrt(r) if saved.config.get("use_rslora") else alpha / r) * B
 
 
-def _of_experts(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
-    """Take LoRA's factors of `target_parameters` out of `modules`: those of each expert, by its layer's name.
+def _of_parameters(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
+    """Take LoRA's factors of `target_parameters` out of `modules`: of a module's weight, of each expert by its name.
 
     PEFT names them after the module that has the parameters, and wraps the one that comes last around the other. The
     factors of all E experts are one pair: A (E·r, n), expert by expert, and B (m, r·E), with the experts innermost.
+    PEFT's patterns match the parameter's name, not the module's.
     """
     targets = saved.config.get("target_parameters") or ()
     factors: dict[str, Pair] = {}
-    for module in sorted({name.removesuffix(".base_layer") for name in modules} if targets else ()):
+
+    def take(called: str, name: str) -> tuple[Parts, int]:
+        parts = modules.pop(called)
+        saved.check_shapes(all(part in parts and parts[part].dim() == 2 for part in "AB"), name, parts)
+        return parts, saved.setting("rank_pattern", name, saved.config.get("r"))
+
+    for module in sorted({name.partition(".base_layer")[0] for name in modules} if targets else ()):
         own = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
         names = {name for name in own if any(f".{name}".endswith(f".{target}") for target in targets)}
-        if _is_layer(saved.config.get("target_modules") or (), module) or names == {f"{module}.weight"}:
-            continue  # a layer; of its own weight the factors are the same
+        if _is_layer(saved.config.get("target_modules") or (), module):
+            continue
+        if (weight := f"{module}.weight") in names:
+            parts, r = take(module, weight)
+            if len(parts["A"]) != r and len(parts["A"]) % r == 0:
+                raise saved.error(
+                    f"layer {module}: has experts of a kind that is not read; merge it with PEFT instead"
+                )
+            factors[module] = _lora(saved, weight, parts)
+            continue
         found = stacks(f"{name}.0" for name in names)
-        if not names or {called for called, _ in found.values()} != {n for n in modules if n.startswith(module)}:
+        held = {name for name in modules if name.partition(".base_layer")[0] == module}
+        if not names or {called for called, _ in found.values()} != held:
             raise saved.error(
                 f"layer {module}: its tensors are not those of experts that target_parameters names; the configuration "
                 "and the weights are of different adapters, or of experts of another kind: merge it with PEFT instead"
             )
         for name, (called, _) in found.items():
-            parts, r = modules.pop(called), saved.setting("rank_pattern", name, saved.config.get("r"))
-            whole = all(part in parts and parts[part].dim() == 2 for part in "AB")
-            saved.check_shapes(whole and r > 0 and len(parts["A"]) % r == 0, name, parts)
+            parts, r = take(called, name)
+            saved.check_shapes(r > 0 and len(parts["A"]) % r == 0, name, parts)
             A, experts = parts["A"].split(r), len(parts["A"]) // r
             saved.check_shapes(parts["B"].shape[1] == experts * r, name, parts)
             B = parts["B"].unflatten(1, (r, experts)).unbind(2)

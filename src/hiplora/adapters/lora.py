@@ -205,11 +205,12 @@ def write_lora(
     `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a value overflows `dtype`; ConfigError
     if a rank exceeds `pad_rank`.
     """
-    tensors, ranks = {}, {}
+    tensors, ranks, fields = {}, {}, lora_fields(update)
     for name, (called, modules) in stacks(update.factors).items():
         pairs = [update.factors[module] for module in modules]
         largest = max(len(A) for A, _ in pairs)
-        ranks[name] = rank = pad_rank or largest
+        key = f"{name}.weight"  # PEFT's patterns match the name of a parameter
+        ranks[key if key in (fields["target_parameters"] or ()) else name] = rank = pad_rank or largest
         if largest > rank:
             raise ConfigError(
                 f"layer {name}: has rank {largest}, which does not fit into --pad-rank {pad_rank}; pass at least "
@@ -224,7 +225,6 @@ def write_lora(
     r, other = _pattern(ranks)
     scaling_one: dict[str, Any] = {"r": r, "rank_pattern": other, "lora_alpha": r, "alpha_pattern": dict(other)}
     # PEFT's LoRA over a 3-D parameter finds its layout itself.
-    fields = lora_fields(update)
     LoraConfig(**scaling_one, fan_in_fan_out=transposed and not fields["target_parameters"], **fields).save_pretrained(
         str(folder)
     )
@@ -245,12 +245,18 @@ def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def lora_fields(update: AdapterUpdate) -> dict[str, Any]:
-    """Return `shared_fields` as a stock LoRA needs them: experts are parameters, beside which layers go by name."""
+    """Return `shared_fields` as a stock LoRA needs them: experts are parameters, beside which layers go by name.
+
+    A layer whose weight is among the update's own `target_parameters` stays one.
+    """
     found = stacks(update.factors)
-    parameters = [name for name, (_, modules) in found.items() if modules != [name]]
+    layers = {name for name, (_, modules) in found.items() if modules == [name]}
+    weights = {f"{name}.weight" for name in layers}.intersection(update.config.get("target_parameters") or ())
+    parameters = weights | found.keys() - layers
     fields = {**shared_fields(update), "target_parameters": sorted(parameters) or None}
     if parameters:
-        fields |= {**dict.fromkeys(SELECTION), "target_modules": sorted(found.keys() - set(parameters))}
+        named = [name for name in layers if f"{name}.weight" not in weights]
+        fields |= {**dict.fromkeys(SELECTION), "target_modules": sorted(named)}
     return fields
 
 

@@ -14,7 +14,7 @@ from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.read import CONFIG
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, first_line
-from hiplora.models import hub_name, resolve
+from hiplora.models import hub_name, knows_text, resolve
 from hiplora.provenance import provenance
 from hiplora.tuner.config import PEFT_TYPE
 from hiplora.tuner.experts import shared_side
@@ -197,4 +197,7 @@ def save_tokenizer(update: AdapterUpdate, folder: Path, base: bool = False) -> N
             found.insert(0, (AutoProcessor, name))
     for kind, source in found:
         with suppress(Exception):  # what transformers raises where a model has none of it: the folder has none then
-            kind.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+            made = kind.from_pretrained(source, trust_remote_code=False)
+            tokenizer = made if kind is AutoTokenizer else getattr(made, "tokenizer", None)
+            if tokenizer is None or knows_text(tokenizer):
+                made.save_pretrained(folder)

@@ -29,7 +29,7 @@ from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import shared_side, unrolled
 from hiplora.tuner.moments import Bases, measure_inputs, measure_outputs
 from hiplora.tuner.sampling import OWN_DATA, CalibrationStore, model_fingerprint, sampled_rows
-from hiplora.tuner.targets import Target, find_targets, frozen_weight, linear_target
+from hiplora.tuner.targets import Target, find_targets, frozen_weight, measured_target
 
 Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
 SELF = "self"  # the source: text sampled from the model itself
@@ -257,7 +257,7 @@ class CalibrationText:
         """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
         bases: Bases = {}
         head = getattr(self._model, "get_output_embeddings", lambda: None)()
-        targets = (linear_target(self._model.get_submodule(name), name) for name in modules)
+        targets = (measured_target(self._model.get_submodule(name), name) for name in modules)
         for group in _memory_groups(targets, "input", self._max_bytes):
             names = [target.name for target in group]
             ranks = {name: trailing[name] for name in names} if trailing else None

@@ -45,7 +45,9 @@ class UnrolledExperts(nn.Module):
         name, _ = _projections(fused)
         up = getattr(self, name)
         result = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
+        # In training all: processes that share gradients need those of all, zeros where no token came.
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        for expert in range(len(up)) if trains else top_k_index.unique().tolist():
             if expert >= len(up):  # where expert parallelism sends the tokens of other ranks
                 continue
             token, choice = torch.where(top_k_index == expert)
@@ -84,7 +86,7 @@ def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = No
                 weights = torch.stack([layer.weight.data for layer in layers])
                 weights = weights.mT.contiguous() if module.is_transposed else weights
                 parameter = nn.Parameter(weights, requires_grad=False)
-            module.fused.register_parameter(projection, parameter)
+            module.fused._parameters[projection] = parameter
         _put(model, name, module.fused)
 
 
@@ -142,9 +144,12 @@ def _projections(module: Any) -> tuple[str, str]:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear layer without bias over a weight (m, n), sharing its memory."""
+    """Return a linear layer without bias over a weight (m, n), sharing its memory.
+
+    What is registered where PEFT saves memory (`low_cpu_mem_usage`) loses its values, so the weight is not.
+    """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return layer
 
 

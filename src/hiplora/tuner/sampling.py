@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
+from hiplora.models import knows_text
 from hiplora.spectral import TensorStore, weight_fingerprint
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.moments import base_only
@@ -129,7 +130,7 @@ class Script(NamedTuple):
 
 def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script]:
     """Return the conversations that rows follow: the chat template's, else `QUESTIONS`; none without a tokenizer."""
-    if tokenizer is None:
+    if tokenizer is None or not knows_text(tokenizer):
         return []
     special = {*special_tokens(model), *tokenizer.all_special_ids}
     vocabulary, begin = _vocabulary(model)

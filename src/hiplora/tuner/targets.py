@@ -176,6 +176,14 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
     return Target(name, (m, n), k)
 
 
+def measured_target(module: nn.Module, name: str) -> Target:
+    """Describe a layer whose inputs are measured: a linear one, or another of one weight matrix, as a router."""
+    weight = getattr(module, "weight", None)
+    if is_linear(_base(module)) or isinstance(module, nn.Embedding) or getattr(weight, "ndim", 0) != 2:
+        return linear_target(module, name)
+    return Target(name, (len(cast(Tensor, weight)), cast(Tensor, weight).shape[1]), 0)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module without adapters multiplies by one weight matrix, quantised or not, when it is called."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls its output projection

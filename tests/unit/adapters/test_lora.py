@@ -194,15 +194,22 @@ def test_experts_beside_layers_are_exported_for_stock_peft_padded_too(tmp_path):
     torch.testing.assert_close(logits(base_model(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_where_peft_takes_a_layer_for_the_experts_the_export_names_it(tmp_path):
+@pytest.mark.parametrize("targets", [["down_proj"], ["down_proj", "gate_up_proj", "gate_proj", "up_proj", "q_proj"]])
+def test_layers_that_peft_would_take_for_experts_are_exported_by_their_weights_names(tmp_path, targets):
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259, "num_attention_heads": 2, "head_dim": 16}
     settings |= {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
     base = tmp_path / "moe"
     mixed = Qwen3MoeConfig(**settings, intermediate_size=64, mlp_only_layers=[0])
     Qwen3MoeForCausalLM(mixed).save_pretrained(base)
-    folder, _ = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=["down_proj"]))
-    with pytest.raises(AdapterError, match=r"does not adapt model\.layers\.0\.mlp\.down_proj.*--to dense"):
-        save_as_lora(folder, tmp_path / "out", check_logits=False)
+    patterns = {"rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"0.mlp.down_proj": 1}}
+    folder, model = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=targets, **patterns))
+    for source in (folder, model):
+        for pad in (None, 9):
+            out = tmp_path / f"{source is model}{pad}"
+            save_as_lora(source, out, pad_rank=pad)
+            stock = logits_of_stock_process(base, out, tmp_path)
+            torch.testing.assert_close(stock, logits(model), rtol=1e-4, atol=1e-5)
+            save_as_lora(out, tmp_path / "again", overwrite=True)  # its record compares logits
 
 
 def test_modules_that_a_pattern_would_not_select_are_named_one_by_one(adapters, tmp_path):

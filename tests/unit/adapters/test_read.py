@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, OSFConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from hiplora.adapters import read_update, save_as_lora, save_dense, update_from_model
 from hiplora.adapters.check import added
@@ -154,6 +154,67 @@ def test_a_lora_of_experts_is_read_as_the_updates_of_each(tmp_path, kind, parame
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
     edit_config(folder, target_parameters=["gate_up_proj"] * len(parameters))
     refused(folder, r"experts(: its tensors are not those|.gate_up_proj: A .* are not factors)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        (MixtralConfig, {"target_modules": "all-linear"}),  # which PEFT takes for the experts and the router too
+        (GptOssConfig, {"target_modules": [], "target_parameters": ["router.weight", "down_proj", "k_proj.weight"]}),
+        (GptOssConfig, {"target_modules": [], "target_parameters": ["embed_tokens.weight", "o_proj.weight"]}),
+    ],
+)
+def test_weights_that_a_lora_adapts_as_parameters_are_read_with_their_own_patterns(tmp_path, kind, targets):
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48}
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
+    AutoModelForCausalLM.from_config(kind(**sizes, **heads, **experts)).save_pretrained(tmp_path / "base")
+    # PEFT matches these patterns with the parameter's name: those of the module's are without effect.
+    names = ["gate", "router", "k_proj", "o_proj", "embed_tokens"]
+    patterns = {
+        "rank_pattern": {**{f"{name}.weight": 3 for name in names}, **dict.fromkeys(names, 5)},
+        "alpha_pattern": {**{f"{name}.weight": 24 for name in names}, **dict.fromkeys(names, 40)},
+    }
+    config = LoraConfig(r=2, lora_alpha=4, **targets, **patterns)
+    folder, model = saved(tmp_path / "base", tmp_path / "a", config)
+    for number, source in enumerate((folder, model)):
+        bare, update = base_model(tmp_path / "base"), read_update(folder) if number == 0 else update_from_model(model)
+        with added(bare, update):
+            torch.testing.assert_close(logits(bare), logits(model), rtol=1e-4, atol=1e-5)
+        assert torch.equal(logits(bare), logits(base_model(tmp_path / "base")))
+        save_dense(source, tmp_path / f"dense{number}")
+        found = base_model(tmp_path / f"dense{number}")
+        torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-5)
+        save_as_lora(source, tmp_path / f"again{number}")
+        again = peft.PeftModel.from_pretrained(base_model(tmp_path / "base"), str(tmp_path / f"again{number}"))
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "target", "reason"),
+    [
+        ("jetmoe", {"kv_channels": 16, "num_local_experts": 2}, "input_linear.weight", "merge it with PEFT"),
+        ("llama4_text", {"num_local_experts": 2, "head_dim": 16}, "experts.down_proj", "merge it with PEFT"),
+    ],
+)
+def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(
+    tmp_path, kind, settings, target, reason
+):
+    sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=2, num_key_value_heads=2, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    folder, _ = saved(
+        tmp_path / "base", tmp_path / "a", LoraConfig(r=2, target_modules=[], target_parameters=[target])
+    )
+    with pytest.raises(AdapterError, match=reason):
+        save_dense(folder, tmp_path / "dense")
+    # As transformers 4 named them.
+    A, B = torch.randn(2, 32), torch.randn(48, 2)
+    names = [f"{PREFIX}model.layers.1.mlp.experts.0.w1.lora_{part}.weight" for part in "AB"]
+    save_file(dict(zip(names, (A, B), strict=True)), folder / "adapter_model.safetensors")
+    edit_config(folder, target_modules=["w1"], target_parameters=None)
+    with pytest.raises(AdapterError, match="which converts it, and save it again"):
+        save_dense(folder, tmp_path / "dense")
 
 
 @pytest.mark.parametrize(

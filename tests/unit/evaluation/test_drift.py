@@ -1,14 +1,16 @@
+import copy
 import math
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.drift import cut_windows
-from tests.tiny import tiny_llama, tiny_tokenizer
+from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
 TEXTS = {
     "prose": "It was a bright cold day in April, and nobody minded. " * 4,
@@ -82,6 +84,25 @@ def test_an_adapter_that_changes_nothing_and_a_changed_base_are_refused():
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 0.5
     with pytest.raises(AdapterError, match="not the base bit for bit"):
         measure_drift(peft, reference)
+
+
+def test_experts_that_run_one_by_one_and_so_round_otherwise_are_no_drift_but_another_base_is():
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48, "hidden_size": 32}
+    model = GptOssForCausalLM(GptOssConfig(vocab_size=VOCABULARY, **heads, **experts)).eval()
+    reference = build(model)
+    config = {"r": 4, "preset": "paper", "principal_rank": 8, "target_modules": ["down_proj"]}
+    peft = adapted(model, HipLoraConfig(**config))
+    with torch.no_grad():
+        (window, *_) = reference.windows["prose"]
+        restored = peft(window[None]).logits[0, :-1].log_softmax(-1)
+    assert not torch.equal(restored, reference.kept["prose", 0])  # transposed weights: this test would show nothing
+    assert all(found.kl == 0 for found in measure_drift(peft, reference, may_be_nothing=True).values())
+    trained = adapted(copy.deepcopy(peft.unload()), HipLoraConfig(**config, init_weights=False))
+    assert measure_drift(trained, reference)["prose"].kl > 1e-5
+    peft.model.lm_head.weight.data.mul_(30)
+    with pytest.raises(AdapterError, match="not the base bit for bit"):
+        measure_drift(adapted(peft.model, HipLoraConfig(**config)), reference)
 
 
 @pytest.mark.parametrize(("text", "window", "tokens"), [("a", 8, 8), ("", 8, 8), ("abc", 1, 8), ("abc", 8, 1)])

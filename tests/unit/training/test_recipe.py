@@ -1,5 +1,6 @@
 """The recipe: defaults, checks, everything wrong at once with the way out, and dumps that keep the keys of jobs."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -247,3 +248,11 @@ def test_checking_a_recipe_loads_no_heavy_library(folder):
     script = f"load_recipe({str(write(folder, GOOD))!r}); print({heavy} & sys.modules.keys())"
     command = [sys.executable, "-c", f"import sys; from hiplora.training import load_recipe; {script}"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_field_of_another_method_or_of_another_type_is_a_problem_of_the_recipe_never_an_error_of_its_checks(method):
+    for field in sorted({field for kind in METHODS.values() for field in kind.model_fields} - {"name"}):
+        for value in (True, 0.5, 2, "x", None, [], {}):
+            with contextlib.suppress(ValidationError):
+                recipe(method={"name": method, field: value})

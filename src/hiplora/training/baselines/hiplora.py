@@ -72,8 +72,9 @@ class Spectral(FromInputs, LowRank):
     def _of_the_gains(cls, value: Mapping[str, Any]) -> list[str]:
         """Return the fields whose value only means something where there are gains, as `HipLoraConfig` sees it."""
         free = value.get("stability_weight") == 0 or value.get("stability_mode") == "none"
-        names = [name for name in OF_THE_GAINS if name in value and not (free and name.startswith("stability"))]
-        return [name for name in names if value[name] != cls.model_fields[name].default]
+        fields = {name: cls.model_fields[name] for name in OF_THE_GAINS if name in cls.model_fields and name in value}
+        names = [name for name in fields if not (free and name.startswith("stability"))]
+        return [name for name in names if value[name] != fields[name].default]
 
     @model_validator(mode="after")
     def _basis_fits(self) -> "Spectral":
