@@ -99,7 +99,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (
             f"lora: {{title: LoRA, method: lora}}\nprotocols:\n  {SINGLE}",
             "alphaedit: {title: A, method: lora}\nprotocols:\n  editing: {methods: [alphaedit]}",
-            "'alphaedit' is an editor; rename the method",
+            "'alphaedit' is an editor of weights; rename the method",
         ),
         (SINGLE, "continual: {methods: [lora], order: [sums]}", "order: unknown field; did you mean `orders`?"),
         (SINGLE, "aims: {}", "protocols.aims: unknown field"),
