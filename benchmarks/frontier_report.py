@@ -125,15 +125,23 @@ def holm(p: pd.Series) -> pd.Series:
 
 
 def abilities(out: Path) -> pd.DataFrame:
-    """Return per task, method and benchmark the mean change from the base, paired by item, with t intervals."""
+    """Return per task, method and benchmark the mean changes from the base, paired by item, with t intervals.
+
+    Of accuracy and log-likelihood, and without their signs: the share of items with another outcome, and how far the
+    log-likelihood moved.
+    """
     base = json.loads((out / "base-abilities.json").read_text())["abilities"]
     rows = []
     for path in sorted(out.glob("*-seed*-abilities.json")):
         result = json.loads(path.read_text())
         for benchmark, scores in result["abilities"].items():
-            for metric, factor in (("correct", 100.0), ("log_likelihood", 1.0)):
-                change = factor * (np.array(scores[metric]) - np.array(base[benchmark][metric]))
-                rows.append([result["task"], result["method"], benchmark, metric, change])
+            solved, likelihood = (
+                np.array(scores[metric]) - np.array(base[benchmark][metric])
+                for metric in ("correct", "log_likelihood")
+            )
+            changes = {"correct": 100.0 * solved, "other": 100.0 * abs(solved), "log_likelihood": likelihood}
+            changes["moved"] = abs(likelihood)
+            rows += [[result["task"], result["method"], benchmark, *change] for change in changes.items()]
     table = pd.DataFrame(rows, columns=["task", "method", "benchmark", "metric", "change"])
     kept = ["task", "method", "benchmark", "metric"]
     grouped = table.groupby(kept)["change"].agg(lambda seeds: np.mean(list(seeds), axis=0))
@@ -181,7 +189,12 @@ def shown_abilities(found: pd.DataFrame) -> pd.DataFrame:
     """Return the changes of abilities as the documentation shows them, a column a benchmark."""
     from hiplora.reporting import interval
 
-    units = {"correct": ("accuracy, pp", 1), "log_likelihood": ("log-likelihood, nats a token", 3)}
+    units = {
+        "correct": ("accuracy, pp", 1),
+        "other": ("items with another outcome, %", 1),
+        "log_likelihood": ("log-likelihood, nats a token", 3),
+        "moved": ("… whatever the sign", 3),
+    }
     told = [interval(row.change, row.low, row.high, units[row.metric][1]) for row in found.itertuples()]
     names = {"method": titled(found["method"]), "metric": [units[metric][0] for metric in found["metric"]]}
     wide = found.assign(told=told, **names).pivot(
