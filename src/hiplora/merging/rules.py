@@ -49,7 +49,8 @@ class Rule:
     """A merge rule: `combine(terms, **options)`, by what it works on.
 
     Of kind "factors", it takes a sequence of `Term` and returns merged factors and, where it keeps the two channels of
-    HiP-LoRA apart, those too (else None). "dense": it takes `DenseTerm`s and returns the merged matrix (m, n).
+    HiP-LoRA apart, those too (else None). "dense": it takes a sequence of `DenseTerm` and returns the merged matrix
+    (m, n).
     """
 
     name: str
