@@ -29,7 +29,7 @@ from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.updates import measure_updates
-from hiplora.models import context_length, load_tokenizer, skeleton, within_context
+from hiplora.models import load_tokenizer, position_limit, skeleton, within_context
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
@@ -122,10 +122,15 @@ def compare(
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    tokenizer, context = load_tokenizer(model), context_length(skeleton(model)) or math.inf
+    tokenizer, limit = load_tokenizer(model), position_limit(skeleton(model)) or math.inf
     rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
-    asked = (example for example in rows.held_out if example.prompt)
-    own = [one for one in asked if len(tokenizer(one.prompt)["input_ids"]) + ANSWER_TOKENS < context][:OWN_ROWS]
+
+    def fits(prompt: Example | str) -> bool:
+        return len(tokenizer(_asked(tokenizer, prompt))["input_ids"]) < limit
+
+    own = [example for example in rows.held_out if example.prompt and fits(example)][:OWN_ROWS]
+    if long := next((question for question in questions if not fits(question)), None):
+        raise ConfigError(f"--prompts: {long[:40]!r} fills the model's context of {limit} tokens; shorten it")
     plan = {
         "kind": "compare",
         "hiplora": __version__,
@@ -268,15 +273,17 @@ class Base:
         self, adapters: Mapping[str, Path], prompts: Sequence[Example | str], tokens: int = ANSWER_TOKENS
     ) -> list[dict[str, str]]:
         """Return what the base and each adapter answer: to a question in a chat, to an example's prompt as trained."""
-        asked = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                asked.append(chat_prompt(self.tokenizer, [{"role": "user", "content": prompt}]))
-            else:
-                turns = [dict(message) for message in prompt.messages[:-1]]
-                asked.append(chat_prompt(self.tokenizer, turns) if turns else prompt.prompt)
+        asked = [_asked(self.tokenizer, prompt) for prompt in prompts]
         rows = side_by_side(self.model, self.tokenizer, adapters, asked, tokens)
         return [{name: text.strip() for name, text in row.items()} for row in rows]
+
+
+def _asked(tokenizer: Any, prompt: Example | str) -> str:
+    """Return what the model reads of a question, or of an example's prompt."""
+    if isinstance(prompt, str):
+        return chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
+    turns = [dict(message) for message in prompt.messages[:-1]]
+    return chat_prompt(tokenizer, turns) if turns else prompt.prompt
 
 
 def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -> Results:

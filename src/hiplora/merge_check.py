@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from hiplora import __version__
 from hiplora.adapters import AdapterUpdate, BaseWeights, load_for, read_update
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
+from hiplora.evaluation.drift import rounding
 from hiplora.evaluation.evaluate import FORMS, EvalSettings, Partial, collect, judge
 from hiplora.evaluation.mounting import (
     BASE,
@@ -42,7 +42,6 @@ _NO_OWNERS = (
     "before the merge look slightly better than they are."
 )
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
-_KL_ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # nats a token; a smaller divergence says nothing
 _BEYOND = 1.1  # times the limit of adapters that agree: no verdict rests on rounding
 _SCORES = ("task", "metric", "before, of", "before", "after", "difference")
 Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
@@ -274,7 +273,7 @@ def drift_of_merge(
     ratios = {}
     for text, found in drift["merge"].items():
         parts = sum(drift[name][text]["kl"] for name in alone)
-        ratios[text] = found["kl"] / max(parts, _KL_ROUNDING[model.dtype])
+        ratios[text] = found["kl"] / max(parts, rounding(model))
     text, worst = max(ratios.items(), key=lambda item: item[1])
     kl, changed = (drift["merge"][text][key] for key in ("kl", "greedy_changed"))
     judged = "they change the same things; smaller --weights or --scale keep more of the base."
@@ -286,7 +285,7 @@ def drift_of_merge(
         if kl > _BEYOND * sum(found[text]["kl"] for found in agreeing.values()) / len(alone):
             judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
     share = f"{worst:.2g} times what the adapters drift alone, added up"
-    if kl < _KL_ROUNDING[model.dtype]:
+    if kl < rounding(model):
         share = "no more than rounding"
     verdict = (
         f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "

@@ -61,7 +61,7 @@ def test_every_direction_is_measured_under_every_intervention(tiny_model_dir, pr
         (
             ((-0.1, 0.9), (None, None)),
             0.5,
-            "Whether σ says how far zero (ρ 0.50 [-0.10, 0.90]) and flip (ρ 0.50) moved",
+            "These directions do not show whether σ predicts the effect of zero (ρ 0.50 [-0.10, 0.90]) and flip (ρ",
         ),
         (((-0.1, 0.9), (0.2, 0.8)), 0.5, "Furthest: flip of direction 3 of q, by 0.5 nats a token."),
         (((-0.1, 0.9), (0.2, 0.8)), None, "of direction 3 of q, after which its predictions are not finite."),

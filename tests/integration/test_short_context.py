@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
+from hiplora.evaluation.answers import continuations
+from hiplora.models import context_length, load, position_limit
 from tests.commands import run
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
 
@@ -54,6 +56,30 @@ def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsy
     assert code == 0, err
     if name == "preview":
         assert json.loads(said)["data"]["tokens"] <= CONTEXT * json.loads(said)["data"]["sequences"]
+
+
+def test_only_the_prompts_that_need_it_are_cut_short(model):
+    network, tokenizer = load(str(model))
+    prompts = ["a", "b" * (CONTEXT - 4), "c" * 9]
+    together = continuations(network, tokenizer, prompts, 20)
+    assert together == [continuations(network, tokenizer, [prompt], 20)[0] for prompt in prompts]
+    assert max(len(tokenizer(text)["input_ids"]) for text in together[::2]) > 4
+
+
+def test_positions_that_go_on_by_a_rule_end_nowhere(model, tiny_model_dir):
+    assert position_limit(load(str(model))[0]) == CONTEXT
+    network = load(str(tiny_model_dir))[0]
+    assert context_length(network) is not None
+    assert position_limit(network) is None
+    opt = OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64)
+    assert position_limit(OPTForCausalLM(opt)) == opt.max_position_embeddings
+
+
+def test_a_prompt_that_fills_it_is_refused_before_a_comparison_begins(model, rows, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("Why? " * CONTEXT)
+    *given, out = commands(model, rows, tmp_path / "out")["compare"]
+    code, _, err = run(capsys, *given, out, "--prompts", tmp_path / "prompts.txt")
+    assert (code, f"context of {CONTEXT} tokens" in err, (tmp_path / "out").exists()) == (2, True, False)
 
 
 @pytest.mark.parametrize("prompt", ["Gr\udcfc", "\ud83d"])

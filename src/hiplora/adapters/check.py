@@ -105,7 +105,7 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any], model: nn.Module 
         why = f"{told} {wrong[0]}" + (f" and {len(wrong) - 1} more are wrong" if wrong[1:] else "")
     raise AdapterError(
         f"{update.source}: stock PEFT {peft.__version__} cannot have exactly these modules of the base model ({why}); "
-        "export with --to dense, or train without those modules (exclude_modules)"
+        "export with --to dense, or train other modules, of a mixture's experts all or none"
     )
 
 

@@ -207,6 +207,11 @@ def write_lora(
     """
     tensors, ranks, fields = {}, {}, lora_fields(update)
     for name, (called, modules) in stacks(update.factors).items():
+        if modules != [name] and modules != (all_of := [f"{name}.{index}" for index in range(len(modules))]):
+            raise AdapterError(
+                f"layer {min({*all_of} - {*modules})}: is not adapted, but other experts of {name} are, and LoRA has "
+                "all or none; export with --to dense"
+            )
         pairs = [update.factors[module] for module in modules]
         largest = max(len(A) for A, _ in pairs)
         key = f"{name}.weight"  # PEFT's patterns match the name of a parameter

@@ -46,6 +46,7 @@ class _Settings(BaseModel, strict=True):
     principal_channel: bool | None = None
     save_factors: bool | None = None
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     feedforward_modules: list[str] | str | None = None
     layers_pattern: list[str] | str | None = None

@@ -2,8 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -151,16 +151,16 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
         what = "the data are conversations, and the model's tokenizer has no chat template"
         raise DataError(f"{what}; use a chat model, or give the rows as prompt and completion")
     which = f"the conversation that begins {example.messages[0]['content'][:40]!r}"
-    calls = [call.get("function", call) for one in example.messages for call in one.get("tool_calls") or ()]
     try:
         text, spans = _rendered(tokenizer, example)
     except (TemplateError, TypeError) as error:
         system = example.messages[0]["role"] == "system"
         way = "; put the system message's text into the user's first" if system else ""
         raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
-    for name in [call.get("name") for call in calls if isinstance(call, Mapping)]:
-        if isinstance(name, str) and name not in text:
-            what = f"the model's chat template leaves out the tool calls ({name}) of {which}"
+    if any(message.get("tool_calls") for message in example.messages):
+        without = tuple({**message, "tool_calls": None} for message in example.messages)
+        if _rendered(tokenizer, replace(example, messages=without))[0] == text:
+            what = f"the model's chat template leaves out the tool calls of {which}"
             raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
     ids, labels = _cut_out(tokenizer, text, spans)
     if all(label == IGNORED for label in labels):

@@ -28,7 +28,7 @@ from hiplora.errors import DataError, first_line, first_problem
 
 Row = tuple[str, Any]  # place, value
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".csv", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".csv", ".tsv", ".txt")
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # ShareGPT's names of roles.
@@ -341,7 +341,8 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
 
 
 def _csv(text: str, path: Path) -> Iterator[Row]:
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)  # Excel's is a semicolon where the comma is the decimal
+    header = re.sub('"[^"]*"', "", text.lstrip().partition("\n")[0])
+    delimiter = max(",;\t", key=header.count)  # Excel's is a semicolon where the comma is the decimal
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns", delimiter=delimiter)
     try:
         for row in reader:

@@ -24,7 +24,7 @@ from hiplora.spectral import MomentBasis
 from hiplora.tuner import CalibrationText
 
 GRADIENT_TOKENS = 4096  # of the text, that the gradients at the outputs are measured on
-_NOTHING = 1e-6  # of the largest singular value: what is left out of the factors that are saved
+_LEAST = 1e-6  # of the largest singular value: what is left out of the factors that are saved
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -39,12 +39,13 @@ def protected_pairs(inputs: MomentBasis, outputs: MomentBasis, energy: float) ->
 
     p and q are the eigenvectors that are kept of the outputs and of the inputs.
     """
-    values = [basis.values.double()[: basis.vectors.shape[1]].clamp(min=0) for basis in (outputs, inputs)]
-    products = torch.outer(*values)
+    values = [basis.values.double().clamp(min=0) for basis in (outputs, inputs)]
+    products = torch.outer(*(v[: b.vectors.shape[1]] for v, b in zip(values, (outputs, inputs), strict=True)))
     order = products.flatten().argsort(descending=True, stable=True)
-    before = products.flatten()[order].cumsum(0) - products.flatten()[order]
+    sizes = products.flatten()[order]
+    before = sizes.cumsum(0) - sizes
     protected = torch.zeros(products.numel(), dtype=torch.bool)
-    protected[order[before < energy * products.sum()]] = True
+    protected[order[(sizes > 0) & (before < energy * values[0].sum() * values[1].sum())]] = True
     return protected.view_as(products)
 
 
@@ -77,7 +78,6 @@ class CrispEditor(WeightEditor):
         text = CalibrationText(model, tokens=settings.calibration_tokens, seed=settings.seed, tokenizer=tokenizer)
         inputs = text.inputs(self.modules)
         outputs = text.outputs({name: len(self.weight(name)) for name in self.modules}, GRADIENT_TOKENS)
-        model.requires_grad_(False)
         self._masked = {
             name: _Masked(self.weight(name), inputs[name], outputs[name], settings.energy) for name in self.modules
         }
@@ -112,7 +112,7 @@ class CrispEditor(WeightEditor):
         found = {}
         for name, masked in self._masked.items():
             U, sigma, Vt = torch.linalg.svd(masked.masked().double().cpu(), full_matrices=False)
-            q = max(int((sigma > _NOTHING * sigma[0]).sum()), 1)
+            q = max(int((sigma > _LEAST * sigma[0]).sum()), 1)
             root = sigma[:q].sqrt()
             found[name] = (root[:, None] * Vt[:q]).float(), (U[:, :q] * root).float()
         return found

@@ -31,7 +31,7 @@ from hiplora.editing.editors import (
     WeightEditor,
     WeightEdits,
 )
-from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
+from hiplora.editing.edits import BUILT_IN, WEIGHT_EDITORS, Category, Edit, Question, load_edits, load_questions
 from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
@@ -44,7 +44,6 @@ from hiplora.training.method import Method
 from hiplora.training.result import OWN_FORMAT
 
 EDITORS: dict[str, type[WeightEdits]] = {"alphaedit": AlphaEdit, "crispedit": CrispEdit}
-TITLES = {"alphaedit": "AlphaEdit", "crispedit": "CrispEdit"}
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.
 DEFAULT_STEPS = {"single": (20, 2e-3), "batch": (500, 2e-4), "sequential": (500, 2e-4)}
 MEASURES = {
@@ -200,7 +199,7 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
 
 
 def _card(job: EditJob, method: Any) -> str:
-    own = TITLES.get(job.method)
+    own = WEIGHT_EDITORS.get(job.method)
     title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)
     loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
     return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)

@@ -12,7 +12,7 @@ from torch import nn
 from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
 from hiplora.evaluation.mounting import BASE, mounted
-from hiplora.models import context_length
+from hiplora.models import position_limit
 
 
 @torch.no_grad()
@@ -36,14 +36,16 @@ def continuations(
     encoded = [encode(tokenizer, prompt, " x") for prompt in prompts]
     rows = [one.ids[: one.scored[0]] for one in encoded]  # what an answer's likelihood is conditioned on
     lengths, device = [len(row) for row in rows], next(model.parameters()).device
-    context = context_length(model)
+    context = position_limit(model) or max(lengths, default=0) + length
+    tight = [index for index, found in enumerate(lengths) if found + length > context]  # these alone are cut
+    free = [index for index in range(len(rows)) if index not in tight]
+    together = by_length([lengths[index] for index in free], batch_size if can_pad(model, lengths) else 1)
     written: dict[int, str] = {}
     with eval_mode(model):
-        for batch in by_length(lengths, batch_size if can_pad(model, lengths) else 1):
+        for batch in [*([free[place] for place in part] for part in together), *([index] for index in tight)]:
             ids, mask, _ = (tensor.to(device) for tensor in pad_left([rows[index] for index in batch], pad))
-            if (room := (context or ids.shape[1] + length) - ids.shape[1]) < 1:
-                long = max(batch, key=lambda index: lengths[index])
-                what = f"the prompt {prompts[long][:40]!r} has {lengths[long]} tokens with what came before it"
+            if (room := context - ids.shape[1]) < 1:
+                what = f"the prompt {prompts[batch[0]][:40]!r} has {ids.shape[1]} tokens with what came before it"
                 raise ConfigError(f"{what}, and the model's context is {context}: shorten it")
             greedy.max_new_tokens = min(length, room)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hiplora.data.texts import token_rows
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.likelihood import eval_mode
-from hiplora.models import within_context
+from hiplora.models import context_length
 from hiplora.tuner.experts import UnrolledExperts
 
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents
@@ -21,7 +21,6 @@ Windows = dict[str, list[Int[Tensor, " length"]]]
 
 DIVERGED = "its training diverged, or it is for another base: use an earlier checkpoint"
 _KEPT = 1 << 30  # bytes of the base's log-probabilities in memory
-_ROUNDING = 1e-2  # nats a token: no more than half precision makes of the same experts in another order
 _CHUNK = 128  # positions whose whole distributions are in memory at once
 
 
@@ -59,7 +58,7 @@ class BaseReference:
         cls, model: nn.Module, tokenizer: Any, texts: Texts, *, window: int = 512, max_tokens: int = 1024
     ) -> "BaseReference":
         """Run the bare `model` over `texts`, cut as in `cut_windows`, but into windows no longer than its context."""
-        reference = cls(cut_windows(tokenizer, texts, within_context(window, model), max_tokens))
+        reference = cls(cut_windows(tokenizer, texts, min(window, context_length(model) or window), max_tokens))
         held = 0
         for name, parts in reference.windows.items():
             for index, ids in enumerate(parts):
@@ -69,6 +68,11 @@ class BaseReference:
                 if index == 0 or held <= _KEPT:
                     reference.kept[name, index] = log_probs
         return reference
+
+
+def rounding(model: nn.Module) -> float:
+    """Return the divergence in nats a token below which it is the rounding of the model's precision."""
+    return 1e-6 if next(model.parameters()).dtype == torch.float32 else 1e-3
 
 
 def measure_drift(
@@ -91,7 +95,7 @@ def measure_drift(
     kept, bare = reference.kept, reference.kept[first, 0]
     if not torch.equal(restored, bare) and any(isinstance(module, UnrolledExperts) for module in model.modules()):
         kept = {}  # experts that run one by one round otherwise than at once, which is no drift
-        bare = restored if _sums(bare, restored, windows[0])[0] <= _ROUNDING * len(bare) else bare
+        bare = restored if _sums(bare, restored, windows[0])[0] <= rounding(model) * len(bare) else bare
     if not torch.equal(restored, bare):
         raise AdapterError(
             f"with the adapter off the model is not the base bit for bit (text {first!r}); "

@@ -149,7 +149,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[st
         if how and names
     ]
     if kinds[""]:
-        parts.append(f"whether σ says how far {' and '.join(kinds[''])} moved the model, these directions cannot tell")
+        parts.append(f"these directions do not show whether σ predicts the effect of {' and '.join(kinds[''])}")
     said = "; ".join(parts)
     most = max(rows, key=lambda row: math.inf if row["drop"]["kl"] is None else row["drop"]["kl"])
     furthest = f"{most['kind']} of direction {most['index']} of {most['module']}"

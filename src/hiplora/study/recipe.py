@@ -11,9 +11,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from hiplora.data.examples import Block, DataSettings
 from hiplora.data.rows import is_hub_name
+from hiplora.editing.edits import WEIGHT_EDITORS
 from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
-from hiplora.study.protocols.editing import EDITORS
 from hiplora.study.protocols.settings import AboveZero, Positive, Seed
 from hiplora.training.baselines import AnyMethod
 from hiplora.training.reading import described, put_over, read_yaml, refusal
@@ -178,9 +178,10 @@ class StudyRecipe(Block):
             if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
                 yield "`protocols.continual` needs two or more domains in order, each once in each order"
         if protocols.editing:
-            for name in EDITORS.keys() & protocols.editing.methods:
+            for name in WEIGHT_EDITORS.keys() & protocols.editing.methods:
                 yield f"`protocols.editing.methods`: {name!r} is an editor of weights; rename the method"
-            yield from _unknown(protocols.editing.lr, (*protocols.editing.methods, *EDITORS), "protocols.editing.lr")
+            trained = [*protocols.editing.methods, *(["crispedit"] if protocols.editing.crispedit is not None else [])]
+            yield from _unknown(protocols.editing.lr, trained, "protocols.editing.lr")
 
     def _of_trainings(self) -> Iterator[str]:
         for name, method in self.methods.items():

@@ -103,7 +103,7 @@ class HipLoraConfig(PeftConfig):
             that they are those of Eq. 5 as written. False is the paper's implementation note, retraction after the step
             alone; adapters saved before this field existed carry on so.
         principal_channel: learn gains δ on the protected directions (Eq. 2). None takes the preset's, or True where an
-            option of the gains is given.
+            option of the gains is not at its default.
         basis: where the protected directions come from. "weight": the weight's SVD. "activation": the layer's inputs,
             and the outputs that predictions depend on (`hiplora.calibrate`, by default on text sampled from the model).
         basis_sides: which sides the residual channel keeps out of: "both", "input" or "output".

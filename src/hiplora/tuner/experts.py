@@ -45,8 +45,9 @@ class UnrolledExperts(nn.Module):
         name, _ = _projections(fused)
         up = getattr(self, name)
         result = torch.zeros_like(hidden_states)
-        # In training all: processes that share gradients need those of all, zeros where no token came.
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        # Processes that train together need the gradients of all, zeros where no token came.
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        trains = together and torch.is_grad_enabled() and any(one.requires_grad for one in self.parameters())
         for expert in range(len(up)) if trains else top_k_index.unique().tolist():
             if expert >= len(up):  # where expert parallelism sends the tokens of other ranks
                 continue

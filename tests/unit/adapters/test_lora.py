@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hiplora.adapters import lora, read_update, save_as_lora, save_dense
+from hiplora.adapters import AdapterUpdate, lora, read_update, save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
 from tests.tiny import save_tiny
 from tests.unit.adapters.samples import (
@@ -210,6 +210,13 @@ def test_layers_that_peft_would_take_for_experts_are_exported_by_their_weights_n
             stock = logits_of_stock_process(base, out, tmp_path)
             torch.testing.assert_close(stock, logits(model), rtol=1e-4, atol=1e-5)
             save_as_lora(out, tmp_path / "again", overwrite=True)  # its record compares logits
+
+
+def test_some_experts_of_a_projection_alone_have_no_plain_lora(tmp_path):
+    pair = torch.randn(2, 8), torch.randn(8, 2)
+    update = AdapterUpdate("", "lora", {}, {f"model.layers.0.mlp.experts.down_proj.{i}": pair for i in (0, 2)})
+    with pytest.raises(AdapterError, match=r"down_proj\.1: is not adapted.*--to dense"):
+        save_as_lora(update, tmp_path / "out")
 
 
 def test_modules_that_a_pattern_would_not_select_are_named_one_by_one(adapters, tmp_path):

@@ -137,13 +137,14 @@ BARE = (
 
 
 def test_tools_and_calls_reach_the_template():
-    talk = ({"role": "user", "content": "Tide?"}, {"role": "assistant", "content": "", "tool_calls": [CALL]})
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    talk = ({"role": "user", "content": "When is the tide?"}, called)
     asked, tokenizer = Example("", "", talk, tools=TOOLS), templated(TOOL_TEMPLATE)
     ids, _ = encode_example(tokenizer, asked)
-    assert tokenizer.decode(ids).startswith("tools: tide[user]Tide?")
+    assert tokenizer.decode(ids).startswith("tools: tide[user]When is the tide?")
     assert learned(tokenizer, asked) == ["<call tide><|eos|>"]
     with pytest.raises(
-        DataError, match=r"leaves out the tool calls \(tide\) of the conversation that begins 'Tide\?'"
+        DataError, match=r"leaves out the tool calls of the conversation that begins 'When is the tide\?'"
     ):
         encode_example(tiny_tokenizer(), asked)
 

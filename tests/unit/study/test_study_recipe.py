@@ -95,6 +95,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (SINGLE, "continual: {methods: [lora]}", "`protocols.continual` needs two or more domains"),
         (SINGLE, "continual: {methods: [lora], orders: [[sums, sums]]}", "protocols.continual"),
         (SINGLE, "editing: {methods: [lora], lr: {hip: 0.1}}", "`protocols.editing.lr` names 'hip'"),
+        (SINGLE, "editing: {methods: [lora], lr: {crispedit: 0.1}}", "`protocols.editing.lr` names 'crispedit'"),
         (SINGLE, "editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
         (
             f"lora: {{title: LoRA, method: lora}}\nprotocols:\n  {SINGLE}",

@@ -163,7 +163,8 @@ class HipLoraMethod(Spectral):
     name: Literal["hiplora"] = "hiplora"
     """The method."""
     principal_channel: bool = False
-    """Learn gains on the protected directions, as the paper's preset does; a field below on gains brings them too."""
+    """Learn gains on the protected directions, as the paper's preset does, or where a field below on gains is not at
+    its default."""
     stability_weight: float = Field(default=0.1, ge=0)
     """λ: price of changing the gains. The paper's value is lost; this one is ours."""
     stability_gamma: float = Field(default=1.0, ge=0)
