@@ -28,6 +28,7 @@ LAYERS = (
         "errors",
         "extras",
         "files",
+        "positions",
         "provenance",
         "run_folder",
     },  # small modules that may use each other

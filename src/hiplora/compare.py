@@ -29,7 +29,8 @@ from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
 from hiplora.evaluation.updates import measure_updates
-from hiplora.models import load_tokenizer, position_limit, skeleton, within_context
+from hiplora.models import load_tokenizer, skeleton
+from hiplora.positions import position_limit, within_context
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train

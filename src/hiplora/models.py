@@ -148,27 +148,6 @@ def skeleton(model: str) -> Any:
         raise ConfigError(f"model {model}: is no causal language model ({first_line(error)}); name one") from error
 
 
-def context_length(model: Any) -> int | None:
-    """Return how many tokens a model was made for; None if its configuration does not say."""
-    config = getattr(model, "config", None)
-    found = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    return found if isinstance(found, int) and found > 0 else None
-
-
-def position_limit(model: Any) -> int | None:
-    """Return how many tokens a model can read, where it has a table of positions; None where these go on by a rule."""
-    from torch import nn
-
-    context, words = context_length(model), model.get_input_embeddings()
-    tables = (one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding) and one is not words)
-    return context if context and any(context <= size <= context + 2 for size in tables) else None
-
-
-def within_context(length: int, model: Any) -> int:
-    """Return a length in tokens, or how many the model can read where these are fewer."""
-    return min(length, position_limit(model) or length)
-
-
 def load_tokenizer(model: str) -> Any:
     """Return the tokenizer of a model by name, folder or hub name; ConfigError if it has none, or a harmful one."""
     from transformers import AutoTokenizer

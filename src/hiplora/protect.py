@@ -30,12 +30,11 @@ from hiplora.evaluation.updates import (
 from hiplora.files import Inputs
 from hiplora.models import load_tokenizer
 from hiplora.spectral import MAX_VECTORS, MomentBasis, RankSpec
-from hiplora.tuner import SELF, TOKENS_PER_INPUT, CalibrationText
+from hiplora.tuner import GRADIENT_TOKENS, SELF, TOKENS_PER_INPUT, CalibrationText
 from hiplora.tuner.experts import unrolled
 
 MASKS = ("inputs", "joint")
 Moments = Mapping[str, MomentBasis]
-GRADIENT_TOKENS = 4096  # of the text, that output directions are measured on
 
 
 def protect_adapter(

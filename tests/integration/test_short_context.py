@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from hiplora.evaluation.answers import continuations
-from hiplora.models import context_length, load, position_limit
+from hiplora.models import load
+from hiplora.positions import context_length, position_limit
 from tests.commands import run
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate, Pair, product_norm
+from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate, Pair, balanced, product_norm
 from hiplora.errors import ConfigError
 from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
 from hiplora.tuner import PROJECTIONS
@@ -117,8 +117,7 @@ def protect(
             continue
         U, sigma, Vt = torch.linalg.svd(without_pairs((A, B), bases[module], outputs[module], k), full_matrices=False)
         q = min(_JOINT_RANK * A.shape[0], len(sigma))
-        root = sigma[:q].sqrt()
-        factors[module] = (root[:, None] * Vt[:q]).float(), (U[:, :q] * root).float()
+        factors[module] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
     config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in _KEPT_CONFIG}
     projection = "joint" if outputs is not None else projection
     done = f"principal_rank={principal_rank}, projection={projection}, strength={strength:g}"

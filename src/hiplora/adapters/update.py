@@ -139,6 +139,19 @@ class AdapterUpdate:
                 )
 
 
+def balanced(U: Float[Tensor, "m q"], sigma: Float[Tensor, " q"], V: Float[Tensor, "n q"]) -> Pair:
+    """Return fp32 factors of `U diag(σ) Vᵀ`, σ of any sign, that are equally large; of rank 1 where q is 0."""
+    if not len(sigma):
+        return zero_pair(U.shape[0], V.shape[0])
+    root = sigma.abs().sqrt()
+    return (V * root).T.float().contiguous(), (U * (root * sigma.sign())).float()
+
+
+def zero_pair(m: int, n: int) -> Pair:
+    """Return factors of rank 1 of the zero update (m, n)."""
+    return torch.zeros(1, n), torch.zeros(m, 1)
+
+
 def product_norm(P: Float[Tensor, "m q"], Q: Float[Tensor, "q n"]) -> float:
     """Return ‖PQ‖_F from triangular factors in float64, accurate even where columns of `P` nearly cancel."""
     R_P = torch.linalg.qr(P.double(), mode="r").R

@@ -65,7 +65,8 @@ def command(job: Any = Group(job), out: Path = OUT, overwrite: bool = OVERWRITE)
 
         hiplora edit smollm2-135m builtin --limit 100 --method lora --out runs/edit
     """
-    from hiplora.editing.job import edit, summary_tables
+    from hiplora.editing.job import edit
+    from hiplora.editing.report import summary_tables
     from hiplora.models import quiet_transformers
 
     with quiet_transformers(always=False):

@@ -17,13 +17,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hiplora.adapters.update import Pair
+from hiplora.adapters.update import Pair, balanced
 from hiplora.editing.editors import EditTraining, WeightEditor, WeightEdits, train_edits
 from hiplora.editing.edits import Edit
 from hiplora.spectral import MomentBasis
-from hiplora.tuner import CalibrationText
+from hiplora.tuner import GRADIENT_TOKENS, CalibrationText
 
-GRADIENT_TOKENS = 4096  # of the text, that the gradients at the outputs are measured on
 _LEAST = 1e-6  # of the largest singular value: what is left out of the factors that are saved
 
 
@@ -112,9 +111,8 @@ class CrispEditor(WeightEditor):
         found = {}
         for name, masked in self._masked.items():
             U, sigma, Vt = torch.linalg.svd(masked.masked().double().cpu(), full_matrices=False)
-            q = max(int((sigma > _LEAST * sigma[0]).sum()), 1)
-            root = sigma[:q].sqrt()
-            found[name] = (root[:, None] * Vt[:q]).float(), (U[:, :q] * root).float()
+            q = int((sigma > _LEAST * sigma[0]).sum())
+            found[name] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
         return found
 
     @torch.no_grad()

@@ -46,13 +46,6 @@ from hiplora.training.result import OWN_FORMAT
 EDITORS: dict[str, type[WeightEdits]] = {"alphaedit": AlphaEdit, "crispedit": CrispEdit}
 # Steps and learning rate if none are given: the paper's for a batch, fewer and larger steps for one edit alone.
 DEFAULT_STEPS = {"single": (20, 2e-3), "batch": (500, 2e-4), "sequential": (500, 2e-4)}
-MEASURES = {
-    "success": "success",
-    "preferred": "new answer preferred",
-    "exact": "new answer written",
-    "paraphrase_success": "success on the paraphrase",
-    "neighbours_kept": "questions near it kept",
-}
 CARD = """---
 base_model: {base}
 library_name: peft
@@ -203,28 +196,6 @@ def _card(job: EditJob, method: Any) -> str:
     title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)
     loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
     return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)
-
-
-def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Return title → table: what became of the edits, in all and by category, and of the unrelated questions."""
-    before, after = summary["before"], summary["after"]
-    rows = {"edits": {group: str(shares["edits"]) for group, shares in after.items()}}
-    for key, title in MEASURES.items():
-        rows[title] = {
-            group: f"{before[group][key]:.1f} → {shares[key]:.1f}" for group, shares in after.items() if key in shares
-        }
-    edits = pd.DataFrame(rows).T.dropna(how="all").fillna("")
-    tables = {"per cent of the edits, before → after": edits.rename_axis("").reset_index()}
-    if found := summary.get("locality"):
-        values = {
-            "questions": f"{found['questions']:.0f}",
-            "accuracy (%)": f"{found['accuracy_before']:.1f} → {found['accuracy']:.1f}",
-            "unchanged answers (%)": f"{found['unchanged']:.1f}",
-            "log-probability of the true answers (nats)": f"{found['log_prob_change']:+.3f}",
-            "log-probability of the edits' new answers (nats)": f"{found['edited_log_prob_change']:+.3f}",
-        }
-        tables["unrelated questions"] = pd.DataFrame(values.items(), columns=["", "value"])
-    return tables
 
 
 def run_edits(

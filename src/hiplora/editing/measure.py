@@ -14,7 +14,7 @@ from hiplora.errors import DataError
 from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.likelihood import encode, score_responses
 from hiplora.metrics import locality
-from hiplora.models import context_length
+from hiplora.positions import context_length
 
 BATCH_SIZE = 64  # prompts at once
 EXTRA_TOKENS = 3  # generated beyond the longest answer, to see whether a match ends there

@@ -7,13 +7,19 @@ from typing import Any
 import pandas as pd
 
 from hiplora.editing.edits import WEIGHT_EDITORS, Edit
-from hiplora.editing.job import summary_tables
 from hiplora.evaluation.answers import changes
 from hiplora.reporting import Section, save_page
 from hiplora.training.baselines import METHODS
 
 SHOWN = 10  # edits, with what the model writes, and questions
 YES_NO = {True: "yes", False: "no"}
+MEASURES = {
+    "success": "success",
+    "preferred": "new answer preferred",
+    "exact": "new answer written",
+    "paraphrase_success": "success on the paraphrase",
+    "neighbours_kept": "questions near it kept",
+}
 
 
 def verdict(record: Mapping[str, Any]) -> str:
@@ -31,6 +37,28 @@ def verdict(record: Mapping[str, Any]) -> str:
     same, asked = found["unchanged"], found["questions"]
     right = f"{found['accuracy_before']:.0f} % of them were right before, {found['accuracy']:.0f} % are now"
     return f"{said}. Of {asked:.0f} unrelated questions {same:.0f} % are answered as before; {right}."
+
+
+def summary_tables(summary: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Return title → table: what became of the edits, in all and by category, and of the unrelated questions."""
+    before, after = summary["before"], summary["after"]
+    rows = {"edits": {group: str(shares["edits"]) for group, shares in after.items()}}
+    for key, title in MEASURES.items():
+        rows[title] = {
+            group: f"{before[group][key]:.1f} → {shares[key]:.1f}" for group, shares in after.items() if key in shares
+        }
+    edits = pd.DataFrame(rows).T.dropna(how="all").fillna("")
+    tables = {"per cent of the edits, before → after": edits.rename_axis("").reset_index()}
+    if found := summary.get("locality"):
+        values = {
+            "questions": f"{found['questions']:.0f}",
+            "accuracy (%)": f"{found['accuracy_before']:.1f} → {found['accuracy']:.1f}",
+            "unchanged answers (%)": f"{found['unchanged']:.1f}",
+            "log-probability of the true answers (nats)": f"{found['log_prob_change']:+.3f}",
+            "log-probability of the edits' new answers (nats)": f"{found['edited_log_prob_change']:+.3f}",
+        }
+        tables["unrelated questions"] = pd.DataFrame(values.items(), columns=["", "value"])
+    return tables
 
 
 def write_report(path: Path, record: Mapping[str, Any], edits: Sequence[Edit]) -> None:

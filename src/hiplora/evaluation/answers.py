@@ -12,7 +12,7 @@ from torch import nn
 from hiplora.errors import ConfigError, first_line
 from hiplora.evaluation.likelihood import by_length, can_pad, encode, eval_mode, pad_left
 from hiplora.evaluation.mounting import BASE, mounted
-from hiplora.models import position_limit
+from hiplora.positions import position_limit
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def continuations(
     lengths, device = [len(row) for row in rows], next(model.parameters()).device
     context = position_limit(model) or max(lengths, default=0) + length
     tight = [index for index, found in enumerate(lengths) if found + length > context]  # these alone are cut
-    free = [index for index in range(len(rows)) if index not in tight]
+    free = [index for index, found in enumerate(lengths) if found + length <= context]
     together = by_length([lengths[index] for index in free], batch_size if can_pad(model, lengths) else 1)
     written: dict[int, str] = {}
     with eval_mode(model):

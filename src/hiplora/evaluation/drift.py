@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hiplora.data.texts import token_rows
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation.likelihood import eval_mode
-from hiplora.models import context_length
+from hiplora.positions import context_length
 from hiplora.tuner.experts import UnrolledExperts
 
 Texts = Mapping[str, str | Sequence[str]]  # name → a text, or separate documents

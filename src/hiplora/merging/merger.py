@@ -11,9 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hiplora.adapters import SELECTION, AdapterUpdate, BaseWeights, Pair, product_norm, read_update
+from hiplora.adapters.update import balanced, zero_pair
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import RULES, DenseTerm, Rule, Term, find_rule, is_count, is_number
-from hiplora.merging.thin import balanced, thin_svd, zero_pair
+from hiplora.merging.thin import thin_svd
 from hiplora.spectral import full_precision, truncated_svd, weight_fingerprint
 
 _CPU = torch.device("cpu")

@@ -182,7 +182,8 @@ def knots(terms: Sequence[Term], *, density: float = 0.2, scale: float = 1.0) ->
     With `[ΔW_1 … ΔW_T] = U Σ [V_1ᵀ … V_Tᵀ]`, the result is `U · TIES(Σ V_1ᵀ, …, Σ V_Tᵀ)`, of a rank of their ranks' sum
     at most. `density` is the share of each module's coordinates that is kept.
     """
-    from hiplora.merging.thin import shared_outputs, zero_pair
+    from hiplora.adapters.update import zero_pair
+    from hiplora.merging.thin import shared_outputs
 
     A, B = terms[0].factors
     U = shared_outputs([term.factors for term in terms])
@@ -205,7 +206,8 @@ def tsv(terms: Sequence[Term], *, sv_reduction: float | None = None, scale: floa
     """
     import torch
 
-    from hiplora.merging.thin import balanced, polar, thin_svd
+    from hiplora.adapters.update import balanced
+    from hiplora.merging.thin import polar, thin_svd
 
     parts = []
     for term in terms:
@@ -225,7 +227,8 @@ def iso_c(terms: Sequence[Term], *, scale: float = 1.0) -> tuple[Pair, None]:
     """
     import torch
 
-    from hiplora.merging.thin import balanced, thin_svd
+    from hiplora.adapters.update import balanced
+    from hiplora.merging.thin import thin_svd
 
     A = torch.cat([term.factors[0] for term in terms])
     B = torch.cat([term.weight * term.factors[1] for term in terms], dim=1)

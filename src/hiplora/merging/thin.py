@@ -33,19 +33,6 @@ def thin_svd(factors: Pair) -> tuple[Float[Tensor, "m q"], Float[Tensor, " q"], 
     return Q_B @ P[:, :rank], sigma[:rank], Q_A @ Ot[:rank].T
 
 
-def balanced(U: Float[Tensor, "m q"], sigma: Float[Tensor, " q"], V: Float[Tensor, "n q"]) -> Pair:
-    """Return fp32 factors of `U diag(σ) Vᵀ`, σ of any sign, that are equally large; of rank 1 where q is 0."""
-    if not len(sigma):
-        return zero_pair(U.shape[0], V.shape[0])
-    root = sigma.abs().sqrt()
-    return (V * root).T.float().contiguous(), (U * (root * sigma.sign())).float()
-
-
-def zero_pair(m: int, n: int) -> Pair:
-    """Return factors of rank 1 of the zero update (m, n)."""
-    return torch.zeros(1, n), torch.zeros(m, 1)
-
-
 def shared_outputs(factors: Sequence[Pair]) -> Float[Tensor, "m q"]:
     """Return U of `[ΔW_1 … ΔW_T] = U Σ Vᵀ`, the updates side by side; q is at most the sum of their ranks.
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import DataError
-from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype, within_context
+from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
+from hiplora.positions import within_context
 from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
 

@@ -19,7 +19,7 @@ from hiplora.data.examples import load_data
 from hiplora.data.texts import ROW_LENGTH
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
-from hiplora.models import within_context
+from hiplora.positions import within_context
 from hiplora.training.method import BASIS_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ import peft as _peft  # complete before any module here uses a part of it: its i
 
 from hiplora.tuner.api import hip_layers, max_leak, retract_, stability_penalty
 from hiplora.tuner.calibration import (
+    GRADIENT_TOKENS,
     SELF,
     TOKENS_PER_INPUT,
     Calibration,

@@ -32,6 +32,7 @@ from hiplora.tuner.sampling import OWN_DATA, CalibrationStore, model_fingerprint
 from hiplora.tuner.targets import Target, find_targets, frozen_weight, measured_target
 
 Rows = Sequence[Sequence[int] | Tensor] | Tensor | None
+GRADIENT_TOKENS = 4096  # of the text, that the output side is measured on, at three times the cost a token
 SELF = "self"  # the source: text sampled from the model itself
 TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy moment
 
@@ -86,7 +87,7 @@ def calibrate(
     tokens: int = 10_000,
     batch_size: int = 8,
     seed: int = 0,
-    gradient_tokens: int = 4096,
+    gradient_tokens: int = GRADIENT_TOKENS,
     max_bytes: int = 4 << 30,
     store: CalibrationStore | None = None,
     tokenizer: Any = None,
