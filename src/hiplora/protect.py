@@ -87,18 +87,27 @@ def protect_adapter(
     check_scale_options(scale, tolerance, data)
     inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
     update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
-    tokenizer = load_tokenizer(update.base)
-    read = _Read(tokenizer, text, tokens, data, drift_text)  # all that can be wrong is found before the model loads
+    # All that can be wrong with what is read is found before the model loads.
+    tokenizer, texts = load_tokenizer(update.base), drift_texts(drift_text)
+    cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
+    rows = None if text is None else calibration_rows(tokenizer, text, tokens)
+    examples, notes = ([], []) if data is None else task_rows(tokenizer, data)
+    written = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
+    if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, written).items() if share]:
+        notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")
     model: Any = load_for(update, device)
-    measured = CalibrationText(model, rows=read.rows, tokens=tokens, seed=seed)
+    measured = CalibrationText(model, rows=rows, tokens=tokens, seed=seed)
     with unrolled(model):
         bases, outputs = _moments(measured, update, mask, model)
     projected = protect(update, bases, principal_rank, strength, projection, outputs)
-    search = None if tolerance is None else search_scale(model, projected, read.examples, tolerance)
+    search = None if tolerance is None else search_scale(model, projected, examples, tolerance)
     scale = search["scale"] if search else 1.0 if scale is None else scale
     projected = projected.scaled(scale)
     both = {"before": update, "after": projected}
-    drift, loss = measure_updates(model, tokenizer, both, read.texts, read.examples, may_be_nothing={"after"})
+    drift, loss = measure_updates(model, tokenizer, both, texts, examples, may_be_nothing={"after"})
+    scored: dict[str, Any] = {}
+    if data is not None:
+        scored = {"file": Path(data).name, "rows": len(examples), "tokens": sum(len(one.scored) for one in examples)}
     shares, left = remaining(update, projected)
     calibrated = min(inputs.tokens for inputs in bases.values())
     record: dict[str, Any] = {
@@ -121,29 +130,12 @@ def protect_adapter(
         "norm_share": left,
         "drift": drift,
         "drift_text": text_source(drift_text),
-        "loss": {**loss, **read.scored} or None,
-        "notes": [*read.notes, *_notes(update, projected, bases)],
+        "loss": {**loss, **scored} or None,
+        "notes": [*notes, *_notes(update, projected, bases)],
     }
     del model  # the export's check loads its own
     details = {"protection": record}
     return record | {"export": save_as_lora(projected, path, overwrite=overwrite, device=device, details=details)}
-
-
-class _Read:
-    """What is read from files: `rows` to calibrate on, `texts` to measure drift on, the task's `examples`, `notes`."""
-
-    def __init__(self, tokenizer: Any, text: Any, tokens: int, data: str | Path | None, drift_text: Any):
-        self.texts = drift_texts(drift_text)
-        cut_windows(tokenizer, self.texts, DRIFT_WINDOW, DRIFT_TOKENS)
-        self.rows = None if text is None else calibration_rows(tokenizer, text, tokens)
-        self.examples, self.notes = ([], []) if data is None else task_rows(tokenizer, data)
-        written = [tokenizer.decode(row, skip_special_tokens=True) for row in self.rows or ()]
-        if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(self.texts, written).items() if share]:
-            self.notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")
-        self.scored: dict[str, Any] = {}
-        if data is not None:
-            count = sum(len(example.scored) for example in self.examples)
-            self.scored = {"file": Path(data).name, "rows": len(self.examples), "tokens": count}
 
 
 def _moments(text: CalibrationText, update: AdapterUpdate, mask: str, model: Any) -> tuple[Moments, Moments | None]:

@@ -118,38 +118,34 @@ class BaseWeights:
             return f"{said} and this machine has no GPU; pass --device cpu to load it nevertheless, which is slow"
         return ""
 
-    def load(self, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Load the model in evaluation mode; AdapterError if it cannot be. Arguments as of `no_room`."""
-        if why := self.no_room(device, dtype):
+    def load(self, device: str = "auto", dtype: torch.dtype | str | None = None) -> Any:
+        """Load the model in evaluation mode; AdapterError if it cannot be. Arguments as of `no_room`.
+
+        `dtype` "auto" is the model's own.
+        """
+        stored = self.config.dtype or torch.float32
+        if why := self.no_room(device, stored if isinstance(dtype, str) else dtype):
             raise AdapterError(why)
         place, usual = measuring_place(device)
-        return self._loaded(dtype or usual).to(place)  # type: ignore[arg-type]
-
-    def _loaded(self, dtype: torch.dtype | str) -> PreTrainedModel:
         with _readable(self.model), quiet_transformers(always=False):
-            return (
-                type(self.skeleton)
-                .from_pretrained(resolve(self.model), config=self.skeleton.config, dtype=dtype)
-                .eval()
-            )
+            options: dict[str, Any] = {"config": self.skeleton.config, "dtype": dtype or usual}
+            return type(self.skeleton).from_pretrained(resolve(self.model), **options).eval().to(place)
 
     @cached_property
     def whole(self) -> PreTrainedModel:
         """The model, loaded in its own precision; AdapterError if it is quantised or does not fit into memory."""
-        if why := self.no_room("cpu", self.config.dtype or torch.float32):
-            raise AdapterError(why)
-        return self._loaded("auto")
+        return self.load("cpu", "auto")
 
-    def weight(self, module: str) -> Float[Tensor, "m n"]:
-        """Return a linear layer's weight as (out, in), as stored; AdapterError if there is no such layer."""
+    def weight(self, module: str, update: AdapterUpdate | None = None) -> Float[Tensor, "m n"]:
+        """Return a linear layer's weight as (out, in), as stored; of an `update`, as `check_fit` returns it.
+
+        AdapterError if there is no such layer.
+        """
         with unrolled(self.skeleton):
             linear_layer(self.skeleton, module, self.model)
         with unrolled(self.whole):
-            return weight_of(self.whole.get_submodule(module))
-
-    def fitting_weight(self, module: str, update: AdapterUpdate) -> Tensor:
-        """Return a layer's weight after `check_fit`."""
-        return check_fit(self.weight(module), update, module, self.model)
+            weight = weight_of(self.whole.get_submodule(module))
+        return weight if update is None else check_fit(weight, update, module, self.model)
 
 
 def linear_layer(model: nn.Module, module: str, name: str) -> nn.Module:
@@ -183,11 +179,9 @@ def weight_of(layer: Any) -> Float[Tensor, "m n"]:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def is_transposed(update: AdapterUpdate, model: nn.Module | None = None) -> bool:
-    """Return whether the base model stores weights as (in, out), as far as it is at hand."""
-    try:
-        model = model or BaseWeights.of(update).skeleton
-    except AdapterError:
+def is_transposed(update: AdapterUpdate, model: nn.Module | None) -> bool:
+    """Return whether the base model, None where it is not at hand, stores weights as (in, out)."""
+    if model is None:
         return bool(update.config.get("fan_in_fan_out"))
     return any(isinstance(layer, Conv1D) for layer in model.modules())
 

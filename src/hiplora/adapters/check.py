@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,21 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
-from hiplora.adapters.base import BaseWeights, check_base, is_product, linear_layer, quiet_loading, replace_extras
+from hiplora.adapters.base import (
+    BaseWeights,
+    check_base,
+    is_product,
+    is_transposed,
+    linear_layer,
+    quiet_loading,
+    replace_extras,
+)
 from hiplora.adapters.read import PREFIX
-from hiplora.adapters.update import SELECTION, AdapterUpdate, model_order, product_norm
+from hiplora.adapters.update import AdapterUpdate, model_order, product_norm
 from hiplora.errors import AdapterError, first_line
 from hiplora.models import resolve
 from hiplora.tuner.experts import ALIASES, stacks, unrolled
+from hiplora.tuner.targets import short_names
 
 TOLERANCE = 1e-5  # of a module's update, relative, before it is rounded
 _LOGIT_TOLERANCE = 1e-3  # logits pass through every layer
@@ -39,7 +47,7 @@ def compare_modules(update: AdapterUpdate, written: AdapterUpdate) -> dict[str, 
     return differences
 
 
-def refuse_over(differences: Mapping[str, float], tolerance: float) -> None:
+def refuse_over(differences: Mapping[str, float], tolerance: float = TOLERANCE) -> None:
     """Raise AdapterError, naming the module that differs most, if it differs by more than the tolerance."""
     module, worst = max(differences.items(), key=lambda item: item[1])
     if not worst <= tolerance:
@@ -75,30 +83,49 @@ def compare_logits(update: AdapterUpdate, folder: Path, exact: bool, device: str
     return logit_difference(logits_of(stock), expected, update.source, exact), ""
 
 
-def loadable(update: AdapterUpdate, fields: Mapping[str, Any], model: nn.Module | None = None) -> AdapterUpdate:
-    """Return an update whose configuration makes stock PEFT adapt the modules that it has, and no others.
+def _targets(update: AdapterUpdate, model: nn.Module | None, weights: Container[str] = ()) -> dict[str, Any]:
+    """Return the fields of a stock LoRA that adapts an update's modules, by name, over a `model` if it is at hand.
 
-    Tried on the skeleton of the base model, if that is at hand, or of the live `model` that has the adapter: with
-    `fields`, with all modules by name, and with those that PEFT would take for experts, or for no layer, by their
-    weight's name as one of the `target_parameters`.
-
-    Raises:
-        AdapterError: the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
-            some mixtures of experts.
+    Experts are parameters, and so are the weights of the layers among `weights`.
     """
-    if (skeleton := _skeleton(update, model)) is None:
-        return update
-    for selection in _selections(update, fields, skeleton):
+    stacked = stacks(update.factors)
+    layers = {name for name, (_, modules) in stacked.items() if modules == [name]}
+    parameters = {*(stacked.keys() - layers), *(f"{name}.weight" for name in layers if name in weights)}
+    return {
+        "target_modules": sorted(name for name in layers if name not in weights),
+        "target_parameters": sorted(parameters) or None,
+        "fan_in_fan_out": is_transposed(update, model) and not parameters,  # PEFT finds a parameter's layout itself
+    }
+
+
+def stock_targets(update: AdapterUpdate, skeleton: nn.Module | None) -> dict[str, Any]:
+    """Return `_targets` with which stock PEFT adapts an update's modules, and no others, tried on a `skeleton`, if any.
+
+    AdapterError if the base has no such layer, or PEFT rewrites the configuration whatever it says, as it does over
+    some mixtures of experts.
+    """
+    targets = _targets(update, skeleton)
+    if skeleton is None:
+        return targets
+    with unrolled(skeleton):
+        for module in update.modules:
+            linear_layer(skeleton, module, update.base)
+    layers = targets["target_modules"]
+    # PEFT takes what has such a name for the experts', also outside them, and adapts a router only as a parameter.
+    called = {alias for aliases in ALIASES.values() for alias in aliases}
+    odd = [n for n in layers if n.rpartition(".")[2] in called or not is_product(skeleton.get_submodule(n))]
+    if targets["target_parameters"] is None:
+        targets["target_modules"] = short_names(skeleton, layers)
+    for chosen in (targets, _targets(update, skeleton, odd)):
         why = ""
         try:
             with quiet_loading(), torch.device("meta"):
-                adapted = PeftModel(copy.deepcopy(skeleton), LoraConfig(r=1, **selection))
+                adapted = PeftModel(copy.deepcopy(skeleton), LoraConfig(r=1, **chosen))
         except (ValueError, NotImplementedError) as error:
             why = first_line(error)
         else:
-            if (found := set(_adapted(adapted, selection["target_parameters"] or ()))) == set(update.modules):
-                chosen = {key: selection.get(key) for key in (*SELECTION, "target_parameters")}
-                return replace(update, config={**update.config, **chosen})
+            if (found := set(_adapted(adapted, chosen["target_parameters"] or ()))) == set(update.modules):
+                return chosen
     if not why:
         wrong = sorted(found ^ set(update.modules), key=model_order)
         told = "does not adapt" if wrong[0] in update.factors else "adapts"
@@ -109,38 +136,16 @@ def loadable(update: AdapterUpdate, fields: Mapping[str, Any], model: nn.Module 
     )
 
 
-def _selections(update: AdapterUpdate, fields: Mapping[str, Any], skeleton: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield ways to tell PEFT the modules: as configured, by name, and by their weights' names where PEFT needs it.
-
-    It takes what is called `gate_proj`, `up_proj` or `down_proj` for the experts', also outside them, and adapts a
-    router only as a parameter.
-    """
-    layers = sorted(name for name, (_, modules) in stacks(update.factors).items() if modules == [name])
-    by_name = {**fields, **dict.fromkeys(SELECTION), "target_modules": layers}
-    yield dict(fields)
-    yield by_name
-    called = {alias for aliases in ALIASES.values() for alias in aliases}
-    plain = [n for n in layers if n.rpartition(".")[2] not in called and is_product(skeleton.get_submodule(n))]
-    weights = {f"{name}.weight" for name in {*layers} - {*plain}}
-    parameters = sorted(weights | {*(fields["target_parameters"] or ())})
-    yield {**by_name, "target_modules": plain, "target_parameters": parameters}
-
-
-def _skeleton(update: AdapterUpdate, model: nn.Module | None) -> Any:
-    """Return the base model without weights; None if it is not at hand; AdapterError if it lacks an adapted layer."""
+def skeleton_of(update: AdapterUpdate, model: nn.Module | None) -> nn.Module | None:
+    """Return the base model, or that of a live `model`, without weights; None if it is not at hand."""
     try:
         if model is None:
-            skeleton: nn.Module = BaseWeights.of(update).skeleton
-        else:
-            inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-            with torch.device("meta"):
-                skeleton = type(inner)._from_config(copy.deepcopy(inner.config))
+            return BaseWeights.of(update).skeleton
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        with torch.device("meta"):
+            return type(inner)._from_config(copy.deepcopy(inner.config))
     except (AdapterError, AttributeError):  # no such folder; or no model of transformers
         return None
-    with unrolled(skeleton):
-        for module in update.modules:
-            linear_layer(skeleton, module, update.base)
-    return skeleton
 
 
 def _adapted(model: nn.Module, parameters: Container[str]) -> Iterator[str]:

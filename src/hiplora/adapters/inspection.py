@@ -70,7 +70,7 @@ def allocation_rows(
         weight_basis = update.config.get("basis", "weight") == "weight"
         factors: Channels | SpectralFactors
         if channels is None or (rank is not None and not (weight_basis and len(channels.sigma) == rank)):
-            weight = weights().fitting_weight(module, update)
+            weight = weights().weight(module, update)
             factors = store.get_or_compute(weight, min(rank or DEFAULT_RANK, m, n), name=module)
         else:
             factors = channels

@@ -15,11 +15,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hiplora.adapters.base import is_transposed
-from hiplora.adapters.check import TOLERANCE, compare_logits, compare_modules, loadable, refuse_over
+from hiplora.adapters.check import compare_logits, compare_modules, refuse_over, skeleton_of, stock_targets
 from hiplora.adapters.output import save_tokenizer, write_record
 from hiplora.adapters.read import PREFIX, WEIGHTS, check_finite, read_update, update_from_model
-from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate
+from hiplora.adapters.update import CARRIED, AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.files import Inputs, check_output_dir, staged_dir
 from hiplora.tuner import HipLoraConfig
@@ -71,10 +70,10 @@ def save_as_lora(
     update = open_update(model_or_dir, path, overwrite, adapter, base).scaled(scale)
     update.check_low_rank()
     model = model_or_dir if isinstance(model_or_dir, nn.Module) else None
-    transposed = is_transposed(update, model)
-    update = update.renamed(prefix) if prefix else loadable(update, lora_fields(update), model)
+    update = update.renamed(prefix) if prefix else update
+    targets = stock_targets(update, None if prefix else skeleton_of(update, model))
     with staged_dir(path, overwrite) as staged:
-        write_lora(update, staged, pad_rank, DTYPES[dtype], transposed)
+        write_lora(update, staged, pad_rank, DTYPES[dtype], targets)
         save_tokenizer(update, staged)
         compare = check_logits and model is None and not prefix
         return _verified("lora", update, staged, path, dtype, compare, device, details)
@@ -123,7 +122,7 @@ def _verified(
     written, exact = read_update(folder), dtype == "float32"
     differences = compare_modules(update, written)
     if exact:
-        refuse_over(differences, TOLERANCE)
+        refuse_over(differences)
     logits: Any = (None, "logits not compared: switched off, of a live model, or with other names")
     if check_logits:
         logits = compare_logits(update, folder, exact, device)
@@ -176,6 +175,7 @@ def _hiplora_config(update: AdapterUpdate) -> HipLoraConfig:
     k, principal_rank_pattern = _pattern({module: len(c.sigma) for module, c in channels.items()})
     projected = all(c.leak_limit is not None for c in channels.values())
     return HipLoraConfig(
+        target_modules=sorted(stacks(update.factors)),
         r=r,
         lora_alpha=alpha,
         rank_pattern=rank_pattern,
@@ -198,14 +198,15 @@ def write_lora(
     folder: Path,
     pad_rank: int | None = None,
     dtype: torch.dtype = torch.float32,
-    transposed: bool = False,
+    targets: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an update's tensors and stock configuration into an existing folder; nothing is verified.
 
-    `transposed`: the base's weights are (in, out), as GPT-2's. AdapterError if a value overflows `dtype`; ConfigError
-    if a rank exceeds `pad_rank`.
+    `targets` are those of `stock_targets`, untried if None. AdapterError if a value overflows `dtype`; ConfigError if a
+    rank exceeds `pad_rank`.
     """
-    tensors, ranks, fields = {}, {}, lora_fields(update)
+    targets = targets or stock_targets(update, None)
+    tensors, ranks, parameters = {}, {}, targets["target_parameters"] or ()
     for name, (called, modules) in stacks(update.factors).items():
         if modules != [name] and modules != (all_of := [f"{name}.{index}" for index in range(len(modules))]):
             raise AdapterError(
@@ -215,7 +216,7 @@ def write_lora(
         pairs = [update.factors[module] for module in modules]
         largest = max(len(A) for A, _ in pairs)
         key = f"{name}.weight"  # PEFT's patterns match the name of a parameter
-        ranks[key if key in (fields["target_parameters"] or ()) else name] = rank = pad_rank or largest
+        ranks[key if key in parameters else name] = rank = pad_rank or largest
         if largest > rank:
             raise ConfigError(
                 f"layer {name}: has rank {largest}, which does not fit into --pad-rank {pad_rank}; pass at least "
@@ -229,10 +230,7 @@ def write_lora(
     _save_tensors(tensors | dict(update.extras), folder)
     r, other = _pattern(ranks)
     scaling_one: dict[str, Any] = {"r": r, "rank_pattern": other, "lora_alpha": r, "alpha_pattern": dict(other)}
-    # PEFT's LoRA over a 3-D parameter finds its layout itself.
-    LoraConfig(**scaling_one, fan_in_fan_out=transposed and not fields["target_parameters"], **fields).save_pretrained(
-        str(folder)
-    )
+    LoraConfig(**scaling_one, **targets, **shared_fields(update)).save_pretrained(str(folder))
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -249,26 +247,7 @@ def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return usual, {module: value for module, value in longest_first if value != usual}
 
 
-def lora_fields(update: AdapterUpdate) -> dict[str, Any]:
-    """Return `shared_fields` as a stock LoRA needs them: experts are parameters, beside which layers go by name.
-
-    A layer whose weight is among the update's own `target_parameters` stays one.
-    """
-    found = stacks(update.factors)
-    layers = {name for name, (_, modules) in found.items() if modules == [name]}
-    weights = {f"{name}.weight" for name in layers}.intersection(update.config.get("target_parameters") or ())
-    parameters = weights | found.keys() - layers
-    fields = {**shared_fields(update), "target_parameters": sorted(parameters) or None}
-    if parameters:
-        named = [name for name in layers if f"{name}.weight" not in weights]
-        fields |= {**dict.fromkeys(SELECTION), "target_modules": sorted(named)}
-    return fields
-
-
 def shared_fields(update: AdapterUpdate) -> dict[str, Any]:
-    """Return the fields that the configuration of an update has in any format: its base and its modules."""
-    selection = {key: update.config.get(key) for key in SELECTION}
-    if not selection["target_modules"]:
-        selection = {"target_modules": sorted(update.factors)}
+    """Return the fields that the configuration of an update has in any format, beside ranks and modules."""
     carried = {key: update.config.get(key) for key in CARRIED}
-    return {"inference_mode": True, "base_model_name_or_path": update.base or None, **selection, **carried}
+    return {"inference_mode": True, "base_model_name_or_path": update.base or None, **carried}

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hiplora.adapters.update import CARRIED, SELECTION, AdapterUpdate, Pair, balanced, product_norm
+from hiplora.adapters.update import KEPT, AdapterUpdate, Pair, balanced, product_norm
 from hiplora.errors import ConfigError
-from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank
+from hiplora.spectral import EXPECTED_RANK, MomentBasis, RankSpec, is_rank, resolve_rank
 from hiplora.tuner import PROJECTIONS
 
-_KEPT_CONFIG = (*SELECTION, *CARRIED, "base_precision", "fan_in_fan_out")
 _JOINT_RANK = 4  # times an update's rank: what is left of it after pairs were taken out
 _ROUNDING = 1e-5  # a factor that is cut to less than this share of its norm has nothing left but rounding
 
@@ -31,12 +30,7 @@ def check_projection(principal_rank: RankSpec, strength: float, projection: str)
 def module_rank(principal_rank: RankSpec, inputs: MomentBasis, module: str = "input") -> int:
     """Return how many directions a layer protects; ConfigError if more than the eigenvectors that are kept."""
     width, kept = inputs.vectors.shape
-    if isinstance(principal_rank, str):  # nothing is to be learned beside, so no cap, unlike in training
-        k = inputs.rank_for(float(principal_rank.partition(":")[2]))
-    elif isinstance(principal_rank, float):
-        k = min(max(round(principal_rank * width), 1), width)
-    else:
-        k = principal_rank
+    k = resolve_rank(principal_rank, (width, width), lambda: inputs.values, capped=False)
     if k > kept:
         raise ConfigError(
             f"layer {module}: principal_rank {principal_rank} (here {k}) exceeds the {kept} eigenvectors that are kept "
@@ -118,7 +112,7 @@ def protect(
         U, sigma, Vt = torch.linalg.svd(without_pairs((A, B), bases[module], outputs[module], k), full_matrices=False)
         q = min(_JOINT_RANK * A.shape[0], len(sigma))
         factors[module] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
-    config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in _KEPT_CONFIG}
+    config = {"peft_type": "LORA"} | {key: update.config.get(key) for key in KEPT}
     projection = "joint" if outputs is not None else projection
     done = f"principal_rank={principal_rank}, projection={projection}, strength={strength:g}"
     source = f"{update.source} projected off its layers' inputs ({done})"

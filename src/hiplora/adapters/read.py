@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hiplora.adapters.formats import Saved, update_of
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, ConfigError, first_line
-from hiplora.tuner import HipLoraLinear, check_patterns, plain_name  # its import registers HiP-LoRA with PEFT
+from hiplora.tuner import check_patterns, plain_name  # its import registers HiP-LoRA with PEFT
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -90,7 +90,7 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
         if adapter in name.split("."):
             check_finite(value.detach(), f"{source}: tensor {name}")
     live = configs[adapter]
-    config = {key: _plain(value) for key, value in live.to_dict().items()}
+    config = json.loads(json.dumps(live.to_dict(), default=sorted))  # sets are lists in a file
     pattern = getattr(live, "rank_pattern", None)
     try:
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
@@ -98,8 +98,6 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
         if pattern is not None:
             live.rank_pattern = pattern  # PEFT renames its keys when it returns an AdaLoRA adapter's tensors
     for name, layer in model.named_modules():
-        if isinstance(layer, HipLoraLinear) and adapter in layer.hiplora_A:
-            layer.ensure_factors(adapter)
         for attribute, saved in _HELD.items():
             if adapter in (held := getattr(layer, attribute, {})):
                 state[f"{name}.{saved}"] = held[adapter]
@@ -117,12 +115,6 @@ def check_finite(tensor: Tensor, what: str) -> None:
             f"{what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or Inf; the training diverged or the "
             "file is damaged: use an earlier checkpoint"
         )
-
-
-def _plain(value: Any) -> Any:
-    """Return a setting as it would be read back from JSON: sets become sorted lists, enums strings."""
-    value = sorted(value) if isinstance(value, (set, frozenset)) else value
-    return getattr(value, "value", value)
 
 
 def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:

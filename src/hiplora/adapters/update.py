@@ -14,10 +14,9 @@ from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import full_precision, fused_factors, leak, protected
 
 Pair = tuple[Float[Tensor, "q n"], Float[Tensor, "m q"]]
-# What selects the adapted modules in a PEFT configuration; a stock one selects by the same rules.
-SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# What else of an adapter's configuration a stock one has too.
+# What of an adapter's configuration a stock one has too, and what an update made of it keeps.
 CARRIED = ("modules_to_save", "task_type", "revision", "auto_mapping")
+KEPT = (*CARRIED, "base_precision", "fan_in_fan_out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +116,7 @@ class AdapterUpdate:
             part: {re.sub(r"^model(?=\.)", prefix, name): value for name, value in getattr(self, part).items()}
             for part in ("factors", "channels", "extras")
         }
-        config = {**self.config, **dict.fromkeys(SELECTION), "target_modules": sorted(moved["factors"])}
-        return replace(self, config=config, fingerprints={}, **moved)
+        return replace(self, fingerprints={}, **moved)
 
     def check_low_rank(self) -> None:
         """Raise AdapterError if the update is of full rank, and so has no thin factors."""

@@ -170,8 +170,7 @@ def totals(rows: Sequence[Record]) -> Record:
     """Return the numbers of all modules together.
 
     Overlaps and `cosine` are means over all pairs of all modules, norms of all modules as one long vector; `unrelated`
-    and `unrelated_sign_conflict` are what unrelated updates of these sizes would give. `shared` counts the modules that
-    two or more adapters change.
+    is what unrelated updates of these sizes would give. `shared` counts the modules that two or more adapters change.
     """
     pairs = [pair for row in rows for pair in row["pairs"]]
     alone: dict[int, list[float]] = {}
@@ -181,7 +180,6 @@ def totals(rows: Sequence[Record]) -> Record:
     norms = [math.hypot(*own) for own in alone.values()]
     total, magnitude = sum(norms), sum(row["magnitude"] for row in rows)
     clash = sum(row["magnitude"] * (row["sign_conflict"] or 0.0) for row in rows)
-    expected = sum(row["magnitude"] * (1 - row["unrelated"]) for row in rows if row["unrelated"] is not None)
     return {
         "modules": len(rows),
         "shared": sum(bool(row["pairs"]) for row in rows),
@@ -191,7 +189,6 @@ def totals(rows: Sequence[Record]) -> Record:
         "norm_ratio": _share(math.hypot(*(row["sum_norm"] for row in rows)), total),
         "unrelated": _share(math.hypot(*norms), total),
         "sign_conflict": _share(clash, magnitude),
-        "unrelated_sign_conflict": _share(expected, magnitude),
     }
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hiplora.adapters import SELECTION, AdapterUpdate, BaseWeights, Pair, product_norm, read_update
-from hiplora.adapters.update import balanced, zero_pair
+from hiplora.adapters import AdapterUpdate, BaseWeights, Pair, product_norm, read_update
+from hiplora.adapters.update import KEPT, balanced, zero_pair
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import RULES, DenseTerm, Rule, Term, find_rule, is_count, is_number
 from hiplora.merging.thin import thin_svd
@@ -202,16 +202,15 @@ def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> Non
         weights = BaseWeights.of(replace(updates[0], base=base))
         for update in updates:
             for module in update.factors:
-                weights.fitting_weight(module, update)
+                weights.weight(module, update)
         return
-    shapes: dict[str, tuple[Any, AdapterUpdate]] = {}
-    prints: dict[str, tuple[Any, AdapterUpdate]] = {}
+    seen: dict[tuple[str, str], tuple[Any, AdapterUpdate]] = {}
     for update in updates:
-        shares = not prints.keys().isdisjoint(update.fingerprints)
-        facts = [(shapes, module, update.shape(module)) for module in update.factors]
-        facts += [(prints, module, value) for module, value in update.fingerprints.items()]  # type: ignore[misc]
-        for seen, module, value in facts:
-            known, other = seen.setdefault(module, (value, update))
+        shares = any((module, "fingerprint") in seen for module in update.fingerprints)
+        facts: dict[tuple[str, str], Any] = {(module, "shape"): update.shape(module) for module in update.factors}
+        facts |= {(module, "fingerprint"): value for module, value in update.fingerprints.items()}
+        for (module, fact), value in facts.items():
+            known, other = seen.setdefault((module, fact), (value, update))
             if known != value:
                 made = [
                     " in ".join(filter(None, (one.base or "?", one.config.get("base_precision"))))
@@ -238,21 +237,11 @@ def _name(update: AdapterUpdate) -> str:
 def _merged_config(updates: Sequence[AdapterUpdate]) -> dict[str, Any]:
     """Return the part of the adapters' configurations that holds for the merged one."""
     first = updates[0].config
-    config = {"peft_type": "LORA", **{key: first.get(key) for key in ("task_type", "base_precision", "revision")}}
-    # Where all adapters select the same modules, so does the merged one; else it names them one by one.
-    if all(_selection(update) == _selection(updates[0]) for update in updates):
-        config |= {key: first.get(key) for key in SELECTION}
+    config = {"peft_type": "LORA", **{key: first.get(key) for key in KEPT}}
     channelled = [update.config for update in updates if update.channels]
     if channelled:
         bases = {one.get("basis", "weight") for one in channelled}
         config["basis"] = bases.pop() if len(bases) == 1 else "activation"
         calibration = channelled[0].get("calibration") or {}
         config["calibration"] = calibration if all(one.get("calibration") == calibration for one in channelled) else {}
-    if len(updates) == 1:
-        config |= {key: first.get(key) for key in ("modules_to_save", "auto_mapping")}
     return config
-
-
-def _selection(update: AdapterUpdate) -> list[Any]:
-    values = (update.config.get(key) for key in SELECTION)
-    return [sorted(value) if isinstance(value, (list, set)) else value for value in values]

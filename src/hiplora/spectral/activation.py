@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hiplora.errors import FactorError, FactorSettingError
 from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, weight_fingerprint, widest
-from hiplora.spectral.rank import rank_for_energy
 from hiplora.spectral.svd import as_matrix, certify
 
 _CHUNK = 4096  # tokens that are held in float64 at a time
@@ -51,10 +50,6 @@ class MomentBasis:
         """Return `λ_i / (λ_i + λ_k)`, what the filter `(I + C/λ_k)⁻¹` takes of each direction; 0 where λ_i = 0."""
         values = self.values.double()
         return torch.where(values > 0, values / (values + values[k - 1]), 0.0)
-
-    def rank_for(self, energy: float) -> int:
-        """Return the smallest k whose directions hold this share of the energy, at least 1."""
-        return rank_for_energy(self.values, energy)
 
 
 class SecondMoment:

@@ -34,19 +34,22 @@ def parse_rank(text: str) -> RankSpec:
     return text
 
 
-def resolve_rank(spec: RankSpec, shape: tuple[int, int], energies: Callable[[], Float[Tensor, " q"]]) -> int:
+def resolve_rank(
+    spec: RankSpec, shape: tuple[int, int], energies: Callable[[], Float[Tensor, " q"]], capped: bool = True
+) -> int:
     """Return k for a weight of shape (m, n).
 
     An integer is taken as it is; a fraction is one of min(m, n), rounded, at least 1; "energy:x" is the smallest k
     whose directions hold the share x of the sum of `energies()`, which descend (eigenvalues of the inputs' second
-    moment, or σ² of the weight), at most half of min(m, n), so that there is a complement to learn in.
+    moment, or σ² of the weight), `capped` at half of min(m, n) where there must be a complement to learn in.
     """
     limit = min(shape)
     if isinstance(spec, int):
         return spec
     if isinstance(spec, float):
         return min(max(round(spec * limit), 1), limit)
-    return min(rank_for_energy(energies(), _share(spec)), max(limit // 2, 1))
+    k = rank_for_energy(energies(), _share(spec))
+    return min(k, max(limit // 2, 1)) if capped else k
 
 
 def rank_for_energy(energies: Float[Tensor, " q"], share: float) -> int:

@@ -13,21 +13,18 @@ from hiplora.tuner.layer import HipLoraLinear
 def hip_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, HipLoraLinear]]:
     """Yield (name in the base model, layer) for each layer of one adapter, or of any; AdapterError: there is none."""
     layers = [module for module in model.modules() if isinstance(module, HipLoraLinear)]
-    found = [layer for layer in layers if adapter is None or adapter in layer.hiplora_A]
+    found = [(layer.name, layer) for layer in layers if adapter is None or adapter in layer.hiplora_A]
     if not found:
         wanted = "HiP-LoRA adapter" if adapter is None else f"HiP-LoRA adapter named '{adapter}'"
         raise AdapterError(f"the model has no {wanted}; add one with peft.get_peft_model or PeftModel.from_pretrained")
-    yield from ((layer.name, layer) for layer in found)
+    yield from found
 
 
 def stability_penalty(model: nn.Module) -> Tensor:
     """Return Σ_modules R(δ) of the active adapters (Eq. 6), a differentiable scalar without λ.
 
-    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer
-    hooks already apply the budget, and adding it would count it twice.
-
-    Raises:
-        AdapterError: no active adapter has a principal channel.
+    For `stability_mode="none"`: add `λ * stability_penalty(model)` to the loss. In the other modes the optimizer hooks
+    already apply the budget. AdapterError: no active adapter has a principal channel.
     """
     active = [(layer, name) for _, layer in hip_layers(model) for name in layer.active_adapters]
     terms = [layer.stability_penalty(name) for layer, name in active if name in layer.hiplora_delta]

@@ -9,7 +9,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,28 +38,18 @@ TOKENS_PER_INPUT = 2  # fewer tokens than this many times the width give a noisy
 
 
 @dataclass(frozen=True)
-class CalibratedLayer:
-    """One layer's shape, k, effective rank of its inputs, and the share of their energy in the k directions."""
-
-    name: str
-    shape: tuple[int, int]
-    k: int
-    effective_rank: float
-    energy: float
-
-
-@dataclass(frozen=True)
 class Calibration:
     """The protected directions of a model's layers, and what they were measured on.
 
-    `source` is "self", or describes the text; `tokens` were seen by each layer; `key` identifies model and text.
+    `source` is "self", or describes the text; `tokens` were seen by each layer; `key` identifies model and text. A row
+    of `layers` has name, shape, k, effective_rank of the inputs, and energy, the share of theirs in the k directions.
     """
 
     source: str
     tokens: int
     key: str
     seconds: float
-    layers: list[CalibratedLayer]
+    layers: list[dict[str, Any]]
     factors: dict[str, SpectralFactors] = field(repr=False)
 
     @property
@@ -73,8 +63,7 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all but the tensors, for JSON."""
-        layers = [asdict(layer) for layer in self.layers]
-        return {**self.record(), "seconds": self.seconds, "factor_bytes": self.bytes, "layers": layers}
+        return {**self.record(), "seconds": self.seconds, "factor_bytes": self.bytes, "layers": self.layers}
 
 
 def calibrate(
@@ -126,21 +115,22 @@ def calibrate(
     start = time.perf_counter()
     targets = find_targets(model, config)
     text = CalibrationText(model, rows, tokens, batch_size, seed, store, max_bytes, run_model, tokenizer)
-    layers: list[CalibratedLayer] = []
+    layers: list[dict[str, Any]] = []
     factors: dict[str, SpectralFactors] = {}
-    seen = 0
+    seen, sides = 0, config.basis_sides
     with unrolled(model):
-        for group in _memory_groups(targets, config.basis_sides, max_bytes):
+        for group in _memory_groups(targets, sides, max_bytes):
             inputs = text.inputs([target.name for target in group])
             seen = min((basis.tokens for name, basis in inputs.items() if shared_side(name) is None), default=tokens)
             ranks: dict[str, int] = {}
             for target in group:
                 basis = inputs[target.name]
                 k = ranks[target.name] = resolve_rank(target.k, target.shape, lambda basis=basis: basis.values)  # type: ignore[misc]
-                layers.append(CalibratedLayer(target.name, target.shape, k, basis.effective_rank, basis.energy(k)))
-            outputs = text.outputs(ranks, gradient_tokens) if config.basis_sides != "input" else {}
+                measured = {"effective_rank": basis.effective_rank, "energy": basis.energy(k)}
+                layers.append({"name": target.name, "shape": target.shape, "k": k, **measured})
+            outputs = text.outputs(ranks, gradient_tokens) if sides != "input" else {}
             for name, k in ranks.items():
-                weight, sides = frozen_weight(model.get_submodule(name)), config.basis_sides
+                weight = frozen_weight(model.get_submodule(name))
                 factors[name] = activation_factors(weight, inputs[name], k, sides, outputs.get(name), name=name)
     widest = max(target.shape[1] for target in targets)
     if seen < (needed := TOKENS_PER_INPUT * widest):
@@ -186,20 +176,19 @@ def _check_counts(**counts: Any) -> None:
             raise ConfigError(f"{name} is {value!r}; expected an integer of at least {least}")
 
 
-def _memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> Iterator[list[Target]]:
+def _memory_groups(targets: Iterable[Target], sides: str, max_bytes: int) -> list[list[Target]]:
     """Split layers, in order, into groups whose float64 moments fit into memory together; one alone always fits."""
-    group: list[Target] = []
+    groups: list[list[Target]] = []
     held = 0
     for target in targets:
         m, n = target.shape
         size = 8 * (n**2 if sides == "input" else max(m, n) ** 2)  # the sides are measured one after the other
-        if group and held + size > max_bytes:
-            yield group
-            group, held = [], 0
-        group.append(target)
+        if not groups or held + size > max_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(target)
         held += size
-    if group:
-        yield group
+    return groups
 
 
 class CalibrationText:
@@ -247,13 +236,6 @@ class CalibrationText:
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
 
-    def run(self, head: bool = True) -> None:
-        """Run the model over the text once, padded on the right; without `head` its head sees the last tokens only."""
-        if self._run_model is not None:
-            self._run_model()
-        else:
-            _run(self._model, self.rows, self._batch_size, "inputs", head)
-
     def inputs(self, modules: Iterable[str], trailing: Mapping[str, int] | None = None) -> Bases:
         """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
         bases: Bases = {}
@@ -263,8 +245,10 @@ class CalibrationText:
             names = [target.name for target in group]
             ranks = {name: trailing[name] for name in names} if trailing else None
             key = ["moments", self.key, names] if ranks is None else ["trailing", self.key, list(ranks.items())]
-            run = functools.partial(self.run, any(self._model.get_submodule(name) is head for name in names))
-            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, run, ranks))
+            needs_head = any(self._model.get_submodule(name) is head for name in names)
+            run = functools.partial(_run, self._model, self.rows, self._batch_size, "inputs", needs_head)
+            measure = functools.partial(measure_inputs, self._model, names, self._run_model or run, ranks)
+            bases |= self._stored(key, measure)
         return bases
 
     def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
@@ -290,15 +274,13 @@ class CalibrationText:
             return tensors, {"leader": leader, "tokens": min(basis.tokens for basis in bases.values())}
 
         tensors, record = self._store.get_or_make(self._store.path(*key), make)
-        led = {
-            name: MomentBasis(tensors[f"{name}.values"], tensors[f"{name}.vectors"], record["tokens"])
-            for name in set(record["leader"].values())
-        }
+        leaders = dict.fromkeys(record["leader"].values())
+        led = {n: MomentBasis(tensors[f"{n}.values"], tensors[f"{n}.vectors"], record["tokens"]) for n in leaders}
         return {name: led[leader] for name, leader in record["leader"].items()}
 
 
 def _run(model: nn.Module, rows: Sequence[Tensor], batch_size: int, what: str, head: bool = True) -> None:
-    """Run the model over rows of token ids, padded on the right where they differ in length."""
+    """Run the model over rows of token ids, padded on the right; without `head` its head sees the last tokens only."""
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False, **({} if head else {"logits_to_keep": 1})}

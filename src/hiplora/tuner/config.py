@@ -171,10 +171,9 @@ class HipLoraConfig(PeftConfig):
             # A saved configuration from before there were presets: its defaults were the paper's.
             old = self.from_checkpoint and self.basis != "activation"
             self.preset = "paper" if old else "function-aware"
-        self._check_choice("preset")
         if self.principal_channel is None and self._given_of_gains():
             self.principal_channel = True
-        for name, value in PRESETS[self.preset].items():
+        for name, value in PRESETS.get(str(self.preset), {}).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.gradient_projection is None:
@@ -195,14 +194,11 @@ class HipLoraConfig(PeftConfig):
         """Whether the residual channel promises to keep out of the protected directions altogether."""
         return self.residual_projection and self.projection == "hard"
 
-    def _check_choice(self, name: str) -> None:
-        value = getattr(self, name)
-        if not any(type(value) is type(option) and value == option for option in CHOICES[name]):
-            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, CHOICES[name]))}")
-
     def _check_values(self) -> None:
-        for name in CHOICES:
-            self._check_choice(name)
+        for name, options in CHOICES.items():
+            value = getattr(self, name)
+            if not any(type(value) is type(option) and value == option for option in options):
+                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
         for name, (accept, expected) in RANGES.items():
             values = {name: getattr(self, name)}
             if name in PATTERNS:

@@ -69,7 +69,7 @@ def unroll(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     fused: dict[str, dict[str, nn.Parameter]] = {}
     for name, module in [(name, module) for name, module in model.named_modules() if can_unroll(module)]:
         fused[name] = {projection: getattr(module, projection) for projection in _projections(module)}
-        _put(model, name, UnrolledExperts(module))
+        model.set_submodule(name, UnrolledExperts(module))
     return fused
 
 
@@ -88,7 +88,7 @@ def fuse(model: nn.Module, fused: dict[str, dict[str, nn.Parameter]] | None = No
                 weights = weights.mT.contiguous() if module.is_transposed else weights
                 parameter = nn.Parameter(weights, requires_grad=False)
             module.fused._parameters[projection] = parameter
-        _put(model, name, module.fused)
+        model.set_submodule(name, module.fused)
 
 
 @contextlib.contextmanager
@@ -145,15 +145,8 @@ def _projections(module: Any) -> tuple[str, str]:
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """Return a linear layer without bias over a weight (m, n), sharing its memory.
-
-    What is registered where PEFT saves memory (`low_cpu_mem_usage`) loses its values, so the weight is not.
-    """
+    """Return a linear layer without bias over a weight (m, n), sharing its memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # What is registered where PEFT saves memory (`low_cpu_mem_usage`) loses its values.
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return layer
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(model.get_submodule(parent), own, module)

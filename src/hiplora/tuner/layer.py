@@ -47,7 +47,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     """
 
     adapter_layer_names = ("hiplora_A", "hiplora_B", "hiplora_delta")
-    other_param_names = ("r", "lora_alpha", "scaling", "hiplora_dropout", "configs", "_budget")
+    other_param_names = ("r", "scaling", "hiplora_dropout", "configs", "_budget")
 
     def __init__(self, base_layer: nn.Module, name: str, **requantise: Any) -> None:
         super().__init__()
@@ -58,7 +58,6 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self.quantization_backend = quantization(self.get_base_layer(), **requantise)
         self.hiplora_A, self.hiplora_B, self.hiplora_delta = FactorDict(), FactorDict(), FactorDict()
         self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.hiplora_dropout = nn.ModuleDict()  # only their probability is used; TRL sets it to 0 by their type
         self.configs: dict[str, HipLoraConfig] = {}
@@ -74,7 +73,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self, adapter: str, config: HipLoraConfig, r: int, alpha: float, k: int, factors: SpectralFactors | None
     ) -> None:
         """Add an adapter of residual rank `r`, scale `alpha / r` and principal rank `k`; factors may come later."""
-        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, alpha / r
+        self.r[adapter], self.scaling[adapter] = r, alpha / r
         self.hiplora_dropout[adapter] = nn.Dropout(config.lora_dropout)
         self.configs[adapter] = config
         m, n = self.out_features, self.in_features

@@ -56,13 +56,23 @@ class _Collector:
     """Sums up second moments, of a layer or of the experts that share a space, while the model runs; padding is out."""
 
     side: str
-    moments: dict[str, SecondMoment]
-    leader: dict[str, str]  # layer → the layer whose moment it shares
 
-    def __init__(self, model: nn.Module, modules: Sequence[str]):
-        self.moments, self.leader = {}, {}
+    def __init__(self, model: Any, modules: Sequence[str]):
+        self.moments: dict[str, SecondMoment] = {}
+        self.leader: dict[str, str] = {}  # layer → the layer whose moment it shares
         self._model, self._modules = model, modules
         self._mask: Tensor | None = None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect inside the block, from the base model without its adapters, whether or not gradients are on."""
+        with base_only(self._model), torch.no_grad(), contextlib.ExitStack() as handles:
+            for handle in self._hooks():
+                handles.callback(handle.remove)
+            yield
+
+    def _hooks(self) -> Iterator[Any]:
+        raise NotImplementedError
 
     def add(self, name: str, vectors: Tensor, mask: Tensor | None) -> None:
         """Add the vectors (…, n) of one call to a moment, without padding where the mask fits them."""
@@ -103,18 +113,10 @@ class MomentCollector(_Collector):
     side = "input"
     _last: tuple[str, Tensor] | None = None
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect inside the block, from the base model without its adapters."""
-        with base_only(self._model), torch.no_grad(), contextlib.ExitStack() as handles:
-            handles.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            for name in self._modules:
-                hook = self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
-                handles.callback(hook.remove)
-            try:
-                yield
-            finally:
-                self._last = self._mask = None
+    def _hooks(self) -> Iterator[Any]:
+        yield self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        for name in self._modules:
+            yield self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._mask, self._last = token_mask(args, kwargs), None
@@ -148,24 +150,15 @@ class GradientCollector(_Collector):
         super().__init__(model, modules)
         self._limit, self._rows, self._tokens = limit, 0, 0
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Collect inside the block, from the base model; it is differentiated whether or not gradients are on."""
-        model: Any = self._model
-        with base_only(model), torch.no_grad(), contextlib.ExitStack() as handles:
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
-            for handle in (
-                model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                model.register_forward_hook(self._end, with_kwargs=True),
-                *(model.get_submodule(n).register_forward_hook(self._hook(n)) for n in self._modules),
-            ):
-                handles.callback(handle.remove)
-            yield
+    def _hooks(self) -> Iterator[Any]:
+        self._model.requires_grad_(False)  # `base_only` restores it
+        yield self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        yield self._model.register_forward_hook(self._end, with_kwargs=True)
+        for name in self._modules:
+            yield self._model.get_submodule(name).register_forward_hook(self._hook(name))
 
     @property
-    def done(self) -> bool:
-        """Whether as many tokens as were requested have been used."""
+    def _done(self) -> bool:
         return self._tokens >= self._limit
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -175,7 +168,7 @@ class GradientCollector(_Collector):
                 f"{_INPUT_SIDE}"
             )
         self._mask = token_mask(args, kwargs)
-        torch.set_grad_enabled(not self.done)
+        torch.set_grad_enabled(not self._done)
         if "use_cache" in inspect.signature(model.forward).parameters:  # RWKV would write its state in place
             kwargs = {**kwargs, "use_cache": False}
         return args, kwargs
@@ -194,7 +187,7 @@ class GradientCollector(_Collector):
         return hook
 
     def _end(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if self.done:
+        if self._done:
             return
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or not logits.requires_grad:
@@ -208,7 +201,7 @@ class GradientCollector(_Collector):
         mask = self._mask.cpu()
         gradient = torch.zeros_like(places)
         for index in range(len(mask)):
-            if self.done:  # the rest of this batch is left out, so that the batch size changes nothing
+            if self._done:  # the rest of this batch is left out, so that the batch size changes nothing
                 mask[index] = False
             elif (count := int(mask[index].sum())) > 0:
                 at = mask[index].to(places.device)
@@ -241,9 +234,9 @@ def measure_inputs(
     collector = MomentCollector(model, modules)
     with collector.watching():
         run()
-    if trailing is None:
-        return collector.bases(dict.fromkeys(modules), lambda moment, _, name: moment.eigen(name))
-    return collector.bases({name: trailing[name] for name in modules}, SecondMoment.trailing)
+    if trailing is not None:
+        return collector.bases(trailing, SecondMoment.trailing)
+    return collector.bases(dict.fromkeys(modules), lambda moment, _, name: moment.eigen(name))
 
 
 def measure_outputs(model: nn.Module, ranks: Mapping[str, int], run: Callable[[], Any], limit: int) -> Bases:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import itertools
 import logging
 import re
 import time
@@ -132,8 +133,8 @@ def conversation_scripts(model: Any, tokenizer: Any, length: int) -> list[Script
     """Return the conversations that rows follow: the chat template's, else `QUESTIONS`; none without a tokenizer."""
     if tokenizer is None or not knows_text(tokenizer):
         return []
-    special = {*special_tokens(model), *tokenizer.all_special_ids}
-    vocabulary, begin = _vocabulary(model)
+    vocabulary, begin, own = _tokens(model)
+    special = {*own, *tokenizer.all_special_ids}
     begin = begin if begin == tokenizer("x")["input_ids"][:1] else []
     texts, ends = QUESTIONS, lambda token: token in special or "\n" in tokenizer.decode([token])
     if tokenizer.chat_template is not None and (chat := _chat_pieces(tokenizer)) is not None:
@@ -195,9 +196,9 @@ def sample_rows(
     Odd rows follow the `scripts`, if any; the others begin with a random token. A row depends on the model, the seed
     and its own number only. Tokens that end a text are drawn only to end a turn, so every row has `length` tokens.
     """
-    vocabulary, begin = _vocabulary(model)
+    vocabulary, begin, own = _tokens(model)
     device = next(model.parameters()).device
-    special = torch.tensor([token for token in special_tokens(model) if token < vocabulary], dtype=torch.long)
+    special = torch.tensor([token for token in own if token < vocabulary], dtype=torch.long)
     choices = torch.ones(vocabulary, dtype=torch.bool).index_fill_(0, special, False).nonzero().flatten()
     writers, draws = [], torch.empty(len(rows), length, dtype=torch.float64)
     for index, row in enumerate(rows):
@@ -285,17 +286,13 @@ def next_logits(model: Any, ids: Int[Tensor, "rows length"], cache: Any) -> tupl
     return output.logits[:, -1], getattr(output, name, None) if name else None
 
 
-def _vocabulary(model: Any) -> tuple[int, list[int]]:
-    """Return the number of tokens, and the token that begins a text, if the model has one."""
+def _tokens(model: Any) -> tuple[int, list[int], list[int]]:
+    """Return the number of tokens, the one that begins a text, if any, and all that begin, end or pad one."""
     config = model.config.get_text_config()
-    begin = config.bos_token_id
-    return config.vocab_size, [begin] if isinstance(begin, int) and begin < config.vocab_size else []
-
-
-def special_tokens(model: Any) -> list[int]:
-    """Return the ids of the tokens that begin, end or pad a text, as the model's configurations name them."""
-    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    begin, size = config.bos_token_id, config.vocab_size
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    values = [getattr(config, name, None) for config in configs for name in names]
+    values = [
+        getattr(one, name, None) for one in (config, getattr(model, "generation_config", None)) for name in names
+    ]
     listed = [value if isinstance(value, (list, tuple)) else [value] for value in values if value is not None]
-    return sorted({token for tokens in listed for token in tokens})
+    return size, [begin] if isinstance(begin, int) and begin < size else [], sorted({*itertools.chain(*listed)})

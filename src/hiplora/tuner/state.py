@@ -111,13 +111,12 @@ class Watch:
     steps_of_others: ClassVar[int] = 0
 
     def __init__(self, gains: Tensor) -> None:
-        self.gains, self.steps, self.moves, self.differentiated = (
-            gains.detach().clone(),
-            Watch.steps_of_others,
-            0,
-            False,
-        )
+        self.moves = 0
+        self._remember(gains)
         gains.register_hook(self._note)
+
+    def _remember(self, gains: Tensor) -> None:
+        self.gains, self.steps, self.differentiated = gains.detach().clone(), Watch.steps_of_others, False
 
     def _note(self, gradient: Tensor) -> None:
         self.differentiated = True
@@ -128,7 +127,7 @@ class Watch:
             return False
         self.moves += self.differentiated
         found = self.differentiated and (self.moves > 1 or self.steps < Watch.steps_of_others)
-        self.gains, self.steps, self.differentiated = gains.detach().clone(), Watch.steps_of_others, False
+        self._remember(gains)
         return found
 
 
@@ -146,9 +145,7 @@ class FactorBuffers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pending: set[str] = set()  # adapters whose factors are to come from a file
-        self._unserved: dict[
-            str, Watch
-        ] = {}  # the gains that no optimizer hook has seen, since the first training pass
+        self._unserved: dict[str, Watch] = {}  # of gains that no optimizer hook has seen since the first training pass
         for name in _ALL:
             setattr(self, name, BufferDict(persistent=True))
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from hiplora.errors import FactorError
-from hiplora.spectral import MomentBasis, SecondMoment, activation_factors, factor_mismatch, truncated_svd
+from hiplora.spectral import (
+    MomentBasis,
+    SecondMoment,
+    activation_factors,
+    factor_mismatch,
+    rank_for_energy,
+    truncated_svd,
+)
 from hiplora.spectral.activation import unite, united_factors
 from tests import reference
 
@@ -58,9 +65,9 @@ def test_eigenvalues_energy_and_ranks_by_hand():
     assert basis.energy(1) == pytest.approx(0.8)
     assert basis.energy(3) == pytest.approx(1.0)
     assert basis.effective_rank == pytest.approx(math.exp(-0.8 * math.log(0.8) - 0.2 * math.log(0.2)))
-    assert [basis.rank_for(energy) for energy in (0.5, 0.8, 0.9, 1.0)] == [1, 1, 2, 2]
+    assert [rank_for_energy(basis.values, energy) for energy in (0.5, 0.8, 0.9, 1.0)] == [1, 1, 2, 2]
     empty = basis_of(torch.zeros(4, 3))
-    assert (empty.energy(2), empty.effective_rank, empty.rank_for(0.9)) == (0.0, 0.0, 1)
+    assert (empty.energy(2), empty.effective_rank, rank_for_energy(empty.values, 0.9)) == (0.0, 0.0, 1)
 
 
 @pytest.mark.parametrize(
