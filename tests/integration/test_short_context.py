@@ -94,3 +94,12 @@ def test_a_prompt_that_fills_it_is_refused_by_name(model, capsys):
     assert code == 2
     assert f"has {5 * CONTEXT} tokens" in err
     assert f"the model's context is {CONTEXT}" in err
+
+
+@pytest.mark.parametrize(("max_length", "warned"), [(4096, True), (2048, False)])
+def test_rows_longer_than_a_model_was_made_for_are_counted(max_length, warned, tiny_model_dir, tmp_path, capsys):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b" * n} for n in (9, 3000)])
+    given = ("train", "--model", tiny_model_dir, "--data", rows, "--set", f"train.max_length={max_length}", *METHOD)
+    code, said, _ = run(capsys, *given, "--dry-run", "--json")
+    notes = json.loads(said)["notes"]
+    assert (code, any("1 of 2 rows are longer than the 2048 tokens" in note for note in notes)) == (0, warned)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.errors import DataError
 from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
-from hiplora.positions import within_context
+from hiplora.positions import context_length, within_context
 from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
 
@@ -28,7 +28,7 @@ def sequences(
 
     settings, length = recipe.train, within_context(recipe.train.max_length, model)
     rows, report = encode_examples(tokenizer, data.train, length)
-    notes = [*data.notes, *report.warnings(length)]
+    notes = [*data.notes, *report.warnings(length), *_too_long(rows, model)]
     if settings.token_weight == "stm":
         taken = mask_unlikely(model, rows)
         if taken == report.learned_tokens:
@@ -47,6 +47,14 @@ def sequences(
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
     return sets[0], sets[1] if data.held_out else None, notes, vars(report)
+
+
+def _too_long(rows: list[dict[str, list[int]]], model: Any) -> list[str]:
+    """Say how many rows go on beyond what the model was made for, where its positions let them."""
+    context = context_length(model)
+    count = sum(len(row["input_ids"]) > context for row in rows) if context else 0
+    what = f"{count} of {len(rows)} rows are longer than the {context} tokens that the model was made for"
+    return [f"{what} (max_position_embeddings); set train.max_length: {context}"] if count else []
 
 
 def keeps_rows_apart(model: Any) -> bool:
@@ -87,7 +95,7 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
     read = (settings.epochs or 1) * report.tokens
     if settings.steps is not None:
         read = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
-    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(length)]
+    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(length), *_too_long(rows, bare)]
     cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
     lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
     lines += [f"{report.sequences:,} rows, {learned}; {cost}", *notes]
