@@ -5,7 +5,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ class AlphaEdit(WeightEdits):
     `search_loss` stays high. Prompts are seen bare and behind `prefixes` generated texts of `prefix_tokens` tokens.
     """
 
+    title: ClassVar[str] = "AlphaEdit"
     threshold: PositiveFloat = 0.02
     ridge: PositiveFloat = 1.0
     value_steps: Annotated[int, Field(ge=2)] = 25

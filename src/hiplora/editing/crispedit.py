@@ -8,7 +8,7 @@ small products of eigenvalues. Weights are trained whole, so that the mask is ex
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,7 @@ _LEAST = 1e-6  # of the largest singular value: what is left out of the factors 
 class CrispEdit(WeightEdits):
     """Settings: `energy` is the share that the protected pairs hold of a random update's KL to second order."""
 
+    title: ClassVar[str] = "CrispEdit"
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
 

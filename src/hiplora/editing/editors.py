@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -181,6 +181,9 @@ class WeightEdits:
 
     What to preserve is measured on `calibration_tokens` of text that the model samples itself, by `seed`.
     """
+
+    title: ClassVar[str]
+    kind: ClassVar[str] = "a plain LoRA"  # what is saved
 
     layers: tuple[int, ...] | None = None
     calibration_tokens: Annotated[int, Field(ge=2)] = 10_000

@@ -29,7 +29,7 @@ from hiplora.editing.editors import (
     WeightEditor,
     WeightEdits,
 )
-from hiplora.editing.edits import BUILT_IN, WEIGHT_EDITORS, Category, Edit, Question, load_edits, load_questions
+from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
 from hiplora.errors import ConfigError, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
@@ -165,10 +165,8 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
-            own = WEIGHT_EDITORS.get(job.method)
-            title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)  # type: ignore[union-attr]
-            loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
-            told = {"base": hub_name(job.model), "count": len(job.facts), "title": title, "mode": job.mode}
+            loading = f"This is {method.kind}; stock PEFT loads it without hiplora." if method.kind else OWN_FORMAT
+            told = {"base": hub_name(job.model), "count": len(job.facts), "title": method.title, "mode": job.mode}
             (folder / "README.md").write_text(CARD.format(loading=loading, **told), encoding="utf-8")
 
     with run.claimed(settings, overwrite=overwrite):

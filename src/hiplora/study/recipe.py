@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from hiplora.data.examples import Block, DataSettings
 from hiplora.data.rows import is_hub_name
-from hiplora.editing.edits import WEIGHT_EDITORS
+from hiplora.editing.job import EDITORS
 from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
 from hiplora.study.protocols.settings import AboveZero, Positive, Seed
@@ -169,7 +169,7 @@ class StudyRecipe(Block):
             if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
                 raise ValueError("`protocols.continual` needs two or more domains in order, each once in each order")
         if protocols.editing:
-            if taken := sorted(WEIGHT_EDITORS.keys() & protocols.editing.methods):
+            if taken := sorted(EDITORS.keys() & protocols.editing.methods):
                 raise ValueError(
                     f"`protocols.editing.methods`: {taken[0]!r} is an editor of weights; rename the method"
                 )

@@ -126,12 +126,9 @@ def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Seq
 def by_form(caption: str, numbers: pd.DataFrame, rows: str = "method", paper: str = "", stem: str = "") -> Tables:
     """Return a table of measurements for each form of the score."""
     parts = {form: numbers[numbers.form == form] for form in FORMS.values()}
-    return {named(stem, form): (f"{caption}: {form}", table(part, rows, paper)) for form, part in parts.items()}
-
-
-def named(*parts: str) -> str:
-    """Return the name of a file."""
-    return "-".join(filter(None, parts))
+    return {
+        f"{stem}-{form}".lstrip("-"): (f"{caption}: {form}", table(part, rows, paper)) for form, part in parts.items()
+    }
 
 
 def paper_value(name: str, row: str, column: str) -> float | None:

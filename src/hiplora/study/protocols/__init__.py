@@ -21,7 +21,7 @@ from hiplora.study.protocols.rank_one import RankOne
 from hiplora.study.protocols.selection import Selection
 from hiplora.study.protocols.settings import Protocol
 from hiplora.study.protocols.single_task import AdaLora, SingleTask
-from hiplora.study.records import BASE, Findings, named
+from hiplora.study.records import BASE, Findings
 
 
 class Protocols(Block):
@@ -50,8 +50,8 @@ def sections(study: Study) -> list[Findings]:
         if settings is not None:
             one = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
             one.name, one.title = field.replace("_", "-"), str(Protocols.model_fields[field].description)
-            one.tables = {named(one.name, stem): value for stem, value in one.tables.items()}
-            one.figures = {named(one.name, stem): value for stem, value in one.figures.items()}
+            one.tables = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.tables.items()}
+            one.figures = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.figures.items()}
             found.append(one)
     return sorted(found, key=lambda one: one.name != "claims")
 

@@ -9,7 +9,8 @@ import pandas as pd
 from pydantic import Field
 
 from hiplora.data.examples import Block
-from hiplora.editing.edits import BUILT_IN, WEIGHT_EDITORS, Category
+from hiplora.editing.edits import BUILT_IN, Category
+from hiplora.editing.job import EDITORS
 from hiplora.reporting import plots
 from hiplora.study.builder import as_written
 from hiplora.study.jobs import Job
@@ -72,10 +73,10 @@ class Editing(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Edit every set in every mode by every method, and by those that edit weights if asked for."""
-        methods = [*self.methods, *(name for name in WEIGHT_EDITORS if getattr(self, name) is not None)]
+        methods = [*self.methods, *(name for name in EDITORS if getattr(self, name) is not None)]
         found = []
         for name, mode, method, seed in itertools.product(self.sets, self.modes, methods, study.seeds(self)):
-            title = WEIGHT_EDITORS.get(method) or study.row(method).title
+            title = EDITORS[method].title if method in EDITORS else study.row(method).title
             label = {"set": name, "mode": mode, "method": title, "seed": seed}
             found.append((self._edit(study, method, label), label))
         return found
@@ -104,7 +105,7 @@ class Editing(OfMethods):
                 caption = f"{title}: edits that still work, stage after stage"
                 found.figures[f"{name}-sequence"] = caption, figure
         titles = {name: study.row(name).title for name in self.methods}
-        titles |= {} if self.crispedit is None else {"crispedit": WEIGHT_EDITORS["crispedit"]}
+        titles |= {} if self.crispedit is None else {"crispedit": EDITORS["crispedit"].title}
         rates = [f"{title} {self._rate(study, name):g}" for name, title in titles.items()]
         found.text = (
             "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
@@ -121,7 +122,7 @@ class Editing(OfMethods):
     def _edit(self, study: Study, method: str, label: dict[str, Any]) -> Job:
         """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
         facts, trains, single = self.sets[label["set"]], method != "alphaedit", label["mode"] == "single"
-        if method in WEIGHT_EDITORS:
+        if method in EDITORS:
             given, needs = {"name": method, **getattr(self, method)}, {}
         else:
             given, factors = as_written(study.row(method).method), study.factors(study.row(method))
