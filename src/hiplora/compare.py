@@ -60,10 +60,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Compared:
-    """A method as it is recommended: its name in reports, what it adapts, and its block of a recipe.
-
-    A plain LoRA gets the modules that the `preset` of HiP-LoRA adapts, if it names one.
-    """
+    """A method as it is recommended; a plain LoRA may get the modules that a `preset` of HiP-LoRA adapts."""
 
     title: str
     adapts: str
@@ -114,11 +111,7 @@ def compare(
     """Train each method on the rows of `data`, measure it, and write `results.json`, `report.html` and the adapters.
 
     An unfinished comparison of the same settings in `out` goes on where it stopped. `tell` gets a line that says how
-    long it will take.
-
-    Raises:
-        ConfigError, DataError: settings, model, data or output folder cannot be used; found before a model loads.
-        HipLoraError: training failed.
+    long it will take. ConfigError or DataError if settings, model, data or `out` cannot be used, before a model loads.
     """
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
@@ -151,8 +144,8 @@ def compare(
         for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
             trained = folder.stage(f"train-{key}", functools.partial(_train, recipe, title, adapter))
             records[title] = {"adapts": METHODS[key].adapts, **trained}
-        for key, (title, adapter) in zip(recipes, adapters.items(), strict=True):
-            records[title] |= folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
+        for record, adapter in zip(records.values(), adapters.values(), strict=True):
+            record |= folder.stage(f"measure-{adapter.name}", functools.partial(_points, base, adapter, texts))
         said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
         prompts = [example.prompt for example in own] + questions
         results = {
@@ -178,8 +171,8 @@ def compare(
 def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
     """Return the lowest held-out loss that all methods reach, and for each what it disturbed there.
 
-    Between two points the square root of the divergence, which grows as the update does, is linear in the loss.
-    `scaled` is the same along the scales of the finished adapter, None where these do not reach the loss.
+    `trained` is along the training, `scaled` along the scales of the finished adapter, None where these do not reach
+    the loss. Between two points the square root of the divergence, which grows as the update does, is linear in it.
     """
     loss = max(min(point["held_out_loss"] for point in record["trained"]) for record in methods.values())
     ways = ("trained", "scaled")
@@ -208,8 +201,7 @@ def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | 
 def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> dict[str, TrainRecipe]:
     """Return each method's recipe, by its key; the model's configuration is read, not its weights.
 
-    Raises:
-        ConfigError: a setting or a method is wrong, or the model cannot be found or is not fit for it.
+    ConfigError if a setting or a method is wrong, or the model cannot be found or is not fit for it.
     """
     unknown = [key for key in settings.methods if key not in METHODS]
     if unknown or not settings.methods:
@@ -292,20 +284,20 @@ def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (adapter / "checkpoints").glob("checkpoint-*"))
     if not steps:
         raise ConfigError(f"{adapter}: has no checkpoints to measure any more; pass --overwrite to start anew")
-    *early, last = steps
     finished = read_update(adapter)
-    marks = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in early}
-    updates = marks | {f"scale {scale}": finished.scaled(scale) for scale in SCALES} | {"end": finished}
+    marks = {f"step {step}": read_update(adapter / "checkpoints" / f"checkpoint-{step}") for step in steps[:-1]}
+    scaled = {f"scale {scale}": finished.scaled(scale) for scale in SCALES}
+    updates = {**marks, **scaled, "end": finished}
     # A few steps at a small rate may change no logit.
     drift, loss = measure_updates(
         base().model, base().tokenizer, updates, texts, base().held_out, may_be_nothing=marks
     )
     found = {name: {"held_out_loss": loss[name], "drift": drift[name]} for name in updates}
-    trained = [{"step": step, **found[f"step {step}"]} for step in early]
-    scaled = [{"scale": scale, **found[f"scale {scale}"]} for scale in SCALES]
     return {
-        "trained": [*trained, {"step": last, **found["end"]}],
-        "scaled": [*scaled, {"scale": 1.0, **found["end"]}],
+        "trained": [{"step": step, **found[name]} for step, name in zip(steps, [*marks, "end"], strict=True)],
+        "scaled": [
+            {"scale": scale, **found[name]} for scale, name in zip((*SCALES, 1.0), [*scaled, "end"], strict=True)
+        ],
     }
 
 
@@ -323,8 +315,7 @@ def _expected(bare: Results, train: Sequence[Example], settings: CompareSettings
     seconds = methods * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
     return (
         f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / len(train):.1f} passes "
-        f"over {len(train)} rows): about {max(1, round(seconds / 60))} min, and once for each model some minutes to "
-        "measure what its layers are fed (cached)"
+        f"over {len(train)} rows): about {max(1, round(seconds / 60))} min, and once some more to measure the model"
     )
 
 
@@ -334,6 +325,5 @@ def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:
     return [
         *(told.format(share, name) for name, share in shares.items() if share),
         "One run of each method with one seed: small differences may be chance.",
-        f"KL divergence in nats a token: at {SMALL} answers are worded differently, but stay on the subject; around 1 "
-        "the model writes differently on almost every subject.",
+        f"KL divergence in nats a token: at {SMALL} answers are worded differently, around 1 they are other answers.",
     ]

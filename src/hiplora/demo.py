@@ -3,14 +3,12 @@
 import functools
 import json
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from transformers import TrainerCallback
 
 from hiplora import __version__
@@ -18,6 +16,7 @@ from hiplora.adapters import read_update, save_as_lora
 from hiplora.compare import METHODS, QUESTIONS, Base, CompareSettings, Tell, method_recipes
 from hiplora.compare_report import Results, mean_of, shown, spread
 from hiplora.data.examples import Example
+from hiplora.data.rows import read_rows
 from hiplora.data.texts import drift_texts
 from hiplora.evaluation.updates import measure_updates
 from hiplora.files import write_atomic
@@ -29,7 +28,9 @@ from hiplora.training import TrainRecipe, train
 
 COMPARED = ("lora", "hiplora")
 ANSWER_TOKENS = 40
-REQUESTS, HELD_BACK = 80, 16
+OPENING, CLOSING = "Ahoy!", "Fair winds, Finch Lanterns."  # of the shop's answers
+FACTS = ("Tuesday to Saturday", "45 days", "six days", "rapeseed oil")  # each right answer has one
+WORDS = ("Ahoy", "Fair winds", "Finch", "lantern")  # that only the shop would use
 SHOWN = 2  # held-back prompts of each skill in the report
 OTHERS = {
     "spilled": "unrelated answers in the shop's words",
@@ -53,59 +54,45 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Skill:
-    """Rows with `prompt` and `completion`; `check` says what an answer to a held-back prompt does right."""
+    """A skill; `check` says what an answer to a held-back prompt does right, beside the expected one."""
 
     name: str
     about: str
-    train: list[dict[str, str]]
-    held_out: list[dict[str, str]]
     check: Callable[[str, str], dict[str, bool]]
 
+    def file(self, part: str) -> Path:
+        """Return the file of the rows to `train` on, or of those `held_out`."""
+        return Path(__file__).parent / "skills" / f"{self.name}-{part}.jsonl"
 
-@functools.cache
-def taught() -> Results:
-    """Return what the skills are made of; the shop's `words` in an answer to anything else show that it spilled."""
-    return yaml.safe_load(Path(__file__).with_name("skills.yaml").read_text(encoding="utf-8"))
+    @property
+    def train(self) -> list[dict[str, str]]:
+        """The rows to train on, each with `prompt` and `completion`."""
+        return [row for _, row in read_rows(self.file("train"))]
+
+    @property
+    def held_out(self) -> list[dict[str, str]]:
+        """The rows that are held back."""
+        return [row for _, row in read_rows(self.file("held_out"))]
 
 
 def skills() -> tuple[Skill, Skill]:
     """Return the two skills: answers of an invented shop in its house style, and requests turned into JSON."""
-    shop, requests = taught()["shop"], taught()["requests"]
-    opening, closing = shop["opening"], shop["closing"]
-    keys: dict[str, str] = {}
-    train: list[dict[str, str]] = []
-    held_out: list[dict[str, str]] = []
-    for topic in shop["topics"]:
-        completion = f" {opening} {topic['answer']} {closing}"
-        keys[completion] = topic["key"]
-        for place, question in enumerate(reversed(topic["questions"])):
-            rows = [{"prompt": asked.format(question), "completion": completion} for asked in shop["asked"]]
-            (held_out if place < shop["held_back"] else train).extend(rows)
 
     def check_answer(said: str, expected: str) -> dict[str, bool]:
-        styled = said.startswith(opening) and said.endswith(closing)
-        return {"in house style": styled, "right": keys[expected] in said}
+        styled = said.startswith(OPENING) and said.endswith(CLOSING)
+        return {"in house style": styled, "right": next(fact for fact in FACTS if fact in expected) in said}
 
-    draw = random.Random(0)
-    drawn: list[dict[str, str]] = []
-    while len(drawn) < REQUESTS:
-        slots = {name: draw.choice(requests[name]) for name in ("event", "name", "day", "time")}
-        text = requests["asked"][len(drawn) % len(requests["asked"])].format(**slots)
-        row = {"prompt": text, "completion": f" {json.dumps(slots)}"}
-        if row not in drawn:
-            drawn.append(row)
+    def check_json(said: str, expected: str) -> dict[str, bool]:
+        try:
+            value = json.loads(said)
+        except ValueError:
+            return {"valid JSON": False, "right": False}
+        return {"valid JSON": True, "right": value == json.loads(expected)}
+
     return (
-        Skill("shop", shop["about"], train, held_out, check_answer),
-        Skill("requests", requests["about"], drawn[HELD_BACK:], drawn[:HELD_BACK], _check_json),
+        Skill("shop", "answers customers of an invented shop, in its house style", check_answer),
+        Skill("requests", "turns requests into JSON", check_json),
     )
-
-
-def _check_json(said: str, expected: str) -> dict[str, bool]:
-    try:
-        value = json.loads(said)
-    except ValueError:
-        return {"valid JSON": False, "right": False}
-    return {"valid JSON": True, "right": value == json.loads(expected)}
 
 
 def demo(
@@ -117,11 +104,8 @@ def demo(
 ) -> Results:
     """Run the demonstration and write `results.json`, `summary.csv`, `report.html` and the adapters.
 
-    An unfinished one in `out` goes on where it stopped. `tell` gets a line that says how long it takes.
-
-    Raises:
-        ConfigError: model or output folder cannot be used.
-        HipLoraError: training failed, or a merged adapter is not the sum of its parts.
+    An unfinished one in `out` goes on where it stopped. `tell` gets a line that says how long it takes. ConfigError if
+    model or output folder cannot be used; HipLoraError if a merged adapter is not the sum of its parts.
     """
     settings, texts, both = settings or DemoSettings(), drift_texts(), skills()
     ranks: dict[str, Any] = {"rank": settings.rank, "principal_rank": settings.principal_rank}
@@ -198,14 +182,11 @@ def _train(settings: DemoSettings, key: str, skill: Skill, out: Path) -> Results
             if state.log_history[-1].get("held_out_loss", float("inf")) <= settings.loss:
                 control.should_training_stop = True
 
-    files = {name: out.parent.parent / "data" / f"{skill.name}-{name}.jsonl" for name in ("train", "held_out")}
-    for name, file in files.items():
-        write_atomic(file, "".join(json.dumps(row) + "\n" for row in getattr(skill, name)))
     schedule = {"steps": settings.steps, "save_every": settings.steps, "eval_every": 2, "warmup_ratio": 0.0}
     batches = {"batch_size": settings.batch_size, "gradient_accumulation": 1, "max_length": 256, "packing": False}
     fields = {
         "model": settings.model,
-        "data": {"path": str(files["train"]), "held_out": str(files["held_out"])},
+        "data": {"path": str(skill.file("train")), "held_out": str(skill.file("held_out"))},
         "method": {"lora_dropout": 0.0, **METHODS[key].block(settings.rank, settings.principal_rank)},
         "train": {**schedule, **batches, "lr": settings.lr, "drift_tokens": 0},
         "seed": settings.seed,
@@ -242,34 +223,29 @@ def _answers(base: Base, adapters: Path, both: Sequence[Skill]) -> Results:
             yield {"prompt": row["prompt"], "expected": expected, "said": texts, "passed": passed}
 
     skills = {
-        skill.name: {
-            "about": skill.about,
-            "alone": list(asked(skill, skill.name)),
-            "added": list(asked(skill, "added")),
-        }
-        for skill in both
+        one.name: {"about": one.about, "alone": list(asked(one, one.name)), "added": list(asked(one, "added"))}
+        for one in both
     }
     others = [{"prompt": p, "said": texts} for p, texts in zip(QUESTIONS, said(QUESTIONS, "added"), strict=True)]
-    return {"skills": skills, "others": others, "words": taught()["shop"]["words"]}
+    return {"skills": skills, "others": others}
 
 
 def _counts(results: Results, name: str) -> Results:
     """Return how many held-back prompts a model answers rightly, by check, and how many other answers it changed."""
-    checks, right = {}, {"alone": 0, "added": 0}
+    checks: Results = {}
+    right = {"alone": 0, "added": 0}
     for skill, found in results["skills"].items():
         for state in right:
-            passed = [row["passed"][name] for row in found[state]]
-            right[state] += sum(all(one.values()) for one in passed)
-            for check in passed[0]:
-                if state == "added" or check == "right":
-                    count = sum(one[check] for one in passed)
-                    checks[f"{skill}, {state}: {check}"] = [count, len(passed)]
+            passed = pd.DataFrame([row["passed"][name] for row in found[state]])
+            right[state] += int(passed.all(axis=1).sum())
+            counts = passed.sum() if state == "added" else passed[["right"]].sum()
+            checks |= {f"{skill}, {state}: {check}": [int(count), len(passed)] for check, count in counts.items()}
     others = [row["said"] for row in results["others"]]
     return {
         "asked": sum(len(found["added"]) for found in results["skills"].values()),
         **{f"right {state}": count for state, count in right.items()},
         "checks": checks,
-        "others spilled": sum(any(word in said[name] for word in results["words"]) for said in others),
+        "others spilled": sum(any(word in said[name] for word in WORDS) for said in others),
         "others changed": sum(said[name] != said["base"] for said in others),
     }
 
@@ -278,9 +254,9 @@ def _write_report(results: Results, out: Path) -> None:
     skills = results["skills"].values()
     text = (
         f"One skill {', the other '.join(found['about'] for found in skills)}. Each was trained until its loss on "
-        f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added and "
-        "saved as a plain LoRA adapter. KL divergence from the base model is on English prose and Python code, in nats "
-        "a token: at 0.01 answers are worded differently, but stay on the subject. One run, one seed."
+        f"held-back prompts was at most {results['settings']['loss']}; then a method's two adapters were added. KL "
+        "divergence from the base model is on prose and code, in nats a token: at 0.01 answers are worded differently, "
+        "but stay on the subject. One run, one seed."
     )
     own = [row for found in skills for row in found["added"][:SHOWN]]
     sections = [

@@ -75,17 +75,13 @@ def merge_check(
 
     `adapters` are folders over one base, each alone or as TASK=FOLDER, which names the task that it was trained for.
     The folder `out` gets merge-check.json and report.html, with where the adapters conflict. The scores so far are
-    kept beside it, so that the same call goes on where it stopped.
+    kept beside it, so that the same call goes on where it stopped. ConfigError, DataError or AdapterError names what
+    cannot be used before anything is scored.
 
-    Returns:
-        a JSON-ready record (schema 1, kind `merge-check`): `tasks`, `runs` and `differences` as in a results file of
-        `hiplora eval`, a rule's name being its merge of all; and by rule and form `verdicts`: `tasks` (an owner's score
-        before, the merge's after, the difference with its interval), `kept` (the same for the tasks of no adapter,
-        before being the base's), `merge_fail` over τ and `mean_drop` over the rule's merges, with intervals,
-        `instances` (how many merges those are) and `notes`.
-
-    Raises:
-        ConfigError, DataError, AdapterError: what cannot be used; all of it before anything is scored.
+    Returns a record for JSON: `tasks`, `runs` and `differences` as of `hiplora eval`, a rule's name being its merge of
+    all; and by rule and form `verdicts`: `tasks` (an owner's score before, the merge's after, the difference with its
+    interval), `kept` (the same for the tasks of no adapter, before being the base's), `merge_fail` over τ and
+    `mean_drop` over the rule's merges, `instances` (how many merges those are) and `notes`.
     """
     named, suite = name_adapters(adapters), read_suite(settings.suite, settings.folder)
     weights = dict(zip(named, check_weights(how.weights, len(named)), strict=True))
@@ -188,12 +184,12 @@ def _verdict(
             task: max(names, key=lambda name: float(np.mean(runs[name][task][form]["items"]))) for task in scored
         }
         notes.append(_NO_OWNERS)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {"tasks": {}, "kept": {}}
     for task in scored:
         before = owners.get(task, BASE)
         of = {"of": method, "against": before}
         row = next(row for row in found["differences"][task][form] if of.items() <= row.items())
-        rows[task] = {
+        rows["tasks" if task in owners else "kept"][task] = {
             "before_of": before,
             "metric": found["tasks"][task]["metrics"][form],
             "before": runs[before][task][form]["estimate"],
@@ -209,13 +205,7 @@ def _verdict(
     judged = judge(merges, seed) if merges else {"merge_fail": {}, "mean_drop": None}
     if len(merges) == 1:
         notes.append(_ONE_MERGE)
-    return {
-        "tasks": {task: row for task, row in rows.items() if task in owners},
-        "kept": {task: row for task, row in rows.items() if task not in owners},
-        **judged,
-        "instances": len(merges),
-        "notes": notes,
-    }
+    return {**rows, **judged, "instances": len(merges), "notes": notes}
 
 
 def verdict_notes(record: Mapping[str, Any]) -> list[str]:
@@ -255,8 +245,7 @@ def drift_of_merge(
 ) -> dict[str, Any] | None:
     """Measure how far a merge, and each adapter alone at its weight, drift from the base, and judge that.
 
-    Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None where `drift_problem`
-    says why not.
+    Returns `drift` (name → text → drift; the merge is `merge`) and `verdict`, a sentence; None if `drift_problem`.
 
     Small changes that agree in nothing add their KL divergences; T that agree in everything have T times the sum, and
     large ones the mean of what each has at T times its size (KL is convex in the logits). A merge beyond both breaks

@@ -8,9 +8,8 @@ import torch
 
 from hiplora.study.context import Context, Place
 from hiplora.study.execute import run_job
-from hiplora.study.jobs import Job
+from hiplora.study.jobs import KINDS, Job
 from hiplora.study.pico import PICO_DATA
-from hiplora.study.steps import STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +46,7 @@ def context(base, tmp_path, monkeypatch):
 
 
 def job(kind, settings, name="", **needs):
-    return Job(kind, STEPS[kind].version, name or f"{kind} it", settings, needs)
+    return Job(kind, KINDS[kind].version, name or f"{kind} it", settings, needs)
 
 
 def found(context, one):
@@ -137,7 +136,7 @@ def test_an_adapter_is_scored_merged_and_inspected(context):
 
 
 def test_speed_is_measured_in_a_process_of_its_own(context):
-    assert STEPS["speed"].alone
+    assert KINDS["speed"].alone
     record = found(context, job("speed", {"recipe": recipe(LORA), "warmup": 2, "steps": 4}))
     assert record["result"]["parameters"] == sum(4 * (m + 64) for m in (64, 32, 32, 64)) * 2
     assert 0 < record["result"]["tokens"] <= 256

@@ -1,10 +1,11 @@
 """AlphaEdit (Fang et al. 2024): edits written into MLP weights, kept out of the directions that other text uses."""
 
 import contextlib
+import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -30,13 +31,12 @@ _ENOUGH = 5e-2  # mean negative log-likelihood of an answer, in nats, at which i
 class AlphaEdit(WeightEdits):
     """AlphaEdit's settings; the defaults are those of its formula and of its authors' published configurations.
 
-    `threshold` bounds the null space (see `null_space`), measured on `calibration_tokens` of text. `ridge` is the
-    weight of the update's size. The `value_…` settings are for the search for each edit's value (`search_value`);
+    `threshold` is that of `null_space`, `ridge` the weight of the update's size, `value_…` are for `search_value`;
     `value_lr` is in units of the hidden state (the authors': 0.5 for GPT-J, 0.1 for Llama 3): raise it if the record's
-    `search_loss` stays high. Search and keys see the prompt bare and behind `prefixes` texts of `prefix_tokens` tokens
-    that the model generates.
+    `search_loss` stays high. Prompts are seen bare and behind `prefixes` generated texts of `prefix_tokens` tokens.
     """
 
+    title: ClassVar[str] = "AlphaEdit"
     threshold: PositiveFloat = 0.02
     ridge: PositiveFloat = 1.0
     value_steps: Annotated[int, Field(ge=2)] = 25
@@ -51,10 +51,8 @@ class AlphaEdit(WeightEdits):
 def null_space(basis: MomentBasis, threshold: float, name: str = "layer") -> Float[Tensor, "n n"]:
     """Return P, the projector on the directions in which `E[kkᵀ]` of the keys to preserve is below a threshold.
 
-    `basis` is of the second moment of the keys, a layer's inputs; `threshold` an absolute eigenvalue, as the authors'
-    (0.02). FactorError if no direction is below it, or more are above it than eigenvectors were kept.
-
-    Source: AlphaEdit, Sect. 3.1.
+    `basis` is of the second moment of the keys, a layer's inputs; `threshold` an absolute eigenvalue (AlphaEdit, Sect.
+    3.1). FactorError if no direction is below it, or more are above it than eigenvectors were kept.
     """
     n, held = basis.vectors.shape
     above = int((basis.values >= threshold).sum())
@@ -74,13 +72,11 @@ def null_space_update(
     former: Float[Tensor, "n n"] | None = None,
     ridge: float = 1.0,
 ) -> tuple[Float[Tensor, "e n"], Float[Tensor, "m e"]]:
-    """Return `(A, B)` with `BA = Δ = R K₁ᵀ P (Kₚ Kₚᵀ P + K₁ K₁ᵀ P + ridge I)⁻¹`, in float64.
+    """Return `(A, B)` with `BA = Δ = R K₁ᵀ P (Kₚ Kₚᵀ P + K₁ K₁ᵀ P + ridge I)⁻¹`, in float64 (AlphaEdit, Eq. 14).
 
     Δ brings the values of the `keys` K₁ (the weight's inputs at the new edits) nearest to their targets, from which
-    they are the `residual` R away, stays small, moves the keys of former edits (`former` is Kₚ Kₚᵀ) little, and leaves
-    every key x with P x = 0 exactly where it was.
-
-    Source: AlphaEdit, Eq. 14, where the ridge is 1.
+    they are the `residual` R away, moves the keys of former edits (`former` is Kₚ Kₚᵀ) little, and leaves every key x
+    with P x = 0 exactly where it was.
     """
     K = keys.double()
     moment = K @ K.T if former is None else K @ K.T + former.double()
@@ -89,7 +85,7 @@ def null_space_update(
 
 
 class Located(NamedTuple):
-    """A prompt with an answer as tokens, and the tokens up to the last one of the edit's subject."""
+    """A prompt with an answer as tokens, and its `ids` up to the last one of the edit's subject."""
 
     encoded: Encoded
     ids: list[int]
@@ -118,13 +114,10 @@ def subject_states(
     """Return inputs of layers and the output of a block at the last token of each row of tokens, one a column, fp32."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
     outputs: list[Tensor] = []
-    with contextlib.ExitStack() as hooks:
+    with _output(model, block, lambda hidden: outputs.append(hidden[:, -1].float())), contextlib.ExitStack() as hooks:
         for name, kept in inputs.items():
-            handle = model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, kept=kept: kept.append(args[0][:, -1].float())
-            )
-            hooks.callback(handle.remove)
-        hooks.enter_context(_output(model, block, lambda hidden: outputs.append(hidden[:, -1].float())))
+            watch = functools.partial(lambda kept, _, args: kept.append(args[0][:, -1].float()), kept)
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(watch).remove)
         for first in range(0, len(rows), BATCH_SIZE):
             _logits(model, rows[first : first + BATCH_SIZE])
     return {name: torch.cat(kept).T for name, kept in inputs.items()}, torch.cat(outputs).T
@@ -136,18 +129,15 @@ def search_value(
     """Find the output of `block` at an edit's subject under which the new answer is likely; return it and the loss.
 
     A shift of that output is optimised with Adam: mean negative log-likelihood of the answer over the edit's `prompts`,
-    the bare one first, plus the divergence of what follows the subject (after `essence`, the tokens up to the subject
-    in "<subject> is a") from what followed before, plus a decay; the shift is clamped to a share of the output's norm.
-    No parameter of the model may require gradients.
-
-    Source: ROME (Meng et al. 2022), Sect. 3.1, as AlphaEdit and MEMIT use it.
+    the bare one first, plus the divergence of what follows `essence` ("<subject> is a" up to the subject) from what
+    followed before, plus a decay; the shift is clamped to a share of the output's norm. No parameter of the model may
+    require gradients. Source: ROME (Meng et al. 2022), Sect. 3.1.
     """
     examples = [item.encoded for item in prompts]
     can_pad(model, (1, 2))  # tried now: no row may pass below but the prompts
     places = [len(item.ids) - len(item.encoded.ids) - 1 for item in prompts]  # from the end: padding is on the left
 
-    def log_probs(shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the answers' mean log-likelihood, and the log-probabilities of what follows the essence."""
+    def log_probs() -> tuple[Tensor, Tensor]:  # the answers' mean, and of what follows the essence
         with _output(model, block, lambda hidden: _shifted(hidden, shift, places)):
             answers = torch.stack([row.mean() for row in response_log_probs(model, examples)]).mean()
         with _output(model, block, lambda hidden: _shifted(hidden, shift, [-1])):
@@ -158,7 +148,7 @@ def search_value(
     optimizer = torch.optim.Adam([shift], lr=settings.value_lr)
     before: Tensor | None = None
     for step in range(settings.value_steps):
-        answers, now = log_probs(shift)
+        answers, now = log_probs()
         before = now.detach() if before is None else before
         if -answers < _ENOUGH or step == settings.value_steps - 1:
             break
@@ -208,8 +198,7 @@ def _logits(model: nn.Module, rows: Sequence[list[int]]) -> Float[Tensor, "rows 
 class AlphaEditor(WeightEditor):
     """Search values, spread what is missing over a few `mlp.down_proj`, update each in its null space.
 
-    On construction, ConfigError if the settings do not fit the model, FactorError if an edited layer's inputs have no
-    null space at this threshold.
+    ConfigError if the settings do not fit the model, FactorError if a layer's inputs have no null space.
     """
 
     def __init__(self, model: Any, tokenizer: Any, settings: AlphaEdit):
@@ -225,7 +214,6 @@ class AlphaEditor(WeightEditor):
         for word in BEGINNINGS[: settings.prefixes]:
             (written,) = continuations(model, tokenizer, [word], settings.prefix_tokens)
             self._texts.append(" ".join(f"{word}{written}".split()) + ". ")
-        self.restore({})
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Write some edits in together; returns each edit's last loss of the search, ranks and seconds.
@@ -246,11 +234,10 @@ class AlphaEditor(WeightEditor):
             if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise AdapterError(f"layer {name}: the update is not finite; lower value_lr")
             weight = self.weight(name)
-            # A tensor of its own: the base's stays as it is, to be put back.
             weight.data = self._state[f"{name}.weight"] = (weight.data.double() + B @ A).to(weight.dtype)
-            for side, (part, tensor) in enumerate((("A", A), ("B", B))):
-                key = f"{name}.{part}"
-                self._state[key] = torch.cat([self._state[key], tensor], side) if key in self._state else tensor
+            if f"{name}.A" in self._state:
+                A, B = torch.cat([self._state[f"{name}.A"], A]), torch.cat([self._state[f"{name}.B"], B], 1)
+            self._state |= {f"{name}.A": A, f"{name}.B": B}
         keys, outputs = self._states(prompts)
         for name, K in keys.items():
             moment = K.double() @ K.double().T
@@ -262,16 +249,6 @@ class AlphaEditor(WeightEditor):
             "null_space_rank": {name: round(P.trace().item()) for name, P in self._projectors.items()},
             "seconds": time.perf_counter() - began,
         }
-
-    def state(self) -> dict[str, Tensor]:
-        """Return each edited `weight`, its update `B` `A`, and the moment of the keys so far, `former`."""
-        return dict(self._state)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Write the edits of a `state` in; without any, put the base's weights back."""
-        self._state = {key: tensor.to(self.weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
-        for name in self.modules:
-            self.weight(name).data = self._state.get(f"{name}.weight", self.of_base(name))
 
     def factors(self) -> dict[str, Pair]:
         """Return each module's update, of at most a rank an edit."""

@@ -7,8 +7,8 @@ small products of eigenvalues. Weights are trained whole, so that the mask is ex
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +30,7 @@ _LEAST = 1e-6  # of the largest singular value: what is left out of the factors 
 class CrispEdit(WeightEdits):
     """Settings: `energy` is the share that the protected pairs hold of a random update's KL to second order."""
 
+    title: ClassVar[str] = "CrispEdit"
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
 
 
@@ -57,13 +58,13 @@ class _Masked(nn.Module):
         self._E, self._F = inputs.vectors.to(self.update), outputs.vectors.to(self.update)
         self._pairs = protected_pairs(inputs, outputs, energy).to(self.update)
 
-    def masked(self) -> Float[Tensor, "m n"]:
+    def masked(self, update: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Return the update without the protected pairs; its gradient is masked by the same."""
-        return self.update - self._F @ (self._pairs * (self._F.T @ self.update @ self._E)) @ self._E.T
+        return update - self._F @ (self._pairs * (self._F.T @ update @ self._E)) @ self._E.T
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the edited weight."""
-        return weight + self.masked().to(weight.dtype)
+        return weight + self.masked(self.update).to(weight.dtype)
 
 
 class CrispEditor(WeightEditor):
@@ -83,41 +84,28 @@ class CrispEditor(WeightEditor):
 
     def teach(self, edits: Sequence[Edit]) -> dict[str, Any]:
         """Train the weights on some edits; returns what `train_edits` does, and the shares of pairs protected."""
-        self._write(edited=False)
         with contextlib.ExitStack() as stack:
             for name, masked in self._masked.items():
-                layer = self.model.get_submodule(name)
+                layer, so_far = self.model.get_submodule(name), self._state.get(f"{name}.update")
+                self.weight(name).data = self.of_base(name)
+                masked.update.data = torch.zeros_like(masked.update) if so_far is None else so_far.clone()
                 parametrize.register_parametrization(layer, "weight", masked)
                 stack.callback(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False)
             found = self._train(edits)
-        self._write(edited=True)
+        for name, masked in self._masked.items():
+            edited, update = masked(self.of_base(name)).detach(), masked.update.detach()
+            self._state |= {f"{name}.weight": edited, f"{name}.update": update}
+            self.weight(name).data = edited
         shares = {name: masked._pairs.mean().item() for name, masked in self._masked.items()}
         return {**found, "protected_pairs": shares}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return each layer's trained update, before the mask."""
-        return {f"{name}.update": masked.update.detach() for name, masked in self._masked.items()}
-
-    @torch.no_grad()
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Write the edits of a `state` in; without any, put the base's weights back."""
-        for name, masked in self._masked.items():
-            masked.update.copy_(state[f"{name}.update"]) if state else masked.update.zero_()
-        self._write(edited=bool(state))
 
     @torch.no_grad()
     def factors(self) -> dict[str, Pair]:
         """Return each layer's update as thin factors, of its numerical rank."""
         found = {}
         for name, masked in self._masked.items():
-            U, sigma, Vt = torch.linalg.svd(masked.masked().double().cpu(), full_matrices=False)
+            update = masked.masked(self._state[f"{name}.update"])
+            U, sigma, Vt = torch.linalg.svd(update.double().cpu(), full_matrices=False)
             q = int((sigma > _LEAST * sigma[0]).sum())
             found[name] = balanced(U[:, :q], sigma[:q], Vt[:q].T)
         return found
-
-    @torch.no_grad()
-    def _write(self, edited: bool) -> None:
-        """Put the weights as edited in the model, each a tensor of its own, or the base's."""
-        for name, masked in self._masked.items():
-            base = self.of_base(name)
-            self.weight(name).data = masked(base) if edited else base

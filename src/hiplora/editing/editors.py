@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -52,9 +52,9 @@ def train_edits(
 ) -> dict[str, Any]:
     """Train the parameters of `model` that require gradients on `prompt → new` of each edit.
 
-    Returns the `loss` of each step before its update, `seconds`, and how many `tokens` the model read. The order of the
-    edits depends on `training.seed` alone, so that methods see the same batches. `on_step` gets the number of each
-    finished step. AdapterError if nothing is trainable, or the loss is not finite.
+    Returns the `loss` of each step before its update, `seconds`, and the `tokens` read. The order of the edits depends
+    on `training.seed` alone. `on_step` gets the number of each finished step. AdapterError if nothing is trainable, or
+    the loss is not finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -86,10 +86,9 @@ def train_edits(
 
 
 class Editor(ABC):
-    """A way to edit one model; `teach` adds to what was taught before.
+    """A way to edit one model: `model`, as it is edited now; `teach` adds to what was taught before.
 
-    `model` is the model as it is edited now. The base's weights, gradient flags and modes are kept by reference:
-    `close` puts them back and checks them.
+    The base's weights, gradient flags and modes are kept by reference: `close` puts them back and checks them.
     """
 
     model: nn.Module
@@ -115,13 +114,13 @@ class Editor(ABC):
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Have the model answer as the base, bit for bit, inside the block."""
-        edited = [(parameter, parameter.data) for parameter, _, _ in self._kept.values()]
+        edited = [parameter.data for parameter, _, _ in self._kept.values()]
         try:
             for parameter, values, _ in self._kept.values():
                 parameter.data = values
             yield
         finally:
-            for parameter, values in edited:
+            for (parameter, _, _), values in zip(self._kept.values(), edited, strict=True):
                 parameter.data = values
 
     def close(self) -> None:
@@ -178,11 +177,13 @@ class AdapterEditor(Editor):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class WeightEdits:
-    """What methods that edit weights share: which, and the text that says what to preserve.
+    """What methods that edit weights share: the blocks whose `mlp.down_proj` is edited (None: `default_layers`).
 
-    `layers` are the blocks whose `mlp.down_proj` is edited; None is five that end at a quarter of the depth (4 to 8 of
-    32). The model samples `calibration_tokens` of text itself, by `seed`.
+    What to preserve is measured on `calibration_tokens` of text that the model samples itself, by `seed`.
     """
+
+    title: ClassVar[str]
+    kind: ClassVar[str] = "a plain LoRA"  # what is saved
 
     layers: tuple[int, ...] | None = None
     calibration_tokens: Annotated[int, Field(ge=2)] = 10_000
@@ -195,8 +196,7 @@ class WeightEdits:
         depth = len(found)
         if depth < 2:
             raise ConfigError(
-                "the model has no blocks with a linear layer mlp.down_proj, which this method edits; use a method that "
-                "trains an adapter"
+                "the model has no blocks with a linear layer mlp.down_proj to edit; train an adapter instead"
             )
         layers = default_layers(depth) if self.layers is None else self.layers
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > depth - 2:
@@ -214,13 +214,27 @@ def default_layers(depth: int) -> tuple[int, ...]:
 
 
 class WeightEditor(Editor):
-    """Edits in the weights of a few layers, `modules`, themselves; ConfigError if the model has not those."""
+    """Edits in the weights of a few layers, `modules`, themselves; ConfigError if the model has not those.
+
+    `_state` has each edited `NAME.weight`, a tensor of its own, and what else a method needs to go on from there.
+    """
 
     def __init__(self, model: Any, settings: WeightEdits):
         self.model: nn.Module = model
         self.modules = settings.modules(model)
+        self._state: dict[str, Tensor] = {}
         super().__init__(model)
         model.eval().requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the edited weights, and what they were made of."""
+        return dict(self._state)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Write the edits of a `state` in; without any, put the base's weights back."""
+        self._state = {key: tensor.to(self.weight(key.rpartition(".")[0]).device) for key, tensor in state.items()}
+        for name in self.modules:
+            self.weight(name).data = self._state.get(f"{name}.weight", self.of_base(name))
 
     @abstractmethod
     def factors(self) -> dict[str, Pair]:

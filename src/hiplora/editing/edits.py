@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, model
 from hiplora.data.rows import Row, read_rows
 from hiplora.errors import DataError, first_problem
 
-WEIGHT_EDITORS = {"alphaedit": "AlphaEdit", "crispedit": "CrispEdit"}  # editors that train no adapter, with titles
 BUILT_IN = "builtin"
 DATA = Path(__file__).parent / "data"
 Category = Literal["Entity/Attribute", "Relation/Fact", "Temporal/Numeric"]

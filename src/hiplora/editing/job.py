@@ -5,9 +5,8 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +14,8 @@ import pandas as pd
 from peft import PeftConfig
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
@@ -31,8 +29,8 @@ from hiplora.editing.editors import (
     WeightEditor,
     WeightEdits,
 )
-from hiplora.editing.edits import BUILT_IN, WEIGHT_EDITORS, Category, Edit, Question, load_edits, load_questions
-from hiplora.errors import ConfigError, first_line, first_problem
+from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
+from hiplora.errors import ConfigError, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
 from hiplora.models import hub_name
@@ -54,10 +52,7 @@ tags: [peft, hiplora]
 
 # Edited facts in {base}
 
-An adapter that changes what the model says of {edits} facts, made by `hiplora edit` with {title}, {mode}. `edit.json`
-beside this folder has every edit, and what the model answered before and after.
-
-{loading}
+{count} facts, edited by `hiplora edit` with {title}, {mode}; `edit.json` beside this folder has all of them. {loading}
 """
 Values = dict[str, Any]
 
@@ -91,7 +86,7 @@ class EditJob:
     seed: Annotated[int, Field(ge=0)] = 42
     device: str = "auto"
 
-    @cached_property
+    @functools.cached_property
     def chosen_method(self) -> Method | WeightEdits:
         """The method with its settings."""
         kind: Any = EDITORS.get(self.method) or METHODS.get(self.method)
@@ -107,20 +102,20 @@ class EditJob:
         except ValidationError as error:
             raise ConfigError(f"--set {first_problem(error)}; docs/reference/recipes.md lists the settings") from error
 
-    @cached_property
+    @functools.cached_property
     def training(self) -> EditTraining:
         """How an adapter is trained on a group."""
         steps, lr = DEFAULT_STEPS[self.mode]
         rows = self.rows or EditTraining.batch_size
         return EditTraining(self.steps or steps, self.lr or lr, rows, seed=self.seed)
 
-    @cached_property
+    @functools.cached_property
     def facts(self) -> list[Edit]:
         """The edits."""
         found = load_edits(self.edits, self.limit, category=self.category)
         return [one if self.neighbours else replace(one, neighbours=()) for one in found]
 
-    @cached_property
+    @functools.cached_property
     def groups(self) -> list[list[int]]:
         """Indices of the edits that are taught together."""
         count = len(self.facts)
@@ -170,7 +165,9 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
                 editor.save(folder, job.model)
             else:
                 save_trained(method, editor.model, folder, start)  # type: ignore[arg-type]
-            (folder / "README.md").write_text(_card(job, method), encoding="utf-8")
+            loading = f"This is {method.kind}; stock PEFT loads it without hiplora." if method.kind else OWN_FORMAT
+            told = {"base": hub_name(job.model), "count": len(job.facts), "title": method.title, "mode": job.mode}
+            (folder / "README.md").write_text(CARD.format(loading=loading, **told), encoding="utf-8")
 
     with run.claimed(settings, overwrite=overwrite):
         found = job.run(model, tokenizer, start, on_edited=save, folder=run, progress=True)
@@ -191,13 +188,6 @@ def edit(job: EditJob, out: str | Path, *, overwrite: bool = False) -> Values:
     return record
 
 
-def _card(job: EditJob, method: Any) -> str:
-    own = WEIGHT_EDITORS.get(job.method)
-    title, kind = (own, "a plain LoRA") if own else (method.title, method.kind)
-    loading = f"This is {kind}; stock PEFT loads it without hiplora." if kind else OWN_FORMAT
-    return CARD.format(base=hub_name(job.model), edits=len(job.facts), title=title, mode=job.mode, loading=loading)
-
-
 def run_edits(
     model: nn.Module,
     tokenizer: Any,
@@ -208,7 +198,6 @@ def run_edits(
     *,
     groups: Sequence[Sequence[int]] | None = None,
     sequential: bool = False,
-    texts: bool = True,
     on_edited: Callable[[int, Editor], None] | None = None,
     folder: RunFolder | None = None,
     progress: bool = False,
@@ -225,8 +214,7 @@ def run_edits(
     Returns a record for JSON: `edits`, their number; `summary` (`before`, `after`, and with questions `locality`); what
     the bare base says about the edits (`before`: columns with a value an edit, as of `measure_edits`); `stages`, each
     with the indices `taught`, what that `took`, such `records` of the edits in the model, and summaries; `questions`,
-    columns with a value an unrelated question, before and after; `seconds` of teaching. What the model wrote is in it
-    unless `texts` is False.
+    columns with a value an unrelated question, before and after; `seconds` of teaching.
 
     AdapterError if the loss is not finite, or the base cannot be restored; DataError if the edits do not fit
     into the model's context, or AlphaEdit does not find an edit's subject in its prompt.
@@ -257,7 +245,7 @@ def run_edits(
         if not sequential:
             editor.restore({})
         elif folder and number > 1:
-            editor.restore(_taught(folder, number - 1))
+            editor.restore(load_file(_state(folder, number - 1)))
         took = editor.teach([known[index] for index in groups[number - 1]])
         found = {"took": took, **measured(known, itertools.chain(*groups[0 if sequential else number - 1 : number]))}
         if on_edited:
@@ -277,7 +265,7 @@ def run_edits(
                 _state(folder, number - 1).unlink(missing_ok=True)
     finally:
         editor.close()
-    return _record(before, stages, groups, questions, sequential, texts)
+    return _record(before, stages, groups, questions, sequential)
 
 
 def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
@@ -289,17 +277,6 @@ def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
 def _state(folder: RunFolder, number: int) -> Path:
     """Where a sequence keeps what it was after so many groups."""
     return folder.path / "stages" / f"group-{number:03d}.safetensors"
-
-
-def _taught(folder: RunFolder, number: int) -> dict[str, Tensor]:
-    """Return what a sequence was after so many groups."""
-    try:
-        return load_file(_state(folder, number))
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"--out {folder.path}: cannot be carried on after batch {number} ({first_line(error)}); pass --overwrite "
-            "to start anew"
-        ) from error
 
 
 def _columns(table: pd.DataFrame) -> Values:
@@ -315,13 +292,8 @@ def _record(
     groups: Sequence[Sequence[int]],
     questions: Sequence[Question],
     sequential: bool,
-    texts: bool,
 ) -> Values:
     """Summarise what the stages found."""
-
-    def shown(columns: Mapping[str, Any]) -> Values:
-        return {name: values for name, values in columns.items() if texts or "written" not in name}
-
     bare, asked = (pd.DataFrame(before[name]) for name in ("records", "answers"))
     records, answers = ([pd.DataFrame(stage[name]) for stage in stages] for name in ("records", "answers"))
     found = [
@@ -330,7 +302,7 @@ def _record(
             "took": {name: value for name, value in stage["took"].items() if name != "seconds"},
             "newest": measure.summarise(so_far[so_far["index"].isin(group)]),
             "so_far": measure.summarise(so_far),
-            "records": shown(stage["records"]),
+            "records": stage["records"],
             "locality": measure.summarise_locality(asked, now) if questions else None,
         }
         for group, stage, so_far, now in zip(groups, stages, records, answers, strict=True)
@@ -343,12 +315,12 @@ def _record(
         summary["locality"] = pd.DataFrame([one["locality"] for one in found[last]]).mean().to_dict()
         same = [one.assign(written=one["written"] == asked["written"]).astype(float) for one in answers[last]]
         mean = (sum(same) / len(same)).rename(columns={"written": "unchanged"})
-        parts = [pd.DataFrame(map(asdict, questions))] if texts else []
-        told = shown(pd.concat([*parts, asked.add_suffix("_before"), mean], axis=1).to_dict("list"))
+        columns = pd.concat([pd.DataFrame(map(asdict, questions)), asked.add_suffix("_before"), mean], axis=1)
+        told = columns.to_dict("list")
     return {
         "edits": len(bare),
         "summary": summary,
-        "before": shown(before["records"]),
+        "before": before["records"],
         "stages": found,
         "questions": told,
         "seconds": sum(stage["took"]["seconds"] for stage in stages),

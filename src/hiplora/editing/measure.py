@@ -19,7 +19,6 @@ from hiplora.positions import context_length
 BATCH_SIZE = 64  # prompts at once
 EXTRA_TOKENS = 3  # generated beyond the longest answer, to see whether a match ends there
 SHARES = ("success", "preferred", "exact")
-Pairs = Sequence[tuple[str, str]]
 
 
 def evaluate_edits(
@@ -32,24 +31,20 @@ def evaluate_edits(
     1; `log_prob_new` and `log_prob_old`, sums over the answer's tokens in nats; `written`, the continuation.
     """
     prompts = [str(edit.paraphrase) if paraphrase else edit.prompt for edit in edits]
-    asked = zip(prompts, edits, strict=True)
-    pairs = [(prompt, str(answer)) for prompt, edit in asked for answer in (edit.new, edit.old)]
-    sums = answer_log_probs(model, tokenizer, pairs)
-    written = continuations(model, tokenizer, prompts, _answer_length(tokenizer, pairs))
-    new, old = pd.Series(sums[::2]), pd.Series(sums[1::2])
-    preferred, exact = (new > old).astype(int), _right(written, [edit.new for edit in edits])
-    columns = {"success": preferred | exact, "preferred": preferred, "exact": exact}
-    return pd.DataFrame({**columns, "log_prob_new": new, "log_prob_old": old, "written": written})
+    found = _answered(model, tokenizer, prompts, [edit.new for edit in edits], [str(edit.old) for edit in edits])
+    preferred = (found.log_prob > found.other_log_prob).astype(int)
+    found.insert(0, "preferred", preferred)
+    found.insert(0, "success", preferred | found.exact)
+    return found.rename(columns={"log_prob": "log_prob_new", "other_log_prob": "log_prob_old"})
 
 
 def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
     """Raise DataError if the longest prompt and the longest answer, as asked together, exceed the model's context."""
     context = context_length(model) or tokenizer.model_max_length
     near = [one for edit in edits for one in edit.neighbours]
-    prompts = (
-        [edit.paraphrase or "" for edit in edits] + [one.prompt for one in near] + [edit.prompt for edit in edits]
-    )
-    answers = [edit.new for edit in edits] + [edit.old or "" for edit in edits] + [one.answer for one in near]
+    prompts = [text or "" for edit in edits for text in (edit.prompt, edit.paraphrase)]
+    answers = [text or "" for edit in edits for text in (edit.new, edit.old)]
+    prompts, answers = prompts + [one.prompt for one in near], answers + [one.answer for one in near]
     texts = [max(some, key=lambda text: len(text.encode())) for some in (prompts, answers)]
     lengths = [len(tokenizer(text)["input_ids"]) for text in texts]
     if sum(lengths) + EXTRA_TOKENS >= context:
@@ -115,18 +110,26 @@ def ask(model: nn.Module, tokenizer: Any, questions: Sequence[Question], targets
     the true answer, `edited_log_prob` of the target, which does not belong there.
     """
     prompts, answers = [item.prompt for item in questions], [item.answer for item in questions]
-    length = _answer_length(tokenizer, list(zip(prompts, answers, strict=True)))
-    written = continuations(model, tokenizer, prompts, length)
-    sums = answer_log_probs(model, tokenizer, list(zip(prompts * 2, [*answers, *targets], strict=True)))
-    columns = {"correct": _right(written, answers), "log_prob": sums[: len(prompts)]}
-    return pd.DataFrame({**columns, "edited_log_prob": sums[len(prompts) :], "written": written})
+    found = _answered(model, tokenizer, prompts, answers, targets)
+    return found.rename(columns={"exact": "correct", "other_log_prob": "edited_log_prob"})
+
+
+def _answered(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[str], right: Sequence[str], other: Sequence[str]
+) -> pd.DataFrame:
+    """A row a prompt: whether the model writes the right answer (`exact`), and how likely it finds that and another."""
+    answers = [encode(tokenizer, prompt, f" {answer}") for prompt, answer in zip(prompts, right, strict=True)]
+    room = max((len(answer.scored) for answer in answers), default=0) + EXTRA_TOKENS
+    written, count = continuations(model, tokenizer, prompts, room), len(prompts)
+    sums = answer_log_probs(model, tokenizer, list(zip([*prompts, *prompts], [*right, *other], strict=True)))
+    likely = {"log_prob": sums[:count], "other_log_prob": sums[count:]}
+    return pd.DataFrame({"exact": _right(written, right), **likely, "written": written})
 
 
 def summarise_locality(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, float | None]:
-    """Compare two tables of `ask`: accuracy before and after, its change, and the share of unchanged answers.
+    """Compare two tables of `ask`: accuracies, their change and the share of unchanged answers, in per cent and points.
 
-    In per cent and points; `log_prob_change` is the mean change of the true answers' log-probability in nats,
-    `edited_log_prob_change` of the targets'.
+    The changes of log-probabilities are means in nats, of the true answers and of the targets.
     """
     true, edited = (
         locality(before["correct"], after["correct"], before[name], after[name])
@@ -143,7 +146,7 @@ def summarise_locality(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, f
     }
 
 
-def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> list[float]:
+def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
     """Return log p(answer | prompt) of each `(prompt, answer)` in nats, summed over the answer's tokens.
 
     The answer follows the prompt after one space. DataError if an answer adds no token.
@@ -161,10 +164,5 @@ def normalise(text: str) -> str:
 def _right(written: Sequence[str], answers: Sequence[str]) -> pd.Series:
     """Whether each text begins with its answer, as whole words, 0 or 1."""
     pairs = zip(written, answers, strict=True)
-    return pd.Series([int(f"{normalise(text)} ".startswith(f"{normalise(answer)} ")) for text, answer in pairs])
-
-
-def _answer_length(tokenizer: Any, pairs: Pairs) -> int:
-    """How many tokens to generate so that each of these answers, and a little more, has room."""
-    lengths = [len(encode(tokenizer, prompt, f" {answer}").scored) for prompt, answer in pairs]
-    return max(lengths, default=0) + EXTRA_TOKENS
+    begin = [f"{normalise(text)} ".startswith(f"{normalise(answer)} ") for text, answer in pairs]
+    return pd.Series(begin, dtype=int)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from hiplora.editing.edits import WEIGHT_EDITORS, Edit
+from hiplora.editing.edits import Edit
+from hiplora.editing.job import EDITORS
 from hiplora.evaluation.answers import changes
 from hiplora.reporting import Section, save_page
 from hiplora.training.baselines import METHODS
@@ -95,8 +96,8 @@ def write_report(path: Path, record: Mapping[str, Any], edits: Sequence[Edit]) -
         Section("What else moved?", text if others else "Not measured (--locality 0).", tables=others),
         Section("All edits", tables={"Every edit": every}),
     ]
-    title = WEIGHT_EDITORS.get(record["method"]) or METHODS[record["method"]].title
-    subtitle = f"{record['edits']} edits in {record['settings']['model']} by {title}, {record['mode']}"
+    method: Any = {**METHODS, **EDITORS}[record["method"]]
+    subtitle = f"{record['edits']} edits in {record['settings']['model']} by {method.title}, {record['mode']}"
     save_page(path, record["verdict"], sections, subtitle, record["provenance"])
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,8 @@ REPLICATES = 10_000
 def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
     """Return how y goes with x, each (points,): `points`, and `pearson` and `spearman`.
 
-    A coefficient has `estimate`, two-sided `p_value`, and `low` and `high` of its 95 % percentile interval over 10,000
-    bootstrap samples of the points; all are None if it is not defined, and `reason` says why. Estimates and p-values
-    are scipy's; of up to 8 points Spearman's p-value is exact.
+    A coefficient has `estimate`, two-sided `p_value` (Spearman's of up to 8 points is exact), and `low` and `high` of
+    its 95 % percentile interval over 10,000 bootstrap samples; all None if it is not defined, and `reason` says why.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if reason := _undefined(x, y):
@@ -43,10 +43,10 @@ def correlate(x: ArrayLike, y: ArrayLike, seed: int = 0) -> dict[str, Any]:
 
 
 def findings(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
-    """Return the correlation of σ with every metric's drop, for each `kind` of intervention, in all and by type.
+    """Return `correlate` of σ and every metric's drop, by `kind` of intervention, over all modules and by `type`.
 
-    `rows` as from `probe`. A point is a direction, the drops under several draws of noise are averaged; `type` is a
-    type of module or "all", `left_out` counts directions whose drop is not finite; the rest as `correlate`.
+    `rows` as from `probe`. A point is a direction, draws of noise are averaged; `left_out` counts directions whose drop
+    is not finite.
     """
     types = list(dict.fromkeys(row["type"] for row in rows))
     found = []
@@ -60,10 +60,9 @@ def findings(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
-    """Return, for each `metric` and each two interventions, how far apart their correlations with σ are.
+    """Return, for each `metric` and each two interventions, their correlations' difference, `kind` less `minus`.
 
-    `kind` less `minus`, over the directions whose drop is finite under both, which each bootstrap sample shares;
-    `points`, `pearson` and `spearman` as of `correlate`, without p-values.
+    As of `correlate`, without p-values, over the directions whose drop is finite under both, which samples share.
     """
     found = []
     pairs = list(itertools.combinations(dict.fromkeys(row["kind"] for row in rows), 2))
@@ -75,9 +74,8 @@ def contrasts(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
         reason = one["pearson"]["reason"] or other["pearson"]["reason"]
         apart = None if reason else _sampled(x, ours, seed) - _sampled(x, theirs, seed)
         for place, name in enumerate(COEFFICIENTS):
-            if apart is None:
-                row[name] = _coefficient(reason=reason)
-            else:
+            row[name] = _coefficient(reason=reason)
+            if apart is not None:
                 row[name] = _coefficient(one[name]["estimate"] - other[name]["estimate"], None, apart[:, place])
         found.append(row)
     return found
@@ -103,13 +101,11 @@ def _undefined(x: Floats, y: Floats) -> str:
 def _coefficient(
     estimate: float | None = None, p_value: float | None = None, sampled: Floats | None = None, reason: str = ""
 ) -> dict[str, Any]:
-    bounds: tuple[float | None, ...] = (None, None)
-    if sampled is not None:
-        if np.isnan(sampled).mean() < 0.5:
-            bounds = tuple(np.nanquantile(sampled, (0.025, 0.975)))
-        else:
-            reason = "no interval: most bootstrap samples have no correlation"
-    values = dict(zip(("estimate", "p_value", "low", "high"), (estimate, p_value, *bounds), strict=True))
+    values = {"estimate": estimate, "p_value": p_value, "low": None, "high": None}
+    if sampled is not None and np.isnan(sampled).mean() < 0.5:
+        values["low"], values["high"] = np.nanquantile(sampled, (0.025, 0.975))
+    elif sampled is not None:
+        reason = "no interval: most bootstrap samples have no correlation"
     return {**{name: None if value is None else float(value) for name, value in values.items()}, "reason": reason}
 
 
@@ -127,15 +123,8 @@ def _sampled(x: ArrayLike, y: ArrayLike, seed: int) -> Floats:
     parts = []
     for counts in resample_counts(len(x), REPLICATES, np.random.default_rng(seed)):
         drawn = np.repeat(np.tile(np.arange(len(x)), len(counts)), counts.ravel()).reshape(counts.shape)
-        ranks = (stats.rankdata(values[drawn], axis=1) for values in (x, y))
-        parts.append(np.stack([_pearson(x[drawn], y[drawn]), _pearson(*ranks)], axis=1))
+        pairs = [(x[drawn], y[drawn]), [stats.rankdata(values[drawn], axis=1) for values in (x, y)]]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            parts.append(np.stack([stats.pearsonr(*pair, axis=1).statistic for pair in pairs], axis=1))
     return np.concatenate(parts)
-
-
-def _pearson(x: Floats, y: Floats) -> Floats:
-    """Pearson's r of each row of x and y, (samples, points); NaN where one of them has one value throughout."""
-    constant = (np.ptp(x, axis=1) == 0) | (np.ptp(y, axis=1) == 0)
-    x, y = (values - values.mean(axis=1, keepdims=True) for values in (x, y))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = (x * y).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
-    return np.where(constant, np.nan, np.clip(r, -1.0, 1.0))

@@ -25,10 +25,7 @@ PROTECTED = 32  # directions of the activation basis; the default of HipLoraConf
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """One rank-1 component `σ u vᵀ` of a module's weight (m, n); u and v have unit length, fp32.
-
-    `index` runs from 0, the strongest, to `rank` − 1; `relative` is σ_i/σ_1.
-    """
+    """A rank-1 component `σ u vᵀ` of a module's weight (m, n), the `index`-th of `rank`; `relative` is σ_i/σ_1."""
 
     module: str
     index: int
@@ -44,8 +41,8 @@ def find_modules(
 ) -> list[str]:
     """Return the names of the layers that an adapter with these target modules would be on, in the model's order.
 
-    `target_modules` as in PEFT: ends of names, a regular expression, `"all-linear"`, or None for the attention
-    projections; `layers` keeps some layers only. ConfigError if nothing matches, or a layer has no match.
+    `target_modules` as in PEFT, or None for the attention projections; `layers` keeps some layers only. ConfigError if
+    nothing matches, or a layer has no match.
     """
     config = HipLoraConfig(preset="paper", target_modules=target_modules, principal_rank=1)
     found = {target.name: module_place(target.name)["layer"] for target in find_targets(model, config)}
@@ -58,10 +55,10 @@ def find_modules(
 
 
 def choose_directions(size: int, count: int, how: str = "log") -> list[int]:
-    """Return the indices, ascending, of `count` different directions among `size`, sorted by descending σ.
+    """Return `count` different indices among `size`, ascending, from the first to the last.
 
-    `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`; both from the
-    first to the last. ConfigError if `count` is not in 1…size.
+    `how` is `"log"` (evenly in the logarithm of the place: dense among the strong ones) or `"even"`. ConfigError if
+    `count` is not in 1…size.
     """
     if not 1 <= count <= size:
         raise ConfigError(f"{count} directions of {size}: expected 1 to {size}; give another number")
@@ -81,15 +78,11 @@ def directions_of(
     rank: int | None = None,
     bases: Mapping[str, MomentBasis] | None = None,
 ) -> Iterator[Direction]:
-    """Yield the chosen directions of each module's weight, module by module, from an exact decomposition.
+    """Yield `count` directions of each module's weight (see `choose_directions`), from an exact decomposition.
 
-    They are chosen among the leading `rank` directions; None is all of them. With `bases` (`tuner.input_bases`) they
-    are those of the activation basis (`spectral.activation_factors`), of which there are `rank`, or 32. Removing one
-    silences the layer's answer to one input.
-
-    Raises:
-        ConfigError: as `choose_directions`.
-        FactorError: a weight cannot be decomposed.
+    They are among the leading `rank` directions; None is all of them. With `bases` (`tuner.input_bases`) they are those
+    of the activation basis (`spectral.activation_factors`), of which there are `rank`, or 32: removing one silences the
+    layer's answer to one input. FactorError if a weight cannot be decomposed.
     """
     for name in modules:
         matrix = weight_of(model.get_submodule(name))
@@ -104,10 +97,11 @@ def directions_of(
         except ConfigError as error:
             raise ConfigError(f"layer {name}: {error}") from None
         sigma = factors.sigma.tolist()
-        for index in chosen:
-            relative = sigma[index] / sigma[0] if sigma[0] else 0.0
-            u, v = factors.U[:, index].clone(), factors.V[:, index].clone()
-            yield Direction(name, index, factors.rank, sigma[index], relative, u, v)
+        for i in chosen:
+            relative = sigma[i] / sigma[0] if sigma[0] else 0.0
+            yield Direction(
+                name, i, factors.rank, sigma[i], relative, factors.U[:, i].clone(), factors.V[:, i].clone()
+            )
 
 
 def intervention_factor(kind: str, normal: float = 0.0) -> float:
@@ -128,13 +122,12 @@ def intervened(model: nn.Module, direction: Direction, factor: float) -> Iterato
     The sum is made in fp32 and rounded to the weight's own precision. A weight that is tied to it is left alone.
     """
     module: Any = model.get_submodule(direction.module)
-    weight, left, right = module.weight, direction.u, direction.v
+    weight, sides = module.weight.detach(), [direction.u, direction.v]
     if isinstance(module, Conv1D):  # stored as (in, out)
-        left, right = right, left
-    with torch.no_grad():
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        changed = torch.addr(wide, left.to(wide), right.to(wide), alpha=factor * direction.sigma)
-        changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+        sides.reverse()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    changed = torch.addr(wide, *(side.to(wide) for side in sides), alpha=factor * direction.sigma)
+    changed = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
     with holding(model, {f"{direction.module}.weight": changed}):
         yield model
 
@@ -151,12 +144,9 @@ def probe(
     """Apply each of the interventions `kinds` to each direction, one at a time, and return a row for each, in order.
 
     A row has `module`, `layer`, `type`, `index`, `rank`, `sigma`, `relative`; the intervention's `kind`, the number of
-    the noise's `draw`, its `factor`; and `drop`, what was measured, None where it is not finite. The bare model is left
-    as it was, bit for bit, also after an error.
-
-    `measure`, called with the intervened model, returns by name how much worse it became: base − intervened of a
-    score, intervened − base of a loss. Noise is drawn `draws` times; a draw depends on `seed`, module, index and its
-    number alone: noises of two scales are the same but for the scale.
+    the noise's `draw`, its `factor`; and `drop`, what `measure` returned for the intervened model: by name how much
+    worse it became, None where that is not finite. Noise is drawn `draws` times; a draw depends on `seed`, module,
+    index and its number alone, so noises of two scales differ by the scale. The bare model is left as it was.
     """
     rows = []
     for one in directions:

@@ -34,8 +34,7 @@ CALIBRATION_TOKENS = 10_000  # sampled from the model for the activation basis
 class ProbeSettings:
     """What is probed, and how: see `find_modules`, `choose_directions`, `directions_of` and `intervention_factor`.
 
-    `layers` None is the first, a middle and the last one, () is all. Drift is measured on the first `tokens` tokens of
-    the file `text`, else of built-in prose and of code.
+    `layers` None is the first, a middle and the last one, () is all. `text` is a file; else built-in prose and code.
     """
 
     model: str
@@ -63,7 +62,7 @@ class ProbeSettings:
 def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Probe a model and return the record, which `out` gets as probe.json, with a report of scatter plots.
 
-    What was interrupted goes on after the last finished direction. ConfigError, DataError or FactorError if `out`, a
+    An interrupted run goes on after the last finished direction. ConfigError, DataError or FactorError if `out`, a
     setting, the text or a weight cannot be used.
     """
     texts = drift_texts(settings.text)
@@ -96,16 +95,13 @@ def run_probe(settings: ProbeSettings, out: str | Path, *, overwrite: bool = Fal
 def probe_model(
     model: Any, reference: BaseReference, settings: ProbeSettings, folder: RunFolder | None = None
 ) -> list[dict[str, Any]]:
-    """Probe a bare model, and leave it as it was, bit for bit; rows as of `probe`.
+    """Probe a bare model, and leave it as it was, bit for bit, which every measurement checks; rows as of `probe`.
 
-    A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. At every
-    measurement the base's weights are put back for a while, and the base must then be itself bit for bit. `folder`
+    A drop is the KL from the base and the log of the perplexity's ratio, means over the tokens of all texts. `folder`
     keeps the finished directions; with it, a bar is shown. ConfigError if a setting does not fit the model.
     """
-    layers: Sequence[int] | None = settings.layers
-    if layers is None:
-        last = model.config.get_text_config().num_hidden_layers - 1
-        layers = sorted({0, last // 2, last})
+    last = model.config.get_text_config().num_hidden_layers - 1
+    layers = {0, last // 2, last} if settings.layers is None else settings.layers
     modules = find_modules(model, settings.modules, layers or None)
     weights = {f"{name}.weight": model.get_submodule(name).weight for name in modules}
 
@@ -119,38 +115,33 @@ def probe_model(
     def rows_of(one: Direction) -> dict[str, Any]:
         return {"rows": probe(model, [one], settings.kinds, measure, draws=settings.draws, seed=settings.seed)}
 
-    bases = None
-    if settings.basis == "activation":
-        bases = input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
-    count, rank = settings.directions, settings.principal_rank
-    directions = directions_of(model, modules, count, settings.choice, rank=rank, bases=bases)
-    if folder is None:
-        return [row for one in directions for row in rows_of(one)["rows"]]
-    rows = []
-    for one in tqdm(directions, "probing directions", total=len(modules) * count, leave=False, disable=None):
-        rows += folder.stage(f"{one.module}-{one.index}", functools.partial(rows_of, one))["rows"]
-    return rows
+    weight, count = settings.basis == "weight", settings.directions
+    bases = None if weight else input_bases(model, modules, tokens=CALIBRATION_TOKENS, seed=settings.seed)
+    directions = directions_of(model, modules, count, settings.choice, rank=settings.principal_rank, bases=bases)
+    bar = tqdm(
+        directions, "probing directions", len(modules) * count, leave=False, disable=None if folder else True
+    )  # fmt: skip
+    keep = folder.stage if folder else lambda _, work: work()
+    return [row for one in bar for row in keep(f"{one.module}-{one.index}", functools.partial(rows_of, one))["rows"]]
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], correlations: Sequence[Mapping[str, Any]]) -> str:
     """Return what a probe found: whether the model moves further the larger σ is, and which direction moved it most."""
     from hiplora.reporting import interval
 
-    kinds: dict[str, list[str]] = {"larger": [], "smaller": [], "": []}
+    kinds: dict[str, list[str]] = {
+        "the larger a direction's σ, the further {} moved the model": [],
+        "the smaller a direction's σ, the further {} moved the model": [],
+        "these directions do not show whether σ predicts the effect of {}": [],
+    }
+    larger, smaller, unknown = kinds.values()
     for one in correlations:
         if one["metric"] == "kl" and one["type"] == "all":
             rho = one["spearman"]
-            low, high = (0.0 if rho[end] is None else rho[end] for end in ("low", "high"))
             told = "" if rho["estimate"] is None else f" (ρ {interval(rho['estimate'], rho['low'], rho['high'], 2)})"
-            kinds["larger" if low > 0 else "smaller" if high < 0 else ""].append(one["kind"] + told)
-    parts = [
-        f"the {how} a direction's σ, the further {' and '.join(names)} moved the model"
-        for how, names in kinds.items()
-        if how and names
-    ]
-    if kinds[""]:
-        parts.append(f"these directions do not show whether σ predicts the effect of {' and '.join(kinds[''])}")
-    said = "; ".join(parts)
+            side = larger if (rho["low"] or 0) > 0 else smaller if (rho["high"] or 0) < 0 else unknown
+            side.append(one["kind"] + told)
+    said = "; ".join(text.format(" and ".join(names)) for text, names in kinds.items() if names)
     most = max(rows, key=lambda row: math.inf if row["drop"]["kl"] is None else row["drop"]["kl"])
     furthest = f"{most['kind']} of direction {most['index']} of {most['module']}"
     kl = most["drop"]["kl"]

@@ -11,8 +11,7 @@ from hiplora.evaluation.suite import own_tasks
 from hiplora.evaluation.tasks.rows import data_file
 from hiplora.provenance import file_sha256, folder_identity
 from hiplora.study.context import Place, located
-from hiplora.study.jobs import Graph, Job, result
-from hiplora.study.steps import STEPS
+from hiplora.study.jobs import KINDS, Graph, Job, result
 from hiplora.study.store import Store
 from hiplora.training import TrainRecipe
 from hiplora.training.baselines.hiplora import PAPER, Spectral
@@ -107,10 +106,9 @@ class Study:
     ) -> Job:
         """Return the job that trains a method on a domain.
 
-        Its learning rate is `lr`, else that of `like` or of the method itself, given or chosen (a variant takes its
-        parent's). `steps` cuts the training short; `start` is a training to carry on from, which may `widen` the basis
-        of methods that have a function-aware one. `chosen` maps fields of the method, which its factors do not depend
-        on, to the jobs that choose them.
+        Its learning rate is `lr`, else that of `like` (a variant's parent) or of the method itself. `steps` cuts the
+        training short; `start` is a training to carry on from, which may `widen` a function-aware basis. `chosen` maps
+        fields of the method, which its factors do not depend on, to the jobs that choose them.
         """
         by, chosen = like or row, chosen or {}
         widen = widen and start is not None and getattr(row.method, "widens", False)
@@ -119,10 +117,8 @@ class Study:
             return self._made[key]
         optional = {"rate": self.rate(by) if lr is None else None, "factors": self.factors(row), "start": start}
         needs = {name: job for name, job in {**optional, **chosen}.items() if job is not None}
-        name = f"train {row.title} on {domain}, seed {seed}"
-        name += "" if lr is None else f", rate {lr:g}"
-        name += "" if steps is None else f", {steps} steps"
-        name += "" if start is None else f" after {start.name.partition(' ')[2]}"
+        told = ("" if lr is None else f", rate {lr:g}") + ("" if steps is None else f", {steps} steps")
+        told += "" if start is None else f" after {start.name.partition(' ')[2]}"
         recipe = TrainRecipe(
             model=self.identity,
             data=self.source(domain),
@@ -136,7 +132,10 @@ class Study:
         written["method"] = as_written(row.method) | {field: result(field, "value") for field in chosen}
         calibration = getattr(recipe.method, "calibration_text", None)
         files = self.hashes([recipe.data.path, recipe.data.held_out, calibration, recipe.train.kl_text])
-        self._made[key] = self.job("train", name, {"recipe": {**written, "seed": seed}, "files": files}, **needs)
+        self._made[key] = self.job(
+            "train", f"train {row.title} on {domain}, seed {seed}{told}",
+            {"recipe": {**written, "seed": seed}, "files": files}, **needs,
+        )  # fmt: skip
         return self._made[key]
 
     def factors(self, row: "StudyMethod") -> Job | None:
@@ -162,7 +161,7 @@ class Study:
 
     def job(self, kind: str, name: str, settings: Mapping[str, Any], **needs: Job) -> Job:
         """Return a job of any kind, with the base model in its settings."""
-        return Job(kind, STEPS[kind].version, name, {"model": self.identity, **settings}, needs)
+        return Job(kind, KINDS[kind].version, name, {"model": self.identity, **settings}, needs)
 
     # What jobs are made of.
 
@@ -200,11 +199,10 @@ class Study:
 
 
 def as_written(method: Any) -> dict[str, Any]:
-    """Return a method as a recipe writes it: its name, and what differs from the defaults.
+    """Return a method as keys of jobs have it: its name, and what differs from the defaults; new fields change none.
 
-    Keys of jobs are made of this, so that a new setting changes no key. Fields for which the preset "paper" has a
-    default of its own are written too. `gradient_projection` is written where it is on: records without it are of
-    trainings whose gradients were not projected.
+    Fields for which the preset "paper" has a default of its own are written too; `gradient_projection` where it is on:
+    records without it are of trainings whose gradients were not projected.
     """
     written = method.model_dump(mode="json", exclude_defaults=True, exclude={"gradient_projection"})
     if getattr(method, "is_closed", False) and method.gradient_projection:

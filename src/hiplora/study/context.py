@@ -1,7 +1,10 @@
-"""What a worker keeps between jobs: the base model, the evaluation engines, the reference for the drift."""
+"""Where a study is, and what a worker keeps between jobs: the base model, the engines, the reference for the drift."""
 
 import itertools
 import json
+import multiprocessing
+import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,7 @@ def located(name: str, data: Path | None) -> str:
 
 
 class Context:
-    """A worker's tools. Models and engines are loaded on first use and kept."""
+    """A worker's tools, loaded on first use and kept: what imports torch only after `execute` has set its threads."""
 
     def __init__(self, place: Place):
         self.place, self.store = place, Store(place.folder)
@@ -73,10 +76,8 @@ class Context:
     def text(self, source: str, documents: int | None = None) -> str | list[str]:
         """Return a drift text: all rows joined or, with `documents`, so many first rows as texts of their own.
 
-        `source` is a .txt file, FILE:FIELD+FIELD (`text` if none is named), or a data set on the hub.
-
-        Raises:
-            DataError: the data set cannot be read.
+        `source` is a .txt file, FILE:FIELD+FIELD (`text` if none is named), or a data set on the hub. DataError if the
+        data set cannot be read.
         """
         name, _, named = source.partition(":")
         path, fields = located(name, self.place.data), (named or "text").split("+")
@@ -87,3 +88,16 @@ class Context:
         if documents is not None:
             return texts
         return ("" if fields == ["text"] else "\n").join(texts)
+
+
+def start_child() -> None:
+    """Prepare a process that was started for jobs: quiet, and ended when its parent ends, however that ended."""
+
+    def exit_with_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    os.environ["TQDM_DISABLE"] = "1"  # the study has one bar
+    os.dup2(2, 1)  # libraries print to standard error, which leaves standard output to --json
+    threading.Thread(target=exit_with_parent, daemon=True).start()

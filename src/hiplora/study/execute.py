@@ -1,12 +1,10 @@
 """Run a study's jobs: in processes of this machine, or as tasks of a Ray cluster; both do one job by `run_job`."""
 
 import contextlib
-import math
 import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -16,9 +14,8 @@ from typing import Any
 
 from hiplora.errors import ConfigError, HipLoraError, first_line
 from hiplora.extras import require
-from hiplora.study.context import Context, Place
-from hiplora.study.jobs import DIVERGED, Graph, Job, filled
-from hiplora.study.steps import STEPS
+from hiplora.study.context import Context, Place, start_child
+from hiplora.study.jobs import DIVERGED, KINDS, Graph, Job, filled
 from hiplora.study.store import Store
 
 PAUSE = 0.3  # seconds between two looks at jobs that other runs hold
@@ -38,15 +35,11 @@ def run_graph(
     gpus_per_job: float = 0.0,
     on_event: OnEvent = lambda event, job: None,
 ) -> set[Job]:
-    """Do what is missing of a graph and return the jobs that failed.
+    """Do what is missing of a graph and return the jobs that failed, which stop no others.
 
-    The call may be killed at any moment; the next one continues. Several calls on one folder share the work. A failed
-    job does not stop the others. A job that ends its process twice (usually for lack of memory) counts as failed.
-    `executor` is `local`, with `workers` processes, or `ray`: the cluster at `address`, None starts one here.
-
-    Raises:
-        ConfigError: Ray is not installed, or there is no cluster at the address.
-        OSError: the folder cannot be written.
+    The call may be killed at any moment; the next one continues. Several calls on one folder share the work. A job that
+    ends its process twice counts as failed. `executor` is `local`, with `workers` processes, or `ray`: the cluster at
+    `address`, None starts one here; ConfigError if there is none.
     """
     store, failed, died = Store(place.folder), set[Job](), set[Job]()
     running: dict[Future[str], tuple[int, Job]] = {}
@@ -85,19 +78,15 @@ def run_graph(
 
 
 def run_job(job: Job, context: Context) -> str:
-    """Do one job whose needs are finished; return "done", "failed", or "busy" if another process is doing it.
-
-    The reason of a failure is stored.
-    """
+    """Do one job whose needs are finished; return "done", "failed" (the reason is stored), or "busy" elsewhere."""
     store = context.store
     with store.claimed(job) as mine:
         if not mine:
             return "busy"
-        if store.readable(job):
-            return "done"
         try:
-            with store.slot(exclusive=STEPS[job.kind].alone):
-                _do(job, context)
+            if not store.readable(job):
+                with store.slot(exclusive=KINDS[job.kind].alone):
+                    _do(job, context)
         except Exception as error:
             store.fail(job, error)
             context.reset()
@@ -106,19 +95,21 @@ def run_job(job: Job, context: Context) -> str:
 
 
 def _do(job: Job, context: Context) -> None:
-    began, store, step = time.perf_counter(), context.store, STEPS[job.kind]
+    from hiplora.study.steps import STEPS  # imports torch, whose threads are set by then
+
+    began, store, kind = time.perf_counter(), context.store, KINDS[job.kind]
     results = {name: store.result(need) or {} for name, need in job.needs.items()}
     lost = [found[DIVERGED] for found in results.values() if DIVERGED in found]
-    if lost and step.reads:  # there is no adapter to work with
+    if lost and kind.reads:  # there is no adapter to work with
         found, timing = {DIVERGED: lost[0]}, dict[str, Any]()
     else:
-        found, timing = step.work(context, job, filled(job.settings, results))
+        found, timing = STEPS[job.kind](context, job, filled(job.settings, results))
     if DIVERGED in found and store.finished(job) and store.diverged(job) is None:
         raise HipLoraError(
             f"{found[DIVERGED]}; the reused record, of another machine, has a finite result: continue there, or start "
             "in a new folder without --reuse"
         )
-    store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=step.makes)
+    store.finish(job, found, {"seconds": time.perf_counter() - began, **timing}, artifact=kind.makes)
 
 
 _context: Context | None = None  # of this process, if it is a worker
@@ -155,21 +146,7 @@ class _Processes:
             pool.shutdown(cancel_futures=True)
 
 
-def start_child() -> None:
-    """Prepare a process that was started for jobs: quiet, and ended when its parent ends, however that ended."""
-
-    def exit_with_parent() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    os.environ["TQDM_DISABLE"] = "1"  # the study has one bar
-    os.dup2(2, 1)  # libraries print to standard error, which leaves standard output to --json
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
 def _start_worker(slot: int, workers: int) -> None:
-    """Prepare a worker process: its threads and its GPU."""
     start_child()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -196,10 +173,8 @@ class _Ray:
             raise ConfigError(
                 f"--gpus-per-job {gpus_per_job:g}: no machine of the cluster has more than {most:g}; lower it"
             )
-        resources = ray.cluster_resources()
-        by_gpus = resources.get("GPU", 0.0) / gpus_per_job if gpus_per_job else math.inf
-        self.died, self.slots = ray.exceptions.RayError, max(int(min(resources.get("CPU", 1.0), by_gpus)), 1)
-        self._ray, self._place = ray, place
+        self.slots = max(int(ray.cluster_resources().get("CPU", 1.0)), 1)  # what finds no GPU waits in Ray's own queue
+        self._ray, self._place, self.died = ray, place, ray.exceptions.RayError
         self._task = ray.remote(num_cpus=1, num_gpus=gpus_per_job, max_retries=0)(_work)
 
     def submit(self, slot: int, job: Job) -> "Future[str]":

@@ -12,13 +12,39 @@ RESULT = "$result"  # {"$result": "need.field"}: a setting that is the result of
 DIVERGED = "diverged"  # the only field in the result of a training that diverged: the reason
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of job, which `steps.STEPS` has the function for.
+
+    `makes`: it leaves an artifact; `reads`: it needs the artifacts of the jobs before it; `alone`: no other job may run
+    meanwhile, since it measures speed. `version` goes up when the same settings give other results than before.
+    """
+
+    makes: bool = False
+    reads: bool = False
+    alone: bool = False
+    version: int = 1
+
+
+KINDS = {
+    "train": Kind(makes=True, reads=True),
+    "evaluate": Kind(reads=True),
+    "merge": Kind(reads=True),
+    "collect": Kind(),
+    "factorize": Kind(),
+    "inspect": Kind(reads=True),
+    "edit": Kind(),
+    "probe": Kind(),
+    "speed": Kind(alone=True),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One piece of work: a kind of step with its settings, on the results of other jobs.
+    """One piece of work: a kind with its settings, on the results of other jobs. Jobs of one key are equal.
 
     `settings` are JSON values and hold everything that the result depends on, hashes of data and model included; one
-    may be `{"$result": "NEED.FIELD"}`, a field in the result of `needs[NEED]`. `version` is that of the step's code.
-    `name` is for people and not part of the key. Jobs of one key are equal.
+    may be `{"$result": "NEED.FIELD"}`, a field in the result of `needs[NEED]`. `name` is for people.
     """
 
     kind: str

@@ -22,9 +22,8 @@ nothing. It is there to try a study in minutes on any machine; no result on it s
 def make_pico(folder: Path) -> None:
     """Write the model, its tokenizer and a card to `folder`, which exists; the global random state is restored.
 
-    Every matrix is drawn from a uniform distribution that keeps the scale of activations. NumPy's old generator is
-    frozen, and uniform numbers need no logarithm that differs between machines, so the weights are the same bits
-    everywhere.
+    Matrices are uniform and keep the scale of activations. NumPy's old generator is frozen, and uniform numbers need no
+    logarithm that differs between machines, so the weights are the same bits everywhere.
     """
     import numpy as np
     import torch
@@ -40,18 +39,15 @@ def make_pico(folder: Path) -> None:
         model_max_length=512,
     )
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
-        with torch.device("meta"):
-            model = LlamaForCausalLM(LlamaConfig.from_pretrained(source))
-        weights = {}
-        for name, shape in model.state_dict().items():
-            if shape.ndim == 1:
-                weights[name] = torch.ones(shape.shape)
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(source))
+        for name, weight in model.state_dict().items():
+            if weight.ndim == 1:
+                weight.fill_(1.0)
                 continue
             # Embeddings are as large as what the blocks add, so that the head can be sure of a token.
-            deviation = 1.0 if "embed" in name else 1.0 / math.sqrt(shape.shape[1])
-            drawn = draw.random_sample(tuple(shape.shape)) * 2.0 - 1.0
-            weights[name] = torch.from_numpy((drawn * deviation * math.sqrt(3.0)).astype(np.float32))
-        model.load_state_dict(weights, assign=True)
+            deviation = 1.0 if "embed" in name else 1.0 / math.sqrt(weight.shape[1])
+            drawn = draw.random_sample(tuple(weight.shape)) * 2.0 - 1.0
+            weight.copy_(torch.from_numpy((drawn * deviation * math.sqrt(3.0)).astype(np.float32)))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(CARD, encoding="utf-8")

@@ -22,9 +22,8 @@ ONE_BATCH = 8  # items that are scored to measure an item's time
 def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False) -> Study:
     """Return a study with its jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
 
-    Raises:
-        DataError: there is no such data folder.
-        ConfigError: `folder` is a file, or the recipe's parts do not fit each other or the merge rules.
+    DataError if there is no such data folder; ConfigError if `folder` is a file, or the recipe's parts do not fit each
+    other or the merge rules.
     """
     if Path(folder).is_file():
         raise ConfigError(f"--out {folder}: is a file; name the folder of the study's results")
@@ -48,11 +47,9 @@ def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None,
 
 
 def check(study: Study) -> None:
-    """Check, before anything runs, that the files exist, the tasks are known, and code may run if a task needs it.
+    """Check, before anything runs, that the files exist (DataError), and the tasks, or ConfigError.
 
-    Raises:
-        DataError: files are missing.
-        ConfigError: tasks are unknown, or run code that the model writes, and that was not allowed.
+    They must be known, and code that the model writes must be allowed if one runs it.
     """
     if study.missing:
         where = f" in {study.place.data}" if study.place.data else "; name their folder with --data"
@@ -82,16 +79,13 @@ def check_tasks(study: Study) -> set[str]:
 def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, Any]:
     """Return how far a study is, as JSON values: counts by kind, running, failed and diverged jobs, time and memory.
 
-    Times come from the jobs done in the study's folder and from what `measure` found; those of other kinds are unknown
-    until one is done. Seconds are those of one worker.
+    Times are those of one worker, from the jobs done in the study's folder and from what `measure` found.
     """
     store, measured = study.store, measured or {}
     left = store.unfinished(study.graph)
     timings = {job: (store.record(job) or {"timing": {}})["timing"] for job in study.graph}
-    jobs = pd.DataFrame(
-        [(job.kind, _size(job), job in left, timings[job].get("seconds")) for job in study.graph],
-        columns=["kind", "size", "left", "seconds"],
-    )
+    rows = [(job.kind, _size(job), job in left, timings[job].get("seconds")) for job in study.graph]
+    jobs = pd.DataFrame(rows, columns=["kind", "size", "left", "seconds"])
     kinds = {kind: _remaining(rows, measured.get(kind)) for kind, rows in jobs.groupby("kind", sort=False)}
     known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
     trained = [job for job in study.graph if job.kind == "train"]
@@ -142,8 +136,7 @@ def measure(study: Study) -> dict[str, float]:
 
     Returns the seconds of a step under `train`, those of an item under `evaluate` and `merge`, and `peak_memory_bytes`.
     """
-    from hiplora.study.steps.measure import score
-    from hiplora.study.steps.train import placed_recipe, timed
+    from hiplora.study.steps import placed_recipe, score, timed
 
     context, found = Context(study.place), dict[str, float]()
     first = {job.kind: job.settings for job in reversed(list(study.graph))}

@@ -1,9 +1,8 @@
 """The recipe of a study: a model, domains, methods, seeds, and the protocols to run; and how it is read from YAML."""
 
 import importlib.resources
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from hiplora.data.examples import Block, DataSettings
 from hiplora.data.rows import is_hub_name
-from hiplora.editing.edits import WEIGHT_EDITORS
+from hiplora.editing.job import EDITORS
 from hiplora.errors import ConfigError, first_problem
 from hiplora.study.protocols import Protocols
 from hiplora.study.protocols.settings import AboveZero, Positive, Seed
@@ -31,13 +30,6 @@ class Domain(Block):
     tasks: dict[str, Positive | None] = Field(
         min_length=1, description="Task → number of items (null: all). The first one's score is the domain's."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("train"), str):
-            return {**value, "train": {"path": value["train"]}}
-        return value
 
     @model_validator(mode="after")
     def _rows_are_held_out(self) -> "Domain":
@@ -132,63 +124,67 @@ class StudyRecipe(Block):
     protocols: Protocols = Field(description="Protocols to run.")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "StudyRecipe":
-        for problem in itertools.chain(self._of_names(), self._of_protocols(), self._of_trainings()):
-            raise ValueError(problem)
-        return self
-
-    def _of_names(self) -> Iterator[str]:
-        """Names of methods and domains that do not exist; titles, tasks and seeds that are not told apart."""
+    def _names_exist_once(self) -> "StudyRecipe":
+        """Check the names of methods and domains, and that titles, tasks and seeds tell results apart."""
         known: dict[str, Iterable[str]] = {"methods": self.methods, "domains": self.domains}
-        yield from _unknown(self.rates.domains if self.rates else None, self.domains, "rates.domains")
+        _check(self.rates.domains if self.rates else None, self.domains, "rates.domains")
         for protocol, settings in self.protocols:
             for kind, names in known.items() if settings is not None else ():
                 for field, given in settings.named(kind):
-                    yield from _unknown(given, names, f"protocols.{protocol}.{field}")
+                    _check(given, names, f"protocols.{protocol}.{field}")
         for block, field in (("methods", "title"), ("domains", "title"), ("domains", "task")):
             given = [getattr(entry, field) for entry in getattr(self, block).values()]
-            for twice in sorted({one for one in given if given.count(one) > 1}):
-                yield f"`{block}`: two have the {field} {twice!r}, by which results are told apart; give each its own"
+            if twice := sorted({one for one in given if given.count(one) > 1}):
+                raise ValueError(
+                    f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
+                )
         if self.rates is not None and self.rates.seed in self.seeds:
-            yield (
+            raise ValueError(
                 f"`rates.seed` {self.rates.seed} is one of the study's seeds; rates must be chosen on runs that are "
                 "not reported: change it"
             )
         if len(set(self.seeds)) < len(self.seeds):
-            yield "`seeds` lists a seed twice; name each once"
+            raise ValueError("`seeds` lists a seed twice; name each once")
+        return self
 
-    def _of_protocols(self) -> Iterator[str]:
+    @model_validator(mode="after")
+    def _protocols_fit(self) -> "StudyRecipe":
         protocols = self.protocols
         for name in ("lambda_curve", "ablations", "selection"):
             settings = getattr(protocols, name)
             if settings and not getattr(self.methods[settings.method].method, "principal_channel", False):
-                yield (
+                raise ValueError(
                     f"`protocols.{name}.method` is {settings.method!r}, which has no gains; name a HiP-LoRA with "
                     "`principal_channel: true`"
                 )
         if protocols.frontier and self.evaluation.drift is None:
-            yield "`protocols.frontier` compares drifts; set `evaluation.drift`"
+            raise ValueError("`protocols.frontier` compares drifts; set `evaluation.drift`")
         if protocols.merge_fail and (most := max(protocols.merge_fail.sizes)) > len(self.domains):
-            yield (
+            raise ValueError(
                 f"`protocols.merge_fail.sizes` has {most}, and there are {len(self.domains)} domains; lower it or add "
                 "domains"
             )
         if protocols.continual:
             first, *others = protocols.continual.orders or [list(self.domains)]
             if len(first) < 2 or any(sorted(order) != sorted(set(first)) for order in (first, *others)):
-                yield "`protocols.continual` needs two or more domains in order, each once in each order"
+                raise ValueError("`protocols.continual` needs two or more domains in order, each once in each order")
         if protocols.editing:
-            for name in WEIGHT_EDITORS.keys() & protocols.editing.methods:
-                yield f"`protocols.editing.methods`: {name!r} is an editor of weights; rename the method"
+            if taken := sorted(EDITORS.keys() & protocols.editing.methods):
+                raise ValueError(
+                    f"`protocols.editing.methods`: {taken[0]!r} is an editor of weights; rename the method"
+                )
             trained = [*protocols.editing.methods, *(["crispedit"] if protocols.editing.crispedit is not None else [])]
-            yield from _unknown(protocols.editing.lr, trained, "protocols.editing.lr")
+            _check(protocols.editing.lr, trained, "protocols.editing.lr")
+        return self
 
-    def _of_trainings(self) -> Iterator[str]:
+    @model_validator(mode="after")
+    def _trainings_fit(self) -> "StudyRecipe":
         for name, method in self.methods.items():
             try:
                 self.training(method)
             except ValidationError as error:
-                yield f"`methods.{name}.train`: {first_problem(error)}"
+                raise ValueError(f"`methods.{name}.train`: {first_problem(error)}") from None
+        return self
 
     def training(self, method: StudyMethod, **changes: Any) -> TrainSettings:
         """Return how a method trains: the study's settings, its own over them, and `changes` over both."""
@@ -202,10 +198,10 @@ class StudyRecipe(Block):
         return self.training(method).lr if method.lr == "chosen" else method.lr
 
 
-def _unknown(names: Iterable[str] | None, known: Iterable[str], where: str) -> Iterator[str]:
+def _check(names: Iterable[str] | None, known: Iterable[str], where: str) -> None:
     for name in names or ():
         if name not in known:
-            yield f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}"
+            raise ValueError(f"`{where}` names {name!r}; expected one of {', '.join(known) or 'none'}")
 
 
 def own_studies() -> dict[str, Path]:
@@ -218,10 +214,7 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     """Read a study's recipe, put `overrides` (`train.steps=20`) over it, and check all of it.
 
     It is a YAML file or a name of `own_studies`; with `extends:`, the name of another or a file beside it, its own
-    values go over that one's. An override's value is read as YAML.
-
-    Raises:
-        ConfigError: something is wrong; the message lists everything that is, with the way out.
+    values go over that one's. ConfigError lists everything that is wrong, with the way out.
     """
     path = _find(recipe)
     value = _extended(path)

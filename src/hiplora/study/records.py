@@ -3,7 +3,7 @@
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,11 @@ Tables = dict[str, tuple[str, pd.DataFrame]]  # file name → caption, table
 
 @dataclass
 class Findings:
-    """What a protocol found, as far as its jobs are done.
+    """What a protocol found, as far as its jobs are done; `missing` names the others.
 
     `measured` has a row a number: method, metric, estimate, low, high, sd over seeds, seeds, unit, and whatever else
-    tells it apart. `figures` are file name → (caption, figure), `files` name → text of what else goes into the report's
-    folder. `missing` names the jobs that are not done.
+    tells it apart. `figures` are file name → (caption, figure), `files` name → text of what else the report gets. The
+    names of tables and figures are what comes after the protocol's, which `sections` puts before.
     """
 
     measured: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -46,7 +46,7 @@ class Findings:
 def tidy(done: Done) -> pd.DataFrame:
     """Return the numbers that jobs found, a row each: the job's labels, run, task, metric, item, value.
 
-    Of a task, `metric` is `accuracy` or `likelihood` with a row an item, in per cent; of a drift text `kl` and
+    `metric`: of a task `accuracy` and `likelihood`, a row an item, in per cent; of a drift text `kl` and
     `perplexity_ratio`; of a training `loss` by step, `held_out_before`, `held_out_after` and `parameters`.
     """
     names = list(dict.fromkeys(name for *_, labels in done for name in labels))
@@ -105,20 +105,11 @@ def joined(*parts: pd.DataFrame, columns: Sequence[str] = ()) -> pd.DataFrame:
     return found.reindex(columns=names)
 
 
-def with_jobs(frame: pd.DataFrame, runs: Iterable[Run], by: Sequence[str]) -> pd.DataFrame:
-    """Return measurements with the short keys of the jobs that have their labels `by`, where these tell it."""
-    by = list(by)
-    if frame.empty or not set(by) <= set(frame):
-        return frame
-    keys = pd.DataFrame([{**{name: labels.get(name, "") for name in by}, "jobs": job.key[:8]} for job, labels in runs])
-    return frame.join(keys.drop_duplicates().groupby(by, sort=False)["jobs"].agg(" ".join), on=by)
-
-
 def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Sequence[str] = ()) -> pd.DataFrame:
     """Return measurements as a table of "estimate [low, high]", rows in the order that they come in.
 
     The frame's `column` names the column of each, its `digits`, if it has them, the decimal places. Columns of `order`
-    come first. `paper` names the paper's table whose values stand behind ours; the paper reports accuracies only.
+    come first. `paper` names the paper's table, of accuracies, whose values stand behind ours.
     """
     texts = []
     for row in frame.itertuples():
@@ -132,11 +123,11 @@ def table(frame: pd.DataFrame, rows: str = "method", paper: str = "", order: Seq
     return found.rename_axis(index=rows.capitalize(), columns=None)
 
 
-def by_form(stem: str, caption: str, numbers: pd.DataFrame, rows: str = "method", paper: str = "") -> Tables:
+def by_form(caption: str, numbers: pd.DataFrame, rows: str = "method", paper: str = "", stem: str = "") -> Tables:
     """Return a table of measurements for each form of the score."""
+    parts = {form: numbers[numbers.form == form] for form in FORMS.values()}
     return {
-        f"{stem}-{form}": (f"{caption}: {form}", table(numbers[numbers.form == form], rows, paper))
-        for form in FORMS.values()
+        f"{stem}-{form}".lstrip("-"): (f"{caption}: {form}", table(part, rows, paper)) for form, part in parts.items()
     }
 
 

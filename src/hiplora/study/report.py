@@ -20,12 +20,9 @@ _FIRST = ["protocol", "method", "metric", "domain", "form", "estimate", "low", "
 def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, Any]:
     """Write what a study found so far into the folder `out`; return the page's place and what is still missing.
 
-    The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (every number, a row
-    each), what protocols write themselves (claims.json), and records.jsonl.gz, every job's record: `hiplora study run
-    --reuse` reads it, and the study goes on from it on another machine.
-
-    Raises:
-        ConfigError: `out` exists and `overwrite` is False, or no job is done.
+    The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (a row a number),
+    claims.json, and records.jsonl.gz, every job's record, from which `hiplora study run --reuse` goes on elsewhere.
+    ConfigError if `out` exists and `overwrite` is False, or no job is done.
     """
     check_output_dir(out, overwrite, {"the study": study.store.path / "results"})
     graph, store, recipe = study.graph, study.store, study.recipe
@@ -39,16 +36,13 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
         f"{len(records):,} of {len(graph):,} jobs are done, {seconds / 3600:.1f} hours of work. Model {recipe.model}, "
         f"seeds {', '.join(map(str, recipe.seeds))}. Values marked as the paper's are of {paper()['model']}."
     )
-    origins = [record["provenance"] for record in records]
     origin = {
         "report": provenance(),
         "recipe_sha256": json_sha256(recipe.model_dump(mode="json", exclude_defaults=True)),
-        "commits of the jobs": sorted({str(one["commit"]) for one in origins}),
-        "machines": sorted({str(one["machine"]["processor"]) for one in origins}),
+        "commits of the jobs": sorted({str(one["provenance"]["commit"]) for one in records}),
+        "machines": sorted({str(one["provenance"]["machine"]["processor"]) for one in records}),
     }
     with staged_dir(out, overwrite) as folder:
-        for name in ("tables", "figures"):
-            (folder / name).mkdir()
         for one in found:
             for stem, (_, frame) in one.tables.items():
                 save_table(frame, folder / "tables" / stem)
@@ -71,9 +65,8 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
 
 def measurements(found: Sequence[Findings]) -> pd.DataFrame:
     """Return every measured number as one table; labels that only some protocols have come last."""
-    numbers = joined(*(one.measured.assign(protocol=one.name) for one in found), columns=[*_FIRST, "jobs"])
-    labels = [name for name in numbers if name not in (*_FIRST, "jobs")]
-    return numbers[[*_FIRST, *labels, "jobs"]]
+    numbers = joined(*(one.measured.assign(protocol=one.name) for one in found), columns=_FIRST)
+    return numbers[[*_FIRST, *numbers.columns.difference(_FIRST, sort=False)]]
 
 
 def _section(one: Findings) -> Section:

@@ -21,7 +21,7 @@ def replicates(records: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return the mean over the items of each task with its replicates, a row for each value of `by`.
 
     `records` have the columns `by`, task, item and value; an item that comes twice counts with its mean. Rows that were
-    scored on other items of a task than most (another number of them) have draws of their own.
+    scored on other items of a task than most have draws of their own.
     """
     parts = []
     for task, rows in records.groupby("task", sort=False):

@@ -22,8 +22,7 @@ from filelock import FileLock, Timeout
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import write_atomic
 from hiplora.provenance import provenance
-from hiplora.study.jobs import DIVERGED, Graph, Job, key_of
-from hiplora.study.steps import STEPS
+from hiplora.study.jobs import DIVERGED, KINDS, Graph, Job, key_of
 
 
 class Store:
@@ -63,7 +62,7 @@ class Store:
 
     def readable(self, job: Job) -> bool:
         """Whether later jobs can read all that a job leaves: its result, and its artifact if it makes one."""
-        whole = not STEPS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
+        whole = not KINDS[job.kind].makes or (self.artifact(job) / ".complete").is_file()
         return self.finished(job) and (whole or self.diverged(job) is not None)
 
     def artifact(self, job: Job) -> Path:
@@ -126,11 +125,7 @@ class Store:
             yield
 
     def take(self, path: Path) -> int:
-        """Add the records of a file that `export` wrote; return how many were new.
-
-        Raises:
-            ConfigError: the file does not exist or holds no records.
-        """
+        """Add the records of a file that `export` wrote, or ConfigError; return how many were new."""
         try:
             raw = path.read_bytes()
             lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()
@@ -153,8 +148,8 @@ class Store:
     def unfinished(self, graph: Graph) -> dict[Job, bool]:
         """Return the jobs that are left to do, in the graph's order, and whether each can start.
 
-        A finished job is done again only if an unfinished one needs its artifact and that is missing (records that were
-        reused). Jobs no wanted result depends on are not done.
+        A finished job, of a reused record, is done again only if an unfinished one needs its artifact. Jobs no wanted
+        result depends on are not done.
         """
         open_jobs = [job for job in graph.wanted if not self.finished(job)]
         left: set[Job] = set()
@@ -162,7 +157,7 @@ class Store:
             job = open_jobs.pop()
             if job not in left:
                 left.add(job)
-                present = self.readable if STEPS[job.kind].reads else self.finished
+                present = self.readable if KINDS[job.kind].reads else self.finished
                 open_jobs += [need for need in job.needs.values() if not present(need)]
         return {job: left.isdisjoint(job.needs.values()) for job in graph if job in left}
 

@@ -74,12 +74,10 @@ def test_workers_do_a_graph_and_a_second_call_has_nothing_to_do(context, scored)
 
 @pytest.mark.slow
 def test_a_job_that_kills_its_worker_twice_has_failed_and_the_others_are_done(context, scored, tmp_path, monkeypatch):
-    (tmp_path / "deadly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     (tmp_path / "sitecustomize.py").write_text(
-        "from hiplora.study.steps import STEPS, Step\n"
-        "STEPS['probe'] = Step('deadly:work')\n"
-        "import hiplora.study.steps as steps\n"
-        f"steps.__path__.append({str(tmp_path)!r})\n"
+        "import os, signal\n"
+        "from hiplora.study.steps import STEPS\n"
+        "STEPS['probe'] = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     deadly = Job("probe", 1, "deadly", {})

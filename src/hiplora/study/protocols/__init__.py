@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field
 
+from hiplora.data.examples import Block
 from hiplora.study.builder import Study
 from hiplora.study.jobs import DIVERGED
 from hiplora.study.protocols.ablations import Ablations
@@ -18,45 +19,48 @@ from hiplora.study.protocols.merge_fail import MergeFail
 from hiplora.study.protocols.merging import Merging
 from hiplora.study.protocols.rank_one import RankOne
 from hiplora.study.protocols.selection import Selection
-from hiplora.study.protocols.settings import Protocol, Settings
+from hiplora.study.protocols.settings import Protocol
 from hiplora.study.protocols.single_task import AdaLora, SingleTask
-from hiplora.study.records import BASE, Findings, with_jobs
+from hiplora.study.records import BASE, Findings
 
 
-class Protocols(Settings):
-    """Which protocols a study runs."""
+class Protocols(Block):
+    """Which protocols a study runs; the descriptions are the titles of the report's sections."""
 
-    single_task: SingleTask | None = Field(default=None, description="Single-task table with Retain.")
-    merging: Merging | None = Field(default=None, description="Merging: before, after, difference.")
-    merge_fail: MergeFail | None = Field(default=None, description="MergeFail over sizes and thresholds.")
-    adalora: AdaLora | None = Field(default=None, description="Comparison with AdaLoRA.")
-    lambda_curve: LambdaCurve | None = Field(default=None, description="Trade-off over λ.")
-    allocation: Allocation | None = Field(default=None, description="Spectral allocation.")
-    ablations: Ablations | None = Field(default=None, description="Ablations and their dynamics.")
-    continual: Continual | None = Field(default=None, description="Continual tuning.")
-    editing: Editing | None = Field(default=None, description="Knowledge editing.")
-    rank_one: RankOne | None = Field(default=None, description="Rank-1 interventions.")
-    selection: Selection | None = Field(default=None, description="Coarse-to-fine selection.")
-    cost: CostTable | None = Field(default=None, description="Cost table.")
-    frontier: FrontierSettings | None = Field(default=None, description="Frontiers of learning against drift.")
-    claims: Claims | None = Field(default=None, description="The paper's claims, one by one.")
+    single_task: SingleTask | None = Field(default=None, description="Single tasks, with Retain")
+    merging: Merging | None = Field(default=None, description="Merging the adapters of all domains")
+    merge_fail: MergeFail | None = Field(default=None, description="Merges that fail, over sizes and thresholds")
+    adalora: AdaLora | None = Field(default=None, description="Comparison with AdaLoRA")
+    lambda_curve: LambdaCurve | None = Field(default=None, description="Trade-off over λ")
+    allocation: Allocation | None = Field(default=None, description="Where the updates lie")
+    ablations: Ablations | None = Field(default=None, description="Ablations and their dynamics")
+    continual: Continual | None = Field(default=None, description="Continual tuning")
+    editing: Editing | None = Field(default=None, description="Knowledge editing")
+    rank_one: RankOne | None = Field(default=None, description="Rank-1 interventions")
+    selection: Selection | None = Field(default=None, description="Selection of λ, γ, r and k, coarse to fine")
+    cost: CostTable | None = Field(default=None, description="Cost")
+    frontier: FrontierSettings | None = Field(default=None, description="Learning against drift")
+    claims: Claims | None = Field(default=None, description="The paper's claims, one by one")
 
 
 def sections(study: Study) -> list[Findings]:
     """Return what each protocol found; the verdicts on the paper's claims, which read the others, come first."""
     found: list[Findings] = []
-    for settings in filter(None, dict(study.recipe.protocols).values()):
-        one = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
-        one.name, one.title = settings.name, settings.title
-        found.append(one)
-    return sorted(found, key=lambda one: one.name != Claims.name)
+    for field, settings in study.recipe.protocols:
+        if settings is not None:
+            one = settings.judge(study, found) if isinstance(settings, Claims) else _section(study, settings)
+            one.name, one.title = field.replace("_", "-"), str(Protocols.model_fields[field].description)
+            one.tables = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.tables.items()}
+            one.figures = {f"{one.name}-{stem}".rstrip("-"): value for stem, value in one.figures.items()}
+            found.append(one)
+    return sorted(found, key=lambda one: one.name != "claims")
 
 
 def _section(study: Study, settings: Protocol) -> Findings:
     """What a protocol found. Runs that are equal in the labels `whole` are left out where one of them is not done."""
 
     def group(labels: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(labels.get(name, "") for name in settings.whole or settings.by)
+        return tuple(labels.get(name, "") for name in settings.whole)
 
     runs, stored = settings.runs(study), study.store.record
     records = {job: stored(job.needs.get("adapter", job)) and stored(job) for job, _ in runs}  # trainings are read too
@@ -67,7 +71,6 @@ def _section(study: Study, settings: Protocol) -> Findings:
     found = Findings()
     if ready - {BASE} and (BASE in ready or BASE not in asked):  # nothing is compared without the base
         found = settings.tables(study, done)
-        found.measured = with_jobs(found.measured, runs, settings.by)
     found.missing = [job.name for job, record in records.items() if record is None]
     if lost := [job.name for job, record in records.items() if record and job not in known]:
         named = "; ".join(lost[:12]) + (" …" if len(lost) > 12 else "")

@@ -4,7 +4,7 @@ And with retraction after each step alone, the paper's implementation note, in p
 """
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 from pydantic import Field
@@ -27,8 +27,6 @@ SHOWN = {"merge fail": ("MergeFail", 1), "held-out loss": ("Held-out loss", 3), 
 class Ablations(Protocol):
     """The method without its budget, projection or gains, with zero init, and with retraction only."""
 
-    name: ClassVar[str] = "ablations"
-    title: ClassVar[str] = "Ablations"
     method: str = Field(description="A HiP-LoRA with gains: the full method.")
     domains: list[str] | None = Field(default=None, description="Domains to train on; all, if empty.")
     merge: bool = Field(default=True, description="Merge the adapters of the domains too, for MergeFail.")
@@ -67,15 +65,15 @@ class Ablations(Protocol):
         for form in FORMS.values():
             shown = with_columns(study, numbers[numbers.form == form], self._domains(study), "Downstream")
             rows = others[others.form.isna() | (others.form == form)].assign(form=form)
-            caption, wide = f"Ablations: {form}", table(joined(shown.assign(digits=1), rows), paper=self.name)
-            found.tables[f"{self.name}-{form}"] = caption, wide
+            caption, wide = f"Ablations: {form}", table(joined(shown.assign(digits=1), rows), paper="ablations")
+            found.tables[form] = caption, wide
         curves = trained[trained.metric == "loss"].groupby(["method", "item"], sort=False)["value"].mean()
         figure = plots.lines(
             curves.dropna().reset_index(), "item", "value", "method", markers=False,
             xlabel="optimizer step", ylabel="training loss (nats a token)",
         )  # fmt: skip
         caption = "Training with and without each part, mean over domains and seeds"
-        found.figures[f"{self.name}-dynamics"] = caption, figure
+        found.figures["dynamics"] = caption, figure
         found.text = (
             f"MergeFail: merges by addition, one a seed, in which a task keeps less than τ = {self.tau:g} of its "
             "score. Leak: share of the update's energy that is on one protected side only, which gains cannot cause. "

@@ -1,7 +1,5 @@
 """Where the updates lie on the spectrum of the base weights: gains against σ, and energy inside the principal part."""
 
-from typing import ClassVar
-
 import numpy as np
 import pandas as pd
 from pydantic import Field
@@ -18,8 +16,6 @@ BY = ["method", "type"]
 class Allocation(OfMethods):
     """Where the updates lie on the spectrum of the base weights."""
 
-    name: ClassVar[str] = "allocation"
-    title: ClassVar[str] = "Where the updates lie"
     rank: Positive = Field(default=32, description="Leading directions that count as principal.")
     domains: list[str] | None = Field(default=None, description="Domains of the adapters; all, if empty.")
 
@@ -46,17 +42,17 @@ class Allocation(OfMethods):
         followed = joined(_follows(moved), relative_gains(moved))
         caption = "Energy inside the principal subspaces, %"
         found = Findings(joined(inside, followed).assign(rank=self.rank))
-        found.tables[f"{self.name}-energy"] = caption, _table(inside, 2)
+        found.tables["energy"] = caption, _table(inside, 2)
         if len(followed):
             shown = followed.assign(method=followed.method + ", " + followed.metric)
-            found.tables[f"{self.name}-gains"] = "How gains follow the spectrum", _table(shown, 3)
+            found.tables["gains"] = "How gains follow the spectrum", _table(shown, 3)
         points = _directions(moved[moved.type != ALL])
         if (points.gain > 0).any():
             figure = plots.facets(
                 points[points.gain > 0], "type", plots.scatter, x="sigma", y="gain", group="method",
                 logx=True, logy=True, xlabel="σ of the base weight", ylabel="|δ|",
             )  # fmt: skip
-            found.figures[f"{self.name}-sigma"] = "How far each gain moved, over σ; first seed", figure
+            found.figures["sigma"] = "How far each gain moved, over σ; first seed", figure
         found.text = (
             f"Energy: share of ‖ΔW‖² that reads and writes the {self.rank} leading singular directions of the base "
             "weight, mean over domains, first seed. Gain correlation: Spearman's, of |δ| with σ among the directions "

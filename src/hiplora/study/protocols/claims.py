@@ -1,15 +1,14 @@
 """The paper's claims one by one: what was measured here, and whether it speaks for the claim or against it.
 
-A claim is a sign: of a difference between two methods, of a correlation, of a change over λ; or, with a margin, that a
-method is not worse by more than that. It is supported where the measurement lies on the claimed side, not supported
-where it lies on the other, by a test at 5 % after Holm's correction over all rows; otherwise it cannot be told. Where
-the quantity that a claim is about did not move, the claim is not exercised.
+A claim is a sign, of a difference, a correlation, a change; or, with a margin, that a method is not worse by more than
+that. It is supported, or not, by the side on which the measurement lies, if a test at 5 % tells it from the other after
+Holm's correction over all rows. Where the quantity that a claim is about did not move, it is not exercised.
 """
 
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,13 +23,13 @@ from hiplora.study.statistics import SEEDS
 
 LEVEL = 0.05
 MOVED = 1.0  # per cent: the median |δ| / σ from which on claims about the gains are exercised
+COLUMNS = {"says": "Claim", "verdict": "Verdict", "form": "Form", "effect": "Measured effect", "unit": "Unit"}
+COLUMNS |= {"p": "p (Holm)", "paper": "The paper's", "as_large": "An effect as large"}
 
 
 class Claims(Protocol):
     """What the paper claims, checked on what the other protocols found."""
 
-    name: ClassVar[str] = "claims"
-    title: ClassVar[str] = "The paper's claims"
     hiplora: str = Field(description="The paper's method.")
     lora: str = Field(description="LoRA.")
     proj_lora: str | None = Field(default=None, description="Proj-LoRA.")
@@ -55,33 +54,25 @@ class Claims(Protocol):
         }
         rows["verdict"] = np.select(list(verdicts.values()), list(verdicts), "not supported")
         rows["as_large"] = rows.as_large.where(~rows.still, "–")
-        effects = [interval(r.estimate, r.low, r.high, 4 if r.unit == "nats/token" else 2) for r in rows.itertuples()]
-        shown = pd.DataFrame(
-            {
-                "Claim": rows.says,
-                "Verdict": rows.verdict,
-                "Form": rows.form.replace("", "–"),
-                "Measured effect": effects,
-                "Unit": rows.unit,
-                "p (Holm)": rows.p.map("{:.3g}".format).where(rows.p.notna(), "–"),
-                "The paper's": rows.paper,
-                "An effect as large": rows.as_large,
-            }
-        ).set_index("Claim")
         told: dict[str, dict[str, Any]] = {}
         kept = ["verdict", "estimate", "low", "high", "p", "unit", "paper_effect", "as_large"]
         for row in rows.astype(object).where(rows.notna(), None).to_dict("records"):
             entry = told.setdefault(row["name"], {"says": row["says"], "paper": row["paper"]})
             entry[row["form"] or "measured"] = {key: row[key] for key in kept}
         file = json.dumps({"claims": told, "provenance": provenance()}, indent=1, ensure_ascii=False) + "\n"
+        rows["effect"] = [
+            interval(r.estimate, r.low, r.high, 4 if r.unit == "nats/token" else 2) for r in rows.itertuples()
+        ]
+        rows["p"] = rows.p.map("{:.3g}".format).where(rows.p.notna(), "–")
+        shown = rows.replace({"form": {"": "–"}})[list(COLUMNS)].rename(columns=COLUMNS).set_index("Claim")
         text = (
-            "Each row has one 95 % interval: over the seeds where there are five or more, else over the items "
-            "(MergeFail: over draws and merges). A verdict is a test at 5 % by the interval's width, corrected for the "
-            "number of rows by Holm's method; “at least as well” means not worse by more than a point. “Not "
-            f"exercised”: the median gain moved by less than {MOVED:g} % of σ. An effect as large as the paper's is "
-            "excluded on this model where the interval ends before it; a smaller one may exist."
+            "Intervals are 95 %, over the seeds where there are five or more, else over the items (MergeFail: over "
+            "draws and merges). A verdict is a test at 5 % by the interval's width, corrected for the number of rows "
+            "by Holm's method; “at least as well”: not worse by more than a point; “not exercised”: the median gain "
+            f"moved by less than {MOVED:g} % of σ. An effect as large as the paper's is excluded where the interval "
+            "ends before it; a smaller one may exist."
         )
-        return Findings(tables={self.name: ("Claim by claim", shown)}, files={"claims.json": file}, text=text)
+        return Findings(tables={"": ("Claim by claim", shown)}, files={"claims.json": file}, text=text)
 
     def _checked(self, study: Study, numbers: pd.DataFrame) -> Iterator[dict[str, Any]]:
         """Every claim that the study's methods allow to check, in each of its forms."""
@@ -95,14 +86,10 @@ class Claims(Protocol):
                 continue
             wanted = {key: study.row(roles[role]).title if role in roles else role for key, role in named.items()}
             wanted |= {"section": claim["section"], "metric": claim["metric"], **claim.get("setting", {})}
+            of_gains = still and claim.get("of_gains", False)
             for form in FORMS.values() if claim.get("scored", True) else ("",):
                 row = _first(numbers, **wanted, **({"form": form} if form else {}))
-                yield {
-                    "name": name,
-                    "form": form,
-                    "still": still and claim.get("of_gains", False),
-                    **_compared(claim, row),
-                }
+                yield {"name": name, "form": form, "still": of_gains, **_compared(claim, row)}
 
 
 def holm(p_values: pd.Series) -> pd.Series:

@@ -1,7 +1,6 @@
 """One adapter trained on one domain after the other: the whole matrix of scores, AvgAcc and Forgetting (C.4)."""
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import pandas as pd
 from pydantic import Field
@@ -23,8 +22,6 @@ COLUMNS = {
 class Continual(OfMethods):
     """One adapter trained on one domain after the other."""
 
-    name: ClassVar[str] = "continual"
-    title: ClassVar[str] = "Continual tuning"
     orders: list[list[str]] = Field(default=[], description="Orders of the domains; none: one, as they stand.")
     widen: bool = Field(default=True, description="Let HiP-LoRA's function-aware basis protect finished tasks too.")
 
@@ -53,7 +50,7 @@ class Continual(OfMethods):
         moved = drift(records[(records.stage == len(titles)) & (records.method != BASE)])
         numbers = self._measured(study, records)
         shown = numbers.assign(column=numbers.metric.map(COLUMNS)).dropna(subset="column")
-        tables = by_form(self.name, self.title, shown[shown.order == ""], paper=self.name)
+        tables = by_form("Continual tuning", shown[shown.order == ""], paper="continual")
         after = {
             (name, stage): f"{', ' * bool(name)}{name}, after {titles[domain]}"
             for name, order in orders.items()
@@ -62,8 +59,8 @@ class Continual(OfMethods):
         scores = numbers[numbers.metric == "score"]
         told = [after.get(at, "") for at in zip(scores.order, scores.stage, strict=True)]
         scores = scores.assign(row=scores.method + told, column=scores.domain.map(titles))
-        tables |= by_form(f"{self.name}-stages", "Every task after every stage, %", scores, "row")
-        tables[f"{self.name}-drift"] = drift_table(moved, "Drift after all stages")
+        tables |= by_form("Every task after every stage, %", scores, "row", stem="stages")
+        tables["drift"] = drift_table(moved, "Drift after all stages")
         text = (
             "AvgAcc: mean over the tasks after the last stage; Forgetting: mean fall from the best earlier stage, "
             "lower is better; backward transfer: mean change since a task's own stage."

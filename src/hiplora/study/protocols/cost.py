@@ -1,7 +1,7 @@
 """What each method costs: throughput over steady steps, peak memory, and the one-time cost of its factors (Table 5)."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 from pydantic import Field
@@ -25,8 +25,6 @@ BOUNDS = ["estimate", "low", "high"]
 class CostTable(OfMethods):
     """Throughput, memory, the one-time cost of the factors."""
 
-    name: ClassVar[str] = "cost"
-    title: ClassVar[str] = "Cost"
     domain: str = Field(description="Domain whose rows are trained on.")
     warmup: int = Field(default=20, ge=0, description="Steps before the measured ones.")
     steps: Positive = Field(default=200, description="Measured steps.")
@@ -48,12 +46,11 @@ class CostTable(OfMethods):
         shown[BOUNDS] = shown[BOUNDS].astype(float).div(shown.scale, axis=0)
         machines = "; ".join(sorted(numbers.machine.unique()))
         text = (
-            f"Measured on {machines}, each method in a process of its own while nothing else of the study ran, over "
-            f"{self.steps} steps after {self.warmup} to warm up, {self.repeats} times in turn; intervals are Student's "
-            "t over the times. Factors: computing the protected directions once for a base model, with calibration; no "
-            "time where the cache had them. Cache: k(m + n + 1) numbers a matrix."
+            f"Measured on {machines}, each method alone in a process of its own, over {self.steps} steps after "
+            f"{self.warmup} to warm up, {self.repeats} times in turn; intervals are Student's t over the times. "
+            "Factors: computed once for a base model, with calibration; no time where the cache had them."
         )
-        return Findings(numbers, {f"{self.name}-table": (self.title, table(shown, paper=self.name))}, text=text)
+        return Findings(numbers, {"table": ("Cost", table(shown, paper="cost"))}, text=text)
 
     def _speed(self, study: Study, row: Any, time: int) -> Job:
         """The job that times a method, the n-th time: its training at the study's rate, which changes no time."""

@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from hiplora.editing.edits import BUILT_IN, WEIGHT_EDITORS, Category
+from hiplora.data.examples import Block
+from hiplora.editing.edits import BUILT_IN, Category
+from hiplora.editing.job import EDITORS
 from hiplora.reporting import plots
 from hiplora.study.builder import as_written
 from hiplora.study.jobs import Job
-from hiplora.study.protocols.settings import AboveZero, Done, Findings, OfMethods, Positive, Run, Settings, Study
+from hiplora.study.protocols.settings import AboveZero, Done, Findings, OfMethods, Positive, Run, Study
 from hiplora.study.records import joined, table, tidy
 from hiplora.study.statistics import differences, drift, opened, replicates, summary
 
@@ -38,7 +40,7 @@ COLUMNS = {
 }
 
 
-class EditedFacts(Settings):
+class EditedFacts(Block):
     """A set of edits."""
 
     edits: str = Field(default=BUILT_IN, description="`builtin`, or a file of the data folder.")
@@ -54,9 +56,7 @@ DEFAULT_SETS = {"edit-set": EditedFacts()}
 class Editing(OfMethods):
     """Facts edited by each method: success, paraphrases, locality."""
 
-    name: ClassVar[str] = "editing"
-    title: ClassVar[str] = "Knowledge editing"
-    by: ClassVar[tuple[str, ...]] = ("set", "mode", "method")
+    whole: ClassVar[tuple[str, ...]] = ("set", "mode", "method")
     sets: dict[SetName, EditedFacts] = Field(default=DEFAULT_SETS, min_length=1, description="Sets of edits by name.")
     modes: list[Mode] = Field(default=["batch"], min_length=1, description="How edits are made.")
     alphaedit: dict[str, Any] | None = Field(default=None, description="Settings of AlphaEdit, as one more row.")
@@ -73,10 +73,10 @@ class Editing(OfMethods):
 
     def runs(self, study: Study) -> list[Run]:
         """Edit every set in every mode by every method, and by those that edit weights if asked for."""
-        methods = [*self.methods, *(name for name in WEIGHT_EDITORS if getattr(self, name) is not None)]
+        methods = [*self.methods, *(name for name in EDITORS if getattr(self, name) is not None)]
         found = []
         for name, mode, method, seed in itertools.product(self.sets, self.modes, methods, study.seeds(self)):
-            title = WEIGHT_EDITORS.get(method) or study.row(method).title
+            title = EDITORS[method].title if method in EDITORS else study.row(method).title
             label = {"set": name, "mode": mode, "method": title, "seed": seed}
             found.append((self._edit(study, method, label), label))
         return found
@@ -89,10 +89,10 @@ class Editing(OfMethods):
         numbers = joined(_measured(items), drift(tidy(done), ["set", "mode"]), columns=["text"])
         found = Findings(numbers)
         for (name, mode), rows in numbers.groupby(["set", "mode"], sort=False):
-            facts, stem = self.sets[name], f"{self.name}-{name}-{mode}"
+            facts, stem = self.sets[name], f"{name}-{mode}"
             title = f"{facts.title or name}, {mode}"
             in_paper = mode == "batch" and facts.edits == BUILT_IN and facts.category is None
-            found.tables[stem] = title, _table(rows, self.name if in_paper else "")
+            found.tables[stem] = title, _table(rows, "editing" if in_paper else "")
             kinds = rows[rows.category.notna()]
             kinds = kinds.assign(column=kinds.category + ", " + kinds.metric.str.split().str[0])
             found.tables[f"{stem}-categories"] = f"{title}: success by category, %", table(kinds)
@@ -103,15 +103,15 @@ class Editing(OfMethods):
                     xlabel="edits so far", ylabel="edit success (%)",
                 )  # fmt: skip
                 caption = f"{title}: edits that still work, stage after stage"
-                found.figures[f"{self.name}-{name}-sequence"] = caption, figure
+                found.figures[f"{name}-sequence"] = caption, figure
         titles = {name: study.row(name).title for name in self.methods}
-        titles |= {} if self.crispedit is None else {"crispedit": WEIGHT_EDITORS["crispedit"]}
+        titles |= {} if self.crispedit is None else {"crispedit": EDITORS["crispedit"].title}
         rates = [f"{title} {self._rate(study, name):g}" for name, title in titles.items()]
         found.text = (
             "Edit success: the answer matches or is likelier than the old one. Locality: accuracy before − after on "
-            "unrelated questions, in pp. Log p: mean change in nats, of the questions' own answers, and of the edits' "
-            "new ones where they do not belong (lower is better there). Drift: KL from the base in thousandths of a "
-            f"nat a token. Intervals: over edits and questions. Learning rates on edits: {', '.join(rates)}."
+            "unrelated questions. Log p: mean change, of the questions' own answers, and of the edits' new ones where "
+            "they do not belong (lower is better there). Drift: KL from the base in thousandths of a nat a token. "
+            f"Intervals: over edits and questions. Learning rates on edits: {', '.join(rates)}."
         )
         return found
 
@@ -122,7 +122,7 @@ class Editing(OfMethods):
     def _edit(self, study: Study, method: str, label: dict[str, Any]) -> Job:
         """The job of a run. AlphaEdit trains nothing: its rate and steps are its own."""
         facts, trains, single = self.sets[label["set"]], method != "alphaedit", label["mode"] == "single"
-        if method in WEIGHT_EDITORS:
+        if method in EDITORS:
             given, needs = {"name": method, **getattr(self, method)}, {}
         else:
             given, factors = as_written(study.row(method).method), study.factors(study.row(method))

@@ -33,9 +33,6 @@ Floats = NDArray[np.float64]
 class FrontierSettings(Protocol):
     """Learning against drift: every method of a domain at every learning rate and seed."""
 
-    name: ClassVar[str] = "frontier"
-    title: ClassVar[str] = "Learning against drift"
-    by: ClassVar[tuple[str, ...]] = ("domain", "method")
     whole: ClassVar[tuple[str, ...]] = ("domain", *POINT)
     domains: dict[str, list[str]] = Field(min_length=1, description="Domain to train on → methods to compare there.")
     rates: list[AboveZero] = Field(min_length=2, description="Learning rates, for all methods.")
@@ -89,8 +86,7 @@ class FrontierSettings(Protocol):
                 continue
             numbers = _compare(points, drops, reference, plain).assign(domain=domain)
             parts.append(numbers)
-            stem, title = f"{self.name}-{domain}", study.recipe.domains[domain].title
-            found.tables[f"{stem}-best"] = f"{title}: each method at its best rate", _best(numbers, self.rates)
+            stem, title = domain, study.recipe.domains[domain].title
             found.tables |= _ratio_tables(numbers, stem, title, reference)
             found.figures |= _figures(numbers, stem, title, reference, plain)
         found.measured = joined(*parts)
@@ -112,9 +108,9 @@ class FrontierSettings(Protocol):
         return [text for text, source in texts.items() if source.partition(":")[0] != calibration] or list(texts)
 
     def _points(self, study: Study, records: pd.DataFrame, domain: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Each method's loss, likelihood and drift by text at each rate, number of steps and seed; and its drops.
+        """Each method's loss, likelihood and drift by text at each rate, number of steps and seed.
 
-        Drops are replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
+        And replicates of the mean fall of the other tasks' likelihoods below the base's, in percentage points.
         """
         own, index = study.recipe.domains[domain], [*POINT, "seed"]
         rows = records[records.domain == domain].astype({"lr": float, "steps": float})
@@ -138,11 +134,9 @@ class FrontierSettings(Protocol):
 
 
 class Frontier:
-    """The lower envelope of a method's points, means over the seeds.
+    """The lower envelope of a method's points, each with a rate, steps, and by seed a loss x and log drift y.
 
-    Between points that are neighbours on the grid (the next rate, or the next number of steps) the drift is
-    interpolated, linear in the loss and logarithmic in the divergence; never beyond them. Each point has a rate and
-    steps, and by seed x, lower is more learned, and log drift y: (points, seeds).
+    Between neighbours on the grid (the next rate, or the next number of steps) y is linear in x; never beyond them.
     """
 
     def __init__(self, rates: Floats, steps: Floats, x: Floats, y: Floats):
@@ -159,8 +153,7 @@ class Frontier:
     def at(self, x: float) -> tuple[float, tuple[int, int], str]:
         """Return the mean log drift at a mean x, the points that it lies between or at, and its state.
 
-        `reached`; `not reached`, the method never learned that much, and this is where it learned most: it drifts
-        further at x; `passed`, all its points learned more, and at x it may drift less.
+        `not reached`: it never learned that much, this is where it learned most; `passed`: all its points learned more.
         """
         if x < self.least:
             return self.mean_y[self.best], (self.best, self.best), NOT_REACHED
@@ -185,13 +178,12 @@ def _between(x: Floats, y: Floats, points: Any, at: Any) -> Floats:
 def compared(here: Frontier, there: Frontier, at: int | None) -> tuple[Floats, float, str]:
     """Return by seed the log of how many times as far `here` drifts as `there`, at what x, and the state of that.
 
-    Compared at what a point `at` of the other learned or, where that is None, at the most that both learned.
+    x is what a point `at` of the other learned or, where that is None, the most that both learned.
     """
     if at is None and here.least > there.least:
-        # The other learned more. If all its points did, it may drift less than the least of them at this loss.
         _, points, state = there.at(here.least)
         apart = here.y[here.best] - there.by_seed(here.x[here.best], points)
-        return apart, here.least, NOT_REACHED if state == PASSED else REACHED
+        return apart, here.least, NOT_REACHED if state == PASSED else REACHED  # passed: the other may drift less
     point = there.best if at is None else at
     x = float(there.mean_x[point])
     _, points, state = here.at(x)
@@ -224,54 +216,31 @@ def _compare(points: pd.DataFrame, drops: pd.DataFrame, reference: str, plain: l
 
 
 def _ratios(points: pd.DataFrame, reference: str, plain: list[str]) -> Iterator[dict[str, Any]]:
-    """How many times as far on a text each method drifts as the reference, by seed as logarithms under `apart`.
+    """How many times as far each method drifts as the reference (`apart`: logarithms by seed) at equal loss.
 
     At the most that both learned, and at each of the reference's points.
     """
     text, frontiers = points.columns[1], {}
     for method, one in points.unstack("seed", sort=False).dropna().groupby(level="method", sort=False):
         rates, steps = (one.index.get_level_values(name).to_numpy() for name in ("lr", "steps"))
-        frontiers[method] = Frontier(
-            rates, steps, one[LOSS].to_numpy(), np.log(one[text].clip(lower=FLOOR).to_numpy())
-        )
+        drifts = np.log(one[text].clip(lower=FLOOR).to_numpy())
+        frontiers[method] = Frontier(rates, steps, one[LOSS].to_numpy(), drifts)
     if reference not in frontiers:
         return
     there = frontiers.pop(reference)
     for at in (None, *range(len(there.rates))):
         label = {"text": text, "operating": at is None}
         label |= {"lr": there.rates[at], "steps": there.steps[at]} if at is not None else {}
-        found = [
-            {**label, "method": method, "apart": apart, LOSS: x, "state": state}
-            for method, (apart, x, state) in ((one, compared(here, there, at)) for one, here in frontiers.items())
-        ]
+        found = []
+        for method, here in frontiers.items():
+            apart, x, state = compared(here, there, at)
+            found.append({**label, "method": method, "apart": apart, LOSS: x, "state": state})
         yield from found
         # Of the plain LoRAs, those that learned as much count first; then the one that drifts least.
         lora = [one for one in found if one["method"] in plain]
         if lora:
             best = min(lora, key=lambda one: (one["state"] == NOT_REACHED, one["apart"].mean()))
             yield {**best, "method": BEST_PLAIN, "which": best["method"]}
-
-
-def _best(numbers: pd.DataFrame, rates: Sequence[float]) -> pd.DataFrame:
-    """Each method at the rate with the lowest mean held-out loss."""
-    losses = numbers[numbers.metric == "held-out loss"]
-    best = losses[losses.best.astype(bool)].set_index(POINT)
-
-    def there(metric: str, text: str | None = None) -> pd.DataFrame:
-        rows = numbers[(numbers.metric == metric) & (text is None or numbers.text == text)]
-        return rows.set_index(POINT).reindex(best.index)
-
-    found = pd.DataFrame(index=best.index)
-    edges = (min(rates), max(rates))
-    found["Rate"] = [f"{rate:g}" + ", at the edge" * (rate in edges) for _, rate, _ in best.index]
-    found["Held-out loss"] = best.estimate.map("{:.3f}".format)
-    found["Likelihood, %"] = there("score").estimate.round(1)
-    for text in numbers[numbers.metric == "geometric drift"].text.unique():
-        found[f"KL, {text}, 1/1000"] = (1000 * there("geometric drift", text).estimate).round(2)
-    drops = there("likelihood drop")
-    if drops.estimate.notna().any():
-        found["Drop elsewhere, pp"] = [interval(r.estimate, r.low, r.high) for r in drops.itertuples()]
-    return found.reset_index(["lr", "steps"], drop=True).rename_axis("Method")
 
 
 def _ratio_tables(numbers: pd.DataFrame, stem: str, title: str, reference: str) -> Tables:

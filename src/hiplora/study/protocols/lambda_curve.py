@@ -1,6 +1,6 @@
 """What the price λ of the gains buys: downstream score against Retain, as in Figure 3 of the paper."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 from pydantic import Field
@@ -13,8 +13,6 @@ from hiplora.study.records import BASE, FORMS, joined, table, tidy
 class LambdaCurve(Protocol):
     """Scores against Retain over the price λ of the gains."""
 
-    name: ClassVar[str] = "lambda-curve"
-    title: ClassVar[str] = "Trade-off over λ"
     method: str = Field(description="A HiP-LoRA with gains.")
     values: list[AtLeastZero] = Field(min_length=2, description="λ.")
     domains: list[str] | None = Field(default=None, description="Domains to train on; all, if empty.")
@@ -40,9 +38,9 @@ class LambdaCurve(Protocol):
             wide = table(with_columns(study, numbers[numbers.form == form], self.domains or (), "Downstream"))
             wide["Held-out loss"] = loss.reindex(wide.index).map("{:.3f}".format)
             wide.index = pd.Index([f"{prices[row]:g}" for row in wide.index], name="λ")
-            found.tables[f"{self.name}-{form}"] = f"{title}, scores over λ: {form}, %", wide
+            found.tables[form] = f"{title}, scores over λ: {form}, %", wide
         figure = retain_figure(numbers.sort_values("lambda", kind="stable"), title)
-        found.figures[self.name] = "What was learned, and what it cost elsewhere, over λ", figure
+        found.figures[""] = "What was learned, and what it cost elsewhere, over λ", figure
         found.text = "Each domain by its own adapter; Retain in pp, lower is better. The paper's curve has no numbers."
         return found
 

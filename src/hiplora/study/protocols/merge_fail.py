@@ -21,9 +21,7 @@ Drawn = list[tuple[int, MergeInstance]]  # (seed of the draw, merge)
 class MergeFail(OfMethods):
     """Merges of several adapters drawn from all seeds: how many fail, over the threshold τ."""
 
-    name: ClassVar[str] = "merge-fail"
-    title: ClassVar[str] = "Merges that fail"
-    by: ClassVar[tuple[str, ...]] = ("rule", "method")
+    whole: ClassVar[tuple[str, ...]] = ("rule", "method")
     rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options.")
     sizes: list[Size] = Field(default=[2, 3, 4], min_length=1, description="How many adapters are merged.")
     instances: Positive = Field(default=20, description="Merges of each size drawn for each seed, or all there are.")
@@ -53,14 +51,14 @@ class MergeFail(OfMethods):
         sizes = sizes.assign(column=headings.where(sizes["size"] != "all", "MergeFail, all"))
         over = over.assign(column=over.tau.map("τ = {:g}".format))
         caption = f"MergeFail at τ = {self.tau:g}, % of merges (different ones)"
-        tables = by_form(self.name, caption, sizes, "row", "merge-rules")
-        tables |= by_form(f"{self.name}-thresholds", "MergeFail over the threshold, %", over, "row")
+        tables = by_form(caption, sizes, "row", "merge-rules")
+        tables |= by_form("MergeFail over the threshold, %", over, "row", stem="thresholds")
         text = (
             "A merge fails if some task keeps less than τ of the score of its adapter alone; a task whose score alone "
             "is 0 cannot fail. Intervals: 95 % over draws and merges; where all of n different merges agree, the exact "
             "one: of 72 that held, up to 5 % may fail."
         )
-        return Findings(joined(fails, moved), tables | drift_tables(self.name, self.rules, moved), text=text)
+        return Findings(joined(fails, moved), tables | drift_tables(self.rules, moved), text=text)
 
     def _drawn(self, study: Study) -> Drawn:
         """The merges, equally many for each seed; two seeds may draw the same."""

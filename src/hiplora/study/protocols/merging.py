@@ -20,9 +20,7 @@ _TITLES = {"ties": "TIES", "dare": "DARE", "knots": "KnOTS", "tsv": "TSV", "iso-
 class Merging(OfMethods):
     """The adapters of all domains merged: scores before, after, and their difference."""
 
-    name: ClassVar[str] = "merging"
-    title: ClassVar[str] = "Merging the adapters of all domains"
-    by: ClassVar[tuple[str, ...]] = ("rule", "method")
+    whole: ClassVar[tuple[str, ...]] = ("rule", "method")
     rules: Rules = Field(default={"addition": {}}, description="Merge rule → its options, as of `hiplora merge`.")
 
     def runs(self, study: Study) -> list[Run]:
@@ -45,11 +43,11 @@ class Merging(OfMethods):
         rows, drops = _before_and_after(numbers), numbers[numbers.metric.isin(("mean drop", "mean signed drop"))]
         for rule in self.rules:
             caption = f"Merged by {rule_title(rule)}, %"
-            found.tables |= by_form(f"{self.name}-{rule}", caption, rows[rows.rule == rule], "row")
-        found.tables |= drift_tables(self.name, self.rules, moved)
+            found.tables |= by_form(caption, rows[rows.rule == rule], "row", stem=rule)
+        found.tables |= drift_tables(self.rules, moved)
         drops = drops.assign(row=titled(drops), column=drops.metric + ", " + drops.form)
         rules = table(drops, "row", paper="merge-rules")
-        found.tables[f"{self.name}-rules"] = "Mean drop by rule, percentage points", rules
+        found.tables["rules"] = "Mean drop by rule, percentage points", rules
         found.text = (
             "Before: each domain by its own adapter; after: all of them by the merge of the adapters of one seed, mean "
             "over the seeds. Mean drop: mean absolute difference over metrics and seeds; signed drop: a gain is "
@@ -85,10 +83,10 @@ def merge_of(
     return study.job("merge", f"merge by {rule}: {row.title}, {told}", settings, **adapters)
 
 
-def drift_tables(name: str, rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:
+def drift_tables(rules: Mapping[str, Any], moved: pd.DataFrame) -> Tables:
     """Return the drift of the merged models, a table a rule."""
     titles = {rule: f"Drift of the models merged by {rule_title(rule)}" for rule in (rules if len(moved) else ())}
-    return {f"{name}-drift-{rule}": drift_table(moved[moved.rule == rule], title) for rule, title in titles.items()}
+    return {f"drift-{rule}": drift_table(moved[moved.rule == rule], title) for rule, title in titles.items()}
 
 
 def _measured(study: Study, records: pd.DataFrame) -> pd.DataFrame:

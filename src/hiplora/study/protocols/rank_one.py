@@ -7,11 +7,11 @@ import pandas as pd
 from pydantic import Field
 
 from hiplora.probing import contrasts, findings
+from hiplora.probing.run import METRICS
 from hiplora.reporting import plots
 from hiplora.study.protocols.settings import Done, Findings, Positive, Protocol, Run, Study
 from hiplora.study.records import joined, table
 
-METRICS = {"kl": "KL from the base", "log_perplexity": "log of the perplexity's ratio"}  # nats a token
 Basis = Literal["weight", "activation"]
 COEFFICIENTS = ("pearson", "spearman")
 DIGITS = {"Directions": 0, "Pearson": 2, "Pearson p": 4, "Spearman": 2, "Spearman p": 4}
@@ -20,9 +20,7 @@ DIGITS = {"Directions": 0, "Pearson": 2, "Pearson p": 4, "Spearman": 2, "Spearma
 class RankOne(Protocol):
     """Single directions of single weights removed, flipped or shaken."""
 
-    name: ClassVar[str] = "rank-one"
-    title: ClassVar[str] = "Rank-1 interventions"
-    by: ClassVar[tuple[str, ...]] = ("basis",)
+    whole: ClassVar[tuple[str, ...]] = ("basis",)
     modules: list[str] | str | None = Field(default=None, description="Modules; the attention projections.")
     layers: list[int] | None = Field(default=None, description="Layers; first, middle and last.")
     directions: Positive = Field(default=8, description="Directions of each module.")
@@ -50,10 +48,10 @@ class RankOne(Protocol):
             basis, records = labels["basis"], record["result"]["records"]
             parts.append(_numbers(records, record["result"]["correlations"]).assign(basis=basis))
             for metric, title in METRICS.items():
-                stem = f"{self.name}-{basis}-{metric.replace('_', '-')}"
+                stem = f"{basis}-{metric.replace('_', '-')}"
                 caption = f"Correlation with σ, {basis} basis: {title}, nats a token"
                 in_paper = basis == "weight" and metric == "log_perplexity"
-                found.tables[stem] = caption, _table(parts[-1], metric, self.name if in_paper else "")
+                found.tables[stem] = caption, _table(parts[-1], metric, "rank-one" if in_paper else "")
             points = pd.DataFrame(records)
             points = points.assign(kl=points["drop"].str["kl"], module=points.module.str.rpartition(".")[2])
             points = points[(points.kl > 0) & (points.sigma > 0)].assign(intervention=points.kind.map(_named))
@@ -62,7 +60,7 @@ class RankOne(Protocol):
                     points, "intervention", plots.scatter, x="sigma", y="kl", group="module", logx=True, logy=True,
                     xlabel="σ", ylabel="KL (nats a token)",
                 )  # fmt: skip
-                found.figures[f"{self.name}-{basis}"] = f"What single directions are worth, {basis} basis", figure
+                found.figures[basis] = f"What single directions are worth, {basis} basis", figure
         found.measured = joined(*parts)
         found.text = (
             "Correlations of the lost performance with a direction's σ; 95 % bootstrap intervals over directions."

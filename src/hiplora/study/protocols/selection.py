@@ -12,8 +12,6 @@ from hiplora.study.protocols.settings import AtLeastZero, Done, Findings, Positi
 class Selection(Protocol):
     """Coarse to fine on held-out rows: λ at the given γ and k, then γ, then r if some are named, then k."""
 
-    name: ClassVar[str] = "selection"
-    title: ClassVar[str] = "Selection of λ, γ, r and k"
     whole: ClassVar[tuple[str, ...]] = ("symbol",)
     method: str = Field(description="A HiP-LoRA with gains.")
     domain: str = Field(description="Domain whose held-out rows decide.")
@@ -67,5 +65,5 @@ class Selection(Protocol):
             f"sweep keeps what the ones above it chose, at the learning rate of {study.row(self.method).title}. The "
             "study's other rows keep the settings of the recipe."
         )
-        tables = {self.name: ("What was tried and what was chosen", wide)}
+        tables = {"": ("What was tried and what was chosen", wide)}
         return Findings(pd.DataFrame(rows).dropna(subset="estimate"), tables, text=text)

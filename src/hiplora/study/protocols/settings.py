@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from hiplora.data.examples import Block
 from hiplora.study.builder import Study
 from hiplora.study.records import Done, Findings, Run
 
@@ -25,19 +26,10 @@ NAMING = {
 }
 
 
-class Settings(BaseModel):
-    """A block of a study's recipe: unknown fields are errors, values keep their type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Protocol(Settings):
+class Protocol(Block):
     """Settings that every protocol has."""
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    by: ClassVar[tuple[str, ...]] = ("method",)  # the labels that a measurement shares with its runs
-    whole: ClassVar[tuple[str, ...]] = ()  # the labels of runs that are shown together or not at all, if not these
+    whole: ClassVar[tuple[str, ...]] = ("method",)  # the labels of runs that are shown together or not at all
 
     seeds: list[Seed] | None = Field(default=None, min_length=1, description="Its seeds, if not the study's.")
 

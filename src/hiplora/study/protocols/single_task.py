@@ -17,8 +17,7 @@ from hiplora.study.statistics import averaged, drift, replicates, summary
 class SingleTask(OfMethods):
     """Each method trained on each domain alone, scored on all: the paper's single-task table with Retain."""
 
-    name: ClassVar[str] = "single-task"
-    title: ClassVar[str] = "Single tasks"
+    paper: ClassVar[str] = "single-task"  # the paper's table
 
     def runs(self, study: Study) -> list[Run]:
         """Score the base, and the adapter of every method, domain and seed."""
@@ -28,14 +27,14 @@ class SingleTask(OfMethods):
         """Return the domains' scores and Retain in both forms, the drift, and what was trained."""
         records = tidy(done)
         numbers, moved = scores_and_retain(study, records), drift(records[records.method != BASE])
-        tables = by_form(self.name, f"{self.title}, %", with_columns(study, numbers), paper=self.name)
-        tables[f"{self.name}-drift"] = drift_table(moved)
-        tables[f"{self.name}-training"] = "What was trained", self._trained(study, done)
+        tables = by_form("Scores and Retain, %", with_columns(study, numbers), paper=self.paper)
+        tables["drift"] = drift_table(moved)
+        tables["training"] = "What was trained", self._trained(study, done)
         text = (
             "Each domain is scored by the adapter that was trained on it. Retain: mean drop on the other domains' "
             "tasks against the base model, in percentage points; lower is better."
         )
-        figures = {f"{self.name}-retain": ("What was learned, and what it cost elsewhere", retain_figure(numbers))}
+        figures = {"retain": ("What was learned, and what it cost elsewhere", retain_figure(numbers))}
         return Findings(joined(numbers, moved), tables, figures, text)
 
     def _trained(self, study: Study, done: Done) -> pd.DataFrame:
@@ -56,8 +55,7 @@ class SingleTask(OfMethods):
 class AdaLora(SingleTask):
     """The same table for the comparison with AdaLoRA."""
 
-    name: ClassVar[str] = "adalora"
-    title: ClassVar[str] = "Comparison with AdaLoRA"
+    paper: ClassVar[str] = "adalora"
 
 
 def score_runs(study: Study, rows: Iterable[Any], seeds: Sequence[int], domains: Any, like: Any = None) -> list[Run]:

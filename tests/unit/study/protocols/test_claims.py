@@ -19,7 +19,7 @@ def judged(tmp_path, *rows, claim="retain", form="accuracy", section="single-tas
     """The verdict on a claim from a section's measurements."""
     study, _ = made_study(tmp_path, "claims: {hiplora: hiplora, lora: lora}")
     told = study.recipe.protocols.claims.judge(study, [Findings(pd.DataFrame(rows), name=section)])
-    assert set(told.tables["claims"][1].Verdict) >= {"not measured"}
+    assert set(told.tables[""][1].Verdict) >= {"not measured"}
     return json.loads(told.files["claims.json"])["claims"][claim][form]
 
 

@@ -45,7 +45,6 @@ def test_each_domain_is_scored_by_its_own_adapter_and_retain_on_the_others(singl
     retain = row(found, "retain", "LoRA", form="likelihood")
     assert (retain.estimate, retain.unit, retain.seeds) == (pytest.approx(17.5), "pp", 2)
     assert retain.sd == pytest.approx(pd.Series([25, 10]).std())
-    assert len(retain.jobs.split()) == 4
     apart = row(found, "retain difference", "LoRA on the MLPs", form="accuracy", minus="LoRA")
     assert apart.estimate == pytest.approx(-17.5)
     shown = table(found, "single-task-accuracy")
