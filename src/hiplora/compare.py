@@ -28,7 +28,7 @@ from hiplora.errors import ConfigError, DataError, first_line, first_problem
 from hiplora.evaluation import Encoded, heldout_loss
 from hiplora.evaluation.answers import chat_prompt, side_by_side
 from hiplora.evaluation.mounting import load_model
-from hiplora.evaluation.updates import measure_updates
+from hiplora.evaluation.updates import DRIFT_TOKENS, measure_updates
 from hiplora.models import load_tokenizer, skeleton
 from hiplora.positions import position_limit, within_context
 from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
@@ -39,7 +39,7 @@ from hiplora.training.reading import model_problem
 from hiplora.tuner import default_targets
 from hiplora.tuner.experts import can_unroll
 
-HELDOUT_LIMIT = 64  # held-out rows at most: all methods are measured on the same, at some ten points each
+HELDOUT_LIMIT = 48  # held-out rows at most: all methods are measured on the same, at some ten points each
 ANSWER_TOKENS = 48
 MARKS = 4  # points along a training
 SCALES = (0.25, 0.5, 0.75)  # of a finished adapter, besides 1
@@ -311,7 +311,7 @@ def _expected(bare: Results, train: Sequence[Example], settings: CompareSettings
     """Say how long the comparison will take, by the time that the base model took to read a token."""
     rows = settings.steps * settings.batch_size
     length = min(settings.max_length, sum(len(example.whole) for example in train) / (3.5 * len(train)))
-    points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 6000)
+    points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
     seconds = methods * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
     return (
         f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / len(train):.1f} passes "

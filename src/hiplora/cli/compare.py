@@ -26,7 +26,7 @@ def command(
     ),
     drift_text: Path | None = DRIFT_TEXT,
     heldout_fraction: float = Option(
-        0.15, help="Share of the rows kept back for the in-domain loss, 64 rows at most."
+        0.15, help="Share of the rows kept back for the in-domain loss, 48 rows at most."
     ),
     seed: int = Option(42, help="Seed of all trainings."),
     overwrite: bool = OVERWRITE,
