@@ -53,4 +53,6 @@ def first_line(error: BaseException) -> str:
 def first_problem(error: "ValidationError") -> str:
     """Return the first thing that pydantic found, with its place where it has one: `steps: should be above 0`."""
     first = error.errors()[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
+    null = first["input"] is None and first["type"] != "value_error"  # whose message is ours
+    message = "is null" if null else first["msg"].removeprefix("Value error, ")
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), message)))

@@ -163,6 +163,7 @@ def make_readable(folder: Path) -> None:
 
 def locked(file: Path, out: str | os.PathLike) -> FileLock:
     """Return the lock `file` of an output folder, taken; ConfigError if another process holds it."""
+    file.touch()  # where that is impossible, FileLock would wait
     lock = FileLock(file)
     try:
         lock.acquire(timeout=0)

@@ -273,12 +273,14 @@ def drift_of_merge(
         agreeing, _ = measure_updates(model, tokenizer, larger, {text: texts[text]}, may_be_nothing=larger)
         if kl > _BEYOND * sum(found[text]["kl"] for found in agreeing.values()) / len(alone):
             judged = "it breaks what none of them does. See hiplora merge-check and hiplora protect."
-    share = f"{worst:.2g} times what the adapters drift alone, added up"
-    if kl < rounding(model):
-        share = "no more than rounding"
+    share = f", {worst:.2g} times what the adapters drift alone, added up: {judged}"
+    if len(alone) == 1:
+        share = "."
+    elif kl < rounding(model):
+        share = f", no more than rounding: {judged}"
     verdict = (
-        f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change), "
-        f"{share}: {judged}"
+        f"The merge drifts {kl:.2g} nats a token from the base on {text} ({changed:.1%} of its top tokens change)"
+        f"{share}"
     )
     return {"drift": drift, "verdict": verdict}
 
@@ -321,7 +323,7 @@ def save_merge_page(
         grid = scores.pivot_table(index="layer", columns="type", values="score", aggfunc="max")
         figures["Conflict of the worst pair, by layer and module"] = plots.heatmap(grid, vmin=0, vmax=1)
     tables = {"Adapters": pd.DataFrame(report["adapters"]).drop(columns=["sha256"])}
-    if len(names) > 1:
+    if report["most_conflicting"]:
         cosines = pd.DataFrame(report["cosine"], index=names, columns=names)
         tables["Mean cosine of two adapters' updates"] = cosines.astype(float)
         tables["Modules that conflict most"] = conflict_table(report)
@@ -331,6 +333,8 @@ def save_merge_page(
         "the same directions, 1 where they are opposites. Adapters trained with one seed start from the same inputs: "
         "they read from the same directions without being in each other's way."
     )
+    if not report["most_conflicting"]:
+        text = "No module is changed by two adapters."
     if drift := report["merge"].get("drift"):
         text = f"{drift['verdict']}\n\n{text}"
     sections.append(Section("Where the adapters conflict", text, tables, figures))

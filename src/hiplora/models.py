@@ -162,6 +162,8 @@ def load_tokenizer(model: str) -> Any:
                 f"model {model}: its chat template takes over {SECONDS} s or 2 GiB for one short conversation; "
                 "replace `chat_template` in its tokenizer's files"
             )
+    # Texts are cut to the context after they are tokenized: no warning that they are longer.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

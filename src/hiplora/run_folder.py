@@ -127,6 +127,7 @@ class RunFolder:
         """Keep other processes from replacing or restoring the folder meanwhile."""
         self.place.parent.mkdir(parents=True, exist_ok=True)
         file = self.place.parent / f".{self.place.name}.swap.lock"
+        file.touch()  # where that is impossible, FileLock would wait
         with FileLock(file, timeout=60):
             try:
                 yield

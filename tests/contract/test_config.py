@@ -277,6 +277,11 @@ def test_a_layer_in_which_nothing_could_learn_is_refused(tiny, k):
     assert modules(tiny.adapted(**narrow, principal_channel=False, basis_sides="input"))
 
 
+def test_a_rank_above_what_the_protected_directions_leave_is_warned_of(tiny):
+    with pytest.warns(UserWarning, match="r 40 is above the 32 directions that principal_rank 32 leaves"):
+        tiny.adapted(r=40, principal_rank=32, target_modules=["q_proj"], principal_channel=False)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -129,3 +129,15 @@ def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale,
         assert ("no more than rounding" in found["verdict"]) == (scale < 0.01)
     larger = merge(list(same.values())).scaled(1 / scale)
     assert "breaks what none" in drift_of_merge(same, [1.0] * times, larger)["verdict"]
+
+
+def test_the_page_of_adapters_that_do_not_meet_says_so(adapters, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    merged(capsys, adapters["one"], adapters["mlp"], "--out", tmp_path / "out", "--no-drift", "--html", page)
+    assert "No module is changed by two adapters." in page.read_text()
+    assert "Modules that conflict most" not in page.read_text()
+
+
+def test_a_merge_of_one_adapter_has_nothing_to_be_compared_with(adapters):
+    update = read_update(adapters["one"])
+    assert drift_of_merge({"one": update}, [1.0], update)["verdict"].endswith("of its top tokens change).")

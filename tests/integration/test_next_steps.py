@@ -16,6 +16,7 @@ def place(adapters, tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "cache"))
     shutil.copytree(adapters["one"], "my one")
     shutil.copytree(adapters["lora"], "lora")
+    shutil.copytree(adapters["proj"], "closed")
     shutil.copytree(tiny_model_dir, "base")
     rows = [{"question": f"What is {i}?", "choices": ["red", "blue"], "answer": i % 2} for i in range(4)]
     write_jsonl(tmp_path / "items.jsonl", rows)
@@ -32,6 +33,7 @@ def place(adapters, tiny_model_dir, tmp_path, monkeypatch):
         (["merge", "my one", "lora", "--out", "out", "--method", "ties", "--no-drift"], "generate"),
         (["merge-check", "my one", "lora", "--suite", "items.jsonl", "--out", "out", "--weights", "1,0.5"], "merge"),
         (["inspect", "my one"], "protect"),
+        (["inspect", "closed"], "drift"),
         (["protect", "my one", "--out", "out", "--tokens", "200"], "generate"),
         (["calibrate", "base", "--tokens", "200", "--rank", "energy:0.5"], "train"),
         (["factorize", "base", "--rank", "4", "--target-modules", "q_proj,v_proj"], "train"),

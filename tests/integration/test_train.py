@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
+from hiplora.adapters import save_as_lora
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
@@ -411,6 +412,24 @@ def test_the_card_says_what_the_adapter_is_and_names_no_path(whole, tiny_model_d
         assert said in card
         assert f"{whole(method).held_out['after']:.4f}" in card
         assert str(tiny_model_dir.parent) not in card
+
+
+def test_the_cost_counts_the_rows_that_are_trained_on_and_no_library_advises(make, tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [{"prompt": "a" * size, "completion": " b"} for size in (3, 4, 3000)]
+    data = {"path": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "held_out_fraction": None}
+    train(make(data=data, steps=1, batch_size=1, eval_every=None), tmp_path / "out")
+    assert "1 of 3 rows are left out" in caplog.text
+    assert " 2 rows, " in caplog.text
+    assert " 1 step, " in caplog.text
+    assert "padding-free" not in caplog.text
+
+
+def test_the_card_of_an_export_says_how_to_ask(whole, tmp_path):
+    save_as_lora(whole("paper").adapter, tmp_path / "out", check_logits=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Task\\nSay " in card
+    assert "Ask as it was trained: with prompts worded like this one." in card
 
 
 def test_any_name_of_a_model_is_good_yaml_and_no_folder_of_a_mix_is_in_the_card(make, whole, rows):

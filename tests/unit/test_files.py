@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from hiplora.files import (
     staged_dir,
     write_atomic,
 )
+from hiplora.run_folder import RunFolder
 
 
 def names(folder):
@@ -171,6 +173,15 @@ def test_two_processes_do_not_write_one_folder(tmp_path):
     with staged_dir(tmp_path / "out"), pytest.raises(ConfigError, match="another process is working there"):
         staged_dir(tmp_path / "out").__enter__()
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder in which nothing can be made")
+def test_a_place_in_which_nothing_can_be_made_is_named_at_once_with_the_reason():
+    with pytest.raises(OSError, match="No such file or directory"), staged_dir("/proc/out"):
+        pass
+    run = RunFolder(Path("/proc/out"), "recipe.yaml", "done.json")
+    with pytest.raises(OSError, match="No such file or directory"), run.claimed({}):
+        pass
 
 
 def test_yaml_is_plain_values_with_the_exponents_of_yaml_1_2():

@@ -203,6 +203,14 @@ def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path)
         load(str(folder))
 
 
+def test_a_tokenizer_does_not_warn_of_texts_that_are_cut_later(tiny_model_dir, monkeypatch):
+    tokenizer, said = load_tokenizer(str(tiny_model_dir)), []
+    tokenizer.model_max_length = 4
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", said.append)
+    assert len(tokenizer("a text of more than four tokens")["input_ids"]) > 4
+    assert not said
+
+
 @pytest.mark.parametrize("template", ["{{ 'x' * 10**10 }}", LOOPS, "{{ messages[9].x.y }}", None], ids=str)
 def test_a_chat_template_that_never_ends_or_eats_the_memory_is_refused(
     template, tiny_model_dir, tmp_path, monkeypatch

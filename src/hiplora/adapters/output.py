@@ -85,11 +85,13 @@ def write_record(
     }
     stored = record | {"provenance": provenance()}
     (folder / "export.json").write_text(json.dumps(stored, indent=2) + "\n")
+    prompt, asked = _how_to_ask(Path(update.source))
     base, (title, code) = hub_name(update.base or "") or "unknown", _CARDS[to]
     if to == "dense":
         (own,) = json.loads((folder / "config.json").read_text())["architectures"]
         kind = "AutoModelForCausalLM" if own.endswith(("ForCausalLM", "LMHeadModel")) else f"transformers.{own}"
         code = code.format(kind=kind)
+    code = f"{code}\n{prompt}".strip()
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
     allowed = vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
     serving = _SERVING.format(base=base, rank=allowed) if allowed else ""
@@ -107,11 +109,22 @@ Exported by hiplora from an adapter (`{update.kind}`) of `{base}`.{rank} {dtype}
 ```python
 {code}
 ```
-{serving}
+{asked}{serving}
 Verified on writing: the largest relative difference of a module is {worst:.1e} (`{module}`); logits {compared}.
 `export.json` has every module, the origin and the provenance.
 """)
     return record
+
+
+def _how_to_ask(source: Path) -> tuple[str, str]:
+    """Return what the card of a trained adapter says about its prompts: a line of code, and a paragraph."""
+    card = source / "README.md"
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    code, asked = (
+        next((line for line in lines if line.startswith(start)), "")
+        for start in ("inputs = tokenizer", "Ask as it was trained")
+    )
+    return code, asked and f"\n{asked}\n"
 
 
 def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[tuple[str, str, str]]:

@@ -52,7 +52,12 @@ def command(
     if html is not None:
         yield f"report: {html}"
     same = ["--base", base] if base else []
-    yield next_step("hiplora", "protect", adapter, *same, "--out", f"{adapter}-protected")
+    if record["directions"] == "protected" and record["summary"]["left"] + record["summary"]["right"] < 1e-6:
+        yield next_step(
+            "hiplora", "drift", base or record["base"], "--adapter", adapter, why="what it moves elsewhere"
+        )
+    else:
+        yield next_step("hiplora", "protect", adapter, *same, "--out", f"{adapter}-protected")
 
 
 def _rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -76,7 +81,7 @@ def _save_page(path: Path, record: dict[str, Any], title: str) -> None:
         {"sigma": sigma, "gain": abs(gain), "type": row["type"]}
         for row in record["modules"]
         for sigma, gain in zip(row["sigma"], row["gains"], strict=True)
-        if sigma > 0 and gain
+        if abs(gain) > 1e-9 * sigma > 0  # beyond rounding
     )
     figures = {}
     if len(points):

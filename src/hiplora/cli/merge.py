@@ -113,7 +113,7 @@ def _told(record: dict[str, Any], report: dict[str, Any]) -> Shown:
     from hiplora.merge_check import conflict_table
 
     if cut := record.get("truncation"):
-        rows = [(one["module"], f"{one['relative_error']:.2e}") for one in cut["modules"][:10]]
+        rows = [(one["module"], f"{one['relative_error']:.1%}") for one in cut["modules"][:10]]
         yield (
             f"Cut down to rank {cut['rank']} (the ten modules that lost most)",
             ("Module", "Lost of ‖ΔW‖"),

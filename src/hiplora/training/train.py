@@ -183,7 +183,8 @@ def _run(
         log.warning("%s", note)
     last = last_checkpoint(out / "checkpoints")
     if log.isEnabledFor(logging.INFO) and main:
-        log.info("%s", f"{data['encoding']['examples']:,} rows, {_cost(recipe, trainer)}")
+        kept = data["encoding"]["examples"] - data["encoding"]["left_out"]
+        log.info("%s", f"{kept:,} rows, {_cost(recipe, trainer)}")
     with _stoppable(record):
         if last is not None:
             log.warning("carrying on from step %s of %s", last.name.rpartition("-")[2], steps)
@@ -219,7 +220,9 @@ def _cost(recipe: TrainRecipe, trainer: "AdapterTrainer") -> str:
     # An epoch ends with a step, however few batches are left for it.
     epoch = math.ceil(recipe.method.batches(len(rows), settings.batch_size) / settings.gradient_accumulation)
     tokens = sum(map(len, rows["input_ids"]))
-    cost = f"{tokens:,} tokens, {steps} steps" + (f" = {steps / epoch:.1f} passes" if steps > epoch else "")
+    cost = f"{tokens:,} tokens, {steps} step{'s' * (steps > 1)}"
+    if steps > epoch:
+        cost += f" = {steps / epoch:.1f} passes"
     if trainer.accelerator.num_processes > 1:  # TRL's loss gathers from all processes
         return cost
     return f"{cost}, about {duration(tokens * steps / epoch * trainer.seconds_per_token())}"
@@ -388,5 +391,8 @@ def _silence_libraries(stack: contextlib.ExitStack) -> None:
     datasets.disable_progress_bars()
     stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
     transformers_logging.set_verbosity_error()
+    trl = logging.getLogger("trl")
+    stack.callback(trl.setLevel, trl.level)
+    trl.setLevel(logging.ERROR)
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore", FutureWarning)  # the libraries' notes to each other

@@ -355,9 +355,14 @@ def _basis_of(config: HipLoraConfig) -> list[Any]:
 
 
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
-    """Refuse a layer in which nothing could learn, and warn of one in which only the gains can."""
+    """Refuse a layer in which nothing could learn; warn where only the gains can, or of a rank r above what is left."""
     for target in targets if config.is_closed else ():
-        k, sides = config.calibrated[target.name].rank, zip(("output", "input"), target.shape, strict=True)
+        k, sides = config.calibrated[target.name].rank, [*zip(("output", "input"), target.shape, strict=True)]
+        r = for_module(config.rank_pattern, target.name, config.r)
+        left = min(n - k * (config.basis_sides in ("both", side)) for side, n in sides)
+        if r > left > 0:
+            found = f"layer {target.name}: r {r} is above the {left} directions that principal_rank {k} leaves"
+            warnings.warn(f"{found}; lower one of them, or set rank_pattern or principal_rank_pattern", stacklevel=2)
         if full := [f"{n} {side}s" for side, n in sides if k >= n and config.basis_sides in ("both", side)]:
             found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {full[0]}"
             remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"

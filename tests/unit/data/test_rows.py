@@ -187,6 +187,7 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
     [
         ("text", {"txt": "a"}, r"text: Field required \(found txt\)"),
         ("text", {"text": 3}, "text: Input should be a valid string"),
+        ("text", {"text": None}, "text: is null"),
         ("question_answer", {"question": "a", "answer": " "}, "answer: .*is empty"),
         ("text", ["a"], "Input should be a valid dictionary"),
         ("messages", {"messages": []}, "nothing to learn"),
