@@ -6,9 +6,9 @@ rows) and what it disturbed (drift on other text). The methods are compared wher
 
 import functools
 import itertools
-import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from hiplora import __version__
 from hiplora.adapters import read_update
 from hiplora.compare_report import SMALL, Results, write_report
-from hiplora.data.encoding import encode_examples
+from hiplora.data.encoding import EncodingReport, encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.data.rows import decoded
 from hiplora.data.texts import drift_texts, overlap
@@ -116,7 +116,7 @@ def compare(
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    tokenizer, limit = load_tokenizer(model), position_limit(skeleton(model)) or math.inf
+    tokenizer, limit = load_tokenizer(model), position_limit(skeleton(model)) or sys.maxsize
     rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
 
     def fits(prompt: Example | str) -> bool:
@@ -138,7 +138,8 @@ def compare(
     with folder.claimed(plan, overwrite=overwrite):
         base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
         bare = folder.stage("base", lambda: base().read())
-        tell(_expected(bare, rows.train, settings, len(recipes)))
+        trained = encode_examples(tokenizer, rows.train, min(settings.max_length, limit))[1]
+        tell(_expected(bare, trained, settings, len(recipes)))
         base.cache_clear()  # a training loads the model itself
         records, adapters = {}, {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
         for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
@@ -307,15 +308,15 @@ def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:
     return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in kept}}
 
 
-def _expected(bare: Results, train: Sequence[Example], settings: CompareSettings, methods: int) -> str:
+def _expected(bare: Results, trained: EncodingReport, settings: CompareSettings, methods: int) -> str:
     """Say how long the comparison will take, by the time that the base model took to read a token."""
-    rows = settings.steps * settings.batch_size
-    length = min(settings.max_length, sum(len(example.whole) for example in train) / (3.5 * len(train)))
+    rows, count = settings.steps * settings.batch_size, trained.sequences
+    length = trained.tokens / count
     points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
     seconds = methods * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
     return (
-        f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / len(train):.1f} passes "
-        f"over {len(train)} rows): about {max(1, round(seconds / 60))} min, and once some more to measure the model"
+        f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / count:.1f} passes over "
+        f"{count} rows): about {max(1, round(seconds / 60))} min, and once some more to measure the model"
     )
 
 

@@ -21,25 +21,36 @@ Results = dict[str, Any]
 
 
 def headline(results: Results) -> str:
-    """Return what a comparison found, in two sentences at most."""
+    """Return what a comparison found, in a sentence."""
     loss, methods = results["equal"]["loss"], results["equal"]["methods"]
     if results["base"]["held_out_loss"] - loss < LEARNED:
         return "These steps taught too little to compare anything: train longer (--steps)."
-    # Each at its best: stopped there, or trained to the end and scaled down to it.
-    least = {
-        name: min(filter(None, ways.values()), key=lambda one: mean_of(one, "kl")) for name, ways in methods.items()
-    }
-    plain, ours = (next((name for name in least if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA"))
-    if plain is None or ours is None:
+    if (two := _best(methods)) is None:
         return f"What each method changed where all have reached a held-out loss of {loss:.3f}"
-    changed = " and ".join(f"{mean_of(least[name], 'greedy_changed'):.1%} with {name}" for name in (plain, ours))
-    said = (
-        f"Where both have learned the same, {plain} has moved the model {spread(least[plain], least[ours])} as far on "
-        f"other text as {ours}, each scaled down where that helps. Next tokens chosen differently there: {changed}."
-    )
-    if max(found["kl"] for texts in least.values() for found in texts.values()) < SMALL:
+    less, more = sorted(two, key=lambda name: mean_of(two[name], "kl"))
+    times = spread(two[more], two[less])
+    return f"Where both have learned the same, {more} drifts {times} as far from the base as {less}."
+
+
+def details(results: Results) -> str:
+    """Return what the headline leaves out; empty where there is nothing to compare."""
+    two = _best(results["equal"]["methods"])
+    if two is None or results["base"]["held_out_loss"] - results["equal"]["loss"] < LEARNED:
+        return ""
+    changed = " and ".join(f"{mean_of(drift, 'greedy_changed'):.1%} with {name}" for name, drift in two.items())
+    said = f"Next tokens chosen differently there, on other text: {changed}, each scaled down where that helps."
+    if max(found["kl"] for drift in two.values() for found in drift.values()) < SMALL:
         said += " No method has moved the model far yet: train longer (--steps) to see."
     return said
+
+
+def _best(methods: Mapping[str, Results]) -> dict[str, Mapping[str, Results]] | None:
+    """Return the drift of a plain LoRA and of HiP-LoRA, each at its best: stopped there, or scaled down to it."""
+    named = [next((name for name in methods if name.startswith(kind)), None) for kind in ("LoRA", "HiP-LoRA")]
+    if None in named:
+        return None
+    ways = {name: filter(None, methods[name].values()) for name in named if name}
+    return {name: min(found, key=lambda one: mean_of(one, "kl")) for name, found in ways.items()}
 
 
 def summary(results: Results) -> pd.DataFrame:
@@ -117,8 +128,8 @@ def write_report(results: Results, out: Path) -> None:
     text = (
         f"Every method trained on the same rows in the same order. Drift is read where each method reaches a held-out "
         f"loss of {loss:.3f}, the lowest that all reach (base model: {results['base']['held_out_loss']:.3f}): trained "
-        f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n" + "\n\n".join(results["notes"])
-    )
+        f"just that far, or trained to the end and scaled down to it. {adapted}.\n\n"
+    ) + "\n\n".join(filter(None, [details(results), *results["notes"]]))
     own, answers = len(results["expected"]), shown(results["answers"])
     task = [row | {"expected": right} for row, right in zip(answers, results["expected"], strict=False)]
     sections = [

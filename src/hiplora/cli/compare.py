@@ -49,7 +49,7 @@ def command(
     texts = {"prompts": prompts and str(prompts), "drift_text": drift_text and str(drift_text)}
     given = locals() | texts | {"methods": tuple(names(methods))}
     from hiplora.compare import CompareSettings, compare
-    from hiplora.compare_report import headline, next_steps, summary
+    from hiplora.compare_report import details, headline, next_steps, summary
 
     settings = CompareSettings(**{name: given[name] for name in CompareSettings.__dataclass_fields__})
     with told_to_repeat(out):
@@ -57,6 +57,6 @@ def command(
     yield results
     yield f"Drift at held-out loss {results['equal']['loss']:.3f}, which all reach", summary(results)
     yield headline(results)
-    yield from results["notes"]
+    yield from filter(None, [details(results), *results["notes"]])
     yield f"\nReport: {out / 'report.html'}, with the models' own answers side by side"
     yield next_steps(results, out)
