@@ -16,7 +16,6 @@ from hiplora.compare_report import headline, next_steps, summary
 from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.drift import cut_windows
-from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
@@ -127,17 +126,13 @@ def test_the_headline_says_what_was_found_in_favour_or_not(base, lora, ours, sai
     assert said in headline(results)
 
 
-def test_methods_start_alike_train_on_the_same_tokens_and_adapt_the_modules_of_their_name(done):
+def test_methods_train_on_the_same_tokens_and_adapt_the_modules_of_their_name(done):
     results, out = done
-    records = {key: results["methods"][title] for key, title in TITLES.items()}
-    assert len({record["tokens"] for record in records.values()}) == 1
-    assert records["lora-mlp"]["trainable_parameters"] == records["hiplora"]["trainable_parameters"]
-    adapted = {
-        key: {name.rpartition(".")[2] for name in read_update(out / "adapters" / key).modules} for key in TITLES
-    }
-    assert adapted["hiplora"] == adapted["lora-mlp"] == {"gate_proj", "up_proj", "down_proj"}
-    assert adapted["hiplora-paper"] == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert adapted["lora"] == adapted["hiplora"] | adapted["hiplora-paper"]
+    assert len({record["tokens"] for record in results["methods"].values()}) == 1
+    mlp, attention = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
+    for key, expected in zip(TITLES, (mlp | attention, mlp, mlp, attention), strict=True):
+        modules = read_update(out / "adapters" / key).modules
+        assert {name.rpartition(".")[2] for name in modules} == expected
 
 
 def test_the_folder_holds_results_answers_a_page_and_adapters_and_is_not_touched_without_overwrite(done, job):
@@ -182,13 +177,10 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
     ("change", "error", "said"),
     [
         ({"model": "/no/such/model"}, ConfigError, "no such folder"),
-        ({"data": "/no/such/rows.jsonl"}, DataError, "no such file"),
         ({"drift_text": "/no/such.txt"}, DataError, "/no/such.txt"),
         ({"prompts": "/no/such.txt"}, DataError, "--prompts /no/such.txt"),
         ({"methods": ("lora", "hip")}, ConfigError, "--methods hip: expected some of lora, "),
-        ({"methods": ()}, ConfigError, "--methods names none"),
         ({"steps": 0}, ConfigError, r"setting train\.steps: Input should be greater"),
-        ({"lr": math.nan}, ConfigError, r"setting train\.lr"),
         ({"heldout_fraction": 1.0}, ConfigError, r"setting data\.held_out_fraction"),
         ({"principal_rank": 61}, ConfigError, r"layer .*_proj: principal_rank 61 and r 4 do not fit"),
         ({"rank": 5000}, ConfigError, r"layer .*_proj: r 5000 exceeds min\(out, in\) = \d+"),
@@ -207,12 +199,3 @@ def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"--methods lora: .* compare lora-attention,hiplora"):
         method_recipes(str(tmp_path / "model"), job[1], job[2])
-
-
-def test_the_command_says_how_long_it_takes_and_prints_json_that_it_also_stores(job, tmp_path, capsys):
-    model, data, _ = job
-    options = ("--steps", 4, "--rank", 2, "--principal-rank", 4, "--methods", "lora, hiplora")
-    code, out, err = run(capsys, "compare", model, data, "--out", tmp_path / "out", *options, "--json")
-    assert code == 0, err
-    assert "2 methods, 4 steps" in err
-    assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())

@@ -65,14 +65,6 @@ def test_the_record_holds_the_drift_of_adapter_and_result_and_the_cost(adapters,
     assert record["export"]["logit_difference"] < 1e-5
 
 
-def test_a_table_is_printed_and_text_is_sampled_from_the_model_by_default(adapters, files, capsys):
-    arguments = ["--out", files / "out", "--tokens", 300, "--data", files / "task.jsonl"]
-    code, out, err = run(capsys, "protect", adapters["one"], *arguments)
-    assert (code, err) == (0, "")
-    for said in ("prose", "loss on task.jsonl (6 rows)", "rank 10"):
-        assert said in out
-
-
 def test_everything_taken_away_is_the_base_model(adapters, files, tiny_model_dir, capsys):
     record = protected(capsys, files, adapters["one"], rank=64)
     assert {found["kl"] for found in record["drift"]["after"].values()} == {0.0}

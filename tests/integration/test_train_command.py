@@ -1,6 +1,5 @@
 """`hiplora train` as typed: its own example, the output for people and for machines, exit statuses."""
 
-import contextlib
 import errno
 import importlib
 import json
@@ -16,6 +15,7 @@ import pytest
 
 from hiplora.cli import main as frame
 from hiplora.cli.train import command
+from tests.commands import run as command_run
 from tests.tiny import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,23 +98,17 @@ def test_a_preview_shows_what_is_learned_and_trains_nothing(recipe_file, tmp_pat
     assert run(recipe_file, "--preview", "-1") == 2
 
 
-def test_the_recipe_that_init_writes_elsewhere_finds_what_it_was_given(tmp_path, tiny_model_dir, monkeypatch, capsys):
+def test_the_recipe_that_init_writes_is_one_and_finds_what_it_was_given(tmp_path, tiny_model_dir, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("near model").symlink_to(tiny_model_dir)
-    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
-    with contextlib.suppress(SystemExit):
-        frame.main(["init", "--model", "near model", "--data", "rows.jsonl", "--out", "recipes/mine.yaml"])
-    assert run("recipes/mine.yaml", "--dry-run") == 2  # the data are all the same
-    assert "copies of held-out rows" in capsys.readouterr().err
-
-
-def test_the_recipe_that_init_writes_is_one(recipe_file, tmp_path, tiny_model_dir, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with contextlib.suppress(SystemExit):
-        frame.main(["init", "--model", str(tiny_model_dir), "--out", "mine.yaml"])
-    assert "next: hiplora train mine.yaml" in capsys.readouterr().out
-    assert "lr: 0.0002  # Peak learning rate" in Path("mine.yaml").read_text()
-    assert run("mine.yaml", "--dry-run") == 0
+    rows = [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)]
+    write_jsonl("rows.jsonl", rows)
+    code, said, _ = command_run(
+        capsys, "init", "--model", "near model", "--data", "rows.jsonl", "--out", "own/mine.yaml"
+    )
+    assert (code, "next: hiplora train own/mine.yaml" in said) == (0, True)
+    assert "lr: 0.0002  # Peak learning rate" in Path("own/mine.yaml").read_text()
+    assert run("own/mine.yaml", "--dry-run") == 0
 
 
 def test_settings_on_the_command_line_reach_the_run_and_the_recipes_out_is_the_default(recipe_file, tmp_path, capsys):

@@ -1,8 +1,4 @@
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
@@ -56,18 +52,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(out, monkeypatch, s
     monkeypatch.undo()
     assert (out / "old").read_text() == "old"
     assert names(out) == ["old"]
-
-
-def test_a_kill_in_mid_write_leaves_the_old_file(out):
-    script = f"""
-        import os, signal
-        from hiplora import files
-        files.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        files.write_atomic({str(out / "old")!r}, "new" * 1000)
-    """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)])
-    assert run.returncode == -signal.SIGKILL
-    assert (out / "old").read_text() == "old"
 
 
 def test_what_exists_is_replaced_only_if_that_is_said(out):

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from peft.utils import merge_utils
 
 from hiplora.adapters import read_update, save_as_lora
 from hiplora.errors import AdapterError, ConfigError
@@ -58,14 +57,6 @@ def test_every_rule_merges_all_kinds_of_adapters_module_by_module(adapters, meth
     down = "model.layers.0.mlp.down_proj"  # adapted by two of them
     alone = merge([adapters["patterns"], adapters["adalora"]], method)
     torch.testing.assert_close(delta(update, down), delta(alone, down))
-
-
-def test_weights_and_options_reach_the_rule(adapters):
-    folders = [adapters[name] for name in ("one", "lora", "mlp")]
-    parts = [product(read_update(folder), Q0) for folder in folders[:2]]
-    expected = merge_utils.ties(parts, torch.tensor([1.0, 0.5]), 0.4)
-    found = merge(folders, "ties", (1, 0.5, -1), options={"density": 0.4}).delta(Q0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_each_module_draws_by_itself():

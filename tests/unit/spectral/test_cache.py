@@ -6,7 +6,7 @@ import filelock
 import pytest
 import torch
 
-from hiplora.errors import FactorError, StoreError
+from hiplora.errors import StoreError
 from hiplora.spectral import FactorStore, cache, truncated_svd, weight_fingerprint
 from tests.unit.spectral.matrices import gaussian
 
@@ -117,23 +117,9 @@ def test_what_cannot_be_written_or_locked_is_an_error_with_the_way_out_and_leave
     assert sorted(file.name for file in path.parent.iterdir()) == [".lock", path.name]
 
 
-def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
-    with pytest.raises(FactorError, match=r"layer q: principal_rank 21"):
-        FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 21, name="q")
-    with pytest.raises(FactorError, match=r"layer q: .* meta device"):
-        FactorStore(tmp_path).get_or_compute(gaussian(30, 20).to("meta"), 4, name="q")
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
 def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
     weight = gaussian(60, 50)
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: FactorStore(tmp_path).get_or_compute(weight, 8), range(4)))
     assert len(counted) == 1
     assert all(equal(result, results[0]) for result in results)
-
-
-def test_the_store_lies_in_the_cache_that_the_environment_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path))
-    FactorStore().get_or_compute(gaussian(30, 20), 4)
-    assert entry(tmp_path / "factors").is_file()

@@ -40,22 +40,6 @@ def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
     assert (shown["SVD minutes"], shown["Cache size, GB"]) == ("2.00 (paper: 18)", "0.5000 (paper: 0.13)")
 
 
-def test_selection_shows_what_was_tried_and_whether_the_choice_is_at_the_edge(tmp_path):
-    asked = "selection: {method: hiplora, domain: sums, lambdas: [0.0, 1.0], gammas: [0.0, 1.0], ranks: [2, 4]}"
-    study, _ = made_study(tmp_path, asked)
-
-    def of(job, labels):
-        values = [one["value"] for one in job.settings["candidates"]]
-        tried = [{"value": value, "mean": 1.0 + value} for value in values]
-        return {"value": values[0], "tried": tried, "at_the_edge": True}
-
-    found = fill(study, study.recipe.protocols.selection, of)
-    chosen = ["chosen", "", "chosen", "", "chosen, at the edge of the grid", ""]
-    names = ["λ = 0", "λ = 1", "γ = 0", "γ = 1", "k = 2", "k = 4"]
-    assert table(found, "selection")["Choice"].to_dict() == dict(zip(names, chosen, strict=True))
-    assert found.measured.estimate.tolist() == [1, 2, 1, 2, 3, 5]
-
-
 def test_correlations_of_interventions_with_sigma_and_how_far_they_are_apart(tmp_path):
     study, _ = made_study(tmp_path, "rank_one: {kinds: [zero, flip]}")
     one = {"module": "layers.0.q_proj", "layer": 0, "type": "q_proj", "draw": 0}

@@ -67,19 +67,6 @@ def test_a_study_without_results_has_empty_sections(tmp_path):
     assert all(one.measured.empty for one in found)
 
 
-def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
-    study, _ = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
-
-    def of(job, labels):
-        facts = 10 if "λ = 0" in labels["method"] else 30
-        return scored({"gsm8k": [60, 80], "mmlu": [facts, facts]} if "domain" in labels else BASE)
-
-    found = fill(study, study.recipe.protocols.lambda_curve, of)
-    change = row(found, "retain change", "HiP-LoRA (paper)", form="accuracy")
-    assert (change.estimate, change["from"], change.to) == (pytest.approx(10 - 30), 0, 10)
-    assert list(table(found, "lambda-curve-accuracy").index) == ["0", "10"]
-
-
 def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path):
     study, store = made_study(tmp_path, "ablations: {method: hiplora}")
     settings = study.recipe.protocols.ablations
