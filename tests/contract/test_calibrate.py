@@ -326,8 +326,6 @@ def test_the_command_calibrates_what_recipes_adapt_and_one_side_without_gradient
     assert code == 0
     assert "effective rank" in shown
     assert [shown.count(name) for name in ("q_proj", "gate_proj", "up_proj", "down_proj")] == [0, 1, 1, 1]
-    code, _, err = run(capsys, "calibrate", tiny_model_dir, "--rank", "most")
-    assert (code, "principal_rank is 'most'; expected" in err) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2"])

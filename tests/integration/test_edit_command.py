@@ -133,28 +133,3 @@ def test_an_edit_that_is_longer_than_the_context_is_refused(tiny_model_dir, tmp_
     assert code == 2
     assert re.search(r"the longest prompt, .* tokens, and the longest answer, .*; the model's context is 2048", err)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--method", "rome"], "method is 'rome'; expected one of adalora, corda, hiplora"),
-        (["--method", "alphaedit", "--steps", "3"], "steps has no use with alphaedit"),
-        (["--method", "alphaedit", "--set", "rank=3"], "--set rank: "),
-        (["--method", "lora", "--set", "k=3"], "--set k: "),
-        (["--set", "r"], "expected key=value"),
-        (["--mode", "single", "--edits-per-batch", "2", "--method", "lora"], "no use in the mode single"),
-        (["--sample", "2", "--method", "lora"], "sample is for the mode single"),
-        (["--method", "lora", "--lr", "0"], "--lr: "),
-        (["--category", "Colours"], "--category: "),
-        (["--method", "lora", "--set", "target_modules=[nope]", "--limit", "2"], "does not fit the model"),
-        (["--limit", "100000"], "100000 are asked for"),
-        (["--out", "."], "exists already"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_leaves_no_folder(tiny_model_dir, tmp_path, capsys, options, said):
-    given = ("builtin", "--out", tmp_path / "out", "--locality", "1")
-    code, _, message = run(capsys, "edit", tiny_model_dir, *given, *options)
-    assert code == 2
-    assert said in message
-    assert not list(tmp_path.glob("*out*"))

@@ -56,23 +56,3 @@ def test_the_result_is_uploaded_and_a_hiplora_adapter_as_plain_lora(adapter, hub
     assert json.loads(config.read_text())["peft_type"] == "LORA" if "dense" not in options else not config.exists()
     tensors = load_file(next((hub / "me" / "mine").glob("*.safetensors")))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16 if "dense" in options else torch.float32}
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--to", "gguf", "--out", "out"],
-        ["--to", "lora"],
-        ["--to", "lora", "--out", "out", "--pad-rank", "0"],
-        ["--to", "dense", "--out", "out", "--pad-rank", "64"],
-        ["--to", "lora", "--out", "there"],
-        ["--to", "lora", "--out", "out", "--scale", "0"],
-        ["--to", "lora", "--out", "out", "--data", "rows.jsonl"],
-    ],
-)
-def test_wrong_usage_is_status_2_and_writes_nothing(adapter, tmp_path, monkeypatch, capsys, arguments):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    code, out, err = run(capsys, "export", adapter, *arguments)
-    assert (code, out, "Traceback" in err) == (2, "", False)
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]

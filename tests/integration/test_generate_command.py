@@ -103,10 +103,3 @@ def test_the_last_line_is_the_next_command(tiny_model_dir, adapter, tmp_path, ca
     code, said, err = run(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
     assert code == 0, err
     assert said.splitlines()[-1].partition("   (")[0] == f"next: hiplora {next_command.format(**places)}"
-
-
-@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
-def test_a_device_that_is_not_there_is_named(tiny_model_dir, adapter, capsys, device):
-    code, _, err = run(capsys, "drift", tiny_model_dir, "--adapter", adapter, "--device", device)
-    assert code == 2
-    assert f"--device {device}: not available here" in err

@@ -42,10 +42,3 @@ def test_html_writes_a_page_that_asks_for_nothing_and_keeps_one_that_exists(adap
     code, _, err = run(capsys, "inspect", adapter, "--html", page)
     assert (code, "--overwrite" in err, page.read_text()) == (2, True, "mine")
     assert run(capsys, "inspect", adapter, "--html", page, "--overwrite")[0] == 0
-
-
-def test_a_folder_without_an_adapter_and_a_bad_rank_are_wrong_usage(adapter, tmp_path, capsys):
-    code, out, err = run(capsys, "inspect", tmp_path)
-    assert (code, out, "Traceback" in err) == (2, "", False)
-    assert "no adapter_config.json" in err
-    assert run(capsys, "inspect", adapter, "--rank", 0)[0] == 2

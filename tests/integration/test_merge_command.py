@@ -83,27 +83,6 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     assert all(said in out for said in ("Cut down to rank 4", f"{worst['relative_error']:.2e}", worst["module"]))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--method", "average"], "'average' is not known; expected one of addition"),
-        (["--method", "ties", "--format", "lora"], "pass --rank, for example --rank 64, to keep the strongest"),
-        (["--method", "ties", "--format", "hiplora"], "ties keeps no gains apart, only addition does"),
-        (["--method", "ties", "--set", "density"], "--set density: expected name=value"),
-        (["--weights", "1,x"], "--weights 1,x: expected numbers"),
-        (["--format", "gguf"], "gguf"),
-        (["--out", "there"], "--overwrite"),
-    ],
-)
-def test_wrong_usage_is_status_2_and_writes_nothing(adapters, tmp_path, monkeypatch, capsys, arguments, why):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    code, out, err = run(capsys, "merge", adapters["one"], adapters["lora"], "--out", "out", *arguments)
-    assert (code, out, "Traceback" in err) == (2, "", False)
-    assert why in " ".join(err.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
-
-
 @pytest.mark.parametrize("name", ["one", "lora"])
 @pytest.mark.parametrize(("scale", "verdict"), [(1e-3, "hardly disturb"), (0.1, "change the same things")])
 def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale, verdict):

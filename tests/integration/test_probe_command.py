@@ -102,25 +102,6 @@ def test_layers_are_spread_over_the_model(tiny_model_dir, prose, tmp_path, capsy
     assert [row["layer"] for row in probed(capsys, tiny_model_dir, tmp_path / "out", prose, *few)["records"]] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--tokens", "40", "--out", "."], "exists already"),
-        (["--kinds", "zap"], "intervention 'zap': expected zero, flip"),
-        (["--layers", "one"], "--layers one: expected numbers and spans"),
-        (["--layers", "0,9"], "layer 9 has none of the requested modules"),
-        (["--directions", "33", "--modules", "k_proj"], "33 directions of 32"),
-        (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
-    ],
-)
-def test_a_users_mistake_is_one_line(tiny_model_dir, prose, tmp_path, capsys, arguments, said):
-    given = ["--text", prose, *arguments]
-    code, out, err = run(capsys, "probe", tiny_model_dir, "--out", tmp_path / "out", *given)
-    assert (code, out, err.startswith("error: ")) == (2, "", True)
-    assert said in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_layers_are_numbers_spans_or_all():
     assert command.parse_layers("0,4-6,5") == (0, 4, 5, 6)
     assert (command.parse_layers(None), command.parse_layers("all")) == (None, ())

@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hiplora import protect as protection
 from hiplora.adapters import read_update
 from tests.commands import run
 from tests.tiny import save_tiny, tiny_tokenizer, write_jsonl
@@ -83,30 +82,6 @@ def test_modules_saved_whole_are_kept_and_the_notes_say_what_a_reader_should_kno
     assert "the first 256 of the 300 rows" in notes
     stored, original = (read_update(folder).extras for folder in (files / "out", adapters["whole"]))
     assert torch.equal(stored["lm_head.weight"], original["lm_head.weight"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--strength", "nan"], "strength"),
-        (["--principal-rank", "many"], "principal_rank is 'many'"),
-        (["--text", "none.txt"], "none.txt: no such file"),
-        (["--drift-text", "empty.txt"], "empty.txt: is empty"),
-        (["--data", "wrong.jsonl"], "wrong.jsonl"),
-        (["--tokens", "1"], "tokens"),
-        (["--out", "there"], "--overwrite"),
-    ],
-)
-def test_wrong_usage_is_status_2_before_the_model_loads(adapters, files, monkeypatch, capsys, arguments, why):
-    monkeypatch.chdir(files)
-    monkeypatch.setattr(protection, "load_for", lambda *_: pytest.fail("the model was loaded"))
-    (files / "there").mkdir()
-    (files / "empty.txt").touch()
-    write_jsonl(files / "wrong.jsonl", [{"nothing": "useful"}])
-    code, out, err = run(capsys, "protect", adapters["lora"], "--out", "out", *arguments)
-    assert (code, out, "Traceback" in err) == (2, "", False)
-    assert why in " ".join(err.split())
-    assert not (files / "out").exists()
 
 
 def test_an_adapter_that_cannot_be_protected_is_refused_in_a_line(adapters, tiny_model_dir, files, capsys):

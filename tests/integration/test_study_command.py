@@ -37,23 +37,6 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_plan_run_status_report(small, tmp_path, capsys):
-    out = tmp_path / "study"
-    code, told, _ = run(capsys, "study", "plan", small, "--out", out, "--json")
-    plan = json.loads(told)
-    assert (code, plan["kind"], plan["jobs"], plan["left"]) == (0, "study", 5, 5)
-    code, told, err = run(capsys, "study", "run", small, "--out", out, "--verbose")
-    assert (code, "5 of 5 jobs are done" in told, "5/5" in err) == (0, True, True)
-    code, told, _ = run(capsys, "study", "status", small, "--out", out, "--json")
-    assert json.loads(told)["left"] == 0
-    assert run(capsys, "study", "report", small, "--out", out)[0] == 0
-    assert (out / "report" / "report.html").is_file()
-    assert list((out / "report" / "tables").glob("single-task*.md"))
-    code, told, err = run(capsys, "study", "run", small, "--out", out, "--verbose")
-    assert (code, err) == (0, "")
-
-
-@pytest.mark.slow
 def test_a_failed_job_is_named_with_its_reason_and_the_others_are_done(small, tmp_path, capsys):
     out = tmp_path / "study"
     code, told, _ = run(capsys, "study", "run", small, "--out", out, "--set", BAD, "--json")

@@ -99,7 +99,7 @@ def test_the_adapter_on_the_untouched_base_has_the_held_out_loss_of_the_run(whol
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("milora", "corda", "lora_null")])
 def test_a_resumed_run_equals_the_uninterrupted_one(whole, make, tmp_path, caplog, method):
-    """Stopped in step 5, behind the checkpoint of step 3 and between two logged rows; all that move the base are as PiSSA."""
+    """Stopped in step 5, between two logged rows; PiSSA stands for all that move the base."""
     with pytest.raises(Stopped):
         train(make(method), tmp_path / "parts", callbacks=[StopAt(5)])
     assert not (tmp_path / "parts" / "adapter_config.json").exists()

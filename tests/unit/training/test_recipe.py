@@ -77,14 +77,6 @@ def test_a_users_defaults_are_three_epochs_those_of_studies_and_the_papers_prese
     assert load_recipe(write(folder, json.dumps(mine.values()))) == mine
 
 
-def test_the_paper_is_a_preset_and_a_given_field_wins_over_it():
-    method = recipe(method={"name": "hiplora", "preset": "paper"}).method
-    assert (method.basis, method.principal_channel) == ("weight", True)
-    assert method.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    method = recipe(method={"preset": "paper", "basis": "activation"}).method
-    assert (method.basis, method.target_modules[0]) == ("activation", "q_proj")
-
-
 def test_keys_of_jobs_are_made_of_what_differs_from_the_defaults():
     """A study's job is named by the hash of this dump: a new default or field name would lose its records."""
     made = recipe(
