@@ -1,7 +1,6 @@
 """`hiplora compare` on a tiny model: its numbers are those of the adapters that it keeps."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,8 @@ from hiplora.compare_report import headline, next_steps, summary
 from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation.drift import cut_windows
-from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
+from tests import reference
+from tests.tiny import EOS, tiny_llama, tiny_tokenizer, write_jsonl
 
 ROWS = [{"prompt": f"{a} plus {b} is ", "completion": str(a + b)} for a in range(6) for b in range(5)]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 6
@@ -43,17 +43,11 @@ def done(job, tmp_path_factory):
     return compare(model, data, out, settings), out
 
 
-@torch.no_grad()
 def loss_by_hand(model, rows):
-    """NLL per response token, row by row in float64; the end token is learned too."""
-    tokenizer, total, count = tiny_tokenizer(), 0.0, 0
-    for row in rows:
-        prompt = tokenizer(row.prompt)["input_ids"]
-        ids = [*prompt, *tokenizer(row.response)["input_ids"], tokenizer.eos_token_id]
-        log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        total -= sum(log_probs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))
-        count += len(ids) - len(prompt)
-    return total / count
+    """NLL per response token; the end token is learned too."""
+    answers = [(row.prompt, row.response + EOS) for row in rows]
+    total = sum(reference.answer_log_prob(model, tiny_tokenizer(), *pair) for pair in answers)
+    return -total / sum(len(tiny_tokenizer()(answer)["input_ids"]) for _, answer in answers)
 
 
 @pytest.mark.parametrize("method", TITLES)
@@ -72,15 +66,10 @@ def test_loss_and_drift_are_those_of_the_adapter_at_each_scale(done, job, method
         for name, (A, B) in read_update(out / "adapters" / method).factors.items():
             model.get_submodule(name).weight.data += point["scale"] * (B.double() @ A.double()).float()
         assert point["held_out_loss"] == pytest.approx(loss_by_hand(model, rows), abs=1e-4)
-        kl, change, count = 0.0, 0.0, 0
-        for ids in windows:
-            p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (tiny_llama(), model))
-            kl += (p.exp() * (p - q)).sum().item()
-            change += (p - q).gather(1, ids[1:, None]).sum().item()
-            count += len(ids) - 1
+        kl, ratio, *_ = reference.drift(tiny_llama(), model, windows)
         (found,) = point["drift"].values()
-        assert found["kl"] == pytest.approx(kl / count, rel=1e-3, abs=1e-7)
-        assert found["perplexity_ratio"] == pytest.approx(math.exp(change / count), rel=1e-4)
+        assert found["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+        assert found["perplexity_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 def curve(*points):

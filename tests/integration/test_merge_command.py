@@ -83,8 +83,9 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     assert all(said in out for said in ("Cut down to rank 4", f"{worst['relative_error']:.2e}", worst["module"]))
 
 
-@pytest.mark.parametrize("name", ["one", "lora"])
-@pytest.mark.parametrize(("scale", "verdict"), [(1e-3, "hardly disturb"), (0.1, "change the same things")])
+@pytest.mark.parametrize(
+    ("name", "scale", "verdict"), [("one", 1e-3, "hardly disturb"), ("lora", 0.1, "change the same things")]
+)
 def test_an_adapter_merged_with_itself_breaks_nothing_new(adapters, name, scale, verdict):
     for times in (2, 3):
         same = {str(number): read_update(adapters[name]).scaled(scale) for number in range(times)}

@@ -83,19 +83,6 @@ def test_a_flipped_byte_anywhere_in_an_entry_is_noticed_or_harmless(tmp_path, co
     assert len(counted) == noticed + 1
 
 
-@pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_truncated_entry_is_reported_recomputed_and_replaced(tmp_path, counted, length):
-    weight = gaussian(30, 20)
-    first = FactorStore(tmp_path).get_or_compute(weight, 4)
-    whole = entry(tmp_path).read_bytes()
-    entry(tmp_path).write_bytes(whole[:length])
-    with pytest.warns(UserWarning, match="cannot be read .* computing it again"):
-        assert equal(FactorStore(tmp_path).get_or_compute(weight, 4, name="q_proj"), first)
-    assert entry(tmp_path).read_bytes() == whole
-    assert equal(FactorStore(tmp_path).get_or_compute(weight, 4), first)
-    assert len(counted) == 2
-
-
 def test_what_cannot_be_written_or_locked_is_an_error_with_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
