@@ -11,6 +11,7 @@ from tests.tiny import write_jsonl
 EDIT = "edit base builtin --out new --locality 1"
 EVAL = "eval base --suite items.jsonl --data . --out new"
 CHECK = "merge-check items=one more=lora --suite items.jsonl,more.jsonl --out new"
+TRAIN = "train recipe.yaml --out new"
 PROBE = "probe base --out new --text text.txt"
 MISTAKES = [
     ("export one --to gguf --out new", "gguf"),
@@ -67,6 +68,14 @@ MISTAKES = [
     ("factorize none", "cannot be loaded"),
     ("drift base --adapter one --device cuda:7", "--device cuda:7: not available here"),
     ("calibrate base --rank most", "principal_rank is 'most'; expected"),
+    (f"{TRAIN} --set train.lrr=1", "train.lrr: unknown field; did you mean `lr`"),
+    (f"{TRAIN} --set data.path=gone.jsonl", "gone.jsonl: no such file"),
+    (f"{TRAIN} --resume --overwrite", "pass one of them"),
+    (f"{TRAIN} --set method.target_modules=[nope]", "check method.target_modules"),
+    (f"{TRAIN} --set train.batch_size=1000000000000000000000", "train.batch_size: should be less than"),
+    (f"{TRAIN} --dry-run --set method.r=60", "principal_rank 8 and r 60 do not fit"),
+    (f"{TRAIN} --preview -1", "--preview"),
+    ("train --data rows.jsonl --out new", "give --model and --data"),
     ("inspect there", "no adapter_config.json"),
     ("inspect one --rank 0", "rank"),
 ]
@@ -94,6 +103,8 @@ def place(adapters, tiny_model_dir, tmp_path_factory):
     for name in ("items.jsonl", "more.jsonl"):
         write_jsonl(place / name, [{"question": "Which?", "choices": ["red", "blue"], "answer": 1}])
     write_jsonl(place / "wrong.jsonl", [{"nothing": "useful"}])
+    write_jsonl(place / "rows.jsonl", [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)])
+    (place / "recipe.yaml").write_text("{model: base, data: rows.jsonl, method: {principal_rank: 8}}")
     return place
 
 
