@@ -49,28 +49,6 @@ def test_a_failed_job_is_named_with_its_reason_and_the_others_are_done(small, tm
     assert "failed: train LoRA on knowledge, seed 42" in err
 
 
-def test_a_recipe_with_mistakes_names_them(tmp_path, capsys):
-    path = tmp_path / "wrong.yaml"
-    path.write_text("study: x\nmodel: pico\nsteps: 3\n")
-    code, _, err = run(capsys, "study", "plan", path)
-    assert code == 2
-    assert "steps: unknown field" in err
-    assert "domains: is missing" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--address", "127.0.0.1:1"), "add --executor ray"),
-        (("--gpus-per-job", 1), "add --executor ray"),
-        (("--reuse", __file__), f"--reuse {__file__}: cannot be read"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(small, tmp_path, capsys, options, said):
-    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
-    assert (code, said in err) == (2, True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),

@@ -11,6 +11,7 @@ from tests.tiny import write_jsonl
 EDIT = "edit base builtin --out new --locality 1"
 EVAL = "eval base --suite items.jsonl --data . --out new"
 CHECK = "merge-check items=one more=lora --suite items.jsonl,more.jsonl --out new"
+COMPARE = "compare base rows.jsonl --out new"
 TRAIN = "train recipe.yaml --out new"
 PROBE = "probe base --out new --text text.txt"
 MISTAKES = [
@@ -76,6 +77,11 @@ MISTAKES = [
     (f"{TRAIN} --dry-run --set method.r=60", "principal_rank 8 and r 60 do not fit"),
     (f"{TRAIN} --preview -1", "--preview"),
     ("train --data rows.jsonl --out new", "give --model and --data"),
+    ("study run pico --out new --address 127.0.0.1:1", "add --executor ray"),
+    ("study run pico --out new --gpus-per-job 1", "add --executor ray"),
+    ("study run pico --out new --reuse text.txt", "--reuse text.txt: cannot be read"),
+    ("study plan study.yaml", "steps: unknown field"),
+    ("study plan study.yaml", "domains: is missing"),
     ("inspect there", "no adapter_config.json"),
     ("inspect one --rank 0", "rank"),
 ]
@@ -87,6 +93,16 @@ BEFORE_THE_MODEL_LOADS = [
     ("protect lora --out new --data wrong.jsonl", "wrong.jsonl"),
     ("protect lora --out new --tokens 1", "tokens"),
     ("protect lora --out there", "--overwrite"),
+    ("compare /no/model rows.jsonl --out new", "no such folder"),
+    (f"{COMPARE} --drift-text /no/such.txt", "/no/such.txt"),
+    (f"{COMPARE} --prompts /no/such.txt", "--prompts /no/such.txt"),
+    (f"{COMPARE} --methods lora,hip", "--methods hip: expected some of lora, "),
+    (f"{COMPARE} --methods ,", "--methods names none"),
+    (f"{COMPARE} --steps 0", "steps"),
+    (f"{COMPARE} --lr nan", "lr"),
+    (f"{COMPARE} --heldout-fraction 1.0", "fraction"),
+    (f"{COMPARE} --rank 4 --principal-rank 61", "_proj: principal_rank 61 and r 4 do not fit"),
+    (f"{COMPARE} --rank 5000", "_proj: r 5000 exceeds min(out, in) = "),
 ]
 
 
@@ -104,6 +120,7 @@ def place(adapters, tiny_model_dir, tmp_path_factory):
         write_jsonl(place / name, [{"question": "Which?", "choices": ["red", "blue"], "answer": 1}])
     write_jsonl(place / "wrong.jsonl", [{"nothing": "useful"}])
     write_jsonl(place / "rows.jsonl", [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)])
+    (place / "study.yaml").write_text("study: x\nmodel: pico\nsteps: 3\n")
     (place / "recipe.yaml").write_text("{model: base, data: rows.jsonl, method: {principal_rank: 8}}")
     return place
 
