@@ -1,5 +1,7 @@
 """The paper's formulas (Eq. 1-10) as written: dense, float64, slow and obviously right. For tests only."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -178,6 +180,19 @@ def best_of_rank(update, rank):
     U, sigma, Vt = torch.linalg.svd(update.double(), full_matrices=False)
     near = U[:, :rank] @ torch.diag(sigma[:rank]) @ Vt[:rank]
     return near, (torch.linalg.norm(update.double() - near) / torch.linalg.norm(update.double())).item()
+
+
+@torch.no_grad()
+def drift(base, model, windows):
+    """KL a token from the base, ratio of perplexities, share of greedy tokens that changed, and tokens, in float64."""
+    kl, change, changed, tokens = 0.0, 0.0, 0, 0
+    for ids in windows:
+        p, q = (m(input_ids=ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (base, model))
+        kl += (p.exp() * (p - q)).sum().item()
+        change += (p - q).gather(1, ids[1:, None]).sum().item()
+        changed += (p.argmax(-1) != q.argmax(-1)).sum().item()
+        tokens += len(ids) - 1
+    return kl / tokens, math.exp(change / tokens), changed / tokens, tokens
 
 
 @torch.no_grad()

@@ -138,8 +138,8 @@ def compare(
     with folder.claimed(plan, overwrite=overwrite):
         base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
         bare = folder.stage("base", lambda: base().read())
-        trained = encode_examples(tokenizer, rows.train, min(settings.max_length, limit))[1]
-        tell(_expected(bare, trained, settings, len(recipes)))
+        counts = encode_examples(tokenizer, rows.train, min(settings.max_length, limit))[1]
+        tell(_expected(bare, counts, settings, len(recipes)))
         base.cache_clear()  # a training loads the model itself
         records, adapters = {}, {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
         for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):

@@ -6,7 +6,6 @@ import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicLayer
 
 import hiplora
 from hiplora import HipLoraConfig
@@ -198,14 +197,6 @@ def test_sampled_rows_do_not_depend_on_what_is_sampled_with_them(tiny):
     assert not torch.equal(sample_rows(model, range(6), 30, seed=1), whole)
 
 
-def test_the_memory_reserved_for_keys_and_values_changes_no_sample(monkeypatch, tiny):
-    model, taken = tiny.make(), []
-    whole = sample_rows(model, range(4), 40)
-    monkeypatch.setattr(sampling, "reserve", lambda cache, length: taken.append([type(one) for one in cache.layers]))
-    assert torch.equal(sample_rows(model, range(4), 40), whole)
-    assert taken == [[DynamicLayer] * len(taken[0])]  # so it was reserved for all of them
-
-
 def test_sampling_follows_the_models_own_distribution(tiny):
     model = tiny.make()
     with torch.no_grad():
@@ -337,21 +328,7 @@ def test_the_command_calibrates_what_recipes_adapt_and_one_side_without_gradient
     assert [shown.count(name) for name in ("q_proj", "gate_proj", "up_proj", "down_proj")] == [0, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--rank", "0"], "principal_rank is 0; expected an integer of at least 1, a fraction"),
-        (["--rank", "most"], "principal_rank is 'most'; expected"),
-        (["--text", "none.txt"], "none.txt: no such file"),
-    ],
-)
-def test_what_cannot_be_calibrated_is_refused_by_the_command(tiny_model_dir, capsys, options, said):
-    code, out, err = run(capsys, "calibrate", str(tiny_model_dir), *options, "--json")
-    assert (code, out) == (2, "")
-    assert said in err
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma", "cohere"])
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
 def test_a_folder_without_a_tokenizer_for_which_transformers_makes_one_up_has_none(tmp_path, kind):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "head_dim": 16}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}

@@ -105,15 +105,6 @@ def text_rows():
     return [ids[start : start + 64] for start in range(0, 1024, 64)]
 
 
-def updates_of(model):
-    """ΔW of every adapted module, as PEFT asks for it."""
-    return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default")
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer")
-    }
-
-
 @contextlib.contextmanager
 def folder_of_base():
     with tempfile.TemporaryDirectory() as place:
@@ -145,6 +136,7 @@ def training():
     import peft
 
     import hiplora
+    from tests.unit.adapters.samples import deltas
 
     def calibrated(changes, **options):
         config = hip_config(**FUNCTION_AWARE | changes)
@@ -175,7 +167,7 @@ def training():
             optimizer.zero_grad()
             losses.append(loss.item())
         state = peft.get_peft_model_state_dict(model)
-        updates = updates_of(model.eval())
+        updates = deltas(model.eval())
         found[name] = {
             "losses": rounded(losses),
             "norms": rounded({module: update.norm().item() for module, update in updates.items()}),

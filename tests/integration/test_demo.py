@@ -14,6 +14,7 @@ from hiplora.data.texts import drift_texts
 from hiplora.demo import DemoSettings, demo, headline, skills, summary
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
+from tests import reference
 from tests.commands import run
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -53,11 +54,8 @@ def test_answers_and_drift_are_those_of_the_sum_of_the_two_updates(done, setting
         for target, (A, B) in read_update(out / "adapters" / f"{key}-{skill}").factors.items():
             summed.get_submodule(target).weight.data += (B.double() @ A.double()).float()
     for name, windows in cut_windows(tiny_tokenizer(), drift_texts(), 512, 1024).items():
-        kl, count = 0.0, 0
-        for ids in windows:
-            p, q = (m(ids[None]).logits[0, :-1].double().log_softmax(-1) for m in (tiny_llama(), summed))
-            kl, count = kl + (p.exp() * (p - q)).sum().item(), count + len(ids) - 1
-        assert record["drift"]["added"][name]["kl"] == pytest.approx(kl / count, rel=1e-3)
+        kl = reference.drift(tiny_llama(), summed, windows)[0]
+        assert record["drift"]["added"][name]["kl"] == pytest.approx(kl, rel=1e-3)
     base = Base(settings.model)
     base.model = summed
     assert [row["said"][METHODS[key]] for row in results["others"]] == [

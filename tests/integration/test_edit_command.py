@@ -18,6 +18,7 @@ FAST = ["--steps", "4", "--lr", "1e-2"]
 ALPHA = ["--set", "calibration_tokens=300", "--set", "value_steps=3", "--set", "prefixes=1"]
 CALIBRATION = ["--set", "calibration_tokens=300", "--set", "r=4", "--set", "principal_rank=4"]
 CRISP = ["--set", "calibration_tokens=300"]
+SEQUENCE = ["--mode", "sequential", "--edits-per-batch", "2"]
 COUNTERFACT = {
     "subject": "box 0",
     "target_true": "red",
@@ -49,11 +50,11 @@ def edit(tiny_model_dir, tmp_path, capsys):
         ("lora", FAST),
         ("milora", [*FAST, "--set", "rank_pattern={k_proj: 3}"]),
         ("hiplora", FAST + CALIBRATION),
-        ("alphaedit", ALPHA),
-        ("crispedit", [*FAST, *CRISP]),
+        ("alphaedit", [*ALPHA, *SEQUENCE]),
+        ("crispedit", [*FAST, *CRISP, *SEQUENCE]),
     ],
 )
-def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, edit, method, options):
+def test_a_run_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, tmp_path, edit, method, options):
     said, record, left = edit("builtin", "--limit", "4", "--method", method, "--json", *options)
     shown = json.loads(said)
     assert [shown[key] for key in ("schema", "kind", "summary")] == [3, "edit", record["summary"]]
@@ -66,40 +67,36 @@ def test_a_batch_leaves_an_adapter_that_does_what_was_measured(tiny_model_dir, t
     model, tokenizer = load(str(tiny_model_dir))
     adapted = PeftModel.from_pretrained(model, str(folder)).eval()
     again = evaluate_edits(adapted, tokenizer, load_edits("builtin", 4))
-    measured = record["stages"][0]["records"]["log_prob_new"]
+    measured = record["stages"][-1]["records"]["log_prob_new"]
     assert again["log_prob_new"].tolist() == pytest.approx(measured, abs=1e-3)
     assert measured != pytest.approx(record["before"]["log_prob_new"], abs=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("mode", "adapters"), [("batch", {"adapter-001", "adapter-002"}), ("sequential", {"adapter"})]
-)
-def test_batches_apart_leave_an_adapter_each_and_a_sequence_one(edit, mode, adapters):
-    options = ("--method", "lora", "--mode", mode, "--edits-per-batch", "2", "--limit", "4", *FAST)
-    _, record, left = edit("builtin", *options)
-    assert left == set(record["adapters"]) == adapters
-    assert len(record["stages"]) == 2
-
-
-def test_single_edits_leave_the_record_alone_and_the_table_shows_all_that_was_measured(tmp_path, edit):
+def test_single_edits_of_a_sample_leave_the_record_alone(tmp_path, edit):
     rows = [{**COUNTERFACT, "prompt": f"The colour of box {i} is"} for i in range(4)]
     file = write_jsonl(tmp_path / "cf.jsonl", rows)
     said, record, left = edit(file, "--method", "lora", "--mode", "single", "--sample", "2", "--steps", "3")
     assert not left
     assert [len(stage["taught"]) for stage in record["stages"]] == [1, 1]
-    for text in ("2 edits by lora, single", "questions near it kept", "unrelated questions", "Entity/Attribute"):
-        assert text in said
+    assert "questions near it kept" in said
 
 
-@pytest.mark.parametrize("locality", [4, 0])
 @pytest.mark.parametrize(
-    ("mode", "options"), [("batch", ["--edits-per-batch", "2"]), ("sequential", []), ("single", [])]
+    ("mode", "options", "locality", "adapters"),
+    [
+        ("batch", ["--edits-per-batch", "2"], 4, {"adapter-001", "adapter-002"}),
+        ("sequential", ["--edits-per-batch", "2"], 4, {"adapter"}),
+        ("single", [], 0, set()),
+    ],
 )
-def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(tmp_path, edit, mode, options, locality):
+def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(
+    tmp_path, edit, mode, options, locality, adapters
+):
     rows = [{"prompt": f"Box {n} is", "new": f"blue<{n}>", "old": "red"} for n in range(3)]
     rows[1]["paraphrase"] = "The second box is"
     given = ("--method", "lora", "--mode", mode, *options, "--locality", locality, *FAST)
-    said, record, _ = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *given)
+    said, record, left = edit(write_jsonl(tmp_path / "rows.jsonl", rows), *given)
+    assert left == set(record["adapters"]) == adapters
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert record["verdict"] in page
     assert record["verdict"] in said
@@ -109,22 +106,16 @@ def test_a_page_shows_every_edit_what_the_model_writes_and_what_else_moved(tmp_p
         assert question in page
 
 
-@pytest.mark.parametrize(
-    ("after", "locality", "said"),
-    [
-        ({"success": 75.0}, None, "75 % of 4 edits work (25 % did before). What else moved was not measured"),
-        ({"success": 75.0, "paraphrase_success": 50.0}, None, "before), 50 % when asked in other words. What"),
-        ({"success": 0.0, "neighbours_kept": 90.0}, None, "of the questions near them 90 % keep their answers (80 %"),
-        (
-            {"success": 0.0},
-            {"questions": 20, "unchanged": 95.0, "accuracy_before": 60.0, "accuracy": 55.0},
-            "Of 20 unrelated questions 95 % are answered as before; 60 % of them were right before, 55 % are now.",
-        ),
-    ],
-)
-def test_the_verdict_says_whether_edits_work_and_what_else_moved(after, locality, said):
-    summary = {"before": {"all": {"success": 25.0, "neighbours_kept": 80.0}}, "after": {"all": after}}
-    assert said in verdict({"edits": 4, "summary": summary | ({"locality": locality} if locality else {})})
+def test_the_verdict_says_whether_edits_work_and_what_else_moved():
+    before = {"all": {"success": 25.0, "neighbours_kept": 80.0}}
+    after = {"all": {"success": 75.0, "paraphrase_success": 50.0, "neighbours_kept": 90.0}}
+    summary = {"before": before, "after": after}
+    moved = {"questions": 20, "unchanged": 95.0, "accuracy_before": 60.0, "accuracy": 55.0}
+    said = [verdict({"edits": 4, "summary": {**summary, "locality": found}}) for found in (None, moved)]
+    assert [re.findall(r"\d+", text) for text in said] == [
+        ["75", "4", "25", "50", "90", "80", "0"],
+        ["75", "4", "25", "50", "90", "80", "20", "95", "60", "55"],
+    ]
 
 
 def test_questions_about_edited_subjects_are_left_out(tmp_path, edit):
@@ -142,29 +133,3 @@ def test_an_edit_that_is_longer_than_the_context_is_refused(tiny_model_dir, tmp_
     assert code == 2
     assert re.search(r"the longest prompt, .* tokens, and the longest answer, .*; the model's context is 2048", err)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--method", "rome"], "method is 'rome'; expected one of adalora, corda, hiplora"),
-        (["--method", "alphaedit", "--steps", "3"], "steps has no use with alphaedit"),
-        (["--method", "alphaedit", "--set", "rank=3"], "--set rank: "),
-        (["--method", "crispedit", "--set", "energy=1.5"], "--set energy: "),
-        (["--method", "lora", "--set", "k=3"], "--set k: "),
-        (["--set", "r"], "expected key=value"),
-        (["--mode", "single", "--edits-per-batch", "2", "--method", "lora"], "no use in the mode single"),
-        (["--sample", "2", "--method", "lora"], "sample is for the mode single"),
-        (["--method", "lora", "--lr", "0"], "--lr: "),
-        (["--category", "Colours"], "--category: "),
-        (["--method", "lora", "--set", "target_modules=[nope]", "--limit", "2"], "does not fit the model"),
-        (["--limit", "100000"], "100000 are asked for"),
-        (["--out", "."], "exists already"),
-    ],
-)
-def test_wrong_usage_is_one_line_and_leaves_no_folder(tiny_model_dir, tmp_path, capsys, options, said):
-    given = ("builtin", "--out", tmp_path / "out", "--locality", "1")
-    code, _, message = run(capsys, "edit", tiny_model_dir, *given, *options)
-    assert code == 2
-    assert said in message
-    assert not list(tmp_path.glob("*out*"))

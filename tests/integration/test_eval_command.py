@@ -114,20 +114,13 @@ def test_code_runs_only_where_that_is_allowed(score):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "status", "said"),
     [
-        pytest.param(["--suite", "nonsense"], "'nonsense' is not known; expected one of", marks=pytest.mark.slow),
-        (["--suite", "nothere.yaml"], "no such file"),
-        (["--suite", "piqa"], "has no piqa"),
-        (["--data", "/nowhere"], "no such folder"),
-        (["--adapter", "/nowhere"], "no such folder"),
-        (["--adapter", "one=adapter", "--adapter", "one=other"], "is taken"),
-        (["--adapter", "base"], "holds no adapter_config.json"),
-        (["--adapter", "idle"], "changes no logit"),
+        pytest.param(["--suite", "nonsense"], 2, "'nonsense' is not known; expected one", marks=pytest.mark.slow),
+        (["--adapter", "idle"], 1, "changes no logit"),
     ],
 )
-def test_wrong_input_is_refused_and_nothing_written(score, tmp_path, options, said):
+def test_a_task_or_an_adapter_that_means_nothing_is_refused(score, tmp_path, options, status, said):
     code, message, _ = score("--suite", "lambada", *options)
-    assert code == (1 if "idle" in options else 2)
-    assert said in message
+    assert (code, said in message) == (status, True)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from hiplora.evaluation.mounting import load_model, mounted
 from tests.commands import run
 from tests.tiny import tiny_llama, write_jsonl
 
-EDIT = ("--limit", 1, "--steps", 1, "--locality", 0, "--method", "lora")
+ADAPTED = ("--adapter", "{adapter}")
 
 
 @pytest.fixture
@@ -82,41 +82,24 @@ def test_drift_is_what_is_measured_and_the_text_may_be_ones_own(tiny_model_dir, 
     assert f"hiplora protect {adapter}" in said
 
 
+SCORED = ("--suite", "{data}", "--out", "{out}")
+EDITED = ("builtin", "--limit", 1, "--steps", 1, "--locality", 0, "--method", "lora", "--out", "{out}")
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "adapted", "next_command"),
+    ("name", "options", "next_command"),
     [
-        ("generate", ("--prompt", "Why?", "--tokens", 2), False, "chat {model}"),
-        ("generate", ("--prompt", "Why?", "--tokens", 2), True, "drift {model} --adapter {adapter}"),
-        ("drift", ("--tokens", 32), True, "protect {adapter} --out DIR"),
-        (
-            "eval",
-            ("--suite", "{data}", "--out", "{out}"),
-            False,
-            "eval {model} --adapter DIR --suite {data} --out FILE",
-        ),
-        ("eval", ("--suite", "{data}", "--out", "{out}"), True, "generate {model} --adapter {adapter} --prompt '…'"),
-        ("edit", ("builtin", *EDIT, "--out", "{out}"), False, "generate {model} --adapter {out}/adapter --prompt '…'"),
-        (
-            "edit",
-            ("builtin", *EDIT, "--mode", "single", "--out", "{out}"),
-            False,
-            "edit {model} builtin --method lora --out DIR",
-        ),
+        ("generate", ("--prompt", "Why?", "--tokens", 2), "chat {model}"),
+        ("generate", ("--prompt", "Why?", "--tokens", 2, *ADAPTED), "drift {model} --adapter {adapter}"),
+        ("eval", SCORED, "eval {model} --adapter DIR --suite {data} --out FILE"),
+        ("eval", (*SCORED, *ADAPTED), "generate {model} --adapter {adapter} --prompt '…'"),
+        ("edit", EDITED, "generate {model} --adapter {out}/adapter --prompt '…'"),
+        ("edit", (*EDITED, "--mode", "single"), "edit {model} builtin --method lora --out DIR"),
     ],
 )
-def test_the_last_line_is_the_next_command(
-    tiny_model_dir, adapter, tmp_path, capsys, name, options, adapted, next_command
-):
+def test_the_last_line_is_the_next_command(tiny_model_dir, adapter, tmp_path, capsys, name, options, next_command):
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Why?", "completion": " So."}])
     places = {"model": tiny_model_dir, "adapter": adapter, "data": data, "out": tmp_path / "out"}
-    given = [str(option).format(**places) for option in options] + ["--adapter", adapter] * adapted
-    code, said, err = run(capsys, name, tiny_model_dir, *given)
+    code, said, err = run(capsys, name, tiny_model_dir, *(str(option).format(**places) for option in options))
     assert code == 0, err
     assert said.splitlines()[-1].partition("   (")[0] == f"next: hiplora {next_command.format(**places)}"
-
-
-@pytest.mark.parametrize("device", ["cuda:7", "nonsense"])
-def test_a_device_that_is_not_there_is_named(tiny_model_dir, adapter, capsys, device):
-    code, _, err = run(capsys, "drift", tiny_model_dir, "--adapter", adapter, "--device", device)
-    assert code == 2
-    assert f"--device {device}: not available here" in err

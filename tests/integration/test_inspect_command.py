@@ -47,10 +47,3 @@ def test_html_writes_a_page_that_asks_for_nothing_and_keeps_one_that_exists(adap
 def test_rounding_is_no_change_of_a_singular_value(adapters, tmp_path, capsys):
     assert run(capsys, "inspect", adapters["proj"], "--html", tmp_path / "page.html")[0] == 0
     assert "data:image" not in (tmp_path / "page.html").read_text()
-
-
-def test_a_folder_without_an_adapter_and_a_bad_rank_are_wrong_usage(adapter, tmp_path, capsys):
-    code, out, err = run(capsys, "inspect", tmp_path)
-    assert (code, out, "Traceback" in err) == (2, "", False)
-    assert "no adapter_config.json" in err
-    assert run(capsys, "inspect", adapter, "--rank", 0)[0] == 2

@@ -7,7 +7,6 @@ import pytest
 from typer.testing import CliRunner
 
 from hiplora.cli.main import app
-from tests.commands import run as command
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
 
 WORDS = ["rain", "stone", "river", "lamp", "cloud", "bread", "north", "seven"]
@@ -128,24 +127,3 @@ def test_a_merge_comes_with_its_report(place, tmp_path):
     assert "added up" in drift["verdict"]
     assert drift["verdict"][:40] in said
     assert page.read_text().lower().startswith("<!doctype html>")
-
-
-@pytest.mark.parametrize(
-    ("out", "options", "said"),
-    [
-        ("base", ["--overwrite"], "replacing it would delete"),
-        ("data", ["--overwrite"], "replacing it would delete"),
-        ("new", ["--set", "density=2"], "has no option 'density'"),
-        ("new", ["--method", "ties", "--set", "density=2"], "density is 2"),
-        ("new", ["--weights", "1"], "1 given for 2 adapters"),
-        ("new", ["--sizes", "5"], "5 of 2 adapters"),
-        ("new", ["--sizes", "two"], "whole numbers"),
-    ],
-)
-def test_wrong_input_is_refused_and_nothing_written_or_deleted(place, capsys, out, options, said):
-    before = sorted(place.rglob("*"))
-    given = [*owned(place), "--suite", "mmlu,scienceqa", "--data", place / "data", "--out", place / out]
-    code, printed, error = command(capsys, "merge-check", *given, *options)
-    assert (code, printed) == (2, "")
-    assert said in error
-    assert sorted(place.rglob("*")) == before

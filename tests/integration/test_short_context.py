@@ -55,8 +55,12 @@ def commands(model, rows, out):
 def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsys):
     code, said, err = run(capsys, *commands(model, rows, tmp_path / "out")[name], "--json")
     assert code == 0, err
+    record = json.loads(said)
     if name == "preview":
-        assert json.loads(said)["data"]["tokens"] <= CONTEXT * json.loads(said)["data"]["sequences"]
+        assert record["data"]["tokens"] <= CONTEXT * record["data"]["sequences"]
+    if name == "compare":
+        assert "2 methods, 1 steps" in err
+        assert record == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_only_the_prompts_that_need_it_are_cut_short(model):

@@ -37,23 +37,6 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_plan_run_status_report(small, tmp_path, capsys):
-    out = tmp_path / "study"
-    code, told, _ = run(capsys, "study", "plan", small, "--out", out, "--json")
-    plan = json.loads(told)
-    assert (code, plan["kind"], plan["jobs"], plan["left"]) == (0, "study", 5, 5)
-    code, told, err = run(capsys, "study", "run", small, "--out", out, "--verbose")
-    assert (code, "5 of 5 jobs are done" in told, "5/5" in err) == (0, True, True)
-    code, told, _ = run(capsys, "study", "status", small, "--out", out, "--json")
-    assert json.loads(told)["left"] == 0
-    assert run(capsys, "study", "report", small, "--out", out)[0] == 0
-    assert (out / "report" / "report.html").is_file()
-    assert list((out / "report" / "tables").glob("single-task*.md"))
-    code, told, err = run(capsys, "study", "run", small, "--out", out, "--verbose")
-    assert (code, err) == (0, "")
-
-
-@pytest.mark.slow
 def test_a_failed_job_is_named_with_its_reason_and_the_others_are_done(small, tmp_path, capsys):
     out = tmp_path / "study"
     code, told, _ = run(capsys, "study", "run", small, "--out", out, "--set", BAD, "--json")
@@ -64,28 +47,6 @@ def test_a_failed_job_is_named_with_its_reason_and_the_others_are_done(small, tm
     assert found["left"] == 2
     _, _, err = run(capsys, "study", "status", small, "--out", out, "--set", BAD)
     assert "failed: train LoRA on knowledge, seed 42" in err
-
-
-def test_a_recipe_with_mistakes_names_them(tmp_path, capsys):
-    path = tmp_path / "wrong.yaml"
-    path.write_text("study: x\nmodel: pico\nsteps: 3\n")
-    code, _, err = run(capsys, "study", "plan", path)
-    assert code == 2
-    assert "steps: unknown field" in err
-    assert "domains: is missing" in err
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--address", "127.0.0.1:1"), "add --executor ray"),
-        (("--gpus-per-job", 1), "add --executor ray"),
-        (("--reuse", __file__), f"--reuse {__file__}: cannot be read"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(small, tmp_path, capsys, options, said):
-    code, _, err = run(capsys, "study", "run", small, "--out", tmp_path / "out", *options)
-    assert (code, said in err) == (2, True)
 
 
 @pytest.mark.slow

@@ -64,6 +64,9 @@ def test_the_whole_study_has_the_golden_numbers_and_is_continued_elsewhere(tmp_p
     told = json.loads(done.stdout)
     assert (told["left"], told["failed"], told["missing_files"]) == (0, {}, [])
     assert set(told["kinds"]) == KINDS
+    for name in ("status", "plan"):
+        code, out, _ = run(capsys, "study", name, "pico", "--out", tmp_path / "study", "--json")
+        assert (code, json.loads(out)["left"]) == (0, 0)
     code, out, _ = run(capsys, "study", "report", "pico", "--out", tmp_path / "study", "--json")
     assert (code, set(json.loads(out)["sections"].values())) == (0, {0})
     differences = check("pico", of_report(tmp_path / "study" / "report"))

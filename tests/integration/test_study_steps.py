@@ -12,16 +12,7 @@ from hiplora.study.jobs import KINDS, Job
 from hiplora.study.pico import PICO_DATA
 
 pytestmark = pytest.mark.slow
-
-DRIFT = {"texts": {"prose": "wikitext2_raw_valid.jsonl"}, "tokens": 64, "window": 64}
 LORA = {"name": "lora", "r": 4, "lora_alpha": 8}
-ALPHAEDIT = {"calibration_tokens": 300, "value_steps": 3, "prefixes": 1, "prefix_tokens": 3, "ridge": 1e-3}
-METHODS = {
-    "pissa": {"r": 4, "lora_alpha": 4},
-    "hiplora": {"r": 4, "principal_rank": 4, "calibration_tokens": 300},
-    "alphaedit": {**ALPHAEDIT, "threshold": 0.4},
-    "crispedit": {"calibration_tokens": 300},
-}
 
 
 @pytest.fixture(scope="module")
@@ -65,33 +56,6 @@ def recipe(method, lr=1e-2, steps=3):
     }
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-def test_an_edit_job_measures_each_edit_and_the_drift(context, method):
-    trained = {} if method == "alphaedit" else {"steps": 3, "lr": 1e-2}
-    asked = {"method": {"name": method, **METHODS[method]}, "edits": "counterfact.jsonl", "limit": 4, "mode": "batch"}
-    asked |= {"questions": 5, "neighbours": True, "drift": DRIFT, "seed": 7, **trained}
-    result = found(context, job("edit", asked))["result"]
-    (stage,) = result["stages"]
-    records, before = stage["records"], result["before"]
-    assert records["index"] == [0, 1, 2, 3]
-    assert records["log_prob_new"] != before["log_prob_new"]
-    assert result["summary"]["after"]["all"]["success"] == pytest.approx(25 * sum(records["success"]))
-    assert all(len(kept) > 1 for kept in records["neighbours_kept"])
-    assert result["drift"]["prose"]["kl"] > 0
-    assert {len(column) for column in result["questions"].values()} == {5}
-    assert "seconds" not in json.dumps(result)
-
-
-def test_a_probe_measures_every_direction(context):
-    settings = {"modules": ["q_proj", "v_proj"], "layers": [1], "directions": 3, "kinds": ["zero", "noise_0.1"]}
-    settings |= {"choice": "log", "basis": "weight", "draws": 2, "texts": DRIFT["texts"], "tokens": 64, "seed": 1}
-    result = found(context, job("probe", settings))["result"]
-    assert result["modules"] == [f"model.layers.1.self_attn.{name}_proj" for name in "qv"]
-    kinds = [record["kind"] for record in result["records"]]
-    assert {kind: kinds.count(kind) for kind in kinds} == {"zero": 6, "noise_0.1": 12}
-    assert all(record["drop"]["kl"] > 0 for record in result["records"] if record["kind"] == "zero")
-
-
 @pytest.mark.parametrize("basis", ["weight", "activation"])
 def test_factors_are_computed_once_and_found_by_the_training_after(context, basis, monkeypatch, tmp_path):
     monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path / "cache"))
@@ -115,31 +79,10 @@ def test_factors_are_computed_once_and_found_by_the_training_after(context, basi
     assert entries() == kept
 
 
-def test_an_adapter_is_scored_merged_and_inspected(context):
-    projected = {"name": "proj_lora", "preset": "paper", "principal_rank": 8, "r": 4}
-    adapters = {name: job("train", {"recipe": recipe(m)}) for name, m in (("a", LORA), ("b", projected))}
-    for one in adapters.values():
-        assert found(context, one)["result"]["held_out_after"] > 0
-    scoring = {"tasks": {"mmlu": 4}, "seed": 0, "drift": DRIFT}
-    bare = found(context, job("evaluate", scoring))["result"]
-    alone = found(context, job("evaluate", scoring, adapter=adapters["a"]))["result"]
-    merged = found(context, job("merge", {**scoring, "rule": "addition", "options": {}}, **adapters))["result"]
-    assert bare["drift"] is None
-    assert min(alone["drift"]["prose"]["kl"], merged["drift"]["prose"]["kl"]) > 0
-    likelihoods = [one["tasks"]["mmlu"]["likelihood"] for one in (bare, alone, merged)]
-    assert [len(values) for values in likelihoods] == [4, 4, 4]
-    assert likelihoods[0] != likelihoods[1] != likelihoods[2]
-    inspections = [job("inspect", {"rank": 8}, adapter=one) for one in adapters.values()]
-    free, inside = (found(context, one)["result"]["energy_inside"] for one in inspections)
-    assert list(free) == ["all", "k_proj", "o_proj", "q_proj", "v_proj"]
-    assert inside["all"] < 1e-6 < free["all"] < 1
-
-
 def test_speed_is_measured_in_a_process_of_its_own(context):
     assert KINDS["speed"].alone
     record = found(context, job("speed", {"recipe": recipe(LORA), "warmup": 2, "steps": 4}))
     assert record["result"]["parameters"] == sum(4 * (m + 64) for m in (64, 32, 32, 64)) * 2
-    assert 0 < record["result"]["tokens"] <= 256
     timing = record["timing"]
     assert timing["step_seconds_median"] > 0
     assert math.isfinite(timing["tokens_per_second"])

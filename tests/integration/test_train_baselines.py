@@ -1,7 +1,6 @@
 """AdaLoRA: PEFT's own method, trained as PEFT would."""
 
 import functools
-import json
 
 import peft
 import pytest
@@ -20,15 +19,6 @@ SETTINGS = {"gradient_accumulation": 1, "max_length": 96, "log_every": 1}
 def recipe(tiny_model_dir, tmp_path_factory):
     path = small_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 24)
     return functools.partial(small_recipe, tiny_model_dir, path, **SETTINGS)
-
-
-def test_the_ranks_are_pruned_to_r_on_average(recipe, tmp_path):
-    adapter = train(recipe(METHOD), tmp_path / "out").adapter
-    ranks = [value.shape[0] for name, value in tensors(adapter).items() if "lora_A" in name]
-    assert sum(ranks) == 2 * len(ranks)
-    assert len(set(ranks)) > 1
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert (config["init_r"], config["target_r"], config["total_step"]) == (6, 2, 8)
 
 
 def test_the_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir):
@@ -64,3 +54,6 @@ def test_the_steps_are_those_of_pefts_own_loop(recipe, tmp_path, tiny_model_dir)
     expected = peft.get_peft_model_state_dict(model)
     for name, value in tensors(result.adapter).items():
         torch.testing.assert_close(value, expected[name].detach(), atol=2e-4, rtol=2e-3)
+    ranks = [len(value) for name, value in expected.items() if "lora_A" in name]
+    assert sum(ranks) == 2 * len(ranks)
+    assert len(set(ranks)) > 1

@@ -50,7 +50,15 @@ def assert_same(found, expected, tolerance=1e-4):
     assert off < tolerance, f"off by {off:.1e} of the largest logit"
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: re.sub(r"\W+", "-", case.name))
+# Of the same kinds of blocks as another case.
+ALIKE = {"Qwen2", "OLMo 2", "StableLM", "StarCoder2", "GPT-BigCode", "Gemma 2", "Qwen3-MoE", "RoBERTa", "LLaVA"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=[pytest.mark.slow] if case.name in ALIKE else []) for case in CASES],
+    ids=[re.sub(r"\W+", "-", case.name) for case in CASES],
+)
 def case(request):
     return request.param
 

@@ -60,13 +60,7 @@ def write(root, files):
 @pytest.mark.parametrize(
     ("check", "text", "others", "found"),
     [
-        (
-            docs.check_names,
-            "`hiplora.spectral.retract` `hiplora.spectral.detract(A)`",
-            {},
-            "`hiplora.spectral.detract`",
-        ),
-        (docs.check_names, "`hiplora.nowhere.x`", {}, "`hiplora.nowhere.x`"),
+        (docs.check_names, "`hiplora.tuner.retract_` `hiplora.tuner.no(A)`", {}, "`hiplora.tuner.no`"),
         (docs.check_names, ".. currentmodule:: hiplora.spectral\n\n.. autoclass:: No\n", {}, "`hiplora.spectral.No`"),
         (docs.check_names, ".. currentmodule:: hiplora.spectral\n\n.. autofunction:: retract\n", {}, ""),
         (docs.check_links, "[a](docs/y.md#the-first-x-heading) [b](no.md) [c](https://x.org)", PAGE, "no.md"),

@@ -188,10 +188,10 @@ def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
-DAMAGE = [{"num_hidden_layers": 3}, {"hidden_size": {}}, {"head_dim": -1}, {"vocab_size": 10}, {"dtype": "x"}, None]
+DAMAGE = [{"num_hidden_layers": 3}, {"hidden_size": {}}, {"head_dim": -1}, {"dtype": "x"}, {"mlp_bias": None}, None]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGE, {"mlp_bias": None}, {"rope_parameters": {"rope_type": "x"}}], ids=str)
+@pytest.mark.parametrize("damage", DAMAGE, ids=str)
 def test_a_damaged_folder_is_refused_in_a_line(damage, tiny_model_dir, tmp_path):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     config, weights = folder / "config.json", folder / "model.safetensors"

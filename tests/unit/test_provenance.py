@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import pytest
 
 from hiplora import __version__
 from hiplora import provenance as module
-from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
+from hiplora.provenance import folder_identity, provenance
 
 
 @pytest.fixture
@@ -25,10 +24,7 @@ def package(tmp_path, monkeypatch):
 def test_it_names_versions_and_machine_and_what_the_caller_adds_but_nothing_of_the_user():
     record = provenance(seed=3)
     assert record["libraries"]["hiplora"] == __version__
-    assert record["libraries"]["torch"]
-    assert record["machine"]["cores"] == os.cpu_count()
-    assert record["machine"]["processor"]
-    assert record["seed"] == 3
+    assert (record["machine"]["cores"], record["seed"]) == (os.cpu_count(), 3)
     assert set(record) == {"time", "commit", "libraries", "python", "machine", "seed"}
     assert set(record["machine"]) == {"system", "processor", "cores"}
     json.dumps(record)
@@ -48,17 +44,6 @@ def test_it_names_the_commit_and_says_when_files_differ_from_it(package):
         (package / "provenance.py").write_text(text)
         module._commit.cache_clear()
         assert provenance()["commit"] == commit
-
-
-def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
-    data = bytes(range(256)) * 9000
-    (tmp_path / "x").write_bytes(data)
-    assert file_sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
-
-
-def test_the_hash_of_a_json_value_ignores_the_order_of_keys_only():
-    assert json_sha256({"a": 1, "b": [1, 2]}) == json_sha256({"b": [1, 2], "a": 1})
-    assert json_sha256({"a": [1, 2]}) != json_sha256({"a": [2, 1]})
 
 
 def test_a_copy_of_a_folder_is_the_same_and_a_changed_byte_is_not(tmp_path):

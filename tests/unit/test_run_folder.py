@@ -7,7 +7,7 @@ import pytest
 from hiplora import run_folder
 from hiplora.errors import ConfigError
 from hiplora.files import file_mode
-from hiplora.run_folder import RunFolder, differences
+from hiplora.run_folder import RunFolder
 
 SETTINGS = {"steps": 3, "train": {"lr": 0.1}}
 
@@ -81,14 +81,6 @@ def test_a_damaged_stage_is_not_there(run, text):
         (run.path / "stages" / "one.json").write_text(text)
         assert [run.stage("one", lambda n=n: {"n": n}) for n in (3, 4)] == [{"n": 3}] * 2
         run.stage("two", lambda: {"n": 1 / 0})
-
-
-def test_differences_name_what_is_missing_on_either_side():
-    assert differences({"a": 1, "b": {"c": 2}}, {"b": {"c": 3}, "d": 4}) == [
-        "a: 1 there, None here",
-        "b.c: 2 there, 3 here",
-        "d: None there, 4 here",
-    ]
 
 
 def test_a_start_that_fails_leaves_the_finished_run_that_it_was_to_replace(run):

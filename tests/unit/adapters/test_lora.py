@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
 
 from hiplora.adapters import AdapterUpdate, lora, read_update, save_as_lora, save_dense
 from hiplora.errors import AdapterError, ConfigError
@@ -176,40 +176,34 @@ def test_a_prefix_renames_the_modules_for_servers_of_multimodal_checkpoints(adap
     assert all(name.startswith("model.language_model.") for name in config_of(tmp_path / "out")["target_modules"])
 
 
-def test_experts_beside_layers_are_exported_for_stock_peft_padded_too(tmp_path):
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 259}
-    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    settings |= {"shared_expert_intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, **experts}
-    base = tmp_path / "moe"
-    Qwen2MoeForCausalLM(Qwen2MoeConfig(**settings)).save_pretrained(base)
-    targets = ["down_proj", "gate_up_proj", "q_proj"]
-    config = hip_config(r=2, principal_rank=2, target_modules=targets, rank_pattern={"experts.down_proj.1": 5})
-    folder, model = saved(base, tmp_path / "a", config)
-    for pad in (None, 9):
-        out = tmp_path / f"out{pad}"
-        assert save_as_lora(folder, out, pad_rank=pad)["logit_difference"] < 1e-4
-        stock = logits_of_stock_process(base, out, tmp_path)
-        torch.testing.assert_close(stock, logits(model), rtol=1e-4, atol=1e-5)
+SIZES = {"hidden_size": 32, "vocab_size": 259, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+SIZES |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 64}
+SHARED = Qwen2MoeConfig(**SIZES, num_hidden_layers=1, num_experts=3, shared_expert_intermediate_size=16)
+# PEFT would take the first layer, which is dense, for experts: it is exported by its weight's name.
+DENSE_FIRST = Qwen3MoeConfig(**SIZES, num_hidden_layers=2, num_experts=2, mlp_only_layers=[0])
+OF_FIRST = {"rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"0.mlp.down_proj": 1}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "patterns"),
+    [
+        (SHARED, ["down_proj", "gate_up_proj", "q_proj"], {"rank_pattern": {"experts.down_proj.1": 5}}),
+        (DENSE_FIRST, ["down_proj"], OF_FIRST),
+        (DENSE_FIRST, ["down_proj", "gate_up_proj", "gate_proj", "up_proj", "q_proj"], OF_FIRST),
+    ],
+    ids=["beside a shared one", "one projection", "all"],
+)
+def test_experts_are_exported_for_stock_peft_padded_too(tmp_path, kind, targets, patterns):
+    base, out = tmp_path / "moe", tmp_path / "out"
+    AutoModelForCausalLM.from_config(kind).save_pretrained(base)
+    folder, model = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=targets, **patterns))
+    for source, pad in ((folder, None), (folder, 9), (model, None)):
+        save_as_lora(source, out, pad_rank=pad, overwrite=True)
+        stock = PeftModel.from_pretrained(base_model(base), out).eval()
+        torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
+        save_as_lora(out, tmp_path / "again", overwrite=True)  # its record compares logits
     save_dense(folder, tmp_path / "dense")
     torch.testing.assert_close(logits(base_model(tmp_path / "dense")), logits(model), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("targets", [["down_proj"], ["down_proj", "gate_up_proj", "gate_proj", "up_proj", "q_proj"]])
-def test_layers_that_peft_would_take_for_experts_are_exported_by_their_weights_names(tmp_path, targets):
-    settings = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 259, "num_attention_heads": 2, "head_dim": 16}
-    settings |= {"num_key_value_heads": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
-    base = tmp_path / "moe"
-    mixed = Qwen3MoeConfig(**settings, intermediate_size=64, mlp_only_layers=[0])
-    Qwen3MoeForCausalLM(mixed).save_pretrained(base)
-    patterns = {"rank_pattern": {"0.mlp.down_proj": 5}, "alpha_pattern": {"0.mlp.down_proj": 1}}
-    folder, model = saved(base, tmp_path / "a", hip_config(r=2, principal_rank=2, target_modules=targets, **patterns))
-    for source in (folder, model):
-        for pad in (None, 9):
-            out = tmp_path / f"{source is model}{pad}"
-            save_as_lora(source, out, pad_rank=pad)
-            stock = logits_of_stock_process(base, out, tmp_path)
-            torch.testing.assert_close(stock, logits(model), rtol=1e-4, atol=1e-5)
-            save_as_lora(out, tmp_path / "again", overwrite=True)  # its record compares logits
 
 
 def test_some_experts_of_a_projection_alone_have_no_plain_lora(tmp_path):

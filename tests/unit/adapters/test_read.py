@@ -131,82 +131,60 @@ def test_an_osf_adapter_is_read_as_the_change_of_its_weights(tiny_model_dir, tmp
         assert_is(update, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [MixtralConfig, GptOssConfig], ids=["output first", "input first"])
-@pytest.mark.parametrize("parameters", [["experts.gate_up_proj", "experts.down_proj"], ["down_proj"]])
-def test_a_lora_of_experts_is_read_as_the_updates_of_each(tmp_path, kind, parameters):
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48}
-    base = AutoModelForCausalLM.from_config(
-        kind(vocab_size=259, hidden_size=32, num_hidden_layers=2, **heads, **experts)
-    )
-    base.save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters, rank_pattern={"down_proj": 3})
-    folder, model = saved(tmp_path / "base", tmp_path / "a", config)
-    for update in (read_update(folder), update_from_model(model)):
-        assert len(update.factors) == 2 * (1 + 3 * len(parameters))
-        assert update.ranks["model.layers.0.mlp.experts.down_proj.2"] == 3
-        bare = base_model(tmp_path / "base")
-        with added(bare, update):
-            torch.testing.assert_close(logits(bare), logits(model), rtol=1e-4, atol=1e-5)
-        assert (logits(bare) - logits(model)).abs().max() > 1e-3
-    save_as_lora(folder, tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(base_model(tmp_path / "base"), str(tmp_path / "again"))
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
-    edit_config(folder, target_parameters=["gate_up_proj"] * len(parameters))
-    refused(folder, r"experts(: its tensors are not those|.gate_up_proj: A .* are not factors)")
+# PEFT matches these patterns with the parameter's name: those of the module's are without effect.
+NAMES = ["gate", "router", "k_proj", "o_proj", "embed_tokens"]
+OWN = {
+    "rank_pattern": {**{f"{name}.weight": 3 for name in NAMES}, **dict.fromkeys(NAMES, 5), "down_proj": 3},
+    "alpha_pattern": {**{f"{name}.weight": 24 for name in NAMES}, **dict.fromkeys(NAMES, 40)},
+}
 
 
 @pytest.mark.parametrize(
-    ("kind", "targets"),
+    ("kind", "modules", "parameters", "count"),
     [
-        (MixtralConfig, {"target_modules": "all-linear"}),  # which PEFT takes for the experts and the router too
-        (GptOssConfig, {"target_modules": [], "target_parameters": ["router.weight", "down_proj", "k_proj.weight"]}),
-        (GptOssConfig, {"target_modules": [], "target_parameters": ["embed_tokens.weight", "o_proj.weight"]}),
+        (MixtralConfig, ["q_proj"], ["down_proj"], 2 * (1 + 3)),  # weights that lie output first
+        (GptOssConfig, ["q_proj"], ["experts.gate_up_proj", "experts.down_proj"], 2 * (1 + 6)),  # input first
+        (MixtralConfig, "all-linear", None, 2 * (4 + 1 + 6)),  # which PEFT takes for the experts and the router too
+        (GptOssConfig, [], ["router.weight", "down_proj", "k_proj.weight"], 2 * (1 + 3 + 1)),
+        (GptOssConfig, [], ["embed_tokens.weight", "o_proj.weight"], 1 + 2),
     ],
 )
-def test_weights_that_a_lora_adapts_as_parameters_are_read_with_their_own_patterns(tmp_path, kind, targets):
+def test_a_lora_of_experts_and_of_parameters_is_read_as_the_updates_of_each(
+    tmp_path, kind, modules, parameters, count
+):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
     experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48}
     sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
-    AutoModelForCausalLM.from_config(kind(**sizes, **heads, **experts)).save_pretrained(tmp_path / "base")
-    # PEFT matches these patterns with the parameter's name: those of the module's are without effect.
-    names = ["gate", "router", "k_proj", "o_proj", "embed_tokens"]
-    patterns = {
-        "rank_pattern": {**{f"{name}.weight": 3 for name in names}, **dict.fromkeys(names, 5)},
-        "alpha_pattern": {**{f"{name}.weight": 24 for name in names}, **dict.fromkeys(names, 40)},
-    }
-    config = LoraConfig(r=2, lora_alpha=4, **targets, **patterns)
-    folder, model = saved(tmp_path / "base", tmp_path / "a", config)
-    for number, source in enumerate((folder, model)):
-        bare, update = base_model(tmp_path / "base"), read_update(folder) if number == 0 else update_from_model(model)
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_config(kind(**sizes, **heads, **experts)).save_pretrained(base)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=modules, target_parameters=parameters, **OWN)
+    folder, model = saved(base, tmp_path / "a", config)
+    for source, update in ((folder, read_update(folder)), (model, update_from_model(model))):
+        assert len(update.modules) == count
+        assert {rank for name, rank in update.ranks.items() if "down_proj" in name} <= {3}
+        bare = base_model(base)
         with added(bare, update):
             torch.testing.assert_close(logits(bare), logits(model), rtol=1e-4, atol=1e-5)
-        assert torch.equal(logits(bare), logits(base_model(tmp_path / "base")))
-        save_dense(source, tmp_path / f"dense{number}")
-        found = base_model(tmp_path / f"dense{number}")
-        torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-5)
-        save_as_lora(source, tmp_path / f"again{number}")
-        again = peft.PeftModel.from_pretrained(base_model(tmp_path / "base"), str(tmp_path / f"again{number}"))
-        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
+        assert torch.equal(logits(bare), logits(base_model(base)))
+        assert (logits(bare) - logits(model)).abs().max() > 1e-3
+        save_dense(source, tmp_path / "dense", overwrite=True)
+        save_as_lora(source, tmp_path / "again", overwrite=True)
+        again = peft.PeftModel.from_pretrained(base_model(base), str(tmp_path / "again"))
+        for found in (base_model(tmp_path / "dense"), again):
+            torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-5)
+    if parameters and "experts" in parameters[0]:
+        edit_config(folder, target_parameters=["gate_up_proj"] * 2)
+        refused(folder, r"experts(: its tensors are not those|.gate_up_proj: A .* are not factors)")
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "target", "reason"),
-    [
-        ("jetmoe", {"kv_channels": 16, "num_local_experts": 2}, "input_linear.weight", "merge it with PEFT"),
-        ("llama4_text", {"num_local_experts": 2, "head_dim": 16}, "experts.down_proj", "merge it with PEFT"),
-    ],
-)
-def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(
-    tmp_path, kind, settings, target, reason
-):
+def test_experts_of_kinds_that_are_not_taken_apart_are_refused_with_the_way_out(tmp_path):
     sizes = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=2, num_key_value_heads=2, **settings)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16}
+    config = AutoConfig.for_model("llama4_text", **sizes, **heads)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    folder, _ = saved(
-        tmp_path / "base", tmp_path / "a", LoraConfig(r=2, target_modules=[], target_parameters=[target])
-    )
-    with pytest.raises(AdapterError, match=reason):
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    folder, _ = saved(tmp_path / "base", tmp_path / "a", config)
+    with pytest.raises(AdapterError, match="merge it with PEFT"):
         save_dense(folder, tmp_path / "dense")
     # As transformers 4 named them.
     A, B = torch.randn(2, 32), torch.randn(48, 2)
@@ -235,9 +213,7 @@ def test_what_is_not_a_plain_update_is_refused_and_named(tiny_model_dir, tmp_pat
 @pytest.mark.parametrize(
     ("kind", "renamed"),
     [
-        ("lora", lambda name: name.replace(".model.layers", "._orig_mod.model.layers")),
         ("lora", lambda name: "module." + name.replace(".self_attn.", "._fsdp_wrapped_module.self_attn.")),
-        ("one", lambda name: name.replace(".layers.", ".layers._checkpoint_wrapped_module.")),
         ("adalora", lambda name: f"{name}.default"),
     ],
 )

@@ -13,6 +13,7 @@ TALK = [
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello"},
 ]
+WARM = "Which is warm?\nA. ice\nB. tea\nC. snow\nAnswer:"
 CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea", "snow"], "answer": 1}
 SUM = {"question": "What is 2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 1,005"}
 METAMATH = {"query": "What is 2 + 3?", "response": "2 + 3 = 5.\nThe answer is: 5"}  # fields as on the hub
@@ -36,17 +37,11 @@ def examples(tmp_path, *rows, **options):
         (SUM, None, Example(instruction_prompt(SUM["question"]), SUM["answer"])),
         (SUM, "direct", Example("Question: What is 2 + 3?\nAnswer:", " 1005")),
         (SUM, "step_by_step", Example(STEPS, SUM["answer"])),
-        (METAMATH, None, Example(instruction_prompt(METAMATH["query"]), METAMATH["response"])),
         (METAMATH, "step_by_step", Example(STEPS, METAMATH["response"])),
-        ({**SUM, "context": "Add."}, None, Example(instruction_prompt(SUM["question"], "Add."), SUM["answer"])),
         ({**SUM, "context": "Add."}, "direct", Example("Question: Add.\n\nWhat is 2 + 3?\nAnswer:", " 1005")),
         ({**METAMATH, "context": "Add."}, "verbatim", Example("What is 2 + 3?\n\nAdd.", METAMATH["response"])),
-        (
-            {**CHOICE, "context": "Drinks."},
-            None,
-            Example("Question: Drinks.\n\nWhich is warm?\nA. ice\nB. tea\nC. snow\nAnswer:", " B"),
-        ),
-        (CHOICE, None, Example("Question: Which is warm?\nA. ice\nB. tea\nC. snow\nAnswer:", " B")),
+        ({**CHOICE, "context": "Drinks."}, None, Example(f"Question: Drinks.\n\n{WARM}", " B")),
+        (CHOICE, None, Example(f"Question: {WARM}", " B")),
     ],
 )
 def test_a_row_becomes_a_prompt_and_a_response(tmp_path, row, template, expected):
@@ -114,6 +109,8 @@ def test_long_rows_are_left_out_before_they_are_counted(tmp_path):
     assert (data.sources["train"]["rows"], data.sources["train"]["too_long"]) == (2, 1)
     with pytest.raises(DataError, match="all 4 rows have more than 3 characters"):
         load_data(DataSettings(path=path, max_characters=3))
+    with pytest.raises(DataError, match="leaves none to train on"):
+        load_data(DataSettings(path=write_jsonl(path, rows[:1]), held_out_fraction=0.5))
 
 
 def test_prompts_are_learned_on_demand_and_never_those_of_conversations(tmp_path):
@@ -140,12 +137,6 @@ def test_with_a_chat_template_learned_prompts_are_refused_too_and_mixed_files_ha
     assert {source["sha256"] for source in data.sources.values()} == {file_sha256(f) for f in (main, pairs, texts)}
 
 
-def test_holding_everything_out_is_an_error(tmp_path):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "only"}])
-    with pytest.raises(DataError, match="leaves none to train on"):
-        load_data(DataSettings(path=path, held_out_fraction=0.5))
-
-
 def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monkeypatch):
     """Rows by the fields that the hub documents for ScienceQA."""
     import datasets
@@ -164,11 +155,6 @@ def test_a_hub_data_set_is_read_like_a_file_with_hints_and_without_pictures(monk
     assert "Look at the steam.\nWhich is warm?" in data.train[1].prompt
     assert "steam" not in data.train[0].prompt
     assert len(data.train) == 2
-
-
-def test_a_hub_data_set_that_cannot_be_loaded_is_named():
-    with pytest.raises(DataError, match="nobody/nothing: no such file, and no data set"):
-        load_data(DataSettings(hub="nobody/nothing"))
 
 
 def test_other_files_are_mixed_in_by_weight_and_copies_of_held_out_rows_are_not_trained_on(numbers, tmp_path):

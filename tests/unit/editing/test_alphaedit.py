@@ -2,10 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
 
-from hiplora.adapters import read_update
-from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits, run_edits
+from hiplora.editing import AlphaEdit, AlphaEditor, evaluate_edits
 from hiplora.editing.alphaedit import (
     locate,
     null_space,
@@ -17,7 +15,7 @@ from hiplora.editing.editors import default_layers
 from hiplora.errors import ConfigError, DataError, FactorError
 from hiplora.spectral import SecondMoment
 from hiplora.tuner import input_bases
-from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, lively
 
 SETTINGS = AlphaEdit(threshold=0.02, ridge=1e-3, calibration_tokens=400, value_steps=12, prefixes=2, prefix_tokens=3)
@@ -116,19 +114,3 @@ def test_editing_brings_the_values_to_their_targets_and_the_new_answers_up():
     (P,) = editor._projectors.values()
     assert torch.allclose(update @ P, update, atol=1e-3 * update.abs().max())
     editor.close()
-
-
-def test_the_update_is_written_as_an_adapter_that_stock_peft_loads(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    model, tokenizer = tiny_llama(), tiny_tokenizer()
-    ids = torch.tensor([tokenizer("Thing 0 is")["input_ids"]])
-    logits = []
-
-    def save(number, editor):
-        editor.save(tmp_path / "adapter", str(base))
-        logits.append(editor.model(ids).logits.detach())
-
-    run_edits(model, tokenizer, SETTINGS, EDITS, groups=[[0, 1, 2], [3, 4, 5]], sequential=True, on_edited=save)
-    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
-    assert torch.allclose(loaded(ids).logits, logits[-1], atol=1e-4)
-    assert max(read_update(tmp_path / "adapter").ranks.values()) <= len(EDITS)

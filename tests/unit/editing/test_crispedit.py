@@ -1,12 +1,11 @@
 import pytest
 import torch
-from peft import PeftModel
 
-from hiplora.editing import CrispEdit, CrispEditor, EditTraining, evaluate_edits, run_edits
+from hiplora.editing import CrispEdit, CrispEditor, EditTraining, evaluate_edits
 from hiplora.editing.crispedit import protected_pairs
 from hiplora.errors import ConfigError
 from hiplora.spectral import MomentBasis
-from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 from tests.unit.editing.samples import EDITS, lively
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -46,22 +45,6 @@ def test_editing_brings_the_new_answers_up_off_the_protected_pairs_and_is_taken_
     editor.close()
     assert all(torch.equal(values, base[name]) for name, values in model.state_dict().items())
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in lively().named_parameters()]
-
-
-def test_the_update_is_written_as_an_adapter_that_stock_peft_loads(tmp_path):
-    base = save_tiny(tmp_path / "base")
-    ids = torch.tensor([tiny_tokenizer()("Thing 0 is")["input_ids"]])
-    logits = []
-
-    def save(number, editor):
-        editor.save(tmp_path / "adapter", str(base))
-        logits.append(editor.model(ids).logits.detach())
-
-    groups = {"groups": [[0, 1, 2], [3, 4, 5]], "sequential": True, "on_edited": save}
-    run_edits(tiny_llama(), tiny_tokenizer(), SETTINGS, EDITS, TRAINING, **groups)
-    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "adapter"))
-    assert torch.allclose(loaded(ids).logits, logits[-1], atol=1e-4)
-    assert not torch.allclose(tiny_llama()(ids).logits, logits[-1], atol=1e-2)
 
 
 def test_a_model_without_such_layers_is_refused():

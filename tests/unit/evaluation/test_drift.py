@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, DataError
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.drift import cut_windows
+from tests.reference import drift as reference_drift
 from tests.tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
 TEXTS = {
@@ -30,20 +30,6 @@ def build(model):
     return BaseReference.build(model, tiny_tokenizer(), TEXTS, window=64, max_tokens=200)
 
 
-def dense_drift(base, model, windows):
-    """The definition, position by position, in float64 with the whole softmax at once."""
-    kl, change, changed, tokens = 0.0, 0.0, 0, 0
-    for ids in windows:
-        p = base(ids[None]).logits[0, :-1].double().log_softmax(-1)
-        q = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
-        for t in range(len(ids) - 1):
-            kl += (p[t].exp() * (p[t] - q[t])).sum().item()
-            change += (p[t] - q[t])[ids[t + 1]].item()
-            changed += bool(p[t].argmax() != q[t].argmax())
-            tokens += 1
-    return kl / tokens, math.exp(change / tokens), tokens, changed / tokens
-
-
 @pytest.mark.parametrize("config", [LORA, HIPLORA], ids=["lora", "hiplora"])
 @torch.no_grad()
 def test_drift_agrees_with_its_definition_and_documents_are_read_apart(config):
@@ -53,7 +39,7 @@ def test_drift_agrees_with_its_definition_and_documents_are_read_apart(config):
     other = adapted(tiny_llama(), config).eval()
     assert list(found) == list(TEXTS)
     for name, windows in reference.windows.items():
-        kl, ratio, tokens, changed = dense_drift(tiny_llama(), other, windows)
+        kl, ratio, changed, tokens = reference_drift(tiny_llama(), other, windows)
         assert found[name].kl == pytest.approx(kl, rel=1e-4)
         assert found[name].kl > 1e-4
         assert found[name].perplexity_ratio == pytest.approx(ratio, rel=1e-5)

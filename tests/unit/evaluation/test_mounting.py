@@ -1,5 +1,4 @@
 import json
-import subprocess
 import warnings
 
 import peft
@@ -61,33 +60,23 @@ def edit_config(**changes):
     return damage
 
 
+# What is wrong with the folder itself is in tests/unit/adapters/test_read.py: the reader is the same.
 DAMAGE = [
     (edit_file(lambda name, value: [(name, value[..., :3].contiguous())]), "size mismatch"),
     (edit_file(lambda name, value: [(name, value * float("nan"))]), "values are NaN or Inf"),
-    (edit_file(lambda name, value: [(name, value.to(torch.complex64))]), "is complex"),
-    (
-        edit_file(lambda name, value: [] if "1.self_attn.q_proj.lora_A" in name else [(name, value)]),
-        "missing adapter keys",
-    ),
+    (edit_file(lambda name, value: [] if "1.self_attn.q_proj.lora_A" in name else [(name, value)]), "missing adapter"),
     (
         edit_file(lambda name, value: [(name, value), (name.replace("s.1", "s.7"), value.clone())]),
         "no place for .*s.7",
     ),
-    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"cut"), "damaged or cut off"),
-    (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no peft_type"),
-    (edit_config(r="x"), "r is 'x'"),
-    (edit_config(use_rslora="no"), "use_rslora is 'no'"),
-    (edit_config(exclude_modules="([a-z._0-9]+)+X"), "takes over"),
-    (edit_config(target_modules="["), "no regular expression"),
+    (edit_config(exclude_modules="["), "no regular expression"),
     (edit_config(peft_type="NOPE"), "cannot be put on the model"),
     (edit_config(peft_type="PROMPT_TUNING"), "changes what the model reads"),
 ]
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGE)
-def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_path, monkeypatch, damage, said):
-    started = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda *args, **given: started(*args, **{**given, "timeout": 1}))
+def test_an_adapter_that_is_damaged_or_of_another_model_is_refused_by_name(tmp_path, damage, said):
     damage(lora_folder(tmp_path))
     with pytest.raises(AdapterError, match=f"{tmp_path}.*{said}"), mounted(tiny_llama(), tmp_path):
         pass
@@ -198,17 +187,7 @@ def test_a_chat_prompt_is_the_templates_or_the_words_themselves_and_begins_once(
     assert chat_prompt(tokenizer, asked) == "Why?"
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('no') }}",
-        "{{ a.b }}",
-        "{{ 1 / 0 }}",
-        "{% if %}",
-        "{{ messages.__class__.__mro__ }}",
-        "{{ 1 + '' }}",
-    ],
-)
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{% if %}", "{{ a.__class__.x }}"])
 def test_a_chat_template_that_fails_is_named(template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template

@@ -126,19 +126,15 @@ def test_a_folder_and_a_hub_that_cannot_serve_are_both_named_and_a_package_comes
     ("text", "answer"),
     [
         ("2 + 3 = 5.\nThe answer is: 5", 5.0),
-        ("So x = 5. The answer is 5.", 5.0),
         ("The final answer is: $12.50!\n\nQuestion: next", 12.5),
         ("He pays 1200.\n#### 1200", 1200.0),
         ("The answer is: 1. No, wait. The answer is: 2", 2.0),
         ("The answer is: 50%", 50.0),
         ("The answer is: 20/35", 20 / 35),
         ("The answer is: 1/0", "1/0"),
-        ("The answer is: 1/", "1/"),
-        ("The answer is: 1/2/3", "1/2/3"),
         ("#### 1,200", "1,200"),
         ("The answer is: x + 1", "x + 1"),
         ("It is 5.", None),
-        ("The answer", None),
         ("", None),
     ],
 )
@@ -151,7 +147,6 @@ def test_the_answer_of_a_derivation_is_what_its_last_mark_announces(text, answer
     [
         (scoring.number_match, "$1200.00", 1.0),
         (scoring.number_match, "1201", 0.0),
-        (scoring.number_match, "", 0.0),
         (scoring.stated_match, "600 twice. The answer is: 1,200", 1.0),
         (scoring.stated_match, "The answer is: 6", 0.0),
         (scoring.stated_match, "1,200", 0.0),

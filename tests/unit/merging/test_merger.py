@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from peft.utils import merge_utils
 
 from hiplora.adapters import read_update, save_as_lora
 from hiplora.errors import AdapterError, ConfigError
@@ -60,14 +59,6 @@ def test_every_rule_merges_all_kinds_of_adapters_module_by_module(adapters, meth
     torch.testing.assert_close(delta(update, down), delta(alone, down))
 
 
-def test_weights_and_options_reach_the_rule(adapters):
-    folders = [adapters[name] for name in ("one", "lora", "mlp")]
-    parts = [product(read_update(folder), Q0) for folder in folders[:2]]
-    expected = merge_utils.ties(parts, torch.tensor([1.0, 0.5]), 0.4)
-    found = merge(folders, "ties", (1, 0.5, -1), options={"density": 0.4}).delta(Q0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-
-
 def test_each_module_draws_by_itself():
     rule, terms = RULES["dare"], [lora_term(1)]
     update = DenseMerge("", "merged", {}, {}, terms={"a": terms, "b": terms}, rule=rule, options=rule.options())
@@ -107,14 +98,13 @@ def test_adapters_of_different_base_weights_are_refused(adapters, tmp_path, meth
     foreign, _ = saved(other, tmp_path / "foreign", hip_config())
     renamed = copy(adapters["lora"], tmp_path / "renamed", base_model_name_or_path="somebody/else")
     revised = copy(adapters["mlp"], tmp_path / "revised", revision="v2")
-    whole = r"replaces whole modules \(lm_head\.weight\)"
     leaking, module = leaky(adapters.base, tmp_path / "leaky")
     for folders, base, why in (
         (["one", foreign], None, r"layer model\.layers\.0\.self_attn\.k_proj: .*different base weights"),
         (["one", "lora"], str(other), "not the one that this adapter was made for"),
         (["mlp", renamed], None, r"somebody/else; if these are the same model, name it: pass base=…"),
         (["lora", revised], None, "revision v2"),
-        (["one", "hip whole"], None, whole),
+        (["one", "hip whole"], None, r"replaces whole modules \(lm_head\.weight\)"),
         (["one", leaking], None, f"{module} leaks"),
     ):
         with pytest.raises(AdapterError, match=why):
@@ -139,10 +129,8 @@ def test_one_adapter_alone_keeps_the_modules_that_it_saves_whole(adapters):
     [
         (2, {"weights": (1,)}, "1 given for 2 adapters"),
         (2, {"weights": (1, float("nan"))}, "not a finite number"),
-        (2, {"weights": (1, True)}, "not a finite number"),
         (0, {}, "at least one adapter"),
         (2, {"rank": 0}, "rank is 0; expected a whole number of 1 or more"),
-        (2, {"rank": 1.5}, "rank is 1.5"),
     ],
 )
 def test_arguments_out_of_range_are_refused(adapters, count, arguments, why):

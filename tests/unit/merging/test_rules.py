@@ -136,12 +136,10 @@ def test_dare_prunes_each_update_as_peft_does_by_seed_and_key(rescale):
     ("name", "given", "why"),
     [
         ("ties", {"density": 0}, r"density is 0; expected a number above 0 and up to 1"),
-        ("knots", {"density": True}, "density is True"),
         ("tsv", {"sv_reduction": 1.5}, "sv_reduction is 1.5"),
         ("iso-c", {"scale": float("nan")}, "scale is nan; expected a finite number"),
         ("dare", {"rescale": 1}, "rescale is 1; expected true or false"),
         ("dare", {"seed": -1}, "seed is -1; expected a whole number of 0 or more"),
-        ("ties", {"scale": None}, "scale is None"),
         ("ties", {"seed": 1}, "'ties' has no option 'seed'; its options: density, scale"),
         ("addition", {"density": 1}, "'addition' has no option 'density'; its options: none"),
     ],

@@ -85,11 +85,7 @@ def test_how_often_the_interval_of_a_difference_holds_its_true_value(seeds, devi
         ({}, "instances per seed are none"),
         ({"a": []}, r"instances per seed are \{'a': \[\]\}"),
         ({"a": [[]]}, r"values\['a'\]\[0\]: has shape \(0,\); expected 1 axes of numbers, not empty"),
-        ({"a": [1.0, 2.0]}, r"values\['a'\]\[0\]: has shape \(\); expected 1 axes of numbers"),
-        (
-            {"a": [[1.0], [1.0, 2.0]], "b": [[1.0], [1.0, 2.0, 3.0]]},
-            r"instances per seed are \{'a': \[1, 2\], 'b': \[1, 3\]\}; expected the same",
-        ),
+        ({"a": [[1.0, 2.0]], "b": [[1.0]]}, r"instances per seed are \{'a': \[2\], 'b': \[1\]\}; expected the same"),
         ({"a": [[1.0]], "b": [[float("nan")]]}, r"values\['b'\]\[0\]\[0\] is nan; expected a finite number"),
     ],
 )
@@ -105,7 +101,6 @@ def test_values_that_cannot_be_paired_are_named(values, message):
         (lambda: paired_bootstrap(RAGGED, level=1.0), r"level is 1.0; expected a share in \(0, 1\)"),
         (lambda: merge_instances(POOL, [1], SEEDS, 5, 0), "size is 1; expected a whole number of at least 2"),
         (lambda: merge_instances(POOL, [5], SEEDS, 5, 0), "size is 5, and the pool has 4 tasks; lower it"),
-        (lambda: merge_instances(POOL, [2], SEEDS, 0, 0), "count is 0; expected a whole number of at least 1"),
         (lambda: merge_instances(POOL, [2], SEEDS, 5, -1), "seed is -1"),
     ],
 )

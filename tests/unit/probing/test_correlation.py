@@ -1,6 +1,5 @@
 """Correlations of drops with σ: scipy's estimates, bootstrap intervals, contrasts over the same directions."""
 
-import itertools
 import math
 
 import numpy as np
@@ -84,22 +83,6 @@ def test_samples_of_one_value_are_passed_over_and_give_no_interval_if_they_are_m
     assert found["estimate"] == pytest.approx(-0.25)
     assert (found["low"], found["high"]) == (None, None)
     assert "most bootstrap samples" in found["reason"]
-
-
-def test_findings_are_over_all_modules_and_by_type_for_each_intervention():
-    rows = [
-        row(index, float(sigma), sign * sigma, kind, f"model.layers.{layer}.self_attn.{name}")
-        for kind, (name, sign), layer in itertools.product(("zero", "flip"), (("q_proj", 1), ("v_proj", -1)), (0, 1))
-        for index, sigma in enumerate((4, 3, 1))
-    ]
-    found = findings(rows)
-    assert [(one["kind"], one["metric"], one["type"]) for one in found] == [
-        (kind, "score", name) for kind in ("zero", "flip") for name in ("all", "q_proj", "v_proj")
-    ]
-    everything, queries, values = found[:3]
-    assert (everything["points"], queries["points"]) == (12, 6)
-    assert queries["pearson"]["estimate"] == pytest.approx(1)
-    assert values["spearman"]["estimate"] == pytest.approx(-1)
 
 
 def test_draws_of_one_direction_are_one_point_and_those_without_a_finite_drop_are_counted():

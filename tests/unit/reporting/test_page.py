@@ -1,13 +1,11 @@
 """Tables as text and files, and the page: everything in one file, nothing fetched, text taken literally."""
 
 import html
-import math
 import re
 
 import pandas as pd
-import pytest
 
-from hiplora.reporting import Section, formatted, interval, plots, save_page, save_table
+from hiplora.reporting import Section, plots, save_page, save_table
 
 TABLE = pd.DataFrame({"method": ["LoRA", "HiP-LoRA"], "drift": [0.123456, 0.01]})
 
@@ -42,28 +40,6 @@ def test_differences_are_marked_an_equal_answer_is_said_to_be_the_same_and_text_
         "HiP-LoRA": "no\n  <mark>&lt;b&gt;</mark>",
         "shorter": "no",
     }
-
-
-def test_numbers_are_rounded_missing_ones_are_a_dash_and_a_named_index_is_a_column():
-    df = pd.DataFrame(
-        {"a": [0.0123456, 1234.6, math.nan], "n": [1234567, 2, 3], "b": [True, False, None]},
-        index=pd.Index(["x", "y", "z"], name="method"),
-    )
-    assert formatted(df).to_dict("list") == {
-        "method": ["x", "y", "z"],
-        "a": ["0.0123", "1,235", "–"],
-        "n": ["1,234,567", "2", "3"],
-        "b": ["yes", "no", "–"],
-    }
-    assert formatted(pd.DataFrame([[1, 2]], columns=["x", "x"])).to_numpy().tolist() == [["1", "2"]]
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [((1.234, 0.3, 2.06), "1.2 [0.3, 2.1]"), ((1.0, None, None), "1.0"), ((math.nan, 0, 1), "–")],
-)
-def test_an_interval_is_written_in_brackets(values, text):
-    assert interval(*values) == text
 
 
 def test_a_table_is_saved_as_csv_with_full_values_markdown_and_escaped_latex(tmp_path):

@@ -44,16 +44,3 @@ def test_each_method_has_its_look_and_error_bars_from_low_to_high():
     assert names == ["LoRA", "mine", "yours"]
     assert drawn[0] == plots.look("LoRA")["color"]
     assert len(set(drawn)) == 3
-
-
-def test_a_heat_map_shows_its_cells_values_and_a_large_one_a_scale():
-    small = plots.heatmap(pd.DataFrame([[0.5, math.nan], [1.0, 0.25]]), vmin=0, vmax=1)
-    assert [text.get_text() for text in small.axes[0].texts] == ["0.5", "1", "0.25"]
-    large = plots.heatmap(pd.DataFrame(np.zeros((20, 20))))
-    assert not large.axes[0].texts
-    assert len(large.axes) == 2
-
-
-def test_facets_have_a_panel_for_each_value():
-    figure = plots.facets(ROWS, "task", plots.lines, x="loss", y="drift", line="method")
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["code", "maths"]

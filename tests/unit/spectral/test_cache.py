@@ -6,7 +6,7 @@ import filelock
 import pytest
 import torch
 
-from hiplora.errors import FactorError, StoreError
+from hiplora.errors import StoreError
 from hiplora.spectral import FactorStore, cache, truncated_svd, weight_fingerprint
 from tests.unit.spectral.matrices import gaussian
 
@@ -83,19 +83,6 @@ def test_a_flipped_byte_anywhere_in_an_entry_is_noticed_or_harmless(tmp_path, co
     assert len(counted) == noticed + 1
 
 
-@pytest.mark.parametrize("length", [0, 7, 100, -1])
-def test_a_truncated_entry_is_reported_recomputed_and_replaced(tmp_path, counted, length):
-    weight = gaussian(30, 20)
-    first = FactorStore(tmp_path).get_or_compute(weight, 4)
-    whole = entry(tmp_path).read_bytes()
-    entry(tmp_path).write_bytes(whole[:length])
-    with pytest.warns(UserWarning, match="cannot be read .* computing it again"):
-        assert equal(FactorStore(tmp_path).get_or_compute(weight, 4, name="q_proj"), first)
-    assert entry(tmp_path).read_bytes() == whole
-    assert equal(FactorStore(tmp_path).get_or_compute(weight, 4), first)
-    assert len(counted) == 2
-
-
 def test_what_cannot_be_written_or_locked_is_an_error_with_the_way_out_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -117,23 +104,9 @@ def test_what_cannot_be_written_or_locked_is_an_error_with_the_way_out_and_leave
     assert sorted(file.name for file in path.parent.iterdir()) == [".lock", path.name]
 
 
-def test_an_error_of_the_weight_is_passed_on_and_stores_nothing(tmp_path):
-    with pytest.raises(FactorError, match=r"layer q: principal_rank 21"):
-        FactorStore(tmp_path).get_or_compute(gaussian(30, 20), 21, name="q")
-    with pytest.raises(FactorError, match=r"layer q: .* meta device"):
-        FactorStore(tmp_path).get_or_compute(gaussian(30, 20).to("meta"), 4, name="q")
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
 def test_threads_of_one_process_compute_an_entry_once(tmp_path, counted):
     weight = gaussian(60, 50)
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: FactorStore(tmp_path).get_or_compute(weight, 8), range(4)))
     assert len(counted) == 1
     assert all(equal(result, results[0]) for result in results)
-
-
-def test_the_store_lies_in_the_cache_that_the_environment_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("HIPLORA_CACHE", str(tmp_path))
-    FactorStore().get_or_compute(gaussian(30, 20), 4)
-    assert entry(tmp_path / "factors").is_file()

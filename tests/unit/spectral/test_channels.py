@@ -104,14 +104,6 @@ def test_no_gamma_and_no_scale_overflows(scale, gamma):
     assert weights[0] > weights[1] >= weights[2]
 
 
-@pytest.mark.parametrize("step", [0.0, 1e-3, 1e6])
-def test_the_proximal_step_shrinks_without_ever_crossing_zero(step):
-    delta = torch.tensor([1.0, -2.0, 0.0, 3.0])
-    shrunk = proximal_step(delta, budget_weights(SIGMA, 1.0), step)
-    assert torch.equal(shrunk.sign(), delta.sign())
-    assert torch.equal(shrunk, delta) if step == 0 else (shrunk.abs() <= delta.abs()).all()
-
-
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_a_step_or_a_gamma_without_meaning_is_refused(bad):
     with pytest.raises(ConfigError, match="proximal step"):

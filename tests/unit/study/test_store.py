@@ -36,7 +36,7 @@ def test_a_finished_job_has_its_result_and_provenance(store):
     assert Store(store.path).result(one) == {"value": 3}  # the first record stays
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"result": null}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_damaged_record_is_named_with_the_way_out(store, text):
     store.finish(collect(1), {}, {}, artifact=False)
     (store.path / "results" / f"{collect(1).key}.json").write_text(text)

@@ -26,15 +26,6 @@ def write(folder, text=SMALL, name="small.yaml"):
     return path
 
 
-def test_a_recipe_is_read_with_the_papers_defaults(tmp_path):
-    recipe = load_study(write(tmp_path))
-    assert recipe.seeds == [42, 100, 2024]
-    assert recipe.domains["sums"].task == "gsm8k"
-    assert recipe.methods["lora"].method.r == 16
-    assert recipe.train.steps == 2000
-    assert recipe.protocols.merging is None
-
-
 def test_a_method_may_have_its_own_training(tmp_path):
     recipe = load_study(write(tmp_path), ["methods.lora.train={batch_size: 2, epochs: 1.5}"])
     row = recipe.methods["lora"]
@@ -74,28 +65,22 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
     [
         ("model: pico", "model: pico\nwarmth: 3", "warmth: unknown field"),
         ("model: pico", "model: pico\nseed: [1]", "seed: unknown field; did you mean `seeds`?"),
-        (SINGLE, "mergefail: {}", "protocols.mergefail: unknown field; did you mean `merge_fail`?"),
         ("{gsm8k: 4}", "{gsm8k: 4}, task: {}", "domains.sums.task: unknown field; did you mean `tasks`?"),
         ("method: lora", "method: {name: lora, lora_alfa: 3}", "methods.lora.method.lora_alfa"),
         ("model: pico\n", "", "model: is missing; add `model:`"),
-        ("model: pico", "model: pico\nseeds: [x]", "seeds.0: should be a valid integer, found 'x'"),
         ("{gsm8k: 4}", "{gsm8k: 0}", "domains.sums.tasks.gsm8k: should be greater than or equal to 1"),
         (", held_out_fraction: 0.1", "", "add `held_out_fraction: 0.05`"),
-        ("method: lora", "method: lora, lr: -0.1", "methods.lora.lr"),
         ("method: lora", "method: lora, train: {step: 2}", "`methods.lora.train`: step"),
         ("model: pico", "model: pico\nrates: {grid: [0.1], seed: 42}", "`rates.seed` 42 is one of the study's seeds"),
         ("model: pico", "model: pico\nrates: {grid: [0.1], domains: [code]}", "`rates.domains` names 'code'"),
         ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds`"),
         ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
-        ("methods: [lora]", "methods: [lora, lora]", "`methods`"),
         ("methods:\n", "methods:\n  other: {title: LoRA, method: lora}\n", "`methods`: two have the title 'LoRA'"),
         (SINGLE, "ablations: {method: lora}", "`protocols.ablations.method` is 'lora', which has no gains"),
-        (SINGLE, "lambda_curve: {method: lora, values: [0.0, 1.0]}", "`protocols.lambda_curve.method` is 'lora'"),
         (SINGLE, "merge_fail: {methods: [lora], sizes: [2]}", "has 2, and there are 1 domains"),
         (SINGLE, "continual: {methods: [lora]}", "`protocols.continual` needs two or more domains"),
         (SINGLE, "continual: {methods: [lora], orders: [[sums, sums]]}", "protocols.continual"),
         (SINGLE, "editing: {methods: [lora], lr: {hip: 0.1}}", "`protocols.editing.lr` names 'hip'"),
-        (SINGLE, "editing: {methods: [lora], lr: {crispedit: 0.1}}", "`protocols.editing.lr` names 'crispedit'"),
         (SINGLE, "editing: {methods: [lora], sets: {Edit Set: {}}}", "Edit Set"),
         (
             f"lora: {{title: LoRA, method: lora}}\nprotocols:\n  {SINGLE}",
@@ -103,7 +88,6 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
             "'alphaedit' is an editor of weights; rename the method",
         ),
         (SINGLE, "continual: {methods: [lora], order: [sums]}", "order: unknown field; did you mean `orders`?"),
-        (SINGLE, "aims: {}", "protocols.aims: unknown field"),
         (
             SINGLE,
             "frontier: {domains: {sums: [lora]}, rates: [0.1, 0.2], plain: [lora], reference: lora}",

@@ -42,18 +42,6 @@ def test_an_epoch_has_every_sequence_once_in_batches_of_one_client_the_clients_i
     assert max(map(len, batches)) <= batch_size
 
 
-def test_the_clients_have_the_layers_below_the_cut_and_the_server_the_others():
-    model = adapted()
-    session = split(model, 1, [1, 1])
-    own, server = trained(model), trained(model, 1)
-    assert len(own) == len(server) == 4
-    with session.micro_batch(1):
-        other = trained(model)
-        assert all(server[name] is p for name, p in trained(model, 1).items())
-    assert all(other[name] is not own[name] and torch.equal(other[name], own[name]) for name in own)
-    assert all(own[name] is p for name, p in trained(model).items())
-
-
 def test_an_average_is_weighted_by_the_shards_and_every_client_gets_it():
     model = adapted()
     session = split(model, 1, [3, 1])

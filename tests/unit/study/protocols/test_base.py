@@ -2,26 +2,9 @@
 
 import pytest
 
-from hiplora.probing import findings
-from tests.unit.study.protocols.made import fill, finish, jobs, made_study, row, table, tables
+from tests.unit.study.protocols.made import finish, jobs, made_study, row, table, tables
 
 PAPER = "HiP-LoRA (paper)"
-
-
-def test_energy_inside_and_how_gains_follow_sigma(tmp_path):
-    study, _ = made_study(tmp_path, "allocation: {methods: [lora, hiplora], rank: 2, domains: [sums]}")
-
-    def of(job, labels):
-        gains, inside = ([-0.04, 0.01, 0.001], 0.5) if labels["has_gains"] else ([], 0.1)
-        module = {"module": "layers.0.q_proj", "type": "q_proj", "sigma": [4.0, 2.0, 1.0], "gains": gains}
-        return {"modules": [module], "energy_inside": {"all": inside, "q_proj": inside}}
-
-    found = fill(study, study.recipe.protocols.allocation, of)
-    assert row(found, "energy inside", PAPER, type="all").estimate == pytest.approx(50)
-    assert row(found, "gain correlation", PAPER, type="q_proj").estimate == pytest.approx(1)
-    assert row(found, "median relative gain", PAPER, type="all").estimate == pytest.approx(0.5)
-    assert list(table(found, "allocation-energy")) == ["q_proj", "All modules"]
-    assert set(found.figures) == {"allocation-sigma"}
 
 
 def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
@@ -38,36 +21,3 @@ def test_speed_is_compared_time_by_time_with_the_first_method(tmp_path):
     assert ratio.low < 0.8 < 0.9 < ratio.high
     shown = table(found, "cost-table").loc[PAPER]
     assert (shown["SVD minutes"], shown["Cache size, GB"]) == ("2.00 (paper: 18)", "0.5000 (paper: 0.13)")
-
-
-def test_selection_shows_what_was_tried_and_whether_the_choice_is_at_the_edge(tmp_path):
-    asked = "selection: {method: hiplora, domain: sums, lambdas: [0.0, 1.0], gammas: [0.0, 1.0], ranks: [2, 4]}"
-    study, _ = made_study(tmp_path, asked)
-
-    def of(job, labels):
-        values = [one["value"] for one in job.settings["candidates"]]
-        tried = [{"value": value, "mean": 1.0 + value} for value in values]
-        return {"value": values[0], "tried": tried, "at_the_edge": True}
-
-    found = fill(study, study.recipe.protocols.selection, of)
-    chosen = ["chosen", "", "chosen", "", "chosen, at the edge of the grid", ""]
-    names = ["λ = 0", "λ = 1", "γ = 0", "γ = 1", "k = 2", "k = 4"]
-    assert table(found, "selection")["Choice"].to_dict() == dict(zip(names, chosen, strict=True))
-    assert found.measured.estimate.tolist() == [1, 2, 1, 2, 3, 5]
-
-
-def test_correlations_of_interventions_with_sigma_and_how_far_they_are_apart(tmp_path):
-    study, _ = made_study(tmp_path, "rank_one: {kinds: [zero, flip]}")
-    one = {"module": "layers.0.q_proj", "layer": 0, "type": "q_proj", "draw": 0}
-    records = [
-        {**one, "index": place, "sigma": sigma, "kind": kind, "drop": {"kl": kl, "log_perplexity": sigma}}
-        for place, sigma in enumerate((9.0, 4.0, 2.0, 1.0))
-        for kind, kl in (("zero", sigma), ("flip", 10 - sigma))
-    ]
-    result = {"records": records, "correlations": findings(records)}
-    found = fill(study, study.recipe.protocols.rank_one, lambda job, labels: result)
-    labels = {"of": "kl", "basis": "weight"}
-    assert row(found, "pearson", "Zero", type="all", **labels).estimate == pytest.approx(1)
-    assert row(found, "pearson difference", "Zero", minus="Flip", **labels).estimate == pytest.approx(2)
-    assert "σ = 9.0" in row(found, "pearson without the strongest", "Flip", **labels).without
-    assert table(found, "rank-one-weight-kl").loc["Zero", "Directions"] == "4"

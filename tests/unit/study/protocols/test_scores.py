@@ -66,44 +66,6 @@ def test_a_study_without_results_has_empty_sections(tmp_path):
     assert all(one.measured.empty for one in found)
 
 
-def test_lambda_compares_the_highest_price_with_the_lowest(tmp_path):
-    study, _ = made_study(tmp_path, "lambda_curve: {method: hiplora, values: [0.0, 10.0], domains: [sums]}")
-
-    def of(job, labels):
-        facts = 10 if "λ = 0" in labels["method"] else 30
-        return scored({"gsm8k": [60, 80], "mmlu": [facts, facts]} if "domain" in labels else BASE)
-
-    found = fill(study, study.recipe.protocols.lambda_curve, of)
-    change = row(found, "retain change", "HiP-LoRA (paper)", form="accuracy")
-    assert (change.estimate, change["from"], change.to) == (pytest.approx(10 - 30), 0, 10)
-    assert list(table(found, "lambda-curve-accuracy").index) == ["0", "10"]
-
-
-def test_ablations_judge_merges_leaks_and_speed_against_the_full_method(tmp_path):
-    study, store = made_study(tmp_path, "ablations: {method: hiplora}")
-    settings = study.recipe.protocols.ablations
-    full, without, *_ = settings.variants(study)
-
-    def of(job, labels):
-        worse, good = labels["method"] != full.title, {"gsm8k": [80, 80], "mmlu": [80, 80]}
-        if "adapter" in job.needs:
-            loss = 2.0 if worse else 1.0
-            finish(store, job.needs["adapter"], trained(after=loss, curve=((1, loss),)))
-        if job.kind == "inspect":
-            return {"modules": [{"norm": 2.0, "left": 0.5, "right": 0.25, "both": 0.25, "gains": []}]}
-        if job.kind == "merge" and worse:
-            return scored({**good, "gsm8k": [0, 0]})
-        return scored(good if "adapter" in job.needs or job.kind == "merge" else BASE)
-
-    found = fill(study, settings, of)
-    assert row(found, "merge fail", full.title, form="accuracy").estimate == 0
-    assert row(found, "merge fail", without.title, form="accuracy").estimate == 100
-    assert row(found, "merge fail difference", without.title, form="accuracy").minus == full.title
-    assert row(found, "leak", without.title).estimate == pytest.approx(0.25)
-    assert row(found, "training loss difference", without.title).estimate == pytest.approx(1.0)
-    assert "MergeFail" in table(found, "ablations-accuracy")
-
-
 # method → seed → stage → (items of mmlu, items of gsm8k)
 STAGES = {
     "LoRA": {42: [([80, 90], [10, 10]), ([40, 60], [70, 90])], 100: [([80, 90], [10, 30]), ([60, 60], [70, 70])]},
