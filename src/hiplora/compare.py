@@ -4,13 +4,15 @@ Every adapter, at marks along its training and scaled down after it, is one poin
 rows) and what it disturbed (drift on other text). The methods are compared where all have learned the same.
 """
 
+import contextlib
 import functools
 import itertools
+import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +144,10 @@ def compare(
         tell(_expected(bare, counts, settings, len(recipes)))
         base.cache_clear()  # a training loads the model itself
         records, adapters = {}, {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
-        for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
-            trained = folder.stage(f"train-{key}", functools.partial(_train, recipe, title, adapter))
-            records[title] = {"adapts": METHODS[key].adapts, **trained}
+        with _notes_once():
+            for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
+                trained = folder.stage(f"train-{key}", functools.partial(_train, recipe, title, adapter))
+                records[title] = {"adapts": METHODS[key].adapts, **trained}
         for record, adapter in zip(records.values(), adapters.values(), strict=True):
             record |= folder.stage(f"measure-{adapter.name}", functools.partial(_points, base, adapter, texts))
         said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
@@ -300,6 +303,23 @@ def _points(base: Callable[[], Base], adapter: Path, texts: Mapping[str, str]) -
             {"scale": scale, **found[name]} for scale, name in zip((*SCALES, 1.0), [*scaled, "end"], strict=True)
         ],
     }
+
+
+@contextlib.contextmanager
+def _notes_once() -> Iterator[None]:
+    """Have the trainings say once what all of them would say of the data."""
+    log, said = logging.getLogger("hiplora.training"), set[str]()
+
+    def new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in said
+        said.add(record.getMessage())
+        return not known
+
+    log.addFilter(new)
+    try:
+        yield
+    finally:
+        log.removeFilter(new)
 
 
 def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:

@@ -209,9 +209,19 @@ def _verdict(
 
 
 def verdict_notes(record: Mapping[str, Any]) -> list[str]:
-    """Return the notes of a check's verdicts, each once."""
-    judged = [one for forms in record["verdicts"].values() for one in forms.values()]
-    return list(dict.fromkeys(note for one in judged for note in one["notes"]))
+    """Return a sentence for each rule and form of scores, what the merge broke, then the notes, each once."""
+    said, notes = [], []
+    for method, forms in record["verdicts"].items():
+        for form, judged in forms.items():
+            lost = [record["tasks"][task]["title"] for task, row in judged["tasks"].items() if _lower(row)]
+            which = f"lower on {', '.join(lost)}" if lost else "clearly lower on none"
+            said.append(f"{method}, by {form}: {which}, of {len(judged['tasks'])} tasks that its adapters were for.")
+            notes += judged["notes"]
+    return [*said, *dict.fromkeys(notes)]
+
+
+def _lower(row: Mapping[str, Any]) -> bool:
+    return row["difference"]["high"] < 0
 
 
 def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

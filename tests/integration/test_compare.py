@@ -1,6 +1,7 @@
 """`hiplora compare` on a tiny model: its numbers are those of the adapters that it keeps."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -166,3 +167,10 @@ def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"--methods lora: .* compare lora-attention,hiplora"):
         method_recipes(str(tmp_path / "model"), job[1], job[2])
+
+
+def test_what_all_trainings_say_of_the_data_is_said_once(caplog):
+    with module._notes_once():
+        for said in ("3 rows are left out", "3 rows are left out", "stopping"):
+            logging.getLogger("hiplora.training").warning(said)
+    assert caplog.messages == ["3 rows are left out", "stopping"]

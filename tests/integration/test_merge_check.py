@@ -96,7 +96,7 @@ def test_the_page_judges_every_rule(checked):
     out, _ = checked
     assert sorted(path.name for path in out.iterdir()) == ["merge-check.json", "report.html"]
     page = (out / "report.html").read_text()
-    assert all(word in page for word in ("MMLU", "addition", "ties", "MergeFail"))
+    assert all(word in page for word in ("MMLU", "addition", "ties", "MergeFail", "tasks that its adapters were for"))
 
 
 def test_a_task_without_an_owner_belongs_to_the_best_adapter_and_else_to_the_base(place, tmp_path):

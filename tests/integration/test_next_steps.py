@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from hiplora.cli.common import next_step
+from hiplora.models import model_dir
 from tests.commands import run
 from tests.tiny import write_jsonl
 
@@ -50,6 +52,10 @@ def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
     assert name == follows
     code, _, err = run(capsys, name, *rest, *(["--dry-run"] if name == "train" else []))
     assert code == 0, err
+
+
+def test_a_model_that_needs_no_hub_is_called_by_its_name():
+    assert next_step("hiplora", "chat", model_dir("smollm2-135m")) == "next: hiplora chat smollm2-135m"
 
 
 def test_json_has_no_such_line(place, capsys):

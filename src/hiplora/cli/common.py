@@ -144,7 +144,10 @@ def tell(text: str) -> None:
 
 def next_step(*words: Any, why: str = "") -> str:
     """Return the last line that a command prints: the command that does what comes next, to copy."""
-    return f"next: {shlex.join(map(str, words))}" + (f"   ({why})" if why else "")
+    from hiplora.models import KNOWN, model_dir
+
+    known = {str(model_dir(name)): name for name in KNOWN}
+    return f"next: {shlex.join(known.get(str(word), str(word)) for word in words)}" + (f"   ({why})" if why else "")
 
 
 def try_step(out: Path, update: Any, dense: bool = False) -> str:

@@ -74,10 +74,10 @@ def command(settings: Any = Group(probe_settings), out: Path = OUT, overwrite: b
         record = run_probe(settings, out, overwrite=overwrite)
     yield {"out": str(out), **{key: value for key, value in record.items() if key != "records"}}
     for metric, title in METRICS.items():
-        table = correlation_table(record["correlations"], metric)
+        table = correlation_table([one for one in record["correlations"] if one["type"] == "all"], metric)
         yield f"{title} (nats per token) against σ, {len(record['modules'])} modules", table
     yield record["verdict"]
-    yield f"Written to {out}: probe.json, report.html"
+    yield f"Written to {out}: probe.json, report.html (each type of module by itself)"
     measure = "factorize" if settings.basis == "weight" else "calibrate"
     yield next_step("hiplora", measure, settings.model, why="what training will protect")
 

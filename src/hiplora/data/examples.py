@@ -187,6 +187,8 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         raise DataError(f"{name}: all rows are copies of held-out rows; give rows that differ, or hold out none")
     if copies := len(train) - len(distinct):
         notes.append(f"{copies} rows are copies of held-out rows and are not trained on")
+    if not data.mix and (repeated := len(distinct) - len({_identity(example) for example in distinct})):
+        notes.append(f"{repeated} of {len(distinct)} rows repeat others, and are trained on each time")
     train, held_out = distinct, held_out[: data.held_out_limit]
     if data.learn_prompt:
         if any(example.messages for example in train):

@@ -167,6 +167,7 @@ def test_other_files_are_mixed_in_by_weight_and_copies_of_held_out_rows_are_not_
     data = load_data(DataSettings(path=twice, held_out_fraction=0.2))
     assert not {example.response for example in data.train} & {example.response for example in data.held_out}
     assert "are copies of held-out rows" in data.notes[0]
+    assert "10 of 20 rows repeat others" in load_data(DataSettings(path=twice)).notes[0]
     copies = write_jsonl(tmp_path / "copies.jsonl", [{"text": "a"}] * 9)
     with pytest.raises(DataError, match="all rows are copies of held-out rows"):
         load_data(DataSettings(path=copies, held_out_fraction=0.2))
