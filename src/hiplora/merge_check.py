@@ -44,6 +44,17 @@ _NO_OWNERS = (
 _ONE_MERGE = "MergeFail is of one merge, which fails or does not."
 _BEYOND = 1.1  # times the limit of adapters that agree: no verdict rests on rounding
 _SCORES = ("task", "metric", "before, of", "before", "after", "difference")
+# Measures of the merge report as tables name them.
+_CONFLICT = {
+    "shared": "modules that two adapters change",
+    "left": "outputs in common",
+    "right": "inputs in common",
+    "left_chance": "… by chance (outputs)",
+    "right_chance": "… by chance (inputs)",
+    "norm_ratio": "norm of the sum ÷ sum of the norms",
+    "unrelated": "… of unrelated updates",
+    "sign_conflict": "share that cancels",
+}
 Group = tuple[str, tuple[str, ...]]  # a rule, and the names of the adapters that it merges
 
 
@@ -315,7 +326,7 @@ def conflict_table(report: Mapping[str, Any]) -> pd.DataFrame:
     """Return the modules that conflict most, worst first."""
     columns = ["module", "score", "norm_ratio", "unrelated", "sign_conflict"]
     modules = pd.DataFrame(report["modules"], columns=columns).set_index("module", drop=False)
-    return modules.loc[report["most_conflicting"]].reset_index(drop=True)
+    return modules.loc[report["most_conflicting"]].reset_index(drop=True).rename(columns=_CONFLICT)
 
 
 def save_merge_page(
@@ -337,7 +348,10 @@ def save_merge_page(
         cosines = pd.DataFrame(report["cosine"], index=names, columns=names)
         tables["Mean cosine of two adapters' updates"] = cosines.astype(float)
         tables["Modules that conflict most"] = conflict_table(report)
-        tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame([report["totals"]])
+        tables["All modules together, beside what unrelated updates would give"] = pd.DataFrame(
+            {_CONFLICT.get(name, name): value for name, value in report["totals"].items()}.items(),
+            columns=["measure", "value"],
+        )
     text = (
         "The score is 0 where two updates act on different directions or agree, 1/2 where unrelated updates act on "
         "the same directions, 1 where they are opposites. Adapters trained with one seed start from the same inputs: "

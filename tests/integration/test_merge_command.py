@@ -80,7 +80,7 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     code, out, err = run(capsys, "merge", *how, "--out", tmp_path / "table")
     assert (code, err) == (0, "")
     worst = record["truncation"]["modules"][0]
-    assert all(said in out for said in ("Cut down to rank 4", f"{worst['relative_error']:.2e}", worst["module"]))
+    assert all(said in out for said in ("Cut down to rank 4", f"{worst['relative_error']:.1%}", worst["module"]))
 
 
 @pytest.mark.parametrize(
