@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.utils.data import BatchSampler, Sampler
 
     from hiplora.training.recipe import TrainSettings
+    from hiplora.tuner import CalibrationText
 
 ADAPTER = "default"
 CONFIG_FILE = "adapter_config.json"
@@ -189,8 +190,8 @@ class FromInputs(Block):
         text = self.calibration_text
         return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens)
 
-    def text(self, model: Any, tokenizer: Any, **options: Any) -> Any:
-        """Return the `CalibrationText` of a bare model."""
+    def text(self, model: Any, tokenizer: Any, **options: Any) -> "CalibrationText":
+        """Return what a bare model is measured on."""
         from hiplora.tuner import CalibrationText
 
         return CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, **options)

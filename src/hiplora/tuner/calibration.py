@@ -236,6 +236,13 @@ class CalibrationText:
             digest.update(len(row).to_bytes(8, "little") + row.cpu().numpy().astype("<i8").tobytes())
         self.key = digest.hexdigest()
 
+    def run(self, head: bool = True) -> None:
+        """Run the model over the text once, padded on the right; without `head` its head sees the last tokens only."""
+        if self._run_model is not None:
+            self._run_model()
+        else:
+            _run(self._model, self.rows, self._batch_size, "inputs", head)
+
     def inputs(self, modules: Iterable[str], trailing: Mapping[str, int] | None = None) -> Bases:
         """Measure the inputs of some layers: their eigenvectors, or of each the last so many (`trailing`)."""
         bases: Bases = {}
@@ -245,10 +252,8 @@ class CalibrationText:
             names = [target.name for target in group]
             ranks = {name: trailing[name] for name in names} if trailing else None
             key = ["moments", self.key, names] if ranks is None else ["trailing", self.key, list(ranks.items())]
-            needs_head = any(self._model.get_submodule(name) is head for name in names)
-            run = functools.partial(_run, self._model, self.rows, self._batch_size, "inputs", needs_head)
-            measure = functools.partial(measure_inputs, self._model, names, self._run_model or run, ranks)
-            bases |= self._stored(key, measure)
+            run = functools.partial(self.run, any(self._model.get_submodule(name) is head for name in names))
+            bases |= self._stored(key, functools.partial(measure_inputs, self._model, names, run, ranks))
         return bases
 
     def outputs(self, ranks: Mapping[str, int], limit: int) -> Bases:
