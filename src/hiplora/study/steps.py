@@ -102,7 +102,7 @@ def factorize(context: Context, job: Job, settings: Settings) -> Found:
         store = CalibrationStore()
         measured = method.calibrate(config, model, tokenizer, store)
         factors = list(measured.factors.values())
-        residual, energy = None, sum(layer.energy for layer in measured.layers) / len(measured.layers)
+        residual, energy = None, sum(layer["energy"] for layer in measured.layers) / len(measured.layers)
     else:
         store = FactorStore()
         factors = [found for _, found in weight_factors(model, config, store)]

@@ -12,6 +12,8 @@ from hiplora.training.method import ATTENTION_PROJECTIONS, FromInputs, LowRank
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+    from hiplora.tuner import Calibration
+
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROLES = {"function-aware": MLP_PROJECTIONS, "paper": ATTENTION_PROJECTIONS}
 PAPER: dict[str, Any] = {"basis": "weight", "target_modules": list(ATTENTION_PROJECTIONS)}
@@ -134,7 +136,7 @@ class Spectral(FromInputs, LowRank):
         if config.basis == "activation":
             self.calibrate(config, model, tokenizer)
 
-    def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> Any:
+    def calibrate(self, config: Any, model: Any, tokenizer: Any, store: Any = None) -> "Calibration":
         """Measure the activation basis into `config`; `store`, by default the cache, keeps measurements."""
         from hiplora.data.texts import describe_source
         from hiplora.tuner import calibrate
