@@ -14,8 +14,9 @@ import pandas as pd
 from peft import PeftConfig
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hiplora.editing import measure
 from hiplora.editing.alphaedit import AlphaEdit, AlphaEditor
@@ -30,7 +31,7 @@ from hiplora.editing.editors import (
     WeightEdits,
 )
 from hiplora.editing.edits import BUILT_IN, Category, Edit, Question, load_edits, load_questions
-from hiplora.errors import ConfigError, first_problem
+from hiplora.errors import ConfigError, first_line, first_problem
 from hiplora.evaluation.mounting import load_model
 from hiplora.files import staged_dir, write_atomic
 from hiplora.models import hub_name
@@ -245,7 +246,7 @@ def run_edits(
         if not sequential:
             editor.restore({})
         elif folder and number > 1:
-            editor.restore(load_file(_state(folder, number - 1)))
+            editor.restore(_taught(folder, number - 1))
         took = editor.teach([known[index] for index in groups[number - 1]])
         found = {"took": took, **measured(known, itertools.chain(*groups[0 if sequential else number - 1 : number]))}
         if on_edited:
@@ -272,6 +273,15 @@ def edit_groups(count: int, size: int | None = None) -> list[list[int]]:
     """Return the indices of so many edits in groups of `size`; None is all in one."""
     size = size or count
     return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+
+
+def _taught(folder: RunFolder, number: int) -> dict[str, Tensor]:
+    """Return what a sequence was after so many groups; ConfigError if its file is missing or damaged."""
+    try:
+        return load_file(_state(folder, number))
+    except (OSError, SafetensorError) as error:
+        what = f"--out {folder.path}: cannot be carried on after batch {number} ({first_line(error)})"
+        raise ConfigError(f"{what}; pass --overwrite to start anew") from error
 
 
 def _state(folder: RunFolder, number: int) -> Path:
