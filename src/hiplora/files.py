@@ -161,10 +161,15 @@ def make_readable(folder: Path) -> None:
                 file.chmod(file.stat().st_mode | (file_mode() & 0o444))
 
 
+def file_lock(file: Path, timeout: float = -1) -> FileLock:
+    """Return the lock `file`, not yet taken; OSError where it cannot be made, for which FileLock itself would wait."""
+    file.touch()
+    return FileLock(file, timeout)
+
+
 def locked(file: Path, out: str | os.PathLike) -> FileLock:
     """Return the lock `file` of an output folder, taken; ConfigError if another process holds it."""
-    file.touch()  # where that is impossible, FileLock would wait
-    lock = FileLock(file)
+    lock = file_lock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:

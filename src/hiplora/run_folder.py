@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
 
 from hiplora.errors import ConfigError
 from hiplora.files import (
     Inputs,
     check_output_dir,
+    file_lock,
     is_set_aside,
     locked,
     make_readable,
@@ -127,8 +127,7 @@ class RunFolder:
         """Keep other processes from replacing or restoring the folder meanwhile."""
         self.place.parent.mkdir(parents=True, exist_ok=True)
         file = self.place.parent / f".{self.place.name}.swap.lock"
-        file.touch()  # where that is impossible, FileLock would wait
-        with FileLock(file, timeout=60):
+        with file_lock(file, timeout=60):
             try:
                 yield
             finally:
