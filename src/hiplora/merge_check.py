@@ -224,15 +224,15 @@ def verdict_notes(record: Mapping[str, Any]) -> list[str]:
     said, notes = [], []
     for method, forms in record["verdicts"].items():
         for form, judged in forms.items():
-            lost = [record["tasks"][task]["title"] for task, row in judged["tasks"].items() if _lower(row)]
+            lost = [
+                record["tasks"][task]["title"]
+                for task, row in judged["tasks"].items()
+                if row["difference"]["high"] < 0
+            ]
             which = f"lower on {', '.join(lost)}" if lost else "clearly lower on none"
             said.append(f"{method}, by {form}: {which}, of {len(judged['tasks'])} tasks that its adapters were for.")
             notes += judged["notes"]
     return [*said, *dict.fromkeys(notes)]
-
-
-def _lower(row: Mapping[str, Any]) -> bool:
-    return row["difference"]["high"] < 0
 
 
 def verdict_tables(record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
 from hiplora.tuner.calibration import calibrate, weight_factors
-from hiplora.tuner.config import PATTERNS, PEFT_TYPE, HipLoraConfig
+from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
 from hiplora.tuner.state import (
@@ -39,8 +39,8 @@ from hiplora.tuner.targets import (
     frozen_weight,
     keep_unpacked,
     left_out,
-    pattern_key,
     precision,
+    refuse_unmatched,
     short_names,
 )
 
@@ -72,7 +72,7 @@ class HipLoraModel(BaseTuner):
         config, model = peft_config, self.model
         targets = find_targets(model, config)
         self._target_names = {target.name for target in targets}
-        _check_patterns(config, [target.name for target in targets])
+        refuse_unmatched(config, [target.name for target in targets])
         if not config.calibrated and (shared := _shared_factors(model, config, targets)):
             config.calibrated = shared
             return config
@@ -357,26 +357,19 @@ def _basis_of(config: HipLoraConfig) -> list[Any]:
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
     """Refuse a layer in which nothing could learn; warn where only the gains can, or of a rank r above what is left."""
     for target in targets if config.is_closed else ():
-        k, sides = config.calibrated[target.name].rank, [*zip(("output", "input"), target.shape, strict=True)]
-        r = for_module(config.rank_pattern, target.name, config.r)
-        left = min(n - k * (config.basis_sides in ("both", side)) for side, n in sides)
+        k, r = config.calibrated[target.name].rank, for_module(config.rank_pattern, target.name, config.r)
+        sides = zip(("output", "input"), target.shape, strict=True)
+        room = [(n - k * (config.basis_sides in ("both", side)), n, side) for side, n in sides]
+        left, n, side = min(room, key=lambda one: one[0])
         if r > left > 0:
             found = f"layer {target.name}: r {r} is above the {left} directions that principal_rank {k} leaves"
             warnings.warn(f"{found}; lower one of them, or set rank_pattern or principal_rank_pattern", stacklevel=2)
-        if full := [f"{n} {side}s" for side, n in sides if k >= n and config.basis_sides in ("both", side)]:
-            found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {full[0]}"
+        if left <= 0:
+            found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {n} {side}s"
             remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"
             if not config.principal_channel:
                 raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
             warnings.warn(f"{found}, so that only its gains learn; {remedy}", stacklevel=2)
-
-
-def _check_patterns(config: HipLoraConfig, names: list[str]) -> None:
-    """Refuse a pattern that matches nothing: it would be accepted and ignored."""
-    for field in PATTERNS.values():
-        for pattern in getattr(config, field):
-            if not any(pattern_key([pattern], name) == pattern for name in names):
-                raise ConfigError(f"{field}[{pattern!r}] matches no adapted module, such as '{names[0]}'; remove it")
 
 
 def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import RankSpec, resolve_rank
+from hiplora.tuner.config import PATTERNS
 from hiplora.tuner.experts import ALIASES, ExpertList, shared_side, unrolled
 from hiplora.tuner.patterns import check_patterns
 
@@ -340,3 +341,11 @@ def _read_by_kernels(model: nn.Module, name: str) -> bool:
 def _tails(name: str) -> list[str]:
     """Return the ends of a name, from its last part to the whole."""
     return [*itertools.accumulate(reversed(name.split(".")), lambda tail, part: f"{part}.{tail}")]
+
+
+def refuse_unmatched(config: Any, names: list[str]) -> None:
+    """Refuse a pattern that matches none of the adapted modules: it would be accepted and ignored."""
+    for field in PATTERNS.values():
+        for pattern in getattr(config, field):
+            if not any(pattern_key([pattern], name) == pattern for name in names):
+                raise ConfigError(f"{field}[{pattern!r}] matches no adapted module, such as '{names[0]}'; remove it")
