@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 import hiplora
 from hiplora.editing import AlphaEdit, CrispEdit, EditTraining, edit_groups, evaluate_edits, run_edits, train_edits
-from hiplora.errors import AdapterError
+from hiplora.errors import AdapterError, ConfigError
 from hiplora.run_folder import RunFolder
 from tests.tiny import tiny_llama, tiny_tokenizer
 from tests.unit.editing.samples import EDITS, QUESTIONS, writer
@@ -168,3 +168,22 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(tmp_path, method, sequen
     whole = run(method, **asked)
     assert min(found.pop("seconds"), whole.pop("seconds")) > 0
     assert json.loads(json.dumps(found)) == json.loads(json.dumps(whole))
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short"])
+def test_a_sequence_whose_saved_batch_is_damaged_is_not_carried_on(tmp_path, damage):
+    folder = RunFolder(tmp_path / "run", "settings.json", "edit.json")
+
+    def interrupt(number, editor):
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with folder.claimed({}), pytest.raises(KeyboardInterrupt):
+        run("lora", size=2, sequential=True, folder=folder, on_edited=interrupt)
+    (saved,) = (tmp_path / "run" / "stages").glob("*.safetensors")
+    if damage == "removed":
+        saved.unlink()
+    else:
+        saved.write_bytes(saved.read_bytes()[:9])
+    with folder.claimed({}), pytest.raises(ConfigError, match=r"cannot be carried on after batch 1 .*--overwrite"):
+        run("lora", size=2, sequential=True, folder=folder)
