@@ -286,6 +286,7 @@ def trained(
     """Train an adapter on rows in random order; yield after each step its number, and all seconds and tokens so far."""
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, chosen.get("last_rate", 1.0), max(chosen["steps"]))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     size, seconds, tokens = chosen["batch_size"], 0.0, 0
     for step in range(1, max(chosen["steps"]) + 1):
@@ -296,6 +297,7 @@ def trained(
         loss(adapted, batch).backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
+        decay.step()
         seconds, tokens = seconds + time.perf_counter() - begun, tokens + sum(len(row.ids) for row in batch)
         yield {"step": step, "seconds": seconds, "tokens": tokens}
 
