@@ -15,7 +15,7 @@ PACKAGE = "hiplora"
 # From top to bottom: a room imports rooms of lower layers, never of its own layer or a higher one.
 LAYERS = (
     {"cli"},
-    {"demo"},
+    {"demo", "tune"},
     {"compare", "study"},
     {"compare_report", "merge_check", "protect", "editing", "probing"},
     {"training"},

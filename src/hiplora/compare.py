@@ -141,15 +141,11 @@ def compare(
         base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
         bare = folder.stage("base", lambda: base().read())
         counts = encode_examples(tokenizer, rows.train, min(settings.max_length, limit))[1]
-        tell(_expected(bare, counts, settings, len(recipes)))
+        tell(expected(bare, counts, settings, len(recipes)))
         base.cache_clear()  # a training loads the model itself
-        records, adapters = {}, {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
-        with _notes_once():
-            for (key, recipe), (title, adapter) in zip(recipes.items(), adapters.items(), strict=True):
-                trained = folder.stage(f"train-{key}", functools.partial(_train, recipe, title, adapter))
-                records[title] = {"adapts": METHODS[key].adapts, **trained}
-        for record, adapter in zip(records.values(), adapters.values(), strict=True):
-            record |= folder.stage(f"measure-{adapter.name}", functools.partial(_points, base, adapter, texts))
+        adapters = {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
+        found = trained_and_measured(folder, base, recipes, {key: METHODS[key].title for key in recipes}, texts)
+        records = {METHODS[key].title: {"adapts": METHODS[key].adapts, **record} for key, record in found.items()}
         said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
         prompts = [example.prompt for example in own] + questions
         results = {
@@ -170,6 +166,27 @@ def compare(
         for adapter in adapters.values():
             shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
     return results
+
+
+def trained_and_measured(
+    folder: RunFolder,
+    base: Callable[[], "Base"],
+    recipes: Mapping[str, TrainRecipe],
+    titles: Mapping[str, str],
+    texts: Mapping[str, str],
+) -> dict[str, Results]:
+    """Train each recipe into `adapters/KEY` and measure what came of it; a stage of the folder each.
+
+    Returns by key what the training cost, and `trained` and `scaled`: held-out loss and drift at marks along it, and at
+    each scale of the finished adapter.
+    """
+    adapters, records = {key: folder.path / "adapters" / key for key in recipes}, {}
+    with _notes_once():
+        for key, recipe in recipes.items():
+            records[key] = folder.stage(f"train-{key}", functools.partial(_train, recipe, titles[key], adapters[key]))
+    for key, adapter in adapters.items():
+        records[key] |= folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
+    return records
 
 
 def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
@@ -328,7 +345,7 @@ def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:
     return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in kept}}
 
 
-def _expected(bare: Results, trained: EncodingReport, settings: CompareSettings, methods: int) -> str:
+def expected(bare: Results, trained: EncodingReport, settings: CompareSettings, methods: int) -> str:
     """Say how long the comparison will take, by the time that the base model took to read a token."""
     rows, count = settings.steps * settings.batch_size, trained.sequences
     length = trained.tokens / count

@@ -23,6 +23,7 @@ ISSUES = "https://github.com/hiplora/hiplora/issues"
 COMMANDS = {
     "demo": "See on a small model what LoRA and HiP-LoRA do to it.",
     "compare": "See what they do to your model on your data.",
+    "tune": "Find settings that learn most within a limit of drift.",
     "init": "Write a training recipe to edit.",
     "train": "Fine-tune an adapter on your data.",
     "eval": "Score a model and its adapters on tasks or on your rows.",

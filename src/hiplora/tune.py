@@ -1,0 +1,157 @@
+"""`hiplora tune`: the learning rate, rank, length and scale at which HiP-LoRA learns most within a limit of drift."""
+
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from hiplora import __version__
+from hiplora.compare import Base, CompareSettings, Tell, expected, method_recipes, trained_and_measured
+from hiplora.compare_report import Results
+from hiplora.data.encoding import encode_examples
+from hiplora.data.examples import load_data
+from hiplora.data.texts import drift_texts
+from hiplora.errors import ConfigError
+from hiplora.files import write_atomic
+from hiplora.models import load_tokenizer
+from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
+from hiplora.run_folder import RunFolder
+from hiplora.training import TrainRecipe
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """What may be lost, in nats a token on the worst text, and what is tried: every rate with every rank."""
+
+    max_drift: float = 0.01
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    ranks: tuple[int, ...] = (16,)
+    steps: int = 40
+    batch_size: int = 4
+    max_length: int = 512
+    drift_text: str | None = None
+    seed: int = 42
+
+
+def tune(
+    model: str,
+    data: str | os.PathLike,
+    out: str | os.PathLike,
+    settings: TuneSettings | None = None,
+    *,
+    overwrite: bool = False,
+    tell: Tell = lambda text: None,
+) -> Results:
+    """Train HiP-LoRA on the rows of `data` with every setting; write `tune.json`, `recipe.yaml` and the adapters.
+
+    `recipe.yaml` is the setting whose held-out loss is lowest while the drift stays within the limit, at a mark along
+    the training or with the finished adapter scaled down; it is not written if no setting learns within the limit.
+    An unfinished search in `out` goes on where it stopped. ConfigError or DataError if settings, model, data or `out`
+    cannot be used, before a model loads.
+    """
+    settings = settings or TuneSettings()
+    recipes = _recipes(model, data, settings)
+    texts, tokenizer = drift_texts(settings.drift_text), load_tokenizer(model)
+    rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
+    plan = {
+        "kind": "tune",
+        "hiplora": __version__,
+        "settings": {name: value for name, value in asdict(settings).items() if name != "drift_text"},
+        "data_sha256": file_sha256(data),
+        "texts_sha256": json_sha256(texts),
+        "model_sha256": folder_identity(model),
+    }
+    folder = RunFolder(Path(out), "plan.json", "tune.json")
+    folder.check(plan, overwrite=overwrite, inputs={"the base model": model, "the data": data})
+    with folder.claimed(plan, overwrite=overwrite):
+        base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
+        bare = folder.stage("base", lambda: base().read())
+        counts = encode_examples(tokenizer, rows.train, settings.max_length)[1]
+        tell(expected(bare, counts, _shared(settings), len(recipes)))
+        base.cache_clear()  # a training loads the model itself
+        runs = trained_and_measured(folder, base, recipes, {key: key for key in recipes}, texts)
+        best = {key: within(record, settings.max_drift, bare["held_out_loss"]) for key, record in runs.items()}
+        reached = {key: point for key, point in best.items() if point is not None}
+        chosen = min(reached, key=lambda key: reached[key]["held_out_loss"], default=None)
+        if chosen is not None:
+            write_atomic(folder.path / "recipe.yaml", _written(recipes[chosen], reached[chosen], settings.max_drift))
+        results = {
+            "schema": 1,
+            "kind": "tune",
+            "model": model,
+            "data": {**rows.sources["train"], "held_out_rows": len(rows.held_out)},
+            "settings": asdict(settings),
+            "base": {"held_out_loss": bare["held_out_loss"]},
+            "runs": {key: {"rank": recipes[key].method.r, "best": best[key], **runs[key]} for key in runs},
+            "chosen": chosen,
+            "provenance": provenance(plan_sha256=json_sha256(plan)),
+        }
+        write_atomic(folder.path / "tune.json", json.dumps(results, indent=1) + "\n")
+        for key in recipes:
+            shutil.rmtree(folder.path / "adapters" / key / "checkpoints", ignore_errors=True)
+    return results
+
+
+def within(record: Results, limit: float, base: float) -> Results | None:
+    """Return of a run's measured points the one with the lowest held-out loss, below the base's, within the limit.
+
+    The drift of a point is that on its worst text. None if no point learns anything within the limit.
+    """
+    points = [*record["trained"], *record["scaled"]]
+    fit = [point for point in points if worst(point) <= limit and point["held_out_loss"] < base]
+    return min(fit, key=lambda point: point["held_out_loss"], default=None)
+
+
+def worst(point: Results) -> float:
+    """Return the drift of a point on the text that it moved most, in nats a token."""
+    return float(max(found["kl"] for found in point["drift"].values()))
+
+
+def summary(results: Results) -> pd.DataFrame:
+    """Return the search as a table, a row a training: its best point within the limit, and its end."""
+    rows = []
+    for run in results["runs"].values():
+        row: dict[str, Any] = {"learning rate": f"{run['lr']:g}", "r": run["rank"]}
+        for name, point in {"within the limit": run["best"], "at the end": run["trained"][-1]}.items():
+            row[f"loss {name}"] = f"{point['held_out_loss']:.3f}" if point else "–"
+            row[f"drift {name}"] = f"{worst(point):.2g}" if point else "–"
+        best = run["best"] or {}
+        row["reached at"] = f"scale {best['scale']:g}" if "scale" in best else f"step {best.get('step', '–')}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _shared(settings: TuneSettings) -> CompareSettings:
+    """Return the settings that a comparison has too."""
+    same = CompareSettings.__dataclass_fields__.keys() & TuneSettings.__dataclass_fields__.keys()
+    return CompareSettings(methods=("hiplora",), **{name: getattr(settings, name) for name in same})
+
+
+def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dict[str, TrainRecipe]:
+    """Return the recipe of every rate with every rank; ConfigError if there are none, or a setting is wrong."""
+    if not settings.rates or not settings.ranks:
+        raise ConfigError("--rates and --ranks: name at least one of each")
+    if not settings.max_drift > 0:
+        raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats a token, above 0, for example 0.01")
+    shared, found = _shared(settings), {}
+    for rate, rank in itertools.product(settings.rates, settings.ranks):
+        found[f"lr{rate:g}-r{rank}"] = method_recipes(model, data, replace(shared, lr=rate, rank=rank))["hiplora"]
+    return found
+
+
+def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
+    """Return the recipe that trains what was measured at a point, in YAML."""
+    values = recipe.values()
+    values["train"]["steps"] = point.get("step", recipe.train.steps)
+    told = f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
+    if point.get("scale", 1.0) != 1.0:
+        told += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"
+    return f"{told}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
