@@ -1,5 +1,6 @@
 """The long frontier's comparison at equal learning."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 from benchmarks.frontier import RECIPE, make_config, runs
+from benchmarks.frontier_merges import table
 from benchmarks.frontier_report import at_equal_loss, drift_at, holm
 
 from tests.tiny import tiny_llama
@@ -63,3 +65,21 @@ def test_every_method_of_the_recipe_has_a_configuration(name):
     config = make_config(tiny_llama(), METHODS[name])
     assert config.target_modules
     assert getattr(config, "gradient_projection", True) is (name != "hiplora-retraction")
+
+
+def test_a_merge_fails_where_a_task_keeps_less_than_the_threshold_of_its_likelihood(tmp_path):
+    about = {
+        "rule": "addition",
+        "method": "hiplora",
+        "seeds": {},
+        "kl": {"t": 0.5},
+        "alone": {"gsm8k": 0.8, "code": 0.6},
+    }
+    for place, rises in enumerate(((0.01, 0.07), (0.0, 0.12), (0.0, 0.0))):  # kept of code: 93 %, 89 %, all
+        losses = {"gsm8k": 0.8 + rises[0], "code": 0.6 + rises[1]}
+        (tmp_path / f"merge-{place}.json").write_text(json.dumps(about | {"heldout_loss": losses}))
+    (row,) = table(tmp_path).to_dict("records")
+    assert (row["merges"], row["fail at 0.9"], row["fail at 0.95"]) == (3, 1, 2)
+    kept = [(100 * math.exp(-0.8), 0.01), (100 * math.exp(-0.6), 0.07), (100 * math.exp(-0.6), 0.12)]
+    drop = sum(alone * (1 - math.exp(-rise)) for alone, rise in kept) / 6
+    assert row["mean drop, points"] == pytest.approx(drop, abs=0.006)
