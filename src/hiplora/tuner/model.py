@@ -356,6 +356,7 @@ def _basis_of(config: HipLoraConfig) -> list[Any]:
 
 def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
     """Refuse a layer in which nothing could learn; warn where only the gains can, or of a rank r above what is left."""
+    warned: dict[str, list[str]] = {}  # remedy → what was found, layer by layer
     for target in targets if config.is_closed else ():
         k, r = config.calibrated[target.name].rank, for_module(config.rank_pattern, target.name, config.r)
         sides = zip(("output", "input"), target.shape, strict=True)
@@ -363,13 +364,16 @@ def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
         left, n, side = min(room, key=lambda one: one[0])
         if r > left > 0:
             found = f"layer {target.name}: r {r} is above the {left} directions that principal_rank {k} leaves"
-            warnings.warn(f"{found}; lower one of them, or set rank_pattern or principal_rank_pattern", stacklevel=2)
+            warned.setdefault("lower one of them, or set rank_pattern or principal_rank_pattern", []).append(found)
         if left <= 0:
             found = f"layer {target.name}: principal_rank {target.k!r} protects all of its {n} {side}s"
             remedy = "lower it (principal_rank_pattern sets one layer's), or leave the layer out (exclude_modules)"
             if not config.principal_channel:
                 raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
-            warnings.warn(f"{found}, so that only its gains learn; {remedy}", stacklevel=2)
+            warned.setdefault(remedy, []).append(f"{found}, so that only its gains learn")
+    for remedy, found_in in warned.items():
+        others = f" (and so in {len(found_in) - 1} more)" if len(found_in) > 1 else ""
+        warnings.warn(f"{found_in[0]}{others}; {remedy}", stacklevel=2)
 
 
 def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
