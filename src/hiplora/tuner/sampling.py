@@ -67,7 +67,7 @@ def model_fingerprint(model: nn.Module) -> str:
                 value = parameter.data
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
-                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value)}\n".encode())
+                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value, name)}\n".encode())
     return digest.hexdigest()
 
 
