@@ -277,7 +277,9 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
         priced = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
-        if not priced or is_sharded(delta) or not self._trains(delta):
+        # Under torch.func.functional_call, another tensor stands in for the parameter.
+        own = isinstance(delta, nn.Parameter) and not is_sharded(delta)
+        if not priced or not own or not self._trains(delta):
             return
         if adapter not in self._unserved:
             self._unserved[adapter] = Watch(delta)
