@@ -117,6 +117,16 @@ def test_what_cannot_be_differentiated_is_told_the_way_out(tiny):
     assert len(found.factors) == 8
 
 
+def test_a_model_of_another_library_that_writes_no_text_is_told_the_way_out():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model.config = {"model_type": "custom"}
+    settings = HipLoraConfig(r=2, principal_rank=2, target_modules=["0"], basis_sides="input")
+    with pytest.raises(ConfigError, match=r"not a causal language model.*run_model"):
+        peft.get_peft_model(model, settings)
+    hiplora.calibrate(model, settings, lambda: model(torch.randn(20, 8)))
+    assert peft.get_peft_model(model, settings)(torch.randn(2, 8)).shape == (2, 8)
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_batches_padding_and_groups_of_layers_change_nothing_but_rounding(tiny, tmp_path, ragged):
     data = [row[: 20 + index] for index, row in enumerate(rows())] if ragged else rows()

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -162,6 +163,15 @@ def test_the_type_is_what_peft_and_transformers_expect(tiny, tmp_path):
         model.add_weighted_adapter(["default"], [0.5], "half")
     with pytest.raises(ValueError, match="'HIPLORA' is not compatible"):
         peft.get_peft_model(tiny.make(), tiny.config(), mixed=True)
+
+
+def test_other_adapters_and_pefts_helpers_find_their_way_around_a_layer(tiny, ids, preset):
+    model = tiny.adapted(**preset, init_weights=False)
+    expected = logits(model, ids)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, ids), expected)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert torch.equal(logits(around, ids), expected)
 
 
 NAMES = ["default", "b", "__base__", "b"]

@@ -1,5 +1,7 @@
 """The fused layer against the dense formula, in every precision and execution mode that PEFT's users use."""
 
+import io
+
 import jaxtyping
 import peft
 import pytest
@@ -151,6 +153,61 @@ class AddsInPlace(torch.nn.Module):
 def small(base, *targets, **changes):
     settings = {"preset": "paper", "r": 2, "principal_rank": 2, "lora_dropout": 0.0, "init_weights": False, **changes}
     return peft.get_peft_model(base, HipLoraConfig(target_modules=list(targets), **settings))
+
+
+@pytest.mark.parametrize("sides", [None, "both", "input"])
+@pytest.mark.parametrize("gains", [True, False])
+def test_gradients_can_be_differentiated_themselves_and_batched(gains, sides):
+    case = layer_case()
+    case["delta"] = case["delta"] if gains else None
+    fixed = {name: case.pop(name) for name in ("U", "V")}
+    names = [name for name, value in case.items() if value is not None]
+
+    def run(*values):
+        torch.manual_seed(0)
+        given = {**dict.fromkeys(case), **dict(zip(names, values, strict=True)), **fixed}
+        return add_channels(**given, scaling=1.5, dropout=0.4, sides=sides)
+
+    given = tuple(case[name].requires_grad_() for name in names)
+    assert torch.autograd.gradgradcheck(run, given)
+    once = torch.autograd.grad(run(*given).square().sum(), given)
+    torch.testing.assert_close(torch.autograd.grad(run(*given).square().sum(), given, create_graph=True), once)
+    one_by_one, batched = (
+        torch.autograd.functional.jacobian(lambda *values: run(*values).sum((0, 1)), given, vectorize=vectorize)
+        for vectorize in (False, True)
+    )
+    torch.testing.assert_close(batched, one_by_one)
+
+
+class ASum(torch.nn.Module):
+    """A model with one output a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x).square().sum(-1)
+
+
+@pytest.mark.parametrize("gains", [True, False])
+def test_torch_func_and_traces_see_what_a_pass_computes(gains):
+    model = small(ASum(), "proj", principal_channel=gains)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    rows = torch.randn(3, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(model.eval(), rows)
+    torch.jit.save(traced, file := io.BytesIO())
+    torch.testing.assert_close(torch.jit.load(io.BytesIO(file.getvalue()))(rows), model(rows))
+    model.train()
+    each = torch.func.vmap(
+        torch.func.grad(lambda given, row: torch.func.functional_call(model, given, row)), in_dims=(None, 0)
+    )(parameters, rows)
+    for index, row in enumerate(rows):
+        model.zero_grad()
+        model(row).backward()
+        for name, gradients in each.items():
+            torch.testing.assert_close(model.get_parameter(name).grad, gradients[index])
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])

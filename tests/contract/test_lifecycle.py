@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import peft
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hiplora
-from hiplora.errors import AdapterError, ConfigError
+from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.tuner import HipLoraLinear, hip_layers, model_fingerprint
 from hiplora.tuner.moments import base_only
 from tests.contract.conftest import ACTIVATION, Base, logits, train
@@ -40,6 +41,26 @@ def test_gains_that_a_checkpoint_brings_raise_no_alarm(tiny, ids):
     model.load_state_dict(trained.state_dict())
     torch.testing.assert_close(logits(model, ids), logits(trained, ids))
     model.train()(ids)
+
+
+def test_a_state_dict_brings_its_basis_and_what_left_the_complement(tiny, ids):
+    models = []
+    for rows in (20, 40):
+        config = tiny.config(basis="activation", stability_weight=50.0, principal_channel=True)
+        hiplora.calibrate(tiny.make(), config, rows=torch.randint(0, 256, (rows, 16)))
+        models.append(peft.get_peft_model(tiny.make(), config))
+    one, other = models
+    train(other, ids, steps=1)
+    with torch.no_grad():  # as an optimizer of flat or master copies does
+        for _, layer in hip_layers(one):
+            layer.hiplora_B["default"].normal_(std=0.1)
+            layer.hiplora_delta["default"].normal_(std=0.1)
+    one.train()(ids)
+    one.eval()
+    other.load_state_dict(one.state_dict())
+    assert hiplora.max_leak(one) > 0.1
+    assert torch.equal(logits(other, ids), logits(one, ids))
+    assert torch.equal(hiplora.stability_penalty(other), hiplora.stability_penalty(one))
 
 
 def test_a_state_dict_of_the_trainable_parameters_is_enough_to_save(base, ids, tmp_path):
@@ -257,10 +278,55 @@ def test_modules_to_save_are_trained_saved_and_loaded(tiny, ids, tmp_path, low_c
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-def test_a_config_object_can_be_used_for_two_models(tiny):
-    config = tiny.config()
-    peft.get_peft_model(tiny.make(), config)
-    assert hiplora.max_leak(peft.get_peft_model(tiny_llama(seed=5), config)) < 1e-6
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+def test_a_config_object_can_be_used_for_two_models(tiny, ids, tmp_path, basis):
+    config = tiny.config(basis=basis)
+    if basis == "activation":
+        hiplora.calibrate(tiny.make(), config, rows=torch.randint(0, 256, (20, 16)), source="my rows")
+    first = peft.get_peft_model(tiny.make(), config)
+    calibration = dict(config.calibration)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second = peft.get_peft_model(tiny_llama(seed=5), config)
+    assert any("calibrated on my rows" in str(one.message) for one in caught) == (basis == "activation")
+    assert first.peft_config["default"].calibration == calibration
+    for seed, model in ((0, first), (5, second)):
+        train(model, ids)
+        model.save_pretrained(tmp_path / str(seed))
+        loaded = peft.PeftModel.from_pretrained(tiny_llama(seed), tmp_path / str(seed))
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("how", ["a file", "a state dict", "a configuration"])
+def test_an_adapter_that_was_made_here_takes_no_factors_of_another_base(tiny, ids, tmp_path, how):
+    trained = tiny.adapted(init_weights=False)
+    trained.save_pretrained(tmp_path)
+
+    def load(seed):
+        config = tiny.config(principal_rank=8)
+        if how == "a configuration":
+            return peft.PeftModel.from_pretrained(tiny_llama(seed), tmp_path, config=config)
+        model = peft.get_peft_model(tiny_llama(seed), config)
+        if how == "a file":
+            model.load_adapter(tmp_path, "default")
+        else:
+            peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(trained))
+        return model
+
+    assert torch.equal(logits(load(0), ids), logits(trained, ids))
+    with pytest.raises(AdapterError, match=r"q_proj: the base model's weight is not the one"):
+        load(5)
+
+
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+def test_a_base_without_values_is_refused_by_name(tiny, tmp_path, basis):
+    with torch.device("meta"):
+        empty = tiny.make()
+    with pytest.raises(FactorError, match=r"layer model\..*meta device"):
+        peft.get_peft_model(empty, tiny.config(basis=basis), low_cpu_mem_usage=True)
+    tiny.adapted().save_pretrained(tmp_path)
+    with pytest.raises(FactorError, match=r"layer model\.layers\..*meta device"):
+        peft.PeftModel.from_pretrained(empty, tmp_path, low_cpu_mem_usage=True)
 
 
 @pytest.mark.parametrize("kind", ["hiplora_A", "hiplora_delta", "hiplora_U"])

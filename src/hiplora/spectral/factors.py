@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hiplora.errors import FactorError
+
 _CHUNK_ELEMENTS = 1 << 22  # copies in another dtype are made a few MiB at a time, whatever the weight's size
 
 
@@ -54,8 +56,15 @@ class SpectralFactors:
         return dataclasses.replace(self, **{n: t.to(device) for n, t in tensors.items() if t is not None})
 
 
-def weight_fingerprint(weight: Tensor) -> str:
+def check_values(weight: Tensor, name: str) -> None:
+    """Raise FactorError where a layer's weight is a shape only: not loaded yet, or offloaded."""
+    if weight.is_meta:
+        raise FactorError(f"layer {name}: the weight is on the meta device and has no values; load it first")
+
+
+def weight_fingerprint(weight: Tensor, name: str = "") -> str:
     """Return the SHA-256 of a tensor's shape and float32 values, whatever its dtype, layout, device and machine."""
+    check_values(weight, name)
     digest = hashlib.sha256(repr(tuple(weight.shape)).encode())
     weight = weight.detach()
     for rows in row_chunks(weight if weight.dim() else weight.reshape(1)):

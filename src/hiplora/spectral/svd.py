@@ -7,7 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hiplora.errors import ConfigError, FactorError, FactorSettingError
-from hiplora.spectral.factors import SpectralFactors, Triplets, full_precision, row_chunks, weight_fingerprint, widest
+from hiplora.spectral.factors import (
+    SpectralFactors,
+    Triplets,
+    check_values,
+    full_precision,
+    row_chunks,
+    weight_fingerprint,
+    widest,
+)
 from hiplora.spectral.krylov import MAX_BLOCKS, block_krylov, block_size
 
 METHODS = ("auto", "exact", "krylov")
@@ -64,8 +72,7 @@ def as_matrix(weight: Tensor, k: int, name: str) -> Float[Tensor, "m n"]:
         raise FactorError(
             f"layer {name}: dtype {weight.dtype} holds packed or integer values; dequantise the weight first"
         )
-    if weight.is_meta:
-        raise FactorError(f"layer {name}: the weight is on the meta device and has no values; load it first")
+    check_values(weight, name)
     if k < 1:
         raise FactorSettingError(f"layer {name}: principal_rank {k} is below 1; raise it or leave the layer out")
     if k > min(weight.shape):

@@ -146,6 +146,19 @@ def calibrate(
     return calibration
 
 
+def calibrate_itself(model: nn.Module, config: HipLoraConfig) -> None:
+    """Calibrate on text sampled from the model; warn where the configuration was calibrated on other data before."""
+    source = config.calibration.get("source", SELF)
+    if source != SELF:
+        warnings.warn(
+            f"the configuration was calibrated on {source}, but those factors are in another model's adapter or were "
+            "not copied with it; this model is calibrated on text of its own instead. For the same data call "
+            "hiplora.calibrate(model, config, …) again before the adapter is added",
+            stacklevel=2,
+        )
+    calibrate(model, config)
+
+
 def weight_factors(
     model: nn.Module, config: HipLoraConfig, store: FactorStore | None = None
 ) -> Iterator[tuple[Target, SpectralFactors]]:

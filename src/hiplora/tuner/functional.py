@@ -1,7 +1,8 @@
 """The forward and backward pass of the two channels on a frozen linear layer, fused.
 
 `y = base_out + [s·B | U diag(δ)] ([A; Vᵀ] x)`: both channels go through one pair of thin products of width r + k.
-The hand-written backward keeps only the layer's input and the thin activation (with dropout, one byte an element too).
+The hand-written backward keeps only the layer's input and the thin activation (with dropout, one byte an element too);
+whoever looks behind it, or differentiates twice, gets both channels in torch's own operations.
 """
 
 import contextlib
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hiplora.spectral import protected, retract
@@ -37,23 +37,48 @@ def add_channels(
     projection of Eq. 4 on `sides` (None: as they are), and so do their gradients with `project_gradients` (Eq. 5).
     """
     device = x.device.type
-    if torch.compiler.is_compiling():  # the same in differentiable operations, to be fused as the compiler sees fit
-        dtype = A.dtype
-        if sides is not None:
-            with torch.autocast(device, enabled=False):
-                kept_A, kept_B = retracted(A, B, U, V, sides)
-                A = kept_A if project_gradients else A + (kept_A - A).detach()
-                B = kept_B if project_gradients else B + (kept_B - B).detach()
-        inputs = x.to(dtype)
-        update = F.linear(F.linear(F.dropout(inputs, dropout), A.to(dtype)), B.to(dtype)) * scaling
-        if delta is not None and U is not None and V is not None:
-            update = update + F.linear((inputs @ V.to(dtype)) * delta, U.to(dtype))
+    if observed():
+        inputs = x.to(A.dtype)
+        dropped = F.dropout(inputs, dropout)
+        update = _update(inputs, dropped, A, B, delta, U, V, scaling, sides, project_gradients)
         return (base_out + update).to(base_out.dtype)
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
     with _no_autocast(device):
         return _AddChannels.apply(
             base_out, x, A, B, delta, U, V, scaling, dropout, compute, sides, sides is not None and project_gradients
         )
+
+
+def observed() -> bool:
+    """Whether each operation of a pass is looked at: by torch.compile, torch.export, torch.jit.trace or torch.func."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]  # has no public name
+
+
+def _update(
+    inputs: Tensor,
+    dropped: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta: Tensor | None,
+    U: Tensor | None,
+    V: Tensor | None,
+    scaling: float,
+    sides: str | None,
+    project_gradients: bool,
+) -> Tensor:
+    """Return both channels' output in differentiable operations, to be fused, traced or differentiated again."""
+    dtype = inputs.dtype
+    if sides is not None:
+        with torch.autocast(inputs.device.type, enabled=False):
+            kept_A, kept_B = retracted(A, B, U, V, sides)
+            A = kept_A if project_gradients else A + (kept_A - A).detach()
+            B = kept_B if project_gradients else B + (kept_B - B).detach()
+    update = F.linear(F.linear(dropped, A.to(dtype)), B.to(dtype)) * scaling
+    if delta is not None and U is not None and V is not None:
+        update = update + F.linear((inputs @ V.to(dtype)) * delta.to(dtype), U.to(dtype))
+    return update
 
 
 def _no_autocast(device: str) -> Any:
@@ -99,6 +124,7 @@ class _AddChannels(torch.autograd.Function):
         project_gradients: bool,
     ) -> Tensor:
         r, ctx.dtype = A.shape[0], A.dtype
+        ctx.given, ctx.acting = (A, B), (sides, project_gradients)
         if sides is not None:
             A, B = retracted(A, B, U, V, sides)
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
@@ -119,10 +145,24 @@ class _AddChannels(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, base_out.shape)  # no view: a model may change it in place
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _gradients_to_differentiate if torch.is_grad_enabled() else _gradients
         with _no_autocast(grad_out.device.type):
-            return grad_out, *_gradients(ctx, grad_out), *[None] * 7
+            return grad_out, *gradients(ctx, grad_out), *[None] * 7
+
+
+def _gradients_to_differentiate(ctx: Any, grad_out: Tensor) -> list[Tensor | None]:
+    """Gradients of x, A, B and δ with a graph of their own (`create_graph=True`)."""
+    x, _, _, delta, U, V, _, mask = ctx.saved_tensors
+    # Views: a layer that is called twice is behind its own input.
+    views: list[Any] = [None if one is None else one.view_as(one) for one in (x, *ctx.given, delta)]
+    x, A, B, delta = views
+    inputs = x.to(ctx.compute)
+    dropped = inputs if mask is None else inputs * mask.view(x.shape)
+    update = _update(inputs, dropped, A, B, delta, U, V, ctx.scaling, *ctx.acting)
+    needed = [one for one, needs in zip(views, ctx.needs_input_grad[1:5], strict=True) if needs]
+    found = iter(torch.autograd.grad(update, needed, grad_out.to(update.dtype), create_graph=True))
+    return [next(found) if needs else None for needs in ctx.needs_input_grad[1:5]]
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -133,10 +173,11 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     g = grad_out.reshape(-1, grad_out.shape[-1]).to(compute)
     up = _up(B, None if delta is None else U, None, ctx.scaling, compute)
     back = g @ up  # g [s·B | U], (N, r + k)
+    residual = back.narrow(1, 0, r)  # torch cannot batch back[:, :r] where it is all of it (is_grads_batched)
     dx = d_A = d_B = d_delta = None
     if need_A:
         inputs = x.reshape(-1, x.shape[-1]).to(compute)
-        d_A = (back[:, :r].T @ (inputs if mask is None else inputs * mask)).to(ctx.dtype)
+        d_A = (residual.T @ (inputs if mask is None else inputs * mask)).to(ctx.dtype)
     if need_B:
         d_B = (g.T @ thin[:, :r]).mul_(ctx.scaling).to(ctx.dtype)
     if ctx.sides is not None:
@@ -151,7 +192,7 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             back[:, r:].mul_(delta)
         down = _down(A, None if delta is None else V, compute)
         # The mask is the residual channel's alone.
-        dx = back @ down if mask is None else (back[:, :r] @ down[:r]).mul_(mask).addmm_(back[:, r:], down[r:])
+        dx = back @ down if mask is None else (residual @ down[:r]).mul_(mask).addmm_(back[:, r:], down[r:])
         dx = dx.view(x.shape).to(x.dtype)
     return dx, d_A, d_B, d_delta
 

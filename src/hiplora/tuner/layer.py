@@ -25,7 +25,7 @@ from hiplora.spectral import (
     soften,
 )
 from hiplora.tuner.config import HipLoraConfig
-from hiplora.tuner.functional import add_channels, retracted
+from hiplora.tuner.functional import add_channels, observed, retracted
 from hiplora.tuner.state import (
     FactorBuffers,
     FactorDict,
@@ -34,6 +34,7 @@ from hiplora.tuner.state import (
     factor_names,
     is_flat,
     is_sharded,
+    leak_limit,
     own_part,
 )
 from hiplora.tuner.targets import frozen_weight, linear_target, quantization
@@ -46,6 +47,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
     `hiplora_U` (m, k), `hiplora_sigma` (k,), `hiplora_V` (n, k), shared between adapters where they are equal.
     """
 
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting asks for it; a pass casts in any case
     adapter_layer_names = ("hiplora_A", "hiplora_B", "hiplora_delta")
     other_param_names = ("r", "scaling", "hiplora_dropout", "configs", "_budget")
 
@@ -68,6 +70,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         self._frozen: list[Any] = []
         self.merged_adapters: list[str] = []
         self._active_adapter = []
+        self.register_load_state_dict_post_hook(_note_leaks)
 
     def add_adapter(
         self, adapter: str, config: HipLoraConfig, r: int, alpha: float, k: int, factors: SpectralFactors | None
@@ -170,6 +173,7 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._unserved.clear()  # gains that a checkpoint brings were moved by no optimizer
+        self._budget.clear()  # it may bring other σ
         super()._load_from_state_dict(*args)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -208,12 +212,12 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _projected_sides(self, adapter: str) -> str | None:
         """Return the sides on which a pass projects A and B: while they train, whatever moves them; else None."""
-        config, compiling = self.configs[adapter], torch.compiler.is_compiling()
+        config, seen = self.configs[adapter], observed()
         if not config.is_closed:
             return None
-        if not compiling and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
+        if not seen and self._trains(self.hiplora_A.parameter(adapter), self.hiplora_B.parameter(adapter)):
             self._astray.add(adapter)
-        return config.basis_sides if compiling or adapter in self._astray else None
+        return config.basis_sides if seen or adapter in self._astray else None
 
     def _trains(self, *parameters: Tensor) -> bool:
         """Whether this may be a pass of a training of any of these parameters."""
@@ -269,11 +273,13 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
 
     def _expect_service(self, adapter: str) -> None:
         """Refuse to go on after steps that the optimizer hooks did not see, where they should have cost a price."""
-        if adapter not in self.hiplora_delta or adapter in self._served or torch.compiler.is_compiling():
+        if adapter not in self.hiplora_delta or adapter in self._served or observed():
             return
         config, delta = self.configs[adapter], self.hiplora_delta.parameter(adapter)
         priced = config.gain_lr_ratio != 1 or (config.stability_mode != "none" and config.stability_weight > 0)
-        if not priced or is_sharded(delta) or not self._trains(delta):
+        # Under torch.func.functional_call, another tensor stands in for the parameter.
+        own = isinstance(delta, nn.Parameter) and not is_sharded(delta)
+        if not priced or not own or not self._trains(delta):
             return
         if adapter not in self._unserved:
             self._unserved[adapter] = Watch(delta)
@@ -384,3 +390,11 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
             frozen.data = frozen.data.to(layer.weight)  # the model may have been moved, or cast, since
             layer.weight = frozen
         self.merged_adapters.clear()
+
+
+def _note_leaks(layer: HipLoraLinear, _: Any) -> None:
+    """Have what a state dict brought act through the projection where, as in its model, it left the complement."""
+    for adapter in layer.hiplora_A.keys() - layer.pending:
+        A = layer.hiplora_A.parameter(adapter)
+        if not is_sharded(A) and not A.is_meta and layer.leak(adapter) > leak_limit(A.dtype):
+            layer._astray.add(adapter)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.spectral import SpectralFactors, weight_fingerprint
-from hiplora.tuner.calibration import calibrate, weight_factors
+from hiplora.tuner.calibration import calibrate_itself, weight_factors
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
@@ -77,6 +77,9 @@ class HipLoraModel(BaseTuner):
             config.calibrated = shared
             return config
         if not config.from_checkpoint:
+            if config.fingerprints:  # of another model's adapter, whose configuration this object stays
+                config = copy.copy(config)
+                self.peft_config |= {name: config for name, one in self.peft_config.items() if one is peft_config}
             config.fingerprints, config.principal_ranks, config.base_precision = {}, {}, ""
             for note in left_out(model, config, targets):
                 warnings.warn(note, stacklevel=2)
@@ -89,7 +92,7 @@ class HipLoraModel(BaseTuner):
                 if config.basis == "weight":
                     config.calibrated = {target.name: factors for target, factors in weight_factors(model, config)}
                 elif not config.calibrated:
-                    calibrate(model, config)
+                    calibrate_itself(model, config)
                 else:
                     _check_calibrated(model, config, targets)
                 _check_complement(config, targets)
@@ -180,9 +183,8 @@ class HipLoraModel(BaseTuner):
 
     def _begin_anew(self, adapter: str) -> None:
         """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it."""
-        config: Any = self.peft_config[adapter]
         layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
-        if not config.awaits_file or not layers:
+        if not layers or not (config := layers[0].configs[adapter]).awaits_file:
             return
         config.awaits_file = False
         if config.basis == "weight":
@@ -191,7 +193,7 @@ class HipLoraModel(BaseTuner):
             return
         chosen = copy.copy(config)
         chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
-        calibrate(self.model, chosen)
+        calibrate_itself(self.model, chosen)
         config.calibration = chosen.calibration
         for layer in layers:
             layer.begin_anew(adapter, chosen.calibrated[layer.name])

@@ -67,7 +67,7 @@ def model_fingerprint(model: nn.Module) -> str:
                 value = parameter.data
                 if type(value).dequantize is not Tensor.dequantize:  # torchao's
                     value = value.dequantize()
-                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value)}\n".encode())
+                digest.update(f"{_PLAIN.sub('', name)} {weight_fingerprint(value, name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -170,8 +170,8 @@ def _own_tokenizer(model: Any) -> Any:
 @torch.no_grad()
 def check_causal(model: Any) -> None:
     """Check that text can be sampled from a model: that it predicts the next token, and looks at no later one."""
-    config, why = getattr(model, "config", None), ""
-    if config is None or config.is_encoder_decoder or not getattr(model, "can_generate", bool)():
+    config, why = getattr(model, "config", None), ""  # a dictionary, or of another library, outside transformers
+    if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", bool)():
         why = "is not a causal language model"
     else:
         ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)

@@ -251,7 +251,7 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
         for name, expected in config.fingerprints.items():
             try:
                 module = model.get_submodule(name)
-                found, stored = weight_fingerprint(frozen_weight(module)), precision(module)
+                found, stored = weight_fingerprint(frozen_weight(module), name), precision(module)
             except AttributeError:
                 raise AdapterError(
                     f"layer {name}: the adapter was made for it, but this base model has no such module; "
@@ -270,9 +270,10 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
 def _other_weights(names: list[str], config: HipLoraConfig) -> AdapterError:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     why = "" if config.save_factors else " (saved without its factors, it needs the very same values)"
+    trained_on = config.base_model_name_or_path if config.from_checkpoint else ""
     return AdapterError(
         f"layer {names[0]}{more}: the base model's weight is not the one that this adapter was made for{why}; "
-        f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
+        f"load it over {trained_on or 'the model it was trained on'}"
     )
 
 
@@ -303,7 +304,7 @@ def check_checkpoint(
             if not torch.isfinite(found).all():
                 raise AdapterError(f"layer {name}: {kind} in the adapter file has NaN or Inf; it is damaged")
         if "hiplora_U" in tensors:
-            _check_factors(layer, config, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
+            _check_factors(layer, config, adapter, *(tensors[kind].float().cpu() for kind in FACTOR_NAMES))
     if config.unverified:
         warnings.warn(
             f"the base model is stored in another precision than the adapter's ({config.base_precision}); the "
@@ -313,7 +314,9 @@ def check_checkpoint(
     return checked
 
 
-def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma: Tensor, V: Tensor) -> None:
+def _check_factors(
+    layer: HipLoraLinear, config: HipLoraConfig, adapter: str, U: Tensor, sigma: Tensor, V: Tensor
+) -> None:
     for label, basis in (("U", U), ("V", V)):
         error = (basis.T @ basis - torch.eye(basis.shape[1])).abs().max().item()
         if not error <= ORTHOGONALITY_LIMIT:
@@ -321,9 +324,11 @@ def _check_factors(layer: HipLoraLinear, config: HipLoraConfig, U: Tensor, sigma
                 f"layer {layer.name}: the columns of {label} in the adapter file are not orthonormal "
                 f"(error {error:.1e}, limit {ORTHOGONALITY_LIMIT:.0e}); the file is damaged, fetch it again"
             )
-    if layer.name in config.unverified:
+    # Into an adapter that was made here, a file may bring factors of another base, or of this one in another precision.
+    foreign = not config.from_checkpoint and not torch.equal(U, layer.hiplora_U[adapter].cpu())
+    if foreign or layer.name in config.unverified:
         off = factor_mismatch(frozen_weight(layer).float().cpu(), U, sigma, V, config.basis)
-        if not off <= other_precision_limit(precision(layer), config.base_precision or ""):
+        if not off <= other_precision_limit(precision(layer), "4bit" if foreign else config.base_precision or ""):
             raise _other_weights([layer.name], config)
 
 
