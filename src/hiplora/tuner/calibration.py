@@ -24,6 +24,7 @@ from hiplora.spectral import (
     activation_factors,
     resolve_rank,
     squared_singular_values,
+    weight_fingerprint,
 )
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import shared_side, unrolled
@@ -157,6 +158,23 @@ def calibrate_itself(model: nn.Module, config: HipLoraConfig) -> None:
             stacklevel=2,
         )
     calibrate(model, config)
+
+
+def check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
+    """Check that what was calibrated is of these very weights, and of the ranks and sides that are now asked for."""
+    basis = f"activation:{config.basis_sides}"
+    for target in targets:
+        factors, k = config.calibrated.get(target.name), target.k
+        if factors is None or (isinstance(k, int) and factors.rank != k) or factors.basis != basis:
+            raise ConfigError(
+                f"layer {target.name}: the calibration has no factors of rank {k} for it; the configuration was "
+                "changed after hiplora.calibrate(model, config): call it again"
+            )
+        if factors.fingerprint != weight_fingerprint(frozen_weight(model.get_submodule(target.name))):
+            raise ConfigError(
+                f"layer {target.name}: its weight is not the one that was calibrated; call "
+                "hiplora.calibrate(model, config) on this very model"
+            )
 
 
 def weight_factors(

@@ -18,8 +18,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from hiplora.errors import AdapterError, ConfigError
-from hiplora.spectral import SpectralFactors, weight_fingerprint
-from hiplora.tuner.calibration import calibrate_itself, weight_factors
+from hiplora.spectral import SpectralFactors
+from hiplora.tuner.calibration import calibrate_itself, check_calibrated, weight_factors
 from hiplora.tuner.config import PEFT_TYPE, HipLoraConfig
 from hiplora.tuner.experts import fuse, shared_side, unroll
 from hiplora.tuner.layer import HipLoraLinear
@@ -36,7 +36,6 @@ from hiplora.tuner.targets import (
     Target,
     find_targets,
     for_module,
-    frozen_weight,
     keep_unpacked,
     left_out,
     precision,
@@ -94,7 +93,7 @@ class HipLoraModel(BaseTuner):
                 elif not config.calibrated:
                     calibrate_itself(model, config)
                 else:
-                    _check_calibrated(model, config, targets)
+                    check_calibrated(model, config, targets)
                 _check_complement(config, targets)
         except BaseException:
             fuse(model, fused)
@@ -373,26 +372,8 @@ def _check_complement(config: HipLoraConfig, targets: Iterable[Target]) -> None:
             if not config.principal_channel:
                 raise ConfigError(f"{found}, so nothing in it could learn; {remedy}")
             warned.setdefault(remedy, []).append(f"{found}, so that only its gains learn")
-    for remedy, found_in in warned.items():
-        others = f" (and so in {len(found_in) - 1} more)" if len(found_in) > 1 else ""
-        warnings.warn(f"{found_in[0]}{others}; {remedy}", stacklevel=2)
-
-
-def _check_calibrated(model: nn.Module, config: HipLoraConfig, targets: Iterable[Target]) -> None:
-    """Check that what was calibrated is of these very weights, and of the ranks and sides that are now asked for."""
-    basis = f"activation:{config.basis_sides}"
-    for target in targets:
-        factors, k = config.calibrated.get(target.name), target.k
-        if factors is None or (isinstance(k, int) and factors.rank != k) or factors.basis != basis:
-            raise ConfigError(
-                f"layer {target.name}: the calibration has no factors of rank {k} for it; the configuration was "
-                "changed after hiplora.calibrate(model, config): call it again"
-            )
-        if factors.fingerprint != weight_fingerprint(frozen_weight(model.get_submodule(target.name))):
-            raise ConfigError(
-                f"layer {target.name}: its weight is not the one that was calibrated; call "
-                "hiplora.calibrate(model, config) on this very model"
-            )
+    for remedy, (first, *more) in warned.items():
+        warnings.warn(first + f" (and so in {len(more)} more)" * bool(more) + f"; {remedy}", stacklevel=2)
 
 
 def register() -> None:
