@@ -36,7 +36,8 @@ def command(
     import pandas as pd
 
     from hiplora.data.texts import calibration_rows, describe_source
-    from hiplora.models import load, machine_dtype, pick_device, torch_dtype
+    from hiplora.devices import machine_dtype, pick_device, torch_dtype
+    from hiplora.models import load
     from hiplora.provenance import provenance
     from hiplora.spectral import parse_rank
     from hiplora.tuner import HipLoraConfig, calibrate

@@ -81,7 +81,8 @@ def command(
     if not loaded.method.kind:
         lora = ("--to", "lora", "--out", f"{where}-lora")
         yield next_step("hiplora", "export", where, *lora, why="for vLLM, llama.cpp and stock PEFT")
-    adapter = ("--adapter", where, "--prompt", "TEXT")
+    asked = [] if result.data["encoding"].get("conversations") else ["--raw"]  # as it was trained
+    adapter = ("--adapter", where, *asked, "--prompt", "TEXT")
     yield next_step("hiplora", "generate", loaded.model, *adapter, why="beside the base model's answer")
 
 

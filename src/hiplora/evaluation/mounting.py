@@ -27,7 +27,8 @@ def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
     Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
     differently with and without them, and the base must score the same before and after.
     """
-    from hiplora.models import load, measuring_place
+    from hiplora.devices import measuring_place
+    from hiplora.models import load
 
     place, dtype = measuring_place(device)
     network, tokenizer = load(model, dtype)

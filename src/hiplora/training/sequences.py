@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
+from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
-from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
+from hiplora.models import load_tokenizer
 from hiplora.positions import context_length, within_context
 from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
