@@ -119,15 +119,15 @@ def load(
         ConfigError: there is no such folder or hub model, it is not a causal language model, or it is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    _causal_config(model)
+    _, kind = _text_model(model)
     tokenizer = load_tokenizer(model)
     options: dict[str, Any] = {"dtype": dtype or torch.float32, "output_loading_info": True}
     if in_4bit is not None:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": in_4bit}}
-    network, report = _pretrained(AutoModelForCausalLM, model, **options)
+    network, report = _pretrained(kind, model, **options)
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random
         raise ConfigError(
             f"model {model}: its weights lack {len(missing)} of the parameters that config.json describes "
@@ -143,29 +143,44 @@ def load(
 def skeleton(model: str) -> Any:
     """Return a causal language model without weights, made of its configuration; ConfigError as `load`."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    config = _causal_config(model)
+    config, kind = _text_model(model)
     with torch.device("meta"), _loading(model):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return kind.from_config(config, trust_remote_code=False)
 
 
-def _causal_config(model: str) -> Any:
-    """Return a model's configuration; ConfigError if it is of another kind of model, also where a head could be added.
+def writes_text(model: str) -> bool:
+    """Whether there is a causal language model of this name, folder or hub name."""
+    try:
+        return bool(_text_model(model))
+    except ConfigError:
+        return False
 
-    transformers makes a causal model of encoders, which look at later tokens, of decoders without their encoders, and
-    of classifiers.
+
+def _text_model(model: str) -> tuple[Any, Any]:
+    """Return a causal language model's configuration and auto class, of one that sees pictures too its own.
+
+    ConfigError if it is of another kind, also where transformers makes a causal model of it: of encoders, which look at
+    later tokens, of decoders without their encoders, and of classifiers.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = _pretrained(AutoConfig, model)
-    kind = next(iter(config.architectures or []), type(config).__name__)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder or _OTHER_TASK.search(kind):
+    folder = Path(resolve(model))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(
-            f"model {model}: is no causal language model ({kind}), as the commands need; name one, or adapt it in "
+            f"model {model}: is an adapter; name its base model instead, and this one as an adapter of it"
+        )
+    config = _pretrained(AutoConfig, model)
+    called = next(iter(config.architectures or []), type(config).__name__)
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kind = next((auto for auto in autos if type(config) in auto._model_mapping), None)
+    encoded = any(one.is_encoder_decoder for one in (config, config.get_text_config()))
+    if kind is None or encoded or _OTHER_TASK.search(called):
+        raise ConfigError(
+            f"model {model}: is no causal language model ({called}), as the commands need; name one, or adapt it in "
             "Python with PEFT and hiplora.HipLoraConfig"
         )
-    return config
+    return config, kind
 
 
 def load_tokenizer(model: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from hiplora.adapters import (
     AdapterUpdate,
     check_projection,
+    has_words,
     load_for,
     open_update,
     protect,
@@ -88,6 +89,9 @@ def protect_adapter(
     inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
     update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
     # All that can be wrong with what is read is found before the model loads.
+    if not has_words(update):
+        what = f"is for {update.base}, which is no causal language model"
+        raise ConfigError(f"{update.source}: {what}; protect measures on text, so name an adapter of one that is")
     tokenizer, texts = load_tokenizer(update.base), drift_texts(drift_text)
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
     rows = None if text is None else calibration_rows(tokenizer, text, tokens)

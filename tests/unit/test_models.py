@@ -214,7 +214,7 @@ def test_a_tokenizer_pads_with_a_token_of_the_models_whatever_it_has(special, ow
     assert load(str(tmp_path))[1].pad_token_id == own
 
 
-OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT classifier", "ViT", "LLaVA"]
+OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT classifier", "ViT"]
 
 
 @pytest.mark.parametrize("name", OTHER_KINDS)
@@ -226,6 +226,19 @@ def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be
     for read in (load, skeleton):
         with pytest.raises(ConfigError, match=rf"is no causal language model \({type(model).__name__}\)"):
             read(str(tmp_path))
+
+
+def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "its base"}')
+    with pytest.raises(ConfigError, match="is an adapter; name its base model instead"):
+        load(str(tmp_path))
+
+
+def test_a_model_that_sees_pictures_too_is_loaded_as_what_it_is(tmp_path):
+    model = next(case for case in CASES if case.name == "LLaVA").make()
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    assert {type(load(str(tmp_path))[0]), type(skeleton(str(tmp_path)))} == {type(model)}
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"
