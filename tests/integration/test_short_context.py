@@ -63,6 +63,23 @@ def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsy
         assert record == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["calibrate", "train", "protect", "export"])
+def test_texts_and_rows_to_measure_on_are_cut_to_the_context(name, model, rows, tmp_path, capsys):
+    text, adapter, out = tmp_path / "text.txt", tmp_path / "adapter", tmp_path / "out"
+    text.write_text("It goes on and on. " * 100)
+    given = {
+        "calibrate": (model, "--text", text, "--tokens", 500, "--rank", 4),
+        "protect": (adapter, "--text", text, "--data", rows, "--tokens", 500, "--principal-rank", 4, "--out", out),
+        "export": (adapter, "--to", "dense", "--tolerance", 0.1, "--data", rows, "--out", out),
+    }
+    training = [*commands(model, rows, adapter)["train"], "--set", f"method.calibration_text={text}"]
+    assert name == "calibrate" or run(capsys, *training)[0] == 0
+    training[-3] = out
+    given["train"] = (*training[1:], "--set", f"train.start_from={adapter}")
+    code, _, err = run(capsys, name, *given[name])
+    assert code == 0, err
+
+
 def test_only_the_prompts_that_need_it_are_cut_short(model):
     network, tokenizer = load(str(model))
     prompts = ["a", "b" * (CONTEXT - 4), "c" * 9]

@@ -41,6 +41,7 @@ def quiet_loading() -> Iterator[None]:
     """Silence library warnings about each other, and about a base model that is not on the hub, inside the block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # as PEFT then sets it itself
         warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
         yield
 

@@ -49,7 +49,7 @@ def command(
     if text is None:
         given = {"tokens": tokens, "seed": seed, "tokenizer": tokenizer}
     else:
-        given = {"rows": calibration_rows(tokenizer, text, tokens), "source": describe_source(text)}
+        given = {"rows": calibration_rows(tokenizer, text, tokens, loaded), "source": describe_source(text)}
     found = calibrate(loaded.to(device), config, batch_size=batch_size, **given)
     record = {"schema": 1, "kind": "calibration", "model": model, **found.as_dict(), "provenance": provenance()}
     yield record

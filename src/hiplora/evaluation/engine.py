@@ -82,7 +82,8 @@ class ScoringLM(HFLM):
 
     @contextlib.contextmanager
     def _batches_of(self, size: int) -> Iterator[None]:
-        whole, self.batch_size_per_gpu = self.batch_size_per_gpu, size
+        whole: int = self.batch_size  # type: ignore[assignment]
+        self.batch_size_per_gpu = size
         try:
             yield
         finally:

@@ -129,7 +129,7 @@ class KlPenalty(Penalty):
             adapted = self._log_probs(model, pieces)
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
 
-    def _log_probs(self, model: Any, pieces: Sequence[Tensor]) -> Tensor:
+    def _log_probs(self, model: Any, pieces: list[Tensor]) -> Tensor:
         inputs = [{"input_ids": piece[None].to(model.device)} for piece in pieces]
         if self._together:
             places = torch.cat([torch.arange(len(piece)) for piece in pieces])
@@ -145,5 +145,5 @@ def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenal
     if not settings.kl_weight:
         return None
     text, pool = settings.kl_text, settings.kl_pool
-    rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool)
+    rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool, model)
     return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed, keeps_rows_apart(model))
