@@ -9,7 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from hiplora.evaluation.answers import continuations
 from hiplora.models import load
 from hiplora.positions import context_length, position_limit
+from hiplora.training.sequences import keeps_rows_apart
 from tests.commands import run
+from tests.models.zoo import CASES, SIZES
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
 
 CONTEXT = 96
@@ -95,6 +97,27 @@ def test_positions_that_go_on_by_a_rule_end_nowhere(model, tiny_model_dir):
     assert position_limit(network) is None
     opt = OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64)
     assert position_limit(OPTForCausalLM(opt)) == opt.max_position_embeddings
+
+
+ENDING = ["GPT-2", "GPT-Neo", "OPT", "GPT-J", "CodeGen", "CTRL", "MPT"]
+
+
+@pytest.mark.parametrize("name", [*ENDING, "BLOOM", "Mamba", "Phi-3"])
+@torch.no_grad()
+def test_the_limit_is_where_a_model_fails_and_rows_in_one_sequence_do_not_reach_it(name):
+    network = next(case for case in CASES if case.name == name).make()
+    ids = torch.arange(3 * SIZES["max_position_embeddings"])[None] % 60
+    limit = position_limit(network)
+    assert (limit is not None) == (name in ENDING)
+    if limit is not None:
+        network(input_ids=ids[:, :limit])
+        with pytest.raises((IndexError, RuntimeError)):
+            network(input_ids=ids[:, : limit + 1])
+    else:
+        network(input_ids=ids)
+    if keeps_rows_apart(network):
+        places = torch.arange(ids.shape[1])[None] % SIZES["max_position_embeddings"]
+        network(input_ids=ids, position_ids=places)
 
 
 def test_a_prompt_that_fills_it_is_refused_before_a_comparison_begins(model, rows, tmp_path, capsys):
