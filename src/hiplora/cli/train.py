@@ -82,7 +82,7 @@ def command(
         lora = ("--to", "lora", "--out", f"{where}-lora")
         yield next_step("hiplora", "export", where, *lora, why="a plain LoRA, which loads without hiplora")
     asked = [] if result.data["encoding"].get("conversations") else ["--raw"]  # as it was trained
-    adapter = ("--adapter", where, *asked, "--prompt", "TEXT")
+    adapter = ("--adapter", where, "--prompt", "TEXT", *asked)
     yield next_step("hiplora", "generate", loaded.model, *adapter, why="beside the base model's answer")
 
 
