@@ -29,6 +29,7 @@ LAYERS = (
         "extras",
         "files",
         "positions",
+        "devices",
         "provenance",
         "run_folder",
     },  # small modules that may use each other

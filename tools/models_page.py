@@ -36,6 +36,8 @@ NOTES = """
 - What does not work is refused with what to do. A batch cannot mix adapters on experts; vLLM and llama.cpp take
   these as a whole model (`--to dense`). Where a model writes no text, the default preset needs
   `hiplora.calibrate(model, config, run_model=...)` on your data, with `basis_sides="input"` where it gives no logits.
+- **Commands** that train, measure or write text take causal language models, those that see pictures too among
+  them. Other kinds are refused: adapt these in Python. Their adapters are inspected, exported and merged as any others.
 - **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower name its modules,
   and calibrate with `run_model` on data with pictures.
 - **Experts** are adapted one by one: an adapter on all of them is large. Expert modules of Llama 4, JetMoE,

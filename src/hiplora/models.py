@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 MANIFEST = "hiplora-manifest.json"
+_OTHER_TASK = re.compile("For(?!CausalLM|ConditionalGeneration)")  # in the name of a class
 _FORMAT = 1  # raised when the conversion changes: folders of an older format are made anew
 
 
@@ -111,41 +113,74 @@ def load(
     """Load `(model, tokenizer)` by name, folder or hub name, in evaluation mode.
 
     `dtype` None is float32, `"auto"` the checkpoint's. `in_4bit` is the device to hold linear layers in 4 bits on, as
-    QLoRA does, and to compute in `dtype`. A tokenizer without a padding token gets its end token as such.
+    QLoRA does, and to compute in `dtype`. A tokenizer without a padding token that the model has gets another as such.
 
     Raises:
         ConfigError: there is no such folder or hub model, it is not a causal language model, or it is damaged.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
+    _, kind = _text_model(model)
     tokenizer = load_tokenizer(model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     options: dict[str, Any] = {"dtype": dtype or torch.float32, "output_loading_info": True}
     if in_4bit is not None:
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": in_4bit}}
-    network, report = _pretrained(AutoModelForCausalLM, model, **options)
+    network, report = _pretrained(kind, model, **options)
     if missing := sorted(report["missing_keys"]):  # transformers would leave them random
         raise ConfigError(
             f"model {model}: its weights lack {len(missing)} of the parameters that config.json describes "
             f"({', '.join(missing[:3])}); save or download it again"
         )
+    usable = range(len(network.get_input_embeddings().weight))
+    given = (getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "unk", "bos"))
+    # Padding is masked, so that any token will do.
+    tokenizer.pad_token_id = next((token for token in given if token in usable), 0)
     return network.eval(), tokenizer
 
 
 def skeleton(model: str) -> Any:
     """Return a causal language model without weights, made of its configuration; ConfigError as `load`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _pretrained(AutoConfig, model)
+    config, kind = _text_model(model)
+    with torch.device("meta"), _loading(model):
+        return kind.from_config(config, trust_remote_code=False)
+
+
+def writes_text(model: str) -> bool:
+    """Whether there is a causal language model of this name, folder or hub name."""
     try:
-        with torch.device("meta"), quiet_transformers(always=False):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever an odd configuration makes of transformers
-        raise ConfigError(f"model {model}: is no causal language model ({first_line(error)}); name one") from error
+        return bool(_text_model(model))
+    except ConfigError:
+        return False
+
+
+def _text_model(model: str) -> tuple[Any, Any]:
+    """Return a causal language model's configuration and auto class, of one that sees pictures too its own.
+
+    ConfigError if it is of another kind, also where transformers makes a causal model of it: of encoders, which look at
+    later tokens, of decoders without their encoders, and of classifiers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    folder = Path(resolve(model))
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model {model}: is an adapter; name its base model instead, and this one as an adapter of it"
+        )
+    config = _pretrained(AutoConfig, model)
+    called = next(iter(config.architectures or []), type(config).__name__)
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kind = next((auto for auto in autos if type(config) in auto._model_mapping), None)
+    encoded = any(one.is_encoder_decoder for one in (config, config.get_text_config()))
+    if kind is None or encoded or _OTHER_TASK.search(called):
+        raise ConfigError(
+            f"model {model}: is no causal language model ({called}), as the commands need; name one, or adapt it in "
+            "Python with PEFT and hiplora.HipLoraConfig"
+        )
+    return config, kind
 
 
 def load_tokenizer(model: str) -> Any:
@@ -173,57 +208,21 @@ def knows_text(tokenizer: Any) -> bool:
 
 
 def _pretrained(kind: Any, model: str, **options: Any) -> Any:
+    with _loading(model) as path:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+
+
+@contextlib.contextmanager
+def _loading(model: str) -> Iterator[str]:
     path = resolve(model)
     try:
         with quiet_transformers(always=False):
-            return kind.from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # whatever a damaged folder makes of transformers
+            yield path
+    except Exception as error:  # whatever a damaged folder, or an odd configuration, makes of transformers
         raise ConfigError(
             f"model {model}: cannot be loaded ({first_line(error)}); expected a folder with config.json, weights "
             f"and tokenizer, a hub name that this machine can reach, or one of {', '.join(sorted(KNOWN))}"
         ) from error
-
-
-def machine_dtype() -> str:
-    """Return the precision of `train.dtype: auto` on this machine: "bf16" or "fp32"."""
-    import torch
-
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if gpu else "fp32"
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """Return torch's type for a recipe's `dtype`, which is not "auto"."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def pick_device(device: str = "auto") -> str:
-    """Return the device to compute on; "auto" is a GPU where there is one, else the CPU.
-
-    Raises:
-        ConfigError: this machine does not have the device.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(
-            f"--device {device}: not available here ({first_line(error)}); leave it out, or name cpu or cuda"
-        ) from None
-    return device
-
-
-def measuring_place(device: str = "auto") -> "tuple[str, torch.dtype]":
-    """Return where a model is measured and in which precision: in bf16 on a GPU, in fp32 on the CPU."""
-    import torch
-
-    place = pick_device(device)
-    return place, torch.float32 if place == "cpu" else torch.bfloat16
 
 
 def resolve(model: str) -> str:

@@ -15,7 +15,10 @@ def position_limit(model: Any) -> int | None:
     from torch import nn
 
     context, words = context_length(model), model.get_input_embeddings()
-    tables = (one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding) and one is not words)
+    tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding) and one is not words]
+    tables += [len(table) for table in model.buffers() if table.dim() == 2]  # of sines
+    if model.config.model_type == "mpt":  # its biases for distances, made anew in every pass
+        return context
     return context if context and any(context <= size <= context + 2 for size in tables) else None
 
 

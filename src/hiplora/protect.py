@@ -7,7 +7,9 @@ from typing import Any
 
 from hiplora.adapters import (
     AdapterUpdate,
+    BaseWeights,
     check_projection,
+    has_words,
     load_for,
     open_update,
     protect,
@@ -88,10 +90,13 @@ def protect_adapter(
     inputs: Inputs = {"the data": data, "the text": text, "the drift text": drift_text}
     update = open_update(adapter_dir, path, overwrite, base=base, inputs=inputs)
     # All that can be wrong with what is read is found before the model loads.
-    tokenizer, texts = load_tokenizer(update.base), drift_texts(drift_text)
+    if not has_words(update):
+        what = f"is for {update.base}, which is no causal language model"
+        raise ConfigError(f"{update.source}: {what}; protect measures on text, so name an adapter of one that is")
+    tokenizer, texts, bare = load_tokenizer(update.base), drift_texts(drift_text), BaseWeights.of(update).skeleton
     cut_windows(tokenizer, texts, DRIFT_WINDOW, DRIFT_TOKENS)
-    rows = None if text is None else calibration_rows(tokenizer, text, tokens)
-    examples, notes = ([], []) if data is None else task_rows(tokenizer, data)
+    rows = None if text is None else calibration_rows(tokenizer, text, tokens, bare)
+    examples, notes = ([], []) if data is None else task_rows(tokenizer, data, bare)
     written = [tokenizer.decode(row, skip_special_tokens=True) for row in rows or ()]
     if seen := [f"{share:.0%} of “{name}”" for name, share in overlap(texts, written).items() if share]:
         notes.insert(0, f"the calibration text holds drift text too: {', '.join(seen)}")

@@ -2,13 +2,18 @@
 
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
+import transformers
+from peft import LoraConfig, get_peft_model
 
 from hiplora.cli.common import next_step
 from hiplora.models import model_dir
+from hiplora.tuner import default_targets
 from tests.commands import run
-from tests.tiny import write_jsonl
+from tests.models.zoo import CASES
+from tests.tiny import tiny_tokenizer, write_jsonl
 
 
 @pytest.fixture
@@ -52,6 +57,28 @@ def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
     assert name == follows
     code, _, err = run(capsys, name, *rest, *(["--dry-run"] if name == "train" else []))
     assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("name", "servers", "follow"),
+    [("BERT", [], ["inspect", "export"]), ("GPT-2", ["vllm"], ["generate", "protect"])],
+)
+def test_the_next_command_and_the_cards_servers_are_for_the_kind_of_model(name, servers, follow, tmp_path, capsys):
+    case = next(case for case in CASES if case.name == name)
+    base, adapter, out = (str(tmp_path / part) for part in ("base", "adapter", "out"))
+    for part in (case.make(), tiny_tokenizer()):
+        part.save_pretrained(base)
+    model = getattr(transformers, case.auto).from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=default_targets(model), init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(adapter)
+    ends = []
+    for command in (["export", adapter, "--to", "lora", "--out", out], ["inspect", adapter]):
+        code, said, err = run(capsys, *command)
+        assert code == 0, err
+        ends.append(said.splitlines()[-1].split()[2])
+    assert ends == follow
+    card = Path(out, "README.md").read_text(encoding="utf-8")
+    assert [word for word in ("vllm", "llama-server") if f"\n{word}" in card] == servers
 
 
 def test_a_model_that_needs_no_hub_is_called_by_its_name():

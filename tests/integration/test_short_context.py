@@ -9,7 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from hiplora.evaluation.answers import continuations
 from hiplora.models import load
 from hiplora.positions import context_length, position_limit
+from hiplora.training.sequences import keeps_rows_apart
 from tests.commands import run
+from tests.models.zoo import CASES, SIZES
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
 
 CONTEXT = 96
@@ -63,6 +65,23 @@ def test_what_is_longer_is_cut_to_the_context(name, model, rows, tmp_path, capsy
         assert record == json.loads((tmp_path / "out" / "results.json").read_text())
 
 
+@pytest.mark.parametrize("name", ["calibrate", "train", "protect", "export"])
+def test_texts_and_rows_to_measure_on_are_cut_to_the_context(name, model, rows, tmp_path, capsys):
+    text, adapter, out = tmp_path / "text.txt", tmp_path / "adapter", tmp_path / "out"
+    text.write_text("It goes on and on. " * 100)
+    given = {
+        "calibrate": (model, "--text", text, "--tokens", 500, "--rank", 4),
+        "protect": (adapter, "--text", text, "--data", rows, "--tokens", 500, "--principal-rank", 4, "--out", out),
+        "export": (adapter, "--to", "dense", "--tolerance", 0.1, "--data", rows, "--out", out),
+    }
+    training = [*commands(model, rows, adapter)["train"], "--set", f"method.calibration_text={text}"]
+    assert name == "calibrate" or run(capsys, *training)[0] == 0
+    training[-3] = out
+    given["train"] = (*training[1:], "--set", f"train.start_from={adapter}")
+    code, _, err = run(capsys, name, *given[name])
+    assert code == 0, err
+
+
 def test_only_the_prompts_that_need_it_are_cut_short(model):
     network, tokenizer = load(str(model))
     prompts = ["a", "b" * (CONTEXT - 4), "c" * 9]
@@ -78,6 +97,27 @@ def test_positions_that_go_on_by_a_rule_end_nowhere(model, tiny_model_dir):
     assert position_limit(network) is None
     opt = OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64)
     assert position_limit(OPTForCausalLM(opt)) == opt.max_position_embeddings
+
+
+ENDING = ["GPT-2", "GPT-Neo", "OPT", "GPT-J", "CodeGen", "CTRL", "MPT"]
+
+
+@pytest.mark.parametrize("name", [*ENDING, "BLOOM", "Mamba", "Phi-3"])
+@torch.no_grad()
+def test_the_limit_is_where_a_model_fails_and_rows_in_one_sequence_do_not_reach_it(name):
+    network = next(case for case in CASES if case.name == name).make()
+    ids = torch.arange(3 * SIZES["max_position_embeddings"])[None] % 60
+    limit = position_limit(network)
+    assert (limit is not None) == (name in ENDING)
+    if limit is not None:
+        network(input_ids=ids[:, :limit])
+        with pytest.raises((IndexError, RuntimeError)):
+            network(input_ids=ids[:, : limit + 1])
+    else:
+        network(input_ids=ids)
+    if keeps_rows_apart(network):
+        places = torch.arange(ids.shape[1])[None] % SIZES["max_position_embeddings"]
+        network(input_ids=ids, position_ids=places)
 
 
 def test_a_prompt_that_fills_it_is_refused_before_a_comparison_begins(model, rows, tmp_path, capsys):

@@ -64,7 +64,7 @@ def test_a_person_gets_the_cost_a_line_a_step_a_table_and_what_to_do_next_and_se
     assert re.match(r"8 rows, [\d,]+ tokens, 2 steps.*, about \d+ s", cost)
     assert [line.split()[1] for line in steps] == ["1/2", "2/2"]
     out = tmp_path / "own-out"  # the recipe's
-    assert re.match(rf"next: hiplora generate \S+ --adapter {out} --prompt", said.splitlines()[-1])
+    assert re.match(rf"next: hiplora generate \S+ --adapter {out} --prompt TEXT --raw ", said.splitlines()[-1])
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert "lr: 0.003" in (out / "recipe.yaml").read_text()
     assert run(recipe_file, "--set", "out=", "--json")[0] == 2

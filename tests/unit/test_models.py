@@ -17,9 +17,21 @@ from safetensors import safe_open
 from hiplora import chat_template, models
 from hiplora.errors import ConfigError, HipLoraError
 from hiplora.files import file_mode
-from hiplora.models import KNOWN, MANIFEST, PackagedModel, fetch, hub_name, load, load_tokenizer, model_dir, resolve
+from hiplora.models import (
+    KNOWN,
+    MANIFEST,
+    PackagedModel,
+    fetch,
+    hub_name,
+    load,
+    load_tokenizer,
+    model_dir,
+    resolve,
+    skeleton,
+)
 from hiplora.provenance import file_sha256
-from tiny import CHAT_TEMPLATE
+from tests.models.zoo import CASES
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 GGUF = b"GGUF and then some weights" * 100
 
@@ -185,6 +197,48 @@ def test_a_folder_loads_in_fp32_and_evaluation_mode_and_pads_with_its_end_token_
     again, tokenizer = load(str(tmp_path), dtype=torch.bfloat16)
     assert again.dtype == torch.bfloat16
     assert tokenizer.pad_token == "<|eos|>"
+
+
+@pytest.mark.parametrize(
+    ("special", "own"),
+    [({"eos_token": None, "pad_token": None}, 256), ({"pad_token": "<new>"}, 257), (None, 0)],
+    ids=["no end", "a token that the model lacks", "no special tokens"],
+)
+def test_a_tokenizer_pads_with_a_token_of_the_models_whatever_it_has(special, own, tiny_model_dir, tmp_path):
+    model, tokenizer = load(str(tiny_model_dir))
+    tokenizer.add_tokens(["<new>"])
+    for name, token in (special or {f"{kind}_token": None for kind in ("bos", "eos", "pad")}).items():
+        setattr(tokenizer, name, token)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    assert load(str(tmp_path))[1].pad_token_id == own
+
+
+OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT classifier", "ViT"]
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be_made_causal(name, tmp_path):
+    model = next(case for case in CASES if case.name == name).make()
+    model.config.tie_word_embeddings = True  # so that a head is no weight that is missing
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    for read in (load, skeleton):
+        with pytest.raises(ConfigError, match=rf"is no causal language model \({type(model).__name__}\)"):
+            read(str(tmp_path))
+
+
+def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "its base"}')
+    with pytest.raises(ConfigError, match="is an adapter; name its base model instead"):
+        load(str(tmp_path))
+
+
+def test_a_model_that_sees_pictures_too_is_loaded_as_what_it_is(tmp_path):
+    model = next(case for case in CASES if case.name == "LLaVA").make()
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    assert {type(load(str(tmp_path))[0]), type(skeleton(str(tmp_path)))} == {type(model)}
 
 
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}{% endfor %}"

@@ -17,8 +17,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hiplora.adapters.update import AdapterUpdate
+from hiplora.devices import measuring_place
 from hiplora.errors import AdapterError, HipLoraError, first_line
-from hiplora.models import measuring_place, quiet_transformers, resolve
+from hiplora.models import quiet_transformers, resolve
 from hiplora.spectral import factor_mismatch, weight_fingerprint
 from hiplora.tuner import other_precision_limit
 from hiplora.tuner.experts import unrolled
@@ -40,6 +41,7 @@ def quiet_loading() -> Iterator[None]:
     """Silence library warnings about each other, and about a base model that is not on the hub, inside the block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # as PEFT then sets it itself
         warnings.filterwarnings("ignore", message="Unable to fetch remote file|Could not find a config file")
         yield
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +15,7 @@ from hiplora.adapters.base import BaseWeights, is_tied, is_transposed
 from hiplora.adapters.read import CONFIG
 from hiplora.adapters.update import AdapterUpdate
 from hiplora.errors import AdapterError, first_line
-from hiplora.models import hub_name, knows_text, resolve
+from hiplora.models import hub_name, knows_text, resolve, writes_text
 from hiplora.provenance import provenance
 from hiplora.tuner.config import PEFT_TYPE
 from hiplora.tuner.experts import shared_side
@@ -33,15 +34,13 @@ _CARDS = {
     "dense": ("Standalone model", 'model = {kind}.from_pretrained("path/to/this/folder", dtype="auto")'),
 }
 
-_SERVING = """
-With vLLM, and with llama.cpp after its converter:
-
-```
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/folder
-python convert_lora_to_gguf.py path/to/this/folder --base {base} --outfile tuned.gguf
-llama-server -m base.gguf --lora tuned.gguf
-```
-"""
+# Server → how it serves a plain LoRA.
+_SERVING = {
+    "vLLM": "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/folder",
+    "llama.cpp": "python convert_lora_to_gguf.py path/to/this/folder --base {base} --outfile tuned.gguf\n"
+    "llama-server -m base.gguf --lora tuned.gguf",
+}
+_STARTED_WITH = "start it with"  # a remedy that is in the commands
 
 
 def write_record(
@@ -93,8 +92,7 @@ def write_record(
         code = code.format(kind=kind)
     code = f"{code}\n{prompt}".strip()
     rank = f" Rank {record['rank']}, scaling 1." if ranks else ""
-    allowed = vllm_rank(record["rank"]) if to == "lora" and record["rank"] else None
-    serving = _SERVING.format(base=base, rank=allowed) if allowed else ""
+    serving = _serving(update, base, {*ranks.values()}) if to == "lora" else ""
     compared = "were not compared" if logits[0] is None else f"differ by {logits[0]:.1e} of the largest"
     (folder / "README.md").write_text(f"""---
 base_model: {json.dumps(base)}
@@ -114,6 +112,22 @@ Verified on writing: the largest relative difference of a module is {worst:.1e} 
 `export.json` has every module, the origin and the provenance.
 """)
     return record
+
+
+def _serving(update: AdapterUpdate, base: str, ranks: set[int]) -> str:
+    """Return what the card of a plain LoRA says about the servers that load it, if any."""
+    padded, rank = max(ranks) if len(ranks) == 1 else None, vllm_rank(max(ranks))
+    found = server_findings(update, padded) if has_words(update) else [(server, "", "") for server in _SERVING]
+    unfit = {server for server, _, remedy in found if not remedy.startswith(_STARTED_WITH)}
+    fit = [server for server in _SERVING if server not in unfit]
+    commands = "\n".join(_SERVING[server].format(base=base, rank=rank) for server in fit)
+    return f"\nWith {' and '.join(fit)}:\n\n```\n{commands}\n```\n" if fit else ""
+
+
+def has_words(update: AdapterUpdate) -> bool:
+    """Whether an adapter's model is a causal language model; of one that is no folder here its task says so."""
+    fits = update.config.get("task_type") in (None, "CAUSAL_LM")
+    return fits and (not os.path.isdir(resolve(update.base)) or writes_text(update.base))
 
 
 def _how_to_ask(source: Path) -> tuple[str, str]:
@@ -148,7 +162,7 @@ def server_findings(update: AdapterUpdate, pad_rank: int | None = None) -> list[
         found = [("vLLM", vllm, f"export with --pad-rank {allowed}")]
     elif largest > VLLM_DEFAULT_RANK:
         vllm = f"rank {largest} is above its default max_lora_rank of {VLLM_DEFAULT_RANK}"
-        found = [("vLLM", vllm, f"start it with --max-lora-rank {allowed}")]
+        found = [("vLLM", vllm, f"{_STARTED_WITH} --max-lora-rank {allowed}")]
     if len(ranks) > 1 and not experts:
         problem = "ranks differ between modules and it keeps one alpha: other ranks are scaled wrongly, silently"
         found.append(("llama.cpp", problem, f"export with --pad-rank {largest}"))

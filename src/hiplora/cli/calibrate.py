@@ -36,7 +36,8 @@ def command(
     import pandas as pd
 
     from hiplora.data.texts import calibration_rows, describe_source
-    from hiplora.models import load, machine_dtype, pick_device, torch_dtype
+    from hiplora.devices import machine_dtype, pick_device, torch_dtype
+    from hiplora.models import load
     from hiplora.provenance import provenance
     from hiplora.spectral import parse_rank
     from hiplora.tuner import HipLoraConfig, calibrate
@@ -48,7 +49,7 @@ def command(
     if text is None:
         given = {"tokens": tokens, "seed": seed, "tokenizer": tokenizer}
     else:
-        given = {"rows": calibration_rows(tokenizer, text, tokens), "source": describe_source(text)}
+        given = {"rows": calibration_rows(tokenizer, text, tokens, loaded), "source": describe_source(text)}
     found = calibrate(loaded.to(device), config, batch_size=batch_size, **given)
     record = {"schema": 1, "kind": "calibration", "model": model, **found.as_dict(), "provenance": provenance()}
     yield record

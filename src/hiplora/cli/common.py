@@ -152,7 +152,9 @@ def next_step(*words: Any, why: str = "") -> str:
 
 def try_step(out: Path, update: Any, dense: bool = False) -> str:
     """Return `next_step` after an update was written to `out`: run it, where it is of a model that writes text."""
-    if update.config.get("task_type") not in (None, "CAUSAL_LM") or not (dense or update.base):
+    from hiplora.adapters import has_words
+
+    if not (update.base and has_words(update)):
         return f"next: load {out} as its README.md says" if dense else next_step("hiplora", "inspect", out)
     model = [out] if dense else [update.base, "--adapter", out]
     return next_step("hiplora", "generate", *model, "--prompt", "Why is the sky blue?")

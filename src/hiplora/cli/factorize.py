@@ -28,7 +28,8 @@ def command(
     """
     import pandas as pd
 
-    from hiplora.models import load, pick_device
+    from hiplora.devices import pick_device
+    from hiplora.models import load
     from hiplora.provenance import provenance
     from hiplora.spectral import FactorStore
     from hiplora.tuner import HipLoraConfig, weight_factors

@@ -31,12 +31,13 @@ def command(
 
         hiplora inspect runs/medicine --rank 16
     """
-    from hiplora.adapters import inspect_adapter
+    from hiplora.adapters import has_words, inspect_adapter, read_update
     from hiplora.files import check_output_file
 
     if html is not None:
         check_output_file(html, overwrite, "--html")
-    record = inspect_adapter(adapter, base, rank)
+    update = read_update(adapter, base)
+    record = inspect_adapter(update, base, rank)
     where = _DIRECTIONS[record["directions"]]
     title = f"{record['adapter']} ({record['method']}) over {record['base']}: energy in the {where}"
     if html is not None:
@@ -52,7 +53,9 @@ def command(
     if html is not None:
         yield f"report: {html}"
     same = ["--base", base] if base else []
-    if record["directions"] == "protected" and record["summary"]["left"] + record["summary"]["right"] < 1e-6:
+    if not has_words(update):
+        yield next_step("hiplora", "export", adapter, *same, "--to", "dense", "--out", f"{adapter}-dense")
+    elif record["directions"] == "protected" and record["summary"]["left"] + record["summary"]["right"] < 1e-6:
         yield next_step(
             "hiplora", "drift", base or record["base"], "--adapter", adapter, why="what it moves elsewhere"
         )

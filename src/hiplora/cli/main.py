@@ -109,6 +109,9 @@ def _explained(error: Exception) -> str:
         return str(missing(str(error.name)))
     if isinstance(error, (HipLoraError, OSError)):  # OSError: a full disk, an unwritable folder
         return str(error) or type(error).__name__
+    if isinstance(error, IndexError) and "index out of range in self" in str(error):
+        what = "the model has no embedding for some token or position of a text"
+        return f"{what}; use the tokenizer that belongs to it, and shorter texts"
     if any(said in str(error) for said in _UNWRITTEN):
         return f"cannot write a file of tensors ({first_line(error)}); free some space, or write to another folder"
     return (

@@ -80,8 +80,9 @@ def command(
     yield f"{loaded.method.title} adapter in {result.adapter}", ["", "value"], result_rows(result)
     if not loaded.method.kind:
         lora = ("--to", "lora", "--out", f"{where}-lora")
-        yield next_step("hiplora", "export", where, *lora, why="for vLLM, llama.cpp and stock PEFT")
-    adapter = ("--adapter", where, "--prompt", "TEXT")
+        yield next_step("hiplora", "export", where, *lora, why="a plain LoRA, which loads without hiplora")
+    asked = [] if result.data["encoding"].get("conversations") else ["--raw"]  # as it was trained
+    adapter = ("--adapter", where, "--prompt", "TEXT", *asked)
     yield next_step("hiplora", "generate", loaded.model, *adapter, why="beside the base model's answer")
 
 

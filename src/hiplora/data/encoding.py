@@ -23,6 +23,7 @@ class EncodingReport:
     """Counts of what became of the examples."""
 
     examples: int = 0
+    conversations: int = 0  # of the examples
     sequences: int = 0
     tokens: int = 0
     learned_tokens: int = 0
@@ -58,6 +59,7 @@ def encode_examples(
         chunk = examples[start : start + CHUNK]
         for example, tokens in zip(chunk, _encode(tokenizer, chunk), strict=True):
             learned = [label for label in tokens[1] if label != IGNORED]
+            report.conversations += bool(example.messages)
             report.endless += bool(example.messages) and learned[-1] not in specials
             for ids, labels in _cut(example, tokens, max_length, report):
                 rows.append({"input_ids": ids, "labels": labels})

@@ -12,6 +12,7 @@ from hiplora.data.encoding import beginning
 from hiplora.data.examples import load_examples, rows_as_examples
 from hiplora.data.rows import SUFFIXES, decoded, hub_rows, is_hub_name
 from hiplora.errors import DataError
+from hiplora.positions import within_context
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +56,10 @@ def overlap(texts: Mapping[str, str], training: Sequence[str]) -> dict[str, floa
     return shares
 
 
-def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> "list[Tensor]":
+def calibration_rows(tokenizer: Any, source: str | Path, tokens: int, model: Any) -> "list[Tensor]":
     """Return up to `tokens` token ids of a text, in rows of 256 that begin as the tokenizer begins a text.
+
+    They are shorter where the model, which may be without weights, reads less.
 
     `source` is a training file (by its suffix; prompt and response of each row), a data set on the hub (its train
     split, streamed), or else a plain text file; DataError says why it cannot be used.
@@ -69,7 +72,8 @@ def calibration_rows(tokenizer: Any, source: str | Path, tokens: int) -> "list[T
         text = "\n\n".join(example.whole for example in load_examples(source))
     else:
         text = _read(Path(source))
-    return [torch.tensor(row) for row in token_rows(tokenizer, text, tokens, ROW_LENGTH)]
+    width = within_context(ROW_LENGTH, model)
+    return [torch.tensor(row) for row in token_rows(tokenizer, text, tokens, width)]
 
 
 def token_rows(tokenizer: Any, text: str, tokens: int, width: int) -> list[list[int]]:

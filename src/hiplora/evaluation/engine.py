@@ -22,7 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from hiplora.errors import ConfigError, DataError, HipLoraError, first_line
 from hiplora.evaluation.evaluate import EvalSettings
-from hiplora.evaluation.likelihood import LOGITS_BYTES
+from hiplora.evaluation.likelihood import LOGITS_BYTES, can_pad, pad_left, without_end
 from hiplora.evaluation.suite import PREFIX, TASKS, Suite, TaskRequest, own_tasks, runs_code
 from hiplora.evaluation.tasks.rows import own_task
 from hiplora.metrics import answer_likelihood, gold_probability
@@ -48,10 +48,46 @@ class TaskScores:
 
 
 class ScoringLM(HFLM):
-    """lm-eval's Hugging Face model over a loaded one, plain or with an adapter; long rows go in smaller batches."""
+    """lm-eval's Hugging Face model over a loaded one, plain or with an adapter; long rows go in smaller batches.
+
+    Whatever end token a tokenizer adds to a text is taken off, and tokenizers may lack one.
+    """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, batch_size: int = 8):
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        given = (getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        first = next((token for token in given if token is not None), None)
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=first)
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text; that of the padding, which is never written, where there is none."""
+        end = self.tokenizer.eos_token_id
+        return self.tokenizer.pad_token_id if end is None else end
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """Tokenize a text to score or to continue."""
+        return without_end(self.tokenizer, string, super().tok_encode(string, *args, **kwargs))
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokenize texts to continue; returns ids and mask."""
+        rows = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
+        return pad_left(rows, self.tokenizer.pad_token_id)[:2]
+
+    def generate_until(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Continue texts as lm-eval does, one by one if the model reads its padding."""
+        with self._batches_of(self.batch_size if can_pad(self.model, [1, 2]) else 1):
+            return super().generate_until(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _batches_of(self, size: int) -> Iterator[None]:
+        whole: int = self.batch_size  # type: ignore[assignment]
+        self.batch_size_per_gpu = size
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = whole
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenize as lm-eval does; an answer that merges into its context, where lm-eval stops, is tokenized alone."""
@@ -69,15 +105,12 @@ class ScoringLM(HFLM):
         sizes = [min(len(context) + len(answer), self.max_length).bit_length() for _, context, answer in requests]
         whole: int = self.batch_size  # type: ignore[assignment]
         found: dict[int, Any] = {}
-        try:
-            for bits in sorted(set(sizes)):
-                part = [place for place, size in enumerate(sizes) if size == bits]
-                fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
-                self.batch_size_per_gpu = max(1, min(whole, fitting))
+        for bits in sorted(set(sizes)):
+            part = [place for place, size in enumerate(sizes) if size == bits]
+            fitting = LOGITS_BYTES // (4 * self.vocab_size * min(1 << bits, self.max_length))
+            with self._batches_of(max(1, min(whole, fitting))):
                 scored = super()._loglikelihood_tokens([requests[i] for i in part], *args, **kwargs)
-                found |= zip(part, scored, strict=True)
-        finally:
-            self.batch_size_per_gpu = whole
+            found |= zip(part, scored, strict=True)
         return [found[i] for i in range(len(requests))]
 
 

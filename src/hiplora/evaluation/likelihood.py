@@ -43,17 +43,16 @@ def encode(tokenizer: Any, prompt: str, response: str) -> Encoded:
     No end-of-text token is added: the response need not be all that follows. DataError if the response adds no token,
     or there is nothing before it.
     """
-    whole, given = (_without_end(tokenizer, text) for text in (prompt + response, prompt))
+    whole, given = (without_end(tokenizer, text, tokenizer(text)["input_ids"]) for text in (prompt + response, prompt))
     common = min(len(whole), len(given))
     start = next((i for i in range(common) if whole[i] != given[i]), common)
     return Encoded(tuple(whole), tuple([IGNORED] * start + whole[start:]))
 
 
-def _without_end(tokenizer: Any, text: str) -> list[int]:
-    """Return token ids without the end-of-text token that some tokenizers add."""
-    ids = list(tokenizer(text)["input_ids"])
+def without_end(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """Return a text's token ids without the end-of-text token that some tokenizers add."""
     added = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if added else ids
+    return list(ids[:-1] if added else ids)
 
 
 def response_log_probs(model: nn.Module, batch: Sequence[Encoded]) -> list[Float[Tensor, " scored"]]:

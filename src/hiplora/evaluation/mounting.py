@@ -15,6 +15,7 @@ from hiplora.adapters import AdapterUpdate, linear_layer, quiet_loading, read_fo
 from hiplora.errors import AdapterError, ConfigError, first_line
 from hiplora.evaluation.drift import DIVERGED
 from hiplora.models import hub_name
+from hiplora.positions import within_context
 from hiplora.tuner import keep_unpacked
 from hiplora.tuner.experts import unrolled
 
@@ -27,7 +28,8 @@ def load_model(model: str, device: str = "auto") -> tuple[Any, Any]:
     Its weights take no gradients, which is how PEFT leaves a base that an adapter was removed from: products round
     differently with and without them, and the base must score the same before and after.
     """
-    from hiplora.models import load, measuring_place
+    from hiplora.devices import measuring_place
+    from hiplora.models import load
 
     place, dtype = measuring_place(device)
     network, tokenizer = load(model, dtype)
@@ -165,9 +167,9 @@ def holding(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterato
 @torch.no_grad()
 def probe(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """Return the logits (fp32, on the CPU) at the first 64 tokens of each prompt: (tokens, vocabulary)."""
-    found = []
+    found, length = [], within_context(64, network)
     for prompt in prompts:
-        ids = tokenizer(prompt or tokenizer.eos_token or " ", return_tensors="pt")["input_ids"][:, :64]
+        ids = tokenizer(prompt or tokenizer.eos_token or " ", return_tensors="pt")["input_ids"][:, :length]
         found.append(network(input_ids=ids.to(network.device), use_cache=False).logits[0].float().cpu())
     return torch.cat(found)
 

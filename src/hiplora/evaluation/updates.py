@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hiplora.adapters import AdapterUpdate, load_for
+from hiplora.adapters import AdapterUpdate, BaseWeights, load_for
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import DataSettings, load_data
 from hiplora.errors import ConfigError
@@ -16,6 +16,7 @@ from hiplora.evaluation.drift import BaseReference, Texts, measure_drift
 from hiplora.evaluation.likelihood import Encoded, heldout_loss
 from hiplora.evaluation.mounting import applied, holding
 from hiplora.models import load_tokenizer
+from hiplora.positions import within_context
 from hiplora.tuner.experts import unrolled
 
 DRIFT_TOKENS = 1024  # of each text
@@ -24,12 +25,14 @@ DATA_ROWS = 256  # of the task data at most
 DATA_LENGTH = 1024  # tokens of a row at most
 
 
-def task_rows(tokenizer: Any, file: str | Path) -> tuple[list[Encoded], list[str]]:
+def task_rows(tokenizer: Any, file: str | Path, model: Any) -> tuple[list[Encoded], list[str]]:
     """Return encoded rows of a task, 256 of at most 1024 tokens, and notes on what was left out.
 
-    DataError if the file has no rows that can be used.
+    They are shorter where the model, which may be without weights, reads less. DataError if the file has no rows that
+    can be used.
     """
-    data, length = DataSettings(path=str(file), template="auto"), min(tokenizer.model_max_length, DATA_LENGTH)
+    data = DataSettings(path=str(file), template="auto")
+    length = within_context(min(tokenizer.model_max_length, DATA_LENGTH), model)
     found = load_data(data, chat=bool(tokenizer.chat_template)).train  # worded as `hiplora train` words them
     encoded, report = encode_examples(tokenizer, found[:DATA_ROWS], length)
     notes = []
@@ -115,7 +118,7 @@ def choose_scale(
             raise ConfigError("--data: is what --tolerance measures the loss on; give that too, or leave --data out")
         return 1.0 if scale is None else scale, None
     tokenizer = load_tokenizer(update.base)
-    examples, notes = task_rows(tokenizer, data)
+    examples, notes = task_rows(tokenizer, data, BaseWeights.of(update).skeleton)
     found = search_scale(load_for(update, device), update, examples, tolerance)
     return found["scale"], found | {"notes": notes}
 

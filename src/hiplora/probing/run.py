@@ -16,10 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 from hiplora.data.texts import drift_texts, text_source
+from hiplora.devices import pick_device
 from hiplora.evaluation import BaseReference, measure_drift
 from hiplora.evaluation.mounting import holding
 from hiplora.files import write_atomic
-from hiplora.models import load, pick_device, resolve
+from hiplora.models import load, resolve
 from hiplora.probing.correlation import COEFFICIENTS, findings
 from hiplora.probing.interventions import Direction, directions_of, find_modules, intervention_factor, probe
 from hiplora.provenance import folder_identity, json_sha256, provenance

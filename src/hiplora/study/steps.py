@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter
 
 from hiplora.adapters import allocation_rows, energy_shares
+from hiplora.devices import machine_dtype, torch_dtype
 from hiplora.editing import Editor
 from hiplora.editing.edits import BUILT_IN
 from hiplora.editing.job import EditJob
@@ -27,7 +28,7 @@ from hiplora.errors import DivergedError, HipLoraError
 from hiplora.evaluation import measure_drift
 from hiplora.evaluation.mounting import applied, holding, mounted
 from hiplora.merging import merge
-from hiplora.models import load, machine_dtype, torch_dtype
+from hiplora.models import load
 from hiplora.probing.correlation import findings
 from hiplora.probing.run import ProbeSettings, probe_model
 from hiplora.spectral import FactorStore

@@ -38,6 +38,8 @@ def put_on(
     from peft import get_peft_model, get_peft_model_state_dict
     from safetensors.torch import load_file
 
+    from hiplora.adapters import quiet_loading
+
     kept = start / WEIGHTS_FILE if method.moves_base and start is not None else None
     tensors, begin = load_file(given / WEIGHTS_FILE) if given is not None else None, None
     if tensors is not None and kept is not None:
@@ -52,7 +54,8 @@ def put_on(
         elif given is None:
             begin = method.prepare(config, model, tokenizer)
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, config)
+        with quiet_loading():
+            adapted: Any = get_peft_model(model, config)
         if begin is not None:
             begin(adapted)
     except ValueError as error:

@@ -15,6 +15,7 @@ from hiplora.data.encoding import IGNORED
 from hiplora.data.texts import ROW_LENGTH, calibration_rows
 from hiplora.training.method import Penalty
 from hiplora.training.recipe import TrainRecipe
+from hiplora.training.sequences import keeps_rows_apart
 from hiplora.tuner import base_only, restored, sampled_rows
 
 EAFT_TOP = 20  # tokens whose entropy EAFT measures
@@ -100,8 +101,8 @@ class KlPenalty(Penalty):
 
     name = "kl"
 
-    def __init__(self, rows: Sequence[Tensor], weight: float, tokens: int, seed: int):
-        self.weight = weight
+    def __init__(self, rows: Sequence[Tensor], weight: float, tokens: int, seed: int, together: bool = True):
+        self.weight, self._together = weight, together  # whether the model keeps pieces in one sequence apart
         self._tokens, self._seed = tokens, seed
         length = min(max(map(len, rows)), tokens)
         self._pieces = [piece for row in rows for piece in row.split(length)]
@@ -121,14 +122,21 @@ class KlPenalty(Penalty):
     def __call__(self, model: Any, step: int) -> Tensor:
         """Return the divergence, with gradients to the adapter only."""
         pieces = self.batch(step)
-        ids, places = torch.cat(pieces), torch.cat([torch.arange(len(piece)) for piece in pieces])
-        inputs = {"input_ids": ids[None].to(model.device), "position_ids": places[None].to(model.device)}
         with restored(model):
             model.eval()
             with torch.no_grad(), base_only(model):
-                base = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
-            adapted = F.log_softmax(model(**inputs, use_cache=False).logits[0].float(), dim=-1)
+                base = self._log_probs(model, pieces)
+            adapted = self._log_probs(model, pieces)
         return F.kl_div(adapted, base, reduction="sum", log_target=True) / len(base)
+
+    def _log_probs(self, model: Any, pieces: list[Tensor]) -> Tensor:
+        inputs = [{"input_ids": piece[None].to(model.device)} for piece in pieces]
+        if self._together:
+            places = torch.cat([torch.arange(len(piece)) for piece in pieces])
+            ids = torch.cat(pieces)
+            inputs = [{"input_ids": ids[None].to(model.device), "position_ids": places[None].to(model.device)}]
+        logits = torch.cat([model(**one, use_cache=False).logits[0] for one in inputs])
+        return F.log_softmax(logits.float(), dim=-1)
 
 
 def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenalty | None:
@@ -137,5 +145,5 @@ def kl_penalty(recipe: TrainRecipe, model: nn.Module, tokenizer: Any) -> KlPenal
     if not settings.kl_weight:
         return None
     text, pool = settings.kl_text, settings.kl_pool
-    rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool)
-    return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed)
+    rows = sampled_rows(model, pool) if text is None else calibration_rows(tokenizer, text, pool, model)
+    return KlPenalty(rows, settings.kl_weight, settings.kl_tokens, recipe.seed, keeps_rows_apart(model))

@@ -183,18 +183,18 @@ class FromInputs(Block):
     calibration_tokens: int = Field(default=10_000, ge=2)
     """Tokens to sample, or to read of `calibration_text`."""
 
-    def calibration_rows(self, tokenizer: Any) -> "list[Tensor] | None":
+    def calibration_rows(self, model: Any, tokenizer: Any) -> "list[Tensor] | None":
         """Return the rows of the calibration text, as `hiplora.data.texts` reads it; None for sampled text."""
         from hiplora.data.texts import calibration_rows
 
         text = self.calibration_text
-        return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens)
+        return None if text is None else calibration_rows(tokenizer, text, self.calibration_tokens, model)
 
     def text(self, model: Any, tokenizer: Any, **options: Any) -> "CalibrationText":
         """Return what a bare model is measured on."""
         from hiplora.tuner import CalibrationText
 
-        return CalibrationText(model, self.calibration_rows(tokenizer), self.calibration_tokens, **options)
+        return CalibrationText(model, self.calibration_rows(model, tokenizer), self.calibration_tokens, **options)
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:

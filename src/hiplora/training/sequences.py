@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
+from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
-from hiplora.models import load_tokenizer, machine_dtype, pick_device, torch_dtype
-from hiplora.positions import context_length, within_context
+from hiplora.models import load_tokenizer
+from hiplora.positions import context_length, position_limit, within_context
 from hiplora.training.fit import check_fit
 from hiplora.training.recipe import TrainRecipe
 
@@ -65,12 +66,16 @@ def keeps_rows_apart(model: Any) -> bool:
     import torch
 
     ids, places = torch.arange(16, device=model.device) % 11, torch.arange(16, device=model.device) % 8
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary, limit = model.config.get_text_config().vocab_size, position_limit(model) or 0
+    masks = any(one.dim() == 4 and one.shape[-1] == limit for one in model.buffers())
     try:
         with torch.no_grad():
             both = model(input_ids=ids[None] % vocabulary, position_ids=places[None], use_cache=False).logits[0, 8:]
             alone = model(input_ids=ids[None, 8:] % vocabulary, use_cache=False).logits[0]
-    except (ValueError, TypeError):  # refused, or no position ids
+            if masks:  # which may be for so many tokens at most, whatever their positions
+                places = torch.arange(limit + 1, device=model.device) % limit
+                model(input_ids=places[None] % vocabulary, position_ids=places[None], use_cache=False)
+    except (ValueError, TypeError, RuntimeError):  # refused, or no position ids
         return False
     close = 1e-3 if alone.dtype == torch.float32 else 3e-2
     return bool((both - alone).abs().max() <= close * alone.abs().max())

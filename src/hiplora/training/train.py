@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.examples import TrainingData, load_data
+from hiplora.devices import machine_dtype, torch_dtype
 from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.extras import require
 from hiplora.files import write_atomic
-from hiplora.models import load_tokenizer, machine_dtype, torch_dtype
+from hiplora.models import load_tokenizer
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem

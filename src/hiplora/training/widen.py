@@ -70,7 +70,7 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
     for row in rows:
         learned = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)
         prompts.append(
-            torch.tensor(row["input_ids"][: max(learned, 1)][-ROW_LENGTH // 2 :])
+            torch.tensor(row["input_ids"][: max(learned, 1)][-within_context(ROW_LENGTH, model) // 2 :])
         )  # leaves as much to write
     found: list[Tensor] = []
     with torch.random.fork_rng(), torch.no_grad():
@@ -88,7 +88,7 @@ def _continued(model: Any, tokenizer: Any, prompts: list[Tensor]) -> list[Tensor
     begun = ids.shape[1]
     written = model.generate(
         input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=True, top_k=0, top_p=1.0,
-        temperature=1.0, max_new_tokens=max(ROW_LENGTH - begun, 1), pad_token_id=pad,
+        temperature=1.0, max_new_tokens=max(within_context(ROW_LENGTH, model) - begun, 1), pad_token_id=pad,
     ).cpu()  # fmt: skip
     rows = []
     for row, prompt in zip(written, prompts, strict=True):

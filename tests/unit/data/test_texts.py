@@ -9,7 +9,7 @@ import torch
 
 from hiplora.data.texts import calibration_rows, describe_source, drift_texts, overlap, text_source
 from hiplora.errors import DataError
-from tests.tiny import tiny_tokenizer, write_jsonl
+from tests.tiny import tiny_llama, tiny_tokenizer, write_jsonl
 
 
 def test_the_built_in_texts_are_prose_and_code_of_this_python_and_always_the_same():
@@ -57,7 +57,7 @@ def text_of(rows):
 def test_a_text_is_cut_into_rows_of_256(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("The tide comes in. " * 60)
-    rows = calibration_rows(tiny_tokenizer(), file, 600)
+    rows = calibration_rows(tiny_tokenizer(), file, 600, tiny_llama())
     assert [len(row) for row in rows] == [256, 256, 88]
     assert text_of(rows) == file.read_text()[:600]
     assert describe_source(file) == "file a.txt"
@@ -66,7 +66,7 @@ def test_a_text_is_cut_into_rows_of_256(tmp_path):
 def test_of_training_rows_prompt_and_response_stand_together(tmp_path):
     rows = [{"prompt": "One?", "completion": " Two."}, {"prompt": "A?", "completion": " B."}]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert text_of(calibration_rows(tiny_tokenizer(), file, 50)) == "One? Two.\n\nA? B."
+    assert text_of(calibration_rows(tiny_tokenizer(), file, 50, tiny_llama())) == "One? Two.\n\nA? B."
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def hub(monkeypatch):
 
 
 def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
-    rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100)
+    rows = calibration_rows(tiny_tokenizer(), "harbour/logs:long", 100, tiny_llama())
     assert text_of(rows).startswith("Ship 0 came in.\n\nShip 1 came in.")
     assert sum(map(len, rows)) == 100
     assert hub[0] == ("harbour/logs", "long", {"split": "train", "streaming": True})
@@ -96,4 +96,4 @@ def test_a_data_set_on_the_hub_is_read_as_far_as_it_is_needed(hub):
 
 def test_a_name_that_is_nowhere_is_said_to_be_neither_file_nor_data_set(hub):
     with pytest.raises(DataError, match=r"harbour/lost: no such file, and no data set on the hub .*doesn't exist"):
-        calibration_rows(tiny_tokenizer(), "harbour/lost", 100)
+        calibration_rows(tiny_tokenizer(), "harbour/lost", 100, tiny_llama())

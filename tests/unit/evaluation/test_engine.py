@@ -11,11 +11,12 @@ import torch
 import transformers as tf
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 import hiplora
 from hiplora.errors import ConfigError, DataError
 from hiplora.evaluation import engine as module
+from hiplora.evaluation.answers import continuations
 from hiplora.evaluation.engine import ANSWER, GOLD, TEXT, Engine, ScoringLM
 from hiplora.evaluation.evaluate import EvalSettings
 from hiplora.evaluation.likelihood import encode, score_responses
@@ -84,6 +85,34 @@ def test_an_answer_that_merges_into_its_context_is_scored_alone():
     ids = [*tokenizer("is it t")["input_ids"], *tokenizer("h")["input_ids"]]
     alone = model(input_ids=torch.tensor([ids])).logits[0, -2].log_softmax(-1)[ids[-1]].item()
     assert total == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adds an end", "has no special tokens"])
+def test_texts_are_scored_and_continued_without_the_end_that_a_tokenizer_adds_or_lacks(kind):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    if kind == "adds an end":
+        ends = {"single": "$A <|eos|>", "pair": "$A $B <|eos|>", "special_tokens": [("<|eos|>", 257)]}
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**ends)
+    else:
+        tokenizer.bos_token = tokenizer.eos_token = None
+    ours = ScoringLM(model, tokenizer, batch_size=3)
+    for (total, _), pair in zip(ours.loglikelihood(asked("loglikelihood", PAIRS), True), PAIRS, strict=True):
+        assert total == pytest.approx(answer_log_prob(model, tiny_tokenizer(), *pair), abs=1e-3), pair
+    limits = {"until": ["\0"], "do_sample": False, "max_gen_toks": 5}
+    written = ours.generate_until(asked("generate_until", [(text, limits) for text in CONTEXTS]), True)
+    assert written == continuations(model, tokenizer, CONTEXTS, 5)
+
+
+def test_a_model_that_reads_its_padding_continues_a_text_alike_in_any_batch():
+    config = tf.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2)
+    model = tf.RwkvForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    limits = {"until": ["\0"], "do_sample": False, "max_gen_toks": 5}
+    requests = asked("generate_until", [(text, limits) for text in CONTEXTS])
+    ours = ScoringLM(model, tiny_tokenizer(), batch_size=3)
+    assert ours.generate_until(requests, True) == [ours.generate_until([one], True)[0] for one in requests]
+    assert ours.batch_size == 3
 
 
 @pytest.mark.parametrize("answer", ["", "y" * 3000])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 from hiplora.training import losses as module
@@ -13,17 +14,30 @@ from hiplora.training.recipe import TrainRecipe
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROWS = [torch.arange(0, 40) * 3 % 250, torch.arange(0, 30) * 7 % 250, torch.arange(5, 45)]
+
+
+def tiny_bloom():
+    config = tf.BloomConfig(vocab_size=256, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    return tf.BloomForCausalLM(config).eval()
+
+
 LOGITS = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).double() * 3
 TARGET = torch.tensor([3, 0, 39, 7, 7])
 
 
-def adapted(**settings):
-    return get_peft_model(tiny_llama(), LoraConfig(r=4, init_lora_weights=False, lora_dropout=0.5, **settings))
+def adapted(model=None, **settings):
+    return get_peft_model(
+        model or tiny_llama(), LoraConfig(r=4, init_lora_weights=False, lora_dropout=0.5, **settings)
+    )
 
 
-def test_the_penalty_is_the_mean_divergence_per_token_of_texts_that_do_not_see_each_other():
-    model, total = adapted().eval(), 0.0
-    penalty = KlPenalty(ROWS, 1.0, 65, seed=1)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_bloom])
+def test_the_penalty_is_the_mean_divergence_per_token_of_texts_that_do_not_see_each_other(make, monkeypatch):
+    monkeypatch.setattr(module, "calibration_rows", lambda *_: ROWS)
+    train = {"kl_weight": 1.0, "kl_text": "its rows are given", "kl_tokens": 65}
+    recipe = TrainRecipe.model_validate({"model": "m", "data": "d.jsonl", "train": train, "seed": 1})
+    penalty = module.kl_penalty(recipe, bare := make(), None)
+    model, total = adapted(bare, target_modules="all-linear").eval(), 0.0
     pieces = penalty.batch(3)
     assert len(pieces) > 1
     for row in pieces:

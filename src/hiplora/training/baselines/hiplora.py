@@ -143,7 +143,7 @@ class Spectral(FromInputs, LowRank):
 
         text, tokens = self.calibration_text, self.calibration_tokens
         more: dict[str, Any] = (
-            {"source": describe_source(text), "rows": self.calibration_rows(tokenizer)} if text else {}
+            {"source": describe_source(text), "rows": self.calibration_rows(model, tokenizer)} if text else {}
         )
         return calibrate(model, config, tokens=tokens, store=store, tokenizer=tokenizer, **more)
 
