@@ -11,6 +11,7 @@ measures both tasks' held-out loss and the drift, a JSON file a merge, as the fr
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -24,7 +25,7 @@ from benchmarks.frontier import RECIPE, Bench, Run, once
 from benchmarks.frontier_report import TITLES
 
 from hiplora.evaluation import heldout_loss, measure_drift
-from hiplora.evaluation.mounting import applied
+from hiplora.evaluation.mounting import applied, holding
 from hiplora.merging import merge
 from hiplora.metrics import mean_post_merge_drop, merge_fail
 
@@ -36,9 +37,10 @@ TAUS = (0.9, 0.95)
 def measure(bench: Bench, rule: str, pair: tuple[Run, ...]) -> dict[str, Any]:
     """Merge the adapters of two runs, and return each task's held-out loss, merged and alone, and the drift."""
     merged = merge([bench.adapter(run) for run in pair], rule)
+    whole = {name: bench.model.get_parameter(name) for name in (f"{module}.weight" for module in merged.modules)}
     with applied(bench.model, merged) as model:
         losses = {run.task: heldout_loss(model, bench.examples(run.task)[1]) for run in pair}
-        drift = measure_drift(model, bench.reference)
+        drift = measure_drift(model, bench.reference, functools.partial(holding, model, whole))
     alone = {}
     for run in pair:
         points = json.loads((bench.out / f"{run.name}.json").read_text())["points"]
@@ -47,7 +49,7 @@ def measure(bench: Bench, rule: str, pair: tuple[Run, ...]) -> dict[str, Any]:
         "rule": rule,
         "method": pair[0].method,
         "seeds": {run.task: run.seed for run in pair},
-        "heldout_loss": losses,
+        "merged": losses,
         "alone": alone,
         "kl": {name: text.kl for name, text in drift.items()},
     }
@@ -79,12 +81,12 @@ def table(out: Path) -> pd.DataFrame:
         key=lambda result: (result["rule"], result["method"]),
     ):
         of = list(group)
-        merged, alone = ([likelihoods(result[key]) for result in of] for key in ("heldout_loss", "alone"))
+        merged, alone = ([likelihoods(result[key]) for result in of] for key in ("merged", "alone"))
         row = {"rule": rule, "method": TITLES[method], "merges": len(of)}
         row |= {f"fail at {tau:g}": round(merge_fail(merged, alone, tau) * len(of)) for tau in TAUS}
         row["mean drop, points"] = round(mean_post_merge_drop(merged, alone), 2)
         for task in TASKS:
-            rise = [result["heldout_loss"][task] - result["alone"][task] for result in of]
+            rise = [result["merged"][task] - result["alone"][task] for result in of]
             row[f"loss rises on {task}"] = f"{np.mean(rise):.3f} ({min(rise):.3f} to {max(rise):.3f})"
         row |= {f"KL, {text}": round(float(np.mean([r["kl"][text] for r in of])), 4) for text in of[0]["kl"]}
         rows.append(row)

@@ -77,7 +77,7 @@ def test_a_merge_fails_where_a_task_keeps_less_than_the_threshold_of_its_likelih
     }
     for place, rises in enumerate(((0.01, 0.07), (0.0, 0.12), (0.0, 0.0))):  # kept of code: 93 %, 89 %, all
         losses = {"gsm8k": 0.8 + rises[0], "code": 0.6 + rises[1]}
-        (tmp_path / f"merge-{place}.json").write_text(json.dumps(about | {"heldout_loss": losses}))
+        (tmp_path / f"merge-{place}.json").write_text(json.dumps(about | {"merged": losses}))
     (row,) = table(tmp_path).to_dict("records")
     assert (row["merges"], row["fail at 0.9"], row["fail at 0.95"]) == (3, 1, 2)
     kept = [(100 * math.exp(-0.8), 0.01), (100 * math.exp(-0.6), 0.07), (100 * math.exp(-0.6), 0.12)]
