@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ RULES = ("addition", "ties")
 TAUS = (0.9, 0.95)
 
 
-def measure(bench: Bench, rule: str, pair: tuple[Run, ...]) -> dict[str, Any]:
-    """Merge the adapters of two runs, and return each task's held-out loss, merged and alone, and the drift."""
+def measure(bench: Bench, rule: str, pair: tuple[Run, ...], held: dict[str, list[Any]]) -> dict[str, Any]:
+    """Merge two runs' adapters, and return each task's loss on its held rows, merged and alone, and the drift."""
     merged = merge([bench.adapter(run) for run in pair], rule)
     whole = {name: bench.model.get_parameter(name) for name in (f"{module}.weight" for module in merged.modules)}
     with applied(bench.model, merged) as model:
-        losses = {run.task: heldout_loss(model, bench.examples(run.task)[1]) for run in pair}
+        losses = {run.task: heldout_loss(model, held[run.task]) for run in pair}
         drift = measure_drift(model, bench.reference, functools.partial(holding, model, whole))
     alone = {}
     for run in pair:
@@ -57,13 +58,14 @@ def measure(bench: Bench, rule: str, pair: tuple[Run, ...]) -> dict[str, Any]:
 
 def work(bench: Bench, methods: list[str], rate: float, seeds: list[int]) -> None:
     """Measure every merge that is not measured yet and whose adapters are there."""
+    held = {task: bench.examples(task)[1] for task in TASKS}
     for method, rule, one, two in itertools.product(methods, RULES, seeds, seeds):
         pair = Run(TASKS[0], method, rate, one), Run(TASKS[1], method, rate, two)
         if all(bench.adapter(run).exists() for run in pair):
             once(
                 bench.out,
                 f"merge-{rule}-{method}-{one}-{two}",
-                lambda pair=pair, rule=rule: measure(bench, rule, pair),
+                lambda pair=pair, rule=rule: measure(bench, rule, pair, held),
             )
 
 
@@ -76,10 +78,8 @@ def table(out: Path) -> pd.DataFrame:
     """Return a row a rule and method: how many merges fail, and what they lose, means over the merges."""
     results = [json.loads(path.read_text()) for path in sorted(out.glob("merge-*.json"))]
     rows = []
-    for (rule, method), group in itertools.groupby(
-        sorted(results, key=lambda result: (result["rule"], result["method"])),
-        key=lambda result: (result["rule"], result["method"]),
-    ):
+    kind = operator.itemgetter("rule", "method")
+    for (rule, method), group in itertools.groupby(sorted(results, key=kind), key=kind):
         of = list(group)
         merged, alone = ([likelihoods(result[key]) for result in of] for key in ("merged", "alone"))
         row = {"rule": rule, "method": TITLES[method], "merges": len(of)}

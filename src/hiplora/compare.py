@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from hiplora import __version__
 from hiplora.adapters import read_update
 from hiplora.compare_report import SMALL, Results, write_report
-from hiplora.data.encoding import EncodingReport, encode_examples
+from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.data.rows import decoded
 from hiplora.data.texts import drift_texts, overlap
@@ -118,8 +118,8 @@ def compare(
     settings = settings or CompareSettings()
     recipes = method_recipes(model, data, settings)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
-    tokenizer, limit = load_tokenizer(model), position_limit(skeleton(model)) or sys.maxsize
-    rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
+    trainings = Trainings(model, data, recipes, settings.max_length, "methods")
+    tokenizer, limit, rows = trainings.tokenizer, trainings.limit, trainings.rows
 
     def fits(prompt: Example | str) -> bool:
         return len(tokenizer(_asked(tokenizer, prompt))["input_ids"]) < limit
@@ -127,66 +127,108 @@ def compare(
     own = [example for example in rows.held_out if example.prompt and fits(example)][:OWN_ROWS]
     if long := next((question for question in questions if not fits(question)), None):
         raise ConfigError(f"--prompts: {long[:40]!r} fills the model's context of {limit} tokens; shorten it")
-    plan = {
+    asked = {
         "kind": "compare",
-        "hiplora": __version__,
         "settings": {n: v for n, v in asdict(settings).items() if n not in ("drift_text", "prompts")},
-        "data_sha256": file_sha256(data),
         "texts_sha256": json_sha256([texts, questions]),
-        "model_sha256": folder_identity(model),
     }
-    folder = RunFolder(Path(out), "plan.json", "results.json")
-    folder.check(plan, overwrite=overwrite, inputs={"the base model": model, "the data": data})
-    with folder.claimed(plan, overwrite=overwrite):
-        base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
-        bare = folder.stage("base", lambda: base().read())
-        counts = encode_examples(tokenizer, rows.train, min(settings.max_length, limit))[1]
-        tell(expected(bare, counts, settings, len(recipes)))
-        base.cache_clear()  # a training loads the model itself
-        adapters = {METHODS[key].title: folder.path / "adapters" / key for key in recipes}
-        found = trained_and_measured(folder, base, recipes, {key: METHODS[key].title for key in recipes}, texts)
-        records = {METHODS[key].title: {"adapts": METHODS[key].adapts, **record} for key, record in found.items()}
+    folder, titles = RunFolder(Path(out), "plan.json", "results.json"), {key: METHODS[key].title for key in recipes}
+    with trainings.measured(folder, asked, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
+        records = {titles[key]: {"adapts": METHODS[key].adapts, **record} for key, record in runs.items()}
+        adapters = {titles[key]: folder.path / "adapters" / key for key in recipes}
+        base = trainings.base
         said = folder.stage("answers", lambda: {"rows": base().answers(adapters, [*own, *questions])})["rows"]
         prompts = [example.prompt for example in own] + questions
         results = {
             "schema": 3,
             "kind": "compare",
-            "model": model,
-            "data": {**rows.sources["train"], "held_out_rows": len(rows.held_out)},
+            **shared,
             "settings": {**asdict(settings), "methods": list(settings.methods)},
-            "base": {"held_out_loss": bare["held_out_loss"]},
             "methods": records,
-            "equal": at_equal_learning(bare["held_out_loss"], records),
+            "equal": at_equal_learning(shared["base"]["held_out_loss"], records),
             "expected": [example.response for example in own],
             "answers": [{"prompt": prompt, "said": row} for prompt, row in zip(prompts, said, strict=True)],
             "notes": _notes(texts, rows.train),
-            "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
         write_report(results, folder.path)
-        for adapter in adapters.values():
-            shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
     return results
 
 
-def trained_and_measured(
-    folder: RunFolder,
-    base: Callable[[], "Base"],
-    recipes: Mapping[str, TrainRecipe],
-    titles: Mapping[str, str],
-    texts: Mapping[str, str],
-) -> dict[str, Results]:
-    """Train each recipe into `adapters/KEY` and measure what came of it; a stage of the folder each.
+class Trainings:
+    """Recipes that train one model on the same rows, to be measured along the way; `base` loads the bare model once.
 
-    Returns by key what the training cost, and `trained` and `scaled`: held-out loss and drift at marks along it, and at
-    each scale of the finished adapter.
+    `what` names the recipes to readers. ConfigError or DataError if model or data cannot be used.
     """
-    adapters, records = {key: folder.path / "adapters" / key for key in recipes}, {}
-    with _notes_once():
-        for key, recipe in recipes.items():
-            records[key] = folder.stage(f"train-{key}", functools.partial(_train, recipe, titles[key], adapters[key]))
-    for key, adapter in adapters.items():
-        records[key] |= folder.stage(f"measure-{key}", functools.partial(_points, base, adapter, texts))
-    return records
+
+    def __init__(
+        self, model: str, data: str | os.PathLike, recipes: Mapping[str, TrainRecipe], max_length: int, what: str
+    ) -> None:
+        self.model, self.data, self.recipes, self.what = model, data, recipes, what
+        self.tokenizer, self.limit = load_tokenizer(model), position_limit(skeleton(model)) or sys.maxsize
+        self.rows = load_data(next(iter(recipes.values())).data, chat=bool(self.tokenizer.chat_template))
+        self.length = min(max_length, self.limit)
+        self.base = functools.cache(lambda: Base(model, self.rows.held_out, max_length))
+
+    @contextlib.contextmanager
+    def measured(
+        self,
+        folder: RunFolder,
+        asked: Mapping[str, Any],
+        titles: Mapping[str, str],
+        texts: Mapping[str, str],
+        *,
+        overwrite: bool,
+        tell: Tell,
+    ) -> Iterator[tuple[Results, dict[str, Results]]]:
+        """Train and measure every recipe in a folder that goes on where it stopped; claimed inside the block.
+
+        Yields what results say of model, data and base, and by recipe what the training cost, with held-out loss and
+        drift at marks along it (`trained`) and at each scale of the finished adapter (`scaled`). Its adapter is in
+        `adapters/KEY`. ConfigError if the folder holds another run than the one `asked` for.
+        """
+        plan = {
+            "hiplora": __version__,
+            **asked,
+            "data_sha256": file_sha256(self.data),
+            "model_sha256": folder_identity(self.model),
+        }
+        folder.check(plan, overwrite=overwrite, inputs={"the base model": self.model, "the data": self.data})
+        adapters = {key: folder.path / "adapters" / key for key in self.recipes}
+        with folder.claimed(plan, overwrite=overwrite):
+            bare = folder.stage("base", lambda: self.base().read())
+            tell(self._expected(bare))
+            self.base.cache_clear()  # a training loads the model itself
+            runs = {}
+            with _notes_once():
+                for key, recipe in self.recipes.items():
+                    work = functools.partial(_train, recipe, titles[key], adapters[key])
+                    runs[key] = folder.stage(f"train-{key}", work)
+            for key, adapter in adapters.items():
+                runs[key] |= folder.stage(f"measure-{key}", functools.partial(_points, self.base, adapter, texts))
+            shared = {
+                "model": self.model,
+                "data": {**self.rows.sources["train"], "held_out_rows": len(self.rows.held_out)},
+                "base": {"held_out_loss": bare["held_out_loss"]},
+                "provenance": provenance(plan_sha256=json_sha256(plan)),
+            }
+            yield shared, runs
+            for adapter in adapters.values():
+                shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
+
+    def _expected(self, bare: Results) -> str:
+        """Say how long the trainings will take, by the time that the base model took to read a token."""
+        train, count = next(iter(self.recipes.values())).train, len(self.recipes)
+        steps: int = train.steps  # type: ignore[assignment]  # `method_recipes` sets no epochs
+        rows = steps * train.batch_size
+        trained = encode_examples(self.tokenizer, self.rows.train, self.length)[1]
+        length = trained.tokens / trained.sequences
+        points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
+        seconds = count * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
+        passes = f"{rows / trained.sequences:.1f} passes over {trained.sequences} rows"
+        return (
+            f"{count} {self.what}, {steps} steps of {train.batch_size} rows each ({passes}): about "
+            f"{max(1, round(seconds / 60))} min, and once some more to measure the model"
+        )
 
 
 def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
@@ -343,18 +385,6 @@ def _train(recipe: TrainRecipe, title: str, out: Path) -> Results:
     result = train(recipe, out, resume=True, description=title)
     kept = ("trainable_parameters", "seconds", "tokens")
     return {"lr": recipe.train.lr, **{name: getattr(result, name) for name in kept}}
-
-
-def expected(bare: Results, trained: EncodingReport, settings: CompareSettings, methods: int) -> str:
-    """Say how long the comparison will take, by the time that the base model took to read a token."""
-    rows, count = settings.steps * settings.batch_size, trained.sequences
-    length = trained.tokens / count
-    points = (MARKS + len(SCALES)) * (HELDOUT_LIMIT * length + 2 * DRIFT_TOKENS)
-    seconds = methods * bare["seconds_per_token"] * (4 * rows * length + points)  # a step also goes back, at 3 : 1
-    return (
-        f"{methods} methods, {settings.steps} steps of {settings.batch_size} rows each ({rows / count:.1f} passes over "
-        f"{count} rows): about {max(1, round(seconds / 60))} min, and once some more to measure the model"
-    )
 
 
 def _notes(texts: Mapping[str, str], train: Sequence[Example]) -> list[str]:

@@ -1,10 +1,8 @@
 """`hiplora tune`: the learning rate, rank, length and scale at which HiP-LoRA learns most within a limit of drift."""
 
-import functools
 import itertools
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from hiplora import __version__
-from hiplora.compare import Base, CompareSettings, Tell, expected, method_recipes, trained_and_measured
+from hiplora.compare import CompareSettings, Tell, Trainings, method_recipes
 from hiplora.compare_report import Results
-from hiplora.data.encoding import encode_examples
-from hiplora.data.examples import load_data
 from hiplora.data.texts import drift_texts
 from hiplora.errors import ConfigError
 from hiplora.files import write_atomic
-from hiplora.models import load_tokenizer
-from hiplora.provenance import file_sha256, folder_identity, json_sha256, provenance
+from hiplora.provenance import json_sha256
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe
 
@@ -58,26 +52,17 @@ def tune(
     """
     settings = settings or TuneSettings()
     recipes = _recipes(model, data, settings)
-    texts, tokenizer = drift_texts(settings.drift_text), load_tokenizer(model)
-    rows = load_data(next(iter(recipes.values())).data, chat=bool(tokenizer.chat_template))
-    plan = {
+    texts = drift_texts(settings.drift_text)
+    trainings = Trainings(model, data, recipes, settings.max_length, "settings")
+    asked = {
         "kind": "tune",
-        "hiplora": __version__,
         "settings": {name: value for name, value in asdict(settings).items() if name != "drift_text"},
-        "data_sha256": file_sha256(data),
         "texts_sha256": json_sha256(texts),
-        "model_sha256": folder_identity(model),
     }
-    folder = RunFolder(Path(out), "plan.json", "tune.json")
-    folder.check(plan, overwrite=overwrite, inputs={"the base model": model, "the data": data})
-    with folder.claimed(plan, overwrite=overwrite):
-        base = functools.cache(lambda: Base(model, rows.held_out, settings.max_length))
-        bare = folder.stage("base", lambda: base().read())
-        counts = encode_examples(tokenizer, rows.train, settings.max_length)[1]
-        tell(expected(bare, counts, _shared(settings), len(recipes)))
-        base.cache_clear()  # a training loads the model itself
-        runs = trained_and_measured(folder, base, recipes, {key: key for key in recipes}, texts)
-        best = {key: within(record, settings.max_drift, bare["held_out_loss"]) for key, record in runs.items()}
+    folder, titles = RunFolder(Path(out), "plan.json", "tune.json"), {key: key for key in recipes}
+    with trainings.measured(folder, asked, titles, texts, overwrite=overwrite, tell=tell) as (shared, runs):
+        base_loss = shared["base"]["held_out_loss"]
+        best = {key: within(record, settings.max_drift, base_loss) for key, record in runs.items()}
         reached = {key: point for key, point in best.items() if point is not None}
         chosen = min(reached, key=lambda key: reached[key]["held_out_loss"], default=None)
         if chosen is not None:
@@ -85,17 +70,12 @@ def tune(
         results = {
             "schema": 1,
             "kind": "tune",
-            "model": model,
-            "data": {**rows.sources["train"], "held_out_rows": len(rows.held_out)},
+            **shared,
             "settings": asdict(settings),
-            "base": {"held_out_loss": bare["held_out_loss"]},
             "runs": {key: {"rank": recipes[key].method.r, "best": best[key], **runs[key]} for key in runs},
             "chosen": chosen,
-            "provenance": provenance(plan_sha256=json_sha256(plan)),
         }
         write_atomic(folder.path / "tune.json", json.dumps(results, indent=1) + "\n")
-        for key in recipes:
-            shutil.rmtree(folder.path / "adapters" / key / "checkpoints", ignore_errors=True)
     return results
 
 
