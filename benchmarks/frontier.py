@@ -41,6 +41,7 @@ from hiplora.evaluation import BaseReference, encode, heldout_loss, measure_drif
 from hiplora.evaluation.likelihood import by_length, pad_left
 from hiplora.files import write_atomic
 from hiplora.models import load
+from hiplora.provenance import provenance
 from hiplora.tuner import default_targets, sampled_rows
 
 RECIPE = Path(__file__).with_suffix(".yaml")
@@ -383,7 +384,7 @@ def once(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> None:
     path = out / f"{name}.json"
     with contextlib.suppress(filelock.Timeout), filelock.FileLock(out / f".{name}.lock", timeout=0):
         if not path.exists():
-            result = make()
+            result = {**make(), "provenance": provenance()}
             write_atomic(path, json.dumps(result) + "\n")
             print(summary(name, result), flush=True)
 
