@@ -286,13 +286,16 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
     recipes = {}
     for key, method in methods.items():
         block = method.block(settings.rank, settings.principal_rank)
-        if method.preset:
-            block["target_modules"] = default_targets(bare, method.preset)
         try:
+            if method.preset:
+                block["target_modules"] = default_targets(bare, method.preset)
             recipes[key] = TrainRecipe.model_validate({**shared, "method": block})
+            fitting_config(recipes[key].method, bare)
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
-        fitting_config(recipes[key].method, bare)
+        except ConfigError as error:
+            way = "leave the method out, or train it from a recipe of your own (hiplora init)"
+            raise ConfigError(f"--methods {key}: {error}; {way}") from error
     return recipes
 
 

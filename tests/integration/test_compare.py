@@ -2,11 +2,12 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import MixtralConfig
+from transformers import MambaConfig, MixtralConfig
 
 from hiplora import compare as module
 from hiplora.adapters import read_update
@@ -167,6 +168,13 @@ def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"--methods lora: .* compare lora-attention,hiplora"):
         method_recipes(str(tmp_path / "model"), job[1], job[2])
+
+
+@pytest.mark.parametrize("methods", [("lora-mlp",), ("lora", "hiplora"), ("hiplora-paper",)])
+def test_a_method_whose_layers_the_model_has_not_is_named_with_the_way_out(job, tmp_path, methods):
+    MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=rf"--methods {methods[-1]}: .* recognised in Mamba.* leave the method out"):
+        method_recipes(str(tmp_path / "model"), job[1], replace(job[2], methods=methods))
 
 
 def test_what_all_trainings_say_of_the_data_is_said_once(caplog):
