@@ -6,7 +6,6 @@ rows) and what it disturbed (drift on other text). The methods are compared wher
 
 import contextlib
 import functools
-import itertools
 import logging
 import os
 import shutil
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 
 from hiplora import __version__
 from hiplora.adapters import read_update
-from hiplora.compare_report import SMALL, Results, write_report
+from hiplora.compare_report import SMALL, Results, at_equal_learning, write_report
 from hiplora.data.encoding import encode_examples
 from hiplora.data.examples import Example, load_data
 from hiplora.data.rows import decoded
@@ -229,36 +228,6 @@ class Trainings:
             f"{count} {self.what}, {steps} steps of {train.batch_size} rows each ({passes}): about "
             f"{max(1, round(seconds / 60))} min, and once some more to measure the model"
         )
-
-
-def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
-    """Return the lowest held-out loss that all methods reach, and for each what it disturbed there.
-
-    `trained` is along the training, `scaled` along the scales of the finished adapter, None where these do not reach
-    the loss. Between two points the square root of the divergence, which grows as the update does, is linear in it.
-    """
-    loss = max(min(point["held_out_loss"] for point in record["trained"]) for record in methods.values())
-    ways = ("trained", "scaled")
-    reached = {name: {way: _crossing(base, record[way], loss) for way in ways} for name, record in methods.items()}
-    return {"loss": loss, "methods": reached}
-
-
-def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | None:
-    """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
-    whole: Sequence[Results] = [{"held_out_loss": base, "drift": {}}, *points]
-    for before, after in itertools.pairwise(whole):
-        if after["held_out_loss"] > loss:
-            continue
-        fall = before["held_out_loss"] - after["held_out_loss"]
-        share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
-        reached = {}
-        for text, now in after["drift"].items():
-            was = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
-            root = (1 - share) * max(was["kl"], 0.0) ** 0.5 + share * max(now["kl"], 0.0) ** 0.5
-            changed = (1 - share) * was["greedy_changed"] + share * now["greedy_changed"]
-            reached[text] = {"kl": root**2, "greedy_changed": changed}
-        return reached
-    return None
 
 
 def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> dict[str, TrainRecipe]:

@@ -11,8 +11,8 @@ from transformers import MambaConfig, MixtralConfig
 
 from hiplora import compare as module
 from hiplora.adapters import read_update
-from hiplora.compare import CompareSettings, at_equal_learning, compare, method_recipes
-from hiplora.compare_report import details, headline, next_steps, summary
+from hiplora.compare import CompareSettings, compare, method_recipes
+from hiplora.compare_report import at_equal_learning, details, headline, next_steps, summary
 from hiplora.data.examples import load_data
 from hiplora.errors import ConfigError
 from hiplora.evaluation.drift import cut_windows
