@@ -1,7 +1,8 @@
-"""Two processes train what one does: DDP, FSDP2 and FSDP1 with both of its layouts; saved, loaded and trained on."""
+"""Two processes train what one does: DDP, FSDP2, FSDP1 with both of its layouts, DeepSpeed; saved, and trained on."""
 
 import functools
 import os
+import socket
 
 import peft
 import pytest
@@ -20,6 +21,11 @@ SETTINGS = {
     "paper, proximal, relative": {"stability_weight": 3.0, "stability_mode": "proximal", "relative_gains": True},
     "function-aware": {"preset": "function-aware"},
 }
+MLPS = ["gate_proj", "up_proj", "down_proj"]  # Adam magnifies rounding in the tiny model's attention
+UNPRICED = {
+    "function-aware": SETTINGS["function-aware"],
+    "paper, no budget": {"stability_mode": "none", "target_modules": MLPS},
+}
 
 
 def batch(step):
@@ -31,7 +37,7 @@ def started(settings, folder=None):
     base = Base("untied")
     if folder is not None:
         return peft.PeftModel.from_pretrained(base.make(), folder, is_trainable=True).train()
-    return peft.get_peft_model(base.make(), base.config(**SETTINGS[settings])).train()
+    return peft.get_peft_model(base.make(), base.config(**(SETTINGS | UNPRICED)[settings])).train()
 
 
 def sharded(model, kind):
@@ -148,3 +154,58 @@ def test_experts_that_get_tokens_in_one_process_only_are_trained_as_in_one(tmp_p
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def deepspeed_worker(rank, stage, folder, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    import deepspeed
+
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+    config["zero_allow_untested_optimizer"] = True
+
+    def engine(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
+
+    def steps(model, numbers):
+        for step in numbers:
+            ids = batch(step)[2 * rank : 2 * rank + 2]
+            model.backward(model(input_ids=ids, labels=ids).loss)
+            model.step()
+
+    for settings in UNPRICED:
+        for begin, numbers, name in ((None, range(2), "first"), ("first", range(2, 4), "second")):
+            plain = started(settings, begin and f"{folder}/{settings}/{begin}")
+            model = engine(plain)
+            steps(model, numbers)
+            state = model._zero3_consolidated_16bit_state_dict() if stage == 3 else plain.state_dict()
+            if rank == 0:
+                plain.save_pretrained(f"{folder}/{settings}/{name}", state_dict=state)
+            torch.distributed.barrier()
+    with pytest.raises(AdapterError, match="so neither stability_weight nor gain_lr_ratio can act"):
+        steps(engine(started("paper")), range(2))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_saves_and_carries_on_and_a_budget_that_it_passes_over_is_refused(tmp_path, stage):
+    """Its optimizer steps copies of the parameters, and nothing retracts these: the projection is in the pass."""
+    pytest.importorskip("deepspeed")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(deepspeed_worker, args=(stage, str(tmp_path), port), nprocs=2)
+    for settings in UNPRICED:
+        found, one = tmp_path / settings, tmp_path / "one" / settings
+        for begin, numbers, name in ((None, range(2), "first"), (one / "first", range(2, 4), "second")):
+            model = started(settings, begin)
+            trained(model, model.state_dict, model, one / name, numbers)
+            expected, tensors = (load_file(at / name / "adapter_model.safetensors") for at in (one, found))
+            assert expected.keys() == tensors.keys()
+            for key, value in expected.items():
+                torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=1e-4, msg=f"{settings}: {key}")
+        assert hiplora.max_leak(started(settings, found / "second")) < 1e-5

@@ -55,6 +55,14 @@ def test_processes_that_cannot_share_the_batch_are_refused(tmp_path, tiny_model_
         train(recipe, tmp_path / "out")
 
 
+@pytest.mark.parametrize("sharded", ["FSDP", "DEEPSPEED"])
+def test_launchers_that_shard_the_model_are_refused(tmp_path, tiny_model_dir, monkeypatch, sharded):
+    recipe = load_recipe(recipe_file(tmp_path, tiny_model_dir, "lora", **SETTINGS))
+    monkeypatch.setenv(f"ACCELERATE_USE_{sharded}", "true")
+    with pytest.raises(ConfigError, match=f"ACCELERATE_USE_{sharded} is set, .* launch it without"):
+        train(recipe, tmp_path / "out")
+
+
 def worker(rank, processes, port, file, out, last):
     """Train as one of several processes; all of them die after step `last`, as with the machine."""
     if processes > 1:

@@ -1,4 +1,4 @@
-"""Whether a method's settings fit a model, read off its modules' names and shapes: no weight is needed for it."""
+"""Whether a recipe's method fits a model, read off its modules' names and shapes, and its trackers are installed."""
 
 import copy
 import re
@@ -83,3 +83,17 @@ def _unmatched(config: Any, model: Any, modules: Iterable[str], adapted: list[st
         for pattern in getattr(config, field, None) or ():
             if not any(re.search(whole.format(pattern), name) for name in adapted):
                 yield f"{field} {pattern!r} matches no adapted layer"
+
+
+def check_trackers(given: str | list[str]) -> None:
+    """Check that the Trainer knows the trackers of `report_to`, and that they are installed."""
+    from transformers.integrations import integration_utils
+
+    known, found = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
+    for name in [] if given in ("none", "all", ["none"], ["all"]) else [given] if isinstance(given, str) else given:
+        if name not in known:
+            raise ConfigError(
+                f"train.report_to: {name!r} is no tracker; expected none, all or some of {', '.join(known)}"
+            )
+        if name not in (*found, "azure_ml", "flyte"):  # of these two the list says less
+            raise ConfigError(f"train.report_to: {name} is not installed; install its package, or remove it")

@@ -33,7 +33,7 @@ from hiplora.models import load_tokenizer
 from hiplora.provenance import file_sha256, json_sha256, provenance
 from hiplora.run_folder import RunFolder
 from hiplora.training.adapt import put_on, save_trained, start_problem
-from hiplora.training.fit import check_fit
+from hiplora.training.fit import check_fit, check_trackers
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
@@ -290,7 +290,10 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError(f"train.gradient_accumulation {passes} {share}")
     if processes > 1 and recipe.method.name == "split_lora":
         raise ConfigError("method split_lora simulates clients in one process; start it without a launcher")
-    _check_trackers(recipe.train.report_to)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name) == "true":
+            raise ConfigError(f"{name} is set, and hiplora train shards no model; launch it without: that is DDP")
+    check_trackers(recipe.train.report_to)
     if recipe.train.load_in_4bit:
         require("quant")
     dtype = recipe.train.dtype
@@ -298,20 +301,6 @@ def _for_this_machine(recipe: TrainRecipe) -> TrainRecipe:
         raise ConfigError("train.dtype: fp16 needs a GPU (its loss scaling does); use bf16 or fp32 here")
     settings = recipe.train.model_copy(update={"dtype": machine_dtype() if dtype == "auto" else dtype})
     return recipe.model_copy(update={"train": settings})
-
-
-def _check_trackers(given: str | list[str]) -> None:
-    """Check that the Trainer knows the trackers of `report_to`, and that they are installed."""
-    from transformers.integrations import integration_utils
-
-    known, found = integration_utils.INTEGRATION_TO_CALLBACK, integration_utils.get_available_reporting_integrations()
-    for name in [] if given in ("none", "all", ["none"], ["all"]) else [given] if isinstance(given, str) else given:
-        if name not in known:
-            raise ConfigError(
-                f"train.report_to: {name!r} is no tracker; expected none, all or some of {', '.join(known)}"
-            )
-        if name not in (*found, "azure_ml", "flyte"):  # of these two the list says less
-            raise ConfigError(f"train.report_to: {name} is not installed; install its package, or remove it")
 
 
 def _check_inputs(folder: Path, sources: dict[str, Any]) -> None:
