@@ -279,7 +279,7 @@ def _editing():
         for i, (new, kind) in enumerate(zip(("blue", "pink", "grey", "lime"), (*kinds, kinds[0]), strict=True))
     ]
     questions = [Question(f"Place {i} has a", word, f"place {i}") for i, word in enumerate(WORDS[:3])]
-    training = EditTraining(steps=20, lr=2e-2, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
+    training = EditTraining(steps=5, lr=2e-3, batch_size=4, weight_decay=0.01, max_grad_norm=1.0, seed=42)
     groups = [[0, 1], [2, 3]]
     found = {}
     for name, config in {
