@@ -115,7 +115,8 @@ def compare(
     long it will take. ConfigError or DataError if settings, model, data or `out` cannot be used, before a model loads.
     """
     settings = settings or CompareSettings()
-    recipes = method_recipes(model, data, settings)
+    way_out = "name other --methods, or train from a recipe of your own (hiplora init)"
+    recipes = method_recipes(model, data, settings, way_out)
     texts, questions = drift_texts(settings.drift_text), _questions(settings.prompts)
     trainings = Trainings(model, data, recipes, settings.max_length, "methods")
     tokenizer, limit, rows = trainings.tokenizer, trainings.limit, trainings.rows
@@ -230,10 +231,13 @@ class Trainings:
         )
 
 
-def method_recipes(model: str, data: str | os.PathLike, settings: CompareSettings) -> dict[str, TrainRecipe]:
+def method_recipes(
+    model: str, data: str | os.PathLike, settings: CompareSettings, way_out: str = "take another model"
+) -> dict[str, TrainRecipe]:
     """Return each method's recipe, by its key; the model's configuration is read, not its weights.
 
-    ConfigError if a setting or a method is wrong, or the model cannot be found or is not fit for it.
+    ConfigError if a setting or a method is wrong, the model cannot be found, or a method does not fit it; `way_out`
+    says what to do about the last.
     """
     unknown = [key for key in settings.methods if key not in METHODS]
     if unknown or not settings.methods:
@@ -246,7 +250,7 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
         raise ConfigError(f"model {model}: is quantised, and nothing can be added to its weights; name the whole one")
     if any(map(can_unroll, bare.modules())) and (unfit := methods.keys() & {"lora", "lora-mlp"}):
         why = "PEFT's LoRA adapts a mixture's experts and its router as parameters, not as layers"
-        raise ConfigError(f"--methods {min(unfit)}: {why}; compare lora-attention,hiplora")
+        raise ConfigError(f"method {min(unfit)}: {why}, but lora-attention and hiplora fit; {way_out}")
     split = {"held_out_fraction": settings.heldout_fraction, "held_out_limit": HELDOUT_LIMIT, "template": "auto"}
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
@@ -263,8 +267,7 @@ def method_recipes(model: str, data: str | os.PathLike, settings: CompareSetting
         except ValidationError as error:
             raise ConfigError(f"setting {first_problem(error)}") from None
         except ConfigError as error:
-            way = "leave the method out, or train it from a recipe of your own (hiplora init)"
-            raise ConfigError(f"--methods {key}: {error}; {way}") from error
+            raise ConfigError(f"method {key}: {error}; {way_out}") from error
     return recipes
 
 

@@ -164,8 +164,9 @@ def test_a_base_in_another_precision_is_accepted_with_a_warning_but_no_other_wei
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="another precision"):
         half = peft.PeftModel.from_pretrained(base.make(torch.bfloat16), tmp_path)
-    expected = logits(model, ids)
-    assert (logits(half, ids) - expected).norm() < 0.1 * expected.norm()  # thirty layers in bf16
+    with half.disable_adapter(), model.disable_adapter():
+        rounding = (logits(half, ids) - logits(model, ids)).norm()  # what bf16 changes without an adapter
+    assert (logits(half, ids) - logits(model, ids)).norm() < 4 * rounding
     other, (name, _) = base.make(torch.bfloat16), next(iter(hip_layers(model)))
     with torch.no_grad():
         other.get_submodule(name).weight.normal_(std=0.02)

@@ -166,15 +166,15 @@ def test_an_interrupted_comparison_goes_on_to_the_same_results(done, job, tmp_pa
 
 def test_lora_on_experts_is_refused_before_anything_is_trained(job, tmp_path):
     MixtralConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"--methods lora: .* compare lora-attention,hiplora"):
-        method_recipes(str(tmp_path / "model"), job[1], job[2])
+    with pytest.raises(ConfigError, match=r"method lora: .* lora-attention and hiplora fit; name other --methods"):
+        compare(str(tmp_path / "model"), job[1], tmp_path / "out", job[2])
 
 
 @pytest.mark.parametrize("methods", [("lora-mlp",), ("lora", "hiplora"), ("hiplora-paper",)])
 def test_a_method_whose_layers_the_model_has_not_is_named_with_the_way_out(job, tmp_path, methods):
     MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=rf"--methods {methods[-1]}: .* recognised in Mamba.* leave the method out"):
-        method_recipes(str(tmp_path / "model"), job[1], replace(job[2], methods=methods))
+    with pytest.raises(ConfigError, match=rf"method {methods[-1]}: .* recognised in Mamba.* name other --methods"):
+        compare(str(tmp_path / "model"), job[1], tmp_path / "out", replace(job[2], methods=methods))
 
 
 def test_what_all_trainings_say_of_the_data_is_said_once(caplog):

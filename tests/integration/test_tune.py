@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import re
 import shlex
 
 import pytest
+from transformers import MambaConfig
 
 from hiplora.errors import ConfigError
 from hiplora.training import load_recipe
@@ -103,3 +105,10 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(job,
     with pytest.raises(ConfigError):
         tune(*job[:2], tmp_path / "out", TuneSettings(**{**SIZES, **wrong}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_the_layers_of_the_method_is_refused_with_a_way_out_that_the_command_has(job, tmp_path, capsys):
+    MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
+    code, _, err = run(capsys, "tune", job[1], "--model", tmp_path / "model", "--out", tmp_path / "out")
+    assert code == 2
+    assert re.search("method hiplora: .* recognised in Mamba.*; take another model", err)

@@ -42,5 +42,9 @@ def retract_(model: nn.Module) -> None:
 
 
 def max_leak(model: nn.Module) -> float:
-    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters."""
+    """Return the largest relative ‖UᵀB‖/‖B‖ or ‖AV‖/‖A‖ over all modules and adapters.
+
+    Rounding, after steps of an optimizer that holds the model's parameters. Steps on copies of them (DeepSpeed) are not
+    retracted: the factors leave the complement, and act and are saved through the projection.
+    """
     return max(layer.leak(adapter) for _, layer in hip_layers(model) for adapter in layer.hiplora_A)
