@@ -22,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
-
 from hiplora.chat_template import SECONDS, renders
 from hiplora.errors import ConfigError, HipLoraError, first_line
-from hiplora.files import cache_dir, staged_dir, write_atomic
+from hiplora.files import cache_dir, file_lock, staged_dir, write_atomic
 from hiplora.provenance import file_sha256
 
 if TYPE_CHECKING:
@@ -119,7 +117,7 @@ def load(
         ConfigError: there is no such folder or hub model, it is not a causal language model, or it is damaged.
     """
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     _, kind = _text_model(model)
     tokenizer = load_tokenizer(model)
@@ -133,6 +131,13 @@ def load(
             f"model {model}: its weights lack {len(missing)} of the parameters that config.json describes "
             f"({', '.join(missing[:3])}); save or download it again"
         )
+    if kind is AutoModelForCausalLM:
+        ids = torch.tensor([[0, 0], [0, 1]], device=network.device)
+        with _loading(model), torch.no_grad():
+            one, other = network.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+        # In an encoder with a language head the second token changes what is said of the first, by more than rounding.
+        if (one - other).norm() > 0.02 * (one - one.mean()).norm():
+            raise _not_causal(model, type(network).__name__)
     usable = range(len(network.get_input_embeddings().weight))
     given = (getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos", "unk", "bos"))
     # Padding is masked, so that any token will do.
@@ -176,11 +181,15 @@ def _text_model(model: str) -> tuple[Any, Any]:
     kind = next((auto for auto in autos if type(config) in auto._model_mapping), None)
     encoded = any(one.is_encoder_decoder for one in (config, config.get_text_config()))
     if kind is None or encoded or _OTHER_TASK.search(called):
-        raise ConfigError(
-            f"model {model}: is no causal language model ({called}), as the commands need; name one, or adapt it in "
-            "Python with PEFT and hiplora.HipLoraConfig"
-        )
+        raise _not_causal(model, called)
     return config, kind
+
+
+def _not_causal(model: str, called: str) -> ConfigError:
+    return ConfigError(
+        f"model {model}: is no causal language model ({called}), as the commands need; name one, or adapt it in "
+        "Python with PEFT and hiplora.HipLoraConfig"
+    )
 
 
 def load_tokenizer(model: str) -> Any:
@@ -272,7 +281,7 @@ def fetch(name: str, *, verify: bool = False, accept_terms: bool = False) -> Pat
             f"`python -m hiplora.models {name} --accept-gemma-terms`"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.parent / f".{name}.lock"):
+    with file_lock(folder.parent / f".{name}.lock"):
         if (problem := _damage(folder, model, verify)) is None:
             return folder
         if folder.is_dir():

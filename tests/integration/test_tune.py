@@ -107,7 +107,9 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(job,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_the_layers_of_the_method_is_refused_with_a_way_out_that_the_command_has(job, tmp_path, capsys):
+def test_a_model_without_the_layers_of_the_method_is_refused_with_a_way_out_that_the_command_has(
+    job, tmp_path, capsys
+):
     MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path / "model")
     code, _, err = run(capsys, "tune", job[1], "--model", tmp_path / "model", "--out", tmp_path / "out")
     assert code == 2

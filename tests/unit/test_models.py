@@ -1,5 +1,6 @@
 """A packaged model in the cache: whole or absent, verified, rebuilt when damaged. No network, no real model."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hiplora import chat_template, models
 from hiplora.errors import ConfigError, HipLoraError
@@ -226,6 +228,21 @@ def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be
     for read in (load, skeleton):
         with pytest.raises(ConfigError, match=rf"is no causal language model \({type(model).__name__}\)"):
             read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ahead"), [("bert", True), ("roberta", True), ("xlnet", True), ("bert", False), ("gpt_neox", False)]
+)
+def test_an_encoder_with_a_language_models_head_is_refused_by_what_it_does(kind, ahead, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64} if kind == "xlnet" else {}
+    sizes |= {"initializer_range": 0.5, "pad_token_id": 0}  # weights as large as trained ones
+    config = AutoConfig.for_model(kind, vocab_size=300, is_decoder=not ahead, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    for part in (model, tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=type(model).__name__) if ahead else contextlib.nullcontext():
+        load(str(tmp_path))
 
 
 def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hiplora.errors import StoreError
-from hiplora.files import cache_dir, write_atomic
+from hiplora.files import cache_dir, file_lock, write_atomic
 from hiplora.spectral.factors import SpectralFactors, weight_fingerprint
 from hiplora.spectral.svd import truncated_svd
 
@@ -46,7 +45,7 @@ class TensorStore:
             return entry
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(path.parent / ".lock", timeout=_LOCK_SECONDS).acquire()
+            lock = file_lock(path.parent / ".lock", _LOCK_SECONDS).acquire()
         with lock:
             # Another process may have computed it while this one waited.
             entry = self._read(path, quiet=True)

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from hiplora.errors import ConfigError, HipLoraError
-from hiplora.files import write_atomic
+from hiplora.files import file_lock, write_atomic
 from hiplora.provenance import provenance
 from hiplora.study.jobs import DIVERGED, KINDS, Graph, Job, key_of
 
@@ -104,7 +104,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(FileLock(path, timeout=0))
+                held.enter_context(file_lock(path, timeout=0))
                 mine = True
             except Timeout:
                 mine = False
