@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +38,7 @@ from hiplora.merging.merger import check_weights, merge
 from hiplora.models import load_tokenizer, resolve
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
+log = logging.getLogger(__name__)
 _NO_OWNERS = (
     "No adapter was given as TASK=FOLDER: each task counts for the adapter that is best at it, which makes the scores "
     "before the merge look slightly better than they are."
@@ -106,6 +108,10 @@ def merge_check(
         own = {name: value for name, value in how.options.items() if name in find_rule(method).defaults}
         parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
         merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=own)
+    owners = {task.name: task.name for task in suite.tasks if task.name in named}
+    for name in named.keys() - owners.keys() if owners else ():
+        known = ", ".join(task.name for task in suite.tasks)
+        log.warning("adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known)
     engine = settings.engine(suite)
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
@@ -131,7 +137,6 @@ def merge_check(
             with put as there:
                 store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
     found = collect(engine.describe(), store.runs)
-    owners = {task.name: task.name for task in suite.tasks if task.name in named}
     record = {
         "schema": 1,
         "kind": "merge-check",

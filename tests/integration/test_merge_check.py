@@ -41,7 +41,9 @@ def owned(place):
 
 
 def run(*arguments):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     return " ".join(done.output.split())
 
@@ -112,6 +114,13 @@ def test_a_task_without_an_owner_belongs_to_the_best_adapter_and_else_to_the_bas
     judged = record["verdicts"]["addition"]["score"]
     assert list(judged["tasks"]) == ["mmlu", "scienceqa"]
     assert judged["kept"]["arc_easy"]["before_of"] == "base"
+
+
+def test_a_name_that_is_no_task_is_reported_where_others_are(place, tmp_path, caplog):
+    adapters = [f"mmlu={place / 'adapter1'}", f"scienc={place / 'adapter2'}"]
+    run("merge-check", *adapters, "--suite", "mmlu,scienceqa", "--data", place / "data", "--limit", "4",
+        "--out", tmp_path / "check")  # fmt: skip
+    assert "adapter scienc: no task of the suite has this name (mmlu, scienceqa)" in caplog.text
 
 
 def test_a_merge_comes_with_its_report(place, tmp_path):

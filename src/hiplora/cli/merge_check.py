@@ -38,7 +38,7 @@ def command(
 
     Example:
 
-        hiplora merge-check gsm8k=runs/maths humaneval=runs/code --suite gsm8k,humaneval_solution --out runs/check
+        hiplora merge-check gsm8k=runs/maths arc_easy=runs/quiz --suite gsm8k,arc_easy --out runs/check
     """
     from hiplora.merge_check import MergeSettings, merge_check, verdict_notes, verdict_tables
 
