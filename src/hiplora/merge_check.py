@@ -111,7 +111,9 @@ def merge_check(
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
     for name in named.keys() - owners.keys() if owners else ():
         known = ", ".join(task.name for task in suite.tasks)
-        log.warning("adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known)
+        log.warning(
+            "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known
+        )
     engine = settings.engine(suite)
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)

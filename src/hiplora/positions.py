@@ -1,4 +1,4 @@
-"""How many tokens a model can read."""
+"""How many tokens a model can read, and in which order."""
 
 from typing import Any
 
@@ -20,6 +20,20 @@ def position_limit(model: Any) -> int | None:
     if model.config.model_type == "mpt":  # its biases for distances, made anew in every pass
         return context
     return context if context and any(context <= size <= context + 2 for size in tables) else None
+
+
+def looks_ahead(model: Any) -> bool | None:
+    """Whether later tokens change what a model says of earlier ones, as for masked words; None without logits."""
+    import torch
+
+    ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
+    ids[1, 3] = 1
+    with torch.no_grad():
+        logits = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids)), "logits", None)
+    if logits is None or logits.dim() != 3:
+        return None
+    first, *_, last = (logits[0] - logits[1]).abs().amax(-1).tolist()
+    return first > 1e-3 * last
 
 
 def within_context(length: int, model: Any) -> int:

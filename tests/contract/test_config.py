@@ -193,7 +193,9 @@ SENSELESS = {
     "init_weights": ["gaussian"],
     "residual_projection": ["yes"],
     "save_factors": [1],
-    "rank_pattern": [{"q_proj": 0}],
+    "target_modules": [5],
+    "layers_to_transform": ["0"],
+    "rank_pattern": [{"q_proj": 0}, [1]],
     "alpha_pattern": [{"q_proj": -2}],
     "principal_rank_pattern": [{"q_proj": 1.5}],
 }
@@ -284,6 +286,7 @@ def test_a_rank_above_what_the_protected_directions_leave_is_warned_of_once(tiny
     ("changes", "message"),
     [
         ({"target_modules": ["embed_tokens"]}, r"embed_tokens.*modules_to_save"),
+        ({"layers_to_transform": [5]}, r"match no module of LlamaForCausalLM in layers_to_transform \[5\]"),
         *(({f"{name}_pattern": {"gate_proj": 2}}, "gate_proj") for name in ("rank", "alpha", "principal_rank")),
     ],
 )

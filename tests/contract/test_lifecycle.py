@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hiplora
 from hiplora.errors import AdapterError, ConfigError, FactorError
-from hiplora.tuner import HipLoraLinear, hip_layers, model_fingerprint
+from hiplora.tuner import HipLoraLinear, hip_layers, model_fingerprint, sampled_rows
 from hiplora.tuner.moments import base_only
 from tests.contract.conftest import ACTIVATION, Base, logits, train
 from tests.tiny import tiny_llama
@@ -191,6 +191,50 @@ def test_a_second_adapter_can_be_added_switched_disabled_and_deleted(base, ids):
     model.delete_adapter("default")
     assert torch.equal(logits(model, ids), second)
     assert all("default" not in layer.hiplora_U for _, layer in hip_layers(model))
+
+
+@pytest.mark.parametrize("how", ["add", "calibrate"])
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+def test_nothing_is_measured_on_weights_that_an_adapter_is_merged_into(tiny, basis, how):
+    model, config = tiny.adapted(), tiny.config(basis=basis, principal_rank=6)
+    model.merge_adapter()
+    with pytest.raises(AdapterError, match="another adapter is merged into it; call unmerge_adapter"):
+        if how == "add":
+            model.add_adapter("second", config)
+        else:
+            sampled_rows(model, 40)
+    model.unmerge_adapter()
+    model.add_adapter("second", config)
+
+
+def test_a_deleted_adapters_name_can_be_used_for_another_kind(tiny, ids):
+    model = tiny.adapted(init_weights=False)
+    model(input_ids=ids)  # with gradients: the factors may now be trained by anyone
+    model.add_adapter("other", tiny.config())
+    model.delete_adapter("default")
+    model.add_adapter("default", tiny.config(residual_projection=False, init_weights=False))
+    model.set_adapter("default")
+    before = logits(model, ids)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+
+
+COMPILED = """
+import sys, hiplora, peft, torch
+from tests.contract.conftest import Base
+loaded = peft.PeftModel.from_pretrained(Base("untied").make(), sys.argv[1])
+ids = torch.arange(10)[None]
+compiled = torch.compile(loaded, fullgraph=True, backend="eager")(input_ids=ids).logits
+torch.testing.assert_close(compiled, loaded(input_ids=ids).logits)
+"""
+
+
+@pytest.mark.slow
+def test_a_loaded_model_compiles_without_a_break(tiny, tmp_path):
+    """In another process: functions whose shapes are checked do not compile."""
+    tiny.adapted(init_weights=False).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("save_factors", [True, False])

@@ -236,8 +236,7 @@ def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be
 def test_an_encoder_with_a_language_models_head_is_refused_by_what_it_does(kind, ahead, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     sizes |= {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 64} if kind == "xlnet" else {}
-    sizes |= {"initializer_range": 0.5, "pad_token_id": 0}  # weights as large as trained ones
-    config = AutoConfig.for_model(kind, vocab_size=300, is_decoder=not ahead, **sizes)
+    config = AutoConfig.for_model(kind, vocab_size=300, pad_token_id=0, is_decoder=not ahead, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(tmp_path)

@@ -257,11 +257,13 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
     if module not in update.fingerprints:
         return weight
     precision, channels = update.config.get("base_precision") or "", update.channels.get(module)
-    seen = in_precision(weight, update.fingerprints[module], precision)
+    seen = in_precision(weight, update.fingerprints[module])
     if seen is None and channels is not None and precision not in ("", str(weight.dtype).removeprefix("torch.")):
         basis = update.config.get("basis", "weight")
         mismatch = factor_mismatch(weight.float(), channels.U, channels.sigma, channels.V, basis)
         seen = weight if mismatch <= other_precision_limit(precision) else None
+    elif seen is None and channels is None and is_quantised(precision):  # nothing is left to recognise it by
+        seen = weight
     if seen is None:
         raise AdapterError(
             f"layer {module}: the weight in {base} is not the one that this adapter was made for; pass the right base "
@@ -270,15 +272,15 @@ def check_fit(weight: Tensor, update: AdapterUpdate, module: str, base: str) -> 
     return seen
 
 
-def in_precision(weight: Tensor, fingerprint: str, precision: str) -> Tensor | None:
-    """Return a stored weight as the adapter saw it, or None if it is not the fingerprinted one.
-
-    An fp32 checkpoint that was loaded in bf16 (`precision`, a dtype's name) is rounded in the same way first.
-    """
-    dtype = getattr(torch, precision, None) if precision else None
-    casts = [weight.dtype, dtype] if isinstance(dtype, torch.dtype) and dtype.is_floating_point else [weight.dtype]
-    seen = (weight.to(dtype) for dtype in casts)
+def in_precision(weight: Tensor, fingerprint: str) -> Tensor | None:
+    """Return a stored weight as the adapter saw it, rounded to half precision if need be; None if it is another one."""
+    seen = (weight.to(dtype) for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16)))
     return next((one for one in seen if weight_fingerprint(one) == fingerprint), None)
+
+
+def is_quantised(precision: str) -> bool:
+    """Whether an adapter's `base_precision` is no dtype but a quantiser's."""
+    return bool(precision) and not isinstance(getattr(torch, precision, None), torch.dtype)
 
 
 @contextmanager

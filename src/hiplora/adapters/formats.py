@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor
 
 from hiplora.adapters.base import BaseWeights, in_precision
@@ -25,8 +26,7 @@ _NOT_PLAIN = (
 # These initialisations subtract B₀A₀ from the base weights: the saved factors alone are no update of them.
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Saved whole by PEFT where the vocabulary was resized.
-_EMBEDDINGS = r"(^|\.)(embed_tokens|lm_head)\.weight$"
-_ADALORA_RANK = 12  # init_r of peft.AdaLoraConfig
+_EMBEDDINGS = r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared)\.weight$"
 _ADALORA_SMALL = 1e-5  # what PEFT adds to the rank that it divides by
 
 Parts = dict[str, Tensor]
@@ -80,6 +80,12 @@ class Saved:
         if not modules:
             raise self.error(f"no {self.config['peft_type']} tensors in it; nothing was adapted or saved")
         return modules, extras
+
+    def value(self, name: str) -> Any:
+        """Return a setting of the configuration, or PEFT's default for it."""
+        return self.config.get(
+            name, PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]].__dataclass_fields__[name].default
+        )
 
     def setting(self, pattern: str, module: str, default: Any) -> Any:
         """Return what a PEFT pattern (`rank_pattern`, `alpha_pattern`, …) says for a module."""
@@ -155,8 +161,8 @@ def _lora(saved: Saved, module: str, parts: Parts) -> Pair:
     A, B = parts["A"].float(), parts["B"].float()
     saved.check_shapes(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1], module, parts)
     r = A.shape[0]
-    saved.check_rank(module, r, saved.setting("rank_pattern", module, saved.config.get("r")))
-    alpha = saved.setting("alpha_pattern", module, saved.config.get("lora_alpha", r))
+    saved.check_rank(module, r, saved.setting("rank_pattern", module, saved.value("r")))
+    alpha = saved.setting("alpha_pattern", module, saved.value("lora_alpha"))
     return A, (alpha / math.sqrt(r) if saved.config.get("use_rslora") else alpha / r) * B
 
 
@@ -173,7 +179,7 @@ def _of_parameters(saved: Saved, modules: dict[str, Parts]) -> dict[str, Pair]:
     def take(called: str, name: str) -> tuple[Parts, int]:
         parts = modules.pop(called)
         saved.check_shapes(all(part in parts and parts[part].dim() == 2 for part in "AB"), name, parts)
-        return parts, saved.setting("rank_pattern", name, saved.config.get("r"))
+        return parts, saved.setting("rank_pattern", name, saved.value("r"))
 
     for module in sorted({name.partition(".base_layer")[0] for name in modules} if targets else ()):
         own = (f"{module}.{target.rpartition('.')[2]}" for target in targets)
@@ -220,12 +226,12 @@ def _adalora(saved: Saved, module: str, parts: Parts) -> Pair:
     """
     A, B, E = parts["A"].float(), parts["B"].float(), parts["E"].float().reshape(-1, 1)
     saved.check_shapes(A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] == len(E), module, parts)
-    r, started = A.shape[0], saved.config.get("init_r", _ADALORA_RANK)
+    r, started = A.shape[0], saved.value("init_r")
     kept = {n.partition(".lora_E")[0]: sum(on) for n, on in (saved.config.get("rank_pattern") or {}).items()}
     saved.check_rank(module, r, kept.get(module, started))
     if r == 0:
         return torch.zeros(1, A.shape[1]), torch.zeros(B.shape[0], 1)
-    alpha = saved.config.get("lora_alpha") or 0
+    alpha = saved.value("lora_alpha") or 0
     return A * E, (alpha if alpha > 0 else r) / (started + _ADALORA_SMALL) * B
 
 
@@ -268,7 +274,7 @@ def _hiplora(saved: Saved, module: str, tensors: Parts) -> Channels:
                 f"tensor {module}.hiplora_{part} is {tuple(tensor.shape)}, expected {shape}; the configuration and "
                 "the weights are of different adapters"
             )
-    saved.check_rank(module, r, saved.setting("rank_pattern", module, config.get("r")))
+    saved.check_rank(module, r, saved.setting("rank_pattern", module, saved.value("r")))
     U, V, sides = parts["U"], parts["V"], config.get("basis_sides", "both")
     projected = config.get("residual_projection", True)
     if recomputed and projected:  # as the layer does: recomputed factors may differ by rounding
@@ -276,7 +282,7 @@ def _hiplora(saved: Saved, module: str, tensors: Parts) -> Channels:
     if config.get("projection", "hard") == "soft":
         projected = False
         A, B = soften(A, B, U, V, parts.get("shrink_U"), parts.get("shrink_V"))
-    alpha = saved.setting("alpha_pattern", module, config.get("lora_alpha", r))
+    alpha = saved.setting("alpha_pattern", module, saved.value("lora_alpha"))
     limit = leak_limit(tensors["A"].dtype) if projected else None
     delta = parts["delta"] if config.get("principal_channel", True) else None
     return Channels(A, B, U, parts["sigma"], V, delta, alpha / r, limit, sides)
@@ -285,8 +291,7 @@ def _hiplora(saved: Saved, module: str, tensors: Parts) -> Channels:
 def _factors(saved: Saved, module: str, k: int) -> Parts:
     """Return U, σ and V of the base weight as the adapter had it, through the cache."""
     config: Any = saved.config
-    fingerprint, precision = saved.fingerprints.get(module, ""), config.get("base_precision") or ""
-    weight = in_precision(saved.weights.weight(module), fingerprint, precision)
+    weight = in_precision(saved.weights.weight(module), saved.fingerprints.get(module, ""))
     if weight is None:
         raise saved.error(
             f"layer {module}: the weight in {saved.base} is not the one this adapter was made for; saved "

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, get_peft_model_state_dict
-from pydantic import BaseModel, FiniteFloat, ValidationError
+from pydantic import BaseModel, FiniteFloat, PositiveInt, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,11 +32,11 @@ class _Settings(BaseModel, strict=True):
     """The settings that are read here or by PEFT, as JSON has them."""
 
     peft_type: str
-    r: int = 1
+    r: PositiveInt = 1
     init_r: int | None = None
     lora_alpha: FiniteFloat = 1.0
     lora_dropout: FiniteFloat | None = None
-    rank_pattern: dict[str, int | list[bool]] | None = None  # AdaLoRA: which ranks are left
+    rank_pattern: dict[str, PositiveInt | list[bool]] | None = None  # AdaLoRA: which ranks are left
     alpha_pattern: dict[str, FiniteFloat] | None = None
     principal_rank_pattern: dict[str, Any] | None = None
     principal_ranks: dict[str, int] | None = None
@@ -81,6 +81,7 @@ def update_from_model(model: nn.Module, adapter: str = "default") -> AdapterUpda
 
     AdapterError if there is no such adapter, it is not a plain update, or it has NaN or Inf.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     configs: Mapping[str, Any] = getattr(model, "peft_config", {})
     if adapter not in configs:
         known = ", ".join(map(repr, configs)) or "none"
@@ -138,9 +139,15 @@ def read_folder(folder: Path, modules: Iterable[str] = ()) -> tuple[dict[str, An
         found = torch.load(file, map_location="cpu", weights_only=True) if pickle else load_file(file)
     except Exception as error:  # both libraries raise many types for a damaged file, none of them documented
         raise AdapterError(f"{file}: damaged or cut off ({first_line(error)}); save or copy it again") from error
+    tensors: dict[str, Tensor] = {}
     for name, value in found.items():
         check_finite(value, f"{file}: tensor {name.removeprefix(PREFIX)}")
-    tensors = {plain_name(name).replace(".modules_to_save.default.", "."): value for name, value in found.items()}
+        plain = plain_name(name).replace(".modules_to_save.default.", ".")
+        if not torch.equal(tensors.setdefault(plain, value), value):
+            raise AdapterError(
+                f"{file}: tensor {plain} is in it more than once, the last time as {name}, so it holds several "
+                "adapters; save one alone, with save_pretrained(folder, selected_adapters=[…])"
+            )
     _check_config(config, [*tensors, *modules], str(folder / CONFIG))
     return config, tensors
 

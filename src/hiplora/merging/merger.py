@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hiplora.adapters import AdapterUpdate, BaseWeights, Pair, product_norm, read_update
+from hiplora.adapters.base import is_quantised
 from hiplora.adapters.update import KEPT, balanced, zero_pair
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging.rules import RULES, DenseTerm, Rule, Term, find_rule, is_count, is_number
@@ -102,6 +103,11 @@ def merge(
     _check_compatible(updates, base)
     pairs = list(zip(updates, numbers, strict=True))
     kept = [(update, weight) for update, weight in pairs if weight] or pairs
+    if len(kept) == 1 and kept[0][0].extras and kept[0][1] != 1:
+        raise AdapterError(
+            f"{kept[0][0].source}: replaces whole modules ({', '.join(sorted(kept[0][0].extras))}), which cannot be "
+            f"scaled; its weight is {kept[0][1]:g}, give it 1"
+        )
     shared: dict[str, Any] = {
         "base": base or updates[0].base,
         "kind": "merged",
@@ -237,7 +243,9 @@ def _name(update: AdapterUpdate) -> str:
 def _merged_config(updates: Sequence[AdapterUpdate]) -> dict[str, Any]:
     """Return the part of the adapters' configurations that holds for the merged one."""
     first = updates[0].config
+    precisions = [update.config.get("base_precision") or "" for update in updates]
     config = {"peft_type": "LORA", **{key: first.get(key) for key in KEPT}}
+    config["base_precision"] = max(precisions, key=is_quantised)  # the first, if none is
     channelled = [update.config for update in updates if update.channels]
     if channelled:
         bases = {one.get("basis", "weight") for one in channelled}

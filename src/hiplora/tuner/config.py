@@ -52,6 +52,16 @@ def _number(accept: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and accept(v)
 
 
+def _listed(kind: type) -> Callable[[Any], bool]:
+    """Return a check of values of a kind, alone or several, and None."""
+
+    def accept(value: Any) -> bool:
+        several = value if isinstance(value, (list, tuple, set)) else [value]
+        return value is None or all(isinstance(one, kind) and not isinstance(one, bool) for one in several)
+
+    return accept
+
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_number(lambda v: isinstance(v, int) and v >= 1), "an integer of at least 1"),
     "principal_rank": (is_rank, EXPECTED_RANK),
@@ -61,6 +71,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stability_gamma": (_number(lambda v: v >= 0), "a number of at least 0"),
     "gain_lr_ratio": (_number(lambda v: v > 0), "a number above 0"),
     "svd_tolerance": (_number(lambda v: 0 < v <= 1e-2), "a number in (0, 0.01]"),
+    "layers_to_transform": (_listed(int), "an index or a list of indices"),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (_listed(str), "names or a regular expression")),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), (_listed(str), "a list of names")),
 }
 PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern", "principal_rank": "principal_rank_pattern"}
 
@@ -199,6 +212,10 @@ class HipLoraConfig(PeftConfig):
             value = getattr(self, name)
             if not any(type(value) is type(option) and value == option for option in options):
                 raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, options))}")
+        for name in PATTERNS.values():
+            if not isinstance(given := getattr(self, name) or {}, dict):
+                raise ConfigError(f"{name} is {given!r}; expected a dictionary, modules' names → values")
+            setattr(self, name, given)
         for name, (accept, expected) in RANGES.items():
             values = {name: getattr(self, name)}
             if name in PATTERNS:

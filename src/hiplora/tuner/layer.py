@@ -167,8 +167,8 @@ class HipLoraLinear(FactorBuffers, BaseTunerLayer):
         BaseTunerLayer.delete_adapter(self, adapter_name)
         for buffers in self.factors_of(adapter_name):
             del buffers[adapter_name]
-        self.pending.discard(adapter_name)
-        self._served.discard(adapter_name)
+        for noted in (self.pending, self._served, self._astray):
+            noted.discard(adapter_name)
         self._unserved.pop(adapter_name, None)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -51,6 +51,7 @@ class HipLoraModel(BaseTuner):
     tuner_layer_cls = HipLoraLinear
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's class attribute; see below
     _rowless: tuple[int, str | None] = (0, None)  # of so many layers, one whose input has no rows in front
+    _unloaded: Any = None  # the hook that sees a pass of a model for which no file came
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -84,7 +85,7 @@ class HipLoraModel(BaseTuner):
                 warnings.warn(note, stacklevel=2)
         fused = unroll(model) if any(map(shared_side, self._target_names)) else {}
         config.awaits_file = config.from_checkpoint and config.save_factors
-        if config.awaits_file:
+        if config.awaits_file and self._unloaded is None:
             self._unloaded = model.register_forward_pre_hook(self._begin_unloaded)
         try:
             if not config.awaits_file:
@@ -180,37 +181,42 @@ class HipLoraModel(BaseTuner):
                     handles.callback(handle.remove)
             yield
 
-    def _begin_anew(self, adapter: str) -> None:
-        """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it."""
-        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
-        if not layers or not (config := layers[0].configs[adapter]).awaits_file:
-            return
+    def _begin_anew(self, adapter: str) -> bool:
+        """Begin an adapter whose configuration came from a file, but whose tensors did not; calibrate what needs it.
+
+        Returns whether it was one.
+        """
+        config: Any = self.peft_config[adapter]
+        if not getattr(config, "awaits_file", False):
+            return False
         config.awaits_file = False
-        if config.basis == "weight":
+        layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
+        if not layers or config.basis == "weight":
             for layer in layers:
                 layer.ensure_factors(adapter)
-            return
+            return bool(layers)
         chosen = copy.copy(config)
         chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
         calibrate_itself(self.model, chosen)
         config.calibration = chosen.calibration
         for layer in layers:
             layer.begin_anew(adapter, chosen.calibrated[layer.name])
+        return True
 
     def _begin_unloaded(self, *_: Any) -> None:
         """Begin, in a pass without PEFT's model (transformers' own interface), what a file should have brought."""
+        if torch.compiler.is_compiling():
+            return
         self._unloaded.remove()
-        for adapter, config in self.peft_config.items():
-            if getattr(config, "awaits_file", False) and not all(
-                layer.has_factors(adapter) for layer in _layers(self, adapter).values()
-            ):
+        self._unloaded = None
+        for adapter in self.peft_config:
+            if self._begin_anew(adapter):
                 warnings.warn(
                     f"adapter '{adapter}' has a configuration from a file, but none of the tensors, so it begins anew, "
                     "untrained; if a file was to bring them, transformers does not find its names: load it with "
                     "peft.PeftModel.from_pretrained(base, folder)",
                     stacklevel=2,
                 )
-                self._begin_anew(adapter)
 
     def _hook_rows(self, names: list[str], beams: int) -> list[Any]:
         layers = [module for module in self.modules() if isinstance(module, HipLoraLinear)]
@@ -287,7 +293,7 @@ class HipLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Match saved tensors to layers, after checking that all are there and fit this base model."""
-        layers = _layers(model, adapter_name)
+        config.awaits_file, layers = False, _layers(model, adapter_name)
         named = file_names(state_dict, layers)
         for name, tensors in check_checkpoint(layers, config, adapter_name, named).items():
             layers[name].load_factors(adapter_name, tensors)

@@ -24,9 +24,11 @@ from transformers.cache_utils import DynamicLayer
 from hiplora.errors import ConfigError
 from hiplora.files import cache_dir
 from hiplora.models import knows_text
+from hiplora.positions import looks_ahead
 from hiplora.spectral import TensorStore, weight_fingerprint
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.moments import base_only
+from hiplora.tuner.targets import check_unmerged
 
 ROW_LENGTH = 256  # tokens of one calibration row
 LONGEST_QUESTION = 64  # tokens after which a question that a model asks itself is answered
@@ -59,7 +61,9 @@ class CalibrationStore(TensorStore):
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the values of all of a model's own weights; adapters on it do not count."""
+    """Return a hash of the values of all of a model's own weights; adapters on it must not be merged (AdapterError)."""
+    for name, module in model.named_modules():
+        check_unmerged(module, name)
     digest = hashlib.sha256()
     with unrolled(model):
         for name, parameter in model.named_parameters():
@@ -87,8 +91,8 @@ def sampled_rows(
     What was sampled before is read from `store`, by default the cache; `identity` is the `model_fingerprint`, if known;
     `tokenizer` None is the one that the model was loaded with. ConfigError: it is not a causal language model.
     """
-    check_causal(model)
     store, identity = store or CalibrationStore(), identity or model_fingerprint(model)
+    check_causal(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     length = min(ROW_LENGTH, limit or ROW_LENGTH, tokens)
     count = -(-tokens // length)
@@ -174,15 +178,12 @@ def check_causal(model: Any) -> None:
     if getattr(config, "is_encoder_decoder", False) or not getattr(model, "can_generate", bool)():
         why = "is not a causal language model"
     else:
-        ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
-        ids[1, 3] = 1
         with base_only(model):
-            logits = getattr(model(input_ids=ids), "logits", None)
-        if logits is None or logits.dim() != 3:
-            why = "does not give a logit for every position and token"
-        else:
-            first, *_, last = (logits[0] - logits[1]).abs().amax(-1).tolist()
-            why = "looks at later tokens too, as for masked words" if first > 1e-3 * last else ""
+            ahead = looks_ahead(model)
+        if ahead is not False:
+            why = (
+                "looks at later tokens too, as for masked words" if ahead else "does not give a logit for every token"
+            )
     if why:
         raise ConfigError(f"{type(model).__name__} {why}, so no calibration text can be sampled from it; {OWN_DATA}")
 

@@ -18,7 +18,7 @@ from hiplora.spectral import SpectralFactors, factor_mismatch, full_precision, l
 from hiplora.tuner.config import HipLoraConfig
 from hiplora.tuner.experts import unrolled
 from hiplora.tuner.functional import retracted
-from hiplora.tuner.targets import frozen_weight, precision
+from hiplora.tuner.targets import check_unmerged, frozen_weight, precision
 
 if TYPE_CHECKING:
     from hiplora.tuner.layer import HipLoraLinear
@@ -257,8 +257,7 @@ def check_fingerprints(model: nn.Module, config: HipLoraConfig) -> None:
                     f"layer {name}: the adapter was made for it, but this base model has no such module; "
                     f"load it over {config.base_model_name_or_path or 'the model it was trained on'}"
                 ) from None
-            if getattr(module, "merged", False):
-                raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
+            check_unmerged(module, name)
             if found != expected and (stored == config.base_precision or not config.save_factors):
                 wrong.append(name)
             elif found != expected:

@@ -83,9 +83,11 @@ def find_targets(model: nn.Module, config: PeftConfig) -> list[Target]:
                     "that; for other layers make a new HipLoraConfig"
                 )
         if not names:
+            chosen_layers = getattr(chosen, "layers_to_transform", None)
+            where = f" in layers_to_transform {chosen_layers!r}" if chosen_layers is not None else ""
             raise ConfigError(
-                f"target_modules {given!r} match no module of {type(model).__name__}, or all that match are excluded; "
-                "name some of its linear layers"
+                f"target_modules {given!r} match no module of {type(model).__name__}{where}, or all that match are "
+                "excluded; name some of its linear layers"
             )
         patterns, default = getattr(chosen, "principal_rank_pattern", {}), getattr(chosen, "principal_rank", 0)
         ranks = {name: for_module(patterns, name, default) for name in names}
@@ -162,6 +164,7 @@ def left_out(model: nn.Module, config: Any, targets: Iterable[Target]) -> list[s
 
 def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
     """Describe a linear layer, adapted already or not; another module is a ConfigError."""
+    check_unmerged(module, name)
     base = _base(module)
     n, m = _get_in_out_features(base) if is_linear(base) else (None, None)
     if m is None or n is None:
@@ -175,6 +178,12 @@ def linear_target(module: nn.Module, name: str, k: RankSpec = 0) -> Target:
             "nothing can be kept out of their directions; load the model in bf16, or in 4 bits with bitsandbytes"
         )
     return Target(name, (m, n), k)
+
+
+def check_unmerged(module: nn.Module, name: str) -> None:
+    """Refuse a layer whose weight is not the base model's: an adapter is merged into it (AdapterError)."""
+    if getattr(module, "merged", False):
+        raise AdapterError(f"layer {name}: another adapter is merged into it; call unmerge_adapter() first")
 
 
 def measured_target(module: nn.Module, name: str) -> Target:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 import shutil
 
@@ -27,6 +28,7 @@ from tests.unit.adapters.samples import (
     hip_config,
     logits,
     product,
+    save_tiny_gpt2,
     saved,
     train,
 )
@@ -246,6 +248,41 @@ def test_a_state_dict_that_was_saved_without_peft_is_read(adapters, tmp_path, ki
         torch.testing.assert_close(found.delta(module), expected.delta(module))
 
 
+def test_a_file_of_several_adapters_is_refused(folder):
+    def double(tensors):
+        for name in [name for name in tensors if "lora_A." in name]:
+            tensors[name.replace(".weight", ".other.weight")] = tensors[name] + 1
+
+    edit_tensors(folder, double)
+    refused(folder, "holds several adapters; save one alone")
+
+
+@pytest.mark.parametrize("kind", ["lora", "one"])
+def test_a_compiled_model_is_read_as_the_model(adapters, kind):
+    model = adapters.models[kind]
+    assert_is(update_from_model(torch.compile(model)), deltas(model))
+
+
+@pytest.mark.parametrize("kind", ["lora", "one"])
+def test_settings_that_are_left_out_are_those_of_peft(adapters, tmp_path, kind):
+    folder = shutil.copytree(adapters[kind], tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert_is(read_update(folder), deltas(peft.PeftModel.from_pretrained(base_model(adapters.base), folder)))
+
+
+def test_a_resized_vocabulary_is_read_whatever_its_embeddings_are_called(tmp_path):
+    save_tiny_gpt2(tmp_path / "base")
+    model = base_model(tmp_path / "base")
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight) + 4)
+    adapted = train(peft.get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"])))
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    update = read_update(tmp_path / "a")
+    assert_is(update, deltas(adapted))
+    assert "transformer.wte.weight" in update.extras
+
+
 # Damage
 
 
@@ -334,6 +371,7 @@ def test_a_cut_off_file_and_a_broken_configuration_are_named_and_a_folder_withou
     [
         ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a valid number"),
         ({"r": True}, "r is True; expected a valid integer"),
+        ({"r": 0}, "r is 0; expected greater than 0"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is .*; expected a valid dict"),
         ({"use_rslora": "no"}, "use_rslora is 'no'; expected a valid boolean"),
         ({"lora_alpha": None}, "lora_alpha is None; expected a valid number"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from hiplora.adapters import read_update, save_as_lora
+from hiplora.adapters import BaseWeights, read_update, save_as_lora
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.merging import RULES, DenseMerge, merge
 from tests import reference
@@ -122,6 +122,30 @@ def test_differently_named_bases_are_merged_if_the_base_or_fingerprints_settle_i
 def test_one_adapter_alone_keeps_the_modules_that_it_saves_whole(adapters):
     for how in ({}, {"method": "ties", "rank": 3}):
         assert set(merge([adapters["hip whole"]], **how).extras) == {"lm_head.weight"}
+
+    for weight in (0.5, -1.0):
+        with pytest.raises(AdapterError, match=rf"lm_head.weight.* its weight is {weight:g}, give it 1"):
+            merge([adapters["hip whole"]], weights=[weight])
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_adapters_made_in_different_precisions_are_merged_in_any_order(adapters, tmp_path, order):
+    folders = []
+    for dtype, target in ((torch.float32, "q_proj"), (torch.bfloat16, "v_proj")):
+        folders.append(saved(adapters.base, tmp_path / target, hip_config(target_modules=[target]), dtype=dtype)[0])
+    merged = merge([folders[one] for one in order])
+    assert_is(merged, weighted_sum([read_update(folder) for folder in folders], [1, 1]))
+    for module in merged.modules:
+        BaseWeights.of(merged).weight(module, merged)
+
+
+@pytest.mark.parametrize("how", [{"rank": 4}, {"method": "ties"}, {"method": "tsv"}])
+def test_what_was_trained_over_quantised_weights_is_merged_into_the_stored_ones(adapters, tmp_path, how):
+    four_bits = copy(adapters["one"], tmp_path / "quantised", base_precision="bitsandbytes 4bit")
+    edit_config(four_bits, fingerprints=dict.fromkeys(read_update(four_bits).modules, "of rounded weights"))
+    merged = merge([adapters["lora"], four_bits], **how)
+    for module in merged.modules:
+        assert torch.equal(BaseWeights.of(merged).weight(module, merged), BaseWeights.of(merged).weight(module))
 
 
 @pytest.mark.parametrize(
