@@ -220,7 +220,8 @@ class FactorDict(nn.ModuleDict):
 
     def parameter(self, adapter: str) -> nn.Parameter:
         """Return what an optimizer holds of an adapter's parameter: all of it, or this process's shard."""
-        return next(self._modules[adapter].parameters())
+        held = self._modules[adapter]
+        return held.weight if isinstance(held, _Held) else next(held.parameters())
 
     def whole(self, adapter: str) -> Tensor:
         """Return an adapter's parameter, gathered where processes share it; FSDP1's are an AdapterError."""
