@@ -1,4 +1,4 @@
-"""`hiplora compare`: what LoRA and HiP-LoRA do to a model on one's own data, read at equal learning.
+"""`hiplora compare`: what LoRA and HiP-LoRA do to a model on your data, read at equal learning.
 
 Every adapter, at marks along its training and scaled down after it, is one point: what it learned (loss on held-out
 rows) and what it disturbed (drift on other text). The methods are compared where all have learned the same.

@@ -1,4 +1,4 @@
-"""`hiplora tune`: the learning rate, rank, length and scale at which HiP-LoRA learns most within a limit of drift."""
+"""`hiplora tune`: the learning rate, rank, steps and scale at which HiP-LoRA learns most within a limit of drift."""
 
 import itertools
 import json

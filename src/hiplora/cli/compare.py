@@ -1,4 +1,4 @@
-"""`hiplora compare`: what LoRA and HiP-LoRA do to a model on one's own data."""
+"""`hiplora compare`: what LoRA and HiP-LoRA do to a model on your data."""
 
 from pathlib import Path
 

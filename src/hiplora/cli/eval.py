@@ -49,9 +49,9 @@ def command(
 
     Before scoring, every adapter is checked to change the logits, and the base to come back bit for bit when it is
     off. All models see the same items in the same order; the file keeps the score of every item, and every mean and
-    every difference of two models has a 95 % interval. A score is kept if it fell by less than a point, lost if it
-    fell, and else one cannot tell. Each score has a second form, its likelihood: a small model is often at chance in
-    accuracy while its likelihood still moves.
+    every difference of two models has a 95 % interval. A score is kept if the whole interval lies above -1 point, else
+    lost if it lies below zero, else one cannot tell. Each score has a second form, its likelihood: a small model is
+    often at chance in accuracy while its likelihood still moves.
 
     After an interruption, the same command continues; scored models are kept.
 

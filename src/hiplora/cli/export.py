@@ -23,8 +23,10 @@ def command(
     ),
     base: str | None = BASE,
     scaling: Any = Group(scaling),
-    logits: bool = Option(True, help="Compare logits too, if the base model is available and fits into memory."),
-    device: str = DEVICE,
+    logits: bool = Option(
+        True, help="Compare logits too, if the base model is a local folder (or --base names one) and fits into memory."
+    ),
+    device: str = Option("auto", help=f"{DEVICE.help} With --to dense, only the search of --tolerance runs there."),
     push: str | None = PUSH,
 ) -> Shown:
     """Export an adapter to a format that other software loads, and verify the result.

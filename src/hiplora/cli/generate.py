@@ -21,7 +21,7 @@ def command(
 ) -> Shown:
     """Answer prompts greedily with the base model and with adapters on it, with the differences marked.
 
-    A prompt goes through the tokenizer's chat template where it has one. Words in which an adapter's answer differs
+    A prompt goes through the tokenizer's chat template if it has one. Words in which an adapter's answer differs
     from the base's are highlighted on a terminal, and stand in [brackets] elsewhere.
 
     Example:

@@ -31,7 +31,7 @@ COMMANDS = {
     "generate": "Answer prompts with and without adapters, side by side.",
     "chat": "Talk to a model and to its adapters at once.",
     "export": "Write an adapter as a plain LoRA, or as a model.",
-    "protect": "Remove from an adapter what disturbs its base most.",
+    "protect": "Remove the directions that change the base most.",
     "merge": "Merge adapters of one base model.",
     "merge-check": "Measure what a merge breaks.",
     "inspect": "Show what an adapter touches in its base model.",

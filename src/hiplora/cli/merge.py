@@ -42,8 +42,10 @@ def command(
     format: Format | None = Option(None, help=FORMAT_HELP),
     base: str | None = BASE,
     scaling: Any = Group(scaling),
-    drift: bool = Option(True, help="Measure how far the merge drifts from the base, if that is available."),
-    device: str = DEVICE,
+    drift: bool = Option(
+        True, help="Measure how far the merge drifts from the base, if that is a local folder (or --base names one)."
+    ),
+    device: str = Option("auto", help=f"{DEVICE.help} With --format dense, only drift and --tolerance run there."),
     html: Path | None = Option(None, help="Also write the report as a page to this file."),
     overwrite: bool = OVERWRITE,
     push: str | None = PUSH,
@@ -52,8 +54,8 @@ def command(
 
     Adapters of different base weights are refused. Each merge comes with its drift from the base beside the adapters'
     own, a verdict, and a report of where the adapters conflict (merge-report.json in the folder; --html makes a page
-    of it). What a merge breaks, hiplora merge-check measures; hiplora protect takes out of it what disturbs the base
-    model most.
+    of it). hiplora merge-check measures what a merge breaks; hiplora protect removes from it the directions that change
+    the base model most.
 
     Example:
 

@@ -47,7 +47,7 @@ def command(
     drift_text: Path | None = DRIFT_TEXT,
     overwrite: bool = OVERWRITE,
 ) -> Shown:
-    """Remove from a trained adapter what disturbs the base model most, without training.
+    """Remove from a trained adapter the directions that change the base model most, without training.
 
     Measures the inputs of the adapter's layers, on text that the base model writes itself or on yours, and projects
     the adapter off their strongest directions. Writes a plain LoRA adapter, and reports the drift from the base

@@ -23,7 +23,7 @@ def command(
     seed: int = Option(42, help="Seed of all trainings."),
     overwrite: bool = OVERWRITE,
 ) -> Shown:
-    """Find the learning rate, rank, length and scale at which HiP-LoRA learns most within a limit of drift.
+    """Find the learning rate, rank, number of steps and scale at which HiP-LoRA learns most within a limit of drift.
 
     Every rate is trained with every rank. Held-out loss and drift are measured at marks along each training and with
     the finished adapter scaled down. What learned most within the limit becomes recipe.yaml, for hiplora train. The
