@@ -22,26 +22,27 @@ INTRO = """# Does my model work?
 HiP-LoRA adapts linear layers: `nn.Linear`, GPT-2's `Conv1D`, quantised layers that PEFT can dequantise, and the
 experts of mixtures that transformers 5 keeps as 3-D parameters. A test suite trains, copies, saves, loads, merges
 and exports an adapter on a tiny random model of each architecture, calibrates the model on its own text, and mixes
-adapters in a batch; the last column of the table names what does not work. `python -m pytest tests/models
---models-json docs/results/models.json` measures it again. Another architecture with linear layers works too, if need
-be with `target_modules` named.
+adapters in a batch; the last column of the table names what does not work. Other architectures with linear layers
+work too; some need `target_modules`. `python -m pytest tests/models --models-json docs/results/models.json` repeats
+the tests.
 
-**MLP modules** are what the default preset adapts, **attention modules** those of `preset="paper"`: both are
-found by their role. Where an adapter leaves out what its targets seem to mean, a warning names it with its
-share of the weights.
+The default preset adapts the **MLP modules**, `preset="paper"` the **attention modules**; both are found by their
+role. If an adapter seems to leave out modules that its targets mean, a warning names them with their share of the
+weights.
 
 """
 
 NOTES = """
-- What does not work is refused with what to do. A batch cannot mix adapters on experts; vLLM and llama.cpp take
-  these as a whole model (`--to dense`). Where a model writes no text, the default preset needs
-  `hiplora.calibrate(model, config, run_model=...)` on your data, with `basis_sides="input"` where it gives no logits.
-- **Commands** that train, measure or write text take causal language models, those that see pictures too among
-  them. Other kinds are refused: adapt these in Python. Their adapters are inspected, exported and merged as any others.
-- **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower name its modules,
+- What does not work is refused, with a message that says what to do. A batch cannot mix adapters on experts; vLLM
+  and llama.cpp take these as a whole model (`--to dense`). For a model that writes no text, the default preset needs
+  `hiplora.calibrate(model, config, run_model=...)` on your data, with `basis_sides="input"` if it gives no logits.
+- **Commands** that train, measure or write text take causal language models, including those that also see
+  pictures. Other kinds are refused: adapt these in Python. Their adapters are inspected, exported and merged like any
+  other.
+- **Multimodal models**: the defaults are the text decoder's modules. To adapt a vision tower, name its modules
   and calibrate with `run_model` on data with pictures.
 - **Experts** are adapted one by one: an adapter on all of them is large. Expert modules of Llama 4, JetMoE,
-  LongCat-Flash and Step 3.7 are of another kind, and are left out with a warning. Training runs one expert
+  LongCat-Flash and Step 3.7 are built differently, and are left out with a warning. Training runs one expert
   after the other, as transformers' "eager" implementation does.
 - **Trainers**: any loop with a `torch.optim.Optimizer` over the adapter's parameters; see
   [training](howto/train.md).
