@@ -24,7 +24,8 @@ def command(
     base: str | None = BASE,
     scaling: Any = Group(scaling),
     logits: bool = Option(
-        True, help="Compare logits too, if the base model is a local folder (or --base names one) and fits into memory."
+        True,
+        help="Compare logits too, if the base model is a local folder (or --base names one) and fits into memory.",
     ),
     device: str = Option("auto", help=f"{DEVICE.help} With --to dense, only the search of --tolerance runs there."),
     push: str | None = PUSH,
