@@ -260,6 +260,11 @@ class Record(TrainerCallback):
         if self.interrupted:
             control.should_save, control.should_training_stop = self.best is None, True
 
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Log the steps since the last row if the training ends before its last step."""
+        if control.should_training_stop and self.losses and not self.interrupted:
+            self.trainer.log(self._row(state))
+
     def _hold_drift(self, limit: float, step: int, control: Any) -> None:
         """Have a checkpoint written if the drift is small enough; else go back to the last one and end."""
         drift = max(one["kl"] for one in (self.trainer.drift() or {}).values())
