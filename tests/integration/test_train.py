@@ -229,8 +229,8 @@ def test_drift_is_measured_at_the_end_and_ends_a_training_with_the_last_checkpoi
 
 def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_loss_also_when_resumed(make, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", [{"instruction": f"Say {n}", "output": "never"} for n in range(8)])
-    settings = {"steps": 24, "lr": 0.01, "eval_every": 1, "patience": 3, "warmup_ratio": 0.0}
-    settings |= {"log_every": 100, "lr_scheduler": "constant", "data": {"held_out": str(other), "held_out_fraction": None}}
+    settings = {"steps": 24, "lr": 0.01, "eval_every": 1, "patience": 3, "warmup_ratio": 0.0, "log_every": 100}
+    settings |= {"lr_scheduler": "constant", "data": {"held_out": str(other), "held_out_fraction": None}}
     result = train(make(**settings), tmp_path / "out")
     *held_out, last = result.metrics  # of the steps that no row was due for
     assert (last["step"], last["loss"]) == (held_out[-1]["step"], result.final_loss)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -160,10 +160,11 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
         way = "; put the system message's text into the user's first" if system else ""
         raise DataError(f"the model's chat template refuses {which} ({first_line(error)}){way}") from error
     if any(message.get("tool_calls") for message in example.messages):
-        without = tuple({**message, "tool_calls": None} for message in example.messages)
-        if _rendered(tokenizer, replace(example, messages=without))[0] == text:
-            what = f"the model's chat template leaves out the tool calls of {which}"
-            raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
+        bare = [{key: message[key] for key in message if key != "tool_calls"} for message in example.messages]
+        with contextlib.suppress(TemplateError, TypeError):  # a template that fails without the calls reads them
+            if tokenizer.apply_chat_template(bare, list(example.tools) or None, tokenize=False) == text:
+                what = f"the model's chat template leaves out the tool calls of {which}"
+                raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
     ids, labels = _cut_out(tokenizer, text, spans)
     if all(label == IGNORED for label in labels):
         what = f"the model's chat template marks nothing to learn in {which}"

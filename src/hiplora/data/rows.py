@@ -117,7 +117,7 @@ def hub_rows(name: str, config: str | None = None, split: str = "train", streami
         for number, row in enumerate(rows, start=1):
             readable = with_hint(row) if detect_format(row) == "multiple_choice" else row
             if readable is not None:
-                yield f"row {number}", readable
+                yield f"row {number}", _stated(readable)
     except (DatasetsError, OSError, ValueError) as error:
         what = f"no such file, and no data set on the hub that can be read ({first_line(error)})"
         raise DataError(f"{name}: {what}; correct the name, its configuration or split, or name a file") from error
@@ -146,7 +146,7 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[Row]:
                 yield "line 1", {"text": decoded(file.read(), path)}
             else:
                 text = decoded(file.read(), path, lenient=bad is not None)
-                yield from _json(text, path, bad) if kind == "json" else _csv(text, path)
+                yield from _json(text, path, bad) if kind == "json" else _csv(text, path, bad)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: not readable as gzip ({error}); write it again") from None
 
@@ -279,7 +279,30 @@ def _message(one: Any) -> Any:
         texts = [part.get("text") for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
     role = _ROLES.get(role, role) if isinstance(role, str) else role
-    return {**{key: one[key] for key in one if key not in ("from", "value")}, "role": role, "content": content}
+    given = {key: value for key, value in one.items() if key not in ("from", "value") and value not in (None, [])}
+    if isinstance(given.get("tool_calls"), list):
+        given["tool_calls"] = [_call(call) for call in given["tool_calls"]]
+    return {**given, "role": role, "content": content}
+
+
+def _call(call: Any) -> Any:
+    """Return a tool call with its arguments as an object: templates would encode OpenAI's, JSON text, once more."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _stated(row: Any) -> Any:
+    """Return a row of a table without the fields of its structs that only other rows have."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, list):
+            return [full(one) for one in value]
+        return {key: full(value[key]) for key in value if value[key] is not None} if isinstance(value, dict) else value
+
+    return {key: full(value) for key, value in row.items()}
 
 
 def detect_format(row: Any) -> str | None:
@@ -340,13 +363,20 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _csv(text: str, path: Path) -> Iterator[Row]:
+def _csv(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
     header = re.sub('"[^"]*"', "", text.lstrip().partition("\n")[0])
     delimiter = max(",;\t", key=header.count)  # Excel's is a semicolon where the comma is the decimal
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="further columns", delimiter=delimiter)
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         for row in reader:
-            yield f"line {reader.line_num}", row
+            if not any(row.pop(None, ())):
+                yield f"line {reader.line_num}", row
+                continue
+            what = f"{path}, line {reader.line_num}: has more fields than the header"
+            if bad is None:
+                raise DataError(f"{what}; put texts that have a {delimiter!r} in quotes")
+            bad.append(what)
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error}); write it again") from None
 
@@ -359,4 +389,4 @@ def _parquet(path: Path) -> Iterator[Row]:
         rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); write it again") from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
+    yield from ((f"row {number}", _stated(row)) for number, row in enumerate(rows, start=1))

@@ -129,6 +129,8 @@ TOOL_TEMPLATE = (
     "[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}<call {{ c.function.name }}>{% endfor %}"
     "<|eos|>\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+# As Llama 3.2's: a message with the key is a call.
+KEYED = TOOL_TEMPLATE.replace("m.tool_calls or []", "([m.tool_calls[0]] if 'tool_calls' in m else [])")
 MARKED = "{% for m in messages %}[{{ m.role }}]{%-generation-%}{{ m.content }}{%-endgeneration-%}<|eos|>{% endfor %}"
 BARE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
@@ -136,10 +138,11 @@ BARE = (
 )
 
 
-def test_tools_and_calls_reach_the_template():
+@pytest.mark.parametrize("template", [TOOL_TEMPLATE, KEYED])
+def test_tools_and_calls_reach_the_template(template):
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     talk = ({"role": "user", "content": "When is the tide?"}, called)
-    asked, tokenizer = Example("", "", talk, tools=TOOLS), templated(TOOL_TEMPLATE)
+    asked, tokenizer = Example("", "", talk, tools=TOOLS), templated(template)
     ids, _ = encode_example(tokenizer, asked)
     assert tokenizer.decode(ids).startswith("tools: tide[user]When is the tide?")
     assert learned(tokenizer, asked) == ["<call tide><|eos|>"]

@@ -64,6 +64,21 @@ def test_a_system_message_and_tools_that_stand_apart_are_read():
     assert (made["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
 
 
+def test_tool_calls_are_objects_and_have_what_their_own_row_says_in_tables_too(tmp_path):
+    from pyarrow import Table, parquet
+
+    calls = [{"function": {"name": name, "arguments": given}} for name, given in (("tide", {"day": 1}), ("moon", {}))]
+    text = [{"function": {"name": "tide", "arguments": '{"day": 1}'}}]
+    talks = [[TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
+    parquet.write_table(Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "rows.parquet")
+    _, (tide, moon) = check_rows(read_rows(tmp_path / "rows.parquet"), "auto", "rows")
+    assert (tide["messages"], moon["messages"][1]["tool_calls"][0]["function"]["name"]) == (talks[0], "moon")
+    assert "day" not in str(moon)
+    row = {"messages": [{**TALK[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": text}]}
+    _, (made,) = check_rows([("row 1", row)], "auto", "rows")
+    assert made["messages"] == talks[0]
+
+
 GOOD = {
     "messages": {"messages": TALK, "tools": [], "system": "Be brief."},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]},
@@ -106,6 +121,7 @@ def test_no_odd_value_of_a_field_ends_in_anything_but_its_line(tmp_path, name):
         ("rows.jsonl", b'{"x": 1}\n{"prompt": 1, "completion": "b"}\n{"prompt": "a", "completion": "b"}\n'),
         ("rows.jsonl", b'3\n{"text": 1}\n{"prompt": "a", "completion": "b"}\n'),
         ("rows.csv", b"prompt,completion\na,\xe9\nx,\na,b\n"),
+        ("rows.csv", b"prompt,completion\na,b, or c\na,b, or d\na,b,\n"),
         ("rows.json", b'[{"prompt": "a", "completion": "\xe9"}, {"text": " "}, {"prompt": "a", "completion": "b"}]'),
         ("rows.json", b'{"prompt": "a"}\n{"prompt"\n{"prompt": "a", "completion": "b"}\n'),
     ],
@@ -133,6 +149,11 @@ def test_bad_rows_are_left_out_wherever_they_stand(tmp_path, name, content):
             for name in ("rows.jsonl", "rows.json", "rows.csv")
         ],
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\x80"}', "line 2: not UTF-8 .* looks like WINDOWS-1252"),
+        (
+            "rows.csv",
+            b"question,answer\nOne?,1, or 2\n",
+            "line 2: has more fields than the header; put texts that have a ','",
+        ),
         ("rows.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
         ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1: not valid JSON"),
         ("rows.jsonl.gz", b"plain", "not readable as gzip"),
@@ -193,7 +214,7 @@ def test_a_path_or_a_file_goes_before_a_data_set_of_its_name(tmp_path, monkeypat
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_columns_are_separated_by_what_the_header_has_most_of(tmp_path, delimiter):
-    lines = [["question", "answer"], ["2,5; or 3?", "ab"]]
+    lines = [["question", "answer"], ["2,5; or 3?", "ab" * 100_000]]
     path = tmp_path / "rows.csv"
     path.write_text("".join(delimiter.join(f'"{cell}"' for cell in line) + "\r\n" for line in lines))
-    assert [row for _, row in read_rows(path)] == [{"question": "2,5; or 3?", "answer": "ab"}]
+    assert [row for _, row in read_rows(path)] == [{"question": "2,5; or 3?", "answer": "ab" * 100_000}]
