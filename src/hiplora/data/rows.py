@@ -1,7 +1,6 @@
 """Rows of data files, each with its place ("line 3") so that an error can name it, and the formats they may have."""
 
 import codecs
-import contextlib
 import csv
 import gzip
 import io
@@ -23,6 +22,7 @@ from pydantic import (
     create_model,
 )
 
+from hiplora.data.messages import as_messages
 from hiplora.data.prompts import LETTERS, with_hint
 from hiplora.errors import DataError, first_line, first_problem
 
@@ -31,8 +31,6 @@ Row = tuple[str, Any]  # place, value
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".csv", ".tsv", ".txt")
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-# ShareGPT's names of roles.
-_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "bing": "assistant"}
 
 
 def _not_empty(text: str) -> str:
@@ -198,7 +196,7 @@ def check_rows(
     for place, value in rows:
         where = f"{name}, {place}"
         try:
-            value = _as_messages(value)
+            value = as_messages(value)
             own = _first_format(value) if format == "auto" else format
             if bad is None:
                 format = own
@@ -237,61 +235,6 @@ def _check(value: Any, format: str) -> None:
         if "\udc80" <= half <= "\udcff":
             raise ValueError(f"not UTF-8 (byte 0x{ord(half) - 0xDC00:02x})") from None
         raise ValueError(f"has half a character ({half!r}), as a text cut within an emoji has; remove it") from None
-
-
-def _as_messages(row: Any) -> Any:
-    """Return conversational rows as messages, whether ShareGPT's, TRL's or OpenAI's; others as they are."""
-    if not isinstance(row, Mapping):
-        return row
-    said, prompt, completion = row.get("conversations"), row.get("prompt"), row.get("completion", row.get("response"))
-    if isinstance(said, list) and all(isinstance(one, Mapping) for one in said):
-        row = {**row, "messages": said}
-    elif isinstance(prompt, list) or (isinstance(completion, list) and prompt is not None):
-        before, after = _turns(prompt, "user"), _turns(completion, "assistant")
-        row = {**row, "messages": [*before, *after], "learn_from": len(before)}
-    if not isinstance(row.get("messages"), list):
-        return row
-    messages, system, tools = [_message(one) for one in row["messages"]], row.get("system"), row.get("tools")
-    if isinstance(system, str) and system.strip() and not any(_role(one) == "system" for one in messages[:1]):
-        messages.insert(0, {"role": "system", "content": system})
-        row = {**row, **({"learn_from": row["learn_from"] + 1} if isinstance(row.get("learn_from"), int) else {})}
-    if isinstance(tools, str):
-        with contextlib.suppress(ValueError):
-            tools = json.loads(tools or "null")
-        row = {**row, "tools": tools}
-    return {**row, "messages": messages}
-
-
-def _turns(said: Any, role: str) -> list[Any]:
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _message(one: Any) -> Any:
-    """Return a message under its usual names, with ShareGPT's roles renamed and parts of text put together."""
-    if not isinstance(one, Mapping):
-        return one
-    role, content = one.get("role", one.get("from")), one.get("content", one.get("value"))
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    given = {key: value for key, value in one.items() if key not in ("from", "value") and value not in (None, [])}
-    if isinstance(given.get("tool_calls"), list):
-        given["tool_calls"] = [_call(call) for call in given["tool_calls"]]
-    return {**given, "role": role, "content": content}
-
-
-def _call(call: Any) -> Any:
-    """Return a tool call with its arguments as an object: templates would encode OpenAI's, JSON text, once more."""
-    try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (KeyError, TypeError, ValueError):
-        return call
-    return {**call, "function": {**call["function"], "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _stated(row: Any) -> Any:
