@@ -211,9 +211,15 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
                 turns = _turns(tokenizer, messages, tools, text, specials)
                 spans = [(start, max(end, turn)) for (start, end), (_, turn) in zip(spans, turns, strict=True)]
     said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if example.learn_from and len(spans) == len(said):
-        spans = [span for span, index in zip(spans, said, strict=True) if index >= example.learn_from]
-    return text, spans
+    kept = [index >= example.learn_from and messages[index].get("weight") != 0 for index in said]
+    if all(kept):
+        return text, spans
+    if len(spans) != len(said):
+        what = f"the model's chat template marks {len(spans)} answers of {len(said)}"
+        raise DataError(
+            f"{what}, so those that are not to be learned cannot be told from the others; leave the row out"
+        )
+    return text, [span for span, learned in zip(spans, kept, strict=True) if learned]
 
 
 def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: Sequence[str]) -> Iterator[Span]:

@@ -111,8 +111,8 @@ class Example:
     """A prompt and the response to learn.
 
     Plain text has an empty prompt and is learned whole. Of a conversation's `messages`, which go through the chat
-    template with its `tools`, the assistant's from the index `learn_from` on are learned; `prompt` and `response` are
-    the text before the last of them, and that message.
+    template with its `tools`, the assistant's from the index `learn_from` on are learned, but those of `weight` 0;
+    `prompt` and `response` are the text before the last of them, and that message.
     """
 
     prompt: str
@@ -204,7 +204,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
 
 
 def _identity(example: Example) -> str:
-    return json.dumps([example.prompt, example.response, example.messages], default=str)
+    return json.dumps([example.prompt, example.response, example.messages, example.tools], default=str)
 
 
 def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:

@@ -16,7 +16,7 @@ def as_messages(row: Any) -> Any:
     said, prompt, completion = row.get("conversations"), row.get("prompt"), row.get("completion", row.get("response"))
     if isinstance(said, list) and all(isinstance(one, Mapping) for one in said):
         row = {**row, "messages": said}
-    elif isinstance(prompt, list) or (isinstance(completion, list) and prompt is not None):
+    elif None not in (prompt, completion) and (isinstance(prompt, list) or isinstance(completion, list)):
         before, after = _turns(prompt, "user"), _turns(completion, "assistant")
         row = {**row, "messages": [*before, *after], "learn_from": len(before)}
     if not isinstance(row.get("messages"), list):

@@ -30,6 +30,7 @@ Row = tuple[str, Any]  # place, value
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".parquet", ".csv", ".tsv", ".txt")
 MAX_SHOWN = 10  # problems listed in full; the rest are counted
+_PREFERENCES = "docs/tutorials/preferences-and-rewards.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -40,8 +41,9 @@ def _not_empty(text: str) -> str:
 
 
 def _says_something(messages: list[Any]) -> list[Any]:
-    if not any(m.role == "assistant" and ((m.content or "").strip() or m.tool_calls) for m in messages):
-        raise ValueError("no assistant message with text: nothing to learn")
+    said = [message for message in messages if message.role == "assistant" and message.weight]
+    if not said or not ((said[-1].content or "").strip() or said[-1].tool_calls):
+        raise ValueError("no assistant message, or an empty one at the end: nothing to learn")
     return messages
 
 
@@ -68,6 +70,7 @@ Message = _model(
     role=(Literal["system", "user", "assistant", "tool"], ...),
     tool_calls=(list[dict[str, Any]] | None, None),
     content=(Annotated[str | None, AfterValidator(_has_content)], None),
+    weight=(Literal[0, 1], 1),
 )
 Choices = Annotated[list[str], Field(min_length=2, max_length=len(LETTERS))]
 Completion = (Text[0], Field(validation_alias=AliasChoices("completion", "response")))
@@ -198,6 +201,8 @@ def check_rows(
         try:
             value = as_messages(value)
             own = _first_format(value) if format == "auto" else format
+            if own == "prompt_completion" and not values and isinstance(value, Mapping) and "learn_from" in value:
+                own = "messages"  # its prompts and completions are lists of messages
             if bad is None:
                 format = own
             _check(value, own)
@@ -235,6 +240,13 @@ def _check(value: Any, format: str) -> None:
         if "\udc80" <= half <= "\udcff":
             raise ValueError(f"not UTF-8 (byte 0x{ord(half) - 0xDC00:02x})") from None
         raise ValueError(f"has half a character ({half!r}), as a text cut within an emoji has; remove it") from None
+    if format == "text":
+        return
+    if unwanted := [name for name in ("label", "kto_tag") if str(value.get(name)).lower() == "false"]:
+        what = f"{unwanted[0]} is false: the answer is not wanted, and this is supervised fine-tuning"
+        raise ValueError(f"{what}; remove the row, or use TRL's KTOTrainer ({_PREFERENCES})")
+    if format != "messages" and (lost := [name for name in ("system", "history") if value.get(name)]):
+        raise ValueError(f"{lost[0]} would be lost, which rows of format {format} lack; give the row as `messages`")
 
 
 def _stated(row: Any) -> Any:
@@ -263,7 +275,7 @@ def _first_format(row: Any) -> str:
     found = f"the fields {', '.join(map(str, row))}" if isinstance(row, Mapping) else type(row).__name__
     if isinstance(row, Mapping) and {"chosen", "rejected"} <= {*row}:
         what = "is a preference pair, and this is supervised fine-tuning"
-        way = "TRL's DPOTrainer (docs/tutorials/preferences-and-rewards.md)"
+        way = f"TRL's DPOTrainer ({_PREFERENCES})"
         raise ValueError(f"{what}; give `prompt` and `completion`, or use {way}")
     needs = "\n".join(f"  {name} needs {', '.join(fields)}" for name, fields in NEEDED.items())
     raise ValueError(f"unknown format, found {found}; rename the fields:\n{needs}")
@@ -301,6 +313,7 @@ def _json(text: str, path: Path, bad: list[str] | None = None) -> Iterator[Row]:
         lines = text.encode(errors="surrogateescape").splitlines()
         yield from _json_lines(lines, path, bad)  # JSON lines named .json, as many data sets are
         return
+    rows = [rows] if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))

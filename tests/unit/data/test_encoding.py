@@ -93,7 +93,9 @@ def test_all_that_the_assistant_says_is_learned_and_nothing_else(template):
     assert [piece.strip() for piece in learned(tokenizer, talk)] == ["1<|eos|>", "2<|eos|>"]
     whole = tokenizer.apply_chat_template(list(TALK), tokenize=False)
     assert tokenizer.decode(encode_example(tokenizer, talk)[0]) == whole
-    assert learned(tokenizer, Example("", "2", TALK, learn_from=4)) == ["2<|eos|>"]
+    unlearned = (*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:])
+    for example in (Example("", "2", TALK, learn_from=4), Example("", "2", unlearned)):
+        assert learned(tokenizer, example) == ["2<|eos|>"]
 
 
 def test_what_is_cut_and_left_out_is_counted_and_said(tokenizer):

@@ -173,6 +173,11 @@ def test_other_files_are_mixed_in_by_weight_and_copies_of_held_out_rows_are_not_
         load_data(DataSettings(path=copies, held_out_fraction=0.2))
 
 
+def test_conversations_with_other_tools_are_no_copies(tmp_path):
+    rows = [{"messages": TALK, "tools": [{"name": name}]} for name in ("look", "ask")]
+    assert load_data(DataSettings(path=write_jsonl(tmp_path / "rows.jsonl", rows))).notes == ()
+
+
 def test_bad_rows_are_counted_and_instructions_are_a_chat_where_the_model_has_a_template(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [METAMATH, {"query": "?"}, METAMATH])
     data = load_data(DataSettings(path=path, skip_bad_rows=True, template="auto"), chat=True)

@@ -24,6 +24,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
         text = "\n\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS)
         path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else b"\xef\xbb\xbf" + text.encode())
     assert [row for _, row in read_rows(path)] == ROWS
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0]))
+    assert [row for _, row in read_rows(tmp_path / "one.json")] == ROWS[:1]
 
 
 def test_tables_and_texts_are_rows_too(tmp_path):
@@ -51,7 +53,8 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes
     ],
 )
 def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
-    format, (made,) = check_rows([("row 1", row)], "auto", "rows")
+    given = "prompt_completion" if learn_from else "auto"
+    format, (made,) = check_rows([("row 1", row)], given, "rows")
     assert (format, made["messages"], made.get("learn_from")) == ("messages", TALK, learn_from)
 
 
@@ -180,8 +183,17 @@ CHOICE = {"question": "Which is warm?", "choices": ["ice", "tea"], "answer": 1}
         ("messages", {"messages": []}, "nothing to learn"),
         ("messages", {"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
         ("messages", {"messages": [{**TALK[1], "content": None}]}, "content: .*only a message with tool_calls"),
+        ("messages", {"messages": [*TALK, TALK[0], {**TALK[1], "content": " "}]}, "an empty one at the end"),
+        ("messages", {"messages": [TALK[0], {**TALK[1], "weight": 0}]}, "nothing to learn"),
+        ("messages", {"messages": [TALK[0], {**TALK[1], "weight": 0.5}]}, "weight: Input should be 0 or 1"),
         ("text", {"text": "cut \ud83d"}, "half a character"),
-        ("auto", {"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair"),
+        *[("auto", {"prompt": a, "chosen": "b", "rejected": "c"}, "preference pair") for a in ("a", TALK[:1])],
+        *[
+            ("auto", {"prompt": a, "completion": "b", "label": False}, "label is false: .*KTO")
+            for a in ("a", TALK[:1])
+        ],
+        ("auto", {"prompt": "a", "completion": "b", "system": "Be brief."}, "system would be lost, .*as `messages`"),
+        ("auto", {"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history would be lost"),
         ("multiple_choice", {**CHOICE, "answer": -1}, "answer: .*-1 is not the index of a choice, 0 to 1"),
         ("messages", {"conversations": [{"from": ["x"], "value": "a"}]}, "messages.0.role: Input should be"),
         ("multiple_choice", {**CHOICE, "choices": ["one"]}, "choices: List should have at least 2 items"),
