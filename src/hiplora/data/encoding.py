@@ -120,6 +120,8 @@ def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int]
     end = tokenizer.eos_token_id
     if end is not None and response[-1:] != [end]:
         response = [*response, end]
+    if (prompt + response)[: len(prefix)] == prefix:
+        prefix = []  # the row's text begins with it
     learned = prompt if example.learn_prompt else [IGNORED] * len(prompt)
     return prefix + prompt + response, [IGNORED] * len(prefix) + learned + response
 

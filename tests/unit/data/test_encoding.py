@@ -55,7 +55,7 @@ def test_the_response_is_learned_with_its_end_and_the_prompt_where_that_is_asked
     assert learned(tokenizer, asked) == learned(with_bos(), asked) == ["Say hi: hi<|eos|>"]
 
 
-@pytest.mark.parametrize("prompt", ["ab", ""])
+@pytest.mark.parametrize("prompt", ["ab", "", "<|bos|>ab"])
 def test_a_beginning_of_text_token_is_there_once_and_given_not_learned(prompt):
     ids, labels = encode_example(with_bos(), Example(prompt, "c"))
     assert (ids[0], ids.count(256), labels[0]) == (256, 1, IGNORED)
