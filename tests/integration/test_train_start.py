@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +105,15 @@ def test_a_widened_training_adds_a_part_that_keeps_out_of_what_the_finished_task
     assert (A[0] @ V[1]).norm() > 0.1 * A[0].norm()  # and the finished task
     with pytest.raises(ConfigError, match="was widened before"):
         train(recipe("activation", 0, folders[-1], widen=False), tmp_path / "other")
+
+
+def test_a_widened_training_needs_the_rows_of_the_finished_task_and_no_other_file_of_it(recipe, first, tmp_path):
+    given = Path(shutil.copytree(first("activation"), tmp_path / "given"))
+    values = yaml.safe_load((given / "recipe.yaml").read_text())
+    values["data"] |= {"held_out": "/gone.jsonl", "held_out_fraction": None}
+    values["train"]["start_from"] = "/gone"
+    (given / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert train(recipe("activation", 1, given, steps=1), tmp_path / "out").steps == 1
 
 
 def test_a_widened_training_keeps_the_modules_that_it_trained_whole(recipe, tmp_path):

@@ -55,13 +55,15 @@ def put_on_widened(method: Any, model: Any, tokenizer: Any, folder: Path, *, see
 
 def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Tensor]:
     """Return about `tokens` token ids that a model writes: half freely, half begun by a finished task's prompts."""
-    from hiplora.training.reading import load_recipe
+    from hiplora.training.reading import read_yaml
+    from hiplora.training.recipe import TrainRecipe
     from hiplora.tuner import sampled_rows
 
     try:
-        recipe = load_recipe(folder / "recipe.yaml")
-        examples = load_data(recipe.data, chat=bool(tokenizer.chat_template)).train
-    except HipLoraError as error:
+        recipe = TrainRecipe.model_validate(read_yaml(folder / "recipe.yaml"))  # other files of it may be gone
+        data = recipe.data.model_copy(update={"held_out": None})
+        examples = load_data(data, chat=bool(tokenizer.chat_template)).train
+    except (HipLoraError, ValueError) as error:
         why = f"the rows that {folder} was trained on cannot be read, and their prompts are needed ({error})"
         raise ConfigError(f"train.start_from: {why}; put them back, or set train.widen: false") from error
     length = within_context(recipe.train.max_length, model)
