@@ -114,7 +114,7 @@ def merge_check(
         log.warning(
             "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known
         )
-    engine = settings.engine(suite)
+    engine = settings.engine(suite, load_tokenizer(model))
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     before, merged = probe(network, tokenizer, engine.prompts()), merges[how.methods[0]]

@@ -72,6 +72,15 @@ def encode_examples(
     return rows, report
 
 
+def as_texts(tokenizer: Any, example: Example) -> tuple[str, str]:
+    """Return the text before an example's last answer, and that answer without what ends its turn."""
+    if not example.messages:
+        return example.prompt, example.response
+    text, spans = _worded(tokenizer, example)
+    before, answer = text[: spans[-1][0]], text[slice(*spans[-1])].rstrip()
+    return before, answer.removesuffix(next(filter(answer.endswith, _specials(tokenizer)), ""))
+
+
 def shown(tokenizer: Any, row: dict[str, list[int]]) -> str:
     """Return the text of an encoded row, what is learned between ⟦ and ⟧."""
     text = ""
@@ -144,11 +153,8 @@ def beginning(tokenizer: Any) -> list[int]:
     return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
 
 
-def _conversation(tokenizer: Any, example: Example) -> Tokens:
-    """Encode a conversation by the chat template; assistant messages, their end of turn included, are learned.
-
-    The whole is tokenized at once, as inference does, and cut by characters.
-    """
+def _worded(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
+    """Render a conversation as `_rendered`; DataError if the template fails, or what is to be learned is not in it."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -167,15 +173,19 @@ def _conversation(tokenizer: Any, example: Example) -> Tokens:
             if tokenizer.apply_chat_template(bare, list(example.tools) or None, tokenize=False) == text:
                 what = f"the model's chat template leaves out the tool calls of {which}"
                 raise DataError(f"{what}, so they would not be learned; use a model with tools, or write them as text")
-    ids, labels = _cut_out(tokenizer, text, spans)
-    if all(label == IGNORED for label in labels):
+    if not any(text[start:end].strip() for start, end in spans):
         what = f"the model's chat template marks nothing to learn in {which}"
         raise DataError(f"{what}; look for {{% generation %}} in it, or give the rows as prompt and completion")
-    return ids, labels
+    return text, spans
 
 
-def _cut_out(tokenizer: Any, text: str, spans: Sequence[Span]) -> Tokens:
-    """Tokenize a text as a whole, to learn its spans; piece by piece where a token reaches over the edge of a span."""
+def _conversation(tokenizer: Any, example: Example) -> Tokens:
+    """Encode a conversation by the chat template; assistant messages, their end of turn included, are learned.
+
+    The whole is tokenized at once, as inference does, and cut by characters; piece by piece where a token reaches over
+    the edge of a span.
+    """
+    text, spans = _worded(tokenizer, example)
     edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
     ids, places = encoded["input_ids"], encoded.get("offset_mapping")
@@ -203,7 +213,7 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     given = {"conversations": [messages], "tools": tools, "chat_template": template, **tokenizer.special_tokens_map}
     marked = bool(MARK.search(template))
     (text, *_), marks = render_jinja_template(**given, return_assistant_tokens_mask=marked)
-    specials = tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    specials = _specials(tokenizer)
     if not marked:
         spans = list(_turns(tokenizer, messages, tools, text, specials))
     else:
@@ -222,6 +232,10 @@ def _rendered(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
             f"{what}, so those that are not to be learned cannot be told from the others; leave the row out"
         )
     return text, [span for span, learned in zip(spans, kept, strict=True) if learned]
+
+
+def _specials(tokenizer: Any) -> tuple[str, ...]:
+    return tuple(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def _turns(tokenizer: Any, messages: list[Any], tools: Any, full: str, specials: Sequence[str]) -> Iterator[Span]:

@@ -144,12 +144,12 @@ def load_examples(
     source: str | Path, format: str = "auto", template: str | None = None, limit: int | None = None
 ) -> list[Example]:
     """Read the first `limit` rows of a data file as examples; DataError names each row that lacks something."""
-    return _examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
+    return as_examples(*check_rows(read_rows(Path(source)), format, source), template)[:limit]
 
 
 def rows_as_examples(rows: Iterable[Row], name: str) -> list[Example]:
     """Return rows of any known format as examples; errors call their source `name`."""
-    return _examples(*check_rows(rows, "auto", name))
+    return as_examples(*check_rows(rows, "auto", name))
 
 
 def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
@@ -168,14 +168,14 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     else:
         format, rows = read(name, data.format)
     kept = rows if data.max_characters is None else _short_enough(rows, format, data.max_characters, name)
-    train, held_out = _examples(format, kept[: data.limit], data.template, chat), []
+    train, held_out = as_examples(format, kept[: data.limit], data.template, chat), []
     if data.held_out is not None:
-        held_out = _examples(*read(data.held_out, format), data.template, chat)
+        held_out = as_examples(*read(data.held_out, format), data.template, chat)
     elif data.held_out_fraction is not None:
         train, held_out = _split(train, data.held_out_fraction, name)
     sources: dict[str, dict[str, Any]] = {"train": {}}
     for path, weight in data.mix.items():
-        more = _examples(*read(path, "auto"), data.template, chat)
+        more = as_examples(*read(path, "auto"), data.template, chat)
         whole, rest = divmod(weight * len(more), len(more))
         train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
         key = path if Path(path).name in sources else Path(path).name
@@ -217,7 +217,8 @@ def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[A
     return kept
 
 
-def _examples(format: str, rows: list[Any], template: str | None = None, chat: bool = False) -> list[Example]:
+def as_examples(format: str, rows: list[Any], template: str | None = None, chat: bool = False) -> list[Example]:
+    """Return checked rows as examples; `chat` says that template `auto` may be `chat`. DataError if it does not fit."""
     default = TEMPLATES.get(format)
     if template == "auto":
         template = "chat" if chat and default == "instruction" else None

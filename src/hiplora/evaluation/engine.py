@@ -117,8 +117,8 @@ class ScoringLM(HFLM):
 class Engine:
     """A suite's tasks with their items chosen: every model sees the same items in the same order."""
 
-    def __init__(self, suite: Suite, settings: EvalSettings):
-        """Load the tasks' rows and draw the items.
+    def __init__(self, suite: Suite, settings: EvalSettings, tokenizer: Any):
+        """Load the tasks' rows and draw the items; one's own rows are worded for the model with this tokenizer.
 
         ConfigError if lm-eval does not know a task, or code would run and that was not allowed; DataError if a task's
         rows cannot be loaded.
@@ -129,7 +129,7 @@ class Engine:
                 "machine (functions, templates); pass --allow-suite-code if you trust them"
             )
         self._settings, self._keys = settings, {request.name: request.lm_eval for request in suite.tasks}
-        self._tasks = _load_tasks(suite, settings.folder)
+        self._tasks = _load_tasks(suite, settings.folder, tokenizer)
         if any(getattr(task, "UNSAFE_CODE", False) for task in self._tasks.values()):
             from hiplora.evaluation.sandbox import require_permission
 
@@ -194,7 +194,7 @@ def foreign_tasks() -> frozenset[str]:
         return frozenset(TaskManager().all_subtasks)
 
 
-def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
+def _load_tasks(suite: Suite, data: Path | None, tokenizer: Any) -> dict[str, Any]:
     if data is not None and not data.is_dir():
         raise DataError(f"--data {data}: no such folder")
     own = all(request.rows or request.lm_eval.startswith(PREFIX) for request in suite.tasks)
@@ -207,7 +207,7 @@ def _load_tasks(suite: Suite, data: Path | None) -> dict[str, Any]:
             if request.rows is None:
                 _check_name(manager, request)
             try:
-                named: Any = own_task(request.lm_eval, request.rows) if request.rows else request.lm_eval
+                named: Any = own_task(request.lm_eval, request.rows, tokenizer) if request.rows else request.lm_eval
                 (tasks[request.name],) = manager.load([named])["tasks"].values()
             except HipLoraError:
                 raise

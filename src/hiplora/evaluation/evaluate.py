@@ -17,6 +17,7 @@ from hiplora.files import check_output_file, read_state, write_atomic, write_sta
 from hiplora.metrics import DEFAULT_TAUS, Interval, paired_bootstrap, sign_flip_p_value
 from hiplora.metrics.bootstrap import percentile_interval, resampled_means
 from hiplora.metrics.scores import fails
+from hiplora.models import load_tokenizer
 from hiplora.provenance import folder_identity, json_sha256, provenance
 
 if TYPE_CHECKING:
@@ -50,11 +51,11 @@ class EvalSettings:
         named = self.data or os.environ.get("HIPLORA_DATA")
         return Path(named) if named else None
 
-    def engine(self, suite: Suite) -> "Engine":
-        """Load the suite's tasks."""
+    def engine(self, suite: Suite, tokenizer: Any) -> "Engine":
+        """Load the suite's tasks, for a model with this tokenizer."""
         from hiplora.evaluation.engine import Engine
 
-        return Engine(suite, self)
+        return Engine(suite, self, tokenizer)
 
 
 def evaluate(
@@ -75,7 +76,7 @@ def evaluate(
     inputs: dict[str, Any] = {"the base model": model, **{f"adapter {name}": folder for name, folder in named.items()}}
     path = check_output_file(out, overwrite, inputs=inputs)
     suite = read_suite(settings.suite, settings.folder)
-    engine = settings.engine(suite)
+    engine = settings.engine(suite, load_tokenizer(model))
     network, tokenizer = load_model(model, settings.device)
     check_adapters(network, tokenizer, engine.prompts(), named)
     plan = {

@@ -60,7 +60,7 @@ class Context:
         key, data = json.dumps([tasks, seed]), self.place.data
         if key not in self._engines:
             settings = EvalSettings("study", data, None, seed, allow_code=self.place.allow_code)
-            self._engines[key] = settings.engine(suite_of("study", tasks, data))
+            self._engines[key] = settings.engine(suite_of("study", tasks, data), self.model()[1])
         return self._engines[key]
 
     def reference(self, texts: Mapping[str, str], tokens: int, window: int, documents: int | None = None) -> Any:

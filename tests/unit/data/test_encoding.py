@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from hiplora.data.encoding import IGNORED, encode_examples, shown
+from hiplora.data.encoding import IGNORED, as_texts, encode_examples, shown
 from hiplora.data.examples import Example
 from hiplora.errors import DataError
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -148,6 +148,7 @@ def test_tools_and_calls_reach_the_template(template):
     ids, _ = encode_example(tokenizer, asked)
     assert tokenizer.decode(ids).startswith("tools: tide[user]When is the tide?")
     assert learned(tokenizer, asked) == ["<call tide><|eos|>"]
+    assert as_texts(tokenizer, asked) == ("tools: tide[user]When is the tide?<|eos|>\n[assistant]", "<call tide>")
     with pytest.raises(
         DataError, match=r"leaves out the tool calls of the conversation that begins 'When is the tide\?'"
     ):

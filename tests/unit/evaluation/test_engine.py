@@ -125,7 +125,14 @@ SKY = [{"prompt": "The sky is", "completion": " blue"}, {"prompt": "1 +", "compl
 OWN = {
     "prompt_completion": (SKY, ANSWER),
     "question_answer": ([{"question": "Which?", "answer": "That."}], ANSWER),
-    "multiple_choice": ([{"question": "Which?", "choices": ["this one", "that"], "answer": 1}], GOLD),
+    "messages": (
+        [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]}],
+        ANSWER,
+    ),
+    "multiple_choice": (
+        [{"context": "Of two.", "question": "Which?", "choices": ["this", "that"], "answer": 1}],
+        GOLD,
+    ),
     "text": ([{"text": "It was a bright cold day in April."}], TEXT),
 }
 
@@ -135,16 +142,23 @@ def test_a_file_of_ones_own_rows_is_a_suite(tmp_path, form):
     rows, likelihood = OWN[form]
     suite = read_suite(str(write_jsonl(tmp_path / "mine.jsonl", rows)))
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    engine = Engine(suite, EvalSettings(""))
+    engine = Engine(suite, EvalSettings(""), tokenizer)
     assert engine.describe()["mine"]["title"] == "mine.jsonl"
     found = engine.score(model, tokenizer)["mine"]
     assert (found.form, len(found.likelihood)) == (likelihood, len(rows))
-    if form == "prompt_completion":
-        parts = [(answer_log_prob(model, tokenizer, *row.values()), len(row["completion"])) for row in rows]
+    # The texts that are scored: lm-eval takes blanks at a prompt's end for the answer's.
+    chats = {
+        "question_answer": ("[user]\nWhich?\n[assistant]", "\nThat."),
+        "messages": ("[user]\nHi\n[assistant]", "\nYes?"),
+    }
+    pairs = [chats[form]] if form in chats else [tuple(row.values()) for row in rows if form == "prompt_completion"]
+    if pairs:
+        parts = [(answer_log_prob(model, tokenizer, *pair), len(pair[1])) for pair in pairs]
         assert found.likelihood == pytest.approx([100 * math.exp(total / count) for total, count in parts], rel=1e-3)
     if form == "multiple_choice":
         one, two = (
-            answer_log_prob(model, tokenizer, "Question: Which?\nAnswer:", f" {c}") for c in rows[0]["choices"]
+            answer_log_prob(model, tokenizer, "Question: Of two.\n\nWhich?\nA. this\nB. that\nAnswer:", c)
+            for c in (" A", " B")
         )
         assert found.score == [100.0 * (two > one)]
 
@@ -167,12 +181,12 @@ def test_a_suites_folder_runs_nothing_without_its_flag(tmp_path, monkeypatch):
     Path("s.yaml").write_text("tasks: [evil]\ninclude: [tasks]\n")
     suite = read_suite("s.yaml")
     with pytest.raises(ConfigError, match="--allow-suite-code"):
-        Engine(suite, EvalSettings("s.yaml"))
+        Engine(suite, EvalSettings("s.yaml"), tiny_tokenizer())
     assert not Path("imported").exists()
     assert not Path("rendered").exists()
     monkeypatch.setattr(module, "PREFIX", "")  # nothing of lm-eval's own: reading that takes half a minute
     with pytest.raises(DataError, match="loaded"):
-        Engine(suite, EvalSettings("s.yaml", allow_suite_code=True))
+        Engine(suite, EvalSettings("s.yaml", allow_suite_code=True), tiny_tokenizer())
     assert Path("imported").exists()
 
 
@@ -192,7 +206,7 @@ def planted(tmp_path, monkeypatch):
 def test_lm_evals_unsafe_tasks_are_refused_before_anything_is_imported(planted, task):
     suite = module.Suite("x", (module.TaskRequest(task, task),))
     with pytest.raises(ConfigError, match="outside any sandbox; score humaneval, humaneval_10, mbpp instead"):
-        Engine(suite, EvalSettings(task, allow_code=True))
+        Engine(suite, EvalSettings(task, allow_code=True), tiny_tokenizer())
 
 
 def test_a_metric_is_not_taken_from_the_working_directory(planted):

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hiplora.data.examples import load_examples
-from hiplora.data.prompts import with_hint
+from hiplora.data.encoding import as_texts
+from hiplora.data.examples import as_examples
+from hiplora.data.prompts import letters, with_hint
 from hiplora.data.rows import check_rows, read_rows
 from hiplora.errors import DataError, first_line
 
@@ -37,23 +38,25 @@ def load(file: str, hub: str = "", data: str | None = None, **settings: Any) -> 
     return _dataset(_hub(file, hub, settings, folder))
 
 
-def own_task(name: str, file: Path) -> dict[str, Any]:
-    """Return lm-eval's configuration of a task that consists of one's own rows, in any format of the training data.
+def own_task(name: str, file: Path, tokenizer: Any) -> dict[str, Any]:
+    """Return lm-eval's configuration of a task that consists of one's own rows, worded as `hiplora train` words them.
 
-    Rows of choices are scored by the likeliest one; of others the response is, by its likelihood and by whether it is
-    what the model writes greedily. DataError if the file or some rows cannot be used.
+    Rows of choices are scored by the likeliest letter; of others the response is, by its likelihood and by whether it
+    is what the model writes greedily. DataError if the file or some rows cannot be used.
     """
     form, rows = check_rows(read_rows(file), "auto", file)
     metric: dict[str, Any] = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
     settings: dict[str, Any] = {"doc_to_text": "prompt", "doc_to_target": "answer"}
+    examples = as_examples(form, rows, "auto", bool(tokenizer.chat_template))
     if form == "multiple_choice":
-        rows = [{"prompt": f"Question: {row['question']}\nAnswer:", **row} for row in rows]
+        asked = zip(examples, rows, strict=True)
+        rows = [{"prompt": one.prompt, "choices": letters(row), "answer": row["answer"]} for one, row in asked]
         settings |= {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     elif form == "text":
         settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
         metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
     else:
-        rows = [{"prompt": example.prompt, "answer": example.response} for example in load_examples(file)]
+        rows = [dict(zip(("prompt", "answer"), as_texts(tokenizer, example), strict=True)) for example in examples]
         settings |= {"output_type": "loglikelihood", "target_delimiter": ""}
     return settings | {
         "task": name,
