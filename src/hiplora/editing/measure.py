@@ -55,9 +55,18 @@ def check_lengths(model: Any, tokenizer: Any, edits: Sequence[Edit]) -> None:
 
 
 def with_old_answers(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> list[Edit]:
-    """Give edits without an old answer the first line that the bare model writes."""
-    written = iter(continuations(model, tokenizer, [edit.prompt for edit in edits if edit.old is None], 8))
-    return [edit if edit.old else replace(edit, old=next(written).strip().partition("\n")[0] or ".") for edit in edits]
+    """Give edits without an old answer what the bare model writes in a line, of no more tokens than the new answer."""
+    bare = [edit for edit in edits if not edit.old]
+    sizes = [len(encode(tokenizer, edit.prompt, f" {edit.new}").scored) for edit in bare]
+    written = continuations(model, tokenizer, [edit.prompt for edit in bare], max(sizes, default=0) + EXTRA_TOKENS)
+    olds = []
+    for edit, size, text in zip(bare, sizes, written, strict=True):
+        line = text.strip().partition("\n")[0] or "."
+        whole = encode(tokenizer, edit.prompt, f" {line}")
+        cut = tokenizer.decode(whole.ids[whole.scored[0] :][:size]).replace("\ufffd", "")  # within a character
+        olds.append(cut.strip() or ".")
+    found = iter(olds)
+    return [edit if edit.old else replace(edit, old=next(found)) for edit in edits]
 
 
 def measure_edits(model: nn.Module, tokenizer: Any, edits: Mapping[int, Edit]) -> pd.DataFrame:
@@ -156,8 +165,9 @@ def answer_log_probs(model: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no leading article, single spaces: the form in which answers are compared."""
-    words = re.sub(r"[^\w\s]|_", " ", unicodedata.normalize("NFKC", text).casefold()).split()
+    """Lower case, no punctuation but a number's, no leading article, single spaces: the form that is compared."""
+    plain = re.sub(r"(?<=\d),(?=\d)", "", unicodedata.normalize("NFKC", text).casefold())
+    words = re.sub(r"(?<!\d)\.|\.(?!\d)|(?<=\w)-|-(?!\d)|[^\w\s.-]|_", " ", plain).split()
     return " ".join(words[1:] if words and words[0] in ("the", "a", "an") else words)
 
 

@@ -41,6 +41,13 @@ def test_an_exact_match_is_of_whole_words_at_the_beginning_whatever_their_form()
     written = [" Green.", " the green one", " GREEN\n", " greenish", " not green", ""]
     assert _right(written, ["green"] * 6).tolist() == [1, 1, 1, 0, 0, 0]
     assert normalise("  The  White-House, D.C. ") == "white house d c"
+    assert _right(["1,500 m", "3.5.", "-3", "-3", "1990-91"], ["1", "3", "3", "-3", "1990"]).tolist() == [
+        0,
+        0,
+        0,
+        1,
+        1,
+    ]
     assert normalise("Ａ") == ""  # a full-width article
     assert normalise("under_score Thebes") == "under score thebes"
 
@@ -76,11 +83,12 @@ def test_the_bare_base_shows_no_change_elsewhere():
     assert summarise_locality(before.assign(correct=[1, 1, 0]), before)["accuracy_change"] == pytest.approx(-200 / 3)
 
 
-def test_an_edit_without_an_old_answer_is_compared_with_what_the_base_writes_and_may_lack_a_paraphrase():
-    model, bare = writer(), Edit("Thing 0 is", None, "blue")
-    first, second = with_old_answers(model, TOKENIZER, [bare, EDITS[1]])
-    written = continuations(model, TOKENIZER, [bare.prompt], 8)[0]
-    assert (first.old, second) == (written.strip().partition("\n")[0] or ".", EDITS[1])
+def test_an_edit_without_an_old_answer_is_compared_with_what_the_base_writes_and_may_lack_a_paraphrase(monkeypatch):
+    model, bare = writer(), Edit("Thing 0 is", "", "blue")
+    with monkeypatch.context() as patch:
+        patch.setattr("hiplora.editing.measure.continuations", lambda *args: [" cyan and\nmore"])
+        first, second = with_old_answers(model, TOKENIZER, [bare, EDITS[1]])
+    assert (first.old, second) == ("cyan", EDITS[1])  # as long as " blue"
     records = measure_edits(model, TOKENIZER, {0: first, 1: second})
     assert records["paraphrase_success"].isna().tolist() == [True, False]
     assert summarise(records)["all"]["paraphrase_success"] == 100 * records["paraphrase_success"][1]
