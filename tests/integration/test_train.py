@@ -18,7 +18,7 @@ from hiplora.errors import ConfigError, DataError, DivergedError, HipLoraError
 from hiplora.provenance import file_sha256
 from hiplora.training import TrainResult, train
 from hiplora.training.result import model_card, read_metrics
-from hiplora.training.sequences import keeps_rows_apart
+from hiplora.training.sequences import keeps_rows_apart, preview
 from tests.integration.training import StopAt, Stopped, assert_equal_runs, numbers, small_recipe, tensors
 from tests.models.zoo import CASES
 from tests.tiny import tiny_tokenizer, write_jsonl
@@ -243,6 +243,17 @@ def test_with_patience_a_training_ends_with_the_adapter_of_the_lowest_held_out_l
     with pytest.raises(Stopped):
         train(make(**settings), tmp_path / "resumed", callbacks=[StopAt(max(losses))])
     assert_equal_runs(train(make(**settings), tmp_path / "resumed"), result)
+
+
+def test_rows_are_tokenized_before_the_model_is_loaded_and_long_held_out_rows_are_said(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("hiplora.models.load", None)
+    long = write_jsonl(tmp_path / "long.jsonl", [{"instruction": "Say", "output": "never" * 99}])
+    recipe = make(data={"held_out": str(long), "held_out_fraction": None})
+    assert preview(recipe, 1)[0]["notes"][0].startswith("held out: 1 of 1 responses are cut at 160 tokens")
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    path = write_jsonl(tmp_path / "calls.jsonl", [{"messages": [{"role": "user", "content": "Hi"}, called]}] * 2)
+    with pytest.raises(DataError, match=r"calls\.jsonl, line 1: .*leaves out the tool calls"):
+        train(make(data={"path": str(path), "held_out_fraction": None}), tmp_path / "out")
 
 
 def test_a_mixture_of_experts_trains_and_its_held_out_loss_has_no_share_of_the_routers(rows, tmp_path, caplog):

@@ -45,12 +45,13 @@ class EncodingReport:
 
 
 def encode_examples(
-    tokenizer: Any, examples: Sequence[Example], max_length: int
+    tokenizer: Any, examples: Sequence[Example], max_length: int, bad: list[str] | None = None
 ) -> tuple[list[dict[str, list[int]]], EncodingReport]:
     """Tokenize examples into rows of `input_ids` and `labels`, none longer than `max_length`.
 
     A response that is too long loses its end, a row without room for any of its response is left out, and plain text
-    is cut into pieces. Raises DataError if no row is left, or the tokenizer cannot format a conversation.
+    is cut into pieces. Raises DataError if no row is left, or the tokenizer cannot format a conversation; where `bad`
+    takes such conversations, they are left out.
     """
     report, rows = EncodingReport(examples=len(examples)), []
     added = getattr(tokenizer, "added_tokens_decoder", {}).items()
@@ -58,6 +59,12 @@ def encode_examples(
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         for example, tokens in zip(chunk, _encode(tokenizer, chunk), strict=True):
+            if isinstance(tokens, DataError):
+                if bad is None:
+                    raise tokens
+                bad.append(str(tokens))
+                report.examples -= 1
+                continue
             learned = [label for label in tokens[1] if label != IGNORED]
             report.conversations += bool(example.messages)
             report.endless += bool(example.messages) and learned[-1] not in specials
@@ -67,7 +74,9 @@ def encode_examples(
                 report.learned_tokens += _learned(labels)
     report.sequences = len(rows)
     if not rows:
-        what = f"none of the {len(examples)} rows has room for its response in {max_length} tokens"
+        if bad and not report.examples:
+            raise DataError(bad[0])
+        what = f"none of the {report.examples} rows has room for its response in {max_length} tokens"
         raise DataError(f"{what}; raise max_length")
     return rows, report
 
@@ -110,16 +119,21 @@ def _cut(example: Example, tokens: Tokens, max_length: int, report: EncodingRepo
         report.left_out += 1
 
 
-def _encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
-    """Tokenize prompts and whole texts in two calls, conversations one by one."""
+def _encode(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Tokens | DataError]:
+    """Tokenize prompts and whole texts in two calls, conversations one by one; yields what is wrong with one."""
     plain = [example for example in examples if not example.messages]
     prompts = _tokenize(tokenizer, [example.prompt for example in plain])
     wholes = _tokenize(tokenizer, [example.prompt + example.response for example in plain])
     prefix, pairs = beginning(tokenizer), zip(prompts, wholes, strict=True)
-    return [
-        _conversation(tokenizer, example) if example.messages else _join(tokenizer, prefix, *next(pairs), example)
-        for example in examples
-    ]
+    for example in examples:
+        try:
+            yield (
+                _conversation(tokenizer, example)
+                if example.messages
+                else _join(tokenizer, prefix, *next(pairs), example)
+            )
+        except DataError as error:
+            yield error
 
 
 def _join(tokenizer: Any, prefix: list[int], prompt: list[int], whole: list[int], example: Example) -> Tokens:
@@ -154,7 +168,14 @@ def beginning(tokenizer: Any) -> list[int]:
 
 
 def _worded(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
-    """Render a conversation as `_rendered`; DataError if the template fails, or what is to be learned is not in it."""
+    """Render a conversation as `_rendered`; DataError names the row whose answers cannot be rendered."""
+    try:
+        return _checked(tokenizer, example)
+    except DataError as error:
+        raise DataError(f"{example.place}: {error}" if example.place else str(error)) from error
+
+
+def _checked(tokenizer: Any, example: Example) -> tuple[str, list[Span]]:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,6 +121,7 @@ class Example:
     learn_prompt: bool = False
     tools: tuple[Mapping[str, Any], ...] = ()
     learn_from: int = 0
+    place: str = field(default="", compare=False)  # the row that it comes from
 
     @property
     def whole(self) -> str:
@@ -160,7 +161,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     name = data.hub or data.path or ""
     bad: list[str] | None = [] if data.skip_bad_rows else None
 
-    def read(path: str, format: str) -> tuple[str, list[Any]]:
+    def read(path: str, format: str) -> tuple[str, list[Row]]:
         return check_rows(read_rows(Path(path), bad), format, path, bad)
 
     if data.hub is not None:
@@ -207,17 +208,17 @@ def _identity(example: Example) -> str:
     return json.dumps([example.prompt, example.response, example.messages, example.tools], default=str)
 
 
-def _short_enough(rows: list[Any], format: str, limit: int, name: str) -> list[Any]:
+def _short_enough(rows: list[Row], format: str, limit: int, name: str) -> list[Row]:
     """Return the rows whose question and answer, with a space between, have at most `limit` characters."""
     if format == "messages":
         raise DataError(f"{name}: data.max_characters does not apply to conversations; remove it")
-    kept = [row for row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
+    kept = [(place, row) for place, row in rows if len(" ".join(filter(None, _parts(row, format)))) <= limit]
     if not kept:
         raise DataError(f"{name}: all {len(rows)} rows have more than {limit} characters (data.max_characters)")
     return kept
 
 
-def as_examples(format: str, rows: list[Any], template: str | None = None, chat: bool = False) -> list[Example]:
+def as_examples(format: str, rows: list[Row], template: str | None = None, chat: bool = False) -> list[Example]:
     """Return checked rows as examples; `chat` says that template `auto` may be `chat`. DataError if it does not fit."""
     default = TEMPLATES.get(format)
     if template == "auto":
@@ -227,7 +228,7 @@ def as_examples(format: str, rows: list[Any], template: str | None = None, chat:
     if format not in (fitting := RESTRICTED.get(template or "", (format,))):
         fit = " and ".join(fitting)
         raise DataError(f"data.template: {template} applies to {fit} rows, not to {format}; remove it")
-    return [_example(row, format, template or default) for row in rows]
+    return [replace(_example(row, format, template or default), place=place) for place, row in rows]
 
 
 def _example(row: Mapping[str, Any], format: str, template: str | None) -> Example:

@@ -188,13 +188,13 @@ def _wide(head: bytes) -> str:
 
 def check_rows(
     rows: Iterable[Row], format: str, name: str | Path, bad: list[str] | None = None
-) -> tuple[str, list[Any]]:
-    """Check every row against a format and return the format ("auto": that of the first good row) and the values.
+) -> tuple[str, list[Row]]:
+    """Check every row against a format; return the format ("auto": that of the first good row), and the rows.
 
     ShareGPT's conversations and TRL's conversational prompts and completions become messages. Raises DataError if there
     are no rows, or with a list of those that do not fit; where `bad` takes these, they are left out.
     """
-    values: list[Any] = []
+    values: list[Row] = []
     problems: list[str] = [] if bad is None else bad  # those that could not be read are there already, in order
     for place, value in rows:
         where = f"{name}, {place}"
@@ -211,7 +211,7 @@ def check_rows(
             if format == "auto" and bad is None:
                 break
         else:
-            values.append(value)
+            values.append((where, value))
             format = own
     if problems and (bad is None or not values):
         shown = problems[:MAX_SHOWN]

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiplora.data.encoding import EncodingReport, encode_examples, shown
 from hiplora.data.examples import TrainingData, load_data
 from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
@@ -16,20 +17,36 @@ from hiplora.training.recipe import TrainRecipe
 if TYPE_CHECKING:
     from datasets import Dataset
 
+# Training and held-out rows as tokens, what the user should know about them, and counts of the training rows.
+Rows = tuple[list[dict[str, list[int]]], list[dict[str, list[int]]], list[str], EncodingReport]
+
+
+def tokenized(recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: Any) -> Rows:
+    """Tokenize the training and the held-out rows; the model may be without weights."""
+    length = within_context(recipe.train.max_length, model)
+    bad: list[str] | None = [] if recipe.data.skip_bad_rows else None
+    rows, report = encode_examples(tokenizer, data.train, length, bad)
+    notes = [*data.notes, *report.warnings(length), *_too_long(rows, model)]
+    held_out: list[dict[str, list[int]]] = []
+    if data.held_out:
+        held_out, found = encode_examples(tokenizer, data.held_out, length, bad)
+        notes += [f"held out: {note}" for note in found.warnings(length)]
+    if bad:
+        notes.append(f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}")
+    return rows, held_out, notes, report
+
 
 def sequences(
-    recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: Any
+    recipe: TrainRecipe, encoded: Rows, model: Any
 ) -> "tuple[Dataset, Dataset | None, list[str], dict[str, int]]":
     """Return the training and held-out sequences, what the user should know about them, and counts."""
     from datasets import Dataset
     from trl.data_utils import pack_dataset
 
-    from hiplora.data.encoding import encode_examples
     from hiplora.training.losses import mask_unlikely, replay_rows
 
     settings, length = recipe.train, within_context(recipe.train.max_length, model)
-    rows, report = encode_examples(tokenizer, data.train, length)
-    notes = [*data.notes, *report.warnings(length), *_too_long(rows, model)]
+    rows, held_out, notes, report = encoded
     if settings.token_weight == "stm":
         taken = mask_unlikely(model, rows)
         if taken == report.learned_tokens:
@@ -37,8 +54,7 @@ def sequences(
         notes.append(f"stm leaves out {taken:,} of {report.learned_tokens:,} tokens")
     if settings.replay:
         rows += replay_rows(model, math.ceil(settings.replay / (1 - settings.replay) * len(rows)), length)
-    parts = [rows, *([encode_examples(tokenizer, data.held_out, length)[0]] if data.held_out else [])]
-    sets = [Dataset.from_list(part) for part in parts]
+    sets = [Dataset.from_list(part) for part in (rows, held_out) if part]
     if settings.packing:
         sets = [pack_dataset(part, length, "bfd") for part in sets]
     text = getattr(recipe.method, "calibration_text", None)
@@ -47,7 +63,7 @@ def sequences(
             "method.calibration_text is the training data: what the layers do on it is protected from being changed, "
             "so little will be learned; calibrate on other text, or leave it out to sample text from the model"
         )
-    return sets[0], sets[1] if data.held_out else None, notes, vars(report)
+    return sets[0], sets[1] if held_out else None, notes, vars(report)
 
 
 def _too_long(rows: list[dict[str, list[int]]], model: Any) -> list[str]:
@@ -86,13 +102,11 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
 
     `count` tokenized rows, what is learned in ⟦ ⟧, and the cost. Raises what is found before a model is loaded.
     """
-    from hiplora.data.encoding import encode_examples, shown
-
     bare = check_fit(recipe)
     tokenizer, settings = load_tokenizer(recipe.model), recipe.train
     length = within_context(settings.max_length, bare)
     data = load_data(recipe.data, chat=bool(tokenizer.chat_template))
-    rows, report = encode_examples(tokenizer, data.train, length)
+    rows, _, notes, report = tokenized(recipe, data, tokenizer, bare)
     texts = [shown(tokenizer, row) for row in rows[:count]]
     learned = f"{report.learned_tokens:,} of {report.tokens:,} tokens are learned"
     steps = None if settings.packing and settings.steps is None else count_steps(recipe, len(rows))
@@ -100,7 +114,7 @@ def preview(recipe: TrainRecipe, count: int) -> tuple[dict[str, Any], str]:
     read = (settings.epochs or 1) * report.tokens
     if settings.steps is not None:
         read = settings.steps * batch * (length if settings.packing else report.tokens / len(rows))
-    seconds, notes = rough_seconds(bare, read), [*data.notes, *report.warnings(length), *_too_long(rows, bare)]
+    seconds = rough_seconds(bare, read)
     cost = f"{steps or 'fewer, longer'} steps of {batch} sequences, roughly {duration(seconds)} here"
     lines = [f"row {number}\n{text}\n" for number, text in enumerate(texts, 1)]
     lines += [f"{report.sequences:,} rows, {learned}; {cost}", *notes]

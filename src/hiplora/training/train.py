@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hiplora.data.examples import TrainingData, load_data
+from hiplora.data.examples import load_data
 from hiplora.devices import machine_dtype, torch_dtype
 from hiplora.errors import ConfigError, DivergedError, first_line
 from hiplora.extras import require
@@ -37,7 +37,7 @@ from hiplora.training.fit import check_fit, check_trackers
 from hiplora.training.method import CONFIG_FILE, WEIGHTS_FILE
 from hiplora.training.recipe import TrainRecipe
 from hiplora.training.result import PROVENANCE_FILE, TrainResult, model_card, peak_bytes
-from hiplora.training.sequences import count_steps, duration, keeps_rows_apart, sequences
+from hiplora.training.sequences import Rows, count_steps, duration, keeps_rows_apart, sequences, tokenized
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -82,8 +82,9 @@ def train(
         return TrainResult.read(run.path)
     if problem := start_problem(recipe):
         raise ConfigError(problem)
-    check_fit(recipe)
-    data = load_data(recipe.data, chat=bool(load_tokenizer(recipe.model).chat_template))
+    bare, tokenizer = check_fit(recipe), load_tokenizer(recipe.model)
+    data = load_data(recipe.data, chat=bool(tokenizer.chat_template))
+    rows = tokenized(recipe, data, tokenizer, bare)
     sources = dict(data.sources)
     if recipe.train.start_from is not None:
         given = Path(recipe.train.start_from)
@@ -98,7 +99,7 @@ def train(
             _check_inputs(run.path / "checkpoints", sources)
         processes.wait_for_everyone()
         try:
-            trainer, notes, encoding = _trainer(recipe, run.path, data, callbacks, description)
+            trainer, notes, encoding = _trainer(recipe, run.path, rows, callbacks, description)
             result = _run(recipe, run.path, trainer, notes, {"sources": sources, "encoding": encoding})
             if processes.is_main_process:
                 _assemble(recipe, run.path, trainer, result, data.train[0])
@@ -115,7 +116,7 @@ def train(
 
 
 def _trainer(
-    recipe: TrainRecipe, out: Path, data: TrainingData, callbacks: "Sequence[TrainerCallback]", description: str
+    recipe: TrainRecipe, out: Path, encoded: Rows, callbacks: "Sequence[TrainerCallback]", description: str
 ) -> "tuple[AdapterTrainer, list[str], dict[str, int]]":
     """Return the trainer of an adapted model, what the user should know about the data, and counts of them."""
     import torch
@@ -147,7 +148,7 @@ def _trainer(
     if settings.drift_tokens and not method.moves_base and not recipe.widens:
         reference = BaseReference.build(model, tokenizer, drift_texts(), max_tokens=settings.drift_tokens)
     with processes.main_process_first():  # which samples and calibrates; the others read its results from the cache
-        rows, held_out, notes, encoding = sequences(recipe, data, tokenizer, model)
+        rows, held_out, notes, encoding = sequences(recipe, encoded, model)
         steps, penalty = count_steps(recipe, len(rows)), kl_penalty(recipe, model, tokenizer)
         given = Path(settings.start_from) if settings.start_from else None
         if given and recipe.widens:

@@ -67,7 +67,7 @@ def written_by(model: Any, tokenizer: Any, folder: Path, tokens: int) -> list[Te
         why = f"the rows that {folder} was trained on cannot be read, and their prompts are needed ({error})"
         raise ConfigError(f"train.start_from: {why}; put them back, or set train.widen: false") from error
     length = within_context(recipe.train.max_length, model)
-    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], length)[0]
+    rows = encode_examples(tokenizer, examples[: max(tokens // ROW_LENGTH, 1)], length, bad=[])[0]
     prompts = []
     for row in rows:
         learned = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), 0)

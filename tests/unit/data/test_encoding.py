@@ -186,6 +186,20 @@ def test_a_template_that_is_missing_refuses_rewrites_or_marks_nothing_is_named(t
         encode_example(templated(template), Example("", "2", TALK))
 
 
+def test_a_conversation_that_the_template_refuses_is_named_by_its_row_or_left_out():
+    tokenizer = templated(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN_TEMPLATE
+    )
+    refused = Example("", "2", TALK, place="rows.jsonl, line 2")
+    examples, bad = [Example("", "2", TALK[1:]), refused], []
+    with pytest.raises(DataError, match=r"^rows\.jsonl, line 2: the model's chat template refuses .*no system"):
+        encode_examples(tokenizer, examples, 1000)
+    rows, report = encode_examples(tokenizer, examples, 1000, bad)
+    assert (len(rows), report.examples, len(bad)) == (1, 1, 1)
+    with pytest.raises(DataError, match=r"line 2: .*no system"):
+        encode_examples(tokenizer, [refused], 1000, bad)
+
+
 def sentencepiece():
     """A tokenizer as Llama 2's: a blank before every text, then blanks as part of words."""
     symbols = [*dict.fromkeys("▁abcdefghijklmnopqrstuvwxyz\n[]/INST"), "▁y", "▁ye", "▁yes", "</s>"]

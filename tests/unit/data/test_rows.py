@@ -54,7 +54,7 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes
 )
 def test_sharegpt_and_conversational_prompts_become_messages(row, learn_from):
     given = "prompt_completion" if learn_from else "auto"
-    format, (made,) = check_rows([("row 1", row)], given, "rows")
+    format, ((_, made),) = check_rows([("row 1", row)], given, "rows")
     assert (format, made["messages"], made.get("learn_from")) == ("messages", TALK, learn_from)
 
 
@@ -62,7 +62,7 @@ def test_a_system_message_and_tools_that_stand_apart_are_read():
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]
     rows = [{"conversations": talk, "system": "Be brief.", "tools": '[{"name": "look"}]'}]
     rows.append({"prompt": TALK[:1], "completion": TALK[1:], "system": "Be brief."})
-    _, (made, learned) = check_rows([("row 1", row) for row in rows], "auto", "rows")
+    _, ((_, made), (_, learned)) = check_rows([("row 1", row) for row in rows], "auto", "rows")
     assert made["messages"] == learned["messages"] == [{"role": "system", "content": "Be brief."}, *TALK]
     assert (made["tools"], learned["learn_from"]) == ([{"name": "look"}], 2)
 
@@ -74,11 +74,11 @@ def test_tool_calls_are_objects_and_have_what_their_own_row_says_in_tables_too(t
     text = [{"function": {"name": "tide", "arguments": '{"day": 1}'}}]
     talks = [[TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
     parquet.write_table(Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "rows.parquet")
-    _, (tide, moon) = check_rows(read_rows(tmp_path / "rows.parquet"), "auto", "rows")
+    _, ((_, tide), (_, moon)) = check_rows(read_rows(tmp_path / "rows.parquet"), "auto", "rows")
     assert (tide["messages"], moon["messages"][1]["tool_calls"][0]["function"]["name"]) == (talks[0], "moon")
     assert "day" not in str(moon)
     row = {"messages": [{**TALK[0], "tool_calls": None}, {"role": "assistant", "content": "", "tool_calls": text}]}
-    _, (made,) = check_rows([("row 1", row)], "auto", "rows")
+    _, ((_, made),) = check_rows([("row 1", row)], "auto", "rows")
     assert made["messages"] == talks[0]
 
 

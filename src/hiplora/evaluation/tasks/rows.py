@@ -44,10 +44,11 @@ def own_task(name: str, file: Path, tokenizer: Any) -> dict[str, Any]:
     Rows of choices are scored by the likeliest letter; of others the response is, by its likelihood and by whether it
     is what the model writes greedily. DataError if the file or some rows cannot be used.
     """
-    form, rows = check_rows(read_rows(file), "auto", file)
+    form, placed = check_rows(read_rows(file), "auto", file)
+    rows = [row for _, row in placed]
     metric: dict[str, Any] = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
     settings: dict[str, Any] = {"doc_to_text": "prompt", "doc_to_target": "answer"}
-    examples = as_examples(form, rows, "auto", bool(tokenizer.chat_template))
+    examples = as_examples(form, placed, "auto", bool(tokenizer.chat_template))
     if form == "multiple_choice":
         asked = zip(examples, rows, strict=True)
         rows = [{"prompt": one.prompt, "choices": letters(row), "answer": row["answer"]} for one, row in asked]
