@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gzip
 import itertools
 import json
 import re
@@ -37,6 +36,7 @@ import yaml
 from torch import Tensor
 
 from hiplora import HipLoraConfig
+from hiplora.data.rows import read_rows as read_places
 from hiplora.evaluation import BaseReference, encode, heldout_loss, measure_drift, response_log_probs
 from hiplora.evaluation.likelihood import by_length, pad_left
 from hiplora.files import write_atomic
@@ -80,10 +80,8 @@ def runs(recipe: dict[str, Any], blocks: Sequence[str] | None) -> list[Run]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines, gzipped or not."""
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    return [json.loads(line) for line in text.split("\n") if line]
+    """Return all rows of a data file."""
+    return [row for _, row in read_places(path)]
 
 
 def task_pairs(task: str, data: Path) -> tuple[list[Pair], list[Pair]]:

@@ -18,6 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hiplora.metrics.bootstrap import student_margin
+from hiplora.study.protocols.claims import holm
+
 REFERENCE = "hiplora"
 KEYS = ["task", "method", "rate", "seed"]
 TITLES = {
@@ -111,17 +114,10 @@ def _ratio(logs: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {"times_as_far": math.exp(logs.mean()), "seeds": len(logs)}
     found |= dict.fromkeys(("low", "high", "p"), math.nan)
     if len(logs) > 1:
-        half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
-        found |= {"low": math.exp(logs.mean() - half), "high": math.exp(logs.mean() + half)}
-        found["p"] = float(stats.ttest_1samp(logs, 0.0).pvalue)
+        test = stats.ttest_1samp(logs, 0.0)
+        low, high = test.confidence_interval()
+        found |= {"low": math.exp(low), "high": math.exp(high), "p": float(test.pvalue)}
     return found
-
-
-def holm(p: pd.Series) -> pd.Series:
-    """Return p-values adjusted by Holm's method; missing ones stay missing and do not count."""
-    ordered = p.dropna().sort_values()
-    adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0)
-    return adjusted.reindex(p.index)
 
 
 def abilities(out: Path) -> pd.DataFrame:
@@ -145,7 +141,7 @@ def abilities(out: Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["task", "method", "benchmark", "metric", "change"])
     kept = ["task", "method", "benchmark", "metric"]
     grouped = table.groupby(kept)["change"].agg(lambda seeds: np.mean(list(seeds), axis=0))
-    half = grouped.map(lambda items: stats.t.ppf(0.975, len(items) - 1) * stats.sem(items))
+    half = grouped.map(lambda items: student_margin(np.std(items, ddof=1), len(items)))
     mean = grouped.map(np.mean)
     found = pd.DataFrame({"change": mean, "low": mean - half, "high": mean + half, "items": grouped.map(len)})
     return found.reset_index()

@@ -3,13 +3,12 @@
 import json
 import math
 
-import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from benchmarks.frontier import RECIPE, make_config, runs
 from benchmarks.frontier_merges import table
-from benchmarks.frontier_report import at_equal_loss, drift_at, holm
+from benchmarks.frontier_report import at_equal_loss, drift_at
 
 from tests.tiny import tiny_llama
 
@@ -48,10 +47,6 @@ def test_methods_are_compared_at_the_loss_that_both_reach() -> None:
     assert row["kl_hiplora"] == pytest.approx(0.001 * 4 ** (2 / 3))
     assert row["times_as_far"] == pytest.approx(row["kl_rival"] / row["kl_hiplora"])
     assert row["low"] < row["times_as_far"] < row["high"]
-
-
-def test_holm_leaves_missing_values_out() -> None:
-    np.testing.assert_allclose(holm(pd.Series([0.01, np.nan, 0.03, 0.04])), [0.03, np.nan, 0.06, 0.06])
 
 
 def test_runs_come_once_and_seed_by_seed() -> None:
