@@ -255,7 +255,9 @@ def method_recipes(
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
     train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
-    shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
+    place = os.path.abspath(model) if os.path.isdir(model) else model  # recipes are read from their own folders
+    rows = {"path": os.path.abspath(data), **split}
+    shared = {"model": place, "data": rows, "train": train, "seed": settings.seed}
     recipes = {}
     for key, method in methods.items():
         block = method.block(settings.rank, settings.principal_rank)

@@ -35,12 +35,13 @@ def at_equal_learning(base: float, methods: Mapping[str, Results]) -> Results:
 
 def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | None:
     """Return the drift of each text where a curve that begins at the base model first reaches a loss."""
+    if base <= loss:  # the base model is there already
+        return {text: {"kl": 0.0, "greedy_changed": 0.0} for text in points[0]["drift"]}
     whole: Sequence[Results] = [{"held_out_loss": base, "drift": {}}, *points]
     for before, after in itertools.pairwise(whole):
         if after["held_out_loss"] > loss:
             continue
-        fall = before["held_out_loss"] - after["held_out_loss"]
-        share = min(1.0, (before["held_out_loss"] - loss) / fall) if fall > 0 else 1.0
+        share = (before["held_out_loss"] - loss) / (before["held_out_loss"] - after["held_out_loss"])
         reached = {}
         for text, now in after["drift"].items():
             was = before["drift"].get(text, {"kl": 0.0, "greedy_changed": 0.0})
@@ -54,7 +55,11 @@ def _crossing(base: float, points: Sequence[Results], loss: float) -> Results | 
 def headline(results: Results) -> str:
     """Return what a comparison found, in a sentence."""
     loss, methods = results["equal"]["loss"], results["equal"]["methods"]
-    if results["base"]["held_out_loss"] - loss < LEARNED:
+    base, runs = results["base"]["held_out_loss"], results["methods"]
+    idle = [name for name in runs if all(point["held_out_loss"] > base for point in runs[name]["trained"])]
+    if idle:
+        return f"{' and '.join(idle)} learned nothing at this learning rate: lower it (--lr)."
+    if base - loss < LEARNED:
         return "These steps taught too little to compare anything: train longer (--steps)."
     if (two := _best(methods)) is None:
         return f"What each method changed where all have reached a held-out loss of {loss:.3f}"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dic
     """Return the recipe of every rate with every rank; ConfigError if there are none, or a setting is wrong."""
     if not settings.rates or not settings.ranks:
         raise ConfigError("--rates and --ranks: name at least one of each")
-    if not settings.max_drift > 0:
+    if not 0 < settings.max_drift < math.inf:
         raise ConfigError(f"--max-drift is {settings.max_drift}; expected nats a token, above 0, for example 0.01")
     shared, found = _shared(settings), {}
     for rate, rank in itertools.product(settings.rates, settings.ranks):
@@ -129,7 +130,10 @@ def _recipes(model: str, data: str | os.PathLike, settings: TuneSettings) -> dic
 def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
     """Return the recipe that trains what was measured at a point, in YAML."""
     values = recipe.values()
-    values["train"]["steps"] = point.get("step", recipe.train.steps)
+    planned: int = recipe.train.steps  # type: ignore[assignment]  # `method_recipes` sets no epochs
+    values["train"]["steps"] = steps = point.get("step", planned)
+    if steps != planned:  # the warm-up is as many steps, whatever their share rounds to
+        values["train"]["warmup_ratio"] = (math.ceil(recipe.train.warmup_ratio * planned) - 0.5) / steps
     told = f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
     if point.get("scale", 1.0) != 1.0:
         told += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"

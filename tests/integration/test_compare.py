@@ -95,6 +95,10 @@ def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_get
     one, two = curve((1.0, 0.04, 0.4)), curve((1.5, 0.01, 0.1))
     found = equal(one=(one, one), two=(two, two))
     assert found["methods"]["one"]["trained"]["t"] == pytest.approx({"kl": 0.01, "greedy_changed": 0.2})
+    # Where one ends above the base's loss, all are read there.
+    worse = curve((2.5, 0.01, 0.1), (2.25, 0.04, 0.4))
+    found = equal(one=(one, one), worse=(worse, worse))
+    assert [reached["trained"]["t"]["kl"] for reached in found["methods"].values()] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_drift_is_read_at_the_lowest_loss_that_all_reach_where_a_curve_first_get
         (2.0, (0.4, 0.1), (0.02, 0.04), "5 times as far"),  # each at its best: scaled down, or trained just that far
         (2.0, (0.009, 0.009), (0.0009, 0.0009), "train longer"),
         (1.01, (0.4, 0.4), (0.02, 0.02), "too little"),
+        (0.9, (0.4, 0.4), (0.02, 0.02), "LoRA and HiP-LoRA learned nothing at this learning rate: lower it (--lr)"),
     ],
 )
 def test_the_headline_says_what_was_found_in_favour_or_not(base, lora, ours, said):

@@ -9,8 +9,8 @@ import pytest
 from transformers import MambaConfig
 
 from hiplora.errors import ConfigError
-from hiplora.training import load_recipe
-from hiplora.tune import TuneSettings, summary, tune, within, worst
+from hiplora.training import load_recipe, train
+from hiplora.tune import TuneSettings, _recipes, _written, summary, tune, within, worst
 from tests.commands import run
 from tests.tiny import write_jsonl
 
@@ -52,6 +52,17 @@ def test_the_choice_is_the_lowest_loss_within_the_limit(done):
     assert recipe.train.steps == best.get("step", 6)
     assert json.loads((out / "tune.json").read_text())["chosen"] == results["chosen"]
     assert len(summary(results)) == len(results["runs"])
+
+
+def test_the_recipe_of_a_mark_inside_a_run_trains_what_was_measured_there(job, tmp_path):
+    model, data, text = job
+    sizes = {"rates": (5e-3,), "steps": 36, "max_length": 64}  # of which two are the warm-up
+    (run,) = tune(model, data, tmp_path / "out", TuneSettings(**sizes, drift_text=text))["runs"].values()
+    (recipe,) = _recipes(model, data, TuneSettings(**sizes)).values()
+    (tmp_path / "recipe.yaml").write_text(_written(recipe, run["trained"][0], 0.1))
+    again = train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "again")
+    assert again.metrics[-1]["step"] == 9
+    assert again.held_out["after"] == pytest.approx(run["trained"][0]["held_out_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize("where", ["trained", "scaled"])
@@ -99,7 +110,15 @@ def test_an_interrupted_search_goes_on_where_it_stopped(job, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rates": ()}, {"ranks": ()}, {"max_drift": 0.0}, {"max_drift": float("nan")}, {"rates": (-1.0,)}]
+    "wrong",
+    [
+        {"rates": ()},
+        {"ranks": ()},
+        {"max_drift": 0.0},
+        {"max_drift": float("nan")},
+        {"max_drift": float("inf")},
+        {"rates": (-1.0,)},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused_before_anything_is_written(job, tmp_path, wrong):
     with pytest.raises(ConfigError):
