@@ -1,9 +1,12 @@
 """`hiplora study` on a recipe of a few jobs: plan, run, status, report, and what is refused."""
 
 import json
+import shutil
 
 import pytest
 
+from hiplora.files import write_atomic
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.recipe import load_study
 from tests.commands import run
 
@@ -34,6 +37,36 @@ def test_a_study_of_which_nothing_is_done_has_no_report(small, tmp_path, capsys)
     assert (code, told) == (2, "")
     assert "none of its 5 jobs is done" in err
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "report: exists already"),
+        (("--to", "ours"), "ours: exists already"),
+        (("--out", "of-ours"), "none of its 5 jobs is done"),
+        (("--to", "artifacts", "--overwrite"), "would delete the study's artifacts"),
+        (("--to", "data", "--overwrite"), "would delete the study's data"),
+        (("--to", "data/ours", "--overwrite"), "none of its 5 jobs is done"),
+        (("--set", "model=./base", "--to", "base", "--overwrite"), "would delete the base model"),
+    ],
+)
+def test_a_report_replaces_a_report_and_no_other_folder_unasked(small, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(PICO_DATA, "data")
+    for file in (
+        "report/mine",
+        "ours/records.jsonl.gz",
+        "data/ours/x",
+        "of-ours/report/records.jsonl.gz",
+        "artifacts/key",
+        "base/x",
+    ):
+        write_atomic(file, "")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, "study", "report", small, "--out", ".", "--data", "data", *options)
+    assert (code, said in err) == (2, True), err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """`hiplora study`: plan, run, watch and report a whole study."""
 
 import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +37,7 @@ def study(
 
     loaded = load_study(recipe, changes)
     folder = out or Path("studies") / loaded.study
-    return lambda **allowed: open_study(loaded, folder, data or os.environ.get("HIPLORA_DATA"), **allowed)
+    return lambda **allowed: open_study(loaded, folder, data, **allowed)
 
 
 STUDY = Group(study)
@@ -152,7 +151,8 @@ def report(
     opened = study()
     for path in reuse:
         opened.store.take(path)
-    found = write(opened, to or opened.store.path / "report", overwrite or to is None)
+    where = to or opened.store.path / "report"
+    found = write(opened, where, overwrite or (to is None and (where / "records.jsonl.gz").is_file()))
     yield {"schema": 1, "kind": "study-report", **found}
     yield from (f"{name}: waits for {missing:,} jobs" for name, missing in found["sections"].items() if missing)
     yield f"{found['measurements']:,} measurements: {found['page']}"

@@ -150,9 +150,10 @@ class Study:
 
     def score(self, adapter: Job | None = None, tasks: Mapping[str, int | None] | None = None) -> Job:
         """Return the job that scores an adapter, or the base, on tasks (None: all of the domains')."""
+        told = f" ({', '.join(tasks)})" if tasks else ""
         if adapter is None:
-            return self.job("evaluate", "score the base", self.scoring(tasks, drift=False))
-        name = f"score {adapter.name.partition(' ')[2]}"
+            return self.job("evaluate", f"score the base{told}", self.scoring(tasks, drift=False))
+        name = f"score {adapter.name.partition(' ')[2]}{told}"
         return self.job("evaluate", name, self.scoring(tasks, drift=True), adapter=adapter)
 
     def inspect(self, adapter: Job, rank: int) -> Job:
@@ -191,6 +192,11 @@ class Study:
         found = {name: self._hash(Path(located(name, self.place.data))) for name in names if name is not None}
         self.missing |= {name: None for name, known in found.items() if known is None and not is_hub_name(name)}
         return found
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that jobs read."""
+        return [path for path, known in self._hashes.items() if known is not None]
 
     def _hash(self, path: Path) -> str | None:
         if path not in self._hashes:

@@ -1,5 +1,6 @@
 """A study at its folder: open it, check it before it runs, how far it is, and how long the rest will take."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ ONE_BATCH = 8  # items that are scored to measure an item's time
 
 
 def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None, allow_code: bool = False) -> Study:
-    """Return a study with its jobs and its store in `folder`; nothing is written. The model `pico` brings its data.
+    """Return a study with its jobs and its store in `folder`; nothing is written.
 
-    DataError if there is no such data folder; ConfigError if `folder` is a file, or the recipe's parts do not fit each
-    other or the merge rules.
+    `data` is by default what the model `pico` brings, for others $HIPLORA_DATA. DataError if there is no such folder;
+    ConfigError if `folder` is a file, or the recipe's parts do not fit each other or the merge rules.
     """
     if Path(folder).is_file():
         raise ConfigError(f"--out {folder}: is a file; name the folder of the study's results")
@@ -33,7 +34,9 @@ def open_study(recipe: StudyRecipe, folder: str | Path, data: str | Path | None,
                 find_rule(rule).options(options)
             except ConfigError as error:
                 raise ConfigError(f"protocols.{name}.rules.{rule}: {error}") from None
-    files = Path(data).resolve() if data is not None else PICO_DATA if recipe.model == PICO else None
+    if data is None:
+        data = PICO_DATA if recipe.model == PICO else os.environ.get("HIPLORA_DATA") or None
+    files = None if data is None else Path(data).resolve()
     if files is not None and not files.is_dir():
         raise DataError(f"--data {data}: no such folder; name the one with the study's files")
     # Absolute paths, for workers that run in another folder.
@@ -90,8 +93,6 @@ def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, 
     known = [one["seconds"] for one in kinds.values() if one["left"] and one["seconds"] is not None]
     trained = [job for job in study.graph if job.kind == "train"]
     peaks = [timings[job].get("peak_memory_bytes") for job in trained]
-    failures = {job.name: store.failure(job) for job in left}
-    diverged = {job.name: store.diverged(job) for job in trained}
     return {
         "study": study.recipe.study,
         "jobs": len(study.graph),
@@ -102,8 +103,8 @@ def status(study: Study, measured: dict[str, float] | None = None) -> dict[str, 
         "peak_memory_bytes": max(filter(None, [*peaks, measured.get("peak_memory_bytes")]), default=None),
         "missing_files": list(study.missing),
         "at_work": [job.name for job in left if store.at_work(job)],
-        "failed": {name: failure["error"] for name, failure in failures.items() if failure},
-        "diverged": {name: reason for name, reason in diverged.items() if reason},
+        "failed": {job.name: failure["error"] for job in left if (failure := store.failure(job))},
+        "diverged": {job.name: reason for job in trained if (reason := store.diverged(job))},
     }
 
 

@@ -138,11 +138,16 @@ class StudyRecipe(Block):
                 raise ValueError(
                     f"`{block}`: two have the {field} {twice[0]!r}, by which results are told apart; give each its own"
                 )
-        if self.rates is not None and self.rates.seed in self.seeds:
-            raise ValueError(
-                f"`rates.seed` {self.rates.seed} is one of the study's seeds; rates must be chosen on runs that are "
-                "not reported: change it"
-            )
+        reported = {"the study's": self.seeds}
+        for protocol, settings in self.protocols:
+            if settings is not None and protocol != "selection":  # which takes this seed on purpose
+                reported[f"`protocols.{protocol}`'s"] = settings.seeds or []
+        for whose, seeds in reported.items():
+            if self.rates is not None and self.rates.seed in seeds:
+                raise ValueError(
+                    f"`rates.seed` {self.rates.seed} is one of {whose} seeds; rates must be chosen on runs that are "
+                    "not reported: change it"
+                )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("`seeds` lists a seed twice; name each once")
         return self
@@ -220,11 +225,8 @@ def load_study(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> Stud
     value = _extended(path)
     for override in overrides:
         put_over(value, override)
-    model = value.get("model")
-    if isinstance(model, str) and model.startswith((".", "/", "~")):
-        value["model"] = os.path.normpath(path.parent / Path(model).expanduser())
     try:
-        return StudyRecipe.model_validate(value)
+        return StudyRecipe.model_validate(_placed(value, Path.cwd()))  # that of a file is absolute already
     except ValidationError as error:
         raise refusal(path, described(error, StudyRecipe)) from None
 
@@ -239,9 +241,17 @@ def _find(recipe: str | os.PathLike) -> Path:
     return path
 
 
+def _placed(value: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the path of a recipe's model absolute, if it is one."""
+    model = value.get("model")
+    if isinstance(model, str) and model.startswith((".", "/", "~")):
+        value["model"] = os.path.abspath(folder / Path(model).expanduser())
+    return value
+
+
 def _extended(path: Path, below: Sequence[Path] = ()) -> dict[str, Any]:
     """Return a recipe's values over those of the recipe it extends; `below` are those that extend this one."""
-    value = read_yaml(path)
+    value = _placed(read_yaml(path), path.parent)
     parent = value.pop("extends", None)
     if parent is None:
         return value

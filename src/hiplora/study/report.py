@@ -22,10 +22,13 @@ def report(study: Study, out: str | Path, overwrite: bool = False) -> dict[str, 
 
     The folder holds report.html, tables/NAME.{csv,md,tex}, figures/NAME.svg, measurements.csv (a row a number),
     claims.json, and records.jsonl.gz, every job's record, from which `hiplora study run --reuse` goes on elsewhere.
-    ConfigError if `out` exists and `overwrite` is False, or no job is done.
+    ConfigError if `out` exists and `overwrite` is False, it is or holds what the study reads, or no job is done.
     """
-    check_output_dir(out, overwrite, {"the study": study.store.path / "results"})
-    graph, store, recipe = study.graph, study.store, study.recipe
+    graph, store, recipe, data = study.graph, study.store, study.recipe, study.place.data
+    files = study.files if data in Path(out).resolve().parents else [data]  # a folder of data may hold reports
+    inputs: dict[str, Any] = {f"the study's {name}": store.path / name for name in ("results", "artifacts")}
+    inputs |= {"the base model": study.place.model, **{f"the study's data, {file}": file for file in files}}
+    check_output_dir(out, overwrite, inputs)
     records = [record for job in graph if (record := store.record(job)) is not None]
     if not records:
         raise ConfigError(f"study {recipe.study}: none of its {len(graph)} jobs is done in {store.path}; run it first")

@@ -32,6 +32,13 @@ def test_keys_stay_what_they_were_when_records_were_published(tmp_path, name, jo
     assert hashlib.sha256("".join(keys).encode()).hexdigest()[:16] == digest
 
 
+def test_scores_on_other_tasks_have_other_names():
+    found = study()
+    for which in (None, adapter(found)):
+        names = [found.score(which, tasks).name for tasks in (None, {"gsm8k": 2}, {"gsm8k": 2, "mbpp": 1})]
+        assert len(set(names)) == 3
+
+
 def test_a_projection_of_gradients_is_in_every_key_that_it_matters_for():
     named = {name: as_written(study().row(name).method) for name in ("lora", "hiplora")}
     assert named["hiplora"]["gradient_projection"] is True

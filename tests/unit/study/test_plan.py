@@ -3,6 +3,7 @@
 import pytest
 
 from hiplora.errors import ConfigError, DataError
+from hiplora.study.pico import PICO_DATA
 from hiplora.study.plan import check, measure, open_study, status
 from hiplora.study.recipe import load_study
 
@@ -42,6 +43,12 @@ def test_what_cannot_work_is_named_before_anything_runs(tmp_path, monkeypatch, c
         check(opened(tmp_path, change))
 
 
+def test_the_variable_names_the_data_of_models_that_bring_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HIPLORA_DATA", str(tmp_path))
+    assert opened(tmp_path).place.data == PICO_DATA
+    assert opened(tmp_path, "model=owner/name").place.data == tmp_path
+
+
 def test_missing_files_are_named_and_code_may_be_allowed(tmp_path):
     with pytest.raises(DataError, match=r"files of the study are missing in .*: .*gsm8k_train\.jsonl"):
         check(opened(tmp_path, data=tmp_path, allow_code=True))
@@ -51,7 +58,8 @@ def test_missing_files_are_named_and_code_may_be_allowed(tmp_path):
 
 def test_the_status_counts_kinds_and_names_failures_and_divergences(tmp_path):
     found = opened(tmp_path)
-    bad, failed = [job for job in found.graph if job.kind == "train"][:2]
+    bad, failed, other = [job for job in found.graph if job.kind == "train"][:3]
+    object.__setattr__(other, "name", failed.name)
     for job, result in ((found.score(), {"tasks": {}}), (bad, {"diverged": "the loss is nan"})):
         found.store.finish(job, result, {"seconds": 1.0}, artifact=False)
     found.store.fail(failed, ValueError("no luck"))

@@ -53,6 +53,27 @@ def test_a_recipe_extends_another(tmp_path):
     assert recipe.protocols.adalora.methods == ["pissa", "lora"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "place"),
+    [
+        ("parent/small.yaml", (), "parent/base"),
+        ("child.yaml", (), "parent/base"),
+        ("child.yaml", ("model=./own",), "here/own"),
+        ("pico", ("model=../own",), "own"),
+    ],
+)
+def test_a_models_path_is_relative_to_the_file_that_names_it_or_to_the_current_folder(
+    tmp_path, monkeypatch, recipe, changes, place
+):
+    for folder in ("parent", "here"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "parent", SMALL.replace("pico", "./base"))
+    write(tmp_path, "extends: parent/small.yaml\nstudy: child\n", "child.yaml")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = recipe if recipe == "pico" else f"../{recipe}"
+    assert load_study(recipe, changes).model == str(tmp_path / place)
+
+
 def test_a_circle_of_recipes_is_refused(tmp_path):
     write(tmp_path, "extends: b.yaml\nstudy: a\n", "a.yaml")
     write(tmp_path, "extends: a.yaml\nstudy: b\n", "b.yaml")
@@ -72,6 +93,7 @@ def test_a_circle_of_recipes_is_refused(tmp_path):
         (", held_out_fraction: 0.1", "", "add `held_out_fraction: 0.05`"),
         ("method: lora", "method: lora, train: {step: 2}", "`methods.lora.train`: step"),
         ("model: pico", "model: pico\nrates: {grid: [0.1], seed: 42}", "`rates.seed` 42 is one of the study's seeds"),
+        (SINGLE, "single_task: {methods: [lora], seeds: [7]}\nrates: {grid: [1]}", "one of `protocols.single_task`'s"),
         ("model: pico", "model: pico\nrates: {grid: [0.1], domains: [code]}", "`rates.domains` names 'code'"),
         ("model: pico", "model: pico\nseeds: [1, 1]", "`seeds`"),
         ("methods: [lora]", "methods: [lara]", "`protocols.single_task.methods` names 'lara'; expected one of lora"),
