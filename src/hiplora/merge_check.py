@@ -138,7 +138,8 @@ def merge_check(
             put = applied(network, merges[label]) if label in merges else mounted(network, named.get(label))
             with put as there:
                 store.add(label, engine.score(there, tokenizer, settings.batch_size, tasks, progress=True))
-    found = collect(engine.describe(), store.runs)
+    # An unfinished check may have scored merges by other rules.
+    found = collect(engine.describe(), {label: store.runs[label] for label in (BASE, *named, *groups)})
     record = {
         "schema": 1,
         "kind": "merge-check",

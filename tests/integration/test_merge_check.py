@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hiplora.cli.main import app
+from hiplora.evaluation.evaluate import Partial
 from tests.tiny import save_tiny, tiny_llama, write_jsonl
 
 WORDS = ["rain", "stone", "river", "lamp", "cloud", "bread", "north", "seven"]
@@ -121,6 +122,16 @@ def test_a_name_that_is_no_task_is_reported_where_others_are(place, tmp_path, ca
     run("merge-check", *adapters, "--suite", "mmlu,scienceqa", "--data", place / "data", "--limit", "4",
         "--out", tmp_path / "check")  # fmt: skip
     assert "adapter scienc: no task of the suite has this name (mmlu, scienceqa)" in caplog.text
+
+
+def test_a_check_that_goes_on_from_one_by_other_rules_has_its_own_rules_only(place, tmp_path, monkeypatch):
+    given = (*owned(place), "--suite", "mmlu,scienceqa", "--data", place / "data", "--limit", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(Partial, "remove", lambda store: None)
+        run("merge-check", *given, "--method", "ties", "--out", tmp_path / "check")
+    run("merge-check", *given, "--out", tmp_path / "check", "--overwrite")
+    record = json.loads((tmp_path / "check" / "merge-check.json").read_text())
+    assert list(record["runs"]) == ["base", "mmlu", "scienceqa", "addition"]
 
 
 def test_a_merge_comes_with_its_report(place, tmp_path):

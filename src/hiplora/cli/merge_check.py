@@ -8,6 +8,7 @@ from typer import Argument, Option
 from hiplora.cli.common import BASE, OUT, OVERWRITE, Group, Shown, next_step, numbers
 from hiplora.cli.eval import eval_settings
 from hiplora.cli.merge import METHOD_HELP, SET, WEIGHTS, rule_options
+from hiplora.merging.rules import find_rule
 
 
 def command(
@@ -51,6 +52,7 @@ def command(
     yield f"\nWritten: {out}"
     given = {"--weights": weights, "--rank": rank, "--base": base}
     options = [word for key, value in given.items() if value is not None for word in (key, value)]
-    options += [word for one in set for word in ("--set", one)]
+    own = find_rule(method[0]).defaults
+    options += [word for one in set if one.partition("=")[0].strip() in own for word in ("--set", one)]
     merged = f"{out}-merged"
     yield next_step("hiplora", "merge", *record["adapters"].values(), "--method", method[0], *options, "--out", merged)
