@@ -1,5 +1,6 @@
 """The last line of a command is the command that does what comes next, and it works as it stands."""
 
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,6 +15,9 @@ from hiplora.tuner import default_targets
 from tests.commands import run
 from tests.models.zoo import CASES
 from tests.tiny import tiny_tokenizer, write_jsonl
+
+BOTH_RULES = ("--method", "addition", "--method", "ties", "--set", "density=0.5")
+SHORT = ("--steps", "2", "--max-length", "64", "--out", "out")
 
 
 @pytest.fixture
@@ -39,24 +43,27 @@ def place(adapters, tiny_model_dir, tmp_path, monkeypatch):
         (["merge", "my one", "lora", "--out", "out", "--no-drift"], "generate"),
         (["merge", "my one", "lora", "--out", "out", "--method", "ties", "--no-drift"], "generate"),
         (["merge-check", "my one", "lora", "--suite", "items.jsonl", "--out", "out", "--weights", "1,0.5"], "merge"),
+        (["merge-check", "my one", "lora", "--suite", "items.jsonl", "--out", "out", *BOTH_RULES], "merge"),
         (["inspect", "my one"], "protect"),
         (["inspect", "closed"], "drift"),
         (["protect", "my one", "--out", "out", "--tokens", "200"], "generate"),
         (["calibrate", "base", "--tokens", "200", "--rank", "energy:0.5"], "train"),
+        (["calibrate", "base", "--tokens", "200", "--rank", "4", "--target-modules", r"[\w.]+q_proj"], "train"),
         (["factorize", "base", "--rank", "4", "--target-modules", "q_proj,v_proj"], "train"),
         (["probe", "base", "--layers", "0", "--directions", "2", "--tokens", "32", "--out", "out"], "factorize"),
+        (["tune", "rows.jsonl", "--model", "base", "--rates", "1e-3", "--max-drift", "9", *SHORT], "train"),
+        (["compare", "base", "rows.jsonl", "--methods", "hiplora", *SHORT], "export train"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else value,
 )
 def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
     code, said, err = run(capsys, *command)
     assert code == 0, err
-    last = said.splitlines()[-1]
-    assert last.startswith("next: hiplora ")
-    _, name, *rest = shlex.split(last.removeprefix("next: ").partition("   (")[0])
-    assert name == follows
-    code, _, err = run(capsys, name, *rest, *(["--dry-run"] if name == "train" else []))
-    assert code == 0, err
+    printed = [shlex.split(words) for words in re.findall(r"^[\w ]+: +hiplora (.*?)(?:   \(.*)?$", said, re.MULTILINE)]
+    assert [words[0] for words in printed] == follows.split()
+    for words in printed:
+        code, _, err = run(capsys, *words, *(["--dry-run"] if words[0] == "train" else []))
+        assert code == 0, err
 
 
 @pytest.mark.parametrize(

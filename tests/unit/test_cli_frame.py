@@ -109,6 +109,11 @@ def test_an_output_that_lacks_a_character_gets_a_question_mark(monkeypatch):
     assert b"as a share of ?." in b" ".join(written.getvalue().split())
 
 
+def test_an_input_that_is_not_utf_8_is_read(monkeypatch, boom):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert boom(lambda: print(input()))[:2] == (0, "caf\ufffd\n")
+
+
 def test_the_notes_of_libraries_to_each_other_are_shown_with_debug_only(boom, recwarn):
     class Noted(ConfigError):
         def __str__(self):
@@ -135,11 +140,22 @@ def test_a_command_prints_its_record_with_json_and_else_lines_and_tables_with_br
         yield {"rank": settings}
         yield "Layers [fp32]", ["name", "rank"], [["model.layers[0]", settings]]
         yield "Drift", pd.DataFrame({"method": ["LoRA [r=4]"], "KL": [0.123456], "seconds": [None]})
+        yield "Wide", [f"column {i}" for i in range(9)], [[f"a cell with words {i} " * 3 for i in range(9)]]
         yield "done"
 
     status, out, _ = boom(as_command(command), "boom", "--rank", "7", "--json")
     assert (status, json.loads(out)) == (0, {"rank": 7})
     status, out, _ = boom(as_command(command))
     assert status == 0
-    for text in ("Layers [fp32]", "model.layers[0]", " 8 ", "Drift", "LoRA [r=4]", "0.123", "–", "done"):
+    for text in (
+        "Layers [fp32]",
+        "model.layers[0]",
+        " 8 ",
+        "Drift",
+        "LoRA [r=4]",
+        "0.123",
+        "–",
+        "done",
+        *(f"a cell with words {i} " * 3 for i in range(9)),
+    ):
         assert text in out

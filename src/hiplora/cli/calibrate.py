@@ -19,7 +19,6 @@ def command(
     ),
     rank: str = Option("32", help="Protected directions per weight: k, a fraction in (0, 1), or energy:0.95."),
     batch_size: int = Option(8, min=1, help="Rows of 256 tokens in one pass."),
-    seed: int = Option(0, min=0, help="Seed of the sampling."),
     device: str = DEVICE,
 ) -> Shown:
     """Measure the activation basis of a model's layers, and show how much of their inputs' energy k directions hold.
@@ -47,7 +46,7 @@ def command(
     config = HipLoraConfig(target_modules=modules, principal_rank=parse_rank(rank), basis_sides=sides)
     loaded, tokenizer = load(model, torch_dtype(machine_dtype()))  # as training loads it: other values, other factors
     if text is None:
-        given = {"tokens": tokens, "seed": seed, "tokenizer": tokenizer}
+        given = {"tokens": tokens, "tokenizer": tokenizer}
     else:
         given = {"rows": calibration_rows(tokenizer, text, tokens, loaded), "source": describe_source(text)}
     found = calibrate(loaded.to(device), config, batch_size=batch_size, **given)

@@ -26,6 +26,7 @@ FILES = {"data", "recipe"}
 INPUTS = FILES | {"adapter", "adapters", "base", "drift_text", "edits", "model", "prompts", "suite", "text"}
 Kind = TypeVar("Kind")
 Shown = Iterator[Any]
+WIDE = 1000  # columns of a file or a pipe, where no table needs to be folded
 
 MODEL = typer.Argument(..., help="Base model: a folder, a hub name, smollm2-135m or gemma3-270m.")
 ADAPTER = typer.Argument(..., help="Adapter folder: HiP-LoRA, LoRA, AdaLoRA or OSF.")
@@ -162,7 +163,7 @@ def try_step(out: Path, update: Any, dense: bool = False) -> str:
 
 def train_step(model: str, **method: Any) -> str:
     """Return `next_step` after a model was measured for training, with the settings that find the measurements."""
-    given = {key: value if isinstance(value, str) else json.dumps(value) for key, value in method.items() if value}
+    given = {key: json.dumps(value, ensure_ascii=False) for key, value in method.items() if value}
     settings = [word for key, value in given.items() for word in ("--set", f"method.{key}={value}")]
     return next_step("hiplora", "train", "--model", model, "--data", "rows.jsonl", *settings, "--out", "runs/first")
 
@@ -199,10 +200,10 @@ def print_table(
     # Names stay whole where the numbers' headings can wrap instead.
     printed.add_column(first, min_width=min(24, max((len(row[0]) for row in cells), default=0)), overflow="fold")
     for column in others:
-        printed.add_column(column, justify="right")
+        printed.add_column(column, justify="right", overflow="fold")
     for row in cells:
         printed.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(printed)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(printed)
 
 
 def names(text: str) -> list[str]:

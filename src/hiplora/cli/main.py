@@ -84,8 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Ended in order, so that nothing half-written stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file of Latin-1, or of Windows, lacks σ and …
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):  # a terminal or file of Latin-1, or of Windows, lacks σ and …
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     debug = "--debug" in given or os.environ.get("HIPLORA_DEBUG", "0") not in ("", "0")
     with_place = warnings.formatwarning
     with warnings.catch_warnings():
