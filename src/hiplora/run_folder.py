@@ -30,7 +30,7 @@ from hiplora.files import (
 )
 
 LOCK = ".lock"
-WORK = {LOCK, "stages", "checkpoints"}  # what a run may leave before it writes its settings
+WORK = ("stages", "checkpoints")  # what a run is carried on from
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RunFolder:
             return
         stored = self.stored()
         if stored is None:
-            if not self.path.is_dir() or {p.name for p in self.path.iterdir() if p.suffix != ".part"} - WORK:
+            if not self.path.is_dir() or {p.name for p in self.path.iterdir() if p.suffix != ".part"} - {LOCK}:
                 check_output_dir(self.path)
             return
         if changes := differences(stored, json.loads(json.dumps(asked))):
@@ -105,7 +105,7 @@ class RunFolder:
             write_atomic(self.path / self.settings, text)
             yield
         except BaseException:
-            if not any((self.path / name).exists() for name in WORK - {LOCK}):  # nothing to carry on with
+            if not any((self.path / name).exists() for name in WORK):  # nothing to carry on with
                 with self._swapping():
                     shutil.rmtree(self.place, ignore_errors=True)
                     sweep(self.place)

@@ -6,7 +6,7 @@ import pytest
 
 from hiplora import run_folder
 from hiplora.errors import ConfigError
-from hiplora.files import file_mode
+from hiplora.files import file_mode, write_atomic
 from hiplora.run_folder import RunFolder
 
 SETTINGS = {"steps": 3, "train": {"lr": 0.1}}
@@ -43,11 +43,11 @@ def test_a_run_is_carried_on_by_its_own_settings_and_once_finished_only_to_resum
 def test_a_folder_of_something_else_is_refused(run):
     run.path.mkdir()
     run.check(SETTINGS)
-    for name, text in ((run.settings, "{ not [ readable"), ("thesis.tex", "…")):
-        (run.path / name).write_text(text)
+    for name in (run.settings, "thesis.tex", "checkpoints/mine.pt", "stages/one.json"):
+        write_atomic(run.path / name, "{ not [ readable")
         with pytest.raises(ConfigError, match="exists already"):
             run.check(SETTINGS)
-        (run.path / name).unlink()
+        shutil.rmtree(run.path)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
