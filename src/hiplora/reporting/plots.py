@@ -179,7 +179,10 @@ def _finish(ax: Axes, x: str, y: str) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Put the legend above the panels, where it hides nothing."""
+    """Put the legend above the panels, where it hides nothing, the figure higher by its rows after two."""
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1:
-        ax.figure.legend(handles, labels, loc="outside upper left", ncols=2 if len(labels) < 9 else 3)
+        figure: Any = ax.figure
+        columns = 3 if len(labels) > 8 and max(map(len, labels)) < 18 else 2
+        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, -(-len(labels) // columns) - 2))
