@@ -82,7 +82,8 @@ def command(
     yield title, ("", base, *(head for name in others for head in (name, f"{name} − {base}", "verdict"))), rows
     yield f"\nWritten: {out}"
     if not others:
-        more = ("--adapter", "DIR", "--suite", settings.suite, "--out", "FILE")
+        data = ("--data", settings.data) if settings.data else ()
+        more = ("--adapter", "DIR", "--suite", settings.suite, *data, "--out", "FILE")
         yield next_step("hiplora", "eval", model, *more, why="score an adapter too")
     elif lost:
         yield next_step("hiplora", "protect", results["adapters"][lost[0]], "--out", "DIR", why="lose less")
