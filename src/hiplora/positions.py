@@ -29,7 +29,7 @@ def looks_ahead(model: Any) -> bool | None:
     ids = torch.zeros(2, 4, dtype=torch.long, device=next(model.parameters()).device)
     ids[1, 3] = 1
     with torch.no_grad():
-        logits = getattr(model(input_ids=ids, attention_mask=torch.ones_like(ids)), "logits", None)
+        logits = getattr(model(input_ids=ids), "logits", None)
     if logits is None or logits.dim() != 3:
         return None
     first, *_, last = (logits[0] - logits[1]).abs().amax(-1).tolist()

@@ -5,7 +5,7 @@ import json
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import hiplora
 from hiplora import HipLoraConfig
@@ -195,6 +195,14 @@ def test_get_peft_model_calibrates_by_itself_once(tiny, ids, monkeypatch):
     assert recorded["tokens"] >= 10_000
     for a, b in zip(one.buffers(), two.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_model_whose_pass_takes_token_ids_alone_is_found_to_be_causal(tiny):
+    class Bare(LlamaForCausalLM):
+        def forward(self, input_ids):
+            return super().forward(input_ids)
+
+    sampling.check_causal(Bare(tiny.make().config))
 
 
 def test_sampled_rows_do_not_depend_on_what_is_sampled_with_them(tiny):
