@@ -39,7 +39,7 @@ from hiplora import HipLoraConfig
 from hiplora.data.rows import read_rows as read_places
 from hiplora.evaluation import BaseReference, encode, heldout_loss, measure_drift, response_log_probs
 from hiplora.evaluation.likelihood import by_length, pad_left
-from hiplora.files import write_atomic
+from hiplora.files import file_lock, write_atomic
 from hiplora.models import load
 from hiplora.provenance import provenance
 from hiplora.tuner import default_targets, sampled_rows
@@ -380,7 +380,7 @@ def scaled(model: Any, scale: float) -> Iterator[None]:
 def once(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> None:
     """Write a result to its file and print its figures, unless it is done or another process is at it."""
     path = out / f"{name}.json"
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(out / f".{name}.lock", timeout=0):
+    with contextlib.suppress(filelock.Timeout), file_lock(out / f".{name}.lock", timeout=0):
         if not path.exists():
             result = {**make(), "provenance": provenance()}
             write_atomic(path, json.dumps(result) + "\n")

@@ -36,7 +36,7 @@ from hiplora.provenance import file_sha256, folder_identity, json_sha256, proven
 from hiplora.run_folder import RunFolder
 from hiplora.training import TrainRecipe, train
 from hiplora.training.fit import fitting_config
-from hiplora.training.reading import model_problem
+from hiplora.training.reading import absolute_paths, model_problem
 from hiplora.tuner import default_targets
 from hiplora.tuner.experts import can_unroll
 
@@ -255,9 +255,8 @@ def method_recipes(
     train = {name: getattr(settings, name) for name in ("steps", "lr", "batch_size", "max_length")}
     train |= {"gradient_accumulation": 1, "packing": False, "nonzero_warmup": True}
     train |= {"save_every": max(1, -(-settings.steps // MARKS)), "keep_checkpoints": MARKS + 1}
-    place = os.path.abspath(model) if os.path.isdir(model) else model  # recipes are read from their own folders
-    rows = {"path": os.path.abspath(data), **split}
-    shared = {"model": place, "data": rows, "train": train, "seed": settings.seed}
+    shared = {"model": model, "data": {"path": str(data), **split}, "train": train, "seed": settings.seed}
+    shared = absolute_paths(shared, Path.cwd())  # recipes are read from their own folders
     recipes = {}
     for key, method in methods.items():
         block = method.block(settings.rank, settings.principal_rank)

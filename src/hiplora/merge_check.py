@@ -109,8 +109,8 @@ def merge_check(
         parts, numbers = [updates[name] for name in names], [weights[name] for name in names]
         merges[label] = merge(parts, method, numbers, base=how.base, rank=how.rank, options=own)
     owners = {task.name: task.name for task in suite.tasks if task.name in named}
-    for name in named.keys() - owners.keys() if owners else ():
-        known = ", ".join(task.name for task in suite.tasks)
+    known = ", ".join(task.name for task in suite.tasks)
+    for name in [name for name in named if name not in owners] if owners else ():
         log.warning(
             "adapter %s: no task of the suite has this name (%s), so it counts as trained for none", name, known
         )

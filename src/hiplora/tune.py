@@ -133,7 +133,7 @@ def _written(recipe: TrainRecipe, point: Results, limit: float) -> str:
     planned: int = recipe.train.steps  # type: ignore[assignment]  # `method_recipes` sets no epochs
     values["train"]["steps"] = steps = point.get("step", planned)
     if steps != planned:  # the warm-up is as many steps, whatever their share rounds to
-        values["train"]["warmup_ratio"] = (math.ceil(recipe.train.warmup_ratio * planned) - 0.5) / steps
+        values["train"]["warmup_ratio"] = (recipe.train.warmup_steps(planned) - 0.5) / steps
     told = f"# Held-out loss {point['held_out_loss']:.3f} at a drift of {worst(point):.2g}, of {limit:g} nats a token."
     if point.get("scale", 1.0) != 1.0:
         told += f"\n# Then scaled down: hiplora export ADAPTER --scale {point['scale']:g} --to lora --out DIR"

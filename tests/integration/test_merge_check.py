@@ -42,9 +42,7 @@ def owned(place):
 
 
 def run(*arguments):
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(
-        app, [str(argument) for argument in arguments], catch_exceptions=False
-    )
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return " ".join(done.output.split())
 

@@ -101,11 +101,7 @@ class AdapterUpdate:
             raise ConfigError(f"scale is {scale}; expected a number above 0")
         if scale == 1:
             return self
-        if self.extras:
-            raise AdapterError(
-                f"{self.source}: replaces whole modules ({', '.join(sorted(self.extras))}), which cannot be scaled; "
-                "leave out --scale"
-            )
+        self.refuse_extras("scaled; leave out --scale")
         factors = {module: (A, scale * B) for module, (A, B) in self.factors.items()}
         channels = {module: channels.scaled(scale) for module, channels in self.channels.items()}
         return replace(self, factors=factors, channels=channels)
@@ -117,6 +113,13 @@ class AdapterUpdate:
             for part in ("factors", "channels", "extras")
         }
         return replace(self, fingerprints={}, **moved)
+
+    def refuse_extras(self, what: str) -> None:
+        """Raise AdapterError if the update replaces whole modules, which cannot be `what`, with the way out."""
+        if self.extras:
+            raise AdapterError(
+                f"{self.source}: replaces whole modules ({', '.join(sorted(self.extras))}), which cannot be {what}"
+            )
 
     def check_low_rank(self) -> None:
         """Raise AdapterError if the update is of full rank, and so has no thin factors."""

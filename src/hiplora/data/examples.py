@@ -181,7 +181,7 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
         train += more * int(whole) + random.Random(SPLIT_SEED).sample(more, round(rest))
         key = path if Path(path).name in sources else Path(path).name
         sources[key] = {"file": Path(path).name, "sha256": file_sha256(path), "weight": weight}
-    notes = [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
+    notes = skipped(bad)
     apart = {_identity(example) for example in held_out}
     distinct = [example for example in train if _identity(example) not in apart]
     if not distinct:
@@ -202,6 +202,11 @@ def load_data(data: DataSettings, chat: bool = False) -> TrainingData:
     if held_out:
         sources["held_out"] = _source(data, data.held_out or data.path, len(held_out))
     return TrainingData(train, held_out, sources, tuple(notes))
+
+
+def skipped(bad: Sequence[str] | None) -> list[str]:
+    """Return what to say of rows that `data.skip_bad_rows` leaves out, by what is wrong with each."""
+    return [f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}"] if bad else []
 
 
 def _identity(example: Example) -> str:

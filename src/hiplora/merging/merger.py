@@ -103,11 +103,8 @@ def merge(
     _check_compatible(updates, base)
     pairs = list(zip(updates, numbers, strict=True))
     kept = [(update, weight) for update, weight in pairs if weight] or pairs
-    if len(kept) == 1 and kept[0][0].extras and kept[0][1] != 1:
-        raise AdapterError(
-            f"{kept[0][0].source}: replaces whole modules ({', '.join(sorted(kept[0][0].extras))}), which cannot be "
-            f"scaled; its weight is {kept[0][1]:g}, give it 1"
-        )
+    if len(kept) == 1 and (weight := kept[0][1]) != 1:
+        kept[0][0].refuse_extras(f"scaled; its weight is {weight:g}, give it 1")
     shared: dict[str, Any] = {
         "base": base or updates[0].base,
         "kind": "merged",
@@ -198,12 +195,8 @@ def _check_compatible(updates: Sequence[AdapterUpdate], base: str | None) -> Non
     With `base`, every adapter is compared with that model's weights; else with each other, by shapes, fingerprints
     and, where they share none, the names of their base models.
     """
-    whole = [update for update in updates if update.extras]
-    if whole and len(updates) > 1:
-        raise AdapterError(
-            f"{whole[0].source}: replaces whole modules ({', '.join(sorted(whole[0].extras))}), which cannot be "
-            "merged with another adapter; train it without modules_to_save"
-        )
+    for update in updates if len(updates) > 1 else ():
+        update.refuse_extras("merged with another adapter; train it without modules_to_save")
     if base is not None:
         weights = BaseWeights.of(replace(updates[0], base=base))
         for update in updates:

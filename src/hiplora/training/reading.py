@@ -64,11 +64,11 @@ def load_recipe(path: str | os.PathLike | None, overrides: Sequence[str] = ()) -
     """
     value: dict[str, Any] = {}
     if path is not None:
-        value = _absolute_paths(expand_short_forms(read_yaml(Path(path))), Path(path).resolve().parent)
+        value = absolute_paths(expand_short_forms(read_yaml(Path(path))), Path(path).resolve().parent)
     for override in overrides:
         value = expand_short_forms(value)  # `data=rows.jsonl`, then `data.limit=5`
         put_over(value, override)
-    value = _absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
+    value = absolute_paths(expand_short_forms(value), Path.cwd())  # those of the file are absolute already
     method = value.get("method")
     if not isinstance(method, dict) or method.get("preset") != "paper":
         for block, defaults in DEFAULTS.items():
@@ -119,7 +119,7 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~", os.sep)) or os.path.isdir(name) or name.count("/") > 1
 
 
-def _absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
+def absolute_paths(value: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Make a recipe's paths absolute; a model and a text may be names on the hub instead."""
 
     def absolute(path: str) -> str:

@@ -4,6 +4,7 @@ The fields' defaults of `train` are the paper's (Appendix B), as studies and `pr
 puts `DEFAULTS` in their place for a user's own data. Nothing here imports torch.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -126,6 +127,10 @@ class TrainSettings(Block):
         if self.max_drift is not None and self.drift_tokens < 2:
             raise ValueError("`max_drift` needs `drift_tokens`, for example 512")
         return self
+
+    def warmup_steps(self, steps: int) -> int:
+        """Return how many of so many steps are the warm-up."""
+        return math.ceil(self.warmup_ratio * steps)
 
 
 class TrainRecipe(Block):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiplora.data.encoding import EncodingReport, encode_examples, shown
-from hiplora.data.examples import TrainingData, load_data
+from hiplora.data.examples import TrainingData, load_data, skipped
 from hiplora.devices import machine_dtype, pick_device, torch_dtype
 from hiplora.errors import DataError
 from hiplora.models import load_tokenizer
@@ -31,9 +31,7 @@ def tokenized(recipe: TrainRecipe, data: TrainingData, tokenizer: Any, model: An
     if data.held_out:
         held_out, found = encode_examples(tokenizer, data.held_out, length, bad)
         notes += [f"held out: {note}" for note in found.warnings(length)]
-    if bad:
-        notes.append(f"{len(bad)} rows are left out (data.skip_bad_rows), the first: {bad[0]}")
-    return rows, held_out, notes, report
+    return rows, held_out, [*notes, *skipped(bad)], report
 
 
 def sequences(

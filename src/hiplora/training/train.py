@@ -331,7 +331,7 @@ def _arguments(recipe: TrainRecipe, folder: Path, steps: int, flat: bool) -> "SF
         max_steps=steps,
         learning_rate=settings.lr,
         lr_scheduler_type="cosine" if settings.lr_scheduler == "cosine" else "constant_with_warmup",
-        warmup_steps=math.ceil(settings.warmup_ratio * steps),
+        warmup_steps=settings.warmup_steps(steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",

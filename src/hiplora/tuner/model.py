@@ -191,17 +191,16 @@ class HipLoraModel(BaseTuner):
             return False
         config.awaits_file = False
         layers = [layer for layer in _layers(self, adapter).values() if not layer.has_factors(adapter)]
-        if not layers or config.basis == "weight":
+        if layers and config.basis != "weight":
+            chosen = copy.copy(config)
+            chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
+            calibrate_itself(self.model, chosen)
+            config.calibration = chosen.calibration
             for layer in layers:
-                layer.ensure_factors(adapter)
-            return bool(layers)
-        chosen = copy.copy(config)
-        chosen.principal_rank_pattern = {**config.principal_ranks, **config.principal_rank_pattern}
-        calibrate_itself(self.model, chosen)
-        config.calibration = chosen.calibration
+                layer.begin_anew(adapter, chosen.calibrated[layer.name])
         for layer in layers:
-            layer.begin_anew(adapter, chosen.calibrated[layer.name])
-        return True
+            layer.ensure_factors(adapter)
+        return bool(layers)
 
     def _begin_unloaded(self, *_: Any) -> None:
         """Begin, in a pass without PEFT's model (transformers' own interface), what a file should have brought."""
