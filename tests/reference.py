@@ -175,13 +175,6 @@ def iso_c(updates, weights):
     return sigma.mean() * U @ Vt
 
 
-def best_of_rank(update, rank):
-    """Eckart and Young: the nearest matrix of this rank, and its distance as a share of the norm."""
-    U, sigma, Vt = torch.linalg.svd(update.double(), full_matrices=False)
-    near = U[:, :rank] @ torch.diag(sigma[:rank]) @ Vt[:rank]
-    return near, (torch.linalg.norm(update.double() - near) / torch.linalg.norm(update.double())).item()
-
-
 @torch.no_grad()
 def drift(base, model, windows):
     """KL a token from the base, ratio of perplexities, share of greedy tokens that changed, and tokens, in float64."""

@@ -216,6 +216,7 @@ def test_a_senseless_value_is_refused_by_name_and_value(field, value):
     ("fields", "message"),
     [
         ({"residual_projection": False, "principal_channel": False}, "plain LoRA"),
+        ({"basis": "activation", "save_factors": False}, "cannot be recomputed from weights"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
         ({"principal_channel": False, "gain_lr_ratio": 3.0}, "no use with principal_channel=False"),

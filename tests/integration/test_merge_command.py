@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 import torch
-from peft import PeftModel
 
 from hiplora.adapters import read_update
 from hiplora.cli import merge as command
@@ -39,19 +38,9 @@ def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
     assert_is_sum(tmp_path / "runs" / "both", [adapters["one"], adapters["lora"]], [1, 0.5])
 
 
-def test_lora_is_the_weighted_sum_and_loads_in_stock_peft(adapters, tmp_path, capsys):
-    parts = [adapters[name] for name in ("one", "two", "mlp")]
-    record = merged(capsys, *parts, "--out", tmp_path / "out", "--weights", " 1, 0 ,-0.5")
-    assert_is_sum(tmp_path / "out", parts, [1, 0, -0.5])
-    assert (record["kind"], record["method"], record["export"]["to"]) == ("merge", "addition", "lora")
-    assert record["adapters"] == list(map(str, parts))
-    assert record["export"]["logit_difference"] < 1e-5
-    PeftModel.from_pretrained(base_model(adapters.base), tmp_path / "out")
-
-
 def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tmp_path, capsys):
     parts = [adapters["one"], adapters["lora"], adapters["mlp"]]
-    how = ["--method", "dare", "--weights", "1,0.5,2", "--set", "density=0.4"]
+    how = ["--method", "dare", "--weights", " 1, 0.5 ,2", "--set", "density=0.4"]
     record = merged(capsys, *parts, "--out", tmp_path / "out", *how)
     written = json.loads((tmp_path / "out" / "export.json").read_text())["merge"]
     for found in (record, written):
@@ -70,7 +59,7 @@ def test_a_merge_is_cut_down_and_what_is_lost_is_said(adapters, tmp_path, capsys
     parts = [adapters["one"], adapters["lora"]]
     how = [*parts, "--method", method, "--rank", 4]
     record = merged(capsys, *how, "--out", tmp_path / "out")
-    assert record["export"]["to"] == "lora"
+    assert (record["kind"], record["adapters"], record["export"]["to"]) == ("merge", list(map(str, parts)), "lora")
     assert set(read_update(tmp_path / "out").ranks.values()) == {4}
     losses = {entry["module"]: entry["relative_error"] for entry in record["truncation"]["modules"]}
     assert losses == pytest.approx(merge(parts, method, rank=4).errors)
