@@ -1,19 +1,21 @@
 """Every field of the config does something, and nothing is accepted that makes no sense."""
 
 import dataclasses
+import json
 
 import peft
 import pytest
 import torch
 from peft.utils.peft_types import TaskType
 
+import hiplora
 from hiplora import HipLoraConfig
-from hiplora.errors import ConfigError, FactorError
+from hiplora.errors import AdapterError, ConfigError, FactorError
 from hiplora.spectral import FactorStore
 from hiplora.training.baselines.hiplora import HipLoraMethod
 from hiplora.tuner import HipLoraLinear, hip_layers
 from tests.contract.conftest import logits, train
-from tests.models.zoo import CASES
+from tests.models.zoo import CASE
 
 Q0 = "model.layers.0.self_attn.q_proj"
 Q1 = "model.layers.1.self_attn.q_proj"
@@ -40,7 +42,7 @@ def differs(tiny, ids, one, other):
 
 
 def _adapted_mixture():
-    model = next(case for case in CASES if case.name == "Mixtral").make()
+    model = CASE["Mixtral"].make()
     chosen = {"target_parameters": ["experts.down_proj"]}
     return peft.get_peft_model(model, HipLoraConfig(preset="paper", r=2, principal_rank=4, **chosen))
 
@@ -330,3 +332,31 @@ def test_the_config_survives_saving(tiny, tmp_path):
     loaded = peft.PeftConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, HipLoraConfig)
     assert loaded.to_dict() == config.to_dict()
+
+
+def chosen_ranks(model):
+    return {name: len(layer.hiplora_sigma["default"]) for name, layer in hip_layers(model)}
+
+
+@pytest.mark.parametrize("basis", ["weight", "activation"])
+@pytest.mark.parametrize("spec", [0.25, "energy:0.8"])
+def test_an_adapter_with_ranks_of_the_layers_own_survives_saving_and_export(tiny, ids, tmp_path, basis, spec):
+    model = tiny.adapted(basis=basis, principal_rank=spec)
+    train(model, ids)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / "adapter").eval()
+    assert chosen_ranks(again) == chosen_ranks(model) == again.peft_config["default"].principal_ranks
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    hiplora.export.save_as_lora(model, tmp_path / "live")
+    hiplora.export.save_as_lora(tmp_path / "adapter", tmp_path / "lora", check_logits=False)
+    for folder in ("live", "lora"):
+        plain = peft.PeftModel.from_pretrained(tiny.make(), tmp_path / folder).eval()
+        torch.testing.assert_close(logits(plain, ids), logits(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_lost_its_ranks_is_said_to_be_damaged(tiny, tmp_path):
+    tiny.adapted(principal_rank=0.25).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"principal_ranks": {}}))
+    with pytest.raises(AdapterError, match=r"q_proj: .*no principal_ranks entry"):
+        peft.PeftModel.from_pretrained(tiny.make(), tmp_path)

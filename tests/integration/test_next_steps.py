@@ -13,7 +13,7 @@ from hiplora.cli.common import next_step
 from hiplora.models import model_dir
 from hiplora.tuner import default_targets
 from tests.commands import run
-from tests.models.zoo import CASES
+from tests.models.zoo import CASE
 from tests.tiny import tiny_tokenizer, write_jsonl
 
 BOTH_RULES = ("--method", "addition", "--method", "ties", "--set", "density=0.5")
@@ -71,7 +71,7 @@ def test_a_command_ends_with_the_next_one(place, capsys, command, follows):
     [("BERT", [], ["inspect", "export"]), ("GPT-2", ["vllm"], ["generate", "protect"])],
 )
 def test_the_next_command_and_the_cards_servers_are_for_the_kind_of_model(name, servers, follow, tmp_path, capsys):
-    case = next(case for case in CASES if case.name == name)
+    case = CASE[name]
     base, adapter, out = (str(tmp_path / part) for part in ("base", "adapter", "out"))
     for part in (case.make(), tiny_tokenizer()):
         part.save_pretrained(base)

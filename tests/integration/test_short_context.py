@@ -11,7 +11,7 @@ from hiplora.models import load
 from hiplora.positions import context_length, position_limit
 from hiplora.training.sequences import keeps_rows_apart
 from tests.commands import run
-from tests.models.zoo import CASES, SIZES
+from tests.models.zoo import CASE, SIZES
 from tests.tiny import VOCABULARY, tiny_tokenizer, write_jsonl
 
 CONTEXT = 96
@@ -105,7 +105,7 @@ ENDING = ["GPT-2", "GPT-Neo", "OPT", "GPT-J", "CodeGen", "CTRL", "MPT"]
 @pytest.mark.parametrize("name", [*ENDING, "BLOOM", "Mamba", "Phi-3"])
 @torch.no_grad()
 def test_the_limit_is_where_a_model_fails_and_rows_in_one_sequence_do_not_reach_it(name):
-    network = next(case for case in CASES if case.name == name).make()
+    network = CASE[name].make()
     ids = torch.arange(3 * SIZES["max_position_embeddings"])[None] % 60
     limit = position_limit(network)
     assert (limit is not None) == (name in ENDING)

@@ -20,7 +20,7 @@ from hiplora.training import TrainResult, train
 from hiplora.training.result import model_card, read_metrics
 from hiplora.training.sequences import keeps_rows_apart, preview
 from tests.integration.training import StopAt, Stopped, assert_equal_runs, numbers, small_recipe, tensors
-from tests.models.zoo import CASES
+from tests.models.zoo import CASE
 from tests.tiny import tiny_tokenizer, write_jsonl
 
 METHODS = {
@@ -272,8 +272,7 @@ def test_a_mixture_of_experts_trains_and_its_held_out_loss_has_no_share_of_the_r
 
 @pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "Llama"])
 def test_rows_share_a_sequence_only_where_they_do_not_see_each_other(name, rows, tmp_path):
-    case = next(case for case in CASES if case.name == name)
-    model = case.make()
+    model = CASE[name].make()
     assert keeps_rows_apart(model) == (name == "Llama")
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

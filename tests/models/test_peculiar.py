@@ -10,16 +10,15 @@ import hiplora
 from hiplora import HipLoraConfig
 from hiplora.errors import AdapterError, ConfigError
 from hiplora.tuner import default_targets
-from tests.models.zoo import PECULIAR, VOCABULARY
+from tests.models.zoo import CASE, VOCABULARY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CASES = {case.name: case for case in PECULIAR}
 
 
 @pytest.mark.parametrize("name", ["Longformer", "XLNet"])
 @pytest.mark.parametrize("length", [8, 12])
 def test_rows_that_a_layer_does_not_see_in_front_cannot_have_their_own_adapters(name, length):
-    case = CASES[name]
+    case = CASE[name]
     made = HipLoraConfig(preset="paper", r=2, principal_rank=4, target_modules=["query", "layer_1"])
     model = peft.get_peft_model(case.make(), made)
     ids = torch.randint(3, VOCABULARY, (8, length))
@@ -37,18 +36,18 @@ def test_rows_that_a_layer_does_not_see_in_front_cannot_have_their_own_adapters(
     ],
 )
 def test_a_preset_leaves_out_what_only_lies_in_an_mlp(name, preset, expected):
-    assert set(default_targets(CASES[name].make(), preset)) == expected
+    assert set(default_targets(CASE[name].make(), preset)) == expected
 
 
 def test_experts_that_cannot_be_adapted_leave_no_default():
     with pytest.raises(ConfigError, match="no MLP projections were recognised"):
-        default_targets(CASES["JetMoE"].make())
+        default_targets(CASE["JetMoE"].make())
 
 
 def test_a_state_that_is_written_in_place_is_left_off_while_gradients_are_taken():
-    model = CASES["RWKV"].make()
+    model = CASE["RWKV"].make()
     made = HipLoraConfig(r=2, principal_rank=4)
-    hiplora.calibrate(model, made, lambda: model(**CASES["RWKV"].batch(model)))
+    hiplora.calibrate(model, made, lambda: model(**CASE["RWKV"].batch(model)))
     assert made.calibrated
 
 

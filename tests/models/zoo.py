@@ -171,6 +171,7 @@ PECULIAR = [
     Case("LXMERT", "attention that ends in `output`", "lxmert", LXMERT, "AutoModelForPreTraining"),
     Case("RWKV", "tensors changed in place", "rwkv", {"attention_hidden_size": 32, "context_length": 64}),
 ]
+CASE = {case.name: case for case in [*CASES, *PECULIAR]}
 
 
 def described(case: Case) -> dict[str, Any]:

@@ -1,22 +1,15 @@
-"""The documentation agrees with the code, and the checks that say so can fail."""
+"""Commands and fields are described, and the checks of the documentation (which `make lint` runs) can fail."""
 
 import json
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from hiplora import HipLoraConfig
 from tools import docs, reference
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = reference.commands()
-
-
-@pytest.mark.parametrize("check", docs.CHECKS, ids=lambda check: check.__name__)
-def test_the_projects_own_documentation_passes(check):
-    assert list(check(ROOT)) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -32,7 +32,7 @@ from hiplora.models import (
     skeleton,
 )
 from hiplora.provenance import file_sha256
-from tests.models.zoo import CASES
+from tests.models.zoo import CASE
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 GGUF = b"GGUF and then some weights" * 100
@@ -221,7 +221,7 @@ OTHER_KINDS = ["T5", "BART", "BERT", "DistilBERT", "Llama classifier", "BERT cla
 
 @pytest.mark.parametrize("name", OTHER_KINDS)
 def test_a_model_of_another_kind_is_refused_by_what_it_is_also_where_it_could_be_made_causal(name, tmp_path):
-    model = next(case for case in CASES if case.name == name).make()
+    model = CASE[name].make()
     model.config.tie_word_embeddings = True  # so that a head is no weight that is missing
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(tmp_path)
@@ -251,7 +251,7 @@ def test_an_adapter_that_is_named_as_a_model_is_called_one(tmp_path):
 
 
 def test_a_model_that_sees_pictures_too_is_loaded_as_what_it_is(tmp_path):
-    model = next(case for case in CASES if case.name == "LLaVA").make()
+    model = CASE["LLaVA"].make()
     for part in (model, tiny_tokenizer()):
         part.save_pretrained(tmp_path)
     assert {type(load(str(tmp_path))[0]), type(skeleton(str(tmp_path)))} == {type(model)}

@@ -118,7 +118,10 @@ def train(model, steps=3, seed=0, lr=2e-2):
 def trained(base_dir, config, seed=0, **options):
     """A PEFT model over a fresh copy of the base, trained."""
     torch.manual_seed(seed)
-    return train(peft.get_peft_model(base_model(base_dir, **options), config), seed=seed)
+    base = base_model(base_dir, **options)
+    if getattr(config, "basis", None) == "activation":
+        hiplora.calibrate(base, config, rows=torch.randint(0, 256, (6, 40)))
+    return train(peft.get_peft_model(base, config), seed=seed)
 
 
 def saved(base_dir, path, config, seed=0, **options):

@@ -6,7 +6,7 @@ from hiplora.data.encoding import IGNORED
 from hiplora.errors import DataError
 from hiplora.evaluation import Encoded, encode, heldout_loss, response_log_probs
 from hiplora.evaluation.likelihood import can_pad
-from tests.models.zoo import CASES
+from tests.models.zoo import CASE
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -30,7 +30,7 @@ def dense(model, example):
 @pytest.mark.parametrize("name", ["RecurrentGemma", "Mamba", "Mixtral"])
 @torch.no_grad()
 def test_a_row_scores_the_same_in_any_batch_of_a_model_that_reads_its_padding(name):
-    model = next(case for case in CASES if case.name == name).make()
+    model = CASE[name].make()
     assert can_pad(model, (3, 4)) == (name != "RecurrentGemma")
     rows = [tuple(range(3, last)) for last in (9, 31, 60)]
     examples = [Encoded(row, (IGNORED, *row[1:])) for row in rows]
