@@ -54,11 +54,6 @@ def pytest_unconfigure(config):
         shutil.rmtree(_OWN_CACHE, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the longest, the whole study, so that the other test processes do not wait for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_study_pico.py")
-
-
 _frozen = 0  # modules there were when what is imported was last taken out of the garbage collector's sight
 
 

@@ -165,20 +165,6 @@ def test_a_scaled_loss_gives_the_same_step_as_an_unscaled_one(ids):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
-def arguments(folder, **changes):
-    from transformers import TrainingArguments
-
-    settings = {"output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
-    settings |= {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 0}
-    return TrainingArguments(**settings, lr_scheduler_type="constant", **changes)
-
-
-def rows(count=16):
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(0, 256, (count, 8), generator=generator).tolist()
-    return Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_trls_sft_trainer_takes_the_config_as_it_is(tmp_path, checkpointing):
     from trl import SFTConfig, SFTTrainer
@@ -197,11 +183,16 @@ def test_trls_sft_trainer_takes_the_config_as_it_is(tmp_path, checkpointing):
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_step_for_step(tmp_path):
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
-    def trainer(folder, **changes):
+    ids = torch.randint(0, 256, (16, 8), generator=torch.Generator().manual_seed(5)).tolist()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "save_steps": 2}
+    settings |= {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+
+    def trainer(folder):
         model = fresh(lora_dropout=0.1, stability_weight=3.0)
-        return Trainer(model, arguments(folder, save_strategy="steps", save_steps=2, **changes), train_dataset=rows())
+        return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=rows)
 
     whole = trainer(tmp_path / "whole")
     whole.train()

@@ -19,10 +19,6 @@ def merged(capsys, *arguments):
     return json.loads(out)
 
 
-def assert_is_sum(folder, parts, weights):
-    assert_is(read_update(folder), weighted_sum(map(read_update, parts), weights), rtol=1e-4)
-
-
 def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
     lines = inspect.getdoc(command.command).splitlines()
     assert lines[-3] == "Example:"
@@ -35,7 +31,8 @@ def test_the_example_of_the_help_runs(adapters, tmp_path, monkeypatch, capsys):
     code, out, err = run(capsys, *example[1:])
     assert (code, err) == (0, "")
     assert "addition of 2 adapters" in out
-    assert_is_sum(tmp_path / "runs" / "both", [adapters["one"], adapters["lora"]], [1, 0.5])
+    expected = weighted_sum([read_update(adapters["one"]), read_update(adapters["lora"])], [1, 0.5])
+    assert_is(read_update(tmp_path / "runs" / "both"), expected, rtol=1e-4)
 
 
 def test_a_dense_rule_writes_a_model_and_says_how_it_was_made(adapters, tmp_path, capsys):
