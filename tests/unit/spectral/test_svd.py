@@ -188,3 +188,22 @@ def test_the_parts_that_baselines_start_from_are_those_of_the_weight_with_the_ro
     for (B, A), expected in ((minor_svd_factors(W, 4), minor.float()), (projected_factors(W, N), W @ N @ N.T)):
         torch.testing.assert_close(B @ A, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(B.T @ B, A @ A.T, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "candidates",
+    [
+        torch.zeros(60, 8),
+        torch.eye(60, 8),  # already in the basis, to the last bit
+        torch.eye(60, 20)[:, 12:20],  # half of it in the basis
+        gaussian(60, 1).repeat(1, 8),
+        gaussian(60, 8) * 1e-12,
+        gaussian(60, 8),
+    ],
+    ids=["zero", "in the basis", "half in the basis", "one direction", "rounding noise", "independent"],
+)
+def test_a_block_of_the_iteration_is_orthonormal_and_off_the_basis_whatever_the_candidates(candidates, scale):
+    vectors = krylov._extend(torch.eye(60, 16), candidates, scale, torch.Generator().manual_seed(0)).vectors
+    joint = torch.cat([torch.eye(60, 16), vectors], 1).double()
+    torch.testing.assert_close(joint.T @ joint, torch.eye(24).double(), rtol=0, atol=1e-5)
